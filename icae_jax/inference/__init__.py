@@ -1,0 +1,1 @@
+"""Using a trained compressor: compress once, keep the memory, ask often."""

@@ -1,0 +1,189 @@
+"""The adapter folder: LoRA in PEFT's format, the memory table, and `icae.json`, which says how they are to be read.
+
+    encoder/adapter_config.json, encoder/adapter_model.safetensors    LoRA, as PEFT writes it
+    memory.safetensors                                                memory_token_embed.weight [k + 3, D]
+    icae.json                                                         method, layout, template, base's fingerprint
+"""
+
+import dataclasses
+import hashlib
+import pathlib
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+import icae_jax
+from icae_jax.compression.icae import SPECIAL_ROWS, CompressionConfig
+from icae_jax.interop import files
+from icae_jax.models import lora as loras
+from icae_jax.models.lora import LoraConfig
+from icae_jax.objectives.targets import Template
+
+FORMAT_VERSION = 1
+MEMORY_TABLE = "memory_token_embed.weight"
+_LORA_NAME = re.compile(r"model\.layers\.(\d+)\.(self_attn|mlp)\.(\w+)\.lora_(A|B)(?:\.default)?\.weight$")
+
+
+def lora_to_hub(lora, prefix="base_model.model.", infix=""):
+    """PEFT's tensors of a LoRA tree: A `[r, in]` and B `[out, r]` a layer, named as a saved PEFT adapter names them."""
+    tensors = {}
+    for module, projections in lora["layers"].items():
+        for name, pair in projections.items():
+            for letter, value in (("A", pair["a"]), ("B", pair["b"])):
+                for i, layer in enumerate(np.asarray(value, np.float32)):
+                    tensors[f"{prefix}model.layers.{i}.{module}.{name}.lora_{letter}{infix}.weight"] = np.ascontiguousarray(layer.T)
+    return tensors
+
+
+def lora_from_hub(tensors, model_config):
+    """The LoRA tree of tensors named `…model.layers.{i}.{module}.{projection}.lora_{A,B}[.default].weight`.
+
+    ValueError names what is missing in any layer and what does not fit the base's shapes.
+    """
+    found = {}
+    for full, value in tensors.items():
+        match = _LORA_NAME.search(full)
+        if match:
+            layer, module, name, letter = match.groups()
+            if name not in loras.PROJECTIONS or module != loras.module_of(name):
+                raise ValueError(f"adapter tensor {full}: {module}.{name} is not a projection of this model")
+            found.setdefault((module, name, letter.lower()), {})[int(layer)] = np.asarray(value, np.float32).T
+    if not found:
+        raise ValueError("the adapter holds no LoRA tensors (names ending in lora_A.weight and lora_B.weight)")
+    tree = {}
+    for (module, name, letter), layers in sorted(found.items()):
+        absent = [i for i in range(model_config.num_layers) if i not in layers]
+        if absent or len(layers) != model_config.num_layers:
+            raise ValueError(
+                f"the adapter has {name}.lora_{letter.upper()} for {len(layers)} layers, the base has {model_config.num_layers}"
+                f"{f'; missing: layers {absent}' if absent else ''}; this adapter belongs to another base"
+            )
+        d_in, d_out = loras.projection_shape(model_config, name)
+        axis, want = (0, d_in) if letter == "a" else (1, d_out)
+        wrong = [v.shape for v in layers.values() if v.ndim != 2 or v.shape[axis] != want]
+        if wrong:
+            raise ValueError(f"{name}.lora_{letter.upper()} of the adapter is {wrong[0]}, the base needs {want} on axis {axis}")
+        value = jnp.asarray(np.stack([layers[i] for i in range(model_config.num_layers)]))
+        tree.setdefault(module, {}).setdefault(name, {})[letter] = value
+    for projections in tree.values():
+        for name, pair in projections.items():
+            if set(pair) != {"a", "b"} or pair["a"].shape[2] != pair["b"].shape[1]:
+                raise ValueError(f"the adapter's {name} has {sorted(pair)} only, or A and B of different rank")
+    return {"layers": tree}
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapter:
+    """A trained compressor apart from its base.
+
+    trained: `{"lora": tree, "memory_table": [k + 3, D]}`. base_path, base_fingerprint: the base it was trained on.
+    """
+
+    compression: CompressionConfig
+    lora: LoraConfig
+    template: Template
+    trained: dict
+    base_path: str
+    base_fingerprint: str
+
+    @property
+    def fingerprint(self):
+        """sha256 over the trained tensors."""
+        digest = hashlib.sha256()
+        for path, leaf in jax.tree_util.tree_leaves_with_path(self.trained):
+            digest.update(jax.tree_util.keystr(path).encode())
+            digest.update(np.asarray(leaf, np.float32).tobytes())
+        return digest.hexdigest()
+
+
+def save_adapter(folder, adapter):
+    """Writes the adapter folder; one that is there is replaced only when the new one is complete."""
+    base = str(pathlib.Path(adapter.base_path).resolve())
+    with files.replacing_folder(folder) as tmp:
+        encoder = tmp / "encoder"
+        encoder.mkdir()
+        safetensors.numpy.save_file(lora_to_hub(adapter.trained["lora"]), encoder / "adapter_model.safetensors", {"format": "pt"})
+        files.write_json(
+            encoder / "adapter_config.json",
+            {
+                "peft_type": "LORA",
+                "task_type": "CAUSAL_LM",
+                "base_model_name_or_path": base,
+                "r": adapter.lora.rank,
+                "lora_alpha": adapter.lora.scale * adapter.lora.rank,
+                "lora_dropout": adapter.lora.dropout,
+                "target_modules": list(adapter.lora.targets),
+                "bias": "none",
+                "inference_mode": True,
+            },
+        )
+        table = np.asarray(adapter.trained["memory_table"], np.float32)
+        safetensors.numpy.save_file({MEMORY_TABLE: table}, tmp / "memory.safetensors", {"format": "pt"})
+        files.write_json(
+            tmp / "icae.json",
+            {
+                "format_version": FORMAT_VERSION,
+                "icae_jax_version": icae_jax.__version__,
+                "base_fingerprint": adapter.base_fingerprint,
+                "compression": dataclasses.asdict(adapter.compression),
+                "template": dataclasses.asdict(adapter.template),
+            },
+        )
+
+
+def _tensors(path):
+    if not path.exists():
+        raise ValueError(f"{path}: no such file; an adapter folder holds encoder/, memory.safetensors and icae.json")
+    try:
+        return safetensors.numpy.load_file(path)
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path}: not a readable safetensors file ({error})") from error
+
+
+def _fields(kind, raw, source):
+    """Builds a dataclass from JSON, lists as tuples; ValueError on unknown or missing fields."""
+    names = {f.name for f in dataclasses.fields(kind)}
+    wrong = sorted(set(raw) ^ names)
+    if wrong:
+        raise ValueError(f"{source}: fields {', '.join(wrong)} unknown or missing; was it written by another version of icae_jax?")
+    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()})
+
+
+def read_adapter_info(folder):
+    """icae.json and encoder/adapter_config.json, checked: (icae.json's content, adapter_config.json's content)."""
+    folder = pathlib.Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"adapter {str(folder)!r} is not a folder; give the folder that training wrote (it holds icae.json)")
+    info = files.read_json(folder / "icae.json", "how the adapter is read")
+    if info.get("format_version") != FORMAT_VERSION:
+        raise ValueError(f"{folder}/icae.json: format_version is {info.get('format_version')}, this version reads {FORMAT_VERSION}")
+    peft = files.read_json(folder / "encoder" / "adapter_config.json", "the LoRA's configuration")
+    missing = [f for f in ("r", "lora_alpha", "target_modules", "base_model_name_or_path") if f not in peft]
+    if missing:
+        raise ValueError(f"{folder}/encoder/adapter_config.json: {', '.join(missing)} missing")
+    return info, peft
+
+
+def load_adapter(folder, base):
+    """Loads an adapter folder for a loaded `Base`. ValueError where the base is not the one it was trained on, or shapes differ."""
+    folder = pathlib.Path(folder)
+    info, peft = read_adapter_info(folder)
+    if info["base_fingerprint"] != base.fingerprint:
+        raise ValueError(
+            f"adapter {folder} was trained on a base with fingerprint {info['base_fingerprint'][:12]} "
+            f"({peft['base_model_name_or_path']}), but {base.path} has {base.fingerprint[:12]}; give the right base"
+        )
+    compression = _fields(CompressionConfig, info["compression"], f"{folder}/icae.json: compression")
+    template = _fields(Template, info["template"], f"{folder}/icae.json: template")
+    lora = lora_from_hub(_tensors(folder / "encoder" / "adapter_model.safetensors"), base.config)
+    table = _tensors(folder / "memory.safetensors").get(MEMORY_TABLE)
+    want = (compression.k + SPECIAL_ROWS, base.config.hidden_size)
+    if table is None or table.shape != want:
+        raise ValueError(f"{folder}/memory.safetensors: {MEMORY_TABLE} is {None if table is None else table.shape}, expected {want}")
+    config = LoraConfig(peft["r"], peft["lora_alpha"] / peft["r"], peft.get("lora_dropout", 0.0), tuple(peft["target_modules"]))
+    trained = {"lora": lora, "memory_table": jnp.asarray(table, jnp.float32)}
+    return Adapter(compression, config, template, trained, peft["base_model_name_or_path"], info["base_fingerprint"])

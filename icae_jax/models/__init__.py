@@ -1,0 +1,1 @@
+"""The decoder-only Llama family and its LoRA adapters. Knows nothing of compression."""

@@ -1,0 +1,301 @@
+"""The decoder-only Llama family in linen: RMSNorm, rotary positions, grouped-query attention, SwiGLU.
+
+One letter a dimension, in names and comments throughout the package:
+    B batch, G targets on one memory, T decoder time, S source time, P prefix, M memory, D model width, N query heads,
+    K key/value heads, Q queries per key/value head (N / K), H head size, F feed-forward, V vocabulary, L layers, R LoRA rank.
+"""
+
+import dataclasses
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+REMAT_POLICIES = {
+    "none": None,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Llama3RopeScaling:
+    """Frequency-dependent stretching of RoPE (Llama 3.1, section 3.4.1 of arXiv 2407.21783), as config.json names it."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Sizes and constants that fix what the base computes."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    rope_scaling: Llama3RopeScaling | None = None
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.type in (int, float) and not value > 0:
+                raise ValueError(f"{field.name} of the model is {value}; it must be positive")
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim is {self.head_dim}; rotary positions need an even one")
+
+
+# ---------------------------------------------------------------------------------------------------------------- RoPE
+
+
+def rope_frequencies(config):
+    """Angular frequencies in radians per position, `[H / 2]`, float64 numpy."""
+    half = config.head_dim // 2
+    freqs = config.rope_theta ** (-np.arange(half, dtype=np.float64) / half)
+    s = config.rope_scaling
+    if s is None:
+        return freqs
+    # Llama 3: wavelengths longer than the original context are stretched by `factor`, short ones kept, between them a ramp.
+    wavelength = 2 * math.pi / freqs
+    ramp = (s.original_max_position_embeddings / wavelength - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor)
+    ramp = np.clip(ramp, 0.0, 1.0)
+    return (1 - ramp) * freqs / s.factor + ramp * freqs
+
+
+def rope_tables(config, positions):
+    """cos and sin of every position's angles, each `[..., H / 2]` float32, for integer positions `[...]`."""
+    angles = jnp.einsum("...,h->...h", positions.astype(jnp.float32), jnp.asarray(rope_frequencies(config), jnp.float32))
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x, rope):
+    """Rotates heads `x [..., T, heads, H]` by `rope = (cos, sin)`, each `[..., T, H / 2]` (halves paired as the hub's Llama does)."""
+    cos, sin = (t[..., None, :] for t in rope)
+    x1, x2 = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).astype(x.dtype)
+
+
+def rotate_keys(config, k_LBPKH, positions_BP):
+    """Rotates the stacked, unrotated keys that `Llama` returns, for use as a prefix at the given positions."""
+    cos, sin = rope_tables(config, positions_BP)
+    return rotate(k_LBPKH, (cos[None], sin[None]))
+
+
+# ------------------------------------------------------------------------------------------------------------- modules
+
+
+def linear(x, w):
+    """`x [..., in] @ w [in, out]`: the one place through which every frozen matmul goes."""
+    return jnp.einsum("...i,io->...o", x, w.astype(x.dtype))
+
+
+class Projection(nn.Module):
+    """A matmul with a frozen kernel, plus the LoRA branch when the "lora" collection holds this module."""
+
+    features: int
+    lora_scale: float
+    lora_dropout: float
+
+    @nn.compact
+    def __call__(self, x):
+        kernel = self.param("kernel", nn.initializers.normal(0.02), (x.shape[-1], self.features))
+        y = linear(x, kernel)
+        if self.has_variable("lora", "a"):
+            a, b = self.get_variable("lora", "a"), self.get_variable("lora", "b")
+            if self.has_rng("dropout") and self.lora_dropout > 0:  # the caller gives this stream in training only
+                keep = jax.random.bernoulli(self.make_rng("dropout"), 1 - self.lora_dropout, x.shape)
+                x = jnp.where(keep, x / (1 - self.lora_dropout), 0).astype(x.dtype)
+            y = y + linear(linear(x, a), b) * jnp.asarray(self.lora_scale, x.dtype)
+        return y
+
+
+class RMSNorm(nn.Module):
+    eps: float
+
+    @nn.compact
+    def __call__(self, x):
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        x32 = x.astype(jnp.float32)
+        x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), -1, keepdims=True) + self.eps)
+        return jnp.einsum("...d,d->...d", x32.astype(x.dtype), scale.astype(x.dtype))
+
+
+def attention(q_BTNH, k_BTKH, v_BTKH, mask_BTT, prefix=None):
+    """Softmax attention over a shared prefix and the sequence itself; softmax in float32.
+
+    mask_BTT: true where a query (second axis) may see a key (third axis); its batch axis may be 1.
+    prefix: None or `(k, v, mask)` with k, v `[Bp, P, K, H]` and mask `[Bp, P]`. Bp divides B: prefix b serves rows
+        b * B/Bp ... (b + 1) * B/Bp - 1, which is how many targets read one memory without copies of it.
+    Returns `[B, T, N * H]`.
+    """
+    B, T, N, H = q_BTNH.shape
+    K = k_BTKH.shape[2]
+    q = q_BTNH.reshape(B, T, K, N // K, H) * jnp.asarray(H**-0.5, q_BTNH.dtype)
+    lowest = jnp.finfo(jnp.float32).min
+    scores = jnp.einsum("btkqh,bskh->bkqts", q, k_BTKH, preferred_element_type=jnp.float32)
+    scores = jnp.where(mask_BTT[:, None, None], scores, lowest)
+    if prefix is not None:
+        pk, pv, p_mask = prefix
+        Bp, P = p_mask.shape
+        shared = (Bp, B // Bp)
+        p_scores = jnp.einsum("bgtkqh,bpkh->bgkqtp", q.reshape(*shared, *q.shape[1:]), pk, preferred_element_type=jnp.float32)
+        p_scores = jnp.where(p_mask[:, None, None, None, None], p_scores, lowest).reshape(B, K, N // K, T, P)
+        scores = jnp.concatenate([p_scores, scores], -1)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v_BTKH.dtype)
+    if prefix is None:
+        out = jnp.einsum("bkqts,bskh->btkqh", weights, v_BTKH)
+    else:
+        out = jnp.einsum("bkqts,bskh->btkqh", weights[..., P:], v_BTKH)
+        p_weights = weights[..., :P].reshape(*shared, K, N // K, T, P)
+        out = out + jnp.einsum("bgkqtp,bpkh->bgtkqh", p_weights, pv).reshape(out.shape)
+    return out.reshape(B, T, N * H)
+
+
+class Attention(nn.Module):
+    config: ModelConfig
+    lora_scale: float
+    lora_dropout: float
+
+    @nn.compact
+    def __call__(self, x_BTD, rope, mask, prefix):
+        c = self.config
+        B, T, D = x_BTD.shape
+
+        def project(name, heads):
+            y = Projection(heads * c.head_dim, self.lora_scale, self.lora_dropout, name=name)(x_BTD)
+            return y.reshape(B, T, heads, c.head_dim)
+
+        q, k, v = project("q_proj", c.num_heads), project("k_proj", c.num_kv_heads), project("v_proj", c.num_kv_heads)
+        with jax.named_scope("attention"):
+            out = attention(rotate(q, rope), rotate(k, rope), v, mask, prefix)
+        return Projection(D, self.lora_scale, self.lora_dropout, name="o_proj")(out), (k, v)
+
+
+class MLP(nn.Module):
+    config: ModelConfig
+    lora_scale: float
+    lora_dropout: float
+
+    @nn.compact
+    def __call__(self, x):
+        def projection(name, features):
+            return Projection(features, self.lora_scale, self.lora_dropout, name=name)
+
+        gate = projection("gate_proj", self.config.intermediate_size)(x)
+        up = projection("up_proj", self.config.intermediate_size)(x)
+        return projection("down_proj", x.shape[-1])(jax.nn.silu(gate) * up)
+
+
+class Block(nn.Module):
+    config: ModelConfig
+    lora_scale: float
+    lora_dropout: float
+    return_kv: bool
+
+    @nn.compact
+    def __call__(self, x, prefix_kv, rope, mask, prefix_mask, keep):
+        c, lora = self.config, (self.lora_scale, self.lora_dropout)
+        prefix = None if prefix_kv is None else (*prefix_kv, prefix_mask)
+        h, kv = Attention(c, *lora, name="self_attn")(RMSNorm(c.rms_norm_eps, name="input_layernorm")(x), rope, mask, prefix)
+        x = x + h
+        x = x + MLP(c, *lora, name="mlp")(RMSNorm(c.rms_norm_eps, name="post_attention_layernorm")(x))
+        if not self.return_kv:
+            kv = None
+        elif keep is not None:  # sliced here, inside the scan, so that K/V of all positions of all layers never live at once
+            kv = tuple(jnp.take(t, keep, axis=1) for t in kv)
+        return x, kv
+
+
+class Llama(nn.Module):
+    """The blocks and the final norm. `embed` and `head_kernel` below are the two ends.
+
+    remat: what the backward pass keeps of each block: "none" recomputes nothing, "dots" keeps matmul outputs, "full" keeps
+        only block inputs. unroll: how many blocks one turn of the scan holds.
+    """
+
+    config: ModelConfig
+    lora_scale: float = 1.0
+    lora_dropout: float = 0.0
+    dtype: jnp.dtype = jnp.float32
+    remat: str = "none"
+    unroll: int = 1
+
+    @nn.compact
+    def __call__(self, x, positions, mask, *, prefix=None, return_kv=False, keep=None):
+        """Runs the blocks.
+
+        x: token ids `[B, T]` or embeddings `[B, T, D]`. positions `[B or 1, T]` integers. mask `[B or 1, T, T]`, true where
+        query (axis 1) sees key (axis 2). prefix: None or `(k, v, mask)`, k and v `[L, Bp, P, K, H]` with k already rotated
+        (`rotate_keys`), mask `[Bp, P]`; Bp divides B (see `attention`). return_kv: also return K/V. keep: `[M]` time indices
+        of the K/V to return, None for all.
+
+        Returns (hidden states after the final norm `[B, T, D]`, None or (k, v) each `[L, B, M or T, K, H]`, k **before** RoPE).
+        """
+        if jnp.issubdtype(x.dtype, jnp.integer):
+            table = self.param("embed", nn.initializers.normal(0.02), (self.config.vocab_size, self.config.hidden_size))
+            x = jnp.take(table, x, axis=0)
+        x = x.astype(self.dtype)
+        block = Block
+        if self.remat != "none":
+            block = nn.remat(Block, policy=REMAT_POLICIES[self.remat], prevent_cse=self.unroll > 1)
+        layers = nn.scan(
+            block,
+            variable_axes={"params": 0, "lora": 0},
+            split_rngs={"params": True, "dropout": True},
+            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast),
+            out_axes=0,
+            length=self.config.num_layers,
+            unroll=self.unroll,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )(self.config, self.lora_scale, self.lora_dropout, return_kv, name="layers")
+        prefix_kv, prefix_mask = (None, None) if prefix is None else (prefix[:2], prefix[2])
+        x, kv = layers(x, prefix_kv, rope_tables(self.config, positions), mask, prefix_mask, keep)
+        return RMSNorm(self.config.rms_norm_eps, name="norm")(x), kv
+
+
+# ------------------------------------------------------------------------------------------------------- the two ends
+
+
+def embed(params, ids):
+    """Token embeddings `[..., D]` of ids `[...]`, in the stored dtype."""
+    return jnp.take(params["embed"], ids, axis=0)
+
+
+def head_kernel(params):
+    """The output matrix `[D, V]`: the head's own, or the embedding table transposed where they are tied."""
+    return params["lm_head"] if "lm_head" in params else params["embed"].T
+
+
+def causal_mask(length):
+    """`[1, T, T]`, true on and below the diagonal."""
+    return jnp.tril(jnp.ones((1, length, length), bool))
+
+
+def init_params(key, config):
+    """Random float32 parameters: normal(0.02), output projections of each block scaled by 1/sqrt(2 L) (GPT-2's rule)."""
+    key, head_key = jax.random.split(key)
+    ids = jnp.zeros((1, 2), jnp.int32)
+    params = Llama(config).init(key, ids, jnp.arange(2)[None], causal_mask(2))["params"]
+    for module, name in (("self_attn", "o_proj"), ("mlp", "down_proj")):
+        params["layers"][module][name]["kernel"] *= (2 * config.num_layers) ** -0.5
+    if not config.tie_word_embeddings:
+        params["lm_head"] = 0.02 * jax.random.normal(head_key, (config.hidden_size, config.vocab_size))
+    return params
+
+
+def param_shapes(config):
+    """The tree of `jax.ShapeDtypeStruct` that `init_params` would make, without making it."""
+    return jax.eval_shape(lambda: init_params(jax.random.key(0), config))

@@ -1,0 +1,71 @@
+"""LoRA (Hu et al., arXiv 2106.09685) as a linen variable collection of its own.
+
+A tree made by `init_lora` is passed as `apply({"params": base, "lora": tree}, ...)`; without it the same module computes the
+base alone. So one frozen copy of the base serves as encoder (with the collection) and as decoder (without).
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+
+# The seven projections of a block, by the module that holds them: name -> (input, output) width in ModelConfig's terms.
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+MLP = ("gate_proj", "up_proj", "down_proj")
+PROJECTIONS = ATTENTION + MLP
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """rank: r. scale: what A @ B is multiplied by (alpha / r in PEFT's terms). dropout: on the adapter's input, in training."""
+
+    rank: int = 128
+    scale: float = 2.0
+    dropout: float = 0.05
+    targets: tuple[str, ...] = ("q_proj", "v_proj")
+
+    def __post_init__(self):
+        if self.rank <= 0:
+            raise ValueError(f"lora.rank is {self.rank}; it must be a positive number such as 128")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"lora.dropout is {self.dropout}; it must lie in [0, 1)")
+        unknown = [t for t in self.targets if t not in PROJECTIONS]
+        if unknown or not self.targets:
+            raise ValueError(f"lora.targets holds {unknown or 'nothing'}; choose from {', '.join(PROJECTIONS)}")
+
+
+def projection_shape(model_config, name):
+    """(inputs, outputs) of one projection of a block."""
+    c = model_config
+    heads, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+    return {
+        "q_proj": (c.hidden_size, heads),
+        "k_proj": (c.hidden_size, kv),
+        "v_proj": (c.hidden_size, kv),
+        "o_proj": (heads, c.hidden_size),
+        "gate_proj": (c.hidden_size, c.intermediate_size),
+        "up_proj": (c.hidden_size, c.intermediate_size),
+        "down_proj": (c.intermediate_size, c.hidden_size),
+    }[name]
+
+
+def module_of(name):
+    """The block's submodule that holds a projection."""
+    return "self_attn" if name in ATTENTION else "mlp"
+
+
+def init_lora(key, model_config, config):
+    """The trained tree, float32, `{"layers": {module: {projection: {"a": [L, in, R], "b": [L, R, out]}}}}`.
+
+    A is drawn as PEFT draws it (uniform in +-1/sqrt(in)), B is zero, so that training starts at the base model.
+    """
+    tree = {}
+    for i, name in enumerate(config.targets):
+        d_in, d_out = projection_shape(model_config, name)
+        layers = model_config.num_layers
+        bound = 1.0 / math.sqrt(d_in)
+        a = jax.random.uniform(jax.random.fold_in(key, i), (layers, d_in, config.rank), jnp.float32, -bound, bound)
+        b = jnp.zeros((layers, config.rank, d_out), jnp.float32)
+        tree.setdefault(module_of(name), {})[name] = {"a": a, "b": b}
+    return {"layers": tree}

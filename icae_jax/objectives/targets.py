@@ -1,0 +1,123 @@
+"""Target layouts: what stands behind the memory, and which of its tokens are labels (arXiv 2307.06945, section 2.2.2 and 2.3).
+
+| objective | behind head and memory                          | labels                              |
+|-----------|--------------------------------------------------|-------------------------------------|
+| ae        | [AE], text, </s>                                 | text and </s>                       |
+| lm        | ([LM],) continuation                             | continuation after its first 8 tokens |
+| qa        | template's start, prompt, template's end, answer, stop | answer and stop               |
+
+Arrays hold the special rows of the memory table as negative ids, which index the table from its end whatever its k.
+"""
+
+import dataclasses
+import typing
+
+import numpy as np
+
+AE, LM, FT = -3, -2, -1
+OBJECTIVES = ("ae", "lm", "qa")
+LM_UNLABELLED = 8  # the first tokens of a continuation carry no loss: little in the memory could tell them (reference)
+LM_MINIMUM = 64  # shorter continuations are no LM target (reference)
+
+
+class Target(typing.NamedTuple):
+    """One target: all its tokens, the first `label_start` of which are given and the rest predicted."""
+
+    ids: list[int]
+    label_start: int
+
+
+def ae_target(context, eos_id):
+    """Autoencoding: restore the context (with its `<s>`, where the tokenizer sets one)."""
+    return Target([AE, *context, eos_id], 1)
+
+
+def lm_target(continuation, trigger=False):
+    """Language modelling: continue the context. trigger: put [LM] in front (off in the reference)."""
+    given = [LM] if trigger else []
+    return Target([*given, *continuation], len(given) + LM_UNLABELLED)
+
+
+@dataclasses.dataclass(frozen=True)
+class Template:
+    """How a prompt is put to the memory. head: ids before the memory. before, after: ids round the prompt. stop: the answer's end."""
+
+    name: str
+    head: tuple[int, ...]
+    before: tuple[int, ...]
+    after: tuple[int, ...]
+    stop: int
+
+    def prompt(self, prompt_ids):
+        """The ids behind the memory that ask for an answer."""
+        return [*self.before, *prompt_ids, *self.after]
+
+    def target(self, prompt_ids, answer_ids):
+        """A question with its answer."""
+        given = self.prompt(prompt_ids)
+        return Target([*given, *answer_ids, self.stop], len(given))
+
+
+def _ids(tokenizer, text):
+    return tuple(tokenizer(text, add_special_tokens=False)["input_ids"]) if text else ()
+
+
+def make_template(name, tokenizer):
+    """A `Template` in the tokenizer's ids.
+
+    mistral: `<s> [INST]`, memory, [FT], prompt, `[/INST]`, answer, </s> (reference v2). v1: memory, [FT], prompt, [FT], answer, id 1.
+    plain: memory, `Question: … Answer: `, answer, </s> (arXiv 2408.03094). chat: the tokenizer's own chat template with the memory
+    and the prompt in the user's turn.
+    """
+    eos = tokenizer.eos_token_id
+    if eos is None:
+        raise ValueError("the tokenizer has no eos token; set one in tokenizer_config.json")
+    if name == "mistral":
+        bos = () if tokenizer.bos_token_id is None else (tokenizer.bos_token_id,)
+        return Template(name, (*bos, *_ids(tokenizer, "[INST]")), (FT,), _ids(tokenizer, "[/INST]"), eos)
+    if name == "v1":
+        return Template(name, (), (FT,), (FT,), 1)
+    if name == "plain":
+        return Template(name, (), _ids(tokenizer, "Question:"), _ids(tokenizer, "Answer:"), eos)
+    if name == "chat":
+        if not tokenizer.chat_template:
+            raise ValueError("objectives.template is chat, but the tokenizer has no chat template; choose mistral, v1 or plain")
+        memory, prompt = "<<MEMORY>>", "<<PROMPT>>"
+        turns = [{"role": "user", "content": f"{memory}\n{prompt}"}]
+        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        if text.count(memory) != 1 or text.count(prompt) != 1:
+            raise ValueError("the tokenizer's chat template does not show the user's turn exactly once; choose another template")
+        head, rest = text.split(memory)
+        before, after = rest.split(prompt)
+        return Template(name, *(_ids(tokenizer, part) for part in (head, before, after)), eos)
+    raise ValueError(f"objectives.template is {name!r}; choose from mistral, v1, plain, chat")
+
+
+# -------------------------------------------------------------------------------------------------------------- packing
+
+
+def pack(rows, G, T, U):
+    """Stacks the targets of each example: `rows[b]` holds up to G of them, None for an absent one.
+
+    Returns int32 arrays `ids [B, G, T]` (decoder inputs), `label_at [B, G, U]` (the input index that predicts each label),
+    `labels [B, G, U]`, and `label_mask [B, G, U]` bool. ValueError where a target does not fit.
+    """
+    B = len(rows)
+    batch = {
+        "ids": np.zeros((B, G, T), np.int32),
+        "label_at": np.zeros((B, G, U), np.int32),
+        "labels": np.zeros((B, G, U), np.int32),
+        "label_mask": np.zeros((B, G, U), bool),
+    }
+    for b, targets in enumerate(rows):
+        for g, target in enumerate(targets):
+            if target is None:
+                continue
+            inputs, labels = len(target.ids) - 1, len(target.ids) - target.label_start
+            if inputs > T or labels > U or len(targets) > G:
+                raise ValueError(f"a target of {inputs} inputs and {labels} labels does not fit in [{G}, {T}] with {U} labels")
+            batch["ids"][b, g, :inputs] = target.ids[:-1]
+            batch["label_at"][b, g, :labels] = np.arange(target.label_start - 1, inputs)
+            batch["labels"][b, g, :labels] = target.ids[target.label_start :]
+            batch["label_mask"][b, g, :labels] = True
+    return batch

@@ -1,0 +1,34 @@
+from setuptools import find_packages, setup
+
+setup(
+    name="icae_jax",
+    version="0.1.0",
+    description="Compress a language model's context into a few memory tokens, in JAX (ICAE, arXiv 2307.06945)",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["icae_jax", "icae_jax.*"]),
+    package_data={"icae_jax": ["data/tiny_base/*"]},
+    install_requires=[
+        "jax>=0.10",
+        "flax>=0.12",
+        "optax>=0.2.8",
+        "orbax-checkpoint>=0.12",
+        "grain>=0.2.15",
+        "transformers>=5.0",
+        "tensorflow-datasets>=4.9.10",
+        "importlib_resources",  # tensorflow-datasets imports it and does not ask for it
+        "ml-collections>=1.1",
+        "ml_dtypes",
+        "numpy",
+        "safetensors",
+        "sacrebleu",
+        "matplotlib",
+        "tqdm",
+    ],
+    extras_require={
+        "test": ["pytest", "ruff", "torch==2.13.0", "peft"],
+        "tpu": ["jax[tpu]"],
+        "gpu": ["jax[cuda13]"],
+    },
+    entry_points={"console_scripts": ["icae=icae_jax.cli:main"]},
+)
