@@ -117,14 +117,13 @@ def compress(model, base_params, trained, ids_BSN, lengths_BS, config, dropout_k
             mask,
             rngs=None if dropout_key is None else {"dropout": dropout_key},
         )
-    positions, end = layouts.decoder_positions(layout, k, lengths_BS)
-    return Slots(
-        slots=hidden[:, N:].reshape(B, S * k, -1),
-        mask=jnp.repeat(lengths_BS > 0, k, axis=1),
-        positions=positions,
-        end=end,
-        lengths=lengths_BS.sum(1),
-    )
+    return place(hidden[:, N:].reshape(B, S * k, -1), lengths_BS, config)
+
+
+def place(slots_BMD, lengths_BS, config):
+    """`Slots` of the hidden states of S segments a text: which are real, and where the decoder reads them."""
+    positions, end = layouts.decoder_positions(layouts.get(config.layout), config.k, lengths_BS)
+    return Slots(slots_BMD, jnp.repeat(lengths_BS > 0, config.k, axis=1), positions, end, lengths_BS)
 
 
 def read(model, base_params, memory, head=()):

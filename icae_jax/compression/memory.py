@@ -1,5 +1,6 @@
 """What a context is compressed into, and what the decoder reads of it."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
@@ -11,14 +12,27 @@ class Slots:
 
     slots: `[B, M, D]`, M = segments x k. mask: `[B, M]`, false at segments that a shorter text lacks.
     positions: `[B, M]`, in the decoder, counted from the memory's start. end: `[B]`, the position after the memory.
-    lengths: `[B]`, tokens of the context that each row stands for.
+    segment_lengths: `[B, S]`, tokens of the context that each segment stands for.
     """
 
     slots: jnp.ndarray
     mask: jnp.ndarray
     positions: jnp.ndarray
     end: jnp.ndarray
-    lengths: jnp.ndarray
+    segment_lengths: jnp.ndarray
+
+    def __len__(self):
+        return self.slots.shape[0]
+
+    def __getitem__(self, rows):
+        """The memories of some texts: a number, a slice or a list of row numbers."""
+        rows = [rows] if isinstance(rows, int) else rows
+        return jax.tree.map(lambda x: x[rows] if isinstance(rows, slice) else x[np.asarray(rows)], self)
+
+    @property
+    def lengths(self):
+        """Context tokens of each text, `[B]`."""
+        return np.asarray(self.segment_lengths).sum(1)
 
     @property
     def tokens(self):
@@ -33,7 +47,7 @@ class Slots:
     @property
     def ratio(self):
         """Context tokens per memory token, `[B]`."""
-        return np.asarray(self.lengths) / self.tokens
+        return self.lengths / self.tokens
 
 
 @struct.dataclass

@@ -25,6 +25,7 @@ from icae_jax.objectives.targets import Template
 
 FORMAT_VERSION = 1
 MEMORY_TABLE = "memory_token_embed.weight"
+IN_WORKDIR = "adapter"  # the folder that training writes into its workdir
 _LORA_NAME = re.compile(r"model\.layers\.(\d+)\.(self_attn|mlp)\.(\w+)\.lora_(A|B)(?:\.default)?\.weight$")
 
 
@@ -151,6 +152,12 @@ def _fields(kind, raw, source):
     if wrong:
         raise ValueError(f"{source}: fields {', '.join(wrong)} unknown or missing; was it written by another version of icae_jax?")
     return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()})
+
+
+def adapter_folder(path):
+    """The adapter folder meant by a path: the folder itself, or the one in a training workdir."""
+    path = pathlib.Path(path)
+    return path / IN_WORKDIR if (path / IN_WORKDIR / "icae.json").exists() else path
 
 
 def read_adapter_info(folder):

@@ -210,6 +210,12 @@ def load_tokenizer(folder):
         raise ValueError(f"{folder}: no tokenizer could be loaded ({str(error).splitlines()[0]})") from error
 
 
+def bos_id(tokenizer):
+    """The id that the tokenizer itself sets in front of a text, or None."""
+    ids = tokenizer("a")["input_ids"]
+    return tokenizer.bos_token_id if ids and ids[0] == tokenizer.bos_token_id else None
+
+
 def stop_ids(folder, tokenizer):
     """Ids that end a generation: generation_config.json's eos ids, and the tokenizer's."""
     path = pathlib.Path(folder) / "generation_config.json"

@@ -1,0 +1,5 @@
+import sys
+
+from icae_jax.cli import main
+
+sys.exit(main())

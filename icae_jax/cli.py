@@ -1,0 +1,168 @@
+"""The command line: `icae <verb>`, the same as `python -m icae_jax <verb>`."""
+
+import argparse
+import json
+import os
+import pathlib
+import sys
+
+BAD_INPUT = 2
+
+
+def load_config(kind, argv):
+    """The frozen configuration of `--config FILE[:arg] [--config.field=value …]`, and the other flags' namespace (workdir)."""
+    from absl import flags
+    from ml_collections import config_flags
+
+    from icae_jax.training.config import from_dict
+
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", None, "configuration file", flag_values=values, lock_config=True, sys_argv=["icae", *argv])
+    flags.DEFINE_string("workdir", None, "where checkpoints, metrics and the result go", flag_values=values)
+    named = next((a.partition("=")[2] or b for a, b in zip(argv, [*argv[1:], ""], strict=True) if a.split("=")[0] == "--config"), None)
+    if named is None:
+        raise ValueError("--config is not given; give a configuration such as --config configs/icae.py")
+    path = named.partition(":")[0]
+    if not os.path.isfile(path):
+        raise ValueError(f"--config {path}: no such file; configurations are in the repository's configs/ folder (not in a wheel)")
+    try:
+        values(["icae", *argv])
+    except (flags.Error, AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"--config: {str(error).splitlines()[0]}") from error
+    if not values.workdir:
+        raise ValueError("--workdir is not given; give a folder for checkpoints, metrics and the result")
+    return from_dict(kind, values.config.to_dict()), pathlib.Path(values.workdir)
+
+
+def train_verb(argv):
+    from icae_jax.training.config import TrainConfig
+    from icae_jax.training.tasks import CompressorTask
+    from icae_jax.training.train import train
+
+    config, workdir = load_config(TrainConfig, argv)
+    return train(config, CompressorTask(config), workdir)
+
+
+def train_base_verb(argv):
+    from icae_jax.training.base_task import BaseTask
+    from icae_jax.training.config import BaseConfig
+    from icae_jax.training.train import train
+
+    config, workdir = load_config(BaseConfig, argv)
+    return train(config, BaseTask(config), workdir)
+
+
+def _parser(verb):
+    return argparse.ArgumentParser(prog=f"icae {verb}", description=VERBS[verb][1])
+
+
+def _print(value, as_json, text):
+    print(json.dumps(value, ensure_ascii=False) if as_json else text)
+
+
+def compress_verb(argv):
+    from icae_jax.data.sources import read_rows
+    from icae_jax.inference import store
+    from icae_jax.inference.compressor import load
+
+    parser = _parser("compress")
+    parser.add_argument("--adapter", required=True, help="adapter folder, or the workdir of a training run")
+    parser.add_argument("--base", help="base model folder; by default the one that the adapter names")
+    parser.add_argument("--input", required=True, help="JSON lines (text, or context) or a text file")
+    parser.add_argument("--output", required=True, help="memory file to write (.safetensors)")
+    parser.add_argument("--batch_size", type=int, default=16, help="texts compressed at once")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    args = parser.parse_args(argv)
+    store.check_output(args.output)
+    rows = list({row.text: row for row in read_rows(args.input)}.values())  # a context with many questions is one memory
+    if not rows:
+        raise ValueError(f"--input {args.input}: no rows")
+    compressor = load(args.adapter, args.base)
+    memory = compressor.compress([row.text for row in rows], args.batch_size, where=[row.where for row in rows])
+    compressor.save(args.output, memory, ids=[row.id for row in rows])
+    tokens, kept, size = int(memory.lengths.sum()), int(memory.tokens.sum()), int(memory.bytes.sum())
+    summary = {"texts": len(rows), "context_tokens": tokens, "memory_tokens": kept, "ratio": tokens / kept, "bytes": size}
+    line = f"{args.output}: {len(rows)} texts, {tokens} tokens in {kept} memory tokens ({tokens / kept:.2f}x), {size:,} bytes"
+    _print(summary | {"output": args.output}, args.json, line)
+    return 0
+
+
+def _memory_parser(verb):
+    parser = _parser(verb)
+    parser.add_argument("--memory", required=True, help="memory file that `icae compress` wrote")
+    parser.add_argument("--adapter", help="adapter folder; by default the one that the memory names")
+    parser.add_argument("--base", help="base model folder; by default the one that the adapter names")
+    parser.add_argument("--batch_size", type=int, default=16, help="texts decoded at once")
+    parser.add_argument("--max_new_tokens", type=int, default=None, help="most tokens of an answer or a restored text")
+    parser.add_argument("--json", action="store_true", help="print one JSON object a line")
+    return parser
+
+
+def restore_verb(argv):
+    from icae_jax.inference.compressor import load_with_memory
+
+    args = _memory_parser("restore").parse_args(argv)
+    compressor, memory, ids = load_with_memory(args.memory, args.adapter, args.base)
+    texts = compressor.restore(memory, args.max_new_tokens, args.batch_size)
+    for row_id, text in zip(ids, texts, strict=True):
+        _print({"id": row_id, "text": text}, args.json, text)
+    return 0
+
+
+def ask_verb(argv):
+    from icae_jax.inference.compressor import load_with_memory
+
+    parser = _memory_parser("ask")
+    parser.add_argument("--question", required=True, action="append", help="put to every text in the memory; may be given many times")
+    parser.add_argument("--id", action="append", help="ask only the text of this id; may be given many times")
+    args = parser.parse_args(argv)
+    compressor, memory, ids = load_with_memory(args.memory, args.adapter, args.base)
+    if args.id:
+        unknown = sorted(set(args.id) - set(ids))
+        if unknown:
+            raise ValueError(f"--id {unknown[0]}: the memory holds {', '.join(ids[:10])}{', …' if len(ids) > 10 else ''}")
+        keep = [i for i, row_id in enumerate(ids) if row_id in args.id]
+        memory, ids = memory[keep], [ids[i] for i in keep]
+    answers = compressor.ask(memory, [args.question] * len(ids), args.max_new_tokens, args.batch_size)
+    for row_id, row in zip(ids, answers, strict=True):
+        for question, answer in zip(args.question, row, strict=True):
+            _print({"id": row_id, "question": question, "answer": answer}, args.json, answer)
+    return 0
+
+
+def quickstart_verb(argv):
+    from icae_jax import quickstart
+
+    return quickstart.main(_parser("quickstart"), argv)
+
+
+VERBS = {
+    "quickstart": (quickstart_verb, "train a compressor in minutes on a small shipped base, and show what a memory is worth"),
+    "train": (train_verb, "train a compressor: pretrain (AE + LM) or finetune (QA)"),
+    "train-base": (train_base_verb, "train a small base model from scratch"),
+    "compress": (compress_verb, "write texts into a memory file"),
+    "restore": (restore_verb, "read the texts back out of a memory file"),
+    "ask": (ask_verb, "answer questions from a memory file"),
+}
+
+
+def usage():
+    lines = ["usage: icae VERB [options]", "", "Compress a language model's context into a few memory tokens.", ""]
+    lines += [f"  {name:12} {text}" for name, (_, text) in VERBS.items()]
+    return "\n".join([*lines, "", "icae VERB --help lists a verb's options; train verbs take --config FILE --workdir DIR [--config.field=value …]"])
+
+
+def main(argv=None):
+    """Runs one verb. Returns the exit code: 0 done, 2 bad input, 3 diverged, 75 saved after SIGTERM."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0 if argv else BAD_INPUT
+    if argv[0] not in VERBS:
+        print(f"icae: no verb {argv[0]!r}\n\n{usage()}", file=sys.stderr)
+        return BAD_INPUT
+    try:
+        return VERBS[argv[0]][0](argv[1:])
+    except (ValueError, OSError) as error:
+        print(f"icae {argv[0]}: {error}", file=sys.stderr)
+        return BAD_INPUT

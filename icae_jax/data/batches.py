@@ -1,0 +1,197 @@
+"""Fixed-shape batches as a pure function of (seed, step).
+
+An example is one context with all its targets. In pretraining it is a window of a text (AE) with the window after it (LM); in
+fine-tuning a context with some of its questions (QA), and perhaps the context itself (AE). Contexts are padded to one of a few
+lengths (buckets); a step draws one bucket for the whole batch, so that all processes agree on shapes.
+"""
+
+import dataclasses
+import functools
+
+import grain
+import numpy as np
+
+from icae_jax.compression import icae
+from icae_jax.objectives import targets as layouts
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """train, eval: sources (`data.sources`). context_lengths: buckets, tokens of a context at most, with the tokenizer's `<s>`.
+
+    context_weights: how often pretraining draws each bucket (empty: equally often). questions_per_context: QA targets of one
+    example at most; a context with more makes several examples. max_target_tokens: longer QA targets are left out, counted.
+    """
+
+    train: str = ""
+    eval: str = ""
+    context_lengths: tuple[int, ...] = (512,)
+    context_weights: tuple[float, ...] = ()
+    questions_per_context: int = 4
+    max_target_tokens: int = 256
+    cache_dir: str = ""
+    tfds_dir: str = ""
+
+    def __post_init__(self):
+        if not self.context_lengths or min(self.context_lengths) < 2 or list(self.context_lengths) != sorted(set(self.context_lengths)):
+            raise ValueError(f"data.context_lengths is {self.context_lengths}; give rising lengths of at least 2 tokens, such as (256, 512)")
+        if self.context_weights and (len(self.context_weights) != len(self.context_lengths) or min(self.context_weights) < 0):
+            raise ValueError(f"data.context_weights {self.context_weights} must give one weight >= 0 for each of data.context_lengths")
+        if self.context_weights and not sum(self.context_weights) > 0:
+            raise ValueError(f"data.context_weights {self.context_weights} are all zero; give at least one a positive weight")
+        for name in ("questions_per_context", "max_target_tokens"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"data.{name} is {getattr(self, name)}; it must be positive")
+
+
+@dataclasses.dataclass(frozen=True)
+class Bucket:
+    """One padded context length and its examples: rows of (text, start, stop, next stop) or (text, first, last question)."""
+
+    length: int
+    shape: tuple[int, int]
+    examples: np.ndarray
+
+
+@functools.lru_cache(maxsize=8)
+def _permutation(seed, bucket, epoch, count):
+    return np.random.default_rng([seed, 1, bucket, epoch]).permutation(count)
+
+
+class Examples:
+    """The examples of one tokenised source under one configuration, and how they become arrays.
+
+    phase: "pretrain" or "finetune". objectives: those with a weight, of "ae", "lm", "qa". dropped: `{reason: count}` of what was
+    left out. ValueError where nothing is left.
+    """
+
+    def __init__(self, tokens, config, compression, phase, objectives, template, bos_id, eos_id):
+        self.tokens, self.config, self.compression = tokens, config, compression
+        self.objectives, self.template, self.eos_id = objectives, template, eos_id
+        self.bos = [] if bos_id is None else [bos_id]
+        self.dropped = {}
+        if phase == "pretrain":
+            examples = [self._windows(length) for length in config.context_lengths]
+            weights = np.asarray(config.context_weights or [1.0] * len(examples), float)
+        else:
+            examples = self._questions()
+            weights = np.asarray([len(e) for e in examples], float)
+        self.buckets = [
+            Bucket(length, icae.segment_shape(length, compression), e) for length, e in zip(config.context_lengths, examples, strict=True)
+        ]
+        weights = weights * [len(e) > 0 for e in examples]
+        if not weights.sum() > 0:
+            why = "; ".join(f"{count} {reason}" for reason, count in self.dropped.items()) or "it has none of the kind needed"
+            raise ValueError(f"no examples for phase {phase} in the data: {why} (data.context_lengths is {config.context_lengths})")
+        self.weights = weights / weights.sum()
+
+    def _windows(self, length):
+        """(text, start, stop, next stop) of windows of `length` tokens, `<s>` included; a short rest stands if it is all, or half."""
+        size = length - len(self.bos)
+        rows = []
+        for text, count in enumerate(np.diff(self.tokens.text_offsets).tolist()):
+            for start in range(0, count, size):
+                stop = min(start + size, count)
+                after = min(stop + size, count)
+                if start > 0 and 2 * (stop - start) < size:
+                    continue
+                rows.append((text, start, stop, after if after - stop >= layouts.LM_MINIMUM else stop))
+        return np.asarray(rows, np.int64).reshape(-1, 4)
+
+    def _questions(self):
+        """(text, first question, last + 1) for every bucket."""
+        rows = [[] for _ in self.config.context_lengths]
+        lengths = np.diff(self.tokens.text_offsets) + len(self.bos)
+        group = self.config.questions_per_context
+        for text, count in enumerate(lengths.tolist()):
+            first, last = self.tokens.question_offsets[text : text + 2].tolist()
+            if first == last:
+                continue
+            bucket = int(np.searchsorted(self.config.context_lengths, count))
+            if bucket == len(rows):
+                self._drop("contexts longer than the largest of data.context_lengths")
+                continue
+            rows[bucket] += [(text, q, min(q + group, last)) for q in range(first, last, group)]
+        self._question_targets = {}
+        T = U = 1
+        for q in range(int(self.tokens.question_offsets[-1])):
+            target = self.template.target(self.tokens.prompt(q).tolist(), self.tokens.answer(q).tolist())
+            if len(target.ids) - 1 > self.config.max_target_tokens:
+                self._drop("questions longer than data.max_target_tokens")
+                continue
+            T, U = max(T, len(target.ids) - 1), max(U, len(target.ids) - target.label_start)
+            self._question_targets[q] = target
+        self.qa_shape = (T, U)
+        keep = self._question_targets.keys()
+        return [np.asarray([r for r in b if any(q in keep for q in range(r[1], r[2]))], np.int64).reshape(-1, 3) for b in rows]
+
+    def _drop(self, reason):
+        self.dropped[reason] = self.dropped.get(reason, 0) + 1
+
+    # ------------------------------------------------------------------------------------------------- which examples
+
+    def draw(self, seed, step, batch_size):
+        """The global batch of a step: (bucket number, example numbers `[batch_size]`). Every epoch of a bucket has its own order."""
+        bucket = int(np.random.default_rng([seed, 0, step]).choice(len(self.buckets), p=self.weights))
+        count = len(self.buckets[bucket].examples)
+        at = np.arange(step * batch_size, (step + 1) * batch_size)
+        return bucket, np.asarray([_permutation(seed, bucket, int(i // count), count)[i % count] for i in at])
+
+    def held_out(self, batch_size, most):
+        """Fixed batches for evaluation, at most `most` examples: yields (bucket number, example numbers, -1 for blank rows)."""
+        for number, bucket in enumerate(self.buckets):
+            count = min(len(bucket.examples), int(np.ceil(most * self.weights[number])))
+            chosen = np.random.default_rng([0, 2]).permutation(len(bucket.examples))[:count]
+            for start in range(0, count, batch_size):
+                rows = np.full(batch_size, -1)
+                part = chosen[start : start + batch_size]
+                rows[: len(part)] = part
+                yield number, rows
+
+    # ------------------------------------------------------------------------------------------------- into arrays
+
+    def _targets(self, example):
+        """(context ids, `{objective: [Target or None]}`) of one example."""
+        text = self.tokens.text(example[0])
+        if len(example) == 4:
+            _, start, stop, after = example
+            context, targets = self.bos + text[start:stop].tolist(), {}
+            if "lm" in self.objectives:
+                targets["lm"] = [layouts.lm_target(text[stop:after].tolist()) if after > stop else None]
+        else:
+            _, first, last = example
+            context, targets = self.bos + text.tolist(), {}
+            if "qa" in self.objectives:
+                targets["qa"] = [self._question_targets.get(q) for q in range(first, last)]
+        if "ae" in self.objectives:
+            targets["ae"] = [layouts.ae_target(context, self.eos_id)]
+        return context, targets
+
+    def collate(self, bucket, rows):
+        """Arrays of the given examples of one bucket (-1: a blank row): `context [B, S, N]`, `lengths [B, S]`, `targets`.
+
+        AE and LM targets have one shape, so that both run in one decoder call.
+        """
+        bucket = self.buckets[bucket]
+        made = [self._targets(bucket.examples[r]) if r >= 0 else ([], {}) for r in rows]
+        ids, lengths = icae.segment_contexts([c for c, _ in made], self.compression, bucket.shape)
+        size = bucket.length + 1
+        targets = {}
+        for objective in self.objectives:
+            G = self.config.questions_per_context if objective == "qa" else 1
+            T, U = self.qa_shape if objective == "qa" else (size, size)
+            targets[objective] = layouts.pack([t.get(objective, []) for _, t in made], G, T, U)
+        return {"context": ids, "lengths": lengths, "targets": targets}
+
+
+def train_batches(examples, seed, batch_size, start, stop, process=0, processes=1):
+    """Iterates over the batches of steps start … stop - 1, made ahead by threads; each process makes only its rows."""
+    share = batch_size // processes
+    mine = slice(process * share, (process + 1) * share)
+
+    def make(step):
+        bucket, rows = examples.draw(seed, int(step), batch_size)
+        return examples.collate(bucket, rows[mine])
+
+    steps = grain.MapDataset.range(start, stop).map(make)
+    return iter(steps.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))

@@ -1,0 +1,260 @@
+"""`Compressor`: compress texts once, then restore them, ask about them, score continuations."""
+
+import functools
+import pathlib
+import typing
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from icae_jax.compression import icae, layout
+from icae_jax.inference import generate, store
+from icae_jax.interop import adapter as adapters
+from icae_jax.interop import base as bases
+from icae_jax.models import llama
+from icae_jax.objectives import loss, targets
+
+SHAPE_STEP = 32  # lengths are padded to multiples of this, so that few shapes are compiled
+
+
+class Generation(typing.NamedTuple):
+    """One decoded text. ids: without the stop token. stopped: whether a stop token came. ties: steps within `generate.TIE`."""
+
+    text: str
+    ids: list[int]
+    stopped: bool
+    ties: int
+
+
+class Score(typing.NamedTuple):
+    """log_prob: sum over the scored tokens, in nats. tokens: how many were scored."""
+
+    log_prob: float
+    tokens: int
+
+
+def _up(n, step=SHAPE_STEP):
+    return -(-n // step) * step
+
+
+def load(adapter, base=None, *, dtype="float32"):
+    """Loads a `Compressor`. adapter: adapter folder, or a training workdir. base: model-hub folder; by default the adapter's own.
+
+    dtype: "float32" or "bfloat16", of base and activations. ValueError where the base is not the one the adapter was trained on.
+    """
+    folder = adapters.adapter_folder(adapter)
+    _, peft = adapters.read_adapter_info(folder)
+    where = str(base or peft["base_model_name_or_path"])
+    if not pathlib.Path(where).is_dir():
+        given = "--base" if base else f"adapter {folder} names its base as"
+        raise ValueError(f"{given} {where}, which is not a folder; give the base model's folder with --base")
+    loaded = bases.load_base(where, jnp.dtype(dtype))
+    return Compressor(loaded, adapters.load_adapter(folder, loaded), folder, dtype)
+
+
+def load_with_memory(memory_path, adapter=None, base=None):
+    """(`Compressor`, memory, ids) of a memory file, by default with the adapter that it names."""
+    adapter = adapter or store.read_metadata(memory_path)["adapter"]
+    if not pathlib.Path(adapter).is_dir():
+        raise ValueError(f"--memory {memory_path} names adapter {adapter}, which is not here; give the adapter's folder with --adapter")
+    compressor = load(adapter, base)
+    memory, ids = compressor.load_memory(memory_path)
+    return compressor, memory, ids
+
+
+class Compressor:
+    """A base with a trained adapter. Results do not depend on batch size or padding (beyond ties, see `Generation`)."""
+
+    def __init__(self, base, adapter, path, dtype="float32"):
+        self.base, self.adapter, self.path = base, adapter, path
+        self.config = adapter.compression
+        self.trained = jax.device_put(adapter.trained)
+        self.model = llama.Llama(base.config, lora_scale=adapter.lora.scale, dtype=jnp.dtype(dtype))
+        bos = bases.bos_id(base.tokenizer)
+        self._bos = [] if bos is None else [bos]
+        self._compress = jax.jit(functools.partial(icae.compress, self.model, config=self.config))
+        self._read = jax.jit(functools.partial(icae.read, self.model), static_argnames="head")
+        self._losses = jax.jit(self._label_losses, static_argnames="head")
+
+    # -------------------------------------------------------------------------------------------------------- write
+
+    def context_ids(self, text):
+        """A text as the encoder reads it: with the tokenizer's `<s>`, where it sets one."""
+        return self._bos + self.base.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+    def compress(self, texts, batch_size=16, where=None):
+        """Memory of each text. texts: one or a list. where: names of the texts for errors.
+
+        ValueError where a text has no tokens or does not fit the base's positions.
+        """
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        if not texts:
+            raise ValueError("texts is empty; give at least one text")
+        where = where or [f"text {i}" for i in range(len(texts))]
+        contexts = [self.context_ids(t) for t in texts]
+        most = self.base.config.max_position_embeddings
+        for context, name in zip(contexts, where, strict=True):
+            if len(context) == len(self._bos):
+                raise ValueError(f"{name}: the text has no tokens")
+            segments, size = icae.segment_shape(len(context), self.config)
+            spread = layout.get(self.config.layout).spread_decoder
+            needed = max(size + self.config.k, (len(context) if spread else segments * self.config.k) + 2)
+            if needed > most:
+                raise ValueError(
+                    f"{name}: {len(context)} tokens need {needed} positions, the base has {most}; compress it in several parts"
+                )
+        return self.compress_ids(contexts, batch_size)
+
+    def compress_ids(self, contexts, batch_size=16):
+        """Memory of each list of token ids, `<s>` included where the tokenizer sets one."""
+        parts = []
+        for start in range(0, len(contexts), batch_size):
+            part = contexts[start : start + batch_size]
+            shapes = [icae.segment_shape(len(c), self.config) for c in part]
+            shape = (max(s for s, _ in shapes), min(_up(max(n for _, n in shapes)), max(self.config.segment_tokens, 1)))
+            ids, lengths = icae.segment_contexts(_fill(part, batch_size if parts else len(part), []), self.config, shape)
+            parts.append(jax.device_get(self._compress(self.base.params, self.trained, ids, lengths))[: len(part)])
+        return _join(parts, self.config)
+
+    def save(self, path, memory, ids=None):
+        """Writes a memory file. ids: names of the texts, by default their numbers."""
+        ids = [str(i) for i in range(len(memory))] if ids is None else ids
+        store.save(path, memory, self.config, ids, self.base.fingerprint, self.adapter.fingerprint, self.path)
+
+    def load_memory(self, path):
+        """(memory, ids) of a memory file; ValueError where another base or adapter wrote it."""
+        return store.load(path, self.config, self.base.fingerprint, self.adapter.fingerprint)
+
+    # --------------------------------------------------------------------------------------------------------- read
+
+    def restore(self, memory, max_new_tokens=None, batch_size=16, details=False):
+        """The texts read back out of memory, decoded greedily behind [AE]. details: `Generation`s instead of texts."""
+        most = int(memory.lengths.max()) + 16 if max_new_tokens is None else max_new_tokens
+        needed = None if max_new_tokens else int(memory.lengths.max()) + 1
+        rows = self._generate(memory, [[[targets.AE]]] * len(memory), "ae", (), most, needed, batch_size)
+        return [row[0] if details else row[0].text for row in rows]
+
+    def ask(self, memory, questions, max_new_tokens=None, batch_size=16, details=False):
+        """Answers, decoded greedily in the adapter's template.
+
+        questions: one (for every text); or a list with one entry a text, each a question or a list of questions. For the memory of a
+        single text, a list of questions is asked of it. Returns answers nested as the questions are.
+        """
+        if isinstance(questions, str):
+            questions = [questions] * len(memory)
+        single = len(memory) == 1 and len(questions) != 1
+        nested = [list(questions)] if single else [[q] if isinstance(q, str) else list(q) for q in questions]
+        if len(nested) != len(memory) or not all(nested):
+            raise ValueError(f"questions has {len(nested)} entries for {len(memory)} texts; give at least one question a text")
+        template = self.adapter.template
+        prompts = [[template.prompt(self._ids(q)) for q in row] for row in nested]
+        rows = self._generate(memory, prompts, "qa", template.head, max_new_tokens or 128, None, batch_size)
+        rows = [[g if details else g.text for g in row] for row in rows]
+        if single:
+            return rows[0]
+        return [row[0] if isinstance(q, str) else row for q, row in zip(questions, rows, strict=True)]
+
+    def score(self, memory, targets_, questions=None, batch_size=16):
+        """Log-probability of a target behind each memory: `Score`s.
+
+        targets_: one text for each memory. Without questions each is scored as a continuation, all but its first token (nothing
+        stands before that one but the memory); with them, as the answer to that question, stop token included.
+        """
+        targets_ = [targets_] if isinstance(targets_, str) else list(targets_)
+        questions = [questions] if isinstance(questions, str) else questions
+        for name, value in (("targets", targets_), ("questions", questions)):
+            if value is not None and len(value) != len(memory):
+                raise ValueError(f"{name} has {len(value)} entries for {len(memory)} memories; give one each")
+        if questions is None:
+            rows, head, objective = [targets.Target(self._ids(t), 1) for t in targets_], (), "lm"
+        else:
+            template, objective = self.adapter.template, "qa"
+            rows = [template.target(self._ids(q), self._ids(t)) for q, t in zip(questions, targets_, strict=True)]
+            head = template.head
+        short = [i for i, row in enumerate(rows) if len(row.ids) < 2]
+        if short:
+            raise ValueError(f"target {short[0]} has fewer than 2 tokens; there is nothing to score in it")
+        T = max(len(row.ids) - 1 for row in rows)
+        self._check_room(memory, objective, len(head), T)
+        T, scores = _up(T), []
+        for start in range(0, len(memory), batch_size):
+            part = rows[start : start + batch_size]
+            batch = targets.pack([[row] for row in part], 1, T, T)
+            losses = self._losses(self.base.params, self.trained, memory[start : start + batch_size], {objective: batch}, head=head)
+            sums = np.where(batch["label_mask"], np.asarray(losses[objective]), 0).sum((1, 2))
+            counts = batch["label_mask"].sum((1, 2))
+            scores += [Score(-float(s), int(n)) for s, n in zip(sums, counts, strict=True)]
+        return scores
+
+    # ------------------------------------------------------------------------------------------------------ inside
+
+    def _ids(self, text):
+        return self.base.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+    def _label_losses(self, params, trained, memory, batch, head):
+        heads = {o: head for o in batch}
+        return loss.label_losses(self.model, params, trained, memory, batch, heads, self.config.layout, 128)
+
+    def _check_room(self, memory, objective, head, tokens):
+        """Positions left for new tokens behind the memory; ValueError where `tokens` do not fit."""
+        restarts = objective == "ae" and layout.get(self.config.layout).ae_restarts
+        start = 0 if restarts else head + int(np.max(memory.end))
+        room = self.base.config.max_position_embeddings - start
+        if tokens > room:
+            raise ValueError(f"{tokens} tokens behind a memory that ends at position {start} do not fit the base's {room + start} positions")
+        return room
+
+    def _generate(self, memory, prompts, objective, head, most, needed, batch_size):
+        """Greedy decoding of every prompt of every memory: `Generation`s, nested as the prompts are."""
+        if most <= 0:
+            raise ValueError(f"max_new_tokens is {most}; it must be positive")
+        G = max(len(row) for row in prompts)
+        T = max(len(p) for row in prompts for p in row)
+        room = self._check_room(memory, objective, len(head), T + (needed or 1))
+        new = min(most, room - T)
+        width = T if T == 1 else _up(T, 16)
+        stops = tuple(sorted({*self.base.stop_ids, *([self.adapter.template.stop] if objective == "qa" else [])}))
+        result = []
+        for start in range(0, len(prompts), batch_size):
+            rows = prompts[start : start + batch_size]
+            size = batch_size if start else len(rows)
+            part = memory[np.resize(np.arange(start, start + len(rows)), size)]
+            padded = [(row * G)[:G] for row in _fill(rows, size, rows[0])]  # absent questions repeat the first; not returned
+            ids = np.zeros((size * G, width), np.int32)
+            lengths = np.zeros(size * G, np.int32)
+            for i, prompt in enumerate(p for row in padded for p in row):
+                ids[i, : len(prompt)], lengths[i] = prompt, len(prompt)
+            prefix = self._read(self.base.params, part, head=tuple(head))
+            starts = jnp.repeat(layout.target_starts(layout.get(self.config.layout), objective, prefix), G)
+            out = jax.device_get(
+                generate.greedy(
+                    self.model, self.base.params, self.trained["memory_table"], prefix, starts, ids, lengths,
+                    max_new_tokens=new, stop_ids=stops,
+                )
+            )  # fmt: skip
+            for b, row in enumerate(rows):
+                result.append([self._generation(out, b * G + g) for g in range(len(row))])
+        return result
+
+    def _generation(self, out, i):
+        ids = out.ids[i, : out.lengths[i]].tolist()
+        text = self.base.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return Generation(text, ids, bool(out.stopped[i]), int(out.ties[i]))
+
+
+def _fill(rows, size, blank):
+    return [*rows, *[blank] * (size - len(rows))]
+
+
+def _join(parts, config):
+    """Memories of several batches as one, padded to the most segments."""
+    S = max(p.segment_lengths.shape[1] for p in parts)
+
+    def padded(x, to):
+        return np.pad(x, ((0, 0), (0, to - x.shape[1])) + ((0, 0),) * (x.ndim - 2))
+
+    slots = np.concatenate([padded(p.slots, S * config.k) for p in parts])
+    lengths = np.concatenate([padded(p.segment_lengths, S) for p in parts])
+    return jax.device_get(icae.place(slots, lengths, config))
+

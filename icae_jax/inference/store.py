@@ -1,0 +1,76 @@
+"""Memory files: compressed texts on disk, with all that is needed to read them back, or to refuse.
+
+A safetensors file with `slots [B, M, D]` and `lengths [B, S]` (context tokens of each segment, 0 where a text has fewer), and as
+metadata: format_version, icae_jax_version, method, layout, k, base_fingerprint, adapter_fingerprint, adapter (its folder), ids (JSON).
+"""
+
+import json
+import os
+import pathlib
+
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+import icae_jax
+from icae_jax.compression import icae
+from icae_jax.interop import files
+
+FORMAT_VERSION = "1"
+
+
+def check_output(path):
+    """ValueError where a memory file could not be written, before any work is done."""
+    path = pathlib.Path(path)
+    if path.is_dir():
+        raise ValueError(f"--output {path} is a folder; give a file name such as memory.safetensors")
+    parent = path.absolute().parent
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise ValueError(f"--output {path}: folder {parent} is absent or cannot be written")
+
+
+def save(path, memory, compression, ids, base_fingerprint, adapter_fingerprint, adapter_path):
+    """Writes a memory file; one that is there is replaced only when the new one is complete."""
+    if len(ids) != len(memory):
+        raise ValueError(f"{len(ids)} ids for {len(memory)} memories; give one id a text")
+    metadata = {
+        "format_version": FORMAT_VERSION,
+        "icae_jax_version": icae_jax.__version__,
+        "method": compression.method,
+        "layout": compression.layout,
+        "k": str(compression.k),
+        "base_fingerprint": base_fingerprint,
+        "adapter_fingerprint": adapter_fingerprint,
+        "adapter": str(pathlib.Path(adapter_path).resolve()),
+        "ids": json.dumps(list(ids), ensure_ascii=False),
+    }
+    tensors = {"slots": np.asarray(memory.slots), "lengths": np.asarray(memory.segment_lengths, np.int32)}
+    with files.replacing_file(path) as tmp:
+        safetensors.numpy.save_file(tensors, tmp, metadata)
+
+
+def read_metadata(path):
+    """A memory file's metadata. ValueError where it is not one."""
+    if not pathlib.Path(path).is_file():
+        raise ValueError(f"--memory {path}: no such file; `icae compress` writes memory files")
+    try:
+        with safetensors.safe_open(path, framework="numpy") as f:
+            metadata = f.metadata() or {}
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"--memory {path}: not a readable memory file ({error})") from error
+    if metadata.get("format_version") != FORMAT_VERSION:
+        raise ValueError(f"--memory {path}: format_version {metadata.get('format_version')}; this version reads {FORMAT_VERSION}")
+    return metadata
+
+
+def load(path, compression, base_fingerprint, adapter_fingerprint):
+    """(`Slots`, ids) of a memory file. ValueError where another base or adapter wrote it."""
+    metadata = read_metadata(path)
+    for kind, have in (("base", base_fingerprint), ("adapter", adapter_fingerprint)):
+        wrote = metadata[f"{kind}_fingerprint"]
+        if wrote != have:
+            raise ValueError(f"--memory {path} was written with {kind} {wrote[:12]}, but {have[:12]} is loaded; give that {kind}")
+    tensors = safetensors.numpy.load_file(path)
+    memory = icae.place(jnp.asarray(tensors["slots"]), jnp.asarray(tensors["lengths"]), compression)
+    return memory, json.loads(metadata["ids"])

@@ -1,0 +1,49 @@
+"""Checkpoints of the train state by Orbax: asynchronous, the latest and the best kept."""
+
+import pathlib
+
+import jax
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers as managers
+
+
+class Checkpoints:
+    """The checkpoints of a workdir. `save` returns at once; `wait` blocks until what was saved is on disk."""
+
+    def __init__(self, workdir):
+        # max_to_keep with best_fn would delete the latest step, so preservation is stated as a policy of its own.
+        keep = managers.AnyPreservationPolicy(
+            [
+                managers.LatestN(n=1),
+                managers.BestN(get_metric_fn=lambda m: -m["loss"], n=1, keep_checkpoints_without_metrics=False),
+            ]
+        )
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=keep, create=True, cleanup_tmp_directories=True, step_prefix="step", enable_async_checkpointing=True
+        )
+        self._manager = ocp.CheckpointManager(pathlib.Path(workdir).resolve() / "checkpoints", options=options)
+
+    def latest(self):
+        """The newest complete step, or None."""
+        return self._manager.latest_step()
+
+    def best(self):
+        """The step with the lowest held-out loss, or None."""
+        scored = [(self._manager.metrics(s)["loss"], s) for s in self._manager.all_steps() if self._manager.metrics(s)]
+        return min(scored)[1] if scored else None
+
+    def restore(self, step, like):
+        """The state saved at a step, with the shapes, dtypes and shardings of `like`."""
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+        return self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
+
+    def save(self, step, state, held_out_loss=None):
+        """Starts saving. held_out_loss ranks it among the others; without one it is kept only as the latest."""
+        metrics = None if held_out_loss is None else {"loss": float(held_out_loss)}
+        self._manager.save(step, args=ocp.args.StandardSave(state), metrics=metrics, force=True)
+
+    def wait(self):
+        self._manager.wait_until_finished()
+
+    def close(self):
+        self._manager.close()

@@ -1,0 +1,217 @@
+"""A run's configuration as frozen dataclasses, converted and checked once, at the edge."""
+
+import dataclasses
+import json
+import pathlib
+import types
+import typing
+
+import jax.numpy as jnp
+
+from icae_jax.compression.icae import CompressionConfig
+from icae_jax.data.batches import DataConfig
+from icae_jax.interop import files
+from icae_jax.models.llama import REMAT_POLICIES
+from icae_jax.models.lora import LoraConfig
+from icae_jax.objectives.targets import OBJECTIVES
+
+
+@dataclasses.dataclass(frozen=True)
+class ObjectivesConfig:
+    """Weights of the mean loss of each objective (arXiv 2307.06945, eq. 3 and 5); 0 leaves an objective out. template: of QA."""
+
+    ae: float = 0.5
+    lm: float = 0.5
+    qa: float = 0.0
+    template: str = "plain"
+
+    @property
+    def weights(self):
+        return {o: getattr(self, o) for o in OBJECTIVES if getattr(self, o) > 0}
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW. warmup_steps: linear, from 0. schedule: "constant" or "cosine" (to 0 at decay_steps; 0 means the run's last step).
+
+    clip: largest global gradient norm. weight_decay: decoupled, on every trained tensor.
+    """
+
+    learning_rate: float = 1e-4
+    warmup_steps: int = 300
+    schedule: str = "constant"
+    decay_steps: int = 0
+    b1: float = 0.9
+    b2: float = 0.95
+    weight_decay: float = 0.1
+    clip: float = 2.0
+
+    def __post_init__(self):
+        if not self.learning_rate > 0:
+            raise ValueError(f"optimizer.learning_rate is {self.learning_rate}; it must be positive, such as 1e-4")
+        if self.schedule not in ("constant", "cosine"):
+            raise ValueError(f"optimizer.schedule is {self.schedule!r}; choose constant or cosine")
+        if self.warmup_steps < 0 or self.decay_steps < 0 or not self.clip > 0:
+            raise ValueError("optimizer.warmup_steps and decay_steps must be >= 0, and clip > 0")
+
+
+@dataclasses.dataclass(frozen=True)
+class LoopConfig:
+    """What every kind of training shares. accumulate: microbatches of one step. eval_examples: held-out examples at most.
+
+    dtype: of activations and the frozen base ("float32" or "bfloat16"); trained parameters are float32. remat: see `models.llama`.
+    eval_every, checkpoint_every: in steps; checkpoints are made at evaluations too.
+    """
+
+    seed: int = 0
+    steps: int = 1000
+    batch_size: int = 8
+    accumulate: int = 1
+    dtype: str = "float32"
+    remat: str = "none"
+    unroll: int = 1
+    loss_chunk: int = 128
+    log_every: int = 10
+    eval_every: int = 200
+    eval_examples: int = 64
+    checkpoint_every: int = 200
+    optimizer: OptimizerConfig = OptimizerConfig()
+
+    def __post_init__(self):
+        for name in ("steps", "batch_size", "accumulate", "unroll", "loss_chunk", "log_every", "eval_every", "checkpoint_every"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be positive")
+        if self.eval_examples < 0:
+            raise ValueError(f"eval_examples is {self.eval_examples}; it must be 0 or more")
+        if self.batch_size % self.accumulate:
+            raise ValueError(f"batch_size {self.batch_size} is not a multiple of accumulate {self.accumulate}")
+        if self.dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"dtype is {self.dtype!r}; choose float32 or bfloat16")
+        if self.remat not in REMAT_POLICIES:
+            raise ValueError(f"remat is {self.remat!r}; choose from {', '.join(REMAT_POLICIES)}")
+
+    @property
+    def jnp_dtype(self):
+        return jnp.dtype(self.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig(LoopConfig):
+    """One compressor's training. phase: "pretrain" (AE, LM) or "finetune" (QA, AE). base: model-hub folder.
+
+    init_from: an adapter folder or the workdir of an earlier phase; fine-tuning needs one.
+    """
+
+    phase: str = "pretrain"
+    base: str = ""
+    init_from: str = ""
+    compression: CompressionConfig = CompressionConfig()
+    lora: LoraConfig = LoraConfig()
+    objectives: ObjectivesConfig = ObjectivesConfig()
+    data: DataConfig = DataConfig()
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.phase not in ("pretrain", "finetune"):
+            raise ValueError(f"phase is {self.phase!r}; choose pretrain or finetune")
+        weights = [getattr(self.objectives, o) for o in OBJECTIVES]
+        if min(weights) < 0 or not sum(weights) > 0:
+            raise ValueError(f"objectives ae, lm, qa are {weights}; give weights >= 0, at least one of them positive")
+        absent = "qa" if self.phase == "pretrain" else "lm"
+        if getattr(self.objectives, absent) > 0:
+            raise ValueError(f"objectives.{absent} is {getattr(self.objectives, absent)} in phase {self.phase}, which has no such targets; set 0")
+        for name, value in (("base", self.base), ("data.train", self.data.train)):
+            if not value:
+                raise ValueError(f"{name} is not set; give it with --config.{name}=PATH")
+        if self.phase == "finetune" and not self.init_from:
+            raise ValueError("init_from is not set; fine-tuning starts from a pretrained compressor: --config.init_from=WORKDIR")
+
+
+@dataclasses.dataclass(frozen=True)
+class TinyModelConfig:
+    """Sizes of a base model that is trained from scratch; the vocabulary is the corpus's tokenizer's."""
+
+    hidden_size: int = 128
+    intermediate_size: int = 384
+    num_layers: int = 4
+    num_heads: int = 4
+    num_kv_heads: int = 4
+    max_position_embeddings: int = 512
+
+
+@dataclasses.dataclass(frozen=True)
+class BaseConfig(LoopConfig):
+    """Training of a small base model on the synthetic corpus."""
+
+    model: TinyModelConfig = TinyModelConfig()
+
+
+# --------------------------------------------------------------------------------------------------------- conversion
+
+
+def from_dict(kind, raw, path="config"):
+    """Builds the frozen dataclass `kind` from nested mappings. ValueError names unknown fields and values of the wrong type."""
+    fields = {f.name: f for f in dataclasses.fields(kind)}
+    hints = typing.get_type_hints(kind)
+    unknown = sorted(set(raw) - set(fields))
+    if unknown:
+        raise ValueError(f"{path}.{unknown[0]} is not a field; the fields of {path} are {', '.join(fields)}")
+    values = {}
+    for name, value in raw.items():
+        hint, where = hints[name], f"{path}.{name}"
+        if dataclasses.is_dataclass(hint):
+            values[name] = from_dict(hint, value, where)
+        elif isinstance(hint, types.GenericAlias):
+            item = typing.get_args(hint)[0]
+            if not isinstance(value, list | tuple):
+                raise ValueError(f"{where} is {value!r}; expected a tuple of {item.__name__}")
+            values[name] = tuple(_scalar(item, v, where) for v in value)
+        else:
+            values[name] = _scalar(hint, value, where)
+    return kind(**values)
+
+
+def _scalar(kind, value, where):
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if not isinstance(value, kind) or isinstance(value, bool) and kind is not bool:
+        raise ValueError(f"{where} is {value!r}; expected {kind.__name__}")
+    return value
+
+
+# ------------------------------------------------------------------------------------------------- resuming a workdir
+
+# What may change when a workdir is continued; any other field changes the mathematics.
+FREE_FIELDS = {"log_every", "eval_every", "eval_examples", "checkpoint_every", "remat", "unroll", "data.cache_dir", "data.tfds_dir", "data.eval"}
+
+
+def _flat(value, prefix=""):
+    if isinstance(value, dict):
+        return {k: v for key, item in value.items() for k, v in _flat(item, f"{prefix}{key}.").items()}
+    return {prefix[:-1]: list(value) if isinstance(value, tuple) else value}
+
+
+def check_workdir(workdir, config, identity):
+    """Compares with the configuration that the workdir was started with, and records the new one.
+
+    identity: `{name: fingerprint}` of what paths in the configuration stand for; those are compared instead of the paths.
+    Returns the changes to log, as text lines. ValueError lists fields that change the mathematics; nothing is written then.
+    """
+    path = pathlib.Path(workdir) / "config.json"
+    now = _flat(dataclasses.asdict(config)) | {f"identity.{k}": v for k, v in identity.items()}
+    if not path.exists():
+        files.write_json(path, now)
+        return []
+    before = files.read_json(path, "the run's configuration")
+    changed = [k for k in sorted(before.keys() | now.keys()) if before.get(k) != now.get(k)]
+    refused = [k for k in changed if k not in FREE_FIELDS and k not in identity]
+    if "steps" in refused and now["steps"] > before["steps"] and (now["optimizer.schedule"] == "constant" or now["optimizer.decay_steps"]):
+        refused.remove("steps")
+    if refused:
+        lines = "; ".join(f"{k}: {before.get(k)!r} -> {now.get(k)!r}" for k in refused)
+        raise ValueError(
+            f"{workdir} was started with another configuration, and these fields change its mathematics: {lines}. "
+            "Give the old values to continue it, or another --workdir"
+        )
+    files.write_json(path, now)
+    return [f"{k}: {before.get(k)!r} -> {now.get(k)!r}" for k in changed]

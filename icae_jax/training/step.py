@@ -1,0 +1,76 @@
+"""The jitted steps: gradients of weighted mean losses, accumulated as sums, clipped, applied; and evaluation.
+
+A task's `losses(trained, frozen, batch, dropout_key, wrong_memory=False)` gives `{objective: (sum, count)}` of one
+(micro)batch, and `counts(batch)` the counts alone.
+"""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+
+def make_optimizer(config, steps):
+    """AdamW with warm-up and global-norm clipping, and its learning-rate schedule (step -> rate)."""
+    c = config
+    if c.schedule == "cosine":
+        schedule = optax.warmup_cosine_decay_schedule(0.0, c.learning_rate, c.warmup_steps, max(c.decay_steps or steps, c.warmup_steps + 1))
+    else:
+        schedule = optax.join_schedules(
+            [optax.linear_schedule(0.0, c.learning_rate, max(c.warmup_steps, 1)), optax.constant_schedule(c.learning_rate)],
+            [c.warmup_steps],
+        )
+
+    # The first update is step 1: a warm-up from 0 would otherwise spend it on nothing.
+    def rate(step):
+        return schedule(step + 1)
+
+    adam = optax.adamw(rate, b1=c.b1, b2=c.b2, weight_decay=c.weight_decay)
+    return optax.chain(optax.clip_by_global_norm(c.clip), adam), rate
+
+
+def init_state(trained, optimizer):
+    """The train state: step, trained parameters (float32), optimizer state. The frozen base is not part of it."""
+    return {"step": jnp.zeros((), jnp.int32), "trained": trained, "opt_state": optimizer.init(trained)}
+
+
+def make_train_step(task, optimizer, seed, accumulate):
+    """`step(state, frozen, batch) -> (state, metrics)`, jitted, the state donated.
+
+    Each objective's denominator is its label count over the whole batch, known before any microbatch runs, so that
+    accumulating equals one large batch. Randomness is a function of (seed, step).
+    """
+
+    def step(state, frozen, batch):
+        counts = task.counts(batch)
+        key = jax.random.fold_in(jax.random.key(seed), state["step"])
+
+        def weighted(trained, micro, micro_key):
+            sums = {o: s for o, (s, _) in task.losses(trained, frozen, micro, micro_key).items()}
+            return sum(task.weights[o] * sums[o] / jnp.maximum(counts[o], 1.0) for o in sums), sums
+
+        def add(carry, xs):
+            micro, number = xs
+            (_, sums), grads = jax.value_and_grad(weighted, has_aux=True)(state["trained"], micro, jax.random.fold_in(key, number))
+            return jax.tree.map(jnp.add, carry, (grads, sums)), None
+
+        zero = (jax.tree.map(jnp.zeros_like, state["trained"]), {o: jnp.zeros(()) for o in counts})
+        if accumulate == 1:
+            (grads, sums), _ = add(zero, (batch, 0))
+        else:
+            # Interleaved, so that every device keeps the rows it has.
+            micros = jax.tree.map(lambda x: jnp.swapaxes(x.reshape(x.shape[0] // accumulate, accumulate, *x.shape[1:]), 0, 1), batch)
+            (grads, sums), _ = jax.lax.scan(add, zero, (micros, jnp.arange(accumulate)))
+        updates, opt_state = optimizer.update(grads, state["opt_state"], state["trained"])
+        trained = optax.apply_updates(state["trained"], updates)
+        metrics = {"sums": sums, "counts": counts, "tokens": task.tokens(batch), "grad_norm": optax.global_norm(grads)}
+        return {"step": state["step"] + 1, "trained": trained, "opt_state": opt_state}, metrics
+
+    return jax.jit(step, donate_argnums=0)
+
+
+def make_eval_step(task):
+    """`step(trained, frozen, batch, wrong_memory) -> {objective: (sum, count)}`; wrong_memory gives each row its neighbour's memory."""
+    return jax.jit(
+        lambda trained, frozen, batch, wrong_memory: task.losses(trained, frozen, batch, None, wrong_memory),
+        static_argnums=3,
+    )

@@ -1,0 +1,181 @@
+"""The training loop, read top to bottom: `icae train` (a compressor) and `icae train-base` (a small base model) both run it."""
+
+import math
+import pathlib
+import signal
+import sys
+import threading
+import time
+
+import jax
+from tqdm import tqdm
+
+from icae_jax.training import metrics, sharding, step
+from icae_jax.training.checkpoint import Checkpoints
+from icae_jax.training.config import check_workdir
+
+DONE, PREEMPTED, DIVERGED = 0, 75, 3  # exit codes; 2 is bad input
+
+
+def parameter_table(trained, frozen):
+    """A text table of parameters, trained and frozen."""
+    lines = [f"{'parameter':58}{'shape':>22}{'count':>14}"]
+    for kind, tree in (("trained", trained), ("frozen", frozen)):
+        leaves = jax.tree_util.tree_leaves_with_path(tree)
+        for path, leaf in leaves:
+            name = "/".join(str(k.key) for k in path)
+            lines.append(f"{kind + ' ' + name:58}{leaf.shape!s:>22}{leaf.size:>14,}")
+    counts = [sum(x.size for x in jax.tree.leaves(t)) for t in (trained, frozen)]
+    share = 100 * counts[0] / max(1, sum(counts))
+    lines.append(f"trained {counts[0]:,} ({share:.2f} % of all), frozen {counts[1]:,}")
+    return "\n".join(lines)
+
+
+class _Termination:
+    """Notes SIGTERM, so that the loop can save before it leaves; outside the main thread there are no signals."""
+
+    def __enter__(self):
+        self.asked = False
+        self._usable = threading.current_thread() is threading.main_thread()
+        if self._usable:
+            self._before = signal.signal(signal.SIGTERM, self._note)
+        return self
+
+    def _note(self, *_):
+        self.asked = True
+
+    def __exit__(self, *_):
+        if self._usable:
+            signal.signal(signal.SIGTERM, self._before)
+
+
+def evaluate(task, eval_step, trained, frozen, mesh):
+    """Mean held-out loss of every objective, `(with the memory, with a wrong memory)`; empty without held-out data."""
+    totals = ({}, {})
+    for host_batch in task.eval_batches():
+        batch = sharding.put_batch(mesh, host_batch)
+        for total, wrong in zip(totals, (False, True), strict=True):
+            if wrong and not task.wrong_memory:
+                continue
+            for o, pair in eval_step(trained, frozen, batch, wrong).items():
+                before = total.get(o, (0.0, 0.0))
+                total[o] = tuple(a + float(b) for a, b in zip(before, pair, strict=True))
+    return tuple(metrics.means({o: s for o, (s, _) in t.items()}, {o: n for o, (_, n) in t.items()}) for t in totals)
+
+
+def train(config, task, workdir, *, log=None):
+    """Trains `task` in `workdir` until `config.steps`; continues what is there. Returns an exit code.
+
+    0: every step done, the result exported and `DONE` written. 75: SIGTERM came, the state is saved. 3: a loss or gradient was
+    not finite; nothing of it was saved. ValueError: the workdir belongs to a configuration with other mathematics.
+    """
+    workdir = pathlib.Path(workdir)
+    main_process = jax.process_index() == 0
+    say = log or (lambda text: tqdm.write(text, file=sys.stderr))
+    mesh = sharding.make_mesh()
+    sharding.check_batch_size(mesh, config.batch_size, config.accumulate)
+
+    # ------------------------------------------------------------------------- the workdir: whose is it, is it done?
+    workdir.mkdir(parents=True, exist_ok=True)
+    for line in task.notes() + [f"changed: {change}" for change in check_workdir(workdir, config, task.identity)]:
+        say(line)
+    done_file = workdir / "DONE"
+    if done_file.exists() and int(done_file.read_text() or 0) >= config.steps:
+        say(f"{workdir} is done already ({config.steps} steps)")
+        return DONE
+
+    # ----------------------------------------------------------------- state: resume, then initialise from, then scratch
+    optimizer, learning_rate = step.make_optimizer(config.optimizer, config.steps)
+    everywhere = sharding.replicated(mesh)
+    frozen = jax.device_put(task.frozen, everywhere)
+    state = jax.device_put(step.init_state(task.init(), optimizer), everywhere)
+    say(parameter_table(state["trained"], task.frozen))
+    checkpoints = Checkpoints(workdir)
+    first = checkpoints.latest()
+    if first is None:
+        first = -1
+        source = f"initialised from {config.init_from}" if getattr(config, "init_from", "") else "starting from scratch"
+        say(source)
+    else:
+        state = checkpoints.restore(first, state)
+        say(f"resumed at step {first}")
+    lines = metrics.MetricsFile(workdir, first) if main_process else None
+
+    # ----------------------------------------------------------------------------------------------------------- steps
+    train_step = step.make_train_step(task, optimizer, config.seed, config.accumulate)
+    eval_step = step.make_eval_step(task)
+    start = max(first, 0)
+    stop = config.steps
+    bar = tqdm(total=stop, initial=start, unit="step", file=sys.stderr, disable=not main_process, dynamic_ncols=True, mininterval=1.0)
+    shown, pending, clock, tokens_since = {}, None, time.perf_counter(), 0.0
+
+    def flush(pending):
+        """Reads one step's metrics (which waits for it), writes its line where due. Returns whether all of it is finite."""
+        nonlocal clock, tokens_since
+        at, device = pending
+        values = jax.device_get(device)
+        losses = metrics.means(values["sums"], values["counts"])
+        tokens_since += float(values["tokens"])
+        if not all(map(math.isfinite, [*losses.values(), float(values["grad_norm"])])):
+            return False
+        if at % config.log_every == 0 or at == stop:
+            now = time.perf_counter()
+            line = {"step": at, "train": losses, "grad_norm": float(values["grad_norm"]), "learning_rate": float(learning_rate(at - 1))}
+            line |= {"seconds": now - clock, "tokens_per_second": tokens_since / (now - clock)}
+            clock, tokens_since = now, 0.0
+            if lines:
+                lines.write(line)
+            shown.update({o: f"{v:.3f}" for o, v in losses.items()}, tok_s=f"{line['tokens_per_second']:.0f}")
+            bar.set_postfix(shown)
+        return True
+
+    def held_out(at):
+        """Evaluates, writes the line, returns the weighted loss (None without held-out data)."""
+        right, wrong = evaluate(task, eval_step, state["trained"], frozen, mesh)
+        if not right:
+            return None
+        total = sum(task.weights[o] * v for o, v in right.items())
+        line = {"step": at, "eval": right, "eval_loss": total} | ({"eval_wrong_memory": wrong} if wrong else {})
+        if lines:
+            lines.write(line)
+        parts = [f"{o} {v:.4f}" + (f" (wrong memory {wrong[o]:.4f})" if o in wrong else "") for o, v in right.items()]
+        say(f"step {at}: held out: {', '.join(parts)}")
+        return total
+
+    def diverged(at):
+        checkpoints.wait()
+        good = checkpoints.latest()
+        say(f"step {at}: the loss or its gradient is not finite; last good checkpoint: {'none' if good is None else f'step {good}'}")
+        return DIVERGED
+
+    try:
+        with _Termination() as termination, bar:
+            if first < 0:
+                held_out(0)
+            for at, host_batch in zip(range(start + 1, stop + 1), task.train_batches(start, stop), strict=True):
+                state, device = train_step(state, frozen, sharding.put_batch(mesh, host_batch))
+                if pending and not flush(pending):  # one step late: the device is already busy with the next
+                    return diverged(pending[0])
+                pending = (at, device)
+                bar.update()
+                leaving = termination.asked and at < stop
+                evaluating = at % config.eval_every == 0 or at == stop
+                if evaluating or leaving or at % config.checkpoint_every == 0:
+                    if not flush(pending):
+                        return diverged(at)
+                    pending = None
+                    score = held_out(at) if evaluating else None
+                    checkpoints.save(at, state, score)
+                if leaving:
+                    checkpoints.wait()
+                    say(f"SIGTERM: saved step {at}; the same command continues")
+                    return PREEMPTED
+            checkpoints.wait()
+            if main_process:
+                folder = task.export(workdir, jax.device_get(state["trained"]))
+                done_file.write_text(f"{stop}\n")
+                say(f"done: {stop} steps; {folder}")
+            return DONE
+    finally:
+        checkpoints.close()
+
