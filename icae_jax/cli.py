@@ -149,7 +149,8 @@ VERBS = {
 def usage():
     lines = ["usage: icae VERB [options]", "", "Compress a language model's context into a few memory tokens.", ""]
     lines += [f"  {name:12} {text}" for name, (_, text) in VERBS.items()]
-    return "\n".join([*lines, "", "icae VERB --help lists a verb's options; train verbs take --config FILE --workdir DIR [--config.field=value …]"])
+    lines += ["", "icae VERB --help lists a verb's options; train and train-base take --config FILE --workdir DIR [--config.field=value …]"]
+    return "\n".join(lines)
 
 
 def main(argv=None):

@@ -1,8 +1,20 @@
+"""What the tests share: the reference data, and a tiny random base in hub format."""
+
+import json
 import os
 import pathlib
 
+# Compiling is most of the tests' time; without optimisation it takes a fifth. Read when jax first touches a device.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false")
+
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
+
+from icae_jax.compression.icae import SPECIAL_ROWS
+from icae_jax.interop import base as bases
+from icae_jax.models import llama, lora
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -10,9 +22,96 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 SHARED = pathlib.Path(os.environ.get("ICAE_SHARED", ROOT.parent / "shared"))
 GOLDEN = pathlib.Path(os.environ.get("ICAE_GOLDEN", SHARED / "golden"))
 
+TINY = llama.ModelConfig(
+    vocab_size=64,
+    hidden_size=32,
+    intermediate_size=48,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    max_position_embeddings=256,
+)
+WORDS = """
+    <unk> <s> </s> [INST] [/INST] Question: Answer: a the cat dog bird fish mouse sat ran ate saw on in under over
+    mat tree house red blue green big small old new one two three four five who what where why when did does is
+    was and but then so very . , ? ! boy girl king queen milk bread sea sky sun
+""".split()  # noqa: SIM905
+assert len(set(WORDS)) == len(WORDS) == TINY.vocab_size
+
+
+def close(got, want, bound=1e-5):
+    """Largest difference at most `bound` times the largest wanted value, which must not be zero."""
+    got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
+    assert got.shape == want.shape and np.abs(want).max() > 0
+    assert np.abs(got - want).max() <= bound * np.abs(want).max()
+
 
 def shared(path):
     """A file of the reference data beside the checkout; the test skips where it is absent."""
     if not (SHARED / path).exists():
         pytest.skip(f"needs {SHARED / path}, which is not here")
     return SHARED / path
+
+
+def write_jsonl(path, rows):
+    """Writes one JSON object a line and returns the path as text."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def random_params(config, seed=0):
+    """Random base parameters large enough for every weight to matter (those of `init_params` hardly move the logits)."""
+    rng = np.random.default_rng(seed)
+
+    def leaf(path, like):
+        noise = rng.standard_normal(like.shape)
+        return jnp.asarray(1 + 0.1 * noise if path[-1].key == "scale" else 0.2 * noise, jnp.float32)
+
+    return jax.tree_util.tree_map_with_path(leaf, llama.param_shapes(config))
+
+
+def random_lora(config, rank=4, targets=("q_proj", "v_proj"), seed=0):
+    """A LoRA tree with A and B both random, as after some training."""
+    rng = np.random.default_rng([seed, 1])
+    like = jax.eval_shape(lambda: lora.init_lora(jax.random.key(0), config, lora.LoraConfig(rank, targets=targets)))
+    return jax.tree.map(lambda x: jnp.asarray(0.2 * rng.standard_normal(x.shape), jnp.float32), like)
+
+
+def random_trained(config, k, seed=0):
+    """The trained tree of a compressor with k memory tokens."""
+    table = 0.2 * np.random.default_rng([seed, 2]).standard_normal((k + SPECIAL_ROWS, config.hidden_size))
+    return {"lora": random_lora(config, seed=seed), "memory_table": jnp.asarray(table, jnp.float32)}
+
+
+def make_tokenizer(words=WORDS):
+    """A word-level tokenizer that sets <s> in front of a text, with a chat template."""
+    import transformers
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", words.index("<s>"))])
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>", clean_up_tokenization_spaces=False
+    )
+    tokenizer.chat_template = "{{ bos_token }}{% for m in messages %}[INST] {{ m['content'] }} [/INST]{% endfor %}"
+    return tokenizer
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer():
+    return make_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def tiny_params():
+    return random_params(TINY)
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory, tiny_params, tiny_tokenizer):
+    """The path of a model-hub folder (float32) with the `TINY` sizes; read it only."""
+    folder = tmp_path_factory.mktemp("tiny") / "base"
+    bases.save_base(folder, TINY, tiny_params, tiny_tokenizer, dtype="float32")
+    return folder

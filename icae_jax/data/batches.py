@@ -33,8 +33,9 @@ class DataConfig:
     tfds_dir: str = ""
 
     def __post_init__(self):
-        if not self.context_lengths or min(self.context_lengths) < 2 or list(self.context_lengths) != sorted(set(self.context_lengths)):
-            raise ValueError(f"data.context_lengths is {self.context_lengths}; give rising lengths of at least 2 tokens, such as (256, 512)")
+        lengths = self.context_lengths
+        if not lengths or min(lengths) < 2 or list(lengths) != sorted(set(lengths)):
+            raise ValueError(f"data.context_lengths is {lengths}; give rising lengths of at least 2 tokens, such as (256, 512)")
         if self.context_weights and (len(self.context_weights) != len(self.context_lengths) or min(self.context_weights) < 0):
             raise ValueError(f"data.context_weights {self.context_weights} must give one weight >= 0 for each of data.context_lengths")
         if self.context_weights and not sum(self.context_weights) > 0:
@@ -77,7 +78,9 @@ class Examples:
             examples = self._questions()
             weights = np.asarray([len(e) for e in examples], float)
         self.buckets = [
-            Bucket(length, icae.segment_shape(length, compression), e) for length, e in zip(config.context_lengths, examples, strict=True)
+            # A shorter text may fill one whole segment, which is longer than the near-equal segments of the longest.
+            Bucket(length, (icae.segment_shape(length, compression)[0], min(length, compression.segment_tokens)), e)
+            for length, e in zip(config.context_lengths, examples, strict=True)
         ]
         weights = weights * [len(e) > 0 for e in examples]
         if not weights.sum() > 0:
@@ -95,7 +98,7 @@ class Examples:
                 after = min(stop + size, count)
                 if start > 0 and 2 * (stop - start) < size:
                     continue
-                rows.append((text, start, stop, after if after - stop >= layouts.LM_MINIMUM else stop))
+                rows.append((text, start, stop, after if after - stop >= min(layouts.LM_MINIMUM, size) else stop))
         return np.asarray(rows, np.int64).reshape(-1, 4)
 
     def _questions(self):
@@ -185,13 +188,18 @@ class Examples:
 
 
 def train_batches(examples, seed, batch_size, start, stop, process=0, processes=1):
-    """Iterates over the batches of steps start … stop - 1, made ahead by threads; each process makes only its rows."""
+    """Iterates over the batches of steps start … stop - 1, made ahead; each process makes only its rows."""
     share = batch_size // processes
     mine = slice(process * share, (process + 1) * share)
 
     def make(step):
-        bucket, rows = examples.draw(seed, int(step), batch_size)
+        bucket, rows = examples.draw(seed, step, batch_size)
         return examples.collate(bucket, rows[mine])
 
-    steps = grain.MapDataset.range(start, stop).map(make)
+    return ahead(make, start, stop)
+
+
+def ahead(make, start, stop):
+    """Iterates over `make(step)` for start … stop - 1, made ahead of use by a thread."""
+    steps = grain.MapDataset.range(start, stop).map(lambda step: make(int(step)))
     return iter(steps.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))

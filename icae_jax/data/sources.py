@@ -31,7 +31,7 @@ def split_source(source):
 
 
 def identity(source):
-    """What the token cache takes for the source's content: paths, sizes and modification times; a TFDS set by name and split."""
+    """What the token cache takes for the source's content: names, sizes and modification times; a TFDS set by name and split."""
     result = []
     for path in split_source(source):
         if path.startswith(TFDS_PREFIX):
@@ -41,7 +41,7 @@ def identity(source):
         if not file.is_file():
             raise ValueError(f"data file {path}: no such file")
         stat = file.stat()
-        result.append([str(file.resolve()), stat.st_size, stat.st_mtime_ns])
+        result.append([file.name, stat.st_size, stat.st_mtime_ns])
     return result
 
 

@@ -202,7 +202,7 @@ class Compressor:
         start = 0 if restarts else head + int(np.max(memory.end))
         room = self.base.config.max_position_embeddings - start
         if tokens > room:
-            raise ValueError(f"{tokens} tokens behind a memory that ends at position {start} do not fit the base's {room + start} positions")
+            raise ValueError(f"{tokens} tokens behind a memory that ends at position {start} exceed the base's {room + start} positions")
         return room
 
     def _generate(self, memory, prompts, objective, head, most, needed, batch_size):
@@ -256,5 +256,6 @@ def _join(parts, config):
 
     slots = np.concatenate([padded(p.slots, S * config.k) for p in parts])
     lengths = np.concatenate([padded(p.segment_lengths, S) for p in parts])
-    return jax.device_get(icae.place(slots, lengths, config))
+    memory = jax.device_get(icae.place(slots, lengths, config))
+    return memory.replace(slots=np.where(memory.mask[..., None], slots, 0))  # no trace of a batch's shape
 

@@ -1,10 +1,21 @@
 """Checkpoints of the train state by Orbax: asynchronous, the latest and the best kept."""
 
+import contextlib
 import pathlib
 
 import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as managers
+
+
+@contextlib.contextmanager
+def _saving(what):
+    """Turns a failed save, which tensorstore reports as ValueError, into an OSError that says what it means for the run."""
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError) as error:
+        cause = str(error).strip().splitlines()[-1].split(": ")[-1]
+        raise OSError(f"{what} failed: {cause}. Earlier checkpoints are whole; free space and run the same command again") from error
 
 
 class Checkpoints:
@@ -40,10 +51,12 @@ class Checkpoints:
     def save(self, step, state, held_out_loss=None):
         """Starts saving. held_out_loss ranks it among the others; without one it is kept only as the latest."""
         metrics = None if held_out_loss is None else {"loss": float(held_out_loss)}
-        self._manager.save(step, args=ocp.args.StandardSave(state), metrics=metrics, force=True)
+        with _saving(f"starting the checkpoint of step {step}"):
+            self._manager.save(step, args=ocp.args.StandardSave(state), metrics=metrics, force=True)
 
     def wait(self):
-        self._manager.wait_until_finished()
+        with _saving("finishing the latest checkpoint"):
+            self._manager.wait_until_finished()
 
     def close(self):
         self._manager.close()

@@ -1,7 +1,6 @@
 """A run's configuration as frozen dataclasses, converted and checked once, at the edge."""
 
 import dataclasses
-import json
 import pathlib
 import types
 import typing
@@ -119,7 +118,8 @@ class TrainConfig(LoopConfig):
             raise ValueError(f"objectives ae, lm, qa are {weights}; give weights >= 0, at least one of them positive")
         absent = "qa" if self.phase == "pretrain" else "lm"
         if getattr(self.objectives, absent) > 0:
-            raise ValueError(f"objectives.{absent} is {getattr(self.objectives, absent)} in phase {self.phase}, which has no such targets; set 0")
+            weight = getattr(self.objectives, absent)
+            raise ValueError(f"objectives.{absent} is {weight} in phase {self.phase}, which has no such targets; set 0")
         for name, value in (("base", self.base), ("data.train", self.data.train)):
             if not value:
                 raise ValueError(f"{name} is not set; give it with --config.{name}=PATH")
@@ -137,13 +137,15 @@ class TinyModelConfig:
     num_heads: int = 4
     num_kv_heads: int = 4
     max_position_embeddings: int = 512
+    embedding_std: float = 0.02
 
 
 @dataclasses.dataclass(frozen=True)
 class BaseConfig(LoopConfig):
-    """Training of a small base model on the synthetic corpus."""
+    """Training of a small base model on the synthetic corpus. mixture: stages of document kinds (`base_task.parse_mixture`)."""
 
     model: TinyModelConfig = TinyModelConfig()
+    mixture: tuple[str, ...] = ("0 questions/3/2=0.7 repeat/3/2=0.3",)
 
 
 # --------------------------------------------------------------------------------------------------------- conversion
@@ -174,7 +176,7 @@ def from_dict(kind, raw, path="config"):
 def _scalar(kind, value, where):
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
-    if not isinstance(value, kind) or isinstance(value, bool) and kind is not bool:
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         raise ValueError(f"{where} is {value!r}; expected {kind.__name__}")
     return value
 
@@ -182,7 +184,8 @@ def _scalar(kind, value, where):
 # ------------------------------------------------------------------------------------------------- resuming a workdir
 
 # What may change when a workdir is continued; any other field changes the mathematics.
-FREE_FIELDS = {"log_every", "eval_every", "eval_examples", "checkpoint_every", "remat", "unroll", "data.cache_dir", "data.tfds_dir", "data.eval"}
+FREE_FIELDS = {"log_every", "eval_every", "eval_examples", "checkpoint_every", "remat", "unroll"}
+FREE_FIELDS |= {"base", "init_from", "data.train", "data.eval", "data.cache_dir", "data.tfds_dir"}  # paths; `identity` has the content
 
 
 def _flat(value, prefix=""):
@@ -204,7 +207,7 @@ def check_workdir(workdir, config, identity):
         return []
     before = files.read_json(path, "the run's configuration")
     changed = [k for k in sorted(before.keys() | now.keys()) if before.get(k) != now.get(k)]
-    refused = [k for k in changed if k not in FREE_FIELDS and k not in identity]
+    refused = [k for k in changed if k not in FREE_FIELDS]
     if "steps" in refused and now["steps"] > before["steps"] and (now["optimizer.schedule"] == "constant" or now["optimizer.decay_steps"]):
         refused.remove("steps")
     if refused:

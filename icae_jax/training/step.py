@@ -1,7 +1,7 @@
 """The jitted steps: gradients of weighted mean losses, accumulated as sums, clipped, applied; and evaluation.
 
-A task's `losses(trained, frozen, batch, dropout_key, wrong_memory=False)` gives `{objective: (sum, count)}` of one
-(micro)batch, and `counts(batch)` the counts alone.
+A task's `losses(trained, frozen, batch, dropout_key)` gives `{objective: (sum, count)}` of one (micro)batch, `counts(batch)` the
+counts alone, `tokens(batch)` how many tokens it processes.
 """
 
 import jax
@@ -69,8 +69,5 @@ def make_train_step(task, optimizer, seed, accumulate):
 
 
 def make_eval_step(task):
-    """`step(trained, frozen, batch, wrong_memory) -> {objective: (sum, count)}`; wrong_memory gives each row its neighbour's memory."""
-    return jax.jit(
-        lambda trained, frozen, batch, wrong_memory: task.losses(trained, frozen, batch, None, wrong_memory),
-        static_argnums=3,
-    )
+    """`step(trained, frozen, batch) -> {objective: (sum, count)}`, without dropout."""
+    return jax.jit(lambda trained, frozen, batch: task.losses(trained, frozen, batch, None))

@@ -13,10 +13,9 @@ from icae_jax.interop import base as bases
 from icae_jax.models import llama, lora
 from icae_jax.objectives import loss, targets
 
+
 class CompressorTask:
     """LoRA and memory table trained by AE, LM and QA losses behind a frozen base (`TrainConfig`)."""
-
-    wrong_memory = True  # evaluation also reads each row's neighbour's memory, as a control
 
     def __init__(self, config):
         c = config
@@ -93,17 +92,19 @@ class CompressorTask:
         return batches.train_batches(self.train_examples, c.seed, c.batch_size, start, stop, jax.process_index(), jax.process_count())
 
     def eval_batches(self):
-        """Fixed held-out batches; `other` names for each row the row whose memory is a wrong one."""
+        """Fixed held-out batches, each as `{"memory": batch, "wrong_memory": batch}`: `reads [B]` names the row whose memory each row
+        reads, its own or its neighbour's.
+        """
         if self.eval_examples is None:
             return
         size = self.config.batch_size
         share = size // jax.process_count()
         mine = slice(jax.process_index() * share, (jax.process_index() + 1) * share)
         for bucket, rows in self.eval_examples.held_out(size, self.config.eval_examples):
-            count = int((rows >= 0).sum())
-            other = np.arange(size)
-            other[:count] = np.roll(other[:count], -1) if count > 1 else size - 1
-            yield self.eval_examples.collate(bucket, rows[mine]) | {"other": other[mine].astype(np.int32)}
+            batch = self.eval_examples.collate(bucket, rows[mine])
+            own, other, count = np.arange(size, dtype=np.int32), np.arange(size, dtype=np.int32), int((rows >= 0).sum())
+            other[:count] = np.roll(other[:count], -1)
+            yield {"memory": batch | {"reads": own[mine]}, "wrong_memory": batch | {"reads": other[mine]}}
 
     def counts(self, batch):
         return {o: jnp.sum(t["label_mask"]).astype(jnp.float32) for o, t in batch["targets"].items()}
@@ -112,12 +113,12 @@ class CompressorTask:
         """Context tokens encoded and label tokens predicted."""
         return jnp.sum(batch["lengths"]).astype(jnp.float32) + sum(self.counts(batch).values())
 
-    def losses(self, trained, frozen, batch, dropout_key, wrong_memory=False):
-        """`{objective: (sum, count)}`. The decoder sees a context through its memory alone."""
+    def losses(self, trained, frozen, batch, dropout_key):
+        """`{objective: (sum, count)}`. The decoder sees a context through its memory alone, that of row `reads` where given."""
         c = self.config
         memory = icae.compress(self.model, frozen, trained, batch["context"], batch["lengths"], c.compression, dropout_key)
-        if wrong_memory:
-            memory = jax.tree.map(lambda x: jnp.take(x, batch["other"], axis=0), memory)
+        if "reads" in batch:
+            memory = jax.tree.map(lambda x: jnp.take(x, batch["reads"], axis=0), memory)
         losses = loss.label_losses(
             self.model, frozen, trained, memory, batch["targets"], self.heads, c.compression.layout, c.loss_chunk
         )

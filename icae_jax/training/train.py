@@ -8,6 +8,7 @@ import threading
 import time
 
 import jax
+from absl import logging as absl_logging
 from tqdm import tqdm
 
 from icae_jax.training import metrics, sharding, step
@@ -50,17 +51,18 @@ class _Termination:
 
 
 def evaluate(task, eval_step, trained, frozen, mesh):
-    """Mean held-out loss of every objective, `(with the memory, with a wrong memory)`; empty without held-out data."""
-    totals = ({}, {})
-    for host_batch in task.eval_batches():
-        batch = sharding.put_batch(mesh, host_batch)
-        for total, wrong in zip(totals, (False, True), strict=True):
-            if wrong and not task.wrong_memory:
-                continue
-            for o, pair in eval_step(trained, frozen, batch, wrong).items():
-                before = total.get(o, (0.0, 0.0))
-                total[o] = tuple(a + float(b) for a, b in zip(before, pair, strict=True))
-    return tuple(metrics.means({o: s for o, (s, _) in t.items()}, {o: n for o, (_, n) in t.items()}) for t in totals)
+    """Mean held-out losses, `{kind: {objective: nats}}`; empty without held-out data.
+
+    The kinds are the task's: for a compressor "memory" and, as the control, "wrong_memory", another example's: what stays the same
+    there was not read from the memory.
+    """
+    totals = {}
+    for batches in task.eval_batches():
+        for kind, batch in batches.items():
+            for o, (loss, count) in eval_step(trained, frozen, sharding.put_batch(mesh, batch)).items():
+                loss_before, count_before = totals.setdefault(kind, {}).get(o, (0.0, 0.0))
+                totals[kind][o] = (loss_before + float(loss), count_before + float(count))
+    return {kind: {o: loss / count for o, (loss, count) in t.items() if count} for kind, t in totals.items()}
 
 
 def train(config, task, workdir, *, log=None):
@@ -90,6 +92,7 @@ def train(config, task, workdir, *, log=None):
     frozen = jax.device_put(task.frozen, everywhere)
     state = jax.device_put(step.init_state(task.init(), optimizer), everywhere)
     say(parameter_table(state["trained"], task.frozen))
+    absl_logging.set_verbosity(absl_logging.FATAL)  # Orbax logs each thread's traceback of a failed save; the error is raised anyway
     checkpoints = Checkpoints(workdir)
     first = checkpoints.latest()
     if first is None:
@@ -131,15 +134,15 @@ def train(config, task, workdir, *, log=None):
 
     def held_out(at):
         """Evaluates, writes the line, returns the weighted loss (None without held-out data)."""
-        right, wrong = evaluate(task, eval_step, state["trained"], frozen, mesh)
-        if not right:
+        losses = evaluate(task, eval_step, state["trained"], frozen, mesh)
+        if not losses:
             return None
-        total = sum(task.weights[o] * v for o, v in right.items())
-        line = {"step": at, "eval": right, "eval_loss": total} | ({"eval_wrong_memory": wrong} if wrong else {})
+        first_kind = next(iter(losses.values()))
+        total = sum(task.weights[o] * v for o, v in first_kind.items())
         if lines:
-            lines.write(line)
-        parts = [f"{o} {v:.4f}" + (f" (wrong memory {wrong[o]:.4f})" if o in wrong else "") for o, v in right.items()]
-        say(f"step {at}: held out: {', '.join(parts)}")
+            lines.write({"step": at, "eval": losses, "eval_loss": total})
+        parts = [f"{kind} {', '.join(f'{o} {v:.4f}' for o, v in of.items())}" for kind, of in losses.items()]
+        say(f"step {at}: held out: {'; '.join(parts)}")
         return total
 
     def diverged(at):

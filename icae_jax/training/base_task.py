@@ -1,0 +1,158 @@
+"""Training a small base model from scratch on the synthetic corpus, so that a compressor can be tried without any download."""
+
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from icae_jax.data import batches, synthetic
+from icae_jax.interop import base as bases
+from icae_jax.models import llama
+from icae_jax.training.config import BaseConfig
+
+BASE = "base"  # the folder in a workdir that training writes
+
+
+class BaseTask:
+    """Plain language modelling of `data.synthetic.base_documents`, every parameter trained (`BaseConfig`).
+
+    A step draws one kind of document, weighted as `config.mixture` says for that stage of the run, and makes its documents from
+    (seed, step).
+    """
+
+    def __init__(self, config: BaseConfig):
+        self.config, self.weights, self.frozen = config, {"lm": 1.0}, {}
+        self.tokenizer = synthetic.build_tokenizer()
+        m = config.model
+        self.model_config = llama.ModelConfig(
+            vocab_size=len(self.tokenizer),
+            hidden_size=m.hidden_size,
+            intermediate_size=m.intermediate_size,
+            num_layers=m.num_layers,
+            num_heads=m.num_heads,
+            num_kv_heads=m.num_kv_heads,
+            head_dim=m.hidden_size // m.num_heads,
+            max_position_embeddings=m.max_position_embeddings,
+            tie_word_embeddings=True,
+        )
+        self.model = llama.Llama(self.model_config, dtype=config.jnp_dtype, remat=config.remat, unroll=config.unroll)
+        self.stages = parse_mixture(config.mixture)
+        self.identity = {}
+        self._ids, self._lengths = {}, {}
+
+    def notes(self):
+        return []
+
+    def init(self):
+        """Random parameters; embeddings at `model.embedding_std`, the final norm alike, so that a tied head starts near uniform."""
+        params = llama.init_params(jax.random.key(self.config.seed), self.model_config)
+        std = self.config.model.embedding_std
+        params["embed"] = params["embed"] * (std / 0.02)
+        params["norm"]["scale"] = params["norm"]["scale"] * std
+        return params
+
+    # ---------------------------------------------------------------------------------------------------------- data
+
+    def _tokenise(self, text):
+        if text not in self._ids:
+            if len(self._ids) > 100_000:
+                self._ids.clear()
+            self._ids[text] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return self._ids[text]
+
+    def _collate(self, documents, length):
+        ids = np.zeros((len(documents), length + 1), np.int32)
+        weights = np.zeros((len(documents), length + 1), np.float32)
+        for b, parts in enumerate(documents):
+            flat, w = [self.tokenizer.bos_token_id], [0.0]
+            for text, weight in parts:
+                piece = self._tokenise(text)
+                flat += piece
+                w += [weight] * len(piece)
+            used = min(len(flat), length + 1)
+            ids[b, :used], weights[b, :used] = flat[:used], w[:used]
+        return {"ids": ids[:, :-1], "labels": ids[:, 1:], "weights": weights[:, 1:]}
+
+    def _kinds(self, step):
+        """The kinds of document, with weights, of the stage that a step belongs to."""
+        for until, kinds in self.stages:
+            if until == 0 or step < until:
+                return kinds
+        return self.stages[-1][1]
+
+    def _length(self, kind):
+        """Tokens of the longest of a sample of documents, rounded up: one shape a kind. A rare longer document loses its end."""
+        if kind not in self._lengths:
+            sample = synthetic.base_documents(0, 128, *kind)
+            longest = max(sum(len(self._tokenise(text)) for text, _ in parts) for parts in sample)
+            self._lengths[kind] = -(-longest // 16) * 16
+        return self._lengths[kind]
+
+    def batch(self, step):
+        """Documents of one kind: `ids [B, T]`, `labels [B, T]`, `weights [B, T]`."""
+        rng = np.random.default_rng([self.config.seed, step])
+        kinds = self._kinds(step)
+        weights = np.asarray([w for _, w in kinds])
+        kind = kinds[int(rng.choice(len(kinds), p=weights / weights.sum()))][0]
+        seed = f"{self.config.seed} {step}"
+        return self._collate(synthetic.base_documents(seed, self.config.batch_size, *kind), self._length(kind))
+
+    def train_batches(self, start, stop):
+        rows = self.config.batch_size // jax.process_count()
+        mine = slice(jax.process_index() * rows, (jax.process_index() + 1) * rows)
+        return batches.ahead(lambda step: jax.tree.map(lambda x: x[mine], self.batch(step)), start, stop)
+
+    def eval_batches(self):
+        """Held-out documents of every kind of the last stage, one batch each; the reports name the losses by kind."""
+        size = self.config.batch_size
+        for kind, _ in self.stages[-1][1]:
+            for at in range(0, self.config.eval_examples, size):
+                documents = synthetic.base_documents(f"held out {at}", size, *kind)
+                yield {"/".join(map(str, kind)): self._collate(documents, self._length(kind))}
+
+    # ---------------------------------------------------------------------------------------------------------- loss
+
+    def counts(self, batch):
+        return {"lm": jnp.sum(batch["weights"])}
+
+    def tokens(self, batch):
+        return jnp.sum(batch["weights"] > 0).astype(jnp.float32)
+
+    def losses(self, trained, frozen, batch, dropout_key):
+        """`{"lm": (weighted sum of token losses, sum of weights)}`."""
+        T = batch["ids"].shape[1]
+        hidden, _ = self.model.apply({"params": trained}, batch["ids"], jnp.arange(T)[None], llama.causal_mask(T))
+        logits = jnp.einsum("btd,dv->btv", hidden, llama.head_kernel(trained), preferred_element_type=jnp.float32)
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["labels"])
+        return {"lm": (jnp.sum(losses * batch["weights"]), jnp.sum(batch["weights"]))}
+
+    def export(self, workdir, trained):
+        """Writes the base in model-hub format, bfloat16."""
+        folder = pathlib.Path(workdir) / BASE
+        bases.save_base(folder, self.model_config, trained, self.tokenizer)
+        return folder
+
+
+def parse_mixture(lines):
+    """Stages of a run, `[(last step or 0, [((kind, facts, people), weight), …]), …]`, of lines such as
+
+        "500 questions/1/2=0.7 repeat/1/2=0.3"
+
+    which holds until step 500; 0 means until the end. ValueError names the line.
+    """
+    stages = []
+    for line in lines:
+        try:
+            until, *kinds = line.split()
+            pairs = [item.split("=") for item in kinds]
+            stage = (int(until), [((k.split("/")[0], *map(int, k.split("/")[1:])), float(w)) for k, w in pairs])
+            if not stage[1] or any(len(kind) != 3 or kind[0] not in synthetic.DOCUMENTS or not weight > 0 for kind, weight in stage[1]):
+                raise ValueError("unknown kind of document, or a weight that is not positive")
+        except ValueError as error:
+            raise ValueError(f"mixture line {line!r}: {error}; write 'STEPS KIND/FACTS/PEOPLE=WEIGHT …'") from error
+        stages.append(stage)
+    if not stages:
+        raise ValueError("mixture is empty; give at least one stage, such as '0 questions/3/2=1'")
+    return stages

@@ -1,0 +1,211 @@
+"""Batches as a function of (seed, step): windows, questions, buckets, epochs, process shares, held-out examples."""
+
+import collections
+
+import numpy as np
+import pytest
+
+from icae_jax.compression.icae import CompressionConfig
+from icae_jax.data import batches
+from icae_jax.data.batches import DataConfig
+from icae_jax.data.tokens import Tokens
+from icae_jax.objectives.targets import AE, Template
+
+BOS, EOS = 1, 2
+TEMPLATE = Template("plain", (), (3,), (4,), EOS)
+COMPRESSION = CompressionConfig(k=5, rate=8)  # 40 tokens a segment
+
+
+def flat(pieces):
+    return np.concatenate([np.zeros(0, np.int32), *(np.asarray(p, np.int32) for p in pieces)]), np.cumsum([0, *map(len, pieces)])
+
+
+def make_tokens(lengths, questions=()):
+    """Texts of the given lengths (text i holds 1000 i, 1000 i + 1, …); questions: for each text (prompt, answer) lengths."""
+    questions = [*questions, *[[]] * (len(lengths) - len(questions))]
+    pairs = [pair for group in questions for pair in group]
+    texts = flat([range(1000 * (i + 1), 1000 * (i + 1) + n) for i, n in enumerate(lengths)])
+    prompts, answers = (
+        flat([range(100 * (q + 1) + 50 * j, 100 * (q + 1) + 50 * j + p[j]) for q, p in enumerate(pairs)]) for j in (0, 1)
+    )
+    return Tokens(*texts, *prompts, *answers, np.cumsum([0, *map(len, questions)]), "key")
+
+
+def pretrain(lengths, objectives=("ae", "lm"), bos=BOS, **config):
+    return batches.Examples(make_tokens(lengths), DataConfig(**config), COMPRESSION, "pretrain", objectives, TEMPLATE, bos, EOS)
+
+
+def finetune(lengths, questions, objectives=("qa",), **config):
+    data = make_tokens(lengths, questions)
+    return batches.Examples(data, DataConfig(**config), COMPRESSION, "finetune", objectives, TEMPLATE, BOS, EOS)
+
+
+def target(batch, objective, b, g=0):
+    """(input ids, labels) of one packed target, None where it is absent."""
+    t = batch["targets"][objective]
+    count = int(t["label_mask"][b, g].sum())
+    inputs = t["label_at"][b, g, count - 1] + 1
+    return (t["ids"][b, g, :inputs].tolist(), t["labels"][b, g, :count].tolist()) if count else None
+
+
+def context(batch, b):
+    return [t for ids, n in zip(batch["context"][b], batch["lengths"][b], strict=True) for t in ids[:n].tolist()]
+
+
+def seq(text, start, stop):
+    return list(range(1000 * (text + 1) + start, 1000 * (text + 1) + stop))
+
+
+# ------------------------------------------------------------------------------------------------------------- pretrain
+
+
+def test_windows_and_the_windows_after_them():
+    """Breaks when AE and LM are not on neighbouring windows of one text, or a rest, short text or continuation is misjudged."""
+    # With <s>, a window of 80 holds 79 tokens. Texts: LM of a whole window, of 65, none of 63, a rest under half, a short text.
+    examples = pretrain([79 + 79, 79 + 65, 79 + 63, 79 + 39, 10], context_lengths=(80,))
+    assert examples.buckets[0].examples.tolist() == [
+        [0, 0, 79, 158], [0, 79, 158, 158],
+        [1, 0, 79, 144], [1, 79, 144, 144],
+        [2, 0, 79, 79], [2, 79, 142, 142],
+        [3, 0, 79, 79],
+        [4, 0, 10, 10],
+    ]  # fmt: skip
+    batch = examples.collate(0, np.asarray([2, 4, 7, -1]))
+    assert batch["context"].shape == (4, 2, 40) and batch["lengths"].tolist() == [[40, 40], [40, 40], [11, 0], [0, 0]]
+    assert context(batch, 0) == [BOS, *seq(1, 0, 79)] and context(batch, 2) == [BOS, *seq(4, 0, 10)]
+    assert target(batch, "ae", 0) == ([AE, BOS, *seq(1, 0, 79)], [BOS, *seq(1, 0, 79), EOS])
+    assert target(batch, "lm", 0) == (seq(1, 79, 143), seq(1, 87, 144))
+    assert target(batch, "lm", 1) is None and target(batch, "ae", 2) == ([AE, BOS, *seq(4, 0, 10)], [BOS, *seq(4, 0, 10), EOS])
+    assert target(batch, "ae", 3) is None and target(batch, "lm", 3) is None
+    assert batch["targets"]["ae"]["ids"].shape == batch["targets"]["lm"]["ids"].shape, "one shape, so that both run in one call"
+
+
+def test_windows_shorter_than_the_minimum_still_make_language_modelling():
+    """Breaks when small context lengths leave LM without any target: there, a whole window after the window is enough."""
+    examples = pretrain([20 + 20 + 19], bos=None, context_lengths=(20,))
+    assert examples.buckets[0].examples.tolist() == [[0, 0, 20, 40], [0, 20, 40, 40], [0, 40, 59, 59]]
+
+
+def test_without_bos_and_with_one_objective():
+    """Breaks when a tokenizer without <s> gets one, or an objective without weight is made."""
+    batch = pretrain([20], ("ae",), None, context_lengths=(20,)).collate(0, np.asarray([0]))
+    assert set(batch["targets"]) == {"ae"} and context(batch, 0) == seq(0, 0, 20)
+
+
+def test_every_text_fits_in_its_bucket():
+    """Breaks when a bucket of 50, two segments of 25, has no room for a text of 40 tokens, which is one segment."""
+    examples = pretrain([39, 49], context_lengths=(50,))
+    batch = examples.collate(0, np.arange(2))
+    assert [context(batch, b) for b in range(2)] == [[BOS, *seq(0, 0, 39)], [BOS, *seq(1, 0, 49)]]
+
+
+def test_bucket_weights():
+    """Breaks when weights are ignored or given to another bucket, or a bucket without examples is drawn."""
+    examples = pretrain([100], context_lengths=(16, 32, 64), context_weights=(0, 3, 1))
+    assert [b.shape for b in examples.buckets] == [(1, 16), (1, 32), (2, 40)]
+    drawn = collections.Counter(examples.draw(0, step, 1)[0] for step in range(400))
+    assert set(drawn) == {1, 2} and 250 < drawn[1] < 350
+
+
+# ------------------------------------------------------------------------------------------------------------- finetune
+
+
+def test_questions_of_a_context():
+    """Breaks when questions go to another context or bucket, groups overlap, or an answer loses its stop."""
+    pairs = [[(2, 1)] * 3, [(1, 2)], []]
+    examples = finetune([30, 9, 20], pairs, ("qa", "ae"), context_lengths=(10, 31), questions_per_context=2)
+    assert [b.examples.tolist() for b in examples.buckets] == [[[1, 3, 4]], [[0, 0, 2], [0, 2, 3]]]
+    assert examples.weights.tolist() == [1 / 3, 2 / 3] and examples.dropped == {}
+    batch = examples.collate(1, np.asarray([1, 0]))
+    assert context(batch, 0) == context(batch, 1) == [BOS, *seq(0, 0, 30)]
+    assert target(batch, "qa", 0) == ([3, 300, 301, 4, 350], [350, EOS]) and target(batch, "qa", 0, 1) is None
+    assert [target(batch, "qa", 1, g)[1] for g in range(2)] == [[150, EOS], [250, EOS]]
+    assert target(batch, "ae", 0) == ([AE, BOS, *seq(0, 0, 30)], [BOS, *seq(0, 0, 30), EOS])
+    assert target(examples.collate(0, np.asarray([0])), "qa", 0) == ([3, 400, 4, 450, 451], [450, 451, EOS])
+
+
+def test_what_is_too_long_is_left_out_and_counted():
+    """Breaks when a text or question is cut or dropped silently, or an example without any target left stays."""
+    pairs = [[(1, 1), (1, 9), (8, 1)], [(9, 9)], [(1, 1), (1, 1)]]
+    examples = finetune([9, 9, 10], pairs, context_lengths=(10,), questions_per_context=2, max_target_tokens=10)
+    assert examples.dropped == {
+        "contexts longer than the largest of data.context_lengths": 1,
+        "questions longer than data.max_target_tokens": 3,
+    }
+    assert examples.buckets[0].examples.tolist() == [[0, 0, 2]]
+    batch = examples.collate(0, np.asarray([0]))
+    assert target(batch, "qa", 0) == ([3, 100, 4, 150], [150, EOS]) and target(batch, "qa", 0, 1) is None
+    with pytest.raises(ValueError, match="no examples for phase finetune in the data: 1 contexts longer"):
+        finetune([40], [[(1, 1)]], context_lengths=(10,))
+    with pytest.raises(ValueError, match="it has none of the kind needed"):
+        finetune([5], [[]], context_lengths=(10,))
+
+
+# ---------------------------------------------------------------------------------------------------------------- draws
+
+
+def test_epochs_cover_every_example_once():
+    """Breaks when an example is drawn twice before all were drawn, also where an epoch ends inside a batch."""
+    examples = pretrain([5] * 10, ("ae",), context_lengths=(8,))
+    drawn = np.concatenate([examples.draw(0, step, 4)[1] for step in range(10)]).reshape(4, 10)
+    assert [sorted(epoch) for epoch in drawn.tolist()] == [list(range(10))] * 4
+    assert len(set(map(tuple, drawn.tolist()))) == 4, "every epoch has its own order"
+
+
+def test_draws_depend_on_seed_and_step_alone():
+    """Breaks when a draw depends on what was drawn before (a resumed run would then see other batches), or not on the seed."""
+    config = {"context_lengths": (16, 32), "objectives": ("ae",)}
+    one, other = pretrain([70] * 30, **config), pretrain([70] * 30, **config)
+    draws = {step: one.draw(3, step, 4) for step in range(20)}
+    for step in reversed(range(20)):
+        bucket, rows = other.draw(3, step, 4)
+        assert bucket == draws[step][0] and rows.tolist() == draws[step][1].tolist()
+    assert {bucket for bucket, _ in draws.values()} == {0, 1}
+    assert any(one.draw(4, step, 4)[1].tolist() != draws[step][1].tolist() for step in range(20))
+
+
+def test_process_shares_make_up_the_global_batch():
+    """Breaks when processes overlap, disagree on the bucket, or a run that starts later sees other batches."""
+    examples = pretrain([70] * 9, context_lengths=(16, 32))
+
+    def contexts(start, *process):
+        return [batch["context"] for batch in batches.train_batches(examples, 5, 4, start, 8, *process)]
+
+    every, shares = contexts(0), [contexts(0, p, 2) for p in range(2)]
+    assert len(every) == 8 and all(len(b) == 4 for b in every)
+    for whole, *parts in zip(every, *shares, strict=True):
+        np.testing.assert_array_equal(whole, np.concatenate(parts))
+    for whole, later in zip(every[5:], contexts(5), strict=True):
+        np.testing.assert_array_equal(whole, later)
+
+
+def test_held_out_examples_come_once_with_blank_rows():
+    """Breaks when the last held-out batch repeats or loses examples, or evaluation sees others every time."""
+    examples = pretrain([15] * 7, ("ae",), context_lengths=(16,))
+    rows = [rows.tolist() for _, rows in examples.held_out(4, 100)]
+    assert [len(r) for r in rows] == [4, 4] and rows[1][3] == -1
+    assert sorted(r for part in rows for r in part) == [-1, *range(7)]
+    assert rows == [rows.tolist() for _, rows in examples.held_out(4, 100)]
+    assert sum(r >= 0 for _, rows in examples.held_out(4, 5) for r in rows) == 5
+    both = pretrain([15] * 7, ("ae",), context_lengths=(8, 16))
+    assert {bucket for bucket, _ in both.held_out(4, 100)} == {0, 1}
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"context_lengths": ()}, "data.context_lengths is \\(\\)"),
+        ({"context_lengths": (1,)}, "at least 2 tokens"),
+        ({"context_lengths": (32, 16)}, "rising lengths"),
+        ({"context_lengths": (16, 16)}, "rising lengths"),
+        ({"context_weights": (1.0, 1.0)}, "one weight >= 0 for each"),
+        ({"context_weights": (-1.0,)}, "one weight >= 0 for each"),
+        ({"context_weights": (0.0,)}, "are all zero"),
+        ({"questions_per_context": 0}, "data.questions_per_context is 0"),
+        ({"max_target_tokens": 0}, "data.max_target_tokens is 0"),
+    ],
+)
+def test_bad_configuration_is_named(fields, message):
+    """Breaks when a bad value gets through, or the error does not name it."""
+    with pytest.raises(ValueError, match=message):
+        DataConfig(**fields)

@@ -1,0 +1,145 @@
+"""The Python interface: compress, restore, ask, score; files; bad input."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import TINY, WORDS, random_trained
+
+import icae_jax
+from icae_jax.compression.icae import CompressionConfig
+from icae_jax.inference import compressor as compressors
+from icae_jax.interop import adapter as adapters
+from icae_jax.interop import base as bases
+from icae_jax.models import llama
+from icae_jax.models.lora import LoraConfig
+from icae_jax.objectives import targets
+
+RNG = np.random.default_rng(7)
+TEXTS = [" ".join(RNG.choice(WORDS[8:], size=n)) for n in (30, 5, 17, 40, 9)]
+QUESTIONS = ["who saw the cat ?", "where ?", "what did the old king eat in the house ?", "when did it run", "why ?"]
+
+
+def make_adapter(folder, tiny_base, layout="servable", template="plain"):
+    base = bases.load_base(tiny_base)
+    adapter = adapters.Adapter(
+        CompressionConfig(k=4, rate=4, layout=layout),
+        LoraConfig(4, 2.0, 0.0),
+        targets.make_template(template, base.tokenizer),
+        random_trained(TINY, 4),
+        str(tiny_base),
+        base.fingerprint,
+    )
+    adapters.save_adapter(folder, adapter)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def compressor(tiny_base, tmp_path_factory):
+    return icae_jax.load(make_adapter(tmp_path_factory.mktemp("adapter") / "a", tiny_base))
+
+
+@pytest.fixture(scope="module")
+def memory(compressor):
+    return compressor.compress(TEXTS)
+
+
+def test_memory_sizes(compressor, memory):
+    """Breaks when segments are counted wrongly: 16 text tokens a segment, <s> included, 4 slots each."""
+    lengths = [len(t.split()) + 1 for t in TEXTS]
+    segments = [-(-n // 16) for n in lengths]
+    assert memory.lengths.tolist() == lengths and memory.tokens.tolist() == [4 * s for s in segments]
+    assert memory.bytes.tolist() == [4 * s * TINY.hidden_size * 4 for s in segments]
+    np.testing.assert_allclose(memory.ratio, np.asarray(lengths) / (4 * np.asarray(segments)))
+
+
+def test_results_do_not_depend_on_the_batch(compressor, memory):
+    """Breaks when padding or a neighbour reaches a memory, a restored text, an answer or a score."""
+    restored = compressor.restore(memory, 12, details=True)
+    answers = compressor.ask(memory, [[q, QUESTIONS[0]] for q in QUESTIONS], 8, details=True)
+    scores = compressor.score(memory, TEXTS[::-1])
+    assert len({g.text for g in restored}) > 1 and len({row[0].text for row in answers}) > 1
+    for i, text in enumerate(TEXTS):
+        one = compressor.compress(text)
+        M = one.slots.shape[1]
+        np.testing.assert_allclose(one.slots[0], memory.slots[i, :M], atol=1e-5 * float(jnp.abs(memory.slots).max()))
+        assert not memory.mask[i, M:].any()
+        if not restored[i].ties:
+            assert compressor.restore(one, 12) == [restored[i].text]
+        if not answers[i][0].ties:
+            assert compressor.ask(one, QUESTIONS[i], 8) == [answers[i][0].text]
+        alone = compressor.score(one, TEXTS[::-1][i])[0]
+        assert alone.tokens == scores[i].tokens and abs(alone.log_prob - scores[i].log_prob) <= 1e-5 * abs(alone.log_prob)
+    assert compressor.compress(TEXTS, batch_size=2).slots.shape == memory.slots.shape
+    np.testing.assert_allclose(compressor.compress(TEXTS, batch_size=2).slots, memory.slots, atol=2e-5 * float(jnp.abs(memory.slots).max()))
+
+
+def test_answers_nest_as_the_questions_do(compressor, memory):
+    one = memory[0]
+    flat = compressor.ask(one, QUESTIONS[:2], 4)
+    assert len(flat) == 2 and compressor.ask(one, [QUESTIONS[:2]], 4) == [flat]
+    mixed = compressor.ask(memory[[0, 1]], [QUESTIONS[0], QUESTIONS[:2]], 4)
+    assert mixed[0] == flat[0] and isinstance(mixed[1], list) and len(mixed[1]) == 2
+    assert compressor.ask(memory[:2], QUESTIONS[0], 4)[0] == flat[0]
+    with pytest.raises(ValueError, match="2 entries for 5 texts"):
+        compressor.ask(memory, QUESTIONS[:2])
+
+
+def test_scores_equal_one_straight_pass(compressor, memory):
+    """Breaks when scoring reads the memory at other positions, or counts other tokens, than one pass over slots and text."""
+    got = compressor.score(memory, TEXTS, QUESTIONS) + compressor.score(memory, TEXTS)
+    params, base = compressor.base.params, compressor.base
+    for i in range(2 * len(TEXTS)):
+        at, asked = i % len(TEXTS), i < len(TEXTS)
+        answer = base.tokenizer(TEXTS[at], add_special_tokens=False)["input_ids"]
+        before = list(compressor.adapter.template.prompt(base.tokenizer(QUESTIONS[at], add_special_tokens=False)["input_ids"]))
+        ids = [*before, *answer, base.tokenizer.eos_token_id] if asked else answer
+        first = len(before) if asked else 1
+        slots = memory.slots[at][memory.mask[at]]
+        x = jnp.concatenate([slots, llama.embed(params, jnp.asarray(ids))])[None]
+        T = x.shape[1]
+        hidden, _ = compressor.model.apply({"params": params}, x, jnp.arange(T)[None], llama.causal_mask(T))
+        log_probs = jax.nn.log_softmax(hidden[0] @ llama.head_kernel(params))[len(slots) :]
+        want = sum(float(log_probs[t - 1, ids[t]]) for t in range(first, len(ids)))
+        assert got[i].tokens == len(ids) - first and abs(got[i].log_prob - want) <= 1e-4 * abs(want)
+
+
+@pytest.mark.parametrize("layout", ["sequential", "uniform"])
+def test_other_layouts_read_and_write(tiny_base, tmp_path, layout, memory):
+    """Breaks when a layout's positions are lost between compressing, a file, and reading."""
+    compressor = icae_jax.load(make_adapter(tmp_path / "a", tiny_base, layout, "mistral"))
+    memory = compressor.compress(TEXTS[:2])
+    compressor.save(tmp_path / "m.safetensors", memory, ["x", "y"])
+    again, ids = compressor.load_memory(tmp_path / "m.safetensors")
+    assert ids == ["x", "y"]
+    for name in ("slots", "mask", "positions", "end", "segment_lengths"):
+        np.testing.assert_array_equal(getattr(again, name), getattr(memory, name))
+    assert compressor.restore(again, 6) == compressor.restore(memory, 6)
+    assert compressor.ask(again, "who ?", 6) == compressor.ask(memory, "who ?", 6)
+
+
+def test_bad_input(compressor, memory, tiny_base, tmp_path):
+    with pytest.raises(ValueError, match="text 1: the text has no tokens"):
+        compressor.compress(["the cat", "   "])
+    with pytest.raises(ValueError, match="no texts|texts is empty"):
+        compressor.compress([])
+    with pytest.raises(ValueError, match=r"text 0: 2001 tokens need \d+ positions, the base has 256"):
+        compressor.compress("cat " * 2000)
+    with pytest.raises(ValueError, match="max_new_tokens is -1"):
+        compressor.restore(memory, -1)
+    with pytest.raises(ValueError, match="exceed the base's 256 positions"):
+        compressor.score(memory[0], "cat " * 300)
+    with pytest.raises(ValueError, match="fewer than 2 tokens"):
+        compressor.score(memory[0], "cat")
+    with pytest.raises(ValueError, match="targets has 1 entries for 5"):
+        compressor.score(memory, ["cat sat"])
+    with pytest.raises(ValueError, match="not a folder"):
+        icae_jax.load(tmp_path / "absent")
+    adapter = make_adapter(tmp_path / "a", tiny_base)
+    with pytest.raises(ValueError, match="--base"):
+        icae_jax.load(adapter, tmp_path / "absent")
+    with pytest.raises(ValueError, match="names adapter"):
+        other = icae_jax.load(adapter)
+        other.save(tmp_path / "m.safetensors", memory)
+        (tmp_path / "a").rename(tmp_path / "b")
+        compressors.load_with_memory(tmp_path / "m.safetensors")

@@ -1,0 +1,98 @@
+"""Greedy decoding: the cached loop against running the whole sequence anew for every token."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from conftest import TINY
+
+from icae_jax.compression.memory import Prefix
+from icae_jax.evaluation.plain import no_prefix
+from icae_jax.inference import generate
+from icae_jax.models import llama
+
+NEW = 6
+MODEL = llama.Llama(TINY)
+TABLE = jnp.zeros((4, TINY.hidden_size))
+
+
+def slow_greedy(params, ids):
+    """New tokens one by one, each from a full pass without a cache."""
+    ids = list(ids)
+    for _ in range(NEW):
+        T = len(ids)
+        hidden, _ = MODEL.apply({"params": params}, jnp.asarray([ids]), jnp.arange(T)[None], llama.causal_mask(T))
+        ids.append(int(jnp.argmax(hidden[0, -1] @ llama.head_kernel(params))))
+    return ids[-NEW:]
+
+
+def prompts(seed=0):
+    rng = np.random.default_rng(seed)
+    return [rng.integers(8, 64, n).tolist() for n in (3, 7, 5)]
+
+
+def padded(rows, width=8):
+    ids, lengths = np.zeros((len(rows), width), np.int32), np.asarray([len(r) for r in rows], np.int32)
+    for row, to in zip(rows, ids, strict=True):
+        to[: len(row)] = row
+    return ids, lengths
+
+
+def run(params, prefix, starts, rows, **kw):
+    kw = {"max_new_tokens": NEW, "stop_ids": (63,)} | kw
+    return generate.greedy(MODEL, params, TABLE, prefix, starts, *padded(rows), **kw)
+
+
+def test_cached_batched_decoding_equals_full_passes(tiny_params):
+    """Breaks when the cache, its positions or its mask are off, or when padding or neighbours are seen."""
+    rows = prompts()
+    out = run(tiny_params, no_prefix(TINY, 3), jnp.zeros(3, jnp.int32), rows, stop_ids=(-1,))
+    want = [slow_greedy(tiny_params, row) for row in rows]
+    assert out.ids.tolist() == want and len({tuple(w) for w in want}) == 3
+    assert out.lengths.tolist() == [NEW] * 3 and not out.stopped.any()
+
+
+def test_decoding_behind_a_prefix_shared_by_rows(tiny_params):
+    """Breaks when rows of one memory read another's, or the prefix's positions are lost."""
+    rng = np.random.default_rng(1)
+    heads = rng.integers(8, 64, (2, 5))
+    _, (k, v) = MODEL.apply({"params": tiny_params}, jnp.asarray(heads), jnp.arange(5)[None], llama.causal_mask(5), return_kv=True)
+    positions = jnp.broadcast_to(jnp.arange(5), (2, 5))
+    prefix = Prefix(llama.rotate_keys(TINY, k, positions), v, jnp.ones((2, 5), bool), jnp.full(2, 5))
+    rows = [*prompts(2), prompts(3)[0]]
+    out = run(tiny_params, prefix, jnp.full(4, 5), rows, stop_ids=(-1,))
+    want = [slow_greedy(tiny_params, [*heads[i // 2], *row]) for i, row in enumerate(rows)]
+    assert out.ids.tolist() == want
+
+
+def test_stops_at_any_stop_id_and_leaves_it_out(tiny_params):
+    """Breaks when a stop id is missed, kept in the text, or ends other rows too."""
+    rows = prompts()
+    free = [slow_greedy(tiny_params, row) for row in rows]
+    first, second = free[0][2], free[1][4]
+    out = run(tiny_params, no_prefix(TINY, 3), jnp.zeros(3, jnp.int32), rows, stop_ids=(first, second))
+    for row, want in enumerate(free):
+        ends = [i for i, token in enumerate(want) if token in (first, second)]
+        length = ends[0] if ends else NEW
+        assert out.lengths[row] == length and bool(out.stopped[row]) == bool(ends)
+        assert out.ids[row, :length].tolist() == want[:length] and not out.ids[row, length:].any()
+    assert out.stopped[:2].all()
+
+
+def test_ties_are_counted(tiny_params):
+    """Breaks when two equal best logits pass for a sure choice."""
+    rows = prompts()
+    plain = run(tiny_params, no_prefix(TINY, 3), jnp.zeros(3, jnp.int32), rows, stop_ids=(-1,))
+    assert plain.ties.tolist() == [0, 0, 0]
+    best = int(plain.ids[0, 0])
+    twin = 5 if best != 5 else 6
+    head = tiny_params["lm_head"].at[:, twin].set(tiny_params["lm_head"][:, best])
+    tied = run(tiny_params | {"lm_head": head}, no_prefix(TINY, 3), jnp.zeros(3, jnp.int32), rows, stop_ids=(-1,))
+    assert tied.ties[0] >= 1
+
+
+def test_one_row_and_many_rows_agree(tiny_params):
+    rows = prompts()
+    many = run(tiny_params, no_prefix(TINY, 3), jnp.zeros(3, jnp.int32), rows)
+    for i, row in enumerate(rows):
+        one = run(tiny_params, no_prefix(TINY, 1), jnp.zeros(1, jnp.int32), [row])
+        assert jax.tree.map(lambda x: x[0].tolist(), one) == jax.tree.map(lambda x, i=i: x[i].tolist(), many)

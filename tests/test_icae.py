@@ -1,0 +1,203 @@
+"""Writing texts into memory and reading it: segments, masks, independence, and that memory is the only way through."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import TINY, close, random_trained
+
+from icae_jax.compression import icae
+from icae_jax.models import llama
+from icae_jax.objectives import loss, targets
+
+CONFIG = icae.CompressionConfig(k=3, rate=4, layout="servable")
+MODEL = llama.Llama(TINY, lora_scale=0.5)
+TRAINED = random_trained(TINY, CONFIG.k)
+RNG = np.random.default_rng(0)
+TEXTS = [RNG.integers(3, 64, n).tolist() for n in (5, 12, 13, 25, 17)]
+
+
+@jax.jit
+def compress(params, trained, ids, lengths):
+    return icae.compress(MODEL, params, trained, ids, lengths, CONFIG)
+
+
+def segments(texts, shape=None):
+    return tuple(map(jnp.asarray, icae.segment_contexts(texts, CONFIG, shape)))
+
+
+# ------------------------------------------------------------------------------------------------------------ segments
+
+
+@pytest.mark.parametrize(
+    ("tokens", "shape"), [(1, (1, 1)), (11, (1, 11)), (12, (1, 12)), (13, (2, 7)), (24, (2, 12)), (25, (3, 9)), (120, (10, 12))]
+)
+def test_segment_shape(tokens, shape):
+    """Breaks when segments are cut full, full, rest; when k x rate tokens need two; or when a rounding is the other way."""
+    assert icae.segment_shape(tokens, CONFIG) == shape
+
+
+def test_segments_hold_the_text_in_order():
+    """Breaks when tokens are lost, repeated or reordered, or lengths do not say which are real."""
+    ids, lengths = icae.segment_contexts(TEXTS, CONFIG)
+    assert ids.shape == (5, 3, 12)
+    assert lengths.tolist() == [[5, 0, 0], [12, 0, 0], [7, 6, 0], [9, 9, 7], [9, 8, 0]]
+    for b, text in enumerate(TEXTS):
+        assert [t for s in range(3) for t in ids[b, s, : lengths[b, s]].tolist()] == text
+        assert all(not ids[b, s, lengths[b, s] :].any() for s in range(3))
+    blank, none = icae.segment_contexts([[], [5]], CONFIG, (2, 3))
+    assert blank.shape == (2, 2, 3) and none.tolist() == [[0, 0], [1, 0]]
+
+
+def test_a_full_segment_fits_in_the_shape_of_a_longer_text():
+    """Breaks when a batch of up to 13 tokens, two segments of 7, gets no room for a text of 12 tokens, one segment."""
+    ids, lengths = icae.segment_contexts([TEXTS[2], TEXTS[1]], CONFIG)
+    assert ids.shape == (2, 2, 12) and lengths.tolist() == [[7, 6], [12, 0]]
+
+
+# ------------------------------------------------------------------------------------------------------- independence
+
+
+@pytest.fixture(scope="module")
+def batch(tiny_params):
+    ids, lengths = segments(TEXTS)
+    return ids, lengths, compress(tiny_params, TRAINED, ids, lengths)
+
+
+def test_batch_neighbours_and_padding_do_not_change_slots(tiny_params, batch):
+    """Breaks when padding is attended to, or positions count padded tokens: each text alone, unpadded, gives the same slots."""
+    memory = batch[2]
+    assert memory.slots.shape == (5, 9, 32)
+    for b in (0, 2, 4):
+        alone = compress(tiny_params, TRAINED, *segments([TEXTS[b]]))
+        M = alone.slots.shape[1]
+        assert bool(alone.mask.all()) and alone.mask.shape == (1, 3 * icae.segment_shape(len(TEXTS[b]), CONFIG)[0])
+        assert np.asarray(memory.mask[b]).tolist() == [True] * M + [False] * (9 - M)
+        close(memory.slots[b, :M], alone.slots[0])
+        assert memory.positions[b, :M].tolist() == alone.positions[0].tolist() and memory.end[b] == alone.end[0]
+
+
+def test_content_of_padding_never_matters(tiny_params, batch):
+    """Breaks when any real slot depends on ids behind the text's end."""
+    ids, lengths, memory = batch
+    real = jnp.arange(ids.shape[2])[None, None] < lengths[..., None]
+    other = compress(tiny_params, TRAINED, jnp.where(real, ids, 63), lengths)
+    assert not bool(real.all())
+    mask = np.asarray(memory.mask)
+    np.testing.assert_array_equal(np.asarray(other.slots)[mask], np.asarray(memory.slots)[mask])
+
+
+def test_segments_do_not_see_each_other(tiny_params, batch):
+    """Breaks when segments share attention: a changed middle segment may change its own slots only."""
+    ids, lengths, memory = batch
+    other = compress(tiny_params, TRAINED, ids.at[3, 1, 0].set(63), lengths)
+    changed = np.abs(np.asarray(other.slots - memory.slots)).max(-1)
+    assert (changed[3, 3:6] > 1e-4).all()
+    changed[3, 3:6] = 0
+    assert not changed.any()
+
+
+def test_memory_tokens_see_those_before_them(tiny_params, batch):
+    """Breaks when memory tokens stand in another order, or see later ones: row 1 of the table reaches slots 1 and 2 alone."""
+    ids, lengths, memory = batch
+    table = TRAINED["memory_table"].at[1].multiply(2.0)
+    other = compress(tiny_params, TRAINED | {"memory_table": table}, ids, lengths)
+    changed = np.abs(np.asarray(other.slots - memory.slots)).max(-1).reshape(5, 3, 3)
+    assert not changed[:, :, 0].any() and (changed[:, :, 1:] > 1e-4).all()
+
+
+# -------------------------------------------------------------------------------------------- memory is the only way
+
+
+@jax.jit
+@functools.partial(jax.value_and_grad, argnums=1)
+def decoder_loss(params, trained, ids, lengths, packed, cut, visible):
+    """AE loss; cut: no gradient through the slots. visible: false hides the memory from the decoder."""
+    memory = icae.compress(MODEL, params, trained, ids, lengths, CONFIG)
+    slots = memory.slots * (1 - cut) + jax.lax.stop_gradient(memory.slots) * cut
+    memory = memory.replace(slots=slots, mask=memory.mask & visible)
+    losses = loss.label_losses(MODEL, params, trained, memory, {"ae": packed}, {"ae": ()}, CONFIG.layout, 8)
+    total, count = loss.objective_sums(losses, {"ae": packed})["ae"]
+    return total / count
+
+
+def test_decoder_learns_of_the_context_through_memory_alone(tiny_params):
+    """Breaks when LoRA is on in the decoder, the decoder sees context tokens, or masked memory is still attended to."""
+    packed = jax.tree.map(jnp.asarray, targets.pack([[targets.ae_target(TEXTS[2], 2)]], 1, 14, 14))
+    context = segments([TEXTS[2]])
+    one, other = context, (jnp.flip(context[0], 2), context[1])
+
+    def run(context, cut, visible):
+        value, gradient = decoder_loss(tiny_params, TRAINED, *context, packed, cut, visible)
+        lora = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(gradient["lora"]))
+        return float(value), lora, np.abs(np.asarray(gradient["memory_table"])).max(1)
+
+    value, lora, table = run(one, 0.0, True)
+    assert lora > 1e-4 and (table[:4] > 1e-4).all() and not table[4:].any()  # k memory tokens and [AE]; no [LM], no [FT]
+    cut_value, cut_lora, cut_table = run(one, 1.0, True)
+    assert cut_value == pytest.approx(value, abs=1e-6) and cut_lora == 0 and not cut_table[:3].any() and cut_table[3] > 1e-4
+    assert abs(run(other, 0.0, True)[0] - value) > 1e-3
+    assert run(other, 0.0, False)[0] == run(one, 0.0, False)[0] != value
+    assert run(one, 0.0, False)[1] == 0
+
+
+def test_head_runs_in_front_of_the_memory(tiny_params):
+    """Breaks when the head's embeddings, positions or mask are off: head and slots equal one longer memory of both."""
+    head, lengths = (1, 3), jnp.asarray([[5], [9]])
+    slots = jnp.asarray(RNG.standard_normal((2, 3, 32)), jnp.float32)
+    memory = icae.place(slots, lengths, CONFIG)
+    memory = memory.replace(mask=memory.mask.at[1, 2].set(False), positions=memory.positions + 1)  # holes and gaps, to see them
+    in_front = jnp.broadcast_to(tiny_params["embed"][jnp.asarray(head)], (2, 2, 32))
+    joined = memory.replace(
+        slots=jnp.concatenate([in_front, slots], 1),
+        mask=jnp.concatenate([jnp.ones((2, 2), bool), memory.mask], 1),
+        positions=jnp.asarray([[0, 1, 3, 4, 5]] * 2),
+    )
+    read = jax.jit(functools.partial(icae.read, MODEL), static_argnums=2)
+    got, want = read(tiny_params, memory, head), read(tiny_params, joined, ())
+    assert got.mask.tolist() == [[True] * 5, [True] * 4 + [False]] and got.end.tolist() == [5, 5]
+    assert got.k.shape == (2, 2, 5, 2, 8)
+    close(got.k, want.k)
+    close(got.v, want.v)
+
+
+# -------------------------------------------------------------------------------------------------------- memory table
+
+
+def test_memory_table_starts_like_token_embeddings():
+    """Breaks when mean or std of the embeddings is ignored, taken over the wrong axis, or the trigger row is another."""
+    embeddings = RNG.standard_normal((500, 4)) * [0.1, 0.2, 0.3, 0.4] + [0, 1, 2, 3]
+    params, key = {"embed": jnp.asarray(embeddings, jnp.bfloat16)}, jax.random.key(0)
+    table = icae.init_memory_table(key, params, icae.CompressionConfig(k=4000), trigger_id=7)
+    assert table.shape == (4003, 4) and table.dtype == jnp.float32
+    np.testing.assert_allclose(table.mean(0), embeddings.mean(0), atol=0.03)
+    np.testing.assert_allclose(table.std(0), embeddings.std(0), rtol=0.05)
+    np.testing.assert_array_equal(table[4000 + targets.AE + 3], np.asarray(params["embed"], np.float32)[7])
+    normal = icae.init_memory_table(key, params, icae.CompressionConfig(k=4000, memory_init="normal"))
+    np.testing.assert_allclose(normal.mean(0), np.zeros(4), atol=0.06)
+    np.testing.assert_allclose(normal.std(0), np.ones(4), rtol=0.05)
+
+
+def test_negative_ids_are_rows_of_the_table_from_its_end():
+    """Breaks when [AE], [LM], [FT] take each other's rows or a memory token's, or id 0 is taken for one of them."""
+    base, table = {"embed": jnp.arange(10.0).reshape(5, 2)}, 100 + jnp.arange(12.0).reshape(6, 2)
+    out = icae.embed_with_table(base, table, jnp.asarray([[targets.AE, 0], [targets.LM, 4], [targets.FT, 1]]))
+    assert out[:, 0].tolist() == table[3:].tolist() and out[:, 1].tolist() == base["embed"][jnp.asarray([0, 4, 1])].tolist()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"method": "x"}, "compression.method is 'x'"),
+        ({"k": 0}, "compression.k is 0"),
+        ({"rate": -1}, "compression.rate is -1"),
+        ({"memory_init": "zero"}, "compression.memory_init is 'zero'"),
+        ({"layout": "spiral"}, "layout is 'spiral'; choose from sequential, uniform, servable"),
+    ],
+)
+def test_bad_configuration_is_named(fields, message):
+    """Breaks when a bad value gets through, or the error does not name it."""
+    with pytest.raises(ValueError, match=message):
+        icae.CompressionConfig(**fields)

@@ -1,0 +1,61 @@
+"""Position layouts, against positions written out by hand."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from icae_jax.compression import layout
+from icae_jax.compression.memory import Prefix
+
+LENGTHS = jnp.asarray([[4, 4], [3, 0]])  # two texts of up to two segments
+
+
+def test_unknown_layout_is_named():
+    """Breaks when a misspelt layout falls back to another one."""
+    with pytest.raises(ValueError, match="layout is 'uniformly'; choose from sequential, uniform, servable"):
+        layout.get("uniformly")
+
+
+def test_spread():
+    """Breaks when memory tokens do not stand at the centre of their share of the text, or leave it."""
+    assert layout.spread(2, jnp.asarray([8, 4, 1])).tolist() == [[3, 7], [2, 4], [1, 1]]
+    assert layout.spread(4, jnp.asarray(16)).tolist() == [3, 7, 11, 15]
+    for length in range(1, 40):
+        at = np.asarray(layout.spread(5, jnp.asarray(length)))
+        assert at.min() >= 1 and at.max() <= length and (np.diff(at) >= 0).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "want"),
+    [
+        ("sequential", [[0, 1, 2, 3, 4, 4, 5], [0, 1, 2, 3, 4, 2, 3]]),  # memory follows the text, not the padding
+        ("uniform", [[1, 2, 3, 4, 5, 2, 4], [1, 2, 3, 4, 5, 1, 2]]),
+        ("servable", [[1, 2, 3, 4, 5, 2, 4], [1, 2, 3, 4, 5, 1, 2]]),
+    ],
+)
+def test_encoder_positions(name, want):
+    """Breaks when text starts elsewhere, or memory positions count padded tokens (texts of 4 and 2 padded to 5)."""
+    assert layout.encoder_positions(layout.get(name), 5, 2, jnp.asarray([4, 2])).tolist() == want
+
+
+@pytest.mark.parametrize(
+    ("name", "positions", "end"),
+    [
+        ("sequential", [[0, 1, 2, 3], [0, 1]], [4, 2]),
+        ("servable", [[0, 1, 2, 3], [0, 1]], [4, 2]),
+        ("uniform", [[2, 4, 6, 8], [1, 3]], [9, 4]),  # text ids 1 … 8 and 1 … 3, running over the segments
+    ],
+)
+def test_decoder_positions(name, positions, end):
+    """Breaks when missing segments take positions, or uniform positions restart in every segment."""
+    got, got_end = layout.decoder_positions(layout.get(name), 2, LENGTHS)
+    assert got.shape == (2, 4) and got_end.tolist() == end
+    assert [got[0].tolist(), got[1, :2].tolist()] == positions
+
+
+@pytest.mark.parametrize("name", layout.LAYOUTS)
+def test_target_starts(name):
+    """Breaks when anything but uniform's AE starts elsewhere than behind the memory."""
+    prefix = Prefix(None, None, None, jnp.asarray([9, 4]))
+    starts = {o: layout.target_starts(layout.get(name), o, prefix).tolist() for o in ("ae", "lm", "qa")}
+    assert starts == {"ae": [0, 0] if name == "uniform" else [9, 4], "lm": [9, 4], "qa": [9, 4]}

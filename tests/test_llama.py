@@ -1,0 +1,207 @@
+"""The Llama family: equal to transformers' own, causal, and the same through KV prefixes, rematerialisation and unrolling."""
+
+import dataclasses
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import TINY, close, shared
+
+from icae_jax.interop import base as bases
+from icae_jax.models import llama
+
+IDS = np.random.default_rng(0).integers(0, 64, (2, 24))
+MODEL = llama.Llama(TINY)
+
+
+def positions(start, stop):
+    return jnp.arange(start, stop)[None]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def logits(config, params, ids):
+    T = ids.shape[1]
+    hidden, _ = llama.Llama(config).apply({"params": params}, ids, positions(0, T), llama.causal_mask(T))
+    return hidden @ llama.head_kernel(params)
+
+
+# ---------------------------------------------------------------------------------------------------- transformers' own
+
+SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+OPTIONS = {
+    "gqa": {"num_key_value_heads": 2},
+    "mha_tied": {"num_key_value_heads": 4, "tie_word_embeddings": True},
+    "mqa_head_dim_theta": {"num_key_value_heads": 1, "head_dim": 6, "rope_parameters": {"rope_type": "default", "rope_theta": 50.0}},
+    "llama3_eps": {"num_key_value_heads": 2, "rope_parameters": {"rope_theta": 100.0, **LLAMA3}, "rms_norm_eps": 0.1},
+    "mistral": {"num_key_value_heads": 2, "sliding_window": None},
+}
+
+
+def old_spelling(raw):
+    """config.json as transformers 4 wrote it."""
+    raw = dict(raw)
+    rope = dict(raw.pop("rope_parameters"))
+    raw["rope_theta"] = rope.pop("rope_theta")
+    raw["rope_scaling"] = None if rope["rope_type"] == "default" else rope
+    return raw
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_logits_equal_transformers(option, tmp_path):
+    """Breaks when any part of the model, or the reading of config.json in either spelling of RoPE, strays from the hub's Llama."""
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    kind = "Mistral" if option == "mistral" else "Llama"
+    hub_config = getattr(transformers, f"{kind}Config")(**SIZES, **OPTIONS[option], max_position_embeddings=64, initializer_range=0.2)
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{kind}ForCausalLM")(hub_config).eval()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "norm" in name:
+                weight += 0.2 * torch.randn_like(weight)
+        want = model(torch.from_numpy(IDS)).logits.numpy()
+    model.save_pretrained(tmp_path)
+
+    config = bases.read_config(tmp_path)
+    raw = json.loads((tmp_path / "config.json").read_text())
+    assert "rope_parameters" in raw and bases.parse_config(old_spelling(raw)) == config
+    params = bases.load_params(tmp_path, config)
+    assert ("lm_head" in params) == (option != "mha_tied")
+    close(logits(config, params, jnp.asarray(IDS)), want, 1e-4)
+    if "rope_parameters" in OPTIONS[option]:
+        plain = dataclasses.replace(config, rope_theta=10000.0, rope_scaling=None)
+        assert np.abs(llama.rope_frequencies(plain) - llama.rope_frequencies(config)).max() > 0.01, "the option changes nothing here"
+
+
+def test_real_model_equals_transformers():
+    """Breaks when trained weights bring out what random ones do not."""
+    folder = shared("data/stories260K")
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    ids = np.asarray(
+        [transformers.AutoTokenizer.from_pretrained(folder)("Once upon a time there was a little dog named Spot.")["input_ids"]]
+    )
+    with torch.no_grad():
+        want = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(torch.from_numpy(ids)).logits.numpy()
+    config = bases.read_config(folder)
+    got = logits(config, bases.load_params(folder, config), jnp.asarray(ids))
+    close(got, want, 1e-4)
+    assert (np.argmax(got, -1) == np.argmax(want, -1)).all()
+
+
+# ------------------------------------------------------------------------------------------------------- ways to call it
+
+
+@functools.partial(jax.jit, static_argnames="return_kv")
+def run(params, x, at, mask, prefix=None, keep=None, return_kv=False):
+    return MODEL.apply({"params": params}, x, at, mask, prefix=prefix, return_kv=return_kv, keep=keep)
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_params):
+    """Hidden states and K/V of IDS in one pass."""
+    return run(tiny_params, jnp.asarray(IDS), positions(0, 24), llama.causal_mask(24), return_kv=True)
+
+
+def test_prefix_equals_the_tokens_in_front(tiny_params, whole):
+    """Breaks when prefix keys are rotated wrongly, the prefix mask is ignored, or the causal mask is aligned with the prefix."""
+    hidden, (k, v) = whole
+    padded = [jnp.pad(t[:, :, :10], ((0, 0), (0, 0), (0, 3), (0, 0), (0, 0)), constant_values=9.0) for t in (k, v)]
+    at = jnp.pad(positions(0, 10), ((0, 0), (0, 3)))
+    mask = jnp.broadcast_to(jnp.arange(13)[None] < 10, (2, 13))
+    prefix = (llama.rotate_keys(TINY, padded[0], at), padded[1], mask)
+    got, kv = run(tiny_params, jnp.asarray(IDS[:, 10:]), positions(10, 24), llama.causal_mask(14), prefix)
+    assert kv is None
+    close(got, hidden[:, 10:])
+
+
+def test_shared_prefix_equals_a_repeated_one(tiny_params, whole):
+    """Breaks when rows read the prefix of another: 2 prefixes serve 3 rows each, the first the first three."""
+    k, v = (t[:, :, :10] for t in whole[1])
+    prefix = (llama.rotate_keys(TINY, k, positions(0, 10)), v, jnp.ones((2, 10), bool).at[1, 4].set(False))
+    rows = jnp.asarray(np.random.default_rng(1).integers(0, 64, (6, 5)))
+    repeated = (*(jnp.repeat(t, 3, axis=1) for t in prefix[:2]), jnp.repeat(prefix[2], 3, axis=0))
+    got, want = (run(tiny_params, rows, positions(10, 15), llama.causal_mask(5), p)[0] for p in (prefix, repeated))
+    close(got, want)
+    assert np.abs(np.asarray(got[:3] - got[3:])).max() > 1e-3
+
+
+def test_kept_positions_are_those_asked_for(tiny_params, whole):
+    """Breaks when `keep` means the last ones, or is sorted."""
+    keep = jnp.asarray([7, 0, 23])
+    hidden, kv = run(tiny_params, jnp.asarray(IDS), positions(0, 24), llama.causal_mask(24), keep=keep, return_kv=True)
+    for got, every in zip((hidden, *kv), (whole[0], *(t[:, :, keep] for t in whole[1])), strict=True):
+        close(got, every)
+    assert kv[0].shape == (2, 2, 3, 2, 8)
+
+
+def test_embeddings_equal_ids(tiny_params, whole):
+    """Breaks when embeddings given as input are treated otherwise than those looked up, such as scaled."""
+    x = llama.embed(tiny_params, jnp.asarray(IDS))
+    close(run(tiny_params, x, positions(0, 24), llama.causal_mask(24))[0], whole[0])
+
+
+def test_masked_keys_do_not_matter(tiny_params, whole):
+    """Breaks when the mask's axes are swapped: with key 3 hidden, later tokens change, and its content does not matter to them."""
+    mask = llama.causal_mask(24).at[:, :, 3].set(False)
+    one, other = (run(tiny_params, jnp.asarray(ids), positions(0, 24), mask)[0] for ids in (IDS, np.where(np.arange(24) == 3, 5, IDS)))
+    assert np.abs(np.asarray(one - whole[0]))[:, 4:].max() > 1e-3
+    np.testing.assert_array_equal(np.delete(one, 3, axis=1), np.delete(other, 3, axis=1))
+
+
+def test_no_token_depends_on_later_ones(tiny_params):
+    """Breaks when the mask lets the future through: the gradient of token 4 reaches tokens 0 … 4 and no other."""
+    x = llama.embed(tiny_params, jnp.asarray(IDS[:1, :9]))
+    hidden = lambda x: MODEL.apply({"params": tiny_params}, x, positions(0, 9), llama.causal_mask(9))[0]  # noqa: E731
+    reach = np.abs(np.asarray(jax.jit(jax.grad(lambda x: jnp.sum(hidden(x)[:, 4] ** 2 * jnp.arange(32.0)[None])))(x))).max(-1)[0]
+    assert (reach[:5] > 1e-4).all() and not reach[5:].any()
+
+
+def test_rematerialised_and_unrolled_layers_compute_the_same(tiny_params):
+    """Breaks when remat or unrolling changes values or gradients, or is not done at all (the programs must differ)."""
+    ids = jnp.asarray(IDS[:, :8])
+
+    def program(remat, unroll):
+        model = llama.Llama(TINY, remat=remat, unroll=unroll)
+
+        def loss(params):
+            hidden, _ = model.apply({"params": params}, ids, positions(0, 8), llama.causal_mask(8))
+            return jnp.sum(jnp.sin(hidden @ llama.head_kernel(params)))
+
+        return jax.value_and_grad(loss)
+
+    programs = {how: program(*how) for how in (("none", 1), ("dots", 1), ("full", 2))}
+    texts = {how: str(jax.make_jaxpr(f)(tiny_params)) for how, f in programs.items()}
+    matmuls = [t.count("dot_general[") for t in texts.values()]
+    assert matmuls[0] < matmuls[1] < matmuls[2], "recomputing takes more matmuls: full all of them, dots those of attention"
+    assert "unroll=2" in texts["full", 2] and "unroll=2" not in texts["dots", 1] and "prevent_cse=True" in texts["full", 2]
+    value, gradient = jax.jit(programs["none", 1])(tiny_params)
+    for how in (("dots", 1), ("full", 2)):
+        got_value, got_gradient = jax.jit(programs[how])(tiny_params)
+        close(got_value, value)
+        jax.tree.map(close, got_gradient, gradient)
+
+
+# --------------------------------------------------------------------------------------------------------------- sizes
+
+
+def test_impossible_sizes_are_refused():
+    """Breaks when a wrong size is only found by a shape error deep in the model."""
+    for field, value, message in (
+        ("num_layers", 0, "num_layers of the model is 0"),
+        ("num_kv_heads", 3, "num_heads 4 is not a multiple of num_kv_heads 3"),
+        ("head_dim", 7, "head_dim is 7"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            dataclasses.replace(TINY, **{field: value})
+
+
+def test_initial_parameters():
+    """Breaks when tied models get a head, or output projections are not scaled down by 1/sqrt(2 L)."""
+    params = jax.jit(llama.init_params, static_argnums=1)(jax.random.key(0), dataclasses.replace(TINY, num_layers=8))
+    assert params["lm_head"].shape == (32, 64)
+    assert "lm_head" not in llama.param_shapes(dataclasses.replace(TINY, tie_word_embeddings=True))
+    stds = {p: float(params["layers"]["mlp"][p]["kernel"].std()) for p in ("up_proj", "down_proj")}
+    assert stds == pytest.approx({"up_proj": 0.02, "down_proj": 0.005}, rel=0.05)

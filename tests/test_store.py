@@ -1,0 +1,75 @@
+"""Memory files: what they refuse."""
+
+import json
+
+import numpy as np
+import pytest
+import safetensors
+import safetensors.numpy
+
+from icae_jax.compression import icae
+from icae_jax.inference import store
+
+CONFIG = icae.CompressionConfig(k=2, rate=4)
+
+
+def memory():
+    slots = np.random.default_rng(0).standard_normal((2, 4, 8)).astype(np.float32)
+    return icae.place(slots, np.asarray([[8, 3], [5, 0]]), CONFIG)
+
+
+def save(path, **changes):
+    values = {"ids": ["a", "b"], "base_fingerprint": "b" * 64, "adapter_fingerprint": "a" * 64, "adapter_path": path.parent}
+    store.save(path, memory(), CONFIG, *(values | changes).values())
+    return path
+
+
+def test_round_trip_with_metadata(tmp_path):
+    path = save(tmp_path / "m.safetensors")
+    again, ids = store.load(path, CONFIG, "b" * 64, "a" * 64)
+    assert ids == ["a", "b"]
+    np.testing.assert_array_equal(again.slots, memory().slots)
+    np.testing.assert_array_equal(again.mask, [[True] * 4, [True, True, False, False]])
+    np.testing.assert_array_equal(again.segment_lengths, [[8, 3], [5, 0]])
+    metadata = store.read_metadata(path)
+    assert (metadata["method"], metadata["layout"], metadata["k"]) == ("icae", "servable", "2")
+    assert json.loads(metadata["ids"]) == ids and metadata["adapter"] == str(tmp_path.resolve())
+
+
+def test_another_base_or_adapter_is_refused_and_named(tmp_path):
+    path = save(tmp_path / "m.safetensors")
+    with pytest.raises(ValueError, match="base bbbbbbbbbbbb, but cccccccccccc"):
+        store.load(path, CONFIG, "c" * 64, "a" * 64)
+    with pytest.raises(ValueError, match="adapter aaaaaaaaaaaa, but cccccccccccc"):
+        store.load(path, CONFIG, "b" * 64, "c" * 64)
+
+
+def test_bad_files(tmp_path):
+    with pytest.raises(ValueError, match="no such file"):
+        store.read_metadata(tmp_path / "absent")
+    (tmp_path / "broken").write_bytes(b"not a safetensors file")
+    with pytest.raises(ValueError, match="not a readable memory file"):
+        store.read_metadata(tmp_path / "broken")
+    safetensors.numpy.save_file({"x": np.zeros(1)}, tmp_path / "other")
+    with pytest.raises(ValueError, match="format_version"):
+        store.read_metadata(tmp_path / "other")
+    with pytest.raises(ValueError, match="1 ids for 2"):
+        save(tmp_path / "m", ids=["a"])
+    with pytest.raises(ValueError, match="is a folder"):
+        store.check_output(tmp_path)
+    with pytest.raises(ValueError, match="absent or cannot be written"):
+        store.check_output(tmp_path / "absent" / "m")
+
+
+def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
+    """Breaks when a full disk destroys the memories that were there."""
+    path = save(tmp_path / "m.safetensors")
+    before = path.read_bytes()
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(safetensors.numpy, "save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        save(path)
+    assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["m.safetensors"]

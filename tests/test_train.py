@@ -1,0 +1,220 @@
+"""The loop: resuming bit-exactly, signals, divergence, refusal, a full disk; the frozen base stays frozen."""
+
+import json
+import os
+import pathlib
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from conftest import ROOT, WORDS, write_jsonl
+
+from icae_jax.interop import base as bases
+from icae_jax.training import metrics
+from icae_jax.training.checkpoint import Checkpoints
+from icae_jax.training.config import TrainConfig, from_dict
+from icae_jax.training.tasks import CompressorTask
+from icae_jax.training.train import DIVERGED, DONE, PREEMPTED, train
+
+
+def _texts(count, seed):
+    rng = np.random.default_rng(seed)
+    return [{"text": " ".join(rng.choice(WORDS[8:11], size=int(rng.integers(90, 140))))} for _ in range(count)]
+
+
+@pytest.fixture(scope="module")
+def raw(tiny_base, tmp_path_factory):
+    """A small pretraining configuration, as nested dicts: two buckets, dropout, accumulation."""
+    folder = tmp_path_factory.mktemp("train")
+    return {
+        "base": str(tiny_base),
+        "steps": 12,
+        "batch_size": 4,
+        "accumulate": 2,
+        "log_every": 1,
+        "eval_every": 6,
+        "checkpoint_every": 3,
+        "eval_examples": 4,
+        "compression": {"k": 4, "rate": 4},
+        "lora": {"rank": 4, "dropout": 0.2},
+        "optimizer": {"learning_rate": 1e-2, "warmup_steps": 2},
+        "data": {
+            "train": write_jsonl(folder / "train.jsonl", _texts(12, 0)),
+            "eval": write_jsonl(folder / "eval.jsonl", _texts(4, 1)),
+            "context_lengths": [16, 32],
+            "cache_dir": str(folder / "cache"),
+        },
+    }
+
+
+def run(raw, workdir, **changes):
+    config = from_dict(TrainConfig, raw | changes)
+    lines = []
+    code = train(config, CompressorTask(config), workdir, log=lines.append)
+    return code, lines
+
+
+def arrays(workdir):
+    """Every array of the latest checkpoint, in order of its path."""
+    checkpoints = Checkpoints(workdir)
+    state = checkpoints._manager.restore(checkpoints.latest())
+    checkpoints.close()
+    leaves = jax.tree_util.tree_leaves_with_path(state)
+    assert len(leaves) > 10
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
+
+
+def without_clocks(workdir):
+    lines = metrics.read(pathlib.Path(workdir) / "metrics.jsonl")
+    return [{k: v for k, v in line.items() if k not in metrics.WALL_CLOCK} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(raw, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("whole")
+    code, lines = run(raw, workdir)
+    assert code == DONE
+    return workdir, lines
+
+
+CHILD = """
+import json, sys
+from icae_jax.training.config import TrainConfig, from_dict
+from icae_jax.training.tasks import CompressorTask
+from icae_jax.training.train import train
+config = from_dict(TrainConfig, json.loads(sys.argv[1]))
+task = CompressorTask(config)
+if len(sys.argv) > 3:  # slowed down, so that a signal lands between two steps and not after the last
+    import time
+    whole = task.train_batches
+    task.train_batches = lambda start, stop: (time.sleep(0.3) or batch for batch in whole(start, stop))
+sys.exit(train(config, task, sys.argv[2]))
+"""
+
+
+def child(raw, workdir, *, limit=None):
+    """The same training in another process, slowed down; `limit`: bytes that any file it writes may have at most."""
+    command = [sys.executable, "-c", CHILD, json.dumps(raw), str(workdir)]
+    if limit:
+        command = ["bash", "-c", f'ulimit -f {limit // 1024}; exec "$@"', "bash", *command]
+    else:
+        command.append("slow")
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+
+
+def wait_for_step(process, workdir, at_least):
+    path = pathlib.Path(workdir) / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if path.exists() and max((line["step"] for line in metrics.read(path)), default=0) >= at_least:
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"no step {at_least}; exit code {process.poll()}: {process.stderr.read()[-2000:]}")
+
+
+def test_a_killed_run_continues_bit_exactly(raw, uninterrupted, tmp_path):
+    """Breaks when any of parameters, optimiser state, data order, dropout or metrics is not a function of (seed, step)."""
+    process = child(raw, tmp_path)
+    wait_for_step(process, tmp_path, random.SystemRandom().randint(4, 8))
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL and not (tmp_path / "DONE").exists()
+
+    code, lines = run(raw, tmp_path)
+    assert code == DONE and any(line.startswith("resumed at step") for line in lines)
+    whole, _ = uninterrupted
+    want, got = arrays(whole), arrays(tmp_path)
+    assert want.keys() == got.keys()
+    for name, value in want.items():
+        np.testing.assert_array_equal(got[name], value, err_msg=name)
+    assert without_clocks(tmp_path) == without_clocks(whole)
+    assert {line["step"] for line in without_clocks(whole)} == set(range(13))
+
+
+def test_sigterm_saves_and_exits_75(raw, uninterrupted, tmp_path):
+    """Breaks when a preempted run loses steps, or claims to be done."""
+    process = child(raw, tmp_path)
+    wait_for_step(process, tmp_path, 4)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == PREEMPTED and not (tmp_path / "DONE").exists()
+    saved = Checkpoints(tmp_path).latest()
+    assert saved >= 5 and f"saved step {saved}" in err
+    assert run(raw, tmp_path)[0] == DONE
+    np.testing.assert_array_equal(arrays(tmp_path)["['trained']['memory_table']"], arrays(uninterrupted[0])["['trained']['memory_table']"])
+
+
+def test_a_finished_run_stays_finished_and_can_be_made_longer(raw, uninterrupted, tmp_path):
+    """Breaks when a launcher's restart trains on, or when a longer run starts anew."""
+    workdir, _ = uninterrupted
+    before = (workdir / "metrics.jsonl").read_bytes()
+    code, lines = run(raw, workdir)
+    assert code == DONE and "done already" in lines[-1] and (workdir / "metrics.jsonl").read_bytes() == before
+
+    assert run(raw, tmp_path, steps=6)[0] == DONE
+    code, lines = run(raw, tmp_path)
+    assert code == DONE and "changed: steps: 6 -> 12" in lines and "resumed at step 6" in lines
+    np.testing.assert_array_equal(arrays(tmp_path)["['trained']['memory_table']"], arrays(workdir)["['trained']['memory_table']"])
+
+
+def test_training_learns_and_the_base_does_not_change(raw, uninterrupted):
+    """Breaks when the loss does not fall, or a frozen weight moves."""
+    workdir, lines = uninterrupted
+    evaluated = [line["eval"]["memory"] for line in without_clocks(workdir) if "eval" in line]
+    assert len(evaluated) == 3 and evaluated[-1]["ae"] < evaluated[0]["ae"] and evaluated[-1]["lm"] < evaluated[0]["lm"]
+    config = from_dict(TrainConfig, raw)
+    task = CompressorTask(config)
+    assert task.base.fingerprint == bases.load_base(raw["base"]).fingerprint
+    before = jax.tree.map(np.array, task.frozen)
+    task_lines = []
+    assert train(from_dict(TrainConfig, raw | {"steps": 2}), task, workdir.parent / "frozen", log=task_lines.append) == DONE
+    jax.tree.map(np.testing.assert_array_equal, task.frozen, before)
+    assert "trained" in lines[0] + lines[1] and "frozen" in lines[0] + lines[1]
+
+
+def test_divergence_exits_3_names_the_step_and_saves_nothing_of_it(raw, tmp_path):
+    """Breaks when NaN is trained on, or overwrites the last good checkpoint."""
+    assert run(raw, tmp_path, steps=3)[0] == DONE
+    good = arrays(tmp_path)
+    config = from_dict(TrainConfig, raw)
+    task = CompressorTask(config)
+    losses = task.losses
+
+    def broken(trained, frozen, batch, key):
+        poison = np.float32(np.nan) if key is not None else np.float32(1)
+        return {o: (s * poison, n) for o, (s, n) in losses(trained, frozen, batch, key).items()}
+
+    task.losses = broken
+    lines = []
+    assert train(config, task, tmp_path, log=lines.append) == DIVERGED
+    assert "step 4" in lines[-1] and "step 3" in lines[-1]
+    for name, value in arrays(tmp_path).items():
+        np.testing.assert_array_equal(value, good[name])
+
+
+def test_another_configuration_is_refused_with_its_fields(raw, uninterrupted):
+    """Breaks when a workdir is continued under other mathematics."""
+    workdir, _ = uninterrupted
+    before = (workdir / "config.json").read_bytes()
+    with pytest.raises(ValueError, match=r"(?s)lora\.rank: 4 -> 8.*seed: 0 -> 1"):
+        run(raw, workdir, seed=1, lora={"rank": 8, "dropout": 0.2})
+    assert (workdir / "config.json").read_bytes() == before
+
+
+def test_a_full_disk_is_one_error_and_loses_nothing(raw, tmp_path):
+    """Breaks when a failed save takes the earlier checkpoint with it, or shows a traceback."""
+    assert run(raw, tmp_path, steps=3)[0] == DONE
+    before = arrays(tmp_path)
+    process = child(raw, tmp_path, limit=12 * 1024)  # no file may grow past this: writing a checkpoint fails as on a full disk
+    _, err = process.communicate(timeout=180)
+    assert process.returncode not in (DONE, PREEMPTED, DIVERGED)
+    assert "failed" in err and "Earlier checkpoints are whole" in err
+    after = arrays(tmp_path)
+    for name, value in before.items():
+        np.testing.assert_array_equal(after[name], value)
+    assert run(raw, tmp_path)[0] == DONE
