@@ -144,11 +144,11 @@ def test_decoder_learns_of_the_context_through_memory_alone(tiny_params):
 
 
 def test_head_runs_in_front_of_the_memory(tiny_params):
-    """Breaks when the head's embeddings, positions or mask are off: head and slots equal one longer memory of both."""
+    """Breaks when the head's embeddings or positions are off (head and slots equal one longer memory), or the mask is ignored."""
     head, lengths = (1, 3), jnp.asarray([[5], [9]])
     slots = jnp.asarray(RNG.standard_normal((2, 3, 32)), jnp.float32)
     memory = icae.place(slots, lengths, CONFIG)
-    memory = memory.replace(mask=memory.mask.at[1, 2].set(False), positions=memory.positions + 1)  # holes and gaps, to see them
+    memory = memory.replace(mask=memory.mask.at[1, 1].set(False), positions=memory.positions + 1)  # holes and gaps, to see them
     in_front = jnp.broadcast_to(tiny_params["embed"][jnp.asarray(head)], (2, 2, 32))
     joined = memory.replace(
         slots=jnp.concatenate([in_front, slots], 1),
@@ -157,10 +157,13 @@ def test_head_runs_in_front_of_the_memory(tiny_params):
     )
     read = jax.jit(functools.partial(icae.read, MODEL), static_argnums=2)
     got, want = read(tiny_params, memory, head), read(tiny_params, joined, ())
-    assert got.mask.tolist() == [[True] * 5, [True] * 4 + [False]] and got.end.tolist() == [5, 5]
+    assert got.mask.tolist() == [[True] * 5, [True, True, True, False, True]] and got.end.tolist() == [5, 5]
     assert got.k.shape == (2, 2, 5, 2, 8)
     close(got.k, want.k)
     close(got.v, want.v)
+    # What is masked does not reach what stands behind it.
+    other = read(tiny_params, memory.replace(slots=slots.at[1, 1].add(9.0)), head)
+    np.testing.assert_array_equal(np.delete(other.v[:, 1], 3, axis=1), np.delete(got.v[:, 1], 3, axis=1))
 
 
 # -------------------------------------------------------------------------------------------------------- memory table

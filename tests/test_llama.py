@@ -31,11 +31,21 @@ def logits(config, params, ids):
 # ---------------------------------------------------------------------------------------------------- transformers' own
 
 SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
 OPTIONS = {
     "gqa": {"num_key_value_heads": 2},
     "mha_tied": {"num_key_value_heads": 4, "tie_word_embeddings": True},
-    "mqa_head_dim_theta": {"num_key_value_heads": 1, "head_dim": 6, "rope_parameters": {"rope_type": "default", "rope_theta": 50.0}},
+    "mqa_head_dim_theta": {
+        "num_key_value_heads": 1,
+        "head_dim": 6,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 50.0},
+    },
     "llama3_eps": {"num_key_value_heads": 2, "rope_parameters": {"rope_theta": 100.0, **LLAMA3}, "rms_norm_eps": 0.1},
     "mistral": {"num_key_value_heads": 2, "sliding_window": None},
 }
@@ -52,10 +62,12 @@ def old_spelling(raw):
 
 @pytest.mark.parametrize("option", OPTIONS)
 def test_logits_equal_transformers(option, tmp_path):
-    """Breaks when any part of the model, or the reading of config.json in either spelling of RoPE, strays from the hub's Llama."""
+    """Breaks when any part of the model, or the reading of config.json in either spelling of RoPE, strays from the hub's."""
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     kind = "Mistral" if option == "mistral" else "Llama"
-    hub_config = getattr(transformers, f"{kind}Config")(**SIZES, **OPTIONS[option], max_position_embeddings=64, initializer_range=0.2)
+    hub_config = getattr(transformers, f"{kind}Config")(
+        **SIZES, **OPTIONS[option], max_position_embeddings=64, initializer_range=0.2
+    )
     torch.manual_seed(0)
     model = getattr(transformers, f"{kind}ForCausalLM")(hub_config).eval()
     with torch.no_grad():
@@ -73,7 +85,9 @@ def test_logits_equal_transformers(option, tmp_path):
     close(logits(config, params, jnp.asarray(IDS)), want, 1e-4)
     if "rope_parameters" in OPTIONS[option]:
         plain = dataclasses.replace(config, rope_theta=10000.0, rope_scaling=None)
-        assert np.abs(llama.rope_frequencies(plain) - llama.rope_frequencies(config)).max() > 0.01, "the option changes nothing here"
+        assert np.abs(llama.rope_frequencies(plain) - llama.rope_frequencies(config)).max() > 0.01, (
+            "the option changes nothing here"
+        )
 
 
 def test_real_model_equals_transformers():
@@ -84,7 +98,9 @@ def test_real_model_equals_transformers():
         [transformers.AutoTokenizer.from_pretrained(folder)("Once upon a time there was a little dog named Spot.")["input_ids"]]
     )
     with torch.no_grad():
-        want = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(torch.from_numpy(ids)).logits.numpy()
+        want = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(
+            torch.from_numpy(ids)
+        ).logits.numpy()
     config = bases.read_config(folder)
     got = logits(config, bases.load_params(folder, config), jnp.asarray(ids))
     close(got, want, 1e-4)
@@ -144,9 +160,11 @@ def test_embeddings_equal_ids(tiny_params, whole):
 
 
 def test_masked_keys_do_not_matter(tiny_params, whole):
-    """Breaks when the mask's axes are swapped: with key 3 hidden, later tokens change, and its content does not matter to them."""
+    """Breaks when the mask's axes are swapped: with key 3 hidden, later tokens change, and do not depend on its content."""
     mask = llama.causal_mask(24).at[:, :, 3].set(False)
-    one, other = (run(tiny_params, jnp.asarray(ids), positions(0, 24), mask)[0] for ids in (IDS, np.where(np.arange(24) == 3, 5, IDS)))
+    one, other = (
+        run(tiny_params, jnp.asarray(ids), positions(0, 24), mask)[0] for ids in (IDS, np.where(np.arange(24) == 3, 5, IDS))
+    )
     assert np.abs(np.asarray(one - whole[0]))[:, 4:].max() > 1e-3
     np.testing.assert_array_equal(np.delete(one, 3, axis=1), np.delete(other, 3, axis=1))
 

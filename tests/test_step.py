@@ -154,7 +154,7 @@ def test_the_learning_rate_is_the_one_used():
 
 
 def test_bfloat16_stays_near_float32(tiny_params):
-    """Breaks when bfloat16 strays by over 1 % in the loss or 12 % in the gradient, or trained parameters leave float32."""
+    """Breaks when bfloat16 strays by over 0.5 % in the loss or 12 % in the gradient, or trained parameters leave float32."""
     config = icae.CompressionConfig(k=4, rate=4)
     contexts = np.random.default_rng(0).integers(3, 64, (3, 16)).tolist()
     ids, lengths = map(jnp.asarray, icae.segment_contexts(contexts, config))
@@ -176,6 +176,5 @@ def test_bfloat16_stays_near_float32(tiny_params):
         return float(value), np.concatenate([np.ravel(x) for x in jax.tree.leaves(gradient)])
 
     (value, gradient), (want, want_gradient) = loss_and_gradient(jnp.bfloat16), loss_and_gradient(jnp.float32)
-    print(value, want)
-    assert value != want and value == pytest.approx(want, rel=0.01)
+    assert value != want and value == pytest.approx(want, rel=0.005)
     assert np.linalg.norm(gradient - want_gradient) < 0.12 * np.linalg.norm(want_gradient)

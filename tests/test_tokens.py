@@ -27,7 +27,11 @@ def test_questions_are_grouped_by_context(tmp_path, cache, tiny_tokenizer):
     data = tokens.tokenise(write_jsonl(tmp_path / "a.jsonl", [*rows, {"text": "the dog"}]), tiny_tokenizer, cache)
     assert [words(data.text(i)) for i in range(len(data.text_offsets) - 1)] == ["the cat sat", "the dog", "a bird", "the dog"]
     assert data.question_offsets.tolist() == [0, 2, 2, 3, 3]
-    assert [(words(data.prompt(q)), words(data.answer(q))) for q in range(3)] == [("who", "cat"), ("did", "sat"), ("what", "a bird")]
+    assert [(words(data.prompt(q)), words(data.answer(q))) for q in range(3)] == [
+        ("who", "cat"),
+        ("did", "sat"),
+        ("what", "a bird"),
+    ]
 
 
 def test_cache_is_used_until_source_or_tokenizer_change(tmp_path, cache, tiny_tokenizer, monkeypatch):

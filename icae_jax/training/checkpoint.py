@@ -30,7 +30,12 @@ class Checkpoints:
             ]
         )
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=keep, create=True, cleanup_tmp_directories=True, step_prefix="step", enable_async_checkpointing=True
+            preservation_policy=keep,
+            best_fn=lambda m: -m["loss"],  # chooses nothing here, but without it the metrics would not be written to disk
+            create=True,
+            cleanup_tmp_directories=True,
+            step_prefix="step",
+            enable_async_checkpointing=True,
         )
         self._manager = ocp.CheckpointManager(pathlib.Path(workdir).resolve() / "checkpoints", options=options)
 

@@ -1,0 +1,158 @@
+"""The adapter folder: round trip, PEFT's own reading of it, and refusals."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+from conftest import TINY, close, random_lora, random_params, random_trained
+
+from icae_jax.compression.icae import CompressionConfig
+from icae_jax.interop import adapter as adapters
+from icae_jax.interop import base as bases
+from icae_jax.models import lora
+from icae_jax.objectives.targets import Template
+
+
+@pytest.fixture(scope="module")
+def base(tiny_base):
+    return bases.load_base(tiny_base)
+
+
+@pytest.fixture(scope="module")
+def adapter(base):
+    trained = random_trained(TINY, 3) | {"lora": random_lora(TINY, 4, lora.PROJECTIONS)}
+    config = lora.LoraConfig(rank=4, scale=1.5, dropout=0.1, targets=lora.PROJECTIONS)
+    template = Template("mistral", (1, 3), (-1,), (4,), 2)
+    compression = CompressionConfig(k=3, rate=5, layout="uniform")
+    return adapters.Adapter(compression, config, template, trained, base.path, base.fingerprint)
+
+
+@pytest.fixture
+def folder(adapter, tmp_path):
+    adapters.save_adapter(tmp_path / "adapter", adapter)
+    return tmp_path / "adapter"
+
+
+def edit(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def edit_tensors(path, change):
+    tensors = safetensors.numpy.load_file(path)
+    change(tensors)
+    safetensors.numpy.save_file(tensors, path)
+
+
+def test_round_trip(folder, adapter, base):
+    """Breaks when anything of an adapter is lost, transposed or rounded on disk."""
+    loaded = adapters.load_adapter(folder, base)
+    jax.tree.map(np.testing.assert_array_equal, loaded.trained, adapter.trained)
+    assert dataclasses.replace(loaded, trained=None) == dataclasses.replace(adapter, trained=None)
+    assert loaded.fingerprint == adapter.fingerprint
+    table = adapter.trained["memory_table"].at[0, 0].add(1)
+    assert dataclasses.replace(adapter, trained=adapter.trained | {"memory_table": table}).fingerprint != adapter.fingerprint
+
+
+def test_workdir_stands_for_its_adapter(folder):
+    """Breaks when a training workdir cannot be given in the adapter's place."""
+    assert adapters.adapter_folder(folder.parent) == folder == adapters.adapter_folder(folder)
+
+
+def test_peft_merges_what_we_compute(folder, adapter, tiny_base):
+    """Breaks when PEFT would read other names, another scale (its silent alpha = r = 8) or transposed kernels."""
+    torch, transformers, peft = (pytest.importorskip(m) for m in ("torch", "transformers", "peft"))
+    model = transformers.AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32)
+    before = {name: value.clone().numpy() for name, value in model.state_dict().items()}
+    merged = peft.PeftModel.from_pretrained(model, folder / "encoder").merge_and_unload().state_dict()
+    assert merged.keys() == before.keys()
+    changed = 0
+    for module, projections in adapter.trained["lora"]["layers"].items():
+        for name, pair in projections.items():
+            for i in range(TINY.num_layers):
+                key = f"model.layers.{i}.{module}.{name}.weight"
+                close(merged[key].numpy(), before[key] + 1.5 * np.asarray(pair["a"][i] @ pair["b"][i]).T, 1e-6)
+                assert np.abs(merged[key].numpy() - before[key]).max() > 0.01
+                changed += 1
+    assert changed == 7 * TINY.num_layers
+    np.testing.assert_array_equal(merged["lm_head.weight"], before["lm_head.weight"])
+
+
+def test_wrong_base_is_refused_with_both_named(folder, base):
+    """Breaks when a compressor runs on a base that it was not trained on."""
+    other = dataclasses.replace(base, fingerprint=bases.fingerprint(TINY, random_params(TINY, 1)), path="somewhere/else")
+    with pytest.raises(ValueError, match="give the right base") as error:
+        adapters.load_adapter(folder, other)
+    for part in (base.fingerprint[:12], other.fingerprint[:12], base.path, other.path, str(folder)):
+        assert part in str(error.value)
+
+
+def test_names_of_the_reference_are_read():
+    """Breaks when tensors of the released checkpoints, with `icae.` in front and `.default` inside, are not found."""
+    tree = random_lora(TINY)
+    tensors = adapters.lora_to_hub(tree, prefix="icae.base_model.model.", infix=".default")
+    assert tensors["icae.base_model.model.model.layers.1.self_attn.q_proj.lora_A.default.weight"].shape == (4, 32)
+    jax.tree.map(np.testing.assert_array_equal, adapters.lora_from_hub(tensors | {"other.weight": np.zeros(3)}, TINY), tree)
+
+
+Q_A, Q_B = (f"base_model.model.model.layers.1.self_attn.q_proj.lora_{x}.weight" for x in "AB")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.clear(), "holds no LoRA tensors"),
+        (lambda t: t.pop(Q_A), r"q_proj.lora_A for 1 layers, the base has 2; missing: layers \[1\]"),
+        (lambda t: t.update({Q_A.replace("layers.1", "layers.2"): t[Q_A]}), "q_proj.lora_A for 3 layers, the base has 2"),
+        (
+            lambda t: t.update({Q_A: np.zeros((4, 31), np.float32)}),
+            r"q_proj.lora_A of the adapter is \(31, 4\), the base needs 32",
+        ),
+        (lambda t: t.update({k: v[:, :3].copy() for k, v in t.items() if "q_proj.lora_B" in k}), "q_proj .*of different rank"),
+        (lambda t: [t.pop(k) for k in list(t) if "q_proj.lora_B" in k], "q_proj has .*'a'.* only"),
+        (lambda t: t.update({Q_A.replace("q_proj", "qkv"): t[Q_A]}), "self_attn.qkv is not a projection"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_named(change, message):
+    """Breaks when an adapter of another base, or half an adapter, gets as far as a shape error or runs."""
+    tensors = adapters.lora_to_hub(random_lora(TINY))
+    adapters.lora_from_hub(tensors, TINY)
+    change(tensors)
+    with pytest.raises(ValueError, match=message):
+        adapters.lora_from_hub(tensors, TINY)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda f: edit(f / "icae.json", format_version=99), "format_version is 99, this version reads 1"),
+        (lambda f: edit(f / "icae.json", compression={"k": 3}), "compression: fields layout, .* unknown or missing"),
+        (lambda f: (f / "encoder" / "adapter_config.json").write_text("{}"), "r, lora_alpha, .* missing"),
+        (lambda f: (f / "icae.json").unlink(), r"icae\.json: no such file"),
+        (lambda f: (f / "memory.safetensors").unlink(), r"memory\.safetensors: no such file"),
+        (lambda f: (f / "memory.safetensors").write_bytes(b"x" * 20), "not a readable safetensors file"),
+        (
+            lambda f: edit_tensors(
+                f / "memory.safetensors", lambda t: t.update({adapters.MEMORY_TABLE: np.zeros((5, 32), np.float32)})
+            ),
+            r"memory_token_embed.weight is \(5, 32\), expected \(6, 32\)",
+        ),
+        (
+            lambda f: edit_tensors(f / "memory.safetensors", lambda t: t.update(other=t.pop(adapters.MEMORY_TABLE))),
+            r"memory_token_embed.weight is None, expected \(6, 32\)",
+        ),
+    ],
+)
+def test_spoilt_folders_are_named(spoil, message, folder, base):
+    """Breaks when a damaged folder loads, or its error does not say which file."""
+    spoil(folder)
+    with pytest.raises(ValueError, match=message):
+        adapters.load_adapter(folder, base)
+
+
+def test_not_a_folder(base, tmp_path):
+    """Breaks when a wrong path ends in a traceback."""
+    with pytest.raises(ValueError, match="is not a folder; give the folder that training wrote"):
+        adapters.load_adapter(tmp_path / "absent", base)

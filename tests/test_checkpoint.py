@@ -1,0 +1,63 @@
+"""Checkpoints: which are kept, and that they come back bit by bit."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from icae_jax.training.checkpoint import Checkpoints
+
+
+def state(value):
+    """A small train state with all that Orbax must carry: float32, bfloat16, integers, empty and nested containers."""
+    x = jnp.asarray(np.random.default_rng(value).standard_normal((3, 2)), jnp.float32)
+    opt_state = ((), {"mu": x.astype(jnp.bfloat16), "count": jnp.asarray(value, jnp.int32)})
+    return {"step": jnp.asarray(value, jnp.int32), "trained": {"w": x * 1e-40, "b": x / 3}, "opt_state": opt_state}
+
+
+def on_disk(workdir):
+    return sorted(int(p.name.removeprefix("step_")) for p in (workdir / "checkpoints").iterdir())
+
+
+def test_latest_and_best_are_kept_while_others_go(tmp_path):
+    """Breaks when the best is deleted for being old, the latest for being worse or unscored, nothing is ever deleted, or a
+    resumed run has forgotten which was the best.
+    """
+    checkpoints = Checkpoints(tmp_path)
+    assert checkpoints.latest() is None and checkpoints.best() is None
+    kept = []
+    for step, held_out_loss in ((1, 3.0), (2, 1.0), (3, 2.0), (4, None)):
+        checkpoints.save(step, state(step), held_out_loss)
+        checkpoints.wait()
+        kept.append(on_disk(tmp_path))
+    assert kept == [[1], [2], [2, 3], [2, 4]]
+    assert (checkpoints.latest(), checkpoints.best()) == (4, 2)
+    checkpoints.close()
+
+    again = Checkpoints(tmp_path)  # another process, later
+    assert (again.latest(), again.best()) == (4, 2)
+    for step in (2, 4):
+        like = jax.tree.map(jnp.zeros_like, state(0))
+        got, want = again.restore(step, like), state(step)
+        assert jax.tree.structure(got) == jax.tree.structure(want)
+        for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+            assert g.dtype == w.dtype and np.asarray(g).tobytes() == np.asarray(w).tobytes()
+    again.save(5, state(5))
+    again.wait()
+    assert on_disk(tmp_path) == [2, 5] and again.best() == 2
+    again.close()
+
+
+def fail(*args, **kwargs):
+    raise ValueError("tensorstore's own words\nwriting x: No space left on device")
+
+
+def test_a_save_that_fails_says_so(tmp_path, monkeypatch):
+    """Breaks when a failed save ends in another kind of error than OSError, which the command line can report."""
+    checkpoints = Checkpoints(tmp_path)
+    monkeypatch.setattr(checkpoints._manager, "save", fail)
+    monkeypatch.setattr(checkpoints._manager, "wait_until_finished", fail)
+    with pytest.raises(OSError, match="checkpoint of step 1 failed: No space left on device"):
+        checkpoints.save(1, state(1))
+    with pytest.raises(OSError, match="latest checkpoint failed: No space left on device"):
+        checkpoints.wait()

@@ -1,0 +1,164 @@
+"""The command line, end to end: pretrain, fine-tune, compress, restore, ask; and one clear error for each kind of bad input."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import ROOT, WORDS, write_jsonl
+
+from icae_jax import cli
+from icae_jax.training import metrics
+
+CONFIG = str(ROOT / "configs" / "icae.py")
+SMALL = {
+    "steps": 4, "batch_size": 4, "dtype": "float32", "remat": "none", "eval_every": 4, "log_every": 2, "eval_examples": 12,
+    "compression.k": 4, "lora.rank": 4, "optimizer.warmup_steps": 1, "data.context_lengths": "(16,)", "data.context_weights": "(1.0,)",
+}  # fmt: skip
+
+
+def sentence(rng, size):
+    return " ".join(rng.choice(WORDS[8:], size=size))
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory, tiny_base):
+    folder = tmp_path_factory.mktemp("cli")
+    rng = np.random.default_rng(0)
+    contexts = [sentence(rng, 12) for _ in range(6)]
+    qa = [{"context": c, "question": sentence(rng, 4), "answers": [sentence(rng, 2)]} for c in contexts for _ in range(2)]
+    return {
+        "folder": folder,
+        "base": str(tiny_base),
+        "text": write_jsonl(folder / "text.jsonl", [{"text": sentence(rng, 46)} for _ in range(8)]),
+        "qa": write_jsonl(folder / "qa.jsonl", qa),
+        "contexts": write_jsonl(folder / "in.jsonl", [{"id": f"doc{i}", "text": c} for i, c in enumerate(contexts)]),
+    }
+
+
+def flags(phase, files, workdir, **changes):
+    data = files["text"] if phase == "pretrain" else files["qa"]
+    values = SMALL | {"base": files["base"], "data.train": data, "data.eval": data, "data.cache_dir": str(files["folder"] / "cache")} | changes
+    return ["train", "--config", f"{CONFIG}:{phase}", "--workdir", str(workdir), *[f"--config.{k}={v}" for k, v in values.items()]]
+
+
+@pytest.fixture(scope="module")
+def trained(files):
+    """The workdir of a fine-tuned compressor, made by the command line from a pretrained one."""
+    pretrain, finetune = files["folder"] / "pretrain", files["folder"] / "finetune"
+    assert cli.main(flags("pretrain", files, pretrain)) == 0
+    assert cli.main(flags("finetune", files, finetune, init_from=pretrain)) == 0
+    return finetune
+
+
+def test_both_phases_ran(trained):
+    lines = metrics.read(trained.parent / "pretrain" / "metrics.jsonl")
+    assert {"ae", "lm"} == set(lines[-1]["eval"]["memory"]) == set(lines[-1]["eval"]["wrong_memory"])
+    assert {"qa"} == set(metrics.read(trained / "metrics.jsonl")[-1]["eval"]["memory"])
+    assert (trained / "DONE").exists() and (trained / "adapter" / "icae.json").exists()
+
+
+def test_compress_restore_ask(trained, files, capsys):
+    """Breaks when what one verb writes another cannot read, or ids and questions get mixed up."""
+    output = str(files["folder"] / "m.safetensors")
+    assert cli.main(["compress", "--adapter", str(trained), "--input", files["contexts"], "--output", output, "--json"]) == 0
+    summary = json.loads(capsys.readouterr().out)
+    assert summary["texts"] == 6 and summary["context_tokens"] == 6 * 13 and summary["memory_tokens"] == 6 * 4
+    assert summary["ratio"] == pytest.approx(13 / 4) and summary["bytes"] == 6 * 4 * 32 * 4
+
+    assert cli.main(["restore", "--memory", output, "--max_new_tokens", "5", "--json"]) == 0
+    restored = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [r["id"] for r in restored] == [f"doc{i}" for i in range(6)] and all("text" in r for r in restored)
+
+    ask = ["ask", "--memory", output, "--question", "who ?", "--question", "where ?", "--max_new_tokens", "4", "--json"]
+    assert cli.main(ask) == 0
+    answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(a["id"], a["question"]) for a in answers] == [(f"doc{i}", q) for i in range(6) for q in ("who ?", "where ?")]
+    assert cli.main([*ask, "--id", "doc3"]) == 0
+    assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == answers[6:8]
+    assert cli.main([*ask, "--id", "doc9"]) == 2 and "the memory holds doc0, doc1" in capsys.readouterr().err
+
+
+def test_module_and_help_list_the_verbs():
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    out = subprocess.run([sys.executable, "-m", "icae_jax", "--help"], capture_output=True, text=True, env=environment, check=True).stdout
+    assert all(any(line.split()[:1] == [verb] for line in out.splitlines()) for verb in cli.VERBS)
+    assert cli.main([]) == 2 and cli.main(["nonsense"]) == 2
+
+
+BAD = {
+    "unknown field": ({"compresion.k": 4}, r"compresion"),
+    "k of zero": ({"compression.k": 0}, r"compression\.k is 0"),
+    "negative rate": ({"compression.rate": -1}, r"compression\.rate is -1"),
+    "wrong type": ({"steps": "many"}, r"steps"),
+    "no such data": ({"data.train": "absent.jsonl"}, r"absent\.jsonl: no such file"),
+    "no such base": ({"base": "absent"}, r"base 'absent' is not a folder"),
+    "context too long": ({"data.context_lengths": "(1000,)"}, r"data\.context_lengths holds 1000, which needs \d+ positions .* the base has 256"),
+    "qa in pretraining": ({"objectives.qa": 1.0}, r"objectives\.qa is 1\.0 in phase pretrain"),
+    "unknown layout": ({"compression.layout": "odd"}, r"layout is 'odd'; choose from"),
+    "unknown template": ({"objectives.template": "odd"}, r"objectives\.template is 'odd'"),
+    "batch and accumulate": ({"accumulate": 3}, r"batch_size 4 is not a multiple of accumulate 3"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_configuration_is_one_error_before_anything_is_written(name, files, tmp_path, capsys):
+    changes, message = BAD[name]
+    assert cli.main(flags("pretrain", files, tmp_path / "w", **changes)) == 2
+    err = capsys.readouterr().err
+    assert len(err.strip().splitlines()) == 1 and err.startswith("icae train: ")
+    assert re.search(message, err), err
+    assert not (tmp_path / "w").exists()
+
+
+DATA = {
+    "malformed": ('{"text": "a cat"}\n{"text": \n', r"data\.jsonl:2: not valid JSON"),
+    "empty": ("", r"no rows; the data set is empty"),
+    "no tokens": ('{"text": "a cat"}\n{"text": "  "}\n', r"data\.jsonl:2: the text has no tokens"),
+    "no fields": ('{"words": 1}\n', r"data\.jsonl:1: fields words; expected"),
+}
+
+
+@pytest.mark.parametrize("name", DATA)
+def test_bad_data_is_one_error(name, files, tmp_path, capsys):
+    content, message = DATA[name]
+    (tmp_path / "data.jsonl").write_text(content)
+    assert cli.main(flags("pretrain", files, tmp_path / "w", **{"data.train": tmp_path / "data.jsonl"})) == 2
+    err = capsys.readouterr().err
+    assert len(err.strip().splitlines()) == 1 and re.search(message, err), err
+
+
+def test_bad_paths_of_the_other_verbs(trained, files, tmp_path, capsys):
+    output = str(tmp_path / "m.safetensors")
+    good = ["compress", "--adapter", str(trained), "--input", files["contexts"], "--output", output]
+    for flag, value, message in (
+        ("--adapter", str(tmp_path), "icae.json: no such file"),
+        ("--input", "absent.jsonl", "absent.jsonl: cannot be read (No such file"),
+        ("--output", str(tmp_path / "no" / "m"), "absent or cannot be written"),
+        ("--base", "absent", "not a folder"),
+    ):
+        assert cli.main([*good, flag, value]) == 2
+        err = capsys.readouterr().err
+        assert message in err and len(err.strip().splitlines()) == 1
+    assert cli.main(["restore", "--memory", "absent"]) == 2 and "absent: no such file" in capsys.readouterr().err
+    assert cli.main(["train", "--workdir", "w"]) == 2 and "--config is not given" in capsys.readouterr().err
+    assert cli.main(["train", "--config", "absent.py", "--workdir", "w"]) == 2 and "absent.py: no such file" in capsys.readouterr().err
+    assert cli.main(["train", "--config", CONFIG]) == 2 and "--workdir is not given" in capsys.readouterr().err
+
+
+def test_a_wrong_base_is_refused(trained, files, tmp_path, tiny_params, tiny_tokenizer, capsys):
+    """Breaks when another base of the same shapes is read with the adapter: that loads silently and talks garbage."""
+    from conftest import TINY
+
+    from icae_jax.interop import base as bases
+
+    other = tiny_params | {"norm": {"scale": tiny_params["norm"]["scale"] * 1.5}}
+    bases.save_base(tmp_path / "other", TINY, other, tiny_tokenizer, dtype="float32")
+    argv = ["compress", "--adapter", str(trained), "--base", str(tmp_path / "other"), "--input", files["contexts"]]
+    assert cli.main([*argv, "--output", str(tmp_path / "m")]) == 2
+    err = capsys.readouterr().err
+    assert "was trained on a base with fingerprint" in err and str(files["base"]) in err and "other" in err
+    assert not (tmp_path / "m").exists()

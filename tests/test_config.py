@@ -1,0 +1,144 @@
+"""Configurations: conversion with errors by field, and what may change when a workdir is continued."""
+
+import dataclasses
+import json
+
+import pytest
+
+from icae_jax.training import config as configs
+from icae_jax.training.config import LoopConfig, ObjectivesConfig, OptimizerConfig, TrainConfig, check_workdir, from_dict
+
+RAW = {"base": "base", "data": {"train": "a.jsonl", "context_lengths": [16, 32]}, "steps": 100}
+CONFIG = from_dict(TrainConfig, RAW)
+IDENTITY = {"base": "b1", "data.train": "d1"}
+
+
+def test_conversion():
+    """Breaks when nested fields, lists or whole numbers for floats are not converted."""
+    config = from_dict(TrainConfig, RAW | {"lora": {"rank": 4, "scale": 2, "targets": ["k_proj"]}, "optimizer": {"clip": 1}})
+    assert config.data.context_lengths == (16, 32) and config.lora.targets == ("k_proj",)
+    assert isinstance(config.lora.scale, float) and isinstance(config.optimizer.clip, float)
+    assert dataclasses.replace(config, lora=CONFIG.lora, optimizer=CONFIG.optimizer) == CONFIG
+    assert config.jnp_dtype == "float32"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"stepz": 1}, r"config\.stepz is not a field; the fields of config are .*steps"),
+        ({"lora": {"r": 1}}, r"config\.lora\.r is not a field"),
+        ({"steps": "9"}, r"config\.steps is '9'; expected int"),
+        ({"steps": 9.0}, r"config\.steps is 9\.0; expected int"),
+        ({"steps": True}, r"config\.steps is True; expected int"),
+        ({"lora": {"scale": None}}, r"config\.lora\.scale is None; expected float"),
+        ({"data": {"context_lengths": 16}}, r"config\.data\.context_lengths is 16; expected a tuple of int"),
+        ({"data": {"context_lengths": [16, "32"]}}, r"config\.data\.context_lengths is '32'; expected int"),
+        ({"lora": {"targets": "q_proj"}}, r"config\.lora\.targets is 'q_proj'; expected a tuple of str"),
+    ],
+)
+def test_wrong_fields_and_types_are_named(change, message):
+    """Breaks when a misspelt field is ignored, or a value of another type is let through or silently cast."""
+    with pytest.raises(ValueError, match=message):
+        from_dict(TrainConfig, RAW | change)
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "message"),
+    [
+        (OptimizerConfig, {"learning_rate": 0.0}, "optimizer.learning_rate is 0.0"),
+        (OptimizerConfig, {"learning_rate": float("nan")}, "optimizer.learning_rate is nan"),
+        (OptimizerConfig, {"schedule": "linear"}, "optimizer.schedule is 'linear'"),
+        (OptimizerConfig, {"clip": 0.0}, "clip > 0"),
+        (OptimizerConfig, {"warmup_steps": -1}, "warmup_steps"),
+        (OptimizerConfig, {"decay_steps": -1}, "decay_steps"),
+        (LoopConfig, {"steps": 0}, "steps is 0"),
+        (LoopConfig, {"loss_chunk": -1}, "loss_chunk is -1"),
+        (LoopConfig, {"eval_examples": -1}, "eval_examples is -1"),
+        (LoopConfig, {"batch_size": 6, "accumulate": 4}, "batch_size 6 is not a multiple of accumulate 4"),
+        (LoopConfig, {"dtype": "float16"}, "dtype is 'float16'"),
+        (LoopConfig, {"remat": "some"}, "remat is 'some'"),
+    ],
+)
+def test_bad_values_are_named(kind, fields, message):
+    """Breaks when a bad value gets through, or the error does not name it."""
+    with pytest.raises(ValueError, match=message):
+        kind(**fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"base": ""}, "base is not set"),
+        ({"phase": "both"}, "phase is 'both'"),
+        ({"phase": "finetune", "objectives": ObjectivesConfig(0.0, 0.0, 1.0)}, "init_from is not set"),
+        ({"phase": "finetune", "init_from": "x"}, "objectives.lm is 0.5 in phase finetune"),
+        ({"objectives": ObjectivesConfig(0.5, 0.5, 0.1)}, "objectives.qa is 0.1 in phase pretrain"),
+        ({"objectives": ObjectivesConfig(0.0, 0.0, 0.0)}, "at least one of them positive"),
+        ({"objectives": ObjectivesConfig(1.0, -1.0, 0.0)}, "give weights >= 0"),
+        ({"data": configs.DataConfig()}, "data.train is not set"),
+    ],
+)
+def test_impossible_phases_are_named(fields, message):
+    """Breaks when a run starts that has nothing to train on, or nothing to start from."""
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(CONFIG, **fields)
+
+
+# ------------------------------------------------------------------------------------------------- resuming a workdir
+
+
+def changed(**fields):
+    """CONFIG with changes; `optimizer__clip` means optimizer.clip."""
+    config = CONFIG
+    for name, value in fields.items():
+        outer, _, inner = name.partition("__")
+        config = dataclasses.replace(
+            config, **{outer: dataclasses.replace(getattr(config, outer), **{inner: value}) if inner else value}
+        )
+    return config
+
+
+def test_a_continued_workdir_may_change_what_is_no_mathematics(tmp_path):
+    """Breaks when a harmless change is refused, is not recorded, or an unchanged configuration counts as changed."""
+    assert check_workdir(tmp_path, CONFIG, IDENTITY) == [] and check_workdir(tmp_path, CONFIG, IDENTITY) == []
+    now = changed(
+        log_every=3, eval_every=7, checkpoint_every=9, remat="full", steps=200, data__cache_dir="elsewhere", base="moved/base"
+    )
+    lines = check_workdir(tmp_path, now, IDENTITY)
+    names = ["base", "checkpoint_every", "data.cache_dir", "eval_every", "log_every", "remat", "steps"]
+    assert [line.split(":")[0] for line in lines] == names and lines[-1] == "steps: 100 -> 200"
+    assert check_workdir(tmp_path, now, IDENTITY) == []
+
+
+@pytest.mark.parametrize(
+    ("config", "identity", "names"),
+    [
+        (changed(seed=1, optimizer__clip=1.0, lora__rank=4), {}, ["lora.rank", "optimizer.clip", "seed"]),
+        (changed(data__context_lengths=(16, 64)), {}, ["data.context_lengths"]),
+        (changed(batch_size=16, log_every=3), {}, ["batch_size"]),
+        (changed(steps=50), {}, ["steps"]),
+        (CONFIG, {"base": "b2"}, ["identity.base"]),
+        (CONFIG, {"data.train": "d2"}, ["identity.data.train"]),
+        (CONFIG, {"init_from": "i1"}, ["identity.init_from"]),
+    ],
+)
+def test_a_continued_workdir_may_not_change_the_mathematics(tmp_path, config, identity, names):
+    """Breaks when a run goes on with other mathematics, a field is not listed, or the refused configuration is recorded."""
+    check_workdir(tmp_path, CONFIG, IDENTITY)
+    before = (tmp_path / "config.json").read_text()
+    with pytest.raises(ValueError, match="started with another configuration") as error:
+        check_workdir(tmp_path, config, IDENTITY | identity)
+    listed = str(error.value).split("mathematics: ")[1].split(". Give")[0]
+    assert [part.split(":")[0] for part in listed.split("; ")] == names
+    assert (tmp_path / "config.json").read_text() == before and json.loads(before)["steps"] == 100
+
+
+def test_a_cosine_run_may_go_on_only_where_its_decay_is_fixed(tmp_path):
+    """Breaks when more steps stretch the cosine: every earlier step would have had another learning rate."""
+    cosine = changed(optimizer__schedule="cosine")
+    check_workdir(tmp_path / "to_the_end", cosine, IDENTITY)
+    with pytest.raises(ValueError, match="steps: 100 -> 200"):
+        check_workdir(tmp_path / "to_the_end", dataclasses.replace(cosine, steps=200), IDENTITY)
+    fixed = changed(optimizer__schedule="cosine", optimizer__decay_steps=500)
+    check_workdir(tmp_path / "fixed", fixed, IDENTITY)
+    assert check_workdir(tmp_path / "fixed", dataclasses.replace(fixed, steps=200), IDENTITY) == ["steps: 100 -> 200"]
