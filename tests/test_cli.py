@@ -41,7 +41,8 @@ def files(tmp_path_factory, tiny_base):
 
 def flags(phase, files, workdir, **changes):
     data = files["text"] if phase == "pretrain" else files["qa"]
-    values = SMALL | {"base": files["base"], "data.train": data, "data.eval": data, "data.cache_dir": str(files["folder"] / "cache")} | changes
+    values = SMALL | {"base": files["base"], "data.train": data, "data.eval": data, "data.cache_dir": str(files["folder"] / "cache")}
+    values |= changes
     return ["train", "--config", f"{CONFIG}:{phase}", "--workdir", str(workdir), *[f"--config.{k}={v}" for k, v in values.items()]]
 
 
@@ -96,7 +97,7 @@ BAD = {
     "wrong type": ({"steps": "many"}, r"steps"),
     "no such data": ({"data.train": "absent.jsonl"}, r"absent\.jsonl: no such file"),
     "no such base": ({"base": "absent"}, r"base 'absent' is not a folder"),
-    "context too long": ({"data.context_lengths": "(1000,)"}, r"data\.context_lengths holds 1000, which needs \d+ positions .* the base has 256"),
+    "context too long": ({"data.context_lengths": "(1000,)"}, r"context_lengths holds 1000, which needs \d+ positions .* base has 256"),
     "qa in pretraining": ({"objectives.qa": 1.0}, r"objectives\.qa is 1\.0 in phase pretrain"),
     "unknown layout": ({"compression.layout": "odd"}, r"layout is 'odd'; choose from"),
     "unknown template": ({"objectives.template": "odd"}, r"objectives\.template is 'odd'"),

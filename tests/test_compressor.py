@@ -121,7 +121,7 @@ def test_other_layouts_read_and_write(tiny_base, tmp_path, layout, memory):
 def test_bad_input(compressor, memory, tiny_base, tmp_path):
     with pytest.raises(ValueError, match="text 1: the text has no tokens"):
         compressor.compress(["the cat", "   "])
-    with pytest.raises(ValueError, match="no texts|texts is empty"):
+    with pytest.raises(ValueError, match="texts is empty"):
         compressor.compress([])
     with pytest.raises(ValueError, match=r"text 0: 2001 tokens need \d+ positions, the base has 256"):
         compressor.compress("cat " * 2000)

@@ -44,9 +44,9 @@ class Case:
         rate = self.meta["mean_compression_rate"]
         self.compression = icae.CompressionConfig(k=self.meta["mem_size"], rate=rate, layout="sequential")
 
-    def compress(self, trained, input_ids):
+    def compress(self, trained, base, input_ids):
         ids, lengths = icae.segment_contexts([input_ids], self.compression)
-        return icae.compress(self.model, self.base, trained, jnp.asarray(ids), jnp.asarray(lengths), self.compression)
+        return icae.compress(self.model, base, trained, jnp.asarray(ids), jnp.asarray(lengths), self.compression)
 
     def split(self, sequence):
         """A reference decoder sequence as (head, the rest in our ids)."""
@@ -76,14 +76,16 @@ def test_loss_logits_and_gradients(case, objective):
     target = targets.Target(rest.tolist(), first_label)
     batch = {objective: {k: jnp.asarray(v) for k, v in targets.pack([[target]], 1, len(rest), len(rest) - first_label).items()}}
 
-    @jax.jit
-    def loss_of(trained):
-        memory = case.compress(trained, golden["input_ids"][0])
-        losses = loss.label_losses(case.model, case.base, trained, memory, batch, {objective: head}, "sequential", 7)
+    def loss_of(trained, base):
+        memory = case.compress(trained, base, golden["input_ids"][0])
+        losses = loss.label_losses(case.model, base, trained, memory, batch, {objective: head}, "sequential", 7)
         total, count = loss.objective_sums(losses, batch)[objective]
-        return total / count
+        ids, at = jnp.asarray(rest, jnp.int32)[None, None], jnp.arange(len(rest))[None, None]
+        prefix = icae.read(case.model, base, memory, head)
+        hidden = loss.label_hidden(case.model, base, trained, prefix, prefix.end, ids, at)
+        return total / count, hidden @ llama.head_kernel(base)
 
-    value, gradient = jax.value_and_grad(loss_of)(case.trained)
+    (value, logits), gradient = jax.jit(jax.value_and_grad(loss_of, has_aux=True))(case.trained, case.base)
     close(value, golden["loss"])
 
     names = adapters.lora_to_hub(gradient["lora"], prefix="icae.base_model.model.", infix=".default")
@@ -94,12 +96,6 @@ def test_loss_logits_and_gradients(case, objective):
         assert np.abs(value).max() > 0
         close(names[name], value)
 
-    memory = case.compress(case.trained, golden["input_ids"][0])
-    prefix = icae.read(case.model, case.base, memory, head)
-    ids = jnp.asarray(rest, jnp.int32)[None, None]
-    at = jnp.arange(len(rest))[None, None]
-    hidden = loss.label_hidden(case.model, case.base, case.trained, prefix, prefix.end, ids, at)
-    logits = hidden @ llama.head_kernel(case.base)
     close(logits[0], golden["logits"][0, -len(rest) :])
 
 
@@ -107,11 +103,11 @@ def test_slots_and_greedy_restoration(case):
     golden = np.load(case.folder / "compress.npz")
     ids = golden["input_ids"][0]
     assert icae.segment_shape(len(ids), case.compression)[0] == case.meta["num_segments"]
-    memory = case.compress(case.trained, ids)
+    memory = jax.jit(lambda trained, base: case.compress(trained, base, ids))(case.trained, case.base)
     close(memory.slots[0], golden["slots"])
 
     want = golden["ae_greedy"]
-    prefix = icae.read(case.model, case.base, memory)
+    prefix = jax.jit(lambda base, memory: icae.read(case.model, base, memory))(case.base, memory)
     out = generate.greedy(
         case.model, case.base, case.trained["memory_table"], prefix, prefix.end, jnp.full((1, 1), targets.AE), jnp.ones((1,), int),
         max_new_tokens=len(want), stop_ids=(2,),

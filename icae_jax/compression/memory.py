@@ -26,7 +26,7 @@ class Slots:
 
     def __getitem__(self, rows):
         """The memories of some texts: a number, a slice or a list of row numbers."""
-        rows = [rows] if isinstance(rows, int) else rows
+        rows = [rows] if isinstance(rows, int | np.integer) else rows
         return jax.tree.map(lambda x: x[rows] if isinstance(rows, slice) else x[np.asarray(rows)], self)
 
     @property

@@ -98,7 +98,8 @@ class Examples:
                 after = min(stop + size, count)
                 if start > 0 and 2 * (stop - start) < size:
                     continue
-                rows.append((text, start, stop, after if after - stop >= min(layouts.LM_MINIMUM, size) else stop))
+                continued = after - stop > min(layouts.LM_MINIMUM, size - 1)
+                rows.append((text, start, stop, after if continued else stop))
         return np.asarray(rows, np.int64).reshape(-1, 4)
 
     def _questions(self):
@@ -134,16 +135,23 @@ class Examples:
     # ------------------------------------------------------------------------------------------------- which examples
 
     def draw(self, seed, step, batch_size):
-        """The global batch of a step: (bucket number, example numbers `[batch_size]`). Every epoch of a bucket has its own order."""
+        """The global batch of a step: (bucket number, example numbers `[batch_size]`). Every epoch of a bucket has its own order.
+
+        A bucket's order is indexed by the global step, whether or not earlier steps drew that bucket: with one bucket an epoch is
+        each example once; with several, each epoch takes a random part of every bucket, in exchange for needing no history.
+        """
         bucket = int(np.random.default_rng([seed, 0, step]).choice(len(self.buckets), p=self.weights))
         count = len(self.buckets[bucket].examples)
         at = np.arange(step * batch_size, (step + 1) * batch_size)
         return bucket, np.asarray([_permutation(seed, bucket, int(i // count), count)[i % count] for i in at])
 
     def held_out(self, batch_size, most):
-        """Fixed batches for evaluation, at most `most` examples: yields (bucket number, example numbers, -1 for blank rows)."""
+        """Fixed batches for evaluation, about `most` examples, at least one a bucket.
+
+        Yields (bucket number, example numbers, -1 for blank rows).
+        """
         for number, bucket in enumerate(self.buckets):
-            count = min(len(bucket.examples), int(np.ceil(most * self.weights[number])))
+            count = min(len(bucket.examples), max(1, int(most * self.weights[number])) if self.weights[number] > 0 else 0)
             chosen = np.random.default_rng([0, 2]).permutation(len(bucket.examples))[:count]
             for start in range(0, count, batch_size):
                 rows = np.full(batch_size, -1)

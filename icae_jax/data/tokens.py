@@ -109,7 +109,7 @@ def tokenise(source, tokenizer, cache_dir="", tfds_dir=None):
 
     ValueError names the file and line of malformed rows, empty texts, or an empty data set.
     """
-    identity = json.dumps([CACHE_VERSION, _tokenizer_identity(tokenizer), sources.identity(source)])
+    identity = json.dumps([CACHE_VERSION, _tokenizer_identity(tokenizer), sources.identity(source, tfds_dir)])
     key = hashlib.sha256(identity.encode()).hexdigest()
     folder = cache_folder(cache_dir) / "tokens" / key[:32]
     if not folder.exists():

@@ -191,6 +191,15 @@ def load_adapter(folder, base):
     want = (compression.k + SPECIAL_ROWS, base.config.hidden_size)
     if table is None or table.shape != want:
         raise ValueError(f"{folder}/memory.safetensors: {MEMORY_TABLE} is {None if table is None else table.shape}, expected {want}")
+    found = {(name, pair["a"].shape[2]) for projections in lora["layers"].values() for name, pair in projections.items()}
+    stated = {(name, peft["r"]) for name in peft["target_modules"]}
+    if found != stated:
+        raise ValueError(
+            f"{folder}/encoder: adapter_config.json states {sorted(stated)} (target_modules, r), the tensors are {sorted(found)}"
+        )
+    for field in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern"):
+        if peft.get(field):
+            raise ValueError(f"{folder}/encoder/adapter_config.json: {field} is {peft[field]!r}, which is not supported")
     config = LoraConfig(peft["r"], peft["lora_alpha"] / peft["r"], peft.get("lora_dropout", 0.0), tuple(peft["target_modules"]))
     trained = {"lora": lora, "memory_table": jnp.asarray(table, jnp.float32)}
     return Adapter(compression, config, template, trained, peft["base_model_name_or_path"], info["base_fingerprint"])

@@ -41,6 +41,8 @@ def parse_config(raw, source="config.json"):
     for field, allowed in REQUIRED_VALUES.items():
         if field in raw and raw[field] not in allowed:
             raise ValueError(f"{source}: {field} is {raw[field]!r}, which this model does not compute; only {allowed[0]!r} is supported")
+    if architecture == "MistralForCausalLM" and "sliding_window" not in raw:
+        raise ValueError(f"{source}: sliding_window is absent, which means 4096; only null is supported (Mistral-7B v0.2 and later)")
     if "quantization_config" in raw:
         raise ValueError(f"{source}: quantization_config is set; use the unquantised checkpoint")
     missing = [f for f in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads") if f not in raw]
@@ -136,7 +138,7 @@ def weight_files(folder):
 def load_params(folder, config, dtype=jnp.float32):
     """Parameters of a hub folder in our tree, layers stacked `[L, …]`, kernels `[in, out]`, in `dtype`.
 
-    Read tensor by tensor into the stacked arrays. ValueError lists every tensor that is missing or has the wrong shape.
+    Read tensor by tensor into the stacked arrays. ValueError lists the tensors that are missing, or names one of the wrong shape.
     """
     names, shapes = tensor_names(config), llama.param_shapes(config)
     tree, left = {}, set(names)
@@ -147,14 +149,15 @@ def load_params(folder, config, dtype=jnp.float32):
             with safetensors.safe_open(path, framework="numpy") as f:
                 for name in sorted(left.intersection(f.keys())):
                     where, layer, transposed = names[name]
-                    value = f.get_tensor(name)
-                    value = value.T if transposed else value
+                    stored = f.get_tensor(name)
+                    value = stored.T if transposed else stored
                     want = shapes
                     for key in where:
                         want = want[key]
                     shape = want.shape if layer is None else want.shape[1:]
                     if value.shape != shape:
-                        raise ValueError(f"{path}: {name} has shape {value.shape}, config.json implies {shape}")
+                        implied = shape[::-1] if transposed else shape
+                        raise ValueError(f"{path}: {name} has shape {stored.shape}, config.json implies {implied}")
                     node = tree
                     for key in where[:-1]:
                         node = node.setdefault(key, {})

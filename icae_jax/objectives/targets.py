@@ -17,7 +17,7 @@ import numpy as np
 AE, LM, FT = -3, -2, -1
 OBJECTIVES = ("ae", "lm", "qa")
 LM_UNLABELLED = 8  # the first tokens of a continuation carry no loss: little in the memory could tell them (reference)
-LM_MINIMUM = 64  # shorter continuations are no LM target (reference), where windows are that long at all
+LM_MINIMUM = 64  # continuations of no more tokens are no LM target (reference), where windows are longer than that
 
 
 class Target(typing.NamedTuple):

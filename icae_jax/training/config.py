@@ -153,6 +153,8 @@ class BaseConfig(LoopConfig):
 
 def from_dict(kind, raw, path="config"):
     """Builds the frozen dataclass `kind` from nested mappings. ValueError names unknown fields and values of the wrong type."""
+    if not isinstance(raw, dict):
+        raise ValueError(f"{path} is {raw!r}; expected a group of fields")
     fields = {f.name: f for f in dataclasses.fields(kind)}
     hints = typing.get_type_hints(kind)
     unknown = sorted(set(raw) - set(fields))

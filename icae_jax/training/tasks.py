@@ -21,7 +21,6 @@ class CompressorTask:
         c = config
         self.config, self.weights = c, c.objectives.weights
         self.base = bases.load_base(c.base, c.jnp_dtype)
-        self._check_positions()
         self.template = targets.make_template(c.objectives.template, self.base.tokenizer)
         self.start_from = None
         if c.init_from:
@@ -34,6 +33,7 @@ class CompressorTask:
         self.frozen = self.base.params
         self.train_examples = self._examples(c.data.train)
         self.eval_examples = self._examples(c.data.eval) if c.data.eval and c.eval_examples else None
+        self._check_positions()
         self.identity = {"base": self.base.fingerprint, "data.train": self.train_examples.tokens.key}
         if self.start_from:
             self.identity["init_from"] = self.start_from.fingerprint
@@ -42,13 +42,15 @@ class CompressorTask:
         c, most = self.config, self.base.config.max_position_embeddings
         longest = max(c.data.context_lengths)
         segments, size = icae.segment_shape(longest, c.compression)
-        needed = max(size + c.compression.k, segments * c.compression.k + longest + 2)
-        if c.compression.layout == "uniform":
-            needed = max(needed, 2 * longest + 2)
+        behind = max(e.qa_shape[0] for e in (self.train_examples, self.eval_examples) if e) if "qa" in self.weights else 0
+        if "ae" in self.weights or "lm" in self.weights:
+            behind = max(behind, longest + 1)
+        memory = longest + 1 if c.compression.layout == "uniform" else segments * c.compression.k
+        needed = max(size + c.compression.k + 1, len(self.template.head) + memory + behind)
         if needed > most:
             raise ValueError(
                 f"data.context_lengths holds {longest}, which needs {needed} positions with compression.k {c.compression.k}; "
-                f"the base has {most}. Use shorter contexts or a smaller k"
+                f"the base has {most}. Use shorter contexts (or data.max_target_tokens), or a smaller k"
             )
 
     def _check_start(self):
@@ -103,7 +105,7 @@ class CompressorTask:
         for bucket, rows in self.eval_examples.held_out(size, self.config.eval_examples):
             batch = self.eval_examples.collate(bucket, rows[mine])
             own, other, count = np.arange(size, dtype=np.int32), np.arange(size, dtype=np.int32), int((rows >= 0).sum())
-            other[:count] = np.roll(other[:count], -1)
+            other[:count] = np.roll(other[:count], -1) if count > 1 else size - 1  # a single example reads a blank memory
             yield {"memory": batch | {"reads": own[mine]}, "wrong_memory": batch | {"reads": other[mine]}}
 
     def counts(self, batch):
