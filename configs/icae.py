@@ -55,6 +55,7 @@ def get_config(arg="pretrain"):
     config.objectives.template = "plain"
 
     config.optimizer = ConfigDict()
+    config.optimizer.name = "adamw"
     config.optimizer.learning_rate = 5e-5 if finetune else 1e-4
     config.optimizer.warmup_steps = 300
     config.optimizer.schedule = "constant"

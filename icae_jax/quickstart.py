@@ -24,6 +24,7 @@ SHIPPED_BASE = pathlib.Path(__file__).parent / "data" / "tiny_base"
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 PHASES = ("pretrain", "finetune")
 TRAIN_SEED, HELD_OUT_SEED = 1, 2
+TRAIN_PASSAGES = 20_000
 
 
 def get_config(name, arg=None):
@@ -152,8 +153,7 @@ def main(parser, argv):
     # ------------------------------------------------------------------------------------- data, then the two phases
     raw = {phase: get_config("quickstart", phase) for phase in PHASES}
     data = workdir / "data"
-    write_data(data, raw["pretrain"].pop("passages"), args.held_out)
-    raw["finetune"].pop("passages")
+    write_data(data, TRAIN_PASSAGES, args.held_out)
     configs = {}
     for phase in PHASES:
         raw[phase]["base"] = str(base)

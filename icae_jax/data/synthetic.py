@@ -1,8 +1,8 @@
 """A small world of made-up people: passages, questions, a tokenizer, and the documents a tiny base model is trained on.
 
 Everything is a function of a seed, nothing is downloaded. A passage tells a few facts about each of two people, most of them of
-the same kinds (both have a trade, both play something ...), so that a question is answered only by who has not lost track of
-*whose* fact is asked for. `passage_bits` says how much there is to remember.
+the same kinds (both have a trade, both play something, …), so that a question is answered only by who has not lost track of *whose*
+fact is asked for. `passage_bits` says how much there is to remember.
 """
 
 import itertools
@@ -10,102 +10,92 @@ import math
 import random
 import re
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 UNK, BOS, EOS, REPEAT = "<unk>", "<s>", "</s>", "<repeat>"
 
-FIRST_NAMES = [
-    "Anna", "Boris", "Clara", "David", "Elena", "Felix", "Greta", "Hugo", "Irene", "Jonas", "Karin", "Louis", "Maria",
-    "Nils", "Olga", "Pavel", "Rosa", "Simon", "Tara", "Umar", "Vera", "Walter", "Xenia", "Yusuf", "Zoe", "Adam", "Bella",
-    "Carl", "Diana", "Emil", "Flora", "Gustav",
-]
-LAST_NAMES = [
-    "Abbott", "Baker", "Carter", "Dunn", "Ellis", "Fisher", "Grant", "Hayes", "Irwin", "Jensen", "Keller", "Lambert",
-    "Mason", "Novak", "Olsen", "Parker", "Quinn", "Reed", "Stone", "Turner", "Underwood", "Vogel", "Weber", "Young",
-    "Ziegler", "Archer", "Bishop", "Conrad", "Draper", "Engel", "Fowler", "Gibson",
-]
+
+def _words(text):
+    return tuple(text.split())
+
+
+FIRST_NAMES = _words("Anna Boris Clara David Elena Felix Greta Hugo Irene Jonas Karin Louis Maria Nils Olga Pavel")
+LAST_NAMES = _words("Abbott Baker Carter Dunn Ellis Fisher Grant Hayes Irwin Jensen Keller Lambert Mason Novak Olsen Parker")
 
 # How a person is brought in, with the full name; every other sentence has the first name alone.
 OPENINGS = ("Meet {first} {last}.", "Here comes {first} {last}.")
 
-# One row a kind of fact: the question and its reverse (whose answer is the first name), two ways to state it, and the values.
-# No value belongs to two kinds: an answer then shows which fact it came from. Questions end with the name, and a value stands
-# four words after the name it belongs to, so that a tiny model needs to look at few distances.
+# One row a kind of fact: what it is called, two ways to state it, and its values. No value belongs to two kinds: an answer then
+# shows which fact it came from. A value stands four words after the name it belongs to, so that a tiny model needs to look at few
+# distances.
 KINDS = {
-    "city": (
-        ("What is the birthplace of {name}?", "Whose birthplace is {value}?"),
+    "birthplace": (
         ("{name} was born in {value}.", "{name} grew up in {value}."),
-        "Paris London Rome Madrid Vienna Oslo Cairo Lima Tokyo Delhi Athens Dublin Lisbon Prague Warsaw Berlin".split(),
+        _words("Paris London Rome Madrid Vienna Oslo Cairo Lima Tokyo Delhi Athens Dublin Lisbon Prague Warsaw Berlin"),
     ),
     "trade": (
-        ("What is the trade of {name}?", "Whose trade is {value}?"),
         ("{name} works as a {value}.", "{name} trained as a {value}."),
-        "tailor doctor painter lawyer farmer teacher nurse pilot judge cook miner sailor plumber singer writer banker".split(),
+        _words("tailor doctor painter lawyer farmer teacher nurse pilot judge cook miner sailor plumber singer writer banker"),
     ),
     "pet": (
-        ("What is the pet of {name}?", "Whose pet is {value}?"),
         ("{name} looks after a {value}.", "{name} lives with a {value}."),
-        "dog cat parrot rabbit hamster turtle goat pony lizard ferret snake hen duck donkey lamb pigeon".split(),
+        _words("dog cat parrot rabbit hamster turtle goat pony lizard ferret snake hen duck donkey lamb pigeon"),
     ),
-    "music": (
-        ("What is the instrument of {name}?", "Whose instrument is {value}?"),
+    "instrument": (
         ("{name} practises on the {value}.", "{name} performs on the {value}."),
-        "violin piano flute cello harp drums guitar trumpet clarinet organ banjo oboe viola tuba lute horn".split(),
+        _words("violin piano flute cello harp drums guitar trumpet clarinet organ banjo oboe viola tuba lute horn"),
     ),
-    "food": (
-        ("What is the favourite dish of {name}?", "Whose favourite dish is {value}?"),
+    "favourite dish": (
         ("{name} likes to eat {value}.", "{name} loves to cook {value}."),
-        "rice soup bread cheese salad pasta beans fish pancakes mushrooms lentils noodles carrots eggs potatoes plums".split(),
+        _words("rice soup bread cheese salad pasta beans fish pancakes mushrooms lentils noodles carrots eggs potatoes plums"),
     ),
-    "year": (
-        ("What is the arrival year of {name}?", "Whose arrival year is {value}?"),
+    "arrival year": (
         ("{name} came here in {value}.", "{name} moved here in {value}."),
-        [str(year) for year in range(1960, 1976)],
+        tuple(str(year) for year in range(1960, 1976)),
     ),
 }
-NAME_QUESTIONS = ("What is the last name of {name}?", "Whose last name is {value}?")
-
-FACTS = 3  # facts told about each person in a full-sized passage
-FEWEST_SHARED = 2  # of these, so many at least are of kinds told about the other person too
+LAST_NAME = "last name"
+QUESTION = "What is the {kind} of {name}?"
 TEMPLATE = "Question: {question} Answer:"  # what a question becomes for the model; the answer and `</s>` follow
+
+FACTS = 3  # facts told about each person in a passage
+FEWEST_SHARED = 2  # of these, so many at least are of kinds told about the other person too
 
 
 # ------------------------------------------------------------------------------------------------------------ passages
 
 
-def _shared(facts):
-    return min(facts, FEWEST_SHARED)
+def _draw(rng, facts, people=2, fewest_shared=None):
+    """`people` people: `[(first, last, opening, [(kind, value, phrasing), …]), …]`.
 
-
-def _draw(rng, facts, count=2):
-    """`count` people: `[(first, last, opening, [(kind, value, phrasing), ...]), ...]`."""
-    firsts = rng.sample(FIRST_NAMES, count)
-    lasts = rng.sample(LAST_NAMES, count)
-    while True:  # rejection keeps every admissible pair of kind sets equally likely, as passage_bits counts them
-        sets = [rng.sample(sorted(KINDS), facts) for _ in range(2)]
-        if len(set(sets[0]) & set(sets[1])) >= _shared(facts):
-            break
-    if count > 2:  # a crowd is told the same kinds of facts: knowing the kind alone is then worth little
-        sets = [rng.sample(sets[0], facts) for _ in range(count)]
-    people, taken = [], {kind: set() for kind in KINDS}
-    for first, last, kinds in zip(firsts, lasts, sets):
-        told = []
+    fewest_shared: kinds that each has in common with the first person at least; by default all of them.
+    """
+    fewest = facts if fewest_shared is None else min(facts, fewest_shared)
+    firsts, lasts = rng.sample(FIRST_NAMES, people), rng.sample(LAST_NAMES, people)
+    told, taken = [], {kind: set() for kind in KINDS}
+    kinds = rng.sample(sorted(KINDS), facts)
+    for first, last in zip(firsts, lasts, strict=True):
+        while told:  # rejection keeps every admissible pair of kind sets equally likely, as passage_bits counts them
+            kinds = rng.sample(sorted(KINDS), facts)
+            if len({kind for kind, *_ in told[0][3]} & set(kinds)) >= fewest:
+                break
+        own = []
         for kind in kinds:
-            _, phrasings, values = KINDS[kind]
+            phrasings, values = KINDS[kind]
             value = rng.choice([v for v in values if v not in taken[kind]])  # never another person's value
             taken[kind].add(value)
-            told.append((kind, value, rng.randrange(len(phrasings))))
-        people.append((first, last, rng.randrange(len(OPENINGS)), told))
-    return people
+            own.append((kind, value, rng.randrange(len(phrasings))))
+        told.append((first, last, rng.randrange(len(OPENINGS)), own))
+    return told
 
 
 def _sentences(people):
-    """The sentences of a passage, each with the words that say what cannot be guessed: `[(text, words), ...]`."""
+    """The sentences of a passage, each with the words that say what cannot be guessed: `[(text, words), …]`."""
     out = []
-    for first, last, opening, told in people:
+    for first, last, opening, own in people:
         out.append((OPENINGS[opening].format(first=first, last=last), (first, last)))
-        out += [(KINDS[kind][1][phrasing].format(name=first, value=value), (value,)) for kind, value, phrasing in told]
+        out += [(KINDS[kind][0][phrasing].format(name=first, value=value), (value,)) for kind, value, phrasing in own]
     return out
 
 
@@ -113,43 +103,39 @@ def _text(people):
     return " ".join(sentence for sentence, _ in _sentences(people))
 
 
-def _questions(people, reverse=False):
-    """`[(question, answer), ...]`; reverse: the fact is given and the person asked for."""
+def _questions(people):
     out = []
-    for first, last, _, told in people:
-        for questions, value in [(NAME_QUESTIONS, last), *((KINDS[kind][0], value) for kind, value, _ in told)]:
-            out.append((questions[reverse].format(name=first, value=value), first if reverse else value))
+    for first, last, _, own in people:
+        for kind, value in [(LAST_NAME, last), *((kind, value) for kind, value, _ in own)]:
+            out.append((QUESTION.format(kind=kind, name=first), value))
     return out
 
 
-def passages(seed, count, facts=FACTS):
-    """`count` rows `{"context": text, "questions": [{"question": text, "answers": [text]}, ...]}`.
+def passages(seed, count):
+    """`count` rows `{"context": text, "questions": [{"question": text, "answers": [text]}, …]}`.
 
-    Row i depends on `seed`, `facts` and i alone. Each passage tells `facts` facts about each of two people; the questions ask
-    for every one of them and for both last names.
+    Row i depends on `seed` and i alone. The questions ask for every fact and both last names.
     """
-    if not 1 <= facts <= len(KINDS):
-        raise ValueError(f"facts is {facts}; each person can have 1 to {len(KINDS)}")
     rows = []
     for i in range(count):
-        people = _draw(random.Random(f"passage {seed} {facts} {i}"), facts)
+        people = _draw(random.Random(f"passage {seed} {i}"), FACTS, fewest_shared=FEWEST_SHARED)
         questions = [{"question": q, "answers": [a]} for q, a in _questions(people)]
         rows.append({"context": _text(people), "questions": questions})
     return rows
 
 
-def passage_bits(facts=FACTS):
+def passage_bits():
     """Bits of information in a passage: log2 of how many distinct ones `passages` can draw (all equally likely, or nearly)."""
     choices = 0
-    for one, two in itertools.product(itertools.combinations(KINDS, facts), repeat=2):
-        if len(set(one) & set(two)) < _shared(facts):
+    for one, two in itertools.product(itertools.combinations(KINDS, FACTS), repeat=2):
+        if len(set(one) & set(two)) < FEWEST_SHARED:
             continue
-        told = math.prod(len(KINDS[kind][1]) * len(KINDS[kind][2]) for kind in one)
+        told = math.prod(len(KINDS[kind][0]) * len(KINDS[kind][1]) for kind in one)
         # The second person's value differs from the first person's where they share the kind.
-        told *= math.prod(len(KINDS[kind][1]) * (len(KINDS[kind][2]) - (kind in one)) for kind in two)
+        told *= math.prod(len(KINDS[kind][0]) * (len(KINDS[kind][1]) - (kind in one)) for kind in two)
         choices += told
     names = math.perm(len(FIRST_NAMES), 2) * math.perm(len(LAST_NAMES), 2)
-    return math.log2(choices * names * (math.factorial(facts) * len(OPENINGS)) ** 2)
+    return math.log2(choices * names * math.factorial(FACTS) ** 2 * len(OPENINGS) ** 2)
 
 
 # ----------------------------------------------------------------------------------------------------------- tokenizer
@@ -157,11 +143,11 @@ def passage_bits(facts=FACTS):
 
 def _pieces():
     """Words and marks of everything the generator can say, sorted."""
-    text = [*FIRST_NAMES, *LAST_NAMES, *OPENINGS, *NAME_QUESTIONS, TEMPLATE]
-    for questions, phrasings, values in KINDS.values():
-        text += [*questions, *phrasings, *values]
-    words = re.sub(r"\{\w+\}", "", " ".join(text)).split()
-    return sorted({piece for word in words for piece, _ in _marks().pre_tokenize_str(word)})
+    text = [*FIRST_NAMES, *LAST_NAMES, *OPENINGS, QUESTION, TEMPLATE, LAST_NAME]
+    for kind, (phrasings, values) in KINDS.items():
+        text += [kind, *phrasings, *values]
+    words = re.sub(r"\{\w+\}", "", " ".join(text))
+    return sorted({piece for word in words.split() for piece, _ in _marks().pre_tokenize_str(word)})
 
 
 def _marks():
@@ -179,7 +165,9 @@ def build_tokenizer():
         (words if piece.isalnum() else marks).append(piece)
     vocabulary = [UNK, BOS, EOS, REPEAT, *marks, *("▁" + word for word in words)]
     tokenizer = Tokenizer(models.WordLevel({piece: i for i, piece in enumerate(vocabulary)}, unk_token=UNK))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Metaspace(prepend_scheme="always"), _marks()])
+    # A part that begins with a mark has no space to carry: the sign for one is taken away again.
+    no_space = pre_tokenizers.Split(Regex(r"▁(?=[^\w▁])"), "removed")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Metaspace(prepend_scheme="always"), no_space, _marks()])
     tokenizer.decoder = decoders.Metaspace(prepend_scheme="always")
     # The spaces round <repeat> belong to it; they would otherwise come out as words of their own.
     tokenizer.add_special_tokens([UNK, BOS, EOS, AddedToken(REPEAT, lstrip=True, rstrip=True, special=True)])
@@ -193,57 +181,107 @@ def build_tokenizer():
 
 # ------------------------------------------------------------------------------------- what the base model is trained on
 
-DOCUMENTS = ("questions", "whose", "retelling", "repeat", "notes", "passages")
+# Telling whose fact is whose takes a tiny model hours if it starts from passages with questions: it stays where it knows the kind
+# of fact alone. It takes minutes if it first learns to look up a word by the word before it (pairs), then facts by name and kind
+# in short and long form (mentions), then as questions too (quiz).
+WEIGHT = 1.0  # of what can be known: answers, mentions of known facts, copies
+LITTLE = 0.05  # of what cannot be foretold: its gradient is mostly noise
 
 
-def _notes(rng, people):
+def _mentions(rng, people, forms, words):
+    """Facts mentioned again and again, in the given forms, about `words` words in all. A first mention is never a question.
+
+    forms: `{form: share}` of "bare" (name, value), "short" (name, kind, value), "statement" and "question".
+    """
+    facts = [(first, kind, value) for first, _, _, own in people for kind, value, _ in own]
+    if "bare" not in forms:
+        facts += [(first, LAST_NAME, last) for first, last, _, _ in people]
+    new = rng.sample(facts, len(facts))
+    parts, told = [], set()
+    while words > 0:
+        first, kind, value = new.pop() if new else rng.choice(facts)
+        form = rng.choices(list(forms), list(forms.values()))[0]
+        if form == "question" and (first, kind) not in told:
+            form = "statement"
+        end = "."
+        if form == "bare":
+            start = first
+        elif form == "short":
+            start = f"{first} {kind}"
+        elif form == "statement":
+            phrasings = OPENINGS if kind == LAST_NAME else KINDS[kind][0]
+            start = rng.choice(phrasings).format(first=first, name=first, last="", value="").removesuffix(" .")
+        else:
+            start, end = TEMPLATE.format(question=QUESTION.format(kind=kind, name=first)), EOS
+        parts += [(start, LITTLE), (value, WEIGHT if (first, kind) in told else LITTLE), (end, LITTLE)]
+        told.add((first, kind))
+        words -= len(start.split()) + 2
+    return parts
+
+
+def _pairs(rng):
+    return _mentions(rng, _draw(rng, 1, rng.choice((3, 4, 5))), {"bare": 1}, 44)
+
+
+def _facts(rng):
+    facts, people = rng.choice(((1, 3), (1, 4), (1, 3), (2, 2)))
+    forms = {"short": 0.45, "statement": 0.55} | ({"bare": 0.3} if facts == 1 else {})
+    return _mentions(rng, _draw(rng, facts, people), forms, 80)
+
+
+def _quiz(rng):
+    facts, people = rng.choice(((1, 3), (1, 4), (2, 2), (2, 3), (3, 2)))
+    return _mentions(rng, _draw(rng, facts, people), {"short": 0.4, "statement": 0.35, "question": 0.25}, 110)
+
+
+def _passage_questions(rng):
+    people = _draw(rng, *rng.choice(((3, 2), (3, 2), (2, 2), (1, 3))), fewest_shared=FEWEST_SHARED)
+    questions = _questions(people)
+    parts = [(_text(people), LITTLE)]
+    for question, answer in rng.sample(questions, 4):  # few, so that answers can hardly be told from earlier ones
+        parts += [(TEMPLATE.format(question=question), LITTLE), (answer, WEIGHT), (EOS, LITTLE)]
+    return parts
+
+
+def _copy(rng, first_of):
+    people = _draw(rng, rng.choice((1, 2, 3, 3)), 2, FEWEST_SHARED)
+    return [(first_of(people), LITTLE), (REPEAT + BOS, 0.0), (_text(people) + EOS, WEIGHT)]
+
+
+def _repeat(rng):
+    return _copy(rng, _text)
+
+
+def _notes(rng):
     """A passage as somebody might note it down: names and values stay, every other word is left out with one probability."""
     leave_out = rng.random()
-    words = []
-    for sentence, kept in _sentences(people):
-        words += [w for w in sentence.replace(".", " .").split() if w in kept or rng.random() >= leave_out]
-    return " ".join(words).replace(" .", ".")
+
+    def noted(people):
+        kept = []
+        for sentence, must in _sentences(people):
+            words = [*sentence.removesuffix(".").split(), "."]
+            kept += [word for word in words if word in must or rng.random() >= leave_out]
+        return " ".join(kept).replace(" .", ".")
+
+    return _copy(rng, noted)
 
 
-def base_documents(seed, count, kind, facts=FACTS, people=2):
-    """`count` documents of one kind for plain language modelling, each a list of `(text, weight of its tokens in the loss)`.
+DOCUMENTS = {
+    "pairs": _pairs,  # name, value; name, value; … the same again in any order
+    "mentions": _facts,  # facts in short and in full, again and again
+    "quiz": _quiz,  # the same with questions among them
+    "questions": _passage_questions,  # a passage, then questions in the plain template
+    "repeat": _repeat,  # a passage, <repeat>, the passage again with <s> and </s> round it: teaches copying
+    "notes": _notes,  # the same from notes: teaches writing out in full what stands there in short
+}
 
-    kind: "questions": a passage, then all its questions in the plain template with their answers;
-        "whose": the same with the questions turned round: the fact is given, the name asked for;
-        "retelling": a passage, then its facts in another order (whose fact it is must be known, as for the questions, but is
-        asked for six times in a few words);
-        "repeat": a passage, `<repeat>`, the passage again with `<s>` and `</s>` around it (teaches copying);
-        "notes": the passage's names and values with a random share of the other words, `<repeat>`, the passage (teaches
-        writing out in full what stands there in short);
-        "passages": passages in a row.
-    What cannot be foretold (a passage read for the first time) has little weight: its gradient is mostly noise.
-    The parts are tokenised one by one without special tokens, `<s>` goes in front of each document.
+
+def base_document(seed, kind):
+    """One document of a kind in `DOCUMENTS` for plain language modelling: a list of `(text, weight of its tokens in the loss)`.
+
+    The parts are tokenised one by one without special tokens; `<s>` goes in front of each document.
     """
     if kind not in DOCUMENTS:
-        raise ValueError(f"kind is {kind!r}; choose from {', '.join(DOCUMENTS)}")
-    out = []
-    for i in range(count):
-        rng = random.Random(f"document {seed} {kind} {facts} {people} {i}")
-        told = _draw(rng, facts, people)
-        text = _text(told)
-        if kind in ("questions", "whose"):
-            parts = [(text, 0.1)]
-            questions = _questions(told, reverse=kind == "whose")
-            rng.shuffle(questions)
-            for question, answer in questions:
-                parts += [(TEMPLATE.format(question=question), 0.1), (answer + EOS, 1.0)]
-        elif kind == "retelling":
-            parts = [(text, 0.1)]
-            facts_told = [(sentence, kept[0]) for sentence, kept in _sentences(told) if len(kept) == 1]
-            rng.shuffle(facts_told)
-            for sentence, value in facts_told:
-                start, _, end = sentence.rpartition(" " + value)
-                parts += [(start, 0.1), (value + end, 1.0)]
-        elif kind == "passages":
-            more = (_text(_draw(rng, facts)) for _ in range(2))
-            parts = [(" ".join((text, *more)), 0.1)]
-        else:
-            first = text if kind == "repeat" else _notes(rng, told)
-            parts = [(first, 0.1 if kind == "repeat" else 0.0), (REPEAT + BOS, 0.0), (text + EOS, 1.0)]
-        out.append(parts)
-    return out
+        raise ValueError(f"kind of document is {kind!r}; choose from {', '.join(DOCUMENTS)}")
+    return DOCUMENTS[kind](random.Random(f"{kind} {seed}"))
+

@@ -1,6 +1,7 @@
 """Training a small base model from scratch on the synthetic corpus, so that a compressor can be tried without any download."""
 
 import pathlib
+import random
 
 import jax
 import jax.numpy as jnp
@@ -16,10 +17,9 @@ BASE = "base"  # the folder in a workdir that training writes
 
 
 class BaseTask:
-    """Plain language modelling of `data.synthetic.base_documents`, every parameter trained (`BaseConfig`).
+    """Plain language modelling of `data.synthetic.base_document`, every parameter trained (`BaseConfig`).
 
-    A step draws one kind of document, weighted as `config.mixture` says for that stage of the run, and makes its documents from
-    (seed, step).
+    A step's documents are drawn from (seed, step), their kinds as `config.mixture` says for that stage of the run.
     """
 
     def __init__(self, config: BaseConfig):
@@ -35,6 +35,7 @@ class BaseTask:
             num_kv_heads=m.num_kv_heads,
             head_dim=m.hidden_size // m.num_heads,
             max_position_embeddings=m.max_position_embeddings,
+            rope_theta=m.rope_theta,
             tie_word_embeddings=True,
         )
         self.model = llama.Llama(self.model_config, dtype=config.jnp_dtype, remat=config.remat, unroll=config.unroll)
@@ -75,29 +76,24 @@ class BaseTask:
             ids[b, :used], weights[b, :used] = flat[:used], w[:used]
         return {"ids": ids[:, :-1], "labels": ids[:, 1:], "weights": weights[:, 1:]}
 
-    def _kinds(self, step):
-        """The kinds of document, with weights, of the stage that a step belongs to."""
-        for until, kinds in self.stages:
-            if until == 0 or step < until:
-                return kinds
-        return self.stages[-1][1]
+    def _stage(self, step):
+        """The shares of document kinds that hold at a step, `{kind: share}`."""
+        return next((kinds for until, kinds in self.stages if until == 0 or step < until), self.stages[-1][1])
 
     def _length(self, kind):
-        """Tokens of the longest of a sample of documents, rounded up: one shape a kind. A rare longer document loses its end."""
+        """Tokens of the longest of a sample of documents, rounded up. A rare longer document loses its end."""
         if kind not in self._lengths:
-            sample = synthetic.base_documents(0, 128, *kind)
+            sample = [synthetic.base_document(i, kind) for i in range(200)]
             longest = max(sum(len(self._tokenise(text)) for text, _ in parts) for parts in sample)
-            self._lengths[kind] = -(-longest // 16) * 16
+            self._lengths[kind] = -(-longest // 8) * 8
         return self._lengths[kind]
 
     def batch(self, step):
-        """Documents of one kind: `ids [B, T]`, `labels [B, T]`, `weights [B, T]`."""
-        rng = np.random.default_rng([self.config.seed, step])
-        kinds = self._kinds(step)
-        weights = np.asarray([w for _, w in kinds])
-        kind = kinds[int(rng.choice(len(kinds), p=weights / weights.sum()))][0]
-        seed = f"{self.config.seed} {step}"
-        return self._collate(synthetic.base_documents(seed, self.config.batch_size, *kind), self._length(kind))
+        """Documents of the kinds of that stage: `ids [B, T]`, `labels [B, T]`, `weights [B, T]`."""
+        kinds = self._stage(step)
+        drawn = random.Random(f"{self.config.seed} {step}").choices(list(kinds), list(kinds.values()), k=self.config.batch_size)
+        documents = [synthetic.base_document(f"{self.config.seed} {step} {i}", kind) for i, kind in enumerate(drawn)]
+        return self._collate(documents, max(map(self._length, kinds)))
 
     def train_batches(self, start, stop):
         rows = self.config.batch_size // jax.process_count()
@@ -105,12 +101,13 @@ class BaseTask:
         return batches.ahead(lambda step: jax.tree.map(lambda x: x[mine], self.batch(step)), start, stop)
 
     def eval_batches(self):
-        """Held-out documents of every kind of the last stage, one batch each; the reports name the losses by kind."""
-        size = self.config.batch_size
-        for kind, _ in self.stages[-1][1]:
-            for at in range(0, self.config.eval_examples, size):
-                documents = synthetic.base_documents(f"held out {at}", size, *kind)
-                yield {"/".join(map(str, kind)): self._collate(documents, self._length(kind))}
+        """Held-out documents of every kind of the last stage; losses are named by kind."""
+        rows = self.config.batch_size // jax.process_count()
+        mine = slice(jax.process_index() * rows, (jax.process_index() + 1) * rows)
+        for kind in self.stages[-1][1]:
+            for start in range(0, self.config.eval_examples, self.config.batch_size):
+                documents = [synthetic.base_document(f"held out {start + i}", kind) for i in range(self.config.batch_size)]
+                yield {kind: jax.tree.map(lambda x: x[mine], self._collate(documents, self._length(kind)))}
 
     # ---------------------------------------------------------------------------------------------------------- loss
 
@@ -136,9 +133,9 @@ class BaseTask:
 
 
 def parse_mixture(lines):
-    """Stages of a run, `[(last step or 0, [((kind, facts, people), weight), …]), …]`, of lines such as
+    """Stages of a run, `[(last step or 0, {kind: share}), …]`, of lines such as
 
-        "500 questions/1/2=0.7 repeat/1/2=0.3"
+        "500 quiz=2 repeat=1"
 
     which holds until step 500; 0 means until the end. ValueError names the line.
     """
@@ -146,13 +143,12 @@ def parse_mixture(lines):
     for line in lines:
         try:
             until, *kinds = line.split()
-            pairs = [item.split("=") for item in kinds]
-            stage = (int(until), [((k.split("/")[0], *map(int, k.split("/")[1:])), float(w)) for k, w in pairs])
-            if not stage[1] or any(len(kind) != 3 or kind[0] not in synthetic.DOCUMENTS or not weight > 0 for kind, weight in stage[1]):
-                raise ValueError("unknown kind of document, or a weight that is not positive")
+            stage = (int(until), {kind: float(share) for kind, share in (item.split("=") for item in kinds)})
+            if not stage[1] or not all(kind in synthetic.DOCUMENTS and share > 0 for kind, share in stage[1].items()):
+                raise ValueError(f"kinds are {', '.join(synthetic.DOCUMENTS)}, shares positive")
         except ValueError as error:
-            raise ValueError(f"mixture line {line!r}: {error}; write 'STEPS KIND/FACTS/PEOPLE=WEIGHT …'") from error
+            raise ValueError(f"mixture line {line!r}: {error}; write 'STEPS KIND=SHARE …'") from error
         stages.append(stage)
     if not stages:
-        raise ValueError("mixture is empty; give at least one stage, such as '0 questions/3/2=1'")
+        raise ValueError("mixture is empty; give at least one stage, such as '0 questions=1'")
     return stages

@@ -31,11 +31,13 @@ class ObjectivesConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW. warmup_steps: linear, from 0. schedule: "constant" or "cosine" (to 0 at decay_steps; 0 means the run's last step).
+    """name: "adamw", or "muon" (orthogonalised momentum for the kernels, AdamW at 0.3 of the rate for the rest: small bases learn in
+    fewer steps). warmup_steps: linear, from 0. schedule: "constant" or "cosine" (to 0 at decay_steps; 0 means the run's last step).
 
     clip: largest global gradient norm. weight_decay: decoupled, on every trained tensor.
     """
 
+    name: str = "adamw"
     learning_rate: float = 1e-4
     warmup_steps: int = 300
     schedule: str = "constant"
@@ -48,6 +50,8 @@ class OptimizerConfig:
     def __post_init__(self):
         if not self.learning_rate > 0:
             raise ValueError(f"optimizer.learning_rate is {self.learning_rate}; it must be positive, such as 1e-4")
+        if self.name not in ("adamw", "muon"):
+            raise ValueError(f"optimizer.name is {self.name!r}; choose adamw or muon")
         if self.schedule not in ("constant", "cosine"):
             raise ValueError(f"optimizer.schedule is {self.schedule!r}; choose constant or cosine")
         if self.warmup_steps < 0 or self.decay_steps < 0 or not self.clip > 0:
@@ -137,6 +141,7 @@ class TinyModelConfig:
     num_heads: int = 4
     num_kv_heads: int = 4
     max_position_embeddings: int = 512
+    rope_theta: float = 10000.0
     embedding_std: float = 0.02
 
 
@@ -145,7 +150,7 @@ class BaseConfig(LoopConfig):
     """Training of a small base model on the synthetic corpus. mixture: stages of document kinds (`base_task.parse_mixture`)."""
 
     model: TinyModelConfig = TinyModelConfig()
-    mixture: tuple[str, ...] = ("0 questions/3/2=0.7 repeat/3/2=0.3",)
+    mixture: tuple[str, ...] = ("0 questions=0.7 repeat=0.3",)
 
 
 # --------------------------------------------------------------------------------------------------------- conversion

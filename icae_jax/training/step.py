@@ -7,10 +7,11 @@ counts alone, `tokens(batch)` how many tokens it processes.
 import jax
 import jax.numpy as jnp
 import optax
+import optax.contrib
 
 
 def make_optimizer(config, steps):
-    """AdamW with warm-up and global-norm clipping, and its learning-rate schedule (step -> rate)."""
+    """AdamW or Muon with warm-up and global-norm clipping, and its learning-rate schedule (step -> rate)."""
     c = config
     if c.schedule == "cosine":
         schedule = optax.warmup_cosine_decay_schedule(0.0, c.learning_rate, c.warmup_steps, max(c.decay_steps or steps, c.warmup_steps + 1))
@@ -24,8 +25,20 @@ def make_optimizer(config, steps):
     def rate(step):
         return schedule(step + 1)
 
-    adam = optax.adamw(rate, b1=c.b1, b2=c.b2, weight_decay=c.weight_decay)
-    return optax.chain(optax.clip_by_global_norm(c.clip), adam), rate
+    if c.name == "muon":
+        update = optax.contrib.muon(
+            rate, weight_decay=c.weight_decay, muon_weight_dimension_numbers=_muon_dimensions,
+            adam_learning_rate=lambda step: 0.3 * rate(step), adam_b1=c.b1, adam_b2=c.b2, adam_weight_decay=c.weight_decay,
+        )  # fmt: skip
+    else:
+        update = optax.adamw(rate, b1=c.b1, b2=c.b2, weight_decay=c.weight_decay)
+    return optax.chain(optax.clip_by_global_norm(c.clip), update), rate
+
+
+def _muon_dimensions(params):
+    """Muon's matrices are the blocks' kernels, one a layer; None leaves a parameter to AdamW."""
+    kernel = optax.contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=2)
+    return jax.tree_util.tree_map_with_path(lambda path, _: kernel if path[-1].key == "kernel" else None, params)
 
 
 def init_state(trained, optimizer):

@@ -1,0 +1,72 @@
+"""The two phases of `icae quickstart`: restore (AE), then answer (AE + QA), at 4x on the tiny base. Run by hand:
+
+    icae train --config configs/quickstart.py:pretrain --workdir W --config.base=icae_jax/data/tiny_base \\
+        --config.data.train=quickstart/data/train.jsonl --config.data.eval=quickstart/data/held_out.jsonl
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config(arg="pretrain"):
+    """arg: the phase, pretrain (AE) or finetune (AE + QA)."""
+    if arg not in ("pretrain", "finetune"):
+        raise ValueError(f"configs/quickstart.py:{arg}: choose :pretrain or :finetune")
+    finetune = arg == "finetune"
+    config = ConfigDict()
+    config.phase = arg
+    config.base = ""
+    config.init_from = ""
+    config.seed = 0
+    config.steps = 200 if finetune else 400
+    config.batch_size = 32
+    config.accumulate = 1
+    config.dtype = "float32"
+    config.remat = "none"
+    config.unroll = 4
+    config.loss_chunk = 128
+    config.log_every = 10
+    config.eval_every = 100
+    config.eval_examples = 64
+    config.checkpoint_every = 100
+
+    config.compression = ConfigDict()
+    config.compression.method = "icae"
+    config.compression.k = 11  # a passage has 45 to 47 tokens, <s> included: 4.2x
+    config.compression.rate = 5  # room for 55 tokens, so that a passage is one segment
+    config.compression.layout = "servable"
+    config.compression.memory_init = "embedding"
+    config.compression.trigger_token = "<repeat>"  # the base was trained to copy after it
+
+    config.lora = ConfigDict()
+    config.lora.rank = 32
+    config.lora.scale = 2.0
+    config.lora.dropout = 0.0
+    config.lora.targets = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+    config.objectives = ConfigDict()
+    config.objectives.ae = 0.6 if finetune else 1.0
+    config.objectives.lm = 0.0  # passages have no continuation
+    config.objectives.qa = 0.4 if finetune else 0.0
+    config.objectives.template = "plain"
+
+    config.optimizer = ConfigDict()
+    config.optimizer.name = "adamw"
+    config.optimizer.learning_rate = 1.5e-3 if finetune else 3e-3
+    config.optimizer.warmup_steps = 20
+    config.optimizer.schedule = "cosine" if finetune else "constant"
+    config.optimizer.decay_steps = 0
+    config.optimizer.b1 = 0.9
+    config.optimizer.b2 = 0.98
+    config.optimizer.weight_decay = 0.0
+    config.optimizer.clip = 2.0
+
+    config.data = ConfigDict()
+    config.data.train = ""
+    config.data.eval = ""
+    config.data.context_lengths = (48,)
+    config.data.context_weights = ()
+    config.data.questions_per_context = 4
+    config.data.max_target_tokens = 32
+    config.data.cache_dir = ""
+    config.data.tfds_dir = ""
+    return config
