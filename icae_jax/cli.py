@@ -34,6 +34,17 @@ def load_config(kind, argv):
     return from_dict(kind, values.config.to_dict()), pathlib.Path(values.workdir)
 
 
+TRAIN_HELP = """usage: icae {verb} --config FILE[:arg] --workdir DIR [--config.field=value …]
+
+{text}.
+
+  --config FILE[:arg]     a configuration with get_config(arg), such as {example}
+  --workdir DIR           checkpoints, metrics and the result; the same command continues what is there
+  --config.field=value    any field of the configuration, such as --config.steps=1000
+
+exit codes: 0 done, 2 bad input, 3 diverged, 75 saved after SIGTERM"""
+
+
 def train_verb(argv):
     from icae_jax.training.config import TrainConfig
     from icae_jax.training.tasks import CompressorTask
@@ -146,6 +157,9 @@ VERBS = {
 }
 
 
+TRAIN_EXAMPLES = {"train": "configs/icae.py:pretrain", "train-base": "configs/tiny_base.py"}
+
+
 def usage():
     lines = ["usage: icae VERB [options]", "", "Compress a language model's context into a few memory tokens.", ""]
     lines += [f"  {name:12} {text}" for name, (_, text) in VERBS.items()]
@@ -162,6 +176,9 @@ def main(argv=None):
     if argv[0] not in VERBS:
         print(f"icae: no verb {argv[0]!r}\n\n{usage()}", file=sys.stderr)
         return BAD_INPUT
+    if argv[0] in TRAIN_EXAMPLES and {"-h", "--help"} & set(argv):
+        print(TRAIN_HELP.format(verb=argv[0], text=VERBS[argv[0]][1].capitalize(), example=TRAIN_EXAMPLES[argv[0]]))
+        return 0
     try:
         return VERBS[argv[0]][0](argv[1:])
     except (ValueError, OSError) as error:

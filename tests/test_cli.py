@@ -90,6 +90,11 @@ def test_module_and_help_list_the_verbs():
     assert cli.main([]) == 2 and cli.main(["nonsense"]) == 2
 
 
+def test_help_of_the_train_verbs(capsys):
+    for verb in ("train", "train-base"):
+        assert cli.main([verb, "--help"]) == 0 and "--config.field=value" in capsys.readouterr().out
+
+
 BAD = {
     "unknown field": ({"compresion.k": 4}, r"compresion"),
     "k of zero": ({"compression.k": 0}, r"compression\.k is 0"),

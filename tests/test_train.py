@@ -156,6 +156,12 @@ def test_a_finished_run_stays_finished_and_can_be_made_longer(raw, uninterrupted
     code, lines = run(raw, workdir)
     assert code == DONE and "done already" in lines[-1] and (workdir / "metrics.jsonl").read_bytes() == before
 
+    (workdir / "DONE").unlink()  # as after a kill between the last checkpoint and the end
+    adapter = (workdir / "adapter" / "memory.safetensors").read_bytes()
+    (workdir / "adapter" / "memory.safetensors").unlink()
+    assert run(raw, workdir)[0] == DONE and (workdir / "DONE").exists()
+    assert (workdir / "adapter" / "memory.safetensors").read_bytes() == adapter
+
     assert run(raw, tmp_path, steps=6)[0] == DONE
     code, lines = run(raw, tmp_path)
     assert code == DONE and "changed: steps: 6 -> 12" in lines and "resumed at step 6" in lines

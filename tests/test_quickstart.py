@@ -1,0 +1,62 @@
+"""The quickstart, cut to a few steps: every part runs, the page and the numbers are there, and the adapter answers."""
+
+import json
+
+import pytest
+
+from icae_jax import cli, quickstart
+from icae_jax.data import synthetic
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("quickstart") / "w"
+    assert cli.main(["quickstart", "--workdir", str(workdir), "--steps", "3", "--held_out", "6"]) == 0
+    return workdir
+
+
+@pytest.mark.slow
+def test_results_report_and_next_commands(ran, capsys):
+    """Breaks when an arm is missing, the base cannot answer, or the printed next commands do not run."""
+    results = json.loads((ran / "results.json").read_text())
+    arms = results["qa_exact_match"]
+    assert list(arms) == ["full context", "memory", "no context", "wrong memory", "untrained memory"]
+    assert arms["full context"] >= 90 and arms["no context"] <= 30 and arms["memory"] < arms["full context"]
+    assert results["questions"] == 6 * 8 and results["ratio"] > 4 and results["bits"] == synthetic.passage_bits()
+    assert set(results["losses"]) == {"memory", "wrong_memory", "untrained"}
+
+    page = (ran / "report.html").read_text()
+    for part in ("QA exact match", "untrained memory", "<svg", "<del>", "icae ask --memory", "BLEU-4"):
+        assert part in page
+
+    adapter, memory = ran / "finetune" / "adapter", ran / "memory.safetensors"
+    assert cli.main(["compress", "--adapter", str(adapter), "--input", str(ran / "data" / "example.jsonl"), "--output", str(memory)]) == 0
+    question = synthetic.passages(quickstart.HELD_OUT_SEED, 1)[0]["questions"][1]["question"]
+    capsys.readouterr()
+    assert cli.main(["ask", "--memory", str(memory), "--question", question, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["question"] == question
+    assert cli.main(["restore", "--memory", str(memory)]) == 0 and capsys.readouterr().out.strip()
+
+
+@pytest.mark.slow
+def test_run_again_it_shows_the_result_without_training(ran, capsys):
+    before = {p: p.read_bytes() for p in ran.glob("*/metrics.jsonl")}
+    results = json.loads((ran / "results.json").read_text())
+    assert len(before) == 2
+    assert cli.main(["quickstart", "--workdir", str(ran), "--steps", "3", "--held_out", "6"]) == 0
+    out = capsys.readouterr()
+    assert "QA exact match" in out.out and out.err.count("done already") == 2
+    assert {p: p.read_bytes() for p in ran.glob("*/metrics.jsonl")} == before
+    assert json.loads((ran / "results.json").read_text()) == results
+
+
+def test_bad_arguments(tmp_path, capsys):
+    assert cli.main(["quickstart", "--workdir", str(tmp_path), "--steps", "0"]) == 2
+    assert "--steps is 0" in capsys.readouterr().err
+    assert cli.main(["quickstart", "--workdir", str(tmp_path), "--held_out", "-1"]) == 2
+
+
+def test_configs_are_needed_and_said_so(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(quickstart, "CONFIGS", tmp_path / "absent")
+    assert cli.main(["quickstart", "--workdir", str(tmp_path / "w")]) == 2
+    assert "pip install -e ." in capsys.readouterr().err
