@@ -46,8 +46,8 @@ exit codes: 0 done, 2 bad input, 3 diverged, 75 saved after SIGTERM"""
 
 
 def train_verb(argv):
+    from icae_jax.training.compressor_task import CompressorTask
     from icae_jax.training.config import TrainConfig
-    from icae_jax.training.tasks import CompressorTask
     from icae_jax.training.train import train
 
     config, workdir = load_config(TrainConfig, argv)

@@ -16,8 +16,8 @@ from icae_jax.interop import adapter as adapters
 from icae_jax.interop import files
 from icae_jax.training import metrics
 from icae_jax.training.base_task import BASE, BaseTask
+from icae_jax.training.compressor_task import CompressorTask
 from icae_jax.training.config import BaseConfig, TrainConfig, from_dict
-from icae_jax.training.tasks import CompressorTask
 from icae_jax.training.train import train
 
 SHIPPED_BASE = pathlib.Path(__file__).parent / "data" / "tiny_base"

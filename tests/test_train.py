@@ -17,8 +17,8 @@ from conftest import ROOT, WORDS, write_jsonl
 from icae_jax.interop import base as bases
 from icae_jax.training import metrics
 from icae_jax.training.checkpoint import Checkpoints
+from icae_jax.training.compressor_task import CompressorTask
 from icae_jax.training.config import TrainConfig, from_dict
-from icae_jax.training.tasks import CompressorTask
 from icae_jax.training.train import DIVERGED, DONE, PREEMPTED, train
 
 
@@ -85,7 +85,7 @@ def uninterrupted(raw, tmp_path_factory):
 CHILD = """
 import json, sys
 from icae_jax.training.config import TrainConfig, from_dict
-from icae_jax.training.tasks import CompressorTask
+from icae_jax.training.compressor_task import CompressorTask
 from icae_jax.training.train import train
 config = from_dict(TrainConfig, json.loads(sys.argv[1]))
 task = CompressorTask(config)

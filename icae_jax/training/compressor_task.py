@@ -1,4 +1,4 @@
-"""What is trained: a compressor on a frozen base (`CompressorTask`), or a small base itself (`BaseTask`)."""
+"""The task of training a compressor on a frozen base: data, losses, evaluation, export."""
 
 import pathlib
 

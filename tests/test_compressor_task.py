@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from conftest import WORDS, write_jsonl
 
+from icae_jax.training.compressor_task import CompressorTask
 from icae_jax.training.config import TrainConfig, from_dict
-from icae_jax.training.tasks import CompressorTask
 
 
 @pytest.fixture(scope="module")
