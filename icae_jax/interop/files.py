@@ -55,6 +55,8 @@ def replacing_folder(path):
     try:
         yield tmp
         os.chmod(tmp, 0o755)
+        for file in tmp.rglob("*"):  # safetensors makes its files readable by their owner alone
+            os.chmod(file, 0o755 if file.is_dir() else 0o644)
         if path.exists():
             os.rename(path, old)
         os.rename(tmp, path)
