@@ -23,5 +23,5 @@ icae train --config "$here/configs/icae.py:pretrain" --workdir "$out/pretrain" "
 
 icae train --config "$here/configs/icae.py:finetune" --workdir "$out/finetune" --config.init_from="$out/pretrain" "${common[@]}" \
   --config.data.train="$data/fairytaleqa/train.jsonl.gz" --config.data.eval="$data/fairytaleqa/valid.jsonl.gz" \
-  --config.data.context_lengths="(256,512)" --config.data.context_weights="()" --config.batch_size=16 \
-  --config.optimizer.learning_rate=1e-3 --config.steps=200 --config.eval_every=100 --config.checkpoint_every=100
+  --config.data.context_lengths="(256,512)" --config.data.context_weights="()" --config.batch_size=8 --config.data.max_target_tokens=96 \
+  --config.optimizer.learning_rate=2e-3 --config.steps=200 --config.eval_every=100 --config.checkpoint_every=100 --config.eval_examples=128

@@ -24,11 +24,11 @@ def flags(phase, workdir, base, data, **changes):
 def test_stories_and_questions(tmp_path):
     """Breaks when nothing is learned, or when what is learned does not come from the memory."""
     base = shared("data/stories260K")
-    steps = {"steps": 150, "eval_every": 150, "data.context_lengths": "(16,)"}
+    steps = {"steps": 100, "eval_every": 100, "data.context_lengths": "(16,)"}
     assert cli.main(flags("pretrain", tmp_path / "a", base, shared("data/tinystories"), **steps)) == 0
     first, last = [line["eval"] for line in metrics.read(tmp_path / "a" / "metrics.jsonl") if "eval" in line]
-    assert last["memory"]["ae"] < first["memory"]["ae"] - 0.3 and last["memory"]["lm"] < first["memory"]["lm"]
-    assert last["memory"]["ae"] < last["wrong_memory"]["ae"] - 0.3
+    assert last["memory"]["ae"] < first["memory"]["ae"] - 0.5
+    assert all(last["memory"][o] < last["wrong_memory"][o] - 0.03 for o in ("ae", "lm"))
 
     steps = {"steps": 10, "eval_every": 10, "data.context_lengths": "(256,)", "init_from": tmp_path / "a", "batch_size": 4}
     assert cli.main(flags("finetune", tmp_path / "b", base, shared("data/fairytaleqa"), **steps)) == 0
