@@ -89,6 +89,12 @@ def test_scores_equal_one_straight_pass(compressor, memory):
     """Breaks when scoring reads the memory at other positions, or counts other tokens, than one pass over slots and text."""
     got = compressor.score(memory, TEXTS, QUESTIONS) + compressor.score(memory, TEXTS)
     params, base = compressor.base.params, compressor.base
+
+    @jax.jit
+    def straight(params, x):
+        hidden, _ = compressor.model.apply({"params": params}, x, jnp.arange(80)[None], llama.causal_mask(80))
+        return jax.nn.log_softmax(hidden[0] @ llama.head_kernel(params))
+
     for i in range(2 * len(TEXTS)):
         at, asked = i % len(TEXTS), i < len(TEXTS)
         answer = base.tokenizer(TEXTS[at], add_special_tokens=False)["input_ids"]
@@ -96,10 +102,9 @@ def test_scores_equal_one_straight_pass(compressor, memory):
         ids = [*before, *answer, base.tokenizer.eos_token_id] if asked else answer
         first = len(before) if asked else 1
         slots = memory.slots[at][memory.mask[at]]
-        x = jnp.concatenate([slots, llama.embed(params, jnp.asarray(ids))])[None]
-        T = x.shape[1]
-        hidden, _ = compressor.model.apply({"params": params}, x, jnp.arange(T)[None], llama.causal_mask(T))
-        log_probs = jax.nn.log_softmax(hidden[0] @ llama.head_kernel(params))[len(slots) :]
+        x = np.zeros((1, 80, TINY.hidden_size), np.float32)
+        x[0, : len(slots) + len(ids)] = np.concatenate([slots, llama.embed(params, jnp.asarray(ids))])
+        log_probs = straight(params, x)[len(slots) :]
         want = sum(float(log_probs[t - 1, ids[t]]) for t in range(first, len(ids)))
         assert got[i].tokens == len(ids) - first and abs(got[i].log_prob - want) <= 1e-4 * abs(want)
 

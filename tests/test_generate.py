@@ -15,13 +15,23 @@ MODEL = llama.Llama(TINY)
 TABLE = jnp.zeros((4, TINY.hidden_size))
 
 
+LONGEST = 24
+
+
+@jax.jit
+def full_pass(params, ids):
+    """The best next token behind every position of one padded sequence (the causal mask hides the padding)."""
+    hidden, _ = MODEL.apply({"params": params}, ids[None], jnp.arange(LONGEST)[None], llama.causal_mask(LONGEST))
+    return jnp.argmax(hidden[0] @ llama.head_kernel(params), -1)
+
+
 def slow_greedy(params, ids):
     """New tokens one by one, each from a full pass without a cache."""
     ids = list(ids)
     for _ in range(NEW):
-        T = len(ids)
-        hidden, _ = MODEL.apply({"params": params}, jnp.asarray([ids]), jnp.arange(T)[None], llama.causal_mask(T))
-        ids.append(int(jnp.argmax(hidden[0, -1] @ llama.head_kernel(params))))
+        row = np.zeros(LONGEST, np.int32)
+        row[: len(ids)] = ids
+        ids.append(int(full_pass(params, row)[len(ids) - 1]))
     return ids[-NEW:]
 
 

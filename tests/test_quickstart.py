@@ -11,8 +11,11 @@ from icae_jax.data import synthetic
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("quickstart") / "w"
+    monkeypatch = pytest.MonkeyPatch()
+    monkeypatch.setattr(quickstart, "TRAIN_PASSAGES", 200)
     assert cli.main(["quickstart", "--workdir", str(workdir), "--steps", "3", "--held_out", "6"]) == 0
-    return workdir
+    yield workdir
+    monkeypatch.undo()
 
 
 @pytest.mark.slow
