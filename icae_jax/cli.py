@@ -170,6 +170,7 @@ def usage():
 def main(argv=None):
     """Runs one verb. Returns the exit code: 0 done, 2 bad input, 3 diverged, 75 saved after SIGTERM."""
     argv = sys.argv[1:] if argv is None else argv
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it misses PyTorch, which is not needed
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(usage())
         return 0 if argv else BAD_INPUT
