@@ -106,11 +106,14 @@ def test_slots_and_greedy_restoration(case):
     memory = jax.jit(lambda trained, base: case.compress(trained, base, ids))(case.trained, case.base)
     close(memory.slots[0], golden["slots"])
 
-    want = golden["ae_greedy"]
+    # The first version of the reference stops on id 1, the second on id 2; what follows a stop does not count.
+    stop = 1 if list(case.folder.glob("*zeroweight*")) else 2
+    want = golden["ae_greedy"].tolist()
+    want = want[: want.index(stop)] if stop in want else want
     prefix = jax.jit(lambda base, memory: icae.read(case.model, base, memory))(case.base, memory)
     out = generate.greedy(
         case.model, case.base, case.trained["memory_table"], prefix, prefix.end, jnp.full((1, 1), targets.AE), jnp.ones((1,), int),
-        max_new_tokens=len(want), stop_ids=(2,),
+        max_new_tokens=len(golden["ae_greedy"]), stop_ids=(stop,),
     )  # fmt: skip
     got = np.asarray(out.ids[0][: int(out.lengths[0])])
-    assert len(want) > 0 and got.tolist() == want.tolist()
+    assert len(want) > 0 and got.tolist() == want

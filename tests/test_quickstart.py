@@ -63,3 +63,22 @@ def test_configs_are_needed_and_said_so(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(quickstart, "CONFIGS", tmp_path / "absent")
     assert cli.main(["quickstart", "--workdir", str(tmp_path / "w")]) == 2
     assert "pip install -e ." in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_from_scratch_trains_its_own_base_first(tmp_path, monkeypatch, capsys):
+    """Breaks when the trained base is not the one that the compressor is then trained on."""
+    whole = quickstart.get_config
+
+    def small(name, arg=None):
+        config = whole(name, arg)
+        if name == "tiny_base":
+            config["model"] |= {"hidden_size": 40, "intermediate_size": 48, "num_layers": 2}
+            config |= {"steps": 2, "batch_size": 4, "eval_examples": 4, "unroll": 1, "mixture": ("0 questions=1",)}
+        return config
+
+    monkeypatch.setattr(quickstart, "get_config", small)
+    monkeypatch.setattr(quickstart, "TRAIN_PASSAGES", 100)
+    assert cli.main(["quickstart", "--workdir", str(tmp_path), "--from-scratch", "--steps", "2", "--held_out", "4"]) == 0
+    named = json.loads((tmp_path / "finetune" / "adapter" / "encoder" / "adapter_config.json").read_text())["base_model_name_or_path"]
+    assert named == str((tmp_path / "base_training" / "base").resolve()) and "QA exact match" in capsys.readouterr().out
