@@ -177,7 +177,8 @@ def train(config, task, workdir, *, log=None):
             if main_process:
                 folder = task.export(workdir, jax.device_get(state["trained"]))
                 done_file.write_text(f"{stop}\n")
-                say(f"done: {stop} steps; {folder}")
+                best = checkpoints.best()
+                say(f"done: {stop} steps{'' if best is None else f', lowest held-out loss at step {best}'}; {folder}")
             return DONE
     finally:
         checkpoints.close()
