@@ -132,12 +132,14 @@ def test_bad_input(compressor, memory, tiny_base, tmp_path):
         compressor.compress("cat " * 2000)
     with pytest.raises(ValueError, match="max_new_tokens is -1"):
         compressor.restore(memory, -1)
+    with pytest.raises(ValueError, match="max_new_tokens is 0"):
+        compressor.ask(memory, "who ?", 0)
     with pytest.raises(ValueError, match="exceed the base's 256 positions"):
         compressor.score(memory[0], "cat " * 300)
     with pytest.raises(ValueError, match="fewer than 2 tokens"):
         compressor.score(memory[0], "cat")
     with pytest.raises(ValueError, match="targets has 1 entries for 5"):
-        compressor.score(memory, ["cat sat"])
+        compressor.score(memory, targets=["cat sat"])
     with pytest.raises(ValueError, match="not a folder"):
         icae_jax.load(tmp_path / "absent")
     adapter = make_adapter(tmp_path / "a", tiny_base)

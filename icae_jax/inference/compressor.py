@@ -13,7 +13,8 @@ from icae_jax.inference import generate, store
 from icae_jax.interop import adapter as adapters
 from icae_jax.interop import base as bases
 from icae_jax.models import llama
-from icae_jax.objectives import loss, targets
+from icae_jax.objectives import loss
+from icae_jax.objectives import targets as target_layouts
 
 SHAPE_STEP = 32  # lengths are padded to multiples of this, so that few shapes are compiled
 
@@ -131,8 +132,8 @@ class Compressor:
     def restore(self, memory, max_new_tokens=None, batch_size=16, details=False):
         """The texts read back out of memory, decoded greedily behind [AE]. details: `Generation`s instead of texts."""
         most = int(memory.lengths.max()) + 16 if max_new_tokens is None else max_new_tokens
-        needed = None if max_new_tokens else int(memory.lengths.max()) + 1
-        rows = self._generate(memory, [[[targets.AE]]] * len(memory), "ae", (), most, needed, batch_size)
+        needed = None if max_new_tokens is not None else int(memory.lengths.max()) + 1
+        rows = self._generate(memory, [[[target_layouts.AE]]] * len(memory), "ae", (), most, needed, batch_size)
         return [row[0] if details else row[0].text for row in rows]
 
     def ask(self, memory, questions, max_new_tokens=None, batch_size=16, details=False):
@@ -149,28 +150,29 @@ class Compressor:
             raise ValueError(f"questions has {len(nested)} entries for {len(memory)} texts; give at least one question a text")
         template = self.adapter.template
         prompts = [[template.prompt(self._ids(q)) for q in row] for row in nested]
-        rows = self._generate(memory, prompts, "qa", template.head, max_new_tokens or 128, None, batch_size)
+        most = 128 if max_new_tokens is None else max_new_tokens
+        rows = self._generate(memory, prompts, "qa", template.head, most, None, batch_size)
         rows = [[g if details else g.text for g in row] for row in rows]
         if single:
             return rows[0]
         return [row[0] if isinstance(q, str) else row for q, row in zip(questions, rows, strict=True)]
 
-    def score(self, memory, targets_, questions=None, batch_size=16):
+    def score(self, memory, targets, questions=None, batch_size=16):
         """Log-probability of a target behind each memory: `Score`s.
 
-        targets_: one text for each memory. Without questions each is scored as a continuation, all but its first token (nothing
+        targets: one text for each memory. Without questions each is scored as a continuation, all but its first token (nothing
         stands before that one but the memory); with them, as the answer to that question, stop token included.
         """
-        targets_ = [targets_] if isinstance(targets_, str) else list(targets_)
+        targets = [targets] if isinstance(targets, str) else list(targets)
         questions = [questions] if isinstance(questions, str) else questions
-        for name, value in (("targets", targets_), ("questions", questions)):
+        for name, value in (("targets", targets), ("questions", questions)):
             if value is not None and len(value) != len(memory):
                 raise ValueError(f"{name} has {len(value)} entries for {len(memory)} memories; give one each")
         if questions is None:
-            rows, head, objective = [targets.Target(self._ids(t), 1) for t in targets_], (), "lm"
+            rows, head, objective = [target_layouts.Target(self._ids(t), 1) for t in targets], (), "lm"
         else:
             template, objective = self.adapter.template, "qa"
-            rows = [template.target(self._ids(q), self._ids(t)) for q, t in zip(questions, targets_, strict=True)]
+            rows = [template.target(self._ids(q), self._ids(t)) for q, t in zip(questions, targets, strict=True)]
             head = template.head
         short = [i for i, row in enumerate(rows) if len(row.ids) < 2]
         if short:
@@ -180,7 +182,7 @@ class Compressor:
         T, scores = _up(T), []
         for start in range(0, len(memory), batch_size):
             part = rows[start : start + batch_size]
-            batch = targets.pack([[row] for row in part], 1, T, T)
+            batch = target_layouts.pack([[row] for row in part], 1, T, T)
             losses = self._losses(self.base.params, self.trained, memory[start : start + batch_size], {objective: batch}, head=head)
             sums = np.where(batch["label_mask"], np.asarray(losses[objective]), 0).sum((1, 2))
             counts = batch["label_mask"].sum((1, 2))
