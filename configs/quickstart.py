@@ -16,6 +16,7 @@ def get_config(arg="pretrain"):
     config.phase = arg
     config.base = ""
     config.init_from = ""
+    config.draw_k = ("finetune",)  # phases that draw k from compression.k_choices
     config.seed = 0
     config.steps = 200 if finetune else 400
     config.batch_size = 32
@@ -32,9 +33,10 @@ def get_config(arg="pretrain"):
     config.compression = ConfigDict()
     config.compression.method = "icae"
     config.compression.k = 11  # a passage has 45 to 47 tokens, <s> included: 4.2x
-    config.compression.rate = 5  # room for 55 tokens, so that a passage is one segment
+    config.compression.rate = 5.0  # room for 55 tokens, so that a passage is one segment
     config.compression.layout = "servable"
     config.compression.memory_init = "embedding"
+    config.compression.trigger = "trained"
     config.compression.trigger_token = "<repeat>"  # the base was trained to copy after it
 
     config.lora = ConfigDict()
@@ -48,6 +50,7 @@ def get_config(arg="pretrain"):
     config.objectives.lm = 0.0  # passages have no continuation
     config.objectives.qa = 0.4 if finetune else 0.0
     config.objectives.template = "plain"
+    config.objectives.pad_labels = False
 
     config.optimizer = ConfigDict()
     config.optimizer.name = "adamw"

@@ -81,6 +81,7 @@ def compress_verb(argv):
     parser.add_argument("--base", help="base model folder; by default the one that the adapter names")
     parser.add_argument("--input", required=True, help="JSON lines (text, or context) or a text file")
     parser.add_argument("--output", required=True, help="memory file to write (.safetensors)")
+    parser.add_argument("--k", type=int, help="memory tokens a segment, where the adapter knows several; by default the most")
     parser.add_argument("--batch_size", type=int, default=16, help="texts compressed at once")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args(argv)
@@ -89,7 +90,7 @@ def compress_verb(argv):
     if not rows:
         raise ValueError(f"--input {args.input}: no rows")
     compressor = load(args.adapter, args.base)
-    memory = compressor.compress([row.text for row in rows], args.batch_size, where=[row.where for row in rows])
+    memory = compressor.compress([row.text for row in rows], args.batch_size, [row.where for row in rows], args.k)
     compressor.save(args.output, memory, ids=[row.id for row in rows])
     tokens, kept, size = int(memory.lengths.sum()), int(memory.tokens.sum()), int(memory.bytes.sum())
     summary = {"texts": len(rows), "context_tokens": tokens, "memory_tokens": kept, "ratio": tokens / kept, "bytes": size}

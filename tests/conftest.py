@@ -12,9 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from icae_jax.compression.icae import SPECIAL_ROWS
+from icae_jax.compression.encoder import SPECIAL_ROWS
 from icae_jax.interop import base as bases
 from icae_jax.models import llama, lora
+from icae_jax.objectives import targets
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -32,6 +33,7 @@ TINY = llama.ModelConfig(
     head_dim=8,
     max_position_embeddings=256,
 )
+FRAMING = targets.Framing((1,), targets.AE, 2)  # how an ICAE frames texts with the tokenizer below
 WORDS = """
     <unk> <s> </s> [INST] [/INST] Question: Answer: a the cat dog bird fish mouse sat ran ate saw on in under over
     mat tree house red blue green big small old new one two three four five who what where why when did does is

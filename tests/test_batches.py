@@ -5,11 +5,11 @@ import collections
 import numpy as np
 import pytest
 
-from icae_jax.compression.icae import CompressionConfig
+from icae_jax.compression.encoder import CompressionConfig
 from icae_jax.data import batches
 from icae_jax.data.batches import DataConfig
 from icae_jax.data.tokens import Tokens
-from icae_jax.objectives.targets import AE, Template
+from icae_jax.objectives.targets import AE, Framing, Template
 
 BOS, EOS = 1, 2
 TEMPLATE = Template("plain", (), (3,), (4,), EOS)
@@ -31,13 +31,14 @@ def make_tokens(lengths, questions=()):
     return Tokens(*texts, *prompts, *answers, np.cumsum([0, *map(len, questions)]), "key")
 
 
-def pretrain(lengths, objectives=("ae", "lm"), bos=BOS, **config):
-    return batches.Examples(make_tokens(lengths), DataConfig(**config), COMPRESSION, "pretrain", objectives, TEMPLATE, bos, EOS)
+def pretrain(lengths, objectives=("ae", "lm"), bos=(BOS,), **config):
+    data = make_tokens(lengths)
+    return batches.Examples(data, DataConfig(**config), COMPRESSION, "pretrain", objectives, TEMPLATE, Framing(bos, AE, EOS))
 
 
 def finetune(lengths, questions, objectives=("qa",), **config):
     data = make_tokens(lengths, questions)
-    return batches.Examples(data, DataConfig(**config), COMPRESSION, "finetune", objectives, TEMPLATE, BOS, EOS)
+    return batches.Examples(data, DataConfig(**config), COMPRESSION, "finetune", objectives, TEMPLATE, Framing((BOS,), AE, EOS))
 
 
 def target(batch, objective, b, g=0):
@@ -82,13 +83,13 @@ def test_windows_and_the_windows_after_them():
 
 def test_windows_shorter_than_the_minimum_still_make_language_modelling():
     """Breaks when small context lengths leave LM without any target: there, a whole window after the window is enough."""
-    examples = pretrain([20 + 20 + 19], bos=None, context_lengths=(20,))
+    examples = pretrain([20 + 20 + 19], bos=(), context_lengths=(20,))
     assert examples.buckets[0].examples.tolist() == [[0, 0, 20, 40], [0, 20, 40, 40], [0, 40, 59, 59]]
 
 
 def test_without_bos_and_with_one_objective():
     """Breaks when a tokenizer without <s> gets one, or an objective without weight is made."""
-    batch = pretrain([20], ("ae",), None, context_lengths=(20,)).collate(0, np.asarray([0]))
+    batch = pretrain([20], ("ae",), (), context_lengths=(20,)).collate(0, np.asarray([0]))
     assert set(batch["targets"]) == {"ae"} and context(batch, 0) == seq(0, 0, 20)
 
 
@@ -169,7 +170,7 @@ def test_process_shares_make_up_the_global_batch():
     examples = pretrain([70] * 9, context_lengths=(16, 32))
 
     def contexts(start, *process):
-        return [batch["context"] for batch in batches.train_batches(examples, 5, 4, start, 8, *process)]
+        return [batch["context"] for batch in batches.train_batches(examples, 5, 4, start, 8, (5,), *process)]
 
     every, shares = contexts(0), [contexts(0, p, 2) for p in range(2)]
     assert len(every) == 8 and all(len(b) == 4 for b in every)

@@ -7,7 +7,7 @@ import pytest
 from conftest import TINY, WORDS, random_trained
 
 import icae_jax
-from icae_jax.compression.icae import CompressionConfig
+from icae_jax.compression.encoder import CompressionConfig
 from icae_jax.inference import compressor as compressors
 from icae_jax.interop import adapter as adapters
 from icae_jax.interop import base as bases

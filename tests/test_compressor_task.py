@@ -58,11 +58,11 @@ def test_the_decoder_sees_the_context_through_the_memory_alone(raw):
 
     def loss(embeddings, batch, cut=False):
         # The encoder alone reads `embeddings`; the decoder's copy of the base is held apart.
-        from icae_jax.compression import icae
+        from icae_jax.compression import methods
         from icae_jax.objectives import loss as losses
 
         base = made.frozen | {"embed": embeddings}
-        memory = icae.compress(made.model, base, trained, batch["context"], batch["lengths"], made.config.compression)
+        memory = methods.compress(made.model, base, trained, batch["context"], batch["lengths"], made.compression)
         if cut:
             memory = memory.replace(slots=jax.lax.stop_gradient(memory.slots))
         sums = losses.objective_sums(

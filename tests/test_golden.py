@@ -12,16 +12,20 @@ import pytest
 import safetensors.numpy
 from conftest import GOLDEN
 
-from icae_jax.compression import icae
+from icae_jax.compression import encoder, methods
 from icae_jax.inference import generate
 from icae_jax.interop import adapter as adapters
 from icae_jax.interop import base as bases
 from icae_jax.models import llama
 from icae_jax.objectives import loss, targets
 
-CASES = sorted(p.name for p in GOLDEN.glob("icae_*") if (p / "meta.json").exists())
+def cases(pattern):
+    """The case folders of one method; one skipped parameter where there are none."""
+    found = sorted(p.name for p in GOLDEN.glob(pattern) if (p / "meta.json").exists())
+    return found or [pytest.param("", marks=pytest.mark.skip(reason=f"no reference outputs {pattern} under {GOLDEN}"))]
+
+
 OBJECTIVES = ("ae", "lm", "ft", "ft_v1")
-pytestmark = pytest.mark.skipif(not CASES, reason=f"no reference outputs under {GOLDEN}")
 
 
 def close(got, want, bound=1e-4):
@@ -42,11 +46,11 @@ class Case:
         self.trained = {"lora": adapters.lora_from_hub(tensors, self.config), "memory_table": table}
         self.model = llama.Llama(self.config, lora_scale=self.meta["lora_alpha"] / self.meta["lora_r"])
         rate = self.meta["mean_compression_rate"]
-        self.compression = icae.CompressionConfig(k=self.meta["mem_size"], rate=rate, layout="sequential")
+        self.compression = encoder.CompressionConfig(k=self.meta["mem_size"], rate=rate, layout="sequential")
 
     def compress(self, trained, base, input_ids):
-        ids, lengths = icae.segment_contexts([input_ids], self.compression)
-        return icae.compress(self.model, base, trained, jnp.asarray(ids), jnp.asarray(lengths), self.compression)
+        ids, lengths = encoder.segment_contexts([input_ids], self.compression)
+        return methods.compress(self.model, base, trained, jnp.asarray(ids), jnp.asarray(lengths), self.compression)
 
     def split(self, sequence):
         """A reference decoder sequence as (head, the rest in our ids)."""
@@ -56,10 +60,13 @@ class Case:
         start, stop = np.flatnonzero(slot)[[0, -1]]
         rest = sequence[stop + 1 :]
         special = rest >= first_slot + k
-        return tuple(sequence[:start].tolist()), np.where(special, rest - (first_slot + k) - icae.SPECIAL_ROWS, rest)
+        return tuple(sequence[:start].tolist()), np.where(special, rest - (first_slot + k) - encoder.SPECIAL_ROWS, rest)
 
 
-@pytest.fixture(scope="module", params=CASES)
+# --------------------------------------------------------------------------------------------------------------- ICAE
+
+
+@pytest.fixture(scope="module", params=cases("icae_*"))
 def case(request):
     return Case(request.param)
 
@@ -81,7 +88,7 @@ def test_loss_logits_and_gradients(case, objective):
         losses = loss.label_losses(case.model, base, trained, memory, batch, {objective: head}, "sequential", 7)
         total, count = loss.objective_sums(losses, batch)[objective]
         ids, at = jnp.asarray(rest, jnp.int32)[None, None], jnp.arange(len(rest))[None, None]
-        prefix = icae.read(case.model, base, memory, head)
+        prefix = methods.read(case.model, base, memory, head)
         hidden = loss.label_hidden(case.model, base, trained, prefix, prefix.end, ids, at)
         return total / count, hidden @ llama.head_kernel(base)
 
@@ -102,7 +109,7 @@ def test_loss_logits_and_gradients(case, objective):
 def test_slots_and_greedy_restoration(case):
     golden = np.load(case.folder / "compress.npz")
     ids = golden["input_ids"][0]
-    assert icae.segment_shape(len(ids), case.compression)[0] == case.meta["num_segments"]
+    assert encoder.segment_shape(len(ids), case.compression)[0] == case.meta["num_segments"]
     memory = jax.jit(lambda trained, base: case.compress(trained, base, ids))(case.trained, case.base)
     close(memory.slots[0], golden["slots"])
 
@@ -110,10 +117,96 @@ def test_slots_and_greedy_restoration(case):
     stop = 1 if list(case.folder.glob("*zeroweight*")) else 2
     want = golden["ae_greedy"].tolist()
     want = want[: want.index(stop)] if stop in want else want
-    prefix = jax.jit(lambda base, memory: icae.read(case.model, base, memory))(case.base, memory)
+    prefix = jax.jit(lambda base, memory: methods.read(case.model, base, memory))(case.base, memory)
     out = generate.greedy(
         case.model, case.base, case.trained["memory_table"], prefix, prefix.end, jnp.full((1, 1), targets.AE), jnp.ones((1,), int),
         max_new_tokens=len(golden["ae_greedy"]), stop_ids=(stop,),
     )  # fmt: skip
     got = np.asarray(out.ids[0][: int(out.lengths[0])])
     assert len(want) > 0 and got.tolist() == want
+
+
+# ------------------------------------------------------------------------------------------------------ 500xCompressor
+
+
+class X500Case:
+    """Texts padded with eos to a fixed length, memory in the decoder's future, `<s>` as trigger, loss on the padding too."""
+
+    def __init__(self, name):
+        self.folder = GOLDEN / name
+        self.meta = json.loads((self.folder / "meta.json").read_text())
+        self.config = bases.read_config(self.folder / "base")
+        self.base = bases.load_params(self.folder / "base", self.config)
+        tensors = safetensors.numpy.load_file(self.folder / "lora_params.safetensors")
+        k, length = self.meta["num_mem"], self.meta["max_length"]
+        self.compression = encoder.CompressionConfig(method="x500", k=k, rate=length / k, layout="reference")
+        assert self.compression.segment_tokens == length
+        table = np.zeros((k + encoder.SPECIAL_ROWS, self.config.hidden_size), np.float32)
+        table[:k] = tensors["memory_embeddings"][0]
+        self.trained = {"lora": adapters.lora_from_hub(tensors, self.config), "memory_table": jnp.asarray(table)}
+        self.model = llama.Llama(self.config, lora_scale=self.meta["lora_alpha"] / self.meta["lora_r"])
+        self.golden = np.load(self.folder / "ae.npz")
+        # The texts as they were before padding.
+        eos = self.meta["eos"]
+        self.texts = [row[: np.flatnonzero(row != eos)[-1] + 1].tolist() for row in self.golden["input_ids"]]
+        self.framing = targets.Framing((), self.meta["bos"], eos)
+
+    def compress(self, trained, base):
+        ids, lengths = encoder.segment_contexts(self.texts, self.compression, pad_id=self.meta["eos"])
+        assert ids[:, 0].tolist() == self.golden["input_ids"].tolist() and lengths.max() < ids.shape[2]
+        return methods.compress(self.model, base, trained, jnp.asarray(ids), jnp.asarray(lengths), self.compression)
+
+
+@pytest.fixture(scope="module", params=cases("x500_*"))
+def x500_case(request):
+    return X500Case(request.param)
+
+
+def test_x500_loss_logits_and_gradients(x500_case):
+    """Breaks when padding is masked, memory or targets sit at other positions, or the loss leaves the padding out."""
+    case, golden, length = x500_case, x500_case.golden, x500_case.meta["max_length"]
+    rows = [[targets.ae_target(text, case.framing, padded_to=length)] for text in case.texts]
+    packed = targets.pack(rows, 1, length + 1, length + 1)
+    assert packed["labels"][:, 0].tolist() == golden["labels"].tolist() and packed["label_mask"].all()
+    batch = {"ae": jax.tree.map(jnp.asarray, packed)}
+
+    def loss_of(trained, base):
+        memory = case.compress(trained, base)
+        losses = loss.label_losses(case.model, base, trained, memory, batch, {"ae": ()}, "reference", 7)
+        total, count = loss.objective_sums(losses, batch)["ae"]
+        prefix = methods.read(case.model, base, memory)
+        every = jnp.broadcast_to(jnp.arange(length + 1), (len(case.texts), 1, length + 1))
+        hidden = loss.label_hidden(case.model, base, trained, prefix, prefix.end, batch["ae"]["ids"], every)
+        return total / count, hidden @ llama.head_kernel(base)
+
+    (value, logits), gradient = jax.jit(jax.value_and_grad(loss_of, has_aux=True))(case.trained, case.base)
+    close(value, golden["loss"])
+    close(logits, golden["logits"])
+
+    names = adapters.lora_to_hub(gradient["lora"], prefix="llama.base_model.model.", infix=".default")
+    names["memory_embeddings"] = gradient["memory_table"][None, : case.compression.k]
+    want = {k.removeprefix("grad/"): golden[k] for k in golden if k.startswith("grad/")}
+    assert len(want) > 1 and set(want) <= set(names)
+    for name, value in want.items():
+        assert np.abs(value).max() > 0
+        close(names[name], value)
+    # The reference has no gradient where nothing of the memory depends: the last layer's queries.
+    assert all(not np.any(names[name]) for name in set(names) - set(want))
+
+
+def test_x500_memory_and_greedy_regeneration(x500_case):
+    """Breaks when K is kept or rotated for other positions, or decoding starts elsewhere than at m."""
+    case, golden = x500_case, x500_case.golden
+    memory = jax.jit(case.compress)(case.trained, case.base)
+    prefix = jax.jit(lambda base, memory: methods.read(case.model, base, memory))(case.base, memory)
+    close(jnp.transpose(prefix.k, (0, 1, 3, 2, 4)), golden["memory_k"])
+    close(jnp.transpose(prefix.v, (0, 1, 3, 2, 4)), golden["memory_v"])
+
+    want, B = golden["regenerate_greedy"], len(case.texts)
+    out = generate.greedy(
+        case.model, case.base, case.trained["memory_table"], prefix, prefix.end, jnp.full((B, 1), case.framing.trigger),
+        jnp.ones((B,), int), max_new_tokens=want.shape[1], stop_ids=(case.framing.eos,),
+    )  # fmt: skip
+    for row, got, length in zip(want.tolist(), np.asarray(out.ids), np.asarray(out.lengths), strict=True):
+        row = row[: row.index(case.framing.eos)] if case.framing.eos in row else row
+        assert len(row) > 0 and got[:length].tolist() == row

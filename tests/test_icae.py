@@ -6,13 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import TINY, close, random_trained
+from conftest import FRAMING, TINY, close, random_trained
 
-from icae_jax.compression import icae
+from icae_jax.compression import encoder, methods
+from icae_jax.compression import memory as memories
 from icae_jax.models import llama
 from icae_jax.objectives import loss, targets
 
-CONFIG = icae.CompressionConfig(k=3, rate=4, layout="servable")
+CONFIG = encoder.CompressionConfig(k=3, rate=4, layout="servable")
 MODEL = llama.Llama(TINY, lora_scale=0.5)
 TRAINED = random_trained(TINY, CONFIG.k)
 RNG = np.random.default_rng(0)
@@ -21,40 +22,11 @@ TEXTS = [RNG.integers(3, 64, n).tolist() for n in (5, 12, 13, 25, 17)]
 
 @jax.jit
 def compress(params, trained, ids, lengths):
-    return icae.compress(MODEL, params, trained, ids, lengths, CONFIG)
+    return methods.compress(MODEL, params, trained, ids, lengths, CONFIG)
 
 
 def segments(texts, shape=None):
-    return tuple(map(jnp.asarray, icae.segment_contexts(texts, CONFIG, shape)))
-
-
-# ------------------------------------------------------------------------------------------------------------ segments
-
-
-@pytest.mark.parametrize(
-    ("tokens", "shape"), [(1, (1, 1)), (11, (1, 11)), (12, (1, 12)), (13, (2, 7)), (24, (2, 12)), (25, (3, 9)), (120, (10, 12))]
-)
-def test_segment_shape(tokens, shape):
-    """Breaks when segments are cut full, full, rest; when k x rate tokens need two; or when a rounding is the other way."""
-    assert icae.segment_shape(tokens, CONFIG) == shape
-
-
-def test_segments_hold_the_text_in_order():
-    """Breaks when tokens are lost, repeated or reordered, or lengths do not say which are real."""
-    ids, lengths = icae.segment_contexts(TEXTS, CONFIG)
-    assert ids.shape == (5, 3, 12)
-    assert lengths.tolist() == [[5, 0, 0], [12, 0, 0], [7, 6, 0], [9, 9, 7], [9, 8, 0]]
-    for b, text in enumerate(TEXTS):
-        assert [t for s in range(3) for t in ids[b, s, : lengths[b, s]].tolist()] == text
-        assert all(not ids[b, s, lengths[b, s] :].any() for s in range(3))
-    blank, none = icae.segment_contexts([[], [5]], CONFIG, (2, 3))
-    assert blank.shape == (2, 2, 3) and none.tolist() == [[0, 0], [1, 0]]
-
-
-def test_a_full_segment_fits_in_the_shape_of_a_longer_text():
-    """Breaks when a batch of up to 13 tokens, two segments of 7, gets no room for a text of 12 tokens, one segment."""
-    ids, lengths = icae.segment_contexts([TEXTS[2], TEXTS[1]], CONFIG)
-    assert ids.shape == (2, 2, 12) and lengths.tolist() == [[7, 6], [12, 0]]
+    return tuple(map(jnp.asarray, encoder.segment_contexts(texts, CONFIG, shape)))
 
 
 # ------------------------------------------------------------------------------------------------------- independence
@@ -73,7 +45,7 @@ def test_batch_neighbours_and_padding_do_not_change_slots(tiny_params, batch):
     for b in (0, 2, 4):
         alone = compress(tiny_params, TRAINED, *segments([TEXTS[b]]))
         M = alone.slots.shape[1]
-        assert bool(alone.mask.all()) and alone.mask.shape == (1, 3 * icae.segment_shape(len(TEXTS[b]), CONFIG)[0])
+        assert bool(alone.mask.all()) and alone.mask.shape == (1, 3 * encoder.segment_shape(len(TEXTS[b]), CONFIG)[0])
         assert np.asarray(memory.mask[b]).tolist() == [True] * M + [False] * (9 - M)
         close(memory.slots[b, :M], alone.slots[0])
         assert memory.positions[b, :M].tolist() == alone.positions[0].tolist() and memory.end[b] == alone.end[0]
@@ -115,7 +87,7 @@ def test_memory_tokens_see_those_before_them(tiny_params, batch):
 @functools.partial(jax.value_and_grad, argnums=1)
 def decoder_loss(params, trained, ids, lengths, packed, cut, visible):
     """AE loss; cut: no gradient through the slots. visible: false hides the memory from the decoder."""
-    memory = icae.compress(MODEL, params, trained, ids, lengths, CONFIG)
+    memory = methods.compress(MODEL, params, trained, ids, lengths, CONFIG)
     slots = memory.slots * (1 - cut) + jax.lax.stop_gradient(memory.slots) * cut
     memory = memory.replace(slots=slots, mask=memory.mask & visible)
     losses = loss.label_losses(MODEL, params, trained, memory, {"ae": packed}, {"ae": ()}, CONFIG.layout, 8)
@@ -125,7 +97,7 @@ def decoder_loss(params, trained, ids, lengths, packed, cut, visible):
 
 def test_decoder_learns_of_the_context_through_memory_alone(tiny_params):
     """Breaks when LoRA is on in the decoder, the decoder sees context tokens, or masked memory is still attended to."""
-    packed = jax.tree.map(jnp.asarray, targets.pack([[targets.ae_target(TEXTS[2], 2)]], 1, 14, 14))
+    packed = jax.tree.map(jnp.asarray, targets.pack([[targets.ae_target(TEXTS[2], FRAMING)]], 1, 14, 14))
     context = segments([TEXTS[2]])
     one, other = context, (jnp.flip(context[0], 2), context[1])
 
@@ -147,7 +119,7 @@ def test_head_runs_in_front_of_the_memory(tiny_params):
     """Breaks when the head's embeddings or positions are off (head and slots equal one longer memory), or the mask is ignored."""
     head, lengths = (1, 3), jnp.asarray([[5], [9]])
     slots = jnp.asarray(RNG.standard_normal((2, 3, 32)), jnp.float32)
-    memory = icae.place(slots, lengths, CONFIG)
+    memory = memories.place(memories.Slots, {"slots": slots}, lengths, CONFIG)
     memory = memory.replace(mask=memory.mask.at[1, 1].set(False), positions=memory.positions + 1)  # holes and gaps, to see them
     in_front = jnp.broadcast_to(tiny_params["embed"][jnp.asarray(head)], (2, 2, 32))
     joined = memory.replace(
@@ -155,7 +127,7 @@ def test_head_runs_in_front_of_the_memory(tiny_params):
         mask=jnp.concatenate([jnp.ones((2, 2), bool), memory.mask], 1),
         positions=jnp.asarray([[0, 1, 3, 4, 5]] * 2),
     )
-    read = jax.jit(functools.partial(icae.read, MODEL), static_argnums=2)
+    read = jax.jit(functools.partial(methods.read, MODEL), static_argnums=2)
     got, want = read(tiny_params, memory, head), read(tiny_params, joined, ())
     assert got.mask.tolist() == [[True] * 5, [True, True, True, False, True]] and got.end.tolist() == [5, 5]
     assert got.k.shape == (2, 2, 5, 2, 8)
@@ -164,43 +136,3 @@ def test_head_runs_in_front_of_the_memory(tiny_params):
     # What is masked does not reach what stands behind it.
     other = read(tiny_params, memory.replace(slots=slots.at[1, 1].add(9.0)), head)
     np.testing.assert_array_equal(np.delete(other.v[:, 1], 3, axis=1), np.delete(got.v[:, 1], 3, axis=1))
-
-
-# -------------------------------------------------------------------------------------------------------- memory table
-
-
-def test_memory_table_starts_like_token_embeddings():
-    """Breaks when mean or std of the embeddings is ignored, taken over the wrong axis, or the trigger row is another."""
-    embeddings = RNG.standard_normal((500, 4)) * [0.1, 0.2, 0.3, 0.4] + [0, 1, 2, 3]
-    params, key = {"embed": jnp.asarray(embeddings, jnp.bfloat16)}, jax.random.key(0)
-    table = icae.init_memory_table(key, params, icae.CompressionConfig(k=4000), trigger_id=7)
-    assert table.shape == (4003, 4) and table.dtype == jnp.float32
-    np.testing.assert_allclose(table.mean(0), embeddings.mean(0), atol=0.03)
-    np.testing.assert_allclose(table.std(0), embeddings.std(0), rtol=0.05)
-    np.testing.assert_array_equal(table[4000 + targets.AE + 3], np.asarray(params["embed"], np.float32)[7])
-    normal = icae.init_memory_table(key, params, icae.CompressionConfig(k=4000, memory_init="normal"))
-    np.testing.assert_allclose(normal.mean(0), np.zeros(4), atol=0.06)
-    np.testing.assert_allclose(normal.std(0), np.ones(4), rtol=0.05)
-
-
-def test_negative_ids_are_rows_of_the_table_from_its_end():
-    """Breaks when [AE], [LM], [FT] take each other's rows or a memory token's, or id 0 is taken for one of them."""
-    base, table = {"embed": jnp.arange(10.0).reshape(5, 2)}, 100 + jnp.arange(12.0).reshape(6, 2)
-    out = icae.embed_with_table(base, table, jnp.asarray([[targets.AE, 0], [targets.LM, 4], [targets.FT, 1]]))
-    assert out[:, 0].tolist() == table[3:].tolist() and out[:, 1].tolist() == base["embed"][jnp.asarray([0, 4, 1])].tolist()
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"method": "x"}, "compression.method is 'x'"),
-        ({"k": 0}, "compression.k is 0"),
-        ({"rate": -1}, "compression.rate is -1"),
-        ({"memory_init": "zero"}, "compression.memory_init is 'zero'"),
-        ({"layout": "spiral"}, "layout is 'spiral'; choose from sequential, uniform, servable"),
-    ],
-)
-def test_bad_configuration_is_named(fields, message):
-    """Breaks when a bad value gets through, or the error does not name it."""
-    with pytest.raises(ValueError, match=message):
-        icae.CompressionConfig(**fields)

@@ -48,7 +48,7 @@ def test_encoder_positions(name, want):
 )
 def test_decoder_positions(name, positions, end):
     """Breaks when missing segments take positions, or uniform positions restart in every segment."""
-    got, got_end = layout.decoder_positions(layout.get(name), 2, LENGTHS)
+    got, got_end = layout.decoder_positions(layout.get(name), 2, LENGTHS, 10)
     assert got.shape == (2, 4) and got_end.tolist() == end
     assert [got[0].tolist(), got[1, :2].tolist()] == positions
 

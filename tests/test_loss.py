@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import TINY, close, random_trained
+from conftest import FRAMING, TINY, close, random_trained
 
-from icae_jax.compression import icae
+from icae_jax.compression import encoder, methods
+from icae_jax.compression import memory as memories
 from icae_jax.models import llama
 from icae_jax.objectives import loss, targets
 
@@ -24,7 +25,7 @@ TRAINED = random_trained(TINY, K)
 
 
 def compression(layout="servable"):
-    return icae.CompressionConfig(k=K, rate=4, layout=layout)
+    return encoder.CompressionConfig(k=K, rate=4, layout=layout)
 
 
 def arrays(packed):
@@ -81,12 +82,12 @@ def test_packed_target_has_the_loss_and_gradient_it_has_alone(tiny_params):
     @functools.partial(jax.jit, static_argnums=4)
     @functools.partial(jax.value_and_grad, argnums=1)
     def run(params, trained, context, packed, here):
-        memory = icae.compress(MODEL, params, trained, *context, c)
+        memory = methods.compress(MODEL, params, trained, *context, c)
         losses = loss.label_losses(MODEL, params, trained, memory, {"lm": packed}, {"lm": HEAD}, c.layout, 4)["lm"]
         return jnp.sum(jnp.where(packed["label_mask"], losses, 0)[here])
 
     def loss_and_gradient(contexts, shape, rows, pack_shape, here):
-        context = arrays(icae.segment_contexts(contexts, c, shape))
+        context = arrays(encoder.segment_contexts(contexts, c, shape))
         value, gradient = run(tiny_params, TRAINED, context, arrays(targets.pack(rows, *pack_shape)), here)
         return value, gradient["lora"]["layers"]["self_attn"]["q_proj"]["a"], gradient["memory_table"][:K]
 
@@ -104,7 +105,7 @@ def test_packed_target_has_the_loss_and_gradient_it_has_alone(tiny_params):
 LENGTHS = [len(c) for c in CONTEXTS]
 SHAPE = (2, 13, 13)  # the same for every objective, so that they are joined wherever they may be
 PACKED = {
-    "ae": arrays(targets.pack([[targets.ae_target(c[:9], 2)] for c in CONTEXTS], *SHAPE)),
+    "ae": arrays(targets.pack([[targets.ae_target(c[:9], FRAMING)] for c in CONTEXTS], *SHAPE)),
     "lm": arrays(targets.pack([[continuation(12, b), continuation(7, b + 3)] for b in range(3)], *SHAPE)),
     "qa": arrays(targets.pack([[question(7 + b, b)] for b in range(3)], *SHAPE)),
 }
@@ -112,8 +113,8 @@ PACKED = {
 
 def memory_in(layout):
     slots = jnp.asarray(np.random.default_rng(4).standard_normal((3, 2 * K, TINY.hidden_size)), jnp.float32)
-    _, lengths = icae.segment_contexts(CONTEXTS, compression())
-    return icae.place(slots, jnp.asarray(lengths), compression(layout))
+    _, lengths = encoder.segment_contexts(CONTEXTS, compression())
+    return memories.place(memories.Slots, {"slots": slots}, jnp.asarray(lengths), compression(layout))
 
 
 @functools.partial(jax.jit, static_argnums=2)
@@ -124,7 +125,7 @@ def in_one_call(params, memory, layout, packed):
 
 @functools.partial(jax.jit, static_argnums=2)
 def by_itself(params, memory, head, starts, packed):
-    prefix = icae.read(MODEL, params, memory, head)
+    prefix = methods.read(MODEL, params, memory, head)
     hidden = loss.label_hidden(MODEL, params, TRAINED, prefix, starts, packed["ids"], packed["label_at"])
     labels = packed["labels"].reshape(len(hidden), -1, 1)
     return -jnp.take_along_axis(jax.nn.log_softmax(hidden @ llama.head_kernel(params)), labels, -1).reshape(

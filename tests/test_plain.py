@@ -3,7 +3,7 @@
 import pytest
 from conftest import TINY, random_trained
 
-from icae_jax.compression.icae import CompressionConfig
+from icae_jax.compression.encoder import CompressionConfig
 from icae_jax.evaluation import plain
 from icae_jax.inference.compressor import Compressor
 from icae_jax.interop import adapter as adapters

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ROOT, TINY, close, random_params, random_trained
+from conftest import FRAMING, ROOT, TINY, close, random_params, random_trained
 
-from icae_jax.compression import icae
+from icae_jax.compression import encoder, methods
 from icae_jax.models import llama
 from icae_jax.objectives import loss, targets
 from icae_jax.training import sharding, step
@@ -24,7 +24,7 @@ class Autoencoding:
     """The smallest compressor with the interface of a task."""
 
     weights = {"ae": 1.0}  # noqa: RUF012
-    compression = icae.CompressionConfig(k=2, rate=4)
+    compression = encoder.CompressionConfig(k=2, rate=4)
     model = llama.Llama(TINY, lora_scale=0.5)
 
     def counts(self, batch):
@@ -34,7 +34,7 @@ class Autoencoding:
         return self.counts(batch)["ae"]
 
     def losses(self, trained, frozen, batch, key):
-        memory = icae.compress(self.model, frozen, trained, batch["context"], batch["lengths"], self.compression)
+        memory = methods.compress(self.model, frozen, trained, batch["context"], batch["lengths"], self.compression)
         losses = loss.label_losses(self.model, frozen, trained, memory, {"ae": batch["targets"]}, {"ae": ()}, "servable", 5)
         return loss.objective_sums(losses, {"ae": batch["targets"]})
 
@@ -44,8 +44,8 @@ def train():
     mesh = sharding.make_mesh()
     rng = np.random.default_rng(0)
     texts = [rng.integers(3, 64, n).tolist() for n in (5, 8, 3, 4, 7, 6, 2, 8, 8, 1, 3, 5, 6, 6, 7, 2)]
-    ids, lengths = icae.segment_contexts(texts, Autoencoding.compression)
-    packed = targets.pack([[targets.ae_target(t, 2)] for t in texts], 1, 9, 9)
+    ids, lengths = encoder.segment_contexts(texts, Autoencoding.compression)
+    packed = targets.pack([[targets.ae_target(t, FRAMING)] for t in texts], 1, 9, 9)
     batch = sharding.put_batch(mesh, {"context": ids, "lengths": lengths, "targets": packed})
     optimizer, _ = step.make_optimizer(OptimizerConfig(warmup_steps=0), 1)
     params, trained = jax.device_put((random_params(TINY), random_trained(TINY, 2)), sharding.replicated(mesh))

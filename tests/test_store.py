@@ -7,15 +7,16 @@ import pytest
 import safetensors
 import safetensors.numpy
 
-from icae_jax.compression import icae
+from icae_jax.compression import encoder
+from icae_jax.compression import memory as memories
 from icae_jax.inference import store
 
-CONFIG = icae.CompressionConfig(k=2, rate=4)
+CONFIG = encoder.CompressionConfig(k=2, rate=4)
 
 
 def memory():
     slots = np.random.default_rng(0).standard_normal((2, 4, 8)).astype(np.float32)
-    return icae.place(slots, np.asarray([[8, 3], [5, 0]]), CONFIG)
+    return memories.place(memories.Slots, {"slots": slots}, np.asarray([[8, 3], [5, 0]]), CONFIG)
 
 
 def save(path, **changes):

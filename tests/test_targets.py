@@ -4,7 +4,7 @@ import copy
 
 import numpy as np
 import pytest
-from conftest import WORDS
+from conftest import FRAMING, WORDS
 
 from icae_jax.objectives import targets
 from icae_jax.objectives.targets import AE, FT, LM
@@ -16,7 +16,7 @@ def ids(text):
 
 def test_autoencoding():
     """Breaks when [AE] or </s> is missing, or [AE] is a label."""
-    assert targets.ae_target([1, 9, 10], 2) == ([AE, 1, 9, 10, 2], 1)
+    assert targets.ae_target([1, 9, 10], FRAMING) == ([AE, 1, 9, 10, 2], 1)
 
 
 def test_language_modelling():

@@ -216,7 +216,7 @@ def test_a_full_disk_is_one_error_and_loses_nothing(raw, tmp_path):
     """Breaks when a failed save takes the earlier checkpoint with it, or shows a traceback."""
     assert run(raw, tmp_path, steps=3)[0] == DONE
     before = arrays(tmp_path)
-    process = child(raw, tmp_path, limit=12 * 1024)  # no file may grow past this: writing a checkpoint fails as on a full disk
+    process = child(raw, tmp_path, limit=10 * 1024)  # no file may grow past this: writing a checkpoint fails as on a full disk
     _, err = process.communicate(timeout=180)
     assert process.returncode not in (DONE, PREEMPTED, DIVERGED)
     assert "failed" in err and "Earlier checkpoints are whole" in err

@@ -1,33 +1,49 @@
-"""What a context is compressed into, and what the decoder reads of it."""
+"""What a context is compressed into, and what the decoder reads of it.
+
+`Slots` and `KV` hold different things of the same memory tokens, and share all else: `[B, M]` tokens with M = segments x k,
+
+    mask             [B, M], false at segments that a shorter text lacks
+    positions        [B, M], where the decoder reads each token, counted from the memory's start
+    end              [B], the position after the memory, where the decoder goes on
+    segment_lengths  [B, S], tokens of the context that each segment stands for
+"""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
+from icae_jax.compression import layout as layouts
 
-@struct.dataclass
-class Slots:
-    """ICAE's memory: the encoder's last hidden states at the memory tokens (arXiv 2307.06945, section 2.2.1).
 
-    slots: `[B, M, D]`, M = segments x k. mask: `[B, M]`, false at segments that a shorter text lacks.
-    positions: `[B, M]`, in the decoder, counted from the memory's start. end: `[B]`, the position after the memory.
-    segment_lengths: `[B, S]`, tokens of the context that each segment stands for.
+class Memory:
+    """The part common to both kinds.
+
+    CONTENTS: the fields that hold what was written. TEXT_AXIS: their axis of texts; that of memory tokens comes next.
     """
 
-    slots: jnp.ndarray
-    mask: jnp.ndarray
-    positions: jnp.ndarray
-    end: jnp.ndarray
-    segment_lengths: jnp.ndarray
+    CONTENTS = ()
+    TEXT_AXIS = 0
 
     def __len__(self):
-        return self.slots.shape[0]
+        return self.mask.shape[0]
 
     def __getitem__(self, rows):
-        """The memories of some texts: a number, a slice or a list of row numbers."""
+        """The memories of some texts: a number, a slice, or row numbers (a list or an array)."""
         rows = [rows] if isinstance(rows, int | np.integer) else rows
-        return jax.tree.map(lambda x: x[rows] if isinstance(rows, slice) else x[np.asarray(rows)], self)
+        rows = rows if isinstance(rows, slice | jax.Array) else np.asarray(rows)
+        every = {name: x[rows] for name, x in vars(self).items() if name not in self.CONTENTS}
+        return self.replace(**every, **{name: x[(slice(None),) * self.TEXT_AXIS + (rows,)] for name, x in self.contents.items()})
+
+    @property
+    def contents(self):
+        """`{field: array}` of what was written."""
+        return {name: getattr(self, name) for name in self.CONTENTS}
+
+    @property
+    def tokens_per_segment(self):
+        """The k that the memory was written with."""
+        return self.mask.shape[1] // self.segment_lengths.shape[1]
 
     @property
     def lengths(self):
@@ -40,14 +56,71 @@ class Slots:
         return np.asarray(self.mask).sum(1)
 
     @property
+    def bytes_per_token(self):
+        """Bytes of one memory token in the dtype it is held in: D numbers for slots, 2 L K H for K/V."""
+        return sum(x.nbytes for x in self.contents.values()) // self.mask.size
+
+    @property
     def bytes(self):
-        """Bytes of each text's memory, `[B]`, in the dtype it is held in."""
-        return self.tokens * self.slots.shape[-1] * self.slots.dtype.itemsize
+        """Bytes of each text's memory, `[B]`."""
+        return self.tokens * self.bytes_per_token
 
     @property
     def ratio(self):
         """Context tokens per memory token, `[B]`."""
         return self.lengths / self.tokens
+
+
+@struct.dataclass
+class Slots(Memory):
+    """ICAE's memory: the encoder's last hidden states at the memory tokens (arXiv 2307.06945, section 2.2.1). slots: `[B, M, D]`."""
+
+    CONTENTS = ("slots",)
+
+    slots: jnp.ndarray
+    mask: jnp.ndarray
+    positions: jnp.ndarray
+    end: jnp.ndarray
+    segment_lengths: jnp.ndarray
+
+
+@struct.dataclass
+class KV(Memory):
+    """500xCompressor's memory: K and V of the memory tokens in every layer (arXiv 2408.03094, section 3).
+
+    k, v: `[L, B, M, K, H]`, k before RoPE: whoever reads it rotates it to `positions`.
+    """
+
+    CONTENTS = ("k", "v")
+    TEXT_AXIS = 1
+
+    k: jnp.ndarray
+    v: jnp.ndarray
+    mask: jnp.ndarray
+    positions: jnp.ndarray
+    end: jnp.ndarray
+    segment_lengths: jnp.ndarray
+
+
+def place(kind, contents, lengths_BS, config):
+    """The memory of S segments a text, `Slots` or `KV` as `kind` says: which tokens are real, and where the decoder reads them."""
+    token_axis = kind.TEXT_AXIS + 1
+    k = next(iter(contents.values())).shape[token_axis] // lengths_BS.shape[1]
+    positions, end = layouts.decoder_positions(layouts.get(config.layout), k, lengths_BS, config.segment_tokens)
+    return kind(**contents, mask=jnp.repeat(lengths_BS > 0, k, axis=1), positions=positions, end=end, segment_lengths=lengths_BS)
+
+
+def join(memories, config):
+    """One memory that holds all of theirs, text by text, in order: what compressing the joined segments at once would give.
+
+    ValueError where they hold different numbers of texts, or of memory tokens a segment.
+    """
+    for what, values in (("texts", [len(m) for m in memories]), ("memory tokens a segment", [m.tokens_per_segment for m in memories])):
+        if len(set(values)) != 1:
+            raise ValueError(f"memories of {', '.join(map(str, values))} {what} cannot be joined; give at least one, alike in this")
+    kind = type(memories[0])
+    contents = {name: jnp.concatenate([m.contents[name] for m in memories], kind.TEXT_AXIS + 1) for name in kind.CONTENTS}
+    return place(kind, contents, jnp.concatenate([jnp.asarray(m.segment_lengths) for m in memories], 1), config)
 
 
 @struct.dataclass

@@ -9,9 +9,10 @@ import dataclasses
 import functools
 
 import grain
+import jax
 import numpy as np
 
-from icae_jax.compression import icae
+from icae_jax.compression import encoder
 from icae_jax.objectives import targets as layouts
 
 
@@ -62,14 +63,13 @@ def _permutation(seed, bucket, epoch, count):
 class Examples:
     """The examples of one tokenised source under one configuration, and how they become arrays.
 
-    phase: "pretrain" or "finetune". objectives: those with a weight, of "ae", "lm", "qa". dropped: `{reason: count}` of what was
-    left out. ValueError where nothing is left.
+    phase: "pretrain" or "finetune". objectives: those with a weight, of "ae", "lm", "qa". pad_labels: AE targets go on to the end of
+    the padded segments. dropped: `{reason: count}` of what was left out. ValueError where nothing is left.
     """
 
-    def __init__(self, tokens, config, compression, phase, objectives, template, bos_id, eos_id):
+    def __init__(self, tokens, config, compression, phase, objectives, template, framing, pad_labels=False):
         self.tokens, self.config, self.compression = tokens, config, compression
-        self.objectives, self.template, self.eos_id = objectives, template, eos_id
-        self.bos = [] if bos_id is None else [bos_id]
+        self.objectives, self.template, self.framing, self.pad_labels = objectives, template, framing, pad_labels
         self.dropped = {}
         if phase == "pretrain":
             examples = [self._windows(length) for length in config.context_lengths]
@@ -79,7 +79,7 @@ class Examples:
             weights = np.asarray([len(e) for e in examples], float)
         self.buckets = [
             # A shorter text may fill one whole segment, which is longer than the near-equal segments of the longest.
-            Bucket(length, (icae.segment_shape(length, compression)[0], min(length, compression.segment_tokens)), e)
+            Bucket(length, (encoder.segment_shape(length, compression)[0], min(length, compression.segment_tokens)), e)
             for length, e in zip(config.context_lengths, examples, strict=True)
         ]
         weights = weights * [len(e) > 0 for e in examples]
@@ -90,7 +90,7 @@ class Examples:
 
     def _windows(self, length):
         """(text, start, stop, next stop) of windows of `length` tokens, `<s>` included; a short rest stands if it is all, or half."""
-        size = length - len(self.bos)
+        size = length - len(self.framing.start)
         rows = []
         for text, count in enumerate(np.diff(self.tokens.text_offsets).tolist()):
             for start in range(0, count, size):
@@ -105,7 +105,7 @@ class Examples:
     def _questions(self):
         """(text, first question, last + 1) for every bucket."""
         rows = [[] for _ in self.config.context_lengths]
-        lengths = np.diff(self.tokens.text_offsets) + len(self.bos)
+        lengths = np.diff(self.tokens.text_offsets) + len(self.framing.start)
         group = self.config.questions_per_context
         for text, count in enumerate(lengths.tolist()):
             first, last = self.tokens.question_offsets[text : text + 2].tolist()
@@ -166,16 +166,19 @@ class Examples:
         text = self.tokens.text(example[0])
         if len(example) == 4:
             _, start, stop, after = example
-            context, targets = self.bos + text[start:stop].tolist(), {}
+            context, targets = [*self.framing.start, *text[start:stop].tolist()], {}
             if "lm" in self.objectives:
                 targets["lm"] = [layouts.lm_target(text[stop:after].tolist()) if after > stop else None]
         else:
             _, first, last = example
-            context, targets = self.bos + text.tolist(), {}
+            context, targets = [*self.framing.start, *text.tolist()], {}
             if "qa" in self.objectives:
                 targets["qa"] = [self._question_targets.get(q) for q in range(first, last)]
         if "ae" in self.objectives:
-            targets["ae"] = [layouts.ae_target(context, self.eos_id)]
+            padded_to = 0
+            if self.pad_labels:
+                padded_to = encoder.segment_shape(len(context), self.compression)[0] * self.compression.segment_tokens
+            targets["ae"] = [layouts.ae_target(context, self.framing, padded_to)]
         return context, targets
 
     def collate(self, bucket, rows):
@@ -185,8 +188,8 @@ class Examples:
         """
         bucket = self.buckets[bucket]
         made = [self._targets(bucket.examples[r]) if r >= 0 else ([], {}) for r in rows]
-        ids, lengths = icae.segment_contexts([c for c, _ in made], self.compression, bucket.shape)
-        size = bucket.length + 1
+        ids, lengths = encoder.segment_contexts([c for c, _ in made], self.compression, bucket.shape, self.framing.eos)
+        size = 1 + (bucket.shape[0] * self.compression.segment_tokens if self.pad_labels else bucket.length)
         targets = {}
         for objective in self.objectives:
             G = self.config.questions_per_context if objective == "qa" else 1
@@ -195,14 +198,24 @@ class Examples:
         return {"context": ids, "lengths": lengths, "targets": targets}
 
 
-def train_batches(examples, seed, batch_size, start, stop, process=0, processes=1):
-    """Iterates over the batches of steps start … stop - 1, made ahead; each process makes only its rows."""
+@jax.tree_util.register_static
+class StaticInt(int):
+    """A whole number in a batch that is no array: a jitted function compiles once for each of its values."""
+
+
+def draw_k(seed, step, choices):
+    """The number of memory tokens a segment of a step, one of `choices`, equally often."""
+    return StaticInt(np.random.default_rng([seed, 3, step]).choice(choices))
+
+
+def train_batches(examples, seed, batch_size, start, stop, k_choices, process=0, processes=1):
+    """Iterates over the batches of steps start … stop - 1, made ahead; each process makes only its rows, and draws the same `k`."""
     share = batch_size // processes
     mine = slice(process * share, (process + 1) * share)
 
     def make(step):
         bucket, rows = examples.draw(seed, step, batch_size)
-        return examples.collate(bucket, rows[mine])
+        return examples.collate(bucket, rows[mine]) | {"k": draw_k(seed, step, k_choices)}
 
     return ahead(make, start, stop)
 

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from icae_jax.compression import icae, layout
+from icae_jax.compression import encoder, layout, methods
+from icae_jax.compression import memory as memories
 from icae_jax.inference import generate, store
 from icae_jax.interop import adapter as adapters
 from icae_jax.interop import base as bases
@@ -72,23 +73,24 @@ class Compressor:
         self.config = adapter.compression
         self.trained = jax.device_put(adapter.trained)
         self.model = llama.Llama(base.config, lora_scale=adapter.lora.scale, dtype=jnp.dtype(dtype))
-        bos = bases.bos_id(base.tokenizer)
-        self._bos = [] if bos is None else [bos]
-        self._compress = jax.jit(functools.partial(icae.compress, self.model, config=self.config))
-        self._read = jax.jit(functools.partial(icae.read, self.model), static_argnames="head")
+        self.framing = target_layouts.make_framing(self.config, base.tokenizer, bases.bos_id(base.tokenizer))
+        self._compress = jax.jit(functools.partial(methods.compress, self.model, config=self.config), static_argnames="k")
+        self._read = jax.jit(functools.partial(methods.read, self.model), static_argnames="head")
         self._losses = jax.jit(self._label_losses, static_argnames="head")
 
     # -------------------------------------------------------------------------------------------------------- write
 
     def context_ids(self, text):
-        """A text as the encoder reads it: with the tokenizer's `<s>`, where it sets one."""
-        return self._bos + self.base.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        """A text as the encoder reads it: for ICAE with the tokenizer's `<s>`, where it sets one."""
+        return [*self.framing.start, *self._ids(text)]
 
-    def compress(self, texts, batch_size=16, where=None):
-        """Memory of each text. texts: one or a list. where: names of the texts for errors.
+    def compress(self, texts, batch_size=16, where=None, k=None):
+        """Memory of each text: `Slots` or `KV`, as the adapter's method makes them. texts: one or a list. where: names of the texts for
+        errors. k: memory tokens a segment, one of those that the adapter was trained with, by default the most.
 
-        ValueError where a text has no tokens or does not fit the base's positions.
+        ValueError where a text has no tokens or does not fit the base's positions, or the adapter does not know k.
         """
+        k = self.config.choose(k)
         texts = [texts] if isinstance(texts, str) else list(texts)
         if not texts:
             raise ValueError("texts is empty; give at least one text")
@@ -96,27 +98,37 @@ class Compressor:
         contexts = [self.context_ids(t) for t in texts]
         most = self.base.config.max_position_embeddings
         for context, name in zip(contexts, where, strict=True):
-            if len(context) == len(self._bos):
+            if len(context) == len(self.framing.start):
                 raise ValueError(f"{name}: the text has no tokens")
-            segments, size = icae.segment_shape(len(context), self.config)
-            spread = layout.get(self.config.layout).spread_decoder
-            needed = max(size + self.config.k, (len(context) if spread else segments * self.config.k) + 2)
+            segments, size = encoder.segment_shape(len(context), self.config)
+            written, memory, start = layout.positions_needed(
+                layout.get(self.config.layout), len(context), segments, size, k, self.config.segment_tokens
+            )
+            needed = max(written, memory, start + 2)
             if needed > most:
                 raise ValueError(
                     f"{name}: {len(context)} tokens need {needed} positions, the base has {most}; compress it in several parts"
                 )
-        return self.compress_ids(contexts, batch_size)
+        return self.compress_ids(contexts, batch_size, k)
 
-    def compress_ids(self, contexts, batch_size=16):
-        """Memory of each list of token ids, `<s>` included where the tokenizer sets one."""
-        parts = []
+    def compress_ids(self, contexts, batch_size=16, k=None):
+        """Memory of each list of token ids, as `context_ids` gives them. k: as for `compress`."""
+        k, parts = self.config.choose(k), []
         for start in range(0, len(contexts), batch_size):
             part = contexts[start : start + batch_size]
-            shapes = [icae.segment_shape(len(c), self.config) for c in part]
-            shape = (max(s for s, _ in shapes), min(_up(max(n for _, n in shapes)), max(self.config.segment_tokens, 1)))
-            ids, lengths = icae.segment_contexts(_fill(part, batch_size if parts else len(part), []), self.config, shape)
-            parts.append(jax.device_get(self._compress(self.base.params, self.trained, ids, lengths))[: len(part)])
-        return _join(parts, self.config)
+            shapes = [encoder.segment_shape(len(c), self.config) for c in part]
+            shape = (max(s for s, _ in shapes), min(_up(max(n for _, n in shapes)), self.config.segment_tokens))
+            filled = _fill(part, batch_size if parts else len(part), [])
+            ids, lengths = encoder.segment_contexts(filled, self.config, shape, self.framing.eos)
+            parts.append(jax.device_get(self._compress(self.base.params, self.trained, ids, lengths, k=k))[: len(part)])
+        return _stack(parts, self.config)
+
+    def join(self, parts):
+        """One memory that holds several, text by text, in order: what compressing the joined segments at once would give.
+
+        parts: alike in texts and k. So documents compressed one by one can be read together. ValueError where they differ.
+        """
+        return jax.device_get(memories.join(parts, self.config))
 
     def save(self, path, memory, ids=None):
         """Writes a memory file. ids: names of the texts, by default their numbers."""
@@ -130,10 +142,10 @@ class Compressor:
     # --------------------------------------------------------------------------------------------------------- read
 
     def restore(self, memory, max_new_tokens=None, batch_size=16, details=False):
-        """The texts read back out of memory, decoded greedily behind [AE]. details: `Generation`s instead of texts."""
+        """The texts read back out of memory, decoded greedily behind the trigger. details: `Generation`s instead of texts."""
         most = int(memory.lengths.max()) + 16 if max_new_tokens is None else max_new_tokens
         needed = None if max_new_tokens is not None else int(memory.lengths.max()) + 1
-        rows = self._generate(memory, [[[target_layouts.AE]]] * len(memory), "ae", (), most, needed, batch_size)
+        rows = self._generate(memory, [[[self.framing.trigger]]] * len(memory), "ae", (), most, needed, batch_size)
         return [row[0] if details else row[0].text for row in rows]
 
     def ask(self, memory, questions, max_new_tokens=None, batch_size=16, details=False):
@@ -249,15 +261,18 @@ def _fill(rows, size, blank):
     return [*rows, *[blank] * (size - len(rows))]
 
 
-def _join(parts, config):
-    """Memories of several batches as one, padded to the most segments."""
-    S = max(p.segment_lengths.shape[1] for p in parts)
+def _stack(parts, config):
+    """Memories of several batches as one of all their texts, padded to the most segments."""
+    kind, k, S = type(parts[0]), parts[0].tokens_per_segment, max(p.segment_lengths.shape[1] for p in parts)
 
-    def padded(x, to):
-        return np.pad(x, ((0, 0), (0, to - x.shape[1])) + ((0, 0),) * (x.ndim - 2))
+    def stacked(arrays, axis, size):
+        """Joined along the axis of texts, the one behind it padded to `size`."""
+        return np.concatenate([np.pad(x, [(0, size - n if i == axis + 1 else 0) for i, n in enumerate(x.shape)]) for x in arrays], axis)
 
-    slots = np.concatenate([padded(p.slots, S * config.k) for p in parts])
-    lengths = np.concatenate([padded(p.segment_lengths, S) for p in parts])
-    memory = jax.device_get(icae.place(slots, lengths, config))
-    return memory.replace(slots=np.where(memory.mask[..., None], slots, 0))  # no trace of a batch's shape
+    lengths = stacked([p.segment_lengths for p in parts], 0, S)
+    contents = {name: stacked([p.contents[name] for p in parts], kind.TEXT_AXIS, S * k) for name in kind.CONTENTS}
+    memory = jax.device_get(memories.place(kind, contents, lengths, config))
+    real = [np.expand_dims(memory.mask, (*range(kind.TEXT_AXIS), *range(kind.TEXT_AXIS + 2, x.ndim))) for x in contents.values()]
+    # No trace of a batch's shape is left.
+    return memory.replace(**{name: np.where(r, x, 0) for r, (name, x) in zip(real, contents.items(), strict=True)})
 

@@ -6,7 +6,7 @@ import typing
 import jax
 import jax.numpy as jnp
 
-from icae_jax.compression import icae
+from icae_jax.compression import encoder
 from icae_jax.models import llama
 
 TIE = 1e-4  # where the two best logits lie closer, another batch size may choose the other
@@ -44,7 +44,7 @@ def greedy(model, base_params, table, prefix, starts, prompt_ids, prompt_lengths
         return ids[:, 0].astype(jnp.int32), best[:, 0] - best[:, 1] < TIE
 
     # Prompt: behind the shared prefix; its K/V start the rows' own cache, [prefix | prompt | new tokens].
-    x = icae.embed_with_table(base_params, table, prompt_ids)
+    x = encoder.embed_with_table(base_params, table, prompt_ids)
     positions = starts[:, None] + jnp.arange(T)[None]
     hidden, (k, v) = model.apply(
         params, x, positions, llama.causal_mask(T), prefix=(prefix.k, prefix.v, prefix.mask), return_kv=True

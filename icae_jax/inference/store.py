@@ -1,20 +1,22 @@
 """Memory files: compressed texts on disk, with all that is needed to read them back, or to refuse.
 
-A safetensors file with `slots [B, M, D]` and `lengths [B, S]` (context tokens of each segment, 0 where a text has fewer), and as
-metadata: format_version, icae_jax_version, method, layout, k, base_fingerprint, adapter_fingerprint, adapter (its folder), ids (JSON).
+A safetensors file with `slots [B, M, D]` (ICAE) or `k` and `v`, each `[L, B, M, K, H]`, k before RoPE (500xCompressor), and
+`lengths [B, S]` (context tokens of each segment, 0 where a text has fewer), and as metadata: format_version, icae_jax_version, method,
+layout, k, base_fingerprint, adapter_fingerprint, adapter (its folder), ids (JSON).
 """
 
 import json
 import os
 import pathlib
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 import safetensors
 import safetensors.numpy
 
 import icae_jax
-from icae_jax.compression import icae
+from icae_jax.compression import memory as memories
+from icae_jax.compression import methods
 from icae_jax.interop import files
 
 FORMAT_VERSION = "1"
@@ -39,13 +41,14 @@ def save(path, memory, compression, ids, base_fingerprint, adapter_fingerprint, 
         "icae_jax_version": icae_jax.__version__,
         "method": compression.method,
         "layout": compression.layout,
-        "k": str(compression.k),
+        "k": str(memory.tokens_per_segment),
         "base_fingerprint": base_fingerprint,
         "adapter_fingerprint": adapter_fingerprint,
         "adapter": str(pathlib.Path(adapter_path).resolve()),
         "ids": json.dumps(list(ids), ensure_ascii=False),
     }
-    tensors = {"slots": np.asarray(memory.slots), "lengths": np.asarray(memory.segment_lengths, np.int32)}
+    tensors = {name: np.ascontiguousarray(x) for name, x in memory.contents.items()}
+    tensors["lengths"] = np.asarray(memory.segment_lengths, np.int32)
     with files.replacing_file(path) as tmp:
         safetensors.numpy.save_file(tensors, tmp, metadata)
 
@@ -65,12 +68,20 @@ def read_metadata(path):
 
 
 def load(path, compression, base_fingerprint, adapter_fingerprint):
-    """(`Slots`, ids) of a memory file. ValueError where another base or adapter wrote it."""
+    """(`Slots` or `KV`, ids) of a memory file. ValueError where another base or adapter wrote it, or one that is read in another way."""
     metadata = read_metadata(path)
     for kind, have in (("base", base_fingerprint), ("adapter", adapter_fingerprint)):
         wrote = metadata[f"{kind}_fingerprint"]
         if wrote != have:
             raise ValueError(f"--memory {path} was written with {kind} {wrote[:12]}, but {have[:12]} is loaded; give that {kind}")
+    for field in ("method", "layout"):
+        if metadata[field] != getattr(compression, field):
+            have = getattr(compression, field)
+            raise ValueError(f"--memory {path} has {field} {metadata[field]}, the adapter {have}; give the adapter that it names")
     tensors = safetensors.numpy.load_file(path)
-    memory = icae.place(jnp.asarray(tensors["slots"]), jnp.asarray(tensors["lengths"]), compression)
-    return memory, json.loads(metadata["ids"])
+    kind = methods.KINDS[compression.method]
+    absent = [name for name in (*kind.CONTENTS, "lengths") if name not in tensors]
+    if absent:
+        raise ValueError(f"--memory {path}: tensors {', '.join(absent)} missing; compress the texts again")
+    memory = memories.place(kind, {name: tensors[name] for name in kind.CONTENTS}, tensors["lengths"], compression)
+    return jax.device_get(memory), json.loads(metadata["ids"])

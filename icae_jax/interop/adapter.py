@@ -17,7 +17,7 @@ import safetensors
 import safetensors.numpy
 
 import icae_jax
-from icae_jax.compression.icae import SPECIAL_ROWS, CompressionConfig
+from icae_jax.compression.encoder import SPECIAL_ROWS, CompressionConfig
 from icae_jax.interop import files
 from icae_jax.models import lora as loras
 from icae_jax.models.lora import LoraConfig
@@ -146,9 +146,10 @@ def _tensors(path):
 
 
 def _fields(kind, raw, source):
-    """Builds a dataclass from JSON, lists as tuples; ValueError on unknown or missing fields."""
-    names = {f.name for f in dataclasses.fields(kind)}
-    wrong = sorted(set(raw) ^ names)
+    """Builds a dataclass from JSON, lists as tuples; ValueError on unknown fields, and missing ones that have no default."""
+    fields = dataclasses.fields(kind)
+    needed = {f.name for f in fields if f.default is dataclasses.MISSING}
+    wrong = sorted((set(raw) - {f.name for f in fields}) | (needed - set(raw)))
     if wrong:
         raise ValueError(f"{source}: fields {', '.join(wrong)} unknown or missing; was it written by another version of icae_jax?")
     return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()})

@@ -6,7 +6,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from icae_jax.compression import icae
+from icae_jax.compression import encoder, methods
 from icae_jax.compression import layout as layouts
 from icae_jax.models import llama
 
@@ -72,7 +72,7 @@ frozen_head_losses.defvjp(_frozen_head_fwd, _frozen_head_bwd)
 def label_hidden(model, base_params, trained, prefix, starts_B, ids_BGT, label_at_BGU):
     """The decoder's hidden states at label positions, `[B * G, U, D]`: every target sees head, memory and itself."""
     B, G, T = ids_BGT.shape
-    x = icae.embed_with_table(base_params, trained["memory_table"], ids_BGT).reshape(B * G, T, -1)
+    x = encoder.embed_with_table(base_params, trained["memory_table"], ids_BGT).reshape(B * G, T, -1)
     positions = jnp.repeat(starts_B, G)[:, None] + jnp.arange(T)[None]
     with jax.named_scope("decoder"):
         # Targets are padded on the right only, so the causal mask already hides the padding from every real token.
@@ -90,7 +90,7 @@ def label_losses(model, base_params, trained, memory, targets, heads, layout, ch
     """
     losses = {}
     for head in dict.fromkeys(heads[o] for o in targets):
-        prefix = icae.read(model, base_params, memory, head)
+        prefix = methods.read(model, base_params, memory, head)
         behind = [o for o in targets if heads[o] == head]
         for shape in dict.fromkeys((targets[o]["ids"].shape[2], targets[o]["labels"].shape[2]) for o in behind):
             alike = [o for o in behind if (targets[o]["ids"].shape[2], targets[o]["labels"].shape[2]) == shape]

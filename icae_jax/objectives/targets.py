@@ -1,8 +1,9 @@
-"""Target layouts: what stands behind the memory, and which of its tokens are labels (arXiv 2307.06945, section 2.2.2 and 2.3).
+"""Target layouts: what stands behind the memory, and which of its tokens are labels (arXiv 2307.06945, section 2.2.2 and 2.3;
+arXiv 2408.03094, section 3).
 
 | objective | behind head and memory                          | labels                              |
 |-----------|--------------------------------------------------|-------------------------------------|
-| ae        | [AE], text, </s>                                 | text and </s>                       |
+| ae        | trigger ([AE] or <s>), text, </s>                | text and </s>                       |
 | lm        | ([LM],) continuation                             | continuation after its first 8 tokens |
 | qa        | template's start, prompt, template's end, answer, stop | answer and stop               |
 
@@ -27,9 +28,35 @@ class Target(typing.NamedTuple):
     label_start: int
 
 
-def ae_target(context, eos_id):
-    """Autoencoding: restore the context (with its `<s>`, where the tokenizer sets one)."""
-    return Target([AE, *context, eos_id], 1)
+@dataclasses.dataclass(frozen=True)
+class Framing:
+    """What stands round a text. start: ids before it in the encoder. trigger: the id that asks for it back. eos: its end."""
+
+    start: tuple[int, ...]
+    trigger: int
+    eos: int
+
+
+def make_framing(compression, tokenizer, bos_id):
+    """The `Framing` of a method. bos_id: the id that the tokenizer sets in front of a text, or None.
+
+    ICAE's encoder reads the text as the base would, `<s>` included; 500xCompressor's reads the text alone, and `<s>` is what its
+    decoder starts regeneration with. ValueError where that is asked for and the tokenizer has none.
+    """
+    if tokenizer.eos_token_id is None:
+        raise ValueError("the tokenizer has no eos token; set one in tokenizer_config.json")
+    if compression.trigger == "bos" and tokenizer.bos_token_id is None:
+        raise ValueError("compression.trigger is bos, but the base's tokenizer has no bos token; choose trained")
+    start = () if compression.method == "x500" or bos_id is None else (bos_id,)
+    return Framing(start, tokenizer.bos_token_id if compression.trigger == "bos" else AE, tokenizer.eos_token_id)
+
+
+def ae_target(context, framing, padded_to=0):
+    """Autoencoding: restore the context, `<s>` included where the encoder saw it.
+
+    padded_to: a number of tokens up to which the context is filled with eos, all of them labels, as the reference 500xCompressor trains.
+    """
+    return Target([framing.trigger, *context, *[framing.eos] * (padded_to - len(context)), framing.eos], 1)
 
 
 def lm_target(continuation, trigger=False):

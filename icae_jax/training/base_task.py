@@ -109,6 +109,14 @@ class BaseTask:
                 documents = [synthetic.base_document(f"held out {start + i}", kind) for i in range(self.config.batch_size)]
                 yield {kind: jax.tree.map(lambda x: x[mine], self._collate(documents, self._length(kind)))}
 
+    def describe(self, batch):
+        """What a line of metrics should say of a batch: nothing."""
+        return {}
+
+    def held_out_loss(self, losses):
+        """One number to rank checkpoints by: the loss on the first kind of the last stage."""
+        return next(iter(losses.values()))["lm"]
+
     # ---------------------------------------------------------------------------------------------------------- loss
 
     def counts(self, batch):

@@ -1,12 +1,13 @@
 """The task of training a compressor on a frozen base: data, losses, evaluation, export."""
 
+import dataclasses
 import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from icae_jax.compression import icae
+from icae_jax.compression import encoder, layout, methods
 from icae_jax.data import batches, tokens
 from icae_jax.interop import adapter as adapters
 from icae_jax.interop import base as bases
@@ -21,7 +22,14 @@ class CompressorTask:
         c = config
         self.config, self.weights = c, c.objectives.weights
         self.base = bases.load_base(c.base, c.jnp_dtype)
-        self.template = targets.make_template(c.objectives.template, self.base.tokenizer)
+        tokenizer = self.base.tokenizer
+        self.compression = c.trained_compression
+        self._notes = []
+        if self.compression.trigger == "bos" and tokenizer.bos_token_id is None:
+            self._notes.append("compression.trigger: the base's tokenizer has no bos token; a trained one asks for the text instead")
+            self.compression = dataclasses.replace(self.compression, trigger="trained")
+        self.template = targets.make_template(c.objectives.template, tokenizer)
+        self.framing = targets.make_framing(self.compression, tokenizer, bases.bos_id(tokenizer))
         self.start_from = None
         if c.init_from:
             self.start_from = adapters.load_adapter(adapters.adapter_folder(c.init_from), self.base)
@@ -41,12 +49,16 @@ class CompressorTask:
     def _check_positions(self):
         c, most = self.config, self.base.config.max_position_embeddings
         longest = max(c.data.context_lengths)
-        segments, size = icae.segment_shape(longest, c.compression)
+        segments, size = encoder.segment_shape(longest, self.compression)
         behind = max(e.qa_shape[0] for e in (self.train_examples, self.eval_examples) if e) if "qa" in self.weights else 0
         if "ae" in self.weights or "lm" in self.weights:
-            behind = max(behind, longest + 1)
-        memory = longest + 1 if c.compression.layout == "uniform" else segments * c.compression.k
-        needed = max(size + c.compression.k + 1, len(self.template.head) + memory + behind)
+            behind = max(behind, (segments * self.compression.segment_tokens if c.objectives.pad_labels else longest) + 1)
+        where = layout.get(self.compression.layout)
+        written, memory, start = layout.positions_needed(
+            where, longest, segments, size, self.compression.k, self.compression.segment_tokens
+        )
+        head = len(self.template.head)
+        needed = max(written, head + memory, head + start + behind)
         if needed > most:
             raise ValueError(
                 f"data.context_lengths holds {longest}, which needs {needed} positions with compression.k {c.compression.k}; "
@@ -55,8 +67,10 @@ class CompressorTask:
 
     def _check_start(self):
         for name in ("compression", "lora"):
-            old, new = getattr(self.start_from, name), getattr(self.config, name)
-            fields = {"compression": ("method", "k", "layout"), "lora": ("rank", "scale", "targets")}[name]
+            old, new = getattr(self.start_from, name), {"compression": self.compression, "lora": self.config.lora}[name]
+            fields = {"compression": ("method", "k", "layout", "trigger"), "lora": ("rank", "scale", "targets")}[name]
+            if name == "compression" and layout.get(new.layout).fixed_length:
+                fields += ("rate",)  # there it fixes the memory's positions
             for field in fields:
                 if getattr(old, field) != getattr(new, field):
                     raise ValueError(
@@ -67,13 +81,14 @@ class CompressorTask:
     def _examples(self, source):
         c, tokenizer = self.config, self.base.tokenizer
         data = tokens.tokenise(source, tokenizer, c.data.cache_dir, c.data.tfds_dir or None)
-        bos, eos = bases.bos_id(tokenizer), tokenizer.eos_token_id
-        return batches.Examples(data, c.data, c.compression, c.phase, tuple(self.weights), self.template, bos, eos)
+        return batches.Examples(
+            data, c.data, self.compression, c.phase, tuple(self.weights), self.template, self.framing, c.objectives.pad_labels
+        )
 
     def notes(self):
-        """Lines worth saying before training: what was left out of the data."""
+        """Lines worth saying before training: what is done otherwise than asked, what was left out of the data."""
         named = (("data.train", self.train_examples), ("data.eval", self.eval_examples))
-        return [f"{name}: left out {count} {reason}" for name, e in named if e for reason, count in e.dropped.items()]
+        return self._notes + [f"{name}: left out {count} {reason}" for name, e in named if e for reason, count in e.dropped.items()]
 
     def init(self):
         """The trained tree: from `init_from`, or new."""
@@ -86,16 +101,27 @@ class CompressorTask:
             trigger = self.base.tokenizer.convert_tokens_to_ids(c.compression.trigger_token)
             if trigger is None or trigger == self.base.tokenizer.unk_token_id:
                 raise ValueError(f"compression.trigger_token {c.compression.trigger_token!r} is not a token of the base's tokenizer")
-        table = icae.init_memory_table(jax.random.fold_in(key, 1), self.frozen, c.compression, trigger)
+        table = encoder.init_memory_table(jax.random.fold_in(key, 1), self.frozen, c.compression, trigger)
         return {"lora": lora.init_lora(jax.random.fold_in(key, 2), self.base.config, c.lora), "memory_table": table}
 
     def train_batches(self, start, stop):
         c = self.config
-        return batches.train_batches(self.train_examples, c.seed, c.batch_size, start, stop, jax.process_index(), jax.process_count())
+        return batches.train_batches(
+            self.train_examples, c.seed, c.batch_size, start, stop, self.compression.choices, jax.process_index(), jax.process_count()
+        )
+
+    def describe(self, batch):
+        """What a line of metrics should say of a batch: its k, where there are several."""
+        return {"k": int(batch["k"])} if len(self.compression.choices) > 1 else {}
+
+    def held_out_loss(self, losses):
+        """One number to rank checkpoints by: the weighted loss with the right memory, mean over the numbers of memory tokens."""
+        right = [of for kind, of in losses.items() if kind.startswith("memory")]
+        return sum(self.weights[o] * v for of in right for o, v in of.items()) / len(right)
 
     def eval_batches(self):
         """Fixed held-out batches, each as `{"memory": batch, "wrong_memory": batch}`: `reads [B]` names the row whose memory each row
-        reads, its own or its neighbour's.
+        reads, its own or its neighbour's. Where k is drawn, `memory` is the largest and `memory_k4`, `wrong_memory_k4`, … the others.
         """
         if self.eval_examples is None:
             return
@@ -106,7 +132,12 @@ class CompressorTask:
             batch = self.eval_examples.collate(bucket, rows[mine])
             own, other, count = np.arange(size, dtype=np.int32), np.arange(size, dtype=np.int32), int((rows >= 0).sum())
             other[:count] = np.roll(other[:count], -1) if count > 1 else size - 1  # a single example reads a blank memory
-            yield {"memory": batch | {"reads": own[mine]}, "wrong_memory": batch | {"reads": other[mine]}}
+            kinds = {}
+            for k in sorted(self.compression.choices, reverse=True):
+                suffix = "" if k == self.compression.k else f"_k{k}"
+                for kind, reads in (("memory", own), ("wrong_memory", other)):
+                    kinds[kind + suffix] = batch | {"reads": reads[mine], "k": batches.StaticInt(k)}
+            yield kinds
 
     def counts(self, batch):
         return {o: jnp.sum(t["label_mask"]).astype(jnp.float32) for o, t in batch["targets"].items()}
@@ -117,19 +148,17 @@ class CompressorTask:
 
     def losses(self, trained, frozen, batch, dropout_key):
         """`{objective: (sum, count)}`. The decoder sees a context through its memory alone, that of row `reads` where given."""
-        c = self.config
-        memory = icae.compress(self.model, frozen, trained, batch["context"], batch["lengths"], c.compression, dropout_key)
+        c = self.compression
+        memory = methods.compress(self.model, frozen, trained, batch["context"], batch["lengths"], c, batch["k"], dropout_key)
         if "reads" in batch:
-            memory = jax.tree.map(lambda x: jnp.take(x, batch["reads"], axis=0), memory)
-        losses = loss.label_losses(
-            self.model, frozen, trained, memory, batch["targets"], self.heads, c.compression.layout, c.loss_chunk
-        )
+            memory = memory[batch["reads"]]
+        losses = loss.label_losses(self.model, frozen, trained, memory, batch["targets"], self.heads, c.layout, self.config.loss_chunk)
         return loss.objective_sums(losses, batch["targets"])
 
     def export(self, workdir, trained):
         """Writes the adapter folder."""
         c = self.config
-        adapter = adapters.Adapter(c.compression, c.lora, self.template, trained, c.base, self.base.fingerprint)
+        adapter = adapters.Adapter(self.compression, c.lora, self.template, trained, c.base, self.base.fingerprint)
         adapters.save_adapter(pathlib.Path(workdir) / adapters.IN_WORKDIR, adapter)
         return pathlib.Path(workdir) / adapters.IN_WORKDIR
 

@@ -7,7 +7,8 @@ import typing
 
 import jax.numpy as jnp
 
-from icae_jax.compression.icae import CompressionConfig
+from icae_jax.compression import layout as layouts
+from icae_jax.compression.encoder import CompressionConfig
 from icae_jax.data.batches import DataConfig
 from icae_jax.interop import files
 from icae_jax.models.llama import REMAT_POLICIES
@@ -17,12 +18,16 @@ from icae_jax.objectives.targets import OBJECTIVES
 
 @dataclasses.dataclass(frozen=True)
 class ObjectivesConfig:
-    """Weights of the mean loss of each objective (arXiv 2307.06945, eq. 3 and 5); 0 leaves an objective out. template: of QA."""
+    """Weights of the mean loss of each objective (arXiv 2307.06945, eq. 3 and 5); 0 leaves an objective out. template: of QA.
+
+    pad_labels: AE is trained on the padding of layout `reference` too, as the reference 500xCompressor does.
+    """
 
     ae: float = 0.5
     lm: float = 0.5
     qa: float = 0.0
     template: str = "plain"
+    pad_labels: bool = False
 
     @property
     def weights(self):
@@ -102,12 +107,14 @@ class LoopConfig:
 class TrainConfig(LoopConfig):
     """One compressor's training. phase: "pretrain" (AE, LM) or "finetune" (QA, AE). base: model-hub folder.
 
-    init_from: an adapter folder or the workdir of an earlier phase; fine-tuning needs one.
+    init_from: an adapter folder or the workdir of an earlier phase; fine-tuning needs one. draw_k: the phases in which every step draws
+    its number of memory tokens from `compression.k_choices`; the others train compression.k alone.
     """
 
     phase: str = "pretrain"
     base: str = ""
     init_from: str = ""
+    draw_k: tuple[str, ...] = ("finetune",)
     compression: CompressionConfig = CompressionConfig()
     lora: LoraConfig = LoraConfig()
     objectives: ObjectivesConfig = ObjectivesConfig()
@@ -115,8 +122,12 @@ class TrainConfig(LoopConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.phase not in ("pretrain", "finetune"):
-            raise ValueError(f"phase is {self.phase!r}; choose pretrain or finetune")
+        for name, phases in (("phase", (self.phase,)), ("draw_k", self.draw_k)):
+            unknown = [p for p in phases if p not in ("pretrain", "finetune")]
+            if unknown:
+                raise ValueError(f"{name} is {unknown[0]!r}; choose pretrain or finetune")
+        if self.objectives.pad_labels and not layouts.get(self.compression.layout).fixed_length:
+            raise ValueError(f"objectives.pad_labels is for compression.layout reference; with {self.compression.layout} padding is masked")
         weights = [getattr(self.objectives, o) for o in OBJECTIVES]
         if min(weights) < 0 or not sum(weights) > 0:
             raise ValueError(f"objectives ae, lm, qa are {weights}; give weights >= 0, at least one of them positive")
@@ -129,6 +140,11 @@ class TrainConfig(LoopConfig):
                 raise ValueError(f"{name} is not set; give it with --config.{name}=PATH")
         if self.phase == "finetune" and not self.init_from:
             raise ValueError("init_from is not set; fine-tuning starts from a pretrained compressor: --config.init_from=WORKDIR")
+
+    @property
+    def trained_compression(self):
+        """`compression` with the numbers of memory tokens that this phase trains: what its adapter can be asked for."""
+        return self.compression if self.phase in self.draw_k else dataclasses.replace(self.compression, k_choices=())
 
 
 @dataclasses.dataclass(frozen=True)

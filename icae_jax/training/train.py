@@ -115,7 +115,7 @@ def train(config, task, workdir, *, log=None):
     def flush(pending):
         """Reads one step's metrics (which waits for it), writes its line where due. Returns whether all of it is finite."""
         nonlocal clock, tokens_since
-        at, device = pending
+        at, device, about = pending
         values = jax.device_get(device)
         losses = metrics.means(values["sums"], values["counts"])
         tokens_since += float(values["tokens"])
@@ -123,7 +123,8 @@ def train(config, task, workdir, *, log=None):
             return False
         if at % config.log_every == 0 or at == stop:
             now = time.perf_counter()
-            line = {"step": at, "train": losses, "grad_norm": float(values["grad_norm"]), "learning_rate": float(learning_rate(at - 1))}
+            line = {"step": at, **about, "train": losses, "grad_norm": float(values["grad_norm"])}
+            line |= {"learning_rate": float(learning_rate(at - 1))}
             line |= {"seconds": now - clock, "tokens_per_second": tokens_since / (now - clock)}
             clock, tokens_since = now, 0.0
             if lines:
@@ -137,8 +138,7 @@ def train(config, task, workdir, *, log=None):
         losses = evaluate(task, eval_step, state["trained"], frozen, mesh)
         if not losses:
             return None
-        first_kind = next(iter(losses.values()))
-        total = sum(task.weights[o] * v for o, v in first_kind.items())
+        total = task.held_out_loss(losses)
         if lines:
             lines.write({"step": at, "eval": losses, "eval_loss": total})
         parts = [f"{kind} {', '.join(f'{o} {v:.4f}' for o, v in of.items())}" for kind, of in losses.items()]
@@ -159,7 +159,7 @@ def train(config, task, workdir, *, log=None):
                 state, device = train_step(state, frozen, sharding.put_batch(mesh, host_batch))
                 if pending and not flush(pending):  # one step late: the device is already busy with the next
                     return diverged(pending[0])
-                pending = (at, device)
+                pending = (at, device, task.describe(host_batch))
                 bar.update()
                 leaving = termination.asked and at < stop
                 evaluating = at % config.eval_every == 0 or at == stop
