@@ -34,6 +34,7 @@ def get_config(arg="pretrain"):
     config.compression.method = "icae"
     config.compression.k = 11  # a passage has 45 to 47 tokens, <s> included: 4.2x
     config.compression.rate = 5.0  # room for 55 tokens, so that a passage is one segment
+    config.compression.k_choices = ()
     config.compression.layout = "servable"
     config.compression.memory_init = "embedding"
     config.compression.trigger = "trained"
