@@ -2,6 +2,8 @@
 
 import collections
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -178,6 +180,34 @@ def test_process_shares_make_up_the_global_batch():
         np.testing.assert_array_equal(whole, np.concatenate(parts))
     for whole, later in zip(every[5:], contexts(5), strict=True):
         np.testing.assert_array_equal(whole, later)
+
+
+def test_k_is_drawn_from_seed_and_step_alone():
+    """Breaks when k is never drawn, depends on the process or on what was drawn before, or is an array that jit would trace."""
+    examples = pretrain([70] * 9, context_lengths=(16,))
+
+    def drawn(start, *process):
+        return [batch["k"] for batch in batches.train_batches(examples, 5, 4, start, 40, (1, 4, 16), *process)]
+
+    every = drawn(0)
+    assert set(every) == {1, 4, 16} and every[20:] == drawn(20) and every == drawn(0, 1, 2)
+    assert [batches.draw_k(6, step, (1, 4, 16)) for step in range(40)] != every
+    traced = []
+    jitted = jax.jit(lambda batch: traced.append(batch["k"]) or jnp.arange(batch["k"]))
+    assert [len(jitted({"k": batches.StaticInt(k)})) for k in (4, 1, 4)] == [4, 1, 4] and traced == [4, 1]
+
+
+def test_labels_on_the_padding_where_asked_for():
+    """Breaks when the reference's loss on padding covers less or more than the padded segments and one eos, or anything by default."""
+    compression = CompressionConfig(method="x500", layout="reference", k=5, rate=8)
+    framing = Framing((), BOS, EOS)
+    for pad, behind in ((True, 40 - 7), (False, 0)):
+        config = DataConfig(context_lengths=(20,))
+        examples = batches.Examples(make_tokens([7]), config, compression, "pretrain", ("ae",), TEMPLATE, framing, pad)
+        batch = examples.collate(0, np.asarray([0]))
+        assert batch["context"].shape == (1, 1, 40) and batch["context"][0, 0].tolist() == seq(0, 0, 7) + [EOS] * 33
+        ids, labels = target(batch, "ae", 0)
+        assert labels == seq(0, 0, 7) + [EOS] * (behind + 1) and ids[: 1 + 7] == [BOS, *seq(0, 0, 7)]
 
 
 def test_held_out_examples_come_once_with_blank_rows():

@@ -13,7 +13,7 @@ from conftest import ROOT, WORDS, write_jsonl
 from icae_jax import cli
 from icae_jax.training import metrics
 
-CONFIG = str(ROOT / "configs" / "icae.py")
+CONFIG, X500 = str(ROOT / "configs" / "icae.py"), str(ROOT / "configs" / "x500.py")
 SMALL = {
     "steps": 4, "batch_size": 4, "dtype": "float32", "remat": "none", "eval_every": 4, "log_every": 2, "eval_examples": 12,
     "compression.k": 4, "lora.rank": 4, "optimizer.warmup_steps": 1, "data.context_lengths": "(16,)", "data.context_weights": "(1.0,)",
@@ -39,11 +39,11 @@ def files(tmp_path_factory, tiny_base):
     }
 
 
-def flags(phase, files, workdir, **changes):
+def flags(phase, files, workdir, config=CONFIG, **changes):
     data = files["text"] if phase == "pretrain" else files["qa"]
     values = SMALL | {"base": files["base"], "data.train": data, "data.eval": data, "data.cache_dir": str(files["folder"] / "cache")}
     values |= changes
-    return ["train", "--config", f"{CONFIG}:{phase}", "--workdir", str(workdir), *[f"--config.{k}={v}" for k, v in values.items()]]
+    return ["train", "--config", f"{config}:{phase}", "--workdir", str(workdir), *[f"--config.{k}={v}" for k, v in values.items()]]
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +83,46 @@ def test_compress_restore_ask(trained, files, capsys):
     assert cli.main([*ask, "--id", "doc9"]) == 2 and "the memory holds doc0, doc1" in capsys.readouterr().err
 
 
+@pytest.fixture(scope="module")
+def trained_x500(files):
+    """The same by configs/x500.py: 4 tokens in pretraining, 1 or 4 in fine-tuning."""
+    pretrain, finetune = files["folder"] / "x500_pretrain", files["folder"] / "x500_finetune"
+    few = {"compression.rate": 4.0, "compression.k_choices": "(1,4)", "config": X500}
+    assert cli.main(flags("pretrain-4", files, pretrain, **few)) == 0
+    assert cli.main(flags("finetune-4", files, finetune, init_from=pretrain, **few | {"steps": 6})) == 0
+    return finetune
+
+
+def test_key_value_memories_end_to_end(trained_x500, files, tmp_path, capsys):
+    """Breaks when a verb takes one kind of memory alone, k is not the caller's, evaluation leaves a k out, or bytes are those of slots."""
+    first, last = (metrics.read(w / "metrics.jsonl") for w in (trained_x500.parent / "x500_pretrain", trained_x500))
+    assert set(first[-1]["eval"]) == {"memory", "wrong_memory"} and not any("k" in line for line in first)
+    assert set(last[-1]["eval"]) == {"memory", "wrong_memory", "memory_k1", "wrong_memory_k1"}
+    assert last[-1]["eval_loss"] == pytest.approx((last[-1]["eval"]["memory"]["qa"] + last[-1]["eval"]["memory_k1"]["qa"]) / 2)
+    assert {line["k"] for line in last if "train" in line} == {1, 4}
+
+    output = str(tmp_path / "m.safetensors")
+    compress = ["compress", "--adapter", str(trained_x500), "--input", files["contexts"], "--output", output, "--json"]
+    for k in (1, 4):
+        assert cli.main([*compress, "--k", str(k)]) == 0
+        summary = json.loads(capsys.readouterr().out)
+        assert summary["memory_tokens"] == 6 * k and summary["bytes"] == 6 * k * 2 * 2 * 2 * 8 * 4 and summary["ratio"] == 12 / k
+        assert cli.main(["restore", "--memory", output, "--max_new_tokens", "5", "--json"]) == 0
+        assert cli.main(["ask", "--memory", output, "--question", "who ?", "--max_new_tokens", "4", "--json"]) == 0
+        assert len(capsys.readouterr().out.splitlines()) == 12
+    assert cli.main([*compress, "--k", "2"]) == 2
+    assert "k is 2; this compressor was trained with 1, 4 memory tokens" in capsys.readouterr().err
+    assert cli.main([*compress, "--adapter", str(trained_x500.parent / "x500_pretrain"), "--k", "1"]) == 2
+    assert "k is 1; this compressor was trained with 4 memory tokens" in capsys.readouterr().err
+
+
+def test_a_memory_is_not_read_by_the_other_methods_adapter(trained, trained_x500, files, tmp_path, capsys):
+    output = str(tmp_path / "m.safetensors")
+    assert cli.main(["compress", "--adapter", str(trained_x500), "--input", files["contexts"], "--output", output]) == 0
+    assert cli.main(["restore", "--memory", output, "--adapter", str(trained)]) == 2
+    assert "was written with adapter" in capsys.readouterr().err
+
+
 def test_module_and_help_list_the_verbs():
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     out = subprocess.run([sys.executable, "-m", "icae_jax", "--help"], capture_output=True, text=True, env=environment, check=True).stdout
@@ -103,6 +143,11 @@ BAD = {
     "no such data": ({"data.train": "absent.jsonl"}, r"absent\.jsonl: no such file"),
     "no such base": ({"base": "absent"}, r"base 'absent' is not a folder"),
     "context too long": ({"data.context_lengths": "(1000,)"}, r"context_lengths holds 1000, which needs \d+ positions .* base has 256"),
+    "unknown method": ({"compression.method": "lm"}, r"compression\.method is 'lm'; choose from icae, x500"),
+    "layout of another method": ({"compression.method": "x500"}, r"layout is 'servable', not one of method x500; choose from clean"),
+    "choices without k": ({"compression.k_choices": "(1,2)"}, r"compression\.k_choices is \(1, 2\)"),
+    "unknown phase": ({"draw_k": "('tune',)"}, r"draw_k is 'tune'; choose pretrain or finetune"),
+    "labels on masked padding": ({"objectives.pad_labels": True}, r"objectives\.pad_labels is for compression\.layout reference"),
     "qa in pretraining": ({"objectives.qa": 1.0}, r"objectives\.qa is 1\.0 in phase pretrain"),
     "unknown layout": ({"compression.layout": "odd"}, r"layout is 'odd'; choose from"),
     "unknown template": ({"objectives.template": "odd"}, r"objectives\.template is 'odd'"),

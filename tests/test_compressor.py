@@ -1,5 +1,7 @@
 """The Python interface: compress, restore, ask, score; files; bad input."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,10 +22,10 @@ TEXTS = [" ".join(RNG.choice(WORDS[8:], size=n)) for n in (30, 5, 17, 40, 9)]
 QUESTIONS = ["who saw the cat ?", "where ?", "what did the old king eat in the house ?", "when did it run", "why ?"]
 
 
-def make_adapter(folder, tiny_base, layout="servable", template="plain"):
+def make_adapter(folder, tiny_base, method="icae", layout="", template="plain"):
     base = bases.load_base(tiny_base)
     adapter = adapters.Adapter(
-        CompressionConfig(k=4, rate=4, layout=layout),
+        CompressionConfig(method=method, k=4, rate=4, k_choices=(1, 4), layout=layout),
         LoraConfig(4, 2.0, 0.0),
         targets.make_template(template, base.tokenizer),
         random_trained(TINY, 4),
@@ -34,9 +36,9 @@ def make_adapter(folder, tiny_base, layout="servable", template="plain"):
     return folder
 
 
-@pytest.fixture(scope="module")
-def compressor(tiny_base, tmp_path_factory):
-    return icae_jax.load(make_adapter(tmp_path_factory.mktemp("adapter") / "a", tiny_base))
+@pytest.fixture(scope="module", params=["icae", "x500"])
+def compressor(request, tiny_base, tmp_path_factory):
+    return icae_jax.load(make_adapter(tmp_path_factory.mktemp("adapter") / "a", tiny_base, request.param))
 
 
 @pytest.fixture(scope="module")
@@ -45,12 +47,46 @@ def memory(compressor):
 
 
 def test_memory_sizes(compressor, memory):
-    """Breaks when segments are counted wrongly: 16 text tokens a segment, <s> included, 4 slots each."""
-    lengths = [len(t.split()) + 1 for t in TEXTS]
+    """Breaks when segments are counted wrongly: 16 text tokens a segment (ICAE's <s> included), 4 memory tokens each; or bytes."""
+    slots = compressor.config.method == "icae"
+    lengths = [len(t.split()) + slots for t in TEXTS]
     segments = [-(-n // 16) for n in lengths]
     assert memory.lengths.tolist() == lengths and memory.tokens.tolist() == [4 * s for s in segments]
-    assert memory.bytes.tolist() == [4 * s * TINY.hidden_size * 4 for s in segments]
+    numbers = TINY.hidden_size if slots else 2 * TINY.num_layers * TINY.num_kv_heads * TINY.head_dim
+    assert memory.bytes.tolist() == [4 * s * numbers * 4 for s in segments]
     np.testing.assert_allclose(memory.ratio, np.asarray(lengths) / (4 * np.asarray(segments)))
+
+
+def contents_of(memory, row=0):
+    """What was written for the real tokens of one text, texts and tokens in front."""
+    axes = (memory.TEXT_AXIS, memory.TEXT_AXIS + 1)
+    return [np.moveaxis(np.asarray(x), axes, (0, 1))[row][np.asarray(memory.mask[row])] for x in memory.contents.values()]
+
+
+def test_a_smaller_k_by_name(compressor, memory, tmp_path):
+    """Breaks when k is not the caller's, is lost in a file, or an unknown one gets through."""
+    small = compressor.compress(TEXTS, k=1)
+    assert (4 * small.tokens).tolist() == memory.tokens.tolist() and (small.ratio == 4 * memory.ratio).all()
+    compressor.save(tmp_path / "m.safetensors", small)
+    again, _ = compressor.load_memory(tmp_path / "m.safetensors")
+    assert again.tokens_per_segment == 1 and compressor.ask(again, "who ?", 6) == compressor.ask(small, "who ?", 6)
+    with pytest.raises(ValueError, match="k is 2; this compressor was trained with 1, 4 memory tokens"):
+        compressor.compress(TEXTS, k=2)
+
+
+def test_documents_compressed_apart_are_read_together(compressor):
+    """Breaks when a joined memory is not that of one text whose segments are the documents."""
+    size = 16 - len(compressor.framing.start)
+    words = " ".join(TEXTS).split()[: 16 + size]
+    whole = compressor.compress(" ".join(words))
+    # The second document has no <s> of its own here: ids, not texts, so that the segments are the same.
+    ids = compressor.context_ids(" ".join(words))
+    joined = compressor.join([compressor.compress_ids([ids[:16]]), compressor.compress_ids([ids[16:]])])
+    assert whole.tokens.tolist() == joined.tokens.tolist() == [8]
+    assert compressor.restore(joined, 10) == compressor.restore(whole, 10)
+    assert compressor.ask(joined, "who ?", 6) == compressor.ask(whole, "who ?", 6)
+    with pytest.raises(ValueError, match="cannot be joined"):
+        compressor.join([whole, compressor.compress(TEXTS[:1], k=1)])
 
 
 def test_results_do_not_depend_on_the_batch(compressor, memory):
@@ -61,17 +97,17 @@ def test_results_do_not_depend_on_the_batch(compressor, memory):
     assert len({g.text for g in restored}) > 1 and len({row[0].text for row in answers}) > 1
     for i, text in enumerate(TEXTS):
         one = compressor.compress(text)
-        M = one.slots.shape[1]
-        np.testing.assert_allclose(one.slots[0], memory.slots[i, :M], atol=1e-5 * float(jnp.abs(memory.slots).max()))
-        assert not memory.mask[i, M:].any()
+        for got, want in zip(contents_of(one), contents_of(memory, i), strict=True):
+            np.testing.assert_allclose(got, want, atol=1e-5 * np.abs(want).max())
         if not restored[i].ties:
             assert compressor.restore(one, 12) == [restored[i].text]
         if not answers[i][0].ties:
             assert compressor.ask(one, QUESTIONS[i], 8) == [answers[i][0].text]
         alone = compressor.score(one, TEXTS[::-1][i])[0]
         assert alone.tokens == scores[i].tokens and abs(alone.log_prob - scores[i].log_prob) <= 1e-5 * abs(alone.log_prob)
-    assert compressor.compress(TEXTS, batch_size=2).slots.shape == memory.slots.shape
-    np.testing.assert_allclose(compressor.compress(TEXTS, batch_size=2).slots, memory.slots, atol=2e-5 * float(jnp.abs(memory.slots).max()))
+    twos = compressor.compress(TEXTS, batch_size=2)
+    for name, value in memory.contents.items():
+        np.testing.assert_allclose(twos.contents[name], value, atol=2e-5 * np.abs(value).max())
 
 
 def test_answers_nest_as_the_questions_do(compressor, memory):
@@ -85,15 +121,30 @@ def test_answers_nest_as_the_questions_do(compressor, memory):
         compressor.ask(memory, QUESTIONS[:2])
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def _pass(model, params, x, positions, prefix):
+    hidden, _ = model.apply({"params": params}, x, positions[None], llama.causal_mask(x.shape[1]), prefix=prefix)
+    return jax.nn.log_softmax(hidden[0] @ llama.head_kernel(params))
+
+
+def straight(params, compressor, memory, at, ids):
+    """Log-probabilities after each of ids, by one plain call of the base: slots as embeddings in front, or K/V as its cache."""
+    contents, x, prefix = contents_of(memory, at), np.zeros((1, 80, TINY.hidden_size), np.float32), None
+    M = len(contents[0])
+    embedded = llama.embed(params, jnp.asarray(ids))
+    if compressor.config.method == "icae":
+        x[0, : M + len(ids)] = np.concatenate([contents[0], embedded])
+        return _pass(compressor.model, params, x, jnp.arange(80), prefix)[M:]
+    x[0, : len(ids)] = embedded
+    k, v = (jnp.moveaxis(jnp.asarray(c), 0, 1)[:, None] for c in contents)
+    prefix = (llama.rotate_keys(compressor.base.config, k, jnp.arange(M)[None]), v, jnp.ones((1, M), bool))
+    return _pass(compressor.model, params, x, M + jnp.arange(80), prefix)
+
+
 def test_scores_equal_one_straight_pass(compressor, memory):
     """Breaks when scoring reads the memory at other positions, or counts other tokens, than one pass over slots and text."""
     got = compressor.score(memory, TEXTS, QUESTIONS) + compressor.score(memory, TEXTS)
     params, base = compressor.base.params, compressor.base
-
-    @jax.jit
-    def straight(params, x):
-        hidden, _ = compressor.model.apply({"params": params}, x, jnp.arange(80)[None], llama.causal_mask(80))
-        return jax.nn.log_softmax(hidden[0] @ llama.head_kernel(params))
 
     for i in range(2 * len(TEXTS)):
         at, asked = i % len(TEXTS), i < len(TEXTS)
@@ -101,24 +152,22 @@ def test_scores_equal_one_straight_pass(compressor, memory):
         before = list(compressor.adapter.template.prompt(base.tokenizer(QUESTIONS[at], add_special_tokens=False)["input_ids"]))
         ids = [*before, *answer, base.tokenizer.eos_token_id] if asked else answer
         first = len(before) if asked else 1
-        slots = memory.slots[at][memory.mask[at]]
-        x = np.zeros((1, 80, TINY.hidden_size), np.float32)
-        x[0, : len(slots) + len(ids)] = np.concatenate([slots, llama.embed(params, jnp.asarray(ids))])
-        log_probs = straight(params, x)[len(slots) :]
+        log_probs = straight(params, compressor, memory, at, ids)
         want = sum(float(log_probs[t - 1, ids[t]]) for t in range(first, len(ids)))
         assert got[i].tokens == len(ids) - first and abs(got[i].log_prob - want) <= 1e-4 * abs(want)
 
 
-@pytest.mark.parametrize("layout", ["sequential", "uniform"])
-def test_other_layouts_read_and_write(tiny_base, tmp_path, layout, memory):
+@pytest.mark.parametrize(("method", "layout"), [("icae", "sequential"), ("icae", "uniform"), ("x500", "reference"), ("x500", "uniform")])
+def test_other_layouts_read_and_write(tiny_base, tmp_path, method, layout):
     """Breaks when a layout's positions are lost between compressing, a file, and reading."""
-    compressor = icae_jax.load(make_adapter(tmp_path / "a", tiny_base, layout, "mistral"))
+    compressor = icae_jax.load(make_adapter(tmp_path / "a", tiny_base, method, layout, "mistral"))
     memory = compressor.compress(TEXTS[:2])
     compressor.save(tmp_path / "m.safetensors", memory, ["x", "y"])
     again, ids = compressor.load_memory(tmp_path / "m.safetensors")
     assert ids == ["x", "y"]
-    for name in ("slots", "mask", "positions", "end", "segment_lengths"):
-        np.testing.assert_array_equal(getattr(again, name), getattr(memory, name))
+    assert type(again) is type(memory)
+    for name, value in vars(memory).items():
+        np.testing.assert_array_equal(getattr(again, name), value)
     assert compressor.restore(again, 6) == compressor.restore(memory, 6)
     assert compressor.ask(again, "who ?", 6) == compressor.ask(memory, "who ?", 6)
 
@@ -128,7 +177,7 @@ def test_bad_input(compressor, memory, tiny_base, tmp_path):
         compressor.compress(["the cat", "   "])
     with pytest.raises(ValueError, match="texts is empty"):
         compressor.compress([])
-    with pytest.raises(ValueError, match=r"text 0: 2001 tokens need \d+ positions, the base has 256"):
+    with pytest.raises(ValueError, match=r"text 0: 200[01] tokens need \d+ positions, the base has 256"):
         compressor.compress("cat " * 2000)
     with pytest.raises(ValueError, match="max_new_tokens is -1"):
         compressor.restore(memory, -1)

@@ -1,11 +1,16 @@
 """The compressor's task: what it refuses, what its losses may depend on."""
 
+import copy
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import WORDS, write_jsonl
+from conftest import TINY, WORDS, write_jsonl
 
+from icae_jax.interop import base as bases
+from icae_jax.objectives import targets
 from icae_jax.training.compressor_task import CompressorTask
 from icae_jax.training.config import TrainConfig, from_dict
 
@@ -93,6 +98,68 @@ def test_fine_tuning_starts_from_the_adapter_and_checks_it(raw, tmp_path):
         task(raw, **qa | {"lora": {"rank": 4, "targets": ["k_proj"]}})
     with pytest.raises(ValueError, match="init_from is not set"):
         task(raw, **qa | {"init_from": ""})
+
+
+def finetuning(raw, folder, **changes):
+    task(raw).export(folder, task(raw).init())
+    qa = {"phase": "finetune", "init_from": str(folder), "objectives": {"ae": 0.0, "lm": 0.0, "qa": 1.0}}
+    return qa | {"data": raw["data"] | {"train": raw["qa"], "eval": raw["qa"]}} | changes
+
+
+def test_k_is_drawn_in_fine_tuning_unless_asked_for_in_pretraining(raw, tmp_path):
+    """Breaks when pretraining draws k unasked, fine-tuning does not, an adapter offers what was not trained, or a k is not evaluated."""
+    some = {"compression": {"k": 4, "rate": 4, "k_choices": [1, 4]}}
+    for changes, choices in (
+        (some, (4,)),
+        (some | {"draw_k": ["pretrain"]}, (1, 4)),
+        (finetuning(raw, tmp_path) | some, (1, 4)),
+        (finetuning(raw, tmp_path) | some | {"draw_k": []}, (4,)),
+    ):
+        made = task(raw, **changes)
+        batches = list(made.train_batches(0, 12))
+        assert {batch["k"] for batch in batches} == set(choices) == set(made.compression.choices)
+        assert [made.describe(b) for b in batches] == [{"k": b["k"]} if len(choices) > 1 else {} for b in batches]
+        kinds = next(iter(made.eval_batches()))
+        assert {kind: batch["k"] for kind, batch in kinds.items()} == {"memory": 4, "wrong_memory": 4} | (
+            {"memory_k1": 1, "wrong_memory_k1": 1} if len(choices) > 1 else {}
+        )
+        made.export(tmp_path / "out", made.init())
+        info = json.loads((tmp_path / "out" / "adapter" / "icae.json").read_text())
+        assert tuple(info["compression"]["k_choices"]) == (choices if len(choices) > 1 else ())
+    losses = {"memory": {"qa": 1.0}, "wrong_memory": {"qa": 9.0}, "memory_k1": {"qa": 3.0}, "wrong_memory_k1": {"qa": 9.0}}
+    assert task(raw, **finetuning(raw, tmp_path)).held_out_loss(losses) == 2.0
+
+
+def test_losses_of_a_k_depend_on_its_rows_alone(raw):
+    """Breaks when a step with a smaller k trains rows of the table that it does not use."""
+    made = task(raw, compression={"k": 4, "rate": 4, "k_choices": [1, 4]}, draw_k=["pretrain"], objectives={"ae": 1.0, "lm": 0.0})
+    batch = next(iter(made.eval_batches()))["memory_k1"]
+    gradient = jax.jit(jax.grad(lambda trained: made.losses(trained, made.frozen, batch, None)["ae"][0]))(made.init())
+    rows = np.abs(np.asarray(gradient["memory_table"])).max(1)
+    assert rows[0] > 0 and not rows[1:4].any() and rows[4] > 0
+
+
+def test_a_base_without_bos_gets_a_trained_trigger_and_says_so(raw, tmp_path, tiny_params, tiny_tokenizer):
+    """Breaks when 500xCompressor cannot be trained on a base without <s>, or its adapter claims to be triggered by one."""
+    x500 = {"compression": {"method": "x500", "k": 4, "rate": 4}, "objectives": {"ae": 1.0, "lm": 0.0}}
+    made = task(raw, **x500)
+    assert made.framing.trigger == 1 and made.compression.trigger == "bos" and not made.notes()
+    bare = copy.deepcopy(tiny_tokenizer)
+    bare.bos_token = None
+    bases.save_base(tmp_path / "base", TINY, tiny_params, bare, dtype="float32")
+    made = task(raw, **x500, base=str(tmp_path / "base"))
+    assert made.framing.trigger == targets.AE and made.compression.trigger == "trained"
+    assert "has no bos token; a trained one asks" in made.notes()[0]
+    with pytest.raises(ValueError, match=r"compression\.method is 'x500', but init_from .* was trained with 'icae'"):
+        task(raw, **finetuning(raw, tmp_path / "w", compression={"method": "x500", "k": 4, "rate": 4}))
+
+
+def test_room_for_the_positions_of_the_reference_layout(raw):
+    """Breaks when a fixed length that the base has no positions for is found out while compiling, or later."""
+    reference = {"method": "x500", "k": 4, "layout": "reference"}
+    assert task(raw, compression=reference | {"rate": 62.0}).framing.start == ()  # 248 + 4 + 4 = 256
+    with pytest.raises(ValueError, match=r"needs 260 positions .* the base has 256"):
+        task(raw, compression=reference | {"rate": 64.0})
 
 
 def test_trigger_token(raw):

@@ -41,6 +41,42 @@ def test_a_full_segment_fits_in_the_shape_of_a_longer_text():
     assert ids.shape == (2, 2, 12) and lengths.tolist() == [[7, 6], [12, 0]]
 
 
+def test_fixed_length_pads_to_the_whole_segment_with_the_given_id():
+    """Breaks when the reference layout's texts are padded to the batch, or with another id than eos."""
+    config = encoder.CompressionConfig(method="x500", layout="reference", k=3, rate=4)
+    ids, lengths = encoder.segment_contexts([[5, 6, 7], [8]], config, pad_id=2)
+    assert ids.tolist() == [[[5, 6, 7] + [2] * 9], [[8] + [2] * 11]] and lengths.tolist() == [[3], [1]]
+    assert encoder.segment_contexts([[5]], config, (2, 3), 2)[0].shape == (1, 2, 12)
+
+
+# ------------------------------------------------------------------------------------------------------- configuration
+
+
+def test_defaults_of_a_method():
+    """Breaks when a method falls back to the other's layout or trigger."""
+    icae, x500 = encoder.CompressionConfig(), encoder.CompressionConfig(method="x500")
+    assert (icae.layout, icae.trigger, icae.segment_tokens) == ("servable", "trained", 512)
+    assert (x500.layout, x500.trigger) == ("clean", "bos")
+    assert encoder.CompressionConfig(method="x500", trigger="trained").trigger == "trained"
+
+
+@pytest.mark.parametrize(("k", "rate"), [(16, 31.25), (4, 125), (1, 500), (3, 500 / 3)])
+def test_segments_may_hold_any_number_of_tokens(k, rate):
+    """Breaks when a rate that is no whole number loses tokens of the segment."""
+    assert encoder.CompressionConfig(k=k, rate=rate).segment_tokens == 500
+
+
+def test_choosing_k():
+    """Breaks when an unknown k gets through, or none does not mean the largest."""
+    one, many = encoder.CompressionConfig(k=16), encoder.CompressionConfig(k=16, k_choices=(1, 4, 16))
+    assert (one.choose(), one.choose(16), many.choose(), many.choose(np.int64(1))) == (16, 16, 16, 1)
+    assert many.segment_tokens == one.segment_tokens == 64
+    with pytest.raises(ValueError, match="k is 4; this compressor was trained with 16 memory tokens"):
+        one.choose(4)
+    with pytest.raises(ValueError, match="k is 2; this compressor was trained with 1, 4, 16 memory tokens"):
+        many.choose(2)
+
+
 # -------------------------------------------------------------------------------------------------------- memory table
 
 
@@ -73,6 +109,14 @@ def test_negative_ids_are_rows_of_the_table_from_its_end():
         ({"rate": -1}, "compression.rate is -1"),
         ({"memory_init": "zero"}, "compression.memory_init is 'zero'"),
         ({"layout": "spiral"}, "layout is 'spiral'; choose from sequential, uniform, servable"),
+        ({"layout": "clean"}, "layout is 'clean', not one of method icae; choose from servable, sequential, uniform"),
+        ({"method": "x500", "layout": "servable"}, "not one of method x500; choose from clean, reference, uniform"),
+        ({"k_choices": (1, 4)}, "k_choices is \\(1, 4\\); .* the last of them k \\(128\\)"),
+        ({"k_choices": (4, 1, 128)}, "k_choices is .* rising"),
+        ({"k_choices": (0, 128)}, "k_choices is .* from 1 on"),
+        ({"k_choices": (128, 128)}, "k_choices is .* rising"),
+        ({"k": 1, "rate": 0.1}, "a segment holds no token"),
+        ({"trigger": "ae"}, "compression.trigger is 'ae'; choose trained or bos"),
     ],
 )
 def test_bad_configuration_is_named(fields, message):

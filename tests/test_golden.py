@@ -19,6 +19,7 @@ from icae_jax.interop import base as bases
 from icae_jax.models import llama
 from icae_jax.objectives import loss, targets
 
+
 def cases(pattern):
     """The case folders of one method; one skipped parameter where there are none."""
     found = sorted(p.name for p in GOLDEN.glob(pattern) if (p / "meta.json").exists())

@@ -12,7 +12,7 @@ LENGTHS = jnp.asarray([[4, 4], [3, 0]])  # two texts of up to two segments
 
 def test_unknown_layout_is_named():
     """Breaks when a misspelt layout falls back to another one."""
-    with pytest.raises(ValueError, match="layout is 'uniformly'; choose from sequential, uniform, servable"):
+    with pytest.raises(ValueError, match="layout is 'uniformly'; choose from sequential, uniform, servable, clean, reference"):
         layout.get("uniformly")
 
 
@@ -31,6 +31,8 @@ def test_spread():
         ("sequential", [[0, 1, 2, 3, 4, 4, 5], [0, 1, 2, 3, 4, 2, 3]]),  # memory follows the text, not the padding
         ("uniform", [[1, 2, 3, 4, 5, 2, 4], [1, 2, 3, 4, 5, 1, 2]]),
         ("servable", [[1, 2, 3, 4, 5, 2, 4], [1, 2, 3, 4, 5, 1, 2]]),
+        ("clean", [[0, 1, 2, 3, 4, 4, 5], [0, 1, 2, 3, 4, 2, 3]]),
+        ("reference", [[0, 1, 2, 3, 4, 4, 5], [0, 1, 2, 3, 4, 2, 3]]),  # its callers give the padded length
     ],
 )
 def test_encoder_positions(name, want):
@@ -43,6 +45,8 @@ def test_encoder_positions(name, want):
     [
         ("sequential", [[0, 1, 2, 3], [0, 1]], [4, 2]),
         ("servable", [[0, 1, 2, 3], [0, 1]], [4, 2]),
+        ("clean", [[0, 1, 2, 3], [0, 1]], [4, 2]),
+        ("reference", [[10, 11, 12, 13], [10, 11]], [4, 2]),  # behind the fixed length, in the future of every target
         ("uniform", [[2, 4, 6, 8], [1, 3]], [9, 4]),  # text ids 1 … 8 and 1 … 3, running over the segments
     ],
 )
@@ -59,3 +63,28 @@ def test_target_starts(name):
     prefix = Prefix(None, None, None, jnp.asarray([9, 4]))
     starts = {o: layout.target_starts(layout.get(name), o, prefix).tolist() for o in ("ae", "lm", "qa")}
     assert starts == {"ae": [0, 0] if name == "uniform" else [9, 4], "lm": [9, 4], "qa": [9, 4]}
+
+
+@pytest.mark.parametrize("name", layout.LAYOUTS)
+def test_a_missing_segment_takes_no_positions_wherever_it_is(name):
+    """Breaks when a gap is left before a segment that follows a missing one."""
+    where = layout.get(name)
+    got, end = layout.decoder_positions(where, 2, jnp.asarray([[4, 0, 3]]), 10)
+    want, want_end = layout.decoder_positions(where, 2, jnp.asarray([[4, 3]]), 10)
+    assert got[0, [0, 1, 4, 5]].tolist() == want[0].tolist() and end.tolist() == want_end.tolist()
+
+
+@pytest.mark.parametrize("name", layout.LAYOUTS)
+@pytest.mark.parametrize("k", [1, 3])
+def test_positions_needed_bound_the_positions_used(name, k):
+    """Breaks when a text is let through whose positions the base does not have, or refused though it fits."""
+    where, sizes, fixed = layout.get(name), [5, 5, 4], 8
+    lengths = jnp.asarray([sizes])
+    encoder, memory, start = layout.positions_needed(where, 14, 3, 5, k, fixed)
+    reach = jnp.asarray([fixed] * 3 if where.fixed_length else sizes)
+    N = fixed if where.fixed_length else 5
+    used = layout.encoder_positions(where, N, k, reach)
+    positions, end = layout.decoder_positions(where, k, lengths, fixed)
+    assert int(used.max()) < encoder <= int(used.max()) + 1 + (k if where.spread_encoder else 0)
+    assert int(positions.max()) < memory and start == int(end[0])
+    assert where.spread_decoder or memory == int(positions.max()) + 1

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from icae_jax.compression.memory import Slots
+from icae_jax.compression.memory import KV, Slots
 
 MASK = np.asarray([[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 1]], bool)
 SLOTS = Slots(
@@ -15,22 +15,32 @@ SLOTS = Slots(
     end=jnp.asarray([4, 2, 4]),
     segment_lengths=jnp.asarray([[7, 6], [5, 0], [8, 8]]),
 )
+PLACED = {name: x for name, x in vars(SLOTS).items() if name != "slots"}
+KVS = KV(k=jnp.arange(2 * 3 * 4 * 5.0).reshape(2, 3, 4, 1, 5), v=-jnp.arange(2 * 3 * 4 * 5.0).reshape(2, 3, 4, 1, 5), **PLACED)
 
 
+@pytest.mark.parametrize("memory", [SLOTS, KVS], ids=["slots", "kv"])
 @pytest.mark.parametrize(
-    ("rows", "want"), [(1, [1]), (-1, [2]), (slice(1, None), [1, 2]), ([2, 0], [2, 0]), (np.asarray([0]), [0])]
+    ("rows", "want"),
+    [(1, [1]), (-1, [2]), (slice(1, None), [1, 2]), ([2, 0], [2, 0]), (np.asarray([0]), [0]), (jnp.asarray([1, 1]), [1, 1])],
 )
-def test_choosing_rows(rows, want):
-    """Breaks when a single row loses its batch axis, or a field is left behind."""
-    chosen = SLOTS[rows]
-    assert len(chosen) == len(want) and len(jax.tree.leaves(chosen)) == 5
-    for got, every in zip(jax.tree.leaves(chosen), jax.tree.leaves(SLOTS), strict=True):
-        np.testing.assert_array_equal(got, np.asarray(every)[want])
+def test_choosing_rows(memory, rows, want):
+    """Breaks when a single row loses its batch axis, a field is left behind, or K/V are cut along their layers."""
+    chosen = memory[rows]
+    assert len(chosen) == len(want) and type(chosen) is type(memory)
+    for name, every in vars(memory).items():
+        axis = memory.TEXT_AXIS if name in memory.CONTENTS else 0
+        np.testing.assert_array_equal(getattr(chosen, name), np.take(np.asarray(every), want, axis))
+    compiled = jax.jit(lambda m, r: m[r])(memory, jnp.asarray(want))
+    for got, every in zip(jax.tree.leaves(compiled), jax.tree.leaves(chosen), strict=True):
+        np.testing.assert_array_equal(got, every)
 
 
 def test_sizes():
-    """Breaks when masked slots are counted, or bytes ignore the dtype."""
-    assert SLOTS.lengths.tolist() == [13, 5, 16] and SLOTS.tokens.tolist() == [4, 2, 4]
-    assert SLOTS.ratio.tolist() == [3.25, 2.5, 4.0]
-    assert SLOTS.bytes.tolist() == [80, 40, 80]
-    assert SLOTS.replace(slots=SLOTS.slots.astype(jnp.bfloat16)).bytes.tolist() == [40, 20, 40]
+    """Breaks when masked tokens are counted, bytes ignore the dtype, or K/V count one layer or K alone."""
+    for memory, size in ((SLOTS, 20), (KVS, 80)):
+        assert memory.lengths.tolist() == [13, 5, 16] and memory.tokens.tolist() == [4, 2, 4]
+        assert memory.ratio.tolist() == [3.25, 2.5, 4.0] and memory.tokens_per_segment == 2
+        assert memory.bytes_per_token == size and memory.bytes.tolist() == [4 * size, 2 * size, 4 * size]
+        half = memory.replace(**{name: x.astype(jnp.bfloat16) for name, x in memory.contents.items()})
+        assert half.bytes.tolist() == [2 * size, size, 2 * size]

@@ -19,6 +19,14 @@ def memory():
     return memories.place(memories.Slots, {"slots": slots}, np.asarray([[8, 3], [5, 0]]), CONFIG)
 
 
+X500 = encoder.CompressionConfig(method="x500", k=2, rate=4)
+
+
+def kv_memory():
+    k, v = np.random.default_rng(0).standard_normal((2, 3, 2, 4, 1, 6)).astype(np.float32)
+    return memories.place(memories.KV, {"k": k, "v": v}, np.asarray([[8, 3], [5, 0]]), X500)
+
+
 def save(path, **changes):
     values = {"ids": ["a", "b"], "base_fingerprint": "b" * 64, "adapter_fingerprint": "a" * 64, "adapter_path": path.parent}
     store.save(path, memory(), CONFIG, *(values | changes).values())
@@ -35,6 +43,27 @@ def test_round_trip_with_metadata(tmp_path):
     metadata = store.read_metadata(path)
     assert (metadata["method"], metadata["layout"], metadata["k"]) == ("icae", "servable", "2")
     assert json.loads(metadata["ids"]) == ids and metadata["adapter"] == str(tmp_path.resolve())
+
+
+def test_key_value_memories(tmp_path):
+    """Breaks when K/V are stored under other names, or read back as slots, or an adapter of the other method or layout reads them."""
+    path = tmp_path / "m.safetensors"
+    store.save(path, kv_memory(), X500, ["a", "b"], "b" * 64, "a" * 64, tmp_path)
+    again, ids = store.load(path, X500, "b" * 64, "a" * 64)
+    assert ids == ["a", "b"] and type(again) is memories.KV
+    for name, value in vars(kv_memory()).items():
+        np.testing.assert_array_equal(getattr(again, name), value)
+    with safetensors.safe_open(path, framework="numpy") as f:
+        assert set(f.keys()) == {"k", "v", "lengths"} and (f.metadata()["method"], f.metadata()["k"]) == ("x500", "2")
+    with pytest.raises(ValueError, match="has method x500, the adapter icae"):
+        store.load(path, CONFIG, "b" * 64, "a" * 64)
+    with pytest.raises(ValueError, match="has layout clean, the adapter uniform"):
+        store.load(path, encoder.CompressionConfig(method="x500", k=2, rate=4, layout="uniform"), "b" * 64, "a" * 64)
+    with safetensors.safe_open(path, framework="numpy") as f:
+        metadata = f.metadata()
+    safetensors.numpy.save_file({"k": np.zeros((1, 2, 4, 1, 2))}, path, metadata)
+    with pytest.raises(ValueError, match="tensors v, lengths missing"):
+        store.load(path, X500, "b" * 64, "a" * 64)
 
 
 def test_another_base_or_adapter_is_refused_and_named(tmp_path):

@@ -1,11 +1,13 @@
 """Target layouts, question templates, and packing."""
 
 import copy
+import dataclasses
 
 import numpy as np
 import pytest
 from conftest import FRAMING, WORDS
 
+from icae_jax.compression.encoder import CompressionConfig
 from icae_jax.objectives import targets
 from icae_jax.objectives.targets import AE, FT, LM
 
@@ -17,6 +19,37 @@ def ids(text):
 def test_autoencoding():
     """Breaks when [AE] or </s> is missing, or [AE] is a label."""
     assert targets.ae_target([1, 9, 10], FRAMING) == ([AE, 1, 9, 10, 2], 1)
+
+
+@pytest.mark.parametrize(
+    ("fields", "framing"),
+    [
+        ({"method": "icae"}, ((1,), AE, 2)),
+        ({"method": "icae", "trigger": "bos"}, ((1,), 1, 2)),
+        ({"method": "x500"}, ((), 1, 2)),
+        ({"method": "x500", "trigger": "trained"}, ((), AE, 2)),
+    ],
+)
+def test_framing(tiny_tokenizer, fields, framing):
+    """Breaks when 500xCompressor's encoder reads <s>, ICAE's does not, or another token asks for the text back."""
+    assert dataclasses.astuple(targets.make_framing(CompressionConfig(**fields), tiny_tokenizer, 1)) == framing
+
+
+def test_framing_without_the_tokens_it_needs(tiny_tokenizer):
+    """Breaks when a missing <s> or </s> becomes a None among the ids."""
+    bare = copy.deepcopy(tiny_tokenizer)
+    bare.bos_token = None
+    with pytest.raises(ValueError, match=r"compression\.trigger is bos, but .* no bos token; choose trained"):
+        targets.make_framing(CompressionConfig(method="x500"), bare, None)
+    assert targets.make_framing(CompressionConfig(), bare, None).start == ()
+    bare.eos_token = None
+    with pytest.raises(ValueError, match="no eos token"):
+        targets.make_framing(CompressionConfig(), bare, None)
+
+
+def test_padded_autoencoding():
+    """Breaks when the reference's padded labels are miscounted: the text and padding to 5 tokens, then the final eos."""
+    assert targets.ae_target([9, 10], targets.Framing((), 1, 2), padded_to=5) == ([1, 9, 10, 2, 2, 2, 2], 1)
 
 
 def test_language_modelling():

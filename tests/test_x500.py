@@ -1,0 +1,119 @@
+"""K/V memories: that reading them equals running their tokens, and what the reference's layout does otherwise."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import TINY, close, random_trained
+
+from icae_jax.compression import encoder, x500
+from icae_jax.compression import memory as memories
+from icae_jax.models import llama
+from icae_jax.objectives import loss
+
+MODEL = llama.Llama(TINY, lora_scale=0.5)
+TRAINED = random_trained(TINY, 3)
+RNG = np.random.default_rng(0)
+TEXTS = [RNG.integers(3, 64, n).tolist() for n in (5, 12, 13, 25)]
+BEHIND = jnp.asarray(RNG.integers(3, 64, (2, 1, 6)), jnp.int32)
+
+
+def config(layout="clean", **fields):
+    return encoder.CompressionConfig(**{"method": "x500", "k": 3, "rate": 4, "layout": layout} | fields)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "k"))
+def compress(params, trained, ids, lengths, config, k=3):
+    return x500.compress(MODEL, params, trained, ids, lengths, config, k)
+
+
+def segments(texts, config):
+    return tuple(map(jnp.asarray, encoder.segment_contexts(texts, config, pad_id=2)))
+
+
+@functools.partial(jax.jit, static_argnames="head")
+def logits_behind(params, memory, ids, head=()):
+    """Logits `[B, T, V]` of ids `[B, 1, T]` behind head and memory."""
+    prefix = x500.read(MODEL, params, memory, head)
+    every = jnp.broadcast_to(jnp.arange(ids.shape[2]), ids.shape)
+    return loss.label_hidden(MODEL, params, TRAINED, prefix, prefix.end, ids, every) @ llama.head_kernel(params)
+
+
+@jax.jit
+def straight(params, ids, positions, mask):
+    """Logits of one pass of the base, and its K/V."""
+    hidden, kv = MODEL.apply({"params": params}, ids, positions, mask, return_kv=True)
+    return hidden @ llama.head_kernel(params), kv
+
+
+# ------------------------------------------------------------------------------------------------------------- identity
+
+
+@pytest.mark.parametrize("head", [(), (1, 3)])
+def test_a_prefix_of_real_tokens_equals_running_them_in_front(tiny_params, head):
+    """Breaks when K is rotated twice or to other positions, the prefix is masked wrongly, or targets start elsewhere."""
+    m, h, T = 7, len(head), BEHIND.shape[2]
+    ids = jnp.asarray(RNG.integers(3, 64, (2, m)))
+    in_front = jnp.concatenate([jnp.broadcast_to(jnp.asarray(head, jnp.int32), (2, h)), ids, BEHIND[:, 0]], 1)
+    want, (k, v) = straight(tiny_params, in_front, jnp.arange(h + m + T)[None], llama.causal_mask(h + m + T))
+    memory = memories.place(memories.KV, {"k": k[:, :, h : h + m], "v": v[:, :, h : h + m]}, jnp.full((2, 1), 20), config())
+    assert memory.positions.tolist() == [list(range(m))] * 2
+    close(logits_behind(tiny_params, memory, BEHIND, head), want[:, h + m :])
+    moved = memory.replace(positions=memory.positions.at[:, 0].add(3))
+    assert np.abs(np.asarray(logits_behind(tiny_params, moved, BEHIND, head) - want[:, h + m :])).max() > 1e-3
+
+
+def test_without_lora_memory_tokens_are_tokens_behind_the_text(tiny_params):
+    """Breaks when the encoder keeps other positions' K/V, or the decoder sees more of the text than they carry: the base run over
+    text, tokens and continuation at once, the continuation blind to the text, gives the same logits.
+    """
+    tokens = [9, 30, 11]
+    table = TRAINED["memory_table"].at[:3].set(tiny_params["embed"][jnp.asarray(tokens)])
+    trained = {"lora": jax.tree.map(jnp.zeros_like, TRAINED["lora"]), "memory_table": table}
+    memory = compress(tiny_params, trained, *segments([TEXTS[1]] * 2, config()), config=config())
+    n, T = 12, BEHIND.shape[2]
+    whole = jnp.concatenate([jnp.asarray([TEXTS[1] + tokens] * 2), BEHIND[:, 0]], 1)
+    length = n + 3 + T
+    mask = llama.causal_mask(length) & ~((jnp.arange(length) >= n + 3)[:, None] & (jnp.arange(length) < n)[None])[None]
+    want = straight(tiny_params, whole, jnp.arange(length)[None], mask)[0][:, n + 3 :]
+    close(logits_behind(tiny_params, memory, BEHIND), want, 2e-5)
+
+
+# ------------------------------------------------------------------------------------------------------ what is written
+
+
+def test_shapes_and_bytes(tiny_params):
+    memory = compress(tiny_params, TRAINED, *segments(TEXTS, config()), config=config())
+    assert memory.k.shape == memory.v.shape == (2, 4, 9, 2, 8)  # L, B, M, K, H
+    assert memory.tokens.tolist() == [3, 3, 6, 9] and memory.bytes_per_token == 2 * 2 * 2 * 8 * 4
+    assert memory.bytes.tolist() == [3 * 256, 3 * 256, 6 * 256, 9 * 256] and memory.ratio.tolist() == [5 / 3, 4, 13 / 6, 25 / 9]
+
+
+@pytest.mark.parametrize("layout", encoder.METHOD_LAYOUTS["x500"])
+def test_padding_counts_in_the_reference_layout_alone(tiny_params, layout):
+    """Breaks when `clean` or `uniform` attend to padding, or `reference` masks it (its memory would not be the authors')."""
+    ids, lengths = segments(TEXTS, config(layout))
+    memory = compress(tiny_params, TRAINED, ids, lengths, config=config(layout))
+    real = jnp.arange(ids.shape[2])[None, None] < lengths[..., None]
+    other = compress(tiny_params, TRAINED, jnp.where(real, ids, 63), lengths, config=config(layout))
+    changed = np.abs(np.asarray(other.k - memory.k)).max((0, 3, 4))[0]
+    assert (changed[:3] > 1e-5).any() == (layout == "reference")
+
+
+def test_reference_positions(tiny_params):
+    """Breaks when the memory is read elsewhere than behind the padded text, or the decoder starts elsewhere than at the memory's count."""
+    memory = compress(tiny_params, TRAINED, *segments(TEXTS, config("reference")), config=config("reference"))
+    assert memory.positions[2, :6].tolist() == [12, 13, 14, 15, 16, 17] and memory.end.tolist() == [3, 3, 6, 9]
+    with pytest.raises(ValueError, match="segments of layout reference are 12 tokens, padding included; these are 9"):
+        x500.compress(MODEL, tiny_params, TRAINED, jnp.zeros((1, 1, 9), int), jnp.ones((1, 1), int), config("reference"), 3)
+
+
+def test_memory_is_in_the_compute_dtype(tiny_params):
+    """Breaks when a bfloat16 encoder hands over float32, twice the bytes."""
+    model = llama.Llama(TINY, lora_scale=0.5, dtype=jnp.bfloat16)
+    memory = jax.jit(lambda: x500.compress(model, tiny_params, TRAINED, *segments(TEXTS, config()), config(), 3))()
+    assert memory.k.dtype == memory.v.dtype == jnp.bfloat16 and memory.bytes_per_token == 128
+    prefix = jax.jit(lambda: x500.read(model, tiny_params, memory, (1, 3)))()
+    assert prefix.k.dtype == prefix.v.dtype == jnp.bfloat16 and prefix.k.shape == (2, 4, 11, 2, 8)
