@@ -110,7 +110,7 @@ def test_negative_ids_are_rows_of_the_table_from_its_end():
         ({"memory_init": "zero"}, "compression.memory_init is 'zero'"),
         ({"layout": "spiral"}, "layout is 'spiral'; choose from sequential, uniform, servable"),
         ({"layout": "clean"}, "layout is 'clean', not one of method icae; choose from servable, sequential, uniform"),
-        ({"method": "x500", "layout": "servable"}, "not one of method x500; choose from clean, reference, uniform"),
+        ({"method": "x500", "layout": "servable"}, "not one of method x500; choose from clean, sequential, reference, uniform"),
         ({"k_choices": (1, 4)}, "k_choices is \\(1, 4\\); .* the last of them k \\(128\\)"),
         ({"k_choices": (4, 1, 128)}, "k_choices is .* rising"),
         ({"k_choices": (0, 128)}, "k_choices is .* from 1 on"),

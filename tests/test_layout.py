@@ -31,7 +31,7 @@ def test_spread():
         ("sequential", [[0, 1, 2, 3, 4, 4, 5], [0, 1, 2, 3, 4, 2, 3]]),  # memory follows the text, not the padding
         ("uniform", [[1, 2, 3, 4, 5, 2, 4], [1, 2, 3, 4, 5, 1, 2]]),
         ("servable", [[1, 2, 3, 4, 5, 2, 4], [1, 2, 3, 4, 5, 1, 2]]),
-        ("clean", [[0, 1, 2, 3, 4, 4, 5], [0, 1, 2, 3, 4, 2, 3]]),
+        ("clean", [[1, 2, 3, 4, 5, 2, 4], [1, 2, 3, 4, 5, 1, 2]]),
         ("reference", [[0, 1, 2, 3, 4, 4, 5], [0, 1, 2, 3, 4, 2, 3]]),  # its callers give the padded length
     ],
 )

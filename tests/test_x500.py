@@ -72,7 +72,8 @@ def test_without_lora_memory_tokens_are_tokens_behind_the_text(tiny_params):
     tokens = [9, 30, 11]
     table = TRAINED["memory_table"].at[:3].set(tiny_params["embed"][jnp.asarray(tokens)])
     trained = {"lora": jax.tree.map(jnp.zeros_like, TRAINED["lora"]), "memory_table": table}
-    memory = compress(tiny_params, trained, *segments([TEXTS[1]] * 2, config()), config=config())
+    behind = config("sequential")  # the layout whose memory tokens stand behind the text
+    memory = compress(tiny_params, trained, *segments([TEXTS[1]] * 2, behind), config=behind)
     n, T = 12, BEHIND.shape[2]
     whole = jnp.concatenate([jnp.asarray([TEXTS[1] + tokens] * 2), BEHIND[:, 0]], 1)
     length = n + 3 + T
@@ -93,7 +94,7 @@ def test_shapes_and_bytes(tiny_params):
 
 @pytest.mark.parametrize("layout", encoder.METHOD_LAYOUTS["x500"])
 def test_padding_counts_in_the_reference_layout_alone(tiny_params, layout):
-    """Breaks when `clean` or `uniform` attend to padding, or `reference` masks it (its memory would not be the authors')."""
+    """Breaks when a layout of masked padding attends to it, or `reference` masks it (its memory would not be the authors')."""
     ids, lengths = segments(TEXTS, config(layout))
     memory = compress(tiny_params, TRAINED, ids, lengths, config=config(layout))
     real = jnp.arange(ids.shape[2])[None, None] < lengths[..., None]

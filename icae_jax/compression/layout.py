@@ -4,16 +4,16 @@ n: tokens of a segment, k: its memory tokens, M: memory tokens of all segments, 
 
 | name       | for        | encoder: text, memory tokens          | decoder: memory                 | targets start               |
 |------------|------------|---------------------------------------|---------------------------------|-----------------------------|
-| sequential | icae       | 0 … n-1, then n … n+k-1               | 0 … M-1                         | at M                        |
+| sequential | icae, x500 | 0 … n-1, then n … n+k-1               | 0 … M-1                         | at M                        |
 | servable   | icae       | 1 … n, spread over the ids they cover | 0 … M-1                         | at M                        |
-| clean      | x500       | 0 … n-1, then n … n+k-1               | 0 … M-1                         | at M                        |
+| clean      | x500       | 1 … n, spread over the ids they cover | 0 … M-1                         | at M                        |
 | reference  | x500       | 0 … N-1, then N … N+k-1               | N … N+M-1                       | at M                        |
 | uniform    | icae, x500 | 1 … n, spread over the ids they cover | the same, running over segments | AE at 0, others at text's end |
 
 `sequential` is the reference ICAE (arXiv 2307.06945), `uniform` UPL's. `servable` keeps UPL's encoder, but can be read by servers that take
 embeddings in a prompt, since those number positions 0, 1, 2, …  `reference` is the reference 500xCompressor (arXiv 2408.03094): the
-text is padded to N tokens with eos, which is attended to, and the memory's keys lie in the future of every query. `clean` masks the padding
-and goes on after the memory. Encoder positions restart in every segment.
+text is padded to N tokens with eos, which is attended to, and the memory's keys lie in the future of every query. `clean` masks the
+padding, spreads the memory as `servable` does, and goes on after it. Encoder positions restart in every segment.
 """
 
 import dataclasses
@@ -41,7 +41,7 @@ LAYOUTS = {
         Layout("sequential"),
         Layout("uniform", spread_encoder=True, spread_decoder=True, ae_restarts=True),
         Layout("servable", spread_encoder=True),
-        Layout("clean"),
+        Layout("clean", spread_encoder=True),
         Layout("reference", fixed_length=True),
     )
 }
