@@ -1,4 +1,4 @@
-"""`icae quickstart`: train a compressor on a small shipped base and show what a memory is worth, in one page."""
+"""`icae quickstart`: train both methods on a small shipped base and show what their memories are worth, in one page."""
 
 import html
 import json
@@ -23,8 +23,9 @@ from icae_jax.training.train import train
 SHIPPED_BASE = pathlib.Path(__file__).parent / "data" / "tiny_base"
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 PHASES = ("pretrain", "finetune")
+METHODS = {"icae": "ICAE", "x500": "500x"}  # and what the page calls them
 TRAIN_SEED, HELD_OUT_SEED = 1, 2
-TRAIN_PASSAGES = 20_000
+TRAIN_PASSAGES = 12_000
 
 
 def get_config(name, arg=None):
@@ -49,71 +50,77 @@ def write_data(folder, train_passages, held_out_passages):
             tmp.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def measure(compressor, untrained, rows):
-    """Scores on held-out passages: QA exact match in five arms, and restoration. Returns a dict of plain numbers and texts."""
+def measure(compressor, untrained, rows, k):
+    """What memories of k tokens a segment are worth on held-out passages: (scores of QA and restoration with controls, restored texts)."""
     contexts = [row["context"] for row in rows]
     questions = [[q["question"] for q in row["questions"]] for row in rows]
-    truth = [q["answers"][0] for row in rows for q in row["questions"]]
-    memory = compressor.compress(contexts, batch_size=50)
-    blank = untrained.compress(contexts, batch_size=50)
+    memory, blank = (c.compress(contexts, batch_size=50, k=k) for c in (compressor, untrained))
     wrong = memory[np.roll(np.arange(len(rows)), -1)]
-    arms = {
-        "full context": plain.answer(compressor, questions, contexts),
+    answers = {
         "memory": compressor.ask(memory, questions, 8, batch_size=50),
-        "no context": plain.answer(compressor, questions),
         "wrong memory": compressor.ask(wrong, questions, 8, batch_size=50),
         "untrained memory": untrained.ask(blank, questions, 8, batch_size=50),
     }
-    qa = {arm: scores.exact_match([a for row in answers for a in row], truth) for arm, answers in arms.items()}
-    restored = compressor.restore(memory, batch_size=50)
-    unrestored = untrained.restore(blank, batch_size=50)
+    restored, unrestored = compressor.restore(memory, batch_size=50), untrained.restore(blank, batch_size=50)
     return {
-        "passages": len(rows),
-        "questions": len(truth),
-        "qa_exact_match": qa,
-        "bleu": {"memory": scores.bleu(restored, contexts), "untrained memory": scores.bleu(unrestored, contexts)},
-        "exact_passages": {
-            "memory": scores.exact_match(restored, contexts),
-            "untrained memory": scores.exact_match(unrestored, contexts),
-        },
-        "context_tokens": float(memory.lengths.mean()),
         "memory_tokens": float(memory.tokens.mean()),
         "ratio": float(memory.lengths.sum() / memory.tokens.sum()),
         "bytes": float(memory.bytes.mean()),
-        "bits": synthetic.passage_bits(),
-        "restored": restored,
-    }
+        "qa_exact_match": {arm: _right(given, rows) for arm, given in answers.items()},
+        "bleu": {"memory": scores.bleu(restored, contexts), "untrained memory": scores.bleu(unrestored, contexts)},
+        "exact_passages": scores.exact_match(restored, contexts),
+    }, restored
 
 
-def _tables(result, losses):
-    qa = [(arm, f"{value:.1f} %") for arm, value in result["qa_exact_match"].items()]
-    ae = [
-        ("memory", f"{losses['memory']['ae']:.3f}", f"{result['bleu']['memory']:.1f}", f"{result['exact_passages']['memory']:.0f} %"),
-        ("wrong memory", f"{losses['wrong_memory']['ae']:.3f}", "", ""),
-        (
-            "untrained memory",
-            f"{losses['untrained']['ae']:.3f}",
-            f"{result['bleu']['untrained memory']:.1f}",
-            f"{result['exact_passages']['untrained memory']:.0f} %",
-        ),
+def controls(compressor, rows):
+    """QA exact match of the base alone, with the passage in its prompt and without."""
+    questions = [[q["question"] for q in row["questions"]] for row in rows]
+    contexts = [row["context"] for row in rows]
+    arms = {"full context": plain.answer(compressor, questions, contexts), "no context": plain.answer(compressor, questions)}
+    return {arm: _right(given, rows) for arm, given in arms.items()}
+
+
+def _right(answers, rows):
+    truth = [q["answers"][0] for row in rows for q in row["questions"]]
+    return scores.exact_match([a for row in answers for a in row], truth)
+
+
+def summary_table(result):
+    """(header, rows) as text cells of what `compare` returns: a column for each method and number of memory tokens."""
+    memories = result["memories"]
+    rows = [
+        ("memory tokens", *(f"{m['memory_tokens']:.0f}" for m in memories)),
+        ("ratio", *(f"{m['ratio']:.1f}x" for m in memories)),
+        ("bytes of a memory", *(f"{m['bytes']:,.0f}" for m in memories)),
+        ("training steps", *("+".join(map(str, m["steps"])) for m in memories)),
     ]
-    return (("what the decoder sees", "QA exact match"), qa), (("restoring from", "AE loss", "BLEU-4", "exact passages"), ae)
+    for arm in ("full context", "memory", "no context", "wrong memory", "untrained memory"):
+        right = [result["qa_exact_match"].get(arm, m["qa_exact_match"].get(arm)) for m in memories]
+        rows.append((f"QA exact match, {arm}", *(f"{value:.1f} %" for value in right)))
+    for arm in ("memory", "wrong memory"):
+        rows.append((f"AE loss, {arm}", *(f"{m['ae_loss'][arm]:.3f}" for m in memories)))
+    for arm in ("memory", "untrained memory"):
+        rows.append((f"BLEU-4, {arm}", *(f"{m['bleu'][arm]:.1f}" for m in memories)))
+    rows.append(("restored exactly", *(f"{m['exact_passages']:.0f} %" for m in memories)))
+    return ("", *(METHODS[m["method"]] for m in memories)), rows
 
 
-def _curve(workdir):
-    """The loss curve of both phases, one after the other."""
-    series, offset = {}, 0
-    for phase in PHASES:
-        lines = metrics.read(workdir / phase / "metrics.jsonl")
-        for objective in ("ae", "lm", "qa"):
-            train_points = [(offset + x["step"], x["train"][objective]) for x in lines if objective in x.get("train", {})]
-            held_out = [(offset + x["step"], x["eval"]["memory"]) for x in lines if "eval" in x]
-            eval_points = [(at, losses[objective]) for at, losses in held_out if objective in losses]
-            for kind, points, dashed in (("training", train_points, False), ("held out", eval_points, True)):
-                if points:
-                    xs, ys = zip(*points, strict=True)
-                    series[f"{phase}: {objective}, {kind}"] = (xs, ys, dashed)
-        offset += max((x["step"] for x in lines), default=0)
+def _curve(workdir, largest):
+    """Held-out losses of both methods, one phase after the other."""
+    series = {}
+    for method, name in METHODS.items():
+        offset = 0
+        for phase in PHASES:
+            lines = [x for x in metrics.read(workdir / method / phase / "metrics.jsonl") if "eval" in x]
+            for line in lines:
+                for kind, losses in line["eval"].items():
+                    what, _, k = kind.partition("_k")
+                    for objective, value in losses.items() if what == "memory" else ():
+                        label = f"{name}, {k or largest} tokens: {objective.upper()}"
+                        xs, ys, _ = series.setdefault(label, ([], [], objective == "qa"))
+                        xs.append(offset + line["step"])
+                        ys.append(value)
+            offset += max((x["step"] for x in lines), default=0)
     return report.curves(series, log=True)
 
 
@@ -123,6 +130,59 @@ def _examples(contexts, restored):
     whole = [p for p in pairs if p[0].strip() == p[1].strip()]
     broken = [p for p in pairs if p[0].strip() != p[1].strip()]
     return (broken[:1] + whole[:1] + broken[1:2] + whole[1:2])[:2]
+
+
+def train_method(method, workdir, base, data, steps, compression=()):
+    """Trains both phases of a method in `workdir`. data: the folder of `write_data`. steps: `{phase: steps}` other than the recipe's.
+
+    compression: fields of the compression configuration to set. Returns (exit code, its `Compressor` before training).
+    """
+    untrained = None
+    for phase in PHASES:
+        raw = get_config("quickstart", f"{phase}-{method}")
+        raw["base"] = str(base)
+        raw["data"] |= {"train": str(data / "train.jsonl"), "eval": str(data / "held_out.jsonl"), "cache_dir": str(data / "cache")}
+        raw["compression"] |= dict(compression)
+        raw["steps"] = steps.get(phase, raw["steps"])
+        if phase == "finetune":
+            raw["init_from"] = str(workdir / "pretrain")
+        c = from_dict(TrainConfig, raw)
+        task = CompressorTask(c)
+        if phase == "pretrain":  # with the choices of k that only the second phase may train, to be measured alike
+            untrained = adapters.Adapter(c.compression, c.lora, task.template, task.init(), str(base), task.base.fingerprint)
+            untrained = Compressor(task.base, untrained, workdir)
+        print(f"--- {METHODS[method]}, {phase}: {c.steps} steps", file=sys.stderr)
+        code = train(c, task, workdir / phase)
+        if code:
+            return code, untrained
+    return 0, untrained
+
+
+def compare(trained, rows):
+    """Measures compressors side by side. trained: (method, workdir of `train_method`, its `Compressor` before training) of each.
+
+    Returns (result as plain numbers, `{(method, k): restored texts}`), the most memory tokens first.
+    """
+    memories, restored = [], {}
+    for method, workdir, untrained in trained:
+        compressor = load(workdir / "finetune" / adapters.IN_WORKDIR)
+        ends = [[x for x in metrics.read(workdir / phase / "metrics.jsonl") if "eval" in x][-1] for phase in PHASES]
+        for k in compressor.config.choices:
+            kind = "" if k == compressor.config.k else f"_k{k}"
+            ae = {arm: ends[-1]["eval"][prefix + kind]["ae"] for arm, prefix in (("memory", "memory"), ("wrong memory", "wrong_memory"))}
+            measured, restored[method, k] = measure(compressor, untrained, rows, k)
+            memories.append({"method": method, "k": k, "steps": [end["step"] for end in ends], **measured, "ae_loss": ae})
+    memories.sort(key=lambda m: -m["k"])
+    tokenizer = compressor.base.tokenizer
+    result = {
+        "passages": len(rows),
+        "questions": sum(len(row["questions"]) for row in rows),
+        "context_tokens": float(np.mean([len(tokenizer(row["context"])["input_ids"]) for row in rows])),
+        "bits": synthetic.passage_bits(),
+        "qa_exact_match": controls(compressor, rows),
+        "memories": memories,
+    }
+    return result, restored
 
 
 def main(parser, argv):
@@ -150,42 +210,27 @@ def main(parser, argv):
     if not (base / "config.json").exists():
         raise ValueError(f"{base}: the shipped base is not there; reinstall, or run with --from-scratch")
 
-    # ------------------------------------------------------------------------------------- data, then the two phases
-    raw = {phase: get_config("quickstart", phase) for phase in PHASES}
+    # ------------------------------------------------------------------------- data, then the two phases of each method
+    steps = {phase: args.steps for phase in PHASES} if args.steps else {}
+    get_config("quickstart")  # is it there? Found out before anything is written
     data = workdir / "data"
     write_data(data, TRAIN_PASSAGES, args.held_out)
-    configs = {}
-    for phase in PHASES:
-        raw[phase]["base"] = str(base)
-        sources = {"train": str(data / "train.jsonl"), "eval": str(data / "held_out.jsonl"), "cache_dir": str(workdir / "cache")}
-        raw[phase]["data"] |= sources
-        if args.steps:
-            raw[phase]["steps"] = args.steps
-        if phase == "finetune":
-            raw[phase]["init_from"] = str(workdir / "pretrain")
-        configs[phase] = from_dict(TrainConfig, raw[phase])
-        task = CompressorTask(configs[phase])
-        if phase == "pretrain":
-            c = configs[phase]
-            untrained = adapters.Adapter(c.compression, c.lora, task.template, task.init(), str(base), task.base.fingerprint)
-            untrained = Compressor(task.base, untrained, workdir)
-        print(f"--- {phase}: {configs[phase].steps} steps", file=sys.stderr)
-        code = train(configs[phase], task, workdir / phase)
+    rows = synthetic.passages(HELD_OUT_SEED, args.held_out)
+    trained = []
+    for method in METHODS:
+        code, untrained = train_method(method, workdir / method, base, data, steps)
         if code:
             return code
+        trained.append((method, workdir / method, untrained))
 
     # ---------------------------------------------------------------------------------------------------- the result
-    adapter = workdir / "finetune" / adapters.IN_WORKDIR
-    compressor = load(adapter)
-    rows = synthetic.passages(HELD_OUT_SEED, args.held_out)
-    result = measure(compressor, untrained, rows)
-    lines = {phase: [x for x in metrics.read(workdir / phase / "metrics.jsonl") if "eval" in x] for phase in PHASES}
-    losses = lines["finetune"][-1]["eval"] | {"untrained": lines["pretrain"][0]["eval"]["memory"]}
-    (qa_header, qa), (ae_header, ae) = _tables(result, losses)
+    result, restored = compare(trained, rows)
+    header, table = summary_table(result)
 
+    adapter = workdir / "icae" / "finetune" / adapters.IN_WORKDIR
     example = rows[0]
     example_path, memory_path = data / "example.jsonl", workdir / "memory.safetensors"
-    files.write_json(workdir / "results.json", {k: v for k, v in result.items() if k != "restored"} | {"losses": losses})
+    files.write_json(workdir / "results.json", result)
     with files.replacing_file(example_path) as tmp:
         tmp.write_text(json.dumps({"id": "example", "text": example["context"]}) + "\n", encoding="utf-8")
     commands = [
@@ -195,36 +240,37 @@ def main(parser, argv):
     ]
     minutes = (time.perf_counter() - began) / 60
     facts = (
-        f"{result['passages']} held-out passages of about {result['context_tokens']:.0f} tokens ({result['bits']:.0f} bits of information) "
-        f"in {result['memory_tokens']:.0f} memory slots ({result['ratio']:.1f}x), {result['questions']} questions. "
-        f"Steps: {configs['pretrain'].steps} + {configs['finetune'].steps}; {minutes:.1f} minutes."
+        f"{result['passages']} held-out passages of about {result['context_tokens']:.0f} tokens ({result['bits']:.0f} bits each), "
+        f"{result['questions']} questions, the same data and seed for both methods; {minutes:.1f} minutes."
     )
-    shown = _examples([r["context"] for r in rows], result["restored"])
+    contexts = [r["context"] for r in rows]
+    arms = [(m["method"], m["k"]) for m in result["memories"]]
+    shown = [(METHODS[method], k, *pair) for method, k in arms for pair in _examples(contexts, restored[method, k])]
     page = workdir / "report.html"
     report.write(
         page,
         "icae quickstart: what a memory is worth",
         [
             f"<p>{facts}</p>",
-            "<h2>Questions</h2>",
-            report.table(qa_header, qa),
-            "<p>Full context and no context: the base alone. Wrong memory: another passage's. Untrained: before training.</p>",
-            "<h2>Restoring the text</h2>",
-            report.table(ae_header, ae),
+            report.table(header, table),
+            "<p>Full context and no context: the base alone. Wrong memory: another passage's. Untrained: before training. "
+            "AE loss: of restoring the text, in nats per token.</p>",
+            "<h2>Restored texts</h2>",
+            "<p>Original, then restored (lost words struck out, made-up words marked):</p>",
             *[
-                f"<p>Original, then restored (lost words struck out, made-up words marked):</p>"
+                f"<p>{name}, {k} tokens</p>"
                 f'<div class="text">{html.escape(original)}</div>{report.difference(original, text)}'
-                for original, text in shown
+                for name, k, original, text in shown
             ],
-            "<h2>Losses</h2>",
-            _curve(workdir),
+            "<h2>Held-out losses</h2>",
+            _curve(workdir, result["memories"][0]["k"]),
             "<h2>Next</h2>",
             f"<p>{html.escape(example['context'])}</p><pre>{html.escape(chr(10).join(commands))}</pre>",
         ],
     )
-    print(f"\n{facts}\n\n{report.text_table(qa_header, qa)}\n\n{report.text_table(ae_header, ae)}\n")
-    for original, text in shown:
-        print(f"original  {original}\nrestored  {text}\n")
+    print(f"\n{facts}\n\n{report.text_table(header, table)}\n")
+    for (name, k), (original, text) in {(name, k): pair for name, k, *pair in reversed(shown)}.items():
+        print(f"original        {original}\n{f'{name}, {k} tokens':16}{text}\n")
     print(f"report    {page.resolve()}\nadapter   {adapter}\n\nnext, about: {example['context']}\n")
     print("\n".join(f"  {c}" for c in commands))
     return 0

@@ -1,7 +1,9 @@
 """Launch scripts: they parse, and they say what they need."""
 
+import os
 import shutil
 import subprocess
+import sys
 
 import pytest
 from conftest import ROOT
@@ -19,3 +21,11 @@ def test_usage_and_syntax(script):
     assert out.returncode != 0 and f"usage: launch/{script.name}" in out.stderr
     if shutil.which("shellcheck"):
         subprocess.run(["shellcheck", str(script)], check=True)
+
+
+@pytest.mark.parametrize("script", sorted((ROOT / "launch").glob("*.py")), ids=lambda p: p.name)
+def test_python_scripts_say_what_they_take(script):
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    out = subprocess.run([sys.executable, str(script), "--help"], capture_output=True, text=True, env=environment)
+    assert out.returncode == 0 and "--workdir" in out.stdout
+    assert subprocess.run([sys.executable, str(script)], capture_output=True, env=environment).returncode == 2

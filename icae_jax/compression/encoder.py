@@ -11,8 +11,9 @@ from icae_jax.compression import layout as layouts
 from icae_jax.models import llama
 
 SPECIAL_ROWS = 3  # [AE], [LM], [FT]: the last rows of the memory table
-METHOD_LAYOUTS = {"icae": ("servable", "sequential", "uniform"), "x500": ("clean", "sequential", "reference", "uniform")}  # the default first
-METHOD_TRIGGERS = {"icae": "trained", "x500": "bos"}  # the defaults
+# The default first.
+METHOD_LAYOUTS = {"icae": ("servable", "sequential", "uniform"), "x500": ("clean", "sequential", "reference", "uniform")}
+METHOD_TRIGGERS = {"icae": "trained", "x500": "bos"}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,6 +5,7 @@ import numpy as np
 
 from icae_jax.compression.memory import Prefix
 from icae_jax.inference import generate
+from icae_jax.interop import base as bases
 
 BATCH = 32
 
@@ -22,13 +23,14 @@ def answer(compressor, questions, contexts=None, max_new_tokens=32):
     decoder reads, with the text itself in the memory's place. Returns answers nested as the questions are.
     """
     template, base = compressor.adapter.template, compressor.base
+    bos = bases.bos_id(base.tokenizer)
+    start = template.head or (() if bos is None else (bos,))
     if min(template.before + template.after, default=0) < 0:
         raise ValueError(f"template {template.name} holds trained tokens, which the base alone cannot read; use plain or chat")
     prompts = []
     for i, row in enumerate(questions):
-        context = compressor.context_ids(contexts[i] if contexts else "")
-        start = [*template.head, *(context[len(compressor.context_ids("")) :] if template.head else context)]
-        prompts += [[*start, *template.prompt(base.tokenizer(q, add_special_tokens=False)["input_ids"])] for q in row]
+        context = base.tokenizer(contexts[i], add_special_tokens=False)["input_ids"] if contexts else []
+        prompts += [[*start, *context, *template.prompt(base.tokenizer(q, add_special_tokens=False)["input_ids"])] for q in row]
     width = max(len(p) for p in prompts)
     texts = []
     for at in range(0, len(prompts), BATCH):

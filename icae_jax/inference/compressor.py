@@ -1,6 +1,5 @@
 """`Compressor`: compress texts once, then restore them, ask about them, score continuations."""
 
-import functools
 import pathlib
 import typing
 
@@ -18,6 +17,11 @@ from icae_jax.objectives import loss
 from icae_jax.objectives import targets as target_layouts
 
 SHAPE_STEP = 32  # lengths are padded to multiples of this, so that few shapes are compiled
+
+
+# Compiled once for all compressors of one base and configuration.
+_compress = jax.jit(methods.compress, static_argnames=("model", "config", "k"))
+_read = jax.jit(methods.read, static_argnames=("model", "head"))
 
 
 class Generation(typing.NamedTuple):
@@ -74,8 +78,6 @@ class Compressor:
         self.trained = jax.device_put(adapter.trained)
         self.model = llama.Llama(base.config, lora_scale=adapter.lora.scale, dtype=jnp.dtype(dtype))
         self.framing = target_layouts.make_framing(self.config, base.tokenizer, bases.bos_id(base.tokenizer))
-        self._compress = jax.jit(functools.partial(methods.compress, self.model, config=self.config), static_argnames="k")
-        self._read = jax.jit(functools.partial(methods.read, self.model), static_argnames="head")
         self._losses = jax.jit(self._label_losses, static_argnames="head")
 
     # -------------------------------------------------------------------------------------------------------- write
@@ -120,7 +122,8 @@ class Compressor:
             shape = (max(s for s, _ in shapes), min(_up(max(n for _, n in shapes)), self.config.segment_tokens))
             filled = _fill(part, batch_size if parts else len(part), [])
             ids, lengths = encoder.segment_contexts(filled, self.config, shape, self.framing.eos)
-            parts.append(jax.device_get(self._compress(self.base.params, self.trained, ids, lengths, k=k))[: len(part)])
+            memory = _compress(self.model, self.base.params, self.trained, ids, lengths, config=self.config, k=k)
+            parts.append(jax.device_get(memory)[: len(part)])
         return _stack(parts, self.config)
 
     def join(self, parts):
@@ -239,7 +242,7 @@ class Compressor:
             lengths = np.zeros(size * G, np.int32)
             for i, prompt in enumerate(p for row in padded for p in row):
                 ids[i, : len(prompt)], lengths[i] = prompt, len(prompt)
-            prefix = self._read(self.base.params, part, head=tuple(head))
+            prefix = _read(self.model, self.base.params, part, head=tuple(head))
             starts = jnp.repeat(layout.target_starts(layout.get(self.config.layout), objective, prefix), G)
             out = jax.device_get(
                 generate.greedy(
