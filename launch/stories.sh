@@ -1,14 +1,16 @@
 #!/usr/bin/env bash
 # A small real base on real text, a few CPU minutes a phase: AE + LM on TinyStories, then QA on FairytaleQA.
-#   launch/stories.sh DATA OUT [RATE]
+#   launch/stories.sh DATA OUT [RATE] [METHOD]
 # DATA holds stories260K/ (model-hub format), tinystories/{train,valid}.jsonl.gz and fairytaleqa/{train,valid}.jsonl.gz.
-# RATE: text tokens a memory token, 4 by default. The result: metrics.jsonl in OUT/pretrain and OUT/finetune.
+# RATE: text tokens a memory token, 4 by default. METHOD: icae (the default) or x500. The result: metrics.jsonl in OUT/pretrain and OUT/finetune.
 set -euo pipefail
-data=${1:?usage: launch/stories.sh DATA OUT [RATE]} out=${2:?usage: launch/stories.sh DATA OUT [RATE]} rate=${3:-4}
+usage="usage: launch/stories.sh DATA OUT [RATE] [METHOD]"
+data=${1:?$usage} out=${2:?$usage} rate=${3:-4} method=${4:-icae}
 here=$(cd "$(dirname "$0")/.." && pwd)
 
 common=(
   --config.base="$data/stories260K" --config.dtype=float32 --config.remat=none --config.unroll=5
+  --config.compression.method="$method" --config.compression.layout="" --config.compression.trigger=trained
   --config.compression.k=$((32 / rate)) --config.compression.rate="$rate"
   --config.lora.rank=32 --config.lora.dropout=0.0
   --config.lora.targets="('q_proj','k_proj','v_proj','o_proj','gate_proj','up_proj','down_proj')"

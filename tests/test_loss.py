@@ -75,9 +75,10 @@ def test_logits_of_all_positions_never_live():
 # ------------------------------------------------------------------------------------------------- packing is exact
 
 
-def test_packed_target_has_the_loss_and_gradient_it_has_alone(tiny_params):
+@pytest.mark.parametrize("method", ["icae", "x500"])
+def test_packed_target_has_the_loss_and_gradient_it_has_alone(tiny_params, method):
     """Breaks when a target sees its neighbours or padding, starts elsewhere, or a row reads another row's memory."""
-    target, c = continuation(15, 1), compression()
+    target, c = continuation(15, 1), encoder.CompressionConfig(method=method, k=K, rate=4)
 
     @functools.partial(jax.jit, static_argnums=4)
     @functools.partial(jax.value_and_grad, argnums=1)
