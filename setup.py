@@ -3,7 +3,7 @@ from setuptools import find_packages, setup
 setup(
     name="icae_jax",
     version="0.1.0",
-    description="Compress a language model's context into a few memory tokens, in JAX (ICAE, arXiv 2307.06945; 500xCompressor, arXiv 2408.03094)",
+    description="Compress a language model's context into a few memory tokens, in JAX (ICAE, 500xCompressor)",
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["icae_jax", "icae_jax.*"]),

@@ -10,6 +10,7 @@ from conftest import TINY, WORDS, random_trained
 
 import icae_jax
 from icae_jax.compression.encoder import CompressionConfig
+from icae_jax.compression.memory import KV, Slots
 from icae_jax.inference import compressor as compressors
 from icae_jax.interop import adapter as adapters
 from icae_jax.interop import base as bases
@@ -170,6 +171,19 @@ def test_other_layouts_read_and_write(tiny_base, tmp_path, method, layout):
         np.testing.assert_array_equal(getattr(again, name), value)
     assert compressor.restore(again, 6) == compressor.restore(memory, 6)
     assert compressor.ask(again, "who ?", 6) == compressor.ask(memory, "who ?", 6)
+
+
+def test_a_memory_of_the_other_kind_is_refused(compressor, memory):
+    """Breaks when slots are read by an adapter that writes K/V, or the other way: that gives text, and garbage."""
+    every = {name: getattr(memory, name) for name in ("mask", "positions", "end", "segment_lengths")}
+    M = memory.mask.shape[1]
+    if compressor.config.method == "x500":
+        other = Slots(np.zeros((5, M, TINY.hidden_size), np.float32), **every)
+    else:
+        other = KV(*[np.zeros((TINY.num_layers, 5, M, TINY.num_kv_heads, TINY.head_dim), np.float32)] * 2, **every)
+    for read in (compressor.restore, lambda m: compressor.ask(m, "who ?"), lambda m: compressor.score(m, TEXTS)):
+        with pytest.raises(ValueError, match="but this adapter's method"):
+            read(other)
 
 
 def test_bad_input(compressor, memory, tiny_base, tmp_path):

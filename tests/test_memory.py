@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from icae_jax.compression.memory import KV, Slots
+from icae_jax.compression.encoder import CompressionConfig
+from icae_jax.compression.memory import KV, Slots, join
 
 MASK = np.asarray([[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 1]], bool)
 SLOTS = Slots(
@@ -44,3 +45,11 @@ def test_sizes():
         assert memory.bytes_per_token == size and memory.bytes.tolist() == [4 * size, 2 * size, 4 * size]
         half = memory.replace(**{name: x.astype(jnp.bfloat16) for name, x in memory.contents.items()})
         assert half.bytes.tolist() == [2 * size, size, 2 * size]
+
+
+def test_what_cannot_be_joined():
+    """Breaks when memories that no decoder could read together are put behind each other."""
+    config = CompressionConfig(k=2, rate=4)
+    for memories, message in (([], "no memories to join"), ([SLOTS, KVS], "memories of Slots, KV kind cannot be joined")):
+        with pytest.raises(ValueError, match=message):
+            join(memories, config)

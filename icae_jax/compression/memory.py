@@ -113,11 +113,18 @@ def place(kind, contents, lengths_BS, config):
 def join(memories, config):
     """One memory that holds all of theirs, text by text, in order: what compressing the joined segments at once would give.
 
-    ValueError where they hold different numbers of texts, or of memory tokens a segment.
+    ValueError where they are of different kinds, or hold different numbers of texts, or of memory tokens a segment.
     """
-    for what, values in (("texts", [len(m) for m in memories]), ("memory tokens a segment", [m.tokens_per_segment for m in memories])):
+    if not memories:
+        raise ValueError("there are no memories to join; give at least one")
+    alike = {
+        "texts": [len(m) for m in memories],
+        "memory tokens a segment": [m.tokens_per_segment for m in memories],
+        "kind": [type(m).__name__ for m in memories],
+    }
+    for what, values in alike.items():
         if len(set(values)) != 1:
-            raise ValueError(f"memories of {', '.join(map(str, values))} {what} cannot be joined; give at least one, alike in this")
+            raise ValueError(f"memories of {', '.join(map(str, values))} {what} cannot be joined; compress them alike")
     kind = type(memories[0])
     contents = {name: jnp.concatenate([m.contents[name] for m in memories], kind.TEXT_AXIS + 1) for name in kind.CONTENTS}
     return place(kind, contents, jnp.concatenate([jnp.asarray(m.segment_lengths) for m in memories], 1), config)

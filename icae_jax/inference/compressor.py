@@ -214,7 +214,10 @@ class Compressor:
         return loss.label_losses(self.model, params, trained, memory, batch, heads, self.config.layout, 128)
 
     def _check_room(self, memory, objective, head, tokens):
-        """Positions left for new tokens behind the memory; ValueError where `tokens` do not fit."""
+        """Positions left for new tokens behind the memory; ValueError where `tokens` do not fit, or another method made the memory."""
+        kind = methods.KINDS[self.config.method]
+        if not isinstance(memory, kind):
+            raise ValueError(f"memory is {type(memory).__name__}, but this adapter's method {self.config.method} reads {kind.__name__}")
         restarts = objective == "ae" and layout.get(self.config.layout).ae_restarts
         start = 0 if restarts else head + int(np.max(memory.end))
         room = self.base.config.max_position_embeddings - start
