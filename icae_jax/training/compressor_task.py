@@ -49,7 +49,7 @@ class CompressorTask:
     def _check_positions(self):
         c, most = self.config, self.base.config.max_position_embeddings
         longest = max(c.data.context_lengths)
-        segments, size = encoder.segment_shape(longest, self.compression)
+        segments, size = encoder.segment_shape(longest, self.compression)[0], min(longest, self.compression.segment_tokens)
         behind = max(e.qa_shape[0] for e in (self.train_examples, self.eval_examples) if e) if "qa" in self.weights else 0
         if "ae" in self.weights or "lm" in self.weights:
             behind = max(behind, (segments * self.compression.segment_tokens if c.objectives.pad_labels else longest) + 1)
