@@ -18,7 +18,7 @@ run() { # METHOD LAYOUT
 }
 
 show() { # METRICS: the held-out losses of right memories, step by step
-  grep eval_loss "$1" | sed -E 's/.*"step": ([0-9]+), "eval": \{"memory": \{([^}]*)\}.*/\1: \2;/' | tr -d '"' | tr '\n' ' '
+  grep eval_loss "$1" | sed -E 's/.*"step": ([0-9]+), "eval": \{"memory": \{([^}]*)\}.*/\1: \2;/; s/([0-9]\.[0-9]{4})[0-9]*/\1/g' | tr -d '"' | tr '\n' ' '
 }
 
 pairs="icae:sequential icae:uniform icae:servable x500:sequential x500:uniform x500:clean x500:reference"
