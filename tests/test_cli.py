@@ -130,6 +130,21 @@ def test_module_and_help_list_the_verbs():
     assert cli.main([]) == 2 and cli.main(["nonsense"]) == 2
 
 
+def test_the_command_starts_over_once_with_huge_pages(monkeypatch, capsys):
+    """Breaks when the command loses its arguments, starts over for ever, does so when called from Python, or overrides the user."""
+    started = []
+    monkeypatch.setattr(cli.os, "execv", lambda *call: started.append((call, os.environ["GLIBC_TUNABLES"])))
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(sys, "argv", ["icae", "--help"])
+    monkeypatch.setattr(sys, "orig_argv", ["python", "/bin/icae", "--help"])
+    monkeypatch.setenv("GLIBC_TUNABLES", "")
+    assert cli.main() == 0 and not started
+    monkeypatch.delenv("GLIBC_TUNABLES")
+    assert cli.main(["--help"]) == 0 and not started
+    assert cli.main() == 0 and cli.main() == 0
+    assert started == [((sys.executable, [sys.executable, "/bin/icae", "--help"]), "glibc.malloc.hugetlb=1")]
+
+
 def test_help_of_the_train_verbs(capsys):
     for verb in ("train", "train-base"):
         assert cli.main([verb, "--help"]) == 0 and "--config.field=value" in capsys.readouterr().out
