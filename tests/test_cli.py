@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 
@@ -114,6 +115,23 @@ def test_key_value_memories_end_to_end(trained_x500, files, tmp_path, capsys):
     assert "k is 2; this compressor was trained with 1, 4 memory tokens" in capsys.readouterr().err
     assert cli.main([*compress, "--adapter", str(trained_x500.parent / "x500_pretrain"), "--k", "1"]) == 2
     assert "k is 1; this compressor was trained with 4 memory tokens" in capsys.readouterr().err
+
+
+def test_an_adapter_from_before_the_newer_fields_loads(trained, files, tmp_path, capsys):
+    """Breaks when an adapter that was written before k could be chosen is refused, or read otherwise."""
+    shutil.copytree(trained / "adapter", tmp_path / "old")
+    info = json.loads((tmp_path / "old" / "icae.json").read_text())
+    for field in ("k_choices", "trigger"):
+        del info["compression"][field]
+    (tmp_path / "old" / "icae.json").write_text(json.dumps(info))
+    restored = []
+    for adapter in (trained, tmp_path / "old"):
+        output = str(tmp_path / "m.safetensors")
+        assert cli.main(["compress", "--adapter", str(adapter), "--input", files["contexts"], "--output", output]) == 0
+        capsys.readouterr()
+        assert cli.main(["restore", "--memory", output, "--max_new_tokens", "5"]) == 0
+        restored.append(capsys.readouterr().out)
+    assert restored[0] == restored[1] and restored[0].strip()
 
 
 def test_a_memory_is_not_read_by_the_other_methods_adapter(trained, trained_x500, files, tmp_path, capsys):
