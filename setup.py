@@ -30,5 +30,5 @@ setup(
         "tpu": ["jax[tpu]"],
         "gpu": ["jax[cuda13]"],
     },
-    entry_points={"console_scripts": ["icae=icae_jax.cli:main"]},
+    entry_points={"console_scripts": ["icae=icae_jax.cli:command"]},
 )

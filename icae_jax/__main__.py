@@ -1,5 +1,5 @@
 import sys
 
-from icae_jax.cli import main
+from icae_jax.cli import command
 
-sys.exit(main())
+sys.exit(command())

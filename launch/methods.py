@@ -6,13 +6,13 @@ Trains every (method, number of memory tokens) for the same steps with the same 
 """
 
 import argparse
-import json
 import pathlib
 import sys
 
 from icae_jax import quickstart
 from icae_jax.data import synthetic
 from icae_jax.evaluation import report
+from icae_jax.interop import files
 
 SEGMENT = 55  # text tokens, as in configs/quickstart.py
 
@@ -25,6 +25,11 @@ def main():
     parser.add_argument("--steps", nargs=2, type=int, default=[400, 300], help="of restoring, and of restoring and answering")
     parser.add_argument("--held_out", type=int, default=100, help="held-out passages to measure on")
     args = parser.parse_args()
+    for name, least, most in (("k", 1, SEGMENT), ("steps", 1, None), ("held_out", 1, None)):
+        values = getattr(args, name)
+        for value in values if isinstance(values, list) else [values]:
+            if value < least or (most and value > most):
+                parser.error(f"--{name} is {value}; it must be at least {least}{f' and at most {most}' if most else ''}")
     data, steps = args.workdir / "data", dict(zip(quickstart.PHASES, args.steps, strict=True))
     quickstart.write_data(data, quickstart.TRAIN_PASSAGES, args.held_out)
     trained = []
@@ -36,7 +41,7 @@ def main():
                 return code
             trained.append((method, workdir, untrained))
     result, _ = quickstart.compare(trained, synthetic.passages(quickstart.HELD_OUT_SEED, args.held_out))
-    (args.workdir / "results.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    files.write_json(args.workdir / "results.json", result)
     print(report.text_table(*quickstart.summary_table(result)))
     return 0
 

@@ -156,10 +156,10 @@ def test_the_command_starts_over_once_with_huge_pages(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["icae", "--help"])
     monkeypatch.setattr(sys, "orig_argv", ["python", "/bin/icae", "--help"])
     monkeypatch.setenv("GLIBC_TUNABLES", "")
-    assert cli.main() == 0 and not started
+    assert cli.command() == 0 and not started
     monkeypatch.delenv("GLIBC_TUNABLES")
-    assert cli.main(["--help"]) == 0 and not started
-    assert cli.main() == 0 and cli.main() == 0
+    assert cli.main() == 0 and not started
+    assert cli.command() == 0 and cli.command() == 0
     assert started == [((sys.executable, [sys.executable, "/bin/icae", "--help"]), "glibc.malloc.hugetlb=1")]
 
 

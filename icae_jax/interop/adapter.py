@@ -145,11 +145,12 @@ def _tensors(path):
         raise ValueError(f"{path}: not a readable safetensors file ({error})") from error
 
 
-def _fields(kind, raw, source):
-    """Builds a dataclass from JSON, lists as tuples; ValueError on unknown fields, and missing ones that have no default."""
-    fields = dataclasses.fields(kind)
-    needed = {f.name for f in fields if f.default is dataclasses.MISSING}
-    wrong = sorted((set(raw) - {f.name for f in fields}) | (needed - set(raw)))
+def _fields(kind, raw, source, newer=()):
+    """Builds a dataclass from JSON, lists as tuples; ValueError on unknown or missing fields.
+
+    newer: fields that older files lack; their defaults are what those files meant.
+    """
+    wrong = sorted((set(raw) ^ {f.name for f in dataclasses.fields(kind)}) - (set(newer) - set(raw)))
     if wrong:
         raise ValueError(f"{source}: fields {', '.join(wrong)} unknown or missing; was it written by another version of icae_jax?")
     return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()})
@@ -185,7 +186,7 @@ def load_adapter(folder, base):
             f"adapter {folder} was trained on a base with fingerprint {info['base_fingerprint'][:12]} "
             f"({peft['base_model_name_or_path']}), but {base.path} has {base.fingerprint[:12]}; give the right base"
         )
-    compression = _fields(CompressionConfig, info["compression"], f"{folder}/icae.json: compression")
+    compression = _fields(CompressionConfig, info["compression"], f"{folder}/icae.json: compression", ("k_choices", "trigger"))
     template = _fields(Template, info["template"], f"{folder}/icae.json: template")
     lora = lora_from_hub(_tensors(folder / "encoder" / "adapter_model.safetensors"), base.config)
     table = _tensors(folder / "memory.safetensors").get(MEMORY_TABLE)
