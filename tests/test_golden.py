@@ -15,7 +15,7 @@ from conftest import GOLDEN
 from icae_jax.compression import encoder, methods
 from icae_jax.inference import generate
 from icae_jax.interop import adapter as adapters
-from icae_jax.interop import base as bases
+from icae_jax.interop import config_json, weights
 from icae_jax.models import llama
 from icae_jax.objectives import loss, targets
 
@@ -40,8 +40,8 @@ class Case:
     def __init__(self, name):
         self.folder = GOLDEN / name
         self.meta = json.loads((self.folder / "meta.json").read_text())
-        self.config = bases.read_config(self.folder / "base")
-        self.base = bases.load_params(self.folder / "base", self.config)
+        self.config = config_json.read_config(self.folder / "base")
+        self.base = weights.load_params(self.folder / "base", self.config)
         tensors = safetensors.numpy.load_file(self.folder / "icae.safetensors")
         table = jnp.asarray(tensors["memory_token_embed.weight"])
         self.trained = {"lora": adapters.lora_from_hub(tensors, self.config), "memory_table": table}
@@ -136,8 +136,8 @@ class X500Case:
     def __init__(self, name):
         self.folder = GOLDEN / name
         self.meta = json.loads((self.folder / "meta.json").read_text())
-        self.config = bases.read_config(self.folder / "base")
-        self.base = bases.load_params(self.folder / "base", self.config)
+        self.config = config_json.read_config(self.folder / "base")
+        self.base = weights.load_params(self.folder / "base", self.config)
         tensors = safetensors.numpy.load_file(self.folder / "lora_params.safetensors")
         k, length = self.meta["num_mem"], self.meta["max_length"]
         self.compression = encoder.CompressionConfig(method="x500", k=k, rate=length / k, layout="reference")

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from conftest import TINY, close, shared
 
-from icae_jax.interop import base as bases
+from icae_jax.interop import config_json, weights
 from icae_jax.models import llama
 
 IDS = np.random.default_rng(0).integers(0, 64, (2, 24))
@@ -77,10 +77,10 @@ def test_logits_equal_transformers(option, tmp_path):
         want = model(torch.from_numpy(IDS)).logits.numpy()
     model.save_pretrained(tmp_path)
 
-    config = bases.read_config(tmp_path)
+    config = config_json.read_config(tmp_path)
     raw = json.loads((tmp_path / "config.json").read_text())
-    assert "rope_parameters" in raw and bases.parse_config(old_spelling(raw)) == config
-    params = bases.load_params(tmp_path, config)
+    assert "rope_parameters" in raw and config_json.parse_config(old_spelling(raw)) == config
+    params = weights.load_params(tmp_path, config)
     assert ("lm_head" in params) == (option != "mha_tied")
     close(logits(config, params, jnp.asarray(IDS)), want, 1e-4)
     if "rope_parameters" in OPTIONS[option]:
@@ -101,8 +101,8 @@ def test_real_model_equals_transformers():
         want = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(
             torch.from_numpy(ids)
         ).logits.numpy()
-    config = bases.read_config(folder)
-    got = logits(config, bases.load_params(folder, config), jnp.asarray(ids))
+    config = config_json.read_config(folder)
+    got = logits(config, weights.load_params(folder, config), jnp.asarray(ids))
     close(got, want, 1e-4)
     assert (np.argmax(got, -1) == np.argmax(want, -1)).all()
 
