@@ -81,5 +81,13 @@ def test_fingerprint(tiny_params):
         bases.fingerprint(dataclasses.replace(TINY, rope_theta=5e5), tiny_params),
         bases.fingerprint(dataclasses.replace(TINY, rms_norm_eps=1e-6), tiny_params),
         bases.fingerprint(dataclasses.replace(TINY, rope_scaling=LLAMA3), tiny_params),
+        bases.fingerprint(dataclasses.replace(TINY, windows=(4, 0)), tiny_params),
+        bases.fingerprint(dataclasses.replace(TINY, qk_norm=True), tiny_params),
     ]
-    assert len({own, *others}) == 7
+    assert len({own, *others}) == 9
+
+
+def test_fingerprint_stays_what_it_was():
+    """Breaks when a new field of the model's configuration changes the identity of bases that adapters were trained on before it."""
+    params = {"norm": {"scale": np.ones(32, np.float32)}, "embed": np.arange(64 * 32, dtype=np.float32).reshape(64, 32)}
+    assert bases.fingerprint(TINY, params).startswith("924c04442c26")

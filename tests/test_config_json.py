@@ -18,6 +18,12 @@ LLAMA3 = llama.Llama3RopeScaling(8.0, 1.0, 4.0, 64)
     [
         TINY,
         dataclasses.replace(TINY, rope_scaling=LLAMA3, rope_theta=5e5, tie_word_embeddings=True, rms_norm_eps=1e-6, head_dim=16),
+        dataclasses.replace(TINY, rope_scaling=llama.LinearRopeScaling(2.0)),
+        dataclasses.replace(TINY, rope_scaling=llama.YarnRopeScaling(4.0, 64, 1.3, 20.0, 2.0, False)),
+        dataclasses.replace(TINY, windows=(16, 16)),
+        dataclasses.replace(TINY, qkv_bias=True),
+        dataclasses.replace(TINY, qkv_bias=True, windows=(0, 16)),
+        dataclasses.replace(TINY, qk_norm=True, windows=(8, 0)),
     ],
 )
 def test_config_round_trip(config):
@@ -48,6 +54,16 @@ def test_defaults_of_absent_fields():
         ({"mlp_bias": True}, "mlp_bias is True"),
         ({"pretraining_tp": 2}, "pretraining_tp is 2"),
         ({"sliding_window": 4096}, "sliding_window is 4096"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types is .* llama with sliding_window None"),
+        ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping is 50.0"),
+        ({"embedding_multiplier": 12.0}, "embedding_multiplier is 12.0"),
+        ({"auto_map": {"AutoModelForCausalLM": "modeling.X"}}, "auto_map names code of the repository's own"),
+        ({"architectures": ["Qwen3ForCausalLM"], "attention_bias": True}, "attention_bias is True"),
+        ({"architectures": ["Qwen2ForCausalLM"], "layer_types": ["full_attention", "chunked_attention"]}, "layer_types is .*chunked"),
+        ({"architectures": ["MistralForCausalLM"], "layer_types": ["full_attention"] * 2}, "layer_types is .* sliding_window 4096"),
+        ({"rope_parameters": None, "rope_scaling": {"type": "linear"}}, "RoPE of type linear lacks factor"),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 2.0, "low_freq_factor": 1.0}}, "RoPE of type linear has low_freq_factor"),
+        ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor of RoPE"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
         ({"quantization_config": {}}, "quantization_config is set"),
         ({"rope_parameters": None, "rope_scaling": {"type": "dynamic", "factor": 2.0}}, "RoPE type 'dynamic' is not supported"),
@@ -68,3 +84,23 @@ def test_incomplete_config_names_what_is_missing(tmp_path):
         config_json.parse_config({"architectures": ["LlamaForCausalLM"]})
     with pytest.raises(ValueError, match=r"config\.json: no such file"):
         config_json.read_config(tmp_path)
+
+
+def test_windows_by_the_rules_of_each_architecture():
+    """Breaks when an absent window means none where the architecture's default is 4096, or a switched-off one is computed."""
+
+    def windows(name, **fields):
+        return config_json.parse_config(RAW | {"architectures": [name], "num_hidden_layers": 3} | fields).windows
+
+    assert windows("MistralForCausalLM") == (4096,) * 3 and windows("MistralForCausalLM", sliding_window=None) == ()
+    assert windows("Qwen2ForCausalLM", sliding_window=64) == () == windows("Qwen3ForCausalLM", use_sliding_window=True)
+    assert windows("Qwen2ForCausalLM", use_sliding_window=True, sliding_window=64, max_window_layers=1) == (0, 64, 64)
+    types = ["sliding_attention", "full_attention", "full_attention"]
+    assert windows("Qwen3ForCausalLM", use_sliding_window=True, sliding_window=64, layer_types=types) == (64, 0, 0)
+
+
+def test_no_architecture_is_made_up():
+    """Breaks when a model is written as one that computes something else."""
+    for changes in ({"qkv_bias": True, "qk_norm": True}, {"windows": (0, 16)}, {"qk_norm": True, "windows": (4, 8)}):
+        with pytest.raises(ValueError, match="no architecture of the hub has"):
+            config_json.hub_config(dataclasses.replace(TINY, **changes), "float32", {})

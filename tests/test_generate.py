@@ -67,7 +67,7 @@ def test_decoding_behind_a_prefix_shared_by_rows(tiny_params):
     heads = rng.integers(8, 64, (2, 5))
     _, (k, v) = MODEL.apply({"params": tiny_params}, jnp.asarray(heads), jnp.arange(5)[None], llama.causal_mask(5), return_kv=True)
     positions = jnp.broadcast_to(jnp.arange(5), (2, 5))
-    prefix = Prefix(llama.rotate_keys(TINY, k, positions), v, jnp.ones((2, 5), bool), jnp.full(2, 5))
+    prefix = Prefix(llama.rotate_keys(TINY, k, positions), v, jnp.ones((2, 5), bool), jnp.broadcast_to(positions, (2, 5)), jnp.full(2, 5))
     rows = [*prompts(2), prompts(3)[0]]
     out = run(tiny_params, prefix, jnp.full(4, 5), rows, stop_ids=(-1,))
     want = [slow_greedy(tiny_params, [*heads[i // 2], *row]) for i, row in enumerate(rows)]

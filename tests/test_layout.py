@@ -60,7 +60,7 @@ def test_decoder_positions(name, positions, end):
 @pytest.mark.parametrize("name", layout.LAYOUTS)
 def test_target_starts(name):
     """Breaks when anything but uniform's AE starts elsewhere than behind the memory."""
-    prefix = Prefix(None, None, None, jnp.asarray([9, 4]))
+    prefix = Prefix(None, None, None, None, jnp.asarray([9, 4]))
     starts = {o: layout.target_starts(layout.get(name), o, prefix).tolist() for o in ("ae", "lm", "qa")}
     assert starts == {"ae": [0, 0] if name == "uniform" else [9, 4], "lm": [9, 4], "qa": [9, 4]}
 

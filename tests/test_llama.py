@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from conftest import TINY, close, shared
 
+from icae_jax.interop import base as bases
 from icae_jax.interop import config_json, weights
 from icae_jax.models import llama
 
@@ -38,17 +39,38 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+GQA = {"num_key_value_heads": 2}
 OPTIONS = {
-    "gqa": {"num_key_value_heads": 2},
-    "mha_tied": {"num_key_value_heads": 4, "tie_word_embeddings": True},
-    "mqa_head_dim_theta": {
+    "llama_gqa": GQA,
+    "llama_mha_tied": {"num_key_value_heads": 4, "tie_word_embeddings": True},
+    "llama_mqa_head_dim_theta": {
         "num_key_value_heads": 1,
         "head_dim": 6,
         "rope_parameters": {"rope_type": "default", "rope_theta": 50.0},
     },
-    "llama3_eps": {"num_key_value_heads": 2, "rope_parameters": {"rope_theta": 100.0, **LLAMA3}, "rms_norm_eps": 0.1},
-    "mistral": {"num_key_value_heads": 2, "sliding_window": None},
-}
+    "llama_llama3_eps": GQA | {"rope_parameters": {"rope_theta": 100.0, **LLAMA3}, "rms_norm_eps": 0.1},
+    "llama_linear": GQA | {"rope_parameters": {"rope_theta": 100.0, "rope_type": "linear", "factor": 3.0}},
+    "llama_yarn": GQA | {"rope_parameters": {"rope_theta": 100.0, **YARN}},
+    "llama_yarn_options": GQA
+    | {
+        "rope_parameters": {
+            "rope_theta": 100.0, **YARN, "beta_fast": 4.0, "beta_slow": 0.5, "truncate": False, "mscale": 0.7, "mscale_all_dim": 0.3,
+        }
+    },
+    "llama_yarn_magnitude": GQA | {"rope_parameters": {"rope_theta": 100.0, **YARN, "attention_factor": 1.7}},
+    "mistral": GQA | {"sliding_window": None},
+    "mistral_window": GQA | {"sliding_window": 7},
+    "qwen2": GQA,
+    "qwen2_tied_mha": {"num_key_value_heads": 4, "tie_word_embeddings": True, "rope_parameters": {"rope_theta": 1e6, **YARN}},
+    "qwen2_window": {"num_key_value_heads": 1, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
+    "qwen3_head_dim": GQA | {"head_dim": 12},
+    "qwen3_tied_window": GQA
+    | {
+        "head_dim": 8, "tie_word_embeddings": True, "use_sliding_window": True, "sliding_window": 6,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
+}  # fmt: skip
 
 
 def old_spelling(raw):
@@ -61,10 +83,12 @@ def old_spelling(raw):
 
 
 @pytest.mark.parametrize("option", OPTIONS)
-def test_logits_equal_transformers(option, tmp_path):
-    """Breaks when any part of the model, or the reading of config.json in either spelling of RoPE, strays from the hub's."""
+def test_logits_equal_transformers(option, tmp_path, tiny_tokenizer):
+    """Breaks when any part of a family, or the reading of config.json in either spelling of RoPE, strays from the hub's, or when what
+    `save_base` writes of it is another model to transformers.
+    """
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
-    kind = "Mistral" if option == "mistral" else "Llama"
+    kind = option.split("_")[0].capitalize()
     hub_config = getattr(transformers, f"{kind}Config")(
         **SIZES, **OPTIONS[option], max_position_embeddings=64, initializer_range=0.2
     )
@@ -72,22 +96,28 @@ def test_logits_equal_transformers(option, tmp_path):
     model = getattr(transformers, f"{kind}ForCausalLM")(hub_config).eval()
     with torch.no_grad():
         for name, weight in model.named_parameters():
-            if "norm" in name:
+            if "norm" in name or "bias" in name:
                 weight += 0.2 * torch.randn_like(weight)
         want = model(torch.from_numpy(IDS)).logits.numpy()
-    model.save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path / "hub")
 
-    config = config_json.read_config(tmp_path)
-    raw = json.loads((tmp_path / "config.json").read_text())
+    config = config_json.read_config(tmp_path / "hub")
+    raw = json.loads((tmp_path / "hub" / "config.json").read_text())
     assert "rope_parameters" in raw and config_json.parse_config(old_spelling(raw)) == config
-    params = weights.load_params(tmp_path, config)
-    assert ("lm_head" in params) == (option != "mha_tied")
-    close(logits(config, params, jnp.asarray(IDS)), want, 1e-4)
-    if "rope_parameters" in OPTIONS[option]:
-        plain = dataclasses.replace(config, rope_theta=10000.0, rope_scaling=None)
-        assert np.abs(llama.rope_frequencies(plain) - llama.rope_frequencies(config)).max() > 0.01, (
-            "the option changes nothing here"
-        )
+    params = weights.load_params(tmp_path / "hub", config)
+    assert ("lm_head" in params) == ("tied" not in option)
+    got = logits(config, params, jnp.asarray(IDS))
+    close(got, want, 1e-4)
+    without = {"rope_scaling": None, "rope_theta": 10000.0, "windows": (), "qk_norm": False, "qkv_bias": False}
+    for field in (f for f, plain in without.items() if getattr(config, f) != plain):
+        other = logits(dataclasses.replace(config, **{field: without[field]}), params, jnp.asarray(IDS))
+        assert np.abs(np.asarray(other - got)).max() > 0.01, f"{field} changes nothing here, so the comparison shows nothing of it"
+
+    bases.save_base(tmp_path / "ours", config, params, tiny_tokenizer, dtype="float32")
+    assert config_json.read_config(tmp_path / "ours") == config
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours", dtype=torch.float32)
+    with torch.no_grad():
+        close(again(torch.from_numpy(IDS)).logits.numpy(), want, 1e-5)
 
 
 def test_real_model_equals_transformers():
@@ -127,7 +157,7 @@ def test_prefix_equals_the_tokens_in_front(tiny_params, whole):
     padded = [jnp.pad(t[:, :, :10], ((0, 0), (0, 0), (0, 3), (0, 0), (0, 0)), constant_values=9.0) for t in (k, v)]
     at = jnp.pad(positions(0, 10), ((0, 0), (0, 3)))
     mask = jnp.broadcast_to(jnp.arange(13)[None] < 10, (2, 13))
-    prefix = (llama.rotate_keys(TINY, padded[0], at), padded[1], mask)
+    prefix = (llama.rotate_keys(TINY, padded[0], at), padded[1], mask, jnp.broadcast_to(at, (2, 13)))
     got, kv = run(tiny_params, jnp.asarray(IDS[:, 10:]), positions(10, 24), llama.causal_mask(14), prefix)
     assert kv is None
     close(got, hidden[:, 10:])
@@ -136,12 +166,38 @@ def test_prefix_equals_the_tokens_in_front(tiny_params, whole):
 def test_shared_prefix_equals_a_repeated_one(tiny_params, whole):
     """Breaks when rows read the prefix of another: 2 prefixes serve 3 rows each, the first the first three."""
     k, v = (t[:, :, :10] for t in whole[1])
-    prefix = (llama.rotate_keys(TINY, k, positions(0, 10)), v, jnp.ones((2, 10), bool).at[1, 4].set(False))
+    at = jnp.broadcast_to(positions(0, 10), (2, 10))
+    prefix = (llama.rotate_keys(TINY, k, at), v, jnp.ones((2, 10), bool).at[1, 4].set(False), at)
     rows = jnp.asarray(np.random.default_rng(1).integers(0, 64, (6, 5)))
-    repeated = (*(jnp.repeat(t, 3, axis=1) for t in prefix[:2]), jnp.repeat(prefix[2], 3, axis=0))
+    repeated = (*(jnp.repeat(t, 3, axis=1) for t in prefix[:2]), *(jnp.repeat(t, 3, axis=0) for t in prefix[2:]))
     got, want = (run(tiny_params, rows, positions(10, 15), llama.causal_mask(5), p)[0] for p in (prefix, repeated))
     close(got, want)
     assert np.abs(np.asarray(got[:3] - got[3:])).max() > 1e-3
+
+
+def test_windows_reach_into_the_prefix(tiny_params):
+    """Breaks when a layer's window is not counted in positions, reaches only the sequence itself, or is the same in every layer:
+    16 tokens in one pass, and the last 6 of them behind the K/V of the others, for one and for two rows on one prefix.
+    """
+    config = dataclasses.replace(TINY, windows=(5, 0))
+    model, ids = llama.Llama(config), jnp.asarray(IDS[:, :16])
+
+    @jax.jit
+    def apply(x, at, mask, prefix=None):
+        return model.apply({"params": tiny_params}, x, at, mask, prefix=prefix, return_kv=True)
+
+    hidden, (k, v) = apply(ids, positions(0, 16), llama.causal_mask(16))
+    first = positions(0, 10)
+    prefix = (llama.rotate_keys(config, k[:, :, :10], first), v[:, :, :10], jnp.ones((2, 10), bool), jnp.broadcast_to(first, (2, 10)))
+    got, _ = apply(ids[:, 10:], positions(10, 16), llama.causal_mask(6), prefix)
+    close(got, hidden[:, 10:])
+    shared, _ = apply(jnp.repeat(ids[:, 10:], 2, axis=0), positions(10, 16), llama.causal_mask(6), prefix)
+    close(shared, jnp.repeat(hidden[:, 10:], 2, axis=0))
+    for other in ((), (5, 5)):
+        blind, _ = jax.jit(llama.Llama(dataclasses.replace(config, windows=other)).apply)(
+            {"params": tiny_params}, ids, positions(0, 16), llama.causal_mask(16)
+        )
+        assert np.abs(np.asarray(blind - hidden))[:, 10:].max() > 1e-2
 
 
 def test_kept_positions_are_those_asked_for(tiny_params, whole):
@@ -211,6 +267,7 @@ def test_impossible_sizes_are_refused():
         ("num_layers", 0, "num_layers of the model is 0"),
         ("num_kv_heads", 3, "num_heads 4 is not a multiple of num_kv_heads 3"),
         ("head_dim", 7, "head_dim is 7"),
+        ("windows", (4,), r"windows of the model are \(4,\); give one >= 0 for each of the 2 layers"),
     ):
         with pytest.raises(ValueError, match=message):
             dataclasses.replace(TINY, **{field: value})

@@ -29,4 +29,4 @@ def read(model, base_params, memory, head=()):
         _, (k, v) = model.apply(
             {"params": base_params}, x, positions, llama.causal_mask(h + M) & real[:, None, :], return_kv=True
         )
-    return Prefix(llama.rotate_keys(model.config, k, positions), v, real, h + memory.end)
+    return Prefix(llama.rotate_keys(model.config, k, positions), v, real, positions, h + memory.end)

@@ -134,10 +134,16 @@ def join(memories, config):
 class Prefix:
     """Head and memory as the decoder's targets see them: per-layer K/V.
 
-    k, v: `[L, B, P, K, H]`, k rotated to its positions. mask: `[B, P]`. end: `[B]`, the position after the memory.
+    k, v: `[L, B, P, K, H]`, k rotated to its positions. mask, positions: `[B, P]`. end: `[B]`, the position after the memory.
     """
 
     k: jnp.ndarray
     v: jnp.ndarray
     mask: jnp.ndarray
+    positions: jnp.ndarray
     end: jnp.ndarray
+
+    @property
+    def seen(self):
+        """What `models.llama.Llama` takes as `prefix`."""
+        return self.k, self.v, self.mask, self.positions

@@ -29,9 +29,11 @@ def read(model, base_params, memory, head=()):
     """
     B = len(memory)
     h = len(head)
-    k, v, real = llama.rotate_keys(model.config, memory.k, h + memory.positions), memory.v, memory.mask
+    at, v, real = h + memory.positions, memory.v, memory.mask
+    k = llama.rotate_keys(model.config, memory.k, at)
     if h:
         positions = jnp.arange(h)[None]
+        at = jnp.concatenate([jnp.broadcast_to(positions, (B, h)), at], 1)
         with jax.named_scope("memory_prefix"):
             ids = jnp.asarray(head, jnp.int32)[None]
             _, (k_head, v_head) = model.apply({"params": base_params}, ids, positions, llama.causal_mask(h), return_kv=True)
@@ -42,4 +44,4 @@ def read(model, base_params, memory, head=()):
             return jnp.concatenate([jnp.broadcast_to(head_kv, shape).astype(memory_kv.dtype), memory_kv], 2)
 
         k, v, real = behind(k_head, k), behind(v_head, v), jnp.concatenate([jnp.ones((B, h), bool), real], 1)
-    return Prefix(k, v, real, h + memory.end)
+    return Prefix(k, v, real, at, h + memory.end)

@@ -13,7 +13,7 @@ BATCH = 32
 def no_prefix(config, rows, dtype=jnp.float32):
     """A prefix of no positions: the decoder starts at position 0."""
     empty = jnp.zeros((config.num_layers, rows, 0, config.num_kv_heads, config.head_dim), dtype)
-    return Prefix(empty, empty, jnp.zeros((rows, 0), bool), jnp.zeros(rows, jnp.int32))
+    return Prefix(empty, empty, jnp.zeros((rows, 0), bool), jnp.zeros((rows, 0), jnp.int32), jnp.zeros(rows, jnp.int32))
 
 
 def answer(compressor, questions, contexts=None, max_new_tokens=32):

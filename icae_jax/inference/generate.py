@@ -47,7 +47,7 @@ def greedy(model, base_params, table, prefix, starts, prompt_ids, prompt_lengths
     x = encoder.embed_with_table(base_params, table, prompt_ids)
     positions = starts[:, None] + jnp.arange(T)[None]
     hidden, (k, v) = model.apply(
-        params, x, positions, llama.causal_mask(T), prefix=(prefix.k, prefix.v, prefix.mask), return_kv=True
+        params, x, positions, llama.causal_mask(T), prefix=prefix.seen, return_kv=True
     )
     last = jnp.take_along_axis(hidden, (prompt_lengths - 1)[:, None, None], axis=1)[:, 0]
     first, first_tie = choose(last)
@@ -58,6 +58,8 @@ def greedy(model, base_params, table, prefix, starts, prompt_ids, prompt_lengths
 
     cache = (cache_of(prefix.k, llama.rotate_keys(config, k, positions)), cache_of(prefix.v, v))
     seen = jnp.concatenate([jnp.repeat(prefix.mask, B // Bp, axis=0), jnp.arange(T)[None] < prompt_lengths[:, None]], 1)
+    new_positions = (starts + prompt_lengths)[:, None] + jnp.arange(n)[None]
+    cache_positions = jnp.concatenate([jnp.repeat(prefix.positions, B // Bp, axis=0), positions, new_positions], 1)
     stops = jnp.asarray(stop_ids, jnp.int32)
 
     def is_stop(ids):
@@ -74,7 +76,7 @@ def greedy(model, base_params, table, prefix, starts, prompt_ids, prompt_lengths
         at = starts + prompt_lengths + i
         mask = jnp.concatenate([seen, jnp.broadcast_to(jnp.arange(n) < i, (B, n))], 1)
         hidden, (k, v) = model.apply(
-            params, token[:, None], at[:, None], jnp.ones((1, 1, 1), bool), prefix=(*state["cache"], mask), return_kv=True
+            params, token[:, None], at[:, None], jnp.ones((1, 1, 1), bool), prefix=(*state["cache"], mask, cache_positions), return_kv=True
         )
         k = llama.rotate_keys(config, k, at[:, None])
         cache = tuple(jax.lax.dynamic_update_slice_in_dim(c, new, P + T + i, 2) for c, new in zip(state["cache"], (k, v), strict=True))

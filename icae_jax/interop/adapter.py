@@ -101,39 +101,42 @@ class Adapter:
         return digest.hexdigest()
 
 
+def peft_config(adapter):
+    """adapter_config.json's content: all that PEFT needs, which silently assumes r = alpha = 8 where they are absent."""
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": adapter.base_path,
+        "r": adapter.lora.rank,
+        "lora_alpha": adapter.lora.scale * adapter.lora.rank,
+        "lora_dropout": adapter.lora.dropout,
+        "target_modules": list(adapter.lora.targets),
+        "bias": "none",
+        "inference_mode": True,
+    }
+
+
+def icae_info(adapter):
+    """icae.json's content: how the adapter is read."""
+    return {
+        "format_version": FORMAT_VERSION,
+        "icae_jax_version": icae_jax.__version__,
+        "base_fingerprint": adapter.base_fingerprint,
+        "compression": dataclasses.asdict(adapter.compression),
+        "template": dataclasses.asdict(adapter.template),
+    }
+
+
 def save_adapter(folder, adapter):
     """Writes the adapter folder; one that is there is replaced only when the new one is complete."""
-    base = str(pathlib.Path(adapter.base_path).resolve())
     with files.replacing_folder(folder) as tmp:
         encoder = tmp / "encoder"
         encoder.mkdir()
         safetensors.numpy.save_file(lora_to_hub(adapter.trained["lora"]), encoder / "adapter_model.safetensors", {"format": "pt"})
-        files.write_json(
-            encoder / "adapter_config.json",
-            {
-                "peft_type": "LORA",
-                "task_type": "CAUSAL_LM",
-                "base_model_name_or_path": base,
-                "r": adapter.lora.rank,
-                "lora_alpha": adapter.lora.scale * adapter.lora.rank,
-                "lora_dropout": adapter.lora.dropout,
-                "target_modules": list(adapter.lora.targets),
-                "bias": "none",
-                "inference_mode": True,
-            },
-        )
+        files.write_json(encoder / "adapter_config.json", peft_config(adapter))
         table = np.asarray(adapter.trained["memory_table"], np.float32)
         safetensors.numpy.save_file({MEMORY_TABLE: table}, tmp / "memory.safetensors", {"format": "pt"})
-        files.write_json(
-            tmp / "icae.json",
-            {
-                "format_version": FORMAT_VERSION,
-                "icae_jax_version": icae_jax.__version__,
-                "base_fingerprint": adapter.base_fingerprint,
-                "compression": dataclasses.asdict(adapter.compression),
-                "template": dataclasses.asdict(adapter.template),
-            },
-        )
+        files.write_json(tmp / "icae.json", icae_info(adapter))
 
 
 def _tensors(path):

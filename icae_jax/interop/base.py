@@ -63,7 +63,9 @@ def fingerprint(config, params):
     rounding makes float32, bfloat16 and converted copies of one base agree.
     """
     digest = hashlib.sha256()
-    fields = {k: v for k, v in dataclasses.asdict(config).items() if k != "max_position_embeddings"}
+    plain = {"max_position_embeddings": config.max_position_embeddings, "qkv_bias": False, "qk_norm": False, "windows": ()}
+    # Fields that came later count only where they are used, so that a base keeps the identity it had before them.
+    fields = {k: v for k, v in dataclasses.asdict(config).items() if k not in plain or v != plain[k]}
     digest.update(json.dumps(fields, sort_keys=True).encode())
     rows = np.linspace(0, config.vocab_size - 1, 64).astype(int)
     for value in (params["norm"]["scale"], params["embed"][rows]):

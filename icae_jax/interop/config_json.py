@@ -1,21 +1,68 @@
-"""config.json of a model-hub folder: which models this family computes, in both directions."""
+"""config.json of a model-hub folder: which models this family computes, in both directions.
+
+A field that changes the result is either computed or refused by name. What an architecture does not read (a window in a Llama's
+config.json) would have no effect in transformers either, but is refused too: its author meant something by it.
+"""
 
 import dataclasses
+import math
 import pathlib
+import typing
 
 from icae_jax.interop import files
 from icae_jax.models import llama
 
-# Fields of config.json that change the result, with the only values this family computes. Anything else is refused by name.
+
+class Family(typing.NamedTuple):
+    """An architecture of the hub: what it always has, and what its config.json leaves out. head_dim 0: hidden_size / heads."""
+
+    model_type: str
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    kv_heads: int = 0
+    head_dim: int = 0
+    max_positions: int = 2048
+
+
+FAMILIES = {
+    "LlamaForCausalLM": Family("llama"),
+    "MistralForCausalLM": Family("mistral", kv_heads=8, max_positions=131072),
+    "Qwen2ForCausalLM": Family("qwen2", qkv_bias=True, kv_heads=32, max_positions=32768),
+    "Qwen3ForCausalLM": Family("qwen3", qk_norm=True, kv_heads=32, head_dim=128, max_positions=32768),
+}
+
+# Fields that change the result, with the values that change nothing. Any other value is refused by name.
 REQUIRED_VALUES = {
     "hidden_act": ("silu",),
-    "attention_bias": (False,),
-    "mlp_bias": (False,),
-    "pretraining_tp": (1,),
-    "sliding_window": (None,),
-    "partial_rotary_factor": (1, 1.0),
+    "attention_bias": (False, None),
+    "mlp_bias": (False, None),
+    "pretraining_tp": (1, None),
+    "partial_rotary_factor": (1, 1.0, None),
+    "attention_chunk_size": (None,),
+    "attn_logit_softcapping": (None,),
+    "final_logit_softcapping": (None,),
+    "query_pre_attn_scalar": (None,),
+    "attention_multiplier": (None,),
+    "embedding_multiplier": (1, 1.0, None),
+    "residual_multiplier": (1, 1.0, None),
+    "logits_scaling": (1, 1.0, None),
+    "logit_scale": (1, 1.0, None),
+    "clip_qkv": (None,),
+    "no_rope_layers": (None, []),
+    "use_qk_norm": (False, None),
+    "num_experts": (None, 0),
+    "num_local_experts": (None, 0),
+    "is_encoder_decoder": (False, None),
+    "add_cross_attention": (False, None),
 }
-ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM")
+ROPE_FIELDS = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": (
+        "factor", "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow", "truncate", "mscale", "mscale_all_dim",
+    ),
+}  # fmt: skip
 
 
 def read_config(folder):
@@ -27,58 +74,135 @@ def read_config(folder):
 def parse_config(raw, source="config.json"):
     """The `ModelConfig` of config.json's content, in both spellings of RoPE (`rope_theta` at the top, or `rope_parameters`)."""
     architecture = (raw.get("architectures") or ["no architecture"])[0]
-    if architecture not in ARCHITECTURES:
-        raise ValueError(f"{source}: architecture {architecture} is not supported; supported: {', '.join(ARCHITECTURES)}")
+    if architecture not in FAMILIES:
+        raise ValueError(f"{source}: architecture {architecture} is not supported; supported: {', '.join(FAMILIES)}")
+    family = FAMILIES[architecture]
     for field, allowed in REQUIRED_VALUES.items():
+        if field == "attention_bias" and family.qkv_bias:
+            continue  # some say so what this architecture always has
         if field in raw and raw[field] not in allowed:
             raise ValueError(f"{source}: {field} is {raw[field]!r}, which this model does not compute; only {allowed[0]!r} is supported")
-    if architecture == "MistralForCausalLM" and "sliding_window" not in raw:
-        raise ValueError(f"{source}: sliding_window is absent, which means 4096; only null is supported (Mistral-7B v0.2 and later)")
+    if "AutoModelForCausalLM" in (raw.get("auto_map") or {}):
+        raise ValueError(f"{source}: auto_map names code of the repository's own, not run here; remove it if that is {architecture} too")
     if "quantization_config" in raw:
         raise ValueError(f"{source}: quantization_config is set; use the unquantised checkpoint")
     missing = [f for f in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads") if f not in raw]
     if missing:
         raise ValueError(f"{source}: {', '.join(missing)} missing; is this a complete config.json?")
 
-    rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
-    rope_theta = float(rope.get("rope_theta", raw.get("rope_theta", 10000.0)))
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
-    if rope_type == "llama3":
-        scaling = llama.Llama3RopeScaling(
-            float(rope["factor"]),
-            float(rope["low_freq_factor"]),
-            float(rope["high_freq_factor"]),
-            int(rope["original_max_position_embeddings"]),
-        )
-    elif rope_type == "default":
-        scaling = None
-    else:
-        raise ValueError(f"{source}: RoPE type {rope_type!r} is not supported; supported: default, llama3")
     heads = raw["num_attention_heads"]
+    positions = raw.get("max_position_embeddings", family.max_positions)
+    rope_theta, rope_scaling = _rope(raw, positions, source)
     return llama.ModelConfig(
         vocab_size=raw["vocab_size"],
         hidden_size=raw["hidden_size"],
         intermediate_size=raw["intermediate_size"],
         num_layers=raw["num_hidden_layers"],
         num_heads=heads,
-        num_kv_heads=raw.get("num_key_value_heads") or heads,
-        head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
-        max_position_embeddings=raw.get("max_position_embeddings", 2048),
+        num_kv_heads=raw.get("num_key_value_heads", family.kv_heads) or heads,
+        head_dim=raw.get("head_dim", family.head_dim) or raw["hidden_size"] // heads,
+        max_position_embeddings=positions,
         rms_norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
         rope_theta=rope_theta,
-        rope_scaling=scaling,
+        rope_scaling=rope_scaling,
         tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
+        qkv_bias=family.qkv_bias,
+        qk_norm=family.qk_norm,
+        windows=_windows(raw, family, source),
     )
 
 
+def _windows(raw, family, source):
+    """`ModelConfig.windows`, by the rules of the architecture's configuration in transformers, with its defaults."""
+    layers, types = raw["num_hidden_layers"], raw.get("layer_types")
+    width = raw.get("sliding_window", None if family.model_type == "llama" else 4096)
+    if family.model_type == "llama" and width is not None:
+        raise ValueError(f"{source}: sliding_window is {width}, which this architecture does not compute; only null is supported")
+    if family.model_type.startswith("qwen") and not raw.get("use_sliding_window", False):
+        width = None
+    sliding = [width is not None and (family.model_type == "mistral" or i >= raw.get("max_window_layers", 28)) for i in range(layers)]
+    if types is not None:
+        meant = [t == "sliding_attention" for t in types]
+        unknown = sorted(set(types) - {"full_attention", "sliding_attention"})
+        of_its_own = family.model_type.startswith("qwen") and (width is not None or not any(meant))
+        if unknown or len(types) != layers or (meant != sliding and not of_its_own):
+            raise ValueError(f"{source}: layer_types is {types}, which {family.model_type} with sliding_window {width} does not compute")
+        sliding = meant
+    return tuple(width if s else 0 for s in sliding) if any(sliding) else ()
+
+
+def _rope(raw, positions, source):
+    """(theta, scaling or None) of either spelling."""
+    rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
+    theta = float(rope.pop("rope_theta", None) or raw.get("rope_theta", 10000.0))
+    kind = rope.pop("rope_type", rope.pop("type", "default"))
+    rope.pop("type", None)
+    if kind not in ROPE_FIELDS:
+        raise ValueError(f"{source}: RoPE type {kind!r} is not supported; supported: {', '.join(ROPE_FIELDS)}")
+    if rope.pop("partial_rotary_factor", 1) not in (1, None):
+        raise ValueError(f"{source}: partial_rotary_factor of RoPE is not 1, which this model does not compute")
+    unknown = [field for field in rope if field not in ROPE_FIELDS[kind] and rope[field] is not None]
+    if unknown and kind != "default":
+        raise ValueError(f"{source}: RoPE of type {kind} has {', '.join(unknown)}, which this model does not compute")
+    rope["original_max_position_embeddings"] = raw.get(
+        "original_max_position_embeddings", rope.get("original_max_position_embeddings") or positions
+    )
+    if kind == "yarn" and rope.get("factor") is None:
+        rope["factor"] = positions / rope["original_max_position_embeddings"]
+    needed = {"linear": ("factor",), "llama3": ROPE_FIELDS["llama3"]}.get(kind, ())
+    absent = [field for field in needed if rope.get(field) is None]
+    if absent:
+        raise ValueError(f"{source}: RoPE of type {kind} lacks {', '.join(absent)}")
+    if kind == "default":
+        return theta, None
+    if kind == "linear":
+        return theta, llama.LinearRopeScaling(float(rope["factor"]))
+    original = int(rope["original_max_position_embeddings"])
+    if kind == "llama3":
+        low, high = float(rope["low_freq_factor"]), float(rope["high_freq_factor"])
+        return theta, llama.Llama3RopeScaling(float(rope["factor"]), low, high, original)
+    factor = float(rope["factor"])
+    magnitude = rope.get("attention_factor")
+    if magnitude is None:  # arXiv 2309.00071, eq. 22; mscale and mscale_all_dim are DeepSeek's refinement
+        both = rope.get("mscale") and rope.get("mscale_all_dim")
+        scales = (rope["mscale"], rope["mscale_all_dim"]) if both else (1.0, 0.0)
+        above, below = (1.0 + (0.1 * m * math.log(factor) if factor > 1 else 0.0) for m in scales)
+        magnitude = above / below
+    fast, slow = float(rope.get("beta_fast") or 32), float(rope.get("beta_slow") or 1)
+    return theta, llama.YarnRopeScaling(factor, original, float(magnitude), fast, slow, bool(rope.get("truncate", True)))
+
+
 def hub_config(config, dtype, special_ids):
-    """config.json's content for a `ModelConfig` (Llama architecture). special_ids: `{"bos_token_id": …, "eos_token_id": …}`."""
+    """config.json's content for a `ModelConfig`, as the plainest architecture that computes it.
+
+    special_ids: `{"bos_token_id": …, "eos_token_id": …}`. ValueError where no architecture does.
+    """
+    widths = set(config.windows) - {0}
+    everywhere = len(set(config.windows)) <= 1
+    fitting = [
+        name
+        for name, f in FAMILIES.items()
+        if (f.qkv_bias, f.qk_norm) == (config.qkv_bias, config.qk_norm)
+        and (not widths or (f.model_type == "mistral" and everywhere) or (f.model_type.startswith("qwen") and len(widths) == 1))
+        and not (f.model_type == "mistral" and not widths)
+    ]
+    if not fitting:
+        raise ValueError(f"no architecture of the hub has qkv_bias {config.qkv_bias}, qk_norm {config.qk_norm}, windows {config.windows}")
+    family = FAMILIES[fitting[0]]
     rope = {"rope_theta": config.rope_theta, "rope_type": "default"}
     if config.rope_scaling is not None:
-        rope |= {"rope_type": "llama3", **dataclasses.asdict(config.rope_scaling)}
+        kind = {llama.LinearRopeScaling: "linear", llama.Llama3RopeScaling: "llama3", llama.YarnRopeScaling: "yarn"}
+        rope |= {"rope_type": kind[type(config.rope_scaling)], **dataclasses.asdict(config.rope_scaling)}
+    windows = {}
+    if family.model_type == "mistral":
+        windows = {"sliding_window": widths.pop()}
+    elif widths:
+        types = ["sliding_attention" if w else "full_attention" for w in config.windows]
+        windows = {"use_sliding_window": True, "sliding_window": widths.pop(), "layer_types": types, "max_window_layers": 0}
+    biases = {"attention_bias": False, "mlp_bias": False} if family.model_type == "llama" else {}
     return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+        "architectures": [fitting[0]],
+        "model_type": family.model_type,
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
         "intermediate_size": config.intermediate_size,
@@ -92,8 +216,8 @@ def hub_config(config, dtype, special_ids):
         "rope_theta": config.rope_theta,
         "tie_word_embeddings": config.tie_word_embeddings,
         "hidden_act": "silu",
-        "attention_bias": False,
-        "mlp_bias": False,
+        **biases,
+        **windows,
         "dtype": dtype,
         **special_ids,
     }

@@ -21,6 +21,10 @@ def tensor_names(config):
             names[f"model.layers.{i}.{norm}.weight"] = (("layers", norm, "scale"), i, False)
         for p in lora.PROJECTIONS:
             names[f"model.layers.{i}.{lora.module_of(p)}.{p}.weight"] = (("layers", lora.module_of(p), p, "kernel"), i, True)
+        for p in ("q_proj", "k_proj", "v_proj") if config.qkv_bias else ():
+            names[f"model.layers.{i}.self_attn.{p}.bias"] = (("layers", "self_attn", p, "bias"), i, False)
+        for norm in ("q_norm", "k_norm") if config.qk_norm else ():
+            names[f"model.layers.{i}.self_attn.{norm}.weight"] = (("layers", "self_attn", norm, "scale"), i, False)
     return names
 
 

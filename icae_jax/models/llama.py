@@ -1,4 +1,4 @@
-"""The decoder-only Llama family in linen: RMSNorm, rotary positions, grouped-query attention, SwiGLU.
+"""The decoder-only Llama family in linen (Llama, Mistral, Qwen2, Qwen3): RMSNorm, rotary positions, grouped-query attention, SwiGLU.
 
 One letter a dimension, in names and comments throughout the package:
     B batch, G targets on one memory, T decoder time, S source time, P prefix, M memory, D model width, N query heads,
@@ -21,6 +21,16 @@ REMAT_POLICIES = {
 
 
 @dataclasses.dataclass(frozen=True)
+class LinearRopeScaling:
+    """Positions divided by `factor` (position interpolation, arXiv 2306.15595)."""
+
+    factor: float
+
+    def stretch(self, freqs, rope_theta):
+        return freqs / self.factor
+
+
+@dataclasses.dataclass(frozen=True)
 class Llama3RopeScaling:
     """Frequency-dependent stretching of RoPE (Llama 3.1, section 3.4.1 of arXiv 2407.21783), as config.json names it."""
 
@@ -29,10 +39,54 @@ class Llama3RopeScaling:
     high_freq_factor: float
     original_max_position_embeddings: int
 
+    def stretch(self, freqs, rope_theta):
+        # Wavelengths longer than the original context are stretched by `factor`, short ones kept, between them a ramp.
+        wavelength = 2 * math.pi / freqs
+        ramp = self.original_max_position_embeddings / wavelength - self.low_freq_factor
+        ramp = np.clip(ramp / (self.high_freq_factor - self.low_freq_factor), 0.0, 1.0)
+        return (1 - ramp) * freqs / self.factor + ramp * freqs
+
+
+@dataclasses.dataclass(frozen=True)
+class YarnRopeScaling:
+    """YaRN (arXiv 2309.00071, section 3.2 to 3.4): slow frequencies are stretched by `factor`, fast ones kept, and cos and sin are
+    multiplied by `attention_factor`. beta_fast, beta_slow: rotations over the original context between which the ramp lies.
+
+    truncate: the ramp's ends are rounded outwards to whole frequencies.
+    """
+
+    factor: float
+    original_max_position_embeddings: int
+    attention_factor: float
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+
+    def stretch(self, freqs, rope_theta):
+        half = len(freqs)
+
+        def index_of(rotations):
+            """The (fractional) index of the frequency that turns so many times over the original context."""
+            return half * math.log(self.original_max_position_embeddings / (rotations * 2 * math.pi)) / math.log(rope_theta)
+
+        low, high = index_of(self.beta_fast), index_of(self.beta_slow)
+        if self.truncate:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, 2 * half - 1)
+        stretched = np.clip((np.arange(half) - low) / (high - low or 0.001), 0.0, 1.0)
+        return stretched * freqs / self.factor + (1 - stretched) * freqs
+
+
+RopeScaling = LinearRopeScaling | Llama3RopeScaling | YarnRopeScaling
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """Sizes and constants that fix what the base computes."""
+    """Sizes and constants that fix what the base computes.
+
+    qkv_bias: q, k and v projections have biases (Qwen2). qk_norm: heads of q and k are normalised before RoPE (Qwen3). windows: of each
+    layer, how many positions back a query sees, itself included, 0 for all of them (Mistral, Qwen2); () where every layer sees all.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -44,8 +98,11 @@ class ModelConfig:
     max_position_embeddings: int
     rms_norm_eps: float = 1e-5
     rope_theta: float = 10000.0
-    rope_scaling: Llama3RopeScaling | None = None
+    rope_scaling: RopeScaling | None = None
     tie_word_embeddings: bool = False
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    windows: tuple[int, ...] = ()
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -56,6 +113,8 @@ class ModelConfig:
             raise ValueError(f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}")
         if self.head_dim % 2:
             raise ValueError(f"head_dim is {self.head_dim}; rotary positions need an even one")
+        if self.windows and (len(self.windows) != self.num_layers or min(self.windows) < 0):
+            raise ValueError(f"windows of the model are {self.windows}; give one >= 0 for each of the {self.num_layers} layers")
 
 
 # ---------------------------------------------------------------------------------------------------------------- RoPE
@@ -65,20 +124,14 @@ def rope_frequencies(config):
     """Angular frequencies in radians per position, `[H / 2]`, float64 numpy."""
     half = config.head_dim // 2
     freqs = config.rope_theta ** (-np.arange(half, dtype=np.float64) / half)
-    s = config.rope_scaling
-    if s is None:
-        return freqs
-    # Llama 3: wavelengths longer than the original context are stretched by `factor`, short ones kept, between them a ramp.
-    wavelength = 2 * math.pi / freqs
-    ramp = (s.original_max_position_embeddings / wavelength - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor)
-    ramp = np.clip(ramp, 0.0, 1.0)
-    return (1 - ramp) * freqs / s.factor + ramp * freqs
+    return freqs if config.rope_scaling is None else config.rope_scaling.stretch(freqs, config.rope_theta)
 
 
 def rope_tables(config, positions):
     """cos and sin of every position's angles, each `[..., H / 2]` float32, for integer positions `[...]`."""
     angles = jnp.einsum("...,h->...h", positions.astype(jnp.float32), jnp.asarray(rope_frequencies(config), jnp.float32))
-    return jnp.cos(angles), jnp.sin(angles)
+    magnitude = getattr(config.rope_scaling, "attention_factor", 1.0)
+    return magnitude * jnp.cos(angles), magnitude * jnp.sin(angles)
 
 
 def rotate(x, rope):
@@ -103,16 +156,20 @@ def linear(x, w):
 
 
 class Projection(nn.Module):
-    """A matmul with a frozen kernel, plus the LoRA branch when the "lora" collection holds this module."""
+    """A matmul with a frozen kernel (and bias), plus the LoRA branch when the "lora" collection holds this module."""
 
     features: int
     lora_scale: float
     lora_dropout: float
+    use_bias: bool = False
 
     @nn.compact
     def __call__(self, x):
         kernel = self.param("kernel", nn.initializers.normal(0.02), (x.shape[-1], self.features))
         y = linear(x, kernel)
+        if self.use_bias:
+            bias = self.param("bias", nn.initializers.zeros, (self.features,))
+            y = y + jnp.broadcast_to(bias.astype(x.dtype), y.shape)
         if self.has_variable("lora", "a"):
             a, b = self.get_variable("lora", "a"), self.get_variable("lora", "b")
             if self.has_rng("dropout") and self.lora_dropout > 0:  # the caller gives this stream in training only
@@ -137,8 +194,8 @@ def attention(q_BTNH, k_BTKH, v_BTKH, mask_BTT, prefix=None):
     """Softmax attention over a shared prefix and the sequence itself; softmax in float32.
 
     mask_BTT: true where a query (second axis) may see a key (third axis); its batch axis may be 1.
-    prefix: None or `(k, v, mask)` with k, v `[Bp, P, K, H]` and mask `[Bp, P]`. Bp divides B: prefix b serves rows
-        b * B/Bp ... (b + 1) * B/Bp - 1, which is how many targets read one memory without copies of it.
+    prefix: None or `(k, v, mask)` with k, v `[Bp, P, K, H]` and mask `[Bp, P]`, or `[B, T, P]` where queries see different parts of it.
+        Bp divides B: prefix b serves rows b * B/Bp ... (b + 1) * B/Bp - 1, which is how many targets read one memory without copies.
     Returns `[B, T, N * H]`.
     """
     B, T, N, H = q_BTNH.shape
@@ -149,10 +206,11 @@ def attention(q_BTNH, k_BTKH, v_BTKH, mask_BTT, prefix=None):
     scores = jnp.where(mask_BTT[:, None, None], scores, lowest)
     if prefix is not None:
         pk, pv, p_mask = prefix
-        Bp, P = p_mask.shape
+        Bp, P = pk.shape[:2]
         shared = (Bp, B // Bp)
+        p_mask = p_mask[:, None, None, None, None] if p_mask.ndim == 2 else p_mask.reshape(*shared, 1, 1, T, P)
         p_scores = jnp.einsum("bgtkqh,bpkh->bgkqtp", q.reshape(*shared, *q.shape[1:]), pk, preferred_element_type=jnp.float32)
-        p_scores = jnp.where(p_mask[:, None, None, None, None], p_scores, lowest).reshape(B, K, N // K, T, P)
+        p_scores = jnp.where(p_mask, p_scores, lowest).reshape(B, K, N // K, T, P)
         scores = jnp.concatenate([p_scores, scores], -1)
     weights = jax.nn.softmax(scores, axis=-1).astype(v_BTKH.dtype)
     if prefix is None:
@@ -175,10 +233,12 @@ class Attention(nn.Module):
         B, T, D = x_BTD.shape
 
         def project(name, heads):
-            y = Projection(heads * c.head_dim, self.lora_scale, self.lora_dropout, name=name)(x_BTD)
+            y = Projection(heads * c.head_dim, self.lora_scale, self.lora_dropout, c.qkv_bias, name=name)(x_BTD)
             return y.reshape(B, T, heads, c.head_dim)
 
         q, k, v = project("q_proj", c.num_heads), project("k_proj", c.num_kv_heads), project("v_proj", c.num_kv_heads)
+        if c.qk_norm:
+            q, k = RMSNorm(c.rms_norm_eps, name="q_norm")(q), RMSNorm(c.rms_norm_eps, name="k_norm")(k)
         with jax.named_scope("attention"):
             out = attention(rotate(q, rope), rotate(k, rope), v, mask, prefix)
         return Projection(D, self.lora_scale, self.lora_dropout, name="o_proj")(out), (k, v)
@@ -206,8 +266,14 @@ class Block(nn.Module):
     return_kv: bool
 
     @nn.compact
-    def __call__(self, x, prefix_kv, rope, mask, prefix_mask, keep):
+    def __call__(self, x, prefix_kv, window, rope, mask, prefix_mask, distances, keep):
         c, lora = self.config, (self.lora_scale, self.lora_dropout)
+        if window is not None:
+            distance_BTT, prefix_distance_BTP = distances
+            mask = mask & (distance_BTT < window)
+            if prefix_kv is not None:
+                rows = prefix_distance_BTP.shape[0] // prefix_mask.shape[0]
+                prefix_mask = jnp.repeat(prefix_mask, rows, axis=0)[:, None] & (prefix_distance_BTP < window)
         prefix = None if prefix_kv is None else (*prefix_kv, prefix_mask)
         h, kv = Attention(c, *lora, name="self_attn")(RMSNorm(c.rms_norm_eps, name="input_layernorm")(x), rope, mask, prefix)
         x = x + h
@@ -238,9 +304,9 @@ class Llama(nn.Module):
         """Runs the blocks.
 
         x: token ids `[B, T]` or embeddings `[B, T, D]`. positions `[B or 1, T]` integers. mask `[B or 1, T, T]`, true where
-        query (axis 1) sees key (axis 2). prefix: None or `(k, v, mask)`, k and v `[L, Bp, P, K, H]` with k already rotated
-        (`rotate_keys`), mask `[Bp, P]`; Bp divides B (see `attention`). return_kv: also return K/V. keep: `[M]` time indices
-        of the K/V to return, None for all.
+        query (axis 1) sees key (axis 2), within the layer's window of positions. prefix: None or `(k, v, mask, positions)`, k and v
+        `[L, Bp, P, K, H]` with k already rotated (`rotate_keys`), mask and the positions that windows count with `[Bp, P]`; Bp divides B
+        (see `attention`). return_kv: also return K/V. keep: `[M]` time indices of the K/V to return, None for all.
 
         Returns (hidden states after the final norm `[B, T, D]`, None or (k, v) each `[L, B, M or T, K, H]`, k **before** RoPE).
         """
@@ -255,14 +321,22 @@ class Llama(nn.Module):
             block,
             variable_axes={"params": 0, "lora": 0},
             split_rngs={"params": True, "dropout": True},
-            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast),
+            in_axes=(0, 0, *[nn.broadcast] * 5),
             out_axes=0,
             length=self.config.num_layers,
             unroll=self.unroll,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(self.config, self.lora_scale, self.lora_dropout, return_kv, name="layers")
-        prefix_kv, prefix_mask = (None, None) if prefix is None else (prefix[:2], prefix[2])
-        x, kv = layers(x, prefix_kv, rope_tables(self.config, positions), mask, prefix_mask, keep)
+        prefix_kv, prefix_mask, prefix_positions = (None, None, None) if prefix is None else (prefix[:2], *prefix[2:])
+        windows, distances = None, None
+        if self.config.windows:  # what differs between layers is scanned over, so that they stay one program
+            far = jnp.iinfo(jnp.int32).max
+            windows = jnp.asarray([w or far for w in self.config.windows], jnp.int32)
+            distances = positions[:, :, None] - positions[:, None], None
+            if prefix is not None:
+                at = jnp.broadcast_to(positions, x.shape[:2])[:, :, None]
+                distances = distances[0], at - jnp.repeat(prefix_positions, x.shape[0] // prefix_positions.shape[0], axis=0)[:, None]
+        x, kv = layers(x, prefix_kv, windows, rope_tables(self.config, positions), mask, prefix_mask, distances, keep)
         return RMSNorm(self.config.rms_norm_eps, name="norm")(x), kv
 
 

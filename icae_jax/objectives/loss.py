@@ -77,7 +77,7 @@ def label_hidden(model, base_params, trained, prefix, starts_B, ids_BGT, label_a
     with jax.named_scope("decoder"):
         # Targets are padded on the right only, so the causal mask already hides the padding from every real token.
         hidden, _ = model.apply(
-            {"params": base_params}, x, positions, llama.causal_mask(T), prefix=(prefix.k, prefix.v, prefix.mask)
+            {"params": base_params}, x, positions, llama.causal_mask(T), prefix=prefix.seen
         )
     return jnp.take_along_axis(hidden, label_at_BGU.reshape(B * G, -1, 1), axis=1)
 
