@@ -138,7 +138,8 @@ def straight(params, compressor, memory, at, ids):
         return _pass(compressor.model, params, x, jnp.arange(80), prefix)[M:]
     x[0, : len(ids)] = embedded
     k, v = (jnp.moveaxis(jnp.asarray(c), 0, 1)[:, None] for c in contents)
-    prefix = (llama.rotate_keys(compressor.base.config, k, jnp.arange(M)[None]), v, jnp.ones((1, M), bool))
+    at = jnp.arange(M)[None]
+    prefix = (llama.rotate_keys(compressor.base.config, k, at), v, jnp.ones((1, M), bool), at)
     return _pass(compressor.model, params, x, M + jnp.arange(80), prefix)
 
 

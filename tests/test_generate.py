@@ -1,8 +1,12 @@
 """Greedy decoding: the cached loop against running the whole sequence anew for every token."""
 
+import dataclasses
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from conftest import TINY
 
 from icae_jax.compression.memory import Prefix
@@ -12,26 +16,27 @@ from icae_jax.models import llama
 
 NEW = 6
 MODEL = llama.Llama(TINY)
+WINDOWED = llama.Llama(dataclasses.replace(TINY, windows=(6, 0)))
 TABLE = jnp.zeros((4, TINY.hidden_size))
 
 
 LONGEST = 24
 
 
-@jax.jit
-def full_pass(params, ids):
+@functools.partial(jax.jit, static_argnums=2)
+def full_pass(params, ids, model):
     """The best next token behind every position of one padded sequence (the causal mask hides the padding)."""
-    hidden, _ = MODEL.apply({"params": params}, ids[None], jnp.arange(LONGEST)[None], llama.causal_mask(LONGEST))
+    hidden, _ = model.apply({"params": params}, ids[None], jnp.arange(LONGEST)[None], llama.causal_mask(LONGEST))
     return jnp.argmax(hidden[0] @ llama.head_kernel(params), -1)
 
 
-def slow_greedy(params, ids):
+def slow_greedy(params, ids, model=MODEL):
     """New tokens one by one, each from a full pass without a cache."""
     ids = list(ids)
     for _ in range(NEW):
         row = np.zeros(LONGEST, np.int32)
         row[: len(ids)] = ids
-        ids.append(int(full_pass(params, row)[len(ids) - 1]))
+        ids.append(int(full_pass(params, row, model)[len(ids) - 1]))
     return ids[-NEW:]
 
 
@@ -47,9 +52,9 @@ def padded(rows, width=8):
     return ids, lengths
 
 
-def run(params, prefix, starts, rows, **kw):
+def run(params, prefix, starts, rows, model=MODEL, **kw):
     kw = {"max_new_tokens": NEW, "stop_ids": (63,)} | kw
-    return generate.greedy(MODEL, params, TABLE, prefix, starts, *padded(rows), **kw)
+    return generate.greedy(model, params, TABLE, prefix, starts, *padded(rows), **kw)
 
 
 def test_cached_batched_decoding_equals_full_passes(tiny_params):
@@ -61,17 +66,18 @@ def test_cached_batched_decoding_equals_full_passes(tiny_params):
     assert out.lengths.tolist() == [NEW] * 3 and not out.stopped.any()
 
 
-def test_decoding_behind_a_prefix_shared_by_rows(tiny_params):
-    """Breaks when rows of one memory read another's, or the prefix's positions are lost."""
+@pytest.mark.parametrize("model", [MODEL, WINDOWED], ids=["plain", "windowed"])
+def test_decoding_behind_a_prefix_shared_by_rows(model, tiny_params):
+    """Breaks when rows of one memory read another's, the prefix's positions are lost, or a layer's window is not kept to."""
     rng = np.random.default_rng(1)
     heads = rng.integers(8, 64, (2, 5))
-    _, (k, v) = MODEL.apply({"params": tiny_params}, jnp.asarray(heads), jnp.arange(5)[None], llama.causal_mask(5), return_kv=True)
+    _, (k, v) = model.apply({"params": tiny_params}, jnp.asarray(heads), jnp.arange(5)[None], llama.causal_mask(5), return_kv=True)
     positions = jnp.broadcast_to(jnp.arange(5), (2, 5))
-    prefix = Prefix(llama.rotate_keys(TINY, k, positions), v, jnp.ones((2, 5), bool), jnp.broadcast_to(positions, (2, 5)), jnp.full(2, 5))
+    prefix = Prefix(llama.rotate_keys(TINY, k, positions), v, jnp.ones((2, 5), bool), positions, jnp.full(2, 5))
     rows = [*prompts(2), prompts(3)[0]]
-    out = run(tiny_params, prefix, jnp.full(4, 5), rows, stop_ids=(-1,))
-    want = [slow_greedy(tiny_params, [*heads[i // 2], *row]) for i, row in enumerate(rows)]
-    assert out.ids.tolist() == want
+    out = run(tiny_params, prefix, jnp.full(4, 5), rows, model, stop_ids=(-1,))
+    want = {m: [slow_greedy(tiny_params, [*heads[i // 2], *row], m) for i, row in enumerate(rows)] for m in (MODEL, WINDOWED)}
+    assert out.ids.tolist() == want[model] and want[MODEL] != want[WINDOWED]
 
 
 def test_stops_at_any_stop_id_and_leaves_it_out(tiny_params):
