@@ -148,6 +148,36 @@ def quickstart_verb(argv):
     return quickstart.main(_parser("quickstart"), argv)
 
 
+def inspect_verb(argv):
+    from icae_jax import inspection
+
+    return inspection.main(_parser("inspect"), argv)
+
+
+def convert_verb(argv):
+    kinds = {"base": "a base model into the hub's format or an Orbax copy", "adapter": "a trained compressor, from and to any format"}
+    if not argv or argv[0] not in kinds:
+        lines = "\n".join(f"  icae convert {kind:8} {text}" for kind, text in kinds.items())
+        if argv and argv[0] in ("-h", "--help"):
+            print(f"usage: icae convert KIND [options]\n\n{lines}")
+            return 0
+        raise ValueError(f"{argv[0] if argv else 'nothing'} is not what can be converted; choose base or adapter\n{lines}")
+    parser = argparse.ArgumentParser(prog=f"icae convert {argv[0]}", description=f"convert {kinds[argv[0]]}")
+    if argv[0] == "base":
+        from icae_jax import convert_base
+
+        return convert_base.main(parser, argv[1:])
+    from icae_jax import convert_adapter
+
+    return convert_adapter.main(parser, argv[1:])
+
+
+def export_verb(argv):
+    from icae_jax import export
+
+    return export.main(_parser("export"), argv)
+
+
 VERBS = {
     "quickstart": (quickstart_verb, "train a compressor in minutes on a small shipped base, and show what a memory is worth"),
     "train": (train_verb, "train a compressor: pretrain (AE + LM) or finetune (QA)"),
@@ -155,6 +185,9 @@ VERBS = {
     "compress": (compress_verb, "write texts into a memory file"),
     "restore": (restore_verb, "read the texts back out of a memory file"),
     "ask": (ask_verb, "answer questions from a memory file"),
+    "inspect": (inspect_verb, "say what a file or folder is, its sizes, its method, and which bases fit"),
+    "convert": (convert_verb, "convert base models and adapters between this package's formats and those of others"),
+    "export": (export_verb, "write memories as servers and transformers read them"),
 }
 
 

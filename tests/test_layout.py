@@ -12,7 +12,7 @@ LENGTHS = jnp.asarray([[4, 4], [3, 0]])  # two texts of up to two segments
 
 def test_unknown_layout_is_named():
     """Breaks when a misspelt layout falls back to another one."""
-    with pytest.raises(ValueError, match="layout is 'uniformly'; choose from sequential, uniform, servable, clean, reference"):
+    with pytest.raises(ValueError, match="layout is 'uniformly'; choose from sequential, uniform, servable, clean, reference, padded"):
         layout.get("uniformly")
 
 
@@ -33,6 +33,7 @@ def test_spread():
         ("servable", [[1, 2, 3, 4, 5, 2, 4], [1, 2, 3, 4, 5, 1, 2]]),
         ("clean", [[1, 2, 3, 4, 5, 2, 4], [1, 2, 3, 4, 5, 1, 2]]),
         ("reference", [[0, 1, 2, 3, 4, 4, 5], [0, 1, 2, 3, 4, 2, 3]]),  # its callers give the padded length
+        ("padded", [[0, 1, 2, 3, 4, 4, 5], [0, 1, 2, 3, 4, 2, 3]]),
     ],
 )
 def test_encoder_positions(name, want):
@@ -47,6 +48,7 @@ def test_encoder_positions(name, want):
         ("servable", [[0, 1, 2, 3], [0, 1]], [4, 2]),
         ("clean", [[0, 1, 2, 3], [0, 1]], [4, 2]),
         ("reference", [[10, 11, 12, 13], [10, 11]], [4, 2]),  # behind the fixed length, in the future of every target
+        ("padded", [[0, 1, 2, 3], [0, 1]], [4, 2]),
         ("uniform", [[2, 4, 6, 8], [1, 3]], [9, 4]),  # text ids 1 … 8 and 1 … 3, running over the segments
     ],
 )

@@ -42,6 +42,8 @@ def test_framing_without_the_tokens_it_needs(tiny_tokenizer):
     with pytest.raises(ValueError, match=r"compression\.trigger is bos, but .* no bos token; choose trained"):
         targets.make_framing(CompressionConfig(method="x500"), bare, None)
     assert targets.make_framing(CompressionConfig(), bare, None).start == ()
+    assert targets.make_framing(CompressionConfig(), bare, 1).start == (1,)
+    assert targets.make_framing(CompressionConfig(layout="padded"), bare, 1).start == ()
     bare.eos_token = None
     with pytest.raises(ValueError, match="no eos token"):
         targets.make_framing(CompressionConfig(), bare, None)
@@ -65,6 +67,7 @@ def test_language_modelling():
         ("mistral", "<s> [INST]", [FT, *ids("who sat"), *ids("[/INST]"), *ids("the cat"), 2], 3),
         ("v1", "", [FT, *ids("who sat"), FT, *ids("the cat"), 1], 3),
         ("plain", "", [*ids("Question: who sat Answer: the cat"), 2], 3),
+        ("none", "", [*ids("who sat the cat"), 2], 3),
         ("chat", "<s> [INST]", [*ids("who sat [/INST] the cat"), 2], 3),
     ],
 )

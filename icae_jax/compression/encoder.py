@@ -12,7 +12,7 @@ from icae_jax.models import llama
 
 SPECIAL_ROWS = 3  # [AE], [LM], [FT]: the last rows of the memory table
 # The default first.
-METHOD_LAYOUTS = {"icae": ("servable", "sequential", "uniform"), "x500": ("clean", "sequential", "reference", "uniform")}
+METHOD_LAYOUTS = {"icae": ("servable", "sequential", "uniform", "padded"), "x500": ("clean", "sequential", "reference", "uniform")}
 METHOD_TRIGGERS = {"icae": "trained", "x500": "bos"}
 
 

@@ -1,6 +1,6 @@
 """Position layouts: where memory tokens sit in the encoder, where the memory sits in the decoder, where targets start.
 
-n: tokens of a segment, k: its memory tokens, M: memory tokens of all segments, N: the fixed length that `reference` pads to.
+n: tokens of a segment, k: its memory tokens, M: memory tokens of all segments, N: the length that `reference` and `padded` fill up to.
 
 | name       | for        | encoder: text, memory tokens          | decoder: memory                 | targets start               |
 |------------|------------|---------------------------------------|---------------------------------|-----------------------------|
@@ -8,12 +8,14 @@ n: tokens of a segment, k: its memory tokens, M: memory tokens of all segments, 
 | servable   | icae       | 1 … n, spread over the ids they cover | 0 … M-1                         | at M                        |
 | clean      | x500       | 1 … n, spread over the ids they cover | 0 … M-1                         | at M                        |
 | reference  | x500       | 0 … N-1, then N … N+k-1               | N … N+M-1                       | at M                        |
+| padded     | icae       | 0 … N-1, then N … N+k-1               | 0 … M-1                         | at M                        |
 | uniform    | icae, x500 | 1 … n, spread over the ids they cover | the same, running over segments | AE at 0, others at text's end |
 
 `sequential` is the reference ICAE (arXiv 2307.06945), `uniform` UPL's. `servable` keeps UPL's encoder, but can be read by servers that take
 embeddings in a prompt, since those number positions 0, 1, 2, …  `reference` is the reference 500xCompressor (arXiv 2408.03094): the
-text is padded to N tokens with eos, which is attended to, and the memory's keys lie in the future of every query. `clean` masks the
-padding, spreads the memory as `servable` does, and goes on after it. Encoder positions restart in every segment.
+text is padded to N tokens with eos, which is attended to, and the memory's keys lie in the future of every query. `padded` is the ICAE
+that the same repository compares with. `clean` masks the padding, spreads the memory as `servable` does, and goes on after it.
+Encoder positions restart in every segment.
 """
 
 import dataclasses
@@ -25,7 +27,8 @@ import jax.numpy as jnp
 class Layout:
     """spread_encoder, spread_decoder: memory tokens sit at the ids of the text they cover. ae_restarts: AE targets start at 0.
 
-    fixed_length: segments are padded to one length with a token that is attended to, and the memory is read where it was written.
+    fixed_length: segments are padded to one length with a token that is attended to. read_in_place: the memory is read where it was
+    written.
     """
 
     name: str
@@ -33,6 +36,7 @@ class Layout:
     spread_decoder: bool = False
     ae_restarts: bool = False
     fixed_length: bool = False
+    read_in_place: bool = False
 
 
 LAYOUTS = {
@@ -42,7 +46,8 @@ LAYOUTS = {
         Layout("uniform", spread_encoder=True, spread_decoder=True, ae_restarts=True),
         Layout("servable", spread_encoder=True),
         Layout("clean", spread_encoder=True),
-        Layout("reference", fixed_length=True),
+        Layout("reference", fixed_length=True, read_in_place=True),
+        Layout("padded", fixed_length=True),
     )
 }
 
@@ -80,7 +85,7 @@ def decoder_positions(layout, k, lengths_BS, fixed_length):
     real = (lengths_BS > 0).astype(jnp.int32)
     ends = k * jnp.cumsum(real, axis=1)
     positions = (ends - k * real)[..., None] + jnp.broadcast_to(jnp.arange(k), (B, S, k))
-    return positions.reshape(B, S * k) + (fixed_length if layout.fixed_length else 0), ends[:, -1]
+    return positions.reshape(B, S * k) + (fixed_length if layout.read_in_place else 0), ends[:, -1]
 
 
 def target_starts(layout, objective, prefix):
@@ -98,4 +103,4 @@ def positions_needed(layout, tokens, segments, size, k, fixed_length):
     encoder = (fixed_length if layout.fixed_length else size + int(layout.spread_encoder)) + k
     if layout.spread_decoder:
         return encoder, tokens + 1, tokens + 1
-    return encoder, segments * k + (fixed_length if layout.fixed_length else 0), segments * k
+    return encoder, segments * k + (fixed_length if layout.read_in_place else 0), segments * k

@@ -192,6 +192,18 @@ class Compressor:
         short = [i for i, row in enumerate(rows) if len(row.ids) < 2]
         if short:
             raise ValueError(f"target {short[0]} has fewer than 2 tokens; there is nothing to score in it")
+        return self._scores(memory, rows, objective, head, batch_size)
+
+    def score_restoring(self, memory, texts, batch_size=16):
+        """Log-probability of each text, its end included, behind its memory and the trigger: `Score`s (the AE loss, summed and negated)."""
+        if len(texts) != len(memory):
+            raise ValueError(f"texts has {len(texts)} entries for {len(memory)} memories; give one each")
+        rows = [target_layouts.ae_target(self.context_ids(text), self.framing) for text in texts]
+        return self._scores(memory, rows, "ae", (), batch_size)
+
+    # ------------------------------------------------------------------------------------------------------ inside
+
+    def _scores(self, memory, rows, objective, head, batch_size):
         T = max(len(row.ids) - 1 for row in rows)
         self._check_room(memory, objective, len(head), T)
         T, scores = _up(T), []
@@ -203,8 +215,6 @@ class Compressor:
             counts = batch["label_mask"].sum((1, 2))
             scores += [Score(-float(s), int(n)) for s, n in zip(sums, counts, strict=True)]
         return scores
-
-    # ------------------------------------------------------------------------------------------------------ inside
 
     def _ids(self, text):
         return self.base.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]

@@ -29,6 +29,17 @@ IN_WORKDIR = "adapter"  # the folder that training writes into its workdir
 _LORA_NAME = re.compile(r"model\.layers\.(\d+)\.(self_attn|mlp)\.(\w+)\.lora_(A|B)(?:\.default)?\.weight$")
 
 
+def parse_lora_name(name):
+    """(layer, module, projection, "A" or "B") of a LoRA tensor's name, None of any other's."""
+    match = _LORA_NAME.search(name)
+    return None if match is None else (int(match[1]), *match.groups()[1:])
+
+
+def is_lora(name):
+    """Whether a tensor of that name is one of LoRA's."""
+    return parse_lora_name(name) is not None
+
+
 def lora_to_hub(lora, prefix="base_model.model.", infix=""):
     """PEFT's tensors of a LoRA tree: A `[r, in]` and B `[out, r]` a layer, named as a saved PEFT adapter names them."""
     tensors = {}
@@ -40,40 +51,47 @@ def lora_to_hub(lora, prefix="base_model.model.", infix=""):
     return tensors
 
 
-def lora_from_hub(tensors, model_config):
-    """The LoRA tree of tensors named `…model.layers.{i}.{module}.{projection}.lora_{A,B}[.default].weight`.
+def lora_from_hub(tensors, model_config, problems=None):
+    """The LoRA tree of tensors named `…model.layers.{i}.{module}.{projection}.lora_{A,B}[.default].weight`; others are left alone.
 
-    ValueError names what is missing in any layer and what does not fit the base's shapes.
+    The rank is the A tensors' own, the projections those that any layer has. ValueError lists every tensor that is missing, belongs to
+    no layer of the base, or has not the base's shape. problems: a list that takes these lines instead; the tree is then None.
     """
-    found = {}
-    for full, value in tensors.items():
-        match = _LORA_NAME.search(full)
-        if match:
-            layer, module, name, letter = match.groups()
+    found, lines = {}, []
+    for full in tensors:
+        parsed = parse_lora_name(full)
+        if parsed:
+            layer, module, name, letter = parsed
             if name not in loras.PROJECTIONS or module != loras.module_of(name):
-                raise ValueError(f"adapter tensor {full}: {module}.{name} is not a projection of this model")
-            found.setdefault((module, name, letter.lower()), {})[int(layer)] = np.asarray(value, np.float32).T
-    if not found:
-        raise ValueError("the adapter holds no LoRA tensors (names ending in lora_A.weight and lora_B.weight)")
-    tree = {}
-    for (module, name, letter), layers in sorted(found.items()):
-        absent = [i for i in range(model_config.num_layers) if i not in layers]
-        if absent or len(layers) != model_config.num_layers:
-            raise ValueError(
-                f"the adapter has {name}.lora_{letter.upper()} for {len(layers)} layers, the base has {model_config.num_layers}"
-                f"{f'; missing: layers {absent}' if absent else ''}; this adapter belongs to another base"
-            )
+                lines.append(f"unexpected {full}: {module}.{name} is not a projection of this model")
+            else:
+                found[layer, name, letter] = full
+    ranks = [tensors[full].shape[0] for (_, _, letter), full in found.items() if letter == "A" and len(tensors[full].shape) == 2]
+    if not ranks and not lines:
+        lines.append("no LoRA tensors (names ending in lora_A.weight and lora_B.weight)")
+    rank = max(set(ranks), key=ranks.count) if ranks else 0
+    targets = [name for name in loras.PROJECTIONS if any(key[1] == name for key in found)]
+    example = next(iter(found.values()), "")
+    before, infix = example.partition("model.layers.")[0], ".default" if ".default." in example else ""
+    for key in [(i, name, letter) for i in range(model_config.num_layers) for name in targets for letter in "AB"]:
+        i, name, letter = key
         d_in, d_out = loras.projection_shape(model_config, name)
-        axis, want = (0, d_in) if letter == "a" else (1, d_out)
-        wrong = [v.shape for v in layers.values() if v.ndim != 2 or v.shape[axis] != want]
-        if wrong:
-            raise ValueError(f"{name}.lora_{letter.upper()} of the adapter is {wrong[0]}, the base needs {want} on axis {axis}")
-        value = jnp.asarray(np.stack([layers[i] for i in range(model_config.num_layers)]))
-        tree.setdefault(module, {}).setdefault(name, {})[letter] = value
-    for projections in tree.values():
-        for name, pair in projections.items():
-            if set(pair) != {"a", "b"} or pair["a"].shape[2] != pair["b"].shape[1]:
-                raise ValueError(f"the adapter's {name} has {sorted(pair)} only, or A and B of different rank")
+        want = (rank, d_in) if letter == "A" else (d_out, rank)
+        if key not in found:
+            lines.append(f"missing {before}model.layers.{i}.{loras.module_of(name)}.{name}.lora_{letter}{infix}.weight {want}")
+        elif tuple(tensors[found[key]].shape) != want:
+            lines.append(f"mis-shaped {found[key]}: {tuple(tensors[found[key]].shape)}, with this base it is {want}")
+    beyond = [full for (i, _, _), full in found.items() if i >= model_config.num_layers]
+    lines += [f"unexpected {full}: the base has {model_config.num_layers} layers" for full in beyond]
+    if lines and problems is None:
+        raise ValueError("the adapter's tensors do not fit this base:\n  " + "\n  ".join(lines))
+    if lines:
+        problems += lines
+        return None
+    tree = {}
+    for name in targets:
+        a, b = ([np.asarray(tensors[found[i, name, x]], np.float32).T for i in range(model_config.num_layers)] for x in "AB")
+        tree.setdefault(loras.module_of(name), {})[name] = {"a": jnp.asarray(np.stack(a)), "b": jnp.asarray(np.stack(b))}
     return {"layers": tree}
 
 
@@ -81,7 +99,8 @@ def lora_from_hub(tensors, model_config):
 class Adapter:
     """A trained compressor apart from its base.
 
-    trained: `{"lora": tree, "memory_table": [k + 3, D]}`. base_path, base_fingerprint: the base it was trained on.
+    trained: `{"lora": tree, "memory_table": [k + 3, D]}`. base_path, base_fingerprint: the base it was trained on. origin: of a converted
+    one, where it comes from and how well it restored; None for one that was trained here.
     """
 
     compression: CompressionConfig
@@ -90,6 +109,7 @@ class Adapter:
     trained: dict
     base_path: str
     base_fingerprint: str
+    origin: dict | None = None
 
     @property
     def fingerprint(self):
@@ -103,10 +123,11 @@ class Adapter:
 
 def peft_config(adapter):
     """adapter_config.json's content: all that PEFT needs, which silently assumes r = alpha = 8 where they are absent."""
+    base = pathlib.Path(adapter.base_path)
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": adapter.base_path,
+        "base_model_name_or_path": str(base.resolve()) if base.is_dir() else adapter.base_path,  # or a hub id, or gs://…
         "r": adapter.lora.rank,
         "lora_alpha": adapter.lora.scale * adapter.lora.rank,
         "lora_dropout": adapter.lora.dropout,
@@ -124,6 +145,7 @@ def icae_info(adapter):
         "base_fingerprint": adapter.base_fingerprint,
         "compression": dataclasses.asdict(adapter.compression),
         "template": dataclasses.asdict(adapter.template),
+        **({"origin": adapter.origin} if adapter.origin else {}),
     }
 
 
@@ -165,18 +187,24 @@ def adapter_folder(path):
     return path / IN_WORKDIR if (path / IN_WORKDIR / "icae.json").exists() else path
 
 
+def lora_folder(folder):
+    """Where an adapter folder keeps what PEFT reads: in encoder/, or in itself if it was made for PEFT (`peft_folder`)."""
+    inner = pathlib.Path(folder) / "encoder"
+    return pathlib.Path(folder) if (pathlib.Path(folder) / "adapter_config.json").exists() else inner
+
+
 def read_adapter_info(folder):
-    """icae.json and encoder/adapter_config.json, checked: (icae.json's content, adapter_config.json's content)."""
+    """icae.json and adapter_config.json, checked: (icae.json's content, adapter_config.json's content)."""
     folder = pathlib.Path(folder)
     if not folder.is_dir():
         raise ValueError(f"adapter {str(folder)!r} is not a folder; give the folder that training wrote (it holds icae.json)")
     info = files.read_json(folder / "icae.json", "how the adapter is read")
     if info.get("format_version") != FORMAT_VERSION:
         raise ValueError(f"{folder}/icae.json: format_version is {info.get('format_version')}, this version reads {FORMAT_VERSION}")
-    peft = files.read_json(folder / "encoder" / "adapter_config.json", "the LoRA's configuration")
+    peft = files.read_json(lora_folder(folder) / "adapter_config.json", "the LoRA's configuration")
     missing = [f for f in ("r", "lora_alpha", "target_modules", "base_model_name_or_path") if f not in peft]
     if missing:
-        raise ValueError(f"{folder}/encoder/adapter_config.json: {', '.join(missing)} missing")
+        raise ValueError(f"{lora_folder(folder)}/adapter_config.json: {', '.join(missing)} missing")
     return info, peft
 
 
@@ -191,7 +219,8 @@ def load_adapter(folder, base):
         )
     compression = _fields(CompressionConfig, info["compression"], f"{folder}/icae.json: compression", ("k_choices", "trigger"))
     template = _fields(Template, info["template"], f"{folder}/icae.json: template")
-    lora = lora_from_hub(_tensors(folder / "encoder" / "adapter_model.safetensors"), base.config)
+    inner = lora_folder(folder)
+    lora = lora_from_hub(_tensors(inner / "adapter_model.safetensors"), base.config)
     table = _tensors(folder / "memory.safetensors").get(MEMORY_TABLE)
     want = (compression.k + SPECIAL_ROWS, base.config.hidden_size)
     if table is None or table.shape != want:
@@ -200,11 +229,11 @@ def load_adapter(folder, base):
     stated = {(name, peft["r"]) for name in peft["target_modules"]}
     if found != stated:
         raise ValueError(
-            f"{folder}/encoder: adapter_config.json states {sorted(stated)} (target_modules, r), the tensors are {sorted(found)}"
+            f"{inner}: adapter_config.json states {sorted(stated)} (target_modules, r), the tensors are {sorted(found)}"
         )
     for field in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern"):
         if peft.get(field):
-            raise ValueError(f"{folder}/encoder/adapter_config.json: {field} is {peft[field]!r}, which is not supported")
+            raise ValueError(f"{inner}/adapter_config.json: {field} is {peft[field]!r}, which is not supported")
     config = LoraConfig(peft["r"], peft["lora_alpha"] / peft["r"], peft.get("lora_dropout", 0.0), tuple(peft["target_modules"]))
     trained = {"lora": lora, "memory_table": jnp.asarray(table, jnp.float32)}
-    return Adapter(compression, config, template, trained, peft["base_model_name_or_path"], info["base_fingerprint"])
+    return Adapter(compression, config, template, trained, peft["base_model_name_or_path"], info["base_fingerprint"], info.get("origin"))

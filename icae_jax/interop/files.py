@@ -65,3 +65,13 @@ def replacing_folder(path):
             os.rename(old, path)
         shutil.rmtree(tmp, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def check_new_folder(path, flag):
+    """ValueError where a folder cannot be written without touching what is there, before any work is done."""
+    path = pathlib.Path(path)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ValueError(f"{flag} {path} is there already; give a new folder, or remove that one first")
+    parent = next(p for p in path.absolute().parents if p.exists())
+    if not os.access(parent, os.W_OK):
+        raise ValueError(f"{flag} {path}: folder {parent} cannot be written")

@@ -40,14 +40,16 @@ class Framing:
 def make_framing(compression, tokenizer, bos_id):
     """The `Framing` of a method. bos_id: the id that the tokenizer sets in front of a text, or None.
 
-    ICAE's encoder reads the text as the base would, `<s>` included; 500xCompressor's reads the text alone, and `<s>` is what its
-    decoder starts regeneration with. ValueError where that is asked for and the tokenizer has none.
+    ICAE's encoder reads the text as the base would, `<s>` included; 500xCompressor's (and that of the ICAE it is compared with, layout
+    `padded`) reads the text alone, and `<s>` is what its decoder starts regeneration with. ValueError where that is asked for and the
+    tokenizer has none.
     """
     if tokenizer.eos_token_id is None:
         raise ValueError("the tokenizer has no eos token; set one in tokenizer_config.json")
     if compression.trigger == "bos" and tokenizer.bos_token_id is None:
         raise ValueError("compression.trigger is bos, but the base's tokenizer has no bos token; choose trained")
-    start = () if compression.method == "x500" or bos_id is None else (bos_id,)
+    alone = compression.method == "x500" or compression.layout == "padded"
+    start = () if alone or bos_id is None else (bos_id,)
     return Framing(start, tokenizer.bos_token_id if compression.trigger == "bos" else AE, tokenizer.eos_token_id)
 
 
@@ -85,25 +87,30 @@ class Template:
         return Target([*given, *answer_ids, self.stop], len(given))
 
 
+TEMPLATES = ("mistral", "v1", "plain", "none", "chat")
+
+
 def _ids(tokenizer, text):
     return tuple(tokenizer(text, add_special_tokens=False)["input_ids"]) if text else ()
 
 
-def make_template(name, tokenizer):
-    """A `Template` in the tokenizer's ids.
+def make_template(name, tokenizer, eos=None):
+    """A `Template` in the tokenizer's ids. tokenizer: may be None for v1 and none, which hold no words; eos: then what ends an answer.
 
     mistral: `<s> [INST]`, memory, [FT], prompt, `[/INST]`, answer, </s> (reference v2). v1: memory, [FT], prompt, [FT], answer, id 1.
-    plain: memory, `Question: … Answer: `, answer, </s> (arXiv 2408.03094). chat: the tokenizer's own chat template with the memory
-    and the prompt in the user's turn.
+    plain: memory, `Question: … Answer: `, answer, </s> (arXiv 2408.03094). none: memory, prompt, answer, </s>. chat: the tokenizer's own
+    chat template with the memory and the prompt in the user's turn.
     """
-    eos = tokenizer.eos_token_id
+    if name == "v1":
+        return Template(name, (), (FT,), (FT,), 1)
+    eos = eos if tokenizer is None else tokenizer.eos_token_id
     if eos is None:
         raise ValueError("the tokenizer has no eos token; set one in tokenizer_config.json")
+    if name == "none":
+        return Template(name, (), (), (), eos)
     if name == "mistral":
         bos = () if tokenizer.bos_token_id is None else (tokenizer.bos_token_id,)
         return Template(name, (*bos, *_ids(tokenizer, "[INST]")), (FT,), _ids(tokenizer, "[/INST]"), eos)
-    if name == "v1":
-        return Template(name, (), (FT,), (FT,), 1)
     if name == "plain":
         return Template(name, (), _ids(tokenizer, "Question:"), _ids(tokenizer, "Answer:"), eos)
     if name == "chat":
@@ -117,7 +124,7 @@ def make_template(name, tokenizer):
         head, rest = text.split(memory)
         before, after = rest.split(prompt)
         return Template(name, *(_ids(tokenizer, part) for part in (head, before, after)), eos)
-    raise ValueError(f"objectives.template is {name!r}; choose from mistral, v1, plain, chat")
+    raise ValueError(f"objectives.template is {name!r}; choose from {', '.join(TEMPLATES)}")
 
 
 # -------------------------------------------------------------------------------------------------------------- packing

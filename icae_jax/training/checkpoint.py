@@ -4,6 +4,7 @@ import contextlib
 import pathlib
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as managers
 
@@ -16,6 +17,35 @@ def _saving(what):
     except (OSError, ValueError, RuntimeError) as error:
         cause = str(error).strip().splitlines()[-1].split(": ")[-1]
         raise OSError(f"{what} failed: {cause}. Earlier checkpoints are whole; free space and run the same command again") from error
+
+
+def steps(path):
+    """The checkpoint meant by a path, `…/checkpoints/step_N`: that one itself, or of a workdir or its checkpoints the best (else the
+    latest). None where the path is none of these.
+    """
+    path = pathlib.Path(path)
+    if (path / "default" / "_METADATA").exists():
+        return path
+    workdir = path if (path / "checkpoints").is_dir() else path.parent
+    if path not in (workdir, workdir / "checkpoints") or not any((workdir / "checkpoints").glob("step_*/default/_METADATA")):
+        return None
+    found = Checkpoints(workdir)
+    try:
+        step = found.best() or found.latest()
+    finally:
+        found.close()
+    return workdir / "checkpoints" / f"step_{step}"
+
+
+def read_trained(step_folder):
+    """The trained tree alone of one checkpoint, numpy arrays, without the optimizer's state."""
+    folder = pathlib.Path(step_folder).resolve() / "default"
+    handler = ocp.PyTreeCheckpointHandler()
+    stored = handler.metadata(folder).tree["trained"]
+    want = {"trained": jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), stored)}
+    how = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), want)
+    with ocp.Checkpointer(handler) as checkpointer:
+        return checkpointer.restore(folder, args=ocp.args.PyTreeRestore(want, how, partial_restore=True))["trained"]
 
 
 class Checkpoints:

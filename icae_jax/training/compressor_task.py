@@ -15,6 +15,15 @@ from icae_jax.models import llama, lora
 from icae_jax.objectives import loss, targets
 
 
+def compression_on(config, tokenizer):
+    """(what a `TrainConfig` trains on a base with that tokenizer, lines on what is done otherwise than it asks)."""
+    compression = config.trained_compression
+    if compression.trigger != "bos" or tokenizer.bos_token_id is not None:
+        return compression, []
+    note = "compression.trigger: the base's tokenizer has no bos token; a trained one asks for the text instead"
+    return dataclasses.replace(compression, trigger="trained"), [note]
+
+
 class CompressorTask:
     """LoRA and memory table trained by AE, LM and QA losses behind a frozen base (`TrainConfig`)."""
 
@@ -23,11 +32,7 @@ class CompressorTask:
         self.config, self.weights = c, c.objectives.weights
         self.base = bases.load_base(c.base, c.jnp_dtype)
         tokenizer = self.base.tokenizer
-        self.compression = c.trained_compression
-        self._notes = []
-        if self.compression.trigger == "bos" and tokenizer.bos_token_id is None:
-            self._notes.append("compression.trigger: the base's tokenizer has no bos token; a trained one asks for the text instead")
-            self.compression = dataclasses.replace(self.compression, trigger="trained")
+        self.compression, self._notes = compression_on(c, tokenizer)
         self.template = targets.make_template(c.objectives.template, tokenizer)
         self.framing = targets.make_framing(self.compression, tokenizer, bases.bos_id(tokenizer))
         self.start_from = None

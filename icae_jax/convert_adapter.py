@@ -1,0 +1,279 @@
+"""`icae convert adapter`: any trained compressor in, recognised by its content, checked by restoring a text, and out in any format."""
+
+import dataclasses
+import pathlib
+import sys
+
+import jax
+import numpy as np
+
+from icae_jax.data.sources import read_rows
+from icae_jax.evaluation import scores
+from icae_jax.inference.compressor import Compressor
+from icae_jax.interop import adapter as adapters
+from icae_jax.interop import base as bases
+from icae_jax.interop import files, formats, peft_folder
+from icae_jax.objectives import targets
+from icae_jax.training import checkpoint
+from icae_jax.training.compressor_task import compression_on
+from icae_jax.training.config import TrainConfig, from_dict
+
+FORMATS = ("native", "peft", "icae-v1", "icae-v2", "x500")
+DTYPES = ("float32", "bfloat16", "float16")
+TOLD = ("method", "alpha", "rate", "context_length", "phase", "template", "layout")  # flags for what tensors cannot tell
+MILD = 8  # up to this ratio a text comes back nearly whole (arXiv 2307.06945, table 1; arXiv 2408.03094, table 7)
+
+# Two texts for the check, each the other's control. Plain prose: random text is not restored even by the right base.
+PARAGRAPHS = (
+    "The ferry left the island shortly after seven, when the fog had lifted from the harbour and the last crates of apples were on board. "
+    "Marta stood at the rail and counted the lighthouses along the coast, as her father had taught her when she was a child. "
+    "There had been nine of them then; now there were six, and only two were still lit by a keeper. She wondered who would remember "
+    "their names in twenty years, and she took out her notebook and wrote them down, one on each line, with the year it was built in.",
+    "A good loaf needs four things: flour, water, salt and time. The baker on our street starts his dough in the afternoon and lets it "
+    "rest overnight in a cool cellar, so that the crust turns dark and the inside stays moist for days. In the morning he heats the oven "
+    "with beech wood until the stones are white, sweeps out the ashes, and bakes forty loaves at once. By nine o'clock most of them are "
+    "sold, and whoever comes later has to be content with rolls, or with yesterday's bread, which he gives away for half the price.",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """What --from turned out to be. kind: "native", "peft", "orbax", or a format of `interop.formats`.
+
+    path: the adapter folder, the checkpoint of one step, or the file of tensors. told: what `reading.json` beside the file says.
+    """
+
+    kind: str
+    path: pathlib.Path
+    tensors: dict | None = None
+    told: dict | None = None
+
+
+def recognise(path):
+    """The `Source` at a path: by what is in it, not by what it is called. ValueError where it is no trained compressor."""
+    path = pathlib.Path(path)
+    if path.is_file():
+        tensors, _ = formats.open_tensors(path)
+        form = formats.recognise(tensors)
+        if form is None:
+            names = ", ".join(sorted(tensors)[:3])
+            raise ValueError(f"--from {path}: no trained compressor, its {len(tensors)} tensors are {names}, …; see icae inspect {path}")
+        told = path.parent / formats.READING
+        return Source(form, path, tensors, files.read_json(told, "how the file is read") if told.exists() else None)
+    if not path.is_dir():
+        raise ValueError(f"--from {path}: no such file or folder")
+    folder = adapters.adapter_folder(path)
+    if (folder / "icae.json").exists():
+        return Source("peft" if adapters.lora_folder(folder) == folder else "native", folder)
+    steps = checkpoint.steps(path)
+    if steps is not None:
+        return Source("orbax", steps)
+    found = [file for file in sorted(path.iterdir()) if file.is_file() and formats.file_kind(file)]
+    found = [file for file in found if formats.recognise(formats.open_tensors(file)[0])]
+    if len(found) == 1:
+        return recognise(found[0])
+    what = f"holds several trained compressors: {', '.join(f.name for f in found)}; name one" if found else "holds no trained compressor"
+    raise ValueError(f"--from {path} {what} (adapter folder, training workdir, safetensors or .pt file)")
+
+
+# ------------------------------------------------------------------------------------------------------------------- in
+
+
+def _from_tensors(source, base, args):
+    """(`Adapter`, lines that say what was assumed) of a file of a reference implementation."""
+    possible = formats.methods_of(source.kind, source.tensors, args.phase)
+    told = source.told or {}
+    method = args.method or told.get("method") or (possible[0] if len(possible) == 1 else None)
+    if method is None:
+        raise ValueError(
+            f"--from {source.path}: after tuning on questions, 500xCompressor and the ICAE of its repository save the same tensors; "
+            "say which this is with --method x500 or --method icae"
+        )
+    if method not in possible:
+        raise ValueError(f"--method is {method}, but {source.path} is of format {source.kind}, method {' or '.join(possible)}")
+    trained = formats.read_trained(source.kind, source.tensors, base, source.path)
+    k = trained["memory_table"].shape[0] - formats.SPECIAL_ROWS
+    phase = args.phase or "finetune"
+    assumed = formats.defaults(source.kind, method, phase, k)
+    given = {name: getattr(args, name) for name in ("alpha", "context_length", "layout", "template")}
+    if args.rate is not None:
+        length = round(k * args.rate)
+        if given["context_length"] not in (None, length):
+            raise ValueError(f"--rate {args.rate} with k {k} is --context_length {length}, not {args.context_length}; give one of them")
+        given["context_length"] = length
+    lines, chosen = [f"method {method}{'' if args.method else ' (by its tensors)' if len(possible) == 1 else ' (told)'}"], {}
+    lines.append(f"phase {phase}{'' if args.phase else ' (default)'}")
+    for name, value in given.items():
+        where = "" if value is not None else " (told)" if name in told else f" (default of {source.kind})"
+        chosen[name] = value if value is not None else told.get(name, assumed[name])
+        lines.append(f"{name} {chosen[name]:g}{where}" if name == "alpha" else f"{name} {chosen[name]}{where}")
+    name = chosen.pop("template")
+    if base.tokenizer is None and name not in ("v1", "none"):
+        if not args.force or args.template:
+            raise ValueError(
+                f"base {base.path} has no tokenizer, of whose tokens template {name} is made; add the tokenizer's files to it, "
+                "or give --template v1 or none"
+            )
+        lines.append(f"template none in place of {name}: the base has no tokenizer to make it of")
+        name = "none"
+    if told and told["base_fingerprint"] != base.fingerprint:
+        was = f"{told['base']} ({told['base_fingerprint'][:12]})"
+        raise ValueError(f"{source.path} was trained on {was}, not on {base.path} ({base.fingerprint[:12]}); give the right base")
+    template = targets.make_template(name, base.tokenizer, next(iter(base.stop_ids), 2))
+    adapter = formats.make_adapter(trained, base, template, method=method, **chosen)
+    return adapter, lines
+
+
+def _from_orbax(step, base):
+    """The `Adapter` of one checkpoint of a training workdir, by the configuration kept there."""
+    path = step.parent.parent / "config.json"
+    flat = files.read_json(path, "the run's configuration")
+    nested = {}
+    for name, value in flat.items():
+        *groups, last = name.split(".")
+        node = nested
+        for group in groups:
+            node = node.setdefault(group, {})
+        node[last] = value
+    trained_on = nested.pop("identity", {}).get("base")
+    if trained_on is None:
+        raise ValueError(f"{path}: not the configuration of a compressor's training")
+    if trained_on != base.fingerprint:
+        raise ValueError(f"{step} was trained on base {trained_on[:12]}, but {base.path} has {base.fingerprint[:12]}; give the right base")
+    config = from_dict(TrainConfig, nested)
+    compression, _ = compression_on(config, base.tokenizer)
+    template = targets.make_template(config.objectives.template, base.tokenizer)
+    trained = jax.tree.map(jax.numpy.asarray, checkpoint.read_trained(step))
+    return adapters.Adapter(compression, config.lora, template, trained, base.path, base.fingerprint)
+
+
+def read(source, base, args):
+    """(`Adapter`, lines of what was assumed, whether a fingerprint says that the base is right)."""
+    if source.kind in formats.NAMES:
+        adapter, lines = _from_tensors(source, base, args)
+        return adapter, lines, bool(source.told)
+    given = [f"--{name}" for name in TOLD if getattr(args, name) is not None]
+    if given:
+        raise ValueError(f"{', '.join(given)}: {source.path} says that itself; leave the flag out")
+    if source.kind == "orbax":
+        return _from_orbax(source.path, base), [f"checkpoint {source.path.name}"], True
+    return adapters.load_adapter(source.path, base), [], True
+
+
+# ---------------------------------------------------------------------------------------------------------------- check
+
+
+@dataclasses.dataclass(frozen=True)
+class Restoring:
+    """How well texts come back. ae_loss, control: nats per token behind their own memory, and behind another text's. bleu in percent."""
+
+    ae_loss: float
+    control: float
+    bleu: float
+    ratio: float
+
+    @property
+    def far(self):
+        """Whether this is far from restoring, as a wrong base (or a wrong alpha, layout, …) makes it.
+
+        Another text's memory tells nothing of a text, so what its own tells is the difference. At mild ratios the text must come back.
+        """
+        return not (self.ae_loss <= self.control / 2 and (self.ratio > MILD or self.bleu >= 50))
+
+    def __str__(self):
+        own = f"AE loss {self.ae_loss:.3f} nats per token (behind another text's memory {self.control:.3f})"
+        return f"{own}, BLEU-4 {self.bleu:.1f}, at {self.ratio:.1f}x"
+
+
+def restoring(compressor, texts):
+    """`Restoring` of texts, two at least: each is also scored behind the memory of the one before it."""
+    memory = compressor.compress(texts)
+
+    def loss(read):
+        made = compressor.score_restoring(read, texts)
+        return -sum(s.log_prob for s in made) / sum(s.tokens for s in made)
+
+    other = memory[np.roll(np.arange(len(texts)), 1)]
+    return Restoring(loss(memory), loss(other), scores.bleu(compressor.restore(memory), texts), float(np.mean(memory.ratio)))
+
+
+def check(adapter, base, texts, where):
+    """(`Restoring` or None, why it could not be measured)."""
+    if base.tokenizer is None:
+        return None, f"base {base.path} has no tokenizer, so no text can be restored"
+    try:
+        return restoring(Compressor(base, adapter, where), texts), ""
+    except ValueError as error:
+        return None, str(error)
+
+
+# ----------------------------------------------------------------------------------------------------------------- verb
+
+
+def main(parser, argv):
+    """Converts an adapter. Returns an exit code: 0 done; 2 bad input, or far from restoring without --force, and nothing is written."""
+    add = parser.add_argument
+    add("--from", dest="source", required=True, metavar="PATH", help="adapter folder, workdir, checkpoint, safetensors or .pt file")
+    add("--base", required=True, help="the base model: folder, hub id, or gs://…")
+    add("--to", required=True, metavar="DIR", help="folder to write")
+    add("--format", default="native", choices=FORMATS, help="format to write (default: native, our adapter folder)")
+    add("--text", metavar="FILE", help="texts to restore for the check, in place of the built-in paragraphs")
+    add("--dtype", default="float32", choices=DTYPES, help="of the tensors written, in formats other than native")
+    add("--force", action="store_true", help="write even where restoring fails")
+    add = parser.add_argument_group("what tensors cannot tell; each format has a default, which is printed").add_argument
+    add("--method", choices=("icae", "x500"))
+    add("--alpha", type=float, help="LoRA's alpha; its scale is alpha / r")
+    add("--rate", type=float, help="text tokens per memory token; --context_length is k times this")
+    add("--context_length", type=int, help="most text tokens of a segment")
+    add("--phase", choices=("pretrain", "finetune"))
+    add("--template", choices=targets.TEMPLATES)
+    add("--layout", help="position layout, where it was trained with another than its format's")
+    args = parser.parse_args(argv)
+    for name in ("alpha", "rate", "context_length"):
+        if getattr(args, name) is not None and not getattr(args, name) > 0:
+            raise ValueError(f"--{name} is {getattr(args, name)}; it must be positive")
+    files.check_new_folder(args.to, "--to")
+    source = recognise(args.source)
+    texts = list(PARAGRAPHS)
+    if args.text:
+        texts = [row.text for row in read_rows(args.text)][:8]
+        texts += PARAGRAPHS[: max(0, 2 - len(texts))]  # a text's control is another one
+
+    base = bases.load_base(args.base, progress=True, need_tokenizer=False)
+    adapter, lines, settled = read(source, base, args)
+    print(f"{source.path}: {source.kind}, r {adapter.lora.rank}, k {adapter.compression.k}, LoRA on {', '.join(adapter.lora.targets)}")
+    if lines:
+        print("  " + ", ".join(lines))
+    if args.format in formats.NAMES:
+        formats.need_torch_for(args.format)
+        wrong = "; ".join(formats.misreadings(args.format, adapter))
+        if wrong and not args.force:
+            raise ValueError(f"--format {args.format}: its implementation would misread this: {wrong}. --force writes it all the same")
+
+    measured, why = check(adapter, base, texts, source.path)
+    print(f"  restores: {measured or why}")
+    failed = measured is None or measured.far
+    if failed:
+        unsure = f"is {base.path} the base it was trained on, and are the values above right?"
+        sure = f"{base.path} is its base by fingerprint, but perhaps it was trained on other texts (--text), or not to restore"
+        print(f"icae convert adapter: {why or 'far from restoring'}: {sure if settled else unsure}", file=sys.stderr)
+        if not settled and not args.force:
+            print("icae convert adapter: nothing was written; --force writes it all the same", file=sys.stderr)
+            return 2
+    if source.kind in formats.NAMES:
+        figures = dataclasses.asdict(measured) if measured else None
+        origin = {"format": source.kind, "file": source.path.name, "restoring": figures, "forced": failed and not settled}
+        adapter = dataclasses.replace(adapter, origin=origin)
+    print(f"  wrote {write(args.format, args.to, adapter, base.config, args.dtype)} ({args.format})")
+    return 0
+
+
+def write(form, folder, adapter, model_config, dtype):
+    """Writes an adapter in one of `FORMATS`; returns the path of what to load."""
+    if form == "native":
+        adapters.save_adapter(folder, adapter)
+        return folder
+    if form == "peft":
+        peft_folder.save(folder, adapter, model_config, dtype)
+        return folder
+    return formats.write(form, folder, adapter, model_config, dtype)

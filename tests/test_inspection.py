@@ -1,0 +1,111 @@
+"""`icae inspect`: every kind of file and folder says what it is, and which bases fit."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+from conftest import TINY, random_params, random_trained
+
+from icae_jax import cli, inspection
+from icae_jax.compression.encoder import CompressionConfig
+from icae_jax.inference.compressor import load
+from icae_jax.interop import adapter as adapters
+from icae_jax.interop import base as bases
+from icae_jax.interop import formats, peft_folder
+from icae_jax.models import lora
+from icae_jax.objectives import targets
+
+
+@pytest.fixture(scope="module")
+def made(tiny_base, tmp_path_factory):
+    """{kind: path} of everything that can be looked at."""
+    folder = tmp_path_factory.mktemp("inspect")
+    base = bases.load_base(tiny_base)
+    template = targets.make_template("plain", base.tokenizer)
+    compression = CompressionConfig(k=3, rate=4, layout="sequential")
+    config = lora.LoraConfig(4, 2.0, targets=("q_proj", "v_proj"))
+    adapter = adapters.Adapter(compression, config, template, random_trained(TINY, 3), base.path, base.fingerprint)
+    adapters.save_adapter(folder / "adapter", adapter)
+    peft_folder.save(folder / "peft", adapter, TINY)
+    paths = {"adapter": folder / "adapter", "peft": folder / "peft", "base": tiny_base, "weights": tiny_base / "model.safetensors"}
+    paths["icae-v2"] = formats.write("icae-v2", folder / "v2", adapter, TINY)
+    compressor = load(folder / "adapter")
+    paths["memory"] = folder / "m.safetensors"
+    compressor.save(paths["memory"], compressor.compress(["the cat sat", "a dog ran on the big red mat over the sea"]), ["a", "b"])
+    return paths
+
+
+def inspect(path, capsys, *flags):
+    code = cli.main(["inspect", str(path), *flags])
+    return code, capsys.readouterr()
+
+
+def test_what_each_is(made, capsys):
+    """Breaks when a kind is taken for another, or its method, sizes or identity are left out."""
+    told = {kind: json.loads(inspect(path, capsys, "--json")[1].out) for kind, path in made.items()}
+    assert {kind: about["what"] for kind, about in told.items()} == {
+        "adapter": "adapter folder",
+        "peft": "adapter folder in PEFT's form",
+        "base": "base model, LlamaForCausalLM",
+        "weights": "weights of a base model; give the folder that holds them",
+        "icae-v2": "trained compressor, format icae-v2",
+        "memory": "memory file",
+    }
+    must_have = {"num_hidden_layers": 2, "hidden_size": 32, "q_width": 32, "kv_width": 16}
+    for kind in ("adapter", "peft", "icae-v2"):
+        about = told[kind]
+        assert (about["method"], about["k"], about["rank"], about["lora_targets"]) == ("icae", 3, [4], ["q_proj", "v_proj"])
+        assert about["base_must_have"] == must_have and about["trained_parameters"] == 6 * 32 + 2 * 4 * (32 + 32 + 32 + 16)
+    assert told["adapter"]["base_fingerprint"] == told["memory"]["base_fingerprint"] == bases.load_base(made["base"]).fingerprint
+    assert told["icae-v2"]["reading"]["alpha"] == 8 and told["icae-v2"]["sizes_of"] == ["no base known here"]
+    assert told["base"]["parameters"] == sum(x.size for x in jax.tree.leaves(bases.load_base(made["base"]).params))
+    assert told["memory"]["texts"] == 2 and told["memory"]["slots"] == [2, 3, 32]
+    for path in made.values():
+        assert "what " in inspect(path, capsys)[1].out
+
+
+def test_known_bases_by_their_sizes(tmp_path, capsys):
+    """Breaks when the released weights' sizes do not lead to their base: r 512 on 4096 with 1024 for v is Mistral-7B or Llama-3-8B."""
+    tensors = {"memory_token_embed.weight": np.zeros((131, 4096), np.float16)}
+    shapes = {"q_proj.lora_A": (2, 4096), "q_proj.lora_B": (4096, 2), "v_proj.lora_A": (2, 4096), "v_proj.lora_B": (1024, 2)}
+    for i in range(32):
+        for name, shape in shapes.items():
+            tensors[f"icae.base_model.model.model.layers.{i}.self_attn.{name}.default.weight"] = np.zeros(shape, np.float16)
+    safetensors.numpy.save_file(tensors, tmp_path / "x")
+    about = json.loads(inspect(tmp_path / "x", capsys, "--json")[1].out)
+    assert about["k"] == 128 and any("Mistral-7B" in n for n in about["sizes_of"]) and any("Llama-3-8B" in n for n in about["sizes_of"])
+    assert not any("Llama-2" in n for n in about["sizes_of"])
+    assert len(set(inspection.KNOWN.values())) > 15
+
+
+def test_which_bases_fit(made, capsys, tmp_path, tiny_tokenizer):
+    """Breaks when a base of other sizes or another fingerprint is said to fit."""
+    for kind in ("adapter", "peft", "icae-v2", "memory"):
+        code, printed = inspect(made[kind], capsys, "--base", str(made["base"]))
+        assert code == 0 and "fits " in printed.out
+    wide = dataclasses.replace(TINY, num_kv_heads=4)
+    bases.save_base(tmp_path / "wide", wide, random_params(wide), tiny_tokenizer)
+    bases.save_base(tmp_path / "other", TINY, random_params(TINY, 1), tiny_tokenizer)
+    code, printed = inspect(made["icae-v2"], capsys, "--base", str(tmp_path / "wide"), "--base", str(made["base"]))
+    assert code == 2 and "kv_width 32, not 16" in printed.out and printed.out.count("does not fit") == 1
+    code, printed = inspect(made["adapter"], capsys, "--base", str(tmp_path / "other"), "--json")
+    assert code == 2 and json.loads(printed.out)["fits"] == {str(tmp_path / "other"): False}
+
+
+def test_unknown_things_are_named(made, capsys, tmp_path):
+    """Breaks when a path that is nothing ends in a traceback."""
+    (tmp_path / "text").write_text("words, nothing else")
+    safetensors.numpy.save_file({"a": np.zeros(3, np.float32)}, tmp_path / "tensors")
+    assert "tensors of no known kind" in inspect(tmp_path / "tensors", capsys)[1].out
+    for path, message in (
+        (tmp_path / "text", "neither safetensors nor"),
+        (tmp_path / "absent", "no such file or folder"),
+        (tmp_path, "holds no trained compressor"),
+    ):
+        code, printed = inspect(path, capsys)
+        assert code == 2 and message in printed.err
+    code, printed = inspect(made["base"], capsys, "--base", str(made["base"]))
+    assert code == 2 and "which needs no base" in printed.err
