@@ -232,7 +232,7 @@ def main(parser, argv):
     for name in ("alpha", "rate", "context_length"):
         if getattr(args, name) is not None and not getattr(args, name) > 0:
             raise ValueError(f"--{name} is {getattr(args, name)}; it must be positive")
-    files.check_new_folder(args.to, "--to")
+    files.check_new_folder(args.to)
     source = recognise(args.source)
     texts = list(PARAGRAPHS)
     if args.text:

@@ -201,7 +201,7 @@ def test_bad_input_is_named(world, convert, tmp_path, exported):
         assert code == 2 and re.search(message, err), (message, err)
         assert not (tmp_path / "to").exists()
     code, _, err = convert(world / "icae", tmp_path / "taken")
-    assert code == 2 and "is there already; give a new folder" in err and (tmp_path / "taken" / "mine").read_text() == "keep"
+    assert code == 2 and "is not an empty folder" in err and (tmp_path / "taken" / "mine").read_text() == "keep"
 
 
 def test_bases_without_a_tokenizer(world, convert, tmp_path, exported):

@@ -1,6 +1,7 @@
 """Reading with clear errors, and writing that never loses what was there."""
 
 import os
+import sys
 
 import pytest
 
@@ -71,3 +72,22 @@ def test_unreadable_json_is_named(tmp_path):
         files.read_json(tmp_path / "a.json", "the plan")
     with pytest.raises(ValueError, match=f"^{tmp_path}: cannot be read"):
         files.read_json(tmp_path, "the plan")
+
+
+def test_torch_is_named_where_it_is_missing(monkeypatch):
+    """Breaks when the missing package ends in a traceback."""
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(ValueError, match="the export needs PyTorch: pip install torch"):
+        files.need_torch("the export")
+
+
+def test_only_new_folders_are_written(tmp_path):
+    """Breaks when a folder with something in it, or a file, is taken for free, or a new one for taken."""
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "x").write_text("")
+    (tmp_path / "empty").mkdir()
+    for free in ("empty", "new", "new/deeper"):
+        files.check_new_folder(tmp_path / free)
+    for taken in ("taken", "taken/x"):
+        with pytest.raises(ValueError, match=r"--to .* exists and is not an empty folder; give a new one"):
+            files.check_new_folder(tmp_path / taken)

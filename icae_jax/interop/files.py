@@ -8,6 +8,15 @@ import shutil
 import tempfile
 
 
+def need_torch(what):
+    """The torch module, for the few things that cannot be done without it; ValueError saying what they are where it is not installed."""
+    try:
+        import torch
+    except ImportError as error:
+        raise ValueError(f"{what} needs PyTorch: pip install torch") from error
+    return torch
+
+
 def read_json(path, what):
     """A JSON file's content; ValueError naming file and purpose where it is missing or malformed."""
     path = pathlib.Path(path)
@@ -67,11 +76,11 @@ def replacing_folder(path):
         shutil.rmtree(old, ignore_errors=True)
 
 
-def check_new_folder(path, flag):
+def check_new_folder(path, flag="--to"):
     """ValueError where a folder cannot be written without touching what is there, before any work is done."""
     path = pathlib.Path(path)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise ValueError(f"{flag} {path} is there already; give a new folder, or remove that one first")
+        raise ValueError(f"{flag} {path} exists and is not an empty folder; give a new one")
     parent = next(p for p in path.absolute().parents if p.exists())
     if not os.access(parent, os.W_OK):
         raise ValueError(f"{flag} {path}: folder {parent} cannot be written")

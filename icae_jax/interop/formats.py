@@ -50,18 +50,9 @@ class Stored:
         return value if dtype is None else value.astype(dtype)
 
 
-def need_torch(what):
-    """The torch module, for the few things that cannot be done without it."""
-    try:
-        import torch
-    except ImportError as error:
-        raise ValueError(f"{what} needs PyTorch, which is not installed: pip install torch==2.13.0") from error
-    return torch
-
-
 def need_torch_for(form):
     """The torch module where a format is a pickle, else None."""
-    return need_torch(f"format {form}, a pickle,") if NAMES[form].endswith(".pt") else None
+    return files.need_torch(f"format {form}, a pickle,") if NAMES[form].endswith(".pt") else None
 
 
 def file_kind(path):
@@ -94,7 +85,7 @@ def open_tensors(path):
                 return {n: Stored(tuple(s.get_shape()), s.get_dtype(), _reader(path, n)) for n, s in slices.items()}, f.metadata() or {}
         except safetensors.SafetensorError as error:
             raise ValueError(f"{path}: not a readable safetensors file ({error})") from error
-    torch = need_torch(f"reading {path}, a pickle,")
+    torch = files.need_torch(f"reading {path}, a pickle,")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a pickle can fail in any way; none of them may run code
@@ -107,7 +98,11 @@ def open_tensors(path):
     if other:
         raise ValueError(f"{path}: refused, a flat dict of tensors is expected and it holds {', '.join(other[:5])}")
     tensors = {k: v if isinstance(v, torch.Tensor) else torch.tensor(float(v)) for k, v in content.items()}
-    return {k: Stored(tuple(v.shape), str(v.dtype).removeprefix("torch."), lambda v=v: v.detach().float().numpy()) for k, v in tensors.items()}, {}
+
+    def stored(value):
+        return Stored(tuple(value.shape), str(value.dtype).removeprefix("torch."), lambda: value.detach().float().numpy())
+
+    return {name: stored(value) for name, value in tensors.items()}, {}
 
 
 def _reader(path, name):

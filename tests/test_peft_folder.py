@@ -1,0 +1,125 @@
+"""The plain PEFT folder: the code in its README gives our memory, PEFT merges it as we compute it."""
+
+import dataclasses
+import json
+import re
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+from conftest import TINY, WORDS, close, random_trained
+
+from icae_jax.compression import layout as layouts
+from icae_jax.compression.encoder import METHOD_LAYOUTS, CompressionConfig
+from icae_jax.inference.compressor import Compressor
+from icae_jax.interop import adapter as adapters
+from icae_jax.interop import base as bases
+from icae_jax.interop import peft_folder
+from icae_jax.models import llama
+from icae_jax.models.lora import LoraConfig
+from icae_jax.objectives.targets import Template
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+peft = pytest.importorskip("peft")
+
+RNG = np.random.default_rng(5)
+TEXTS = [" ".join(RNG.choice(WORDS[8:], size=n)) for n in (7, 37)]  # of one segment and of three
+
+
+@pytest.fixture(scope="module")
+def base(tiny_base):
+    return bases.load_base(tiny_base)
+
+
+def make_adapter(base, method="icae", layout=""):
+    return adapters.Adapter(
+        CompressionConfig(method=method, k=3, rate=5, layout=layout),
+        LoraConfig(4, 1.5, 0.1),
+        Template("plain", (), (5,), (6,), 2),
+        random_trained(TINY, 3),
+        str(base.path),
+        base.fingerprint,
+    )
+
+
+def code_of(folder):
+    """The code block of README.md."""
+    (code,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
+    return code
+
+
+@pytest.mark.parametrize(("method", "layout"), [(method, layout) for method, names in METHOD_LAYOUTS.items() for layout in names])
+def test_the_readme_makes_our_memory(base, tmp_path, monkeypatch, method, layout):
+    """Breaks when the code in README.md cuts, frames, pads or places a text otherwise than we do, or keeps another state."""
+    adapter = make_adapter(base, method, layout)
+    peft_folder.save(tmp_path / "out", adapter, TINY)
+    monkeypatch.chdir(tmp_path / "out")
+    code = code_of(tmp_path / "out")
+    assert 18 <= len([line for line in code.splitlines() if line.strip()]) <= 25
+    names = {}
+    exec(code, names)
+    compressor = Compressor(base, adapter, "adapter")
+    for text in TEXTS:
+        got, memory = names["compress"](text), compressor.compress(text)
+        if method == "icae":
+            close(got.numpy(), memory.slots[0])
+            assert np.abs(memory.slots[0, :3] - memory.slots[0, -1]).max() > 0.1
+            continue
+        # Our K is kept before RoPE: rotated to where the encoder had it, it is the one in the cache.
+        lengths, kind = memory.segment_lengths[0], layouts.get(layout)
+        lengths = np.full_like(lengths, 15) if kind.fixed_length else lengths
+        at = np.concatenate([np.asarray(layouts.encoder_positions(kind, 15, 3, jnp.asarray(n)))[15:] for n in lengths])
+        k = llama.rotate_keys(TINY, jnp.asarray(memory.k), jnp.asarray(at)[None])
+        for mine, theirs in ((k, got[0]), (memory.v, got[1])):
+            close(theirs.numpy(), np.moveaxis(np.asarray(mine)[:, 0], 1, 2))
+
+
+def test_peft_merges_what_we_compute(base, tiny_base, tmp_path):
+    """Breaks when PEFT would read other names, another scale (its silent alpha = r = 8) or transposed kernels."""
+    adapter = make_adapter(base)
+    peft_folder.save(tmp_path / "out", adapter, TINY)
+    written = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert (written["r"], written["lora_alpha"], written["target_modules"]) == (4, 6.0, ["q_proj", "v_proj"])
+    model = transformers.AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32)
+    before = {name: value.clone().numpy() for name, value in model.state_dict().items()}
+    merged = peft.PeftModel.from_pretrained(model, tmp_path / "out").merge_and_unload().state_dict()
+    assert merged.keys() == before.keys()
+    changed = {name for name in before if not np.array_equal(merged[name].numpy(), before[name])}
+    names = {f"model.layers.{i}.self_attn.{p}.weight": (i, p) for i in range(TINY.num_layers) for p in ("q_proj", "v_proj")}
+    assert changed == set(names)
+    for name, (i, projection) in names.items():
+        pair = adapter.trained["lora"]["layers"]["self_attn"][projection]
+        close(merged[name].numpy(), before[name] + 1.5 * np.asarray(pair["a"][i] @ pair["b"][i]).T, 1e-6)
+
+
+def test_nothing_else_is_lost(base, tmp_path):
+    """Breaks when the memory table, or how the adapter is read, does not travel with the LoRA; or a dtype is not the one asked for."""
+    adapter = make_adapter(base)
+    peft_folder.save(tmp_path / "out", adapter, TINY)
+    table = safetensors.numpy.load_file(tmp_path / "out" / "memory.safetensors")[adapters.MEMORY_TABLE]
+    np.testing.assert_array_equal(table, adapter.trained["memory_table"])
+    assert json.loads((tmp_path / "out" / "icae.json").read_text()) == json.loads(json.dumps(adapters.icae_info(adapter)))
+    peft_folder.save(tmp_path / "half", adapter, TINY, "bfloat16")
+    for name in ("adapter_model.safetensors", "memory.safetensors"):
+        for full, value in safetensors.numpy.load_file(tmp_path / "out" / name).items():
+            half = safetensors.numpy.load_file(tmp_path / "half" / name)[full]
+            assert half.dtype == jnp.bfloat16
+            close(half, value, 0.01)
+
+
+def test_bad_input(base, tmp_path):
+    """Breaks when something is overwritten, or code is written that would not give our memory."""
+    (tmp_path / "mine.txt").write_text("precious")
+    with pytest.raises(ValueError, match="is not an empty folder"):
+        peft_folder.save(tmp_path, make_adapter(base), TINY)
+    assert (tmp_path / "mine.txt").read_text() == "precious"
+    with pytest.raises(ValueError, match="dtype is int8; choose float32, bfloat16 or float16"):
+        peft_folder.save(tmp_path / "out", make_adapter(base), TINY, "int8")
+    narrow, wide = (dataclasses.replace(TINY, windows=(0, w)) for w in (17, 18))
+    with pytest.raises(ValueError, match=r"layout is servable.* windows of 17, .* \(18 tokens\) fit"):
+        peft_folder.save(tmp_path / "out", make_adapter(base), narrow)
+    assert not (tmp_path / "out").exists()
+    peft_folder.save(tmp_path / "out", make_adapter(base), wide)
+    peft_folder.save(tmp_path / "other", make_adapter(base, "icae", "sequential"), narrow)
