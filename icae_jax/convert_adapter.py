@@ -23,8 +23,8 @@ DTYPES = ("float32", "bfloat16", "float16")
 TOLD = ("method", "alpha", "rate", "context_length", "phase", "template", "layout")  # flags for what tensors cannot tell
 MILD = 8  # up to this ratio a text comes back nearly whole (arXiv 2307.06945, table 1; arXiv 2408.03094, table 7)
 
-# Two texts for the check, each the other's control. Plain prose: random text is not restored even by the right base.
-PARAGRAPHS = (
+# The text of the check, and its control. Plain prose: random text is not restored even on the right base.
+PARAGRAPH, ANOTHER = (
     "The ferry left the island shortly after seven, when the fog had lifted from the harbour and the last crates of apples were on board. "
     "Marta stood at the rail and counted the lighthouses along the coast, as her father had taught her when she was a child. "
     "There had been nine of them then; now there were six, and only two were still lit by a keeper. She wondered who would remember "
@@ -186,15 +186,15 @@ class Restoring:
 
 
 def restoring(compressor, texts):
-    """`Restoring` of texts, two at least: each is also scored behind the memory of the one before it."""
+    """`Restoring` of texts; each is also scored behind the memory of another of them (a single one behind that of `ANOTHER`)."""
     memory = compressor.compress(texts)
+    others = compressor.compress([ANOTHER]) if len(texts) == 1 else memory[np.roll(np.arange(len(texts)), 1)]
 
     def loss(read):
         made = compressor.score_restoring(read, texts)
         return -sum(s.log_prob for s in made) / sum(s.tokens for s in made)
 
-    other = memory[np.roll(np.arange(len(texts)), 1)]
-    return Restoring(loss(memory), loss(other), scores.bleu(compressor.restore(memory), texts), float(np.mean(memory.ratio)))
+    return Restoring(loss(memory), loss(others), scores.bleu(compressor.restore(memory), texts), float(np.mean(memory.ratio)))
 
 
 def check(adapter, base, texts, where):
@@ -217,7 +217,7 @@ def main(parser, argv):
     add("--base", required=True, help="the base model: folder, hub id, or gs://…")
     add("--to", required=True, metavar="DIR", help="folder to write")
     add("--format", default="native", choices=FORMATS, help="format to write (default: native, our adapter folder)")
-    add("--text", metavar="FILE", help="texts to restore for the check, in place of the built-in paragraphs")
+    add("--text", metavar="FILE", help="texts to restore for the check (the first 8), in place of the built-in paragraph")
     add("--dtype", default="float32", choices=DTYPES, help="of the tensors written, in formats other than native")
     add("--force", action="store_true", help="write even where restoring fails")
     add = parser.add_argument_group("what tensors cannot tell; each format has a default, which is printed").add_argument
@@ -234,11 +234,9 @@ def main(parser, argv):
             raise ValueError(f"--{name} is {getattr(args, name)}; it must be positive")
     files.check_new_folder(args.to)
     source = recognise(args.source)
-    texts = list(PARAGRAPHS)
-    if args.text:
-        texts = [row.text for row in read_rows(args.text)][:8]
-        texts += PARAGRAPHS[: max(0, 2 - len(texts))]  # a text's control is another one
-
+    texts = list(dict.fromkeys(row.text for row in read_rows(args.text)))[:8] if args.text else [PARAGRAPH]
+    if not texts:
+        raise ValueError(f"--text {args.text}: no rows")
     base = bases.load_base(args.base, progress=True, need_tokenizer=False)
     adapter, lines, settled = read(source, base, args)
     print(f"{source.path}: {source.kind}, r {adapter.lora.rank}, k {adapter.compression.k}, LoRA on {', '.join(adapter.lora.targets)}")

@@ -13,6 +13,7 @@ import pytest
 from conftest import TINY, WORDS, make_tokenizer, random_params, write_jsonl
 
 from icae_jax import cli, convert_adapter
+from icae_jax.inference.compressor import load
 from icae_jax.interop import adapter as adapters
 from icae_jax.interop import base as bases
 from icae_jax.interop import formats
@@ -242,6 +243,14 @@ def test_far_from_restoring(values, far):
 
 def test_built_in_paragraphs():
     """Breaks when the texts of the check are of other lengths than compressors are trained on, or alike."""
-    one, other = (set(text.lower().split()) for text in convert_adapter.PARAGRAPHS)
-    assert all(90 <= len(text.split()) <= 120 for text in convert_adapter.PARAGRAPHS)
-    assert len(one & other) / len(one | other) < 0.25
+    texts = (convert_adapter.PARAGRAPH, convert_adapter.ANOTHER)
+    one, other = (set(text.lower().split()) for text in texts)
+    assert all(90 <= len(text.split()) <= 120 for text in texts) and len(one & other) / len(one | other) < 0.25
+
+
+def test_a_single_text_is_held_against_the_built_in_one(world):
+    """Breaks when one text has no control, or is its own."""
+    compressor = load(world / "icae")
+    text = json.loads((world / "texts.jsonl").read_text().splitlines()[0])["text"]
+    measured = convert_adapter.restoring(compressor, [text])
+    assert measured.bleu > 99 and measured.control > 2 * measured.ae_loss and not measured.far

@@ -263,15 +263,25 @@ def test_turn_and_mask_are_needed(base, hub_model, tmp_path, monkeypatch, method
     assert sum(a != b for a, b in zip(unturned, want, strict=True)) >= 4
 
 
+YARN = llama.YarnRopeScaling(factor=4.0, original_max_position_embeddings=64, attention_factor=1.3)
+FAMILIES = {
+    "mistral": {"rope_scaling": YARN, "windows": (70, 70)},
+    "qwen2": {"qkv_bias": True},
+    "qwen3": {"qk_norm": True, "rope_scaling": llama.LinearRopeScaling(2.0)},
+}
+
+
 @pytest.mark.parametrize("method", METHOD_LAYOUTS)
-def test_a_base_with_windows_and_yarn(tmp_path, tiny_tokenizer, method):
-    """Breaks when what a base's RoPE scales is scaled again by the turn, or windows cut off what our decoder sees."""
-    yarn = llama.YarnRopeScaling(factor=4.0, original_max_position_embeddings=64, attention_factor=1.3)
-    config = dataclasses.replace(TINY, rope_scaling=yarn, windows=(70, 70))
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family(tmp_path, tiny_tokenizer, family, method):
+    """Breaks when K is kept without a family's bias or norm, what RoPE scales is scaled again by the turn, or windows cut off what our
+    decoder sees.
+    """
+    config = dataclasses.replace(TINY, **FAMILIES[family])
     bases.save_base(tmp_path / "base", config, random_params(config), tiny_tokenizer, dtype="float32")
     base = bases.load_base(tmp_path / "base")
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
-    assert base.config == config and model.config.sliding_window == 70
+    assert base.config == config and model.config.model_type == family
     for objective in serving.OBJECTIVES:
         used, want, _, _ = export(base, tmp_path / objective, objective, method, "uniform", "mistral")
         assert theirs(used, model, base, objective) == want
