@@ -15,6 +15,9 @@ setup(
         "orbax-checkpoint>=0.12",
         "grain>=0.2.15",
         "transformers>=5.0",
+        "huggingface_hub",
+        "etils[epath]",
+        "tensorstore",
         "tensorflow-datasets>=4.9.10",
         "importlib_resources",  # tensorflow-datasets imports it and does not ask for it
         "ml-collections>=1.1",

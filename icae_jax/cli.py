@@ -154,22 +154,20 @@ def inspect_verb(argv):
     return inspection.main(_parser("inspect"), argv)
 
 
+CONVERT = {"base": "a base model, into the hub's format or an Orbax copy", "adapter": "a trained compressor, from and to any format"}
+
+
 def convert_verb(argv):
-    kinds = {"base": "a base model into the hub's format or an Orbax copy", "adapter": "a trained compressor, from and to any format"}
-    if not argv or argv[0] not in kinds:
-        lines = "\n".join(f"  icae convert {kind:8} {text}" for kind, text in kinds.items())
-        if argv and argv[0] in ("-h", "--help"):
-            print(f"usage: icae convert KIND [options]\n\n{lines}")
-            return 0
-        raise ValueError(f"{argv[0] if argv else 'nothing'} is not what can be converted; choose base or adapter\n{lines}")
-    parser = argparse.ArgumentParser(prog=f"icae convert {argv[0]}", description=f"convert {kinds[argv[0]]}")
-    if argv[0] == "base":
-        from icae_jax import convert_base
+    if not argv or argv[0] not in CONVERT:
+        asked = bool(argv) and argv[0] in ("-h", "--help")
+        lines = [f"  {kind:8} {text}" for kind, text in CONVERT.items()]
+        text = "\n".join(["usage: icae convert KIND [options]", "", *lines, "", "icae convert KIND --help lists its options"])
+        print(text, file=sys.stdout if asked else sys.stderr)
+        return 0 if asked else BAD_INPUT
+    from icae_jax import convert_adapter, convert_base
 
-        return convert_base.main(parser, argv[1:])
-    from icae_jax import convert_adapter
-
-    return convert_adapter.main(parser, argv[1:])
+    parser = argparse.ArgumentParser(prog=f"icae convert {argv[0]}", description=f"convert {CONVERT[argv[0]]}")
+    return (convert_base if argv[0] == "base" else convert_adapter).main(parser, argv[1:])
 
 
 def export_verb(argv):

@@ -1,8 +1,10 @@
 """Base models: the way out and back in, tokenizer, stop ids, identity."""
 
 import dataclasses
+import json
 import shutil
 
+import huggingface_hub
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -67,6 +69,43 @@ def test_folder_without_tokenizer_is_named(folder, tmp_path):
         file.unlink()
     with pytest.raises(ValueError, match="no tokenizer could be loaded"):
         bases.load_tokenizer(folder)
+
+
+def test_stop_ids_without_a_tokenizer(folder):
+    """Breaks when config.json's eos ids are not used where generation_config.json has none, or added where it has."""
+    (folder / "generation_config.json").write_text('{"eos_token_id": 7}')
+    assert bases.stop_ids(folder) == (7,)
+    (folder / "generation_config.json").unlink()
+    assert bases.stop_ids(folder) == (2,)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"eos_token_id": [9, 4]}))
+    assert bases.stop_ids(folder) == (4, 9)
+
+
+def test_base_from_the_hub(folder, monkeypatch):
+    """Breaks when a base of the hub is not what the folder holds, or its path becomes that of a cache."""
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: str(folder))
+    base, here = bases.load_base("org/tiny"), bases.load_base(folder)
+    assert (base.path, here.path) == ("org/tiny", str(folder)) and base.fingerprint == here.fingerprint
+    same(base.params, here.params)
+
+
+def test_sharding_and_dtype_reach_the_weights(folder):
+    """Breaks when a base is loaded whole onto one device, though it was to be split."""
+    where = jax.sharding.NamedSharding(jax.sharding.Mesh(np.asarray(jax.devices()), ("x",)), jax.sharding.PartitionSpec())
+    base = bases.load_base(folder, jnp.bfloat16, sharding=lambda path, shape: where, progress=True)
+    assert {x.sharding for x in jax.tree.leaves(base.params)} == {where} and base.params["embed"].dtype == jnp.bfloat16
+
+
+def test_base_without_a_tokenizer(folder):
+    """Breaks when a folder of weights alone is refused where no tokenizer is needed, or taken where one is."""
+    assert bases.load_base(folder, need_tokenizer=False).tokenizer is not None
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    base = bases.load_base(folder, need_tokenizer=False)
+    assert base.tokenizer is None and base.stop_ids == (2,)
+    with pytest.raises(ValueError, match="no tokenizer could be loaded"):
+        bases.load_base(folder)
 
 
 def test_fingerprint(tiny_params):

@@ -141,6 +141,25 @@ def test_a_memory_is_not_read_by_the_other_methods_adapter(trained, trained_x500
     assert "was written with adapter" in capsys.readouterr().err
 
 
+def test_what_was_trained_goes_out_again(trained, files, tmp_path, capsys):
+    """Breaks when a verb that converts, exports or inspects is not reached, or does not take what training and compressing wrote."""
+    memory = tmp_path / "m.safetensors"
+    assert cli.main(["compress", "--adapter", str(trained), "--input", files["contexts"], "--output", str(memory)]) == 0
+    assert cli.main(["export", "hf-cache", "--memory", str(memory), "--to", str(tmp_path / "cache")]) == 0
+    assert (tmp_path / "cache" / "cache.safetensors").exists()
+    assert cli.main(["convert", "base", "--from", files["base"], "--to", str(tmp_path / "base"), "--format", "orbax"]) == 0
+    adapter = ["convert", "adapter", "--from", str(trained / "checkpoints"), "--to", str(tmp_path / "peft"), "--format", "peft"]
+    assert cli.main([*adapter, "--base", str(tmp_path / "base"), "--text", files["contexts"]]) == 0
+    capsys.readouterr()
+    assert cli.main(["inspect", str(tmp_path / "peft"), "--base", str(tmp_path / "base")]) == 0
+    out = capsys.readouterr().out
+    assert "adapter folder in PEFT's form" in out and "fits " in out
+    for argv in (["convert"], ["convert", "gguf"], ["convert", "--help"]):
+        assert cli.main(argv) == (0 if "--help" in argv else 2)
+        out, err = capsys.readouterr()
+        assert "usage: icae convert KIND" in (out if "--help" in argv else err)
+
+
 def test_module_and_help_list_the_verbs():
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     out = subprocess.run([sys.executable, "-m", "icae_jax", "--help"], capture_output=True, text=True, env=environment, check=True).stdout

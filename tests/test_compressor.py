@@ -1,6 +1,7 @@
 """The Python interface: compress, restore, ask, score; files; bad input."""
 
 import functools
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import pytest
 from conftest import TINY, WORDS, random_trained
 
 import icae_jax
-from icae_jax.compression.encoder import CompressionConfig
+from icae_jax.compression.encoder import CompressionConfig, embed_with_table
 from icae_jax.compression.memory import KV, Slots
 from icae_jax.inference import compressor as compressors
 from icae_jax.interop import adapter as adapters
@@ -132,7 +133,7 @@ def straight(params, compressor, memory, at, ids):
     """Log-probabilities after each of ids, by one plain call of the base: slots as embeddings in front, or K/V as its cache."""
     contents, x, prefix = contents_of(memory, at), np.zeros((1, 80, TINY.hidden_size), np.float32), None
     M = len(contents[0])
-    embedded = llama.embed(params, jnp.asarray(ids))
+    embedded = embed_with_table(params, compressor.trained["memory_table"], jnp.asarray(ids))
     if compressor.config.method == "icae":
         x[0, : M + len(ids)] = np.concatenate([contents[0], embedded])
         return _pass(compressor.model, params, x, jnp.arange(80), prefix)[M:]
@@ -145,15 +146,16 @@ def straight(params, compressor, memory, at, ids):
 
 def test_scores_equal_one_straight_pass(compressor, memory):
     """Breaks when scoring reads the memory at other positions, or counts other tokens, than one pass over slots and text."""
-    got = compressor.score(memory, TEXTS, QUESTIONS) + compressor.score(memory, TEXTS)
+    got = compressor.score(memory, TEXTS, QUESTIONS) + compressor.score(memory, TEXTS) + compressor.score_restoring(memory, TEXTS)
     params, base = compressor.base.params, compressor.base
 
-    for i in range(2 * len(TEXTS)):
-        at, asked = i % len(TEXTS), i < len(TEXTS)
+    for i in range(3 * len(TEXTS)):
+        at, kind = i % len(TEXTS), ("ask", "continue", "restore")[i // len(TEXTS)]
         answer = base.tokenizer(TEXTS[at], add_special_tokens=False)["input_ids"]
         before = list(compressor.adapter.template.prompt(base.tokenizer(QUESTIONS[at], add_special_tokens=False)["input_ids"]))
-        ids = [*before, *answer, base.tokenizer.eos_token_id] if asked else answer
-        first = len(before) if asked else 1
+        whole = [compressor.framing.trigger, *compressor.context_ids(TEXTS[at]), base.tokenizer.eos_token_id]
+        ids = {"ask": [*before, *answer, base.tokenizer.eos_token_id], "continue": answer, "restore": whole}[kind]
+        first = len(before) if kind == "ask" else 1
         log_probs = straight(params, compressor, memory, at, ids)
         want = sum(float(log_probs[t - 1, ids[t]]) for t in range(first, len(ids)))
         assert got[i].tokens == len(ids) - first and abs(got[i].log_prob - want) <= 1e-4 * abs(want)
@@ -207,8 +209,14 @@ def test_bad_input(compressor, memory, tiny_base, tmp_path):
     with pytest.raises(ValueError, match="not a folder"):
         icae_jax.load(tmp_path / "absent")
     adapter = make_adapter(tmp_path / "a", tiny_base)
-    with pytest.raises(ValueError, match="--base"):
+    with pytest.raises(ValueError, match="base '.*absent' is not a folder; give a model-hub folder"):
         icae_jax.load(adapter, tmp_path / "absent")
+    with pytest.raises(ValueError, match="texts has 1 entries for 5"):
+        compressor.score_restoring(memory, ["cat sat"])
+    gone = make_adapter(tmp_path / "gone", shutil.copytree(tiny_base, tmp_path / "base"))
+    shutil.rmtree(tmp_path / "base")
+    with pytest.raises(ValueError, match=r"names its base as .*base, which is not a folder; give the base model with --base"):
+        icae_jax.load(gone)
     with pytest.raises(ValueError, match="names adapter"):
         other = icae_jax.load(adapter)
         other.save(tmp_path / "m.safetensors", memory)

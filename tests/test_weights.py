@@ -1,13 +1,21 @@
-"""Weights of a base model: reading, what is refused."""
+"""Weights of a base model: reading them straight onto devices, what is refused, and writing them."""
 
+import dataclasses
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import jax
+import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
-from conftest import TINY
+import tqdm
+from conftest import ROOT, TINY, random_params
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from icae_jax.interop import weights
 
@@ -27,6 +35,13 @@ def tensors(folder):
     return safetensors.numpy.load_file(folder / "model.safetensors")
 
 
+@pytest.fixture
+def orbax(tmp_path, tiny_params):
+    """A folder with an Orbax copy of the tiny base's weights."""
+    weights.save_orbax(tmp_path / "orbax", tiny_params)
+    return tmp_path / "orbax"
+
+
 def test_sharded_weights(folder, tensors, tiny_params):
     """Breaks when only one of several files is read, or the index is ignored."""
     names = sorted(tensors)
@@ -42,19 +57,146 @@ def test_sharded_weights(folder, tensors, tiny_params):
         weights.load_params(folder, TINY)
 
 
+@pytest.mark.parametrize("stored", ["float32", "bfloat16", "float16"])
+def test_every_dtype_into_every_other(folder, tensors, stored, monkeypatch):
+    """Breaks when a value is rounded otherwise than by one conversion, or a block's edge is lost."""
+    monkeypatch.setattr(weights, "BLOCK_BYTES", 200)  # a few rows
+    safetensors.numpy.save_file({k: v.astype(stored) for k, v in tensors.items()}, folder / "model.safetensors")
+    for dtype in (jnp.float32, jnp.bfloat16, jnp.float16):
+        params = weights.load_params(folder, TINY, dtype)
+        for name, (path, layer, transposed) in weights.tensor_names(TINY).items():
+            leaf = params
+            for key in path:
+                leaf = leaf[key]
+            want = tensors[name].astype(stored).astype(dtype)
+            np.testing.assert_array_equal(leaf if layer is None else leaf[layer], want.T if transposed else want)
+            assert leaf.dtype == dtype
+
+
+def test_spare_tensors_are_ignored(folder, tiny_params):
+    """Breaks when a tied base whose file holds a head all the same is refused, or is read with it."""
+    params = weights.load_params(folder, dataclasses.replace(TINY, tie_word_embeddings=True))
+    same(params, {k: v for k, v in tiny_params.items() if k != "lm_head"})
+
+
+def test_parameters_own_their_memory(folder, tiny_params):
+    """Breaks when an array is a view of the mapped file, or of a buffer that is used again."""
+    params = weights.load_params(folder, TINY)
+    path = folder / "model.safetensors"
+    with open(path, "r+b") as f:
+        f.write(bytes(path.stat().st_size))
+    same(params, tiny_params)
+
+
+def test_without_a_sharding_parameters_follow_other_arguments(folder, orbax):
+    """Breaks when parameters loaded for the default device are bound to it, so that a program over several devices refuses them."""
+    for source in (folder, orbax):
+        assert not any(x.committed for x in jax.tree.leaves(weights.load_params(source, TINY)))
+
+
+def test_progress(folder, orbax, capsys, monkeypatch):
+    """Breaks when the bar does not reach its end, counts something other than bytes, or shows unasked or for a moment."""
+    size = sum(x.nbytes for x in jax.tree.leaves(random_params(TINY)))
+    bar = tqdm.tqdm
+    for source in (folder, orbax):
+        for progress in (True, False):
+            weights.load_params(source, TINY, progress=progress)
+            assert not capsys.readouterr().err
+            with monkeypatch.context() as patch:
+                patch.setattr(weights.tqdm, "tqdm", lambda **kw: bar(**kw | {"delay": 0}))
+                weights.load_params(source, TINY, progress=progress)
+            shown = capsys.readouterr().err.strip().split("\r")[-1]
+            assert not shown or (shown.startswith("base weights: 100%") and f"{size / 1000:.1f}k/{size / 1000:.1f}k" in shown)
+            assert bool(shown) == progress
+
+
+# -------------------------------------------------------------------------------------------------------- several devices
+
+
+def loaded_on_eight_devices(folder):
+    """`{name of a rule: [equal to the host's, parts lie where the rule says, reads, bytes read]}`, and the error of one that fails."""
+    devices = np.asarray(jax.devices())
+    mesh, square = Mesh(devices, ("x",)), Mesh(devices.reshape(4, 2), ("a", "b"))
+
+    def split(mesh, *spec):
+        """Kernels by the spec's last axes, the rest replicated."""
+        return lambda path, shape: NamedSharding(mesh, PartitionSpec(*spec) if path[-1] == "kernel" else PartitionSpec())
+
+    rules = {
+        "replicated": NamedSharding(mesh, PartitionSpec()),
+        "outputs": split(mesh, None, None, "x"),
+        "inputs": split(mesh, None, "x", None),
+        "both": split(square, None, "b", "a"),
+        "layers and inputs": split(square, "b", "a"),
+    }
+    host, read, result = weights.load_params(folder, TINY), weights._read, {}
+    for name, rule in rules.items():
+        parts = []
+        weights._read = lambda *args, parts=parts: parts.append(read(*args)) or parts[-1]
+        params = weights.load_params(folder, TINY, sharding=rule)
+        equal = all(jax.tree.leaves(jax.tree.map(lambda a, b: bool((np.asarray(a) == np.asarray(b)).all()), params, host)))
+        kernel, table = params["layers"]["mlp"]["down_proj"]["kernel"], params["embed"]
+        want = rule if name == "replicated" else rule(("kernel",), None)
+        placed = kernel.sharding == want and table.sharding.is_fully_replicated and len(table.sharding.device_set) == 8
+        result[name] = [equal, placed, len(parts), sum(p.nbytes for p in parts)]
+    weights._read = read
+    try:
+        weights.load_params(folder, TINY, sharding=NamedSharding(mesh, PartitionSpec("x")))
+    except ValueError as error:
+        result["error"] = str(error)
+    return result
+
+
+def test_eight_devices(folder, orbax):
+    """Breaks when a part is read from the wrong place, lies on the wrong device, or is read again for each replica; in either format."""
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+    env = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
+    code = "import json, sys, test_weights as t; print(json.dumps([t.loaded_on_eight_devices(f) for f in sys.argv[1:]]))"
+    command = [sys.executable, "-c", code, str(folder), str(orbax)]
+    output = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True, check=True, timeout=300).stdout
+    hub, copy = json.loads(output.splitlines()[-1])
+    params = random_params(TINY)
+    size, kernels, others = sum(x.nbytes for x in jax.tree.leaves(params)), 7, 5  # the embedding, the head and three norms
+    parts = {"replicated": 1, "outputs": 8, "inputs": 8, "both": 8, "layers and inputs": 8}
+    assert hub["error"].startswith("parameter layers.input_layernorm.scale (2, 32) cannot be split by") and copy["error"] == hub["error"]
+    for name, number in parts.items():
+        assert hub[name] == [True, True, kernels * number + others, size], name
+        assert copy[name][:2] == [True, True], name
+
+
+# -------------------------------------------------------------------------------------------------------- what is refused
+
+
 def test_missing_and_misshapen_tensors_are_named(folder, tensors):
     """Breaks when uninitialised memory stands in for a missing tensor, or a wrong shape is only found by the model."""
     path = folder / "model.safetensors"
     absent = ["lm_head.weight", "model.layers.1.mlp.up_proj.weight"]
-    safetensors.numpy.save_file({k: v for k, v in tensors.items() if k not in absent}, path)
+    rest = {k: v for k, v in tensors.items() if k not in absent}
+    safetensors.numpy.save_file(rest, path)
     with pytest.raises(ValueError, match=r"2 tensors missing: lm_head.weight, model.layers.1.mlp.up_proj.weight$"):
         weights.load_params(folder, TINY)
-    wrong = tensors | {"model.layers.1.self_attn.k_proj.weight": np.zeros((32, 16), np.float32)}
-    safetensors.numpy.save_file(wrong, path)
-    with pytest.raises(
-        ValueError,
-        match=r"model\.layers\.1\.self_attn\.k_proj\.weight has shape",
+    wrong = {"model.layers.1.self_attn.k_proj.weight": np.zeros((32, 16), np.float32), "model.norm.weight": np.zeros(32, np.int32)}
+    safetensors.numpy.save_file(rest | wrong, path)
+    with pytest.raises(ValueError) as error:
+        weights.load_params(folder, TINY)
+    for part in (
+        "2 tensors missing: lm_head.weight",
+        "2 tensors not as expected: model.layers.1.self_attn.k_proj.weight has shape (32, 16) in model.safetensors, ",
+        "config.json implies (16, 32)",
+        "model.norm.weight is I32 in model.safetensors; only BF16, F16, F32",
     ):
+        assert part in str(error.value)
+    safetensors.numpy.save_file({"model.norm.weight": tensors["model.norm.weight"]}, path)
+    with pytest.raises(ValueError, match=r"20 tensors missing: ([\w.]+, ){5}…$"):
+        weights.load_params(folder, TINY)
+
+
+def test_everything_is_checked_before_anything_is_read(folder, tensors, monkeypatch):
+    """Breaks when gigabytes are read before the last file turns out to be wrong."""
+    tensors["model.norm.weight"] = np.zeros(16, np.float32)
+    safetensors.numpy.save_file(tensors, folder / "model.safetensors")
+    monkeypatch.setattr(weights, "_read", lambda *args: pytest.fail("read"))
+    with pytest.raises(ValueError, match=r"model\.norm\.weight has shape \(16,\)"):
         weights.load_params(folder, TINY)
 
 
@@ -67,3 +209,86 @@ def test_unreadable_weights_are_named(folder):
     path.rename(folder / "pytorch_model.bin")
     with pytest.raises(ValueError, match=r"pickled weights .* are not read"):
         weights.load_params(folder, TINY)
+
+
+# ---------------------------------------------------------------------------------------------------------------- Orbax
+
+
+def test_orbax_copy(orbax, tiny_params):
+    """Breaks when an Orbax copy is not Orbax's, gives other values or dtypes than the weights it was made of, or is written over."""
+    import orbax.checkpoint as ocp
+
+    assert weights.is_orbax(orbax)
+    same(weights.load_params(orbax, TINY), tiny_params)
+    with ocp.StandardCheckpointer() as checkpointer:
+        same(checkpointer.restore(orbax / "params", jax.tree.map(ocp.utils.to_shape_dtype_struct, tiny_params)), tiny_params)
+    rounded = weights.load_params(orbax, TINY, jnp.bfloat16)
+    same(rounded, jax.tree.map(lambda x: np.asarray(x).astype(ml_dtypes.bfloat16), tiny_params))
+    assert rounded["embed"].dtype == jnp.bfloat16
+    with pytest.raises(ValueError, match="already exists"):
+        weights.save_orbax(orbax, rounded)
+
+
+def test_orbax_copy_is_stored_in_small_chunks(tmp_path, tiny_params, monkeypatch):
+    """Breaks when a process must read a whole parameter to get its part of it."""
+    import orbax.checkpoint as ocp
+
+    monkeypatch.setattr(weights, "CHUNK_BYTES", 1024)
+    weights.save_orbax(tmp_path, tiny_params)
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        tree = checkpointer.metadata(tmp_path / "params").item_metadata.tree
+    assert all(np.prod(x.storage.chunk_shape) * 4 <= 1024 for x in jax.tree.leaves(tree))
+    same(weights.load_params(tmp_path, TINY), tiny_params)
+
+
+def test_safetensors_come_before_an_orbax_copy(folder, tiny_params):
+    """Breaks when a folder with both is read from the copy, which may be older."""
+    weights.save_orbax(folder, jax.tree.map(jnp.zeros_like, tiny_params))
+    assert not weights.is_orbax(folder)
+    same(weights.load_params(folder, TINY), tiny_params)
+
+
+def test_orbax_copy_of_another_model_is_named(tmp_path, tiny_params):
+    """Breaks when Orbax pads, truncates or leaves out what does not fit config.json."""
+    params = {k: v for k, v in tiny_params.items() if k != "lm_head"}
+    weights.save_orbax(tmp_path, params | {"norm": {"scale": jnp.ones(16), "bias": jnp.ones(16)}})
+    with pytest.raises(ValueError) as error:
+        weights.load_params(tmp_path, TINY)
+    for part in (
+        "params: 1 tensor missing: lm_head;",
+        "1 tensor not in the model of config.json: norm.bias;",
+        "1 tensor of another shape: norm.scale has shape (16,), config.json implies (32,)",
+    ):
+        assert part in str(error.value)
+
+
+def test_damaged_orbax_copy_is_named(orbax):
+    """Breaks when a copy that lost its data ends in a traceback, or is filled with zeros."""
+    max((orbax / "params").rglob("d/*"), key=lambda path: path.stat().st_size).unlink()
+    with pytest.raises(ValueError, match="params: not a readable Orbax copy of a base"):
+        weights.load_params(orbax, TINY)
+
+
+# ------------------------------------------------------------------------------------------------------------------ out
+
+
+def test_saved_in_several_files(tmp_path, tiny_params, monkeypatch):
+    """Breaks when a file exceeds the limit, the index leaves a tensor out, or more than one file's tensors are held at a time."""
+    held, save = [], safetensors.numpy.save_file
+    monkeypatch.setattr(
+        weights.safetensors.numpy, "save_file", lambda t, *a, **k: held.append(sum(x.nbytes for x in t.values())) or save(t, *a, **k)
+    )
+    weights.save_params(tmp_path, TINY, tiny_params, "float32", max_file_bytes=20_000)
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    written = sorted(p.name for p in tmp_path.glob("*.safetensors"))
+    assert written == [f"model-{i:05}-of-{len(held):05}.safetensors" for i in range(1, len(held) + 1)] and len(held) > 3
+    assert max(held) <= 20_000 and sum(held) == index["metadata"]["total_size"] == sum(x.nbytes for x in jax.tree.leaves(tiny_params))
+    assert index["weight_map"].keys() == weights.tensor_names(TINY).keys()
+    same(weights.load_params(tmp_path, TINY), tiny_params)
+
+
+def test_a_tensor_over_the_limit_has_a_file_of_its_own(tmp_path, tiny_params):
+    """Breaks when a limit below the largest tensor makes empty files, or never ends."""
+    weights.save_params(tmp_path, TINY, tiny_params, "float32", max_file_bytes=1)
+    assert len(list(tmp_path.glob("model-*-of-00021.safetensors"))) == 21
+    same(weights.load_params(tmp_path, TINY), tiny_params)

@@ -45,17 +45,17 @@ def _up(n, step=SHAPE_STEP):
 
 
 def load(adapter, base=None, *, dtype="float32"):
-    """Loads a `Compressor`. adapter: adapter folder, or a training workdir. base: model-hub folder; by default the adapter's own.
+    """Loads a `Compressor`. adapter: adapter folder, or a training workdir. base: model-hub folder, hub id or URL; by default the
+    adapter's own.
 
     dtype: "float32" or "bfloat16", of base and activations. ValueError where the base is not the one the adapter was trained on.
     """
     folder = adapters.adapter_folder(adapter)
     _, peft = adapters.read_adapter_info(folder)
     where = str(base or peft["base_model_name_or_path"])
-    if not pathlib.Path(where).is_dir():
-        given = "--base" if base else f"adapter {folder} names its base as"
-        raise ValueError(f"{given} {where}, which is not a folder; give the base model's folder with --base")
-    loaded = bases.load_base(where, jnp.dtype(dtype))
+    if base is None and pathlib.Path(where).is_absolute() and not pathlib.Path(where).is_dir():
+        raise ValueError(f"adapter {folder} names its base as {where}, which is not a folder; give the base model with --base")
+    loaded = bases.load_base(where, jnp.dtype(dtype), progress=True)
     return Compressor(loaded, adapters.load_adapter(folder, loaded), folder, dtype)
 
 

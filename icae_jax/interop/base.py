@@ -1,16 +1,15 @@
-"""Base models in model-hub format: config.json, one or many safetensors files, tokenizer files."""
+"""Base models in model-hub format: config.json, safetensors files or an Orbax copy of them, tokenizer files."""
 
 import dataclasses
 import hashlib
 import json
-import os
 import pathlib
 
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from icae_jax.interop import files
+from icae_jax.interop import files, sources
 from icae_jax.interop.config_json import hub_config, read_config
 from icae_jax.interop.weights import load_params, save_params
 from icae_jax.models import llama
@@ -31,12 +30,16 @@ def load_tokenizer(folder):
     """The folder's tokenizer, through transformers."""
     import transformers
 
-    if not os.path.isdir(folder):
-        raise ValueError(f"base {str(folder)!r} is not a folder; give a model-hub folder with config.json, weights and tokenizer")
+    folder = sources.local_folder(folder, progress=False)
     try:
         return transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
     except (OSError, ValueError) as error:
         raise ValueError(f"{folder}: no tokenizer could be loaded ({str(error).splitlines()[0]})") from error
+
+
+def has_tokenizer(folder):
+    """Whether a folder holds files of a tokenizer."""
+    return any(pathlib.Path(folder).glob("tokenizer*")) or (pathlib.Path(folder) / "vocab.json").exists()
 
 
 def bos_id(tokenizer):
@@ -45,12 +48,13 @@ def bos_id(tokenizer):
     return tokenizer.bos_token_id if ids and ids[0] == tokenizer.bos_token_id else None
 
 
-def stop_ids(folder, tokenizer):
-    """Ids that end a generation: generation_config.json's eos ids, and the tokenizer's."""
-    path = pathlib.Path(folder) / "generation_config.json"
-    eos = files.read_json(path, "the generation configuration").get("eos_token_id") if path.exists() else None
-    ids = eos if isinstance(eos, list) else [eos]
-    return tuple(sorted({int(i) for i in (*ids, tokenizer.eos_token_id) if i is not None}))
+def stop_ids(folder, tokenizer=None):
+    """Ids that end a generation: the eos ids of generation_config.json (of config.json, where that has none), and the tokenizer's."""
+    paths = [pathlib.Path(folder) / name for name in ("generation_config.json", "config.json")]
+    stated = [files.read_json(path, "the ids that end a text").get("eos_token_id") for path in paths if path.exists()]
+    eos = next((ids for ids in stated if ids is not None), [])
+    ids = {*(eos if isinstance(eos, list) else [eos]), getattr(tokenizer, "eos_token_id", None)}
+    return tuple(sorted(int(i) for i in ids if i is not None))
 
 
 # ---------------------------------------------------------------------------------------------------------- fingerprint
@@ -75,7 +79,10 @@ def fingerprint(config, params):
 
 @dataclasses.dataclass(frozen=True)
 class Base:
-    """A frozen base model as everything else uses it: sizes, parameters, tokenizer, stop ids, identity and where it came from."""
+    """A frozen base model as everything else uses it: sizes, parameters, tokenizer, stop ids, identity and where it came from.
+
+    tokenizer: None where the folder has none and none was needed. path: as the user gave it, a hub id or URL too.
+    """
 
     config: llama.ModelConfig
     params: dict
@@ -85,9 +92,14 @@ class Base:
     path: str
 
 
-def load_base(folder, dtype=jnp.float32):
-    """Loads a hub folder completely: `Base`."""
-    tokenizer = load_tokenizer(folder)
+def load_base(source, dtype=jnp.float32, sharding=None, progress=False, need_tokenizer=True):
+    """Loads a base completely: `Base`, whose `path` is the source as it was given.
+
+    source: a folder, a hub id or a URL, see `sources.local_folder`. dtype, sharding, progress: as for `weights.load_params`.
+    need_tokenizer: whether a folder without tokenizer files is an error; otherwise the `Base` has None.
+    """
+    folder = sources.local_folder(source, progress)
+    tokenizer = load_tokenizer(folder) if need_tokenizer or has_tokenizer(folder) else None
     config = read_config(folder)
-    params = load_params(folder, config, dtype)
-    return Base(config, params, tokenizer, stop_ids(folder, tokenizer), fingerprint(config, params), str(folder))
+    params = load_params(folder, config, dtype, sharding, progress)
+    return Base(config, params, tokenizer, stop_ids(folder, tokenizer), fingerprint(config, params), str(source))

@@ -1,14 +1,24 @@
-"""Weights of a base model: the hub's safetensors files into our tree, and back."""
+"""Weights of a base model: the hub's safetensors files, or an Orbax copy, straight onto the devices; and back."""
 
+import contextlib
+import gc
+import math
 import pathlib
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors
 import safetensors.numpy
+import tqdm
 
 from icae_jax.interop import files
 from icae_jax.models import llama, lora
+
+STORED_DTYPES = ("BF16", "F16", "F32", "F64")  # as safetensors calls them
+BLOCK_BYTES = 2 << 20  # of a tensor, read at once: small enough to be transposed within the processor's cache
+CHUNK_BYTES = 4 << 20  # of an Orbax copy: small, so that a device's part of a parameter is read without the rest
+ORBAX = "params"  # the folder of an Orbax copy, beside config.json and the tokenizer's files
 
 
 def tensor_names(config):
@@ -36,50 +46,64 @@ def weight_files(folder):
         return sorted({folder / name for name in files.read_json(index, "the weight index")["weight_map"].values()})
     if (folder / "model.safetensors").exists():
         return [folder / "model.safetensors"]
-    raise ValueError(f"{folder}: no model.safetensors and no model.safetensors.index.json; pickled weights (.bin, .pt) are not read")
+    raise ValueError(
+        f"{folder}: no model.safetensors, no model.safetensors.index.json and no Orbax copy in {ORBAX}/; "
+        "pickled weights (.bin, .pt) are not read"
+    )
 
 
-def load_params(folder, config, dtype=jnp.float32):
-    """Parameters of a hub folder in our tree, layers stacked `[L, …]`, kernels `[in, out]`, in `dtype`.
+def is_orbax(folder):
+    """Whether a folder's weights are an Orbax copy (`save_orbax`) and no safetensors files."""
+    folder = pathlib.Path(folder)
+    return (folder / ORBAX / "_METADATA").is_file() and not any(folder.glob("*.safetensors"))
 
-    Read tensor by tensor into the stacked arrays. ValueError lists the tensors that are missing, or names one of the wrong shape.
+
+# ------------------------------------------------------------------------------------------------------------------- in
+
+
+def load_params(folder, config, dtype=jnp.float32, sharding=None, progress=False):
+    """Parameters of a base's folder in our tree, layers stacked `[L, …]`, kernels `[in, out]`, in `dtype`.
+
+    The folder holds the hub's safetensors files, or an Orbax copy (`save_orbax`). Beside the parameters themselves, host memory holds
+    one device's part of one parameter at a time: what a process's devices do not need is not read, what several need is read once.
+    sharding: None for the default device, a `jax.sharding.Sharding` for every parameter, or a function that gives each its own:
+        `sharding(path, shape)`, path as ("layers", "mlp", "up_proj", "kernel"), shape a `jax.ShapeDtypeStruct`.
+    progress: a bar in bytes on stderr, where it takes over a second.
+    ValueError, before any weights are read, lists the tensors that are missing or of another shape than config.json implies.
     """
-    names, shapes = tensor_names(config), llama.param_shapes(config)
-    tree, left = {}, set(names)
-    for path in weight_files(folder):
-        if not path.exists():
-            raise ValueError(f"{path}: named in the weight index but not there; download the folder again")
-        try:
-            with safetensors.safe_open(path, framework="numpy") as f:
-                for name in sorted(left.intersection(f.keys())):
-                    where, layer, transposed = names[name]
-                    stored = f.get_tensor(name)
-                    value = stored.T if transposed else stored
-                    want = shapes
-                    for key in where:
-                        want = want[key]
-                    shape = want.shape if layer is None else want.shape[1:]
-                    if value.shape != shape:
-                        implied = shape[::-1] if transposed else shape
-                        raise ValueError(f"{path}: {name} has shape {stored.shape}, config.json implies {implied}")
-                    node = tree
-                    for key in where[:-1]:
-                        node = node.setdefault(key, {})
-                    if layer is None:
-                        node[where[-1]] = value.astype(dtype)
-                    else:
-                        node.setdefault(where[-1], np.empty(want.shape, dtype))[layer] = value.astype(dtype)
-                    left.remove(name)
-        except safetensors.SafetensorError as error:
-            raise ValueError(f"{path}: not a readable safetensors file ({error})") from error
-    if left:
-        some = ", ".join(sorted(left)[:5])
-        raise ValueError(f"{folder}: {len(left)} tensors missing: {some}{', …' if len(left) > 5 else ''}")
-    return _to_device(tree)
+    folder = pathlib.Path(folder)
+    targets = _targets(config, dtype, sharding)
+    load, total = _load_orbax if is_orbax(folder) else _load_safetensors, sum(map(_bytes, targets.values()))
+    with tqdm.tqdm(total=total, unit="B", unit_scale=True, desc="base weights", delay=1, disable=not progress) as bar:
+        return _nest(load(folder, config, targets, bar))
 
 
-def _to_device(tree):
-    return {k: _to_device(v) if isinstance(v, dict) else jnp.asarray(v) for k, v in tree.items()}
+def _targets(config, dtype, sharding):
+    """`{path: jax.ShapeDtypeStruct}` of the parameters to make; a struct's sharding is None for the default device."""
+    rule = sharding if callable(sharding) else lambda path, shape: sharding
+    targets = {}
+    for keys, shape in jax.tree_util.tree_leaves_with_path(llama.param_shapes(config)):
+        path = tuple(key.key for key in keys)
+        shape = jax.ShapeDtypeStruct(shape.shape, dtype)
+        where = rule(path, shape)
+        if where is not None:
+            try:
+                where.shard_shape(shape.shape)
+            except ValueError as error:
+                raise ValueError(f"parameter {'.'.join(path)} {shape.shape} cannot be split by {where}: {error}") from error
+        targets[path] = jax.ShapeDtypeStruct(shape.shape, dtype, sharding=where)
+    return targets
+
+
+def _nest(flat):
+    """The tree of `{path: value}`."""
+    tree = {}
+    for path, value in flat.items():
+        node = tree
+        for key in path[:-1]:
+            node = node.setdefault(key, {})
+        node[path[-1]] = value
+    return tree
 
 
 def _leaf(tree, path):
@@ -88,12 +112,195 @@ def _leaf(tree, path):
     return tree
 
 
-def save_params(folder, config, params, dtype="bfloat16"):
-    """Writes the tree's tensors under the hub's names: model.safetensors."""
-    np_dtype = jnp.dtype(dtype)
-    tensors = {}
-    for name, (path, layer, transposed) in tensor_names(config).items():
-        value = np.asarray(_leaf(params, path))
-        value = value if layer is None else value[layer]
-        tensors[name] = np.ascontiguousarray((value.T if transposed else value).astype(np_dtype))
-    safetensors.numpy.save_file(tensors, pathlib.Path(folder) / "model.safetensors", metadata={"format": "pt"})
+def _parts(target):
+    """The distinct parts of a parameter on this process's devices: `{((start, stop) of every axis): shardings of one device}`."""
+    if target.sharding is None:
+        return {tuple((0, n) for n in target.shape): [None]}
+    parts = {}
+    for device, index in target.sharding.addressable_devices_indices_map(target.shape).items():
+        ranges = tuple(axis.indices(n)[:2] for axis, n in zip(index, target.shape, strict=True))
+        place = jax.sharding.SingleDeviceSharding(device, memory_kind=target.sharding.memory_kind)
+        parts.setdefault(ranges, []).append(place)
+    return parts
+
+
+def _bytes(target):
+    """Bytes of a parameter's distinct parts on this process's devices."""
+    return sum(math.prod(stop - start for start, stop in ranges) for ranges in _parts(target)) * target.dtype.itemsize
+
+
+def _place(target, read):
+    """The array of a target. read: gives the part `[…]` of the ranges (start, stop) of every axis, on the host."""
+    arrays = []
+    for ranges, places in _parts(target).items():
+        part = read(ranges)
+        arrays += [jax.device_put(part, place, may_alias=False) for place in places]
+        jax.block_until_ready(arrays)
+        del part
+        gc.collect(0)  # at which JAX lets go of it too; else it would live on while the next is read
+    return arrays[0] if target.sharding is None else jax.make_array_from_single_device_arrays(target.shape, target.sharding, arrays)
+
+
+def _load_safetensors(folder, config, targets, bar):
+    names, stored, params = tensor_names(config), {}, {}
+    with contextlib.ExitStack() as stack:
+        for path in weight_files(folder):
+            if not path.exists():
+                raise ValueError(f"{path}: named in the weight index but not there; download the folder again")
+            try:
+                file = stack.enter_context(safetensors.safe_open(path, framework="numpy"))
+            except safetensors.SafetensorError as error:
+                raise ValueError(f"{path}: not a readable safetensors file ({error})") from error
+            stored |= {name: (path, file.get_slice(name)) for name in set(file.keys()).intersection(names).difference(stored)}
+        _check_stored(folder, names, stored, targets)
+        tensors = {}
+        for name, (path, layer, transposed) in names.items():
+            tensors.setdefault(path, {})[layer] = stored[name][1], transposed
+        for path, target in targets.items():
+            params[path] = _place(target, lambda ranges, p=path: _read(tensors[p], targets[p].dtype, ranges, bar))
+    return params
+
+
+def _check_stored(folder, names, stored, targets):
+    """ValueError where tensors are missing, of another shape than their targets, or not floating point."""
+    missing = [name for name in names if name not in stored]
+    wrong = []
+    for name, (file, tensor) in stored.items():
+        path, layer, transposed = names[name]
+        shape = targets[path].shape[0 if layer is None else 1 :]
+        implied = shape[::-1] if transposed else shape
+        if tuple(tensor.get_shape()) != implied:
+            wrong.append(f"{name} has shape {tuple(tensor.get_shape())} in {file.name}, config.json implies {implied}")
+        elif tensor.get_dtype() not in STORED_DTYPES:
+            wrong.append(f"{name} is {tensor.get_dtype()} in {file.name}; only {', '.join(STORED_DTYPES)} are read")
+    _refuse(folder, {"missing": missing, "not as expected": wrong})
+
+
+def _refuse(folder, problems):
+    """ValueError that lists the first tensors of each kind of problem, where there are any."""
+    found = [
+        f"{len(lines)} tensor{'s' * (len(lines) > 1)} {what}: {', '.join(sorted(lines)[:5])}{', …' if len(lines) > 5 else ''}"
+        for what, lines in problems.items()
+        if lines
+    ]
+    if found:
+        raise ValueError(f"{folder}: {'; '.join(found)}")
+
+
+def _read(tensors, dtype, ranges, bar):
+    """One part of a parameter, in `dtype`. tensors: `{layer or None: (safetensors slice, transposed)}`. ranges: of the parameter's axes."""
+    part = np.empty([stop - start for start, stop in ranges], dtype)
+    layers = [(None, part)] if None in tensors else zip(range(*ranges[0]), part, strict=True)
+    for layer, into in layers:
+        tensor, transposed = tensors[layer]
+        axes = ranges if layer is None else ranges[1:]
+        if transposed:
+            into, axes = into.T, axes[::-1]
+        (first, last), rest = axes[0], tuple(slice(*axis) for axis in axes[1:])
+        rows = max(1, BLOCK_BYTES // max(1, into[:1].nbytes))
+        for start in range(first, last, rows):
+            stop = min(start + rows, last)
+            into[start - first : stop - first] = tensor[(slice(start, stop), *rest)]
+        bar.update(into.nbytes)
+    return part
+
+
+# ---------------------------------------------------------------------------------------------------------------- Orbax
+
+
+def save_orbax(folder, params):
+    """Writes an Orbax copy of the parameters: `params/` in a folder. ValueError where it is there already."""
+    import orbax.checkpoint as ocp  # takes a second, which loading safetensors need not wait
+
+    args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), params)
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_zarr3=False, use_compression=False)) as checkpointer:
+        checkpointer.save(pathlib.Path(folder).resolve() / ORBAX, args=ocp.args.PyTreeSave(params, save_args=args))
+
+
+def _load_orbax(folder, config, targets, bar):
+    import orbax.checkpoint as ocp
+    import tensorstore
+
+    source = folder.resolve() / ORBAX
+    with _reading(source), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        metadata = checkpointer.metadata(source).item_metadata
+        if metadata is None:
+            raise ValueError("files are missing")
+    stored = {tuple(key.key for key in keys): tuple(x.shape) for keys, x in jax.tree_util.tree_leaves_with_path(metadata.tree)}
+    _refuse(
+        source,
+        {
+            "missing": [".".join(path) for path in targets.keys() - stored.keys()],
+            "not in the model of config.json": [".".join(path) for path in stored.keys() - targets.keys()],
+            "of another shape": [
+                f"{'.'.join(path)} has shape {stored[path]}, config.json implies {targets[path].shape}"
+                for path in targets.keys() & stored.keys()
+                if stored[path] != targets[path].shape
+            ],
+        },
+    )
+    # By tensorstore, in whose formats Orbax writes: Orbax's own restore holds two parts, and the chunks of 128 threads beside them.
+    context = tensorstore.Context({"file_io_concurrency": {"limit": 8}, "cache_pool": {"total_bytes_limit": 0}})
+    params = {}
+    for path, target in targets.items():
+        where = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{source}/"}, "path": f"{'.'.join(path)}/"}
+        with _reading(source):
+            array = tensorstore.open({"driver": "zarr", "kvstore": where}, read=True, context=context).result()
+        array = tensorstore.cast(array, target.dtype)
+        params[path] = _place(target, lambda ranges, array=array: _read_chunks(source, array, ranges, bar))
+    return params
+
+
+def _read_chunks(source, array, ranges, bar):
+    """One part of a parameter. array: the tensorstore of an Orbax copy."""
+    with _reading(source):
+        part = array[tuple(slice(*axis) for axis in ranges)].read().result()
+    bar.update(part.nbytes)
+    return part
+
+
+@contextlib.contextmanager
+def _reading(source):
+    """Names the Orbax copy in whatever Orbax and tensorstore raise, which may be a plain Exception."""
+    try:
+        yield
+    except Exception as error:
+        cause = str(error).strip().splitlines()
+        raise ValueError(f"{source}: not a readable Orbax copy of a base ({cause[0] if cause else error!r}); make it anew") from error
+
+
+# ------------------------------------------------------------------------------------------------------------------ out
+
+
+def save_params(folder, config, params, dtype="bfloat16", max_file_bytes=5e9):
+    """Writes the tree's tensors under the hub's names: model.safetensors, or several files and their index where they would exceed
+    `max_file_bytes`. Beside the parameters, host memory holds one file's tensors at a time. The folder should hold no other weights.
+    """
+    folder, dtype, size = pathlib.Path(folder), jnp.dtype(dtype), 0
+    contents, total = [[]], 0
+    for name, (path, layer, _) in tensor_names(config).items():
+        leaf = _leaf(params, path)
+        nbytes = math.prod(leaf.shape[0 if layer is None else 1 :]) * dtype.itemsize
+        if contents[-1] and size + nbytes > max_file_bytes:
+            contents.append([])
+            size = 0
+        contents[-1].append(name)
+        size, total = size + nbytes, total + nbytes
+    weight_map = {}
+    for i, held in enumerate(contents, 1):
+        file = "model.safetensors" if len(contents) == 1 else f"model-{i:05}-of-{len(contents):05}.safetensors"
+        weight_map |= dict.fromkeys(held, file)
+        safetensors.numpy.save_file(_hub_tensors(config, params, held, dtype), folder / file, metadata={"format": "pt"})
+    if len(contents) > 1:
+        files.write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def _hub_tensors(config, params, names, dtype):
+    """`{name: array}` on the host, as the hub keeps them."""
+    tensors, where = {}, tensor_names(config)
+    for name in names:
+        path, layer, transposed = where[name]
+        leaf = _leaf(params, path)
+        value = np.asarray(leaf if layer is None else leaf[layer])  # a layer alone: `asarray` of the whole would stay on the host
+        tensors[name] = np.ascontiguousarray((value.T if transposed else value).astype(dtype))
+    return tensors

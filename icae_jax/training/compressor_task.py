@@ -13,6 +13,7 @@ from icae_jax.interop import adapter as adapters
 from icae_jax.interop import base as bases
 from icae_jax.models import llama, lora
 from icae_jax.objectives import loss, targets
+from icae_jax.training import sharding
 
 
 def compression_on(config, tokenizer):
@@ -30,7 +31,8 @@ class CompressorTask:
     def __init__(self, config):
         c = config
         self.config, self.weights = c, c.objectives.weights
-        self.base = bases.load_base(c.base, c.jnp_dtype)
+        everywhere = sharding.replicated(sharding.make_mesh())
+        self.base = bases.load_base(c.base, c.jnp_dtype, everywhere, progress=jax.process_index() == 0)
         tokenizer = self.base.tokenizer
         self.compression, self._notes = compression_on(c, tokenizer)
         self.template = targets.make_template(c.objectives.template, tokenizer)

@@ -1,0 +1,57 @@
+"""The memory that loading a base takes beside the parameters, measured by launch/streamed_load.py at a small size."""
+
+import os
+import runpy
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import ROOT
+
+SCRIPT = ROOT / "launch" / "streamed_load.py"
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+
+
+def measure(workdir, *flags):
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(SCRIPT), "--workdir", str(workdir), *flags]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+
+
+def test_loading_holds_one_part_at_a_time(tmp_path):
+    """Breaks when loading holds a second copy of all parameters (252 MiB), a whole stacked one (63 MiB), or a wrong part of a file."""
+    out = measure(tmp_path / "w", "--gib", "0.25", "--slack_mib", "150")
+    assert out.returncode == 0, out.stdout + out.stderr
+    rows = {line.split()[0]: line.split()[1:] for line in out.stdout.splitlines()[2:]}
+    assert rows.keys() == {"safetensors", "orbax"}
+    for name, most in (("safetensors", 40), ("orbax", 120)):  # Orbax's modules alone take about 40
+        parameters, part, before, peak, above = map(int, rows[name][:5])
+        assert (parameters, part) == (252, 8) and above < most
+        assert peak > before + 252  # the parameters themselves were seen
+    assert not list((tmp_path / "w").iterdir())
+
+
+def test_more_memory_than_allowed_is_a_failure(tmp_path):
+    """Breaks when the script says ok whatever it measured."""
+    out = measure(tmp_path / "w", "--gib", "0.02", "--slack_mib", "-1000")
+    assert out.returncode == 1 and out.stdout.count("NOT OK") == 2
+
+
+def test_a_copy_that_is_dropped_is_seen():
+    """Breaks when the samples miss memory that is held for a moment, or what is held for good is not taken off."""
+    memory = runpy.run_path(str(SCRIPT))["Memory"](lambda: 64 << 20)
+    for _ in range(3):
+        np.ones(128 << 20, np.uint8).sum()
+    memory.stop()
+    assert memory.peak - memory.before > 120 << 20 and 56 << 20 < memory.above < 72 << 20
+
+
+def test_bad_arguments_are_named(tmp_path):
+    """Breaks when a folder with something in it is written to, or an impossible size ends in a traceback."""
+    (tmp_path / "dear.txt").write_text("dear")
+    for flags, message in (((), "is not empty; give a new folder"), (("--gib", "0"), "--gib is 0.0; it must be positive")):
+        out = measure(tmp_path, *flags)
+        assert out.returncode == 2 and message in out.stderr and "Traceback" not in out.stderr
+    assert [p.name for p in tmp_path.iterdir()] == ["dear.txt"]
