@@ -1,10 +1,11 @@
 """Host memory of loading a base onto a mesh: a random checkpoint of a few GiB, over 8 host devices, from safetensors and from Orbax.
 
     python launch/streamed_load.py --workdir runs/streamed_load
+    python launch/streamed_load.py --workdir runs/streamed_load --accelerators      # onto the accelerators of this machine instead
 
 Each load runs in a process of its own, which samples its anonymous memory (RssAnon: without the mapped files) all the while. At no time
-may it exceed the parameters loaded so far, which live in the same memory here, by more than one device's part of one stacked parameter
-and some slack. Exit code 1 where it does, or where a loaded value is not the file's. Linux only.
+may it exceed the parameters loaded so far (which live in the same memory if the devices are the host's) by more than one device's part of
+one stacked parameter and some slack. Exit code 1 where it does, or where a loaded value is not the file's. Linux only.
 """
 
 import argparse
@@ -80,10 +81,11 @@ def write_checkpoint(folder, config):
 
 
 def held():
-    """Bytes of all arrays on the devices, a buffer of several arrays counted once."""
+    """Bytes of all arrays in the host's memory, a buffer of several arrays counted once."""
     import jax
 
-    return sum({s.data.unsafe_buffer_pointer(): s.data.nbytes for x in jax.live_arrays() for s in x.addressable_shards}.values())
+    shards = [s for x in jax.live_arrays() for s in x.addressable_shards if s.device.platform == "cpu"]
+    return sum({s.data.unsafe_buffer_pointer(): s.data.nbytes for s in shards}.values())
 
 
 class Memory:
@@ -177,11 +179,10 @@ def run_stage(stage, workdir):
 
 def in_process(stage, args):
     command = [sys.executable, __file__, "--workdir", str(args.workdir), "--stage", stage]
-    environment = os.environ | {
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={DEVICES}",
-        "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": os.pathsep.join([str(pathlib.Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH", "")]),
-    }
+    paths = [str(pathlib.Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+    if not args.accelerators:
+        environment |= {"XLA_FLAGS": f"--xla_force_host_platform_device_count={DEVICES}", "JAX_PLATFORMS": "cpu"}
     out = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True).stdout
     return json.loads(out.splitlines()[-1])
 
@@ -192,6 +193,7 @@ def main():
     parser.add_argument("--gib", type=float, default=4.0, help="about how large the checkpoint is (default: 4)")
     parser.add_argument("--slack_mib", type=float, default=1024.0, help="memory allowed beside the parameters and one part (default: 1024)")
     parser.add_argument("--keep", action="store_true", help="leave the checkpoint and its copy there")
+    parser.add_argument("--accelerators", action="store_true", help=f"load onto this machine's accelerators, not {DEVICES} host devices")
     parser.add_argument("--stage", choices=STAGES, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.stage:

@@ -209,7 +209,7 @@ def test_bad_input(compressor, memory, tiny_base, tmp_path):
     with pytest.raises(ValueError, match="not a folder"):
         icae_jax.load(tmp_path / "absent")
     adapter = make_adapter(tmp_path / "a", tiny_base)
-    with pytest.raises(ValueError, match="base '.*absent' is not a folder; give a model-hub folder"):
+    with pytest.raises(ValueError, match=r"base '.*absent' is not a folder; give a model-hub folder"):
         icae_jax.load(adapter, tmp_path / "absent")
     with pytest.raises(ValueError, match="texts has 1 entries for 5"):
         compressor.score_restoring(memory, ["cat sat"])
