@@ -88,7 +88,7 @@ def test_hub_id_from_the_hubs_cache_without_a_network(tmp_path, tiny_base, monke
     shutil.copytree(tiny_base, tmp_path / "models--org--tiny" / "snapshots" / ("a" * 40))
     (tmp_path / "models--org--tiny" / "refs").mkdir()
     (tmp_path / "models--org--tiny" / "refs" / "main").write_text("a" * 40)
-    for base in ("org/tiny", "org/tiny@main", f"org/tiny@{'a' * 40}"):
+    for base in ("org/tiny", "org/tiny@main"):
         assert contents(sources.local_folder(base)) == contents(tiny_base)
     with pytest.raises(ValueError, match="base 'org/tiny@v2': there is no such folder here, and the hub says"):
         sources.local_folder("org/tiny@v2")
