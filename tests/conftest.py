@@ -7,10 +7,11 @@ import pathlib
 
 # Compiling is most of the tests' time; without optimisation it takes a fifth. Read when jax first touches a device, which ends the process
 # at a flag that it does not know: the second one went with jaxlib 0.11.
-_FLAGS = "--xla_backend_optimization_level=0"
-if importlib.metadata.version("jaxlib").startswith("0.10."):
-    _FLAGS += " --xla_cpu_use_fusion_emitters=false"
-os.environ.setdefault("XLA_FLAGS", _FLAGS)
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_backend_optimization_level=0"
+    + (" --xla_cpu_use_fusion_emitters=false" if importlib.metadata.version("jaxlib").startswith("0.10.") else ""),
+)
 
 import jax
 import jax.numpy as jnp
