@@ -178,7 +178,7 @@ class Restoring:
 
         Another text's memory tells nothing of a text, so what its own tells is the difference. At mild ratios the text must come back.
         """
-        return not (self.ae_loss <= self.control / 2 and (self.ratio > MILD or self.bleu >= 50))
+        return not (self.ae_loss <= self.control / 2 and (self.ratio > MILD or self.bleu >= 70))
 
     def __str__(self):
         own = f"AE loss {self.ae_loss:.3f} nats per token (behind another text's memory {self.control:.3f})"

@@ -6,7 +6,7 @@ from icae_jax.interop import files, serving
 
 def prompt_embeds(args):
     """Prompt embeddings for a vLLM server."""
-    files.need_torch("icae export prompt-embeds")
+    files.need_torch("prompt-embeds")
     compressor, memory, ids = _load(args)
     count = serving.save_prompt_embeds(args.to, compressor, memory, ids, args.question, args.restore, args.dtype, args.model, args.url)
     if compressor.adapter.template.name != "chat":

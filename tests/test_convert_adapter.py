@@ -229,7 +229,7 @@ def test_bases_without_a_tokenizer(world, convert, tmp_path, exported):
     ("values", "far"),
     [
         ((0.01, 4.0, 99.0, 4.0), False),
-        ((0.01, 4.0, 30.0, 4.0), True),  # at 4x the text must come back
+        ((0.1, 4.0, 65.0, 4.0), True),  # at 4x the text must come back
         ((1.5, 4.0, 30.0, 120.0), False),  # in one token of 120 it need not, but the memory tells much
         ((2.5, 4.0, 30.0, 120.0), True),
         ((3.9, 4.0, 0.1, 4.0), True),

@@ -96,7 +96,7 @@ def test_bad_input_is_named_before_anything_is_written(memory_file, tmp_path, mo
                 run(*wrong)
         monkeypatch.undo()
     monkeypatch.setitem(sys.modules, "torch", None)
-    with pytest.raises(ValueError, match="icae export prompt-embeds needs PyTorch: pip install torch"):
+    with pytest.raises(ValueError, match="prompt-embeds needs PyTorch: pip install torch"):
         run("prompt-embeds", "--memory", path, "--to", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -98,7 +98,7 @@ def prompt_embeddings(compressor, memory, row, question=None):
 
 def pt_bytes(x_TD, dtype):
     """What `torch.save` writes of a tensor `[T, D]` in `dtype`; vLLM loads it with weights_only=True."""
-    torch = files.need_torch("icae export prompt-embeds")
+    torch = files.need_torch("prompt-embeds")
     buffer = io.BytesIO()
     torch.save(torch.from_numpy(np.ascontiguousarray(x_TD, np.float32)).to(getattr(torch, dtype)), buffer)
     return buffer.getvalue()
