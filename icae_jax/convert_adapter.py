@@ -140,6 +140,8 @@ def _from_orbax(step, base):
         raise ValueError(f"{path}: not the configuration of a compressor's training")
     if trained_on != base.fingerprint:
         raise ValueError(f"{step} was trained on base {trained_on[:12]}, but {base.path} has {base.fingerprint[:12]}; give the right base")
+    if base.tokenizer is None:
+        raise ValueError(f"base {base.path} has no tokenizer, of whose tokens the run's template is made; add the tokenizer's files to it")
     config = from_dict(TrainConfig, nested)
     compression, _ = compression_on(config, base.tokenizer)
     template = targets.make_template(config.objectives.template, base.tokenizer)
@@ -148,16 +150,17 @@ def _from_orbax(step, base):
 
 
 def read(source, base, args):
-    """(`Adapter`, lines of what was assumed, whether a fingerprint says that the base is right)."""
+    """(`Adapter`, lines of what was assumed, whether a fingerprint says that the base is right: not one that --force put there)."""
     if source.kind in formats.NAMES:
         adapter, lines = _from_tensors(source, base, args)
-        return adapter, lines, bool(source.told)
+        return adapter, lines, bool(source.told) and not source.told["forced"]
     given = [f"--{name}" for name in TOLD if getattr(args, name) is not None]
     if given:
         raise ValueError(f"{', '.join(given)}: {source.path} says that itself; leave the flag out")
     if source.kind == "orbax":
         return _from_orbax(source.path, base), [f"checkpoint {source.path.name}"], True
-    return adapters.load_adapter(source.path, base), [], True
+    adapter = adapters.load_adapter(source.path, base)
+    return adapter, [], not adapters.was_forced(adapter)
 
 
 # ---------------------------------------------------------------------------------------------------------------- check
@@ -197,12 +200,12 @@ def restoring(compressor, texts):
     return Restoring(loss(memory), loss(others), scores.bleu(compressor.restore(memory), texts), float(np.mean(memory.ratio)))
 
 
-def check(adapter, base, texts, where):
+def check(adapter, base, texts, where, dtype):
     """(`Restoring` or None, why it could not be measured)."""
     if base.tokenizer is None:
         return None, f"base {base.path} has no tokenizer, so no text can be restored"
     try:
-        return restoring(Compressor(base, adapter, where), texts), ""
+        return restoring(Compressor(base, adapter, where, dtype), texts), ""
     except ValueError as error:
         return None, str(error)
 
@@ -219,6 +222,7 @@ def main(parser, argv):
     add("--format", default="native", choices=FORMATS, help="format to write (default: native, our adapter folder)")
     add("--text", metavar="FILE", help="texts to restore for the check (the first 8), in place of the built-in paragraph")
     add("--dtype", default="float32", choices=DTYPES, help="of the tensors written, in formats other than native")
+    add("--base_dtype", default="float32", choices=DTYPES[:2], help="of the base while it restores; bfloat16 takes half the memory")
     add("--force", action="store_true", help="write even where restoring fails")
     add = parser.add_argument_group("what tensors cannot tell; each format has a default, which is printed").add_argument
     add("--method", choices=("icae", "x500"))
@@ -237,7 +241,7 @@ def main(parser, argv):
     texts = list(dict.fromkeys(row.text for row in read_rows(args.text)))[:8] if args.text else [PARAGRAPH]
     if not texts:
         raise ValueError(f"--text {args.text}: no rows")
-    base = bases.load_base(args.base, progress=True, need_tokenizer=False)
+    base = bases.load_base(args.base, args.base_dtype, progress=True, need_tokenizer=False)
     adapter, lines, settled = read(source, base, args)
     print(f"{source.path}: {source.kind}, r {adapter.lora.rank}, k {adapter.compression.k}, LoRA on {', '.join(adapter.lora.targets)}")
     if lines:
@@ -248,7 +252,7 @@ def main(parser, argv):
         if wrong and not args.force:
             raise ValueError(f"--format {args.format}: its implementation would misread this: {wrong}. --force writes it all the same")
 
-    measured, why = check(adapter, base, texts, source.path)
+    measured, why = check(adapter, base, texts, source.path, args.base_dtype)
     print(f"  restores: {measured or why}")
     failed = measured is None or measured.far
     if failed:

@@ -128,6 +128,12 @@ def test_the_wrong_base_is_found_by_restoring(world, convert, tmp_path, tiny_tok
     code, _, err = convert(file, tmp_path / "to", *flags, "--force", base=tmp_path / "other")
     assert code == 0 and "far from restoring" in err
     assert json.loads((tmp_path / "to" / "icae.json").read_text())["origin"]["forced"]
+    # What was forced stays so: neither its folder nor what is exported from it counts as known to fit.
+    other = ["--from", str(tmp_path / "to"), "--base", str(tmp_path / "other"), "--text", str(world / "texts.jsonl")]
+    assert cli.main(["convert", "adapter", *other, "--to", str(tmp_path / "to3")]) == 2 and not (tmp_path / "to3").exists()
+    assert cli.main(["convert", "adapter", *other, "--to", str(tmp_path / "to3"), "--format", "icae-v2", "--force"]) == 0
+    code, _, err = convert(tmp_path / "to3", tmp_path / "to4", base=tmp_path / "other")
+    assert code == 2 and "far from restoring" in err and not (tmp_path / "to4").exists()
     # Told beside the file what it was trained on, it is refused before anything is run.
     code, _, err = convert(tmp_path / "out", tmp_path / "to2", "--force", base=tmp_path / "other")
     assert code == 2 and "give the right base" in err
@@ -159,6 +165,23 @@ def test_an_adapter_of_known_base_need_not_restore(world, convert, tmp_path):
     """Breaks when an adapter that its fingerprint ties to the base cannot be converted because it was trained on other texts."""
     code, out, err = convert(world / "icae", tmp_path / "a", "--format", "icae-v2", texts=None)
     assert code == 0 and "restores" in out and "perhaps it was trained on other texts" in err
+
+
+def test_a_converted_adapter_is_trained_on(world, convert, tmp_path):
+    """Breaks when what was converted is no start for fine-tuning: released weights on one's own questions."""
+    assert convert(world / "icae", tmp_path / "out", "--format", "icae-v2")[0] == 0
+    assert convert(tmp_path / "out", tmp_path / "in")[0] == 0
+    rows = [{"context": "the cat sat on a mat", "question": "who sat ?", "answers": ["the cat"]}] * 2
+    raw = {
+        "phase": "finetune", "init_from": str(tmp_path / "in"), "base": str(world / "base"), "steps": 2, "batch_size": 1,
+        "compression": {"k": K, "rate": CONTEXT / K, "layout": "sequential"}, "lora": {"rank": 16},
+        "objectives": {"ae": 0.0, "lm": 0.0, "qa": 1.0},
+        "data": {"train": write_jsonl(tmp_path / "qa.jsonl", rows), "context_lengths": [CONTEXT], "cache_dir": str(tmp_path / "cache")},
+    }  # fmt: skip
+    config = from_dict(TrainConfig, raw)
+    task = CompressorTask(config)
+    jax.tree.map(np.testing.assert_array_equal, task.init(), adapters.load_adapter(world / "icae" / "adapter", task.base).trained)
+    assert train(config, task, tmp_path / "w") == 0
 
 
 # -------------------------------------------------------------------------------------------------------------- bad input

@@ -217,7 +217,7 @@ def test_a_file_says_beside_itself_how_it_is_read(base, tmp_path):
     path = formats.write("icae-v2", tmp_path / "out", make(base), TINY)
     told = formats.files.read_json(path.parent / formats.READING, "x")
     want = {"alpha": 32, "context_length": 12, "layout": "sequential", "method": "icae", "template": "none"}
-    assert told == want | {"base": base.path, "base_fingerprint": base.fingerprint}
+    assert told == want | {"base": base.path, "base_fingerprint": base.fingerprint, "forced": False}
 
 
 def test_tensors_are_read_when_asked_for(tmp_path, monkeypatch):

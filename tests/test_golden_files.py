@@ -73,7 +73,7 @@ def test_in_and_out(case, tmp_path, capsys):
         assert (template.name, template.stop) == (("v1", 1) if form == "icae-v1" else ("mistral", 2))
 
     out = tmp_path / "out"
-    assert cli.main([*convert, "--from", str(tmp_path / "in"), "--to", str(out), "--format", form]) == 0
+    assert cli.main([*convert, "--from", str(tmp_path / "in"), "--to", str(out), "--format", form, "--force"]) == 0
     got, want = tensors_of(out / formats.NAMES[form]), tensors_of(path)
     want = {name: t for name, t in want.items() if "lora_" in name or "memory" in name or form == "icae-v1"}
     assert len(want) >= 13 and set(got) == set(want)

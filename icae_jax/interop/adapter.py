@@ -121,6 +121,11 @@ class Adapter:
         return digest.hexdigest()
 
 
+def was_forced(adapter):
+    """Whether the adapter was converted although it could not be shown that its base is the one it was trained on."""
+    return bool(adapter.origin and adapter.origin["forced"])
+
+
 def peft_config(adapter):
     """adapter_config.json's content: all that PEFT needs, which silently assumes r = alpha = 8 where they are absent."""
     base = pathlib.Path(adapter.base_path)

@@ -308,6 +308,7 @@ def reading(adapter):
                 "template": adapter.template.name,
                 "base": adapter.base_path,
                 "base_fingerprint": adapter.base_fingerprint,
+                "forced": adapters.was_forced(adapter),
             }
         )
     )
