@@ -78,7 +78,7 @@ def compress_verb(argv):
 
     parser = _parser("compress")
     parser.add_argument("--adapter", required=True, help="adapter folder, or the workdir of a training run")
-    parser.add_argument("--base", help="base model folder; by default the one that the adapter names")
+    parser.add_argument("--base", help="base model (folder, hub id or gs://…); by default the one that the adapter names")
     parser.add_argument("--input", required=True, help="JSON lines (text, or context) or a text file")
     parser.add_argument("--output", required=True, help="memory file to write (.safetensors)")
     parser.add_argument("--k", type=int, help="memory tokens a segment, where the adapter knows several; by default the most")
@@ -103,7 +103,7 @@ def _memory_parser(verb):
     parser = _parser(verb)
     parser.add_argument("--memory", required=True, help="memory file that `icae compress` wrote")
     parser.add_argument("--adapter", help="adapter folder; by default the one that the memory names")
-    parser.add_argument("--base", help="base model folder; by default the one that the adapter names")
+    parser.add_argument("--base", help="base model (folder, hub id or gs://…); by default the one that the adapter names")
     parser.add_argument("--batch_size", type=int, default=16, help="texts decoded at once")
     parser.add_argument("--max_new_tokens", type=int, default=None, help="most tokens of an answer or a restored text")
     parser.add_argument("--json", action="store_true", help="print one JSON object a line")

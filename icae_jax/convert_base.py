@@ -18,7 +18,8 @@ MOST_BYTES = 256 << 20  # of a file that is no weights
 def carried(folder):
     """The folder's files that a copy of the base needs beside config.json and weights: generation_config.json, the tokenizer, a licence."""
     for path in sorted(pathlib.Path(folder).iterdir()):
-        other = path.suffix in WEIGHTS or path.name.endswith(".index.json") or path.name.startswith((".", "README"))
+        named = path.name == weights.ORBAX_URL or path.name.endswith(".index.json") or path.name.startswith((".", "README"))
+        other = named or path.suffix in WEIGHTS
         if path.name != "config.json" and path.is_file() and not other and path.stat().st_size <= MOST_BYTES:
             yield path
 

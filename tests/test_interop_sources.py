@@ -3,13 +3,16 @@
 import os
 import pathlib
 import shutil
+import types
 
 import huggingface_hub
+import jax
 import pytest
 import tqdm
 from conftest import TINY
 from etils import epath
 
+from icae_jax import convert_base
 from icae_jax.interop import sources, weights
 
 
@@ -152,15 +155,32 @@ def test_broken_copying_leaves_no_half_file(bucket, monkeypatch):
     assert contents(sources.local_folder(URL)) == contents(remote)
 
 
-def test_orbax_copy_at_a_url(bucket, tiny_params):
-    """Breaks when params/ is left behind, or copied though there are safetensors files."""
+def test_orbax_copy_at_a_url(bucket, tiny_params, monkeypatch, tmp_path):
+    """Breaks when the weights are copied, though every host needs but its parts of them; or when they are not found where they are, or
+    taken though there are safetensors files.
+    """
     remote, _ = bucket
     weights.save_orbax(remote, tiny_params)
-    assert not (sources.local_folder(URL) / "params").exists()
+    folder = sources.local_folder(URL)
+    assert not weights.is_orbax(folder) and not (folder / weights.ORBAX_URL).exists()
     (remote / "model.safetensors").unlink()
     folder = sources.local_folder(URL)
-    assert contents(folder) == contents(remote) and weights.is_orbax(folder)
-    assert (weights.load_params(folder, TINY)["embed"] == tiny_params["embed"]).all()
+    assert weights.is_orbax(folder) and not (folder / "params").exists() and not (folder / "model.safetensors").exists()
+    assert (folder / weights.ORBAX_URL).read_text() == f"{URL}/params\n"
+    # tensorstore reads buckets by itself, without epath: here its path is the folder that stands for the bucket.
+    local = types.SimpleNamespace(Path=lambda url: epath.Path(url.replace(URL, str(remote))))
+    monkeypatch.setattr(weights, "epath", local)
+    loaded = weights.load_params(folder, TINY)
+    assert all((got == want).all() for got, want in zip(jax.tree.leaves(loaded), jax.tree.leaves(tiny_params), strict=True))
+    convert_base.convert(folder, tmp_path / "hub")
+    assert sorted(contents(tmp_path / "hub")) == sorted({*contents(folder), "model.safetensors"} - {weights.ORBAX_URL})
+
+
+def test_where_tensorstore_looks():
+    """Breaks when a bucket is read as a folder of this machine, or by another storage's driver."""
+    assert weights._store(pathlib.Path("/a/params")) == {"driver": "file", "path": "/a/params/"}
+    assert weights._store(epath.Path("gs://b/x/params")) == {"driver": "gcs", "bucket": "b", "path": "x/params/"}
+    assert weights._store(epath.Path("s3://b/params")) == {"driver": "s3", "bucket": "b", "path": "params/"}
 
 
 def test_what_a_url_can_lack(bucket, monkeypatch):

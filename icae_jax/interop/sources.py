@@ -22,7 +22,8 @@ def local_folder(base, progress=True):
 
     base: a folder, taken as it is; a hub id `org/name` or `org/name@revision`, from the hub's cache, downloaded where it is not there
         (and offline from the cache alone); or the URL of a folder that `etils.epath` reads (gs://, s3://, …), copied into `bases/` of
-        $ICAE_CACHE (else ~/.cache/icae_jax), where files of the same size and time are kept.
+        $ICAE_CACHE (else ~/.cache/icae_jax), where files of the same size and time are kept. An Orbax copy's weights are read where they
+        are (`weights.ORBAX_URL`).
     progress: bars in bytes on stderr, where it takes over a second. ValueError says what cannot be found or read.
     """
     text = str(base)
@@ -76,8 +77,10 @@ def _copied(url, progress):
     cache = pathlib.Path(os.environ.get("ICAE_CACHE") or pathlib.Path.home() / ".cache" / "icae_jax")
     folder = cache / "bases" / urllib.parse.quote(url.rstrip("/"), safe="")
     try:
-        remote = epath.Path(url)
-        found = {name: (path, path.stat()) for name, path in _remote_files(remote)}
+        remote = epath.Path(url.rstrip("/"))
+        found = {path.name: (path, path.stat()) for path in _remote_files(remote)}
+        copied = any(name.endswith(".safetensors") for name in found)
+        orbax = not copied and (remote / weights.ORBAX).is_dir()
     except ImportError as error:
         raise ValueError(f"base {url!r} needs a package that is not installed: {_words(error)} (for gs://, pip install gcsfs)") from error
     except Exception as error:  # each storage has its own
@@ -94,26 +97,22 @@ def _copied(url, progress):
                     raise ValueError(f"base {url!r}: {name} is {tmp.stat().st_size} bytes, {stat.length} expected; run the command again")
                 if stat.mtime:
                     os.utime(tmp, (stat.mtime, stat.mtime))
-    for path in list(folder.rglob("*")):  # what is no longer there must not be loaded with the rest
-        if path.is_file() and path.relative_to(folder).as_posix() not in found and not path.name.startswith("."):
+    if orbax:
+        with files.replacing_file(folder / weights.ORBAX_URL) as tmp:
+            tmp.write_text(f"{remote / weights.ORBAX}\n", encoding="utf-8")
+    here = {*found, weights.ORBAX_URL} if orbax else found
+    for path in list(folder.iterdir()):  # what is no longer there must not be loaded with the rest
+        if path.is_file() and path.name not in here and not path.name.startswith("."):
             path.unlink()
     return folder
 
 
 def _remote_files(folder):
-    """(name, path) of what a base needs; an Orbax copy only where there are no safetensors files."""
-    top = [p for p in folder.iterdir() if any(fnmatch.fnmatch(p.name, pattern) for pattern in FILES)]
-    top = [p for p in top if not any(fnmatch.fnmatch(p.name, pattern) for pattern in NOT_FILES)]
-    yield from ((p.name, p) for p in top)
-    if not any(p.name.endswith(".safetensors") for p in top) and (folder / weights.ORBAX).is_dir():
-        yield from _below(folder / weights.ORBAX, weights.ORBAX)
-
-
-def _below(folder, name):
+    """The files of a folder that a base needs."""
     for path in folder.iterdir():
-        inner = f"{name}/{path.name}"
-        if path != folder:  # some storages list a folder in itself
-            yield from _below(path, inner) if path.is_dir() else [(inner, path)]
+        wanted, unwanted = (any(fnmatch.fnmatch(path.name, pattern) for pattern in patterns) for patterns in (FILES, NOT_FILES))
+        if wanted and not unwanted:
+            yield path
 
 
 def _same(path, stat):

@@ -11,6 +11,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 import tqdm
+from etils import epath
 
 from icae_jax.interop import files
 from icae_jax.models import llama, lora
@@ -19,6 +20,7 @@ STORED_DTYPES = ("BF16", "F16", "F32", "F64")  # as safetensors calls them
 BLOCK_BYTES = 2 << 20  # of a tensor, read at once: small enough to be transposed within the processor's cache
 CHUNK_BYTES = 4 << 20  # of an Orbax copy: small, so that a device's part of a parameter is read without the rest
 ORBAX = "params"  # the folder of an Orbax copy, beside config.json and the tokenizer's files
+ORBAX_URL = "params.url"  # in its place: where it is, if not on this machine, so that each host reads its own parts there
 
 
 def tensor_names(config):
@@ -55,7 +57,9 @@ def weight_files(folder):
 def is_orbax(folder):
     """Whether a folder's weights are an Orbax copy (`save_orbax`) and no safetensors files."""
     folder = pathlib.Path(folder)
-    return (folder / ORBAX / "_METADATA").is_file() and not any(folder.glob("*.safetensors"))
+    if any(folder.glob("*.safetensors")):
+        return False
+    return (folder / ORBAX / "_METADATA").is_file() or (folder / ORBAX_URL).is_file()
 
 
 # ------------------------------------------------------------------------------------------------------------------- in
@@ -221,7 +225,8 @@ def _load_orbax(folder, config, targets, bar):
     import orbax.checkpoint as ocp
     import tensorstore
 
-    source = folder.resolve() / ORBAX
+    url = folder / ORBAX_URL
+    source = epath.Path(url.read_text(encoding="utf-8").strip()) if url.is_file() else folder.resolve() / ORBAX
     with _reading(source), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         metadata = checkpointer.metadata(source).item_metadata
         if metadata is None:
@@ -243,12 +248,21 @@ def _load_orbax(folder, config, targets, bar):
     context = tensorstore.Context({"file_io_concurrency": {"limit": 8}, "cache_pool": {"total_bytes_limit": 0}})
     params = {}
     for path, target in targets.items():
-        where = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{source}/"}, "path": f"{'.'.join(path)}/"}
+        where = {"driver": "ocdbt", "base": _store(source), "path": f"{'.'.join(path)}/"}
         with _reading(source):
             array = tensorstore.open({"driver": "zarr", "kvstore": where}, read=True, context=context).result()
         array = tensorstore.cast(array, target.dtype)
         params[path] = _place(target, lambda ranges, array=array: _read_chunks(source, array, ranges, bar))
     return params
+
+
+def _store(source):
+    """tensorstore's specification of a folder, here or in a bucket."""
+    scheme, _, rest = str(source).rpartition("://")
+    if not scheme:
+        return {"driver": "file", "path": f"{source}/"}
+    bucket, _, path = rest.partition("/")
+    return {"driver": {"gs": "gcs"}.get(scheme, scheme), "bucket": bucket, "path": f"{path}/"}
 
 
 def _read_chunks(source, array, ranges, bar):

@@ -105,7 +105,7 @@ class LoopConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig(LoopConfig):
-    """One compressor's training. phase: "pretrain" (AE, LM) or "finetune" (QA, AE). base: model-hub folder.
+    """One compressor's training. phase: "pretrain" (AE, LM) or "finetune" (QA, AE). base: folder, hub id or URL.
 
     init_from: an adapter folder or the workdir of an earlier phase; fine-tuning needs one. draw_k: the phases in which every step draws
     its number of memory tokens from `compression.k_choices`; the others train compression.k alone.
