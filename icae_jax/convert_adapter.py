@@ -58,8 +58,7 @@ def recognise(path):
         if form is None:
             names = ", ".join(sorted(tensors)[:3])
             raise ValueError(f"--from {path}: no trained compressor, its {len(tensors)} tensors are {names}, …; see icae inspect {path}")
-        told = path.parent / formats.READING
-        return Source(form, path, tensors, files.read_json(told, "how the file is read") if told.exists() else None)
+        return Source(form, path, tensors, formats.read_reading(path))
     if not path.is_dir():
         raise ValueError(f"--from {path}: no such file or folder")
     folder = adapters.adapter_folder(path)

@@ -92,8 +92,8 @@ def _trained_file(path, tensors):
     if rest:
         zeros = sum(t.shape == () for t in rest.values())
         about["besides"] = f"{zeros} scalar placeholders of the base" if zeros == len(rest) else f"{len(rest)} tensors of the base"
-    told = pathlib.Path(path).parent / formats.READING
-    return about | ({"reading": files.read_json(told, "how the file is read")} if told.exists() else {})
+    told = formats.read_reading(path)
+    return about | ({"reading": told} if told else {})
 
 
 def _adapter(folder):

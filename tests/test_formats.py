@@ -215,9 +215,13 @@ def test_what_an_implementation_would_misread(base):
 def test_a_file_says_beside_itself_how_it_is_read(base, tmp_path):
     """Breaks when alpha, context length, layout or base of an exported file are lost."""
     path = formats.write("icae-v2", tmp_path / "out", make(base), TINY)
-    told = formats.files.read_json(path.parent / formats.READING, "x")
+    told = formats.read_reading(path)
     want = {"alpha": 32, "context_length": 12, "layout": "sequential", "method": "icae", "template": "none"}
     assert told == want | {"base": base.path, "base_fingerprint": base.fingerprint, "forced": False}
+    (path.parent / formats.READING).write_text('{"alpha": 3}')
+    with pytest.raises(ValueError, match=r"reading\.json: base, base_fingerprint, .* missing; move it away if .* icae\.safetensors"):
+        formats.read_reading(path)
+    assert formats.read_reading(tmp_path / "elsewhere") is None
 
 
 def test_tensors_are_read_when_asked_for(tmp_path, monkeypatch):

@@ -10,7 +10,6 @@
 """
 
 import dataclasses
-import json
 import pathlib
 
 import jax.numpy as jnp
@@ -298,17 +297,28 @@ def write(form, folder, adapter, model_config, dtype="float32"):
 
 def reading(adapter):
     """What a file of tensors does not say of itself, as plain values."""
-    return json.loads(
-        json.dumps(
-            {
-                "alpha": adapter.lora.scale * adapter.lora.rank,
-                "context_length": adapter.compression.segment_tokens,
-                "layout": adapter.compression.layout,
-                "method": adapter.compression.method,
-                "template": adapter.template.name,
-                "base": adapter.base_path,
-                "base_fingerprint": adapter.base_fingerprint,
-                "forced": adapters.was_forced(adapter),
-            }
-        )
-    )
+    return {
+        "alpha": adapter.lora.scale * adapter.lora.rank,
+        "context_length": adapter.compression.segment_tokens,
+        "layout": adapter.compression.layout,
+        "method": adapter.compression.method,
+        "template": adapter.template.name,
+        "base": adapter.base_path,
+        "base_fingerprint": adapter.base_fingerprint,
+        "forced": adapters.was_forced(adapter),
+    }
+
+
+READING_FIELDS = {"alpha", "context_length", "layout", "method", "template", "base", "base_fingerprint", "forced"}
+
+
+def read_reading(path):
+    """What was written beside a file of tensors of how it is read, or None. ValueError where that is incomplete."""
+    beside = pathlib.Path(path).parent / READING
+    if not beside.exists():
+        return None
+    told = files.read_json(beside, "how the file is read")
+    missing = sorted(READING_FIELDS - set(told))
+    if missing:
+        raise ValueError(f"{beside}: {', '.join(missing)} missing; move it away if it does not belong to {pathlib.Path(path).name}")
+    return told
