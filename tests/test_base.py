@@ -130,3 +130,12 @@ def test_fingerprint_stays_what_it_was():
     """Breaks when a new field of the model's configuration changes the identity of bases that adapters were trained on before it."""
     params = {"norm": {"scale": np.ones(32, np.float32)}, "embed": np.arange(64 * 32, dtype=np.float32).reshape(64, 32)}
     assert bases.fingerprint(TINY, params).startswith("924c04442c26")
+
+
+def test_identity_without_the_weights(tiny_base, monkeypatch):
+    """Breaks when a base has another identity than when it is loaded, or all of it is read for that."""
+    whole = bases.load_base(tiny_base)
+    read = []
+    monkeypatch.setattr(weights, "_read", lambda *args, f=weights._read: read.append(1) or f(*args))
+    assert bases.identify(str(tiny_base)) == (whole.config, whole.fingerprint)
+    assert len(read) == 2

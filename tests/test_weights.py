@@ -94,6 +94,14 @@ def test_without_a_sharding_parameters_follow_other_arguments(folder, orbax):
         assert not any(x.committed for x in jax.tree.leaves(weights.load_params(source, TINY)))
 
 
+def test_only_some_parameters(folder, orbax):
+    """Breaks when what is not wanted is read too, or a fault in it goes unnoticed."""
+    for source in (folder, orbax):
+        some = weights.load_params(source, TINY, only=(("embed",), ("norm", "scale")))
+        assert jax.tree.structure(some) == jax.tree.structure({"embed": 0, "norm": {"scale": 0}})
+        np.testing.assert_array_equal(some["embed"], weights.load_params(source, TINY)["embed"])
+
+
 def test_progress(folder, orbax, capsys, monkeypatch):
     """Breaks when the bar does not reach its end, counts something other than bytes, or shows unasked or for a moment."""
     size = sum(x.nbytes for x in jax.tree.leaves(random_params(TINY)))

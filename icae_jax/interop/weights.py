@@ -65,21 +65,22 @@ def is_orbax(folder):
 # ------------------------------------------------------------------------------------------------------------------- in
 
 
-def load_params(folder, config, dtype=jnp.float32, sharding=None, progress=False):
+def load_params(folder, config, dtype=jnp.float32, sharding=None, progress=False, only=()):
     """Parameters of a base's folder in our tree, layers stacked `[L, …]`, kernels `[in, out]`, in `dtype`.
 
     The folder holds the hub's safetensors files, or an Orbax copy (`save_orbax`). Beside the parameters themselves, host memory holds
     one device's part of one parameter at a time: what a process's devices do not need is not read, what several need is read once.
     sharding: None for the default device, a `jax.sharding.Sharding` for every parameter, or a function that gives each its own:
         `sharding(path, shape)`, path as ("layers", "mlp", "up_proj", "kernel"), shape a `jax.ShapeDtypeStruct`.
-    progress: a bar in bytes on stderr, where it takes over a second.
+    progress: a bar in bytes on stderr, where it takes over a second. only: paths of the parameters to load, by default all.
     ValueError, before any weights are read, lists the tensors that are missing or of another shape than config.json implies.
     """
     folder = pathlib.Path(folder)
     targets = _targets(config, dtype, sharding)
-    load, total = _load_orbax if is_orbax(folder) else _load_safetensors, sum(map(_bytes, targets.values()))
+    wanted = {path: target for path, target in targets.items() if not only or path in only}
+    load, total = _load_orbax if is_orbax(folder) else _load_safetensors, sum(map(_bytes, wanted.values()))
     with tqdm.tqdm(total=total, unit="B", unit_scale=True, desc="base weights", delay=1, disable=not progress) as bar:
-        return _nest(load(folder, config, targets, bar))
+        return _nest(load(folder, config, targets, wanted, bar))
 
 
 def _targets(config, dtype, sharding):
@@ -145,7 +146,7 @@ def _place(target, read):
     return arrays[0] if target.sharding is None else jax.make_array_from_single_device_arrays(target.shape, target.sharding, arrays)
 
 
-def _load_safetensors(folder, config, targets, bar):
+def _load_safetensors(folder, config, targets, wanted, bar):
     names, stored, params = tensor_names(config), {}, {}
     with contextlib.ExitStack() as stack:
         for path in weight_files(folder):
@@ -160,7 +161,7 @@ def _load_safetensors(folder, config, targets, bar):
         tensors = {}
         for name, (path, layer, transposed) in names.items():
             tensors.setdefault(path, {})[layer] = stored[name][1], transposed
-        for path, target in targets.items():
+        for path, target in wanted.items():
             params[path] = _place(target, lambda ranges, p=path: _read(tensors[p], targets[p].dtype, ranges, bar))
     return params
 
@@ -221,7 +222,7 @@ def save_orbax(folder, params):
         checkpointer.save(pathlib.Path(folder).resolve() / ORBAX, args=ocp.args.PyTreeSave(params, save_args=args))
 
 
-def _load_orbax(folder, config, targets, bar):
+def _load_orbax(folder, config, targets, wanted, bar):
     import orbax.checkpoint as ocp
     import tensorstore
 
@@ -247,7 +248,7 @@ def _load_orbax(folder, config, targets, bar):
     # By tensorstore, in whose formats Orbax writes: Orbax's own restore holds two parts, and the chunks of 128 threads beside them.
     context = tensorstore.Context({"file_io_concurrency": {"limit": 8}, "cache_pool": {"total_bytes_limit": 0}})
     params = {}
-    for path, target in targets.items():
+    for path, target in wanted.items():
         where = {"driver": "ocdbt", "base": _store(source), "path": f"{'.'.join(path)}/"}
         with _reading(source):
             array = tensorstore.open({"driver": "zarr", "kvstore": where}, read=True, context=context).result()
