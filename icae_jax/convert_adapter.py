@@ -64,9 +64,9 @@ def recognise(path):
     folder = adapters.adapter_folder(path)
     if (folder / "icae.json").exists():
         return Source("peft" if adapters.lora_folder(folder) == folder else "native", folder)
-    steps = checkpoint.steps(path)
-    if steps is not None:
-        return Source("orbax", steps)
+    step = checkpoint.step_folder(path)
+    if step is not None:
+        return Source("orbax", step)
     found = [file for file in sorted(path.iterdir()) if file.is_file() and formats.file_kind(file)]
     found = [file for file in found if formats.recognise(formats.open_tensors(file)[0])]
     if len(found) == 1:

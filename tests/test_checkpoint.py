@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from icae_jax.training import checkpoint
 from icae_jax.training.checkpoint import Checkpoints
 
 
@@ -61,3 +62,18 @@ def test_a_save_that_fails_says_so(tmp_path, monkeypatch):
         checkpoints.save(1, state(1))
     with pytest.raises(OSError, match="latest checkpoint failed: No space left on device"):
         checkpoints.wait()
+
+
+def test_the_trained_tree_alone_is_read_from_any_of_its_paths(tmp_path):
+    """Breaks when a workdir, its checkpoints or a step do not mean the same, the latest passes for the best, or another folder for one."""
+    checkpoints = Checkpoints(tmp_path / "w")
+    for step, held_out_loss in ((1, 1.0), (2, 3.0)):
+        checkpoints.save(step, state(step), held_out_loss)
+    checkpoints.wait()
+    checkpoints.close()
+    best, latest = (tmp_path / "w" / "checkpoints" / f"step_{step}" for step in (1, 2))
+    assert [checkpoint.step_folder(path) for path in (tmp_path / "w", best.parent, best, latest)] == [best, best, best, latest]
+    for step, path in ((1, best), (2, latest)):
+        jax.tree.map(np.testing.assert_array_equal, checkpoint.read_trained(path), jax.device_get(state(step)["trained"]))
+    for other in (tmp_path, tmp_path / "absent", best / "metrics"):
+        assert checkpoint.step_folder(other) is None

@@ -19,7 +19,7 @@ def _saving(what):
         raise OSError(f"{what} failed: {cause}. Earlier checkpoints are whole; free space and run the same command again") from error
 
 
-def steps(path):
+def step_folder(path):
     """The checkpoint meant by a path, `…/checkpoints/step_N`: that one itself, or of a workdir or its checkpoints the best (else the
     latest). None where the path is none of these.
     """
