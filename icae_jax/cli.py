@@ -67,6 +67,13 @@ def _parser(verb):
     return argparse.ArgumentParser(prog=f"icae {verb}", description=VERBS[verb][1])
 
 
+def base_flags(parser):
+    """The flags of every verb that runs an adapter's base."""
+    parser.add_argument("--base", help="base model (folder, hub id or gs://…); by default the one that the adapter names")
+    help_text = "of base, activations and memory; bfloat16 takes half the room"
+    parser.add_argument("--base_dtype", choices=("float32", "bfloat16"), default="float32", help=help_text)
+
+
 def _print(value, as_json, text):
     print(json.dumps(value, ensure_ascii=False) if as_json else text)
 
@@ -78,7 +85,7 @@ def compress_verb(argv):
 
     parser = _parser("compress")
     parser.add_argument("--adapter", required=True, help="adapter folder, or the workdir of a training run")
-    parser.add_argument("--base", help="base model (folder, hub id or gs://…); by default the one that the adapter names")
+    base_flags(parser)
     parser.add_argument("--input", required=True, help="JSON lines (text, or context) or a text file")
     parser.add_argument("--output", required=True, help="memory file to write (.safetensors)")
     parser.add_argument("--k", type=int, help="memory tokens a segment, where the adapter knows several; by default the most")
@@ -89,7 +96,7 @@ def compress_verb(argv):
     rows = list({row.text: row for row in read_rows(args.input)}.values())  # a context with many questions is one memory
     if not rows:
         raise ValueError(f"--input {args.input}: no rows")
-    compressor = load(args.adapter, args.base)
+    compressor = load(args.adapter, args.base, dtype=args.base_dtype)
     memory = compressor.compress([row.text for row in rows], args.batch_size, [row.where for row in rows], args.k)
     compressor.save(args.output, memory, ids=[row.id for row in rows])
     tokens, kept, size = int(memory.lengths.sum()), int(memory.tokens.sum()), int(memory.bytes.sum())
@@ -103,7 +110,7 @@ def _memory_parser(verb):
     parser = _parser(verb)
     parser.add_argument("--memory", required=True, help="memory file that `icae compress` wrote")
     parser.add_argument("--adapter", help="adapter folder; by default the one that the memory names")
-    parser.add_argument("--base", help="base model (folder, hub id or gs://…); by default the one that the adapter names")
+    base_flags(parser)
     parser.add_argument("--batch_size", type=int, default=16, help="texts decoded at once")
     parser.add_argument("--max_new_tokens", type=int, default=None, help="most tokens of an answer or a restored text")
     parser.add_argument("--json", action="store_true", help="print one JSON object a line")
@@ -114,7 +121,7 @@ def restore_verb(argv):
     from icae_jax.inference.compressor import load_with_memory
 
     args = _memory_parser("restore").parse_args(argv)
-    compressor, memory, ids = load_with_memory(args.memory, args.adapter, args.base)
+    compressor, memory, ids = load_with_memory(args.memory, args.adapter, args.base, args.base_dtype)
     texts = compressor.restore(memory, args.max_new_tokens, args.batch_size)
     for row_id, text in zip(ids, texts, strict=True):
         _print({"id": row_id, "text": text}, args.json, text)
@@ -128,7 +135,7 @@ def ask_verb(argv):
     parser.add_argument("--question", required=True, action="append", help="put to every text in the memory; may be given many times")
     parser.add_argument("--id", action="append", help="ask only the text of this id; may be given many times")
     args = parser.parse_args(argv)
-    compressor, memory, ids = load_with_memory(args.memory, args.adapter, args.base)
+    compressor, memory, ids = load_with_memory(args.memory, args.adapter, args.base, args.base_dtype)
     if args.id:
         unknown = sorted(set(args.id) - set(ids))
         if unknown:

@@ -1,5 +1,6 @@
 """`icae export`: memories in the form that other programs read."""
 
+from icae_jax import cli
 from icae_jax.inference import compressor as compressors
 from icae_jax.interop import files, serving
 
@@ -27,7 +28,7 @@ def hf_cache(args):
 def _load(args):
     """(`Compressor`, memory, ids) as the flags say, of the texts that --id names; the output is checked before anything is loaded."""
     files.check_new_folder(args.to)
-    compressor, memory, ids = compressors.load_with_memory(args.memory, args.adapter, args.base)
+    compressor, memory, ids = compressors.load_with_memory(args.memory, args.adapter, args.base, args.base_dtype)
     unknown = [i for i in args.id if i not in ids]
     if unknown:
         raise ValueError(f"--id {unknown[0]}: the memory holds {', '.join(ids[:10])}{', …' if len(ids) > 10 else ''}")
@@ -47,7 +48,7 @@ def main(parser, argv):
         sub.add_argument("--memory", required=True, help="memory file that `icae compress` wrote")
         sub.add_argument("--to", required=True, help="folder to write, new or empty")
         sub.add_argument("--adapter", help="adapter folder; by default the one that the memory names")
-        sub.add_argument("--base", help="base model (folder, hub id or gs://…); by default the one that the adapter names")
+        cli.base_flags(sub)
         sub.add_argument("--id", action="append", default=[], help="only the text of this id; may be given many times")
         sub.add_argument("--dtype", choices=dtypes, default=dtypes[0], help=f"of the tensors; {dtypes[0]} by default")
         return sub

@@ -141,6 +141,21 @@ def test_a_memory_is_not_read_by_the_other_methods_adapter(trained, trained_x500
     assert "was written with adapter" in capsys.readouterr().err
 
 
+def test_bfloat16_from_compressing_to_asking(trained, trained_x500, files, tmp_path, capsys):
+    """Breaks when a base that only fits in half precision cannot be used from the command line, or its memory is kept in float32."""
+    for name, adapter in (("icae", trained), ("x500", trained_x500)):
+        sizes = []
+        for dtype in ("float32", "bfloat16"):
+            memory, flag = str(tmp_path / f"{name}-{dtype}"), ["--base_dtype", dtype]
+            assert cli.main(["compress", "--adapter", str(adapter), "--input", files["contexts"], "--output", memory, "--json", *flag]) == 0
+            sizes.append(json.loads(capsys.readouterr().out)["bytes"])
+            assert cli.main(["ask", "--memory", memory, "--question", "who sat", "--max_new_tokens", "4", *flag]) == 0
+            assert cli.main(["restore", "--memory", memory, "--max_new_tokens", "4", *flag]) == 0
+            assert cli.main(["export", "hf-cache", "--memory", memory, "--to", f"{memory}-cache", *flag]) == 0
+            capsys.readouterr()
+        assert sizes[0] == 2 * sizes[1]
+
+
 def test_what_was_trained_goes_out_again(trained, files, tmp_path, capsys):
     """Breaks when a verb that converts, exports or inspects is not reached, or does not take what training and compressing wrote."""
     memory = tmp_path / "m.safetensors"

@@ -59,12 +59,12 @@ def load(adapter, base=None, *, dtype="float32"):
     return Compressor(loaded, adapters.load_adapter(folder, loaded), folder, dtype)
 
 
-def load_with_memory(memory_path, adapter=None, base=None):
+def load_with_memory(memory_path, adapter=None, base=None, dtype="float32"):
     """(`Compressor`, memory, ids) of a memory file, by default with the adapter that it names."""
     adapter = adapter or store.read_metadata(memory_path)["adapter"]
     if not pathlib.Path(adapter).is_dir():
         raise ValueError(f"--memory {memory_path} names adapter {adapter}, which is not here; give the adapter's folder with --adapter")
-    compressor = load(adapter, base)
+    compressor = load(adapter, base, dtype=dtype)
     memory, ids = compressor.load_memory(memory_path)
     return compressor, memory, ids
 
