@@ -57,10 +57,10 @@ def recognise(path):
         form = formats.recognise(tensors)
         if form is None:
             names = ", ".join(sorted(tensors)[:3])
-            raise ValueError(f"--from {path}: no trained compressor, its {len(tensors)} tensors are {names}, …; see icae inspect {path}")
+            raise ValueError(f"{path}: no trained compressor, its {len(tensors)} tensors are {names}, …; see icae inspect {path}")
         return Source(form, path, tensors, formats.read_reading(path))
     if not path.is_dir():
-        raise ValueError(f"--from {path}: no such file or folder")
+        raise ValueError(f"{path}: no such file or folder")
     folder = adapters.adapter_folder(path)
     if (folder / "icae.json").exists():
         return Source("peft" if adapters.lora_folder(folder) == folder else "native", folder)
@@ -72,7 +72,7 @@ def recognise(path):
     if len(found) == 1:
         return recognise(found[0])
     what = f"holds several trained compressors: {', '.join(f.name for f in found)}; name one" if found else "holds no trained compressor"
-    raise ValueError(f"--from {path} {what} (adapter folder, training workdir, safetensors or .pt file)")
+    raise ValueError(f"{path} {what} (adapter folder, training workdir, safetensors or .pt file)")
 
 
 # ------------------------------------------------------------------------------------------------------------------- in
@@ -85,7 +85,7 @@ def _from_tensors(source, base, args):
     method = args.method or told.get("method") or (possible[0] if len(possible) == 1 else None)
     if method is None:
         raise ValueError(
-            f"--from {source.path}: after tuning on questions, 500xCompressor and the ICAE of its repository save the same tensors; "
+            f"{source.path}: after tuning on questions, 500xCompressor and the ICAE of its repository save the same tensors; "
             "say which this is with --method x500 or --method icae"
         )
     if method not in possible:

@@ -118,7 +118,7 @@ def _adapter(folder):
 def _base(folder):
     raw = files.read_json(folder / "config.json", "the base model's configuration")
     config = config_json.read_config(folder)
-    names, shapes = weights.tensor_names(config), formats.hub_shapes(config)
+    shapes = weights.hub_shapes(config)
     about = {"what": f"base model, {raw['architectures'][0]}", **_sizes_of(config), "vocab_size": config.vocab_size}
     about |= {"heads": config.num_heads, "kv_heads": config.num_kv_heads, "head_dim": config.head_dim}
     about["max_position_embeddings"] = config.max_position_embeddings
@@ -126,7 +126,7 @@ def _base(folder):
         about["rope_scaling"] = {"type": type(config.rope_scaling).__name__, **dataclasses.asdict(config.rope_scaling)}
     if config.windows:
         about["windows"] = config.windows
-    about |= {"dtype": raw.get("dtype", raw.get("torch_dtype")), "tensors": len(names), "parameters": _count({n: shapes[n] for n in names})}
+    about |= {"dtype": raw.get("dtype", raw.get("torch_dtype")), "tensors": len(shapes), "parameters": _count(shapes)}
     known = _known(_sizes_of(config))
     return about | ({"sizes_of": known} if known else {})
 

@@ -64,6 +64,8 @@ def test_defaults_of_absent_fields():
         ({"rope_parameters": None, "rope_scaling": {"type": "linear"}}, "RoPE of type linear lacks factor"),
         ({"rope_parameters": {"rope_type": "linear", "factor": 2.0, "low_freq_factor": 1.0}}, "RoPE of type linear has low_freq_factor"),
         ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor of RoPE"),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 1e6}}}, "RoPE of type default has full_attention"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_parameters and rope_scaling are both set, to different values"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
         ({"quantization_config": {}}, "quantization_config is set"),
         ({"rope_parameters": None, "rope_scaling": {"type": "dynamic", "factor": 2.0}}, "RoPE type 'dynamic' is not supported"),

@@ -56,7 +56,7 @@ REQUIRED_VALUES = {
     "add_cross_attention": (False, None),
 }
 ROPE_FIELDS = {
-    "default": (),
+    "default": ("original_max_position_embeddings",),  # written by some, and without effect
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
     "yarn": (
@@ -133,7 +133,10 @@ def _windows(raw, family, source):
 
 def _rope(raw, positions, source):
     """(theta, scaling or None) of either spelling."""
-    rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
+    spellings = [dict(raw[field]) for field in ("rope_parameters", "rope_scaling") if raw.get(field)]
+    if len(spellings) == 2 and spellings[0] != spellings[1]:  # transformers would take the second, and lose the theta of the first
+        raise ValueError(f"{source}: rope_parameters and rope_scaling are both set, to different values; keep the one that is meant")
+    rope = spellings[0] if spellings else {}
     theta = float(rope.pop("rope_theta", None) or raw.get("rope_theta", 10000.0))
     kind = rope.pop("rope_type", rope.pop("type", "default"))
     rope.pop("type", None)
@@ -142,7 +145,7 @@ def _rope(raw, positions, source):
     if rope.pop("partial_rotary_factor", 1) not in (1, None):
         raise ValueError(f"{source}: partial_rotary_factor of RoPE is not 1, which this model does not compute")
     unknown = [field for field in rope if field not in ROPE_FIELDS[kind] and rope[field] is not None]
-    if unknown and kind != "default":
+    if unknown:
         raise ValueError(f"{source}: RoPE of type {kind} has {', '.join(unknown)}, which this model does not compute")
     rope["original_max_position_embeddings"] = raw.get(
         "original_max_position_embeddings", rope.get("original_max_position_embeddings") or positions

@@ -21,13 +21,13 @@ from icae_jax.compression.encoder import SPECIAL_ROWS, CompressionConfig
 from icae_jax.interop import adapter as adapters
 from icae_jax.interop import base as bases
 from icae_jax.interop import files, weights
-from icae_jax.models import llama
 from icae_jax.models.lora import LoraConfig
 
 ALPHA = 32.0  # of every released file and of every golden one; no file says it
 DROPOUT = 0.05
 V1_CONTEXT, X500_CONTEXT = 512, 500  # tokens of a segment
 PREFIX = {"icae": "icae.base_model.model.", "x500": "llama.base_model.model."}
+EMBED, NORM = "model.embed_tokens.weight", "model.norm.weight"
 INV_FREQ = "model.layers.{}.self_attn.rotary_emb.inv_freq"  # a buffer that transformers used to save
 READING = "reading.json"  # beside a file that was written here: what its tensors do not tell
 NAMES = {"icae-v1": "icae.pt", "icae-v2": "icae.safetensors", "x500": "lora_params.pt"}
@@ -164,11 +164,11 @@ def read_trained(form, tensors, base, source):
     for name, want in shapes.items():
         if left.pop(name).shape != want:
             problems.append(f"mis-shaped {name}: {tensors[name].shape}, with this base it is {want}")
-    own = _base_copies(left, base.config, problems)
+    copies = _base_copies(left, base.config, problems)
     if problems:
         raise ValueError(f"{source}: the tensors do not fit base {base.path}:\n  " + "\n  ".join(problems))
-    if own:
-        theirs = bases.fingerprint(base.config, own)
+    for copy in copies:
+        theirs = bases.fingerprint(base.config, copy)
         if theirs != base.fingerprint:
             have = f"{base.path} has {base.fingerprint[:12]}"
             raise ValueError(f"{source} carries a base with fingerprint {theirs[:12]}, but {have}; give the right base")
@@ -180,30 +180,18 @@ def read_trained(form, tensors, base, source):
     return {"lora": lora, "memory_table": jnp.asarray(table)}
 
 
-def hub_shapes(config):
-    """`{tensor of the base: shape}` in the hub's names; a tied head counts too, since saves may hold it."""
-    ours, shapes = llama.param_shapes(config), {"lm_head.weight": (config.vocab_size, config.hidden_size)}
-    for name, (path, layer, transposed) in weights.tensor_names(config).items():
-        node = ours
-        for key in path:
-            node = node[key]
-        shape = node.shape if layer is None else node.shape[1:]
-        shapes[name] = shape[::-1] if transposed else shape
-    return shapes
-
-
 def _base_copies(left, config, problems):
-    """What a training save holds of the base: checks that nothing else is left, returns what `bases.fingerprint` needs, or None.
+    """What a training save holds of the base: checks that nothing else is left, returns what `bases.fingerprint` needs of each copy.
 
     The encoder's embedding table may have grown by the special tokens, which the reference adds to it.
     """
-    shapes = hub_shapes(config)
+    shapes = weights.hub_shapes(config) | {"lm_head.weight": (config.vocab_size, config.hidden_size)}  # saved where it is tied, too
     inv_freq = {INV_FREQ.format(i) for i in range(config.num_layers)}
-    own = {}
+    copies = {}
     for name, tensor in left.items():
         plain = name[name.find("model.layers.") :] if "model.layers." in name else name
         plain = plain.replace(".base_layer.", ".")
-        short = next((n for n in ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight") if name.endswith(n)), plain)
+        short = next((n for n in (EMBED, NORM, "lm_head.weight") if name.endswith(n)), plain)
         if short in inv_freq and len(tensor.shape) < 2:
             continue
         want = shapes.get(short)
@@ -214,12 +202,12 @@ def _base_copies(left, config, problems):
                 problems.append(f"unexpected {name}: the scalar {float(np.asarray(tensor))}, where a zero stands for a tensor of the base")
         elif tensor.shape[1:] != want[1:] or tensor.shape[0] < want[0] or (tensor.shape[0] > want[0] and "layers" in short):
             problems.append(f"mis-shaped {name}: {tensor.shape}, with this base it is {want}")
-        elif short in ("model.embed_tokens.weight", "model.norm.weight"):
-            own[short] = tensor
-    if problems or len(own) < 2:
-        return None
-    embed = np.asarray(own["model.embed_tokens.weight"], np.float32)[: config.vocab_size]
-    return {"embed": embed, "norm": {"scale": np.asarray(own["model.norm.weight"], np.float32)}}
+        elif short in (EMBED, NORM):
+            copies.setdefault(name.removesuffix(short), {})[short] = tensor
+    if problems:
+        return []
+    whole = [{name: np.asarray(t, np.float32) for name, t in copy.items()} for copy in copies.values() if len(copy) == 2]
+    return [{"embed": copy[EMBED][: config.vocab_size], "norm": {"scale": copy[NORM]}} for copy in whole]
 
 
 def defaults(form, method, phase, k):

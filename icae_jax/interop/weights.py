@@ -40,6 +40,15 @@ def tensor_names(config):
     return names
 
 
+def hub_shapes(config):
+    """`{name: shape}` of every tensor of the hub's checkpoint."""
+    ours, shapes = llama.param_shapes(config), {}
+    for name, (path, layer, transposed) in tensor_names(config).items():
+        shape = _leaf(ours, path).shape[0 if layer is None else 1 :]
+        shapes[name] = shape[::-1] if transposed else shape
+    return shapes
+
+
 def weight_files(folder):
     """The folder's safetensors files; the index names them where there are many."""
     folder = pathlib.Path(folder)
@@ -157,7 +166,7 @@ def _load_safetensors(folder, config, targets, wanted, bar):
             except safetensors.SafetensorError as error:
                 raise ValueError(f"{path}: not a readable safetensors file ({error})") from error
             stored |= {name: (path, file.get_slice(name)) for name in set(file.keys()).intersection(names).difference(stored)}
-        _check_stored(folder, names, stored, targets)
+        _check_stored(folder, hub_shapes(config), stored)
         tensors = {}
         for name, (path, layer, transposed) in names.items():
             tensors.setdefault(path, {})[layer] = stored[name][1], transposed
@@ -166,14 +175,12 @@ def _load_safetensors(folder, config, targets, wanted, bar):
     return params
 
 
-def _check_stored(folder, names, stored, targets):
-    """ValueError where tensors are missing, of another shape than their targets, or not floating point."""
-    missing = [name for name in names if name not in stored]
+def _check_stored(folder, shapes, stored):
+    """ValueError where tensors are missing, of other shapes, or not floating point."""
+    missing = [name for name in shapes if name not in stored]
     wrong = []
     for name, (file, tensor) in stored.items():
-        path, layer, transposed = names[name]
-        shape = targets[path].shape[0 if layer is None else 1 :]
-        implied = shape[::-1] if transposed else shape
+        implied = shapes[name]
         if tuple(tensor.get_shape()) != implied:
             wrong.append(f"{name} has shape {tuple(tensor.get_shape())} in {file.name}, config.json implies {implied}")
         elif tensor.get_dtype() not in STORED_DTYPES:
