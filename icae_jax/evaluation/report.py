@@ -3,16 +3,31 @@
 import difflib
 import html
 import io
+import itertools
+import math
+import re
+import zlib
+
+import numpy as np
 
 from icae_jax.interop import files
 
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #1b1f24; }
 table { border-collapse: collapse; margin: 1rem 0; } td, th { padding: .3rem .9rem; border-bottom: 1px solid #d5dae1; text-align: right; }
-td:first-child, th:first-child { text-align: left; } del { background: #ffd7d5; } ins { background: #ccf2d4; text-decoration: none; }
-pre { background: #f4f6f8; padding: .8rem; overflow-x: auto; } .text { background: #f4f6f8; padding: .6rem .9rem; margin: .4rem 0; }
-svg { max-width: 100%; height: auto; } h2 { margin-top: 2.2rem; }
+td:first-child, th:first-child { text-align: left; } del { background: #ffd7d5; color: #82071e; }
+ins { background: #ccf2d4; text-decoration: none; border-bottom: 2px solid #1a7f37; }
+pre { background: #f4f6f8; padding: .8rem; overflow-x: auto; }
+.text { background: #f4f6f8; padding: .6rem .9rem; margin: .4rem 0; overflow-wrap: anywhere; }
+figure { margin: 1.2rem 0; } figcaption { color: #57606a; } svg { max-width: 100%; height: auto; } h2 { margin-top: 2.2rem; }
 """
+DIFFERENCE_LEGEND = "<p><del>lost</del> <ins>made up</ins> (⏎ stands for a line break)</p>"
+
+# Paul Tol's "muted" colours, which remain apart for colour-blind readers. The controls without a memory are in black and grey everywhere.
+COLOURS = ("#CC6677", "#332288", "#999933", "#117733", "#88CCEE", "#882255", "#44AA99", "#DDCC77", "#AA4499")
+CONTROLS = {"full context": "#000000", "no context": "#999999"}
+MARKERS = "osD^vP*Xp<>"  # the second sign of an arm, for who sees no colours
+MOST_LABELS = 16  # along the x axis
 
 
 def table(header, rows):
@@ -33,40 +48,145 @@ def text_table(header, rows):
 
 
 def difference(original, restored):
-    """The restored text word by word against the original: what was lost struck out, what was made up marked."""
-    a, b, out = original.split(), restored.split(), []
+    """The restored text word by word against the original: what was lost struck out, what was made up marked.
+
+    Line breaks are kept and compared like words; other white space is not compared. `DIFFERENCE_LEGEND` explains the marks.
+    """
+    a, b = (re.findall(r"\S+|\n", text) for text in (original, restored))
+    out = []
     for op, a0, a1, b0, b1 in difflib.SequenceMatcher(None, a, b, autojunk=False).get_opcodes():
         if op == "equal":
-            out.append(html.escape(" ".join(a[a0:a1])))
+            out.append(_words(a[a0:a1], "<br>"))
             continue
         if a1 > a0:
-            out.append(f"<del>{html.escape(' '.join(a[a0:a1]))}</del>")
+            out.append(f"<del>{_words(a[a0:a1], '⏎')}</del>")
         if b1 > b0:
-            out.append(f"<ins>{html.escape(' '.join(b[b0:b1]))}</ins>")
+            out.append(f"<ins>{_words(b[b0:b1], '⏎<br>')}</ins>")
     return f'<div class="text">{" ".join(out)}</div>'
 
 
-def curves(series, xlabel="step", ylabel="loss (nats per token)", log=False):
-    """An SVG line chart. series: `{name: (xs, ys, dashed)}`."""
-    import matplotlib
+def _words(words, line_break):
+    return html.escape(" ".join(words)).replace("\n", line_break)
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(8, 4))
+# --------------------------------------------------------------------------------------------------------------- figures
+def palette(names):
+    """`{name: colour}`: each name's own colour whatever stands beside it, unless another took it; then the next free one.
+
+    Called with all arms of a page and handed to each of its figures as `colours`, it gives an arm one colour throughout.
+    """
+    out = {}
+    for name in names:
+        start = zlib.crc32(name.encode()) % len(COLOURS)
+        own = COLOURS[start:] + COLOURS[:start]
+        out[name] = CONTROLS.get(name) or next((c for c in own if c not in out.values()), own[0])
+    return out
+
+
+def curves(series, xlabel="step", ylabel="loss (nats per token)", log=False, title=None, caption=None, colours=None):
+    """A line chart as SVG. series: `{name: (xs, ys, dashed)}`. The rest: as `lines`."""
+    figure, axes = _axes(xlabel, ylabel, title, [x for xs, *_ in series.values() for x in xs])
+    colours = colours or palette(series)
     for name, (xs, ys, dashed) in series.items():
-        axes.plot(xs, ys, "--" if dashed else "-", label=name, linewidth=1.4)
+        axes.plot(xs, ys, "--" if dashed else "-", label=name, linewidth=1.6, color=colours[name])
+    return _svg(figure, axes, log, caption)
+
+
+def lines(series, xlabel, ylabel, log=False, title=None, caption=None, colours=None):
+    """Lines with their 95 % bands as SVG. series: `{name: (xs, [(mean, low, high, …), …])}`, such as `statistics.Estimate`s.
+
+    log: of the y axis. title stands in the figure, caption (text) under it: then the SVG comes inside a <figure>. colours: `palette`'s, for
+    the same colours in several figures. Where there is but one position, `bars` stand for the lines. The same input gives the same bytes.
+    Raises ValueError for a series without one value for each position.
+    """
+    for name, (xs, estimates) in series.items():
+        if len(xs) != len(estimates) or not len(xs):
+            raise ValueError(f"{name}: {len(xs)} positions and {len(estimates)} values; give one value for each, and at least one")
+    positions = [x for xs, _ in series.values() for x in xs]
+    if len(set(positions)) == 1:
+        return bars([f"{positions[0]:g}"], {name: e for name, (_, e) in series.items()}, ylabel, xlabel, title, caption, colours)
+    figure, axes = _axes(xlabel, ylabel, title, positions)
+    colours = colours or palette(series)
+    for i, (name, (xs, estimates)) in enumerate(series.items()):
+        mean, low, high = np.array([e[:3] for e in estimates], float).T
+        mark = {"marker": MARKERS[i % len(MARKERS)], "markersize": 4.5, "markevery": math.ceil(len(xs) / 20)}
+        axes.plot(xs, mean, label=name, linewidth=1.6, color=colours[name], **mark)
+        if len(xs) == 1:  # a band over one position has no width
+            _error_bars(axes, xs, mean, low, high, colours[name])
+        else:
+            axes.fill_between(xs, low, high, color=colours[name], alpha=0.15, linewidth=0)
+    return _svg(figure, axes, log, caption)
+
+
+def bars(groups, series, ylabel, xlabel="", title=None, caption=None, colours=None):
+    """Grouped bars from 0 with their 95 % intervals as SVG. series: `{arm: [(mean, low, high, …) or None for each group]}`.
+
+    groups: names along the x axis, of which only every so many is written where they are many. None leaves a gap. The rest: as `lines`.
+    """
+    figure, axes = _axes(xlabel, ylabel, title)
+    colours = colours or palette(series)
+    width = 0.84 / max(len(series), 1)
+    for i, (arm, estimates) in enumerate(series.items()):
+        if len(estimates) != len(groups):
+            raise ValueError(f"{arm}: {len(estimates)} values for {len(groups)} groups; give one for each, or None")
+        at = np.flatnonzero([e is not None for e in estimates])
+        mean, low, high = np.array([estimates[j][:3] for j in at], float).reshape(-1, 3).T
+        xs = at + (i - (len(series) - 1) / 2) * width
+        axes.bar(xs, mean, width * 0.94, label=arm, color=colours[arm])
+        if len(groups) * len(series) <= 60:  # wide enough for a white rim, which is seen on dark bars
+            _error_bars(axes, xs, mean, low, high, "#ffffff", 3)
+        _error_bars(axes, xs, mean, low, high, "#000000")
+    every = math.ceil(len(groups) / MOST_LABELS)
+    shown = [str(g) for g in groups[::every]]
+    # Some 77 characters fit side by side; neighbours share their two places.
+    crowded = any((len(a) + len(b)) / 2 + 2 > 77 / len(shown) for a, b in itertools.pairwise(shown))
+    axes.set_xticks(range(0, len(groups), every), shown, rotation=30 if crowded else 0, ha="right" if crowded else "center")
+    axes.set_xlim(-0.6, len(groups) - 0.4)
+    axes.grid(visible=False, axis="x")
+    axes.axhline(0, color="#000000", linewidth=0.8)
+    return _svg(figure, axes, False, caption)
+
+
+def _error_bars(axes, xs, mean, low, high, colour, width=1.2):
+    ends = np.stack([mean - low, high - mean]).clip(0)  # a percentile interval may leave its mean outside
+    axes.errorbar(xs, mean, ends, fmt="none", ecolor=colour, elinewidth=width)
+
+
+def _axes(xlabel, ylabel, title, positions=()):
+    from matplotlib.figure import Figure  # without pyplot there is no global state, and no backend to choose
+
+    figure = Figure(figsize=(8, 4))
+    axes = figure.subplots()
     axes.set_xlabel(xlabel)
     axes.set_ylabel(ylabel)
+    axes.set_title(title or "")
+    axes.grid(alpha=0.3)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.xaxis.get_major_locator().set_params(integer=all(float(x).is_integer() for x in positions))
+    return figure, axes
+
+
+def _svg(figure, axes, log, caption):
+    """The figure as SVG, inside a <figure> where it has a caption."""
+    from matplotlib import rc_context, ticker
+
     if log:
         axes.set_yscale("log")
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
+        axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter(ticker.NullFormatter())
+    names = axes.get_legend_handles_labels()[1]
+    axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.01, 1))  # beside the data, never on them
     buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", bbox_inches="tight")
-    plt.close(figure)
+    # Text stays text: small, found by a search, in the reader's font. The fixed salt and no metadata: the same bytes every time.
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "icae"}):
+        figure.savefig(buffer, format="svg", bbox_inches="tight", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     svg = buffer.getvalue()
-    return svg[svg.index("<svg") :]
+    svg = re.sub(r'<g id="[^"]*"', "<g", svg[svg.index("<svg") :])  # "axes_1" of every figure would stand in one page
+    what = " ".join(t for t in (axes.get_title(), axes.get_ylabel(), axes.get_xlabel() and f"by {axes.get_xlabel()}") if t)
+    svg = svg.replace("<svg ", f'<svg role="img" aria-label="{html.escape(what)}: {html.escape(", ".join(names))}" ', 1)
+    return f"<figure>{svg}<figcaption>{html.escape(caption)}</figcaption></figure>" if caption else svg
 
 
 def write(path, title, parts):
