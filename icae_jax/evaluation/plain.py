@@ -1,13 +1,24 @@
-"""The controls without a memory: the same base answering with the full context in its prompt, or with none."""
+"""The controls without a memory: the same base reading plain tokens, such as the full context, a part of it, or none."""
 
+import functools
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from icae_jax.compression.memory import Prefix
-from icae_jax.inference import generate
+from icae_jax.inference import generate as decoding
+from icae_jax.inference.compressor import Score
 from icae_jax.interop import base as bases
+from icae_jax.models import llama
+from icae_jax.objectives import loss, targets
 
-BATCH = 32
+STEP = 64  # lengths are padded to multiples of this, so that few shapes are compiled
+LOSS_CHUNK = 128
+
+
+def _up(n, step=STEP):
+    return -(-n // step) * step
 
 
 def no_prefix(config, rows, dtype=jnp.float32):
@@ -16,34 +27,99 @@ def no_prefix(config, rows, dtype=jnp.float32):
     return Prefix(empty, empty, jnp.zeros((rows, 0), bool), jnp.zeros((rows, 0), jnp.int32), jnp.zeros(rows, jnp.int32))
 
 
-def answer(compressor, questions, contexts=None, max_new_tokens=32):
+def start_ids(compressor):
+    """The ids that the tokenizer sets in front of a text: `<s>`, or nothing."""
+    bos = bases.bos_id(compressor.base.tokenizer)
+    return () if bos is None else (bos,)
+
+
+def template_of(compressor, name=None):
+    """The template in which the base alone is asked: by default the adapter's, less its trained tokens, which only a memory makes sense of.
+
+    name: another of `objectives.targets.TEMPLATES`.
+    """
+    template = targets.make_template(name, compressor.base.tokenizer) if name else compressor.adapter.template
+    plain = {part: tuple(i for i in getattr(template, part) if i >= 0) for part in ("head", "before", "after")}
+    return targets.Template(template.name, *plain.values(), template.stop)
+
+
+def prompt(compressor, template, context_ids, question_ids):
+    """The ids of a prompt: what the compressor's decoder reads, with the text itself (or part of it, or nothing) in the memory's place.
+
+    They begin with the template's head, else with `<s>` (where the tokenizer sets one).
+    """
+    return [*(template.head or start_ids(compressor)), *context_ids, *template.prompt(question_ids)]
+
+
+def generate(compressor, prompts, limits, batch_size=32, stop=None):
+    """Greedy `Generation`s of the base alone behind each prompt (lists of ids). limits: most new tokens of each.
+
+    stop: an id that ends a text beside those of the base. ValueError where a prompt and its limit leave the base's positions.
+    """
+    base, result = compressor.base, []
+    _check([len(p) + n for p, n in zip(prompts, limits, strict=True)], base.config)
+    for at in range(0, len(prompts), batch_size):
+        part = prompts[at : at + batch_size]
+        rows = compressor.rows(batch_size if at else len(part))
+        ids = np.zeros((rows, _up(max(map(len, part)))), np.int32)
+        lengths, most = np.ones(rows, np.int32), np.ones(rows, np.int32)
+        for i, one in enumerate(part):
+            ids[i, : len(one)], lengths[i], most[i] = one, len(one), limits[at + i]
+        out = decoding.greedy(
+            compressor.model, base.params, compressor.trained["memory_table"], no_prefix(base.config, rows, compressor.model.dtype),
+            jnp.zeros(rows, jnp.int32), *compressor.put((ids, lengths, most)), max_new_tokens=_up(int(most.max()), 32),
+            stop_ids=tuple(sorted({*base.stop_ids, *([] if stop is None else [stop])})),
+        )  # fmt: skip
+        out = jax.device_get(out)
+        result += [compressor.generation(out, i) for i in range(len(part))]
+    return result
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def _losses(model, params, ids_BT, label_at_BU, labels_BU):
+    B = ids_BT.shape[0]
+    hidden = loss.label_hidden(
+        model, params, {"memory_table": jnp.zeros((1, params["embed"].shape[1]))}, no_prefix(model.config, B, model.dtype),
+        jnp.zeros(B, jnp.int32), ids_BT[:, None], label_at_BU[:, None],
+    )  # fmt: skip
+    return loss.frozen_head_losses(hidden, llama.head_kernel(params), labels_BU, LOSS_CHUNK)
+
+
+def score(compressor, rows, batch_size=32):
+    """Log-probability of the labels of each `objectives.targets.Target` under the base alone: `Score`s.
+
+    ValueError where a target leaves the base's positions.
+    """
+    _check([len(row.ids) - 1 for row in rows], compressor.base.config)
+    scores = []
+    for at in range(0, len(rows), batch_size):
+        part = rows[at : at + batch_size]
+        size = compressor.rows(batch_size if at else len(part))
+        T, U = (_up(max(n)) for n in ([len(r.ids) - 1 for r in part], [len(r.ids) - r.label_start for r in part]))
+        batch = targets.pack([[row] for row in part] + [[]] * (size - len(part)), 1, T, U)
+        batch = {name: x[:, 0] for name, x in batch.items()}
+        placed = compressor.put((batch["ids"], batch["label_at"], batch["labels"]))
+        losses = np.asarray(_losses(compressor.model, compressor.base.params, *placed))
+        sums, counts = np.where(batch["label_mask"], losses, 0).sum(1), batch["label_mask"].sum(1)
+        scores += [Score(-float(sums[i]), int(counts[i])) for i in range(len(part))]
+    return scores
+
+
+def answer(compressor, questions, contexts=None, max_new_tokens=32, batch_size=32):
     """Greedy answers of the base alone. questions: `[[question, …], …]`; contexts: one text for each list, or None for no context.
 
-    The prompt is `<s>` (where the tokenizer sets one), the template's head, the context, the templated question: what the compressor's
-    decoder reads, with the text itself in the memory's place. Returns answers nested as the questions are.
+    Returns answers nested as the questions are.
     """
-    template, base = compressor.adapter.template, compressor.base
-    bos = bases.bos_id(base.tokenizer)
-    start = template.head or (() if bos is None else (bos,))
-    if min(template.before + template.after, default=0) < 0:
-        raise ValueError(f"template {template.name} holds trained tokens, which the base alone cannot read; use plain or chat")
+    template = template_of(compressor)
     prompts = []
     for i, row in enumerate(questions):
-        context = base.tokenizer(contexts[i], add_special_tokens=False)["input_ids"] if contexts else []
-        prompts += [[*start, *context, *template.prompt(base.tokenizer(q, add_special_tokens=False)["input_ids"])] for q in row]
-    width = max(len(p) for p in prompts)
-    texts = []
-    for at in range(0, len(prompts), BATCH):
-        part = prompts[at : at + BATCH]
-        ids, lengths = np.zeros((BATCH, width), np.int32), np.ones(BATCH, np.int32)
-        for i, prompt in enumerate(part):
-            ids[i, : len(prompt)], lengths[i] = prompt, len(prompt)
-        out = generate.greedy(
-            compressor.model, base.params, compressor.trained["memory_table"], no_prefix(base.config, BATCH),
-            jnp.zeros(BATCH, jnp.int32), ids, lengths, max_new_tokens=max_new_tokens, stop_ids=(*base.stop_ids, template.stop),
-        )  # fmt: skip
-        for i in range(len(part)):
-            new = np.asarray(out.ids[i, : int(out.lengths[i])]).tolist()
-            texts.append(base.tokenizer.decode(new, skip_special_tokens=True, clean_up_tokenization_spaces=False))
-    rest = iter(texts)
-    return [[next(rest) for _ in row] for row in questions]
+        context = compressor.ids(contexts[i]) if contexts else []
+        prompts += [prompt(compressor, template, context, compressor.ids(q)) for q in row]
+    made = iter(generate(compressor, prompts, [max_new_tokens] * len(prompts), batch_size, template.stop))
+    return [[next(made).text for _ in row] for row in questions]
+
+
+def _check(needed, config):
+    over = [n for n in needed if n > config.max_position_embeddings]
+    if over:
+        raise ValueError(f"{over[0]} tokens without a memory exceed the base's {config.max_position_embeddings} positions")

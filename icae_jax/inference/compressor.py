@@ -15,7 +15,9 @@ from icae_jax.interop import base as bases
 from icae_jax.models import llama
 from icae_jax.objectives import loss
 from icae_jax.objectives import targets as target_layouts
+from icae_jax.training import sharding
 
+SPARE = 16  # tokens that a restored text may be longer than the original
 SHAPE_STEP = 32  # lengths are padded to multiples of this, so that few shapes are compiled
 
 
@@ -44,19 +46,20 @@ def _up(n, step=SHAPE_STEP):
     return -(-n // step) * step
 
 
-def load(adapter, base=None, *, dtype="float32"):
+def load(adapter, base=None, *, dtype="float32", mesh=None):
     """Loads a `Compressor`. adapter: adapter folder, or a training workdir. base: model-hub folder, hub id or URL; by default the
     adapter's own.
 
-    dtype: "float32" or "bfloat16", of base and activations. ValueError where the base is not the one the adapter was trained on.
+    dtype: "float32" or "bfloat16", of base and activations. mesh: devices (`training.sharding`) to spread every batch over, by default
+    one device alone. ValueError where the base is not the one the adapter was trained on.
     """
     folder = adapters.adapter_folder(adapter)
     _, peft = adapters.read_adapter_info(folder)
     where = str(base or peft["base_model_name_or_path"])
     if base is None and pathlib.Path(where).is_absolute() and not pathlib.Path(where).is_dir():
         raise ValueError(f"adapter {folder} names its base as {where}, which is not a folder; give the base model with --base")
-    loaded = bases.load_base(where, jnp.dtype(dtype), progress=True)
-    return Compressor(loaded, adapters.load_adapter(folder, loaded), folder, dtype)
+    loaded = bases.load_base(where, jnp.dtype(dtype), mesh and sharding.replicated(mesh), progress=jax.process_index() == 0)
+    return Compressor(loaded, adapters.load_adapter(folder, loaded), folder, dtype, mesh)
 
 
 def load_with_memory(memory_path, adapter=None, base=None, dtype="float32"):
@@ -70,12 +73,12 @@ def load_with_memory(memory_path, adapter=None, base=None, dtype="float32"):
 
 
 class Compressor:
-    """A base with a trained adapter. Results do not depend on batch size or padding (beyond ties, see `Generation`)."""
+    """A base with a trained adapter. Results do not depend on batch size, padding or devices (beyond ties, see `Generation`)."""
 
-    def __init__(self, base, adapter, path, dtype="float32"):
-        self.base, self.adapter, self.path = base, adapter, path
+    def __init__(self, base, adapter, path, dtype="float32", mesh=None):
+        self.base, self.adapter, self.path, self.mesh = base, adapter, path, mesh
         self.config = adapter.compression
-        self.trained = jax.device_put(adapter.trained)
+        self.trained = jax.device_put(adapter.trained, mesh and sharding.replicated(mesh))
         self.model = llama.Llama(base.config, lora_scale=adapter.lora.scale, dtype=jnp.dtype(dtype))
         self.framing = target_layouts.make_framing(self.config, base.tokenizer, bases.bos_id(base.tokenizer))
         self._losses = jax.jit(self._label_losses, static_argnames="head")
@@ -84,7 +87,11 @@ class Compressor:
 
     def context_ids(self, text):
         """A text as the encoder reads it: for ICAE with the tokenizer's `<s>`, where it sets one."""
-        return [*self.framing.start, *self._ids(text)]
+        return self.framed(self.ids(text))
+
+    def framed(self, ids):
+        """The ids of a text as the encoder reads them."""
+        return [*self.framing.start, *ids]
 
     def compress(self, texts, batch_size=16, where=None, k=None):
         """Memory of each text: `Slots` or `KV`, as the adapter's method makes them. texts: one or a list. where: names of the texts for
@@ -102,16 +109,24 @@ class Compressor:
         for context, name in zip(contexts, where, strict=True):
             if len(context) == len(self.framing.start):
                 raise ValueError(f"{name}: the text has no tokens")
-            segments, size = encoder.segment_shape(len(context), self.config)
-            written, memory, start = layout.positions_needed(
-                layout.get(self.config.layout), len(context), segments, size, k, self.config.segment_tokens
-            )
-            needed = max(written, memory, start + 2)
+            written, start = self.positions(len(context), k)
+            needed = max(written, start + 2)
             if needed > most:
                 raise ValueError(
                     f"{name}: {len(context)} tokens need {needed} positions, the base has {most}; compress it in several parts"
                 )
         return self.compress_ids(contexts, batch_size, k)
+
+    def positions(self, tokens, k=None, segments=None):
+        """(positions that writing a text of so many tokens and reading its memory take, where targets start behind the memory).
+
+        segments: how many the text is cut into, by default as few as hold it.
+        """
+        segments = segments or encoder.segment_shape(tokens, self.config)[0]
+        size = -(-tokens // segments)
+        where = layout.get(self.config.layout)
+        written, memory, start = layout.positions_needed(where, tokens, segments, size, self.config.choose(k), self.config.segment_tokens)
+        return max(written, memory), start
 
     def compress_ids(self, contexts, batch_size=16, k=None):
         """Memory of each list of token ids, as `context_ids` gives them. k: as for `compress`."""
@@ -120,8 +135,8 @@ class Compressor:
             part = contexts[start : start + batch_size]
             shapes = [encoder.segment_shape(len(c), self.config) for c in part]
             shape = (max(s for s, _ in shapes), min(_up(max(n for _, n in shapes)), self.config.segment_tokens))
-            filled = _fill(part, batch_size if parts else len(part), [])
-            ids, lengths = encoder.segment_contexts(filled, self.config, shape, self.framing.eos)
+            filled = _fill(part, self.rows(batch_size if parts else len(part)), [])
+            ids, lengths = self.put(encoder.segment_contexts(filled, self.config, shape, self.framing.eos))
             memory = _compress(self.model, self.base.params, self.trained, ids, lengths, config=self.config, k=k)
             parts.append(jax.device_get(memory)[: len(part)])
         return _stack(parts, self.config)
@@ -145,9 +160,12 @@ class Compressor:
     # --------------------------------------------------------------------------------------------------------- read
 
     def restore(self, memory, max_new_tokens=None, batch_size=16, details=False):
-        """The texts read back out of memory, decoded greedily behind the trigger. details: `Generation`s instead of texts."""
-        most = int(memory.lengths.max()) + 16 if max_new_tokens is None else max_new_tokens
-        needed = None if max_new_tokens is not None else int(memory.lengths.max()) + 1
+        """The texts read back out of memory, decoded greedily behind the trigger. details: `Generation`s instead of texts.
+
+        max_new_tokens: of each text; by default the length that the memory tells of it, and some to spare.
+        """
+        most = [max_new_tokens] * len(memory) if max_new_tokens is not None else (memory.lengths + SPARE).tolist()
+        needed = [1 if max_new_tokens is not None else n + 1 for n in memory.lengths.tolist()]
         rows = self._generate(memory, [[[self.framing.trigger]]] * len(memory), "ae", (), most, needed, batch_size)
         return [row[0] if details else row[0].text for row in rows]
 
@@ -164,9 +182,9 @@ class Compressor:
         if len(nested) != len(memory) or not all(nested):
             raise ValueError(f"questions has {len(nested)} entries for {len(memory)} texts; give at least one question a text")
         template = self.adapter.template
-        prompts = [[template.prompt(self._ids(q)) for q in row] for row in nested]
+        prompts = [[template.prompt(self.ids(q)) for q in row] for row in nested]
         most = 128 if max_new_tokens is None else max_new_tokens
-        rows = self._generate(memory, prompts, "qa", template.head, most, None, batch_size)
+        rows = self._generate(memory, prompts, "qa", template.head, [most] * len(memory), [1] * len(memory), batch_size)
         rows = [[g if details else g.text for g in row] for row in rows]
         if single:
             return rows[0]
@@ -184,90 +202,121 @@ class Compressor:
             if value is not None and len(value) != len(memory):
                 raise ValueError(f"{name} has {len(value)} entries for {len(memory)} memories; give one each")
         if questions is None:
-            rows, head, objective = [target_layouts.Target(self._ids(t), 1) for t in targets], (), "lm"
+            rows, objective = [target_layouts.Target(self.ids(t), 1) for t in targets], "lm"
         else:
             template, objective = self.adapter.template, "qa"
-            rows = [template.target(self._ids(q), self._ids(t)) for q, t in zip(questions, targets, strict=True)]
-            head = template.head
+            rows = [template.target(self.ids(q), self.ids(t)) for q, t in zip(questions, targets, strict=True)]
         short = [i for i, row in enumerate(rows) if len(row.ids) < 2]
         if short:
             raise ValueError(f"target {short[0]} has fewer than 2 tokens; there is nothing to score in it")
-        return self._scores(memory, rows, objective, head, batch_size)
+        return [row[0] for row in self.score_targets(memory, [[row] for row in rows], objective, batch_size)]
 
     def score_restoring(self, memory, texts, batch_size=16):
         """Log-probability of each text, its end included, behind its memory and the trigger: `Score`s (the AE loss, summed and negated)."""
         if len(texts) != len(memory):
             raise ValueError(f"texts has {len(texts)} entries for {len(memory)} memories; give one each")
-        rows = [target_layouts.ae_target(self.context_ids(text), self.framing) for text in texts]
-        return self._scores(memory, rows, "ae", (), batch_size)
+        rows = [[target_layouts.ae_target(self.context_ids(text), self.framing)] for text in texts]
+        return [row[0] for row in self.score_targets(memory, rows, "ae", batch_size)]
 
-    # ------------------------------------------------------------------------------------------------------ inside
+    def score_targets(self, memory, rows, objective, batch_size=16):
+        """Log-probability of the labels of targets behind each memory: `Score`s, nested as `rows` is.
 
-    def _scores(self, memory, rows, objective, head, batch_size):
-        T = max(len(row.ids) - 1 for row in rows)
-        self._check_room(memory, objective, len(head), T)
+        rows: a list of `objectives.targets.Target`s for each memory, at least one. objective: "ae", "lm" or "qa", which says where they
+        stand. ValueError where a target leaves the base's positions.
+        """
+        head = self.adapter.template.head if objective == "qa" else ()
+        T, G = max(len(t.ids) - 1 for row in rows for t in row), max(map(len, rows))
+        self._room(memory, objective, len(head), [max(len(t.ids) - 1 for t in row) for row in rows])
         T, scores = _up(T), []
         for start in range(0, len(memory), batch_size):
             part = rows[start : start + batch_size]
-            batch = target_layouts.pack([[row] for row in part], 1, T, T)
-            losses = self._losses(self.base.params, self.trained, memory[start : start + batch_size], {objective: batch}, head=head)
-            sums = np.where(batch["label_mask"], np.asarray(losses[objective]), 0).sum((1, 2))
-            counts = batch["label_mask"].sum((1, 2))
-            scores += [Score(-float(s), int(n)) for s, n in zip(sums, counts, strict=True)]
+            size = self.rows(batch_size if start else len(part))
+            batch = target_layouts.pack(_fill(part, size, []), G, T, T)
+            filled = self.put_memory(memory[np.resize(np.arange(start, start + len(part)), size)])
+            losses = self._losses(self.base.params, self.trained, filled, {objective: self.put(batch)}, head=head)
+            sums = np.where(batch["label_mask"], np.asarray(losses[objective]), 0).sum(2)
+            counts = batch["label_mask"].sum(2)
+            scores += [[Score(-float(sums[b, g]), int(counts[b, g])) for g in range(len(row))] for b, row in enumerate(part)]
         return scores
 
-    def _ids(self, text):
+    # ----------------------------------------------------------------------------------------------------- on devices
+
+    def rows(self, count):
+        """How many rows a batch of `count` is padded to: a multiple of the devices."""
+        return _up(count, self.mesh.size) if self.mesh else count
+
+    def put(self, batch):
+        """Arrays whose first axis is that of rows, on the compressor's devices."""
+        return jax.tree.map(lambda x: sharding.split(self.mesh, x), batch) if self.mesh else batch
+
+    def put_memory(self, memory):
+        """A memory on the compressor's devices, split by texts."""
+        if self.mesh is None:
+            return memory
+        every = {name: memory.TEXT_AXIS if name in memory.CONTENTS else 0 for name in vars(memory)}
+        return memory.replace(**{name: sharding.split(self.mesh, getattr(memory, name), axis) for name, axis in every.items()})
+
+    # ------------------------------------------------------------------------------------------------------ inside
+
+    def ids(self, text):
+        """The ids of a text, without special tokens."""
         return self.base.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
     def _label_losses(self, params, trained, memory, batch, head):
         heads = {o: head for o in batch}
         return loss.label_losses(self.model, params, trained, memory, batch, heads, self.config.layout, 128)
 
-    def _check_room(self, memory, objective, head, tokens):
-        """Positions left for new tokens behind the memory; ValueError where `tokens` do not fit, or another method made the memory."""
+    def _room(self, memory, objective, head, needed):
+        """Positions left behind each memory, `[B]`; ValueError where a row's `needed` do not fit, or another method made the memory."""
         kind = methods.KINDS[self.config.method]
         if not isinstance(memory, kind):
             raise ValueError(f"memory is {type(memory).__name__}, but this adapter's method {self.config.method} reads {kind.__name__}")
         restarts = objective == "ae" and layout.get(self.config.layout).ae_restarts
-        start = 0 if restarts else head + int(np.max(memory.end))
-        room = self.base.config.max_position_embeddings - start
-        if tokens > room:
-            raise ValueError(f"{tokens} tokens behind a memory that ends at position {start} exceed the base's {room + start} positions")
-        return room
+        start = np.zeros(len(memory), int) if restarts else head + np.asarray(memory.end)
+        most = self.base.config.max_position_embeddings
+        over = np.flatnonzero(np.asarray(needed) > most - start)
+        if len(over):
+            i = over[0]
+            raise ValueError(f"{needed[i]} tokens behind a memory that ends at position {start[i]} exceed the base's {most} positions")
+        return most - start
 
     def _generate(self, memory, prompts, objective, head, most, needed, batch_size):
-        """Greedy decoding of every prompt of every memory: `Generation`s, nested as the prompts are."""
-        if most <= 0:
-            raise ValueError(f"max_new_tokens is {most}; it must be positive")
+        """Greedy decoding of every prompt of every memory: `Generation`s, nested as the prompts are.
+
+        most: new tokens of each memory's rows at most, fewer where its positions end. needed: what must have room, prompt included.
+        """
+        if min(most) <= 0:
+            raise ValueError(f"max_new_tokens is {min(most)}; it must be positive")
         G = max(len(row) for row in prompts)
         T = max(len(p) for row in prompts for p in row)
-        room = self._check_room(memory, objective, len(head), T + (needed or 1))
-        new = min(most, room - T)
+        longest = [max(map(len, row)) for row in prompts]
+        room = self._room(memory, objective, len(head), np.add(longest, needed))
         width = T if T == 1 else _up(T, 16)
         stops = tuple(sorted({*self.base.stop_ids, *([self.adapter.template.stop] if objective == "qa" else [])}))
         result = []
         for start in range(0, len(prompts), batch_size):
             rows = prompts[start : start + batch_size]
-            size = batch_size if start else len(rows)
-            part = memory[np.resize(np.arange(start, start + len(rows)), size)]
-            padded = [(row * G)[:G] for row in _fill(rows, size, rows[0])]  # absent questions repeat the first; not returned
-            ids = np.zeros((size * G, width), np.int32)
-            lengths = np.zeros(size * G, np.int32)
-            for i, prompt in enumerate(p for row in padded for p in row):
+            at = np.resize(np.arange(start, start + len(rows)), self.rows(batch_size if start else len(rows)))
+            part = self.put_memory(memory[at])
+            ids = np.zeros((len(at) * G, width), np.int32)
+            lengths, limits = np.zeros(len(at) * G, np.int32), np.zeros(len(at) * G, np.int32)
+            every = [(n, prompt) for n in at for prompt in (prompts[n] * G)[:G]]  # absent questions repeat others
+            for i, (n, prompt) in enumerate(every):
                 ids[i, : len(prompt)], lengths[i] = prompt, len(prompt)
+                limits[i] = min(most[n], room[n] - len(prompt))
             prefix = _read(self.model, self.base.params, part, head=tuple(head))
             starts = jnp.repeat(layout.target_starts(layout.get(self.config.layout), objective, prefix), G)
-            out = jax.device_get(
-                generate.greedy(
-                    self.model, self.base.params, self.trained["memory_table"], prefix, starts, ids, lengths,
-                    max_new_tokens=new, stop_ids=stops,
-                )
+            out = generate.greedy(
+                self.model, self.base.params, self.trained["memory_table"], prefix, starts, *self.put((ids, lengths, limits)),
+                max_new_tokens=_up(int(limits.max())), stop_ids=stops,
             )  # fmt: skip
+            out = jax.device_get(out)
             for b, row in enumerate(rows):
-                result.append([self._generation(out, b * G + g) for g in range(len(row))])
+                result.append([self.generation(out, b * G + g) for g in range(len(row))])
         return result
 
-    def _generation(self, out, i):
+    def generation(self, out, i):
+        """`Generation` of one row of what `generate.greedy` gave."""
         ids = out.ids[i, : out.lengths[i]].tolist()
         text = self.base.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return Generation(text, ids, bool(out.stopped[i]), int(out.ties[i]))

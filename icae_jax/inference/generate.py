@@ -25,16 +25,18 @@ class Generated(typing.NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnames=("model", "max_new_tokens", "stop_ids"))
-def greedy(model, base_params, table, prefix, starts, prompt_ids, prompt_lengths, *, max_new_tokens, stop_ids):
+def greedy(model, base_params, table, prefix, starts, prompt_ids, prompt_lengths, limits=None, *, max_new_tokens, stop_ids):
     """Decodes greedily behind `prefix` and a prompt; argmax over the base's vocabulary alone.
 
     prompt_ids `[B, T]`, right-padded, at least one real token a row (negative ids: rows of the memory table). prompt_lengths
     `[B]`. starts `[B]`: position of a prompt's first token. prefix: K/V of Bp rows, where Bp divides B as in `llama.attention`.
+    limits `[B]`: most new tokens of each row, from 1 to max_new_tokens (the default): a row ends there, whatever its neighbours do.
     """
     B, T = prompt_ids.shape
     config = model.config
     L, Bp, P, K, H = prefix.k.shape
     n = max_new_tokens
+    limits = jnp.full(B, n) if limits is None else limits
     head = llama.head_kernel(base_params)
     params = {"params": base_params}
 
@@ -83,10 +85,11 @@ def greedy(model, base_params, table, prefix, starts, prompt_ids, prompt_lengths
         token, tie = choose(hidden[:, 0])
         ends = is_stop(token)
         stopped = state["stopped"] | (~done & ends)
+        full = i + 1 >= limits
         # The last step's choice is never written out unless it is a stop, so only choices that count are counted as ties.
-        ties = state["ties"] + (tie & ~done & ((i + 1 < n) | ends))
+        ties = state["ties"] + (tie & ~done & (~full | ends))
         return {
-            "i": i + 1, "token": token, "done": done | ends, "ids": ids, "lengths": lengths, "stopped": stopped, "ties": ties,
+            "i": i + 1, "token": token, "done": done | ends | full, "ids": ids, "lengths": lengths, "stopped": stopped, "ties": ties,
             "cache": cache,
         }  # fmt: skip
 

@@ -22,6 +22,16 @@ def check_batch_size(mesh, batch_size, accumulate):
         raise ValueError(f"batch_size / accumulate is {batch_size // accumulate}; it must be a multiple of the {devices} devices")
 
 
+def local_mesh():
+    """A mesh like that of `make_mesh` over this process's devices alone, for work that needs no other process."""
+    return Mesh(np.asarray(jax.local_devices()), ("data",), axis_types=(AxisType.Auto,))
+
+
+def split(mesh, x, axis=0):
+    """A host array on the devices of a mesh, split over `data` along `axis`, whose length must be a multiple of the devices."""
+    return jax.device_put(x, NamedSharding(mesh, PartitionSpec(*[None] * axis, "data")))
+
+
 def put_batch(mesh, batch):
     """Global arrays, split over `data` by their first axis, of this process's rows."""
     sharding = NamedSharding(mesh, PartitionSpec("data"))
