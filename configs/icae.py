@@ -72,6 +72,7 @@ def get_config(arg="pretrain"):
     config.data = ConfigDict()
     config.data.train = ""
     config.data.eval = ""
+    config.data.train_weights = ()  # such as (3.0, 1.0): one share for each source of train
     config.data.context_lengths = (512, 1024, 2048)  # one, two and four segments
     config.data.context_weights = (0.5, 0.25, 0.25)
     config.data.questions_per_context = 4

@@ -68,6 +68,7 @@ def get_config(arg="pretrain-icae"):
     config.data = ConfigDict()
     config.data.train = ""
     config.data.eval = ""
+    config.data.train_weights = ()
     config.data.context_lengths = (48,)
     config.data.context_weights = ()
     config.data.questions_per_context = 4

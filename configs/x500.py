@@ -78,6 +78,7 @@ def get_config(arg="pretrain-16"):
     config.data = ConfigDict()
     config.data.train = ""
     config.data.eval = ""
+    config.data.train_weights = ()
     config.data.context_lengths = (TEXT_TOKENS,)
     config.data.context_weights = ()
     config.data.questions_per_context = 4

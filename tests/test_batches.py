@@ -1,6 +1,8 @@
 """Batches as a function of (seed, step): windows, questions, buckets, epochs, process shares, held-out examples."""
 
 import collections
+import dataclasses
+import hashlib
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +12,7 @@ import pytest
 from icae_jax.compression.encoder import CompressionConfig
 from icae_jax.data import batches
 from icae_jax.data.batches import DataConfig
+from icae_jax.data.mixture import Mixture, interleave
 from icae_jax.data.tokens import Tokens
 from icae_jax.objectives.targets import AE, Framing, Template
 
@@ -222,9 +225,135 @@ def test_held_out_examples_come_once_with_blank_rows():
     assert {bucket for bucket, _ in both.held_out(4, 100)} == {0, 1}
 
 
+def digest(examples):
+    """sha256 over everything in twelve batches."""
+    result = hashlib.sha256()
+    for batch in batches.train_batches(examples, 7, 4, 0, 12, (1, 5)):
+        for leaf in jax.tree.leaves(batch):
+            result.update(str((leaf.dtype, leaf.shape)).encode() + np.ascontiguousarray(leaf).tobytes())
+        result.update(str(int(batch["k"])).encode())
+    return result.hexdigest()
+
+
+def test_batches_without_weights_are_those_of_earlier_versions():
+    """Breaks when a run that was started with an earlier version would see other batches after it is continued: the values are those of
+    the code before sources could be weighted."""
+    examples = pretrain([70, 158, 33, 9, 120], context_lengths=(16, 32, 80), context_weights=(1, 2, 1))
+    assert [(b, r.tolist()) for b, r in (examples.draw(7, step, 4) for step in range(3))] == [
+        (1, [9, 2, 6, 1]), (2, [6, 0, 4, 0]), (0, [25, 20, 24, 1]),
+    ]  # fmt: skip
+    assert digest(examples) == "f46183f7414ce4f1602d6a149aa3bc68f997b7e2855f1c2ceeeffc31bf7e5b6d"
+    pairs = [[(2, 1)] * 3, [(1, 2)], [(3, 2)] * 5, [(1, 1)]]
+    examples = finetune([30, 9, 20, 15], pairs, ("qa", "ae"), context_lengths=(10, 31), questions_per_context=2)
+    assert digest(examples) == "86807be5733d7aa0706f8f4dd2af89b894e83276074bc83726ce50bf1e737d4f"
+
+
+# -------------------------------------------------------------------------------------------------------------- mixtures
+
+
+@pytest.mark.parametrize("shares", [(1,), (3, 1), (1, 3), (1, 0, 1), (50, 30, 20), (1, 1, 1, 1, 1), (997, 2, 1), (0, 7, 31, 11)])
+def test_interleaving_is_exact_over_any_stretch(shares):
+    """Breaks when a share comes too seldom or too often anywhere, a position of a source is left out or doubled, or 0 is drawn."""
+    row = [interleave(i, shares) for i in range(3000)]
+    for number, share in enumerate(shares):
+        assert [before for chosen, before in row if chosen == number] == list(range(sum(chosen == number for chosen, _ in row)))
+        surplus = np.cumsum([0, *(chosen == number for chosen, _ in row)]) - np.arange(3001) * share / sum(shares)
+        assert surplus.max() - surplus.min() < 2
+    far = 10**12
+    assert interleave(far, shares) == interleave(far, shares) and sum(interleave(far + i, shares)[0] == 0 for i in range(sum(shares))) in (
+        shares[0] - 1, shares[0], shares[0] + 1,
+    )  # fmt: skip
+
+
+def tagged(examples, number):
+    """Examples whose texts can be told from those of other sources."""
+    examples.tokens = dataclasses.replace(examples.tokens, text_ids=examples.tokens.text_ids + 100_000 * (number + 1), key=f"key{number}")
+    return examples
+
+
+def sources_of(batch):
+    """The source of each row of a batch, from its text."""
+    return [context(batch, b)[-1] // 100_000 - 1 for b in range(len(batch["context"]))]
+
+
+def mixed(weights, made):
+    return Mixture({n: (tagged(examples, n), w) for n, (examples, w) in enumerate(zip(made, weights, strict=True))})
+
+
+def drawn(mixture, steps, size=8):
+    return collections.Counter(s for batch in batches.train_batches(mixture, 5, size, 0, steps, (5,)) for s in sources_of(batch))
+
+
+def test_sources_are_drawn_by_their_weights():
+    """Breaks when a large source takes the place of a small one, epochs leave examples out, or the bucket ignores context_weights."""
+    config = {"context_lengths": (16, 40), "context_weights": (1, 3), "objectives": ("ae",)}
+    mixture = mixed((3, 1), [pretrain([30] * 5, **config), pretrain([70] * 90, **config)])
+    assert mixture.weights.tolist() == [0.25, 0.75] and drawn(mixture, 20) == {0: 120, 1: 40}
+    one = mixed((1, 1, 2), [pretrain([9] * n, ("ae",), context_lengths=(16,)) for n in (4, 5, 7)])
+    rows = np.concatenate([one.draw(5, step, 8)[1] for step in range(8)])
+    for source, count in enumerate((4, 5, 7)):
+        of_source = rows[rows[:, 0] == source, 1]
+        assert sorted(of_source[:count]) == list(range(count)) and sorted(of_source[count : 2 * count]) == list(range(count))
+
+
+def test_fine_tuning_keeps_the_weights_over_buckets():
+    """Breaks when a source whose contexts are mostly long, or many, is drawn more or less often than its weight says."""
+    asked = [[(1, 1)]]
+    made = [
+        finetune([9] * 30 + [30] * 10, asked * 40, context_lengths=(10, 31, 50)),
+        finetune([30] * 3 + [45], asked * 4, context_lengths=(10, 31, 50)),
+    ]
+    mixture = mixed((2, 1), made)
+    np.testing.assert_allclose(mixture.weights, [2 / 3 * 3 / 4, 2 / 3 / 4 + 1 / 4, 1 / 3 / 4])
+    count = drawn(mixture, 1200)
+    assert abs(count[0] / (8 * 1200) - 2 / 3) < 0.02
+    longest = [b for b in batches.train_batches(mixture, 5, 8, 0, 300, (5,)) if b["context"].shape[1:] == made[0].buckets[2].shape]
+    assert longest and all(set(sources_of(b)) == {1} for b in longest), "the first source has no context of this length"
+
+
+def test_a_mixture_is_a_function_of_seed_and_step():
+    """Breaks when a resumed run or another process sees other batches, or sources of one size are read in one order."""
+    config = {"context_lengths": (16, 32), "objectives": ("ae", "lm")}
+    mixture = mixed((1, 2), [pretrain([70] * 9, **config), pretrain([70] * 9, **config)])
+
+    def contexts(start, *process):
+        return [batch["context"] for batch in batches.train_batches(mixture, 5, 4, start, 8, (5,), *process)]
+
+    every, shares, later = contexts(0), [contexts(0, p, 2) for p in range(2)], contexts(5)
+    for step, (whole, *parts) in enumerate(zip(every, *shares, strict=True)):
+        np.testing.assert_array_equal(whole, np.concatenate(parts))
+        if step >= 5:
+            np.testing.assert_array_equal(whole, later[step - 5])
+    assert any(mixture.draw(6, s, 4)[1].tolist() != mixture.draw(5, s, 4)[1].tolist() for s in range(8))
+    assert [batches.in_order(5, 0, i, 9, 0) for i in range(9)] != [batches.in_order(5, 0, i, 9, 1) for i in range(9)]
+
+
+def test_questions_of_several_sources_have_one_shape():
+    """Breaks when a batch of two sources cannot be packed, processes disagree on its shape, or a source's own key or losses are lost."""
+    made = [
+        finetune([9], [[(2, 1), (1, 3), (1, 90)]], context_lengths=(10,), max_target_tokens=20),
+        finetune([9, 15], [[(6, 1)], [(1, 1)]], context_lengths=(10,)),
+    ]
+    shapes = [examples.qa_shape for examples in made]
+    mixture = mixed((1, 1), made)
+    assert mixture.qa_shape == tuple(map(max, *shapes)) and shapes[0] != shapes[1] and shapes[0] != mixture.qa_shape != shapes[1]
+    assert mixture.key == "key0,key1"
+    assert mixture.dropped == {
+        "questions longer than data.max_target_tokens": 1, "contexts longer than the largest of data.context_lengths": 1,
+    }  # fmt: skip
+    batch = mixture.collate(0, np.asarray([[1, 0], [0, 0]]))
+    assert sources_of(batch) == [1, 0] and target(batch, "qa", 0)[1] == [150, EOS] and target(batch, "qa", 1)[1] == [150, EOS]
+    assert target(batch, "qa", 1, 1) == ([3, 200, 4, 250, 251, 252], [250, 251, 252, EOS])
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
+        ({"train": "a,b", "train_weights": (1.0,)}, r"weights \(1\.0,\) must hold a weight >= 0 for each source of data\.train, a, b"),
+        ({"train": "a,b", "train_weights": (1.0, -1.0)}, "must hold a weight >= 0"),
+        ({"train": "a,b", "train_weights": (1.0, float("nan"))}, "must hold a weight >= 0"),
+        ({"train": "a,b", "train_weights": (1.0, float("inf"))}, "must hold a weight >= 0"),
+        ({"train": "a", "train_weights": (0.0,)}, r"data\.train_weights \(0\.0,\) are all zero"),
         ({"context_lengths": ()}, "data.context_lengths is \\(\\)"),
         ({"context_lengths": (1,)}, "at least 2 tokens"),
         ({"context_lengths": (32, 16)}, "rising lengths"),

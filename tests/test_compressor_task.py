@@ -106,6 +106,23 @@ def finetuning(raw, folder, **changes):
     return qa | {"data": raw["data"] | {"train": raw["qa"], "eval": raw["qa"]}} | changes
 
 
+def test_weighted_sources(raw, tmp_path):
+    """Breaks when the weights do not reach the batches, a source is missing from what a resumed run is held against, or one without
+    usable examples goes unsaid."""
+    cats = write_jsonl(tmp_path / "cats.jsonl", [{"text": "cat " * 30}])
+    data = raw["data"] | {"train": f"{raw['data']['train']}, {cats}", "train_weights": [1, 3]}
+    made = task(raw, data=data)
+    contexts = [row for batch in made.train_batches(0, 4) for row in batch["context"].reshape(4, -1)]
+    assert sum(WORDS.index("cat") == np.median(row) for row in contexts) == 12
+    plain = task(raw).identity["data.train"]
+    assert made.identity["data.train"].split(",")[0] == plain and len(made.identity["data.train"]) == 2 * len(plain) + 1
+    assert task(raw, data=data | {"train_weights": [1, 0]}).identity["data.train"] == plain
+    with pytest.raises(ValueError, match=rf"data\.train source {cats}, of weight 3: no examples for phase finetune in the data"):
+        task(raw, **finetuning(raw, tmp_path / "w", data=data | {"train": f"{raw['qa']},{cats}"}))
+    with pytest.raises(ValueError, match=r"data\.train source absent\.jsonl, of weight 1: data file absent\.jsonl: no such file"):
+        task(raw, data=data | {"train": f"absent.jsonl,{cats}"})
+
+
 def test_k_is_drawn_in_fine_tuning_unless_asked_for_in_pretraining(raw, tmp_path):
     """Breaks when pretraining draws k unasked, fine-tuning does not, an adapter offers what was not trained, or a k is not evaluated."""
     some = {"compression": {"k": 4, "rate": 4, "k_choices": [1, 4]}}

@@ -33,6 +33,8 @@ def test_conversion():
         ({"lora": {"scale": None}}, r"config\.lora\.scale is None; expected float"),
         ({"data": {"context_lengths": 16}}, r"config\.data\.context_lengths is 16; expected a tuple of int"),
         ({"data": {"context_lengths": [16, "32"]}}, r"config\.data\.context_lengths is '32'; expected int"),
+        ({"data": {"train": "a,b", "train_weights": [1, "2"]}}, r"config\.data\.train_weights is '2'; expected float"),
+        ({"data": {"train": "a,b", "train_weights": [1]}}, r"data\.train_weights \(1\.0,\) must hold a weight >= 0 for each source"),
         ({"lora": {"targets": "q_proj"}}, r"config\.lora\.targets is 'q_proj'; expected a tuple of str"),
     ],
 )
@@ -115,6 +117,7 @@ def test_a_continued_workdir_may_change_what_is_no_mathematics(tmp_path):
     [
         (changed(seed=1, optimizer__clip=1.0, lora__rank=4), {}, ["lora.rank", "optimizer.clip", "seed"]),
         (changed(data__context_lengths=(16, 64)), {}, ["data.context_lengths"]),
+        (changed(data__train_weights=(1.0,)), {}, ["data.train_weights"]),
         (changed(batch_size=16, log_every=3), {}, ["batch_size"]),
         (changed(steps=50), {}, ["steps"]),
         (CONFIG, {"base": "b2"}, ["identity.base"]),

@@ -25,7 +25,7 @@ def test_every_argument_gives_a_configuration(name, arg):
     phase = arg.partition("-")[0]
     assert config.phase == phase and ("qa" in config.objectives.weights) == (phase == "finetune")
     names = {field for group in get_config(name, arg).values() if isinstance(group, dict) for field in group}
-    assert {"k_choices", "layout", "trigger", "targets", "template", "schedule", "context_lengths"} <= names
+    assert {"k_choices", "layout", "trigger", "targets", "template", "schedule", "context_lengths", "train_weights"} <= names
 
 
 def test_papers_sizes():

@@ -7,12 +7,14 @@ lengths (buckets); a step draws one bucket for the whole batch, so that all proc
 
 import dataclasses
 import functools
+import math
 
 import grain
 import jax
 import numpy as np
 
 from icae_jax.compression import encoder
+from icae_jax.data import sources
 from icae_jax.objectives import targets as layouts
 
 
@@ -20,12 +22,14 @@ from icae_jax.objectives import targets as layouts
 class DataConfig:
     """train, eval: sources (`data.sources`). context_lengths: buckets, tokens of a context at most, with the tokenizer's `<s>`.
 
+    train_weights: the share of training's examples that each source of train makes up, in any unit (empty: all are one set).
     context_weights: how often pretraining draws each bucket (empty: equally often). questions_per_context: QA targets of one
     example at most; a context with more makes several examples. max_target_tokens: longer QA targets are left out, counted.
     """
 
     train: str = ""
     eval: str = ""
+    train_weights: tuple[float, ...] = ()
     context_lengths: tuple[int, ...] = (512,)
     context_weights: tuple[float, ...] = ()
     questions_per_context: int = 4
@@ -41,6 +45,12 @@ class DataConfig:
             raise ValueError(f"data.context_weights {self.context_weights} must give one weight >= 0 for each of data.context_lengths")
         if self.context_weights and not sum(self.context_weights) > 0:
             raise ValueError(f"data.context_weights {self.context_weights} are all zero; give at least one a positive weight")
+        if self.train_weights:
+            weights, named = self.train_weights, sources.split_source(self.train)
+            if len(weights) != len(named) or not all(0 <= w < math.inf for w in weights):
+                raise ValueError(f"data.train_weights {weights} must hold a weight >= 0 for each source of data.train, {', '.join(named)}")
+            if not sum(weights) > 0:
+                raise ValueError(f"data.train_weights {weights} are all zero; give at least one a positive weight")
         for name in ("questions_per_context", "max_target_tokens"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"data.{name} is {getattr(self, name)}; it must be positive")
@@ -55,9 +65,14 @@ class Bucket:
     examples: np.ndarray
 
 
-@functools.lru_cache(maxsize=8)
-def _permutation(seed, bucket, epoch, count):
-    return np.random.default_rng([seed, 1, bucket, epoch]).permutation(count)
+@functools.lru_cache(maxsize=32)
+def _permutation(seed, bucket, epoch, count, *source):
+    return np.random.default_rng([seed, 1, bucket, epoch, *source]).permutation(count)
+
+
+def in_order(seed, bucket, position, count, *source):
+    """Which of a bucket's `count` examples stands at a position of the endless row of its epochs, each of which has its own order."""
+    return _permutation(seed, bucket, int(position // count), count, *source)[position % count]
 
 
 class Examples:
@@ -87,6 +102,11 @@ class Examples:
             why = "; ".join(f"{count} {reason}" for reason, count in self.dropped.items()) or "it has none of the kind needed"
             raise ValueError(f"no examples for phase {phase} in the data: {why} (data.context_lengths is {config.context_lengths})")
         self.weights = weights / weights.sum()
+
+    @property
+    def key(self):
+        """Identity of tokenizer and source."""
+        return self.tokens.key
 
     def _windows(self, length):
         """(text, start, stop, next stop) of windows of `length` tokens, `<s>` included; a short rest stands if it is all, or half."""
@@ -143,7 +163,7 @@ class Examples:
         bucket = int(np.random.default_rng([seed, 0, step]).choice(len(self.buckets), p=self.weights))
         count = len(self.buckets[bucket].examples)
         at = np.arange(step * batch_size, (step + 1) * batch_size)
-        return bucket, np.asarray([_permutation(seed, bucket, int(i // count), count)[i % count] for i in at])
+        return bucket, np.asarray([in_order(seed, bucket, i, count) for i in at])
 
     def held_out(self, batch_size, most):
         """Fixed batches for evaluation, about `most` examples, at least one a bucket.
@@ -161,8 +181,11 @@ class Examples:
 
     # ------------------------------------------------------------------------------------------------- into arrays
 
-    def _targets(self, example):
-        """(context ids, `{objective: [Target or None]}`) of one example."""
+    def targets(self, bucket, row):
+        """(context ids, `{objective: [Target or None]}`) of one example of a bucket; of -1, a blank row, nothing."""
+        if row < 0:
+            return [], {}
+        example = self.buckets[bucket].examples[row]
         text = self.tokens.text(example[0])
         if len(example) == 4:
             _, start, stop, after = example
@@ -186,8 +209,11 @@ class Examples:
 
         AE and LM targets have one shape, so that both run in one decoder call.
         """
+        return self.pack(bucket, [self.targets(bucket, r) for r in rows])
+
+    def pack(self, bucket, made):
+        """The same, of examples that `targets` made."""
         bucket = self.buckets[bucket]
-        made = [self._targets(bucket.examples[r]) if r >= 0 else ([], {}) for r in rows]
         ids, lengths = encoder.segment_contexts([c for c, _ in made], self.compression, bucket.shape, self.framing.eos)
         size = 1 + (bucket.shape[0] * self.compression.segment_tokens if self.pad_labels else bucket.length)
         targets = {}

@@ -8,12 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from icae_jax.compression import encoder, layout, methods
-from icae_jax.data import batches, tokens
+from icae_jax.data import batches, mixture, sources, tokens
 from icae_jax.interop import adapter as adapters
 from icae_jax.interop import base as bases
 from icae_jax.models import llama, lora
 from icae_jax.objectives import loss, targets
 from icae_jax.training import sharding
+from icae_jax.training.config import SCRATCH
 
 
 def compression_on(config, tokenizer):
@@ -38,7 +39,7 @@ class CompressorTask:
         self.template = targets.make_template(c.objectives.template, tokenizer)
         self.framing = targets.make_framing(self.compression, tokenizer, bases.bos_id(tokenizer))
         self.start_from = None
-        if c.init_from:
+        if c.init_from and c.init_from != SCRATCH:
             self.start_from = adapters.load_adapter(adapters.adapter_folder(c.init_from), self.base)
             self._check_start()
         self.heads = {o: self.template.head if o == "qa" else () for o in self.weights}
@@ -46,10 +47,10 @@ class CompressorTask:
             self.base.config, lora_scale=c.lora.scale, lora_dropout=c.lora.dropout, dtype=c.jnp_dtype, remat=c.remat, unroll=c.unroll
         )
         self.frozen = self.base.params
-        self.train_examples = self._examples(c.data.train)
+        self.train_examples = self._mixture() if c.data.train_weights else self._examples(c.data.train)
         self.eval_examples = self._examples(c.data.eval) if c.data.eval and c.eval_examples else None
         self._check_positions()
-        self.identity = {"base": self.base.fingerprint, "data.train": self.train_examples.tokens.key}
+        self.identity = {"base": self.base.fingerprint, "data.train": self.train_examples.key}
         if self.start_from:
             self.identity["init_from"] = self.start_from.fingerprint
 
@@ -91,6 +92,17 @@ class CompressorTask:
         return batches.Examples(
             data, c.data, self.compression, c.phase, tuple(self.weights), self.template, self.framing, c.objectives.pad_labels
         )
+
+    def _mixture(self):
+        weighted = zip(sources.split_source(self.config.data.train), self.config.data.train_weights, strict=True)
+        parts = {}
+        for number, (source, weight) in enumerate(weighted):
+            if weight > 0:
+                try:
+                    parts[number] = self._examples(source), weight
+                except ValueError as error:
+                    raise ValueError(f"data.train source {source}, of weight {weight:g}: {error}") from error
+        return mixture.Mixture(parts)
 
     def notes(self):
         """Lines worth saying before training: what is done otherwise than asked, what was left out of the data."""

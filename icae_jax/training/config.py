@@ -15,6 +15,8 @@ from icae_jax.models.llama import REMAT_POLICIES
 from icae_jax.models.lora import LoraConfig
 from icae_jax.objectives.targets import OBJECTIVES
 
+SCRATCH = "scratch"  # init_from of fine-tuning without a pretrained compressor
+
 
 @dataclasses.dataclass(frozen=True)
 class ObjectivesConfig:
@@ -107,8 +109,8 @@ class LoopConfig:
 class TrainConfig(LoopConfig):
     """One compressor's training. phase: "pretrain" (AE, LM) or "finetune" (QA, AE). base: folder, hub id or URL.
 
-    init_from: an adapter folder or the workdir of an earlier phase; fine-tuning needs one. draw_k: the phases in which every step draws
-    its number of memory tokens from `compression.k_choices`; the others train compression.k alone.
+    init_from: an adapter folder or the workdir of an earlier phase; fine-tuning needs one, or "scratch". draw_k: the phases in which
+    every step draws its number of memory tokens from `compression.k_choices`; the others train compression.k alone.
     """
 
     phase: str = "pretrain"
@@ -139,7 +141,10 @@ class TrainConfig(LoopConfig):
             if not value:
                 raise ValueError(f"{name} is not set; give it with --config.{name}=PATH")
         if self.phase == "finetune" and not self.init_from:
-            raise ValueError("init_from is not set; fine-tuning starts from a pretrained compressor: --config.init_from=WORKDIR")
+            raise ValueError(
+                "init_from is not set; fine-tuning starts from a pretrained compressor: --config.init_from=WORKDIR "
+                f"(or {SCRATCH}, to see what pretraining is worth)"
+            )
 
     @property
     def trained_compression(self):

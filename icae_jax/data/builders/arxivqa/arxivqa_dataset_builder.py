@@ -1,0 +1,21 @@
+"""ArxivQA, questions on arXiv abstracts (arXiv 2408.03094, section 4.1)."""
+
+from icae_jax.data.builders import common, inputs
+
+WHERE = "not public: the authors of 500xCompressor have not released it; any file of lines with context, question and answer will do"
+FILES = tuple(inputs.Published(split, (split,), WHERE) for split in ("train", "validation", "test"))
+
+
+class Builder(common.LocalBuilder, skip_registration=True):
+    """Rows `{"context", "question", "answer"}`."""
+
+    ABOUT = "train.jsonl, validation.jsonl and test.jsonl of lines with context, question and answer (ArxivQA itself is not public)"
+    FEATURES = common.QUESTIONS
+
+    def sources(self, request):
+        return inputs.find(FILES, request)
+
+    @staticmethod
+    def parse(raw, subset, noted):
+        context, question, answer = (common.text_of(raw, field) for field in ("context", "question", "answer"))
+        yield {"context": context, "question": question, "answers": [answer]}

@@ -1,0 +1,94 @@
+"""Which files a set is made of: asked for by the user, found by their published names."""
+
+import dataclasses
+import pathlib
+import typing
+
+from icae_jax.data import reading
+
+SUFFIXES = (".jsonl", ".json", ".ndjson")
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What the user asks for. paths: files and folders (`--from`). only: names of splits, subsets or `split/subset`; empty: all.
+
+    patterns: (split, glob) pairs (`--split`). field: the text's field. Not every set takes every one of them.
+    """
+
+    paths: tuple[str, ...] = ()
+    only: tuple[str, ...] = ()
+    patterns: tuple[tuple[str, str], ...] = ()
+    field: str = "text"
+
+
+class Input(typing.NamedTuple):
+    """One file of a split, and the subset that its rows belong to."""
+
+    path: str
+    subset: str = ""
+
+
+class Published(typing.NamedTuple):
+    """One file of a published set: its split and subset, the names it goes by (without suffixes, the published one first), and where
+    it is found. folder: the one that it must stand in, where the name does not tell it from another."""
+
+    split: str
+    names: tuple[str, ...]
+    url: str
+    subset: str = ""
+    folder: str = ""
+
+    @property
+    def key(self):
+        return f"{self.split}/{self.subset}" if self.subset else self.split
+
+    @property
+    def file(self):
+        return f"{self.folder}/{self.names[0]}" if self.folder else self.names[0]
+
+
+def stem(path):
+    """A data file's name without the suffixes of its format, None where it is no data file."""
+    name = pathlib.Path(path).name
+    for packed in reading.COMPRESSED:
+        name = name.removesuffix(packed)
+    return next((name.removesuffix(s) for s in SUFFIXES if name.endswith(s)), None)
+
+
+def files_in(paths):
+    """The data files among paths and, at any depth, in the folders among them; sorted within a folder. ValueError names what is absent."""
+    if not paths:
+        raise ValueError("--from is not given; give the files that you have, or a folder that holds them")
+    found = []
+    for path in map(pathlib.Path, paths):
+        if not path.exists():
+            raise ValueError(f"--from {path}: no such file or folder")
+        if path.is_file() and stem(path) is None:
+            raise ValueError(f"--from {path}: not JSON lines by its name; expected {', '.join(SUFFIXES)}, perhaps with .gz or .zst")
+        found += [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file() and stem(p) is not None)
+    return list(dict.fromkeys(p.absolute() for p in found))  # not resolved: in the hub's cache names are links to nameless files
+
+
+def find(published, request):
+    """`{split: [Input]}` of the published files that the request asks for. ValueError names every one that is absent, and where it is."""
+    known = {name for p in published for name in (p.key, p.split, p.subset) if name}
+    unknown = [name for name in request.only if name not in known]
+    if unknown:
+        raise ValueError(f"--only {unknown[0]}: not a part of this set; its parts are {', '.join(p.key for p in published)}")
+    wanted = [p for p in published if not request.only or {p.key, p.split, p.subset} & set(request.only)]
+    files, result, absent = files_in(request.paths), {}, []
+    for part in wanted:
+        matches = [f for f in files if stem(f) in part.names and part.folder in ("", f.parent.name)]
+        if len(matches) > 1:
+            raise ValueError(f"--from: both {matches[0]} and {matches[1]} are {part.file}; give one of them")
+        if matches:
+            result.setdefault(part.split, []).append(Input(str(matches[0]), part.subset))
+        else:
+            absent.append(part)
+    if absent:
+        have = ",".join(p.key for p in wanted if p not in absent)
+        lines = "\n".join(f"  {p.file}.jsonl (or .jsonl.gz, .jsonl.zst): {p.url}" for p in absent)
+        remedy = f", or make the set of what there is: --only {have}" if have else ""
+        raise ValueError(f"--from {' '.join(map(str, request.paths))}: {len(absent)} file(s) absent; get them{remedy}\n{lines}")
+    return result

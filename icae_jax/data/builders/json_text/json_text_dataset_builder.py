@@ -1,0 +1,44 @@
+"""Any corpus of texts in JSON lines: The Pile, SlimPajama, C4, one's own."""
+
+import glob
+import re
+
+from icae_jax.data.builders import common, inputs
+
+
+class Builder(common.LocalBuilder, skip_registration=True):
+    """Rows with a text field, and perhaps an `id`. Splits have the user's names; texts of white space alone are left out, and counted."""
+
+    ABOUT = "any files of JSON lines with a text field (The Pile, SlimPajama, C4, your own)"
+    FLAGS = ("from", "split", "field")
+    FEATURES = common.TEXTS
+
+    def sources(self, request):
+        if bool(request.paths) == bool(request.patterns):
+            raise ValueError("give either --from FILE_OR_FOLDER (all of it is split train) or --split NAME=GLOB, one or more")
+        if request.paths:
+            found = {"train": inputs.files_in(request.paths)}
+            if not found["train"]:
+                raise ValueError(f"--from {' '.join(request.paths)}: no files of JSON lines ({', '.join(inputs.SUFFIXES)})")
+        else:
+            found = {}
+            for split, pattern in request.patterns:
+                if not re.fullmatch(r"[A-Za-z]\w*", split) or split == "all":  # "all" means all splits to TFDS
+                    raise ValueError(f"--split {split}={pattern}: a split's name is letters, digits and _, and not all")
+                paths = sorted(glob.glob(pattern, recursive=True))
+                if not paths:
+                    raise ValueError(f"--split {split}={pattern}: no such file")
+                found.setdefault(split, []).extend(p for p in inputs.files_in(paths) if p not in found.get(split, []))
+        return {split: [inputs.Input(str(p)) for p in paths] for split, paths in found.items()}
+
+    def options(self):
+        return {"field": self.request.field if self.request else "text"}
+
+    @staticmethod
+    def parse(raw, subset, noted, field):
+        text = common.text_of(raw, field)
+        if not text.strip():
+            noted["empty texts left out"] += 1
+            return
+        row_id = raw.get("id")
+        yield {"id": "" if row_id is None else common.checked(str(row_id), "id"), "text": text}

@@ -1,0 +1,58 @@
+"""The MRQA 2019 shared task: extractive questions of twelve data sets in one form (Fisch et al., 2019)."""
+
+import tensorflow_datasets as tfds
+
+from icae_jax.data.builders import common, inputs
+
+RELEASE = "https://s3.us-east-2.amazonaws.com/mrqa/release/v2"
+# The task's own download scripts shorten three of the names.
+IN_DOMAIN = (
+    ("SQuAD",), ("NewsQA",), ("TriviaQA-web", "TriviaQA"), ("SearchQA",), ("HotpotQA",), ("NaturalQuestionsShort", "NaturalQuestions"),
+)  # fmt: skip
+OUT_OF_DOMAIN = (("BioASQ",), ("DROP",), ("DuoRC.ParaphraseRC", "DuoRC"), ("RACE",), ("RelationExtraction",), ("TextbookQA",))
+
+
+def _published(split, names, folder, by_folder):
+    url = f"{RELEASE}/{folder}/{names[0]}.jsonl.gz"
+    return inputs.Published(split, names, url, names[0], folder if by_folder else "")
+
+
+FILES = (
+    *(_published("train", names, "train", True) for names in IN_DOMAIN),
+    *(_published("validation", names, "dev", True) for names in IN_DOMAIN),
+    *(_published("test", names, "dev", False) for names in OUT_OF_DOMAIN),
+)
+
+
+class Builder(common.LocalBuilder, skip_registration=True):
+    """One example a question: `id` (the qid), `context`, `question`, `answers`, `subset`. Markers such as [PAR] stay in the context.
+
+    Splits: train; validation, the held-out questions of the same six data sets; test, those of six others.
+    """
+
+    ABOUT = "train/NAME.jsonl.gz and dev/NAME.jsonl.gz of the MRQA 2019 shared task"
+    FEATURES = common.QUESTIONS | {"id": tfds.features.Text(), "subset": tfds.features.Text()}
+
+    def sources(self, request):
+        return inputs.find(FILES, request)
+
+    @staticmethod
+    def parse(raw, subset, noted):
+        if "header" in raw:
+            return
+        context = common.text_of(raw, "context")
+        if not isinstance(raw.get("qas"), list):
+            raise ValueError(f"qas is {raw.get('qas')!r}, expected a list of questions")
+        for question in raw["qas"]:
+            if not isinstance(question, dict):
+                raise ValueError(f"qas holds {question!r}, expected an object with qid, question and answers")
+            answers = question.get("answers")
+            if not isinstance(answers, list) or not answers:
+                raise ValueError(f"answers is {answers!r}, expected a list of texts, at least one")
+            yield {
+                "id": common.text_of(question, "qid"),
+                "context": context,
+                "question": common.text_of(question, "question"),
+                "answers": [common.checked(answer, "an answer") for answer in answers],
+                "subset": subset,
+            }

@@ -1,0 +1,150 @@
+"""From JSON lines to array_record shards, in many processes, a line at a time."""
+
+import collections
+import concurrent.futures
+import itertools
+import json
+import multiprocessing
+import os
+import pathlib
+import threading
+import typing
+
+import tqdm
+from array_record.python.array_record_module import ArrayRecordWriter
+
+from icae_jax.data import reading
+
+PART = 256 << 20  # bytes of a plain file that one job reads; a packed file cannot be entered in the middle, and is one part
+SHARD = 256 << 20  # serialised bytes of a shard, about
+
+
+class Part(typing.NamedTuple):
+    """The lines of a file that begin at bytes start … stop - 1 (None: to the end), and the subset that they belong to."""
+
+    path: str
+    start: int = 0
+    stop: int | None = None
+    subset: str = ""
+
+
+class Written(typing.NamedTuple):
+    """shards: (path, examples, serialised bytes) of each. noted: how often what was seen that the user should know."""
+
+    shards: list
+    noted: collections.Counter
+
+
+def parts_of(path, subset=""):
+    """A file as `Part`s that can be read in parallel."""
+    if pathlib.Path(path).suffix in reading.COMPRESSED:
+        return [Part(path, subset=subset)]
+    return [Part(path, start, start + PART, subset) for start in range(0, max(1, os.path.getsize(path)), PART)]
+
+
+def _lines(part):
+    """Yields (bytes where the line begins, its number counted from the part's first, the line), blank lines left out."""
+    try:
+        with reading.open_bytes(part.path) as f:
+            position = 0
+            if part.start:  # a line that begins before `start` is another part's
+                f.seek(part.start - 1)
+                position = part.start - 1 + len(f.readline())
+            for number in itertools.count():
+                line = f.readline() if part.stop is None or position < part.stop else b""
+                if not line:
+                    return
+                if not line.isspace():
+                    yield position, number, line
+                position += len(line)
+    except reading.READ_ERRORS as error:
+        raise reading.unreadable(part.path, error) from error
+
+
+def _line_number(part, position, number):
+    """A line's number in its file. Lines before a part are counted only here, where an error needs them."""
+    if not part.start:
+        return number + 1
+    before = 0
+    with open(part.path, "rb") as f:
+        while chunk := f.read(min(position - f.tell(), 1 << 20)):
+            before += chunk.count(b"\n")
+    return before + 1
+
+
+def objects(part, handle):
+    """Yields what `handle(JSON object)` yields for each line of a part. ValueError names file and line of what it refuses."""
+    for position, number, line in _lines(part):
+        try:
+            raw = json.loads(line)
+            if not isinstance(raw, dict):
+                raise ValueError(f"a JSON {type(raw).__name__}, expected an object")
+            yield from handle(raw)
+        except ValueError as error:
+            what = f"not valid JSON ({error})" if isinstance(error, json.JSONDecodeError | UnicodeDecodeError) else error
+            raise ValueError(f"{part.path}:{_line_number(part, position, number)}: {what}") from error
+
+
+def write_shards(parts, parse, features, prefix):
+    """Writes the examples of parts, in order, as shards prefix.00000, …; returns `Written`.
+
+    parse: `(raw, subset, noted) -> iterable of examples`; it counts in noted what it leaves out, and raises ValueError for what is
+    malformed. features: a tfds FeaturesDict. No more than a line and an example are in memory at once.
+    """
+    noted = collections.Counter()
+
+    def serialised(part):
+        return objects(part, lambda raw: map(features.serialize_example, parse(raw, part.subset, noted)))
+
+    records, shards = itertools.chain.from_iterable(map(serialised, parts)), []
+    for number in itertools.count():
+        first = next(records, None)
+        if first is None:
+            return Written(shards, noted)
+        path = f"{prefix}.{number:05d}"
+        # group_size:1, since examples are read one by one, in any order
+        writer, count, size = ArrayRecordWriter(path, "group_size:1"), 0, 0
+        try:
+            for record in itertools.chain([first], records):
+                writer.write(record)
+                count, size = count + 1, size + len(record)
+                if size >= SHARD:
+                    break
+        finally:
+            writer.close()
+        shards.append((path, count, size))
+
+
+def _end_with_parent():
+    """Ends this process when its parent does: one that was killed leaves its pool waiting for work for ever."""
+
+    def wait():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def run(function, jobs, processes, what):
+    """`[function(*job) for job in jobs]` in that many processes, which end with the first error. what: said by the progress bar.
+
+    Results do not depend on the number of processes. function and jobs must be picklable.
+    """
+    if min(processes, len(jobs)) <= 1:
+        return [function(*job) for job in tqdm.tqdm(jobs, desc=what, unit="part", disable=None)]
+    others = set(multiprocessing.active_children())
+    # spawn: a forked child would inherit the threads' locks of jax or grain, where the caller has loaded them
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(min(processes, len(jobs)), context, _end_with_parent) as pool:
+        futures = [pool.submit(function, *job) for job in jobs]
+        try:
+            for future in tqdm.tqdm(concurrent.futures.as_completed(futures), desc=what, unit="part", total=len(jobs), disable=None):
+                future.result()
+        except BaseException as error:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for child in set(multiprocessing.active_children()) - others:
+                child.terminate()  # else the pool waits for what they are at, perhaps hours
+            if isinstance(error, concurrent.futures.BrokenExecutor):
+                raise ValueError(f"a process died while {what} (killed, or out of memory?); try fewer --processes") from error
+            raise
+    return [future.result() for future in futures]
