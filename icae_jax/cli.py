@@ -161,6 +161,12 @@ def inspect_verb(argv):
     return inspection.main(_parser("inspect"), argv)
 
 
+def prepare_verb(argv):
+    from icae_jax import prepare
+
+    return prepare.main(_parser("prepare"), argv)
+
+
 CONVERT = {"base": "a base model, into the hub's format or an Orbax copy", "adapter": "a trained compressor, from and to any format"}
 
 
@@ -177,6 +183,12 @@ def convert_verb(argv):
     return (convert_base if argv[0] == "base" else convert_adapter).main(parser, argv[1:])
 
 
+def evaluate_verb(argv):
+    from icae_jax import evaluate
+
+    return evaluate.main(_parser("evaluate"), argv)
+
+
 def export_verb(argv):
     from icae_jax import export
 
@@ -185,11 +197,13 @@ def export_verb(argv):
 
 VERBS = {
     "quickstart": (quickstart_verb, "train a compressor in minutes on a small shipped base, and show what a memory is worth"),
+    "prepare": (prepare_verb, "make a data set of downloaded files, for training to read"),
     "train": (train_verb, "train a compressor: pretrain (AE + LM) or finetune (QA)"),
     "train-base": (train_base_verb, "train a small base model from scratch"),
     "compress": (compress_verb, "write texts into a memory file"),
     "restore": (restore_verb, "read the texts back out of a memory file"),
     "ask": (ask_verb, "answer questions from a memory file"),
+    "evaluate": (evaluate_verb, "measure a compressor by one of the papers' suites, with intervals and a report"),
     "inspect": (inspect_verb, "say what a file or folder is, its sizes, its method, and which bases fit"),
     "convert": (convert_verb, "convert base models and adapters between this package's formats and those of others"),
     "export": (export_verb, "write memories as servers and transformers read them"),

@@ -148,6 +148,14 @@ def _from_orbax(step, base):
     return adapters.Adapter(compression, config.lora, template, trained, base.path, base.fingerprint)
 
 
+def open_trained(path, base):
+    """The `Adapter` at a path that says itself how it is read: an adapter folder, a training workdir, one of its checkpoints."""
+    source = recognise(path)
+    if source.kind in formats.NAMES:
+        raise ValueError(f"{path} is a file of tensors ({source.kind}); make an adapter folder of it first: icae convert adapter")
+    return _from_orbax(source.path, base) if source.kind == "orbax" else adapters.load_adapter(source.path, base)
+
+
 def read(source, base, args):
     """(`Adapter`, lines of what was assumed, whether a fingerprint says that the base is right: not one that --force put there)."""
     if source.kind in formats.NAMES:

@@ -39,3 +39,40 @@ def test_bad_arguments_of_the_comparison_are_named(tmp_path):
         out = subprocess.run(command, capture_output=True, text=True, env=environment)
         assert out.returncode == 2 and message in out.stderr and "Traceback" not in out.stderr
     assert not (tmp_path / "w").exists()
+
+
+def test_the_evaluation_of_everything_names_what_it_lacks(tmp_path):
+    """Breaks when a missing folder, or half of what the stories need, is found out after an hour of training."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    script, workdir = ROOT / "launch" / "evaluation.py", tmp_path / "w"
+    bad = (
+        ([], "give --quickstart"), (["--stories", str(tmp_path)], "--stories and --data go together"),
+        (["--quickstart", str(tmp_path / "absent")], "absent: no such folder"), (["--quickstart", str(tmp_path), "--limit", "0"], "--limit"),
+    )  # fmt: skip
+    for flags, message in bad:
+        command = [sys.executable, str(script), "--workdir", str(workdir), *flags]
+        out = subprocess.run(command, capture_output=True, text=True, env=environment)
+        assert out.returncode == 2 and message in out.stderr and "Traceback" not in out.stderr
+    assert not workdir.exists()
+
+
+def test_texts_of_the_evaluation_can_be_continued(tmp_path, monkeypatch):
+    """Breaks when segments are not whole passages, a name stands in two passages of a text, or a question asks for none of them."""
+    monkeypatch.syspath_prepend(ROOT / "launch")
+    import evaluation
+
+    from icae_jax.data import sources
+    from icae_jax.interop import base as bases
+    from icae_jax.quickstart import SHIPPED_BASE
+
+    tokenizer = bases.load_tokenizer(SHIPPED_BASE)
+    evaluation.write_texts(tmp_path, 3)
+    for name, passages in (("continued", 1), ("spans", evaluation.SPANS)):
+        rows = list(sources.read_rows(str(tmp_path / f"{name}.jsonl")))
+        assert len({row.text for row in rows}) == 3
+        for row in rows:
+            context, *asked = row.text.split("Question: ")
+            assert len(tokenizer(context.strip(), add_special_tokens=False)["input_ids"]) == passages * evaluation.PASSAGE
+            names = [question.split("?")[0].rpartition(" of ")[2] for question in asked]
+            assert len(set(names)) == 2 * passages and all(f"{one} " in context for one in names)
+            assert all(question.rpartition(" ")[2].removesuffix("</s>") in context for question in asked)
