@@ -63,11 +63,12 @@ def flags(parser):
 
 
 def named_adapters(given):
-    """`{name: path}` of --adapter flags; without a name, the path itself."""
+    """`{name: path}` of --adapter flags; without a name, "adapter" where there is but one, else the path itself."""
     named = {}
     for item in given:
         name, mark, path = item.partition("=")
-        name, path = (name, path) if mark and not pathlib.Path(item).exists() else (item, item)
+        if not mark or pathlib.Path(item).exists():
+            name, path = (item if len(given) > 1 else "adapter"), item
         if name in named:
             raise ValueError(f"--adapter {name} is given twice; give each another NAME=")
         named[name] = path
@@ -110,7 +111,8 @@ def _facts(result):
     for name, about in result["adapters"].items():
         k = ", ".join(map(str, about["k"]))
         sizes = f"{k} memory tokens for up to {about['segment_tokens']} of text"
-        lines.append(f"adapter {name}: {about['method']}, {sizes}, layout {about['layout']}")
+        path = about["path"] if name == about["path"] else f"{name} {about['path']}"
+        lines.append(f"{path}: {about['method']}, {sizes}, layout {about['layout']}")
     wanted = result["config"]["k"] or next(iter(result["adapters"].values()))["k"]
     lines += [f"memory: with {max(wanted)} memory tokens a segment"] if len(wanted) > 1 else []
     lines.append(f"base {result['base']['path']} ({result['base']['fingerprint'][:12]}), {result['config']['base_dtype']}")

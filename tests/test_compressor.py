@@ -1,5 +1,6 @@
 """The Python interface: compress, restore, ask, score; files; bad input."""
 
+import dataclasses
 import functools
 import shutil
 
@@ -10,6 +11,7 @@ import pytest
 from conftest import TINY, WORDS, random_trained
 
 import icae_jax
+from icae_jax.compression import layout as layouts
 from icae_jax.compression.encoder import CompressionConfig, embed_with_table
 from icae_jax.compression.memory import KV, Slots
 from icae_jax.inference import compressor as compressors
@@ -18,6 +20,7 @@ from icae_jax.interop import base as bases
 from icae_jax.models import llama
 from icae_jax.models.lora import LoraConfig
 from icae_jax.objectives import targets
+from icae_jax.training import sharding
 
 RNG = np.random.default_rng(7)
 TEXTS = [" ".join(RNG.choice(WORDS[8:], size=n)) for n in (30, 5, 17, 40, 9)]
@@ -222,3 +225,80 @@ def test_bad_input(compressor, memory, tiny_base, tmp_path):
         other.save(tmp_path / "m.safetensors", memory)
         (tmp_path / "a").rename(tmp_path / "b")
         compressors.load_with_memory(tmp_path / "m.safetensors")
+
+
+# ----------------------------------------------------------------------------------------------- rows, targets, devices
+
+
+def test_room_is_each_rows_own(compressor, monkeypatch):
+    """Breaks when a long text, a long question or little room in one row shortens what another row may say."""
+    texts = [" ".join(WORDS[8 + i % 40] for i in range(n)) for n in (150, 6, 40)]
+    memory = compressor.compress(texts)
+    small = object.__new__(type(compressor))
+    vars(small).update(vars(compressor))
+    end = int(np.asarray(memory.end).max())
+    size = dataclasses.replace(compressor.base.config, max_position_embeddings=end + 8)
+    small.base = dataclasses.replace(compressor.base, config=size, stop_ids=(63,))
+    seen = []
+    greedy = compressors.generate.greedy
+    monkeypatch.setattr(compressors.generate, "greedy", lambda *a, **kw: (seen.append(np.asarray(a[-1])), greedy(*a, **kw))[1])
+
+    asked = ["who ?", ["where ?", "what did it eat ?"], "why ?"]
+    answers = small.ask(memory, asked, 200, details=True)
+    room = [end + 8 - int(e) for e in np.asarray(memory.end)]
+    prompt = [[len(compressor.adapter.template.prompt(compressor.ids(q))) for q in row] for row in (["who ?"], asked[1], ["why ?"])]
+    assert seen[0].reshape(3, 2).tolist() == [[min(200, room[i] - n) for n in (row * 2)[:2]] for i, row in enumerate(prompt)]
+    assert max(len(g.ids) for g in (answers[0], *answers[1], answers[2])) > room[0]  # the others go on where the first has no room
+    assert small.ask(memory[0], "who ?", 200, details=True)[0] == answers[0]
+
+    seen.clear()
+    compressor.restore(memory[[1, 2]], details=True)
+    assert seen[0].tolist() == [n + compressors.SPARE for n in memory.lengths.tolist()[1:]]
+
+
+@pytest.mark.parametrize(("method", "layout"), [("icae", "sequential"), ("icae", "uniform"), ("x500", "reference")])
+def test_positions_are_those_that_a_text_takes(tiny_base, tmp_path, method, layout):
+    """Breaks when the room that is asked for before is not the one that writing, reading or joining then takes."""
+    compressor = icae_jax.load(make_adapter(tmp_path / "a", tiny_base, method, layout))
+    start = len(compressor.framing.start)
+    for tokens, k in ((3, 4), (34, 1)):
+        memory = compressor.compress_ids([compressor.framed([9] * (tokens - start))], k=k)
+        needed, end = compressor.positions(tokens, k)
+        n = np.asarray(memory.segment_lengths).max()
+        placed = layouts.encoder_positions(layouts.get(layout), 16 if layout in ("padded", "reference") else n, k, np.asarray(n))
+        last = max(np.asarray(memory.positions)[np.asarray(memory.mask)].max(), np.max(placed))
+        assert end == memory.end[0] and last < needed <= max(last + 1 + k, end)
+        joined = compressor.join([memory, memory])
+        assert compressor.positions(2 * tokens, k, 2 * len(memory.segment_lengths[0]))[1] == joined.end[0]
+
+
+def test_targets_of_every_kind_are_scored_together(compressor, memory):
+    """Breaks when a memory's targets see each other, one is counted for another, or padding them together changes a score."""
+    ids, template = compressor.ids, compressor.adapter.template
+    rows = [[template.target(ids(q), ids(t)) for q in QUESTIONS[: 1 + i]] for i, t in enumerate(TEXTS)]
+    got = compressor.score_targets(memory, rows, "qa", batch_size=2)
+    assert [len(row) for row in got] == [1, 2, 3, 4, 5]
+    for i, text in enumerate(TEXTS):
+        for j in {0, i}:
+            one = compressor.score(memory[i], text, QUESTIONS[j])[0]
+            assert got[i][j].tokens == one.tokens == len(text.split()) + 1
+            assert abs(got[i][j].log_prob - one.log_prob) <= 1e-5 * abs(one.log_prob)
+    with pytest.raises(ValueError, match="exceed the base's 256 positions"):
+        compressor.score_targets(memory, [[targets.Target([9] * 300, 1)]] * 5, "lm")
+
+
+def test_a_mesh_of_one_device_changes_nothing(compressor, memory):
+    """Breaks when the path over devices makes other memories, texts or scores than the path without."""
+    over = compressors.Compressor(compressor.base, compressor.adapter, compressor.path, mesh=sharding.local_mesh())
+    assert over.rows(5) == 5 * (1 if jax.local_device_count() == 1 else jax.local_device_count() / 5)
+    again = over.compress(TEXTS, batch_size=3)
+    for name, value in memory.contents.items():
+        np.testing.assert_allclose(again.contents[name], value, atol=2e-5 * np.abs(value).max())
+    scores, wanted = over.score(again, TEXTS, batch_size=2), compressor.score(memory, TEXTS)
+    np.testing.assert_allclose([s.log_prob for s in scores], [s.log_prob for s in wanted], rtol=1e-5)
+    for one, want in zip(over.ask(again, QUESTIONS, 4, 3, True), compressor.ask(memory, QUESTIONS, 4, details=True), strict=True):
+        assert want.ties or one.ids == want.ids
+    spread = over.put_memory(memory)
+    for name in memory.CONTENTS:
+        assert getattr(spread, name).sharding.spec == jax.sharding.PartitionSpec(*[None] * memory.TEXT_AXIS, "data")
+    assert all(x.sharding.is_fully_replicated for x in jax.tree.leaves(over.trained))

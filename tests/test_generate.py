@@ -112,3 +112,25 @@ def test_one_row_and_many_rows_agree(tiny_params):
     for i, row in enumerate(rows):
         one = run(tiny_params, no_prefix(TINY, 1), jnp.zeros(1, jnp.int32), [row])
         assert jax.tree.map(lambda x: x[0].tolist(), one) == jax.tree.map(lambda x, i=i: x[i].tolist(), many)
+
+
+def test_each_row_ends_by_its_own_limit(tiny_params):
+    """Breaks when a row's limit is another's, text goes on behind it, or what ends a row at its limit is counted otherwise than alone."""
+    rows = [*prompts(), *prompts(4), prompts(5)[0]]
+    free = [slow_greedy(tiny_params, row) for row in rows]
+    limits, stops = [2, 1, 2, NEW, NEW, 1, 2], (free[0][2], free[5][0])  # a stop right behind a limit, in the middle, at once
+    # Twins of one stop and of what a row repeats: two equal best logits wherever these are chosen.
+    head, start = tiny_params["lm_head"], jnp.zeros(len(rows), jnp.int32)
+    head = head.at[:, 60].set(head[:, stops[0]]).at[:, 63].set(head[:, free[2][0]])
+    assert stops[0] < 60 and free[2][0] < 63 and not {60, 63} & {token for row in free for token in row}
+    for params in (tiny_params, tiny_params | {"lm_head": head}):
+        out = run(params, no_prefix(TINY, len(rows)), start, rows, stop_ids=stops, limits=np.asarray(limits))
+        for i, (row, limit) in enumerate(zip(rows, limits, strict=True)):
+            alone = run(params, no_prefix(TINY, 1), start[:1], [row], stop_ids=stops, max_new_tokens=limit)
+            assert out.ids[i, :limit].tolist() == alone.ids[0].tolist() and not out.ids[i, limit:].any()
+            for name in ("lengths", "stopped", "ties"):
+                assert getattr(out, name)[i] == getattr(alone, name)[0], name
+        assert out.lengths.tolist() == [2, 1, 2, NEW, 3, 0, 2]
+        assert out.stopped.tolist() == [True, False, False, False, True, True, False]
+        # A tie behind the limit counts where it decided whether the row had come to its end.
+        assert out.ties.tolist() == ([0] * 7 if params is tiny_params else [1, 0, 2, 0, 1, 0, 0])

@@ -47,7 +47,8 @@ def test_the_evaluation_of_everything_names_what_it_lacks(tmp_path):
     script, workdir = ROOT / "launch" / "evaluation.py", tmp_path / "w"
     bad = (
         ([], "give --quickstart"), (["--stories", str(tmp_path)], "--stories and --data go together"),
-        (["--quickstart", str(tmp_path / "absent")], "absent: no such folder"), (["--quickstart", str(tmp_path), "--limit", "0"], "--limit"),
+        (["--quickstart", str(tmp_path / "absent")], "absent: no such folder"),
+        (["--quickstart", str(tmp_path), "--limit", "0"], "--limit and --steps must be at least 1"),
     )  # fmt: skip
     for flags, message in bad:
         command = [sys.executable, str(script), "--workdir", str(workdir), *flags]

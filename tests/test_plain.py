@@ -1,7 +1,9 @@
 """The controls without a memory, against transformers' own generation from the same prompt."""
 
+import numpy as np
 import pytest
 from conftest import TINY, random_trained
+from suite_helpers import BOUND, near, reference_answer, reference_nats
 
 from icae_jax.compression.encoder import CompressionConfig
 from icae_jax.evaluation import plain
@@ -48,6 +50,53 @@ def test_answers_equal_transformers(tiny_base, template):
     assert answers == 6 and plain.answer(compressor, QUESTIONS, CONTEXTS) != plain.answer(compressor, QUESTIONS)
 
 
-def test_trained_tokens_in_a_template_are_refused(tiny_base):
-    with pytest.raises(ValueError, match="template mistral holds trained tokens"):
-        plain.answer(make(tiny_base, "mistral"), QUESTIONS, CONTEXTS)
+def test_trained_tokens_are_left_out_of_the_prompt(tiny_base):
+    """Breaks when a trained token, which the base alone knows nothing of, gets into a prompt; or a token of text is dropped with it."""
+    for name, head, before, after, stop in (("mistral", (1, 3), (), (4,), 2), ("v1", (), (), (), 1), ("plain", (), (5,), (6,), 2)):
+        compressor = make(tiny_base, name)
+        got = plain.template_of(compressor)
+        assert (got.name, got.head, got.before, got.after, got.stop) == (name, head, before, after, stop)
+        assert plain.template_of(compressor, "") == got and plain.template_of(make(tiny_base, "none"), name) == got
+    prompt = plain.prompt(compressor, plain.template_of(make(tiny_base, "mistral")), [10, 11], [12])
+    assert prompt == [1, 3, 10, 11, 12, 4] and plain.prompt(compressor, got, [10, 11], [12]) == [1, 10, 11, 5, 12, 6]
+    assert plain.answer(make(tiny_base, "mistral"), QUESTIONS[:1], CONTEXTS[:1], 3)[0]
+
+
+def test_limits_are_each_prompts_own(tiny_base):
+    """Breaks when a neighbour's limit, length or batch reaches an answer, a stop of its own does not end it, or a row is lost."""
+    compressor = make(tiny_base, "plain")
+    prompts = [[1, *range(8, 8 + n)] for n in (3, 30, 9, 17, 4)]
+    limits = [6, 2, 9, 1, 4]
+    whole = plain.generate(compressor, prompts, limits)
+    assert not any(g.ties for g in whole)
+    for prompt, limit, got in zip(prompts, limits, whole, strict=True):
+        want = reference_answer(tiny_base, prompt, limit, {2})
+        assert got.ids == want and len(got.ids) <= limit and got.stopped == (len(got.ids) < limit)
+    assert [len(g.ids) for g in whole].count(6) and plain.generate(compressor, prompts, limits, batch_size=2) == whole
+    third = whole[0].ids[2]
+    assert third not in whole[0].ids[:2]
+    (stopped,) = plain.generate(compressor, prompts[:1], limits[:1], stop=third)
+    assert stopped.ids == whole[0].ids[:2] and stopped.stopped
+
+
+def test_scores_equal_transformers(tiny_base):
+    """Breaks when a label is shifted, padding is seen or counted, or the batch changes a score."""
+    compressor = make(tiny_base, "plain")
+    rng = np.random.default_rng(0)
+    rows = [targets.Target([1, *rng.integers(3, 64, n).tolist()], first) for n, first in ((5, 1), (70, 40), (20, 21 - 1), (40, 2), (9, 3))]
+    whole = plain.score(compressor, rows)
+    for row, got in zip(rows, whole, strict=True):
+        near((-got.log_prob, got.tokens), reference_nats(tiny_base, row.ids, row.label_start))
+    for got, want in zip(plain.score(compressor, rows, batch_size=2), whole, strict=True):
+        near((-got.log_prob, got.tokens), want, bound=BOUND)
+
+
+def test_positions_end(tiny_base):
+    """Breaks when the base is run past its 256 positions, or a prompt that just fits is refused."""
+    compressor = make(tiny_base, "plain")
+    with pytest.raises(ValueError, match="257 tokens without a memory exceed the base's 256 positions"):
+        plain.generate(compressor, [[1, 8], [1] * 250], [3, 7])
+    assert len(plain.generate(compressor, [[1, 8], [1] * 250], [3, 6])) == 2
+    with pytest.raises(ValueError, match="257 tokens without a memory"):
+        plain.score(compressor, [targets.Target([8] * 258, 1)])
+    assert plain.score(compressor, [targets.Target([8] * 257, 1)])[0].tokens == 256

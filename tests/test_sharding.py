@@ -94,3 +94,14 @@ def test_microbatches_must_divide_over_the_devices():
     sharding.check_batch_size(fake, 16, 2)
     with pytest.raises(ValueError, match="batch_size / accumulate is 4; it must be a multiple of the 8 devices"):
         sharding.check_batch_size(fake, 8, 2)
+
+
+def test_host_arrays_are_split_along_any_axis():
+    """Breaks when an axis other than the first is not the one that is split, or a mesh takes in other processes' devices."""
+    mesh = sharding.local_mesh()
+    assert mesh.devices.tolist() == jax.local_devices() and mesh.axis_names == ("data",)
+    x = np.arange(2 * 8 * 3).reshape(2, 8, 3)
+    for axis in range(3):
+        y = sharding.split(mesh, np.swapaxes(x, 1, axis), axis)
+        assert y.sharding.spec == jax.sharding.PartitionSpec(*[None] * axis, "data")
+        np.testing.assert_array_equal(y, np.swapaxes(x, 1, axis))

@@ -36,22 +36,26 @@ def _few(arms):
     return [arm for arm in arms if not arm.startswith(without("")) and (not arm.startswith(first("")) or arm in powers)]
 
 
+def _tables(result, arms=None):
+    """(header, rows) of every table of a run: of all examples, then of each group where there are several.
+
+    What ablate measures differs from group to group, so that there all examples together have no table.
+    """
+    ablate = result["suite"] == "ablate"
+    made = [] if ablate else [table(result["scores"], arms)]
+    for kind, values in result["groups"].items():
+        if len(values) > 1 or ablate:
+            made += [table(of, label=f"{kind} {value}") for value, of in values.items()]
+    return made + ([_pairs_table(result["pairs"])] if result.get("pairs") else [])
+
+
 def text(result):
     """The results as the command prints them."""
-    parts = []
-    scores = result["scores"]
-    arms = list(dict.fromkeys(arm for metric in scores.values() for arm in metric))
+    arms, rest = None, []
     if result["suite"] == "tokens":
-        arms = _few(arms)
-        parts += [_extremes(metric, of) for metric, of in scores.items()]
-    parts.insert(0, report.text_table(*table(scores, arms)))
-    for kind, values in result["groups"].items():
-        if len(values) > 1:
-            for value, of in values.items():
-                parts.append(report.text_table(*table(of, label=f"{kind} {value}")))
-    if result.get("pairs"):
-        parts.append(report.text_table(*_pairs_table(result["pairs"])))
-    return "\n\n".join(parts)
+        arms = _few(dict.fromkeys(arm for metric in result["scores"].values() for arm in metric))
+        rest = [_extremes(metric, of) for metric, of in result["scores"].items()]
+    return "\n\n".join([*(report.text_table(*made) for made in _tables(result, arms)), *rest])
 
 
 def _extremes(metric, of):
@@ -157,24 +161,18 @@ def _example(one):
             continue
         original = texts["answers"][0] if "question" in texts else texts.get(f"original, {arm}", texts.get("original", ""))
         numbers = [f"{common.METRICS[m].label} {of[arm]:.{common.METRICS[m].digits}f}" for m, of in one["scores"].items() if arm in of]
-        parts.append(f"<p>{html.escape(arm)} ({', '.join(numbers[:2])})</p>{report.difference(original, made)}")
+        shown = f" ({', '.join(numbers[:2])})" if numbers else ""
+        parts.append(f"<p>{html.escape(arm)}{shown}</p>{report.difference(original, made)}")
     return "\n".join(parts)
-
-
-def _wide(header, rows):
-    return f'<div class="wide">{report.table(header, rows)}</div>'
 
 
 def write(path, result, group_label, facts):
     """Writes the HTML page of a run's results. facts: lines that say what was measured on what."""
-    parts = [f"<p>{'<br>'.join(html.escape(fact) for fact in facts)}</p>", _wide(*table(result["scores"]))]
+    of_all, *others = [f'<div class="wide">{report.table(*made)}</div>' for made in _tables(result)]
+    parts = [f"<p>{'<br>'.join(html.escape(fact) for fact in facts)}</p>", of_all]
     parts.append("<p>In brackets: 95 % intervals, from resampling the contexts. n: examples.</p>")
     parts.append(f'<div class="figures">{"".join(figures(result, group_label))}</div>')
-    for kind, values in result["groups"].items():
-        if len(values) > 1:
-            parts += [f"<h3>{html.escape(kind)} {html.escape(value)}</h3>{_wide(*table(of))}" for value, of in values.items()]
-    if result.get("pairs"):
-        parts.append(f"<h2>Pairs</h2>{_wide(*_pairs_table(result['pairs']))}")
+    parts += others
     shown = _shown(result)
     if shown:
         parts.append(f"<h2>Examples</h2><p>The worst first.</p>{report.DIFFERENCE_LEGEND}")

@@ -28,7 +28,7 @@ def versions():
 
 
 def content(examples):
-    """What a run is about, whatever the files were called: sha256 over its examples."""
+    """What a run is about: sha256 over its examples, the names of their sets included."""
     keys = sorted(f"{e.key} {e.id} {e.partner}" for e in examples)
     return hashlib.sha256("\n".join(keys).encode()).hexdigest()
 
@@ -87,7 +87,9 @@ def check_identity(path, found, wanted, part=""):
         if isinstance(there, dict) and isinstance(here, dict):
             check_identity(path, there, here, f"{part}{name} ")
         elif there != here:
-            raise ValueError(f"{path} belongs to another run: {part}{name} is {there!r} there and {here!r} here; give another --out")
+            what = "the examples differ (the data, --limit, or what fits)" if name == "examples" else ""
+            what = what or f"{part}{name} is {there!r} there and {here!r} here"
+            raise ValueError(f"{path} belongs to another run: {what}; give another --out")
 
 
 def measure(suite, examples, batch_size, progress):

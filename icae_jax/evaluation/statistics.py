@@ -106,7 +106,7 @@ def retention(per_set):
             left_out.append(name)
             continue
         points.append(point)
-        spreads.append(spread)
+        spreads.append(np.where(np.isfinite(spread), spread, np.nan))  # a draw in which the full context scores 0 has no share
         n += len(arm)
     if not points:
         raise ValueError(f"no set of {list(per_set)} has a full context that scores above 0; there is nothing to retain")

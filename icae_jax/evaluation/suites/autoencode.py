@@ -10,14 +10,14 @@ from icae_jax.evaluation.suites.common import FULL, SHUFFLED
 from icae_jax.inference.compressor import SPARE
 from icae_jax.objectives import targets
 
-TEXT_METRICS = ("bleu", "rouge_l", "exact_match", "prefix_match")
+TEXT_METRICS = ("bleu", "rougeL", "exact_match", "prefix_match")
 
 
 def text_scores(restored_text, restored_ids, text, ids):
     """The numbers of a restored text against the original, which is what its ids decode to."""
     return {
         "bleu": list(scores.bleu_counts(restored_text, text)),
-        "rouge_l": scores.rouge(restored_text, [text])["rougeL"],
+        "rougeL": scores.rouge(restored_text, [text])["rougeL"],
         "exact_match": 100.0 * (restored_text.strip() == text.strip()),
         "prefix_match": scores.prefix_match(restored_ids, ids),
     }

@@ -29,7 +29,6 @@ class Metric(NamedTuple):
 METRICS = {
     "ae_loss": Metric("AE loss, nats/token", statistics.ratio, 3, "lower"),
     "bleu": Metric("BLEU-4", statistics.corpus_bleu, 1, "higher"),
-    "rouge_l": Metric("ROUGE-L", statistics.ratio, 1, "higher"),
     "exact_match": Metric("exact match, %", statistics.ratio, 1, "higher"),
     "prefix_match": Metric("prefix match, %", statistics.ratio, 1, "higher"),
     "perplexity": Metric("perplexity", statistics.perplexity, 3, "lower"),
