@@ -136,6 +136,17 @@ def test_a_continued_workdir_may_not_change_the_mathematics(tmp_path, config, id
     assert (tmp_path / "config.json").read_text() == before and json.loads(before)["steps"] == 100
 
 
+def test_a_workdir_from_before_a_field_goes_on_with_its_default(tmp_path):
+    """Breaks when a run that an earlier version started cannot be continued, or may be with another value of what came since."""
+    check_workdir(tmp_path, CONFIG, IDENTITY)
+    path = tmp_path / "config.json"
+    older = {name: value for name, value in json.loads(path.read_text()).items() if name not in ("data.train_weights", "draw_k")}
+    path.write_text(json.dumps(older))
+    with pytest.raises(ValueError, match=r"data\.train_weights: \[\] -> \[1\.0\]"):
+        check_workdir(tmp_path, changed(data__train_weights=(1.0,)), IDENTITY)
+    assert check_workdir(tmp_path, CONFIG, IDENTITY) == [] and json.loads(path.read_text())["data.train_weights"] == []
+
+
 def test_a_cosine_run_may_go_on_only_where_its_decay_is_fixed(tmp_path):
     """Breaks when more steps stretch the cosine: every earlier step would have had another learning rate."""
     cosine = changed(optimizer__schedule="cosine")

@@ -222,9 +222,19 @@ def _flat(value, prefix=""):
     return {prefix[:-1]: list(value) if isinstance(value, tuple) else value}
 
 
+def _defaults(kind):
+    """A configuration's defaults, nested as its fields are."""
+    hints = typing.get_type_hints(kind)
+    return {
+        field.name: _defaults(hints[field.name]) if dataclasses.is_dataclass(hints[field.name]) else field.default
+        for field in dataclasses.fields(kind)
+    }
+
+
 def check_workdir(workdir, config, identity):
     """Compares with the configuration that the workdir was started with, and records the new one.
 
+    A field that came later than the workdir had its default then: new fields are made so that this is what was done before them.
     identity: `{name: fingerprint}` of what paths in the configuration stand for; those are compared instead of the paths.
     Returns the changes to log, as text lines. ValueError lists fields that change the mathematics; nothing is written then.
     """
@@ -233,7 +243,7 @@ def check_workdir(workdir, config, identity):
     if not path.exists():
         files.write_json(path, now)
         return []
-    before = files.read_json(path, "the run's configuration")
+    before = _flat(_defaults(type(config))) | files.read_json(path, "the run's configuration")
     changed = [k for k in sorted(before.keys() | now.keys()) if before.get(k) != now.get(k)]
     refused = [k for k in changed if k not in FREE_FIELDS]
     if "steps" in refused and now["steps"] > before["steps"] and (now["optimizer.schedule"] == "constant" or now["optimizer.decay_steps"]):
