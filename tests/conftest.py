@@ -48,6 +48,13 @@ WORDS = """
 assert len(set(WORDS)) == len(WORDS) == TINY.vocab_size
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _forget_compiled():
+    """Every compiled program holds a few memory maps, of which a process may have 65,530 on Linux: all tests together make more."""
+    yield
+    jax.clear_caches()
+
+
 def close(got, want, bound=1e-5):
     """Largest difference at most `bound` times the largest wanted value, which must not be zero."""
     got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)

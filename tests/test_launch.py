@@ -1,5 +1,6 @@
 """Launch scripts: they parse, and they say what they need."""
 
+import importlib
 import os
 import shutil
 import subprocess
@@ -41,27 +42,31 @@ def test_bad_arguments_of_the_comparison_are_named(tmp_path):
     assert not (tmp_path / "w").exists()
 
 
-def test_the_evaluation_of_everything_names_what_it_lacks(tmp_path):
+@pytest.fixture
+def evaluation(monkeypatch):
+    """launch/evaluation.py as a module."""
+    monkeypatch.syspath_prepend(ROOT / "launch")
+    return importlib.import_module("evaluation")
+
+
+def test_the_evaluation_of_everything_names_what_it_lacks(evaluation, tmp_path, monkeypatch, capsys):
     """Breaks when a missing folder, or half of what the stories need, is found out after an hour of training."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    script, workdir = ROOT / "launch" / "evaluation.py", tmp_path / "w"
+    workdir = tmp_path / "w"
     bad = (
         ([], "give --quickstart"), (["--stories", str(tmp_path)], "--stories and --data go together"),
         (["--quickstart", str(tmp_path / "absent")], "absent: no such folder"),
         (["--quickstart", str(tmp_path), "--limit", "0"], "--limit and --steps must be at least 1"),
     )  # fmt: skip
     for flags, message in bad:
-        command = [sys.executable, str(script), "--workdir", str(workdir), *flags]
-        out = subprocess.run(command, capture_output=True, text=True, env=environment)
-        assert out.returncode == 2 and message in out.stderr and "Traceback" not in out.stderr
+        monkeypatch.setattr(sys, "argv", ["evaluation.py", "--workdir", str(workdir), *flags])
+        with pytest.raises(SystemExit) as error:
+            evaluation.main()
+        assert error.value.code == 2 and message in capsys.readouterr().err
     assert not workdir.exists()
 
 
-def test_texts_of_the_evaluation_can_be_continued(tmp_path, monkeypatch):
+def test_texts_of_the_evaluation_can_be_continued(evaluation, tmp_path):
     """Breaks when segments are not whole passages, a name stands in two passages of a text, or a question asks for none of them."""
-    monkeypatch.syspath_prepend(ROOT / "launch")
-    import evaluation
-
     from icae_jax.data import sources
     from icae_jax.interop import base as bases
     from icae_jax.quickstart import SHIPPED_BASE

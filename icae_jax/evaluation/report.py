@@ -20,7 +20,7 @@ ins { background: #ccf2d4; text-decoration: none; border-bottom: 2px solid #1a7f
 pre { background: #f4f6f8; padding: .8rem; overflow-x: auto; }
 .text { background: #f4f6f8; padding: .6rem .9rem; margin: .4rem 0; overflow-wrap: anywhere; }
 figure { margin: 1.2rem 0; } figcaption { color: #57606a; } svg { max-width: 100%; height: auto; } h2 { margin-top: 2.2rem; }
-.wide { overflow-x: auto; font-size: 90%; } .wide td, .wide th { white-space: nowrap; }
+.wide { overflow-x: auto; font-size: 88%; } .wide td, .wide th { white-space: nowrap; padding: .3rem .5rem; }
 .figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(27rem, 1fr)); gap: 1rem; }
 """
 DIFFERENCE_LEGEND = "<p><del>lost</del> <ins>made up</ins> (⏎ stands for a line break)</p>"

@@ -85,7 +85,7 @@ class Qa(common.Suite):
         """(answers, losses) of the base alone, nested as the prompts are."""
         flat = [(prompt, answer) for of in zip(prompts, truth, strict=True) for prompt, answer in zip(*of, strict=True)]
         limits = [min(self.options.max_new_tokens, self.positions - len(prompt)) for prompt, _ in flat]
-        size, stop = self.options.batch_size * QUESTIONS_AT_ONCE, self.plain.stop
+        size, stop = self.options.batch_size, self.plain.stop  # each prompt holds a whole context, so no more of them than contexts
         answers = iter(plain.generate(self.compressor, [prompt for prompt, _ in flat], limits, size, stop))
         losses = iter(plain.score(self.compressor, [Target([*prompt, *answer, stop], len(prompt)) for prompt, answer in flat], size))
         return [[next(answers) for _ in of] for of in prompts], [[next(losses) for _ in of] for of in prompts]
