@@ -9,6 +9,11 @@ import sacrebleu
 from icae_jax.evaluation import scores, statistics
 
 
+def counted(values):
+    """[n] values as vectors [n, 2] of (value, 1), whose `ratio` is the mean."""
+    return np.stack([values, np.ones(len(values))], -1)
+
+
 def test_resampling_draws_whole_clusters():
     """Breaks when examples on one context are drawn apart, or when a replicate draws more or fewer clusters than there are."""
     weights = statistics.resample(["b", "a", "b", "c", "b"], seed=0, replicates=50)
@@ -28,8 +33,8 @@ def test_same_seed_same_weights_whatever_the_order():
     assert (weights != statistics.resample(clusters, 8)).any() and (weights != statistics.resample(clusters, (7, 1))).any()
     order = rng.permutation(60)
     assert (statistics.resample(clusters[order], 7) == weights[:, order]).all()
-    one = statistics.estimate(statistics.counted(values), statistics.ratio, weights)
-    other = statistics.estimate(statistics.counted(values[order]), statistics.ratio, weights[:, order])
+    one = statistics.estimate(counted(values), statistics.ratio, weights)
+    other = statistics.estimate(counted(values[order]), statistics.ratio, weights[:, order])
     assert one == pytest.approx(other, rel=1e-9)
 
 
@@ -79,7 +84,7 @@ def test_intervals_cover_the_truth():
         values = {"apart": rng.exponential(size=60), "clustered": np.repeat(rng.normal(1, 1, 40), 3) + rng.normal(0, 0.3, 120)}
         for name, ids in (("apart", np.arange(60)), ("clustered", clusters)):
             weights = statistics.resample(ids, case, replicates=200)
-            got = statistics.estimate(statistics.counted(values[name]), statistics.ratio, weights)
+            got = statistics.estimate(counted(values[name]), statistics.ratio, weights)
             inside[name] += got.low <= 1 <= got.high
     assert all(0.90 <= n / 300 <= 0.99 for n in inside.values()), inside
 
@@ -87,20 +92,20 @@ def test_intervals_cover_the_truth():
 def test_copies_are_no_evidence():
     """Breaks when the same example, four times under one context, makes an interval narrower."""
     values = np.random.default_rng(4).normal(size=50)
-    four = statistics.counted(np.repeat(values, 4))
+    four = counted(np.repeat(values, 4))
 
     def width(vectors, clusters):
         got = statistics.estimate(vectors, statistics.ratio, statistics.resample(clusters, 0))
         return got.high - got.low
 
-    once, clustered = width(statistics.counted(values), np.arange(50)), width(four, np.repeat(np.arange(50), 4))
+    once, clustered = width(counted(values), np.arange(50)), width(four, np.repeat(np.arange(50), 4))
     assert clustered == pytest.approx(once) and width(four, np.arange(200)) < 0.7 * once
 
 
 def test_constant_data_has_no_width():
     """Breaks when the interval holds anything but the data's own spread."""
     weights = statistics.resample(range(9), 0)
-    assert statistics.estimate(statistics.counted([2.5] * 9), statistics.ratio, weights) == (2.5, 2.5, 2.5, 9)
+    assert statistics.estimate(counted([2.5] * 9), statistics.ratio, weights) == (2.5, 2.5, 2.5, 9)
     same = [[math.log(2) * n, n] for n in range(1, 10)]
     assert statistics.estimate(same, statistics.perplexity, weights) == pytest.approx((2, 2, 2, 9))
 
@@ -109,7 +114,7 @@ def test_difference_is_paired():
     """Breaks when the arms are resampled apart: a constant lead over noisy data is certain."""
     noise = np.random.default_rng(5).normal(0, 10, 40)
     weights = statistics.resample(range(40), 0)
-    got = statistics.difference(statistics.counted(noise + 1), statistics.counted(noise), statistics.ratio, weights)
+    got = statistics.difference(counted(noise + 1), counted(noise), statistics.ratio, weights)
     assert got == pytest.approx((1, 1, 1, 40))
     with pytest.raises(ValueError, match="vectors_b"):
         statistics.difference([[1, 1]] * 40, [[1, 1]] * 39, statistics.ratio, weights)

@@ -77,14 +77,6 @@ def prefix_match(predicted_ids, reference_ids):
     return 100 * same / len(reference_ids)
 
 
-def sentence_bleu(hypothesis, reference):
-    """BLEU-4 of one text in percent, as `sacrebleu.sentence_bleu`: 13a tokens, exponential smoothing, effective order.
-
-    Effective order: a text under four words is scored on the n-grams that it has. An empty text scores 0.
-    """
-    return _sentence(hypothesis, reference).score
-
-
 def bleu_counts(hypothesis, reference):
     """What corpus BLEU is made of, for one text, to be summed over texts and given to `bleu_from_counts`.
 
@@ -92,6 +84,15 @@ def bleu_counts(hypothesis, reference):
     """
     result = _sentence(hypothesis, reference)
     return np.array([*result.counts, *result.totals, result.sys_len, result.ref_len], np.float64)
+
+
+def sentence_bleu(counts):
+    """BLEU-4 of one text in percent, from its `bleu_counts`, as `sacrebleu.sentence_bleu`: exponential smoothing, effective order.
+
+    Effective order: a text under four words is scored on the n-grams that it has. An empty text scores 0.
+    """
+    right, made = ([int(n) for n in part] for part in (counts[:_ORDERS], counts[_ORDERS:-2]))
+    return BLEU.compute_bleu(right, made, int(counts[-2]), int(counts[-1]), smooth_method="exp", effective_order=True).score
 
 
 def bleu_from_counts(sums):

@@ -45,12 +45,6 @@ def resample(clusters, seed, replicates=REPLICATES):
 
 
 # ------------------------------------------------------------------------------------------ from summed vectors to a value
-def counted(values):
-    """[n] values as vectors [n, 2] of (value, 1): their `ratio` is the mean."""
-    values = np.asarray(values, np.float64)
-    return np.stack([values, np.ones_like(values)], -1)
-
-
 def ratio(sums):
     """First sum over the second [...], from sums [..., 2]: a mean, or nats per token from (nats, tokens). 0 / 0 is nan."""
     sums = np.asarray(sums, np.float64)

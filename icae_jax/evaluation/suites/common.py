@@ -7,10 +7,8 @@ numbers are what a score is made of (`METRICS` says how): summed over examples t
 import dataclasses
 from typing import NamedTuple
 
-from sacrebleu.metrics import BLEU
-
 from icae_jax.compression import encoder
-from icae_jax.evaluation import statistics
+from icae_jax.evaluation import scores, statistics
 
 MEMORY, SHUFFLED, FULL, CUT, NONE = "memory", "shuffled memory", "full context", "cut context", "no context"
 BUCKET = 100  # tokens; the width of the papers' length buckets
@@ -173,8 +171,5 @@ def nats(score):
 
 
 def own_score(metric, numbers):
-    """One example's score of its own numbers; its BLEU is `scores.sentence_bleu`, with effective order."""
-    if metric == "bleu":
-        right, made = ([int(n) for n in part] for part in (numbers[:4], numbers[4:8]))
-        return BLEU.compute_bleu(right, made, int(numbers[8]), int(numbers[9]), smooth_method="exp", effective_order=True).score
-    return float(METRICS[metric].aggregate(numbers))
+    """One example's score of its own numbers."""
+    return scores.sentence_bleu(numbers) if metric == "bleu" else float(METRICS[metric].aggregate(numbers))
