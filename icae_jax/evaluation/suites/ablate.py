@@ -58,6 +58,8 @@ class Ablate:
                 merged = merged or [[{**one, "sums": {}, "texts": _given(one), "ties": {}} for one in of] for of in found]
                 for of, into in zip(found, merged, strict=True):
                     for one, whole in zip(of, into, strict=True):
+                        if kind == Autoencode.name:
+                            one["sums"].pop("rougeL")  # that of answers has the name here; restored texts have BLEU
                         _rename(one, whole, name)
             for i, of in zip(at, merged, strict=True):
                 result[i] = of
