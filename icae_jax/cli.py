@@ -197,7 +197,7 @@ def export_verb(argv):
 
 VERBS = {
     "quickstart": (quickstart_verb, "train a compressor in minutes on a small shipped base, and show what a memory is worth"),
-    "prepare": (prepare_verb, "make a data set of downloaded files, for training to read"),
+    "prepare": (prepare_verb, "make a data set of downloaded files, for training and evaluation to read"),
     "train": (train_verb, "train a compressor: pretrain (AE + LM) or finetune (QA)"),
     "train-base": (train_base_verb, "train a small base model from scratch"),
     "compress": (compress_verb, "write texts into a memory file"),
