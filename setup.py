@@ -32,7 +32,7 @@ setup(
         "tqdm",
     ],
     extras_require={
-        "test": ["pytest", "ruff", "torch==2.13.0", "peft"],
+        "test": ["pytest", "pytest-xdist", "ruff", "torch==2.13.0", "peft"],
         "tpu": ["jax[tpu]"],
         "gpu": ["jax[cuda13]"],
     },
