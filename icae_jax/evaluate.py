@@ -8,7 +8,6 @@ import pathlib
 import sys
 
 import jax
-import jax.numpy as jnp
 
 from icae_jax import convert_adapter
 from icae_jax.data import sources
@@ -16,9 +15,8 @@ from icae_jax.evaluation import examples as drawn
 from icae_jax.evaluation import page, run
 from icae_jax.evaluation.suites import SUITES
 from icae_jax.evaluation.suites.common import Options
-from icae_jax.inference.compressor import Compressor
+from icae_jax.inference.compressor import Compressor, load_base
 from icae_jax.interop import adapter as adapters
-from icae_jax.interop import base as bases
 from icae_jax.interop import files
 from icae_jax.objectives.targets import TEMPLATES
 from icae_jax.training import sharding
@@ -44,6 +42,7 @@ def flags(parser):
     add("--adapter", required=True, action="append", metavar="[NAME=]DIR", help="adapter folder, workdir or checkpoint; ablate: several")
     add("--base", help="base model (folder, hub id or gs://…); by default the one that the adapter names")
     add("--base_dtype", choices=("float32", "bfloat16"), default="float32", help="of base, activations and memory")
+    add("--mesh", help="this host's devices, to split base and batches over, such as fsdp=4,tensor=2; by default batches over all")
     add("--data", required=True, help="[NAME=]SOURCE, several joined by commas: JSON lines, text file, or tfds:NAME:SPLIT")
     add("--tfds_dir", help="folder of prepared TFDS sets")
     add("--limit", type=int, default=0, help="texts of each set, drawn by the seed; 0 (the default) for all")
@@ -86,16 +85,15 @@ def base_named_by(path):
     return adapters.read_adapter_info(source.path)[1]["base_model_name_or_path"]
 
 
-def load(named, base, dtype):
-    """`{name: Compressor}` on one base, every batch spread over this process's devices. ValueError where adapters disagree on the base."""
+def load(named, base, dtype, mesh):
+    """`{name: Compressor}` on one base, over the devices of a mesh. ValueError where adapters disagree on the base."""
     bases_named = [base_named_by(path) for path in named.values()]  # all of them, since loading a base takes minutes
     if base is None:
         base = bases_named[0]
         if pathlib.Path(base).is_absolute() and not pathlib.Path(base).is_dir():
             where = next(iter(named.values()))
             raise ValueError(f"adapter {where} names its base as {base}, which is not a folder; give the base model with --base")
-    mesh = sharding.local_mesh()
-    loaded = bases.load_base(base, jnp.dtype(dtype), sharding.replicated(mesh), progress=jax.process_index() == 0)
+    loaded = load_base(base, dtype, mesh)
     return {name: Compressor(loaded, convert_adapter.open_trained(path, loaded), path, dtype, mesh) for name, path in named.items()}
 
 
@@ -164,7 +162,8 @@ def main(parser, argv):
     sets = drawn.read(args.data, args.tfds_dir, args.limit, args.seed)
 
     # ------------------------------------------------------------------------------------- what is measured, on what
-    compressors = load(named, args.base, args.base_dtype)
+    mesh = sharding.local_mesh(sharding.parse(args.mesh)) if args.mesh else sharding.local_mesh()
+    compressors = load(named, args.base, args.base_dtype, mesh)
     compressor = next(iter(compressors.values()))
     suite = SUITES[args.suite](compressors if args.suite == "ablate" else compressor, options)
     examples, left_out = drawn.make(sets, args.limit, suite)

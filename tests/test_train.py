@@ -92,7 +92,7 @@ task = CompressorTask(config)
 if len(sys.argv) > 3:  # slowed down, so that a signal lands between two steps and not after the last
     import time
     whole = task.train_batches
-    task.train_batches = lambda start, stop: (time.sleep(0.3) or batch for batch in whole(start, stop))
+    task.train_batches = lambda *steps: (time.sleep(0.3) or batch for batch in whole(*steps))
 sys.exit(train(config, task, sys.argv[2]))
 """
 

@@ -234,14 +234,14 @@ def draw_k(seed, step, choices):
     return StaticInt(np.random.default_rng([seed, 3, step]).choice(choices))
 
 
-def train_batches(examples, seed, batch_size, start, stop, k_choices, process=0, processes=1):
-    """Iterates over the batches of steps start … stop - 1, made ahead; each process makes only its rows, and draws the same `k`."""
-    share = batch_size // processes
-    mine = slice(process * share, (process + 1) * share)
+def train_batches(examples, seed, batch_size, start, stop, k_choices, rows=slice(None)):
+    """Iterates over the batches of steps start … stop - 1, made ahead. rows: those of the global batch that are made, a process's own;
+    every process draws the same `k`.
+    """
 
     def make(step):
-        bucket, rows = examples.draw(seed, step, batch_size)
-        return examples.collate(bucket, rows[mine]) | {"k": draw_k(seed, step, k_choices)}
+        bucket, drawn = examples.draw(seed, step, batch_size)
+        return examples.collate(bucket, drawn[rows]) | {"k": draw_k(seed, step, k_choices)}
 
     return ahead(make, start, stop)
 

@@ -65,11 +65,12 @@ def generate(compressor, prompts, limits, batch_size=32, stop=None):
         lengths, most = np.ones(rows, np.int32), np.ones(rows, np.int32)
         for i, one in enumerate(part):
             ids[i, : len(one)], lengths[i], most[i] = one, len(one), limits[at + i]
-        out = decoding.greedy(
-            compressor.model, base.params, compressor.trained["memory_table"], no_prefix(base.config, rows, compressor.model.dtype),
-            jnp.zeros(rows, jnp.int32), *compressor.put((ids, lengths, most)), max_new_tokens=_up(int(most.max()), 32),
-            stop_ids=tuple(sorted({*base.stop_ids, *([] if stop is None else [stop])})),
-        )  # fmt: skip
+        with compressor.on_devices():
+            out = decoding.greedy(
+                compressor.model, base.params, compressor.trained["memory_table"], no_prefix(base.config, rows, compressor.model.dtype),
+                jnp.zeros(rows, jnp.int32), *compressor.put((ids, lengths, most)), max_new_tokens=_up(int(most.max()), 32),
+                stop_ids=tuple(sorted({*base.stop_ids, *([] if stop is None else [stop])})),
+            )  # fmt: skip
         out = jax.device_get(out)
         result += [compressor.generation(out, i) for i in range(len(part))]
     return result
@@ -99,7 +100,8 @@ def score(compressor, rows, batch_size=32):
         batch = targets.pack([[row] for row in part] + [[]] * (size - len(part)), 1, T, U)
         batch = {name: x[:, 0] for name, x in batch.items()}
         placed = compressor.put((batch["ids"], batch["label_at"], batch["labels"]))
-        losses = np.asarray(_losses(compressor.model, compressor.base.params, *placed))
+        with compressor.on_devices():
+            losses = np.asarray(_losses(compressor.model, compressor.base.params, *placed))
         sums, counts = np.where(batch["label_mask"], losses, 0).sum(1), batch["label_mask"].sum(1)
         scores += [Score(-float(sums[i]), int(counts[i])) for i in range(len(part))]
     return scores

@@ -1,5 +1,6 @@
 """`Compressor`: compress texts once, then restore them, ask about them, score continuations."""
 
+import contextlib
 import pathlib
 import typing
 
@@ -46,28 +47,34 @@ def _up(n, step=SHAPE_STEP):
     return -(-n // step) * step
 
 
+def load_base(source, dtype="float32", mesh=None):
+    """A base as a `Compressor` with that mesh holds it: split over its devices, by default on one. source: folder, hub id or URL."""
+    placement = mesh and sharding.Placement(mesh, bases.sizes(source))
+    return bases.load_base(source, jnp.dtype(dtype), mesh and placement.parameter, progress=jax.process_index() == 0)
+
+
 def load(adapter, base=None, *, dtype="float32", mesh=None):
     """Loads a `Compressor`. adapter: adapter folder, or a training workdir. base: model-hub folder, hub id or URL; by default the
     adapter's own.
 
-    dtype: "float32" or "bfloat16", of base and activations. mesh: devices (`training.sharding`) to spread every batch over, by default
-    one device alone. ValueError where the base is not the one the adapter was trained on.
+    dtype: "float32" or "bfloat16", of base and activations. mesh: devices (`training.sharding`) to split base and batches over, by
+    default one device alone. ValueError where the base is not the one the adapter was trained on.
     """
     folder = adapters.adapter_folder(adapter)
     _, peft = adapters.read_adapter_info(folder)
     where = str(base or peft["base_model_name_or_path"])
     if base is None and pathlib.Path(where).is_absolute() and not pathlib.Path(where).is_dir():
         raise ValueError(f"adapter {folder} names its base as {where}, which is not a folder; give the base model with --base")
-    loaded = bases.load_base(where, jnp.dtype(dtype), mesh and sharding.replicated(mesh), progress=jax.process_index() == 0)
+    loaded = load_base(where, dtype, mesh)
     return Compressor(loaded, adapters.load_adapter(folder, loaded), folder, dtype, mesh)
 
 
-def load_with_memory(memory_path, adapter=None, base=None, dtype="float32"):
+def load_with_memory(memory_path, adapter=None, base=None, dtype="float32", mesh=None):
     """(`Compressor`, memory, ids) of a memory file, by default with the adapter that it names."""
     adapter = adapter or store.read_metadata(memory_path)["adapter"]
     if not pathlib.Path(adapter).is_dir():
         raise ValueError(f"--memory {memory_path} names adapter {adapter}, which is not here; give the adapter's folder with --adapter")
-    compressor = load(adapter, base, dtype=dtype)
+    compressor = load(adapter, base, dtype=dtype, mesh=mesh)
     memory, ids = compressor.load_memory(memory_path)
     return compressor, memory, ids
 
@@ -78,7 +85,8 @@ class Compressor:
     def __init__(self, base, adapter, path, dtype="float32", mesh=None):
         self.base, self.adapter, self.path, self.mesh = base, adapter, path, mesh
         self.config = adapter.compression
-        self.trained = jax.device_put(adapter.trained, mesh and sharding.replicated(mesh))
+        self.placement = mesh and sharding.Placement(mesh, base.config)
+        self.trained = jax.device_put(adapter.trained, mesh and self.placement.tree(adapter.trained))
         self.model = llama.Llama(base.config, lora_scale=adapter.lora.scale, dtype=jnp.dtype(dtype))
         self.framing = target_layouts.make_framing(self.config, base.tokenizer, bases.bos_id(base.tokenizer))
         self._losses = jax.jit(self._label_losses, static_argnames="head")
@@ -137,7 +145,8 @@ class Compressor:
             shape = (max(s for s, _ in shapes), min(_up(max(n for _, n in shapes)), self.config.segment_tokens))
             filled = _fill(part, self.rows(batch_size if parts else len(part)), [])
             ids, lengths = self.put(encoder.segment_contexts(filled, self.config, shape, self.framing.eos))
-            memory = _compress(self.model, self.base.params, self.trained, ids, lengths, config=self.config, k=k)
+            with self.on_devices():
+                memory = _compress(self.model, self.base.params, self.trained, ids, lengths, config=self.config, k=k)
             parts.append(jax.device_get(memory)[: len(part)])
         return _stack(parts, self.config)
 
@@ -233,7 +242,8 @@ class Compressor:
             size = self.rows(batch_size if start else len(part))
             batch = target_layouts.pack(_fill(part, size, []), G, T, T)
             filled = self.put_memory(memory[np.resize(np.arange(start, start + len(part)), size)])
-            losses = self._losses(self.base.params, self.trained, filled, {objective: self.put(batch)}, head=head)
+            with self.on_devices():
+                losses = self._losses(self.base.params, self.trained, filled, {objective: self.put(batch)}, head=head)
             sums = np.where(batch["label_mask"], np.asarray(losses[objective]), 0).sum(2)
             counts = batch["label_mask"].sum(2)
             scores += [[Score(-float(sums[b, g]), int(counts[b, g])) for g in range(len(row))] for b, row in enumerate(part)]
@@ -241,9 +251,13 @@ class Compressor:
 
     # ----------------------------------------------------------------------------------------------------- on devices
 
+    def on_devices(self):
+        """A context in which what is compiled splits over the mesh as `training.sharding` says."""
+        return self.placement.active() if self.mesh else contextlib.nullcontext()
+
     def rows(self, count):
-        """How many rows a batch of `count` is padded to: a multiple of the devices."""
-        return _up(count, self.mesh.size) if self.mesh else count
+        """How many rows a batch of `count` is padded to: a multiple of the parts that the mesh splits it into."""
+        return _up(count, sharding.rows_at_once(self.mesh)) if self.mesh else count
 
     def put(self, batch):
         """Arrays whose first axis is that of rows, on the compressor's devices."""
@@ -304,12 +318,13 @@ class Compressor:
             for i, (n, prompt) in enumerate(every):
                 ids[i, : len(prompt)], lengths[i] = prompt, len(prompt)
                 limits[i] = min(most[n], room[n] - len(prompt))
-            prefix = _read(self.model, self.base.params, part, head=tuple(head))
-            starts = jnp.repeat(layout.target_starts(layout.get(self.config.layout), objective, prefix), G)
-            out = generate.greedy(
-                self.model, self.base.params, self.trained["memory_table"], prefix, starts, *self.put((ids, lengths, limits)),
-                max_new_tokens=_up(int(limits.max())), stop_ids=stops,
-            )  # fmt: skip
+            with self.on_devices():
+                prefix = _read(self.model, self.base.params, part, head=tuple(head))
+                starts = jnp.repeat(layout.target_starts(layout.get(self.config.layout), objective, prefix), G)
+                out = generate.greedy(
+                    self.model, self.base.params, self.trained["memory_table"], prefix, starts, *self.put((ids, lengths, limits)),
+                    max_new_tokens=_up(int(limits.max())), stop_ids=stops,
+                )  # fmt: skip
             out = jax.device_get(out)
             for b, row in enumerate(rows):
                 result.append([self.generation(out, b * G + g) for g in range(len(row))])

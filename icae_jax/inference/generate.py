@@ -56,7 +56,7 @@ def greedy(model, base_params, table, prefix, starts, prompt_ids, prompt_lengths
 
     def cache_of(shared, own):
         room = jnp.zeros((L, B, n, K, H), own.dtype)
-        return jnp.concatenate([jnp.repeat(shared, B // Bp, axis=1), own, room], axis=2)
+        return llama.constrain(jnp.concatenate([jnp.repeat(shared, B // Bp, axis=1), own, room], axis=2), *llama.KV_AXES)
 
     cache = (cache_of(prefix.k, llama.rotate_keys(config, k, positions)), cache_of(prefix.v, v))
     seen = jnp.concatenate([jnp.repeat(prefix.mask, B // Bp, axis=0), jnp.arange(T)[None] < prompt_lengths[:, None]], 1)
@@ -82,6 +82,7 @@ def greedy(model, base_params, table, prefix, starts, prompt_ids, prompt_lengths
         )
         k = llama.rotate_keys(config, k, at[:, None])
         cache = tuple(jax.lax.dynamic_update_slice_in_dim(c, new, P + T + i, 2) for c, new in zip(state["cache"], (k, v), strict=True))
+        cache = tuple(llama.constrain(c, *llama.KV_AXES) for c in cache)
         token, tie = choose(hidden[:, 0])
         ends = is_stop(token)
         stopped = state["stopped"] | (~done & ends)

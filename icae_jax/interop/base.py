@@ -13,6 +13,7 @@ from icae_jax.interop import files, sources
 from icae_jax.interop.config_json import hub_config, read_config
 from icae_jax.interop.weights import load_params, save_params
 from icae_jax.models import llama
+from icae_jax.training.sharding import on_host
 
 
 def save_base(folder, config, params, tokenizer, dtype="bfloat16"):
@@ -72,8 +73,8 @@ def fingerprint(config, params):
     fields = {k: v for k, v in dataclasses.asdict(config).items() if k not in plain or v != plain[k]}
     digest.update(json.dumps(fields, sort_keys=True).encode())
     rows = np.linspace(0, config.vocab_size - 1, 64).astype(int)
-    for value in (params["norm"]["scale"], params["embed"][rows]):
-        digest.update(np.asarray(value, np.float32).astype(ml_dtypes.bfloat16).tobytes())
+    for value in on_host([params["norm"]["scale"], params["embed"][rows]]):
+        digest.update(value.astype(np.float32).astype(ml_dtypes.bfloat16).tobytes())
     return digest.hexdigest()
 
 
@@ -90,6 +91,11 @@ class Base:
     stop_ids: tuple[int, ...]
     fingerprint: str
     path: str
+
+
+def sizes(source):
+    """The `ModelConfig` of a base, without its weights. source: as for `load_base`."""
+    return read_config(sources.local_folder(source))
 
 
 def load_base(source, dtype=jnp.float32, sharding=None, progress=False, need_tokenizer=True):

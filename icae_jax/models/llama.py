@@ -12,10 +12,20 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
+
+def _all_but_gathered(prim, *_, **__):
+    """Saves everything but what was gathered from other devices, above all a layer's weights: keeping those would keep the whole base."""
+    return prim.name != "sharding_constraint"
+
+
+# What the backward pass finds of a block's forward pass: everything; what matmuls gave; of these what a *frozen* weight's gradient chain
+# needs (its own gradient would need its input, but it has none); nothing but the block's input.
 REMAT_POLICIES = {
-    "none": None,
+    "none": _all_but_gathered,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "frozen": jax.checkpoint_policies.save_only_these_names("projection", "lora"),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
@@ -147,6 +157,54 @@ def rotate_keys(config, k_LBPKH, positions_BP):
     return rotate(k_LBPKH, (cos[None], sin[None]))
 
 
+# ------------------------------------------------------------------------------------------------------- logical axes
+
+# The axes of the parameters by names that the mesh's rules know (`training.sharding`): (input, output) of each kernel.
+PROJECTION_AXES = {
+    "q_proj": ("embed", "heads"),
+    "k_proj": ("embed", "kv_heads"),
+    "v_proj": ("embed", "kv_heads"),
+    "o_proj": ("heads", "embed"),
+    "gate_proj": ("embed", "mlp"),
+    "up_proj": ("embed", "mlp"),
+    "down_proj": ("mlp", "embed"),
+}
+STORED_ONLY = ("embed", "rank")  # split where parameters are kept, whole where they are used
+KV_AXES = ("layers", "batch", None, "kv_heads", None)  # of stacked keys or values, `[L, B, T, K, H]`
+
+
+def logical_axes(path):
+    """The logical axes of the parameter at a path, as ("layers", "self_attn", "q_proj", "kernel"): () where it is never split.
+
+    LoRA's a and b have paths like the kernel that they stand beside.
+    """
+    name, parent = path[-1] if path else "", path[-2] if len(path) > 1 else ""
+    if parent in PROJECTION_AXES:
+        d_in, d_out = PROJECTION_AXES[parent]
+        return ("layers", *{"kernel": (d_in, d_out), "bias": (d_out,), "a": (d_in, "rank"), "b": ("rank", d_out)}[name])
+    return {"embed": ("vocab", "embed"), "lm_head": ("embed", "vocab")}.get(name, ())
+
+
+def constrain(x, *names):
+    """`x` split by logical axes (None: not split), one for each dimension; as it is where no mesh's rules are active.
+
+    A dimension that its mesh axes do not divide stays whole, such as the one row of a head that stands before every memory.
+    """
+    if not nn.get_logical_axis_rules():
+        return x
+    sizes = jax.sharding.get_abstract_mesh().shape
+    spec = []
+    for axes, n in zip(nn.logical_to_mesh_axes(names), x.shape, strict=True):
+        parts = math.prod(sizes[axis] for axis in ((axes,) if isinstance(axes, str) else axes or ()))
+        spec.append(None if n % parts else axes)
+    return jax.lax.with_sharding_constraint(x, jax.sharding.PartitionSpec(*spec))
+
+
+def gathered(w, axes):
+    """A parameter as a matmul uses it: whole along the axes that are split in storage alone."""
+    return constrain(w, *(None if axis in STORED_ONLY else axis for axis in axes))
+
+
 # ------------------------------------------------------------------------------------------------------------- modules
 
 
@@ -165,18 +223,21 @@ class Projection(nn.Module):
 
     @nn.compact
     def __call__(self, x):
+        d_in, d_out = PROJECTION_AXES.get(self.name, (None, None))
         kernel = self.param("kernel", nn.initializers.normal(0.02), (x.shape[-1], self.features))
-        y = linear(x, kernel)
+        y = linear(x, gathered(kernel, (d_in, d_out)))
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, (self.features,))
             y = y + jnp.broadcast_to(bias.astype(x.dtype), y.shape)
         if self.has_variable("lora", "a"):
-            a, b = self.get_variable("lora", "a"), self.get_variable("lora", "b")
+            # Cast first, so that only half the bytes are gathered where the base is bfloat16.
+            a, b = (self.get_variable("lora", name).astype(x.dtype) for name in "ab")
             if self.has_rng("dropout") and self.lora_dropout > 0:  # the caller gives this stream in training only
                 keep = jax.random.bernoulli(self.make_rng("dropout"), 1 - self.lora_dropout, x.shape)
                 x = jnp.where(keep, x / (1 - self.lora_dropout), 0).astype(x.dtype)
-            y = y + linear(linear(x, a), b) * jnp.asarray(self.lora_scale, x.dtype)
-        return y
+            inner = checkpoint_name(linear(x, gathered(a, (d_in, "rank"))), "lora")
+            y = y + linear(inner, gathered(b, ("rank", d_out))) * jnp.asarray(self.lora_scale, x.dtype)
+        return checkpoint_name(y, "projection")
 
 
 class RMSNorm(nn.Module):
@@ -201,16 +262,20 @@ def attention(q_BTNH, k_BTKH, v_BTKH, mask_BTT, prefix=None):
     B, T, N, H = q_BTNH.shape
     K = k_BTKH.shape[2]
     q = q_BTNH.reshape(B, T, K, N // K, H) * jnp.asarray(H**-0.5, q_BTNH.dtype)
-    lowest = jnp.finfo(jnp.float32).min
+
+    def hidden(mask):
+        """What is added to scores: so far below them that nothing of them is left where they must not be seen."""
+        return jnp.where(mask, 0.0, jnp.finfo(jnp.float32).min / 2)
+
     scores = jnp.einsum("btkqh,bskh->bkqts", q, k_BTKH, preferred_element_type=jnp.float32)
-    scores = jnp.where(mask_BTT[:, None, None], scores, lowest)
+    scores = scores + jnp.broadcast_to(hidden(mask_BTT)[:, None, None], scores.shape)
     if prefix is not None:
         pk, pv, p_mask = prefix
         Bp, P = pk.shape[:2]
         shared = (Bp, B // Bp)
         p_mask = p_mask[:, None, None, None, None] if p_mask.ndim == 2 else p_mask.reshape(*shared, 1, 1, T, P)
         p_scores = jnp.einsum("bgtkqh,bpkh->bgkqtp", q.reshape(*shared, *q.shape[1:]), pk, preferred_element_type=jnp.float32)
-        p_scores = jnp.where(p_mask, p_scores, lowest).reshape(B, K, N // K, T, P)
+        p_scores = (p_scores + jnp.broadcast_to(hidden(p_mask), p_scores.shape)).reshape(B, K, N // K, T, P)
         scores = jnp.concatenate([p_scores, scores], -1)
     weights = jax.nn.softmax(scores, axis=-1).astype(v_BTKH.dtype)
     if prefix is None:
@@ -234,7 +299,7 @@ class Attention(nn.Module):
 
         def project(name, heads):
             y = Projection(heads * c.head_dim, self.lora_scale, self.lora_dropout, c.qkv_bias, name=name)(x_BTD)
-            return y.reshape(B, T, heads, c.head_dim)
+            return constrain(y.reshape(B, T, heads, c.head_dim), "batch", None, PROJECTION_AXES[name][1], None)
 
         q, k, v = project("q_proj", c.num_heads), project("k_proj", c.num_kv_heads), project("v_proj", c.num_kv_heads)
         if c.qk_norm:
@@ -256,7 +321,8 @@ class MLP(nn.Module):
 
         gate = projection("gate_proj", self.config.intermediate_size)(x)
         up = projection("up_proj", self.config.intermediate_size)(x)
-        return projection("down_proj", x.shape[-1])(jax.nn.silu(gate) * up)
+        hidden = constrain(jax.nn.silu(gate) * up, "batch", None, "mlp")
+        return projection("down_proj", x.shape[-1])(hidden)
 
 
 class Block(nn.Module):
@@ -268,6 +334,8 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x, prefix_kv, window, rope, mask, prefix_mask, distances, keep):
         c, lora = self.config, (self.lora_scale, self.lora_dropout)
+        # Tied to what changes from block to block, or the mask of every head would be made once, before the scan, and kept through it.
+        x, mask, prefix_mask = jax.lax.optimization_barrier((x, mask, prefix_mask))
         if window is not None:
             distance_BTT, prefix_distance_BTP = distances
             mask = mask & (distance_BTT < window)
@@ -276,20 +344,20 @@ class Block(nn.Module):
                 prefix_mask = jnp.repeat(prefix_mask, rows, axis=0)[:, None] & (prefix_distance_BTP < window)
         prefix = None if prefix_kv is None else (*prefix_kv, prefix_mask)
         h, kv = Attention(c, *lora, name="self_attn")(RMSNorm(c.rms_norm_eps, name="input_layernorm")(x), rope, mask, prefix)
-        x = x + h
+        x = constrain(x + h, "batch", None, None)
         x = x + MLP(c, *lora, name="mlp")(RMSNorm(c.rms_norm_eps, name="post_attention_layernorm")(x))
         if not self.return_kv:
             kv = None
         elif keep is not None:  # sliced here, inside the scan, so that K/V of all positions of all layers never live at once
             kv = tuple(jnp.take(t, keep, axis=1) for t in kv)
-        return x, kv
+        return constrain(x, "batch", None, None), kv
 
 
 class Llama(nn.Module):
     """The blocks and the final norm. `embed` and `head_kernel` below are the two ends.
 
-    remat: what the backward pass keeps of each block: "none" recomputes nothing, "dots" keeps matmul outputs, "full" keeps
-        only block inputs. unroll: how many blocks one turn of the scan holds.
+    remat: what the backward pass keeps of each block: "none" recomputes nothing, "dots" keeps matmul outputs, "frozen" those that the
+        gradient through frozen weights needs, "full" only block inputs. unroll: how many blocks one turn of the scan holds.
     """
 
     config: ModelConfig
@@ -312,10 +380,10 @@ class Llama(nn.Module):
         """
         if jnp.issubdtype(x.dtype, jnp.integer):
             table = self.param("embed", nn.initializers.normal(0.02), (self.config.vocab_size, self.config.hidden_size))
-            x = jnp.take(table, x, axis=0)
-        x = x.astype(self.dtype)
+            x = jnp.take(gathered(table, ("vocab", "embed")), x, axis=0)
+        x = constrain(x.astype(self.dtype), "batch", None, None)
         block = Block
-        if self.remat != "none":
+        if self.remat != "none" or nn.get_logical_axis_rules():
             block = nn.remat(Block, policy=REMAT_POLICIES[self.remat], prevent_cse=self.unroll > 1)
         layers = nn.scan(
             block,
@@ -337,6 +405,7 @@ class Llama(nn.Module):
                 at = jnp.broadcast_to(positions, x.shape[:2])[:, :, None]
                 distances = distances[0], at - jnp.repeat(prefix_positions, x.shape[0] // prefix_positions.shape[0], axis=0)[:, None]
         x, kv = layers(x, prefix_kv, windows, rope_tables(self.config, positions), mask, prefix_mask, distances, keep)
+        kv = kv and tuple(constrain(t, *KV_AXES) for t in kv)
         return RMSNorm(self.config.rms_norm_eps, name="norm")(x), kv
 
 
@@ -345,12 +414,14 @@ class Llama(nn.Module):
 
 def embed(params, ids):
     """Token embeddings `[..., D]` of ids `[...]`, in the stored dtype."""
-    return jnp.take(params["embed"], ids, axis=0)
+    return jnp.take(gathered(params["embed"], ("vocab", "embed")), ids, axis=0)
 
 
 def head_kernel(params):
     """The output matrix `[D, V]`: the head's own, or the embedding table transposed where they are tied."""
-    return params["lm_head"] if "lm_head" in params else params["embed"].T
+    if "lm_head" in params:
+        return gathered(params["lm_head"], ("embed", "vocab"))
+    return gathered(params["embed"], ("vocab", "embed")).T
 
 
 def causal_mask(length):

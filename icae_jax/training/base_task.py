@@ -11,6 +11,7 @@ import optax
 from icae_jax.data import batches, synthetic
 from icae_jax.interop import base as bases
 from icae_jax.models import llama
+from icae_jax.training import sharding
 from icae_jax.training.config import BaseConfig
 
 BASE = "base"  # the folder in a workdir that training writes
@@ -41,10 +42,11 @@ class BaseTask:
         self.model = llama.Llama(self.model_config, dtype=config.jnp_dtype, remat=config.remat, unroll=config.unroll)
         self.stages = parse_mixture(config.mixture)
         self.identity = {}
+        self.placement = sharding.Placement(sharding.make_mesh(config.mesh), self.model_config)
         self._ids, self._lengths = {}, {}
 
     def notes(self):
-        return []
+        return self.placement.notes()
 
     def init(self):
         """Random parameters; embeddings at `model.embedding_std`, the final norm alike, so that a tied head starts near uniform."""
@@ -95,19 +97,16 @@ class BaseTask:
         documents = [synthetic.base_document(f"{self.config.seed} {step} {i}", kind) for i, kind in enumerate(drawn)]
         return self._collate(documents, max(map(self._length, kinds)))
 
-    def train_batches(self, start, stop):
-        rows = self.config.batch_size // jax.process_count()
-        mine = slice(jax.process_index() * rows, (jax.process_index() + 1) * rows)
-        return batches.ahead(lambda step: jax.tree.map(lambda x: x[mine], self.batch(step)), start, stop)
+    def train_batches(self, start, stop, rows=slice(None)):
+        """Batches of steps start … stop - 1. rows: those that are made, by default all."""
+        return batches.ahead(lambda step: jax.tree.map(lambda x: x[rows], self.batch(step)), start, stop)
 
-    def eval_batches(self):
-        """Held-out documents of every kind of the last stage; losses are named by kind."""
-        rows = self.config.batch_size // jax.process_count()
-        mine = slice(jax.process_index() * rows, (jax.process_index() + 1) * rows)
+    def eval_batches(self, rows=slice(None)):
+        """Held-out documents of every kind of the last stage; losses are named by kind. rows: as for `train_batches`."""
         for kind in self.stages[-1][1]:
             for start in range(0, self.config.eval_examples, self.config.batch_size):
                 documents = [synthetic.base_document(f"held out {start + i}", kind) for i in range(self.config.batch_size)]
-                yield {kind: jax.tree.map(lambda x: x[mine], self._collate(documents, self._length(kind)))}
+                yield {kind: jax.tree.map(lambda x: x[rows], self._collate(documents, self._length(kind)))}
 
     def describe(self, batch):
         """What a line of metrics should say of a batch: nothing."""
@@ -124,6 +123,10 @@ class BaseTask:
 
     def tokens(self, batch):
         return jnp.sum(batch["weights"] > 0).astype(jnp.float32)
+
+    def least_flops(self, batch):
+        """Not counted: this is no run whose utilisation anyone looks at."""
+        return None
 
     def losses(self, trained, frozen, batch, dropout_key):
         """`{"lm": (weighted sum of token losses, sum of weights)}`."""

@@ -13,7 +13,7 @@ from icae_jax.interop import adapter as adapters
 from icae_jax.interop import base as bases
 from icae_jax.models import llama, lora
 from icae_jax.objectives import loss, targets
-from icae_jax.training import sharding
+from icae_jax.training import flops, sharding
 from icae_jax.training.config import SCRATCH
 
 
@@ -26,26 +26,60 @@ def compression_on(config, tokenizer):
     return dataclasses.replace(compression, trigger="trained"), [note]
 
 
-class CompressorTask:
-    """LoRA and memory table trained by AE, LM and QA losses behind a frozen base (`TrainConfig`)."""
+class CompressorLosses:
+    """What a training step computes, without data or weights: the AE, LM and QA losses of batches (`TrainConfig`).
+
+    model_config: the base's sizes. compression: what is trained on that base (`compression_on`). head: ids that stand before the memory
+    where questions are asked.
+    """
+
+    def __init__(self, config, model_config, compression, head=()):
+        c = config
+        self.config, self.weights, self.compression = c, c.objectives.weights, compression
+        self.heads = {o: head if o == "qa" else () for o in self.weights}
+        self.model = llama.Llama(
+            model_config, lora_scale=c.lora.scale, lora_dropout=c.lora.dropout, dtype=c.jnp_dtype, remat=c.remat, unroll=c.unroll
+        )
+        self.decoder = self.model.clone(remat=c.remat_decoder or c.remat)
+
+    def counts(self, batch):
+        """Label tokens by objective."""
+        return {o: jnp.sum(t["label_mask"]).astype(jnp.float32) for o, t in batch["targets"].items()}
+
+    def tokens(self, batch):
+        """Context tokens encoded and label tokens predicted."""
+        return jnp.sum(batch["lengths"]).astype(jnp.float32) + sum(self.counts(batch).values())
+
+    def least_flops(self, batch):
+        """The fewest FLOPs that a step on a batch of these shapes takes (`training.flops`)."""
+        return flops.least(self.model.config, self.config.lora, self.compression, batch, self.heads).total
+
+    def losses(self, trained, frozen, batch, dropout_key):
+        """`{objective: (sum, count)}`. The decoder sees a context through its memory alone, that of row `reads` where given."""
+        c = self.compression
+        memory = methods.compress(self.model, frozen, trained, batch["context"], batch["lengths"], c, batch["k"], dropout_key)
+        if "reads" in batch:
+            memory = memory[batch["reads"]]
+        losses = loss.label_losses(self.decoder, frozen, trained, memory, batch["targets"], self.heads, c.layout, self.config.loss_chunk)
+        return loss.objective_sums(losses, batch["targets"])
+
+
+class CompressorTask(CompressorLosses):
+    """LoRA and memory table trained on a frozen base: its losses, its data, and where all of it lies."""
 
     def __init__(self, config):
         c = config
-        self.config, self.weights = c, c.objectives.weights
-        everywhere = sharding.replicated(sharding.make_mesh())
-        self.base = bases.load_base(c.base, c.jnp_dtype, everywhere, progress=jax.process_index() == 0)
+        self.placement = sharding.Placement(sharding.make_mesh(c.mesh), bases.sizes(c.base))
+        self.base = bases.load_base(c.base, c.jnp_dtype, self.placement.parameter, progress=jax.process_index() == 0)
         tokenizer = self.base.tokenizer
-        self.compression, self._notes = compression_on(c, tokenizer)
+        compression, self._notes = compression_on(c, tokenizer)
         self.template = targets.make_template(c.objectives.template, tokenizer)
+        super().__init__(c, self.base.config, compression, self.template.head)
         self.framing = targets.make_framing(self.compression, tokenizer, bases.bos_id(tokenizer))
         self.start_from = None
         if c.init_from and c.init_from != SCRATCH:
             self.start_from = adapters.load_adapter(adapters.adapter_folder(c.init_from), self.base)
             self._check_start()
-        self.heads = {o: self.template.head if o == "qa" else () for o in self.weights}
-        self.model = llama.Llama(
-            self.base.config, lora_scale=c.lora.scale, lora_dropout=c.lora.dropout, dtype=c.jnp_dtype, remat=c.remat, unroll=c.unroll
-        )
         self.frozen = self.base.params
         self.train_examples = self._mixture() if c.data.train_weights else self._examples(c.data.train)
         self.eval_examples = self._examples(c.data.eval) if c.data.eval and c.eval_examples else None
@@ -107,7 +141,7 @@ class CompressorTask:
     def notes(self):
         """Lines worth saying before training: what is done otherwise than asked, what was left out of the data."""
         named = (("data.train", self.train_examples), ("data.eval", self.eval_examples))
-        return self._notes + [f"{name}: left out {count} {reason}" for name, e in named if e for reason, count in e.dropped.items()]
+        return self.placement.notes() + self._notes + [f"{name}: left out {count} {reason}" for name, e in named if e for reason, count in e.dropped.items()]
 
     def init(self):
         """The trained tree: from `init_from`, or new."""
@@ -120,14 +154,14 @@ class CompressorTask:
             trigger = self.base.tokenizer.convert_tokens_to_ids(c.compression.trigger_token)
             if trigger is None or trigger == self.base.tokenizer.unk_token_id:
                 raise ValueError(f"compression.trigger_token {c.compression.trigger_token!r} is not a token of the base's tokenizer")
-        table = encoder.init_memory_table(jax.random.fold_in(key, 1), self.frozen, c.compression, trigger)
+        embeddings = {"embed": sharding.on_host(self.frozen["embed"])}
+        table = encoder.init_memory_table(jax.random.fold_in(key, 1), embeddings, c.compression, trigger)
         return {"lora": lora.init_lora(jax.random.fold_in(key, 2), self.base.config, c.lora), "memory_table": table}
 
-    def train_batches(self, start, stop):
+    def train_batches(self, start, stop, rows=slice(None)):
+        """Batches of steps start … stop - 1. rows: those that are made, by default all."""
         c = self.config
-        return batches.train_batches(
-            self.train_examples, c.seed, c.batch_size, start, stop, self.compression.choices, jax.process_index(), jax.process_count()
-        )
+        return batches.train_batches(self.train_examples, c.seed, c.batch_size, start, stop, self.compression.choices, rows)
 
     def describe(self, batch):
         """What a line of metrics should say of a batch: its k, where there are several."""
@@ -138,41 +172,24 @@ class CompressorTask:
         right = [of for kind, of in losses.items() if kind.startswith("memory")]
         return sum(self.weights[o] * v for of in right for o, v in of.items()) / len(right)
 
-    def eval_batches(self):
+    def eval_batches(self, rows=slice(None)):
         """Fixed held-out batches, each as `{"memory": batch, "wrong_memory": batch}`: `reads [B]` names the row whose memory each row
         reads, its own or its neighbour's. Where k is drawn, `memory` is the largest and `memory_k4`, `wrong_memory_k4`, … the others.
+        rows: as for `train_batches`.
         """
         if self.eval_examples is None:
             return
         size = self.config.batch_size
-        share = size // jax.process_count()
-        mine = slice(jax.process_index() * share, (jax.process_index() + 1) * share)
-        for bucket, rows in self.eval_examples.held_out(size, self.config.eval_examples):
-            batch = self.eval_examples.collate(bucket, rows[mine])
-            own, other, count = np.arange(size, dtype=np.int32), np.arange(size, dtype=np.int32), int((rows >= 0).sum())
+        for bucket, chosen in self.eval_examples.held_out(size, self.config.eval_examples):
+            batch = self.eval_examples.collate(bucket, chosen[rows])
+            own, other, count = np.arange(size, dtype=np.int32), np.arange(size, dtype=np.int32), int((chosen >= 0).sum())
             other[:count] = np.roll(other[:count], -1) if count > 1 else size - 1  # a single example reads a blank memory
             kinds = {}
             for k in sorted(self.compression.choices, reverse=True):
                 suffix = "" if k == self.compression.k else f"_k{k}"
                 for kind, reads in (("memory", own), ("wrong_memory", other)):
-                    kinds[kind + suffix] = batch | {"reads": reads[mine], "k": batches.StaticInt(k)}
+                    kinds[kind + suffix] = batch | {"reads": reads[rows], "k": batches.StaticInt(k)}
             yield kinds
-
-    def counts(self, batch):
-        return {o: jnp.sum(t["label_mask"]).astype(jnp.float32) for o, t in batch["targets"].items()}
-
-    def tokens(self, batch):
-        """Context tokens encoded and label tokens predicted."""
-        return jnp.sum(batch["lengths"]).astype(jnp.float32) + sum(self.counts(batch).values())
-
-    def losses(self, trained, frozen, batch, dropout_key):
-        """`{objective: (sum, count)}`. The decoder sees a context through its memory alone, that of row `reads` where given."""
-        c = self.compression
-        memory = methods.compress(self.model, frozen, trained, batch["context"], batch["lengths"], c, batch["k"], dropout_key)
-        if "reads" in batch:
-            memory = memory[batch["reads"]]
-        losses = loss.label_losses(self.model, frozen, trained, memory, batch["targets"], self.heads, c.layout, self.config.loss_chunk)
-        return loss.objective_sums(losses, batch["targets"])
 
     def export(self, workdir, trained):
         """Writes the adapter folder."""

@@ -14,6 +14,7 @@ from icae_jax.interop import files
 from icae_jax.models.llama import REMAT_POLICIES
 from icae_jax.models.lora import LoraConfig
 from icae_jax.objectives.targets import OBJECTIVES
+from icae_jax.training.sharding import MeshConfig
 
 SCRATCH = "scratch"  # init_from of fine-tuning without a pretrained compressor
 
@@ -70,6 +71,7 @@ class LoopConfig:
     """What every kind of training shares. accumulate: microbatches of one step. eval_examples: held-out examples at most.
 
     dtype: of activations and the frozen base ("float32" or "bfloat16"); trained parameters are float32. remat: see `models.llama`.
+    mesh: how the devices are arranged (`training.sharding`).
     eval_every, checkpoint_every: in steps; checkpoints are made at evaluations too.
     """
 
@@ -86,6 +88,7 @@ class LoopConfig:
     eval_examples: int = 64
     checkpoint_every: int = 200
     optimizer: OptimizerConfig = OptimizerConfig()
+    mesh: MeshConfig = MeshConfig()
 
     def __post_init__(self):
         for name in ("steps", "batch_size", "accumulate", "unroll", "loss_chunk", "log_every", "eval_every", "checkpoint_every"):
@@ -110,13 +113,15 @@ class TrainConfig(LoopConfig):
     """One compressor's training. phase: "pretrain" (AE, LM) or "finetune" (QA, AE). base: folder, hub id or URL.
 
     init_from: an adapter folder or the workdir of an earlier phase; fine-tuning needs one, or "scratch". draw_k: the phases in which
-    every step draws its number of memory tokens from `compression.k_choices`; the others train compression.k alone.
+    every step draws its number of memory tokens from `compression.k_choices`; the others train compression.k alone. remat_decoder: the
+    decoder's policy, "" where it is that of the encoder, `remat`.
     """
 
     phase: str = "pretrain"
     base: str = ""
     init_from: str = ""
     draw_k: tuple[str, ...] = ("finetune",)
+    remat_decoder: str = ""
     compression: CompressionConfig = CompressionConfig()
     lora: LoraConfig = LoraConfig()
     objectives: ObjectivesConfig = ObjectivesConfig()
@@ -124,6 +129,8 @@ class TrainConfig(LoopConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.remat_decoder and self.remat_decoder not in REMAT_POLICIES:
+            raise ValueError(f"remat_decoder is {self.remat_decoder!r}; choose from {', '.join(REMAT_POLICIES)}, or '' for that of remat")
         for name, phases in (("phase", (self.phase,)), ("draw_k", self.draw_k)):
             unknown = [p for p in phases if p not in ("pretrain", "finetune")]
             if unknown:
@@ -212,7 +219,8 @@ def _scalar(kind, value, where):
 # ------------------------------------------------------------------------------------------------- resuming a workdir
 
 # What may change when a workdir is continued; any other field changes the mathematics.
-FREE_FIELDS = {"log_every", "eval_every", "eval_examples", "checkpoint_every", "remat", "unroll"}
+FREE_FIELDS = {"log_every", "eval_every", "eval_examples", "checkpoint_every", "remat", "remat_decoder", "unroll"}
+FREE_FIELDS |= {"mesh.data", "mesh.fsdp", "mesh.tensor"}  # the devices may change: results agree within rounding
 FREE_FIELDS |= {"base", "init_from", "data.train", "data.eval", "data.cache_dir", "data.tfds_dir"}  # paths; `identity` has the content
 
 
@@ -231,17 +239,19 @@ def _defaults(kind):
     }
 
 
-def check_workdir(workdir, config, identity):
+def check_workdir(workdir, config, identity, writes=lambda: True):
     """Compares with the configuration that the workdir was started with, and records the new one.
 
     A field that came later than the workdir had its default then: new fields are made so that this is what was done before them.
-    identity: `{name: fingerprint}` of what paths in the configuration stand for; those are compared instead of the paths.
+    identity: `{name: fingerprint}` of what paths in the configuration stand for; those are compared instead of the paths. writes: asked
+    once everything was read and found good, whether this process records it.
     Returns the changes to log, as text lines. ValueError lists fields that change the mathematics; nothing is written then.
     """
     path = pathlib.Path(workdir) / "config.json"
     now = _flat(dataclasses.asdict(config)) | {f"identity.{k}": v for k, v in identity.items()}
     if not path.exists():
-        files.write_json(path, now)
+        if writes():
+            files.write_json(path, now)
         return []
     before = _flat(_defaults(type(config))) | files.read_json(path, "the run's configuration")
     changed = [k for k in sorted(before.keys() | now.keys()) if before.get(k) != now.get(k)]
@@ -254,5 +264,6 @@ def check_workdir(workdir, config, identity):
             f"{workdir} was started with another configuration, and these fields change its mathematics: {lines}. "
             "Give the old values to continue it, or another --workdir"
         )
-    files.write_json(path, now)
+    if writes():
+        files.write_json(path, now)
     return [f"{k}: {before.get(k)!r} -> {now.get(k)!r}" for k in changed]

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import optax
 import optax.contrib
 
+from icae_jax.models import llama
+
 
 def make_optimizer(config, steps):
     """AdamW or Muon with warm-up and global-norm clipping, and its learning-rate schedule (step -> rate)."""
@@ -46,8 +48,8 @@ def init_state(trained, optimizer):
     return {"step": jnp.zeros((), jnp.int32), "trained": trained, "opt_state": optimizer.init(trained)}
 
 
-def make_train_step(task, optimizer, seed, accumulate):
-    """`step(state, frozen, batch) -> (state, metrics)`, jitted, the state donated.
+def make_train_step(task, optimizer, seed, accumulate, shardings=None):
+    """`step(state, frozen, batch) -> (state, metrics)`, jitted, the state donated. shardings: of the state, in and out.
 
     Each objective's denominator is its label count over the whole batch, known before any microbatch runs, so that
     accumulating equals one large batch. Randomness is a function of (seed, step).
@@ -71,14 +73,18 @@ def make_train_step(task, optimizer, seed, accumulate):
             (grads, sums), _ = add(zero, (batch, 0))
         else:
             # Interleaved, so that every device keeps the rows it has.
-            micros = jax.tree.map(lambda x: jnp.swapaxes(x.reshape(x.shape[0] // accumulate, accumulate, *x.shape[1:]), 0, 1), batch)
+            def cut(x):
+                x = jnp.swapaxes(x.reshape(x.shape[0] // accumulate, accumulate, *x.shape[1:]), 0, 1)
+                return llama.constrain(x, None, "batch", *[None] * (x.ndim - 2))
+
+            micros = jax.tree.map(cut, batch)
             (grads, sums), _ = jax.lax.scan(add, zero, (micros, jnp.arange(accumulate)))
         updates, opt_state = optimizer.update(grads, state["opt_state"], state["trained"])
         trained = optax.apply_updates(state["trained"], updates)
         metrics = {"sums": sums, "counts": counts, "tokens": task.tokens(batch), "grad_norm": optax.global_norm(grads)}
         return {"step": state["step"] + 1, "trained": trained, "opt_state": opt_state}, metrics
 
-    return jax.jit(step, donate_argnums=0)
+    return jax.jit(step, donate_argnums=0, out_shardings=None if shardings is None else (shardings, None))
 
 
 def make_eval_step(task):

@@ -2,16 +2,14 @@
 
 import math
 import pathlib
-import signal
 import sys
-import threading
 import time
 
 import jax
 from absl import logging as absl_logging
 from tqdm import tqdm
 
-from icae_jax.training import metrics, sharding, step
+from icae_jax.training import chips, distributed, metrics, sharding, step
 from icae_jax.training.checkpoint import Checkpoints
 from icae_jax.training.config import check_workdir
 
@@ -32,34 +30,17 @@ def parameter_table(trained, frozen):
     return "\n".join(lines)
 
 
-class _Termination:
-    """Notes SIGTERM, so that the loop can save before it leaves; outside the main thread there are no signals."""
-
-    def __enter__(self):
-        self.asked = False
-        self._usable = threading.current_thread() is threading.main_thread()
-        if self._usable:
-            self._before = signal.signal(signal.SIGTERM, self._note)
-        return self
-
-    def _note(self, *_):
-        self.asked = True
-
-    def __exit__(self, *_):
-        if self._usable:
-            signal.signal(signal.SIGTERM, self._before)
-
-
-def evaluate(task, eval_step, trained, frozen, mesh):
+def evaluate(task, eval_step, trained, frozen, rows, batch_size):
     """Mean held-out losses, `{kind: {objective: nats}}`; empty without held-out data.
 
     The kinds are the task's: for a compressor "memory" and, as the control, "wrong_memory", another example's: what stays the same
-    there was not read from the memory.
+    there was not read from the memory. rows: of each batch, those that this process makes.
     """
-    totals = {}
-    for batches in task.eval_batches():
+    mesh, totals = task.placement.mesh, {}
+    for batches in task.eval_batches(rows):
         for kind, batch in batches.items():
-            for o, (loss, count) in eval_step(trained, frozen, sharding.put_batch(mesh, batch)).items():
+            found = eval_step(trained, frozen, sharding.put_batch(mesh, batch, rows, batch_size))
+            for o, (loss, count) in found.items():
                 loss_before, count_before = totals.setdefault(kind, {}).get(o, (0.0, 0.0))
                 totals[kind][o] = (loss_before + float(loss), count_before + float(count))
     return {kind: {o: loss / count for o, (loss, count) in t.items() if count} for kind, t in totals.items()}
@@ -70,28 +51,35 @@ def train(config, task, workdir, *, log=None):
 
     0: every step done, the result exported and `DONE` written. 75: SIGTERM came, the state is saved. 3: a loss or gradient was
     not finite; nothing of it was saved. ValueError: the workdir belongs to a configuration with other mathematics.
+    Several processes all call this, with one workdir; the first writes metrics and the result.
     """
-    workdir = pathlib.Path(workdir)
+    with task.placement.active():
+        return _train(config, task, pathlib.Path(workdir), log or (lambda text: tqdm.write(text, file=sys.stderr)))
+
+
+def _train(config, task, workdir, log):
     main_process = jax.process_index() == 0
-    say = log or (lambda text: tqdm.write(text, file=sys.stderr))
-    mesh = sharding.make_mesh()
+    say = log if main_process else lambda text: None
+    mesh = task.placement.mesh
     sharding.check_batch_size(mesh, config.batch_size, config.accumulate)
+    rows = sharding.local_rows(mesh, config.batch_size)
 
     # ------------------------------------------------------------------------- the workdir: whose is it, is it done?
     workdir.mkdir(parents=True, exist_ok=True)
-    for line in task.notes() + [f"changed: {change}" for change in check_workdir(workdir, config, task.identity)]:
+    changes = check_workdir(workdir, config, task.identity, distributed.main_after_all)
+    for line in task.notes() + [f"changed: {change}" for change in changes]:
         say(line)
     done_file = workdir / "DONE"
-    if done_file.exists() and int(done_file.read_text() or 0) >= config.steps:
+    if distributed.agreed(done_file.exists() and int(done_file.read_text() or 0) >= config.steps):
         say(f"{workdir} is done already ({config.steps} steps)")
         return DONE
 
     # ----------------------------------------------------------------- state: resume, then initialise from, then scratch
     optimizer, learning_rate = step.make_optimizer(config.optimizer, config.steps)
-    everywhere = sharding.replicated(mesh)
-    frozen = jax.device_put(task.frozen, everywhere)
-    state = jax.device_put(step.init_state(task.init(), optimizer), everywhere)
-    say(parameter_table(state["trained"], task.frozen))
+    frozen, state = task.frozen, step.init_state(task.init(), optimizer)
+    shardings = task.placement.tree(state)
+    state = sharding.put(state, shardings)
+    say(parameter_table(state["trained"], frozen))
     absl_logging.set_verbosity(absl_logging.FATAL)  # Orbax logs each thread's traceback of a failed save; the error is raised anyway
     checkpoints = Checkpoints(workdir)
     first = checkpoints.latest()
@@ -105,20 +93,22 @@ def train(config, task, workdir, *, log=None):
     lines = metrics.MetricsFile(workdir, first) if main_process else None
 
     # ----------------------------------------------------------------------------------------------------------- steps
-    train_step = step.make_train_step(task, optimizer, config.seed, config.accumulate)
+    train_step = step.make_train_step(task, optimizer, config.seed, config.accumulate, shardings)
     eval_step = step.make_eval_step(task)
     start = max(first, 0)
     stop = config.steps
     bar = tqdm(total=stop, initial=start, unit="step", file=sys.stderr, disable=not main_process, dynamic_ncols=True, mininterval=1.0)
-    shown, pending, clock, tokens_since = {}, None, time.perf_counter(), 0.0
+    chip = chips.find(mesh.devices.flat[0].device_kind)
+    shown, pending, clock, tokens_since, flops_since = {}, None, time.perf_counter(), 0.0, 0
 
     def flush(pending):
         """Reads one step's metrics (which waits for it), writes its line where due. Returns whether all of it is finite."""
-        nonlocal clock, tokens_since
-        at, device, about = pending
+        nonlocal clock, tokens_since, flops_since
+        at, device, about, least_flops = pending
         values = jax.device_get(device)
         losses = metrics.means(values["sums"], values["counts"])
         tokens_since += float(values["tokens"])
+        flops_since += least_flops or 0
         if not all(map(math.isfinite, [*losses.values(), float(values["grad_norm"])])):
             return False
         if at % config.log_every == 0 or at == stop:
@@ -126,7 +116,9 @@ def train(config, task, workdir, *, log=None):
             line = {"step": at, **about, "train": losses, "grad_norm": float(values["grad_norm"])}
             line |= {"learning_rate": float(learning_rate(at - 1))}
             line |= {"seconds": now - clock, "tokens_per_second": tokens_since / (now - clock)}
-            clock, tokens_since = now, 0.0
+            utilisation = metrics.mfu(flops_since, now - clock, chip, mesh.size) if flops_since else None
+            line |= {} if utilisation is None else {"mfu": utilisation}
+            clock, tokens_since, flops_since = now, 0.0, 0
             if lines:
                 lines.write(line)
             shown.update({o: f"{v:.3f}" for o, v in losses.items()}, tok_s=f"{line['tokens_per_second']:.0f}")
@@ -135,7 +127,7 @@ def train(config, task, workdir, *, log=None):
 
     def held_out(at):
         """Evaluates, writes the line, returns the weighted loss (None without held-out data)."""
-        losses = evaluate(task, eval_step, state["trained"], frozen, mesh)
+        losses = evaluate(task, eval_step, state["trained"], frozen, rows, config.batch_size)
         if not losses:
             return None
         total = task.held_out_loss(losses)
@@ -152,16 +144,17 @@ def train(config, task, workdir, *, log=None):
         return DIVERGED
 
     try:
-        with _Termination() as termination, bar:
+        with distributed.Preemption() as preemption, bar:
             if first < 0:
                 held_out(0)
-            for at, host_batch in zip(range(start + 1, stop + 1), task.train_batches(start, stop), strict=True):
-                state, device = train_step(state, frozen, sharding.put_batch(mesh, host_batch))
+            for at, host_batch in zip(range(start + 1, stop + 1), task.train_batches(start, stop, rows), strict=True):
+                batch = sharding.put_batch(mesh, host_batch, rows, config.batch_size)
+                state, device = train_step(state, frozen, batch)
                 if pending and not flush(pending):  # one step late: the device is already busy with the next
                     return diverged(pending[0])
-                pending = (at, device, task.describe(host_batch))
+                pending = (at, device, task.describe(host_batch), task.least_flops(batch))
                 bar.update()
-                leaving = termination.asked and at < stop
+                leaving = preemption.at(at) and at < stop
                 evaluating = at % config.eval_every == 0 or at == stop
                 if evaluating or leaving or at % config.checkpoint_every == 0:
                     if not flush(pending):
@@ -174,12 +167,14 @@ def train(config, task, workdir, *, log=None):
                     say(f"SIGTERM: saved step {at}; the same command continues")
                     return PREEMPTED
             checkpoints.wait()
+            trained, best = sharding.on_host(state["trained"]), checkpoints.best()
             if main_process:
-                folder = task.export(workdir, jax.device_get(state["trained"]))
+                folder = task.export(workdir, trained)
                 done_file.write_text(f"{stop}\n")
-                best = checkpoints.best()
                 say(f"done: {stop} steps{'' if best is None else f', lowest held-out loss at step {best}'}; {folder}")
             return DONE
     finally:
         checkpoints.close()
+        if lines:
+            lines.close()
 
