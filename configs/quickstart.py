@@ -2,6 +2,8 @@
 
     icae train --config configs/quickstart.py:pretrain-x500 --workdir W --config.base=icae_jax/data/tiny_base \\
         --config.data.train=quickstart/data/train.jsonl --config.data.eval=quickstart/data/held_out.jsonl
+    icae sweep --config configs/quickstart.py:pretrain-x500 --sweep k --workdir W --config.base=icae_jax/data/tiny_base \\
+        --config.data.train=quickstart/data/train.jsonl --config.data.eval=quickstart/data/held_out.jsonl
 """
 
 from ml_collections import ConfigDict
@@ -24,12 +26,18 @@ def get_config(arg="pretrain-icae"):
     config.accumulate = 1
     config.dtype = "float32"
     config.remat = "none"
+    config.remat_decoder = ""  # the same as remat
     config.unroll = 1
     config.loss_chunk = 128
     config.log_every = 10
     config.eval_every = 100
     config.eval_examples = 64
     config.checkpoint_every = 100
+
+    config.mesh = ConfigDict()  # the axes' sizes, -1: whatever is left
+    config.mesh.data = 1
+    config.mesh.fsdp = -1
+    config.mesh.tensor = 1
 
     config.compression = ConfigDict()
     config.compression.method = method or "icae"
@@ -76,3 +84,19 @@ def get_config(arg="pretrain-icae"):
     config.data.cache_dir = ""
     config.data.tfds_dir = ""
     return config
+
+
+def sweep_k(add):
+    """Memory tokens of a segment of 55, one model for each."""
+    for k in (2, 4, 8, 11):
+        add(**{"compression.k": k, "compression.rate": 55 / k, "compression.k_choices": ()})
+
+
+def sweep_method(add):
+    for method in ("icae", "x500"):
+        add(**{"compression.method": method})
+
+
+def sweep_learning_rate(add):
+    for rate in (3e-4, 1e-3, 3e-3, 1e-2):
+        add(**{"optimizer.learning_rate": rate})

@@ -29,6 +29,11 @@ def get_config():
         "0 quiz=14 questions=8 repeat=5 notes=5",
     )
 
+    config.mesh = ConfigDict()  # the axes' sizes, -1: whatever is left
+    config.mesh.data = 1
+    config.mesh.fsdp = -1
+    config.mesh.tensor = 1
+
     config.model = ConfigDict()
     config.model.hidden_size = 160
     config.model.intermediate_size = 320

@@ -9,12 +9,10 @@ import sys
 BAD_INPUT = 2
 
 
-def load_config(kind, argv):
-    """The frozen configuration of `--config FILE[:arg] [--config.field=value …]`, and the other flags' namespace (workdir)."""
+def load_raw(argv):
+    """The nested dicts of `--config FILE[:arg] [--config.field=value …]`, and the workdir."""
     from absl import flags
     from ml_collections import config_flags
-
-    from icae_jax.training.config import from_dict
 
     values = flags.FlagValues()
     config_flags.DEFINE_config_file("config", None, "configuration file", flag_values=values, lock_config=True, sys_argv=["icae", *argv])
@@ -31,7 +29,15 @@ def load_config(kind, argv):
         raise ValueError(f"--config: {str(error).splitlines()[0]}") from error
     if not values.workdir:
         raise ValueError("--workdir is not given; give a folder for checkpoints, metrics and the result")
-    return from_dict(kind, values.config.to_dict()), pathlib.Path(values.workdir)
+    return values.config.to_dict(), pathlib.Path(values.workdir)
+
+
+def load_config(kind, argv):
+    """The frozen configuration of what `load_raw` reads, and the workdir."""
+    from icae_jax.training.config import from_dict
+
+    raw, workdir = load_raw(argv)
+    return from_dict(kind, raw), workdir
 
 
 TRAIN_HELP = """usage: icae {verb} --config FILE[:arg] --workdir DIR [--config.field=value …]
@@ -74,6 +80,18 @@ def base_flags(parser):
     parser.add_argument("--base_dtype", choices=("float32", "bfloat16"), default="float32", help=help_text)
 
 
+def mesh_flag(parser):
+    """The flag of the verbs that may use several devices."""
+    parser.add_argument("--mesh", help="this host's devices, to split base and batches over, such as fsdp=4,tensor=2; by default one")
+
+
+def _mesh(text):
+    """The mesh over this process's devices that --mesh asks for; None for one device alone."""
+    from icae_jax.training import sharding
+
+    return sharding.local_mesh(sharding.parse(text)) if text else None
+
+
 def _print(value, as_json, text):
     print(json.dumps(value, ensure_ascii=False) if as_json else text)
 
@@ -89,6 +107,7 @@ def compress_verb(argv):
     parser.add_argument("--input", required=True, help="JSON lines (text, or context) or a text file")
     parser.add_argument("--output", required=True, help="memory file to write (.safetensors)")
     parser.add_argument("--k", type=int, help="memory tokens a segment, where the adapter knows several; by default the most")
+    mesh_flag(parser)
     parser.add_argument("--batch_size", type=int, default=16, help="texts compressed at once")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args(argv)
@@ -96,7 +115,7 @@ def compress_verb(argv):
     rows = list({row.text: row for row in read_rows(args.input)}.values())  # a context with many questions is one memory
     if not rows:
         raise ValueError(f"--input {args.input}: no rows")
-    compressor = load(args.adapter, args.base, dtype=args.base_dtype)
+    compressor = load(args.adapter, args.base, dtype=args.base_dtype, mesh=_mesh(args.mesh))
     memory = compressor.compress([row.text for row in rows], args.batch_size, [row.where for row in rows], args.k)
     compressor.save(args.output, memory, ids=[row.id for row in rows])
     tokens, kept, size = int(memory.lengths.sum()), int(memory.tokens.sum()), int(memory.bytes.sum())
@@ -111,6 +130,7 @@ def _memory_parser(verb):
     parser.add_argument("--memory", required=True, help="memory file that `icae compress` wrote")
     parser.add_argument("--adapter", help="adapter folder; by default the one that the memory names")
     base_flags(parser)
+    mesh_flag(parser)
     parser.add_argument("--batch_size", type=int, default=16, help="texts decoded at once")
     parser.add_argument("--max_new_tokens", type=int, default=None, help="most tokens of an answer or a restored text")
     parser.add_argument("--json", action="store_true", help="print one JSON object a line")
@@ -121,7 +141,7 @@ def restore_verb(argv):
     from icae_jax.inference.compressor import load_with_memory
 
     args = _memory_parser("restore").parse_args(argv)
-    compressor, memory, ids = load_with_memory(args.memory, args.adapter, args.base, args.base_dtype)
+    compressor, memory, ids = load_with_memory(args.memory, args.adapter, args.base, args.base_dtype, _mesh(args.mesh))
     texts = compressor.restore(memory, args.max_new_tokens, args.batch_size)
     for row_id, text in zip(ids, texts, strict=True):
         _print({"id": row_id, "text": text}, args.json, text)
@@ -135,7 +155,7 @@ def ask_verb(argv):
     parser.add_argument("--question", required=True, action="append", help="put to every text in the memory; may be given many times")
     parser.add_argument("--id", action="append", help="ask only the text of this id; may be given many times")
     args = parser.parse_args(argv)
-    compressor, memory, ids = load_with_memory(args.memory, args.adapter, args.base, args.base_dtype)
+    compressor, memory, ids = load_with_memory(args.memory, args.adapter, args.base, args.base_dtype, _mesh(args.mesh))
     if args.id:
         unknown = sorted(set(args.id) - set(ids))
         if unknown:
@@ -165,6 +185,12 @@ def prepare_verb(argv):
     from icae_jax import prepare
 
     return prepare.main(_parser("prepare"), argv)
+
+
+def sweep_verb(argv):
+    from icae_jax import sweep
+
+    return sweep.main(_parser("sweep"), argv)
 
 
 CONVERT = {"base": "a base model, into the hub's format or an Orbax copy", "adapter": "a trained compressor, from and to any format"}
@@ -199,6 +225,7 @@ VERBS = {
     "quickstart": (quickstart_verb, "train a compressor in minutes on a small shipped base, and show what a memory is worth"),
     "prepare": (prepare_verb, "make a data set of downloaded files, for training and evaluation to read"),
     "train": (train_verb, "train a compressor: pretrain (AE + LM) or finetune (QA)"),
+    "sweep": (sweep_verb, "train a configuration at several values of a field, and compare them"),
     "train-base": (train_base_verb, "train a small base model from scratch"),
     "compress": (compress_verb, "write texts into a memory file"),
     "restore": (restore_verb, "read the texts back out of a memory file"),

@@ -1,0 +1,333 @@
+"""Sweeps: points are checked before any runs, each is trained once, what stops a sweep, jobs, and one whole sweep on a tiny base."""
+
+import json
+import os
+import pathlib
+import re
+import runpy
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from conftest import ROOT, WORDS, write_jsonl
+
+from icae_jax import cli, sweep
+from icae_jax.training import metrics
+from icae_jax.training.checkpoint import Checkpoints
+from icae_jax.training.config import TrainConfig
+from icae_jax.training.train import DIVERGED, PREEMPTED
+
+RAW = {
+    "phase": "pretrain", "base": "base", "init_from": "", "steps": 3, "batch_size": 4, "log_every": 1, "eval_every": 2, "eval_examples": 4,
+    "seed": 0, "compression": {"k": 4, "rate": 4.0, "layout": ""}, "lora": {"rank": 4, "targets": ("q_proj", "v_proj")},
+    "objectives": {"ae": 0.5, "lm": 0.5}, "optimizer": {"learning_rate": 1e-2, "warmup_steps": 1},
+    "data": {"train": "train.jsonl", "eval": "eval.jsonl", "context_lengths": (16,), "cache_dir": ""},
+}  # fmt: skip
+RANKS = """
+def sweep_rank(add):
+    for rank in (2, 4, 8):
+        add(**{"lora.rank": rank})
+"""
+
+
+def write_config(folder, sweeps=RANKS, raw=RAW):
+    """A configuration file with sweeps, as text; its argument is the seed."""
+    path = folder / "tiny.py"
+    text = f'from ml_collections import ConfigDict\n\ndef get_config(arg="0"):\n    return ConfigDict({{**{raw!r}, "seed": int(arg)}})\n'
+    path.write_text(text + sweeps)
+    return str(path)
+
+
+def plan(config, folder, name="rank", **overrides):
+    return sweep.plan(config, name, folder, overrides)
+
+
+# ------------------------------------------------------------------------------------------------------------ expansion
+
+
+@pytest.mark.parametrize(
+    ("points", "names"),
+    [
+        ([{"compression.k": k, "compression.rate": 512 / k, "lora.rank": 8} for k in (64, 96)], ["k=64,rate=8", "k=96,rate=5.33333"]),
+        ([{"lora.rank": 8}], ["rank=8"]),
+        ([{}, {"optimizer.learning_rate": 1e-4}], ["unchanged", "learning_rate=0.0001"]),
+        ([{"compression.method": "icae", "optimizer.name": "muon"}, {"compression.method": "x500", "optimizer.name": "muon"}],
+         ["method=icae", "method=x500"]),
+        ([{"a.name": 1, "b.name": 2}, {"a.name": 2, "b.name": 1}], ["a.name=1,b.name=2", "a.name=2,b.name=1"]),
+        ([{"data.train": "../a b.jsonl"}, {"data.train": "../a$b.jsonl"}], ["train=.._a_b.jsonl", "train=.._a_b.jsonl-1"]),
+        ([{"data.context_lengths": (16, 32)}, {"data.context_lengths": ()}], ["context_lengths=16+32", "context_lengths="]),
+    ],
+)  # fmt: skip
+def test_names(points, names):
+    """Breaks when two points share a folder, a name needs quoting or leaves its folder, or holds what all points have."""
+    assert sweep.names(points) == names
+
+
+BAD = {
+    "no such sweep": ("rank", "def sweep_k(add): pass\ndef sweep_lr(add): pass", [], r"--sweep rank: .*tiny\.py has k, lr$"),
+    "no sweeps": ("rank", "", [], r"tiny\.py has no sweeps; define sweep_NAME"),
+    "no points": ("k", "def sweep_k(add): pass", [], r"sweep_k of .* adds no points"),
+    "no such field": ("k", "def sweep_k(add): add(**{'compression.kk': 1})", [], r"sweep k, point kk=1: compression\.kk is not a field"),
+    "no such group": ("k", "def sweep_k(add): add(**{'compresion.k': 1})", [], r"compresion\.k is not a field"),
+    "a group": ("k", "def sweep_k(add): add(compression=1)", [], r"compression is not a field"),
+    "a field of a field": ("k", "def sweep_k(add): add(**{'steps.k': 1})", [], r"steps\.k is not a field"),
+    "wrong type": ("k", "def sweep_k(add): add(**{'lora.rank': 1.5})", [], r"point rank=1\.5: config\.lora\.rank is 1\.5; expected int"),
+    "impossible value": ("k", "def sweep_k(add): add(**{'lora.rank': 4}); add(**{'lora.rank': 0})", [], r"point rank=0: lora\.rank is 0"),
+    "listed twice": ("k", "def sweep_k(add): add(**{'lora.rank': 2}); add(**{'lora.rank': 2})", [], r"same configuration as point rank=2"),
+    "the default": ("k", "def sweep_k(add): add(**{'lora.rank': 4}); add()", [], r"unchanged: the same configuration as point rank=4"),
+    "set twice": ("rank", RANKS, ["--config.lora.rank=4"], r"lora\.rank is set by the sweep itself; leave out --config\.lora\.rank"),
+    "not held out": ("rank", RANKS, ["--config.data.eval="], r"data\.eval .*not set; .*give --config\.data\.eval=PATH"),
+    "unknown override": ("rank", RANKS, ["--config.lorra.rank", "4"], r"--config: .*lorra"),
+    "unknown flag": ("rank", RANKS, ["--step=4"], r"--step=4 is no flag of icae sweep"),
+    "nothing to sum up": ("rank", RANKS, ["--table"], r"--workdir .* holds no sweep"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_is_wrong_is_named_before_anything_runs(name, tmp_path, monkeypatch, capsys):
+    """Breaks when one bad point is found out after the others were trained."""
+    asked, sweeps, flags, message = BAD[name]
+    monkeypatch.setattr(sweep, "train", lambda *_: pytest.fail("a point was trained"))
+    argv = ["sweep", "--config", write_config(tmp_path, sweeps), "--sweep", asked, "--workdir", str(tmp_path / "w"), *flags]
+    assert cli.main(argv) == 2
+    err = capsys.readouterr().err
+    assert re.search(message, err.strip()), err
+    assert not (tmp_path / "w").exists()
+
+
+SHIPPED = [(name, key.removeprefix("sweep_")) for name in ("icae", "x500", "quickstart")
+           for key in runpy.run_path(str(ROOT / "configs" / f"{name}.py")) if key.startswith("sweep_")]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "of"), SHIPPED)
+def test_sweeps_of_the_configurations(name, of, tmp_path):
+    """Breaks when a shipped sweep holds a wrong field, or `icae train` reads a point's flags as other values."""
+    given = {"data.train": "train.jsonl", "data.eval": "eval.jsonl", "base": "base"}
+    for arg in ("pretrain", *(["finetune"] if of in ("rank", "learning_rate") else []), *(["llama3_8b"] if name != "quickstart" else [])):
+        if arg == "llama3_8b":
+            given.pop("base")
+        points = plan(f"{ROOT}/configs/{name}.py:{arg}", tmp_path, of, **given, **({"init_from": "w/{point}"} if arg == "finetune" else {}))
+        assert len(points) > 1
+        for point in points:
+            assert point.command[0] == "train" and point.folder == tmp_path / point.name
+            config, workdir = cli.load_config(TrainConfig, point.command[1:])
+            assert workdir == point.folder and config.init_from == ("" if arg != "finetune" else f"w/{point.name}")
+            assert config.compression == point.config.compression and config.objectives == point.config.objectives
+            assert (config.lora, config.optimizer, config.data) == (point.config.lora, point.config.optimizer, point.config.data)
+        if of == "k":
+            assert len({p.config.compression.segment_tokens for p in points}) == 1
+        if of == "rate":
+            assert all(p.config.data.context_lengths == (p.config.compression.segment_tokens,) for p in points)
+        if of == "method":
+            assert [(p.config.compression.method, p.config.compression.layout) for p in points] == [("icae", "servable"), ("x500", "clean")]
+
+
+# ----------------------------------------------------------------------------------------------------- training the points
+
+
+class Fake:
+    """Stands for `icae train`: leaves what it would leave for the exit code that a point is to have."""
+
+    def __init__(self, points, **codes):
+        self.codes, self.called = {p.name: codes.get(p.name.replace("=", ""), 0) for p in points}, []
+
+    def __call__(self, command):
+        flags = dict(zip(command[1::2], command[2::2], strict=False))
+        folder = pathlib.Path(flags["--workdir"])
+        self.called.append(folder.name)
+        folder.mkdir(exist_ok=True, parents=True)
+        if self.codes[folder.name] == 0:
+            (folder / "DONE").write_text("3\n")
+        return self.codes[folder.name]
+
+
+@pytest.mark.parametrize(
+    ("code", "ends", "goes_on", "again"),
+    [(3, 0, True, []), (1, 1, True, ["rank=4"]), (-9, 1, True, ["rank=4"]), (2, 2, False, ["rank=4", "rank=8"]),
+     (75, 75, False, ["rank=4", "rank=8"])],
+)  # fmt: skip
+def test_exit_codes_of_a_point(code, ends, goes_on, again, tmp_path, capfd):
+    """Breaks when a sweep goes on past bad input or a preemption, stops at a failure, or trains a finished or diverged point again."""
+    points = plan(write_config(tmp_path), tmp_path / "w")
+    fake = Fake(points, rank4=code)
+    got, codes = sweep.train(points, fake)
+    assert got == ends and fake.called == ["rank=2", "rank=4", "rank=8"][: 3 if goes_on else 2] == list(codes)
+    second = Fake(points)
+    assert sweep.train(points, second)[0] == 0 and second.called == again
+    if code == DIVERGED:
+        assert points[1].state == "diverged" and f"delete {points[1].folder}" in capfd.readouterr().err
+        (points[1].folder / sweep.NOTE).unlink()
+        points[1].folder.rmdir()
+        assert sweep.train(points, second)[0] == 0 and second.called == ["rank=4"]
+    assert [p.state for p in points] == ["done"] * 3
+
+
+def test_a_longer_sweep_trains_on(tmp_path):
+    """Breaks when DONE of fewer steps counts as done."""
+    config = write_config(tmp_path)
+    sweep.train(plan(config, tmp_path / "w"), Fake(plan(config, tmp_path / "w")))
+    longer = plan(config, tmp_path / "w", steps="4")
+    assert [p.state for p in longer] == ["unfinished"] * 3
+    fake = Fake(longer)
+    sweep.train(longer, fake)
+    assert len(fake.called) == 3
+
+
+def identity(config, name="rank", **overrides):
+    points = plan(config, pathlib.Path("w"), name, **overrides)
+    return {"config": pathlib.Path(config).name, "sweep": name, "overrides": overrides, "points": {p.name: p.changes for p in points}}
+
+
+def test_the_folder_of_another_sweep_is_refused(tmp_path):
+    """Breaks when points of two sweeps are compared as one, or a sweep cannot be continued where it moved, got longer or got points."""
+    other = RANKS + 'def sweep_data(add):\n    add(**{"data.context_lengths": [16]})\n    add(**{"data.context_lengths": (16, 32)})\n'
+    config = write_config(tmp_path, other)
+    for name in ("rank", "data"):
+        (tmp_path / name).mkdir()
+        for free in ({}, {"steps": "9"}, {"data.train": "elsewhere.jsonl", "log_every": "2"}):
+            sweep.claim(tmp_path / name, identity(config, name, **free))
+    for changed, message in (
+        (identity(config + ":1"), "config: 'tiny.py' -> 'tiny.py:1'"),
+        (identity(config, "data"), "sweep: 'rank' -> 'data'"),
+        (identity(config, seed="1"), r"--config\.seed: None -> '1'"),
+        (identity(write_config(tmp_path, RANKS.replace("(2, 4, 8)", "(2, 8)"))), r"point rank=4: \{'lora\.rank': 4\} -> None"),
+    ):
+        with pytest.raises(ValueError, match=rf"rank holds another sweep: {message}.*or another --workdir"):
+            sweep.claim(tmp_path / "rank", changed)
+    sweep.claim(tmp_path / "rank", identity(write_config(tmp_path, RANKS.replace("(2,", "(1, 2,"))))
+    assert list(json.loads((tmp_path / "rank" / "sweep.json").read_text())["points"]) == ["rank=1", "rank=2", "rank=4", "rank=8"]
+
+
+# ------------------------------------------------------------------------------------------------------------------ jobs
+
+
+def test_jobs_train_each_unfinished_point(tmp_path, monkeypatch, capsys):
+    """Breaks when a job's quoting, folder or numbering is wrong, a done point gets one, or an old job stays."""
+    here, jobs = tmp_path / "a folder", tmp_path / "my jobs"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    write_config(here)
+    sweep_of = ["sweep", "--config", "tiny.py", "--sweep", "rank", "--workdir", "it's w", "--config.lora.targets=('q_proj', 'k_proj')"]
+    assert cli.main([*sweep_of, "--jobs", str(jobs)]) == 0
+    out = capsys.readouterr().out
+    assert "--array=0-2" in out and "icae sweep --config tiny.py" in out
+    icae = tmp_path / "bin" / "icae"
+    icae.parent.mkdir()
+    icae.write_text(f'#!/bin/sh\npwd >> "{tmp_path}/called"\nprintf "<%s>" "$@" >> "{tmp_path}/called"\nexit 7\n')
+    icae.chmod(0o755)
+    environment = os.environ | {"PATH": f"{icae.parent}:{os.environ['PATH']}"}
+    written = sorted(jobs.glob("*.sh"))
+    assert [p.name for p in written] == ["point-000.sh", "point-001.sh", "point-002.sh"]
+    assert subprocess.run(["bash", "-c", '"$0"', str(written[1])], cwd=tmp_path, env=environment).returncode == 7
+    called = (tmp_path / "called").read_text()
+    assert called == (
+        f"{here}\n<train><--config><tiny.py><--workdir><it's w/rank=4>"
+        "<--config.lora.targets=('q_proj', 'k_proj')><--config.lora.rank=4>"
+    )  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    launch = re.search(r"sbatch --array=0-2 (launch/slurm.sbatch) (--jobs .*)\n", out)  # the launcher finds the jobs by their names
+    ran = f"bash {ROOT}/{launch.group(1)} --dry_run {launch.group(2)}"
+    shown = subprocess.run(["bash", "-c", ran], capture_output=True, text=True, env=environment | {"SLURM_ARRAY_TASK_ID": "2"}).stdout
+    assert "my\\ jobs/point-002.sh" in shown and "rank=8" in written[2].read_text()
+    monkeypatch.chdir(here)
+
+    (here / "it's w" / "rank=2").mkdir()
+    (here / "it's w" / "rank=2" / "DONE").write_text("3\n")
+    assert cli.main([*sweep_of, "--jobs", str(jobs), "--json"]) == 0
+    assert [pathlib.Path(p) for p in json.loads(capsys.readouterr().out)["jobs"]] == written[:2] == sorted(jobs.glob("*.sh"))
+    assert "rank=4" in written[0].read_text()
+
+
+# ---------------------------------------------------------------------------------------------------------- with real runs
+
+
+@pytest.fixture(scope="module")
+def real(tiny_base, tmp_path_factory):
+    """(a configuration file on the tiny base with data, its folder)."""
+    folder = tmp_path_factory.mktemp("sweep")
+    rng = np.random.default_rng(0)
+
+    def texts(count):
+        return [{"text": " ".join(rng.choice(WORDS[8:], size=40))} for _ in range(count)]
+
+    data = {"train": write_jsonl(folder / "train.jsonl", texts(8)), "eval": write_jsonl(folder / "eval.jsonl", texts(4))}
+    data = RAW["data"] | data | {"cache_dir": str(folder / "cache")}
+    return write_config(folder, RANKS.replace("(2, 4, 8)", "(2, 4)"), RAW | {"base": str(tiny_base), "data": data}), folder
+
+
+@pytest.mark.slow
+def test_a_whole_sweep(real, tmp_path, monkeypatch, capfd):
+    """Breaks when a point is not trained, what was measured is not what is reported, or a second call trains again."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    config, _ = real
+    command = ["sweep", "--config", config, "--sweep", "rank", "--workdir", str(tmp_path)]
+    assert cli.main([*command, "--json"]) == 0
+    results = json.loads(capfd.readouterr().out)
+    assert results == json.loads((tmp_path / "results.json").read_text()) and results["fields"] == ["lora.rank"]
+    for point, rank in zip(results["points"], (2, 4), strict=True):
+        lines = metrics.read(tmp_path / f"rank={rank}" / "metrics.jsonl")
+        last = [line for line in lines if "eval" in line][-1]
+        assert (point["point"], point["state"], point["exit_code"], point["steps"]) == (f"rank={rank}", "done", 0, 3)
+        assert point["held_out"] == last["eval"] and point["eval_loss"] == last["eval_loss"] and last["step"] == 3
+        assert point["train"] == [line for line in lines if "train" in line][-1]["train"] and point["tokens_per_second"] > 0
+        assert json.loads((tmp_path / f"rank={rank}" / "config.json").read_text())["lora.rank"] == rank
+    assert results["points"][0]["eval_loss"] != results["points"][1]["eval_loss"]
+
+    monkeypatch.setattr(sweep.Trainer, "__call__", lambda *_: pytest.fail("a point was trained again"))
+    assert cli.main(command) == 0
+    out = capfd.readouterr().out
+    assert f"{results['points'][1]['held_out']['wrong_memory']['lm']:.4f}" in out and "rank=4" in out
+    assert (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG") and "<img" in (tmp_path / "report.html").read_text()
+
+
+@pytest.mark.slow
+def test_sigterm_reaches_the_point_first(real, tmp_path):
+    """Breaks when a preempted sweep leaves its point without a checkpoint, or starts the next one."""
+    config, _ = real
+    command = [sys.executable, "-m", "icae_jax", "sweep", "--config", config, "--sweep", "rank", "--workdir", str(tmp_path)]
+    process = subprocess.Popen(
+        [*command, "--config.steps=100000", "--config.eval_every=100000"], stderr=subprocess.PIPE, text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    path, deadline = tmp_path / "rank=2" / "metrics.jsonl", time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if path.exists() and any(line["step"] > 0 for line in metrics.read(path)):
+            break
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == PREEMPTED, err[-2000:]
+    saved = re.search(r"SIGTERM: saved step (\d+)", err)
+    assert saved and Checkpoints(tmp_path / "rank=2").latest() == int(saved.group(1))
+    assert not (tmp_path / "rank=4").exists() and not (tmp_path / "results.json").exists()
+
+
+def test_sigterm_ends_a_sweep_whatever_the_point_makes_of_it(tmp_path):
+    """Breaks when a point that dies of the signal, or ends in time, counts as failed or done, and the next one starts."""
+    script = """
+import os, signal, sys, threading
+from icae_jax.sweep import Trainer
+sys.executable = sys.argv[1]
+with Trainer() as call:
+    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    print(call([]), call([]))
+"""
+    slow = tmp_path / "slow"
+    slow.write_text(f"#!/bin/sh\necho started >> {tmp_path}/log\nexec sleep 30\n")
+    slow.chmod(0o755)
+    command = [sys.executable, "-c", script, str(slow)]
+    out = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)}, timeout=25)
+    assert out.stdout.split() == ["75", "75"], out.stderr
+    assert (tmp_path / "log").read_text() == "started\n"
+
+
+def test_the_sweep_itself_takes_no_accelerator(tmp_path):
+    """Breaks when the sweep's own process starts a JAX backend, which on TPUs leaves none for the points."""
+    command = [sys.executable, "-m", "icae_jax", "sweep", "--config", write_config(tmp_path), "--sweep", "rank", "--workdir", str(tmp_path)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "absent"}
+    for flags in (["--jobs", str(tmp_path / "jobs")], ["--table"]):
+        out = subprocess.run([*command, *flags], capture_output=True, text=True, env=environment)
+        assert out.returncode == 0, out.stderr
