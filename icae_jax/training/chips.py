@@ -46,9 +46,7 @@ _PUBLISHED = (
     # NVIDIA DGX B200 datasheet: 1,440 GB and 64 TB/s of eight; 4.5 PFLOPS each with sparsity; NVLink 1.8 TB/s
     (("NVIDIA B200",), 2250e12, 180, 8000e9, 900e9),
 )
-CHIPS = {
-    kind: Chip(kind, flops, gib * 2**30, bandwidth, links) for kinds, flops, gib, bandwidth, links in _PUBLISHED for kind in kinds
-}
+CHIPS = {kind: Chip(kind, flops, gib * 2**30, bandwidth, links) for kinds, flops, gib, bandwidth, links in _PUBLISHED for kind in kinds}
 
 
 def find(device_kind):

@@ -33,6 +33,7 @@ class MetricsFile:
         folder.mkdir(parents=True, exist_ok=True)
         # The name that it makes has whole seconds: one more file in the same second would be written over the first.
         self._events = EventsWriter(str(folder / "events"), f".{time.time_ns()}")
+        # Every file has one, that of a new run too: TensorBoard takes the first for the start and only later ones for restarts.
         start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
         self._events.write_event(self._event(wall_time=time.time(), step=resume_step + 1, session_log=start))
         self._events.flush()
