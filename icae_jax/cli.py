@@ -9,8 +9,8 @@ import sys
 BAD_INPUT = 2
 
 
-def load_raw(argv):
-    """The nested dicts of `--config FILE[:arg] [--config.field=value …]`, and the workdir."""
+def load_raw(argv, need_workdir=True):
+    """The nested dicts of `--config FILE[:arg] [--config.field=value …]`, and the workdir (None where none is given nor needed)."""
     from absl import flags
     from ml_collections import config_flags
 
@@ -27,9 +27,9 @@ def load_raw(argv):
         values(["icae", *argv])
     except (flags.Error, AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"--config: {str(error).splitlines()[0]}") from error
-    if not values.workdir:
+    if need_workdir and not values.workdir:
         raise ValueError("--workdir is not given; give a folder for checkpoints, metrics and the result")
-    return values.config.to_dict(), pathlib.Path(values.workdir)
+    return values.config.to_dict(), values.workdir and pathlib.Path(values.workdir)
 
 
 def load_config(kind, argv):
@@ -48,25 +48,49 @@ TRAIN_HELP = """usage: icae {verb} --config FILE[:arg] --workdir DIR [--config.f
   --workdir DIR           checkpoints, metrics and the result; the same command continues what is there
   --config.field=value    any field of the configuration, such as --config.steps=1000
 
-exit codes: 0 done, 2 bad input, 3 diverged, 75 saved after SIGTERM"""
+Several processes are one run, on one DIR that all of them see. TPU slices and Slurm jobs are recognised; elsewhere each is told:
+  --coordinator HOST:PORT where process 0 serves the others
+  --processes N           how many there are
+  --process I             which this is, from 0
+
+exit codes: 0 done, 2 bad input, 3 diverged, 75 saved after SIGTERM; others (1, 134) where a process failed, which ends the others too:
+their output says which. The same command continues"""
+
+
+def process_flags(parser):
+    """The flags of the verbs that several processes run together."""
+    add = parser.add_argument_group("several processes (TPU slices and Slurm jobs are recognised without)").add_argument
+    add("--coordinator", metavar="HOST:PORT", help="where process 0 serves the others")
+    add("--processes", type=int, metavar="N", help="how many there are")
+    add("--process", type=int, metavar="I", help="which this is, from 0")
+
+
+def _train(verb, argv, kind, make_task):
+    """Trains what `make_task` makes of a configuration of that kind, alone or as one of several processes."""
+    from icae_jax.training import distributed
+    from icae_jax.training.train import train
+
+    parser = argparse.ArgumentParser(prog=f"icae {verb}", add_help=False, allow_abbrev=False)
+    process_flags(parser)
+    args, rest = parser.parse_known_args(argv)
+    config, workdir = load_config(kind, rest)
+    with distributed.ending_together(BAD_INPUT):
+        distributed.start(args.coordinator, args.processes, args.process)
+        return train(config, make_task(config), workdir)
 
 
 def train_verb(argv):
     from icae_jax.training.compressor_task import CompressorTask
     from icae_jax.training.config import TrainConfig
-    from icae_jax.training.train import train
 
-    config, workdir = load_config(TrainConfig, argv)
-    return train(config, CompressorTask(config), workdir)
+    return _train("train", argv, TrainConfig, CompressorTask)
 
 
 def train_base_verb(argv):
     from icae_jax.training.base_task import BaseTask
     from icae_jax.training.config import BaseConfig
-    from icae_jax.training.train import train
 
-    config, workdir = load_config(BaseConfig, argv)
-    return train(config, BaseTask(config), workdir)
+    return _train("train-base", argv, BaseConfig, BaseTask)
 
 
 def _parser(verb):
@@ -209,10 +233,20 @@ def convert_verb(argv):
     return (convert_base if argv[0] == "base" else convert_adapter).main(parser, argv[1:])
 
 
+def plan_verb(argv):
+    from icae_jax import plan
+
+    return plan.main(_parser("plan"), argv)
+
+
 def evaluate_verb(argv):
     from icae_jax import evaluate
+    from icae_jax.training import distributed
 
-    return evaluate.main(_parser("evaluate"), argv)
+    parser = _parser("evaluate")
+    process_flags(parser)
+    with distributed.ending_together(BAD_INPUT):
+        return evaluate.main(parser, argv)
 
 
 def export_verb(argv):
@@ -230,6 +264,7 @@ VERBS = {
     "compress": (compress_verb, "write texts into a memory file"),
     "restore": (restore_verb, "read the texts back out of a memory file"),
     "ask": (ask_verb, "answer questions from a memory file"),
+    "plan": (plan_verb, "say what a configuration takes on a TPU slice, by compiling it for one"),
     "evaluate": (evaluate_verb, "measure a compressor by one of the papers' suites, with intervals and a report"),
     "inspect": (inspect_verb, "say what a file or folder is, its sizes, its method, and which bases fit"),
     "convert": (convert_verb, "convert base models and adapters between this package's formats and those of others"),

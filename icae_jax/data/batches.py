@@ -65,6 +65,19 @@ class Bucket:
     examples: np.ndarray
 
 
+def segment_shape(length, compression):
+    """(segments, tokens of each) of the contexts of a bucket. A shorter text may fill one whole segment, which is longer than the
+    near-equal segments of the longest.
+    """
+    return encoder.segment_shape(length, compression)[0], min(length, compression.segment_tokens)
+
+
+def target_shapes(config, compression, objectives, length, qa_shape, pad_labels):
+    """`{objective: (G, T, U)}` of a bucket's targets, see `objectives.targets.pack`. qa_shape: (T, U) of questions with their answers."""
+    size = 1 + (encoder.segment_shape(length, compression)[0] * compression.segment_tokens if pad_labels else length)
+    return {o: (config.questions_per_context, *qa_shape) if o == "qa" else (1, size, size) for o in objectives}
+
+
 @functools.lru_cache(maxsize=32)
 def _permutation(seed, bucket, epoch, count, *source):
     return np.random.default_rng([seed, 1, bucket, epoch, *source]).permutation(count)
@@ -93,8 +106,7 @@ class Examples:
             examples = self._questions()
             weights = np.asarray([len(e) for e in examples], float)
         self.buckets = [
-            # A shorter text may fill one whole segment, which is longer than the near-equal segments of the longest.
-            Bucket(length, (encoder.segment_shape(length, compression)[0], min(length, compression.segment_tokens)), e)
+            Bucket(length, segment_shape(length, compression), e)
             for length, e in zip(config.context_lengths, examples, strict=True)
         ]
         weights = weights * [len(e) > 0 for e in examples]
@@ -215,12 +227,9 @@ class Examples:
         """The same, of examples that `targets` made."""
         bucket = self.buckets[bucket]
         ids, lengths = encoder.segment_contexts([c for c, _ in made], self.compression, bucket.shape, self.framing.eos)
-        size = 1 + (bucket.shape[0] * self.compression.segment_tokens if self.pad_labels else bucket.length)
-        targets = {}
-        for objective in self.objectives:
-            G = self.config.questions_per_context if objective == "qa" else 1
-            T, U = self.qa_shape if objective == "qa" else (size, size)
-            targets[objective] = layouts.pack([t.get(objective, []) for _, t in made], G, T, U)
+        qa_shape = getattr(self, "qa_shape", None)
+        shapes = target_shapes(self.config, self.compression, self.objectives, bucket.length, qa_shape, self.pad_labels)
+        targets = {o: layouts.pack([t.get(o, []) for _, t in made], *shape) for o, shape in shapes.items()}
         return {"context": ids, "lengths": lengths, "targets": targets}
 
 

@@ -1,0 +1,259 @@
+"""`icae plan`: what a configuration takes on a TPU slice, compiled for it on any machine: memory, collectives, FLOPs, a time."""
+
+import argparse
+import dataclasses
+import importlib.util
+import json
+import pathlib
+import re
+import sys
+
+from icae_jax import cli
+from icae_jax.planning import programs, worker
+from icae_jax.training import chips
+from icae_jax.training.config import SCRATCH, TrainConfig, from_dict
+from icae_jax.training.sharding import AXES, BATCH, MeshConfig
+
+GIB = 2**30
+MOST_HOST_DEVICES = 256  # beyond, FLOPs are counted on a smaller mesh
+DESCRIPTION = "The configuration is given as to icae train, --config FILE[:arg] [--config.field=value …]; no base, data or TPU is needed."
+
+
+def flags(parser):
+    add = parser.add_argument
+    parser.description, parser.epilog = parser.description + ".", DESCRIPTION
+    add("--topology", required=True, help="TPU slice, such as v5e:4x4, v5p:2x2x2, v6e:4x4")
+    add("--what", choices=programs.WHATS, default="train", help="a training step, writing memories, or reading them (default: %(default)s)")
+    add("--contexts_per_chip", type=float, help="contexts of a microbatch on each chip; by default batch_size / accumulate over the chips")
+    add("--context_length", type=int, help="tokens of a context; by default the longest of data.context_lengths")
+    add("--search", action="store_true", help="find the most contexts per chip that fit")
+    add("--exact", action="store_true", help="compile with all effort, as a run does: several times slower, memory within a few per cent")
+    add("--json", action="store_true", help="print one line of JSON")
+
+
+# ------------------------------------------------------------------------------------------------------------- reading
+
+
+def base_sizes(base):
+    """The `ModelConfig` of a base: of a folder that is here, else of a known hub id. ValueError with the known ones."""
+    from icae_jax.interop import base as bases
+    from icae_jax.models import sizes
+
+    if not base:
+        raise ValueError(f"base is not set; name it, --config.base=NAME, or a configuration that does; known are {', '.join(sizes.NAMED)}")
+    return bases.sizes(base) if pathlib.Path(base).is_dir() else sizes.find(base)
+
+
+def read_config(argv):
+    """The `TrainConfig` of a command line, for which no data need be named."""
+    raw, _ = cli.load_raw(argv, need_workdir=False)
+    raw["data"]["train"] = raw["data"]["train"] or "-"
+    raw["init_from"] = raw["init_from"] or (SCRATCH if raw["phase"] == "finetune" else "")
+    return from_dict(TrainConfig, raw)
+
+
+def make_spec(args, config, chip_count):
+    """(`programs.Spec`, mesh shape) of the flags. ValueError where contexts do not divide over the mesh."""
+    model = base_sizes(config.base)
+    shape = dict(zip(AXES, config.mesh.shape(chip_count), strict=True))
+    parts = shape["data"] * shape["fsdp"]
+    if args.context_length is not None and args.context_length < 2:
+        raise ValueError(f"--context_length is {args.context_length}; give at least 2 tokens")
+    length = args.context_length or max(config.data.context_lengths)
+    contexts = config.batch_size // config.accumulate
+    if args.contexts_per_chip is not None:
+        contexts = round(args.contexts_per_chip * chip_count)
+    if args.search:
+        contexts = parts
+    if contexts < 1 or contexts % parts:
+        raise ValueError(
+            f"{contexts} contexts do not divide over mesh.data x mesh.fsdp, {parts}: give --contexts_per_chip as a multiple of "
+            f"{parts / chip_count:g}, or another batch_size"
+        )
+    return programs.Spec(args.what, config, model, contexts, length), shape
+
+
+# ------------------------------------------------------------------------------------------------------------ compiling
+
+
+def compile_for(spec, topology, exact=False):
+    """What the compiler says of a program on a topology, see `worker`; where it does not fit, `fits` is false and the peak what it asked for."""
+    request = {"kind": "tpu", "spec": spec, "topology": topology, "mesh": spec.config.mesh, "exact": exact}
+    try:
+        return worker.ask(request) | {"fits": True}
+    except worker.OutOfMemory as error:
+        used = re.search(r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT])", str(error))
+        unit = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+        peak = float(used[1]) * unit[used[2]] if used else None
+        return {"fits": False, "peak_bytes": peak, "message": str(error).splitlines()[0]}
+
+
+def count_flops(spec, shape):
+    """(FLOPs of one chip's part, the mesh they were counted on).
+
+    Of the partitioned program with 2 and with 3 layers unrolled, on host devices, continued to all layers. What nothing reads of the
+    last layer XLA drops there, unlike in the scanned program: of 500xCompressor's encoder all beyond its K/V.
+    """
+    counted_on = dict(shape)
+    while (count := counted_on["data"] * counted_on["fsdp"] * counted_on["tensor"]) > MOST_HOST_DEVICES:
+        axis = max(BATCH, key=lambda a: counted_on[a])
+        if counted_on[axis] % 2:
+            raise ValueError(f"mesh is {shape}, too large to count FLOPs on {MOST_HOST_DEVICES} host devices; use even sizes")
+        counted_on[axis] //= 2
+    parts, whole = (s["data"] * s["fsdp"] for s in (counted_on, shape))
+    smaller = dataclasses.replace(spec, contexts=spec.contexts // whole * parts)
+    two, three = (
+        worker.ask({"kind": "host", "spec": programs.few_layers(smaller, n), "mesh": MeshConfig(**counted_on)}, count)["flops"]
+        for n in (2, 3)
+    )
+    once = two + (three - two) * (spec.model.num_layers - 2)
+    if spec.what == "train":
+        return once * spec.config.accumulate, counted_on
+    return once * programs.least(spec) / programs.least(spec, tokens=1), counted_on  # of decoding, the loop's body is counted once
+
+
+def search(spec, topology, exact, say):
+    """(the spec with the most contexts that fit, what the compiler says of it); (the spec, its failure) where not even the fewest fit."""
+    unit, tried = spec.contexts, {}
+
+    def ask(n):
+        tried[n] = compile_for(dataclasses.replace(spec, contexts=n * unit), topology, exact)
+        peak = tried[n]["peak_bytes"]
+        say(f"{n * unit} contexts: {'fit' if tried[n]['fits'] else 'do not fit'}{'' if peak is None else f', peak {peak / GIB:.2f} GiB'}")
+        return tried[n]["fits"]
+
+    if not ask(1):
+        return spec, tried[1]
+    ask(2)
+    while True:
+        low = max(n for n, found in tried.items() if found["fits"])
+        high = min((n for n, found in tried.items() if not found["fits"]), default=None)
+        if high == low + 1:
+            return dataclasses.replace(spec, contexts=low * unit), tried[low]
+        # Where the line through the two largest that fit reaches the chip's memory; between what fits and what does not.
+        below = max((n for n, found in tried.items() if found["fits"] and n < low), default=None)
+        guess = 2 * low
+        if below is not None:
+            slope = (tried[low]["peak_bytes"] - tried[below]["peak_bytes"]) / (low - below)
+            room = chips.find(tried[low]["kind"]).hbm_bytes * 0.98 - tried[low]["peak_bytes"]
+            guess = low + int(room / slope) if slope > 0 else guess
+        guess = max(guess, low + 1)
+        ask(guess if high is None else min(guess, high - 1))
+
+
+def advice(spec, shape, chip, found):
+    """What to change where a program does not fit, the least costly first."""
+    c, ways = spec.config, []
+    rows = spec.contexts // (shape["data"] * shape["fsdp"])
+    if spec.what == "train" and "full" not in (c.remat, c.remat_decoder or c.remat):
+        ways.append("--config.remat=full")
+    if rows > 1:
+        ways.append(
+            f"fewer contexts at once (--search finds how many): --config.accumulate={2 * c.accumulate}" if spec.what == "train"
+            else f"fewer contexts at once: --contexts_per_chip={rows // 2 * (shape['data'] * shape['fsdp']) / shape_size(shape):g}"
+        )  # fmt: skip
+    if shape["data"] > 1:
+        ways.append(f"the base over more chips: --config.mesh.data=1 --config.mesh.fsdp={shape['data'] * shape['fsdp']}")
+    if shape["tensor"] == 1:
+        ways.append("--config.mesh.tensor=2, which splits activations too, or a larger slice")
+    return ways or ["a larger slice"]
+
+
+def shape_size(shape):
+    return shape["data"] * shape["fsdp"] * shape["tensor"]
+
+
+# -------------------------------------------------------------------------------------------------------------- telling
+
+
+def summarise(spec, shape, topology, chip, found):
+    """The plan as a flat dictionary, as --json prints it."""
+    count = shape_size(shape)
+    plan = {
+        "config_base": spec.config.base, "what": spec.what, "topology": topology, "chip": chip.kind, "chips": count, "mesh": shape,
+        "remat": spec.config.remat, "remat_decoder": spec.config.remat_decoder or spec.config.remat, "context_length": spec.length,
+        "contexts": spec.contexts, "contexts_per_chip": spec.contexts / count, "accumulate": spec.config.accumulate,
+        "fits": found["fits"], "peak_hbm_bytes_per_chip": found["peak_bytes"], "chip_hbm_bytes": chip.hbm_bytes,
+    }  # fmt: skip
+    flops, counted_on = count_flops(spec, shape)
+    least = programs.least(spec) / count
+    plan |= {"flops_per_chip": flops, "least_flops_per_chip": least, "flops_ratio": flops / least, "counted_on": counted_on}
+    if not found["fits"]:
+        return plan | {"advice": advice(spec, shape, chip, found), "estimated_seconds": None, "estimated_mfu": None}
+    kinds = {}
+    for kind, size, times, text in found["collectives"]:
+        one = kinds.setdefault(kind, {"times": 0, "bytes": 0, "largest_bytes": 0, "largest": ""})
+        one["times"], one["bytes"] = one["times"] + times, one["bytes"] + size * times
+        if size > one["largest_bytes"]:
+            one["largest_bytes"], one["largest"] = size, text
+    # A ring sends what it gathers once, and what it sums twice.
+    sent = sum(of["bytes"] * (2 if kind == "all-reduce" else 1) for kind, of in kinds.items())
+    parts = {"compute": flops / chip.bf16_flops, "memory": found["hbm_bytes"] / chip.hbm_bandwidth, "links": sent / chip.link_bandwidth}
+    seconds = max(parts.values())
+    return plan | {
+        "argument_bytes_per_chip": found["argument_bytes"], "temporary_bytes_per_chip": found["temporary_bytes"],
+        "hbm_traffic_bytes_per_chip": found["hbm_bytes"], "collectives": kinds, "estimated_parts": parts, "estimated_seconds": seconds,
+        "estimated_mfu": least / seconds / chip.bf16_flops, "notes": found["notes"],
+    }  # fmt: skip
+
+
+def text(plan):
+    """The plan for people."""
+    mesh = ", ".join(f"{axis} {n}" for axis, n in plan["mesh"].items())
+    peak = plan["peak_hbm_bytes_per_chip"]
+    rows = [
+        ("chips", f"{plan['chips']} x {plan['chip']} ({plan['topology']}), mesh {mesh}"),
+        ("contexts", f"{plan['contexts_per_chip']:g} a chip, {plan['contexts']} at once, {plan['context_length']} tokens each"),
+        ("fits", f"{'yes' if plan['fits'] else 'no'}: peak {'unknown' if peak is None else f'{peak / GIB:.2f} GiB'} "
+                 f"of {plan['chip_hbm_bytes'] / GIB:g} GiB a chip"),
+    ]  # fmt: skip
+    if plan["fits"]:
+        rows[-1:] = [
+            ("parameters", f"{plan['argument_bytes_per_chip'] / GIB:.2f} GiB a chip, with optimizer state and batch"),
+            ("temporaries", f"{plan['temporary_bytes_per_chip'] / GIB:.2f} GiB a chip at the peak"),
+            rows[-1],
+        ]
+        for kind, of in plan["collectives"].items():
+            most = f"the largest {of['largest_bytes'] / GIB:.3f} GiB, {of['largest']}"
+            rows.append((kind, f"{of['times']} a step, {of['bytes'] / GIB:.2f} GiB a chip; {most}"))
+    where = "" if plan["counted_on"] == plan["mesh"] else f", counted on {', '.join(f'{a} {n}' for a, n in plan['counted_on'].items())}"
+    least, flops = plan["least_flops_per_chip"], plan["flops_per_chip"]
+    rows.append(("FLOPs", f"{flops / 1e12:.1f} T a chip, {plan['flops_ratio']:.3f} of the least possible, {least / 1e12:.1f} T{where}"))
+    if plan["fits"]:
+        parts = ", ".join(f"{name} {seconds:.2f}" for name, seconds in plan["estimated_parts"].items())
+        rate = plan["contexts"] * plan["accumulate"] / plan["estimated_seconds"]
+        rows.append((
+            "estimate", f"{plan['estimated_seconds']:.2f} s ({parts}), {rate:.1f} contexts/s, MFU {100 * plan['estimated_mfu']:.0f} %: "
+            "a roofline from published peaks, not a measurement",
+        ))  # fmt: skip
+    lines = [f"{name:12} {value}" for name, value in rows] + plan.get("notes", [])
+    return "\n".join(lines + [f"to make it fit: {way}" for way in plan.get("advice", [])])
+
+
+def main(parser, argv):
+    """Returns the exit code: 0 where it fits, 1 where it does not; ValueError on bad input and without libtpu."""
+    flags(parser)
+    parser.formatter_class = argparse.HelpFormatter
+    args, rest = parser.parse_known_args(argv)
+    config = read_config(rest)
+    if args.contexts_per_chip is not None and args.search:
+        raise ValueError("--contexts_per_chip and --search exclude each other; give one of them")
+    if importlib.util.find_spec("libtpu") is None:
+        raise ValueError("icae plan needs libtpu, which compiles for TPUs on any machine: pip install 'icae_jax[tpu]'")
+    base_sizes(config.base)
+    about = worker.ask({"kind": "topology", "topology": args.topology})
+    chip = chips.find(about["kind"])
+    if chip is None:
+        raise ValueError(f"--topology {args.topology}: no published peaks are known of {about['kind']}")
+    spec, shape = make_spec(args, config, about["chips"])
+
+    def say(line):
+        print(line, file=sys.stderr, flush=True)
+
+    if args.search:
+        spec, found = search(spec, args.topology, args.exact, say)
+    else:
+        found = compile_for(spec, args.topology, args.exact)
+    plan = summarise(spec, shape, args.topology, chip, found)
+    print(json.dumps(plan) if args.json else text(plan))
+    return 0 if plan["fits"] else 1
