@@ -32,7 +32,7 @@ setup(
         "tqdm",
     ],
     extras_require={
-        "test": ["pytest", "pytest-xdist", "ruff", "torch==2.13.0", "peft"],
+        "test": ["pytest", "pytest-xdist", "ruff", "torch==2.13.0", "peft", "jax[tpu]"],  # libtpu compiles for TPUs on any machine
         "tpu": ["jax[tpu]"],
         "gpu": ["jax[cuda13]"],
     },

@@ -19,7 +19,7 @@ from icae_jax.inference.compressor import Compressor, load_base
 from icae_jax.interop import adapter as adapters
 from icae_jax.interop import files
 from icae_jax.objectives.targets import TEMPLATES
-from icae_jax.training import sharding
+from icae_jax.training import distributed, sharding
 
 RESULTS, PAGE = "results.json", "report.html"
 
@@ -158,6 +158,7 @@ def main(parser, argv):
         raise ValueError(f"--seed is {args.seed}; give a whole number from 0 on")
     if args.out and args.out.exists() and not args.out.is_dir():
         raise ValueError(f"--out {args.out} is a file; give a folder")
+    distributed.start(args.coordinator, args.processes, args.process)
     sources.identity(",".join(drawn.named_sources(args.data).values()), args.tfds_dir)  # are they there? Before the base is loaded
     sets = drawn.read(args.data, args.tfds_dir, args.limit, args.seed)
 
@@ -176,7 +177,7 @@ def main(parser, argv):
     }  # fmt: skip
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
     folder = args.out or pathlib.Path("evaluation") / f"{args.suite}-{digest[:8]}"
-    if run.agreed((folder / RESULTS).exists()):
+    if distributed.agreed((folder / RESULTS).exists()):
         if jax.process_index() == 0:
             result = files.read_json(folder / RESULTS, "the results of an evaluation")
             run.check_identity(folder / RESULTS, result.get("identity", {}), identity)

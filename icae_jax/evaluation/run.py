@@ -120,15 +120,6 @@ def _check_finite(records):
                     raise ValueError(f"{metric} of {arm} is not finite on example {record['id']}: the adapter or --base_dtype is broken")
 
 
-def agreed(value):
-    """Process 0's yes or no, in every process: they must all go on, or none, where their disks differ."""
-    if jax.process_count() == 1:
-        return value
-    from jax.experimental import multihost_utils
-
-    return bool(multihost_utils.broadcast_one_to_all(np.asarray(value)))
-
-
 def gather(done):
     """The union of every process's `{key: records}`, in every process."""
     if jax.process_count() == 1:

@@ -18,12 +18,15 @@ FREE = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "call", "conditional", "after-all", "partition-id",
     "replica-id", "iota", "opt-barrier", "add-dependency",
 }  # fmt: skip
+SLICES = ("dynamic-slice", "slice", "gather")
+FREE_CALLS = ("AllocateBuffer", "ConcatBitcast", "AsyncCollectiveStart", "AsyncCollectiveDone")  # of TPU programs: names alone
 _SHAPE = re.compile(r"(\w+)\[([\d,]*)\](\{[^}]*\})?")
 
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """One line of a program. shapes: `[(element type, dimensions, whether in fast memory)]` of its result, several for a tuple.
+    """One line of a program. shapes: `[(element type, dimensions, whether elsewhere than in main memory)]` of its result, several
+    for a tuple.
 
     operands: names of other instructions. inside: what stands between its parentheses, a constant's value for one.
     """
@@ -38,8 +41,8 @@ class Instruction:
 
     @property
     def bytes(self):
-        """Of the result, where it lies in main memory (TPU programs keep some in memory space 1, on the chip)."""
-        return sum(_bytes(s) for s in self.shapes if not s[2])
+        """Of the result, where it lies in main memory (TPU programs keep some in other spaces, as 1 on the chip)."""
+        return sum(map(_main_bytes, self.shapes))
 
     def called(self, attribute):
         """The computation that an attribute names, or None."""
@@ -49,6 +52,10 @@ class Instruction:
 
 def _bytes(shape):
     return ELEMENT_BYTES.get(shape[0], 0) * math.prod(shape[1])
+
+
+def _main_bytes(shape):
+    return 0 if shape[2] else _bytes(shape)
 
 
 def _closing(text, start):
@@ -65,7 +72,7 @@ def _instruction(line):
     head, _, rest = line.strip().partition(" = ")
     end = _closing(rest, 0) if rest.startswith("(") else rest.index(" ")
     shapes = tuple(
-        (kind, tuple(int(n) for n in dims.split(",") if n), "S(1)" in (layout or "")) for kind, dims, layout in _SHAPE.findall(rest[:end])
+        (kind, tuple(int(n) for n in dims.split(",") if n), "S(" in (layout or "")) for kind, dims, layout in _SHAPE.findall(rest[:end])
     )
     opcode, _, _ = rest[end:].strip().partition("(")
     start = rest.index("(", end)
@@ -77,7 +84,9 @@ def _instruction(line):
 
 
 class Collective(typing.NamedTuple):
-    """One collective operation. bytes: of its whole result on one device. times: how often it runs in a step."""
+    """One collective operation. bytes: of its whole result on one device, of reduce-scatter of its operand: of the larger one. shape: the
+    same. times: how often it runs.
+    """
 
     kind: str
     bytes: float
@@ -85,10 +94,12 @@ class Collective(typing.NamedTuple):
     shape: str
 
 
-def _collective(kind, instruction, times):
-    shapes = instruction.shapes
-    if instruction.opcode.endswith("-start") and kind != "all-reduce":
-        shapes = shapes[len(instruction.operands) :][:1]  # the operands stand in front of the result
+def _collective(kind, instruction, times, body):
+    shapes, count = instruction.shapes, len(instruction.operands)
+    if kind == "reduce-scatter":
+        shapes = [shape for name in instruction.operands for shape in body[name].shapes]
+    elif instruction.opcode.endswith("-start") and kind != "all-reduce":
+        shapes = shapes[count : 2 * count]  # the operands stand in front of the results
     text = ", ".join(f"{element}[{','.join(map(str, dims))}]" for element, dims, _ in shapes)
     return Collective(kind, sum(map(_bytes, shapes)), times, text)
 
@@ -153,19 +164,20 @@ class Program:
         Fusions that overlap one with other work hold it too, several of them the same one, which its channel tells.
         """
         found = {}
-        for instruction, times, _ in self._counted():
-            for one in self._with_fused(instruction):
+        for instruction, times, body in self._counted():
+            for one, beside in self._with_fused(instruction, body):
                 kind = one.opcode.removesuffix("-start")
                 if kind in COLLECTIVES:
                     channel = re.search(r"channel_id=(\d+)", one.attributes)
-                    found.setdefault(channel[1] if channel else one.name, _collective(kind, one, times))
+                    found.setdefault(channel[1] if channel else one.name, _collective(kind, one, times, beside))
         return list(found.values())
 
-    def _with_fused(self, instruction):
-        yield instruction
+    def _with_fused(self, instruction, body):
+        yield instruction, body
         if instruction.opcode == "fusion":
-            for inner in self.computations[instruction.called("calls")].values():
-                yield from self._with_fused(inner)
+            fused = self.computations[instruction.called("calls")]
+            for inner in fused.values():
+                yield from self._with_fused(inner, fused)
 
     def bytes_accessed(self):
         """Bytes read from and written to main memory, each instruction by itself: operands and results, of slices only what is taken."""
@@ -175,19 +187,30 @@ class Program:
         opcode = instruction.opcode
         if opcode in FREE or opcode.endswith("-done") or opcode in ("async-start", "async-update"):
             return 0
+        if opcode == "custom-call" and any(f'"{name}"' in instruction.attributes for name in FREE_CALLS):
+            return 0
         operands = [body[name] for name in instruction.operands if name in body]
-        if opcode in ("dynamic-slice", "slice", "gather"):
-            return 2 * instruction.bytes
+        if opcode in SLICES:
+            return _main_bytes((*instruction.shapes[0][:2], operands[0].shapes[0][2])) + instruction.bytes
+        if opcode == "slice-start":  # the result is (operand, slice, …), in two memory spaces
+            whole, part = instruction.shapes[:2]
+            return _main_bytes((*part[:2], whole[2])) + _main_bytes(part)
+        if opcode.endswith("-start") and opcode != "all-reduce-start":  # the operand is part of the result
+            return instruction.bytes
         if opcode in ("dynamic-update-slice", "scatter"):
             return 2 * sum(operand.bytes for operand in operands[1:])
-        if opcode == "copy-start":
-            return 2 * operands[0].bytes if operands else 0
         if opcode != "fusion":
             return instruction.bytes + sum(operand.bytes for operand in operands)
         inner = self.computations[instruction.called("calls")]
         parameters = {int(i.inside): i for i in inner.values() if i.opcode == "parameter"}
-        read = sum(min(operand.bytes, self._read(parameters[n], inner)) for n, operand in enumerate(operands) if n in parameters)
-        return read + min(instruction.bytes, self._written(inner))
+        # A collective that goes on beside a fusion passes through it: its buffers are aliased, and counted where it starts.
+        passing = {}
+        if any(i.opcode in COLLECTIVES for i in inner.values()):
+            passing = dict(re.findall(r"\{(\d*)\}: \((\d+),", instruction.attributes))
+        own = [(n, operand) for n, operand in enumerate(operands) if n in parameters and str(n) not in passing.values()]
+        results = [n for n in range(len(instruction.shapes)) if str(n) not in passing and "" not in passing]
+        written = min(sum(_main_bytes(instruction.shapes[n]) for n in results), self._written(inner, results))
+        return written + sum(min(operand.bytes, self._read(parameters[n], inner)) for n, operand in own)
 
     def _through(self, instruction, inner):
         """The instructions that use one, names for the same bytes looked through."""
@@ -202,17 +225,17 @@ class Program:
         """Bytes of a fusion's operand that are read."""
         total = 0
         for user, name in self._through(parameter, inner):
-            if user.opcode in ("dynamic-slice", "slice", "gather") and user.operands[0] == name:
+            if user.opcode in SLICES and user.operands[0] == name:
                 total += user.bytes
             elif not (user.opcode in ("dynamic-update-slice", "scatter") and user.operands[0] == name):  # updated in place
                 return math.inf
         return total
 
-    def _written(self, inner):
-        """Bytes of a fusion's result that are written."""
+    def _written(self, inner, results):
+        """Bytes that are written of a fusion's results of these numbers."""
         root = next(i for i in inner.values() if i.root)
         while root.opcode in ("bitcast", "copy", "convert") and root.operands:
             root = inner[root.operands[0]]
         parts = [inner[name] for name in root.operands] if root.opcode == "tuple" else [root]
-        updates = [inner[part.operands[1]].bytes if part.opcode == "dynamic-update-slice" else part.bytes for part in parts]
-        return sum(updates)
+        written = [inner[part.operands[1]].bytes if part.opcode == "dynamic-update-slice" else part.bytes for part in parts]
+        return sum(size for n, size in enumerate(written) if n in results)

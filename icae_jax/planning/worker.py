@@ -3,9 +3,11 @@
 `python -m icae_jax.planning.worker` reads a pickled request on standard input, and prints its answer as one line of JSON.
 """
 
+import importlib.metadata
 import json
 import os
 import pickle
+import signal
 import subprocess
 import sys
 import tempfile
@@ -24,9 +26,11 @@ def ask(request, host_devices=1):
     OutOfMemory where the compiler says so; ValueError with what it wrote where it fails otherwise.
     """
     flags = f"--xla_force_host_platform_device_count={host_devices} --xla_backend_optimization_level=0"
+    if importlib.metadata.version("jaxlib").startswith("0.10."):  # a third of the time; with 0.11 the flag would end the process
+        flags += " --xla_cpu_use_fusion_emitters=false"
     environment = os.environ | {
-        "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_STDERR_LOG_LEVEL": "3",
-        "TPU_MIN_LOG_LEVEL": "3", "TF_CPP_MIN_LOG_LEVEL": "3", "TPU_LOG_DIR": "disabled",
+        "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+        "TPU_STDERR_LOG_LEVEL": "3", "TPU_MIN_LOG_LEVEL": "3", "TF_CPP_MIN_LOG_LEVEL": "3", "TPU_LOG_DIR": "disabled",
     }  # fmt: skip
     with tempfile.TemporaryFile() as log:
         command = [sys.executable, "-m", "icae_jax.planning.worker"]
@@ -35,7 +39,10 @@ def ask(request, host_devices=1):
         written = log.read().decode(errors="replace")
     lines = [line for line in done.stdout.decode().splitlines() if line.startswith(MARK)]
     if not lines:
-        raise ValueError(f"compiling failed (exit code {done.returncode}): {written.strip()[-2000:]}")
+        why = f"exit code {done.returncode}"
+        if done.returncode < 0:
+            why = f"{signal.Signals(-done.returncode).name}; SIGKILL: for want of this machine's memory, as a rule"
+        raise ValueError(f"compiling failed ({why}): {written.strip()[-2000:]}")
     answer = json.loads(lines[-1].removeprefix(MARK))
     if "out_of_memory" in answer:
         raise OutOfMemory(answer["out_of_memory"])
@@ -50,6 +57,7 @@ def _tpu(spec, topology, mesh, exact=False):
     exact: with all the compiler's effort, as a run does, instead of as little as tells the same.
     """
     import jax
+
     from icae_jax.planning import hlo, programs
     from icae_jax.training import sharding
 
@@ -96,7 +104,11 @@ def _devices(topology):
 def _topology(topology):
     """The number of chips of a topology, and their kind."""
     found = _devices(topology)
-    return {"error": found} if isinstance(found, str) else {"kind": found[0].device_kind, "chips": len(found)}
+    if isinstance(found, str):
+        return {"error": found}
+    if any(device.core_on_chip for device in found):
+        return {"error": f"--topology {topology}: libtpu compiles for its single cores, where a run's devices are chips; name another kind"}
+    return {"kind": found[0].device_kind, "chips": len(found)}
 
 
 def _host(spec, mesh):

@@ -2,6 +2,7 @@
 
 import contextlib
 import pathlib
+import sys
 
 import jax
 import numpy as np
@@ -14,6 +15,8 @@ def _saving(what):
     """Turns a failed save, which tensorstore reports as ValueError, into an OSError that says what it means for the run."""
     try:
         yield
+    except jax.errors.JaxRuntimeError:  # from waiting for another process, which is dead
+        raise
     except (OSError, ValueError, RuntimeError) as error:
         cause = str(error).strip().splitlines()[-1].split(": ")[-1]
         raise OSError(f"{what} failed: {cause}. Earlier checkpoints are whole; free space and run the same command again") from error
@@ -48,8 +51,23 @@ def read_trained(step_folder):
         return checkpointer.restore(folder, args=ocp.args.PyTreeRestore(want, how, partial_restore=True))["trained"]
 
 
+def _barrier(*, key, timeout_ms):
+    """Waits for the other processes; not where a save has just failed: they wait elsewhere, and it would be told after 20 minutes only."""
+    if sys.exc_info()[1] is None:
+        ocp.multihost.get_barrier_sync_fn()(key=key, timeout_ms=timeout_ms)
+
+
+class _Manager(ocp.CheckpointManager):
+    def reached_preemption(self, step):
+        """The training loop alone asks JAX for this: asking also says how far a process is, and Orbax asks for old steps, in a thread."""
+        return False
+
+
 class Checkpoints:
-    """The checkpoints of a workdir. `save` returns at once; `wait` blocks until what was saved is on disk."""
+    """The checkpoints of a workdir. `save` returns at once; `wait` blocks until what was saved is on disk.
+
+    A context that closes at its end, but for an error in one of several processes: closing waits for the others, which may be dead.
+    """
 
     def __init__(self, workdir):
         # max_to_keep with best_fn would delete the latest step, so preservation is stated as a policy of its own.
@@ -66,8 +84,9 @@ class Checkpoints:
             cleanup_tmp_directories=True,
             step_prefix="step",
             enable_async_checkpointing=True,
+            async_options=ocp.AsyncOptions(barrier_sync_fn=_barrier),
         )
-        self._manager = ocp.CheckpointManager(pathlib.Path(workdir).resolve() / "checkpoints", options=options)
+        self._manager = _Manager(pathlib.Path(workdir).resolve() / "checkpoints", options=options)
 
     def latest(self):
         """The newest complete step, or None."""
@@ -95,3 +114,10 @@ class Checkpoints:
 
     def close(self):
         self._manager.close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, *_):
+        if kind is None or jax.process_count() == 1:
+            self.close()

@@ -141,7 +141,8 @@ class CompressorTask(CompressorLosses):
     def notes(self):
         """Lines worth saying before training: what is done otherwise than asked, what was left out of the data."""
         named = (("data.train", self.train_examples), ("data.eval", self.eval_examples))
-        return self.placement.notes() + self._notes + [f"{name}: left out {count} {reason}" for name, e in named if e for reason, count in e.dropped.items()]
+        left_out = [f"{name}: left out {count} {reason}" for name, e in named if e for reason, count in e.dropped.items()]
+        return self.placement.notes() + self._notes + left_out
 
     def init(self):
         """The trained tree: from `init_from`, or new."""

@@ -6,113 +6,160 @@ Each host of a TPU slice, or each task of a Slurm job, runs the same command. Al
 import contextlib
 import glob
 import importlib.util
+import itertools
 import os
 import signal
 import sys
 import threading
+import time
+import traceback
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
-HEARTBEAT_SECONDS = 30  # a host not heard of for so long is dead, and the others end
-CRASHED = 1  # exit code of a process that lost the others
+START_SECONDS = 300  # so long the processes wait for each other; JAX then aborts them
+PATIENCE_SECONDS = 20  # and after so long they say that they wait
+HEARTBEAT_SECONDS = 30  # a process not heard of for so long is dead: JAX aborts the others
+LINGER_SECONDS = 5  # the first process's end aborts the others at once: it leaves them the time to tell their own errors
+CRASHED = 1  # exit code of a process that failed, or lost the others
 
 
 def _found():
-    """Whether this process is one of a cluster that JAX can read from its environment."""
+    """What JAX can read a cluster from, "Slurm" or "TPU"; None on other machines."""
     if int(os.environ.get("SLURM_NTASKS", 1)) > 1 and "SLURM_STEP_NODELIST" in os.environ:
-        return True
-    return importlib.util.find_spec("libtpu") is not None and bool(glob.glob("/dev/accel[0-9]*") + glob.glob("/dev/vfio/[0-9]*"))
+        return "Slurm"
+    wanted = "tpu" in os.environ.get("JAX_PLATFORMS", "") or not os.environ.get("JAX_PLATFORMS")
+    chips = glob.glob("/dev/accel[0-9]*") + glob.glob("/dev/vfio/[0-9]*")
+    return "TPU" if wanted and chips and importlib.util.find_spec("libtpu") is not None else None
 
 
 def start(coordinator=None, processes=None, process=None):
     """Joins the other processes, where there are any; before JAX first touches a device.
 
     coordinator: HOST:PORT of process 0, processes: how many there are, process: which this is; all three or none. Without them TPU
-    slices and Slurm jobs (`srun`) are recognised, and anything else is a process alone. ValueError where they do not go together.
+    slices and Slurm jobs (`srun`) are recognised, and anything else is a process alone, as is `processes` 1. ValueError where they do
+    not go together; SystemExit with a message where process 0 cannot serve at its port.
     """
     given = (coordinator, processes, process)
+    found = None
     if any(x is not None for x in given):
+        if processes == 1 and process in (None, 0):
+            return
         if any(x is None for x in given):
             raise ValueError("--coordinator, --processes and --process go together; give all three, or none on TPU slices and Slurm")
-        if ":" not in coordinator or not 0 <= process < processes:
+        if not coordinator.rpartition(":")[0] or not coordinator.rpartition(":")[2].isdigit() or not 0 <= process < processes:
             raise ValueError(
                 f"--coordinator {coordinator} --processes {processes} --process {process}: give HOST:PORT of process 0, how many "
                 "processes there are, and a number from 0 below that"
             )
-        if processes == 1:
-            return
-    elif not _found():
+    elif not (found := _found()):
         return
-    jax.distributed.initialize(coordinator, processes, process, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
+    who, where = f"process {process} of {processes}" if found is None else found, coordinator or "the first of them"
+    waiting = threading.Timer(
+        PATIENCE_SECONDS,
+        lambda: print(
+            f"{who}: waiting for the other processes at {where}; each must run this command. Aborts after {START_SECONDS} seconds",
+            file=sys.stderr, flush=True,
+        ),
+    )  # fmt: skip
+    waiting.daemon = True
+    waiting.start()
+    try:
+        jax.distributed.initialize(
+            coordinator, processes, process, initialization_timeout=START_SECONDS, heartbeat_timeout_seconds=HEARTBEAT_SECONDS
+        )
+        jax.devices()  # the processes tell each other theirs
+    except jax.errors.JaxRuntimeError as error:
+        raise SystemExit(f"{who}: cannot join the others at {where}: {error}; is another run using that port?") from error
+    except ValueError as error:
+        raise ValueError(f"{who}: JAX cannot tell the processes ({error}); give --coordinator HOST:PORT --processes N --process I, "
+                         "or --processes 1 for this one alone") from error  # fmt: skip
+    finally:
+        waiting.cancel()
 
 
 @contextlib.contextmanager
 def ending_together(bad_input):
     """Around all that several processes do: an error in one ends that one at once, so that the others notice instead of waiting for it.
 
-    A process alone is left to Python. bad_input: the exit code of ValueError and OSError.
+    A process alone is left to Python. bad_input: the exit code of ValueError and OSError; others give `CRASHED`.
     """
     try:
         yield
     except BaseException as error:
-        if jax.process_count() == 1 or (isinstance(error, SystemExit) and not error.code):
+        if not jax.distributed.is_initialized() or jax.process_count() == 1 or (isinstance(error, SystemExit) and not error.code):
             raise
-        who = f"process {jax.process_index()} of {jax.process_count()}"
-        if isinstance(error, ValueError | OSError) and not isinstance(error, jax.errors.JaxRuntimeError):
-            print(f"{who}: {error}", file=sys.stderr, flush=True)
-            os._exit(bad_input)
-        cause = str(error).strip().splitlines() or [repr(error)]
-        print(
-            f"{who}: {type(error).__name__}: {cause[0]}\n{who}: another process may have died; the same command continues from the "
-            "latest checkpoint",
-            file=sys.stderr, flush=True,
-        )  # fmt: skip
-        os._exit(CRASHED)  # not `exit`: that would wait for the dead
+        who, bad = f"process {jax.process_index()} of {jax.process_count()}", isinstance(error, ValueError | OSError)
+        try:
+            if bad:
+                print(f"{who}: {error}", file=sys.stderr, flush=True)
+                time.sleep(0 if jax.process_index() else LINGER_SECONDS)
+            else:
+                traceback.print_exc()
+                why = "If another process died, its output says why; the same command continues from what is saved"
+                print(f"{who}: {type(error).__name__}. {why}", file=sys.stderr, flush=True)
+        finally:  # also where stderr is on the disk that is full
+            os._exit(bad_input if bad else CRASHED)  # not `exit`: that would wait for the others, which may be dead
 
 
 def agreed(value):
-    """Process 0's yes or no, in every process: they must all go on, or none, where their disks differ."""
+    """Process 0's number, or yes or no, in every process: they must all do the same, where their disks differ."""
     if jax.process_count() == 1:
         return value
-    from jax.experimental import multihost_utils
-
-    return bool(multihost_utils.broadcast_one_to_all(np.asarray(value)))
+    return type(value)(multihost_utils.broadcast_one_to_all(np.asarray(value)))
 
 
 def main_after_all():
     """Waits until every process is here; true in the first, which writes what all have read."""
     if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
-
         multihost_utils.sync_global_devices("main_after_all")
     return jax.process_index() == 0
+
+
+def check_shared(folder):
+    """ValueError, in every process, where one does not see the folder of process 0: they need one filesystem."""
+    if jax.process_count() == 1:
+        return
+    # A name that nobody has looked for: network filesystems remember what was not there.
+    mark = folder / f".shared-{agreed(time.time_ns() % 10**9)}"
+    if jax.process_index() == 0:
+        mark.touch()
+    main_after_all()
+    seen = multihost_utils.process_allgather(np.asarray(mark.exists())).reshape(-1)
+    if jax.process_index() == 0:
+        mark.unlink()
+    if not seen.all():
+        other = int(seen.argmin())
+        raise ValueError(f"{folder} is not the same folder in processes 0 and {other}; give one on a filesystem that all share")
+
+
+_times_asked = itertools.count(1)
 
 
 class Preemption:
     """Notes that the run must leave: SIGTERM, or the platform's notice through JAX. A context round the training loop.
 
     In one process SIGTERM is Python's to handle (outside the main thread there are no signals). In several, JAX notes it, whichever
-    process it came to, and names one step to all of them.
+    process it came to, and names one time of asking to all of them.
     """
 
     def __enter__(self):
-        self._asked = False
+        self._noted = False
         self._usable = jax.process_count() == 1 and threading.current_thread() is threading.main_thread()
         if self._usable:
             self._before = signal.signal(signal.SIGTERM, self._note)
         return self
 
     def _note(self, *_):
-        self._asked = True
+        self._noted = True
 
-    def at(self, step):
-        """Whether to save after this step and leave: the same in every process. To be asked once a step, by all."""
+    def asked(self):
+        """Whether to save and leave: the same in every process. To be called once a step, by all."""
         if jax.process_count() == 1:
-            return self._asked
-        from jax.experimental import multihost_utils
-
-        return multihost_utils.reached_preemption_sync_point(step)
+            return self._noted
+        # JAX names the number after the largest so far, 1 before the first: counted by the step, a notice during a start would be missed.
+        return multihost_utils.reached_preemption_sync_point(next(_times_asked))
 
     def __exit__(self, *_):
         if self._usable:

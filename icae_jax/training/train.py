@@ -66,6 +66,7 @@ def _train(config, task, workdir, log):
 
     # ------------------------------------------------------------------------- the workdir: whose is it, is it done?
     workdir.mkdir(parents=True, exist_ok=True)
+    distributed.check_shared(workdir)
     changes = check_workdir(workdir, config, task.identity, distributed.main_after_all)
     for line in task.notes() + [f"changed: {change}" for change in changes]:
         say(line)
@@ -82,9 +83,9 @@ def _train(config, task, workdir, log):
     say(parameter_table(state["trained"], frozen))
     absl_logging.set_verbosity(absl_logging.FATAL)  # Orbax logs each thread's traceback of a failed save; the error is raised anyway
     checkpoints = Checkpoints(workdir)
-    first = checkpoints.latest()
-    if first is None:
-        first = -1
+    latest = checkpoints.latest()
+    first = distributed.agreed(-1 if latest is None else latest)
+    if first < 0:
         source = f"initialised from {config.init_from}" if getattr(config, "init_from", "") else "starting from scratch"
         say(source)
     else:
@@ -144,7 +145,7 @@ def _train(config, task, workdir, log):
         return DIVERGED
 
     try:
-        with distributed.Preemption() as preemption, bar:
+        with checkpoints, distributed.Preemption() as preemption, bar:
             if first < 0:
                 held_out(0)
             for at, host_batch in zip(range(start + 1, stop + 1), task.train_batches(start, stop, rows), strict=True):
@@ -154,7 +155,7 @@ def _train(config, task, workdir, log):
                     return diverged(pending[0])
                 pending = (at, device, task.describe(host_batch), task.least_flops(batch))
                 bar.update()
-                leaving = preemption.at(at) and at < stop
+                leaving = preemption.asked() and at < stop
                 evaluating = at % config.eval_every == 0 or at == stop
                 if evaluating or leaving or at % config.checkpoint_every == 0:
                     if not flush(pending):
@@ -174,7 +175,6 @@ def _train(config, task, workdir, log):
                 say(f"done: {stop} steps{'' if best is None else f', lowest held-out loss at step {best}'}; {folder}")
             return DONE
     finally:
-        checkpoints.close()
         if lines:
             lines.close()
 
