@@ -2,7 +2,12 @@
 
 import dataclasses
 import functools
+import json
+import os
+import pathlib
 import shutil
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +27,7 @@ from icae_jax.models.lora import LoraConfig
 from icae_jax.objectives import targets
 from icae_jax.training import sharding
 
+ROOT = pathlib.Path(__file__).parents[1]
 RNG = np.random.default_rng(7)
 TEXTS = [" ".join(RNG.choice(WORDS[8:], size=n)) for n in (30, 5, 17, 40, 9)]
 QUESTIONS = ["who saw the cat ?", "where ?", "what did the old king eat in the house ?", "when did it run", "why ?"]
@@ -300,5 +306,41 @@ def test_a_mesh_of_one_device_changes_nothing(compressor, memory):
         assert want.ties or one.ids == want.ids
     spread = over.put_memory(memory)
     for name in memory.CONTENTS:
-        assert getattr(spread, name).sharding.spec == jax.sharding.PartitionSpec(*[None] * memory.TEXT_AXIS, "data")
+        assert getattr(spread, name).sharding.spec == jax.sharding.PartitionSpec(*[None] * memory.TEXT_AXIS, sharding.BATCH)
     assert all(x.sharding.is_fully_replicated for x in jax.tree.leaves(over.trained))
+
+
+def on_eight_devices(adapter):
+    """What each mesh makes of the texts: `{mesh: [memory, log-probabilities, answers, ties]}` as lists."""
+    result = {}
+    for text in ("data=8", "fsdp=8", "tensor=2,fsdp=2", "tensor=4,data=2"):
+        compressor = icae_jax.load(adapter, mesh=sharding.local_mesh(sharding.parse(text)))
+        memory = compressor.compress(TEXTS, batch_size=3)
+        answers = compressor.ask(memory, QUESTIONS, 4, 3, True)
+        result[text] = [
+            [np.asarray(x).ravel().tolist() for x in memory.contents.values()],
+            [s.log_prob for s in compressor.score(memory, TEXTS, batch_size=2)],
+            [list(answer.ids) for answer in answers],
+        ]
+        kernel = compressor.base.params["layers"]["mlp"]["down_proj"]["kernel"]
+        result[text].append(kernel.size // kernel.addressable_shards[0].data.size)
+    return result
+
+
+@pytest.mark.slow
+def test_meshes_of_eight_devices(compressor, memory):
+    """Breaks when a base, a cache or a batch that is split over devices gives other memories, scores or answers, or is not split."""
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+    env = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
+    code = "import json, sys, test_compressor as t; print(json.dumps(t.on_eight_devices(sys.argv[1])))"
+    command = [sys.executable, "-c", code, str(compressor.path)]
+    found = json.loads(subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True, check=True, timeout=500).stdout.splitlines()[-1])
+    wanted = compressor.ask(memory, QUESTIONS, 4, details=True)
+    parts = {"data=8": 1, "fsdp=8": 8, "tensor=2,fsdp=2": 4, "tensor=4,data=2": 4}
+    assert found.keys() == parts.keys()
+    for mesh, (contents, log_probs, answers, split) in found.items():
+        assert split == parts[mesh]
+        for got, value in zip(contents, memory.contents.values(), strict=True):
+            np.testing.assert_allclose(got, np.ravel(value), atol=2e-5 * np.abs(value).max(), err_msg=mesh)
+        np.testing.assert_allclose(log_probs, [s.log_prob for s in compressor.score(memory, TEXTS)], rtol=1e-5, err_msg=mesh)
+        assert all(want.ties or got == list(want.ids) for got, want in zip(answers, wanted, strict=True)), mesh

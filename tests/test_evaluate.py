@@ -198,20 +198,17 @@ def test_the_batch_size_changes_no_score(world, restored, tmp_path):
 CHILD = """
 import json, sys
 import conftest, jax
-at, processes, port, argv = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], json.loads(sys.argv[4])
-if processes > 1:
-    jax.distributed.initialize(f"127.0.0.1:{port}", processes, at)
 from icae_jax import cli
-code = cli.main(argv)
+code = cli.main(json.loads(sys.argv[1]))
 print("devices", jax.process_count(), jax.local_device_count())
 sys.exit(code)
 """
 
 
-def start(devices, command, at=0, processes=1, port=0):
+def start(devices, command):
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
     env = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
-    line = [sys.executable, "-c", CHILD, str(at), str(processes), str(port), json.dumps(command)]
+    line = [sys.executable, "-c", CHILD, json.dumps(command)]
     return subprocess.Popen(line, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -223,7 +220,8 @@ def finish(child):
 
 @pytest.mark.slow
 def test_devices_and_processes_change_no_score(world, restored, tmp_path):
-    """Breaks when 8 devices, or 2 processes of 2 devices each, measure an example twice, not at all, or otherwise than one device.
+    """Breaks when 8 devices that hold parts of the base, or 2 processes of 2 devices each, measure an example twice, not at all, or
+    otherwise than one device.
 
     Batches are no multiple of the devices, and one process has more of them than the other.
     """
@@ -231,8 +229,9 @@ def test_devices_and_processes_change_no_score(world, restored, tmp_path):
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     short = {"data": world["short"]}
-    pair = [start(2, argv(world, "autoencode", tmp_path / "two", **short, batch_size=2), at, 2, port) for at in range(2)]
-    alone = start(8, argv(world, "autoencode", tmp_path / "eight", **short, batch_size=3))
+    joined = {"batch_size": 2, "coordinator": f"127.0.0.1:{port}", "processes": 2}
+    pair = [start(2, argv(world, "autoencode", tmp_path / "two", **short, **joined, process=at)) for at in range(2)]
+    alone = start(8, argv(world, "autoencode", tmp_path / "eight", **short, batch_size=3, mesh="fsdp=4,tensor=2"))
     try:
         first, second, eight = [finish(child) for child in (*pair, alone)]
     finally:
@@ -370,7 +369,7 @@ def test_bad_input_is_one_error_and_nothing_is_written(name, world, tmp_path, mo
         params["norm"] = {"scale": params["norm"]["scale"] * 1.5}
         bases.save_base(tmp_path / "OTHER", TINY, params, bases.load_tokenizer(world["base"]), dtype="float32")
     if name in EARLY:
-        monkeypatch.setattr(evaluate.bases, "load_base", lambda *a, **kw: pytest.fail("the base was loaded"))
+        monkeypatch.setattr(evaluate, "load_base", lambda *a, **kw: pytest.fail("the base was loaded"))
     places = {"EMPTY": tmp_path / "empty.jsonl", "SHORT": world["short"], "TEXTS": world["texts"], "OTHER": tmp_path / "OTHER"}
 
     def full(flag, value):
