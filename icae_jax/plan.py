@@ -23,7 +23,8 @@ def flags(parser):
     add = parser.add_argument
     parser.description, parser.epilog = parser.description + ".", DESCRIPTION
     add("--topology", required=True, help="TPU slice, such as v5e:4x4, v5p:2x2x2, v6e:4x4")
-    add("--what", choices=programs.WHATS, default="train", help="a training step, writing memories, or reading them (default: %(default)s)")
+    what = "a training step, writing memories, or answering behind memories that are read (default: %(default)s)"
+    add("--what", choices=programs.WHATS, default="train", help=what)
     add("--contexts_per_chip", type=float, help="contexts of a microbatch on each chip; by default batch_size / accumulate over the chips")
     add("--context_length", type=int, help="tokens of a context; by default the longest of data.context_lengths")
     add("--search", action="store_true", help="find the most contexts per chip that fit")
@@ -45,8 +46,9 @@ def base_sizes(base):
 
 
 def read_config(argv):
-    """The `TrainConfig` of a command line, for which no data need be named."""
+    """The `TrainConfig` of a command line, for which no data need be named. ValueError also where the base is not known."""
     raw, _ = cli.load_raw(argv, need_workdir=False)
+    base_sizes(raw.get("base"))
     if isinstance(raw.get("data"), dict) and not raw["data"].get("train"):
         raw["data"] |= {"train": "-", "train_weights": ()}
     if raw.get("phase") == "finetune":
@@ -75,7 +77,13 @@ def make_spec(args, config, chip_count):
             f"{contexts} contexts do not divide over mesh.data x mesh.fsdp, {parts}: give --contexts_per_chip as a multiple of "
             f"{parts / chip_count:g}, or another batch_size"
         )
-    return programs.Spec(args.what, config, model, contexts, length), shape
+    spec = programs.Spec(args.what, config, model, contexts, length)
+    if (needed := programs.positions_needed(spec)) > model.max_position_embeddings:
+        raise ValueError(
+            f"contexts of {length} tokens need {needed} positions, the base has {model.max_position_embeddings}; give a smaller "
+            "--context_length, or a base with more"
+        )
+    return spec, shape
 
 
 # ------------------------------------------------------------------------------------------------------------ compiling
@@ -113,8 +121,8 @@ def count_flops(spec, shape):
     counted_on = counting_mesh(shape)
     parts, whole = (s["data"] * s["fsdp"] for s in (counted_on, shape))
     smaller = dataclasses.replace(spec, contexts=spec.contexts // whole * parts)
-    requests = ({"kind": "host", "spec": programs.few_layers(smaller, n), "mesh": MeshConfig(**counted_on)} for n in (2, 3))
-    two, three = (worker.ask(request, shape_size(counted_on))["flops"] for request in requests)
+    request = {"kind": "host", "specs": [programs.few_layers(smaller, n) for n in (2, 3)], "mesh": MeshConfig(**counted_on)}
+    two, three = worker.ask(request, shape_size(counted_on))["flops"]
     once = two + (three - two) * (spec.model.num_layers - 2)
     if spec.what == "train":
         return once * spec.config.accumulate, counted_on
@@ -258,7 +266,6 @@ def main(parser, argv):
         raise ValueError("--contexts_per_chip and --search exclude each other; give one of them")
     if importlib.util.find_spec("libtpu") is None:
         raise ValueError("icae plan needs libtpu, which compiles for TPUs on any machine: pip install 'icae_jax[tpu]'")
-    base_sizes(config.base)
     about = worker.ask({"kind": "topology", "topology": args.topology})
     chip = chips.find(about["kind"])
     if chip is None:

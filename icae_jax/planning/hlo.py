@@ -234,8 +234,11 @@ class Program:
     def _written(self, inner, results):
         """Bytes that are written of a fusion's results of these numbers."""
         root = next(i for i in inner.values() if i.root)
-        while root.opcode in ("bitcast", "copy", "convert") and root.operands:
-            root = inner[root.operands[0]]
         parts = [inner[name] for name in root.operands] if root.opcode == "tuple" else [root]
-        written = [inner[part.operands[1]].bytes if part.opcode == "dynamic-update-slice" else part.bytes for part in parts]
+        written = []
+        for part in parts:
+            source = part
+            while source.opcode in ("bitcast", "copy", "convert") and source.operands:
+                source = inner[source.operands[0]]
+            written.append(inner[source.operands[1]].bytes if source.opcode == "dynamic-update-slice" else part.bytes)
         return sum(size for n, size in enumerate(written) if n in results)

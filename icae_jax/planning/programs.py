@@ -10,7 +10,7 @@ from icae_jax.data import batches
 from icae_jax.inference import generate
 from icae_jax.models import llama, lora
 from icae_jax.training import flops, sharding, step
-from icae_jax.training.compressor_task import CompressorLosses
+from icae_jax.training.compressor_task import CompressorLosses, positions
 from icae_jax.training.config import TrainConfig
 
 WHATS = ("train", "compress", "decode")
@@ -57,6 +57,15 @@ def batch(spec, mesh=None):
     }
     k = batches.StaticInt(spec.compression.k)
     return {"context": array(segments, size), "lengths": array(segments), "targets": targets, "k": k}
+
+
+def positions_needed(spec):
+    """Positions of the base that the program takes."""
+    c, objectives = spec.config, spec.config.objectives
+    if spec.what == "train":
+        qa = c.data.max_target_tokens if "qa" in objectives.weights else 0
+        return positions(objectives.weights, objectives.pad_labels, spec.compression, spec.length, qa)
+    return positions((), False, spec.compression, spec.length, 0 if spec.what == "compress" else PROMPT + c.data.max_target_tokens)
 
 
 def lower(spec, mesh):

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 
 MARK = "answer: "
@@ -41,7 +42,8 @@ def ask(request, host_devices=1):
     if not lines:
         why = f"exit code {done.returncode}"
         if done.returncode < 0:
-            why = f"{signal.Signals(-done.returncode).name}; SIGKILL: for want of this machine's memory, as a rule"
+            why = signal.Signals(-done.returncode).name
+            why += ", as a rule for want of this machine's memory" if why == "SIGKILL" else ""
         raise ValueError(f"compiling failed ({why}): {written.strip()[-2000:]}")
     answer = json.loads(lines[-1].removeprefix(MARK))
     if "out_of_memory" in answer:
@@ -111,19 +113,27 @@ def _topology(topology):
     return {"kind": found[0].device_kind, "chips": len(found)}
 
 
-def _host(spec, mesh):
-    """Compiles for this process's host devices: FLOPs of one device's part."""
+def _host(specs, mesh):
+    """Compiles for this process's host devices: FLOPs of one device's part of each program."""
     from icae_jax.planning import programs
     from icae_jax.training import sharding
 
-    compiled = programs.lower(spec, sharding.make_mesh(mesh)).compile()
-    return {"flops": compiled.cost_analysis()["flops"]}
+    placed = sharding.make_mesh(mesh)
+    return {"flops": [programs.lower(spec, placed).compile().cost_analysis()["flops"] for spec in specs]}
 
 
 KINDS = {"tpu": _tpu, "topology": _topology, "host": _host}
 
 
+def _end_with(parent):
+    """Ends this process once its parent has gone: a compilation may go on for minutes, and nobody would read its answer."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
+
+
 def main():
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     request = pickle.loads(sys.stdin.buffer.read())
     print(MARK + json.dumps(KINDS[request.pop("kind")](**request)), flush=True)
 

@@ -64,6 +64,19 @@ class CompressorLosses:
         return loss.objective_sums(losses, batch["targets"])
 
 
+def positions(objectives, pad_labels, compression, longest, qa=0, head=0):
+    """Positions of the base that contexts of so many tokens take with the objectives of these names.
+
+    qa: tokens of the longest question and answer behind the memory; head: of what stands before it.
+    """
+    segments, size = encoder.segment_shape(longest, compression)[0], min(longest, compression.segment_tokens)
+    restored = (segments * compression.segment_tokens if pad_labels else longest) + 1
+    behind = max(qa, restored if {"ae", "lm"} & set(objectives) else 0)
+    where = layout.get(compression.layout)
+    written, memory, start = layout.positions_needed(where, longest, segments, size, compression.k, compression.segment_tokens)
+    return max(written, head + memory, head + start + behind)
+
+
 class CompressorTask(CompressorLosses):
     """LoRA and memory table trained on a frozen base: its losses, its data, and where all of it lies."""
 
@@ -91,16 +104,8 @@ class CompressorTask(CompressorLosses):
     def _check_positions(self):
         c, most = self.config, self.base.config.max_position_embeddings
         longest = max(c.data.context_lengths)
-        segments, size = encoder.segment_shape(longest, self.compression)[0], min(longest, self.compression.segment_tokens)
-        behind = max(e.qa_shape[0] for e in (self.train_examples, self.eval_examples) if e) if "qa" in self.weights else 0
-        if "ae" in self.weights or "lm" in self.weights:
-            behind = max(behind, (segments * self.compression.segment_tokens if c.objectives.pad_labels else longest) + 1)
-        where = layout.get(self.compression.layout)
-        written, memory, start = layout.positions_needed(
-            where, longest, segments, size, self.compression.k, self.compression.segment_tokens
-        )
-        head = len(self.template.head)
-        needed = max(written, head + memory, head + start + behind)
+        qa = max(e.qa_shape[0] for e in (self.train_examples, self.eval_examples) if e) if "qa" in self.weights else 0
+        needed = positions(self.weights, c.objectives.pad_labels, self.compression, longest, qa, len(self.template.head))
         if needed > most:
             raise ValueError(
                 f"data.context_lengths holds {longest}, which needs {needed} positions with compression.k {c.compression.k}; "
