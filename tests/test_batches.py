@@ -19,6 +19,7 @@ from icae_jax.objectives.targets import AE, Framing, Template
 BOS, EOS = 1, 2
 TEMPLATE = Template("plain", (), (3,), (4,), EOS)
 COMPRESSION = CompressionConfig(k=5, rate=8)  # 40 tokens a segment
+SHARES = ([0, 3], [1, 2])  # rows of a batch of four that two processes make
 
 
 def flat(pieces):
@@ -174,13 +175,13 @@ def test_process_shares_make_up_the_global_batch():
     """Breaks when processes overlap, disagree on the bucket, or a run that starts later sees other batches."""
     examples = pretrain([70] * 9, context_lengths=(16, 32))
 
-    def contexts(start, *process):
-        return [batch["context"] for batch in batches.train_batches(examples, 5, 4, start, 8, (5,), *process)]
+    def contexts(start, *rows):
+        return [batch["context"] for batch in batches.train_batches(examples, 5, 4, start, 8, (5,), *rows)]
 
-    every, shares = contexts(0), [contexts(0, p, 2) for p in range(2)]
+    every, shares = contexts(0), [contexts(0, np.asarray(rows)) for rows in SHARES]
     assert len(every) == 8 and all(len(b) == 4 for b in every)
     for whole, *parts in zip(every, *shares, strict=True):
-        np.testing.assert_array_equal(whole, np.concatenate(parts))
+        np.testing.assert_array_equal(whole[np.concatenate(SHARES)], np.concatenate(parts))
     for whole, later in zip(every[5:], contexts(5), strict=True):
         np.testing.assert_array_equal(whole, later)
 
@@ -189,11 +190,11 @@ def test_k_is_drawn_from_seed_and_step_alone():
     """Breaks when k is never drawn, depends on the process or on what was drawn before, or is an array that jit would trace."""
     examples = pretrain([70] * 9, context_lengths=(16,))
 
-    def drawn(start, *process):
-        return [batch["k"] for batch in batches.train_batches(examples, 5, 4, start, 40, (1, 4, 16), *process)]
+    def drawn(start, *rows):
+        return [batch["k"] for batch in batches.train_batches(examples, 5, 4, start, 40, (1, 4, 16), *rows)]
 
     every = drawn(0)
-    assert set(every) == {1, 4, 16} and every[20:] == drawn(20) and every == drawn(0, 1, 2)
+    assert set(every) == {1, 4, 16} and every[20:] == drawn(20) and every == drawn(0, np.asarray(SHARES[1]))
     assert [batches.draw_k(6, step, (1, 4, 16)) for step in range(40)] != every
     traced = []
     jitted = jax.jit(lambda batch: traced.append(batch["k"]) or jnp.arange(batch["k"]))
@@ -316,12 +317,12 @@ def test_a_mixture_is_a_function_of_seed_and_step():
     config = {"context_lengths": (16, 32), "objectives": ("ae", "lm")}
     mixture = mixed((1, 2), [pretrain([70] * 9, **config), pretrain([70] * 9, **config)])
 
-    def contexts(start, *process):
-        return [batch["context"] for batch in batches.train_batches(mixture, 5, 4, start, 8, (5,), *process)]
+    def contexts(start, *rows):
+        return [batch["context"] for batch in batches.train_batches(mixture, 5, 4, start, 8, (5,), *rows)]
 
-    every, shares, later = contexts(0), [contexts(0, p, 2) for p in range(2)], contexts(5)
+    every, shares, later = contexts(0), [contexts(0, np.asarray(rows)) for rows in SHARES], contexts(5)
     for step, (whole, *parts) in enumerate(zip(every, *shares, strict=True)):
-        np.testing.assert_array_equal(whole, np.concatenate(parts))
+        np.testing.assert_array_equal(whole[np.concatenate(SHARES)], np.concatenate(parts))
         if step >= 5:
             np.testing.assert_array_equal(whole, later[step - 5])
     assert any(mixture.draw(6, s, 4)[1].tolist() != mixture.draw(5, s, 4)[1].tolist() for s in range(8))

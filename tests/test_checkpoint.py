@@ -49,19 +49,37 @@ def test_latest_and_best_are_kept_while_others_go(tmp_path):
     again.close()
 
 
-def fail(*args, **kwargs):
-    raise ValueError("tensorstore's own words\nwriting x: No space left on device")
+def failing(checkpoints, monkeypatch, error):
+    """Makes saves fail."""
 
+    def fail(*args, **kwargs):
+        raise error
 
-def test_a_save_that_fails_says_so(tmp_path, monkeypatch):
-    """Breaks when a failed save ends in another kind of error than OSError, which the command line can report."""
-    checkpoints = Checkpoints(tmp_path)
     monkeypatch.setattr(checkpoints._manager, "save", fail)
     monkeypatch.setattr(checkpoints._manager, "wait_until_finished", fail)
+
+
+@pytest.mark.parametrize(
+    "words", ["tensorstore's own words\nwriting x: No space left on device", 'UNKNOWN: Error writing "w/0.0": No space left on device']
+)
+def test_a_save_that_fails_says_so(words, tmp_path, monkeypatch):
+    """Breaks when a failed save ends in another kind of error than OSError, which the command line can report."""
+    checkpoints = Checkpoints(tmp_path)
+    failing(checkpoints, monkeypatch, ValueError(words))
     with pytest.raises(OSError, match="checkpoint of step 1 failed: No space left on device"):
         checkpoints.save(1, state(1))
     with pytest.raises(OSError, match="latest checkpoint failed: No space left on device"):
         checkpoints.wait()
+
+
+@pytest.mark.parametrize("kind", [ValueError, jax.errors.JaxRuntimeError])
+def test_a_lost_process_is_no_full_disk(kind, tmp_path, monkeypatch):
+    """Breaks when the death of another process, noticed while saving, is told as a full disk, after which launchers do not start again."""
+    checkpoints = Checkpoints(tmp_path)
+    failing(checkpoints, monkeypatch, kind("UNKNOWN: Gloo all-reduce failed: Connection reset by peer"))
+    for save in (lambda: checkpoints.save(1, state(1)), checkpoints.wait):
+        with pytest.raises(kind, match=r"^UNKNOWN: Gloo"):
+            save()
 
 
 def test_the_trained_tree_alone_is_read_from_any_of_its_paths(tmp_path):

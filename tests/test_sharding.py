@@ -1,4 +1,4 @@
-"""Several devices: batches really are split over them, and give the losses and gradients that one device gives."""
+"""Several devices: arrays really are split over them, and give the losses and gradients that one device gives."""
 
 import json
 import os
@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import FRAMING, ROOT, TINY, close, random_params, random_trained
+from jax.sharding import AbstractMesh
 
 from icae_jax.compression import encoder, methods
 from icae_jax.data.batches import StaticInt
@@ -25,9 +26,9 @@ class Autoencoding:
     """The smallest compressor with the interface of a task."""
 
     weights = {"ae": 1.0}  # noqa: RUF012
-    model = llama.Llama(TINY, lora_scale=0.5)
 
-    def __init__(self, method):
+    def __init__(self, method, remat):
+        self.model = llama.Llama(TINY, lora_scale=0.5, remat=remat)
         self.compression = encoder.CompressionConfig(method=method, k=3, rate=8 / 3, k_choices=(2, 3))
 
     def counts(self, batch):
@@ -43,65 +44,167 @@ class Autoencoding:
         return loss.objective_sums(losses, {"ae": batch["targets"]})
 
 
-def train(method):
-    """One accumulated step on all devices, with a drawn k: what it gives, and over how many devices batch and parameters lie."""
-    task = Autoencoding(method)
-    mesh = sharding.make_mesh()
+def spec(x):
+    """Of each dimension the mesh axes that it is split over, as text."""
+    return ["+".join([axes] if isinstance(axes, str) else axes or ()) for axes in (*x.sharding.spec, *[None] * x.ndim)[: x.ndim]]
+
+
+def train(method, mesh_config, remat):
+    """One accumulated step with a drawn k: what it gives, and how batch, parameters, optimizer state and K/V lie on the mesh."""
+    task, mesh = Autoencoding(method, remat), sharding.make_mesh(mesh_config)
+    placement = sharding.Placement(mesh, TINY)
     rng = np.random.default_rng(0)
     texts = [rng.integers(3, 64, n).tolist() for n in (5, 8, 3, 4, 7, 6, 2, 8, 8, 1, 3, 5, 6, 6, 7, 2)]
     ids, lengths = encoder.segment_contexts(texts, task.compression)
     packed = targets.pack([[targets.ae_target(t, FRAMING)] for t in texts], 1, 9, 9)
-    batch = sharding.put_batch(mesh, {"context": ids, "lengths": lengths, "targets": packed, "k": StaticInt(2)})
+    batch = {"context": ids, "lengths": lengths, "targets": packed, "k": StaticInt(2)}
     optimizer, _ = step.make_optimizer(OptimizerConfig(warmup_steps=0), 1)
-    params, trained = jax.device_put((random_params(TINY), random_trained(TINY, 3)), sharding.replicated(mesh))
-    state = jax.device_put(step.init_state(trained, optimizer), sharding.replicated(mesh))
-    state, metrics = step.make_train_step(task, optimizer, 0, 2)(state, params, batch)
+    params, state = random_params(TINY), step.init_state(random_trained(TINY, 3), optimizer)
+    shardings = placement.tree(state)
+    with placement.active():
+        batch = sharding.put_batch(mesh, batch, sharding.local_rows(mesh, len(texts)), len(texts))
+        params, state = sharding.put(params, placement.tree(params)), sharding.put(state, shardings)
+        state, metrics = step.make_train_step(task, optimizer, 0, 2, shardings)(state, params, batch)
+        T = 4
+        run = jax.jit(lambda p, ids: task.model.apply({"params": p}, ids, jnp.arange(T)[None], llama.causal_mask(T), return_kv=True))
+        _, (k_LBTKH, _) = run(params, batch["context"][:, 0, :T])
+    leaves = {jax.tree_util.keystr(p): x for p, x in jax.tree_util.tree_leaves_with_path({"base": params, "state": state})}
     return {
         "loss": float(metrics["sums"]["ae"]),
         "grad_norm": float(metrics["grad_norm"]),
-        "table": np.asarray(state["trained"]["memory_table"]).tolist(),
-        "batch_shards": sorted(s.index[0].start or 0 for s in batch["context"].addressable_shards),
-        "replicated": all(
-            x.sharding.is_fully_replicated and len(x.sharding.device_set) == mesh.size for x in jax.tree.leaves(state)
-        ),
+        "trained": {name: np.asarray(x).ravel().tolist() for name, x in leaves.items() if "trained" in name},
+        "gradient": {name: np.asarray(x).ravel().tolist() for name, x in leaves.items() if ".mu" in name},
+        "split": {name: [x.shape, x.addressable_shards[0].data.shape, spec(x)] for name, x in leaves.items()},
+        "batch": [sorted(s.index[0].start or 0 for s in x.addressable_shards) for x in (batch["context"], batch["targets"]["ids"])],
+        "kv": [k_LBTKH.shape, k_LBTKH.addressable_shards[0].data.shape],
     }
 
 
-def test_eight_devices_equal_one():
-    """Breaks when the batch is not split (or a device sees others' rows), sums are not taken over devices, or state is split."""
+MESHES = ((8, 1, 1), (1, 8, 1), (1, 4, 2), (2, 2, 2))
+CASES = [  # every mesh and every policy, for both methods
+    ("icae", MESHES[0], "full"), ("icae", MESHES[1], "none"), ("icae", MESHES[2], "frozen"), ("icae", MESHES[3], "dots"),
+    ("x500", MESHES[0], "none"), ("x500", MESHES[1], "dots"), ("x500", MESHES[2], "full"), ("x500", MESHES[3], "frozen"),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def runs():
+    """`{case: result}` on eight devices, and `{method: result}` on one, where nothing is recomputed."""
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={DEVICES}"
     env = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
-    code = "import json, test_sharding; print(json.dumps({m: test_sharding.train(m) for m in ('icae', 'x500')}))"
+    code = (
+        "import json; import test_sharding as t; from icae_jax.training.sharding import MeshConfig as M;"
+        "print(json.dumps([t.train(method, M(*mesh), remat) for method, mesh, remat in t.CASES]))"
+    )
     child = subprocess.Popen([sys.executable, "-c", code], env=env, stdout=subprocess.PIPE, text=True)
-    alone = {method: train(method) for method in ("icae", "x500")}
+    alone = {method: train(method, sharding.MeshConfig(), "none") for method in ("icae", "x500")}
     output, _ = child.communicate(timeout=300)
     assert child.returncode == 0
-    assert alone["icae"]["loss"] != alone["x500"]["loss"]
-    for method, eight in json.loads(output.splitlines()[-1]).items():
-        one = alone[method]
-        assert eight["batch_shards"] == list(range(0, 16, 2)) and eight["replicated"]
-        if jax.device_count() == 1:
-            assert one["batch_shards"] == [0]
-        for key in ("loss", "grad_norm", "table"):
-            close(eight[key], one[key])
+    return dict(zip(CASES, json.loads(output.splitlines()[-1]), strict=True)), alone
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
+def test_eight_devices_equal_one(case, runs):
+    """Breaks when a device sees others' rows, sums miss a device, a split weight is used in part, or a remat policy changes a value."""
+    assert {remat for *_, remat in CASES} == set(llama.REMAT_POLICIES) and runs[1]["icae"]["loss"] != runs[1]["x500"]["loss"]
+    got, want = runs[0][case], runs[1][case[0]]
+    for name in ("loss", "grad_norm"):
+        assert got[name] == pytest.approx(want[name], rel=1e-5)
+    for tree in ("trained", "gradient"):
+        assert got[tree].keys() == want[tree].keys() and len(want[tree]) == 5
+        for name, value in want[tree].items():
+            close(got[tree][name], value)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
+def test_arrays_are_split_as_the_rules_say(case, runs):
+    """Breaks when something that the mesh can split is a copy on every device: base, optimizer state, batches or K/V."""
+    (data, fsdp, tensor), got = case[1], runs[0][case]
+    parts = dict(data=data, fsdp=fsdp, tensor=tensor)
+    for name, (shape, shard, axes) in got["split"].items():
+        split = [np.prod([parts[axis] for axis in axis.split("+") if axis], dtype=int) for axis in axes]
+        assert [n // by for n, by in zip(shape, split, strict=True)] == shard, name
+    in_base = {name: axes for name, (*_, axes) in got["split"].items() if name.startswith("['base']") and "kernel" in name}
+    assert len(in_base) == 7 and all(sorted(axes) == ["", "fsdp", "tensor"] for axes in in_base.values())
+    shards = {name: shard for name, (_, shard, _) in got["split"].items()}
+    assert shards["['base']['layers']['self_attn']['q_proj']['kernel']"] == [2, 32 // fsdp, 32 // tensor]
+    assert shards["['base']['embed']"] == [64 // tensor, 32 // fsdp]
+    first_moments = {name[-5:]: shard for name, shard in shards.items() if ".mu" in name and "q_proj" in name}
+    rank = 4 if 4 % fsdp else 4 // fsdp  # four does not divide over eight
+    assert first_moments == {"['a']": [2, 32 // fsdp, 4], "['b']": [2, rank, 32 // tensor]}
+    rows = data * fsdp
+    assert got["batch"] == [sorted(tensor * list(range(0, 16, 16 // rows)))] * 2
+    assert got["kv"] == [[2, 16, 4, 2, 8], [2, 16 // rows, 4, 2 // tensor, 8]]
+
+
+def test_what_the_mesh_cannot_divide_stays_whole_and_is_named():
+    """Breaks when a mesh that does not fit the base's sizes is an error from the compiler, or silently a copy."""
+    mesh = AbstractMesh((1, 5, 4), sharding.AXES)
+    placement = sharding.Placement(mesh, TINY)
+    assert placement.whole == ["embed", "kv_heads"]
+    assert placement.notes() == ["mesh: embed, kv_heads of the base cannot be split evenly and stay whole"]
+    kernel = jax.ShapeDtypeStruct((2, 32, 32), jnp.float32)
+    path = ("layers", "self_attn", "q_proj", "kernel")
+    assert placement.parameter(path, kernel).spec == jax.sharding.PartitionSpec(None, None, "tensor")
+    assert sharding.Placement(AbstractMesh((8, 1, 1), sharding.AXES), TINY).notes() == []
+
+
+@pytest.mark.parametrize(
+    ("text", "sizes"),
+    [("fsdp=4,tensor=2", (-1, 4, 2)), ("tensor=2", (-1, 1, 2)), ("data=1,fsdp=-1", (1, -1, 1)), ("", (-1, 1, 1)), ("data=2", (2, 1, 1))],
+)
+def test_meshes_as_flags(text, sizes):
+    """Breaks when a flag's axes mean others than it names, or devices are left over."""
+    assert sharding.parse(text).sizes == sizes
+
+
+@pytest.mark.parametrize("text", ["fsdp", "fsdp=", "fsdp=x", "heads=2", "fsdp=2,fsdp=2", "fsdp=2;tensor=2"])
+def test_bad_flags_name_the_axes(text):
+    with pytest.raises(ValueError, match=f"--mesh {text}: write AXIS=SIZE,… with the axes data, fsdp, tensor"):
+        sharding.parse(text)
+
+
+@pytest.mark.parametrize("sizes", [(0, 1, 1), (1, -2, 1), (-1, -1, 1)])
+def test_bad_sizes_are_named(sizes):
+    with pytest.raises(ValueError, match=f"mesh is data {sizes[0]}, fsdp {sizes[1]}, tensor {sizes[2]}; give positive sizes"):
+        sharding.MeshConfig(*sizes)
+
+
+def test_meshes_take_all_devices_or_say_so():
+    """Breaks when devices idle, or a mesh that does not fit them is found out by JAX."""
+    assert sharding.MeshConfig(2, -1, 2).shape(8) == (2, 2, 2) and sharding.MeshConfig(1, 8, 1).shape(8) == (1, 8, 1)
+    for sizes in ((1, 4, 1), (1, -1, 3), (2, 8, 1)):
+        with pytest.raises(ValueError, match=r"mesh is .*, which does not make 8 devices; set one of its axes to -1"):
+            sharding.MeshConfig(*sizes).shape(8)
 
 
 def test_microbatches_must_divide_over_the_devices():
     """Breaks when a batch that cannot be split is only found by a sharding error."""
-    mesh = sharding.make_mesh()
-    sharding.check_batch_size(mesh, 4 * mesh.size, 2)
-    fake = type("Mesh", (), {"size": 8})()
-    sharding.check_batch_size(fake, 16, 2)
-    with pytest.raises(ValueError, match="batch_size / accumulate is 4; it must be a multiple of the 8 devices"):
-        sharding.check_batch_size(fake, 8, 2)
+    mesh = AbstractMesh((2, 4, 2), sharding.AXES)
+    sharding.check_batch_size(mesh, 16, 2)
+    with pytest.raises(ValueError, match=r"batch_size / accumulate is 4; it must be a multiple of mesh.data x mesh.fsdp, 8"):
+        sharding.check_batch_size(mesh, 8, 2)
 
 
 def test_host_arrays_are_split_along_any_axis():
     """Breaks when an axis other than the first is not the one that is split, or a mesh takes in other processes' devices."""
     mesh = sharding.local_mesh()
-    assert mesh.devices.tolist() == jax.local_devices() and mesh.axis_names == ("data",)
+    assert mesh.devices.ravel().tolist() == jax.local_devices() and mesh.axis_names == ("data", "fsdp", "tensor")
     x = np.arange(2 * 8 * 3).reshape(2, 8, 3)
     for axis in range(3):
         y = sharding.split(mesh, np.swapaxes(x, 1, axis), axis)
-        assert y.sharding.spec == jax.sharding.PartitionSpec(*[None] * axis, "data")
+        assert y.sharding.spec == jax.sharding.PartitionSpec(*[None] * axis, ("data", "fsdp"))
         np.testing.assert_array_equal(y, np.swapaxes(x, 1, axis))
+
+
+def test_rows_are_put_where_they_belong():
+    """Breaks when rows, which a process makes alone, reach a batch in another order, or come back from the devices changed."""
+    mesh = sharding.make_mesh()
+    rows = sharding.local_rows(mesh, 8)
+    assert rows.tolist() == list(range(8))
+    x = np.arange(16).reshape(8, 2)
+    batch = sharding.put_batch(mesh, {"x": x, "k": StaticInt(2)}, rows, 8)
+    assert batch["k"] == 2 and isinstance(batch["k"], StaticInt)
+    np.testing.assert_array_equal(sharding.on_host(batch)["x"], x)

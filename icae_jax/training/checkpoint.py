@@ -9,15 +9,17 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as managers
 
+from icae_jax.training import distributed
+
 
 @contextlib.contextmanager
 def _saving(what):
     """Turns a failed save, which tensorstore reports as ValueError, into an OSError that says what it means for the run."""
     try:
         yield
-    except jax.errors.JaxRuntimeError:  # from waiting for another process, which is dead
-        raise
     except (OSError, ValueError, RuntimeError) as error:
+        if distributed.program_failed(error):  # of what was to be saved, or of waiting for another process, which is dead
+            raise
         cause = str(error).strip().splitlines()[-1].split(": ")[-1]
         raise OSError(f"{what} failed: {cause}. Earlier checkpoints are whole; free space and run the same command again") from error
 

@@ -8,6 +8,7 @@ import glob
 import importlib.util
 import itertools
 import os
+import re
 import signal
 import sys
 import threading
@@ -79,6 +80,15 @@ def start(coordinator=None, processes=None, process=None):
         waiting.cancel()
 
 
+def program_failed(error):
+    """Whether an error is JAX's of a program that failed, as it does where another process is dead.
+
+    Mostly a JaxRuntimeError, it is a ValueError where the call itself runs the program; tensorstore's of files look like these.
+    """
+    status = "(ABORTED|CANCELLED|DATA_LOSS|DEADLINE_EXCEEDED|FAILED_PRECONDITION|INTERNAL|UNAVAILABLE|UNKNOWN): "
+    return isinstance(error, jax.errors.JaxRuntimeError) or bool(re.match(status, str(error)) and "Error writing" not in str(error))
+
+
 @contextlib.contextmanager
 def ending_together(bad_input):
     """Around all that several processes do: an error in one ends that one at once, so that the others notice instead of waiting for it.
@@ -90,7 +100,8 @@ def ending_together(bad_input):
     except BaseException as error:
         if not jax.distributed.is_initialized() or jax.process_count() == 1 or (isinstance(error, SystemExit) and not error.code):
             raise
-        who, bad = f"process {jax.process_index()} of {jax.process_count()}", isinstance(error, ValueError | OSError)
+        who = f"process {jax.process_index()} of {jax.process_count()}"
+        bad = isinstance(error, ValueError | OSError) and not program_failed(error)
         try:
             if bad:
                 print(f"{who}: {error}", file=sys.stderr, flush=True)

@@ -1,0 +1,492 @@
+"""Several processes as one run. Breaks when the number of processes or the mesh changes the data or the result, when not all of them
+save the same step and leave, when a dead one leaves the others waiting, or when a wrong start is found out late.
+
+Most of it is `icae train` itself, in processes that speak over the loopback.
+"""
+
+import itertools
+import json
+import os
+import pathlib
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+from conftest import ROOT, WORDS, close, write_jsonl
+
+from icae_jax import cli
+from icae_jax.training import distributed, metrics
+from icae_jax.training.checkpoint import Checkpoints
+from icae_jax.training.train import DIVERGED, DONE, PREEMPTED
+
+STEPS = 8
+DEADLINE = 60  # seconds in which a process notices that another is dead
+
+# Devices add up in another order: a float32 sum of n terms then differs by up to n * 6e-8 of them. Losses do so directly. A parameter does
+# through Adam, which divides a gradient by its size: one that is small beside the terms it is summed from turns their rounding into a
+# change of its step. Both are some ten times what is seen. Another example, dropout mask or count moves losses by more than 1e-3.
+LOSS_BOUND, PARAMETER_BOUND = 5e-6, 1e-4
+
+CONFIG = """
+import json, pathlib
+import ml_collections
+
+def get_config(arg=None):
+    return ml_collections.ConfigDict(json.loads(pathlib.Path(__file__).with_name("config.json").read_text()))
+"""
+
+# `icae` that writes down which examples it makes for each step and, with SLOW, waits before each: a signal then lands between two steps.
+CHILD = """
+import json, os, sys, threading, time
+sys.modules["torch"] = None  # transformers would spend seconds on importing it
+from icae_jax import cli
+from icae_jax.data import batches
+from icae_jax.training.compressor_task import CompressorTask
+
+drawn, draw, collate, train_batches = threading.local(), batches.Examples.draw, batches.Examples.collate, CompressorTask.train_batches
+
+def noted_draw(self, seed, step, batch_size):
+    drawn.step = step
+    return draw(self, seed, step, batch_size)
+
+def noted_collate(self, bucket, rows):
+    if hasattr(drawn, "step"):  # held-out batches are made in another thread, and are not drawn
+        with open(os.environ["NOTES"], "a") as f:
+            f.write(json.dumps([drawn.step, bucket, rows.tolist()]) + chr(10))
+    return collate(self, bucket, rows)
+
+def slow_batches(self, *which):
+    return (time.sleep(float(os.environ["SLOW"])) or batch for batch in train_batches(self, *which))
+
+batches.Examples.draw, batches.Examples.collate, CompressorTask.train_batches = noted_draw, noted_collate, slow_batches
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_base, tmp_path_factory):
+    """Holds a configuration with dropout and accumulation, and its data."""
+    folder, rng = tmp_path_factory.mktemp("distributed"), np.random.default_rng(0)
+
+    def texts(count):
+        return [{"text": " ".join(rng.choice(WORDS[8:11], size=int(rng.integers(90, 140))))} for _ in range(count)]
+
+    raw = {
+        "base": str(tiny_base),
+        "steps": STEPS,
+        "batch_size": 16,
+        "accumulate": 2,
+        "log_every": 1,
+        "eval_every": 8,
+        "checkpoint_every": 2,
+        "eval_examples": 12,
+        "compression": {"k": 4, "rate": 4},
+        "lora": {"rank": 4, "dropout": 0.2},
+        "optimizer": {"learning_rate": 1e-2, "warmup_steps": 2},
+        "mesh": {"data": 1, "fsdp": -1, "tensor": 1},
+        "data": {
+            "train": write_jsonl(folder / "train.jsonl", texts(24)),
+            "eval": write_jsonl(folder / "eval.jsonl", texts(6)),
+            "context_lengths": [16],
+            "cache_dir": str(folder / "cache"),
+        },
+    }
+    (folder / "config.json").write_text(json.dumps(raw))
+    (folder / "config.py").write_text(CONFIG)
+    return folder
+
+
+# ------------------------------------------------------------------------------------------------- runs in processes
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+class Run:
+    """`icae train` of the configuration in a workdir, as several processes with some CPU devices each. A context that kills what is left.
+
+    flags: more of them for all; only: `{process: flags}`; slow: seconds before each step.
+    """
+
+    numbers = itertools.count()
+
+    def __init__(self, workdir, processes, devices, *flags, only=None, slow=0.0):
+        self.workdir, self.children = workdir, []
+        number, together = next(self.numbers), ["--coordinator", f"127.0.0.1:{free_port()}", "--processes", str(processes), "--process"]
+        command = [sys.executable, "-c", CHILD, "train", "--config", str(workdir.parent / "config.py"), "--workdir", str(workdir)]
+        xla = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
+        self.logs = [workdir.parent / f"{workdir.name}-{number}-{i}" for i in range(processes)]
+        for i, log in enumerate(self.logs):
+            env = os.environ | {"XLA_FLAGS": xla, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+            env |= {"NOTES": f"{log}.jsonl", "SLOW": str(slow)}
+            own = [*flags, *(only or {}).get(i, ()), *([*together, str(i)] if processes > 1 else [])]
+            with open(f"{log}.err", "w") as err:
+                self.children.append(subprocess.Popen([*command, *own], env=env, stderr=err, stdout=subprocess.DEVNULL))
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        for child in self.children:
+            child.kill()
+            child.wait()
+
+    def errors(self):
+        """What each process wrote to stderr."""
+        return [pathlib.Path(f"{log}.err").read_text(errors="replace") for log in self.logs]
+
+    def made(self):
+        """Of each process: `{step: (bucket, example numbers)}` that it made."""
+        lines = [pathlib.Path(f"{log}.jsonl").read_text().splitlines() for log in self.logs]
+        return [{step: (bucket, rows) for step, bucket, rows in map(json.loads, of)} for of in lines]
+
+    def codes(self, seconds=240):
+        """The exit code of each process; fails where one does not end."""
+        deadline = time.monotonic() + seconds
+        for child, err in zip(self.children, self.logs, strict=True):
+            try:
+                child.wait(max(0.1, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                pytest.fail(f"{err.name} still runs after {seconds} s: {pathlib.Path(f'{err}.err').read_text()[-2000:]}")
+        return [child.returncode for child in self.children]
+
+    def done(self):
+        """Waits for the end, which must be a good one."""
+        assert self.codes() == [DONE] * len(self.children), "\n".join(err[-3000:] for err in self.errors())
+        return self
+
+    def wait_for_step(self, step):
+        path, deadline = self.workdir / "metrics.jsonl", time.monotonic() + 180
+        while time.monotonic() < deadline and all(child.poll() is None for child in self.children):
+            if path.exists() and max((line["step"] for line in metrics.read(path)), default=0) >= step:
+                return
+            time.sleep(0.02)
+        pytest.fail(f"no step {step}: {[err[-2000:] for err in self.errors()]}")
+
+
+def finished(workdir, *args, **more):
+    with Run(workdir, *args, **more) as run:
+        return run.done()
+
+
+def without_clocks(workdir):
+    return [{k: v for k, v in line.items() if k not in metrics.WALL_CLOCK} for line in metrics.read(workdir / "metrics.jsonl")]
+
+
+def numbers(line):
+    """Every number of a line of metrics, in the order of its names."""
+    values = (line[k] for k in sorted(line))
+    return [x for v in values for x in (numbers(v) if isinstance(v, dict) else [v])]
+
+
+def result(workdir):
+    """Every tensor of the exported adapter."""
+    files = sorted((workdir / "adapter").rglob("*.safetensors"))
+    assert len(files) == 2
+    return {f"{file.name} {name}": x for file in files for name, x in safetensors.numpy.load_file(file).items()}
+
+
+def alike(workdir, want):
+    """The same steps, each once, with the same losses, and the same result, within reduction error."""
+    got, wanted = without_clocks(workdir), without_clocks(want)
+    assert [(line["step"], line.keys()) for line in got] == [(line["step"], line.keys()) for line in wanted]
+    for a, b in zip(got, wanted, strict=True):
+        np.testing.assert_allclose(numbers(a), numbers(b), rtol=LOSS_BOUND, err_msg=str((a, b)))
+    got, wanted = result(workdir), result(want)
+    assert got.keys() == wanted.keys()
+    for name, value in wanted.items():
+        close(got[name], value, PARAMETER_BOUND)
+
+
+def whole_batches(run, alone, steps):
+    """Every process of a run made its own rows alone, and all of them together the batches of a process alone."""
+    (want,), shares = alone.made(), run.made()
+    for step in steps:
+        parts = [made[step] for made in shares]
+        bucket, rows = want[step]
+        assert {b for b, _ in parts} == {bucket} and all(len(part) == len(rows) // len(shares) for _, part in parts)
+        assert sorted(row for _, part in parts for row in part) == sorted(rows)
+
+
+@pytest.fixture(scope="module")
+def alone(folder):
+    """One process, one device, from the beginning to the end."""
+    return finished(folder / "alone", 1, 1)
+
+
+# --------------------------------------------------------------------------------------------------- the same result
+
+MESH = ("--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.mesh.tensor=2")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "processes", "devices", "flags"), [("eight", 1, 8, ()), ("two", 2, 4, MESH)])
+def test_devices_and_processes_do_not_change_the_run(name, processes, devices, flags, folder, alone):
+    """Breaks when a process makes other rows than its own, losses or gradients miss some, or more than one process writes."""
+    run = finished(folder / name, processes, devices, *flags)
+    whole_batches(run, alone, range(STEPS))
+    assert {line["step"] for line in without_clocks(run.workdir)} == set(range(STEPS + 1))
+    alike(run.workdir, alone.workdir)
+    names = [sorted(p.name for p in w.iterdir()) for w in (run.workdir, alone.workdir)]
+    assert names[0] == names[1] and len(list((run.workdir / "tensorboard").iterdir())) == 1
+    first, *others = run.errors()
+    assert f"done: {STEPS} steps" in first and not any("done" in err or "step" in err for err in others)
+
+
+# ------------------------------------------------------------------------------------------------------ preemption
+
+
+@pytest.fixture(scope="module")
+def preempted(folder, alone):
+    """Two processes with four devices each, of which the second was told to end: the run, and copies of its workdir."""
+    with Run(folder / "preempted", 2, 4, slow=0.3) as run:
+        run.wait_for_step(3)
+        run.children[1].send_signal(signal.SIGTERM)
+        codes = run.codes(DEADLINE)
+    for name in ("one", "four"):
+        shutil.copytree(run.workdir, folder / name)
+    return run, codes
+
+
+def saved_step(run):
+    return int(re.search(r"SIGTERM: saved step (\d+)", run.errors()[0])[1])
+
+
+@pytest.mark.slow
+def test_sigterm_to_one_process_saves_and_ends_all(preempted):
+    """Breaks when a notice that only one process gets does not end the others, or they save different steps."""
+    run, codes = preempted
+    assert codes == [PREEMPTED, PREEMPTED], "\n".join(err[-3000:] for err in run.errors())
+    assert 4 <= saved_step(run) < STEPS and not (run.workdir / "DONE").exists()
+    with Checkpoints(run.workdir) as checkpoints:
+        assert checkpoints.latest() == saved_step(run)
+    assert max(line["step"] for line in without_clocks(run.workdir)) == saved_step(run)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "processes", "devices", "flags"), [("preempted", 2, 4, ()), ("one", 1, 1, ()), ("four", 4, 2, MESH)])
+def test_it_continues_on_any_processes_and_mesh(name, processes, devices, flags, folder, alone, preempted):
+    """Breaks when a checkpoint is bound to the processes or the mesh that wrote it, or data do not go on at its step."""
+    first, step = preempted[0], saved_step(preempted[0])
+    run = finished(folder / name, processes, devices, *flags)
+    assert f"resumed at step {step}" in run.errors()[0] and min(min(made) for made in run.made()) == step
+    whole_batches(first, alone, range(step))
+    whole_batches(run, alone, range(step, STEPS))
+    alike(run.workdir, alone.workdir)
+
+
+# --------------------------------------------------------------------------------------------------- when one fails
+
+
+@pytest.mark.slow
+def test_a_killed_process_ends_the_others_and_the_run_continues(folder, alone):
+    """Breaks when a process waits for a dead one, says nothing of it, ends as if the run must not be continued, or a checkpoint is lost."""
+    workdir = folder / "killed"
+    for killed, at in ((1, 4), (0, 6)):
+        with Run(workdir, 2, 1, slow=0.3) as run:
+            run.wait_for_step(at)
+            run.children[killed].send_signal(signal.SIGKILL)
+            codes, errors = run.codes(DEADLINE), run.errors()
+        assert codes[killed] == -signal.SIGKILL and codes[1 - killed] not in (DONE, 2, DIVERGED, PREEMPTED)
+        assert re.search(r"another process died|Terminating process because", errors[1 - killed]), errors[1 - killed][-3000:]
+        assert not (workdir / "DONE").exists()
+    run = finished(workdir, 2, 1)
+    first, second = (int(re.search(r"resumed at step (\d)", err)[1]) for err in (errors[0], run.errors()[0]))
+    assert 2 <= first <= second and second >= 4
+    alike(workdir, alone.workdir)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("wrong", [0, 1])
+def test_bad_input_of_one_process_ends_all(wrong, folder):
+    """Breaks when the others wait for one that cannot start, or that one's own message is lost."""
+    with Run(folder / f"wrong{wrong}", 2, 1, only={wrong: ["--config.data.train=absent.jsonl"]}) as run:
+        codes, errors = run.codes(DEADLINE), run.errors()
+    assert codes[wrong] == 2 and codes[1 - wrong] not in (DONE, 2, DIVERGED, PREEMPTED), (codes, errors)
+    assert f"process {wrong} of 2: data file absent.jsonl: no such file" in errors[wrong]
+    assert not (folder / f"wrong{wrong}" / "config.json").exists()
+
+
+@pytest.mark.slow
+def test_divergence_ends_all_with_its_code(folder):
+    """Breaks when a launcher would restart a run that diverges again."""
+    flags = ["--config.optimizer.learning_rate=1e30", "--config.optimizer.warmup_steps=0", "--config.eval_examples=0"]
+    with Run(folder / "diverged", 2, 1, *flags) as run:
+        assert run.codes() == [DIVERGED, DIVERGED], "\n".join(err[-3000:] for err in run.errors())
+    assert "not finite" in run.errors()[0]
+
+
+# ------------------------------------------------------------------------------------------------ how they find each other
+
+
+@pytest.fixture
+def joined(monkeypatch):
+    """What `jax.distributed.initialize` was called with; it does nothing. The machine has no accelerator and no Slurm."""
+    calls = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *args, **more: calls.append(args))
+    monkeypatch.setattr(distributed.glob, "glob", lambda pattern: [])
+    for name in ("SLURM_NTASKS", "SLURM_STEP_NODELIST", "JAX_PLATFORMS"):
+        monkeypatch.delenv(name, raising=False)
+    return calls
+
+
+def test_a_process_alone_joins_nothing(joined, monkeypatch):
+    """Breaks when a plain machine, also with libtpu or within a Slurm allocation but not `srun`, waits for others."""
+    monkeypatch.setattr(distributed.importlib.util, "find_spec", lambda name: "installed")
+    distributed.start()
+    distributed.start(processes=1)
+    distributed.start("host:1", 1, 0)
+    monkeypatch.setenv("SLURM_NTASKS", "2")
+    distributed.start()
+    monkeypatch.setenv("SLURM_STEP_NODELIST", "n[1-2]")
+    monkeypatch.setenv("SLURM_NTASKS", "1")
+    distributed.start()
+    assert joined == []
+
+
+def test_what_is_recognised_and_what_is_told(joined, monkeypatch):
+    """Breaks when Slurm's tasks or a TPU's hosts run apart, or flags do not reach JAX."""
+    distributed.start("host:1", 3, 2)
+    assert joined.pop() == ("host:1", 3, 2)
+    monkeypatch.setattr(distributed.importlib.util, "find_spec", lambda name: "installed")
+    for chips in ("/dev/accel0", "/dev/vfio/0"):
+        monkeypatch.setattr(distributed.glob, "glob", lambda pattern, chips=chips: [chips] if pattern[:8] == chips[:8] else [])
+        distributed.start()
+        assert joined.pop() == (None, None, None)
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    distributed.start()
+    assert joined == []
+    monkeypatch.setenv("SLURM_NTASKS", "2")
+    monkeypatch.setenv("SLURM_STEP_NODELIST", "n[1-2]")
+    distributed.start()
+    assert joined.pop() == (None, None, None)
+    distributed.start(processes=1)
+    assert joined == []
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--processes", "2"], "--coordinator, --processes and --process go together"),
+        (["--coordinator", "host:1", "--process", "0"], "--coordinator, --processes and --process go together"),
+        (["--coordinator", "host", "--processes", "2", "--process", "0"], "--coordinator host --processes 2 --process 0: give HOST:PORT"),
+        (["--coordinator", "host:port", "--processes", "2", "--process", "0"], "--coordinator host:port"),
+        (["--coordinator", ":1", "--processes", "2", "--process", "0"], "--coordinator :1"),
+        (["--coordinator", "host:1", "--processes", "2", "--process", "2"], "--process 2: give .* a number from 0 below"),
+        (["--coordinator", "host:1", "--processes", "2", "--process", "-1"], "--process -1"),
+        (["--coordinator", "host:1", "--processes", "0", "--process", "0"], "--processes 0"),
+    ],
+)
+def test_flags_that_do_not_go_together(flags, named, joined, folder, tmp_path, capsys):
+    """Breaks when a wrong start waits for processes that never come, or reads a base first."""
+    assert cli.main(["train", "--config", str(folder / "config.py"), "--workdir", str(tmp_path / "w"), *flags]) == 2
+    err = capsys.readouterr().err
+    assert re.search(named, err) and err.count("\n") == 1 and joined == [] and not (tmp_path / "w").exists()
+
+
+def test_jax_s_refusals_say_what_to_do(joined, monkeypatch):
+    """Breaks when a port in use or an unknown cluster ends in a traceback."""
+
+    def fail(error):
+        def initialize(*args, **more):
+            raise error
+
+        monkeypatch.setattr(jax.distributed, "initialize", initialize)
+
+    fail(jax.errors.JaxRuntimeError("address in use"))
+    with pytest.raises(SystemExit, match="process 0 of 2: cannot join the others at host:1: address in use; is another run"):
+        distributed.start("host:1", 2, 0)
+    fail(ValueError("no coordinator"))
+    monkeypatch.setenv("SLURM_NTASKS", "2")
+    monkeypatch.setenv("SLURM_STEP_NODELIST", "n[1-2]")
+    with pytest.raises(ValueError, match=r"Slurm: JAX cannot tell the processes \(no coordinator\); give --coordinator HOST:PORT"):
+        distributed.start()
+
+
+# --------------------------------------------------------------------------------------------------- how they agree
+
+
+def test_a_process_alone_agrees_with_itself(tmp_path):
+    """Breaks when a process alone waits for others or leaves marks."""
+    assert distributed.agreed(7) == 7 and distributed.agreed(False) is False and distributed.main_after_all()
+    distributed.check_shared(tmp_path / "absent")
+    assert list(tmp_path.iterdir()) == []
+
+
+AGREE = """
+import pathlib, sys
+import jax
+from icae_jax.training import distributed
+
+process = int(sys.argv[2])
+with distributed.ending_together(2):
+    distributed.start(sys.argv[1], 2, process)
+    assert distributed.agreed(10 + process) == 10 and type(distributed.agreed(3)) is int
+    assert distributed.agreed(process == 0) is True and distributed.agreed(process == 1) is False
+    assert distributed.main_after_all() == (process == 0)
+    shared = pathlib.Path(sys.argv[3]) / "shared"
+    distributed.check_shared(shared)
+    assert process or list(shared.iterdir()) == []
+    distributed.check_shared(pathlib.Path(sys.argv[3]) / str(process))
+"""
+
+
+LOST = """
+import os, sys
+from icae_jax.training import distributed
+
+with distributed.ending_together(2):
+    distributed.start(sys.argv[1], 2, int(sys.argv[2]))
+    distributed.agreed(1)
+    if sys.argv[2] == "1":
+        os._exit(9)
+    distributed.agreed(1)
+"""
+
+
+def pair(code, *args):
+    """(exit code, stderr) of two processes that run some code, given where to meet and which each is."""
+    where, env = f"127.0.0.1:{free_port()}", os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", code, where]
+    children = [subprocess.Popen([*command, str(i), *args], env=env, stderr=subprocess.PIPE, text=True) for i in range(2)]
+    try:
+        errors = [child.communicate(timeout=120)[1] for child in children]
+    finally:
+        for child in children:
+            child.kill()
+    return [(child.returncode, err) for child, err in zip(children, errors, strict=True)]
+
+
+def test_two_processes_agree_and_notice_that_their_folders_differ(tmp_path):
+    """Breaks when a process goes by its own disk, or two runs are taken for one because their workdirs have one name."""
+    for name in ("shared", "0", "1"):
+        (tmp_path / name).mkdir()
+    ends = pair(AGREE, str(tmp_path))
+    for i, (_, err) in enumerate(ends):
+        assert f"process {i} of 2: {tmp_path / str(i)} is not the same folder in processes 0 and 1; give one on a filesystem" in err
+    assert [code for code, _ in ends] == [2, 2] and list((tmp_path / "0").iterdir()) == []
+
+
+def test_a_lost_process_is_no_bad_input():
+    """Breaks when a launcher gives up a run of which one host died: JAX tells so by ValueError where it runs a program that is compiled."""
+    (code, err), (other, _) = pair(LOST)
+    assert other == 9 and code == distributed.CRASHED, err
+    assert re.search(r"process 0 of 2: \w+Error\. If another process died, its output says why", err)
+
+
+def test_an_error_of_a_process_alone_is_python_s():
+    """Breaks when an error of one process loses its type, or ends a session that only called a function."""
+    for error in (ValueError("x"), KeyError("y"), SystemExit(3)):
+        with pytest.raises(type(error)), distributed.ending_together(2):
+            raise error
