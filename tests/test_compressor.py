@@ -313,7 +313,7 @@ def test_a_mesh_of_one_device_changes_nothing(compressor, memory):
 def on_eight_devices(adapter):
     """What each mesh makes of the texts: `{mesh: [memory, log-probabilities, answers, ties]}` as lists."""
     result = {}
-    for text in ("data=8", "fsdp=8", "tensor=2,fsdp=2", "tensor=4,data=2"):
+    for text in ("fsdp=8", "tensor=2,fsdp=2"):
         compressor = icae_jax.load(adapter, mesh=sharding.local_mesh(sharding.parse(text)))
         memory = compressor.compress(TEXTS, batch_size=3)
         answers = compressor.ask(memory, QUESTIONS, 4, 3, True)
@@ -336,7 +336,7 @@ def test_meshes_of_eight_devices(compressor, memory):
     command = [sys.executable, "-c", code, str(compressor.path)]
     found = json.loads(subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True, check=True, timeout=500).stdout.splitlines()[-1])
     wanted = compressor.ask(memory, QUESTIONS, 4, details=True)
-    parts = {"data=8": 1, "fsdp=8": 8, "tensor=2,fsdp=2": 4, "tensor=4,data=2": 4}
+    parts = {"fsdp=8": 8, "tensor=2,fsdp=2": 4}  # and two copies
     assert found.keys() == parts.keys()
     for mesh, (contents, log_probs, answers, split) in found.items():
         assert split == parts[mesh]

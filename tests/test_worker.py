@@ -80,7 +80,8 @@ def test_no_worker_outlives_its_caller(number, tmp_path):
         "worker.main()"
     )
     caller = (
-        "import subprocess; from icae_jax.planning import worker; run = subprocess.run\n"
+        "import signal, subprocess; from icae_jax.planning import worker; run = subprocess.run\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # jobs in the background inherit that it is ignored
         f"worker.subprocess.run = lambda command, **given: run([command[0], '-c', {busy!r}], **given)\n"
         "worker.ask({'kind': 'topology', 'topology': 'v5e:2x2'})"
     )
