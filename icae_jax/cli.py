@@ -293,7 +293,8 @@ def main(argv=None):
         print(f"icae: no verb {argv[0]!r}\n\n{usage()}", file=sys.stderr)
         return BAD_INPUT
     if argv[0] in TRAIN_EXAMPLES and {"-h", "--help"} & set(argv):
-        print(TRAIN_HELP.format(verb=argv[0], text=VERBS[argv[0]][1].capitalize(), example=TRAIN_EXAMPLES[argv[0]]))
+        text = VERBS[argv[0]][1]
+        print(TRAIN_HELP.format(verb=argv[0], text=text[0].upper() + text[1:], example=TRAIN_EXAMPLES[argv[0]]))
         return 0
     try:
         return VERBS[argv[0]][0](argv[1:])
