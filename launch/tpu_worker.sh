@@ -2,7 +2,7 @@
 # What launch/tpu_pod.sh runs on each worker of a TPU slice, in the checkout that it has put there.
 #   install              Python, and this package with JAX for TPUs, into .venv
 #   mount BUCKET DIR     a Cloud Storage bucket, unless something is mounted there
-#   start COMMAND...     the command, in the checkout and by its .venv, behind this session: it outlives it
+#   start COMMAND...     the command, in the checkout and by its .venv, apart from this connection: it outlives it
 #   stop SECONDS         end what was started: SIGTERM, so that it saves, and after so many seconds SIGKILL, as what is left holds the TPU
 #   status               prints `running`, or the command's exit code; 137 where it died without one
 #   log [BYTES]          prints the command's output from that byte on; without a number its last lines, each with this worker's name
