@@ -69,7 +69,7 @@ def positions(objectives, pad_labels, compression, longest, qa=0, head=0):
 
     qa: tokens of the longest question and answer behind the memory; head: of what stands before it.
     """
-    segments, size = encoder.segment_shape(longest, compression)[0], min(longest, compression.segment_tokens)
+    segments, size = batches.segment_shape(longest, compression)
     restored = (segments * compression.segment_tokens if pad_labels else longest) + 1
     behind = max(qa, restored if {"ae", "lm"} & set(objectives) else 0)
     where = layout.get(compression.layout)

@@ -117,10 +117,6 @@ class Placement:
         """Of an array with these logical axes (None: not split)."""
         return NamedSharding(self.mesh, nn.logical_to_mesh_axes(names, self.rules))
 
-    @property
-    def replicated(self):
-        return NamedSharding(self.mesh, PartitionSpec())
-
     def parameter(self, path, shape):
         """Of the parameter at a path, as ("layers", "mlp", "up_proj", "kernel"), also of its optimizer state. shape: has `.shape`."""
         spec = nn.logical_to_mesh_axes(llama.logical_axes(path), self.rules)
