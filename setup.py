@@ -33,6 +33,7 @@ setup(
     ],
     extras_require={
         "test": ["pytest", "pytest-xdist", "ruff", "torch==2.13.0", "peft", "jax[tpu]"],  # libtpu compiles for TPUs on any machine
+        "bench": ["torch==2.13.0", "peft"],  # the PyTorch baseline of launch/bench
         "tpu": ["jax[tpu]"],
         "gpu": ["jax[cuda13]"],
     },

@@ -27,6 +27,7 @@ def get_config(arg="pretrain-icae"):
     config.dtype = "float32"
     config.remat = "none"
     config.remat_decoder = ""  # the same as remat
+    config.attention = "auto"  # the fastest of xla, cudnn (GPUs), splash (TPUs)
     config.unroll = 1
     config.loss_chunk = 128
     config.log_every = 10

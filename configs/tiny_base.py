@@ -17,6 +17,7 @@ def get_config():
     config.accumulate = 1
     config.dtype = "float32"
     config.remat = "none"
+    config.attention = "auto"  # the fastest of xla, cudnn (GPUs), splash (TPUs)
     config.unroll = 4
     config.loss_chunk = 128
     config.log_every = 50

@@ -54,6 +54,7 @@ def get_config(arg="pretrain-16"):
     config.dtype = "bfloat16"
     config.remat = "full" if bases else "dots"
     config.remat_decoder = ""  # the same as remat
+    config.attention = "auto"  # the fastest of xla, cudnn (GPUs), splash (TPUs)
     config.unroll = 1
     config.loss_chunk = 128
     config.log_every = 10

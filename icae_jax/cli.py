@@ -47,6 +47,7 @@ TRAIN_HELP = """usage: icae {verb} --config FILE[:arg] --workdir DIR [--config.f
   --config FILE[:arg]     a configuration with get_config(arg), such as {example}
   --workdir DIR           checkpoints, metrics and the result; the same command continues what is there
   --config.field=value    any field of the configuration, such as --config.steps=1000
+  --profile DIR           trace a few steps into DIR, for XProf (`icae bench train` also sums a trace up)
 
 Several processes are one run, on one DIR that all of them see. TPU slices and Slurm jobs are recognised; elsewhere each is told:
   --coordinator HOST:PORT where process 0 serves the others
@@ -72,11 +73,12 @@ def _train(verb, argv, kind, make_task):
 
     parser = argparse.ArgumentParser(prog=f"icae {verb}", add_help=False, allow_abbrev=False)
     process_flags(parser)
+    parser.add_argument("--profile")
     args, rest = parser.parse_known_args(argv)
     config, workdir = load_config(kind, rest)
     with distributed.ending_together(BAD_INPUT):
         distributed.start(args.coordinator, args.processes, args.process)
-        return train(config, make_task(config), workdir)
+        return train(config, make_task(config), workdir, profile=args.profile)
 
 
 def train_verb(argv):
@@ -220,13 +222,18 @@ def sweep_verb(argv):
 CONVERT = {"base": "a base model, into the hub's format or an Orbax copy", "adapter": "a trained compressor, from and to any format"}
 
 
+def _tell_kinds(verb, kinds, argv):
+    """Says what kinds of a verb there are. Returns the exit code."""
+    asked = bool(argv) and argv[0] in ("-h", "--help")
+    lines = [f"  {kind:8} {text}" for kind, text in kinds.items()]
+    text = "\n".join([f"usage: icae {verb} KIND [options]", "", *lines, "", f"icae {verb} KIND --help lists its options"])
+    print(text, file=sys.stdout if asked else sys.stderr)
+    return 0 if asked else BAD_INPUT
+
+
 def convert_verb(argv):
     if not argv or argv[0] not in CONVERT:
-        asked = bool(argv) and argv[0] in ("-h", "--help")
-        lines = [f"  {kind:8} {text}" for kind, text in CONVERT.items()]
-        text = "\n".join(["usage: icae convert KIND [options]", "", *lines, "", "icae convert KIND --help lists its options"])
-        print(text, file=sys.stdout if asked else sys.stderr)
-        return 0 if asked else BAD_INPUT
+        return _tell_kinds("convert", CONVERT, argv)
     from icae_jax import convert_adapter, convert_base
 
     parser = argparse.ArgumentParser(prog=f"icae convert {argv[0]}", description=f"convert {CONVERT[argv[0]]}")
@@ -237,6 +244,18 @@ def plan_verb(argv):
     from icae_jax import plan
 
     return plan.main(_parser("plan"), argv)
+
+
+BENCH = {"train": "a training step: time, FLOPs, memory, compilation, and where the time goes"}
+
+
+def bench_verb(argv):
+    if not argv or argv[0] not in BENCH:
+        return _tell_kinds("bench", BENCH, argv)
+    from icae_jax import bench
+
+    parser = argparse.ArgumentParser(prog=f"icae bench {argv[0]}", description=f"measure {BENCH[argv[0]]}", allow_abbrev=False)
+    return bench.main(parser, argv[1:])
 
 
 def evaluate_verb(argv):
@@ -265,6 +284,7 @@ VERBS = {
     "restore": (restore_verb, "read the texts back out of a memory file"),
     "ask": (ask_verb, "answer questions from a memory file"),
     "plan": (plan_verb, "say what a configuration takes on a TPU slice, by compiling it for one"),
+    "bench": (bench_verb, "measure a training step on the devices at hand"),
     "evaluate": (evaluate_verb, "measure a compressor by one of the papers' suites, with intervals and a report"),
     "inspect": (inspect_verb, "say what a file or folder is, its sizes, its method, and which bases fit"),
     "convert": (convert_verb, "convert base models and adapters between this package's formats and those of others"),

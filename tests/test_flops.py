@@ -3,6 +3,8 @@
 XLA counts the unrolled program as traced, before anything is compiled: what it adds to matmuls is under a hundredth at these sizes.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -99,13 +101,13 @@ def test_the_forward_passes_as_xla_counts_them():
     def write(trained, params, batch):
         return methods.compress(model, params, trained, batch["context"], batch["lengths"], compression).slots
 
-    of_write = flops.compress(SMALL, LORA, batch["context"].shape, 32)
+    of_write = flops.compress(SMALL, LORA, batch["context"].shape, 32, "icae")
     assert 1.0 <= counted(write, trained, params, arrays(batch)) / of_write.total < 1.015
 
     rows, cache = 4, 299
 
     def step(params, ids, at, k, v, mask, positions):
-        one = jnp.ones((1, 1, 1), bool)
+        one = jnp.ones((1, 1), bool)
         hidden, _ = model.apply({"params": params}, ids, at, one, prefix=(k, v, mask, positions), return_kv=True)
         return jnp.einsum("btd,dv->btv", hidden, llama.head_kernel(params))
 
@@ -128,11 +130,19 @@ def test_the_forward_passes_as_xla_counts_them():
     ids=["ae", "ae+lm", "qa"],
 )
 def test_llama_2_7b_with_a_memory_of_128_tokens(targets, head, tera):
-    """Breaks when the definition drifts: figures worked out independently, for 512 tokens, LoRA of rank 128 on q and v."""
+    """Breaks when the definition drifts: figures worked out independently, for 512 tokens, LoRA of rank 128 on q and v, of 32 layers that
+    are all whole. What is not computed of the last one is less than a layer.
+    """
     compression = encoder.CompressionConfig(k=128)
     heads = {o: tuple(range(head)) for o in targets}
-    got = flops.least(LLAMA_2_7B, lora.LoraConfig(), compression, shapes(1, 1, 512, 128, targets), heads)
-    assert got.total / 1e12 == pytest.approx(tera, abs=0.06)
+
+    def least(layers):
+        config = dataclasses.replace(LLAMA_2_7B, num_layers=layers)
+        return flops.least(config, lora.LoraConfig(), compression, shapes(1, 1, 512, 128, targets), heads)
+
+    got, layer = least(32), least(33).total - least(32).total
+    assert (32 * layer + got.logits) / 1e12 == pytest.approx(tera, abs=0.06)
+    assert 0.2 * layer < 32 * layer + got.logits - got.total < 0.8 * layer
     assert sum(got) == got.total and all(isinstance(part, int) for part in got)
 
 
@@ -141,13 +151,20 @@ def test_parts():
     compression = encoder.CompressionConfig(k=32, rate=4.0)
     one, two = (flops.least(SMALL, LORA, compression, shapes(B, 1, 128, 32, {"ae": AE})) for B in (1, 2))
     assert [2 * part for part in one] == list(two)
-    blocks = 2 * (256 * 96 * (4 + 2 + 2 + 4) + 3 * 256 * 688)
-    adapters = 2 * 32 * (256 + 4 * 96 + 256 + 2 * 96 + 688 + 256)
-    assert one.encoder == 4 * blocks * 160 and one.memory == 4 * blocks * 32 and one.targets == 4 * blocks * 129
-    assert one.lora == 6 * adapters * 160 and one.logits == 4 * 256 * 1000 * 129
-    assert one.attention == 12 * 2 * 4 * 96 * (160**2 + 32**2 + 129 * (32 + 129))
+    kv, rest = 2 * 256 * 2 * 96, 2 * 256 * 4 * 96 + 3 * 256 * 688  # of a block
+    block = kv + rest
+    v_adapter, others = 32 * (256 + 2 * 96), 32 * (256 + 4 * 96 + 688 + 256)
+    assert one.encoder == 4 * (block * 160 + kv * 160 + rest * 32)  # the second layer is the last: all but K/V at the memory tokens alone
+    assert one.memory == 4 * (block + kv) * 32 and one.targets == 4 * (2 * block) * 129
+    assert one.lora == 6 * ((v_adapter + others) * 160 + v_adapter * 160 + others * 32) and one.logits == 4 * 256 * 1000 * 129
+    assert one.attention == 12 * 4 * 96 * (160**2 + 32 * 160 + 32**2 + 2 * 129 * (32 + 129))
     x500 = flops.least(SMALL, LORA, encoder.CompressionConfig("x500", k=32), shapes(1, 1, 128, 32, {"ae": AE}))
-    assert x500 == one._replace(memory=0, attention=one.attention - 12 * 2 * 4 * 96 * 32**2)
+    assert x500.encoder == 4 * (block * 160 + kv * 32) and x500.lora == 6 * ((v_adapter + others) * 160 + v_adapter * 32)
+    assert x500.attention == 12 * 4 * 96 * (160**2 + 2 * 129 * (32 + 129))
+    assert (x500.memory, x500.targets, x500.logits) == (0, one.targets, one.logits)
+    qa = flops.least(SMALL, LORA, compression, shapes(1, 1, 128, 32, {"qa": QA}))
+    assert qa.targets == 4 * 5 * ((block + kv) * 24 + rest * 8)
+    assert qa.attention == 12 * 4 * 96 * (160**2 + 32 * 160 + 32**2 + 5 * (24 + 8) * (32 + 24))
 
 
 def test_an_unknown_k_is_refused_and_the_largest_is_the_default():

@@ -111,7 +111,7 @@ def test_the_least_flops_are_those_of_the_training_metrics(sources):
     def of(what, contexts, **given):
         return programs.least(programs.Spec(what, config, TINY, contexts, 32), **given)
 
-    assert of("compress", 4) == flops.compress(TINY, config.lora, (4, 2, 16), 4).total
+    assert of("compress", 4) == flops.compress(TINY, config.lora, (4, 2, 16), 4, "icae").total
     for what in programs.WHATS:
         assert of(what, 12) == 3 * of(what, 4) > 0
     one, two, most = (of("decode", 4, tokens=n) for n in (1, 2, 12))

@@ -135,14 +135,14 @@ def embed_with_table(base_params, table, ids):
 # ---------------------------------------------------------------------------------------------------------- encoder pass
 
 
-def encode(model, base_params, trained, ids_BSN, lengths_BS, config, k, dropout_key=None, return_kv=False):
+def encode(model, base_params, trained, ids_BSN, lengths_BS, config, k, kind, dropout_key=None):
     """Runs base + LoRA over `[segment | k memory tokens]`: all segments of all texts in one batched, masked pass.
 
     trained: `{"lora": tree, "memory_table": [config.k + 3, D]}`, of which the first k rows are used. ids `[B, S, N]`, lengths `[B, S]` as
     `segment_contexts` makes them. Segments do not see each other; memory tokens see their segment's text and the memory tokens before them.
 
-    Returns, of the memory tokens alone: hidden states after the final norm `[B * S, k, D]`, and None or, with return_kv, their
-    (K before RoPE, V), each `[L, B * S, k, K, H]`.
+    kind: what is wanted of the memory tokens, and returned: "hidden", hidden states after the final norm, `[B * S, k, D]`, or "kv",
+    (K before RoPE, V) of every layer, each `[L, B * S, k, K, H]`. What the last layer has beyond that is not computed.
     """
     B, S, N = ids_BSN.shape
     layout = layouts.get(config.layout)
@@ -154,15 +154,15 @@ def encode(model, base_params, trained, ids_BSN, lengths_BS, config, k, dropout_
     tokens = llama.embed(base_params, ids_BSN.reshape(B * S, N)).astype(model.dtype)
     memory = jnp.broadcast_to(trained["memory_table"][:k].astype(model.dtype), (B * S, k, tokens.shape[-1]))
     real = jnp.concatenate([jnp.arange(N)[None] < lengths[:, None], jnp.ones((B * S, k), bool)], 1)
-    mask = llama.causal_mask(N + k) & real[:, None, :]
+    memory_at = np.arange(N, N + k)
+    wanted = {"hidden": {"at": memory_at}, "kv": {"at": llama.NOWHERE, "return_kv": True, "keep": memory_at}}[kind]
     with jax.named_scope("encoder"):
         hidden, kv = model.apply(
             {"params": base_params, "lora": trained["lora"]},
             jnp.concatenate([tokens, memory], 1),
             layouts.encoder_positions(layout, N, k, lengths),
-            mask,
-            return_kv=return_kv,
-            keep=jnp.arange(N, N + k) if return_kv else None,
+            real,
+            **wanted,
             rngs=None if dropout_key is None else {"dropout": dropout_key},
         )
-    return hidden[:, N:], kv
+    return {"hidden": hidden, "kv": kv}[kind]

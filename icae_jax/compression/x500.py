@@ -17,7 +17,7 @@ def compress(model, base_params, trained, ids_BSN, lengths_BS, config, k, dropou
     Arguments as `encoder.encode` has them.
     """
     B, S, _ = ids_BSN.shape
-    _, kv = encode(model, base_params, trained, ids_BSN, lengths_BS, config, k, dropout_key, return_kv=True)
+    kv = encode(model, base_params, trained, ids_BSN, lengths_BS, config, k, "kv", dropout_key)
     contents = {name: x.reshape(x.shape[0], B, S * k, *x.shape[3:]) for name, x in zip(KV.CONTENTS, kv, strict=True)}
     return place(KV, contents, lengths_BS, config)
 
@@ -36,7 +36,8 @@ def read(model, base_params, memory, head=()):
         at = jnp.concatenate([jnp.broadcast_to(positions, (B, h)), at], 1)
         with jax.named_scope("memory_prefix"):
             ids = jnp.asarray(head, jnp.int32)[None]
-            _, (k_head, v_head) = model.apply({"params": base_params}, ids, positions, llama.causal_mask(h), return_kv=True)
+            real_head = jnp.ones((1, h), bool)
+            _, (k_head, v_head) = model.apply({"params": base_params}, ids, positions, real_head, at=llama.NOWHERE, return_kv=True)
         k_head = llama.rotate_keys(model.config, k_head, positions)
 
         def behind(head_kv, memory_kv):

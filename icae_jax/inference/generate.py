@@ -48,9 +48,7 @@ def greedy(model, base_params, table, prefix, starts, prompt_ids, prompt_lengths
     # Prompt: behind the shared prefix; its K/V start the rows' own cache, [prefix | prompt | new tokens].
     x = encoder.embed_with_table(base_params, table, prompt_ids)
     positions = starts[:, None] + jnp.arange(T)[None]
-    hidden, (k, v) = model.apply(
-        params, x, positions, llama.causal_mask(T), prefix=prefix.seen, return_kv=True
-    )
+    hidden, (k, v) = model.apply(params, x, positions, jnp.ones((1, T), bool), prefix=prefix.seen, return_kv=True)
     last = jnp.take_along_axis(hidden, (prompt_lengths - 1)[:, None, None], axis=1)[:, 0]
     first, first_tie = choose(last)
 
@@ -78,7 +76,7 @@ def greedy(model, base_params, table, prefix, starts, prompt_ids, prompt_lengths
         at = starts + prompt_lengths + i
         mask = jnp.concatenate([seen, jnp.broadcast_to(jnp.arange(n) < i, (B, n))], 1)
         hidden, (k, v) = model.apply(
-            params, token[:, None], at[:, None], jnp.ones((1, 1, 1), bool), prefix=(*state["cache"], mask, cache_positions), return_kv=True
+            params, token[:, None], at[:, None], jnp.ones((1, 1), bool), prefix=(*state["cache"], mask, cache_positions), return_kv=True
         )
         k = llama.rotate_keys(config, k, at[:, None])
         cache = tuple(jax.lax.dynamic_update_slice_in_dim(c, new, P + T + i, 2) for c, new in zip(state["cache"], (k, v), strict=True))

@@ -6,6 +6,7 @@ One letter a dimension, in names and comments throughout the package:
 """
 
 import dataclasses
+import functools
 import math
 
 import flax.linen as nn
@@ -14,16 +15,20 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
+from icae_jax.models.attention import attend, seen
 
-def _all_but_gathered(prim, *_, **__):
-    """Saves everything but what was gathered from other devices, above all a layer's weights: keeping those would keep the whole base."""
-    return prim.name != "sharding_constraint"
+
+def _all_but_weights(prim, *_, **__):
+    """Saves everything but a layer's weights, as they were sliced from the stack and gathered from other devices: keeping those would
+    keep the whole base once more.
+    """
+    return prim.name not in ("sharding_constraint", "dynamic_slice", "squeeze")
 
 
 # What the backward pass finds of a block's forward pass: everything; what matmuls gave; of these what a *frozen* weight's gradient chain
 # needs (its own gradient would need its input, but it has none); nothing but the block's input.
 REMAT_POLICIES = {
-    "none": _all_but_gathered,
+    "none": _all_but_weights,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "frozen": jax.checkpoint_policies.save_only_these_names("projection", "lora"),
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -169,6 +174,7 @@ PROJECTION_AXES = {
     "up_proj": ("embed", "mlp"),
     "down_proj": ("mlp", "embed"),
 }
+NOWHERE = np.zeros(0, np.int32)  # as `at` of `Llama`: no hidden states are wanted
 STORED_ONLY = ("embed", "rank")  # split where parameters are kept, whole where they are used
 KV_AXES = ("layers", "batch", None, "kv_heads", None)  # of stacked keys or values, `[L, B, T, K, H]`
 
@@ -251,62 +257,46 @@ class RMSNorm(nn.Module):
         return jnp.einsum("...d,d->...d", x32.astype(x.dtype), scale.astype(x.dtype))
 
 
-def attention(q_BTNH, k_BTKH, v_BTKH, mask_BTT, prefix=None):
-    """Softmax attention over a shared prefix and the sequence itself; softmax in float32.
-
-    mask_BTT: true where a query (second axis) may see a key (third axis); its batch axis may be 1.
-    prefix: None or `(k, v, mask)` with k, v `[Bp, P, K, H]` and mask `[Bp, P]`, or `[B, T, P]` where queries see different parts of it.
-        Bp divides B: prefix b serves rows b * B/Bp ... (b + 1) * B/Bp - 1, which is how many targets read one memory without copies.
-    Returns `[B, T, N * H]`.
-    """
-    B, T, N, H = q_BTNH.shape
-    K = k_BTKH.shape[2]
-    q = q_BTNH.reshape(B, T, K, N // K, H) * jnp.asarray(H**-0.5, q_BTNH.dtype)
-
-    def hidden(mask):
-        """What is added to scores: so far below them that nothing of them is left where they must not be seen."""
-        return jnp.where(mask, 0.0, jnp.finfo(jnp.float32).min / 2)
-
-    scores = jnp.einsum("btkqh,bskh->bkqts", q, k_BTKH, preferred_element_type=jnp.float32)
-    scores = scores + jnp.broadcast_to(hidden(mask_BTT)[:, None, None], scores.shape)
-    if prefix is not None:
-        pk, pv, p_mask = prefix
-        Bp, P = pk.shape[:2]
-        shared = (Bp, B // Bp)
-        p_mask = p_mask[:, None, None, None, None] if p_mask.ndim == 2 else p_mask.reshape(*shared, 1, 1, T, P)
-        p_scores = jnp.einsum("bgtkqh,bpkh->bgkqtp", q.reshape(*shared, *q.shape[1:]), pk, preferred_element_type=jnp.float32)
-        p_scores = (p_scores + jnp.broadcast_to(hidden(p_mask), p_scores.shape)).reshape(B, K, N // K, T, P)
-        scores = jnp.concatenate([p_scores, scores], -1)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v_BTKH.dtype)
-    if prefix is None:
-        out = jnp.einsum("bkqts,bskh->btkqh", weights, v_BTKH)
-    else:
-        out = jnp.einsum("bkqts,bskh->btkqh", weights[..., P:], v_BTKH)
-        p_weights = weights[..., :P].reshape(*shared, K, N // K, T, P)
-        out = out + jnp.einsum("bgkqtp,bpkh->bgtkqh", p_weights, pv).reshape(out.shape)
-    return out.reshape(B, T, N * H)
+def rows(x, at):
+    """`x [B or 1, T, …]` at some time indices: `[U]`, those of every row, or `[B, U]`, each row its own. All for None."""
+    if at is None:
+        return x
+    if at.ndim == 1:
+        if isinstance(at, np.ndarray) and at.size and (np.diff(at) == 1).all():
+            return x[:, at[0] : at[-1] + 1]
+        return jnp.take(x, at, axis=1, mode="clip")
+    x = jnp.broadcast_to(x, (at.shape[0], *x.shape[1:]))
+    return jnp.take_along_axis(x, at.reshape(*at.shape, *[1] * (x.ndim - 2)), axis=1, mode="clip")
 
 
 class Attention(nn.Module):
     config: ModelConfig
     lora_scale: float
     lora_dropout: float
+    implementation: str
+
+    def _project(self, name, heads, x):
+        c = self.config
+        y = Projection(heads * c.head_dim, self.lora_scale, self.lora_dropout, c.qkv_bias, name=name)(x)
+        y = constrain(y.reshape(*y.shape[:2], heads, c.head_dim), "batch", None, PROJECTION_AXES[name][1], None)
+        return RMSNorm(c.rms_norm_eps, name=f"{name[0]}_norm")(y) if c.qk_norm and name != "v_proj" else y
 
     @nn.compact
-    def __call__(self, x_BTD, rope, mask, prefix):
-        c = self.config
-        B, T, D = x_BTD.shape
-
-        def project(name, heads):
-            y = Projection(heads * c.head_dim, self.lora_scale, self.lora_dropout, c.qkv_bias, name=name)(x_BTD)
-            return constrain(y.reshape(B, T, heads, c.head_dim), "batch", None, PROJECTION_AXES[name][1], None)
-
-        q, k, v = project("q_proj", c.num_heads), project("k_proj", c.num_kv_heads), project("v_proj", c.num_kv_heads)
-        if c.qk_norm:
-            q, k = RMSNorm(c.rms_norm_eps, name="q_norm")(q), RMSNorm(c.rms_norm_eps, name="k_norm")(k)
+    def __call__(self, x_BTD, rope, mask, prefix, at):
+        """The queries at `at` alone, of keys everywhere: ([B, U or T, D], (k before RoPE, v))."""
+        kv = k, v = tuple(self._project(name, self.config.num_kv_heads, x_BTD) for name in ("k_proj", "v_proj"))
+        q = self._project("q_proj", self.config.num_heads, rows(x_BTD, at))
         with jax.named_scope("attention"):
-            out = attention(rotate(q, rope), rotate(k, rope), v, mask, prefix)
-        return Projection(D, self.lora_scale, self.lora_dropout, name="o_proj")(out), (k, v)
+            rotated = rotate(q, tuple(rows(t, at) for t in rope)), rotate(k, rope)
+            # Splash knows no queries at times that are told while it runs: the last layer's, where labels are.
+            implementation = "xla" if self.implementation == "splash" and mask.ndim == 3 else self.implementation
+            out = attend(*rotated, v, mask, prefix, at=at if mask.ndim == 2 else None, implementation=implementation)
+        return Projection(x_BTD.shape[-1], self.lora_scale, self.lora_dropout, name="o_proj")(out), kv
+
+    @nn.compact
+    def keys_and_values(self, x_BTD):
+        """(k before RoPE, v) alone."""
+        return tuple(self._project(name, self.config.num_kv_heads, x_BTD) for name in ("k_proj", "v_proj"))
 
 
 class MLP(nn.Module):
@@ -329,35 +319,43 @@ class Block(nn.Module):
     config: ModelConfig
     lora_scale: float
     lora_dropout: float
+    implementation: str
     return_kv: bool
 
     @nn.compact
-    def __call__(self, x, prefix_kv, window, rope, mask, prefix_mask, distances, keep):
+    def __call__(self, x, prefix, window, rope, positions, mask, at=None, keep=None):
         c, lora = self.config, (self.lora_scale, self.lora_dropout)
         # Tied to what changes from block to block, or the mask of every head would be made once, before the scan, and kept through it.
-        x, mask, prefix_mask = jax.lax.optimization_barrier((x, mask, prefix_mask))
+        x, mask = jax.lax.optimization_barrier((x, mask))
+        attention = Attention(c, *lora, self.implementation, name="self_attn")
+        normed = RMSNorm(c.rms_norm_eps, name="input_layernorm")(x)
+        if at is not None and not at.size:
+            return rows(x, at), attention.keys_and_values(rows(normed, keep))
+        if prefix is not None:
+            k, v, prefix_mask, prefix_positions = prefix
+            prefix = k, v, jax.lax.optimization_barrier(prefix_mask)
+        if window is not None or isinstance(at, jax.Array):
+            mask = seen(mask, at) if mask.ndim == 2 else rows(mask, at)
         if window is not None:
-            distance_BTT, prefix_distance_BTP = distances
-            mask = mask & (distance_BTT < window)
-            if prefix_kv is not None:
-                rows = prefix_distance_BTP.shape[0] // prefix_mask.shape[0]
-                prefix_mask = jnp.repeat(prefix_mask, rows, axis=0)[:, None] & (prefix_distance_BTP < window)
-        prefix = None if prefix_kv is None else (*prefix_kv, prefix_mask)
-        h, kv = Attention(c, *lora, name="self_attn")(RMSNorm(c.rms_norm_eps, name="input_layernorm")(x), rope, mask, prefix)
-        x = constrain(x + h, "batch", None, None)
+            here = rows(positions, at)[:, :, None]
+            mask = mask & (here - positions[:, None] < window)
+            if prefix is not None:
+                copies = x.shape[0] // k.shape[0]
+                near = here - jnp.repeat(prefix_positions, copies, axis=0)[:, None] < window
+                prefix = k, v, jnp.repeat(prefix[2], copies, axis=0)[:, None] & near
+        h, kv = attention(normed, rope, mask, prefix, at)
+        x = constrain(rows(x, at) + h, "batch", None, None)
         x = x + MLP(c, *lora, name="mlp")(RMSNorm(c.rms_norm_eps, name="post_attention_layernorm")(x))
-        if not self.return_kv:
-            kv = None
-        elif keep is not None:  # sliced here, inside the scan, so that K/V of all positions of all layers never live at once
-            kv = tuple(jnp.take(t, keep, axis=1) for t in kv)
-        return constrain(x, "batch", None, None), kv
+        # K/V sliced here, inside the scan, so that those of all positions of all layers never live at once.
+        return constrain(x, "batch", None, None), tuple(rows(t, keep) for t in kv) if self.return_kv else None
 
 
 class Llama(nn.Module):
     """The blocks and the final norm. `embed` and `head_kernel` below are the two ends.
 
     remat: what the backward pass keeps of each block: "none" recomputes nothing, "dots" keeps matmul outputs, "frozen" those that the
-        gradient through frozen weights needs, "full" only block inputs. unroll: how many blocks one turn of the scan holds.
+        gradient through frozen weights needs, "full" only block inputs. unroll: how many blocks one turn of the scan holds. attention: how
+        it is computed, see `models.attention`.
     """
 
     config: ModelConfig
@@ -366,47 +364,69 @@ class Llama(nn.Module):
     dtype: jnp.dtype = jnp.float32
     remat: str = "none"
     unroll: int = 1
+    attention: str = "xla"
 
     @nn.compact
-    def __call__(self, x, positions, mask, *, prefix=None, return_kv=False, keep=None):
+    def __call__(self, x, positions, mask, *, prefix=None, at=None, return_kv=False, keep=None):
         """Runs the blocks.
 
-        x: token ids `[B, T]` or embeddings `[B, T, D]`. positions `[B or 1, T]` integers. mask `[B or 1, T, T]`, true where
-        query (axis 1) sees key (axis 2), within the layer's window of positions. prefix: None or `(k, v, mask, positions)`, k and v
-        `[L, Bp, P, K, H]` with k already rotated (`rotate_keys`), mask and the positions that windows count with `[Bp, P]`; Bp divides B
-        (see `attention`). return_kv: also return K/V. keep: `[M]` time indices of the K/V to return, None for all.
+        x: token ids `[B, T]` or embeddings `[B, T, D]`. positions `[B or 1, T]` integers. mask: `[B or 1, T]`, the real tokens, of which
+        each sees itself and those before it; or `[B or 1, T, T]`, true where query (axis 1) sees key (axis 2); both within the layer's
+        window of positions. prefix: None or `(k, v, mask, positions)`, k and v `[L, Bp, P, K, H]` with k already rotated (`rotate_keys`),
+        mask and the positions that windows count with `[Bp, P]`; Bp divides B (see `attention.attend`).
+        at: time indices of the hidden states to return, `[U]` or each row's own `[B, U]`, None for all; of the last block only K and V
+        are computed elsewhere. return_kv: also return K/V. keep: `[M]` time indices of the K/V to return, None for all.
 
-        Returns (hidden states after the final norm `[B, T, D]`, None or (k, v) each `[L, B, M or T, K, H]`, k **before** RoPE).
+        Returns (hidden states after the final norm `[B, U or T, D]`, None or (k, v) each `[L, B, M or T, K, H]`, k **before** RoPE).
         """
+        c = self.config
         if jnp.issubdtype(x.dtype, jnp.integer):
-            table = self.param("embed", nn.initializers.normal(0.02), (self.config.vocab_size, self.config.hidden_size))
+            table = self.param("embed", nn.initializers.normal(0.02), (c.vocab_size, c.hidden_size))
             x = jnp.take(gathered(table, ("vocab", "embed")), x, axis=0)
         x = constrain(x.astype(self.dtype), "batch", None, None)
-        block = Block
-        if self.remat != "none" or nn.get_logical_axis_rules():
-            block = nn.remat(Block, policy=REMAT_POLICIES[self.remat], prevent_cse=self.unroll > 1)
-        layers = nn.scan(
-            block,
-            variable_axes={"params": 0, "lora": 0},
-            split_rngs={"params": True, "dropout": True},
-            in_axes=(0, 0, *[nn.broadcast] * 5),
-            out_axes=0,
-            length=self.config.num_layers,
-            unroll=self.unroll,
-            metadata_params={nn.PARTITION_NAME: "layers"},
-        )(self.config, self.lora_scale, self.lora_dropout, return_kv, name="layers")
-        prefix_kv, prefix_mask, prefix_positions = (None, None, None) if prefix is None else (prefix[:2], *prefix[2:])
-        windows, distances = None, None
-        if self.config.windows:  # what differs between layers is scanned over, so that they stay one program
-            far = jnp.iinfo(jnp.int32).max
-            windows = jnp.asarray([w or far for w in self.config.windows], jnp.int32)
-            distances = positions[:, :, None] - positions[:, None], None
-            if prefix is not None:
-                at = jnp.broadcast_to(positions, x.shape[:2])[:, :, None]
-                distances = distances[0], at - jnp.repeat(prefix_positions, x.shape[0] // prefix_positions.shape[0], axis=0)[:, None]
-        x, kv = layers(x, prefix_kv, windows, rope_tables(self.config, positions), mask, prefix_mask, distances, keep)
+        block = functools.partial(Block, c, self.lora_scale, self.lora_dropout, self.attention, return_kv)
+        shared = rope_tables(c, positions), positions, mask
+        if self.is_initializing():  # makes the parameters, of all layers in one array each
+            stacked = nn.scan(
+                Block, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=(nn.broadcast,) * 5, length=c.num_layers,
+                metadata_params={nn.PARTITION_NAME: "layers"},
+            )  # fmt: skip
+            x, _ = stacked(*block.args, name="layers")(x, None, None, *shared)
+            return RMSNorm(c.rms_norm_eps, name="norm")(x), None
+
+        # What differs between layers is scanned over, so that they stay one program.
+        params, adapters = (self.variables.get(kind, {}).get("layers") for kind in ("params", "lora"))
+        windows = jnp.asarray([w or jnp.iinfo(jnp.int32).max for w in c.windows], jnp.int32) if c.windows else None
+        keys = jax.random.split(self.make_rng("dropout"), c.num_layers) if self.has_rng("dropout") else None
+        scanned = adapters, None if prefix is None else prefix[:2], windows, keys
+        # Where the last layer is another program, the others' slice of the frozen parameters would be a copy: they are sliced one by one.
+        whole = at is None
+        count = c.num_layers if whole else c.num_layers - 1
+
+        def layer(x, xs, at=None):
+            of, (adapters, prefix_kv, window, key) = xs
+            if not whole:
+                of = jax.tree.map(lambda w: jax.lax.dynamic_index_in_dim(w, of, keepdims=False), params)
+            return block(parent=None).apply(
+                {"params": of} if adapters is None else {"params": of, "lora": adapters},
+                x, None if prefix is None else (*prefix_kv, *prefix[2:]), window, *shared, at, keep,
+                rngs=None if key is None else {"dropout": key},
+            )  # fmt: skip
+
+        def saving(policy, function, **options):
+            return jax.checkpoint(function, policy=REMAT_POLICIES[policy], **options)
+
+        one = layer
+        if self.remat != "none" or not whole or nn.get_logical_axis_rules():
+            one = saving(self.remat, layer, prevent_cse=self.unroll > 1)
+        first = jax.tree.map(lambda t: t[:count], scanned)
+        x, kv = jax.lax.scan(one, x, (params if whole else jnp.arange(count), first), unroll=max(1, min(self.unroll, count)))
+        if not whole:  # never rematerialised: of the decoder's, the backward pass comes at once
+            last = jax.tree.map(lambda t: t[count], scanned)
+            x, last_kv = saving("none", functools.partial(layer, at=at))(x, (jnp.asarray(count), last))
+            kv = kv and tuple(jnp.concatenate([t, end[None]]) for t, end in zip(kv, last_kv, strict=True))
         kv = kv and tuple(constrain(t, *KV_AXES) for t in kv)
-        return RMSNorm(self.config.rms_norm_eps, name="norm")(x), kv
+        return RMSNorm(c.rms_norm_eps, name="norm")(x), kv
 
 
 # ------------------------------------------------------------------------------------------------------- the two ends

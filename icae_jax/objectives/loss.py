@@ -75,11 +75,10 @@ def label_hidden(model, base_params, trained, prefix, starts_B, ids_BGT, label_a
     x = encoder.embed_with_table(base_params, trained["memory_table"], ids_BGT).reshape(B * G, T, -1)
     positions = jnp.repeat(starts_B, G)[:, None] + jnp.arange(T)[None]
     with jax.named_scope("decoder"):
-        # Targets are padded on the right only, so the causal mask already hides the padding from every real token.
-        hidden, _ = model.apply(
-            {"params": base_params}, x, positions, llama.causal_mask(T), prefix=prefix.seen
-        )
-    return jnp.take_along_axis(hidden, label_at_BGU.reshape(B * G, -1, 1), axis=1)
+        # Targets are padded on the right only, so causal attention already hides the padding from every real token.
+        real = jnp.ones((1, T), bool)
+        hidden, _ = model.apply({"params": base_params}, x, positions, real, prefix=prefix.seen, at=label_at_BGU.reshape(B * G, -1))
+    return hidden
 
 
 def label_losses(model, base_params, trained, memory, targets, heads, layout, chunk):

@@ -20,7 +20,7 @@ PROMPT = 32  # tokens of a question, where it is answered
 @dataclasses.dataclass(frozen=True)
 class Spec:
     """What is compiled. what: one of `WHATS`. config: with its data's shapes alone. model: the base's sizes. contexts: of one step, over
-    all devices. length: tokens of a context at most.
+    all devices. length: tokens of a context at most. qa: (inputs, labels) of a QA target; None for the most that the configuration lets in.
     """
 
     what: str
@@ -28,10 +28,16 @@ class Spec:
     model: llama.ModelConfig
     contexts: int
     length: int
+    qa: tuple[int, int] | None = None
 
     @property
     def compression(self):
         return self.config.trained_compression
+
+    @property
+    def qa_shape(self):
+        """(T, U) of QA targets, see `objectives.targets.pack`."""
+        return self.qa or (self.config.data.max_target_tokens,) * 2
 
 
 def _placed(tree, shardings, dtype=None):
@@ -39,7 +45,7 @@ def _placed(tree, shardings, dtype=None):
 
 
 def batch(spec, mesh=None):
-    """The shapes of a training batch, with every QA target as long as the configuration lets it be."""
+    """The shapes of a training batch, with every QA target as long as it may be."""
     c, where = spec.config, mesh and sharding.batch_sharding(mesh)
     rows = spec.contexts * (c.accumulate if spec.what == "train" else 1)
 
@@ -49,7 +55,7 @@ def batch(spec, mesh=None):
     segments, size = batches.segment_shape(spec.length, spec.compression)
     size = spec.compression.segment_tokens if layout.get(spec.compression.layout).fixed_length else size
     shapes = batches.target_shapes(
-        c.data, spec.compression, tuple(c.objectives.weights), spec.length, (c.data.max_target_tokens,) * 2, c.objectives.pad_labels
+        c.data, spec.compression, tuple(c.objectives.weights), spec.length, spec.qa_shape, c.objectives.pad_labels
     )
     targets = {
         o: {"ids": array(G, T), "label_at": array(G, U), "labels": array(G, U), "label_mask": array(G, U, dtype=bool)}
@@ -63,13 +69,16 @@ def positions_needed(spec):
     """Positions of the base that the program takes."""
     c, objectives = spec.config, spec.config.objectives
     if spec.what == "train":
-        qa = c.data.max_target_tokens if "qa" in objectives.weights else 0
+        qa = spec.qa_shape[0] if "qa" in objectives.weights else 0
         return positions(objectives.weights, objectives.pad_labels, spec.compression, spec.length, qa)
     return positions((), False, spec.compression, spec.length, 0 if spec.what == "compress" else PROMPT + c.data.max_target_tokens)
 
 
-def lower(spec, mesh):
-    """The `jax.stages.Lowered` program on a mesh of devices, which may be those of a topology alone. Its arguments are only shapes."""
+def lower(spec, mesh, platforms=None):
+    """The `jax.stages.Lowered` program on a mesh of devices, which may be those of a topology alone. Its arguments are only shapes.
+
+    platforms: such as ("cpu",), to lower for these instead of the devices' own.
+    """
     c, k = spec.config, spec.compression.k
     placement = sharding.Placement(mesh, spec.model)
     task = CompressorLosses(c, spec.model, spec.compression)
@@ -85,19 +94,20 @@ def lower(spec, mesh):
             optimizer, _ = step.make_optimizer(c.optimizer, c.steps)
             state = jax.eval_shape(lambda t: step.init_state(t, optimizer), trained)
             shardings = placement.tree(state)
-            return step.make_train_step(task, optimizer, c.seed, c.accumulate, shardings).lower(_placed(state, shardings), params, given)
+            train = step.make_train_step(task, optimizer, c.seed, c.accumulate, shardings)
+            return train.trace(_placed(state, shardings), params, given).lower(lowering_platforms=platforms)
         trained = _placed(trained, placement.tree(trained))
         write = jax.jit(methods.compress, static_argnames=("model", "config", "k"))
         texts = (task.model, params, trained, given["context"], given["lengths"])
         if spec.what == "compress":
-            return write.lower(*texts, config=spec.compression, k=k)
+            return write.trace(*texts, config=spec.compression, k=k).lower(lowering_platforms=platforms)
         prefix = jax.eval_shape(lambda *arrays: _prefix(task.model, *arrays, config=spec.compression, k=k), *texts[1:])
         at = {"k": llama.KV_AXES, "v": llama.KV_AXES, "mask": ("batch", None), "positions": ("batch", None), "end": ("batch",)}
         prefix = prefix.replace(**{name: _placed(getattr(prefix, name), placement.sharding(*axes)) for name, axes in at.items()})
         rows = [jax.ShapeDtypeStruct((spec.contexts, *shape), jnp.int32, sharding=prefix.end.sharding) for shape in ((), (PROMPT,), (), ())]
-        return generate.greedy.lower(
+        return generate.greedy.trace(
             task.model, params, trained["memory_table"], prefix, *rows, max_new_tokens=c.data.max_target_tokens, stop_ids=(2,)
-        )
+        ).lower(lowering_platforms=platforms)
 
 
 def _prefix(model, params, trained, ids, lengths, config, k):
@@ -112,7 +122,7 @@ def least(spec, tokens=None):
     if spec.what == "train":
         return flops.least(spec.model, c.lora, spec.compression, given).total
     if spec.what == "compress":
-        return flops.compress(spec.model, c.lora, given["context"].shape, spec.compression.k).total
+        return flops.compress(spec.model, c.lora, given["context"].shape, spec.compression.k, spec.compression.method).total
     memory = given["context"].shape[1] * spec.compression.k
     room = memory + PROMPT + c.data.max_target_tokens
     token = flops.decode(spec.model, spec.contexts, room + 1)

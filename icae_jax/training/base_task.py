@@ -11,7 +11,7 @@ import optax
 from icae_jax.data import batches, synthetic
 from icae_jax.interop import base as bases
 from icae_jax.models import llama
-from icae_jax.training import sharding
+from icae_jax.training import attention, sharding
 from icae_jax.training.config import BaseConfig
 
 BASE = "base"  # the folder in a workdir that training writes
@@ -39,14 +39,18 @@ class BaseTask:
             rope_theta=m.rope_theta,
             tie_word_embeddings=True,
         )
-        self.model = llama.Llama(self.model_config, dtype=config.jnp_dtype, remat=config.remat, unroll=config.unroll)
         self.stages = parse_mixture(config.mixture)
-        self.identity = {}
+        self.identity, self._ids, self._lengths = {}, {}, {}
         self.placement = sharding.Placement(sharding.make_mesh(config.mesh), self.model_config)
-        self._ids, self._lengths = {}, {}
+        length, rows = max(map(self._length, self.stages[-1][1])), config.batch_size // config.accumulate
+        name, self._notes = attention.choose(
+            config.attention, self.model_config, self.placement.mesh, rows=rows, length=length, dtype=config.jnp_dtype
+        )
+        self.model = llama.Llama(self.model_config, dtype=config.jnp_dtype, remat=config.remat, unroll=config.unroll, attention=name)
 
     def notes(self):
-        return self.placement.notes()
+        """Lines worth saying before training."""
+        return self.placement.notes() + self._notes
 
     def init(self):
         """Random parameters; embeddings at `model.embedding_std`, the final norm alike, so that a tied head starts near uniform."""
@@ -131,7 +135,7 @@ class BaseTask:
     def losses(self, trained, frozen, batch, dropout_key):
         """`{"lm": (weighted sum of token losses, sum of weights)}`."""
         T = batch["ids"].shape[1]
-        hidden, _ = self.model.apply({"params": trained}, batch["ids"], jnp.arange(T)[None], llama.causal_mask(T))
+        hidden, _ = self.model.apply({"params": trained}, batch["ids"], jnp.arange(T)[None], jnp.ones((1, T), bool))
         logits = jnp.einsum("btd,dv->btv", hidden, llama.head_kernel(trained), preferred_element_type=jnp.float32)
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["labels"])
         return {"lm": (jnp.sum(losses * batch["weights"]), jnp.sum(batch["weights"]))}

@@ -13,7 +13,7 @@ from icae_jax.interop import adapter as adapters
 from icae_jax.interop import base as bases
 from icae_jax.models import llama, lora
 from icae_jax.objectives import loss, targets
-from icae_jax.training import flops, sharding
+from icae_jax.training import attention, flops, sharding
 from icae_jax.training.config import SCRATCH
 
 
@@ -27,7 +27,8 @@ def compression_on(config, tokenizer):
 
 
 class CompressorLosses:
-    """What a training step computes, without data or weights: the AE, LM and QA losses of batches (`TrainConfig`).
+    """What a training step computes, without data or weights: the AE, LM and QA losses of batches (`TrainConfig`, whose attention of
+    "auto" is plain here: what is fastest is for those to say who have the devices).
 
     model_config: the base's sizes. compression: what is trained on that base (`compression_on`). head: ids that stand before the memory
     where questions are asked.
@@ -38,8 +39,9 @@ class CompressorLosses:
         self.config, self.weights, self.compression = c, c.objectives.weights, compression
         self.heads = {o: head if o == "qa" else () for o in self.weights}
         self.model = llama.Llama(
-            model_config, lora_scale=c.lora.scale, lora_dropout=c.lora.dropout, dtype=c.jnp_dtype, remat=c.remat, unroll=c.unroll
-        )
+            model_config, lora_scale=c.lora.scale, lora_dropout=c.lora.dropout, dtype=c.jnp_dtype, remat=c.remat, unroll=c.unroll,
+            attention="xla" if c.attention == attention.AUTO else c.attention,
+        )  # fmt: skip
         self.decoder = self.model.clone(remat=c.remat_decoder or c.remat)
 
     def counts(self, batch):
@@ -64,6 +66,19 @@ class CompressorLosses:
         return loss.objective_sums(losses, batch["targets"])
 
 
+def with_attention(config, model_config, compression, mesh, length):
+    """(the configuration with the attention that is computed on a mesh, lines on how it was found), see `training.attention`.
+
+    length: tokens of the contexts that most of the work is for.
+    """
+    segments, size = batches.segment_shape(length, compression)
+    rows = config.batch_size // config.accumulate * segments
+    name, notes = attention.choose(
+        config.attention, model_config, mesh, rows=rows, length=size + compression.k, dtype=config.jnp_dtype
+    )
+    return dataclasses.replace(config, attention=name), notes
+
+
 def positions(objectives, pad_labels, compression, longest, qa=0, head=0):
     """Positions of the base that contexts of so many tokens take with the objectives of these names.
 
@@ -86,6 +101,8 @@ class CompressorTask(CompressorLosses):
         self.base = bases.load_base(c.base, c.jnp_dtype, self.placement.parameter, progress=jax.process_index() == 0)
         tokenizer = self.base.tokenizer
         compression, self._notes = compression_on(c, tokenizer)
+        c, notes = with_attention(c, self.base.config, compression, self.placement.mesh, max(c.data.context_lengths))
+        self._notes += notes
         self.template = targets.make_template(c.objectives.template, tokenizer)
         super().__init__(c, self.base.config, compression, self.template.head)
         self.framing = targets.make_framing(self.compression, tokenizer, bases.bos_id(tokenizer))

@@ -14,6 +14,7 @@ from icae_jax.interop import files
 from icae_jax.models.llama import REMAT_POLICIES
 from icae_jax.models.lora import LoraConfig
 from icae_jax.objectives.targets import OBJECTIVES
+from icae_jax.training import attention
 from icae_jax.training.sharding import MeshConfig
 
 SCRATCH = "scratch"  # init_from of fine-tuning without a pretrained compressor
@@ -71,6 +72,7 @@ class LoopConfig:
     """What every kind of training shares. accumulate: microbatches of one step. eval_examples: held-out examples at most.
 
     dtype: of activations and the frozen base ("float32" or "bfloat16"); trained parameters are float32. remat: see `models.llama`.
+    attention: one of `models.attention`'s implementations, or "auto" (`training.attention`).
     mesh: how the devices are arranged (`training.sharding`).
     eval_every, checkpoint_every: in steps; checkpoints are made at evaluations too.
     """
@@ -81,6 +83,7 @@ class LoopConfig:
     accumulate: int = 1
     dtype: str = "float32"
     remat: str = "none"
+    attention: str = attention.AUTO
     unroll: int = 1
     loss_chunk: int = 128
     log_every: int = 10
@@ -102,6 +105,8 @@ class LoopConfig:
             raise ValueError(f"dtype is {self.dtype!r}; choose float32 or bfloat16")
         if self.remat not in REMAT_POLICIES:
             raise ValueError(f"remat is {self.remat!r}; choose from {', '.join(REMAT_POLICIES)}")
+        if self.attention not in attention.CHOICES:
+            raise ValueError(f"attention is {self.attention!r}; choose from {', '.join(attention.CHOICES)}")
 
     @property
     def jnp_dtype(self):
@@ -219,7 +224,7 @@ def _scalar(kind, value, where):
 # ------------------------------------------------------------------------------------------------- resuming a workdir
 
 # What may change when a workdir is continued; any other field changes the mathematics.
-FREE_FIELDS = {"log_every", "eval_every", "eval_examples", "checkpoint_every", "remat", "remat_decoder", "unroll"}
+FREE_FIELDS = {"log_every", "eval_every", "eval_examples", "checkpoint_every", "remat", "remat_decoder", "attention", "unroll"}
 FREE_FIELDS |= {"mesh.data", "mesh.fsdp", "mesh.tensor"}  # the devices may change: results agree within rounding
 FREE_FIELDS |= {"base", "init_from", "data.train", "data.eval", "data.cache_dir", "data.tfds_dir"}  # paths; `identity` has the content
 

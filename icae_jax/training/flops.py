@@ -4,9 +4,10 @@ Counted are matmuls alone, a multiplication and an addition being two; not embed
 every token 2 in the forward pass, 2 for the gradient of the activations and, where it is trained, 2 for its own. Attention costs every
 query 4 x heads x head size a key and layer forward, and twice that backward. Nothing is recomputed.
 
-Arrays are counted as they are run: with their padding, with keys that a causal mask hides, and with layers whole, as in a scan, also the
-last one where only its K/V have a reader (500xCompressor's encoder, a memory in the decoder) and the first one below the LoRA, where
-the text's gradient has none.
+Arrays are counted as they are run: with their padding, with keys that a causal mask hides, and with the first layer whole, though below its
+LoRA the text's gradient has no reader. Of the last layer, what nothing reads is not counted: in the encoder all but the memory tokens,
+beyond their keys and values (500xCompressor: these of the memory tokens alone); of a memory in the decoder all but K/V; of targets all but
+the labels, beyond K/V.
 """
 
 import math
@@ -35,39 +36,47 @@ class Flops(typing.NamedTuple):
         return sum(self)
 
 
-def _block_parameters(config):
-    """Numbers in the kernels of all blocks."""
-    return config.num_layers * sum(math.prod(lora.projection_shape(config, name)) for name in lora.PROJECTIONS)
+KEYS_AND_VALUES = ("k_proj", "v_proj")
 
 
-def _lora_parameters(config, lora_config):
-    """Numbers in the adapters of all blocks."""
-    return config.num_layers * lora_config.rank * sum(sum(lora.projection_shape(config, name)) for name in lora_config.targets)
+def _linear(config, tokens, keys, queries, lora_config=None):
+    """FLOPs of the forward pass through the blocks' matmuls, or with `lora_config` through their adapters.
+
+    tokens: in all layers but the last, of which `keys` tokens get K/V, and `queries` all else.
+    """
+    one = {name: math.prod(lora.projection_shape(config, name)) for name in lora.PROJECTIONS}
+    if lora_config:
+        one = {name: lora_config.rank * sum(lora.projection_shape(config, name)) for name in lora_config.targets}
+    kv = sum(count for name, count in one.items() if name in KEYS_AND_VALUES)
+    every = sum(one.values())
+    return 2 * ((config.num_layers - 1) * every * tokens + kv * keys + (every - kv) * queries)
 
 
-def _attention(config, rows, queries, keys):
-    """The forward pass over `rows` rectangles of queries and keys, in all layers."""
-    return 4 * config.num_layers * config.num_heads * config.head_dim * rows * queries * keys
+def _attention(config, rows, queries, keys, last=None):
+    """FLOPs of the forward pass over `rows` rectangles of queries and keys, in all layers; last: the queries of the last one."""
+    layers = (config.num_layers - 1) * queries + (queries if last is None else last)
+    return 4 * config.num_heads * config.head_dim * rows * layers * keys
 
 
-def compress(model_config, lora_config, shape, k):
+def compress(model_config, lora_config, shape, k, method):
     """`Flops` of writing contexts into memory, without gradients (`compression.methods.compress`).
 
-    shape: `(B, S, N)` of their ids, B texts of S segments of N tokens. k: memory tokens a segment.
+    shape: `(B, S, N)` of their ids, B texts of S segments of N tokens. k: memory tokens a segment. method: "icae" or "x500".
     """
     B, S, N = shape
-    tokens = B * S * (N + k)
+    rows, length = B * S, N + k
+    last = (rows * length, rows * k) if method == "icae" else (rows * k, 0)
     return Flops(
-        encoder=2 * _block_parameters(model_config) * tokens,
-        lora=2 * _lora_parameters(model_config, lora_config) * tokens,
-        attention=_attention(model_config, B * S, N + k, N + k),
+        encoder=_linear(model_config, rows * length, *last),
+        lora=_linear(model_config, rows * length, *last, lora_config),
+        attention=_attention(model_config, rows, length, length, k if method == "icae" else 0),
     )
 
 
 def decode(model_config, rows, keys):
     """`Flops` of one new token of each of `rows` rows; keys: positions of the cache that it attends to, its own included."""
     return Flops(
-        targets=2 * _block_parameters(model_config) * rows,
+        targets=_linear(model_config, rows, rows, rows),
         attention=_attention(model_config, rows, 1, keys),
         logits=2 * model_config.hidden_size * model_config.vocab_size * rows,
     )
@@ -85,22 +94,22 @@ def least(model_config, lora_config, compression, batch, heads=None):
     """
     c, k = model_config, compression.choose(batch.get("k"))
     B, S, N = batch["context"].shape
-    M, blocks = S * k, _block_parameters(c)
-    written = compress(c, lora_config, (B, S, N), k)
+    M = S * k
+    written = compress(c, lora_config, (B, S, N), k, compression.method)
     memory = targets = logits = 0
     attention = 3 * written.attention
     heads = {o: (heads or {}).get(o, ()) for o in batch["targets"]}
     for head in set(heads.values()):
         h = len(head)
         if compression.method == "icae":
-            memory += 4 * blocks * B * (h + M)
-            attention += 3 * _attention(c, B, h + M, h + M)
+            memory += 2 * _linear(c, B * (h + M), B * (h + M), 0)
+            attention += 3 * _attention(c, B, h + M, h + M, 0)
         else:
-            memory += 2 * blocks * h
-            attention += _attention(c, 1, h, h)
+            memory += _linear(c, h, h, 0)
+            attention += _attention(c, 1, h, h, 0)
     for o, target in batch["targets"].items():
-        _, G, T = target["ids"].shape
-        targets += 4 * blocks * B * G * T
-        attention += 3 * _attention(c, B * G, T, len(heads[o]) + M + T)
+        (_, G, T), U = target["ids"].shape, target["labels"].shape[2]
+        targets += 2 * _linear(c, B * G * T, B * G * T, B * G * U)
+        attention += 3 * _attention(c, B * G, T, len(heads[o]) + M + T, U)
         logits += 4 * c.hidden_size * c.vocab_size * math.prod(target["labels"].shape)
     return Flops(2 * written.encoder, 3 * written.lora, memory, targets, attention, logits)

@@ -79,8 +79,9 @@ def make_train_step(task, optimizer, seed, accumulate, shardings=None):
 
             micros = jax.tree.map(cut, batch)
             (grads, sums), _ = jax.lax.scan(add, zero, (micros, jnp.arange(accumulate)))
-        updates, opt_state = optimizer.update(grads, state["opt_state"], state["trained"])
-        trained = optax.apply_updates(state["trained"], updates)
+        with jax.named_scope("optimizer"):
+            updates, opt_state = optimizer.update(grads, state["opt_state"], state["trained"])
+            trained = optax.apply_updates(state["trained"], updates)
         metrics = {"sums": sums, "counts": counts, "tokens": task.tokens(batch), "grad_norm": optax.global_norm(grads)}
         return {"step": state["step"] + 1, "trained": trained, "opt_state": opt_state}, metrics
 

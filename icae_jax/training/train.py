@@ -14,6 +14,7 @@ from icae_jax.training.checkpoint import Checkpoints
 from icae_jax.training.config import check_workdir
 
 DONE, PREEMPTED, DIVERGED = 0, 75, 3  # exit codes; 2 is bad input
+TRACED = (3, 5)  # the first and the last step of a start that --profile traces: those before them compile
 
 
 def parameter_table(trained, frozen):
@@ -46,18 +47,30 @@ def evaluate(task, eval_step, trained, frozen, rows, batch_size):
     return {kind: {o: loss / count for o, (loss, count) in t.items() if count} for kind, t in totals.items()}
 
 
-def train(config, task, workdir, *, log=None):
+def put_ahead(mesh, host_batches, rows, batch_size):
+    """`(batch on the host, the same on the devices)` of every batch, each put there while the one before it is still being used."""
+    ready = None
+    for batch in host_batches:
+        behind, ready = ready, (batch, sharding.put_batch(mesh, batch, rows, batch_size))
+        if behind:
+            yield behind
+    if ready:
+        yield ready
+
+
+def train(config, task, workdir, *, log=None, profile=None):
     """Trains `task` in `workdir` until `config.steps`; continues what is there. Returns an exit code.
 
     0: every step done, the result exported and `DONE` written. 75: SIGTERM came, the state is saved. 3: a loss or gradient was
     not finite; nothing of it was saved. ValueError: the workdir belongs to a configuration with other mathematics.
-    Several processes all call this, with one workdir; the first writes metrics and the result.
+    Several processes all call this, with one workdir; the first writes metrics and the result. profile: a folder, into which steps
+    `TRACED` after this start are traced, for XProf.
     """
     with task.placement.active():
-        return _train(config, task, pathlib.Path(workdir), log or (lambda text: tqdm.write(text, file=sys.stderr)))
+        return _train(config, task, pathlib.Path(workdir), log or (lambda text: tqdm.write(text, file=sys.stderr)), profile)
 
 
-def _train(config, task, workdir, log):
+def _train(config, task, workdir, log, profile):
     main_process = jax.process_index() == 0
     say = log if main_process else lambda text: None
     mesh = task.placement.mesh
@@ -148,9 +161,16 @@ def _train(config, task, workdir, log):
         with checkpoints, distributed.Preemption() as preemption, bar:
             if first < 0:
                 held_out(0)
-            for at, host_batch in zip(range(start + 1, stop + 1), task.train_batches(start, stop, rows), strict=True):
-                batch = sharding.put_batch(mesh, host_batch, rows, config.batch_size)
+            ahead = put_ahead(mesh, task.train_batches(start, stop, rows), rows, config.batch_size)
+            for at, (host_batch, batch) in zip(range(start + 1, stop + 1), ahead, strict=True):
+                if profile and at - start == TRACED[0]:
+                    jax.block_until_ready(state)
+                    jax.profiler.start_trace(profile)
                 state, device = train_step(state, frozen, batch)
+                if profile and at == min(start + TRACED[1], stop) and at - start >= TRACED[0]:
+                    jax.block_until_ready(state)
+                    jax.profiler.stop_trace()
+                    say(f"traced {at - start - TRACED[0] + 1} steps; look at them with: xprof {profile}")
                 if pending and not flush(pending):  # one step late: the device is already busy with the next
                     return diverged(pending[0])
                 pending = (at, device, task.describe(host_batch), task.least_flops(batch))

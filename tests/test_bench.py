@@ -1,0 +1,178 @@
+"""`icae bench train`: what it refuses before anything compiles, what it tells of a real step, and how results are held together."""
+
+import argparse
+import dataclasses
+import json
+
+import jax
+import pytest
+from conftest import ROOT, TINY
+
+from icae_jax import bench, cli
+from icae_jax.benchmarking import steps
+from icae_jax.planning import programs
+from icae_jax.training.config import TrainConfig, from_dict
+
+
+def command(folder, *more, phase="pretrain", **changes):
+    values = {"base": folder, "compression.k": 4, "data.context_lengths": "(16,)", "data.context_weights": "()", "batch_size": 4}
+    values |= {"lora.rank": 4, "data.max_target_tokens": 12, "dtype": "float32", "remat": "none"} | changes
+    config = [f"--config.{name}={value}" for name, value in values.items() if value is not None]
+    return ["bench", "train", "--config", f"{ROOT / 'configs' / 'icae.py'}:{phase}", *config, *more]
+
+
+@pytest.fixture(scope="module")
+def saved(tiny_base, tmp_path_factory):
+    """(the file that one real measurement wrote, what it printed)."""
+    folder = tmp_path_factory.mktemp("bench")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(steps, "matmul_rate", lambda dtype: 1e12)
+        told = []
+        patch.setattr("builtins.print", lambda *args, **_: told.append(" ".join(map(str, args))))
+        flags = ["--steps", "2", "--repeats", "3", "--save", str(folder / "saved.json"), "--profile", str(folder / "trace")]
+        assert cli.main(command(str(tiny_base), *flags)) == 0
+    return folder / "saved.json", "\n".join(told)
+
+
+# ----------------------------------------------------------------------------------------------------------- bad input
+
+BAD = {
+    "no base": ({"base": None}, [], "base is not set; name it, --config.base=NAME"),
+    "unknown base": ({"base": "nobody/none"}, [], "the sizes of 'nobody/none' are not known"),
+    "a field": ({"compression.k": -1}, [], "compression.k is -1"),
+    "contexts": ({"accumulate": 2}, ["--contexts", "3"], "--contexts is 3; give a multiple of accumulate x mesh.data x mesh.fsdp, 2 x 1"),
+    "no contexts": ({}, ["--contexts", "0"], "--contexts is 0; give a multiple"),
+    "short contexts": ({}, ["--context_length", "1"], "--context_length is 1; give at least 2 tokens"),
+    "long contexts": ({}, ["--context_length", "250"], "contexts of 250 tokens need 315 positions, the base has 256"),
+    "steps": ({}, ["--steps", "0"], "--steps is 0; give a positive number"),
+    "repeats": ({}, ["--repeats", "-1"], "--repeats is -1; give a positive number"),
+    "growth": ({}, ["--growth", "1,x"], "--growth is '1,x'; give some positive whole numbers, such as 1,2,4,8"),
+    "growth over microbatches": ({"accumulate": 4}, ["--growth", "4,6"], "--growth is 6; give a multiple of accumulate"),
+    "no qa": ({}, ["--qa_tokens", "8,2"], "--qa_tokens is 8,2, but objectives.qa is 0"),
+    "one number": ({}, ["--qa_tokens", "8"], "--qa_tokens is '8'; give 2 positive whole numbers, such as 24,8"),
+    "mesh": ({"mesh.fsdp": 3}, [], "mesh is data 1, fsdp 3, tensor 1, which does not make 1 devices"),
+    "no such flag": ({}, ["--sav", "x"], "flag 'sav'"),
+    "no file": ({}, ["--compare", "nowhere.json"], "nowhere.json: no such file; it should hold what icae bench train --save wrote"),
+    "a folder": ({}, ["--save", "."], "--save . is a folder; give another path"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_line_before_anything_compiles(name, tiny_base, monkeypatch, capsys):
+    changes, flags, wanted = BAD[name]
+    monkeypatch.setattr(bench, "measure", lambda *_: pytest.fail("something was measured"))
+    assert cli.main(command(str(tiny_base), *flags, **changes)) == 2
+    told = capsys.readouterr().err
+    assert wanted in told and told.startswith("icae bench: ") and told.count("\n") == 1
+
+
+def test_questions_longer_than_training_takes(tiny_base, capsys):
+    assert cli.main(command(str(tiny_base), "--qa_tokens", "10,4", phase="finetune")) == 2
+    assert "targets of 13 tokens, longer than data.max_target_tokens, 12" in capsys.readouterr().err
+
+
+def test_without_a_kind(capsys):
+    assert cli.main(["bench"]) == 2 and "usage: icae bench KIND" in capsys.readouterr().err
+    assert cli.main(["bench", "--help"]) == 0 and "  train    a training step" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["bench", "train", "--help"])
+    assert "--growth" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"bench": "decode"}', '{"bench": "train", "config": []}'])
+def test_a_file_that_is_no_result(content, tiny_base, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(bench, "measure", lambda *_: pytest.fail("something was measured"))
+    (tmp_path / "f.json").write_text(content)
+    assert cli.main(command(str(tiny_base), "--compare", str(tmp_path / "f.json"))) == 2
+    assert f"{tmp_path / 'f.json'}: not " in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------------- a real measurement
+
+
+def test_the_fields_of_a_report_fit_each_other(saved):
+    """Breaks when a figure is of a context where it should be of a step, a median is none, or rates are not of the same time."""
+    r = json.loads(saved[0].read_text())
+    assert (r["contexts"], r["context_tokens"], r["label_tokens"]) == (4, 64, 4 * 2 * 17) and (r["steps"], r["repeats"]) == (2, 3)
+    seconds = r["seconds"]["median"]
+    for name in ("seconds", "seconds_per_context", "cpu_seconds_per_context"):
+        assert 0 < r[name]["min"] <= r[name]["median"] <= r[name]["max"]
+    assert r["seconds_per_context"]["median"] * 4 == pytest.approx(seconds)
+    assert r["seconds_per_label_token"] * r["label_tokens"] == pytest.approx(seconds)
+    assert r["contexts_per_second"] * seconds == pytest.approx(4) and r["context_tokens_per_second"] * seconds == pytest.approx(64)
+    assert r["flops_per_second"] * seconds == pytest.approx(r["least_flops"]) and r["xla_flops"] >= r["least_flops"]
+    assert r["matmul_share"] == pytest.approx(r["flops_per_second"] / 1e12) and r["mfu"] is None
+    assert r["seconds_to_first_step"] > r["trace_seconds"] + r["compile_seconds"] and r["cache_hit"] is None
+    assert r["peak_bytes"] == r["memory"]["process_peak_bytes"] > 0 and not r["random_weights"] and r["attention"] == "xla"
+    assert sum(row["seconds"] for row in r["profile"]["rows"]) == pytest.approx(r["profile"]["busy_seconds"])
+
+
+def test_what_is_printed(saved):
+    """Breaks when the text lacks what the JSON has, or does not say where the trace is and how it is opened."""
+    path, told = saved
+    assert "1 x cpu, mesh data 1, fsdp 1, tensor 1" in told and "its own weights, float32" in told
+    assert "4 contexts of 16 tokens in 1 microbatches, 136 labels" in told and "(no cache)" in told and "cross_entropy" in told
+    assert f"xprof {path.parent / 'trace'}" in told
+    assert list((path.parent / "trace").glob("plugins/profile/*/*.xplane.pb"))
+
+
+def test_the_same_again(saved, tiny_base, tmp_path, monkeypatch, capsys):
+    """Breaks when a result is not held against its like, or the ratio is turned round; and when --json prints more than one line."""
+    before = json.loads(saved[0].read_text())
+    now = {name: value for name, value in before.items() if name not in ("profile", "config")}
+    now |= {"compile_seconds": 2.0, "matmul_share": 0.3}
+    before |= {"compile_seconds": 8.0, "matmul_share": 0.2, "peak_bytes": None}
+    before["config"].pop("attention")  # saved before there was such a field
+    (tmp_path / "old.json").write_text(json.dumps(before))
+    monkeypatch.setattr(bench, "measure", lambda args, spec, params: (now, steps.TrainingStep(spec, params)))
+    assert cli.main(command(str(tiny_base), "--compare", str(tmp_path / "old.json"), "--json")) == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    compared = json.loads(line)["compared"]
+    assert compared["compile_seconds"] == {"now": 2.0, "saved": 8.0, "ratio": 0.25} and "peak_bytes" not in compared
+    assert compared["matmul_share"]["ratio"] == pytest.approx(1.5) and compared["seconds_per_context.median"]["ratio"] == 1
+    assert "s to compile" in bench.text(json.loads(line)) and "0.250" in bench.text(json.loads(line))
+
+
+def test_unlike_results_are_refused(saved, tiny_base, tmp_path, monkeypatch, capsys):
+    """Breaks when two configurations, or two devices, are held against each other."""
+    monkeypatch.setattr(bench, "measure", lambda *_: pytest.fail("something was measured"))
+    assert cli.main(command(str(tiny_base), "--compare", str(saved[0]), "--contexts", "8", remat="full")) == 2
+    told = capsys.readouterr().err
+    assert "config.contexts: 8 here, 4 there" in told and "config.remat: 'full' here, 'none' there" in told and "config.k" not in told
+    other = json.loads(saved[0].read_text())
+    for changes, wanted in (({"devices": 2}, "devices: 1 here, 2 there"), ({"device": "TPU v4"}, "device: 'cpu' here, 'TPU v4' there")):
+        (tmp_path / "other.json").write_text(json.dumps(other | changes))
+        assert cli.main(command(str(tiny_base), "--compare", str(tmp_path / "other.json"))) == 2
+        assert wanted in capsys.readouterr().err
+    (tmp_path / "other.json").write_text(json.dumps({name: value for name, value in other.items() if name != "matmul_share"}))
+    assert cli.main(command(str(tiny_base), "--compare", str(tmp_path / "other.json"))) == 2
+    assert "lacks matmul_share; make it anew" in capsys.readouterr().err
+
+
+# ----------------------------------------------------------------------------------------------------------- stood in for
+
+
+class Fake:
+    """A training step that takes 0.5 s and 0.25 s a context, and does not fit with more than 4."""
+
+    def __init__(self, spec, params):
+        self.contexts = spec.config.batch_size
+        if self.contexts > 4:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
+
+    def run(self, count):
+        return steps.Measured(count * (0.5 + 0.25 * self.contexts), 0.0, {})
+
+
+def test_growth(monkeypatch):
+    """Breaks when growth is of all steps together, linear is not from the first number on, or one that does not fit ends all."""
+    monkeypatch.setattr(steps, "TrainingStep", Fake)
+    config = from_dict(TrainConfig, {"base": "b", "data": {"train": "-"}})
+    args = argparse.Namespace(steps=3, repeats=2)
+    specs = [programs.Spec("train", dataclasses.replace(config, batch_size=n), TINY, n, 16) for n in (2, 4, 8)]
+    table = bench.growth(args, specs, None)
+    assert table[0] == {"contexts": 2, "seconds": 1.0, "to_first": 1.0, "to_linear": 1.0}
+    assert table[1] == {"contexts": 4, "seconds": 1.5, "to_first": 1.5, "to_linear": 0.75}
+    assert table[2] == {"contexts": 8, "seconds": None, "to_first": None, "to_linear": None}
+    with pytest.raises(ValueError, match=r"8 contexts of 16 tokens in 1 .* do not fit.*fewer --contexts"), bench._fitting(specs[2]):
+        Fake(specs[2], None)
