@@ -4,7 +4,9 @@ import argparse
 import json
 import os
 import pathlib
+import platform
 import sys
+import zlib
 
 BAD_INPUT = 2
 
@@ -302,10 +304,24 @@ def usage():
     return "\n".join(lines)
 
 
+def keep_compiled():
+    """Lets JAX keep compiled programs on disk, so that a command started again compiles nothing: in `~/.cache/icae_jax/compiled` (or
+    $ICAE_CACHE/compiled), a folder for each kind of processor, whose instructions a program for CPUs is made of.
+
+    JAX_COMPILATION_CACHE_DIR of the user's own is left alone, empty too, which keeps nothing.
+    """
+    cpus = pathlib.Path("/proc/cpuinfo")
+    flags = next((line for line in cpus.read_text().splitlines() if line.startswith(("flags", "Features"))), "") if cpus.exists() else ""
+    kind = f"{platform.machine()}-{zlib.crc32(flags.encode()):08x}"
+    cache = pathlib.Path(os.environ.get("ICAE_CACHE") or pathlib.Path.home() / ".cache" / "icae_jax")
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache / "compiled" / kind))
+
+
 def main(argv=None):
     """Runs one verb. Returns the exit code: 0 done, 2 bad input, 3 diverged, 75 saved after SIGTERM."""
     argv = sys.argv[1:] if argv is None else argv
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it misses PyTorch, which is not needed
+    keep_compiled()
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(usage())
         return 0 if argv else BAD_INPUT

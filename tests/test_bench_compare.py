@@ -214,6 +214,17 @@ def test_every_second_round_is_reversed(bench):
     assert said == one + one + two + one and len(taken) == 3  # the first of them warms up
 
 
+def test_a_side_that_ends_is_named(bench, tmp_path, capfd):
+    """Breaks when a side that runs out of memory leaves the others waiting for ever, or does not say which it was."""
+    side = bench("compare").Side("stronger", tmp_path, {"batch": 2, "threads": 1, "device": "cpu"})
+    try:
+        with pytest.raises(ChildProcessError, match="side stronger ended with exit code 1"):
+            side.ask("train", "ae", 2)
+    finally:
+        side.end()
+    assert "problem.safetensors" in capfd.readouterr().err
+
+
 @pytest.mark.parametrize(
     "flags, message",
     [
@@ -261,6 +272,7 @@ def test_a_comparison(tmp_path):
     assert out.returncode == 0, out.stderr
     told = json.loads((tmp_path / "w" / "compare.json").read_text())
     assert told["machine"]["cores"] == len(os.sched_getaffinity(0)) and told["machine"]["versions"]["torch"] == torch.__version__
+    assert told["machine"]["environment"]["OMP_WAIT_POLICY"] == os.environ.get("OMP_WAIT_POLICY", "PASSIVE")
     assert len(told["rounds"]) == 2 and told["peak_bytes"].keys() == {"ours", "reference"}
     for measure in ("cpu_seconds", "wall_seconds"):
         seconds = {side: [turn["ae+lm"][side][measure] for turn in told["rounds"]] for side in ("ours", "reference")}

@@ -14,7 +14,7 @@ import jax
 
 from icae_jax.planning import hlo
 
-# Named scopes; what the compiler does to the step's arguments before all else, such as converting the whole base to float32 on CPUs; the rest.
+# Named scopes; what the compiler does to arguments before all else, such as converting the whole base to float32 on CPUs; the rest.
 PARTS = ("encoder", "memory_prefix", "decoder", "cross_entropy", "optimizer", "arguments", "other")
 PASSES = ("forward", "recomputed", "backward")
 # Within a block, the first that a name holds: dropout's random bits stand inside the projection that they are for.

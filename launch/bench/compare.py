@@ -15,11 +15,13 @@ second one in reverse order; ratios are taken within a round, so that what slows
 | stronger  | PyTorch with one base, batches, and no recomputation; a step for each objective | --batch         |
 
 A context is one AE sample (ae), an AE and an LM sample (ae+lm), or one context with all its questions (qa). CPU-seconds are of all threads
-of a side's process; threads that wait do not spin (OMP_WAIT_POLICY, unless it is set). FLOPs: ours as XLA counts them (all arithmetic), theirs as PyTorch does (matmuls, recomputed ones too), and the least
-that the mathematics asks for (`icae_jax.training.flops`). Seconds and ratios are measured, not judged: there is no bound. Linux only.
+of a side's process; PyTorch's do not spin while they wait (OMP_WAIT_POLICY, unless it is set). FLOPs: ours as XLA counts them (all
+arithmetic), theirs as PyTorch does (matmuls, recomputed ones too), and the least that the mathematics asks for
+(`icae_jax.training.flops`). Seconds and ratios are measured, not judged: there is no bound. Linux only.
 """
 
 import argparse
+import contextlib
 import importlib.metadata
 import importlib.util
 import json
@@ -38,6 +40,7 @@ TOLERANCE = {"float32": 1e-3, "bfloat16": 2e-2}  # of losses before any update, 
 MEASURES = {"cpu_seconds": "CPU s", "wall_seconds": "wall s"}
 PACKAGES = ("jax", "jaxlib", "torch", "transformers", "peft")
 NEEDED = ("torch", "peft")
+FREE = ("batch", "rounds", "threads", "lora_rank", "device", "cases", "sides")  # flags that change neither the base nor the tokens
 
 
 # ------------------------------------------------------------------------------------------------------------ the problem
@@ -50,7 +53,7 @@ def prepare(workdir, sizes):
     """
     from icae_jax.interop import files
 
-    told, made = workdir / "sizes.json", {name: sizes[name] for name in sizes if name not in ("threads", "rounds", "cases", "sides")}
+    told, made = workdir / "sizes.json", {name: sizes[name] for name in sizes if name not in FREE}
     if told.exists():
         differ = [f"{name} {old} (now {made.get(name)})" for name, old in files.read_json(told, "sizes").items() if old != made.get(name)]
         if differ:
@@ -107,19 +110,28 @@ def work(side, workdir, sizes):
         print(json.dumps(answer), file=out, flush=True)
 
 
+def environment(sizes):
+    """What is set for every side's process."""
+    threads = str(sizes["threads"])
+    return {
+        "OMP_NUM_THREADS": threads,
+        "MKL_NUM_THREADS": threads,
+        "JAX_PLATFORMS": sizes["device"],
+        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # the sides share an accelerator
+        "GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1"),  # as the `icae` command has it
+        # PyTorch's idle threads would spin: twice the CPU-seconds in small models, many times that where others want the cores.
+        "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE"),
+    }
+
+
 class Side:
     """A side's process, seen from outside. batch: contexts that one of its steps takes."""
 
     def __init__(self, name, workdir, sizes):
-        threads = str(sizes["threads"])
-        environment = os.environ | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "JAX_PLATFORMS": sizes["device"]}
-        environment |= {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}  # the sides share an accelerator
-        environment.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")  # as the `icae` command does
-        # PyTorch's idle threads otherwise spin: twice the CPU-seconds in small models, and many times that where other work wants the cores.
-        environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         command = [sys.executable, __file__, "--workdir", str(workdir), "--worker", name, "--sizes", json.dumps(sizes)]
         self.name, self.batch = name, 1 if name in ("ours-1", "reference") else sizes["batch"]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        self.process = subprocess.Popen(command, env=os.environ | environment(sizes), **pipes)
 
     def ask(self, what, *arguments):
         """The answer of one of a side's methods (`sides`); of `train` with its seconds. ChildProcessError where the process has ended."""
@@ -133,9 +145,11 @@ class Side:
         return json.loads(answer)
 
     def end(self):
-        self.process.stdin.close()
         self.process.kill()
         self.process.wait()
+        with contextlib.suppress(BrokenPipeError):  # a request that it never read
+            self.process.stdin.close()
+        self.process.stdout.close()
 
 
 # -------------------------------------------------------------------------------------------------------- the measuring
@@ -224,11 +238,11 @@ def table(summary):
 
 
 def machine(sizes):
-    """The processor, how many cores were used, and the versions of what was compared."""
+    """The processor, how many cores were used, what was set for all sides, and the versions of what was compared."""
     lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
     model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
     versions = {package: importlib.metadata.version(package) for package in PACKAGES}
-    return {"cpu": model, "cores": sizes["threads"], "device": sizes["device"], "versions": versions}
+    return {"cpu": model, "cores": sizes["threads"], "device": sizes["device"], "environment": environment(sizes), "versions": versions}
 
 
 # ------------------------------------------------------------------------------------------------------------- the command
