@@ -59,6 +59,7 @@ def test_wrong_fields_and_types_are_named(change, message):
         (LoopConfig, {"batch_size": 6, "accumulate": 4}, "batch_size 6 is not a multiple of accumulate 4"),
         (LoopConfig, {"dtype": "float16"}, "dtype is 'float16'"),
         (LoopConfig, {"remat": "some"}, "remat is 'some'"),
+        (LoopConfig, {"attention": "flash"}, "attention is 'flash'; choose from auto, xla, cudnn, splash"),
     ],
 )
 def test_bad_values_are_named(kind, fields, message):

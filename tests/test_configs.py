@@ -54,7 +54,7 @@ def test_papers_sizes():
     """Breaks when a configuration strays from the published sizes (arXiv 2307.06945, section 3; arXiv 2408.03094, section 4)."""
     icae = filled("icae", "pretrain")
     assert (icae.compression.k, icae.compression.segment_tokens, icae.lora.rank, icae.lora.targets) == (128, 512, 128, ("q_proj", "v_proj"))
-    assert (icae.batch_size, icae.remat, icae.data.context_lengths) == (32, "dots", (512, 1024, 2048))
+    assert (icae.batch_size, icae.remat, icae.data.context_lengths) == (32, "frozen", (512, 1024, 2048))
     for k in (16, 4, 1):
         for phase, rate in (("pretrain", 1e-4), ("finetune", 5e-5)):
             x500 = filled("x500", f"{phase}-{k}")

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import pytest
 
 from icae_jax.compression import encoder, methods
-from icae_jax.models import llama, lora
+from icae_jax.models import attention, llama, lora
 from icae_jax.objectives import loss
 from icae_jax.training import flops
 
@@ -62,6 +62,12 @@ def counted(function, *args):
     return jax.jit(function).lower(*args).cost_analysis()["flops"]
 
 
+@pytest.fixture(autouse=True)
+def _all_keys(monkeypatch):
+    """Attention in one chunk, which looks at the keys that causality hides, as they are counted."""
+    monkeypatch.setattr(attention, "CHUNK", 1 << 20)
+
+
 def arrays(batch):
     return {name: value for name, value in batch.items() if name != "k"}
 
@@ -88,8 +94,27 @@ def test_a_training_step_as_xla_counts_it(method, targets, segments, k):
         losses = loss.label_losses(model, params, trained, memory, batch["targets"], heads, compression.layout, 256)
         return sum(total for total, _ in loss.objective_sums(losses, batch["targets"]).values())
 
-    ratio = counted(jax.value_and_grad(step), trained, params, arrays(batch)) / flops.least(SMALL, LORA, compression, batch, heads).total
+    least = flops.least(SMALL, LORA, compression, batch, heads)
+    # Attention's backward pass makes the scores anew: of its six matmuls one more.
+    ratio = counted(jax.value_and_grad(step), trained, params, arrays(batch)) / (least.total + least.attention / 6)
     assert 1.0 <= ratio < 1.015
+
+
+def test_keys_behind_a_chunk_are_not_looked_at(monkeypatch):
+    """Breaks when causal attention computes scores that no query of a chunk may see: of 640 tokens two fifths."""
+    q, kv = (jax.ShapeDtypeStruct((2, 640, n, 64), jnp.float32) for n in (4, 2))
+    real = jnp.ones((1, 640), bool)
+
+    def count(mask):
+        def loss(q, k, v):
+            return jnp.sum(attention.attend(q, k, v, mask))
+
+        return counted(jax.grad(loss, (0, 1, 2)), q, kv, kv)
+
+    whole = count(real)
+    monkeypatch.setattr(attention, "CHUNK", 128)
+    assert count(real) / whole == pytest.approx(0.6, abs=0.01)
+    assert count(attention.seen(real)) / whole == pytest.approx(1.0, abs=0.01)  # a mask of any kind hides nothing before it runs
 
 
 def test_the_forward_passes_as_xla_counts_them():

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import TINY, close, shared
+from conftest import TINY, close, random_lora, shared
 
 from icae_jax.interop import base as bases
 from icae_jax.interop import config_json, weights
@@ -209,6 +209,44 @@ def test_kept_positions_are_those_asked_for(tiny_params, whole):
     assert kv[0].shape == (2, 2, 3, 2, 8)
 
 
+@pytest.mark.parametrize(
+    "at",
+    [np.arange(20, 24), np.asarray([7, 0, 23]), np.asarray([[5, 1], [23, 23]]), llama.NOWHERE],
+    ids=["tail", "any", "each row its own", "nowhere"],
+)
+@pytest.mark.parametrize("windows", [(), (5, 3)], ids=["", "windows"])
+def test_hidden_states_at_some_positions(at, windows, tiny_params):
+    """Breaks when what is left out of the last layer is read after all, by hidden states, K/V or a gradient, or queries stand at the wrong
+    position: masks, windows and RoPE go by it.
+    """
+    config = dataclasses.replace(TINY, windows=windows)
+    model, real = llama.Llama(config, lora_scale=0.5), jnp.ones((2, 24), bool).at[1, 2:4].set(False)
+    adapters, x = random_lora(config), llama.embed(tiny_params, jnp.asarray(IDS))
+    each = jnp.asarray(at) if at.ndim == 2 else at
+    keep = np.asarray([1, 22])
+
+    @functools.partial(jax.jit, static_argnums=2)
+    @functools.partial(jax.value_and_grad, argnums=(0, 1), has_aux=True)
+    def run(x, adapters, cut):
+        given = {"at": each} if cut else {}
+        hidden, kv = model.apply(
+            {"params": tiny_params, "lora": adapters}, x, positions(0, 24), real, return_kv=True, keep=keep, **given
+        )
+        hidden = hidden if cut else llama.rows(hidden, each)
+        return jnp.sum(jnp.sin(hidden)) + sum(jnp.sum(jnp.cos(t)) for t in kv), (hidden, kv)
+
+    (value, found), gradient = run(x, adapters, True)
+    (want, all_found), all_gradient = run(x, adapters, False)
+    close(value, want)
+    assert found[0].shape == (2, at.shape[-1], 32)
+    jax.tree.map(close, found[1], all_found[1])
+    if at.size:
+        close(found[0], all_found[0])
+        jax.tree.map(close, gradient, all_gradient)
+    else:  # what only the last layer's queries and MLP would have moved stays put
+        close(gradient[0], all_gradient[0])
+
+
 def test_embeddings_equal_ids(tiny_params, whole):
     """Breaks when embeddings given as input are treated otherwise than those looked up, such as scaled."""
     x = llama.embed(tiny_params, jnp.asarray(IDS))
@@ -246,13 +284,14 @@ def test_rematerialised_and_unrolled_layers_compute_the_same(tiny_params):
 
         return jax.value_and_grad(loss)
 
-    programs = {how: program(*how) for how in (("none", 1), ("dots", 1), ("full", 2))}
+    programs = {how: program(*how) for how in (("none", 1), ("frozen", 1), ("dots", 1), ("full", 2))}
     texts = {how: str(jax.make_jaxpr(f)(tiny_params)) for how, f in programs.items()}
     matmuls = [t.count("dot_general[") for t in texts.values()]
-    assert matmuls[0] < matmuls[1] < matmuls[2], "recomputing takes more matmuls: full all of them, dots those of attention"
+    # Frozen recomputes no matmul, but the two norms, whose scaling is written as one.
+    assert matmuls[0] + 2 == matmuls[1] < matmuls[2] < matmuls[3], "full takes all matmuls anew, dots those of attention"
     assert "unroll=2" in texts["full", 2] and "unroll=2" not in texts["dots", 1] and "prevent_cse=True" in texts["full", 2]
     value, gradient = jax.jit(programs["none", 1])(tiny_params)
-    for how in (("dots", 1), ("full", 2)):
+    for how in (("frozen", 1), ("dots", 1), ("full", 2)):
         got_value, got_gradient = jax.jit(programs[how])(tiny_params)
         close(got_value, value)
         jax.tree.map(close, got_gradient, gradient)

@@ -15,7 +15,7 @@ from icae_jax.training.config import TrainConfig, from_dict
     ("op_name", "wanted"),
     [
         ("jit(step)/jvp(encoder)/Llama/while/body/closed_call/layers/mlp/up_proj/...i,io->...o/dot_general", ("encoder", "mlp", "forward")),
-        ("jit(step)/jvp(encoder)/Llama/while/body/layers/self_attn/q_proj/jit(_bernoulli)/lt", ("encoder", "dropout", "forward")),
+        ("jit(step)/jvp(encoder)/Llama/while/body/layers/self_attn/q_proj/random_bits", ("encoder", "dropout", "forward")),
         ("jit(step)/transpose(jvp(decoder))/Llama/layers/self_attn/o_proj/dot_general", ("decoder", "projections", "backward")),
         (
             "jit(step)/transpose(jvp(decoder))/Llama/while/body/checkpoint/rematted_computation/layers/self_attn/attention/div",

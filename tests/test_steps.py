@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import time
 
 import jax
 import numpy as np
@@ -66,7 +67,7 @@ def test_what_steps_took():
     assert step.contexts == 8 and step.context_tokens == 8 * 32 and step.label_tokens == 8 * 2 * 33
     assert step.least_flops == programs.least(spec) and step.compiled is None
     told = step.compile()
-    assert told["cache_hit"] is None and told["trace_seconds"] > 0 < told["compile_seconds"]
+    assert isinstance(told["cache_hit"], bool) and told["trace_seconds"] > 0 < told["compile_seconds"]
     start, shardings = jax.tree.map(np.array, step.state), jax.tree.map(lambda x: x.sharding, step.state)
     first, second = step.run(1), step.run(2)
     step.state = sharding.put(start, shardings)
@@ -77,6 +78,22 @@ def test_what_steps_took():
     memory = step.memory()
     assert memory["argument_bytes"] > 8 * sum(x.size for x in jax.tree.leaves(trained)) and memory["temporary_bytes"] > 0
     assert memory["process_peak_bytes"] > 1e8 and memory["device_peak_bytes"] is None  # on a CPU
+
+
+def test_a_step_that_was_compiled_before_is_read_from_the_cache():
+    """Breaks when a step's program depends on anything that another run of the same configuration has not, such as an object's address, so
+    that every start compiles anew; or when a hit is not told.
+    """
+    assert jax.config.jax_compilation_cache_dir
+    before = jax.config.jax_persistent_cache_min_compile_time_secs
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    try:
+        first, second = (steps.TrainingStep(make_spec(seed=7)).compile() for _ in range(2))
+        other = steps.TrainingStep(make_spec(seed=time.time_ns() % 2**31)).compile()
+    finally:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", before)
+    assert second["cache_hit"] and first["cache_hit"] is not None
+    assert not other["cache_hit"]  # the seed is part of the program
 
 
 @pytest.mark.parametrize("changes", [{}, QA | {"qa": (9, 3)}, {"length": 40}, {"compression": {"method": "x500", "k": 4, "rate": 4.0}}])

@@ -16,6 +16,7 @@ from conftest import ROOT, WORDS, write_jsonl
 
 from icae_jax.interop import base as bases
 from icae_jax.training import metrics
+from icae_jax.training import train as loop
 from icae_jax.training.checkpoint import Checkpoints
 from icae_jax.training.compressor_task import CompressorTask
 from icae_jax.training.config import TrainConfig, from_dict
@@ -223,3 +224,25 @@ def test_a_full_disk_is_one_error_and_loses_nothing(raw, tmp_path):
     after = arrays(tmp_path)
     for name, value in before.items():
         np.testing.assert_array_equal(after[name], value)
+
+
+def test_batches_are_on_the_devices_a_step_ahead(monkeypatch):
+    """Breaks when a batch's transfer waits until it is needed, one is left out, or the order changes."""
+    seen = []
+    monkeypatch.setattr(loop.sharding, "put_batch", lambda mesh, batch, rows, size: seen.append(batch) or -batch)
+    ahead = loop.put_ahead(None, iter(range(1, 4)), None, 8)
+    assert next(ahead) == (1, -1) and seen == [1, 2]
+    assert list(ahead) == [(2, -2), (3, -3)] and seen == [1, 2, 3]
+    assert list(loop.put_ahead(None, iter(()), None, 8)) == []
+
+
+def test_a_trace_of_a_few_steps(raw, tmp_path):
+    """Breaks when --profile writes no trace, traces compilation too, or never ends where the run is shorter than what it traces."""
+    config = from_dict(TrainConfig, raw | {"steps": 4, "eval_examples": 0})
+    lines = []
+    assert train(config, CompressorTask(config), tmp_path / "run", log=lines.append, profile=str(tmp_path / "trace")) == DONE
+    assert f"traced 2 steps; look at them with: xprof {tmp_path / 'trace'}" in lines
+    (trace,) = (tmp_path / "trace").glob("plugins/profile/*/*.xplane.pb")
+    names = {e.name for p in jax.profiler.ProfileData.from_file(str(trace)).planes for line in p.lines for e in line.events}
+    assert names & {"while.1"} or any("fusion" in name or name.startswith("dot") for name in names)
+    assert not any("backend_compile" in name for name in names)

@@ -19,7 +19,7 @@ PARTS = ("encoder", "memory_prefix", "decoder", "cross_entropy", "optimizer", "a
 PASSES = ("forward", "recomputed", "backward")
 # Within a block, the first that a name holds: dropout's random bits stand inside the projection that they are for.
 _PIECES = {
-    "dropout": r"_bernoulli|_threefry",
+    "dropout": r"_threefry|random_bits",
     "attention": r"(^|[/(])attention[/)]",
     "projections": r"/[qkvo]_proj/",
     "mlp": r"/mlp/",

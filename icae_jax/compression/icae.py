@@ -17,7 +17,7 @@ def compress(model, base_params, trained, ids_BSN, lengths_BS, config, k, dropou
 
 def read(model, base_params, memory, head=()):
     """Runs the frozen decoder over `head` (ids that stand before the memory) and the slots: the `Prefix` that targets see."""
-    B, M, D = memory.slots.shape
+    B, _, D = memory.slots.shape
     h = len(head)
     x = memory.slots
     if h:

@@ -19,6 +19,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 from jax.sharding import PartitionSpec
 
@@ -114,15 +115,15 @@ def _unrows(rows, B, Q):
     return x.reshape(B, *x.shape[2:])
 
 
-def _scores(q_BKQTH, k_bKSH, mask):
+def _scores(q_BKQTH, k_bSKH, mask):
     """Scores in float32, `[b, K, rows, S]` with rows as `_rows` has them, far below all others where the mask is false.
 
-    mask: `[b, B or 1; T or 1; S]`, what each text's or each row's queries see.
+    mask: `[1, b or B; 1 or T; S]`, what all queries see, or those of each text, or each row's.
     """
-    (B, K, Q, T, _), (b, _, S, _) = q_BKQTH.shape, k_bKSH.shape
-    scores = jnp.einsum("bkrh,bksh->bkrs", _rows(q_BKQTH, b), k_bKSH, preferred_element_type=jnp.float32)
+    (B, K, Q, T, _), (b, S, _, _) = q_BKQTH.shape, k_bSKH.shape
+    scores = jnp.einsum("bkrh,bskh->bkrs", _rows(q_BKQTH, b), k_bSKH, preferred_element_type=jnp.float32)
     shape = (b, K, B // b, Q, T, S)
-    seen = mask.reshape(b, 1, -1, 1, *mask.shape[1:]) if mask.shape[0] == B else mask[:, None, None, None]
+    seen = mask.reshape(b, 1, B // b, 1, *mask.shape[1:]) if mask.shape[0] == B else mask[:, None, None, None]
     lowered = jnp.broadcast_to(jnp.where(seen, 0.0, jnp.finfo(jnp.float32).min / 2), shape)
     return (scores.reshape(shape) + lowered).reshape(scores.shape)
 
@@ -133,7 +134,7 @@ def _parts(q_BKQTH, sources, ends):
     for number, end in enumerate(ends):
         at = slice(number * CHUNK, min(T, (number + 1) * CHUNK))
         masks = [mask if mask.shape[1] == 1 else mask[:, at] for _, _, mask in sources]
-        keys = [end, *(k.shape[2] for k, _, _ in sources[1:])]
+        keys = [end, *(k.shape[1] for k, _, _ in sources[1:])]
         yield at, [(n, mask[:, :, :n]) for n, mask in zip(keys, masks, strict=True)]
 
 
@@ -142,7 +143,7 @@ def _plain(q_BKQTH, sources, ends):
     """Softmax attention over all keys of some sources, `[B, K, Q, T, H]`, in chunks of `CHUNK` queries, whose scores are not kept: the
     backward pass makes them anew, so that one chunk's are all that ever live.
 
-    q: scaled. sources: `(k, v, mask)` each, k and v `[b, K, S, H]` with b a divisor of B, mask as for `_scores`. ends: how many keys of
+    q: scaled. sources: `(k, v, mask)` each, k and v `[b, S, K, H]` with b a divisor of B, mask as for `_scores`. ends: how many keys of
     the first source each chunk may see at most; those behind are not even looked at.
     """
     return _plain_fwd(q_BKQTH, sources, ends)[0]
@@ -151,19 +152,19 @@ def _plain(q_BKQTH, sources, ends):
 def _plain_fwd(q, sources, ends):
     B, _, Q = q.shape[:3]
     outs, logs = [], []
-    for at, seen in _parts(q, sources, ends):
-        scores = [_scores(q[:, :, :, at], k[:, :, :n], mask) for (k, _, _), (n, mask) in zip(sources, seen, strict=True)]
+    for at, visible in _parts(q, sources, ends):
+        scores = [_scores(q[:, :, :, at], k[:, :n], mask) for (k, _, _), (n, mask) in zip(sources, visible, strict=True)]
         top = functools.reduce(jnp.maximum, (_unrows(s.max(-1), B, Q) for s in scores))
         out = total = 0.0
-        for s, (_, v, _), (n, _) in zip(scores, sources, seen, strict=True):
+        for s, (_, v, _), (n, _) in zip(scores, sources, visible, strict=True):
             weights = jnp.exp(s - _rows(top, len(v))[..., None])
             total = total + _unrows(weights.sum(-1), B, Q)
-            read = jnp.einsum("bkrs,bksh->bkrh", weights.astype(v.dtype), v[:, :, :n], preferred_element_type=jnp.float32)
+            read = jnp.einsum("bkrs,bskh->bkrh", weights.astype(v.dtype), v[:, :n], preferred_element_type=jnp.float32)
             out = out + _unrows(read, B, Q)
         outs.append(out / total[..., None])
         logs.append(top + jnp.log(total))
-    out = jnp.concatenate(outs, 3).astype(q.dtype)
-    return out, (q, sources, out, jnp.concatenate(logs, 3))
+    out, logs = (checkpoint_name(jnp.concatenate(x, 3).astype(dtype), "attention") for x, dtype in ((outs, q.dtype), (logs, jnp.float32)))
+    return out, (q, sources, out, logs)
 
 
 def _plain_bwd(ends, residuals, g):
@@ -171,17 +172,17 @@ def _plain_bwd(ends, residuals, g):
     B, _, Q = q.shape[:3]
     mean = jnp.sum(g.astype(jnp.float32) * out.astype(jnp.float32), -1)  # of the weights' gradients, by their weights
     d_q, d_kv = [], [[jnp.zeros(x.shape, jnp.float32) for x in (k, v)] for k, v, _ in sources]
-    for at, seen in _parts(q, sources, ends):
+    for at, visible in _parts(q, sources, ends):
         q_at, g_at, logs_at, mean_at = (x[:, :, :, at] for x in (q, g, logs, mean))
         d_q_at = 0.0
-        for (k, v, _), (n, mask), d in zip(sources, seen, d_kv, strict=True):
+        for (k, v, _), (n, mask), d in zip(sources, visible, d_kv, strict=True):
             rows = functools.partial(_rows, texts=len(k))
-            weights = jnp.exp(_scores(q_at, k[:, :, :n], mask) - rows(logs_at)[..., None])
-            d_weights = jnp.einsum("bkrh,bksh->bkrs", rows(g_at), v[:, :, :n], preferred_element_type=jnp.float32)
+            weights = jnp.exp(_scores(q_at, k[:, :n], mask) - rows(logs_at)[..., None])
+            d_weights = jnp.einsum("bkrh,bskh->bkrs", rows(g_at), v[:, :n], preferred_element_type=jnp.float32)
             d_scores = (weights * (d_weights - rows(mean_at)[..., None])).astype(q.dtype)
-            d_q_at = d_q_at + _unrows(jnp.einsum("bkrs,bksh->bkrh", d_scores, k[:, :, :n], preferred_element_type=jnp.float32), B, Q)
+            d_q_at = d_q_at + _unrows(jnp.einsum("bkrs,bskh->bkrh", d_scores, k[:, :n], preferred_element_type=jnp.float32), B, Q)
             for i, (of, rows_of) in enumerate(((d_scores, rows(q_at)), (weights.astype(g.dtype), rows(g_at)))):
-                d[i] = d[i].at[:, :, :n].add(jnp.einsum("bkrs,bkrh->bksh", of, rows_of, preferred_element_type=jnp.float32))
+                d[i] = d[i].at[:, :n].add(jnp.einsum("bkrs,bkrh->bskh", of, rows_of, preferred_element_type=jnp.float32))
         d_q.append(d_q_at)
     d_sources = tuple((dk.astype(k.dtype), dv.astype(v.dtype), None) for (k, v, _), (dk, dv) in zip(sources, d_kv, strict=True))
     return jnp.concatenate(d_q, 3).astype(q.dtype), d_sources
@@ -201,11 +202,10 @@ def _xla(q_BTNH, k_BSKH, v_BSKH, mask, prefix, at):
             ends = [int(times[start : start + CHUNK].max()) + 1 for start in range(0, T, CHUNK)]
         mask = seen(mask, at)
     q = (q_BTNH * jnp.asarray(H**-0.5, q_BTNH.dtype)).reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
-    sources = [(k_BSKH, v_BSKH, mask)]
-    if prefix is not None:
+    sources = ((k_BSKH, v_BSKH, mask),)
+    if prefix is not None and prefix[0].shape[1]:
         pk, pv, p_mask = prefix
-        sources.append((pk, pv, p_mask[:, None] if p_mask.ndim == 2 else p_mask))
-    sources = tuple((k.swapaxes(1, 2), v.swapaxes(1, 2), mask) for k, v, mask in sources)
+        sources += ((pk, pv, p_mask[:, None] if p_mask.ndim == 2 else p_mask),)
     return _plain(q, sources, tuple(ends)).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
 
 

@@ -25,12 +25,12 @@ def _all_but_weights(prim, *_, **__):
     return prim.name not in ("sharding_constraint", "dynamic_slice", "squeeze")
 
 
-# What the backward pass finds of a block's forward pass: everything; what matmuls gave; of these what a *frozen* weight's gradient chain
-# needs (its own gradient would need its input, but it has none); nothing but the block's input.
+# What the backward pass finds of a block's forward pass: everything; what matmuls gave, attention's apart; what matmuls and attention gave
+# that the gradient needs where weights are *frozen*, so that no matmul is done twice; nothing but the block's input.
 REMAT_POLICIES = {
     "none": _all_but_weights,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "frozen": jax.checkpoint_policies.save_only_these_names("projection", "lora"),
+    "frozen": jax.checkpoint_policies.save_only_these_names("projection", "lora", "attention"),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
@@ -239,8 +239,8 @@ class Projection(nn.Module):
             # Cast first, so that only half the bytes are gathered where the base is bfloat16.
             a, b = (self.get_variable("lora", name).astype(x.dtype) for name in "ab")
             if self.has_rng("dropout") and self.lora_dropout > 0:  # the caller gives this stream in training only
-                keep = jax.random.bernoulli(self.make_rng("dropout"), 1 - self.lora_dropout, x.shape)
-                x = jnp.where(keep, x / (1 - self.lora_dropout), 0).astype(x.dtype)
+                bits = jax.random.bits(self.make_rng("dropout"), x.shape, jnp.uint16)  # half of what `bernoulli` draws
+                x = jnp.where(bits >= round(self.lora_dropout * 2**16), x / (1 - self.lora_dropout), 0).astype(x.dtype)
             inner = checkpoint_name(linear(x, gathered(a, (d_in, "rank"))), "lora")
             y = y + linear(inner, gathered(b, ("rank", d_out))) * jnp.asarray(self.lora_scale, x.dtype)
         return checkpoint_name(y, "projection")
@@ -353,9 +353,9 @@ class Block(nn.Module):
 class Llama(nn.Module):
     """The blocks and the final norm. `embed` and `head_kernel` below are the two ends.
 
-    remat: what the backward pass keeps of each block: "none" recomputes nothing, "dots" keeps matmul outputs, "frozen" those that the
-        gradient through frozen weights needs, "full" only block inputs. unroll: how many blocks one turn of the scan holds. attention: how
-        it is computed, see `models.attention`.
+    remat: what the backward pass computes again of each block: "none" nothing, "frozen" no matmul, "dots" attention, "full" all, so that
+        only block inputs are kept. The last block is not rematerialised where `at` cuts it.
+    unroll: how many blocks one turn of the scan holds. attention: how it is computed, see `models.attention`.
     """
 
     config: ModelConfig

@@ -40,7 +40,7 @@ TOLERANCE = {"float32": 1e-3, "bfloat16": 2e-2}  # of losses before any update, 
 MEASURES = {"cpu_seconds": "CPU s", "wall_seconds": "wall s"}
 PACKAGES = ("jax", "jaxlib", "torch", "transformers", "peft")
 NEEDED = ("torch", "peft")
-FREE = ("batch", "rounds", "threads", "lora_rank", "device", "cases", "sides")  # flags that change neither the base nor the tokens
+FREE = ("batch", "one_by_one", "rounds", "threads", "lora_rank", "device", "cases", "sides")  # change neither base nor tokens
 
 
 # ------------------------------------------------------------------------------------------------------------ the problem
@@ -125,11 +125,12 @@ def environment(sizes):
 
 
 class Side:
-    """A side's process, seen from outside. batch: contexts that one of its steps takes."""
+    """A side's process, seen from outside. batch: contexts that one of its steps takes. contexts: those that it trains on in a round."""
 
     def __init__(self, name, workdir, sizes):
         command = [sys.executable, __file__, "--workdir", str(workdir), "--worker", name, "--sizes", json.dumps(sizes)]
-        self.name, self.batch = name, 1 if name in ("ours-1", "reference") else sizes["batch"]
+        single = name in ("ours-1", "reference")
+        self.name, self.batch, self.contexts = name, 1 if single else sizes["batch"], sizes["one_by_one" if single else "contexts"]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         self.process = subprocess.Popen(command, env=os.environ | environment(sizes), **pipes)
 
@@ -179,23 +180,24 @@ def check(group, cases, bound):
     return losses
 
 
-def measure(group, cases, contexts, rounds):
-    """`[{case: {side: answer of train}}]`, an element a round; before it all are warmed up."""
+def measure(group, cases, rounds):
+    """`[{case: {side: answer of train, seconds a context}}]`, an element a round; before it all are warmed up."""
     for side in group:
         for case in cases:
-            side.ask("train", case, contexts)
+            side.ask("train", case, side.batch)
     taken = []
     for number in range(rounds):
         turns = {case: {} for case in cases}
         for case in cases:
             for side in group if number % 2 == 0 else group[::-1]:
-                turns[case][side.name] = side.ask("train", case, contexts)
+                told = side.ask("train", case, side.contexts)
+                turns[case][side.name] = told | {measure: told[measure] / side.contexts for measure in MEASURES}
         taken.append(turns)
         print(f"round {number + 1} of {rounds}", file=sys.stderr)
     return taken
 
 
-def summarise(taken, flops, contexts):
+def summarise(taken, flops):
     """`{case: {side: …}}`: median seconds a context; of each measure the ratios to our sides by round, with median, least and most; and
     FLOPs a context, and their ratios to ours and to the least.
     """
@@ -205,7 +207,7 @@ def summarise(taken, flops, contexts):
         for side in taken[0][case]:
             told = result[case][side] = {"flops": flops[case][side]["flops"], "ratios": {}}
             for measure in MEASURES:
-                told[measure] = statistics.median(turn[case][side][measure] for turn in taken) / contexts
+                told[measure] = statistics.median(turn[case][side][measure] for turn in taken)
                 for own in (s for s in ("ours", "ours-1") if s in taken[0][case] and s != side):
                     ratios = [turn[case][side][measure] / turn[case][own][measure] for turn in taken]
                     spread = {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios), "rounds": ratios}
@@ -263,7 +265,8 @@ NUMBERS = {
     "answer": (32, 1, "tokens of an answer"),
     "batch": (8, 1, "contexts a step of ours and stronger"),
     "rounds": (5, 1, "rounds that are measured"),
-    "contexts": (8, 1, "contexts that a side trains on in a round"),
+    "contexts": (8, 1, "contexts that a side of such batches trains on in a round"),
+    "one_by_one": (2, 1, "contexts that a side with one a step trains on in a round"),
     "threads": (None, 1, "cores that each side has (default: all)"),
     "seed": (0, 0, "of base and tokens"),
 }
@@ -302,6 +305,8 @@ def flags(argv=None):
         parser.error(f"--threads is {args.threads}; this process may use {cores} cores")
     if args.hidden % (2 * args.heads):
         parser.error(f"--hidden is {args.hidden}; it must be a multiple of twice --heads ({args.heads})")
+    if args.one_by_one > args.contexts:
+        parser.error(f"--one_by_one is {args.one_by_one}; it must be at most --contexts ({args.contexts})")
     if args.contexts % args.batch:
         parser.error(f"--contexts is {args.contexts}; it must be a multiple of --batch ({args.batch})")
     if args.continuation > args.tokens:
@@ -326,7 +331,7 @@ def main():
         prepare(args.workdir, sizes)
         group += [Side(name, args.workdir, sizes) for name in args.sides]
         losses = check(group, args.cases, TOLERANCE[args.dtype])
-        taken = measure(group, args.cases, args.contexts, args.rounds)
+        taken = measure(group, args.cases, args.rounds)
         peaks = {side.name: side.ask("peak_bytes") for side in group}  # counting FLOPs takes memory of its own
         flops = {case: {side.name: side.ask("flops", case) for side in group} for case in args.cases}
     except ValueError as error:
@@ -338,7 +343,7 @@ def main():
     finally:
         for side in group:
             side.end()
-    summary = summarise(taken, flops, args.contexts)
+    summary = summarise(taken, flops)
     raw = {"losses": losses, "rounds": taken, "flops": flops, "peak_bytes": peaks}
     files.write_json(args.workdir / "compare.json", {"machine": machine(sizes), "sizes": sizes, "summary": summary, **raw})
     print("Seconds and FLOPs a context; ratios: median (least-most) of the rounds.")

@@ -93,7 +93,8 @@ def train_config(case, sizes, batch):
         "seed": s["seed"],
         "batch_size": batch,
         "dtype": s["dtype"],
-        "remat": "none",
+        "remat": "frozen",  # no matmul is computed twice
+        "loss_chunk": max(128, 1024 // batch),
         "compression": compression,
         "lora": {"rank": s["lora_rank"], "scale": ALPHA / s["lora_rank"], "dropout": DROPOUT},
         "objectives": {**weights, "template": "none"},

@@ -1,0 +1,66 @@
+"""Which attention a run computes: what is asked for, or what is fastest; never what its device, dtype or mesh cannot do."""
+
+import types
+
+import jax.numpy as jnp
+import pytest
+from conftest import TINY
+
+from icae_jax.models import attention as kernels
+from icae_jax.training import attention, sharding
+
+
+def on(platform, tensor=1, devices=1):
+    """What stands in for a mesh of such devices."""
+    shape = {"data": devices // tensor, "fsdp": 1, "tensor": tensor}
+    return types.SimpleNamespace(local_devices=[types.SimpleNamespace(platform=platform)], shape=shape, size=devices)
+
+
+def choose(asked, mesh, dtype=jnp.bfloat16, model=TINY):
+    return attention.choose(asked, model, mesh, rows=8, length=20, dtype=dtype)
+
+
+def test_a_cpu_has_one_and_measures_nothing(monkeypatch):
+    monkeypatch.setattr(kernels, "fastest", None)
+    assert choose("auto", sharding.make_mesh()) == choose("xla", sharding.make_mesh()) == ("xla", [])
+
+
+def test_auto_takes_the_fastest_of_one_device_s_share(monkeypatch):
+    """Breaks when another size than a device's own is timed, or the choice is not told."""
+    asked = {}
+
+    def fastest(**sizes):
+        asked.update(sizes)
+        return kernels.Choice("cudnn", {"xla": 2e-3, "cudnn": 5e-4}, {"splash": "splash needs a tpu; the device is a gpu"})
+
+    monkeypatch.setattr(kernels, "fastest", fastest)
+    name, (line,) = choose("auto", on("gpu", tensor=2, devices=8))
+    assert name == "cudnn" and line == "attention: cudnn; a layer, forward and backward: xla 2.00 ms, cudnn 0.50 ms"
+    assert (asked["rows"], asked["heads"], asked["kv_heads"], asked["length"]) == (2, 2, 1, 20)
+    assert asked["dtype"] == jnp.bfloat16 and not asked["windows"]
+
+
+def test_auto_tells_what_the_device_refused(monkeypatch):
+    """Breaks when a kernel that fails to compile looks like one that was slower."""
+    monkeypatch.setattr(kernels, "fastest", lambda **_: kernels.Choice("xla", {"xla": 1e-3}, {"cudnn": "cuDNN is not detected"}))
+    name, (line,) = choose("auto", on("gpu"))
+    assert name == "xla" and line.endswith("xla 1.00 ms, cudnn: cuDNN is not detected")
+
+
+@pytest.mark.parametrize(
+    ("asked", "mesh", "dtype", "message"),
+    [
+        ("cudnn", on("cpu"), jnp.bfloat16, "attention is 'cudnn', but cudnn needs a gpu; the device is a cpu; choose xla, or auto"),
+        ("cudnn", on("gpu"), jnp.float32, "the dtype is float32"),
+        ("splash", on("tpu", tensor=4, devices=4), jnp.bfloat16, "4 query heads are split over 4 devices, 2 key/value heads cannot be"),
+    ],
+    ids=["cpu", "dtype", "heads"],
+)
+def test_what_cannot_be_had_is_refused_with_the_reason(asked, mesh, dtype, message):
+    with pytest.raises(ValueError, match=message):
+        choose(asked, mesh, dtype)
+
+
+def test_auto_on_a_mesh_that_no_kernel_can_be_split_over(monkeypatch):
+    monkeypatch.setattr(kernels, "fastest", None)
+    assert choose("auto", on("tpu", tensor=4, devices=4)) == ("xla", [])
