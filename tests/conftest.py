@@ -54,6 +54,12 @@ WORDS = """
 assert len(set(WORDS)) == len(WORDS) == TINY.vocab_size
 
 
+def pytest_collection_modifyitems(items):
+    """Files with slow tests first: begun last, one would leave all other processes idle."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _forget_compiled():
     """Every compiled program holds a few memory maps, of which a process may have 65,530 on Linux: all tests together make more."""

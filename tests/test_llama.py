@@ -210,11 +210,16 @@ def test_kept_positions_are_those_asked_for(tiny_params, whole):
 
 
 @pytest.mark.parametrize(
-    "at",
-    [np.arange(20, 24), np.asarray([7, 0, 23]), np.asarray([[5, 1], [23, 23]]), llama.NOWHERE],
-    ids=["tail", "any", "each row its own", "nowhere"],
+    ("at", "windows"),
+    [
+        (np.arange(20, 24), ()),
+        (np.asarray([7, 0, 23]), (5, 3)),
+        (np.asarray([[5, 1], [23, 23]]), ()),
+        (np.asarray([[5, 1], [23, 23]]), (5, 3)),
+        (llama.NOWHERE, ()),
+    ],
+    ids=["tail", "any, windows", "each row its own", "each row its own, windows", "nowhere"],
 )
-@pytest.mark.parametrize("windows", [(), (5, 3)], ids=["", "windows"])
 def test_hidden_states_at_some_positions(at, windows, tiny_params):
     """Breaks when what is left out of the last layer is read after all, by hidden states, K/V or a gradient, or queries stand at the wrong
     position: masks, windows and RoPE go by it.

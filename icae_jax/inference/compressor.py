@@ -16,9 +16,10 @@ from icae_jax.interop import base as bases
 from icae_jax.models import llama
 from icae_jax.objectives import loss
 from icae_jax.objectives import targets as target_layouts
-from icae_jax.training import sharding
+from icae_jax.training import attention, sharding
 
 SPARE = 16  # tokens that a restored text may be longer than the original
+ROWS = 16  # texts compressed at once
 SHAPE_STEP = 32  # lengths are padded to multiples of this, so that few shapes are compiled
 
 
@@ -88,6 +89,11 @@ class Compressor:
         self.placement = mesh and sharding.Placement(mesh, base.config)
         self.trained = jax.device_put(adapter.trained, mesh and self.placement.tree(adapter.trained))
         self.model = llama.Llama(base.config, lora_scale=adapter.lora.scale, dtype=jnp.dtype(dtype))
+        devices = mesh or sharding.make_mesh(devices=jax.local_devices()[:1])
+        fastest, _ = attention.choose(
+            attention.AUTO, base.config, devices, rows=ROWS, length=self.config.segment_tokens + self.config.k, dtype=dtype
+        )
+        self.writer = self.model.clone(attention=fastest)  # reading stays plain: a new token's one query is no work for a kernel
         self.framing = target_layouts.make_framing(self.config, base.tokenizer, bases.bos_id(base.tokenizer))
         self._losses = jax.jit(self._label_losses, static_argnames="head")
 
@@ -101,7 +107,7 @@ class Compressor:
         """The ids of a text as the encoder reads them."""
         return [*self.framing.start, *ids]
 
-    def compress(self, texts, batch_size=16, where=None, k=None):
+    def compress(self, texts, batch_size=ROWS, where=None, k=None):
         """Memory of each text: `Slots` or `KV`, as the adapter's method makes them. texts: one or a list. where: names of the texts for
         errors. k: memory tokens a segment, one of those that the adapter was trained with, by default the most.
 
@@ -136,7 +142,7 @@ class Compressor:
         written, memory, start = layout.positions_needed(where, tokens, segments, size, self.config.choose(k), self.config.segment_tokens)
         return max(written, memory), start
 
-    def compress_ids(self, contexts, batch_size=16, k=None):
+    def compress_ids(self, contexts, batch_size=ROWS, k=None):
         """Memory of each list of token ids, as `context_ids` gives them. k: as for `compress`."""
         k, parts = self.config.choose(k), []
         for start in range(0, len(contexts), batch_size):
@@ -146,7 +152,7 @@ class Compressor:
             filled = _fill(part, self.rows(batch_size if parts else len(part)), [])
             ids, lengths = self.put(encoder.segment_contexts(filled, self.config, shape, self.framing.eos))
             with self.on_devices():
-                memory = _compress(self.model, self.base.params, self.trained, ids, lengths, config=self.config, k=k)
+                memory = _compress(self.writer, self.base.params, self.trained, ids, lengths, config=self.config, k=k)
             parts.append(jax.device_get(memory)[: len(part)])
         return _stack(parts, self.config)
 

@@ -149,6 +149,7 @@ def _plain(q_BKQTH, sources, ends):
     return _plain_fwd(q_BKQTH, sources, ends)[0]
 
 
+@functools.partial(jax.jit, static_argnums=2)
 def _plain_fwd(q, sources, ends):
     B, _, Q = q.shape[:3]
     outs, logs = [], []
@@ -167,6 +168,7 @@ def _plain_fwd(q, sources, ends):
     return out, (q, sources, out, logs)
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def _plain_bwd(ends, residuals, g):
     q, sources, out, logs = residuals
     B, _, Q = q.shape[:3]
