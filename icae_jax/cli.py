@@ -78,6 +78,8 @@ def _train(verb, argv, kind, make_task):
     parser.add_argument("--profile")
     args, rest = parser.parse_known_args(argv)
     config, workdir = load_config(kind, rest)
+    if args.profile and os.path.isfile(args.profile):
+        raise ValueError(f"--profile {args.profile} is a file; give a folder")
     with distributed.ending_together(BAD_INPUT):
         distributed.start(args.coordinator, args.processes, args.process)
         return train(config, make_task(config), workdir, profile=args.profile)

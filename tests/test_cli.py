@@ -218,6 +218,13 @@ def test_help_of_the_train_verbs(capsys):
         assert cli.main([verb, "--help"]) == 0 and "--config.field=value" in capsys.readouterr().out
 
 
+def test_a_trace_goes_into_a_folder(files, tmp_path, capsys):
+    """Breaks when that the path is a file is found out steps later."""
+    (tmp_path / "file").touch()
+    assert cli.main([*flags("pretrain", files, tmp_path / "w"), "--profile", str(tmp_path / "file")]) == 2
+    assert f"--profile {tmp_path / 'file'} is a file; give a folder" in capsys.readouterr().err and not (tmp_path / "w").exists()
+
+
 BAD = {
     "unknown field": ({"compresion.k": 4}, r"compresion"),
     "k of zero": ({"compression.k": 0}, r"compression\.k is 0"),

@@ -246,3 +246,14 @@ def test_a_trace_of_a_few_steps(raw, tmp_path):
     names = {e.name for p in jax.profiler.ProfileData.from_file(str(trace)).planes for line in p.lines for e in line.events}
     assert names & {"while.1"} or any("fusion" in name or name.startswith("dot") for name in names)
     assert not any("backend_compile" in name for name in names)
+
+
+def test_a_run_that_is_stopped_ends_its_trace(raw, tmp_path, monkeypatch):
+    """Breaks when a stop while steps are traced loses the trace, or leaves the profiler running."""
+    asked = iter([False, False, True])
+    monkeypatch.setattr(loop.distributed.Preemption, "asked", lambda self: next(asked))
+    config = from_dict(TrainConfig, raw | {"eval_examples": 0})
+    assert train(config, CompressorTask(config), tmp_path / "run", log=list, profile=str(tmp_path / "trace")) == PREEMPTED
+    assert list((tmp_path / "trace").glob("plugins/profile/*/*.xplane.pb"))
+    jax.profiler.start_trace(tmp_path / "next")
+    jax.profiler.stop_trace()

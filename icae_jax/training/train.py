@@ -1,5 +1,6 @@
 """The training loop, read top to bottom: `icae train` (a compressor) and `icae train-base` (a small base model) both run it."""
 
+import contextlib
 import math
 import pathlib
 import sys
@@ -158,18 +159,18 @@ def _train(config, task, workdir, log, profile):
         return DIVERGED
 
     try:
-        with checkpoints, distributed.Preemption() as preemption, bar:
+        with checkpoints, distributed.Preemption() as preemption, bar, contextlib.ExitStack() as tracing:
             if first < 0:
                 held_out(0)
             ahead = put_ahead(mesh, task.train_batches(start, stop, rows), rows, config.batch_size)
             for at, (host_batch, batch) in zip(range(start + 1, stop + 1), ahead, strict=True):
                 if profile and at - start == TRACED[0]:
                     jax.block_until_ready(state)
-                    jax.profiler.start_trace(profile)
+                    tracing.enter_context(jax.profiler.trace(profile))
                 state, device = train_step(state, frozen, batch)
                 if profile and at == min(start + TRACED[1], stop) and at - start >= TRACED[0]:
                     jax.block_until_ready(state)
-                    jax.profiler.stop_trace()
+                    tracing.close()
                     say(f"traced {at - start - TRACED[0] + 1} steps; look at them with: xprof {profile}")
                 if pending and not flush(pending):  # one step late: the device is already busy with the next
                     return diverged(pending[0])
