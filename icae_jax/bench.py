@@ -183,23 +183,29 @@ def measure(args, spec, params):
 
 
 def growth(args, specs, params):
-    """Step times at several numbers of contexts: `[{"contexts", "seconds", "to_first", "to_linear"}]`, seconds None where one does not fit.
+    """Step times at several numbers of contexts: `[{"contexts", "seconds", "to_first", "to_linear"}]`, all but the first None where one
+    does not fit.
 
-    to_first: t(n) / t(n1), n1 the first number; to_linear: t(n) / (n / n1 t(n1)), below 1 where larger steps are cheaper a context.
+    All are measured in turn, `args.repeats` times. to_first: t(n) / t(n1) of one turn, n1 the first number that fits, as the median;
+    to_linear: t(n) / (n / n1 t(n1)), median, min and max, below 1 where larger steps are cheaper a context.
     """
     from icae_jax.benchmarking import steps
 
-    table = []
+    fitting = {}
     for spec in specs:
-        n, seconds = spec.config.batch_size, None
         with contextlib.suppress(ValueError), _fitting(spec):
             step = steps.TrainingStep(spec, params)
             step.run(2)
-            seconds = statistics.median(step.run(args.steps).wall_seconds for _ in range(args.repeats)) / args.steps
-        first = table[0] if table else {"contexts": n, "seconds": seconds}
-        to_first = seconds and first["seconds"] and seconds / first["seconds"]
-        to_linear = to_first and to_first * first["contexts"] / n
-        table.append({"contexts": n, "seconds": seconds, "to_first": to_first, "to_linear": to_linear})
+            fitting[spec.config.batch_size] = step
+    turns = [{n: step.run(args.steps).wall_seconds / args.steps for n, step in fitting.items()} for _ in range(args.repeats)]
+    table, first = [], next(iter(fitting), None)
+    for n in (spec.config.batch_size for spec in specs):
+        row = {"contexts": n, "seconds": None, "to_first": None, "to_linear": None}
+        if n in fitting:
+            ratios = [turn[n] / turn[first] for turn in turns]
+            row |= {"seconds": statistics.median(turn[n] for turn in turns), "to_first": statistics.median(ratios)}
+            row["to_linear"] = _spread([ratio * first / n for ratio in ratios])
+        table.append(row)
     return table
 
 
@@ -274,13 +280,13 @@ def text(report):
     ]  # fmt: skip
     lines = [f"{name:8} {value}" for name, value in rows] + r["notes"]
     if r.get("growth"):
-        lines += ["", f"{'contexts a step':16}{'s a step':>12}{'to the first':>14}{'to linear':>12}"]
+        lines += ["", f"{'contexts a step':16}{'s a step':>12}{'to the first':>14}{'to linear':>26}"]
         for row in r["growth"]:
             if row["seconds"] is None:
                 lines.append(f"{row['contexts']:<16}{'does not fit':>12}")
             else:
-                held = [f"{row[name]:.3f}" if row[name] else "-" for name in ("to_first", "to_linear")]
-                lines.append(f"{row['contexts']:<16}{row['seconds']:12.4g}{held[0]:>14}{held[1]:>12}")
+                line = _range(row["to_linear"], "").replace("  ", " ")
+                lines.append(f"{row['contexts']:<16}{row['seconds']:12.4g}{row['to_first']:14.3f}{line:>26}")
     if r.get("compared"):
         lines += ["", f"{'':20}{'now':>14}{'saved':>14}{'ratio':>10}"]
         lines += [f"{COMPARED[name]:20}{of['now']:14.5g}{of['saved']:14.5g}{of['ratio']:10.3f}" for name, of in r["compared"].items()]

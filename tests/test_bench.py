@@ -153,26 +153,33 @@ def test_unlike_results_are_refused(saved, tiny_base, tmp_path, monkeypatch, cap
 
 
 class Fake:
-    """A training step that takes 0.5 s and 0.25 s a context, and does not fit with more than 4."""
+    """A training step that takes 0.5 s and 0.25 s a context, twice that the second time it is measured, and so on, as on a machine that
+    other work slows down; it does not fit with more than 4.
+    """
 
     def __init__(self, spec, params):
-        self.contexts = spec.config.batch_size
+        self.contexts, self.times = spec.config.batch_size, 0
         if self.contexts > 4:
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
 
     def run(self, count):
-        return steps.Measured(count * (0.5 + 0.25 * self.contexts), 0.0, {})
+        seconds = count * (0.5 + 0.25 * self.contexts) * max(self.times, 1)
+        self.times += 1
+        return steps.Measured(seconds, 0.0, {})
 
 
 def test_growth(monkeypatch):
-    """Breaks when growth is of all steps together, linear is not from the first number on, or one that does not fit ends all."""
+    """Breaks when growth is of all steps together, sizes are not held together as measured in one turn, linear is not from the first
+    number on, or one that does not fit ends all.
+    """
     monkeypatch.setattr(steps, "TrainingStep", Fake)
     config = from_dict(TrainConfig, {"base": "b", "data": {"train": "-"}})
     args = argparse.Namespace(steps=3, repeats=2)
     specs = [programs.Spec("train", dataclasses.replace(config, batch_size=n), TINY, n, 16) for n in (2, 4, 8)]
     table = bench.growth(args, specs, None)
-    assert table[0] == {"contexts": 2, "seconds": 1.0, "to_first": 1.0, "to_linear": 1.0}
-    assert table[1] == {"contexts": 4, "seconds": 1.5, "to_first": 1.5, "to_linear": 0.75}
+    assert table[0] == {"contexts": 2, "seconds": 1.5, "to_first": 1.0, "to_linear": {"median": 1.0, "min": 1.0, "max": 1.0}}
+    assert table[1] == {"contexts": 4, "seconds": 2.25, "to_first": 1.5, "to_linear": {"median": 0.75, "min": 0.75, "max": 0.75}}
     assert table[2] == {"contexts": 8, "seconds": None, "to_first": None, "to_linear": None}
+    assert bench.growth(args, specs[2:], None) == table[2:]
     with pytest.raises(ValueError, match=r"8 contexts of 16 tokens in 1 .* do not fit.*fewer --contexts"), bench._fitting(specs[2]):
         Fake(specs[2], None)

@@ -25,13 +25,14 @@ from jax.sharding import PartitionSpec
 
 IMPLEMENTATIONS = ("xla", "cudnn", "splash")
 CHUNK = 128  # plain attention's queries at a time: long enough for matmuls, short enough that a CPU's cache holds their scores
+SCORES = 1 << 20  # of a chunk, up to which plain attention takes several texts at a time: 4 MiB, for the same reason
 CUDNN_MULTIPLE = 64  # beside a mask, cuDNN needs even numbers of queries and of keys; 64 also aligns the mask's rows
 LANES = 128  # splash takes lengths in multiples of this
 BLOCKS = (640, 512, 384)  # splash's, of queries and of keys: each costs a start, and its float32 scores (1.6 MB for 640) lie in VMEM
 MOST_FUSED = 4  # blocks of keys up to which one kernel makes all gradients: it writes q's once a block
 
 
-def attend(q_BTNH, k_BSKH, v_BSKH, mask, prefix=None, *, at=None, implementation="xla"):
+def attend(q_BTNH, k_BSKH, v_BSKH, mask, prefix=None, *, at=None, implementation="xla", unroll=False):
     """Attention of T queries over a shared prefix of P keys and their own sequence of S keys; softmax in float32.
 
     mask: bool. `[B or 1, S]`, which keys are real: a query at time t sees the real ones up to t. Or `[B or 1, T, S]`, what each query sees.
@@ -39,6 +40,7 @@ def attend(q_BTNH, k_BSKH, v_BSKH, mask, prefix=None, *, at=None, implementation
         parts of it. Bp divides B: prefix b serves rows b * B/Bp ... (b + 1) * B/Bp - 1, which is how many targets read one memory.
     at: the queries' times, `[T]` or each row's own `[B, T]`; None where T = S are all of them. Only a 2-D mask needs it.
     implementation: as the module lists them; `supported` says which can be had. The flash ones repeat the prefix for each row.
+    unroll: whether what xla does for some texts after others is written out, so that XLA counts the FLOPs of all.
 
     splash: masks must be 2-D. A query that is itself padding gets something finite, and gives no gradient to what is real. Where `at` is
     not a numpy array `[T]` that rises by one, and so known when the program is traced, the call is computed as xla does.
@@ -60,7 +62,7 @@ def attend(q_BTNH, k_BSKH, v_BSKH, mask, prefix=None, *, at=None, implementation
     if implementation == "cudnn":
         out = _cudnn(q_BTNH, k_BSKH, v_BSKH, seen(mask, at) if mask.ndim == 2 else mask, prefix)
     else:
-        out = _xla(q_BTNH, k_BSKH, v_BSKH, mask, prefix, at)
+        out = _xla(q_BTNH, k_BSKH, v_BSKH, mask, prefix, at, unroll)
     return out.reshape(B, T, N * H)
 
 
@@ -99,101 +101,136 @@ def supported(implementation, platform, *, dtype, head_dim, heads=1, kv_heads=1,
     return None
 
 
+def _split(name, n):
+    """The mesh axes that split a dimension of this logical name and length, and the number of parts: (None, 1) where none does."""
+    if not nn.get_logical_axis_rules():
+        return None, 1
+    sizes, axes = jax.sharding.get_abstract_mesh().shape, nn.logical_to_mesh_axes((name,))[0] or ()
+    parts = math.prod(sizes[axis] for axis in ((axes,) if isinstance(axes, str) else axes))
+    return (None, 1) if parts == 1 or n % parts else (axes, parts)
+
+
 # ------------------------------------------------------------------------------------------------------- plain
 
 
-def _rows(x, texts):
-    """`x [B, K, Q, T, …]`, with the rows that read each of so many texts' keys side by side: `[texts, K, B / texts * Q * T, …]`."""
-    x = jnp.moveaxis(x.reshape(texts, x.shape[0] // texts, *x.shape[1:]), 1, 2)
-    return x.reshape(*x.shape[:2], math.prod(x.shape[2:5]), *x.shape[5:])
+# Queries `[b, K, G, Q, T, H]` are those of b texts, each read by G rows (B = b * G). A source of keys is `(k, v, mask)`: k and v
+# `[b, G, S, K, H]`, each row's own, or `[b, S, K, H]`, one text's for all its rows; mask `[b or 1, 1, G or 1, 1, T or 1, S]`.
 
 
-def _unrows(rows, B, Q):
-    """What `_rows` was given."""
-    texts, K = rows.shape[:2]
-    x = jnp.moveaxis(rows.reshape(texts, K, B // texts, Q, -1, *rows.shape[3:]), 2, 1)
-    return x.reshape(B, *x.shape[2:])
+def _product(x, y, out):
+    """An einsum in float32 of two `(letters, array)`: queries are "bkgqth", scores "bkgqts", keys and values as `_letters` says."""
+    return jnp.einsum(f"{x[0]},{y[0]}->{out}", x[1], y[1], preferred_element_type=jnp.float32)
 
 
-def _scores(q_BKQTH, k_bSKH, mask):
-    """Scores in float32, `[b, K, rows, S]` with rows as `_rows` has them, far below all others where the mask is false.
-
-    mask: `[1, b or B; 1 or T; S]`, what all queries see, or those of each text, or each row's.
-    """
-    (B, K, Q, T, _), (b, S, _, _) = q_BKQTH.shape, k_bSKH.shape
-    scores = jnp.einsum("bkrh,bskh->bkrs", _rows(q_BKQTH, b), k_bSKH, preferred_element_type=jnp.float32)
-    shape = (b, K, B // b, Q, T, S)
-    seen = mask.reshape(b, 1, B // b, 1, *mask.shape[1:]) if mask.shape[0] == B else mask[:, None, None, None]
-    lowered = jnp.broadcast_to(jnp.where(seen, 0.0, jnp.finfo(jnp.float32).min / 2), shape)
-    return (scores.reshape(shape) + lowered).reshape(scores.shape)
+def _letters(k):
+    return "bgskh" if k.ndim == 5 else "bskh"
 
 
-def _parts(q_BKQTH, sources, ends):
-    """The queries in chunks, each with what it may see of every source: `[(slice of queries, [(number of keys, mask), …])]`."""
-    T = q_BKQTH.shape[3]
+def _scores(q, k, mask):
+    """Scores in float32, far below all others where the mask is false."""
+    lowered = jnp.where(mask, np.float32(0), jnp.finfo(jnp.float32).min / 2)
+    return _product(("bkgqth", q), (_letters(k), k), "bkgqts") + jnp.broadcast_to(lowered, (*q.shape[:5], k.shape[-3]))
+
+
+def _chunks(sources, ends, T):
+    """The queries in chunks, each with what it may see of every source: `[(slice of queries, [(k, v, mask), …])]`."""
     for number, end in enumerate(ends):
         at = slice(number * CHUNK, min(T, (number + 1) * CHUNK))
-        masks = [mask if mask.shape[1] == 1 else mask[:, at] for _, _, mask in sources]
-        keys = [end, *(k.shape[1] for k, _, _ in sources[1:])]
-        yield at, [(n, mask[:, :, :n]) for n, mask in zip(keys, masks, strict=True)]
+        (k, v, mask), *shared = sources
+        visible = [(k[..., :end, :, :], v[..., :end, :, :], mask[..., :end]), *shared]
+        yield at, [(k, v, mask if mask.shape[4] == 1 else mask[..., at, :]) for k, v, mask in visible]
+
+
+class _How(NamedTuple):
+    """ends: how many keys of the first source each chunk may see at most; those behind are not even looked at. turns: into how many the
+    texts of each of `devices` are divided, that are computed one after another. unroll: whether these are written out.
+    """
+
+    ends: tuple[int, ...]
+    turns: int
+    devices: int
+    unroll: bool
+
+
+def _in_turns(how, function, *trees):
+    """`function(*trees)`, of some texts after others: arrays `[b, …]` are cut along their first axis, those `[1, …]` are for all."""
+    if how.turns == 1:
+        return function(*trees)
+    leaves, tree = jax.tree.flatten(trees)
+
+    def cut(x):
+        x = x.reshape(how.devices, how.turns, len(x) // (how.devices * how.turns), *x.shape[1:])
+        return jnp.swapaxes(x, 0, 1).reshape(how.turns, -1, *x.shape[3:])
+
+    def joined(x):
+        x = x.reshape(how.turns, how.devices, x.shape[1] // how.devices, *x.shape[2:])
+        return jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[3:])
+
+    def turn(_, xs):
+        xs = iter(xs)
+        return None, function(*jax.tree.unflatten(tree, [x if len(x) == 1 else next(xs) for x in leaves]))
+
+    _, out = jax.lax.scan(turn, None, [cut(x) for x in leaves if len(x) > 1], unroll=how.unroll)
+    return jax.tree.map(joined, out)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _plain(q_BKQTH, sources, ends):
-    """Softmax attention over all keys of some sources, `[B, K, Q, T, H]`, in chunks of `CHUNK` queries, whose scores are not kept: the
-    backward pass makes them anew, so that one chunk's are all that ever live.
-
-    q: scaled. sources: `(k, v, mask)` each, k and v `[b, S, K, H]` with b a divisor of B, mask as for `_scores`. ends: how many keys of
-    the first source each chunk may see at most; those behind are not even looked at.
+def _plain(q, sources, how):
+    """Softmax attention over all keys of some sources, `[b, K, G, Q, T, H]`, in chunks of `CHUNK` queries, whose scores are not kept: the
+    backward pass makes them anew, so that one chunk's are all that ever live. q: scaled.
     """
-    return _plain_fwd(q_BKQTH, sources, ends)[0]
+    return _plain_fwd(q, sources, how)[0]
 
 
 @functools.partial(jax.jit, static_argnums=2)
-def _plain_fwd(q, sources, ends):
-    B, _, Q = q.shape[:3]
-    outs, logs = [], []
-    for at, visible in _parts(q, sources, ends):
-        scores = [_scores(q[:, :, :, at], k[:, :n], mask) for (k, _, _), (n, mask) in zip(sources, visible, strict=True)]
-        top = functools.reduce(jnp.maximum, (_unrows(s.max(-1), B, Q) for s in scores))
-        out = total = 0.0
-        for s, (_, v, _), (n, _) in zip(scores, sources, visible, strict=True):
-            weights = jnp.exp(s - _rows(top, len(v))[..., None])
-            total = total + _unrows(weights.sum(-1), B, Q)
-            read = jnp.einsum("bkrs,bskh->bkrh", weights.astype(v.dtype), v[:, :n], preferred_element_type=jnp.float32)
-            out = out + _unrows(read, B, Q)
-        outs.append(out / total[..., None])
-        logs.append(top + jnp.log(total))
-    out, logs = (checkpoint_name(jnp.concatenate(x, 3).astype(dtype), "attention") for x, dtype in ((outs, q.dtype), (logs, jnp.float32)))
+def _plain_fwd(q, sources, how):
+    out, logs = (checkpoint_name(x, "attention") for x in _in_turns(how, functools.partial(_forward, how.ends), q, sources))
     return out, (q, sources, out, logs)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _plain_bwd(ends, residuals, g):
-    q, sources, out, logs = residuals
-    B, _, Q = q.shape[:3]
-    mean = jnp.sum(g.astype(jnp.float32) * out.astype(jnp.float32), -1)  # of the weights' gradients, by their weights
-    d_q, d_kv = [], [[jnp.zeros(x.shape, jnp.float32) for x in (k, v)] for k, v, _ in sources]
-    for at, visible in _parts(q, sources, ends):
-        q_at, g_at, logs_at, mean_at = (x[:, :, :, at] for x in (q, g, logs, mean))
-        d_q_at = 0.0
-        for (k, v, _), (n, mask), d in zip(sources, visible, d_kv, strict=True):
-            rows = functools.partial(_rows, texts=len(k))
-            weights = jnp.exp(_scores(q_at, k[:, :n], mask) - rows(logs_at)[..., None])
-            d_weights = jnp.einsum("bkrh,bskh->bkrs", rows(g_at), v[:, :n], preferred_element_type=jnp.float32)
-            d_scores = (weights * (d_weights - rows(mean_at)[..., None])).astype(q.dtype)
-            d_q_at = d_q_at + _unrows(jnp.einsum("bkrs,bskh->bkrh", d_scores, k[:, :n], preferred_element_type=jnp.float32), B, Q)
-            for i, (of, rows_of) in enumerate(((d_scores, rows(q_at)), (weights.astype(g.dtype), rows(g_at)))):
-                d[i] = d[i].at[:, :n].add(jnp.einsum("bkrs,bkrh->bskh", of, rows_of, preferred_element_type=jnp.float32))
-        d_q.append(d_q_at)
-    d_sources = tuple((dk.astype(k.dtype), dv.astype(v.dtype), None) for (k, v, _), (dk, dv) in zip(sources, d_kv, strict=True))
-    return jnp.concatenate(d_q, 3).astype(q.dtype), d_sources
+def _plain_bwd(how, residuals, g):
+    d_q, d_sources = _in_turns(how, functools.partial(_backward, how.ends), *residuals, g)
+    return d_q, tuple((*d_kv, None) for d_kv in d_sources)
 
 
 _plain.defvjp(_plain_fwd, _plain_bwd)
 
 
-def _xla(q_BTNH, k_BSKH, v_BSKH, mask, prefix, at):
+def _forward(ends, q, sources):
+    """What attention gives, and the logarithms of its sums, `[b, K, G, Q, T, 1]` float32."""
+    outs, logs = [], []
+    for at, visible in _chunks(sources, ends, q.shape[4]):
+        scores = [_scores(q[..., at, :], k, mask) for k, _, mask in visible]
+        top = functools.reduce(jnp.maximum, (s.max(-1, keepdims=True) for s in scores))
+        weights = [jnp.exp(s - top) for s in scores]
+        total = sum(w.sum(-1, keepdims=True) for w in weights)
+        values = [(_letters(v), v) for _, v, _ in visible]
+        read = sum(_product(("bkgqts", w.astype(v[1].dtype)), v, "bkgqth") for w, v in zip(weights, values, strict=True))
+        outs.append((read / total).astype(q.dtype))
+        logs.append(top + jnp.log(total))
+    return jnp.concatenate(outs, 4), jnp.concatenate(logs, 4)
+
+
+def _backward(ends, q, sources, out, logs, g):
+    """The gradients of the queries, and of every source's keys and values."""
+    mean = jnp.sum(g.astype(jnp.float32) * out.astype(jnp.float32), -1, keepdims=True)  # of the weights' gradients, by their weights
+    d_q, d_kv = [], [[jnp.zeros(x.shape, jnp.float32) for x in (k, v)] for k, v, _ in sources]
+    for at, visible in _chunks(sources, ends, q.shape[4]):
+        q_at, g_at, logs_at, mean_at = (x[..., at, :] for x in (q, g, logs, mean))
+        d_q_at = 0.0
+        for (k, v, mask), d in zip(visible, d_kv, strict=True):
+            kv = _letters(k)
+            weights = jnp.exp(_scores(q_at, k, mask) - logs_at)
+            d_scores = (weights * (_product(("bkgqth", g_at), (kv, v), "bkgqts") - mean_at)).astype(q.dtype)
+            d_q_at += _product(("bkgqts", d_scores), (kv, k), "bkgqth")
+            for i, (of, by) in enumerate(((d_scores, q_at), (weights.astype(g.dtype), g_at))):
+                d[i] = d[i].at[..., : k.shape[-3], :, :].add(_product(("bkgqts", of), ("bkgqth", by), kv))
+        d_q.append(d_q_at.astype(q.dtype))
+    return jnp.concatenate(d_q, 4), [(dk.astype(k.dtype), dv.astype(v.dtype)) for (k, v, _), (dk, dv) in zip(sources, d_kv, strict=True)]
+
+
+def _xla(q_BTNH, k_BSKH, v_BSKH, mask, prefix, at, unroll):
     """As `attend`: `[B, T, N, H]`. The prefix is read where it is, for all rows that it serves."""
     B, T, N, H = q_BTNH.shape
     S, K = k_BSKH.shape[1:3]
@@ -203,12 +240,24 @@ def _xla(q_BTNH, k_BSKH, v_BSKH, mask, prefix, at):
             times = np.arange(S) if at is None else at
             ends = [int(times[start : start + CHUNK].max()) + 1 for start in range(0, T, CHUNK)]
         mask = seen(mask, at)
-    q = (q_BTNH * jnp.asarray(H**-0.5, q_BTNH.dtype)).reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
-    sources = ((k_BSKH, v_BSKH, mask),)
-    if prefix is not None and prefix[0].shape[1]:
+    prefix = prefix if prefix is not None and prefix[0].shape[1] else None
+    b = B if prefix is None else len(prefix[0])
+
+    def laid_out(mask):
+        """`[1 or b or B; T or 1; S]`, as sources have them."""
+        return mask.reshape(min(len(mask), b), 1, -1, 1, *mask.shape[1:])
+
+    q = (q_BTNH * jnp.asarray(H**-0.5, q_BTNH.dtype)).reshape(b, B // b, T, K, N // K, H).transpose(0, 3, 1, 4, 2, 5)
+    sources = ((*(x.reshape(b, B // b, S, K, H) for x in (k_BSKH, v_BSKH)), laid_out(mask)),)
+    if prefix is not None:
         pk, pv, p_mask = prefix
-        sources += ((pk, pv, p_mask[:, None] if p_mask.ndim == 2 else p_mask),)
-    return _plain(q, sources, tuple(ends)).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
+        sources += ((pk, pv, laid_out(p_mask[:, None] if p_mask.ndim == 2 else p_mask)),)
+    _, devices = _split("batch", b)
+    most = max(1, SCORES // (B // b * N * min(T, CHUNK) * sum(mask.shape[-1] for _, _, mask in sources)))
+    texts = b // devices
+    turns = next(turns for turns in range(1, texts + 1) if texts % turns == 0 and texts // turns <= most)
+    out = _plain(q, sources, _How(tuple(ends), turns, devices, unroll))
+    return out.transpose(0, 2, 4, 1, 3, 5).reshape(B, T, N, H)
 
 
 # ------------------------------------------------------------------------------------------- what both kernels need
@@ -234,16 +283,8 @@ def _on_devices(kernel, q_BTNH, k_BSKH, v_BSKH, *masks):
     """
     if not nn.get_logical_axis_rules():
         return kernel(q_BTNH, k_BSKH, v_BSKH, *masks)
-    sizes = jax.sharding.get_abstract_mesh().shape
-
-    def split(name, n):
-        """The mesh axes that split a dimension of this length, and the number of parts."""
-        axes = nn.logical_to_mesh_axes((name,))[0] or ()
-        parts = math.prod(sizes[axis] for axis in ((axes,) if isinstance(axes, str) else axes))
-        return (None, 1) if parts == 1 or n % parts else (axes, parts)
-
     B, N, K = q_BTNH.shape[0], q_BTNH.shape[2], k_BSKH.shape[2]
-    (rows, _), (heads, parts), (kv_heads, _) = split("batch", B), split("heads", N), split("kv_heads", K)
+    (rows, _), (heads, parts), (kv_heads, _) = _split("batch", B), _split("heads", N), _split("kv_heads", K)
     if heads != kv_heads:
         raise ValueError(f"attention: {N} query heads are split over {parts} devices, {K} key/value heads are not; choose xla")
     of_heads = PartitionSpec(rows, None, heads, None)

@@ -274,6 +274,7 @@ class Attention(nn.Module):
     lora_scale: float
     lora_dropout: float
     implementation: str
+    unroll: bool
 
     def _project(self, name, heads, x):
         c = self.config
@@ -290,7 +291,8 @@ class Attention(nn.Module):
             rotated = rotate(q, tuple(rows(t, at) for t in rope)), rotate(k, rope)
             # Splash knows no queries at times that are told while it runs: the last layer's, where labels are.
             implementation = "xla" if self.implementation == "splash" and mask.ndim == 3 else self.implementation
-            out = attend(*rotated, v, mask, prefix, at=at if mask.ndim == 2 else None, implementation=implementation)
+            at = at if mask.ndim == 2 else None
+            out = attend(*rotated, v, mask, prefix, at=at, implementation=implementation, unroll=self.unroll)
         return Projection(x_BTD.shape[-1], self.lora_scale, self.lora_dropout, name="o_proj")(out), kv
 
     @nn.compact
@@ -320,6 +322,7 @@ class Block(nn.Module):
     lora_scale: float
     lora_dropout: float
     implementation: str
+    unroll: bool
     return_kv: bool
 
     @nn.compact
@@ -327,7 +330,7 @@ class Block(nn.Module):
         c, lora = self.config, (self.lora_scale, self.lora_dropout)
         # Tied to what changes from block to block, or the mask of every head would be made once, before the scan, and kept through it.
         x, mask = jax.lax.optimization_barrier((x, mask))
-        attention = Attention(c, *lora, self.implementation, name="self_attn")
+        attention = Attention(c, *lora, self.implementation, self.unroll, name="self_attn")
         normed = RMSNorm(c.rms_norm_eps, name="input_layernorm")(x)
         if at is not None and not at.size:
             return rows(x, at), attention.keys_and_values(rows(normed, keep))
@@ -355,7 +358,8 @@ class Llama(nn.Module):
 
     remat: what the backward pass computes again of each block: "none" nothing, "frozen" no matmul, "dots" attention, "full" all, so that
         only block inputs are kept. The last block is not rematerialised where `at` cuts it.
-    unroll: how many blocks one turn of the scan holds. attention: how it is computed, see `models.attention`.
+    unroll: how many blocks one turn of the scan holds; where it is more than one, attention has no loops either. attention: how it is
+        computed, see `models.attention`.
     """
 
     config: ModelConfig
@@ -384,7 +388,7 @@ class Llama(nn.Module):
             table = self.param("embed", nn.initializers.normal(0.02), (c.vocab_size, c.hidden_size))
             x = jnp.take(gathered(table, ("vocab", "embed")), x, axis=0)
         x = constrain(x.astype(self.dtype), "batch", None, None)
-        block = functools.partial(Block, c, self.lora_scale, self.lora_dropout, self.attention, return_kv)
+        block = functools.partial(Block, c, self.lora_scale, self.lora_dropout, self.attention, self.unroll > 1, return_kv)
         shared = rope_tables(c, positions), positions, mask
         if self.is_initializing():  # makes the parameters, of all layers in one array each
             stacked = nn.scan(
