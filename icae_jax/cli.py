@@ -8,6 +8,8 @@ import platform
 import sys
 import zlib
 
+from icae_jax.interop import files
+
 BAD_INPUT = 2
 
 
@@ -315,8 +317,7 @@ def keep_compiled():
     cpus = pathlib.Path("/proc/cpuinfo")
     flags = next((line for line in cpus.read_text().splitlines() if line.startswith(("flags", "Features"))), "") if cpus.exists() else ""
     kind = f"{platform.machine()}-{zlib.crc32(flags.encode()):08x}"
-    cache = pathlib.Path(os.environ.get("ICAE_CACHE") or pathlib.Path.home() / ".cache" / "icae_jax")
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache / "compiled" / kind))
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(files.cache_folder() / "compiled" / kind))
 
 
 def main(argv=None):

@@ -14,9 +14,9 @@ from conftest import TINY, close, random_params
 
 from icae_jax.interop import base as bases
 from icae_jax.interop import weights
-from icae_jax.models import llama
+from icae_jax.models import llama, rope
 
-LLAMA3 = llama.Llama3RopeScaling(8.0, 1.0, 4.0, 64)
+LLAMA3 = rope.Llama3Scaling(8.0, 1.0, 4.0, 64)
 
 
 def same(got, want):

@@ -22,7 +22,7 @@ from icae_jax.compression.memory import KV, Slots
 from icae_jax.inference import compressor as compressors
 from icae_jax.interop import adapter as adapters
 from icae_jax.interop import base as bases
-from icae_jax.models import llama
+from icae_jax.models import llama, rope
 from icae_jax.models.lora import LoraConfig
 from icae_jax.objectives import targets
 from icae_jax.training import sharding
@@ -149,7 +149,7 @@ def straight(params, compressor, memory, at, ids):
     x[0, : len(ids)] = embedded
     k, v = (jnp.moveaxis(jnp.asarray(c), 0, 1)[:, None] for c in contents)
     at = jnp.arange(M)[None]
-    prefix = (llama.rotate_keys(compressor.base.config, k, at), v, jnp.ones((1, M), bool), at)
+    prefix = (rope.rotate_keys(compressor.base.config, k, at), v, jnp.ones((1, M), bool), at)
     return _pass(compressor.model, params, x, M + jnp.arange(80), prefix)
 
 

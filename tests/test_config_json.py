@@ -7,10 +7,10 @@ import pytest
 from conftest import TINY
 
 from icae_jax.interop import config_json
-from icae_jax.models import llama
+from icae_jax.models import rope
 
 RAW = config_json.hub_config(TINY, "float32", {"bos_token_id": 1, "eos_token_id": 2})
-LLAMA3 = llama.Llama3RopeScaling(8.0, 1.0, 4.0, 64)
+LLAMA3 = rope.Llama3Scaling(8.0, 1.0, 4.0, 64)
 
 
 @pytest.mark.parametrize(
@@ -18,8 +18,8 @@ LLAMA3 = llama.Llama3RopeScaling(8.0, 1.0, 4.0, 64)
     [
         TINY,
         dataclasses.replace(TINY, rope_scaling=LLAMA3, rope_theta=5e5, tie_word_embeddings=True, rms_norm_eps=1e-6, head_dim=16),
-        dataclasses.replace(TINY, rope_scaling=llama.LinearRopeScaling(2.0)),
-        dataclasses.replace(TINY, rope_scaling=llama.YarnRopeScaling(4.0, 64, 1.3, 20.0, 2.0, False)),
+        dataclasses.replace(TINY, rope_scaling=rope.LinearScaling(2.0)),
+        dataclasses.replace(TINY, rope_scaling=rope.YarnScaling(4.0, 64, 1.3, 20.0, 2.0, False)),
         dataclasses.replace(TINY, windows=(16, 16)),
         dataclasses.replace(TINY, qkv_bias=True),
         dataclasses.replace(TINY, qkv_bias=True, windows=(0, 16)),

@@ -91,3 +91,11 @@ def test_only_new_folders_are_written(tmp_path):
     for taken in ("taken", "taken/x"):
         with pytest.raises(ValueError, match=r"--to .* exists and is not an empty folder; give a new one"):
             files.check_new_folder(tmp_path / taken)
+
+
+def test_cache_folder(monkeypatch):
+    """Breaks when the configured folder does not win over $ICAE_CACHE, or that over the home folder."""
+    monkeypatch.setenv("ICAE_CACHE", "/somewhere")
+    assert (str(files.cache_folder("/mine")), str(files.cache_folder())) == ("/mine", "/somewhere")
+    monkeypatch.delenv("ICAE_CACHE")
+    assert files.cache_folder().parts[-2:] == (".cache", "icae_jax")

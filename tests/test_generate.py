@@ -12,7 +12,7 @@ from conftest import TINY
 from icae_jax.compression.memory import Prefix
 from icae_jax.evaluation.plain import no_prefix
 from icae_jax.inference import generate
-from icae_jax.models import llama
+from icae_jax.models import llama, rope
 
 NEW = 6
 MODEL = llama.Llama(TINY)
@@ -73,7 +73,7 @@ def test_decoding_behind_a_prefix_shared_by_rows(model, tiny_params):
     heads = rng.integers(8, 64, (2, 5))
     _, (k, v) = model.apply({"params": tiny_params}, jnp.asarray(heads), jnp.arange(5)[None], llama.causal_mask(5), return_kv=True)
     positions = jnp.broadcast_to(jnp.arange(5), (2, 5))
-    prefix = Prefix(llama.rotate_keys(TINY, k, positions), v, jnp.ones((2, 5), bool), positions, jnp.full(2, 5))
+    prefix = Prefix(rope.rotate_keys(TINY, k, positions), v, jnp.ones((2, 5), bool), positions, jnp.full(2, 5))
     rows = [*prompts(2), prompts(3)[0]]
     out = run(tiny_params, prefix, jnp.full(4, 5), rows, model, stop_ids=(-1,))
     want = {m: [slow_greedy(tiny_params, [*heads[i // 2], *row], m) for i, row in enumerate(rows)] for m in (MODEL, WINDOWED)}

@@ -12,7 +12,7 @@ from conftest import TINY, close, random_lora, shared
 
 from icae_jax.interop import base as bases
 from icae_jax.interop import config_json, weights
-from icae_jax.models import llama
+from icae_jax.models import llama, rope
 
 IDS = np.random.default_rng(0).integers(0, 64, (2, 24))
 MODEL = llama.Llama(TINY)
@@ -157,7 +157,7 @@ def test_prefix_equals_the_tokens_in_front(tiny_params, whole):
     padded = [jnp.pad(t[:, :, :10], ((0, 0), (0, 0), (0, 3), (0, 0), (0, 0)), constant_values=9.0) for t in (k, v)]
     at = jnp.pad(positions(0, 10), ((0, 0), (0, 3)))
     mask = jnp.broadcast_to(jnp.arange(13)[None] < 10, (2, 13))
-    prefix = (llama.rotate_keys(TINY, padded[0], at), padded[1], mask, jnp.broadcast_to(at, (2, 13)))
+    prefix = (rope.rotate_keys(TINY, padded[0], at), padded[1], mask, jnp.broadcast_to(at, (2, 13)))
     got, kv = run(tiny_params, jnp.asarray(IDS[:, 10:]), positions(10, 24), llama.causal_mask(14), prefix)
     assert kv is None
     close(got, hidden[:, 10:])
@@ -167,7 +167,7 @@ def test_shared_prefix_equals_a_repeated_one(tiny_params, whole):
     """Breaks when rows read the prefix of another: 2 prefixes serve 3 rows each, the first the first three."""
     k, v = (t[:, :, :10] for t in whole[1])
     at = jnp.broadcast_to(positions(0, 10), (2, 10))
-    prefix = (llama.rotate_keys(TINY, k, at), v, jnp.ones((2, 10), bool).at[1, 4].set(False), at)
+    prefix = (rope.rotate_keys(TINY, k, at), v, jnp.ones((2, 10), bool).at[1, 4].set(False), at)
     rows = jnp.asarray(np.random.default_rng(1).integers(0, 64, (6, 5)))
     repeated = (*(jnp.repeat(t, 3, axis=1) for t in prefix[:2]), *(jnp.repeat(t, 3, axis=0) for t in prefix[2:]))
     got, want = (run(tiny_params, rows, positions(10, 15), llama.causal_mask(5), p)[0] for p in (prefix, repeated))
@@ -188,7 +188,7 @@ def test_windows_reach_into_the_prefix(tiny_params):
 
     hidden, (k, v) = apply(ids, positions(0, 16), llama.causal_mask(16))
     first = positions(0, 10)
-    prefix = (llama.rotate_keys(config, k[:, :, :10], first), v[:, :, :10], jnp.ones((2, 10), bool), jnp.broadcast_to(first, (2, 10)))
+    prefix = (rope.rotate_keys(config, k[:, :, :10], first), v[:, :, :10], jnp.ones((2, 10), bool), jnp.broadcast_to(first, (2, 10)))
     got, _ = apply(ids[:, 10:], positions(10, 16), llama.causal_mask(6), prefix)
     close(got, hidden[:, 10:])
     shared, _ = apply(jnp.repeat(ids[:, 10:], 2, axis=0), positions(10, 16), llama.causal_mask(6), prefix)

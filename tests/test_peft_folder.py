@@ -16,7 +16,7 @@ from icae_jax.inference.compressor import Compressor
 from icae_jax.interop import adapter as adapters
 from icae_jax.interop import base as bases
 from icae_jax.interop import peft_folder
-from icae_jax.models import llama
+from icae_jax.models import rope
 from icae_jax.models.lora import LoraConfig
 from icae_jax.objectives.targets import Template
 
@@ -71,7 +71,7 @@ def test_the_readme_makes_our_memory(base, tmp_path, monkeypatch, method, layout
         lengths, kind = memory.segment_lengths[0], layouts.get(layout)
         lengths = np.full_like(lengths, 15) if kind.fixed_length else lengths
         at = np.concatenate([np.asarray(layouts.encoder_positions(kind, 15, 3, jnp.asarray(n)))[15:] for n in lengths])
-        k = llama.rotate_keys(TINY, jnp.asarray(memory.k), jnp.asarray(at)[None])
+        k = rope.rotate_keys(TINY, jnp.asarray(memory.k), jnp.asarray(at)[None])
         for mine, theirs in ((k, got[0]), (memory.v, got[1])):
             close(theirs.numpy(), np.moveaxis(np.asarray(mine)[:, 0], 1, 2))
 

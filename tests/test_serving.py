@@ -20,7 +20,7 @@ from icae_jax.inference.compressor import Compressor
 from icae_jax.interop import adapter as adapters
 from icae_jax.interop import base as bases
 from icae_jax.interop import serving
-from icae_jax.models import llama
+from icae_jax.models import rope
 from icae_jax.models.lora import LoraConfig
 from icae_jax.objectives import targets
 
@@ -263,11 +263,11 @@ def test_turn_and_mask_are_needed(base, hub_model, tmp_path, monkeypatch, method
     assert sum(a != b for a, b in zip(unturned, want, strict=True)) >= 4
 
 
-YARN = llama.YarnRopeScaling(factor=4.0, original_max_position_embeddings=64, attention_factor=1.3)
+YARN = rope.YarnScaling(factor=4.0, original_max_position_embeddings=64, attention_factor=1.3)
 FAMILIES = {
     "mistral": {"rope_scaling": YARN, "windows": (70, 70)},
     "qwen2": {"qkv_bias": True},
-    "qwen3": {"qk_norm": True, "rope_scaling": llama.LinearRopeScaling(2.0)},
+    "qwen3": {"qk_norm": True, "rope_scaling": rope.LinearScaling(2.0)},
 }
 
 
@@ -351,11 +351,11 @@ def test_turned_keys_are_keys_rotated_further(base):
     rng = np.random.default_rng(0)
     k = rng.standard_normal((2, 3, 5, 2, 8)).astype(np.float32)
     at, turns = rng.integers(0, 60, (3, 5)), np.array([0, 7, -19])
-    yarn = llama.YarnRopeScaling(factor=4.0, original_max_position_embeddings=32, attention_factor=1.3)
+    yarn = rope.YarnScaling(factor=4.0, original_max_position_embeddings=32, attention_factor=1.3)
     for config in (TINY, dataclasses.replace(TINY, rope_scaling=yarn)):
-        rotated = np.asarray(llama.rotate_keys(config, jnp.asarray(k), jnp.asarray(at)))
+        rotated = np.asarray(rope.rotate_keys(config, jnp.asarray(k), jnp.asarray(at)))
         turned = serving.turn_keys(config, rotated, turns)
-        close(turned, llama.rotate_keys(config, jnp.asarray(k), jnp.asarray(at + turns[:, None])))
+        close(turned, rope.rotate_keys(config, jnp.asarray(k), jnp.asarray(at + turns[:, None])))
         np.testing.assert_array_equal(turned[:, 0], rotated[:, 0])
         assert np.abs(turned[:, 1:] - rotated[:, 1:]).max() > 0.5
     half = rotated.astype(jnp.bfloat16)

@@ -6,7 +6,7 @@ import jax
 import pytest
 
 from icae_jax.interop import config_json
-from icae_jax.models import llama, sizes
+from icae_jax.models import llama, rope, sizes
 
 COUNTS = {
     "meta-llama/Llama-2-7b-hf": 6_738_415_616,
@@ -30,8 +30,8 @@ CONSTANTS = {
     "meta-llama/Llama-2-7b-hf": (32, 4096, 1e4, None, 1e-5, ()),
     "meta-llama/Llama-2-70b-hf": (64, 4096, 1e4, None, 1e-5, ()),
     "meta-llama/Meta-Llama-3-8B": (32, 8192, 5e5, None, 1e-5, ()),
-    "meta-llama/Llama-3.1-8B": (32, 131072, 5e5, llama.Llama3RopeScaling(8.0, 1.0, 4.0, 8192), 1e-5, ()),
-    "meta-llama/Llama-3.2-1B": (32, 131072, 5e5, llama.Llama3RopeScaling(32.0, 1.0, 4.0, 8192), 1e-5, ()),
+    "meta-llama/Llama-3.1-8B": (32, 131072, 5e5, rope.Llama3Scaling(8.0, 1.0, 4.0, 8192), 1e-5, ()),
+    "meta-llama/Llama-3.2-1B": (32, 131072, 5e5, rope.Llama3Scaling(32.0, 1.0, 4.0, 8192), 1e-5, ()),
     "mistralai/Mistral-7B-v0.1": (32, 32768, 1e4, None, 1e-5, (4096,) * 32),
     "mistralai/Mistral-7B-Instruct-v0.2": (32, 32768, 1e6, None, 1e-5, ()),
     "Qwen/Qwen2.5-0.5B": (14, 32768, 1e6, None, 1e-6, ()),

@@ -95,14 +95,6 @@ def test_data_without_tokens_is_refused(tmp_path, cache, tiny_tokenizer, rows, m
         tokens.tokenise(write_jsonl(tmp_path / "a.jsonl", rows), tiny_tokenizer, cache)
 
 
-def test_cache_folder(monkeypatch):
-    """Breaks when the configured folder does not win over $ICAE_CACHE, or that over the home folder."""
-    monkeypatch.setenv("ICAE_CACHE", "/somewhere")
-    assert (str(tokens.cache_folder("/mine")), str(tokens.cache_folder())) == ("/mine", "/somewhere")
-    monkeypatch.delenv("ICAE_CACHE")
-    assert tokens.cache_folder().parts[-2:] == (".cache", "icae_jax")
-
-
 def test_missing_source_is_named(cache, tiny_tokenizer):
     """Breaks when a wrong path is only found after the tokenizer ran."""
     with pytest.raises(ValueError, match="data file absent"):

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from icae_jax.compression.encoder import encode
 from icae_jax.compression.memory import Prefix, Slots, place
-from icae_jax.models import llama
+from icae_jax.models import llama, rope
 
 
 def compress(model, base_params, trained, ids_BSN, lengths_BS, config, k, dropout_key=None):
@@ -27,4 +27,4 @@ def read(model, base_params, memory, head=()):
     real = jnp.concatenate([jnp.ones((B, h), bool), memory.mask], 1)
     with jax.named_scope("memory_prefix"):
         _, (k, v) = model.apply({"params": base_params}, x, positions, real, at=llama.NOWHERE, return_kv=True)
-    return Prefix(llama.rotate_keys(model.config, k, positions), v, real, positions, h + memory.end)
+    return Prefix(rope.rotate_keys(model.config, k, positions), v, real, positions, h + memory.end)

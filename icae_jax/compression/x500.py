@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from icae_jax.compression.encoder import encode
 from icae_jax.compression.memory import KV, Prefix, place
-from icae_jax.models import llama
+from icae_jax.models import llama, rope
 
 
 def compress(model, base_params, trained, ids_BSN, lengths_BS, config, k, dropout_key=None):
@@ -30,7 +30,7 @@ def read(model, base_params, memory, head=()):
     B = len(memory)
     h = len(head)
     at, v, real = h + memory.positions, memory.v, memory.mask
-    k = llama.rotate_keys(model.config, memory.k, at)
+    k = rope.rotate_keys(model.config, memory.k, at)
     if h:
         positions = jnp.arange(h)[None]
         at = jnp.concatenate([jnp.broadcast_to(positions, (B, h)), at], 1)
@@ -38,7 +38,7 @@ def read(model, base_params, memory, head=()):
             ids = jnp.asarray(head, jnp.int32)[None]
             real_head = jnp.ones((1, h), bool)
             _, (k_head, v_head) = model.apply({"params": base_params}, ids, positions, real_head, at=llama.NOWHERE, return_kv=True)
-        k_head = llama.rotate_keys(model.config, k_head, positions)
+        k_head = rope.rotate_keys(model.config, k_head, positions)
 
         def behind(head_kv, memory_kv):
             shape = (head_kv.shape[0], B, *head_kv.shape[2:])

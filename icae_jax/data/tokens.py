@@ -4,13 +4,13 @@ import dataclasses
 import hashlib
 import json
 import os
-import pathlib
 import shutil
 import tempfile
 
 import numpy as np
 
 from icae_jax.data import sources
+from icae_jax.interop import files
 
 CACHE_VERSION = 1
 BATCH = 1000  # texts handed to the tokenizer at once
@@ -44,11 +44,6 @@ class Tokens:
 
     def answer(self, q):
         return self.answer_ids[self.answer_offsets[q] : self.answer_offsets[q + 1]]
-
-
-def cache_folder(configured=""):
-    """Where token caches live: the configured folder, else $ICAE_CACHE, else ~/.cache/icae_jax."""
-    return pathlib.Path(configured or os.environ.get("ICAE_CACHE") or pathlib.Path.home() / ".cache" / "icae_jax")
 
 
 def _tokenizer_identity(tokenizer):
@@ -111,7 +106,7 @@ def tokenise(source, tokenizer, cache_dir="", tfds_dir=None):
     """
     identity = json.dumps([CACHE_VERSION, _tokenizer_identity(tokenizer), sources.identity(source, tfds_dir)])
     key = hashlib.sha256(identity.encode()).hexdigest()
-    folder = cache_folder(cache_dir) / "tokens" / key[:32]
+    folder = files.cache_folder(cache_dir) / "tokens" / key[:32]
     if not folder.exists():
         arrays = _build(source, tokenizer, tfds_dir)
         folder.parent.mkdir(parents=True, exist_ok=True)

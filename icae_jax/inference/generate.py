@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from icae_jax.compression import encoder
-from icae_jax.models import llama
+from icae_jax.models import llama, rope
 
 TIE = 1e-4  # where the two best logits lie closer, another batch size may choose the other
 
@@ -56,7 +56,7 @@ def greedy(model, base_params, table, prefix, starts, prompt_ids, prompt_lengths
         room = jnp.zeros((L, B, n, K, H), own.dtype)
         return llama.constrain(jnp.concatenate([jnp.repeat(shared, B // Bp, axis=1), own, room], axis=2), *llama.KV_AXES)
 
-    cache = (cache_of(prefix.k, llama.rotate_keys(config, k, positions)), cache_of(prefix.v, v))
+    cache = (cache_of(prefix.k, rope.rotate_keys(config, k, positions)), cache_of(prefix.v, v))
     seen = jnp.concatenate([jnp.repeat(prefix.mask, B // Bp, axis=0), jnp.arange(T)[None] < prompt_lengths[:, None]], 1)
     new_positions = (starts + prompt_lengths)[:, None] + jnp.arange(n)[None]
     cache_positions = jnp.concatenate([jnp.repeat(prefix.positions, B // Bp, axis=0), positions, new_positions], 1)
@@ -78,7 +78,7 @@ def greedy(model, base_params, table, prefix, starts, prompt_ids, prompt_lengths
         hidden, (k, v) = model.apply(
             params, token[:, None], at[:, None], jnp.ones((1, 1), bool), prefix=(*state["cache"], mask, cache_positions), return_kv=True
         )
-        k = llama.rotate_keys(config, k, at[:, None])
+        k = rope.rotate_keys(config, k, at[:, None])
         cache = tuple(jax.lax.dynamic_update_slice_in_dim(c, new, P + T + i, 2) for c, new in zip(state["cache"], (k, v), strict=True))
         cache = tuple(llama.constrain(c, *llama.KV_AXES) for c in cache)
         token, tie = choose(hidden[:, 0])

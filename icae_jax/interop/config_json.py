@@ -10,7 +10,7 @@ import pathlib
 import typing
 
 from icae_jax.interop import files
-from icae_jax.models import llama
+from icae_jax.models import llama, rope
 
 
 class Family(typing.NamedTuple):
@@ -136,43 +136,43 @@ def _rope(raw, positions, source):
     spellings = [dict(raw[field]) for field in ("rope_parameters", "rope_scaling") if raw.get(field)]
     if len(spellings) == 2 and spellings[0] != spellings[1]:  # transformers would take the second, and lose the theta of the first
         raise ValueError(f"{source}: rope_parameters and rope_scaling are both set, to different values; keep the one that is meant")
-    rope = spellings[0] if spellings else {}
-    theta = float(rope.pop("rope_theta", None) or raw.get("rope_theta", 10000.0))
-    kind = rope.pop("rope_type", rope.pop("type", "default"))
-    rope.pop("type", None)
+    fields = spellings[0] if spellings else {}
+    theta = float(fields.pop("rope_theta", None) or raw.get("rope_theta", 10000.0))
+    kind = fields.pop("rope_type", fields.pop("type", "default"))
+    fields.pop("type", None)
     if kind not in ROPE_FIELDS:
         raise ValueError(f"{source}: RoPE type {kind!r} is not supported; supported: {', '.join(ROPE_FIELDS)}")
-    if rope.pop("partial_rotary_factor", 1) not in (1, None):
+    if fields.pop("partial_rotary_factor", 1) not in (1, None):
         raise ValueError(f"{source}: partial_rotary_factor of RoPE is not 1, which this model does not compute")
-    unknown = [field for field in rope if field not in ROPE_FIELDS[kind] and rope[field] is not None]
+    unknown = [field for field in fields if field not in ROPE_FIELDS[kind] and fields[field] is not None]
     if unknown:
         raise ValueError(f"{source}: RoPE of type {kind} has {', '.join(unknown)}, which this model does not compute")
-    rope["original_max_position_embeddings"] = raw.get(
-        "original_max_position_embeddings", rope.get("original_max_position_embeddings") or positions
+    fields["original_max_position_embeddings"] = raw.get(
+        "original_max_position_embeddings", fields.get("original_max_position_embeddings") or positions
     )
-    if kind == "yarn" and rope.get("factor") is None:
-        rope["factor"] = positions / rope["original_max_position_embeddings"]
+    if kind == "yarn" and fields.get("factor") is None:
+        fields["factor"] = positions / fields["original_max_position_embeddings"]
     needed = {"linear": ("factor",), "llama3": ROPE_FIELDS["llama3"]}.get(kind, ())
-    absent = [field for field in needed if rope.get(field) is None]
+    absent = [field for field in needed if fields.get(field) is None]
     if absent:
         raise ValueError(f"{source}: RoPE of type {kind} lacks {', '.join(absent)}")
     if kind == "default":
         return theta, None
     if kind == "linear":
-        return theta, llama.LinearRopeScaling(float(rope["factor"]))
-    original = int(rope["original_max_position_embeddings"])
+        return theta, rope.LinearScaling(float(fields["factor"]))
+    original = int(fields["original_max_position_embeddings"])
     if kind == "llama3":
-        low, high = float(rope["low_freq_factor"]), float(rope["high_freq_factor"])
-        return theta, llama.Llama3RopeScaling(float(rope["factor"]), low, high, original)
-    factor = float(rope["factor"])
-    magnitude = rope.get("attention_factor")
+        low, high = float(fields["low_freq_factor"]), float(fields["high_freq_factor"])
+        return theta, rope.Llama3Scaling(float(fields["factor"]), low, high, original)
+    factor = float(fields["factor"])
+    magnitude = fields.get("attention_factor")
     if magnitude is None:  # arXiv 2309.00071, eq. 22; mscale and mscale_all_dim are DeepSeek's refinement
-        both = rope.get("mscale") and rope.get("mscale_all_dim")
-        scales = (rope["mscale"], rope["mscale_all_dim"]) if both else (1.0, 0.0)
+        both = fields.get("mscale") and fields.get("mscale_all_dim")
+        scales = (fields["mscale"], fields["mscale_all_dim"]) if both else (1.0, 0.0)
         above, below = (1.0 + (0.1 * m * math.log(factor) if factor > 1 else 0.0) for m in scales)
         magnitude = above / below
-    fast, slow = float(rope.get("beta_fast") or 32), float(rope.get("beta_slow") or 1)
-    return theta, llama.YarnRopeScaling(factor, original, float(magnitude), fast, slow, bool(rope.get("truncate", True)))
+    fast, slow = float(fields.get("beta_fast") or 32), float(fields.get("beta_slow") or 1)
+    return theta, rope.YarnScaling(factor, original, float(magnitude), fast, slow, bool(fields.get("truncate", True)))
 
 
 def hub_config(config, dtype, special_ids):
@@ -192,10 +192,10 @@ def hub_config(config, dtype, special_ids):
     if not fitting:
         raise ValueError(f"no architecture of the hub has qkv_bias {config.qkv_bias}, qk_norm {config.qk_norm}, windows {config.windows}")
     family = FAMILIES[fitting[0]]
-    rope = {"rope_theta": config.rope_theta, "rope_type": "default"}
+    turning = {"rope_theta": config.rope_theta, "rope_type": "default"}
     if config.rope_scaling is not None:
-        kind = {llama.LinearRopeScaling: "linear", llama.Llama3RopeScaling: "llama3", llama.YarnRopeScaling: "yarn"}
-        rope |= {"rope_type": kind[type(config.rope_scaling)], **dataclasses.asdict(config.rope_scaling)}
+        kind = {rope.LinearScaling: "linear", rope.Llama3Scaling: "llama3", rope.YarnScaling: "yarn"}
+        turning |= {"rope_type": kind[type(config.rope_scaling)], **dataclasses.asdict(config.rope_scaling)}
     windows = {}
     if family.model_type == "mistral":
         windows = {"sliding_window": widths.pop()}
@@ -215,7 +215,7 @@ def hub_config(config, dtype, special_ids):
         "head_dim": config.head_dim,
         "max_position_embeddings": config.max_position_embeddings,
         "rms_norm_eps": config.rms_norm_eps,
-        "rope_parameters": rope,
+        "rope_parameters": turning,
         "rope_theta": config.rope_theta,
         "tie_word_embeddings": config.tie_word_embeddings,
         "hidden_act": "silu",

@@ -8,6 +8,11 @@ import shutil
 import tempfile
 
 
+def cache_folder(configured=""):
+    """Where what can be made again is kept: the configured folder, else $ICAE_CACHE, else ~/.cache/icae_jax."""
+    return pathlib.Path(configured or os.environ.get("ICAE_CACHE") or pathlib.Path.home() / ".cache" / "icae_jax")
+
+
 def need_torch(what):
     """The torch module, for the few things that cannot be done without it; ValueError saying what they are where it is not installed."""
     try:

@@ -23,7 +23,7 @@ from icae_jax.compression import encoder, methods
 from icae_jax.compression import layout as layouts
 from icae_jax.compression.memory import KV
 from icae_jax.interop import files
-from icae_jax.models import llama
+from icae_jax.models import rope
 
 OBJECTIVES = {"ask": "qa", "restore": "ae"}  # what a reader does, and as what it was trained
 PROMPT_DTYPES = ("bfloat16", "float32", "float16")  # what vLLM takes; the default first
@@ -226,7 +226,7 @@ def turn_keys(config, k_LBPKH, turns_B):
 
     Plain cos and sin of the base's frequencies: what else its RoPE does (YaRN scales them) was done to the keys before.
     """
-    freqs = llama.rope_frequencies(config).astype(np.float32)  # as both sides hold them
+    freqs = rope.frequencies(config).astype(np.float32)  # as both sides hold them
     angles = np.multiply.outer(np.asarray(turns_B, np.float64), freqs.astype(np.float64))[:, None, None]
     cos, sin = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
     k1, k2 = np.split(np.asarray(k_LBPKH, np.float32), 2, axis=-1)

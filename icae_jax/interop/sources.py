@@ -74,8 +74,7 @@ def _copied(url, progress):
     """A copy of a remote folder in the cache, file by file."""
     from etils import epath
 
-    cache = pathlib.Path(os.environ.get("ICAE_CACHE") or pathlib.Path.home() / ".cache" / "icae_jax")
-    folder = cache / "bases" / urllib.parse.quote(url.rstrip("/"), safe="")
+    folder = files.cache_folder() / "bases" / urllib.parse.quote(url.rstrip("/"), safe="")
     try:
         remote = epath.Path(url.rstrip("/"))
         found = {path.name: (path, path.stat()) for path in _remote_files(remote)}

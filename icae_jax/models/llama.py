@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
+from icae_jax.models import rope
 from icae_jax.models.attention import attend, seen
 
 
@@ -36,66 +37,6 @@ REMAT_POLICIES = {
 
 
 @dataclasses.dataclass(frozen=True)
-class LinearRopeScaling:
-    """Positions divided by `factor` (position interpolation, arXiv 2306.15595)."""
-
-    factor: float
-
-    def stretch(self, freqs, rope_theta):
-        return freqs / self.factor
-
-
-@dataclasses.dataclass(frozen=True)
-class Llama3RopeScaling:
-    """Frequency-dependent stretching of RoPE (Llama 3.1, section 3.4.1 of arXiv 2407.21783), as config.json names it."""
-
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_position_embeddings: int
-
-    def stretch(self, freqs, rope_theta):
-        # Wavelengths longer than the original context are stretched by `factor`, short ones kept, between them a ramp.
-        wavelength = 2 * math.pi / freqs
-        ramp = self.original_max_position_embeddings / wavelength - self.low_freq_factor
-        ramp = np.clip(ramp / (self.high_freq_factor - self.low_freq_factor), 0.0, 1.0)
-        return (1 - ramp) * freqs / self.factor + ramp * freqs
-
-
-@dataclasses.dataclass(frozen=True)
-class YarnRopeScaling:
-    """YaRN (arXiv 2309.00071, section 3.2 to 3.4): slow frequencies are stretched by `factor`, fast ones kept, and cos and sin are
-    multiplied by `attention_factor`. beta_fast, beta_slow: rotations over the original context between which the ramp lies.
-
-    truncate: the ramp's ends are rounded outwards to whole frequencies.
-    """
-
-    factor: float
-    original_max_position_embeddings: int
-    attention_factor: float
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    truncate: bool = True
-
-    def stretch(self, freqs, rope_theta):
-        half = len(freqs)
-
-        def index_of(rotations):
-            """The (fractional) index of the frequency that turns so many times over the original context."""
-            return half * math.log(self.original_max_position_embeddings / (rotations * 2 * math.pi)) / math.log(rope_theta)
-
-        low, high = index_of(self.beta_fast), index_of(self.beta_slow)
-        if self.truncate:
-            low, high = math.floor(low), math.ceil(high)
-        low, high = max(low, 0), min(high, 2 * half - 1)
-        stretched = np.clip((np.arange(half) - low) / (high - low or 0.001), 0.0, 1.0)
-        return stretched * freqs / self.factor + (1 - stretched) * freqs
-
-
-RopeScaling = LinearRopeScaling | Llama3RopeScaling | YarnRopeScaling
-
-
-@dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """Sizes and constants that fix what the base computes.
 
@@ -113,7 +54,7 @@ class ModelConfig:
     max_position_embeddings: int
     rms_norm_eps: float = 1e-5
     rope_theta: float = 10000.0
-    rope_scaling: RopeScaling | None = None
+    rope_scaling: rope.Scaling | None = None
     tie_word_embeddings: bool = False
     qkv_bias: bool = False
     qk_norm: bool = False
@@ -130,36 +71,6 @@ class ModelConfig:
             raise ValueError(f"head_dim is {self.head_dim}; rotary positions need an even one")
         if self.windows and (len(self.windows) != self.num_layers or min(self.windows) < 0):
             raise ValueError(f"windows of the model are {self.windows}; give one >= 0 for each of the {self.num_layers} layers")
-
-
-# ---------------------------------------------------------------------------------------------------------------- RoPE
-
-
-def rope_frequencies(config):
-    """Angular frequencies in radians per position, `[H / 2]`, float64 numpy."""
-    half = config.head_dim // 2
-    freqs = config.rope_theta ** (-np.arange(half, dtype=np.float64) / half)
-    return freqs if config.rope_scaling is None else config.rope_scaling.stretch(freqs, config.rope_theta)
-
-
-def rope_tables(config, positions):
-    """cos and sin of every position's angles, each `[..., H / 2]` float32, for integer positions `[...]`."""
-    angles = jnp.einsum("...,h->...h", positions.astype(jnp.float32), jnp.asarray(rope_frequencies(config), jnp.float32))
-    magnitude = getattr(config.rope_scaling, "attention_factor", 1.0)
-    return magnitude * jnp.cos(angles), magnitude * jnp.sin(angles)
-
-
-def rotate(x, rope):
-    """Rotates heads `x [..., T, heads, H]` by `rope = (cos, sin)`, each `[..., T, H / 2]` (halves paired as the hub's Llama does)."""
-    cos, sin = (t[..., None, :] for t in rope)
-    x1, x2 = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).astype(x.dtype)
-
-
-def rotate_keys(config, k_LBPKH, positions_BP):
-    """Rotates the stacked, unrotated keys that `Llama` returns, for use as a prefix at the given positions."""
-    cos, sin = rope_tables(config, positions_BP)
-    return rotate(k_LBPKH, (cos[None], sin[None]))
 
 
 # ------------------------------------------------------------------------------------------------------- logical axes
@@ -283,12 +194,12 @@ class Attention(nn.Module):
         return RMSNorm(c.rms_norm_eps, name=f"{name[0]}_norm")(y) if c.qk_norm and name != "v_proj" else y
 
     @nn.compact
-    def __call__(self, x_BTD, rope, mask, prefix, at):
+    def __call__(self, x_BTD, turns, mask, prefix, at):
         """The queries at `at` alone, of keys everywhere: ([B, U or T, D], (k before RoPE, v))."""
         kv = k, v = tuple(self._project(name, self.config.num_kv_heads, x_BTD) for name in ("k_proj", "v_proj"))
         q = self._project("q_proj", self.config.num_heads, rows(x_BTD, at))
         with jax.named_scope("attention"):
-            rotated = rotate(q, tuple(rows(t, at) for t in rope)), rotate(k, rope)
+            rotated = rope.rotate(q, tuple(rows(t, at) for t in turns)), rope.rotate(k, turns)
             # Splash knows no queries at times that are told while it runs: the last layer's, where labels are.
             implementation = "xla" if self.implementation == "splash" and mask.ndim == 3 else self.implementation
             at = at if mask.ndim == 2 else None
@@ -326,7 +237,7 @@ class Block(nn.Module):
     return_kv: bool
 
     @nn.compact
-    def __call__(self, x, prefix, window, rope, positions, mask, at=None, keep=None):
+    def __call__(self, x, prefix, window, turns, positions, mask, at=None, keep=None):
         c, lora = self.config, (self.lora_scale, self.lora_dropout)
         # Tied to what changes from block to block, or the mask of every head would be made once, before the scan, and kept through it.
         x, mask = jax.lax.optimization_barrier((x, mask))
@@ -346,7 +257,7 @@ class Block(nn.Module):
                 copies = x.shape[0] // k.shape[0]
                 near = here - jnp.repeat(prefix_positions, copies, axis=0)[:, None] < window
                 prefix = k, v, jnp.repeat(prefix[2], copies, axis=0)[:, None] & near
-        h, kv = attention(normed, rope, mask, prefix, at)
+        h, kv = attention(normed, turns, mask, prefix, at)
         x = constrain(rows(x, at) + h, "batch", None, None)
         x = x + MLP(c, *lora, name="mlp")(RMSNorm(c.rms_norm_eps, name="post_attention_layernorm")(x))
         # K/V sliced here, inside the scan, so that those of all positions of all layers never live at once.
@@ -376,8 +287,8 @@ class Llama(nn.Module):
 
         x: token ids `[B, T]` or embeddings `[B, T, D]`. positions `[B or 1, T]` integers. mask: `[B or 1, T]`, the real tokens, of which
         each sees itself and those before it; or `[B or 1, T, T]`, true where query (axis 1) sees key (axis 2); both within the layer's
-        window of positions. prefix: None or `(k, v, mask, positions)`, k and v `[L, Bp, P, K, H]` with k already rotated (`rotate_keys`),
-        mask and the positions that windows count with `[Bp, P]`; Bp divides B (see `attention.attend`).
+        window of positions. prefix: None or `(k, v, mask, positions)`, k and v `[L, Bp, P, K, H]` with k already rotated
+        (`rope.rotate_keys`), mask and the positions that windows count with `[Bp, P]`; Bp divides B (see `attention.attend`).
         at: time indices of the hidden states to return, `[U]` or each row's own `[B, U]`, None for all; of the last block only K and V
         are computed elsewhere. return_kv: also return K/V. keep: `[M]` time indices of the K/V to return, None for all.
 
@@ -389,7 +300,7 @@ class Llama(nn.Module):
             x = jnp.take(gathered(table, ("vocab", "embed")), x, axis=0)
         x = constrain(x.astype(self.dtype), "batch", None, None)
         block = functools.partial(Block, c, self.lora_scale, self.lora_dropout, self.attention, self.unroll > 1, return_kv)
-        shared = rope_tables(c, positions), positions, mask
+        shared = rope.tables(c, positions), positions, mask
         if self.is_initializing():  # makes the parameters, of all layers in one array each
             stacked = nn.scan(
                 Block, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=(nn.broadcast,) * 5, length=c.num_layers,

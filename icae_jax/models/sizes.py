@@ -1,6 +1,7 @@
 """Sizes of well-known bases, as in the config.json of their hub folders: what can be computed of a model without its weights."""
 
-from icae_jax.models.llama import Llama3RopeScaling, ModelConfig
+from icae_jax.models.llama import ModelConfig
+from icae_jax.models.rope import Llama3Scaling
 
 
 def _llama2(hidden_size, intermediate_size, num_layers, num_heads, num_kv_heads):
@@ -8,7 +9,7 @@ def _llama2(hidden_size, intermediate_size, num_layers, num_heads, num_kv_heads)
 
 
 def _llama3(*sizes, max_position_embeddings=131072, factor=None, tied=False):
-    scaling = factor and Llama3RopeScaling(factor, 1.0, 4.0, 8192)
+    scaling = factor and Llama3Scaling(factor, 1.0, 4.0, 8192)
     return ModelConfig(128256, *sizes, max_position_embeddings, rope_theta=5e5, rope_scaling=scaling, tie_word_embeddings=tied)
 
 

@@ -10,6 +10,7 @@ import jax
 from absl import logging as absl_logging
 from tqdm import tqdm
 
+from icae_jax.benchmarking import profile as profiles
 from icae_jax.training import chips, distributed, metrics, sharding, step
 from icae_jax.training.checkpoint import Checkpoints
 from icae_jax.training.config import check_workdir
@@ -166,7 +167,7 @@ def _train(config, task, workdir, log, profile):
             for at, (host_batch, batch) in zip(range(start + 1, stop + 1), ahead, strict=True):
                 if profile and at - start == TRACED[0]:
                     jax.block_until_ready(state)
-                    tracing.enter_context(jax.profiler.trace(profile))
+                    tracing.enter_context(profiles.tracing(profile))
                 state, device = train_step(state, frozen, batch)
                 if profile and at == min(start + TRACED[1], stop) and at - start >= TRACED[0]:
                     jax.block_until_ready(state)
