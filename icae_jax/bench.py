@@ -186,8 +186,9 @@ def growth(args, specs, params):
     """Step times at several numbers of contexts: `[{"contexts", "seconds", "to_first", "to_linear"}]`, all but the first None where one
     does not fit.
 
-    All are measured in turn, `args.repeats` times. to_first: t(n) / t(n1) of one turn, n1 the first number that fits, as the median;
-    to_linear: t(n) / (n / n1 t(n1)), median, min and max, below 1 where larger steps are cheaper a context.
+    All are measured in turn, `args.repeats` times: the largest for `args.steps` steps, the others for as many contexts. to_first:
+    t(n) / t(n1) of one turn, n1 the first number that fits, as the median; to_linear: t(n) / (n / n1 t(n1)), median, min and max, below 1
+    where larger steps are cheaper a context.
     """
     from icae_jax.benchmarking import steps
 
@@ -197,7 +198,8 @@ def growth(args, specs, params):
             step = steps.TrainingStep(spec, params)
             step.run(2)
             fitting[spec.config.batch_size] = step
-    turns = [{n: step.run(args.steps).wall_seconds / args.steps for n, step in fitting.items()} for _ in range(args.repeats)]
+    counts = {n: args.steps * max(fitting) // n for n in fitting}
+    turns = [{n: step.run(counts[n]).wall_seconds / counts[n] for n, step in fitting.items()} for _ in range(args.repeats)]
     table, first = [], next(iter(fitting), None)
     for n in (spec.config.batch_size for spec in specs):
         row = {"contexts": n, "seconds": None, "to_first": None, "to_linear": None}
