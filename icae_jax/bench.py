@@ -183,8 +183,8 @@ def measure(args, spec, params):
 
 
 def growth(args, specs, params):
-    """Step times at several numbers of contexts: `[{"contexts", "seconds", "to_first", "to_linear"}]`, all but the first None where one
-    does not fit.
+    """Step times at several numbers of contexts: `[{"contexts", "seconds", "to_first", "to_linear"}]`, with None for what is not known
+    where one does not fit, alone or beside the others.
 
     All are measured in turn, `args.repeats` times: the largest for `args.steps` steps, the others for as many contexts. to_first:
     t(n) / t(n1) of one turn, n1 the first number that fits, as the median; to_linear: t(n) / (n / n1 t(n1)), median, min and max, below 1
@@ -199,7 +199,14 @@ def growth(args, specs, params):
             step.run(2)
             fitting[spec.config.batch_size] = step
     counts = {n: args.steps * max(fitting) // n for n in fitting}
-    turns = [{n: step.run(counts[n]).wall_seconds / counts[n] for n, step in fitting.items()} for _ in range(args.repeats)]
+    turns = []
+    for _ in range(args.repeats):
+        turn = {}
+        for n, step in fitting.items():
+            with contextlib.suppress(ValueError), _fitting(step.spec):
+                turn[n] = step.run(counts[n]).wall_seconds / counts[n]
+        fitting = {n: fitting[n] for n in turn}
+        turns.append(turn)
     table, first = [], next(iter(fitting), None)
     for n in (spec.config.batch_size for spec in specs):
         row = {"contexts": n, "seconds": None, "to_first": None, "to_linear": None}
@@ -241,8 +248,8 @@ def compare(report, saved):
     return {name: {"now": now, "saved": then, "ratio": now / then} for name, (now, then) in pairs.items() if now and then}
 
 
-def _range(spread, unit):
-    return f"{spread['median']:.3g} {unit} ({spread['min']:.3g} to {spread['max']:.3g})"
+def _range(spread, unit=""):
+    return f"{spread['median']:.3g}{unit and ' ' + unit} ({spread['min']:.3g} to {spread['max']:.3g})"
 
 
 def _memory(memory):
@@ -287,8 +294,7 @@ def text(report):
             if row["seconds"] is None:
                 lines.append(f"{row['contexts']:<16}{'does not fit':>12}")
             else:
-                line = _range(row["to_linear"], "").replace("  ", " ")
-                lines.append(f"{row['contexts']:<16}{row['seconds']:12.4g}{row['to_first']:14.3f}{line:>26}")
+                lines.append(f"{row['contexts']:<16}{row['seconds']:12.4g}{row['to_first']:14.3f}{_range(row['to_linear']):>26}")
     if r.get("compared"):
         lines += ["", f"{'':20}{'now':>14}{'saved':>14}{'ratio':>10}"]
         lines += [f"{COMPARED[name]:20}{of['now']:14.5g}{of['saved']:14.5g}{of['ratio']:10.3f}" for name, of in r["compared"].items()]

@@ -158,7 +158,7 @@ class Fake:
     """
 
     def __init__(self, spec, params):
-        self.contexts, self.times = spec.config.batch_size, 0
+        self.spec, self.contexts, self.times = spec, spec.config.batch_size, 0
         if self.contexts > 4:
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
 
@@ -181,5 +181,14 @@ def test_growth(monkeypatch):
     assert table[1] == {"contexts": 4, "seconds": 2.25, "to_first": 1.5, "to_linear": {"median": 0.75, "min": 0.75, "max": 0.75}}
     assert table[2] == {"contexts": 8, "seconds": None, "to_first": None, "to_linear": None}
     assert bench.growth(args, specs[2:], None) == table[2:]
+
+    def run(self, count):  # 4 contexts no longer fit once they are measured beside others
+        if self.contexts == 4 and count == 1:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
+        return steps.Measured(float(count), 0.0, {})
+
+    monkeypatch.setattr(Fake, "run", run)
+    table = bench.growth(argparse.Namespace(steps=1, repeats=2), specs, None)
+    assert [row["seconds"] for row in table] == [1.0, None, None]
     with pytest.raises(ValueError, match=r"8 contexts of 16 tokens in 1 .* do not fit.*fewer --contexts"), bench._fitting(specs[2]):
         Fake(specs[2], None)

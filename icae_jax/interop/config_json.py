@@ -192,10 +192,10 @@ def hub_config(config, dtype, special_ids):
     if not fitting:
         raise ValueError(f"no architecture of the hub has qkv_bias {config.qkv_bias}, qk_norm {config.qk_norm}, windows {config.windows}")
     family = FAMILIES[fitting[0]]
-    turning = {"rope_theta": config.rope_theta, "rope_type": "default"}
+    parameters = {"rope_theta": config.rope_theta, "rope_type": "default"}
     if config.rope_scaling is not None:
         kind = {rope.LinearScaling: "linear", rope.Llama3Scaling: "llama3", rope.YarnScaling: "yarn"}
-        turning |= {"rope_type": kind[type(config.rope_scaling)], **dataclasses.asdict(config.rope_scaling)}
+        parameters |= {"rope_type": kind[type(config.rope_scaling)], **dataclasses.asdict(config.rope_scaling)}
     windows = {}
     if family.model_type == "mistral":
         windows = {"sliding_window": widths.pop()}
@@ -215,7 +215,7 @@ def hub_config(config, dtype, special_ids):
         "head_dim": config.head_dim,
         "max_position_embeddings": config.max_position_embeddings,
         "rms_norm_eps": config.rms_norm_eps,
-        "rope_parameters": turning,
+        "rope_parameters": parameters,
         "rope_theta": config.rope_theta,
         "tie_word_embeddings": config.tie_word_embeddings,
         "hidden_act": "silu",

@@ -1,6 +1,7 @@
 """Softmax attention over a shared prefix and the sequence itself, in three implementations that compute the same.
 
-    xla       plain: chunks of queries, one after another, each with the scores of the keys it may see; runs anywhere, with any mask
+    xla       plain: a few texts after others, chunks of queries after others, each with the scores of the keys it may see; runs
+              anywhere, with any mask
     cudnn     cuDNN's flash attention through `jax.nn.dot_product_attention`; NVIDIA GPUs, 16-bit dtypes, any mask
     splash    the flash attention of `jax.experimental.pallas.ops.tpu`; TPUs, causal masks with padding alone
 

@@ -194,12 +194,12 @@ class Attention(nn.Module):
         return RMSNorm(c.rms_norm_eps, name=f"{name[0]}_norm")(y) if c.qk_norm and name != "v_proj" else y
 
     @nn.compact
-    def __call__(self, x_BTD, turns, mask, prefix, at):
+    def __call__(self, x_BTD, cos_sin, mask, prefix, at):
         """The queries at `at` alone, of keys everywhere: ([B, U or T, D], (k before RoPE, v))."""
         kv = k, v = tuple(self._project(name, self.config.num_kv_heads, x_BTD) for name in ("k_proj", "v_proj"))
         q = self._project("q_proj", self.config.num_heads, rows(x_BTD, at))
         with jax.named_scope("attention"):
-            rotated = rope.rotate(q, tuple(rows(t, at) for t in turns)), rope.rotate(k, turns)
+            rotated = rope.rotate(q, tuple(rows(t, at) for t in cos_sin)), rope.rotate(k, cos_sin)
             # Splash knows no queries at times that are told while it runs: the last layer's, where labels are.
             implementation = "xla" if self.implementation == "splash" and mask.ndim == 3 else self.implementation
             at = at if mask.ndim == 2 else None
@@ -237,7 +237,7 @@ class Block(nn.Module):
     return_kv: bool
 
     @nn.compact
-    def __call__(self, x, prefix, window, turns, positions, mask, at=None, keep=None):
+    def __call__(self, x, prefix, window, cos_sin, positions, mask, at=None, keep=None):
         c, lora = self.config, (self.lora_scale, self.lora_dropout)
         # Tied to what changes from block to block, or the mask of every head would be made once, before the scan, and kept through it.
         x, mask = jax.lax.optimization_barrier((x, mask))
@@ -257,7 +257,7 @@ class Block(nn.Module):
                 copies = x.shape[0] // k.shape[0]
                 near = here - jnp.repeat(prefix_positions, copies, axis=0)[:, None] < window
                 prefix = k, v, jnp.repeat(prefix[2], copies, axis=0)[:, None] & near
-        h, kv = attention(normed, turns, mask, prefix, at)
+        h, kv = attention(normed, cos_sin, mask, prefix, at)
         x = constrain(rows(x, at) + h, "batch", None, None)
         x = x + MLP(c, *lora, name="mlp")(RMSNorm(c.rms_norm_eps, name="post_attention_layernorm")(x))
         # K/V sliced here, inside the scan, so that those of all positions of all layers never live at once.

@@ -84,9 +84,9 @@ def tables(config, positions):
     return magnitude * jnp.cos(angles), magnitude * jnp.sin(angles)
 
 
-def rotate(x, turns):
-    """Rotates heads `x [..., T, heads, H]` by `turns = (cos, sin)`, each `[..., T, H / 2]` (halves paired as the hub's Llama does)."""
-    cos, sin = (t[..., None, :] for t in turns)
+def rotate(x, cos_sin):
+    """Rotates heads `x [..., T, heads, H]` by `cos_sin`, each `[..., T, H / 2]` (halves paired as the hub's Llama does)."""
+    cos, sin = (t[..., None, :] for t in cos_sin)
     x1, x2 = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).astype(x.dtype)
 
