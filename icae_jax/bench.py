@@ -8,6 +8,7 @@ import statistics
 import time
 
 from icae_jax import plan
+from icae_jax.errors import UserError
 from icae_jax.interop import files
 from icae_jax.planning import programs
 from icae_jax.training import chips, metrics, sharding
@@ -42,7 +43,7 @@ def _numbers(text, flag, example, count=None):
     """The positive whole numbers of a flag such as "1,2,4"."""
     parts = text.split(",")
     if not all(p.isdigit() and int(p) for p in parts) or (count and len(parts) != count):
-        raise ValueError(f"{flag} is {text!r}; give {count or 'some'} positive whole numbers, such as {example}")
+        raise UserError(f"{flag} is {text!r}; give {count or 'some'} positive whole numbers, such as {example}")
     return [int(p) for p in parts]
 
 
@@ -52,34 +53,34 @@ def _qa_shape(args, config):
         return None
     prompt, answer = _numbers(args.qa_tokens, "--qa_tokens", "24,8", 2)
     if "qa" not in config.objectives.weights:
-        raise ValueError(f"--qa_tokens is {args.qa_tokens}, but objectives.qa is 0; give --config.objectives.qa, or leave it away")
+        raise UserError(f"--qa_tokens is {args.qa_tokens}, but objectives.qa is 0; give --config.objectives.qa, or leave it away")
     inputs, most = prompt + answer - 1, config.data.max_target_tokens  # the last token is predicted, not read
     if inputs > most:
-        raise ValueError(f"--qa_tokens {args.qa_tokens} makes targets of {inputs} tokens, longer than data.max_target_tokens, {most}: "
+        raise UserError(f"--qa_tokens {args.qa_tokens} makes targets of {inputs} tokens, longer than data.max_target_tokens, {most}: "
                          f"training leaves these out; give fewer, or --config.data.max_target_tokens={inputs}")  # fmt: skip
     return inputs, answer
 
 
 def make_specs(args, config, parts):
-    """(`programs.Spec` of the flags, those of --growth). parts: into how many the mesh splits a batch. ValueError names the flag."""
+    """(`programs.Spec` of the flags, those of --growth). parts: into how many the mesh splits a batch. UserError names the flag."""
     for name in ("steps", "repeats"):
         if getattr(args, name) < 1:
-            raise ValueError(f"--{name} is {getattr(args, name)}; give a positive number")
+            raise UserError(f"--{name} is {getattr(args, name)}; give a positive number")
     if args.context_length is not None and args.context_length < 2:
-        raise ValueError(f"--context_length is {args.context_length}; give at least 2 tokens")
+        raise UserError(f"--context_length is {args.context_length}; give at least 2 tokens")
     model, length = plan.base_sizes(config.base), args.context_length or max(config.data.context_lengths)
     qa = _qa_shape(args, config)
 
     def spec(contexts, flag):
         unit = config.accumulate * parts
         if contexts < 1 or contexts % unit:
-            raise ValueError(f"{flag} is {contexts}; give a multiple of accumulate x mesh.data x mesh.fsdp, {config.accumulate} x {parts}")
+            raise UserError(f"{flag} is {contexts}; give a multiple of accumulate x mesh.data x mesh.fsdp, {config.accumulate} x {parts}")
         at_once = contexts // config.accumulate
         return programs.Spec("train", dataclasses.replace(config, batch_size=contexts), model, at_once, length, qa)
 
     first = spec(config.batch_size, "batch_size") if args.contexts is None else spec(args.contexts, "--contexts")
     if (needed := programs.positions_needed(first)) > model.max_position_embeddings:
-        raise ValueError(
+        raise UserError(
             f"contexts of {length} tokens need {needed} positions, the base has {model.max_position_embeddings}; give a smaller "
             "--context_length, or a base with more"
         )
@@ -100,18 +101,18 @@ def matters(spec):
 
 
 def read_saved(path, now):
-    """What --save wrote. ValueError where it is something else, or of other devices or another configuration than `now` (a report)."""
+    """What --save wrote. UserError where it is something else, or of other devices or another configuration than `now` (a report)."""
     saved = files.read_json(path, "what icae bench train --save wrote")
     if not isinstance(saved, dict) or saved.get("bench") != "train" or not isinstance(saved.get("config"), dict):
-        raise ValueError(f"--compare {path}: not a result of icae bench train --save; give one")
+        raise UserError(f"--compare {path}: not a result of icae bench train --save; give one")
     defaults = {field.name: field.default for field in dataclasses.fields(TrainConfig)}  # of fields that came after it was saved
     pairs = {f"config.{name}": (value, saved["config"].get(name, defaults.get(name))) for name, value in now["config"].items()}
     pairs |= {name: (now[name], saved.get(name)) for name in ("device", "devices")}
     if others := [f"{name}: {here!r} here, {there!r} there" for name, (here, there) in pairs.items() if here != there]:
-        raise ValueError(f"--compare {path} was measured otherwise: {'; '.join(others)}. Compare like with like")
+        raise UserError(f"--compare {path} was measured otherwise: {'; '.join(others)}. Compare like with like")
     needed = [name for name in COMPARED if name != "peak_bytes"]  # not every device tells it
     if missing := [name for name in needed if not isinstance(_at(saved, name), int | float)]:
-        raise ValueError(f"--compare {path} lacks {missing[0]}; make it anew with --save")
+        raise UserError(f"--compare {path} lacks {missing[0]}; make it anew with --save")
     return saved
 
 
@@ -133,7 +134,7 @@ def _load(spec):
 
 @contextlib.contextmanager
 def _fitting(spec):
-    """ValueError where the devices' memory does not suffice."""
+    """UserError where the devices' memory does not suffice."""
     import jax
 
     try:
@@ -141,7 +142,7 @@ def _fitting(spec):
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        raise ValueError(
+        raise UserError(
             f"{spec.config.batch_size} contexts of {spec.length} tokens in {spec.config.accumulate} microbatches do not fit into the "
             "devices' memory; give fewer --contexts, a larger --config.accumulate, or --config.remat=full"
         ) from error
@@ -194,7 +195,7 @@ def growth(args, specs, params):
 
     fitting = {}
     for spec in specs:
-        with contextlib.suppress(ValueError), _fitting(spec):
+        with contextlib.suppress(UserError), _fitting(spec):
             step = steps.TrainingStep(spec, params)
             step.run(2)
             fitting[spec.config.batch_size] = step
@@ -203,7 +204,7 @@ def growth(args, specs, params):
     for _ in range(args.repeats):
         turn = {}
         for n, step in fitting.items():
-            with contextlib.suppress(ValueError), _fitting(step.spec):
+            with contextlib.suppress(UserError), _fitting(step.spec):
                 turn[n] = step.run(counts[n]).wall_seconds / counts[n]
         fitting = {n: fitting[n] for n in turn}
         turns.append(turn)
@@ -302,13 +303,13 @@ def text(report):
 
 
 def main(parser, argv):
-    """Returns the exit code, 0; ValueError on bad input, before anything is loaded or compiled."""
+    """Returns the exit code, 0; UserError on bad input, before anything is loaded or compiled."""
     flags(parser)
     args, rest = parser.parse_known_args(argv)
     config = plan.read_config(rest)
     for flag, path in (("--save", args.save), ("--profile", args.profile)):
         if path and pathlib.Path(path).exists() and pathlib.Path(path).is_dir() == (flag == "--save"):
-            raise ValueError(f"{flag} {path} is {'a folder' if flag == '--save' else 'a file'}; give another path")
+            raise UserError(f"{flag} {path} is {'a folder' if flag == '--save' else 'a file'}; give another path")
     import jax
 
     mesh = sharding.make_mesh(config.mesh, jax.local_devices())

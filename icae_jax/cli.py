@@ -8,6 +8,8 @@ import platform
 import sys
 import zlib
 
+from icae_jax import errors
+from icae_jax.errors import UserError
 from icae_jax.interop import files
 
 BAD_INPUT = 2
@@ -23,16 +25,16 @@ def load_raw(argv, need_workdir=True):
     flags.DEFINE_string("workdir", None, "where checkpoints, metrics and the result go", flag_values=values)
     named = next((a.partition("=")[2] or b for a, b in zip(argv, [*argv[1:], ""], strict=True) if a.split("=")[0] == "--config"), None)
     if named is None:
-        raise ValueError("--config is not given; give a configuration such as --config configs/icae.py")
+        raise UserError("--config is not given; give a configuration such as --config configs/icae.py")
     path = named.partition(":")[0]
     if not os.path.isfile(path):
-        raise ValueError(f"--config {path}: no such file; configurations are in the repository's configs/ folder (not in a wheel)")
+        raise UserError(f"--config {path}: no such file; configurations are in the repository's configs/ folder (not in a wheel)")
     try:
         values(["icae", *argv])
     except (flags.Error, AttributeError, KeyError, TypeError) as error:
-        raise ValueError(f"--config: {str(error).splitlines()[0]}") from error
+        raise UserError(f"--config: {str(error).splitlines()[0]}") from error
     if need_workdir and not values.workdir:
-        raise ValueError("--workdir is not given; give a folder for checkpoints, metrics and the result")
+        raise UserError("--workdir is not given; give a folder for checkpoints, metrics and the result")
     return values.config.to_dict(), values.workdir and pathlib.Path(values.workdir)
 
 
@@ -81,7 +83,7 @@ def _train(verb, argv, kind, make_task):
     args, rest = parser.parse_known_args(argv)
     config, workdir = load_config(kind, rest)
     if args.profile and os.path.isfile(args.profile):
-        raise ValueError(f"--profile {args.profile} is a file; give a folder")
+        raise UserError(f"--profile {args.profile} is a file; give a folder")
     with distributed.ending_together(BAD_INPUT):
         distributed.start(args.coordinator, args.processes, args.process)
         return train(config, make_task(config), workdir, profile=args.profile)
@@ -146,7 +148,7 @@ def compress_verb(argv):
     store.check_output(args.output)
     rows = list({row.text: row for row in read_rows(args.input)}.values())  # a context with many questions is one memory
     if not rows:
-        raise ValueError(f"--input {args.input}: no rows")
+        raise UserError(f"--input {args.input}: no rows")
     compressor = load(args.adapter, args.base, dtype=args.base_dtype, mesh=_mesh(args.mesh))
     memory = compressor.compress([row.text for row in rows], args.batch_size, [row.where for row in rows], args.k)
     compressor.save(args.output, memory, ids=[row.id for row in rows])
@@ -191,7 +193,7 @@ def ask_verb(argv):
     if args.id:
         unknown = sorted(set(args.id) - set(ids))
         if unknown:
-            raise ValueError(f"--id {unknown[0]}: the memory holds {', '.join(ids[:10])}{', …' if len(ids) > 10 else ''}")
+            raise UserError(f"--id {unknown[0]}: the memory holds {', '.join(ids[:10])}{', …' if len(ids) > 10 else ''}")
         keep = [i for i, row_id in enumerate(ids) if row_id in args.id]
         memory, ids = memory[keep], [ids[i] for i in keep]
     answers = compressor.ask(memory, [args.question] * len(ids), args.max_new_tokens, args.batch_size)
@@ -337,7 +339,9 @@ def main(argv=None):
         return 0
     try:
         return VERBS[argv[0]][0](argv[1:])
-    except (ValueError, OSError) as error:
+    except Exception as error:
+        if not errors.is_users(error):
+            raise
         print(f"icae {argv[0]}: {error}", file=sys.stderr)
         return BAD_INPUT
 

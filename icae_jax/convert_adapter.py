@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from icae_jax.data.sources import read_rows
+from icae_jax.errors import UserError
 from icae_jax.evaluation import scores
 from icae_jax.inference.compressor import Compressor
 from icae_jax.interop import adapter as adapters
@@ -50,17 +51,17 @@ class Source:
 
 
 def recognise(path):
-    """The `Source` at a path: by what is in it, not by what it is called. ValueError where it is no trained compressor."""
+    """The `Source` at a path: by what is in it, not by what it is called. UserError where it is no trained compressor."""
     path = pathlib.Path(path)
     if path.is_file():
         tensors, _ = formats.open_tensors(path)
         form = formats.recognise(tensors)
         if form is None:
             names = ", ".join(sorted(tensors)[:3])
-            raise ValueError(f"{path}: no trained compressor, its {len(tensors)} tensors are {names}, …; see icae inspect {path}")
+            raise UserError(f"{path}: no trained compressor, its {len(tensors)} tensors are {names}, …; see icae inspect {path}")
         return Source(form, path, tensors, formats.read_reading(path))
     if not path.is_dir():
-        raise ValueError(f"{path}: no such file or folder")
+        raise UserError(f"{path}: no such file or folder")
     folder = adapters.adapter_folder(path)
     if (folder / "icae.json").exists():
         return Source("peft" if adapters.lora_folder(folder) == folder else "native", folder)
@@ -72,7 +73,7 @@ def recognise(path):
     if len(found) == 1:
         return recognise(found[0])
     what = f"holds several trained compressors: {', '.join(f.name for f in found)}; name one" if found else "holds no trained compressor"
-    raise ValueError(f"{path} {what} (adapter folder, training workdir, safetensors or .pt file)")
+    raise UserError(f"{path} {what} (adapter folder, training workdir, safetensors or .pt file)")
 
 
 # ------------------------------------------------------------------------------------------------------------------- in
@@ -84,12 +85,12 @@ def _from_tensors(source, base, args):
     told = source.told or {}
     method = args.method or told.get("method") or (possible[0] if len(possible) == 1 else None)
     if method is None:
-        raise ValueError(
+        raise UserError(
             f"{source.path}: after tuning on questions, 500xCompressor and the ICAE of its repository save the same tensors; "
             "say which this is with --method x500 or --method icae"
         )
     if method not in possible:
-        raise ValueError(f"--method is {method}, but {source.path} is of format {source.kind}, method {' or '.join(possible)}")
+        raise UserError(f"--method is {method}, but {source.path} is of format {source.kind}, method {' or '.join(possible)}")
     trained = formats.read_trained(source.kind, source.tensors, base, source.path)
     k = trained["memory_table"].shape[0] - formats.SPECIAL_ROWS
     phase = args.phase or "finetune"
@@ -98,7 +99,7 @@ def _from_tensors(source, base, args):
     if args.rate is not None:
         length = round(k * args.rate)
         if given["context_length"] not in (None, length):
-            raise ValueError(f"--rate {args.rate} with k {k} is --context_length {length}, not {args.context_length}; give one of them")
+            raise UserError(f"--rate {args.rate} with k {k} is --context_length {length}, not {args.context_length}; give one of them")
         given["context_length"] = length
     lines, chosen = [f"method {method}{'' if args.method else ' (by its tensors)' if len(possible) == 1 else ' (told)'}"], {}
     lines.append(f"phase {phase}{'' if args.phase else ' (default)'}")
@@ -109,7 +110,7 @@ def _from_tensors(source, base, args):
     name = chosen.pop("template")
     if base.tokenizer is None and name not in ("v1", "none"):
         if not args.force or args.template:
-            raise ValueError(
+            raise UserError(
                 f"base {base.path} has no tokenizer, of whose tokens template {name} is made; add the tokenizer's files to it, "
                 "or give --template v1 or none"
             )
@@ -117,7 +118,7 @@ def _from_tensors(source, base, args):
         name = "none"
     if told and told["base_fingerprint"] != base.fingerprint:
         was = f"{told['base']} ({told['base_fingerprint'][:12]})"
-        raise ValueError(f"{source.path} was trained on {was}, not on {base.path} ({base.fingerprint[:12]}); give the right base")
+        raise UserError(f"{source.path} was trained on {was}, not on {base.path} ({base.fingerprint[:12]}); give the right base")
     template = targets.make_template(name, base.tokenizer, next(iter(base.stop_ids), 2))
     adapter = formats.make_adapter(trained, base, template, method=method, **chosen)
     return adapter, lines
@@ -136,11 +137,11 @@ def _from_orbax(step, base):
         node[last] = value
     trained_on = nested.pop("identity", {}).get("base")
     if trained_on is None:
-        raise ValueError(f"{path}: not the configuration of a compressor's training")
+        raise UserError(f"{path}: not the configuration of a compressor's training")
     if trained_on != base.fingerprint:
-        raise ValueError(f"{step} was trained on base {trained_on[:12]}, but {base.path} has {base.fingerprint[:12]}; give the right base")
+        raise UserError(f"{step} was trained on base {trained_on[:12]}, but {base.path} has {base.fingerprint[:12]}; give the right base")
     if base.tokenizer is None:
-        raise ValueError(f"base {base.path} has no tokenizer, of whose tokens the run's template is made; add the tokenizer's files to it")
+        raise UserError(f"base {base.path} has no tokenizer, of whose tokens the run's template is made; add the tokenizer's files to it")
     config = from_dict(TrainConfig, nested)
     compression, _ = compression_on(config, base.tokenizer)
     template = targets.make_template(config.objectives.template, base.tokenizer)
@@ -152,7 +153,7 @@ def open_trained(path, base):
     """The `Adapter` at a path that says itself how it is read: an adapter folder, a training workdir, one of its checkpoints."""
     source = recognise(path)
     if source.kind in formats.NAMES:
-        raise ValueError(f"{path} is a file of tensors ({source.kind}); make an adapter folder of it first: icae convert adapter")
+        raise UserError(f"{path} is a file of tensors ({source.kind}); make an adapter folder of it first: icae convert adapter")
     return _from_orbax(source.path, base) if source.kind == "orbax" else adapters.load_adapter(source.path, base)
 
 
@@ -163,7 +164,7 @@ def read(source, base, args):
         return adapter, lines, bool(source.told) and not source.told["forced"]
     given = [f"--{name}" for name in TOLD if getattr(args, name) is not None]
     if given:
-        raise ValueError(f"{', '.join(given)}: {source.path} says that itself; leave the flag out")
+        raise UserError(f"{', '.join(given)}: {source.path} says that itself; leave the flag out")
     if source.kind == "orbax":
         return _from_orbax(source.path, base), [f"checkpoint {source.path.name}"], True
     adapter = adapters.load_adapter(source.path, base)
@@ -213,7 +214,7 @@ def check(adapter, base, texts, where, dtype):
         return None, f"base {base.path} has no tokenizer, so no text can be restored"
     try:
         return restoring(Compressor(base, adapter, where, dtype), texts), ""
-    except ValueError as error:
+    except UserError as error:
         return None, str(error)
 
 
@@ -242,12 +243,12 @@ def main(parser, argv):
     args = parser.parse_args(argv)
     for name in ("alpha", "rate", "context_length"):
         if getattr(args, name) is not None and not getattr(args, name) > 0:
-            raise ValueError(f"--{name} is {getattr(args, name)}; it must be positive")
+            raise UserError(f"--{name} is {getattr(args, name)}; it must be positive")
     files.check_new_folder(args.to)
     source = recognise(args.source)
     texts = list(dict.fromkeys(row.text for row in read_rows(args.text)))[:8] if args.text else [PARAGRAPH]
     if not texts:
-        raise ValueError(f"--text {args.text}: no rows")
+        raise UserError(f"--text {args.text}: no rows")
     base = bases.load_base(args.base, args.base_dtype, progress=True, need_tokenizer=False)
     adapter, lines, settled = read(source, base, args)
     print(f"{source.path}: {source.kind}, r {adapter.lora.rank}, k {adapter.compression.k}, LoRA on {', '.join(adapter.lora.targets)}")
@@ -257,7 +258,7 @@ def main(parser, argv):
         formats.need_torch_for(args.format)
         wrong = "; ".join(formats.misreadings(args.format, adapter))
         if wrong and not args.force:
-            raise ValueError(f"--format {args.format}: its implementation would misread this: {wrong}. --force writes it all the same")
+            raise UserError(f"--format {args.format}: its implementation would misread this: {wrong}. --force writes it all the same")
 
     measured, why = check(adapter, base, texts, source.path, args.base_dtype)
     print(f"  restores: {measured or why}")

@@ -5,6 +5,7 @@ import shutil
 
 import jax
 
+from icae_jax.errors import UserError
 from icae_jax.interop import base as bases
 from icae_jax.interop import files, sources, weights
 from icae_jax.interop.config_json import parse_config
@@ -29,19 +30,19 @@ def convert(source, to, form="hub", dtype=None, progress=False):
 
     source: see `sources.local_folder`. form: "hub" (safetensors) or "orbax" (`params/`). dtype: one of DTYPES, by default the source's
     own. config.json keeps everything but its dtype, so that transformers loads the same model. The weights pass through our tree, so
-    what is written has been checked. ValueError, before anything is written, where `to` holds something or the source does not load.
+    what is written has been checked. UserError, before anything is written, where `to` holds something or the source does not load.
     """
     to = pathlib.Path(to)
     files.check_new_folder(to, "--to")
     folder = sources.local_folder(source, progress)
     if to.resolve().is_relative_to(folder.resolve()):
-        raise ValueError(f"--to {to} is inside --from {source}; give a folder elsewhere")
+        raise UserError(f"--to {to} is inside --from {source}; give a folder elsewhere")
     path = folder / "config.json"
     raw = files.read_json(path, "the base model's configuration")
     config = parse_config(raw, path)
     dtype = dtype or raw.get("dtype") or raw.get("torch_dtype") or "bfloat16"
     if dtype not in DTYPES:
-        raise ValueError(f"{path}: dtype is {dtype!r}; choose one with --dtype: {', '.join(DTYPES)}")
+        raise UserError(f"{path}: dtype is {dtype!r}; choose one with --dtype: {', '.join(DTYPES)}")
     params = weights.load_params(folder, config, dtype, _on_the_host(), progress)
     stated = [field for field in ("dtype", "torch_dtype") if field in raw] or ["dtype"]
     with files.replacing_folder(to) as tmp:

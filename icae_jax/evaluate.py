@@ -11,6 +11,7 @@ import jax
 
 from icae_jax import convert_adapter
 from icae_jax.data import sources
+from icae_jax.errors import UserError
 from icae_jax.evaluation import examples as drawn
 from icae_jax.evaluation import page, run
 from icae_jax.evaluation.suites import SUITES
@@ -69,30 +70,30 @@ def named_adapters(given):
         if not mark or pathlib.Path(item).exists():
             name, path = (item if len(given) > 1 else "adapter"), item
         if name in named:
-            raise ValueError(f"--adapter {name} is given twice; give each another NAME=")
+            raise UserError(f"--adapter {name} is given twice; give each another NAME=")
         named[name] = path
     return named
 
 
 def base_named_by(path):
-    """The base that an adapter folder, workdir or checkpoint names. ValueError where the path is none of these."""
+    """The base that an adapter folder, workdir or checkpoint names. UserError where the path is none of these."""
     try:
         source = convert_adapter.recognise(path)
-    except ValueError as error:
-        raise ValueError(f"--adapter {error}") from error
+    except UserError as error:
+        raise UserError(f"--adapter {error}") from error
     if source.kind == "orbax":
         return files.read_json(source.path.parent.parent / "config.json", "the run's configuration")["base"]
     return adapters.read_adapter_info(source.path)[1]["base_model_name_or_path"]
 
 
 def load(named, base, dtype, mesh):
-    """`{name: Compressor}` on one base, over the devices of a mesh. ValueError where adapters disagree on the base."""
+    """`{name: Compressor}` on one base, over the devices of a mesh. UserError where adapters disagree on the base."""
     bases_named = [base_named_by(path) for path in named.values()]  # all of them, since loading a base takes minutes
     if base is None:
         base = bases_named[0]
         if pathlib.Path(base).is_absolute() and not pathlib.Path(base).is_dir():
             where = next(iter(named.values()))
-            raise ValueError(f"adapter {where} names its base as {base}, which is not a folder; give the base model with --base")
+            raise UserError(f"adapter {where} names its base as {base}, which is not a folder; give the base model with --base")
     loaded = load_base(base, dtype, mesh)
     return {name: Compressor(loaded, convert_adapter.open_trained(path, loaded), path, dtype, mesh) for name, path in named.items()}
 
@@ -147,17 +148,17 @@ def _events(folder, result, compressors):
 
 
 def main(parser, argv):
-    """Runs one suite. Returns the exit code 0; ValueError on bad input, before anything is computed."""
+    """Runs one suite. Returns the exit code 0; UserError on bad input, before anything is computed."""
     flags(parser)
     args = parser.parse_args(argv)
     options = Options(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Options)})
     named = named_adapters(args.adapter)
     if len(named) > 1 and args.suite != "ablate":
-        raise ValueError(f"--adapter is given {len(named)} times; suite {args.suite} takes one (ablate compares several)")
+        raise UserError(f"--adapter is given {len(named)} times; suite {args.suite} takes one (ablate compares several)")
     if args.seed < 0:
-        raise ValueError(f"--seed is {args.seed}; give a whole number from 0 on")
+        raise UserError(f"--seed is {args.seed}; give a whole number from 0 on")
     if args.out and args.out.exists() and not args.out.is_dir():
-        raise ValueError(f"--out {args.out} is a file; give a folder")
+        raise UserError(f"--out {args.out} is a file; give a folder")
     distributed.start(args.coordinator, args.processes, args.process)
     sources.identity(",".join(drawn.named_sources(args.data).values()), args.tfds_dir)  # are they there? Before the base is loaded
     sets = drawn.read(args.data, args.tfds_dir, args.limit, args.seed)

@@ -1,6 +1,7 @@
 """`icae export`: memories in the form that other programs read."""
 
 from icae_jax import cli
+from icae_jax.errors import UserError
 from icae_jax.inference import compressor as compressors
 from icae_jax.interop import files, serving
 
@@ -31,7 +32,7 @@ def _load(args):
     compressor, memory, ids = compressors.load_with_memory(args.memory, args.adapter, args.base, args.base_dtype)
     unknown = [i for i in args.id if i not in ids]
     if unknown:
-        raise ValueError(f"--id {unknown[0]}: the memory holds {', '.join(ids[:10])}{', …' if len(ids) > 10 else ''}")
+        raise UserError(f"--id {unknown[0]}: the memory holds {', '.join(ids[:10])}{', …' if len(ids) > 10 else ''}")
     if args.id:
         keep = [row for row, row_id in enumerate(ids) if row_id in args.id]
         memory, ids = memory[keep], [ids[row] for row in keep]
@@ -39,7 +40,7 @@ def _load(args):
 
 
 def main(parser, argv):
-    """Runs `icae export KIND`; returns the exit code 0. ValueError on bad input."""
+    """Runs `icae export KIND`; returns the exit code 0. UserError on bad input."""
     kinds = parser.add_subparsers(title="kinds", metavar="KIND", required=True)
 
     def kind(name, run, text, dtypes):

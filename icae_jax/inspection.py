@@ -7,6 +7,7 @@ import pathlib
 
 from icae_jax import convert_adapter
 from icae_jax.compression.encoder import SPECIAL_ROWS
+from icae_jax.errors import UserError
 from icae_jax.inference import store
 from icae_jax.interop import adapter as adapters
 from icae_jax.interop import base as bases
@@ -141,7 +142,7 @@ def _memory(path):
 
 
 def describe(path):
-    """What a path holds, as plain values under readable names. ValueError where it is nothing that this package knows."""
+    """What a path holds, as plain values under readable names. UserError where it is nothing that this package knows."""
     path = pathlib.Path(path)
     if path.is_dir() and (path / "config.json").exists() and "architectures" in files.read_json(path / "config.json", "a configuration"):
         return _base(path)
@@ -187,7 +188,7 @@ def main(parser, argv):
     if implied and not about.get("base_fingerprint"):
         about["sizes_of"] = _known(implied) or ["no base known here"]
     if args.base and not (implied or about.get("base_fingerprint")):
-        raise ValueError(f"--base: {args.path} is {about['what']}, which needs no base")
+        raise UserError(f"--base: {args.path} is {about['what']}, which needs no base")
     verdicts = {base: fits(about, base) for base in args.base}
     if args.json:
         print(json.dumps(about | ({"fits": {b: ok for b, (ok, _) in verdicts.items()}} if verdicts else {}), ensure_ascii=False))

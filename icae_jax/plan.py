@@ -9,6 +9,7 @@ import re
 import sys
 
 from icae_jax import cli
+from icae_jax.errors import UserError
 from icae_jax.planning import programs, worker
 from icae_jax.training import chips
 from icae_jax.training.config import SCRATCH, TrainConfig, from_dict
@@ -36,17 +37,17 @@ def flags(parser):
 
 
 def base_sizes(base):
-    """The `ModelConfig` of a base: of a folder that is here, else of a known hub id. ValueError with the known ones."""
+    """The `ModelConfig` of a base: of a folder that is here, else of a known hub id. UserError with the known ones."""
     from icae_jax.interop import base as bases
     from icae_jax.models import sizes
 
     if not base:
-        raise ValueError(f"base is not set; name it, --config.base=NAME, or a configuration that does; known are {', '.join(sizes.NAMED)}")
+        raise UserError(f"base is not set; name it, --config.base=NAME, or a configuration that does; known are {', '.join(sizes.NAMED)}")
     return bases.sizes(base) if pathlib.Path(base).is_dir() else sizes.find(base)
 
 
 def read_config(argv):
-    """The `TrainConfig` of a command line, for which no data need be named. ValueError also where the base is not known."""
+    """The `TrainConfig` of a command line, for which no data need be named. UserError also where the base is not known."""
     raw, _ = cli.load_raw(argv, need_workdir=False)
     base_sizes(raw.get("base"))
     if isinstance(raw.get("data"), dict) and not raw["data"].get("train"):
@@ -57,29 +58,29 @@ def read_config(argv):
 
 
 def make_spec(args, config, chip_count):
-    """(`programs.Spec`, mesh shape) of the flags. ValueError where contexts do not divide over the mesh."""
+    """(`programs.Spec`, mesh shape) of the flags. UserError where contexts do not divide over the mesh."""
     model = base_sizes(config.base)
     shape = dict(zip(AXES, config.mesh.shape(chip_count), strict=True))
     counting_mesh(shape)
     parts = shape["data"] * shape["fsdp"]
     if args.context_length is not None and args.context_length < 2:
-        raise ValueError(f"--context_length is {args.context_length}; give at least 2 tokens")
+        raise UserError(f"--context_length is {args.context_length}; give at least 2 tokens")
     length = args.context_length or max(config.data.context_lengths)
     contexts = config.batch_size // config.accumulate
     if args.contexts_per_chip is not None:
         if not 0 < args.contexts_per_chip < math.inf:
-            raise ValueError(f"--contexts_per_chip is {args.contexts_per_chip:g}; give a positive number")
+            raise UserError(f"--contexts_per_chip is {args.contexts_per_chip:g}; give a positive number")
         contexts = round(args.contexts_per_chip * chip_count)
     if args.search:
         contexts = parts
     if contexts < 1 or contexts % parts:
-        raise ValueError(
+        raise UserError(
             f"{contexts} contexts do not divide over mesh.data x mesh.fsdp, {parts}: give --contexts_per_chip as a multiple of "
             f"{parts / chip_count:g}, or another batch_size"
         )
     spec = programs.Spec(args.what, config, model, contexts, length)
     if (needed := programs.positions_needed(spec)) > model.max_position_embeddings:
-        raise ValueError(
+        raise UserError(
             f"contexts of {length} tokens need {needed} positions, the base has {model.max_position_embeddings}; give a smaller "
             "--context_length, or a base with more"
         )
@@ -102,12 +103,12 @@ def compile_for(spec, topology, exact=False):
 
 
 def counting_mesh(shape):
-    """A mesh of as many host devices as can be had, a mesh's shape or a smaller one. ValueError where there is none."""
+    """A mesh of as many host devices as can be had, a mesh's shape or a smaller one. UserError where there is none."""
     smaller = dict(shape)
     while shape_size(smaller) > MOST_HOST_DEVICES:
         axis = max(BATCH, key=lambda a: smaller[a])
         if smaller[axis] % 2:
-            raise ValueError(f"mesh is {shape}, too large to count FLOPs on {MOST_HOST_DEVICES} host devices; use even sizes")
+            raise UserError(f"mesh is {shape}, too large to count FLOPs on {MOST_HOST_DEVICES} host devices; use even sizes")
         smaller[axis] //= 2
     return smaller
 
@@ -258,18 +259,18 @@ def text(plan):
 
 
 def main(parser, argv):
-    """Returns the exit code: 0 where it fits, 1 where it does not; ValueError on bad input and without libtpu."""
+    """Returns the exit code: 0 where it fits, 1 where it does not; UserError on bad input and without libtpu."""
     flags(parser)
     args, rest = parser.parse_known_args(argv)
     config = read_config(rest)
     if args.contexts_per_chip is not None and args.search:
-        raise ValueError("--contexts_per_chip and --search exclude each other; give one of them")
+        raise UserError("--contexts_per_chip and --search exclude each other; give one of them")
     if importlib.util.find_spec("libtpu") is None:
-        raise ValueError("icae plan needs libtpu, which compiles for TPUs on any machine: pip install 'icae_jax[tpu]'")
+        raise UserError("icae plan needs libtpu, which compiles for TPUs on any machine: pip install 'icae_jax[tpu]'")
     about = worker.ask({"kind": "topology", "topology": args.topology})
     chip = chips.find(about["kind"])
     if chip is None:
-        raise ValueError(f"--topology {args.topology}: no published peaks are known of {about['kind']}")
+        raise UserError(f"--topology {args.topology}: no published peaks are known of {about['kind']}")
     spec, shape = make_spec(args, config, about["chips"])
 
     def say(line):

@@ -7,6 +7,7 @@ import re
 from icae_jax.data import builders
 from icae_jax.data.builders.inputs import Request
 from icae_jax.data.tfds_sets import PREFIX, SPLIT_OF_MONTH
+from icae_jax.errors import UserError
 
 PROCESSES = min(8, os.cpu_count() or 1)
 FLAG_OF = {"paths": "from", "only": "only", "patterns": "split", "field": "field"}  # fields of a request by the flag that sets them
@@ -15,37 +16,37 @@ FLAG_OF = {"paths": "from", "only": "only", "patterns": "split", "field": "field
 def _pattern(text):
     split, equals, pattern = text.partition("=")
     if not (split and equals and pattern):
-        raise ValueError(f"--split {text}: give NAME=GLOB, such as --split train='corpus/train-*.jsonl.zst'")
+        raise UserError(f"--split {text}: give NAME=GLOB, such as --split train='corpus/train-*.jsonl.zst'")
     return split, pattern
 
 
 def make_request(args, builder):
-    """The `Request` of parsed flags. ValueError names one that this set does not take."""
+    """The `Request` of parsed flags. UserError names one that this set does not take."""
     only = tuple(name.strip() for name in (args.only or "").split(",") if name.strip())
     given = {"paths": tuple(args.sources), "only": only, "patterns": tuple(map(_pattern, args.split)), "field": args.field}
     given = {field: value for field, value in given.items() if value}
     for field in given:
         if FLAG_OF[field] not in builder.FLAGS:
             takes = ", ".join(f"--{flag}" for flag in builder.FLAGS)
-            raise ValueError(f"--{FLAG_OF[field]}: {args.set} does not take it; it takes {takes}")
+            raise UserError(f"--{FLAG_OF[field]}: {args.set} does not take it; it takes {takes}")
     return Request(**given)
 
 
 def prepare(builder_class, request, tfds_dir, name="", processes=PROCESSES):
     """Prepares a set of `request` in tfds_dir; returns (its builder, whether there was anything to do).
 
-    name: of this one among several of its kind. ValueError names what is absent or malformed; nothing is taken for prepared then.
+    name: of this one among several of its kind. UserError names what is absent or malformed; nothing is taken for prepared then.
     """
     import tensorflow_datasets as tfds
     from absl import logging
 
     logging.set_verbosity(logging.ERROR)  # TFDS warns of every --name
     if processes < 1:
-        raise ValueError(f"--processes is {processes}; it must be positive")
+        raise UserError(f"--processes is {processes}; it must be positive")
     if name and not re.fullmatch(r"[A-Za-z]\w*", name):
-        raise ValueError(f"--name is {name!r}; give letters, digits and _, a letter first")
+        raise UserError(f"--name is {name!r}; give letters, digits and _, a letter first")
     if "://" in str(tfds_dir):
-        raise ValueError(f"--tfds_dir {tfds_dir}: sets are prepared in a local folder; copy it there when it is done")
+        raise UserError(f"--tfds_dir {tfds_dir}: sets are prepared in a local folder; copy it there when it is done")
     config = tfds.core.BuilderConfig(name=name, version=builder_class.VERSION) if name else None
     builder = builder_class(request=request, processes=processes, data_dir=tfds_dir, config=config)
     return builder, builder.prepare()

@@ -10,6 +10,7 @@ import time
 import numpy as np
 
 from icae_jax.data import synthetic
+from icae_jax.errors import UserError
 from icae_jax.evaluation import plain, report, scores
 from icae_jax.inference.compressor import Compressor, load
 from icae_jax.interop import adapter as adapters
@@ -32,7 +33,7 @@ def get_config(name, arg=None):
     """`get_config(arg)` of a file in configs/, as nested dicts."""
     path = CONFIGS / f"{name}.py"
     if not path.exists():
-        raise ValueError(f"{path}: no such file; the quickstart needs the repository's configs/, so install with pip install -e .")
+        raise UserError(f"{path}: no such file; the quickstart needs the repository's configs/, so install with pip install -e .")
     make = runpy.run_path(str(path))["get_config"]
     return (make(arg) if arg else make()).to_dict()
 
@@ -195,7 +196,7 @@ def main(parser, argv):
     for name in ("steps", "held_out"):
         value = getattr(args, name)
         if value is not None and value < 1:
-            raise ValueError(f"--{name} is {value}; it must be at least 1")
+            raise UserError(f"--{name} is {value}; it must be at least 1")
     began = time.perf_counter()
     workdir = pathlib.Path(args.workdir)
 
@@ -208,7 +209,7 @@ def main(parser, argv):
             return code
         base = workdir / "base_training" / BASE
     if not (base / "config.json").exists():
-        raise ValueError(f"{base}: the shipped base is not there; reinstall, or run with --from-scratch")
+        raise UserError(f"{base}: the shipped base is not there; reinstall, or run with --from-scratch")
 
     # ------------------------------------------------------------------------- data, then the two phases of each method
     steps = {phase: args.steps for phase in PHASES} if args.steps else {}

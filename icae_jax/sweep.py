@@ -18,6 +18,7 @@ import threading
 import typing
 
 from icae_jax import cli, sweep_results
+from icae_jax.errors import UserError
 from icae_jax.interop import files
 from icae_jax.training.config import FREE_FIELDS, TrainConfig, from_dict
 from icae_jax.training.train import DIVERGED, DONE, PREEMPTED
@@ -54,15 +55,15 @@ class Point(typing.NamedTuple):
 
 
 def expand(path, name):
-    """The points of `sweep_NAME` of a configuration file, each `{dotted field: value}`; ValueError where there are none."""
+    """The points of `sweep_NAME` of a configuration file, each `{dotted field: value}`; UserError where there are none."""
     made = runpy.run_path(str(path))
     known = [key.removeprefix("sweep_") for key in made if key.startswith("sweep_")]
     if name not in known:
-        raise ValueError(f"--sweep {name}: {path} has {', '.join(known) or 'no sweeps; define sweep_NAME(add) there'}")
+        raise UserError(f"--sweep {name}: {path} has {', '.join(known) or 'no sweeps; define sweep_NAME(add) there'}")
     points = []
     made[f"sweep_{name}"](lambda **changes: points.append({f: tuple(v) if isinstance(v, list) else v for f, v in changes.items()}))
     if not points:
-        raise ValueError(f"--sweep {name}: sweep_{name} of {path} adds no points")
+        raise UserError(f"--sweep {name}: sweep_{name} of {path} adds no points")
     return points
 
 
@@ -93,14 +94,14 @@ def _change(raw, field, value):
     for group in groups:
         at = at.get(group) if isinstance(at, dict) else None
     if not isinstance(at, dict) or leaf not in at or isinstance(at[leaf], dict):
-        raise ValueError(f"{field} is not a field of the configuration")
+        raise UserError(f"{field} is not a field of the configuration")
     at[leaf] = value
 
 
 def plan(config, name, workdir, overrides):
     """The `Point`s of a sweep, all of their configurations checked.
 
-    config: FILE[:arg]. overrides: `{field: text}` of the command line, where `{point}` stands for the point's name. ValueError names what
+    config: FILE[:arg]. overrides: `{field: text}` of the command line, where `{point}` stands for the point's name. UserError names what
     the sweep or the command line has wrong, and the point.
     """
     flags = [f"--config.{field}={text}" for field, text in overrides.items()]
@@ -112,16 +113,16 @@ def plan(config, name, workdir, overrides):
         try:
             for field, value in changes.items():
                 if field in overrides:
-                    raise ValueError(f"{field} is set by the sweep itself; leave out --config.{field}")
+                    raise UserError(f"{field} is set by the sweep itself; leave out --config.{field}")
                 _change(raw, field, value)
             made = from_dict(TrainConfig, raw)
             if not made.data.eval or not made.eval_examples:
-                raise ValueError("data.eval or eval_examples is not set; a sweep compares held-out losses: give --config.data.eval=PATH")
+                raise UserError("data.eval or eval_examples is not set; a sweep compares held-out losses: give --config.data.eval=PATH")
             twin = next((p.name for p in points if p.config == made), None)
             if twin:
-                raise ValueError(f"the same configuration as point {twin}; list it once")
-        except ValueError as error:
-            raise ValueError(f"sweep {name}, point {point}: {error}") from error
+                raise UserError(f"the same configuration as point {twin}; list it once")
+        except UserError as error:
+            raise UserError(f"sweep {name}, point {point}: {error}") from error
         own = [flag.replace(IN_PATHS, point) for flag in flags] + [f"--config.{field}={value}" for field, value in changes.items()]
         folder = workdir / point
         points.append(Point(folder, changes, made, ["train", "--config", config, "--workdir", str(folder), *own]))
@@ -129,7 +130,7 @@ def plan(config, name, workdir, overrides):
 
 
 def claim(workdir, sweep):
-    """Records the sweep in its folder's sweep.json. ValueError where the folder holds another one.
+    """Records the sweep in its folder's sweep.json. UserError where the folder holds another one.
 
     A sweep may get more points, more steps, and other values of what changes no mathematics.
     """
@@ -144,7 +145,7 @@ def claim(workdir, sweep):
             pairs |= {f"point {name}": (changes, now.get(name)) for name, changes in before["points"].items()}
         lines = [f"{what}: {old!r} -> {new!r}" for what, (old, new) in pairs.items() if old != new]
         if lines:
-            raise ValueError(f"{workdir} holds another sweep: {'; '.join(lines)}. Give the old values to continue it, or another --workdir")
+            raise UserError(f"{workdir} holds another sweep: {'; '.join(lines)}. Give the old values to continue it, or another --workdir")
     files.write_json(path, sweep)
 
 
@@ -251,7 +252,7 @@ def _overrides(rest):
     made, rest = {}, iter(rest)
     for argument in rest:
         if not argument.startswith("--config."):
-            raise ValueError(f"{argument} is no flag of icae sweep; fields are given as --config.field=value")
+            raise UserError(f"{argument} is no flag of icae sweep; fields are given as --config.field=value")
         field, equals, text = argument.removeprefix("--config.").partition("=")
         made[field] = text if equals else next(rest, "")
     return made
@@ -276,7 +277,7 @@ def main(parser, argv):
     sweep = {"config": pathlib.Path(args.config).name, "sweep": args.sweep, "overrides": overrides}
     sweep["points"] = {point.name: point.changes for point in points}
     if args.table and not (workdir / "sweep.json").exists():
-        raise ValueError(f"--workdir {workdir} holds no sweep; train it first, without --table")
+        raise UserError(f"--workdir {workdir} holds no sweep; train it first, without --table")
     claim(workdir, sweep)
 
     if args.jobs:

@@ -12,6 +12,7 @@ import typing
 
 import jax
 
+from icae_jax.errors import UserError
 from icae_jax.planning import hlo
 
 # Named scopes; what the compiler does to arguments before all else, such as converting the whole base to float32 on CPUs; the rest.
@@ -88,10 +89,10 @@ def tracing(folder):
 
 
 def newest(folder):
-    """The `jax.profiler.ProfileData` that `tracing` wrote last into a folder. ValueError where there is none."""
+    """The `jax.profiler.ProfileData` that `tracing` wrote last into a folder. UserError where there is none."""
     found = sorted(pathlib.Path(folder).glob("plugins/profile/*/*.xplane.pb"), key=lambda path: path.stat().st_mtime)
     if not found:
-        raise ValueError(f"{folder}: no trace (plugins/profile/*/*.xplane.pb) in it; make one with icae bench train --profile {folder}")
+        raise UserError(f"{folder}: no trace (plugins/profile/*/*.xplane.pb) in it; make one with icae bench train --profile {folder}")
     return jax.profiler.ProfileData.from_file(str(found[-1]))
 
 
@@ -167,7 +168,7 @@ def _self_times(events):
 def read(trace, compiled_text, steps):
     """The `Profile` of a trace of so many steps.
 
-    trace: `jax.profiler.ProfileData`. compiled_text: of the program that ran, `compiled.as_text()`. ValueError where the trace holds none
+    trace: `jax.profiler.ProfileData`. compiled_text: of the program that ran, `compiled.as_text()`. UserError where the trace holds none
     of its instructions.
     """
     program = hlo.Program(compiled_text)
@@ -189,7 +190,7 @@ def read(trace, compiled_text, steps):
         working = [s for s in spent if s >= 0.01 * max(spent)]  # not the thread that only starts the others
         busy, idle = busy + sum(spent), idle + max(0.0, window * len(working) - sum(working))
     if not busy:
-        raise ValueError("the trace holds no instruction of the program; trace steps that run while it is taken")
+        raise UserError("the trace holds no instruction of the program; trace steps that run while it is taken")
     scale = 1e-9 / (steps * len(devices))
     rows = [Row(*where, own * scale, own / busy) for where, own in sorted(seconds.items(), key=lambda x: -x[1])]
     return Profile(tuple(rows), busy * scale, idle * scale)

@@ -86,7 +86,7 @@ def random_batch(spec, seed=0):
 
 
 def _check_batch(spec, batch):
-    """ValueError where a batch has other shapes than the specification, whose FLOPs would then be another step's."""
+    """UserError where a batch has other shapes than the specification, whose FLOPs would then be another step's."""
     if batch.get("k") != spec.compression.k:
         raise ValueError(f"batch k is {batch.get('k')}, the specification's is {spec.compression.k}; give a batch of this k")
     named = [
@@ -110,7 +110,7 @@ class TrainingStep:
     Nothing stands before the memory (`objectives.template` is not looked at).
 
     contexts, context_tokens, label_tokens, least_flops: of one step, all microbatches together; the FLOPs as `training.flops` counts
-    them. spec: with the attention that is computed. notes: lines on how that was found, and on what the mesh cannot split. ValueError
+    them. spec: with the attention that is computed. notes: lines on how that was found, and on what the mesh cannot split. UserError
     where rows do not divide over the mesh, or the batch has other shapes.
     """
 

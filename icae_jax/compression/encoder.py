@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from icae_jax.compression import layout as layouts
+from icae_jax.errors import UserError
 from icae_jax.models import llama
 
 SPECIAL_ROWS = 3  # [AE], [LM], [FT]: the last rows of the memory table
@@ -42,25 +43,25 @@ class CompressionConfig:
 
     def __post_init__(self):
         if self.method not in METHOD_LAYOUTS:
-            raise ValueError(f"compression.method is {self.method!r}; choose from {', '.join(METHOD_LAYOUTS)}")
+            raise UserError(f"compression.method is {self.method!r}; choose from {', '.join(METHOD_LAYOUTS)}")
         for name in ("k", "rate"):
             if getattr(self, name) <= 0:
-                raise ValueError(f"compression.{name} is {getattr(self, name)}; it must be positive")
+                raise UserError(f"compression.{name} is {getattr(self, name)}; it must be positive")
         if self.segment_tokens < 1:
-            raise ValueError(f"compression.rate is {self.rate} with compression.k {self.k}: a segment holds no token; raise one of them")
+            raise UserError(f"compression.rate is {self.rate} with compression.k {self.k}: a segment holds no token; raise one of them")
         choices = self.k_choices
         if choices and (min(choices) < 1 or list(choices) != sorted(set(choices)) or choices[-1] != self.k):
-            raise ValueError(f"compression.k_choices is {choices}; give rising numbers from 1 on, the last of them k ({self.k})")
+            raise UserError(f"compression.k_choices is {choices}; give rising numbers from 1 on, the last of them k ({self.k})")
         if self.memory_init not in ("embedding", "normal"):
-            raise ValueError(f"compression.memory_init is {self.memory_init!r}; choose embedding or normal")
+            raise UserError(f"compression.memory_init is {self.memory_init!r}; choose embedding or normal")
         if self.trigger not in ("", "trained", "bos"):
-            raise ValueError(f"compression.trigger is {self.trigger!r}; choose trained or bos")
+            raise UserError(f"compression.trigger is {self.trigger!r}; choose trained or bos")
         allowed = METHOD_LAYOUTS[self.method]
         object.__setattr__(self, "layout", self.layout or allowed[0])
         object.__setattr__(self, "trigger", self.trigger or METHOD_TRIGGERS[self.method])
         layouts.get(self.layout)
         if self.layout not in allowed:
-            raise ValueError(f"compression.layout is {self.layout!r}, not one of method {self.method}; choose from {', '.join(allowed)}")
+            raise UserError(f"compression.layout is {self.layout!r}, not one of method {self.method}; choose from {', '.join(allowed)}")
 
     @property
     def segment_tokens(self):
@@ -73,12 +74,12 @@ class CompressionConfig:
         return self.k_choices or (self.k,)
 
     def choose(self, k=None):
-        """k if it is one of `choices`, by default the largest; ValueError with the choices otherwise."""
+        """k if it is one of `choices`, by default the largest; UserError with the choices otherwise."""
         if k is None:
             return self.k
         if k not in self.choices:
             known = ", ".join(map(str, self.choices))
-            raise ValueError(f"k is {k}; this compressor was trained with {known} memory tokens a segment; choose one of these")
+            raise UserError(f"k is {k}; this compressor was trained with {known} memory tokens a segment; choose one of these")
         return int(k)
 
 

@@ -22,6 +22,8 @@ import dataclasses
 
 import jax.numpy as jnp
 
+from icae_jax.errors import UserError
+
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
@@ -53,9 +55,9 @@ LAYOUTS = {
 
 
 def get(name):
-    """The `Layout` of that name; ValueError with the choices otherwise."""
+    """The `Layout` of that name; UserError with the choices otherwise."""
     if name not in LAYOUTS:
-        raise ValueError(f"layout is {name!r}; choose from {', '.join(LAYOUTS)}")
+        raise UserError(f"layout is {name!r}; choose from {', '.join(LAYOUTS)}")
     return LAYOUTS[name]
 
 

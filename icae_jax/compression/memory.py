@@ -14,6 +14,7 @@ import numpy as np
 from flax import struct
 
 from icae_jax.compression import layout as layouts
+from icae_jax.errors import UserError
 
 
 class Memory:
@@ -113,10 +114,10 @@ def place(kind, contents, lengths_BS, config):
 def join(memories, config):
     """One memory that holds all of theirs, text by text, in order: what compressing the joined segments at once would give.
 
-    ValueError where they are of different kinds, or hold different numbers of texts, or of memory tokens a segment.
+    UserError where they are of different kinds, or hold different numbers of texts, or of memory tokens a segment.
     """
     if not memories:
-        raise ValueError("there are no memories to join; give at least one")
+        raise UserError("there are no memories to join; give at least one")
     alike = {
         "texts": [len(m) for m in memories],
         "memory tokens a segment": [m.tokens_per_segment for m in memories],
@@ -124,7 +125,7 @@ def join(memories, config):
     }
     for what, values in alike.items():
         if len(set(values)) != 1:
-            raise ValueError(f"memories of {', '.join(map(str, values))} {what} cannot be joined; compress them alike")
+            raise UserError(f"memories of {', '.join(map(str, values))} {what} cannot be joined; compress them alike")
     kind = type(memories[0])
     contents = {name: jnp.concatenate([m.contents[name] for m in memories], kind.TEXT_AXIS + 1) for name in kind.CONTENTS}
     return place(kind, contents, jnp.concatenate([jnp.asarray(m.segment_lengths) for m in memories], 1), config)

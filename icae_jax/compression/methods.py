@@ -9,7 +9,7 @@ KINDS = {"icae": Slots, "x500": KV}
 def compress(model, base_params, trained, ids_BSN, lengths_BS, config, k=None, dropout_key=None):
     """Writes contexts into memory with k memory tokens a segment (by default the most): `Slots` or `KV`, as config.method says.
 
-    ids `[B, S, N]`, lengths `[B, S]` as `encoder.segment_contexts` makes them. ValueError where the configuration does not know k.
+    ids `[B, S, N]`, lengths `[B, S]` as `encoder.segment_contexts` makes them. UserError where the configuration does not know k.
     """
     write = {"icae": icae.compress, "x500": x500.compress}[config.method]
     return write(model, base_params, trained, ids_BSN, lengths_BS, config, config.choose(k), dropout_key)

@@ -15,6 +15,7 @@ import numpy as np
 
 from icae_jax.compression import encoder
 from icae_jax.data import sources
+from icae_jax.errors import UserError
 from icae_jax.objectives import targets as layouts
 
 
@@ -40,20 +41,20 @@ class DataConfig:
     def __post_init__(self):
         lengths = self.context_lengths
         if not lengths or min(lengths) < 2 or list(lengths) != sorted(set(lengths)):
-            raise ValueError(f"data.context_lengths is {lengths}; give rising lengths of at least 2 tokens, such as (256, 512)")
+            raise UserError(f"data.context_lengths is {lengths}; give rising lengths of at least 2 tokens, such as (256, 512)")
         if self.context_weights and (len(self.context_weights) != len(self.context_lengths) or min(self.context_weights) < 0):
-            raise ValueError(f"data.context_weights {self.context_weights} must give one weight >= 0 for each of data.context_lengths")
+            raise UserError(f"data.context_weights {self.context_weights} must give one weight >= 0 for each of data.context_lengths")
         if self.context_weights and not sum(self.context_weights) > 0:
-            raise ValueError(f"data.context_weights {self.context_weights} are all zero; give at least one a positive weight")
+            raise UserError(f"data.context_weights {self.context_weights} are all zero; give at least one a positive weight")
         if self.train_weights:
             weights, named = self.train_weights, sources.split_source(self.train)
             if len(weights) != len(named) or not all(0 <= w < math.inf for w in weights):
-                raise ValueError(f"data.train_weights {weights} must hold a weight >= 0 for each source of data.train, {', '.join(named)}")
+                raise UserError(f"data.train_weights {weights} must hold a weight >= 0 for each source of data.train, {', '.join(named)}")
             if not sum(weights) > 0:
-                raise ValueError(f"data.train_weights {weights} are all zero; give at least one a positive weight")
+                raise UserError(f"data.train_weights {weights} are all zero; give at least one a positive weight")
         for name in ("questions_per_context", "max_target_tokens"):
             if getattr(self, name) <= 0:
-                raise ValueError(f"data.{name} is {getattr(self, name)}; it must be positive")
+                raise UserError(f"data.{name} is {getattr(self, name)}; it must be positive")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +93,7 @@ class Examples:
     """The examples of one tokenised source under one configuration, and how they become arrays.
 
     phase: "pretrain" or "finetune". objectives: those with a weight, of "ae", "lm", "qa". pad_labels: AE targets go on to the end of
-    the padded segments. dropped: `{reason: count}` of what was left out. ValueError where nothing is left.
+    the padded segments. dropped: `{reason: count}` of what was left out. UserError where nothing is left.
     """
 
     def __init__(self, tokens, config, compression, phase, objectives, template, framing, pad_labels=False):
@@ -112,7 +113,7 @@ class Examples:
         weights = weights * [len(e) > 0 for e in examples]
         if not weights.sum() > 0:
             why = "; ".join(f"{count} {reason}" for reason, count in self.dropped.items()) or "it has none of the kind needed"
-            raise ValueError(f"no examples for phase {phase} in the data: {why} (data.context_lengths is {config.context_lengths})")
+            raise UserError(f"no examples for phase {phase} in the data: {why} (data.context_lengths is {config.context_lengths})")
         self.weights = weights / weights.sum()
 
     @property

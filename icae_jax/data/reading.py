@@ -8,6 +8,8 @@ import zlib
 
 import zstandard
 
+from icae_jax.errors import UserError
+
 READ_ERRORS = (OSError, EOFError, UnicodeDecodeError, zlib.error, zstandard.ZstdError)  # all that reading such a file may raise
 COMPRESSED = (".gz", ".zst")
 CHUNK = 1 << 17  # bytes
@@ -61,8 +63,8 @@ def open_text(path):
 
 
 def unreadable(path, error):
-    """The ValueError to raise for one of `READ_ERRORS`."""
-    return ValueError(f"data file {path}: cannot be read ({getattr(error, 'strerror', None) or error})")
+    """The UserError to raise for one of `READ_ERRORS`."""
+    return UserError(f"data file {path}: cannot be read ({getattr(error, 'strerror', None) or error})")
 
 
 def ends(path, size):

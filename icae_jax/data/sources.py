@@ -9,6 +9,7 @@ import pathlib
 import typing
 
 from icae_jax.data import reading, tfds_sets
+from icae_jax.errors import UserError
 
 
 class Row(typing.NamedTuple):
@@ -34,7 +35,7 @@ def split_source(source):
     """The paths of a source: several are joined by commas."""
     paths = [p.strip() for p in source.split(",") if p.strip()]
     if not paths:
-        raise ValueError("the data source is empty; give a file of JSON lines, a text file, or tfds:NAME:SPLIT")
+        raise UserError("the data source is empty; give a file of JSON lines, a text file, or tfds:NAME:SPLIT")
     return paths
 
 
@@ -47,14 +48,14 @@ def identity(source, tfds_dir=None):
             continue
         file = pathlib.Path(path)
         if not file.is_file():
-            raise ValueError(f"data file {path}: no such file")
+            raise UserError(f"data file {path}: no such file")
         stat = file.stat()
         result.append([file.name, stat.st_size, stat.st_mtime_ns, reading.ends(file, stat.st_size)])
     return result
 
 
 def read_rows(source, tfds_dir=None):
-    """Yields the `Row`s of a source in order. ValueError names file and line of anything malformed."""
+    """Yields the `Row`s of a source in order. UserError names file and line of anything malformed."""
     for path in split_source(source):
         if path.startswith(tfds_sets.PREFIX):
             yield from (parse_row(*row) for row in tfds_sets.read(path, tfds_dir))
@@ -82,7 +83,7 @@ def _read_json_lines(path):
                 try:
                     raw = json.loads(line)
                 except ValueError as error:
-                    raise ValueError(f"{where}: not valid JSON ({error})") from error
+                    raise UserError(f"{where}: not valid JSON ({error})") from error
                 yield parse_row(raw, where, str(number - 1))
     except reading.READ_ERRORS as error:
         raise reading.unreadable(path, error) from error
@@ -91,14 +92,14 @@ def _read_json_lines(path):
 def _text_field(raw, field, where):
     value = raw[field]
     if not isinstance(value, str):
-        raise ValueError(f"{where}: {field} is {type(value).__name__}, expected text")
+        raise UserError(f"{where}: {field} is {type(value).__name__}, expected text")
     return value
 
 
 def parse_row(raw, where, default_id):
-    """The `Row` of one JSON object. ValueError names place and field."""
+    """The `Row` of one JSON object. UserError names place and field."""
     if not isinstance(raw, dict):
-        raise ValueError(f"{where}: a JSON {type(raw).__name__}, expected an object with text, or context, question and answers")
+        raise UserError(f"{where}: a JSON {type(raw).__name__}, expected an object with text, or context, question and answers")
     own_id = raw.get("id")
     tail = (where, default_id if own_id in (None, "") else str(own_id), str(raw.get("subset", "")))
     if "text" in raw:
@@ -113,8 +114,8 @@ def parse_row(raw, where, default_id):
         if isinstance(answers, str):
             answers = [answers]
         if not isinstance(answers, list) or not answers or not all(isinstance(a, str) for a in answers):
-            raise ValueError(f"{where}: answers is {answers!r}, expected a list of texts, at least one")
+            raise UserError(f"{where}: answers is {answers!r}, expected a list of texts, at least one")
         return Row(_text_field(raw, "context", where), _text_field(raw, "question", where), tuple(answers), *tail)
-    raise ValueError(
+    raise UserError(
         f"{where}: fields {', '.join(sorted(raw)) or 'none'}; expected text, or context, question and answers, or input, prompt and answer"
     )

@@ -13,6 +13,8 @@ import re
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from icae_jax.errors import UserError
+
 UNK, BOS, EOS, REPEAT = "<unk>", "<s>", "</s>", "<repeat>"
 
 
@@ -282,6 +284,6 @@ def base_document(seed, kind):
     The parts are tokenised one by one without special tokens; `<s>` goes in front of each document.
     """
     if kind not in DOCUMENTS:
-        raise ValueError(f"kind of document is {kind!r}; choose from {', '.join(DOCUMENTS)}")
+        raise UserError(f"kind of document is {kind!r}; choose from {', '.join(DOCUMENTS)}")
     return DOCUMENTS[kind](random.Random(f"{kind} {seed}"))
 

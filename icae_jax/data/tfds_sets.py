@@ -3,6 +3,8 @@
 import hashlib
 import re
 
+from icae_jax.errors import UserError
+
 PREFIX = "tfds:"
 BATCH = 1000  # rows read at once, which takes a third of the time of single ones
 MONTHS = re.compile(r"(\d{4}-\d\d)?(\.\.)?(\d{4}-\d\d)?")
@@ -10,7 +12,7 @@ SPLIT_OF_MONTH = re.compile(r"\d{4}_\d\d")
 
 
 def open_set(spec, tfds_dir=None):
-    """(the set's builder, the names of its splits that a source asks for). ValueError names what cannot be read, or is not there."""
+    """(the set's builder, the names of its splits that a source asks for). UserError names what cannot be read, or is not there."""
     import tensorflow_datasets as tfds  # imported late: only these sources need it
 
     name, _, split = spec.removeprefix(PREFIX).partition(":")
@@ -18,9 +20,9 @@ def open_set(spec, tfds_dir=None):
         builder = tfds.builder(name, data_dir=tfds_dir or None)
         present = list(builder.info.splits)
     except Exception as error:  # tfds raises many kinds; all mean that this set cannot be read here
-        raise ValueError(_unreadable(spec, tfds_dir, error)) from error
+        raise UserError(_unreadable(spec, tfds_dir, error)) from error
     if not present:
-        raise ValueError(_unreadable(spec, tfds_dir, "it is not prepared"))
+        raise UserError(_unreadable(spec, tfds_dir, "it is not prepared"))
     return builder, _splits(spec, split, present)
 
 
@@ -36,14 +38,14 @@ def _splits(spec, split, present):
         return [split or "train"]
     first, dots, last = match.groups()
     if not dots and last:
-        raise ValueError(f"{spec}: two months without .. between them; write FIRST..LAST, such as 2024-01..2024-04")
+        raise UserError(f"{spec}: two months without .. between them; write FIRST..LAST, such as 2024-01..2024-04")
     first, last = (first or "0000-00"), (last or "9999-99") if dots else first
     months = sorted(s.replace("_", "-") for s in present if SPLIT_OF_MONTH.fullmatch(s))
     if not months:
-        raise ValueError(f"{spec}: the set has no months; its splits are {', '.join(present)}")
+        raise UserError(f"{spec}: the set has no months; its splits are {', '.join(present)}")
     chosen = [m.replace("-", "_") for m in months if first <= m <= last]
     if not chosen:
-        raise ValueError(f"{spec}: no month of the set is in this range; it has {len(months)}, from {months[0]} to {months[-1]}")
+        raise UserError(f"{spec}: no month of the set is in this range; it has {len(months)}, from {months[0]} to {months[-1]}")
     return chosen
 
 
@@ -55,14 +57,14 @@ def identity(spec, tfds_dir=None):
 
 
 def read(spec, tfds_dir=None):
-    """Yields (row as JSON would have it, where it stands, its number). ValueError as for `open_set`."""
+    """Yields (row as JSON would have it, where it stands, its number). UserError as for `open_set`."""
     builder, splits = open_set(spec, tfds_dir)
     number = 0
     for split in splits:
         try:
             source = builder.as_data_source(split=split)
         except Exception as error:  # as above
-            raise ValueError(_unreadable(spec, tfds_dir, error)) from error
+            raise UserError(_unreadable(spec, tfds_dir, error)) from error
         where = f"{PREFIX}{spec.removeprefix(PREFIX).partition(':')[0]}:{split}"
         for start in range(0, len(source), BATCH):
             for at, raw in enumerate(source.__getitems__(list(range(start, min(start + BATCH, len(source))))), start):

@@ -10,6 +10,7 @@ import tempfile
 import numpy as np
 
 from icae_jax.data import sources
+from icae_jax.errors import UserError
 from icae_jax.interop import files
 
 CACHE_VERSION = 1
@@ -82,7 +83,7 @@ def _group(rows):
 def _build(source, tokenizer, tfds_dir):
     texts, wheres, questions = _group(sources.read_rows(source, tfds_dir))
     if not texts:
-        raise ValueError(f"data source {source}: no rows; the data set is empty")
+        raise UserError(f"data source {source}: no rows; the data set is empty")
     flat = [q for group in questions for q in group]
     result = {}
     result["text_ids"], result["text_offsets"] = _encode(tokenizer, texts)
@@ -91,18 +92,18 @@ def _build(source, tokenizer, tfds_dir):
     result["question_offsets"] = np.cumsum([0] + [len(group) for group in questions], dtype=np.int64)
     empty = np.flatnonzero(np.diff(result["text_offsets"]) == 0)
     if len(empty):
-        raise ValueError(f"{wheres[empty[0]]}: the text has no tokens ({len(empty)} such rows); remove it from the data")
+        raise UserError(f"{wheres[empty[0]]}: the text has no tokens ({len(empty)} such rows); remove it from the data")
     for name in ("prompt", "answer"):
         empty = np.flatnonzero(np.diff(result[f"{name}_offsets"]) == 0)
         if len(empty):
-            raise ValueError(f"{flat[empty[0]][2]}: the {name} has no tokens ({len(empty)} such rows); remove it from the data")
+            raise UserError(f"{flat[empty[0]][2]}: the {name} has no tokens ({len(empty)} such rows); remove it from the data")
     return result
 
 
 def tokenise(source, tokenizer, cache_dir="", tfds_dir=None):
     """`Tokens` of a source, from the cache where the same tokenizer and source were tokenised before.
 
-    ValueError names the file and line of malformed rows, empty texts, or an empty data set.
+    UserError names the file and line of malformed rows, empty texts, or an empty data set.
     """
     identity = json.dumps([CACHE_VERSION, _tokenizer_identity(tokenizer), sources.identity(source, tfds_dir)])
     key = hashlib.sha256(identity.encode()).hexdigest()

@@ -5,6 +5,7 @@ import hashlib
 import pathlib
 
 from icae_jax.data import sources, tfds_sets
+from icae_jax.errors import UserError
 
 QUESTIONS_AT_ONCE = 8  # of one context; more of them make several examples, so that a batch stays small
 
@@ -72,17 +73,17 @@ def named_sources(data):
         names = [name or default(source, parts) for name, source in named]
         if len(set(names)) == len(names):
             return dict(zip(names, (source for _, source in named), strict=True))
-    raise ValueError(f"--data {data}: two sources have one name; give names, as in NAME=FILE,NAME=FILE")
+    raise UserError(f"--data {data}: two sources have one name; give names, as in NAME=FILE,NAME=FILE")
 
 
 def read(data, tfds_dir, limit, seed):
     """`Text`s of the sources in `data`, every set's in an order that the seed and the texts alone decide.
 
     A set is a source, or a part of one whose rows name a `subset`. limit: how many texts of each set are wanted, 0 for all; the caller
-    takes as many of the front as it can use. Returns `{set: [Text, …]}`. ValueError where a source is empty or malformed.
+    takes as many of the front as it can use. Returns `{set: [Text, …]}`. UserError where a source is empty or malformed.
     """
     if limit < 0:
-        raise ValueError(f"--limit is {limit}; give how many texts of each set to take, or 0 for all")
+        raise UserError(f"--limit is {limit}; give how many texts of each set to take, or 0 for all")
     found, seen = {}, {}  # seen: the ids of a set's texts, and of its questions
     for name, source in named_sources(data).items():
         count = 0
@@ -93,7 +94,7 @@ def read(data, tfds_dir, limit, seed):
             if row.question is not None:
                 questions.append(Question(_unused(seen.setdefault((where, "questions"), {}), row.id), row.question, row.answers))
         if not count:
-            raise ValueError(f"--data {source}: no rows; the data set is empty")
+            raise UserError(f"--data {source}: no rows; the data set is empty")
     sets = {}
     for (where, text), (row_id, questions) in found.items():
         questions.sort(key=lambda q: (q.text, q.answers, q.id))  # whatever the order of the lines
@@ -116,7 +117,7 @@ def _unused(seen, row_id):
 def make(sets, limit, suite):
     """(`Example`s, `{reason: count}` of texts left out) that a suite makes of the first usable texts of each set.
 
-    suite: `suite.examples(text)` gives a list of `Example`s, or the reason why a text cannot be used. ValueError where none is left.
+    suite: `suite.examples(text)` gives a list of `Example`s, or the reason why a text cannot be used. UserError where none is left.
     """
     examples, left_out = [], {}
     for texts in sets.values():
@@ -132,7 +133,7 @@ def make(sets, limit, suite):
             used += 1
     if not examples:
         why = "; ".join(f"{count} x {reason}" for reason, count in left_out.items())
-        raise ValueError(f"--data has no text for --suite {suite.name}: {why}")
+        raise UserError(f"--data has no text for --suite {suite.name}: {why}")
     return with_partners(examples), left_out
 
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from icae_jax.compression.memory import Prefix
+from icae_jax.errors import UserError
 from icae_jax.inference import generate as decoding
 from icae_jax.inference.compressor import Score
 from icae_jax.interop import base as bases
@@ -54,7 +55,7 @@ def prompt(compressor, template, context_ids, question_ids):
 def generate(compressor, prompts, limits, batch_size=32, stop=None):
     """Greedy `Generation`s of the base alone behind each prompt (lists of ids). limits: most new tokens of each.
 
-    stop: an id that ends a text beside those of the base. ValueError where a prompt and its limit leave the base's positions.
+    stop: an id that ends a text beside those of the base. UserError where a prompt and its limit leave the base's positions.
     """
     base, result = compressor.base, []
     _check([len(p) + n for p, n in zip(prompts, limits, strict=True)], base.config)
@@ -89,7 +90,7 @@ def _losses(model, params, ids_BT, label_at_BU, labels_BU):
 def score(compressor, rows, batch_size=32):
     """Log-probability of the labels of each `objectives.targets.Target` under the base alone: `Score`s.
 
-    ValueError where a target leaves the base's positions.
+    UserError where a target leaves the base's positions.
     """
     _check([len(row.ids) - 1 for row in rows], compressor.base.config)
     scores = []
@@ -124,4 +125,4 @@ def answer(compressor, questions, contexts=None, max_new_tokens=32, batch_size=3
 def _check(needed, config):
     over = [n for n in needed if n > config.max_position_embeddings]
     if over:
-        raise ValueError(f"{over[0]} tokens without a memory exceed the base's {config.max_position_embeddings} positions")
+        raise UserError(f"{over[0]} tokens without a memory exceed the base's {config.max_position_embeddings} positions")

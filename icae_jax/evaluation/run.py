@@ -14,6 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 import icae_jax
+from icae_jax.errors import UserError
 from icae_jax.evaluation import statistics
 from icae_jax.evaluation.suites import ablate, common, qa
 from icae_jax.interop import files
@@ -39,7 +40,7 @@ def content(examples):
 class Progress:
     """`progress.P.jsonl` in a run's folder: what was run, then a line for each example that is done, by process P.
 
-    A line cut short by a kill counts for nothing. ValueError where another run's progress or results are in the folder.
+    A line cut short by a kill counts for nothing. UserError where another run's progress or results are in the folder.
     """
 
     def __init__(self, folder, identity):
@@ -81,7 +82,7 @@ def _complete_lines(path):
 
 
 def check_identity(path, found, wanted, part=""):
-    """ValueError naming the first thing in which the run that a file belongs to differs."""
+    """UserError naming the first thing in which the run that a file belongs to differs."""
     for name in dict.fromkeys([*wanted, *found]):
         there, here = found.get(name), wanted.get(name)
         if isinstance(there, dict) and isinstance(here, dict):
@@ -89,13 +90,13 @@ def check_identity(path, found, wanted, part=""):
         elif there != here:
             what = "the examples differ (the data, --limit, or what fits)" if name == "examples" else ""
             what = what or f"{part}{name} is {there!r} there and {here!r} here"
-            raise ValueError(f"{path} belongs to another run: {what}; give another --out")
+            raise UserError(f"{path} belongs to another run: {what}; give another --out")
 
 
 def measure(suite, examples, batch_size, progress):
     """Measures what is not yet done of this process's share, and returns the records of all examples, in their order.
 
-    Processes take batches in turn and need nothing of each other until the end. ValueError where a score is not finite.
+    Processes take batches in turn and need nothing of each other until the end. UserError where a score is not finite.
     """
     batches = [examples[at : at + batch_size] for at in range(0, len(examples), batch_size)]
     mine = batches[jax.process_index() :: jax.process_count()]
@@ -117,7 +118,7 @@ def _check_finite(records):
         for metric, arms in record["sums"].items():
             for arm, numbers in arms.items():
                 if not all(map(math.isfinite, numbers)):
-                    raise ValueError(f"{metric} of {arm} is not finite on example {record['id']}: the adapter or --base_dtype is broken")
+                    raise UserError(f"{metric} of {arm} is not finite on example {record['id']}: the adapter or --base_dtype is broken")
 
 
 def gather(done):

@@ -10,6 +10,7 @@ import numpy as np
 
 from icae_jax.compression import encoder, layout, methods
 from icae_jax.compression import memory as memories
+from icae_jax.errors import UserError
 from icae_jax.inference import generate, store
 from icae_jax.interop import adapter as adapters
 from icae_jax.interop import base as bases
@@ -59,13 +60,13 @@ def load(adapter, base=None, *, dtype="float32", mesh=None):
     adapter's own.
 
     dtype: "float32" or "bfloat16", of base and activations. mesh: devices (`training.sharding`) to split base and batches over, by
-    default one device alone. ValueError where the base is not the one the adapter was trained on.
+    default one device alone. UserError where the base is not the one the adapter was trained on.
     """
     folder = adapters.adapter_folder(adapter)
     _, peft = adapters.read_adapter_info(folder)
     where = str(base or peft["base_model_name_or_path"])
     if base is None and pathlib.Path(where).is_absolute() and not pathlib.Path(where).is_dir():
-        raise ValueError(f"adapter {folder} names its base as {where}, which is not a folder; give the base model with --base")
+        raise UserError(f"adapter {folder} names its base as {where}, which is not a folder; give the base model with --base")
     loaded = load_base(where, dtype, mesh)
     return Compressor(loaded, adapters.load_adapter(folder, loaded), folder, dtype, mesh)
 
@@ -74,7 +75,7 @@ def load_with_memory(memory_path, adapter=None, base=None, dtype="float32", mesh
     """(`Compressor`, memory, ids) of a memory file, by default with the adapter that it names."""
     adapter = adapter or store.read_metadata(memory_path)["adapter"]
     if not pathlib.Path(adapter).is_dir():
-        raise ValueError(f"--memory {memory_path} names adapter {adapter}, which is not here; give the adapter's folder with --adapter")
+        raise UserError(f"--memory {memory_path} names adapter {adapter}, which is not here; give the adapter's folder with --adapter")
     compressor = load(adapter, base, dtype=dtype, mesh=mesh)
     memory, ids = compressor.load_memory(memory_path)
     return compressor, memory, ids
@@ -111,22 +112,22 @@ class Compressor:
         """Memory of each text: `Slots` or `KV`, as the adapter's method makes them. texts: one or a list. where: names of the texts for
         errors. k: memory tokens a segment, one of those that the adapter was trained with, by default the most.
 
-        ValueError where a text has no tokens or does not fit the base's positions, or the adapter does not know k.
+        UserError where a text has no tokens or does not fit the base's positions, or the adapter does not know k.
         """
         k = self.config.choose(k)
         texts = [texts] if isinstance(texts, str) else list(texts)
         if not texts:
-            raise ValueError("texts is empty; give at least one text")
+            raise UserError("texts is empty; give at least one text")
         where = where or [f"text {i}" for i in range(len(texts))]
         contexts = [self.context_ids(t) for t in texts]
         most = self.base.config.max_position_embeddings
         for context, name in zip(contexts, where, strict=True):
             if len(context) == len(self.framing.start):
-                raise ValueError(f"{name}: the text has no tokens")
+                raise UserError(f"{name}: the text has no tokens")
             written, start = self.positions(len(context), k)
             needed = max(written, start + 2)
             if needed > most:
-                raise ValueError(
+                raise UserError(
                     f"{name}: {len(context)} tokens need {needed} positions, the base has {most}; compress it in several parts"
                 )
         return self.compress_ids(contexts, batch_size, k)
@@ -159,7 +160,7 @@ class Compressor:
     def join(self, parts):
         """One memory that holds several, text by text, in order: what compressing the joined segments at once would give.
 
-        parts: alike in texts and k. So documents compressed one by one can be read together. ValueError where they differ.
+        parts: alike in texts and k. So documents compressed one by one can be read together. UserError where they differ.
         """
         return jax.device_get(memories.join(parts, self.config))
 
@@ -169,7 +170,7 @@ class Compressor:
         store.save(path, memory, self.config, ids, self.base.fingerprint, self.adapter.fingerprint, self.path)
 
     def load_memory(self, path):
-        """(memory, ids) of a memory file; ValueError where another base or adapter wrote it."""
+        """(memory, ids) of a memory file; UserError where another base or adapter wrote it."""
         return store.load(path, self.config, self.base.fingerprint, self.adapter.fingerprint)
 
     # --------------------------------------------------------------------------------------------------------- read
@@ -195,7 +196,7 @@ class Compressor:
         single = len(memory) == 1 and len(questions) != 1
         nested = [list(questions)] if single else [[q] if isinstance(q, str) else list(q) for q in questions]
         if len(nested) != len(memory) or not all(nested):
-            raise ValueError(f"questions has {len(nested)} entries for {len(memory)} texts; give at least one question a text")
+            raise UserError(f"questions has {len(nested)} entries for {len(memory)} texts; give at least one question a text")
         template = self.adapter.template
         prompts = [[template.prompt(self.ids(q)) for q in row] for row in nested]
         most = 128 if max_new_tokens is None else max_new_tokens
@@ -215,7 +216,7 @@ class Compressor:
         questions = [questions] if isinstance(questions, str) else questions
         for name, value in (("targets", targets), ("questions", questions)):
             if value is not None and len(value) != len(memory):
-                raise ValueError(f"{name} has {len(value)} entries for {len(memory)} memories; give one each")
+                raise UserError(f"{name} has {len(value)} entries for {len(memory)} memories; give one each")
         if questions is None:
             rows, objective = [target_layouts.Target(self.ids(t), 1) for t in targets], "lm"
         else:
@@ -223,13 +224,13 @@ class Compressor:
             rows = [template.target(self.ids(q), self.ids(t)) for q, t in zip(questions, targets, strict=True)]
         short = [i for i, row in enumerate(rows) if len(row.ids) < 2]
         if short:
-            raise ValueError(f"target {short[0]} has fewer than 2 tokens; there is nothing to score in it")
+            raise UserError(f"target {short[0]} has fewer than 2 tokens; there is nothing to score in it")
         return [row[0] for row in self.score_targets(memory, [[row] for row in rows], objective, batch_size)]
 
     def score_restoring(self, memory, texts, batch_size=16):
         """Log-probability of each text, its end included, behind its memory and the trigger: `Score`s (the AE loss, summed and negated)."""
         if len(texts) != len(memory):
-            raise ValueError(f"texts has {len(texts)} entries for {len(memory)} memories; give one each")
+            raise UserError(f"texts has {len(texts)} entries for {len(memory)} memories; give one each")
         rows = [[target_layouts.ae_target(self.context_ids(text), self.framing)] for text in texts]
         return [row[0] for row in self.score_targets(memory, rows, "ae", batch_size)]
 
@@ -237,7 +238,7 @@ class Compressor:
         """Log-probability of the labels of targets behind each memory: `Score`s, nested as `rows` is.
 
         rows: a list of `objectives.targets.Target`s for each memory, at least one. objective: "ae", "lm" or "qa", which says where they
-        stand. ValueError where a target leaves the base's positions.
+        stand. UserError where a target leaves the base's positions.
         """
         head = self.adapter.template.head if objective == "qa" else ()
         T, G = max(len(t.ids) - 1 for row in rows for t in row), max(map(len, rows))
@@ -287,17 +288,17 @@ class Compressor:
         return loss.label_losses(self.model, params, trained, memory, batch, heads, self.config.layout, 128)
 
     def _room(self, memory, objective, head, needed):
-        """Positions left behind each memory, `[B]`; ValueError where a row's `needed` do not fit, or another method made the memory."""
+        """Positions left behind each memory, `[B]`; UserError where a row's `needed` do not fit, or another method made the memory."""
         kind = methods.KINDS[self.config.method]
         if not isinstance(memory, kind):
-            raise ValueError(f"memory is {type(memory).__name__}, but this adapter's method {self.config.method} reads {kind.__name__}")
+            raise UserError(f"memory is {type(memory).__name__}, but this adapter's method {self.config.method} reads {kind.__name__}")
         restarts = objective == "ae" and layout.get(self.config.layout).ae_restarts
         start = np.zeros(len(memory), int) if restarts else head + np.asarray(memory.end)
         most = self.base.config.max_position_embeddings
         over = np.flatnonzero(np.asarray(needed) > most - start)
         if len(over):
             i = over[0]
-            raise ValueError(f"{needed[i]} tokens behind a memory that ends at position {start[i]} exceed the base's {most} positions")
+            raise UserError(f"{needed[i]} tokens behind a memory that ends at position {start[i]} exceed the base's {most} positions")
         return most - start
 
     def _generate(self, memory, prompts, objective, head, most, needed, batch_size):
@@ -306,7 +307,7 @@ class Compressor:
         most: new tokens of each memory's rows at most, fewer where its positions end. needed: what must have room, prompt included.
         """
         if min(most) <= 0:
-            raise ValueError(f"max_new_tokens is {min(most)}; it must be positive")
+            raise UserError(f"max_new_tokens is {min(most)}; it must be positive")
         G = max(len(row) for row in prompts)
         T = max(len(p) for row in prompts for p in row)
         longest = [max(map(len, row)) for row in prompts]

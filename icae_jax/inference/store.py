@@ -17,25 +17,26 @@ import safetensors.numpy
 import icae_jax
 from icae_jax.compression import memory as memories
 from icae_jax.compression import methods
+from icae_jax.errors import UserError
 from icae_jax.interop import files
 
 FORMAT_VERSION = "1"
 
 
 def check_output(path):
-    """ValueError where a memory file could not be written, before any work is done."""
+    """UserError where a memory file could not be written, before any work is done."""
     path = pathlib.Path(path)
     if path.is_dir():
-        raise ValueError(f"--output {path} is a folder; give a file name such as memory.safetensors")
+        raise UserError(f"--output {path} is a folder; give a file name such as memory.safetensors")
     parent = path.absolute().parent
     if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise ValueError(f"--output {path}: folder {parent} is absent or cannot be written")
+        raise UserError(f"--output {path}: folder {parent} is absent or cannot be written")
 
 
 def save(path, memory, compression, ids, base_fingerprint, adapter_fingerprint, adapter_path):
     """Writes a memory file; one that is there is replaced only when the new one is complete."""
     if len(ids) != len(memory):
-        raise ValueError(f"{len(ids)} ids for {len(memory)} memories; give one id a text")
+        raise UserError(f"{len(ids)} ids for {len(memory)} memories; give one id a text")
     metadata = {
         "format_version": FORMAT_VERSION,
         "icae_jax_version": icae_jax.__version__,
@@ -54,34 +55,34 @@ def save(path, memory, compression, ids, base_fingerprint, adapter_fingerprint, 
 
 
 def read_metadata(path):
-    """A memory file's metadata. ValueError where it is not one."""
+    """A memory file's metadata. UserError where it is not one."""
     if not pathlib.Path(path).is_file():
-        raise ValueError(f"--memory {path}: no such file; `icae compress` writes memory files")
+        raise UserError(f"--memory {path}: no such file; `icae compress` writes memory files")
     try:
         with safetensors.safe_open(path, framework="numpy") as f:
             metadata = f.metadata() or {}
     except safetensors.SafetensorError as error:
-        raise ValueError(f"--memory {path}: not a readable memory file ({error})") from error
+        raise UserError(f"--memory {path}: not a readable memory file ({error})") from error
     if metadata.get("format_version") != FORMAT_VERSION:
-        raise ValueError(f"--memory {path}: format_version {metadata.get('format_version')}; this version reads {FORMAT_VERSION}")
+        raise UserError(f"--memory {path}: format_version {metadata.get('format_version')}; this version reads {FORMAT_VERSION}")
     return metadata
 
 
 def load(path, compression, base_fingerprint, adapter_fingerprint):
-    """(`Slots` or `KV`, ids) of a memory file. ValueError where another base or adapter wrote it, or one that is read in another way."""
+    """(`Slots` or `KV`, ids) of a memory file. UserError where another base or adapter wrote it, or one that is read in another way."""
     metadata = read_metadata(path)
     for kind, have in (("base", base_fingerprint), ("adapter", adapter_fingerprint)):
         wrote = metadata[f"{kind}_fingerprint"]
         if wrote != have:
-            raise ValueError(f"--memory {path} was written with {kind} {wrote[:12]}, but {have[:12]} is loaded; give that {kind}")
+            raise UserError(f"--memory {path} was written with {kind} {wrote[:12]}, but {have[:12]} is loaded; give that {kind}")
     for field in ("method", "layout"):
         if metadata[field] != getattr(compression, field):
             have = getattr(compression, field)
-            raise ValueError(f"--memory {path} has {field} {metadata[field]}, the adapter {have}; give the adapter that it names")
+            raise UserError(f"--memory {path} has {field} {metadata[field]}, the adapter {have}; give the adapter that it names")
     tensors = safetensors.numpy.load_file(path)
     kind = methods.KINDS[compression.method]
     absent = [name for name in (*kind.CONTENTS, "lengths") if name not in tensors]
     if absent:
-        raise ValueError(f"--memory {path}: tensors {', '.join(absent)} missing; compress the texts again")
+        raise UserError(f"--memory {path}: tensors {', '.join(absent)} missing; compress the texts again")
     memory = memories.place(kind, {name: tensors[name] for name in kind.CONTENTS}, tensors["lengths"], compression)
     return jax.device_get(memory), json.loads(metadata["ids"])

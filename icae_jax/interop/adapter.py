@@ -18,6 +18,7 @@ import safetensors.numpy
 
 import icae_jax
 from icae_jax.compression.encoder import SPECIAL_ROWS, CompressionConfig
+from icae_jax.errors import UserError
 from icae_jax.interop import files
 from icae_jax.models import lora as loras
 from icae_jax.models.lora import LoraConfig
@@ -54,7 +55,7 @@ def lora_to_hub(lora, prefix="base_model.model.", infix=""):
 def lora_from_hub(tensors, model_config, problems=None):
     """The LoRA tree of tensors named `…model.layers.{i}.{module}.{projection}.lora_{A,B}[.default].weight`; others are left alone.
 
-    The rank is the A tensors' own, the projections those that any layer has. ValueError lists every tensor that is missing, belongs to
+    The rank is the A tensors' own, the projections those that any layer has. UserError lists every tensor that is missing, belongs to
     no layer of the base, or has not the base's shape. problems: a list that takes these lines instead; the tree is then None.
     """
     found, lines = {}, []
@@ -84,7 +85,7 @@ def lora_from_hub(tensors, model_config, problems=None):
     beyond = [full for (i, _, _), full in found.items() if i >= model_config.num_layers]
     lines += [f"unexpected {full}: the base has {model_config.num_layers} layers" for full in beyond]
     if lines and problems is None:
-        raise ValueError("the adapter's tensors do not fit this base:\n  " + "\n  ".join(lines))
+        raise UserError("the adapter's tensors do not fit this base:\n  " + "\n  ".join(lines))
     if lines:
         problems += lines
         return None
@@ -168,21 +169,21 @@ def save_adapter(folder, adapter):
 
 def _tensors(path):
     if not path.exists():
-        raise ValueError(f"{path}: no such file; an adapter folder holds encoder/, memory.safetensors and icae.json")
+        raise UserError(f"{path}: no such file; an adapter folder holds encoder/, memory.safetensors and icae.json")
     try:
         return safetensors.numpy.load_file(path)
     except safetensors.SafetensorError as error:
-        raise ValueError(f"{path}: not a readable safetensors file ({error})") from error
+        raise UserError(f"{path}: not a readable safetensors file ({error})") from error
 
 
 def _fields(kind, raw, source, newer=()):
-    """Builds a dataclass from JSON, lists as tuples; ValueError on unknown or missing fields.
+    """Builds a dataclass from JSON, lists as tuples; UserError on unknown or missing fields.
 
     newer: fields that older files lack; their defaults are what those files meant.
     """
     wrong = sorted((set(raw) ^ {f.name for f in dataclasses.fields(kind)}) - (set(newer) - set(raw)))
     if wrong:
-        raise ValueError(f"{source}: fields {', '.join(wrong)} unknown or missing; was it written by another version of icae_jax?")
+        raise UserError(f"{source}: fields {', '.join(wrong)} unknown or missing; was it written by another version of icae_jax?")
     return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()})
 
 
@@ -202,23 +203,23 @@ def read_adapter_info(folder):
     """icae.json and adapter_config.json, checked: (icae.json's content, adapter_config.json's content)."""
     folder = pathlib.Path(folder)
     if not folder.is_dir():
-        raise ValueError(f"adapter {str(folder)!r} is not a folder; give the folder that training wrote (it holds icae.json)")
+        raise UserError(f"adapter {str(folder)!r} is not a folder; give the folder that training wrote (it holds icae.json)")
     info = files.read_json(folder / "icae.json", "how the adapter is read")
     if info.get("format_version") != FORMAT_VERSION:
-        raise ValueError(f"{folder}/icae.json: format_version is {info.get('format_version')}, this version reads {FORMAT_VERSION}")
+        raise UserError(f"{folder}/icae.json: format_version is {info.get('format_version')}, this version reads {FORMAT_VERSION}")
     peft = files.read_json(lora_folder(folder) / "adapter_config.json", "the LoRA's configuration")
     missing = [f for f in ("r", "lora_alpha", "target_modules", "base_model_name_or_path") if f not in peft]
     if missing:
-        raise ValueError(f"{lora_folder(folder)}/adapter_config.json: {', '.join(missing)} missing")
+        raise UserError(f"{lora_folder(folder)}/adapter_config.json: {', '.join(missing)} missing")
     return info, peft
 
 
 def load_adapter(folder, base):
-    """Loads an adapter folder for a loaded `Base`. ValueError where the base is not the one it was trained on, or shapes differ."""
+    """Loads an adapter folder for a loaded `Base`. UserError where the base is not the one it was trained on, or shapes differ."""
     folder = pathlib.Path(folder)
     info, peft = read_adapter_info(folder)
     if info["base_fingerprint"] != base.fingerprint:
-        raise ValueError(
+        raise UserError(
             f"adapter {folder} was trained on a base with fingerprint {info['base_fingerprint'][:12]} "
             f"({peft['base_model_name_or_path']}), but {base.path} has {base.fingerprint[:12]}; give the right base"
         )
@@ -229,16 +230,16 @@ def load_adapter(folder, base):
     table = _tensors(folder / "memory.safetensors").get(MEMORY_TABLE)
     want = (compression.k + SPECIAL_ROWS, base.config.hidden_size)
     if table is None or table.shape != want:
-        raise ValueError(f"{folder}/memory.safetensors: {MEMORY_TABLE} is {None if table is None else table.shape}, expected {want}")
+        raise UserError(f"{folder}/memory.safetensors: {MEMORY_TABLE} is {None if table is None else table.shape}, expected {want}")
     found = {(name, pair["a"].shape[2]) for projections in lora["layers"].values() for name, pair in projections.items()}
     stated = {(name, peft["r"]) for name in peft["target_modules"]}
     if found != stated:
-        raise ValueError(
+        raise UserError(
             f"{inner}: adapter_config.json states {sorted(stated)} (target_modules, r), the tensors are {sorted(found)}"
         )
     for field in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern"):
         if peft.get(field):
-            raise ValueError(f"{inner}/adapter_config.json: {field} is {peft[field]!r}, which is not supported")
+            raise UserError(f"{inner}/adapter_config.json: {field} is {peft[field]!r}, which is not supported")
     config = LoraConfig(peft["r"], peft["lora_alpha"] / peft["r"], peft.get("lora_dropout", 0.0), tuple(peft["target_modules"]))
     trained = {"lora": lora, "memory_table": jnp.asarray(table, jnp.float32)}
     return Adapter(compression, config, template, trained, peft["base_model_name_or_path"], info["base_fingerprint"], info.get("origin"))

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
+from icae_jax.errors import UserError
 from icae_jax.interop import files, sources
 from icae_jax.interop.config_json import hub_config, read_config
 from icae_jax.interop.weights import load_params, save_params
@@ -35,7 +36,7 @@ def load_tokenizer(folder):
     try:
         return transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{folder}: no tokenizer could be loaded ({str(error).splitlines()[0]})") from error
+        raise UserError(f"{folder}: no tokenizer could be loaded ({str(error).splitlines()[0]})") from error
 
 
 def has_tokenizer(folder):

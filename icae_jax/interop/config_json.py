@@ -9,6 +9,7 @@ import math
 import pathlib
 import typing
 
+from icae_jax.errors import UserError
 from icae_jax.interop import files
 from icae_jax.models import llama, rope
 
@@ -66,7 +67,7 @@ ROPE_FIELDS = {
 
 
 def read_config(folder):
-    """The `ModelConfig` of a hub folder. ValueError where the folder's model is not one that `models.llama` computes."""
+    """The `ModelConfig` of a hub folder. UserError where the folder's model is not one that `models.llama` computes."""
     path = pathlib.Path(folder) / "config.json"
     return parse_config(files.read_json(path, "the base model's configuration"), path)
 
@@ -75,20 +76,20 @@ def parse_config(raw, source="config.json"):
     """The `ModelConfig` of config.json's content, in both spellings of RoPE (`rope_theta` at the top, or `rope_parameters`)."""
     architecture = (raw.get("architectures") or ["no architecture"])[0]
     if architecture not in FAMILIES:
-        raise ValueError(f"{source}: architecture {architecture} is not supported; supported: {', '.join(FAMILIES)}")
+        raise UserError(f"{source}: architecture {architecture} is not supported; supported: {', '.join(FAMILIES)}")
     family = FAMILIES[architecture]
     for field, allowed in REQUIRED_VALUES.items():
         if field == "attention_bias" and family.qkv_bias:
             continue  # some say so what this architecture always has
         if field in raw and raw[field] not in allowed:
-            raise ValueError(f"{source}: {field} is {raw[field]!r}, which this model does not compute; only {allowed[0]!r} is supported")
+            raise UserError(f"{source}: {field} is {raw[field]!r}, which this model does not compute; only {allowed[0]!r} is supported")
     if "AutoModelForCausalLM" in (raw.get("auto_map") or {}):
-        raise ValueError(f"{source}: auto_map names code of the repository's own, not run here; remove it if that is {architecture} too")
+        raise UserError(f"{source}: auto_map names code of the repository's own, not run here; remove it if that is {architecture} too")
     if "quantization_config" in raw:
-        raise ValueError(f"{source}: quantization_config is set; use the unquantised checkpoint")
+        raise UserError(f"{source}: quantization_config is set; use the unquantised checkpoint")
     missing = [f for f in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads") if f not in raw]
     if missing:
-        raise ValueError(f"{source}: {', '.join(missing)} missing; is this a complete config.json?")
+        raise UserError(f"{source}: {', '.join(missing)} missing; is this a complete config.json?")
 
     heads = raw["num_attention_heads"]
     positions = raw.get("max_position_embeddings", family.max_positions)
@@ -117,7 +118,7 @@ def _windows(raw, family, source):
     layers, types = raw["num_hidden_layers"], raw.get("layer_types")
     width = raw.get("sliding_window", None if family.model_type == "llama" else 4096)
     if family.model_type == "llama" and width is not None:
-        raise ValueError(f"{source}: sliding_window is {width}, which this architecture does not compute; only null is supported")
+        raise UserError(f"{source}: sliding_window is {width}, which this architecture does not compute; only null is supported")
     if family.model_type.startswith("qwen") and not raw.get("use_sliding_window", False):
         width = None
     sliding = [width is not None and (family.model_type == "mistral" or i >= raw.get("max_window_layers", 28)) for i in range(layers)]
@@ -126,7 +127,7 @@ def _windows(raw, family, source):
         unknown = sorted(set(types) - {"full_attention", "sliding_attention"})
         of_its_own = family.model_type.startswith("qwen") and (width is not None or not any(meant))
         if unknown or len(types) != layers or (meant != sliding and not of_its_own):
-            raise ValueError(f"{source}: layer_types is {types}, which {family.model_type} with sliding_window {width} does not compute")
+            raise UserError(f"{source}: layer_types is {types}, which {family.model_type} with sliding_window {width} does not compute")
         sliding = meant
     return tuple(width if s else 0 for s in sliding) if any(sliding) else ()
 
@@ -135,18 +136,18 @@ def _rope(raw, positions, source):
     """(theta, scaling or None) of either spelling."""
     spellings = [dict(raw[field]) for field in ("rope_parameters", "rope_scaling") if raw.get(field)]
     if len(spellings) == 2 and spellings[0] != spellings[1]:  # transformers would take the second, and lose the theta of the first
-        raise ValueError(f"{source}: rope_parameters and rope_scaling are both set, to different values; keep the one that is meant")
+        raise UserError(f"{source}: rope_parameters and rope_scaling are both set, to different values; keep the one that is meant")
     fields = spellings[0] if spellings else {}
     theta = float(fields.pop("rope_theta", None) or raw.get("rope_theta", 10000.0))
     kind = fields.pop("rope_type", fields.pop("type", "default"))
     fields.pop("type", None)
     if kind not in ROPE_FIELDS:
-        raise ValueError(f"{source}: RoPE type {kind!r} is not supported; supported: {', '.join(ROPE_FIELDS)}")
+        raise UserError(f"{source}: RoPE type {kind!r} is not supported; supported: {', '.join(ROPE_FIELDS)}")
     if fields.pop("partial_rotary_factor", 1) not in (1, None):
-        raise ValueError(f"{source}: partial_rotary_factor of RoPE is not 1, which this model does not compute")
+        raise UserError(f"{source}: partial_rotary_factor of RoPE is not 1, which this model does not compute")
     unknown = [field for field in fields if field not in ROPE_FIELDS[kind] and fields[field] is not None]
     if unknown:
-        raise ValueError(f"{source}: RoPE of type {kind} has {', '.join(unknown)}, which this model does not compute")
+        raise UserError(f"{source}: RoPE of type {kind} has {', '.join(unknown)}, which this model does not compute")
     fields["original_max_position_embeddings"] = raw.get(
         "original_max_position_embeddings", fields.get("original_max_position_embeddings") or positions
     )
@@ -155,7 +156,7 @@ def _rope(raw, positions, source):
     needed = {"linear": ("factor",), "llama3": ROPE_FIELDS["llama3"]}.get(kind, ())
     absent = [field for field in needed if fields.get(field) is None]
     if absent:
-        raise ValueError(f"{source}: RoPE of type {kind} lacks {', '.join(absent)}")
+        raise UserError(f"{source}: RoPE of type {kind} lacks {', '.join(absent)}")
     if kind == "default":
         return theta, None
     if kind == "linear":
@@ -178,7 +179,7 @@ def _rope(raw, positions, source):
 def hub_config(config, dtype, special_ids):
     """config.json's content for a `ModelConfig`, as the plainest architecture that computes it.
 
-    special_ids: `{"bos_token_id": …, "eos_token_id": …}`. ValueError where no architecture does.
+    special_ids: `{"bos_token_id": …, "eos_token_id": …}`. UserError where no architecture does.
     """
     widths = set(config.windows) - {0}
     everywhere = len(set(config.windows)) <= 1
@@ -190,7 +191,7 @@ def hub_config(config, dtype, special_ids):
         and not (f.model_type == "mistral" and not widths)
     ]
     if not fitting:
-        raise ValueError(f"no architecture of the hub has qkv_bias {config.qkv_bias}, qk_norm {config.qk_norm}, windows {config.windows}")
+        raise UserError(f"no architecture of the hub has qkv_bias {config.qkv_bias}, qk_norm {config.qk_norm}, windows {config.windows}")
     family = FAMILIES[fitting[0]]
     parameters = {"rope_theta": config.rope_theta, "rope_type": "default"}
     if config.rope_scaling is not None:

@@ -7,6 +7,8 @@ import pathlib
 import shutil
 import tempfile
 
+from icae_jax.errors import UserError
+
 
 def cache_folder(configured=""):
     """Where what can be made again is kept: the configured folder, else $ICAE_CACHE, else ~/.cache/icae_jax."""
@@ -14,25 +16,25 @@ def cache_folder(configured=""):
 
 
 def need_torch(what):
-    """The torch module, for the few things that cannot be done without it; ValueError saying what they are where it is not installed."""
+    """The torch module, for the few things that cannot be done without it; UserError saying what they are where it is not installed."""
     try:
         import torch
     except ImportError as error:
-        raise ValueError(f"{what} needs PyTorch: pip install torch") from error
+        raise UserError(f"{what} needs PyTorch: pip install torch") from error
     return torch
 
 
 def read_json(path, what):
-    """A JSON file's content; ValueError naming file and purpose where it is missing or malformed."""
+    """A JSON file's content; UserError naming file and purpose where it is missing or malformed."""
     path = pathlib.Path(path)
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise ValueError(f"{path}: no such file; it should hold {what}") from error
+        raise UserError(f"{path}: no such file; it should hold {what}") from error
     except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON ({error})") from error
+        raise UserError(f"{path}: not valid JSON ({error})") from error
 
 
 def write_json(path, value):
@@ -82,10 +84,10 @@ def replacing_folder(path):
 
 
 def check_new_folder(path, flag="--to"):
-    """ValueError where a folder cannot be written without touching what is there, before any work is done."""
+    """UserError where a folder cannot be written without touching what is there, before any work is done."""
     path = pathlib.Path(path)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise ValueError(f"{flag} {path} exists and is not an empty folder; give a new one")
+        raise UserError(f"{flag} {path} exists and is not an empty folder; give a new one")
     parent = next(p for p in path.absolute().parents if p.exists())
     if not os.access(parent, os.W_OK):
-        raise ValueError(f"{flag} {path}: folder {parent} cannot be written")
+        raise UserError(f"{flag} {path}: folder {parent} cannot be written")

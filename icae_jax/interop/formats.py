@@ -18,6 +18,7 @@ import safetensors
 import safetensors.numpy
 
 from icae_jax.compression.encoder import SPECIAL_ROWS, CompressionConfig
+from icae_jax.errors import UserError
 from icae_jax.interop import adapter as adapters
 from icae_jax.interop import base as bases
 from icae_jax.interop import files, weights
@@ -61,7 +62,7 @@ def file_kind(path):
         with open(path, "rb") as f:
             start = f.read(9)
     except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     if start[:4] == b"PK\x03\x04" or start[:1] == b"\x80":
         return "pickle"
     header = int.from_bytes(start[:8], "little")
@@ -71,31 +72,31 @@ def file_kind(path):
 def open_tensors(path):
     """(`{name: Stored}`, metadata) of a safetensors file or a pickled flat dict of tensors.
 
-    Of a pickle nothing but tensors is ever constructed; ValueError where it holds anything else.
+    Of a pickle nothing but tensors is ever constructed; UserError where it holds anything else.
     """
     path = pathlib.Path(path)
     kind = file_kind(path)
     if kind is None:
-        raise ValueError(f"{path}: neither safetensors nor a file that torch.save wrote")
+        raise UserError(f"{path}: neither safetensors nor a file that torch.save wrote")
     if kind == "safetensors":
         try:
             with safetensors.safe_open(path, framework="numpy") as f:
                 slices = {name: f.get_slice(name) for name in f.keys()}  # noqa: SIM118
                 return {n: Stored(tuple(s.get_shape()), s.get_dtype(), _reader(path, n)) for n, s in slices.items()}, f.metadata() or {}
         except safetensors.SafetensorError as error:
-            raise ValueError(f"{path}: not a readable safetensors file ({error})") from error
+            raise UserError(f"{path}: not a readable safetensors file ({error})") from error
     torch = files.need_torch(f"reading {path}, a pickle,")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a pickle can fail in any way; none of them may run code
         reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"{path}: refused, a pickle with more in it than tensors, or a damaged one ({reason})") from error
+        raise UserError(f"{path}: refused, a pickle with more in it than tensors, or a damaged one ({reason})") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path}: refused, it holds a {type(content).__name__} and not a flat dict of tensors")
+        raise UserError(f"{path}: refused, it holds a {type(content).__name__} and not a flat dict of tensors")
     fine = (torch.Tensor, float, int)  # numbers: the zeros of icae-v1
     other = [f"{k!r}: {type(v).__name__}" for k, v in content.items() if not (isinstance(k, str) and isinstance(v, fine))]
     if other:
-        raise ValueError(f"{path}: refused, a flat dict of tensors is expected and it holds {', '.join(other[:5])}")
+        raise UserError(f"{path}: refused, a flat dict of tensors is expected and it holds {', '.join(other[:5])}")
     tensors = {k: v if isinstance(v, torch.Tensor) else torch.tensor(float(v)) for k, v in content.items()}
 
     def stored(value):
@@ -148,7 +149,7 @@ def methods_of(form, tensors, phase=None):
 def read_trained(form, tensors, base, source):
     """The trained tree `{"lora": tree, "memory_table": [k + 3, D]}` of a recognised file, float32, for a loaded `Base`.
 
-    ValueError lists every tensor that is missing, unexpected or of a shape that is not the base's, and where the file carries a base of
+    UserError lists every tensor that is missing, unexpected or of a shape that is not the base's, and where the file carries a base of
     its own that is not this one.
     """
     problems, D = [], base.config.hidden_size
@@ -166,12 +167,12 @@ def read_trained(form, tensors, base, source):
             problems.append(f"mis-shaped {name}: {tensors[name].shape}, with this base it is {want}")
     copies = _base_copies(left, base.config, problems)
     if problems:
-        raise ValueError(f"{source}: the tensors do not fit base {base.path}:\n  " + "\n  ".join(problems))
+        raise UserError(f"{source}: the tensors do not fit base {base.path}:\n  " + "\n  ".join(problems))
     for copy in copies:
         theirs = bases.fingerprint(base.config, copy)
         if theirs != base.fingerprint:
             have = f"{base.path} has {base.fingerprint[:12]}"
-            raise ValueError(f"{source} carries a base with fingerprint {theirs[:12]}, but {have}; give the right base")
+            raise UserError(f"{source} carries a base with fingerprint {theirs[:12]}, but {have}; give the right base")
     table = np.asarray(tensors[table_name], np.float32)
     if form == "x500":
         table = np.concatenate([table[0], np.zeros((SPECIAL_ROWS, D), np.float32)])
@@ -243,7 +244,7 @@ def misreadings(form, adapter):
     c, wrong = adapter.compression, []
     layouts = {"icae-v1": {"icae": "sequential"}, "icae-v2": {"icae": "sequential"}, "x500": {"x500": "reference", "icae": "padded"}}[form]
     if c.method not in layouts:
-        raise ValueError(f"--format {form} cannot hold an adapter of method {c.method}; choose native, peft or x500")
+        raise UserError(f"--format {form} cannot hold an adapter of method {c.method}; choose native, peft or x500")
     if c.layout != layouts[c.method]:
         wrong.append(f"it reads layout {layouts[c.method]}, the adapter was trained with {c.layout}")
     if c.trigger != ("bos" if c.method == "x500" else "trained"):
@@ -301,12 +302,12 @@ READING_FIELDS = {"alpha", "context_length", "layout", "method", "template", "ba
 
 
 def read_reading(path):
-    """What was written beside a file of tensors of how it is read, or None. ValueError where that is incomplete."""
+    """What was written beside a file of tensors of how it is read, or None. UserError where that is incomplete."""
     beside = pathlib.Path(path).parent / READING
     if not beside.exists():
         return None
     told = files.read_json(beside, "how the file is read")
     missing = sorted(READING_FIELDS - set(told))
     if missing:
-        raise ValueError(f"{beside}: {', '.join(missing)} missing; move it away if it does not belong to {pathlib.Path(path).name}")
+        raise UserError(f"{beside}: {', '.join(missing)} missing; move it away if it does not belong to {pathlib.Path(path).name}")
     return told

@@ -13,6 +13,7 @@ import numpy as np
 import safetensors.numpy
 
 from icae_jax.compression import layout as layouts
+from icae_jax.errors import UserError
 from icae_jax.interop import adapter as adapters
 from icae_jax.interop import files
 from icae_jax.objectives import targets
@@ -21,11 +22,11 @@ from icae_jax.objectives import targets
 def save(folder, adapter, base_config, dtype="float32"):
     """Writes an `Adapter` as a PEFT folder, new or empty. dtype: of LoRA and memory table, "float32", "bfloat16" or "float16".
 
-    ValueError where the base attends to windows that transformers would lay elsewhere than the adapter's layout does.
+    UserError where the base attends to windows that transformers would lay elsewhere than the adapter's layout does.
     """
     files.check_new_folder(folder)
     if dtype not in ("float32", "bfloat16", "float16"):
-        raise ValueError(f"dtype is {dtype}; choose float32, bfloat16 or float16")
+        raise UserError(f"dtype is {dtype}; choose float32, bfloat16 or float16")
     readme = _readme(adapter, base_config)
 
     def stored(tensors):
@@ -47,7 +48,7 @@ def _readme(adapter, base_config):
     layout, k, N = layouts.get(compression.layout), compression.k, compression.segment_tokens
     reach = N + k
     if layout.spread_encoder and any(0 < window < reach for window in base_config.windows):
-        raise ValueError(
+        raise UserError(
             f"compression.layout is {layout.name}, whose memory tokens sit among the text's positions, and the base attends to windows of "
             f"{min(w for w in base_config.windows if w)}, which transformers counts by the order of tokens; train with rate and k "
             f"such that a segment and its memory ({reach} tokens) fit in a window"

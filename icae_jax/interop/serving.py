@@ -22,6 +22,7 @@ import icae_jax
 from icae_jax.compression import encoder, methods
 from icae_jax.compression import layout as layouts
 from icae_jax.compression.memory import KV
+from icae_jax.errors import UserError
 from icae_jax.interop import files
 from icae_jax.models import rope
 
@@ -58,14 +59,14 @@ def stop_ids(compressor, objective):
 
 
 def check_servable(compressor, memory):
-    """ValueError where the memory is K/V, or is not read at positions 0, 1, 2, … with the prompt right behind it."""
+    """UserError where the memory is K/V, or is not read at positions 0, 1, 2, … with the prompt right behind it."""
     if isinstance(memory, KV):
-        raise ValueError("this memory is K and V of every layer (x500), which prompt embeddings cannot carry; use `icae export hf-cache`")
+        raise UserError("this memory is K and V of every layer (x500), which prompt embeddings cannot carry; use `icae export hf-cache`")
     real = np.asarray(memory.mask)
     wrong = real & (np.asarray(memory.positions) != real.cumsum(1) - 1)
     layout = layouts.get(compressor.config.layout)
     if layout.ae_restarts or wrong.any() or (np.asarray(memory.end) != real.sum(1)).any():
-        raise ValueError(
+        raise UserError(
             f"compression.layout of the adapter is {layout.name}, whose memory is not read at positions 0, 1, 2, … as a server numbers "
             "prompt embeddings; train with layout servable, or use `icae export hf-cache`"
         )
@@ -79,7 +80,7 @@ def slots_of(memory, row):
 def prompt_embeddings(compressor, memory, row, question=None):
     """The whole prompt of one text: head, slots, and the question in the adapter's template; or slots and trigger, without a question.
 
-    Input embeddings `[T, D]` numpy, for positions 0 … T - 1. ValueError where the base has fewer positions.
+    Input embeddings `[T, D]` numpy, for positions 0 … T - 1. UserError where the base has fewer positions.
     """
     template = compressor.adapter.template
     behind = [compressor.framing.trigger] if question is None else template.prompt(_ids(compressor, question))
@@ -92,7 +93,7 @@ def prompt_embeddings(compressor, memory, row, question=None):
     x_TD = np.concatenate([embed(head), np.asarray(slots_of(memory, row), np.float32), embed(behind)])
     if len(x_TD) >= compressor.base.config.max_position_embeddings:
         most = compressor.base.config.max_position_embeddings
-        raise ValueError(f"the prompt of memory and question takes {len(x_TD)} positions, the base has {most}; shorten one of them")
+        raise UserError(f"the prompt of memory and question takes {len(x_TD)} positions, the base has {most}; shorten one of them")
     return x_TD
 
 
@@ -115,14 +116,14 @@ def save_prompt_embeds(folder, compressor, memory, ids, questions=(), restore=Fa
         requests.jsonl                      a request a line: kind (chat, ask, restore), id, question, file, path, and its JSON body
         request.py                          sends one of them
 
-    ValueError where a server could not read the memory as it was trained (see `check_servable`), or PyTorch is missing.
+    UserError where a server could not read the memory as it was trained (see `check_servable`), or PyTorch is missing.
     """
     files.check_new_folder(folder)
     check_servable(compressor, memory)
     if dtype not in PROMPT_DTYPES:
-        raise ValueError(f"--dtype is {dtype}; choose from {', '.join(PROMPT_DTYPES)}")
+        raise UserError(f"--dtype is {dtype}; choose from {', '.join(PROMPT_DTYPES)}")
     if len(ids) != len(memory):
-        raise ValueError(f"{len(ids)} ids for {len(memory)} memories; give one id a text")
+        raise UserError(f"{len(ids)} ids for {len(memory)} memories; give one id a text")
     questions = [questions] if isinstance(questions, str) else list(questions)
     model = model or _base_path(compressor)
     most = compressor.base.config.max_position_embeddings
@@ -238,10 +239,10 @@ def filled_cache(compressor, memory, objective="ask"):
     """Head and memory as transformers' `DynamicCache` holds them: (key, value, mask, room), numpy.
 
     key, value `[L, B, P, K, H]`, K after RoPE and turned so that the next token's position is the number of real entries. mask `[B, P]`
-    bool. room: how many tokens of prompt and answer fit behind the longest memory. ValueError where none do.
+    bool. room: how many tokens of prompt and answer fit behind the longest memory. UserError where none do.
     """
     if objective not in OBJECTIVES:
-        raise ValueError(f"--for is {objective}; choose from {', '.join(OBJECTIVES)}")
+        raise UserError(f"--for is {objective}; choose from {', '.join(OBJECTIVES)}")
     head, layout = _head(compressor, objective), layouts.get(compressor.config.layout)
     keys, values, masks, starts = [], [], [], []
     for row in range(len(memory)):  # one at a time, so that many texts need no more room on the device than one
@@ -259,7 +260,7 @@ def filled_cache(compressor, memory, objective="ask"):
     room = min([compressor.base.config.max_position_embeddings - start, *[w - max(start, int(used.sum())) for w in windows]])
     if room < 2:
         limit = f"attends to windows of {min(windows)}" if windows else f"has {compressor.base.config.max_position_embeddings} positions"
-        raise ValueError(f"the memory ends at position {start} and the base {limit}; nothing fits behind it, so export shorter texts")
+        raise UserError(f"the memory ends at position {start} and the base {limit}; nothing fits behind it, so export shorter texts")
     return key, value, mask[:, used], room
 
 
@@ -274,9 +275,9 @@ def save_cache(folder, compressor, memory, ids, objective="ask", dtype=CACHE_DTY
     """
     files.check_new_folder(folder)
     if dtype not in CACHE_DTYPES:
-        raise ValueError(f"--dtype is {dtype}; choose from {', '.join(CACHE_DTYPES)}")
+        raise UserError(f"--dtype is {dtype}; choose from {', '.join(CACHE_DTYPES)}")
     if len(ids) != len(memory):
-        raise ValueError(f"{len(ids)} ids for {len(memory)} memories; give one id a text")
+        raise UserError(f"{len(ids)} ids for {len(memory)} memories; give one id a text")
     key, value, mask, room = filled_cache(compressor, memory, objective)
     template = compressor.adapter.template
     asked = objective == "ask"
@@ -340,7 +341,7 @@ def generate(model, tokenizer, questions, rows=None, max_new_tokens=128):
     prompts = [INFO["before"] + tokenizer(q, add_special_tokens=False)["input_ids"] + INFO["after"] for q in questions]
     T = max(map(len, prompts))
     if T >= INFO["room"]:
-        raise ValueError(f"a prompt takes {T} tokens, and {INFO['room']} of prompt and answer fit behind the memory")
+        raise UserError(f"a prompt takes {T} tokens, and {INFO['room']} of prompt and answer fit behind the memory")
     ids = torch.tensor([[0] * (T - len(p)) + p for p in prompts], device=model.device)
     real = torch.tensor([[0] * (T - len(p)) + [1] * len(p) for p in prompts], device=model.device)
     x = model.get_input_embeddings()(ids.clamp(min=0))

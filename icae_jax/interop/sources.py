@@ -8,6 +8,7 @@ import urllib.parse
 
 import tqdm
 
+from icae_jax.errors import UserError
 from icae_jax.interop import files, weights
 
 # What is fetched of a base: configuration, tokenizer, safetensors, licence; no other copies of the weights, which some folders hold too.
@@ -24,7 +25,7 @@ def local_folder(base, progress=True):
         (and offline from the cache alone); or the URL of a folder that `etils.epath` reads (gs://, s3://, …), copied into `bases/` of
         $ICAE_CACHE (else ~/.cache/icae_jax), where files of the same size and time are kept. An Orbax copy's weights are read where they
         are (`weights.ORBAX_URL`).
-    progress: bars in bytes on stderr, where it takes over a second. ValueError says what cannot be found or read.
+    progress: bars in bytes on stderr, where it takes over a second. UserError says what cannot be found or read.
     """
     text = str(base)
     if os.path.isdir(text):  # of "" it is not the current folder, as `pathlib` has it
@@ -34,12 +35,12 @@ def local_folder(base, progress=True):
     elif _HUB_ID.fullmatch(text):
         folder = _downloaded(text, progress)
     else:
-        raise ValueError(
+        raise UserError(
             f"base {text!r} is not a folder; give a model-hub folder with config.json, weights and tokenizer, "
             "a hub id such as meta-llama/Llama-3.2-1B, or gs://…"
         )
     if not (folder / "config.json").is_file():
-        raise ValueError(f"base {text!r} has no config.json; give one in the model hub's format")
+        raise UserError(f"base {text!r} has no config.json; give one in the model hub's format")
     return folder
 
 
@@ -66,7 +67,7 @@ def _downloaded(hub_id, progress):
             tqdm_class=None if progress else _NoBar,
         )
     except Exception as error:  # the hub's, its HTTP client's or the disk's
-        raise ValueError(f"base {hub_id!r}: there is no such folder here, and the hub says: {_words(error)}") from error
+        raise UserError(f"base {hub_id!r}: there is no such folder here, and the hub says: {_words(error)}") from error
     return pathlib.Path(folder)
 
 
@@ -81,11 +82,11 @@ def _copied(url, progress):
         copied = any(name.endswith(".safetensors") for name in found)
         orbax = not copied and (remote / weights.ORBAX).is_dir()
     except ImportError as error:
-        raise ValueError(f"base {url!r} needs a package that is not installed: {_words(error)} (for gs://, pip install gcsfs)") from error
+        raise UserError(f"base {url!r} needs a package that is not installed: {_words(error)} (for gs://, pip install gcsfs)") from error
     except Exception as error:  # each storage has its own
-        raise ValueError(f"base {url!r} cannot be read: {_words(error)}") from error
+        raise UserError(f"base {url!r} cannot be read: {_words(error)}") from error
     if "config.json" not in found:
-        raise ValueError(f"base {url!r} has no config.json; give the URL of a folder in the model hub's format")
+        raise UserError(f"base {url!r} has no config.json; give the URL of a folder in the model hub's format")
     absent = {name: source for name, source in found.items() if not _same(folder / name, source[1])}
     total = sum(stat.length for _, stat in absent.values())
     with tqdm.tqdm(total=total, unit="B", unit_scale=True, desc=f"copying {url}", delay=1, disable=not progress) as bar:
@@ -93,7 +94,7 @@ def _copied(url, progress):
             with files.replacing_file(folder / name) as tmp:
                 _copy(path, tmp, bar)
                 if tmp.stat().st_size != stat.length:
-                    raise ValueError(f"base {url!r}: {name} is {tmp.stat().st_size} bytes, {stat.length} expected; run the command again")
+                    raise UserError(f"base {url!r}: {name} is {tmp.stat().st_size} bytes, {stat.length} expected; run the command again")
                 if stat.mtime:
                     os.utime(tmp, (stat.mtime, stat.mtime))
     if orbax:

@@ -13,6 +13,7 @@ import safetensors.numpy
 import tqdm
 from etils import epath
 
+from icae_jax.errors import UserError
 from icae_jax.interop import files
 from icae_jax.models import llama, lora
 
@@ -57,7 +58,7 @@ def weight_files(folder):
         return sorted({folder / name for name in files.read_json(index, "the weight index")["weight_map"].values()})
     if (folder / "model.safetensors").exists():
         return [folder / "model.safetensors"]
-    raise ValueError(
+    raise UserError(
         f"{folder}: no model.safetensors, no model.safetensors.index.json and no Orbax copy in {ORBAX}/; "
         "pickled weights (.bin, .pt) are not read"
     )
@@ -82,7 +83,7 @@ def load_params(folder, config, dtype=jnp.float32, sharding=None, progress=False
     sharding: None for the default device, a `jax.sharding.Sharding` for every parameter, or a function that gives each its own:
         `sharding(path, shape)`, path as ("layers", "mlp", "up_proj", "kernel"), shape a `jax.ShapeDtypeStruct`.
     progress: a bar in bytes on stderr, where it takes over a second. only: paths of the parameters to load, by default all.
-    ValueError, before any weights are read, lists the tensors that are missing or of another shape than config.json implies.
+    UserError, before any weights are read, lists the tensors that are missing or of another shape than config.json implies.
     """
     folder = pathlib.Path(folder)
     targets = _targets(config, dtype, sharding)
@@ -104,7 +105,7 @@ def _targets(config, dtype, sharding):
             try:
                 where.shard_shape(shape.shape)
             except ValueError as error:
-                raise ValueError(f"parameter {'.'.join(path)} {shape.shape} cannot be split by {where}: {error}") from error
+                raise UserError(f"parameter {'.'.join(path)} {shape.shape} cannot be split by {where}: {error}") from error
         targets[path] = jax.ShapeDtypeStruct(shape.shape, dtype, sharding=where)
     return targets
 
@@ -160,11 +161,11 @@ def _load_safetensors(folder, config, targets, wanted, bar):
     with contextlib.ExitStack() as stack:
         for path in weight_files(folder):
             if not path.exists():
-                raise ValueError(f"{path}: named in the weight index but not there; download the folder again")
+                raise UserError(f"{path}: named in the weight index but not there; download the folder again")
             try:
                 file = stack.enter_context(safetensors.safe_open(path, framework="numpy"))
             except safetensors.SafetensorError as error:
-                raise ValueError(f"{path}: not a readable safetensors file ({error})") from error
+                raise UserError(f"{path}: not a readable safetensors file ({error})") from error
             stored |= {name: (path, file.get_slice(name)) for name in set(file.keys()).intersection(names).difference(stored)}
         _check_stored(folder, hub_shapes(config), stored)
         tensors = {}
@@ -176,7 +177,7 @@ def _load_safetensors(folder, config, targets, wanted, bar):
 
 
 def _check_stored(folder, shapes, stored):
-    """ValueError where tensors are missing, of other shapes, or not floating point."""
+    """UserError where tensors are missing, of other shapes, or not floating point."""
     missing = [name for name in shapes if name not in stored]
     wrong = []
     for name, (file, tensor) in stored.items():
@@ -189,14 +190,14 @@ def _check_stored(folder, shapes, stored):
 
 
 def _refuse(folder, problems):
-    """ValueError that lists the first tensors of each kind of problem, where there are any."""
+    """UserError that lists the first tensors of each kind of problem, where there are any."""
     found = [
         f"{len(lines)} tensor{'s' * (len(lines) > 1)} {what}: {', '.join(sorted(lines)[:5])}{', …' if len(lines) > 5 else ''}"
         for what, lines in problems.items()
         if lines
     ]
     if found:
-        raise ValueError(f"{folder}: {'; '.join(found)}")
+        raise UserError(f"{folder}: {'; '.join(found)}")
 
 
 def _read(tensors, dtype, ranges, bar):
@@ -221,7 +222,7 @@ def _read(tensors, dtype, ranges, bar):
 
 
 def save_orbax(folder, params):
-    """Writes an Orbax copy of the parameters: `params/` in a folder. ValueError where it is there already."""
+    """Writes an Orbax copy of the parameters: `params/` in a folder. UserError where it is there already."""
     import orbax.checkpoint as ocp  # takes a second, which loading safetensors need not wait
 
     args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), params)
@@ -238,7 +239,7 @@ def _load_orbax(folder, config, targets, wanted, bar):
     with _reading(source), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         metadata = checkpointer.metadata(source).item_metadata
         if metadata is None:
-            raise ValueError("files are missing")
+            raise UserError("files are missing")
     stored = {tuple(key.key for key in keys): tuple(x.shape) for keys, x in jax.tree_util.tree_leaves_with_path(metadata.tree)}
     _refuse(
         source,
@@ -288,7 +289,7 @@ def _reading(source):
         yield
     except Exception as error:
         cause = str(error).strip().splitlines()
-        raise ValueError(f"{source}: not a readable Orbax copy of a base ({cause[0] if cause else error!r}); make it anew") from error
+        raise UserError(f"{source}: not a readable Orbax copy of a base ({cause[0] if cause else error!r}); make it anew") from error
 
 
 # ------------------------------------------------------------------------------------------------------------------ out

@@ -24,6 +24,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 from jax.sharding import PartitionSpec
 
+from icae_jax.errors import UserError
+
 IMPLEMENTATIONS = ("xla", "cudnn", "splash")
 CHUNK = 128  # plain attention's queries at a time: long enough for matmuls, short enough that a CPU's cache holds their scores
 SCORES = 1 << 20  # of a chunk, up to which plain attention takes several texts at a time: 4 MiB, for the same reason
@@ -47,7 +49,7 @@ def attend(q_BTNH, k_BSKH, v_BSKH, mask, prefix=None, *, at=None, implementation
     not a numpy array `[T]` that rises by one, and so known when the program is traced, the call is computed as xla does.
 
     Where a mesh's rules are active, the flash kernels run on each device's rows and heads (`training.sharding`).
-    Returns `[B, T, N * H]`. ValueError where the mask, the mesh or the name is not for this implementation.
+    Returns `[B, T, N * H]`. UserError where the mask, the mesh or the name is not for this implementation.
     """
     B, T, N, H = q_BTNH.shape
     S = k_BSKH.shape[1]
@@ -56,7 +58,7 @@ def attend(q_BTNH, k_BSKH, v_BSKH, mask, prefix=None, *, at=None, implementation
         raise ValueError(f"{T} queries of {S} keys, and at is {at if at is None else at.shape}; give the time of every query")
     if implementation == "splash":
         if mask.ndim != 2 or (prefix is not None and prefix[2].ndim != 2):
-            raise ValueError("attention splash: the mask says for each query what it sees, and splash is causal; choose xla or cudnn")
+            raise UserError("attention splash: the mask says for each query what it sees, and splash is causal; choose xla or cudnn")
         first = 0 if at is None else _first(at)
         if first is not None:
             return _splash(q_BTNH, k_BSKH, v_BSKH, mask, prefix, first).reshape(B, T, N * H)
@@ -69,7 +71,7 @@ def attend(q_BTNH, k_BSKH, v_BSKH, mask, prefix=None, *, at=None, implementation
 
 def _check(implementation):
     if implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"attention is {implementation!r}; choose from {', '.join(IMPLEMENTATIONS)}")
+        raise UserError(f"attention is {implementation!r}; choose from {', '.join(IMPLEMENTATIONS)}")
 
 
 def seen(real_BS, at=None):
@@ -83,7 +85,7 @@ def supported(implementation, platform, *, dtype, head_dim, heads=1, kv_heads=1,
     """None where an implementation can compute such a model's attention, or the reason why not, as text.
 
     platform: a device's, "cpu", "gpu" or "tpu". windows: whether layers see a window only. tensor: devices that heads are split over.
-    ValueError for an unknown implementation.
+    UserError for an unknown implementation.
     """
     _check(implementation)
     if implementation == "xla":
@@ -287,7 +289,7 @@ def _on_devices(kernel, q_BTNH, k_BSKH, v_BSKH, *masks):
     B, N, K = q_BTNH.shape[0], q_BTNH.shape[2], k_BSKH.shape[2]
     (rows, _), (heads, parts), (kv_heads, _) = _split("batch", B), _split("heads", N), _split("kv_heads", K)
     if heads != kv_heads:
-        raise ValueError(f"attention: {N} query heads are split over {parts} devices, {K} key/value heads are not; choose xla")
+        raise UserError(f"attention: {N} query heads are split over {parts} devices, {K} key/value heads are not; choose xla")
     of_heads = PartitionSpec(rows, None, heads, None)
     of_masks = tuple(PartitionSpec(rows if mask.shape[0] == B else None) for mask in masks)
     # check_vma: neither kernel says which of its results differ between devices.

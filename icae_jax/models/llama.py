@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
+from icae_jax.errors import UserError
 from icae_jax.models import rope
 from icae_jax.models.attention import attend, seen
 
@@ -64,13 +65,13 @@ class ModelConfig:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if field.type in (int, float) and not value > 0:
-                raise ValueError(f"{field.name} of the model is {value}; it must be positive")
+                raise UserError(f"{field.name} of the model is {value}; it must be positive")
         if self.num_heads % self.num_kv_heads:
-            raise ValueError(f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}")
+            raise UserError(f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}")
         if self.head_dim % 2:
-            raise ValueError(f"head_dim is {self.head_dim}; rotary positions need an even one")
+            raise UserError(f"head_dim is {self.head_dim}; rotary positions need an even one")
         if self.windows and (len(self.windows) != self.num_layers or min(self.windows) < 0):
-            raise ValueError(f"windows of the model are {self.windows}; give one >= 0 for each of the {self.num_layers} layers")
+            raise UserError(f"windows of the model are {self.windows}; give one >= 0 for each of the {self.num_layers} layers")
 
 
 # ------------------------------------------------------------------------------------------------------- logical axes

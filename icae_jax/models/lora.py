@@ -10,6 +10,8 @@ import math
 import jax
 import jax.numpy as jnp
 
+from icae_jax.errors import UserError
+
 # The seven projections of a block, by the module that holds them: name -> (input, output) width in ModelConfig's terms.
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
@@ -27,12 +29,12 @@ class LoraConfig:
 
     def __post_init__(self):
         if self.rank <= 0:
-            raise ValueError(f"lora.rank is {self.rank}; it must be a positive number such as 128")
+            raise UserError(f"lora.rank is {self.rank}; it must be a positive number such as 128")
         if not 0 <= self.dropout < 1:
-            raise ValueError(f"lora.dropout is {self.dropout}; it must lie in [0, 1)")
+            raise UserError(f"lora.dropout is {self.dropout}; it must lie in [0, 1)")
         unknown = [t for t in self.targets if t not in PROJECTIONS]
         if unknown or not self.targets:
-            raise ValueError(f"lora.targets holds {unknown or 'nothing'}; choose from {', '.join(PROJECTIONS)}")
+            raise UserError(f"lora.targets holds {unknown or 'nothing'}; choose from {', '.join(PROJECTIONS)}")
 
 
 def projection_shape(model_config, name):

@@ -1,5 +1,6 @@
 """Sizes of well-known bases, as in the config.json of their hub folders: what can be computed of a model without its weights."""
 
+from icae_jax.errors import UserError
 from icae_jax.models.llama import ModelConfig
 from icae_jax.models.rope import Llama3Scaling
 
@@ -41,7 +42,7 @@ NAMED = {
 
 
 def find(name):
-    """The `ModelConfig` of a hub id; ValueError with the known ones otherwise."""
+    """The `ModelConfig` of a hub id; UserError with the known ones otherwise."""
     if name not in NAMED:
-        raise ValueError(f"the sizes of {name!r} are not known; known: {', '.join(NAMED)}")
+        raise UserError(f"the sizes of {name!r} are not known; known: {', '.join(NAMED)}")
     return NAMED[name]

@@ -15,6 +15,8 @@ import typing
 
 import numpy as np
 
+from icae_jax.errors import UserError
+
 AE, LM, FT = -3, -2, -1
 OBJECTIVES = ("ae", "lm", "qa")
 LM_UNLABELLED = 8  # the first tokens of a continuation carry no loss: little in the memory could tell them (reference)
@@ -41,13 +43,13 @@ def make_framing(compression, tokenizer, bos_id):
     """The `Framing` of a method. bos_id: the id that the tokenizer sets in front of a text, or None.
 
     ICAE's encoder reads the text as the base would, `<s>` included; 500xCompressor's (and that of the ICAE it is compared with, layout
-    `padded`) reads the text alone, and `<s>` is what its decoder starts regeneration with. ValueError where that is asked for and the
+    `padded`) reads the text alone, and `<s>` is what its decoder starts regeneration with. UserError where that is asked for and the
     tokenizer has none.
     """
     if tokenizer.eos_token_id is None:
-        raise ValueError("the tokenizer has no eos token; set one in tokenizer_config.json")
+        raise UserError("the tokenizer has no eos token; set one in tokenizer_config.json")
     if compression.trigger == "bos" and tokenizer.bos_token_id is None:
-        raise ValueError("compression.trigger is bos, but the base's tokenizer has no bos token; choose trained")
+        raise UserError("compression.trigger is bos, but the base's tokenizer has no bos token; choose trained")
     alone = compression.method == "x500" or compression.layout == "padded"
     start = () if alone or bos_id is None else (bos_id,)
     return Framing(start, tokenizer.bos_token_id if compression.trigger == "bos" else AE, tokenizer.eos_token_id)
@@ -105,7 +107,7 @@ def make_template(name, tokenizer, eos=None):
         return Template(name, (), (FT,), (FT,), 1)
     eos = eos if tokenizer is None else tokenizer.eos_token_id
     if eos is None:
-        raise ValueError("the tokenizer has no eos token; set one in tokenizer_config.json")
+        raise UserError("the tokenizer has no eos token; set one in tokenizer_config.json")
     if name == "none":
         return Template(name, (), (), (), eos)
     if name == "mistral":
@@ -115,16 +117,16 @@ def make_template(name, tokenizer, eos=None):
         return Template(name, (), _ids(tokenizer, "Question:"), _ids(tokenizer, "Answer:"), eos)
     if name == "chat":
         if not tokenizer.chat_template:
-            raise ValueError("objectives.template is chat, but the tokenizer has no chat template; choose mistral, v1 or plain")
+            raise UserError("objectives.template is chat, but the tokenizer has no chat template; choose mistral, v1 or plain")
         memory, prompt = "<<MEMORY>>", "<<PROMPT>>"
         turns = [{"role": "user", "content": f"{memory}\n{prompt}"}]
         text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
         if text.count(memory) != 1 or text.count(prompt) != 1:
-            raise ValueError("the tokenizer's chat template does not show the user's turn exactly once; choose another template")
+            raise UserError("the tokenizer's chat template does not show the user's turn exactly once; choose another template")
         head, rest = text.split(memory)
         before, after = rest.split(prompt)
         return Template(name, *(_ids(tokenizer, part) for part in (head, before, after)), eos)
-    raise ValueError(f"objectives.template is {name!r}; choose from {', '.join(TEMPLATES)}")
+    raise UserError(f"objectives.template is {name!r}; choose from {', '.join(TEMPLATES)}")
 
 
 # -------------------------------------------------------------------------------------------------------------- packing
@@ -134,7 +136,7 @@ def pack(rows, G, T, U):
     """Stacks the targets of each example: `rows[b]` holds up to G of them, None for an absent one.
 
     Returns int32 arrays `ids [B, G, T]` (decoder inputs), `label_at [B, G, U]` (the input index that predicts each label),
-    `labels [B, G, U]`, and `label_mask [B, G, U]` bool. ValueError where a target does not fit.
+    `labels [B, G, U]`, and `label_mask [B, G, U]` bool. UserError where a target does not fit.
     """
     B = len(rows)
     batch = {

@@ -1,5 +1,6 @@
 """Which attention a run computes: the one that its configuration names, or by measurement on its own device."""
 
+from icae_jax.errors import UserError
 from icae_jax.models import attention
 from icae_jax.training import distributed
 
@@ -12,7 +13,7 @@ def choose(asked, model, mesh, *, rows, length, dtype):
 
     asked: one of `CHOICES`; "auto" times a layer's forward and backward pass of all that can be had, on one device of this process, and
     takes the fastest; several processes take the first one's. model: `ModelConfig`. rows, length: of the batches on the whole mesh.
-    ValueError where what is asked for cannot be had here.
+    UserError where what is asked for cannot be had here.
     """
     device, tensor = mesh.local_devices[0], mesh.shape["tensor"]
     heads, kv_heads = model.num_heads, model.num_kv_heads
@@ -23,7 +24,7 @@ def choose(asked, model, mesh, *, rows, length, dtype):
     }
     if asked != AUTO:
         if why_not[asked]:
-            raise ValueError(f"attention is {asked!r}, but {why_not[asked]}; choose xla, or auto for the fastest that can be had")
+            raise UserError(f"attention is {asked!r}, but {why_not[asked]}; choose xla, or auto for the fastest that can be had")
         return asked, []
     if all(why for name, why in why_not.items() if name != "xla"):
         return "xla", []

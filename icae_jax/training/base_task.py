@@ -9,6 +9,7 @@ import numpy as np
 import optax
 
 from icae_jax.data import batches, synthetic
+from icae_jax.errors import UserError
 from icae_jax.interop import base as bases
 from icae_jax.models import llama
 from icae_jax.training import attention, sharding
@@ -152,7 +153,7 @@ def parse_mixture(lines):
 
         "500 quiz=2 repeat=1"
 
-    which holds until step 500; 0 means until the end. ValueError names the line.
+    which holds until step 500; 0 means until the end. UserError names the line.
     """
     stages = []
     for line in lines:
@@ -160,10 +161,10 @@ def parse_mixture(lines):
             until, *kinds = line.split()
             stage = (int(until), {kind: float(share) for kind, share in (item.split("=") for item in kinds)})
             if not stage[1] or not all(kind in synthetic.DOCUMENTS and share > 0 for kind, share in stage[1].items()):
-                raise ValueError(f"kinds are {', '.join(synthetic.DOCUMENTS)}, shares positive")
+                raise UserError(f"kinds are {', '.join(synthetic.DOCUMENTS)}, shares positive")
         except ValueError as error:
-            raise ValueError(f"mixture line {line!r}: {error}; write 'STEPS KIND=SHARE …'") from error
+            raise UserError(f"mixture line {line!r}: {error}; write 'STEPS KIND=SHARE …'") from error
         stages.append(stage)
     if not stages:
-        raise ValueError("mixture is empty; give at least one stage, such as '0 questions=1'")
+        raise UserError("mixture is empty; give at least one stage, such as '0 questions=1'")
     return stages

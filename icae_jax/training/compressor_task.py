@@ -9,6 +9,7 @@ import numpy as np
 
 from icae_jax.compression import encoder, layout, methods
 from icae_jax.data import batches, mixture, sources, tokens
+from icae_jax.errors import UserError
 from icae_jax.interop import adapter as adapters
 from icae_jax.interop import base as bases
 from icae_jax.models import llama, lora
@@ -124,7 +125,7 @@ class CompressorTask(CompressorLosses):
         qa = max(e.qa_shape[0] for e in (self.train_examples, self.eval_examples) if e) if "qa" in self.weights else 0
         needed = positions(self.weights, c.objectives.pad_labels, self.compression, longest, qa, len(self.template.head))
         if needed > most:
-            raise ValueError(
+            raise UserError(
                 f"data.context_lengths holds {longest}, which needs {needed} positions with compression.k {c.compression.k}; "
                 f"the base has {most}. Use shorter contexts (or data.max_target_tokens), or a smaller k"
             )
@@ -137,7 +138,7 @@ class CompressorTask(CompressorLosses):
                 fields += ("rate",)  # there it fixes the memory's positions
             for field in fields:
                 if getattr(old, field) != getattr(new, field):
-                    raise ValueError(
+                    raise UserError(
                         f"{name}.{field} is {getattr(new, field)!r}, but init_from {self.config.init_from} was trained with "
                         f"{getattr(old, field)!r}; give --config.{name}.{field}={getattr(old, field)}"
                     )
@@ -156,8 +157,8 @@ class CompressorTask(CompressorLosses):
             if weight > 0:
                 try:
                     parts[number] = self._examples(source), weight
-                except ValueError as error:
-                    raise ValueError(f"data.train source {source}, of weight {weight:g}: {error}") from error
+                except UserError as error:
+                    raise UserError(f"data.train source {source}, of weight {weight:g}: {error}") from error
         return mixture.Mixture(parts)
 
     def notes(self):
@@ -176,7 +177,7 @@ class CompressorTask(CompressorLosses):
         if c.compression.trigger_token:
             trigger = self.base.tokenizer.convert_tokens_to_ids(c.compression.trigger_token)
             if trigger is None or trigger == self.base.tokenizer.unk_token_id:
-                raise ValueError(f"compression.trigger_token {c.compression.trigger_token!r} is not a token of the base's tokenizer")
+                raise UserError(f"compression.trigger_token {c.compression.trigger_token!r} is not a token of the base's tokenizer")
         embeddings = {"embed": sharding.on_host(self.frozen["embed"])}
         table = encoder.init_memory_table(jax.random.fold_in(key, 1), embeddings, c.compression, trigger)
         return {"lora": lora.init_lora(jax.random.fold_in(key, 2), self.base.config, c.lora), "memory_table": table}

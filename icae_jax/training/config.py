@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from icae_jax.compression import layout as layouts
 from icae_jax.compression.encoder import CompressionConfig
 from icae_jax.data.batches import DataConfig
+from icae_jax.errors import UserError
 from icae_jax.interop import files
 from icae_jax.models.llama import REMAT_POLICIES
 from icae_jax.models.lora import LoraConfig
@@ -58,13 +59,13 @@ class OptimizerConfig:
 
     def __post_init__(self):
         if not self.learning_rate > 0:
-            raise ValueError(f"optimizer.learning_rate is {self.learning_rate}; it must be positive, such as 1e-4")
+            raise UserError(f"optimizer.learning_rate is {self.learning_rate}; it must be positive, such as 1e-4")
         if self.name not in ("adamw", "muon"):
-            raise ValueError(f"optimizer.name is {self.name!r}; choose adamw or muon")
+            raise UserError(f"optimizer.name is {self.name!r}; choose adamw or muon")
         if self.schedule not in ("constant", "cosine"):
-            raise ValueError(f"optimizer.schedule is {self.schedule!r}; choose constant or cosine")
+            raise UserError(f"optimizer.schedule is {self.schedule!r}; choose constant or cosine")
         if self.warmup_steps < 0 or self.decay_steps < 0 or not self.clip > 0:
-            raise ValueError("optimizer.warmup_steps and decay_steps must be >= 0, and clip > 0")
+            raise UserError("optimizer.warmup_steps and decay_steps must be >= 0, and clip > 0")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,17 +97,17 @@ class LoopConfig:
     def __post_init__(self):
         for name in ("steps", "batch_size", "accumulate", "unroll", "loss_chunk", "log_every", "eval_every", "checkpoint_every"):
             if getattr(self, name) <= 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be positive")
+                raise UserError(f"{name} is {getattr(self, name)}; it must be positive")
         if self.eval_examples < 0:
-            raise ValueError(f"eval_examples is {self.eval_examples}; it must be 0 or more")
+            raise UserError(f"eval_examples is {self.eval_examples}; it must be 0 or more")
         if self.batch_size % self.accumulate:
-            raise ValueError(f"batch_size {self.batch_size} is not a multiple of accumulate {self.accumulate}")
+            raise UserError(f"batch_size {self.batch_size} is not a multiple of accumulate {self.accumulate}")
         if self.dtype not in ("float32", "bfloat16"):
-            raise ValueError(f"dtype is {self.dtype!r}; choose float32 or bfloat16")
+            raise UserError(f"dtype is {self.dtype!r}; choose float32 or bfloat16")
         if self.remat not in REMAT_POLICIES:
-            raise ValueError(f"remat is {self.remat!r}; choose from {', '.join(REMAT_POLICIES)}")
+            raise UserError(f"remat is {self.remat!r}; choose from {', '.join(REMAT_POLICIES)}")
         if self.attention not in attention.CHOICES:
-            raise ValueError(f"attention is {self.attention!r}; choose from {', '.join(attention.CHOICES)}")
+            raise UserError(f"attention is {self.attention!r}; choose from {', '.join(attention.CHOICES)}")
 
     @property
     def jnp_dtype(self):
@@ -135,25 +136,25 @@ class TrainConfig(LoopConfig):
     def __post_init__(self):
         super().__post_init__()
         if self.remat_decoder and self.remat_decoder not in REMAT_POLICIES:
-            raise ValueError(f"remat_decoder is {self.remat_decoder!r}; choose from {', '.join(REMAT_POLICIES)}, or '' for that of remat")
+            raise UserError(f"remat_decoder is {self.remat_decoder!r}; choose from {', '.join(REMAT_POLICIES)}, or '' for that of remat")
         for name, phases in (("phase", (self.phase,)), ("draw_k", self.draw_k)):
             unknown = [p for p in phases if p not in ("pretrain", "finetune")]
             if unknown:
-                raise ValueError(f"{name} is {unknown[0]!r}; choose pretrain or finetune")
+                raise UserError(f"{name} is {unknown[0]!r}; choose pretrain or finetune")
         if self.objectives.pad_labels and not layouts.get(self.compression.layout).fixed_length:
-            raise ValueError(f"objectives.pad_labels is for compression.layout reference; with {self.compression.layout} padding is masked")
+            raise UserError(f"objectives.pad_labels is for compression.layout reference; with {self.compression.layout} padding is masked")
         weights = [getattr(self.objectives, o) for o in OBJECTIVES]
         if min(weights) < 0 or not sum(weights) > 0:
-            raise ValueError(f"objectives ae, lm, qa are {weights}; give weights >= 0, at least one of them positive")
+            raise UserError(f"objectives ae, lm, qa are {weights}; give weights >= 0, at least one of them positive")
         absent = "qa" if self.phase == "pretrain" else "lm"
         if getattr(self.objectives, absent) > 0:
             weight = getattr(self.objectives, absent)
-            raise ValueError(f"objectives.{absent} is {weight} in phase {self.phase}, which has no such targets; set 0")
+            raise UserError(f"objectives.{absent} is {weight} in phase {self.phase}, which has no such targets; set 0")
         for name, value in (("base", self.base), ("data.train", self.data.train)):
             if not value:
-                raise ValueError(f"{name} is not set; give it with --config.{name}=PATH")
+                raise UserError(f"{name} is not set; give it with --config.{name}=PATH")
         if self.phase == "finetune" and not self.init_from:
-            raise ValueError(
+            raise UserError(
                 "init_from is not set; fine-tuning starts from a pretrained compressor: --config.init_from=WORKDIR "
                 f"(or {SCRATCH}, to see what pretraining is worth)"
             )
@@ -190,14 +191,14 @@ class BaseConfig(LoopConfig):
 
 
 def from_dict(kind, raw, path="config"):
-    """Builds the frozen dataclass `kind` from nested mappings. ValueError names unknown fields and values of the wrong type."""
+    """Builds the frozen dataclass `kind` from nested mappings. UserError names unknown fields and values of the wrong type."""
     if not isinstance(raw, dict):
-        raise ValueError(f"{path} is {raw!r}; expected a group of fields")
+        raise UserError(f"{path} is {raw!r}; expected a group of fields")
     fields = {f.name: f for f in dataclasses.fields(kind)}
     hints = typing.get_type_hints(kind)
     unknown = sorted(set(raw) - set(fields))
     if unknown:
-        raise ValueError(f"{path}.{unknown[0]} is not a field; the fields of {path} are {', '.join(fields)}")
+        raise UserError(f"{path}.{unknown[0]} is not a field; the fields of {path} are {', '.join(fields)}")
     values = {}
     for name, value in raw.items():
         hint, where = hints[name], f"{path}.{name}"
@@ -206,7 +207,7 @@ def from_dict(kind, raw, path="config"):
         elif isinstance(hint, types.GenericAlias):
             item = typing.get_args(hint)[0]
             if not isinstance(value, list | tuple):
-                raise ValueError(f"{where} is {value!r}; expected a tuple of {item.__name__}")
+                raise UserError(f"{where} is {value!r}; expected a tuple of {item.__name__}")
             values[name] = tuple(_scalar(item, v, where) for v in value)
         else:
             values[name] = _scalar(hint, value, where)
@@ -217,7 +218,7 @@ def _scalar(kind, value, where):
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        raise ValueError(f"{where} is {value!r}; expected {kind.__name__}")
+        raise UserError(f"{where} is {value!r}; expected {kind.__name__}")
     return value
 
 
@@ -250,7 +251,7 @@ def check_workdir(workdir, config, identity, writes=lambda: True):
     A field that came later than the workdir had its default then: new fields are made so that this is what was done before them.
     identity: `{name: fingerprint}` of what paths in the configuration stand for; those are compared instead of the paths. writes: asked
     once everything was read and found good, whether this process records it.
-    Returns the changes to log, as text lines. ValueError lists fields that change the mathematics; nothing is written then.
+    Returns the changes to log, as text lines. UserError lists fields that change the mathematics; nothing is written then.
     """
     path = pathlib.Path(workdir) / "config.json"
     now = _flat(dataclasses.asdict(config)) | {f"identity.{k}": v for k, v in identity.items()}
@@ -265,7 +266,7 @@ def check_workdir(workdir, config, identity, writes=lambda: True):
         refused.remove("steps")
     if refused:
         lines = "; ".join(f"{k}: {before.get(k)!r} -> {now.get(k)!r}" for k in refused)
-        raise ValueError(
+        raise UserError(
             f"{workdir} was started with another configuration, and these fields change its mathematics: {lines}. "
             "Give the old values to continue it, or another --workdir"
         )

@@ -19,6 +19,9 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from icae_jax import errors
+from icae_jax.errors import UserError
+
 START_SECONDS = 300  # so long the processes wait for each other; JAX then aborts them
 PATIENCE_SECONDS = 20  # and after so long they say that they wait
 HEARTBEAT_SECONDS = 30  # a process not heard of for so long is dead: JAX aborts the others
@@ -39,7 +42,7 @@ def start(coordinator=None, processes=None, process=None):
     """Joins the other processes, where there are any; before JAX first touches a device.
 
     coordinator: HOST:PORT of process 0, processes: how many there are, process: which this is; all three or none. Without them TPU
-    slices and Slurm jobs (`srun`) are recognised, and anything else is a process alone, as is `processes` 1. ValueError where they do
+    slices and Slurm jobs (`srun`) are recognised, and anything else is a process alone, as is `processes` 1. UserError where they do
     not go together; SystemExit with a message where process 0 cannot serve at its port.
     """
     given = (coordinator, processes, process)
@@ -48,9 +51,9 @@ def start(coordinator=None, processes=None, process=None):
         if processes == 1 and process in (None, 0):
             return
         if any(x is None for x in given):
-            raise ValueError("--coordinator, --processes and --process go together; give all three, or none on TPU slices and Slurm")
+            raise UserError("--coordinator, --processes and --process go together; give all three, or none on TPU slices and Slurm")
         if not coordinator.rpartition(":")[0] or not coordinator.rpartition(":")[2].isdigit() or not 0 <= process < processes:
-            raise ValueError(
+            raise UserError(
                 f"--coordinator {coordinator} --processes {processes} --process {process}: give HOST:PORT of process 0, how many "
                 "processes there are, and a number from 0 below that"
             )
@@ -74,7 +77,7 @@ def start(coordinator=None, processes=None, process=None):
     except jax.errors.JaxRuntimeError as error:
         raise SystemExit(f"{who}: cannot join the others at {where}: {error}; is another run using that port?") from error
     except ValueError as error:
-        raise ValueError(f"{who}: JAX cannot tell the processes ({error}); give --coordinator HOST:PORT --processes N --process I, "
+        raise UserError(f"{who}: JAX cannot tell the processes ({error}); give --coordinator HOST:PORT --processes N --process I, "
                          "or --processes 1 for this one alone") from error  # fmt: skip
     finally:
         waiting.cancel()
@@ -93,7 +96,7 @@ def program_failed(error):
 def ending_together(bad_input):
     """Around all that several processes do: an error in one ends that one at once, so that the others notice instead of waiting for it.
 
-    A process alone is left to Python. bad_input: the exit code of ValueError and OSError; others give `CRASHED`.
+    A process alone is left to Python. bad_input: the exit code of what the user must change (`errors.is_users`); other errors give `CRASHED`.
     """
     try:
         yield
@@ -101,7 +104,7 @@ def ending_together(bad_input):
         if not jax.distributed.is_initialized() or jax.process_count() == 1 or (isinstance(error, SystemExit) and not error.code):
             raise
         who = f"process {jax.process_index()} of {jax.process_count()}"
-        bad = isinstance(error, ValueError | OSError) and not program_failed(error)
+        bad = errors.is_users(error)
         try:
             if bad:
                 print(f"{who}: {error}", file=sys.stderr, flush=True)
@@ -129,7 +132,7 @@ def main_after_all():
 
 
 def check_shared(folder):
-    """ValueError, in every process, where one does not see the folder of process 0: they need one filesystem."""
+    """UserError, in every process, where one does not see the folder of process 0: they need one filesystem."""
     if jax.process_count() == 1:
         return
     # A name that nobody has looked for: network filesystems remember what was not there.
@@ -142,7 +145,7 @@ def check_shared(folder):
         mark.unlink()
     if not seen.all():
         other = int(seen.argmin())
-        raise ValueError(f"{folder} is not the same folder in processes 0 and {other}; give one on a filesystem that all share")
+        raise UserError(f"{folder} is not the same folder in processes 0 and {other}; give one on a filesystem that all share")
 
 
 _times_asked = itertools.count(1)

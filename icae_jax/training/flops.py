@@ -90,7 +90,7 @@ def least(model_config, lora_config, compression, batch, heads=None):
     `jax.ShapeDtypeStruct`s) only shapes are looked at. heads: `{objective: ids before the memory}`, by default none.
 
     Head and memory run once for each distinct head; 500xCompressor's memory does not run, and its head, which no gradient reaches, runs
-    once for the whole batch. ValueError where `compression` does not know k.
+    once for the whole batch. UserError where `compression` does not know k.
     """
     c, k = model_config, compression.choose(batch.get("k"))
     B, S, N = batch["context"].shape

@@ -25,6 +25,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from icae_jax.errors import UserError
 from icae_jax.models import llama
 
 AXES = ("data", "fsdp", "tensor")
@@ -42,7 +43,7 @@ class MeshConfig:
     def __post_init__(self):
         sizes = self.sizes
         if any(size == 0 or size < -1 for size in sizes) or sizes.count(-1) > 1:
-            raise ValueError(f"mesh is {self.text}; give positive sizes, and -1 for one of them at most")
+            raise UserError(f"mesh is {self.text}; give positive sizes, and -1 for one of them at most")
 
     @property
     def sizes(self):
@@ -53,10 +54,10 @@ class MeshConfig:
         return ", ".join(f"{axis} {getattr(self, axis)}" for axis in AXES)
 
     def shape(self, devices):
-        """The sizes over so many devices. ValueError where their product is another number."""
+        """The sizes over so many devices. UserError where their product is another number."""
         known = math.prod(size for size in self.sizes if size > 0)
         if devices % known or (-1 not in self.sizes and known != devices):
-            raise ValueError(f"mesh is {self.text}, which does not make {devices} devices; set one of its axes to -1")
+            raise UserError(f"mesh is {self.text}, which does not make {devices} devices; set one of its axes to -1")
         return tuple(devices // known if size == -1 else size for size in self.sizes)
 
 
@@ -66,7 +67,7 @@ def parse(text):
     for part in filter(None, text.split(",")):
         axis, _, size = part.partition("=")
         if axis not in AXES or axis in sizes or not size.lstrip("-").isdigit():
-            raise ValueError(f"--mesh {text}: write AXIS=SIZE,… with the axes {', '.join(AXES)}, such as fsdp=4,tensor=2")
+            raise UserError(f"--mesh {text}: write AXIS=SIZE,… with the axes {', '.join(AXES)}, such as fsdp=4,tensor=2")
         sizes[axis] = int(size)
     return MeshConfig(**{"data": 1 if -1 in sizes.values() else -1, "fsdp": 1, "tensor": 1} | sizes)
 
@@ -141,10 +142,10 @@ def rows_at_once(mesh):
 
 
 def check_batch_size(mesh, batch_size, accumulate):
-    """ValueError where a microbatch does not divide over the devices."""
+    """UserError where a microbatch does not divide over the devices."""
     parts = rows_at_once(mesh)
     if (batch_size // accumulate) % parts:
-        raise ValueError(
+        raise UserError(
             f"batch_size / accumulate is {batch_size // accumulate}; it must be a multiple of mesh.data x mesh.fsdp, {parts}"
         )
 

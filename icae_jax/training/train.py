@@ -64,7 +64,7 @@ def train(config, task, workdir, *, log=None, profile=None):
     """Trains `task` in `workdir` until `config.steps`; continues what is there. Returns an exit code.
 
     0: every step done, the result exported and `DONE` written. 75: SIGTERM came, the state is saved. 3: a loss or gradient was
-    not finite; nothing of it was saved. ValueError: the workdir belongs to a configuration with other mathematics.
+    not finite; nothing of it was saved. UserError: the workdir belongs to a configuration with other mathematics.
     Several processes all call this, with one workdir; the first writes metrics and the result. profile: a folder, into which steps
     `TRACED` after this start are traced, for XProf.
     """

@@ -31,6 +31,8 @@ import statistics
 import subprocess
 import sys
 
+from icae_jax.errors import UserError
+
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # as `pip install -e` would, also where it was not run
 
@@ -49,7 +51,7 @@ FREE = ("batch", "one_by_one", "rounds", "threads", "lora_rank", "device", "case
 def prepare(workdir, sizes):
     """Writes `base/` (a random Llama in hub format), `problem.safetensors` (tokens and memory table) and `sizes.json`, last.
 
-    The same sizes find all of it there. ValueError where the folder holds something else.
+    The same sizes find all of it there. UserError where the folder holds something else.
     """
     from icae_jax.interop import files
 
@@ -57,10 +59,10 @@ def prepare(workdir, sizes):
     if told.exists():
         differ = [f"{name} {old} (now {made.get(name)})" for name, old in files.read_json(told, "sizes").items() if old != made.get(name)]
         if differ:
-            raise ValueError(f"--workdir {workdir} was made with {', '.join(differ)}; give these, or another folder")
+            raise UserError(f"--workdir {workdir} was made with {', '.join(differ)}; give these, or another folder")
         return
     if workdir.exists() and any(workdir.iterdir()):
-        raise ValueError(f"--workdir {workdir} is not empty; give a new folder")
+        raise UserError(f"--workdir {workdir} is not empty; give a new folder")
     import numpy as np
     import safetensors.numpy
     import torch
@@ -334,7 +336,7 @@ def main():
         taken = measure(group, args.cases, args.rounds)
         peaks = {side.name: side.ask("peak_bytes") for side in group}  # counting FLOPs takes memory of its own
         flops = {case: {side.name: side.ask("flops", case) for side in group} for case in args.cases}
-    except ValueError as error:
+    except UserError as error:
         print(f"{pathlib.Path(__file__).name}: {error}", file=sys.stderr)
         return 2
     except (ArithmeticError, ChildProcessError) as error:

@@ -10,6 +10,8 @@ import time
 import numpy as np
 import safetensors.numpy
 
+from icae_jax.errors import UserError
+
 CASES = {"ae": ("ae",), "ae+lm": ("ae", "lm"), "qa": ("qa",)}
 SIDES = ("ours", "ours-1", "reference", "stronger")
 ALPHA, DROPOUT = 32.0, 0.05  # of the reference
@@ -63,7 +65,7 @@ class Ours:
 
     def losses(self, case, contexts):
         if contexts != self.batch:
-            raise ValueError(f"contexts is {contexts}; the step's are {self.batch}")
+            raise UserError(f"contexts is {contexts}; the step's are {self.batch}")
         return self.steps[case].run(1).losses
 
     def train(self, case, contexts):

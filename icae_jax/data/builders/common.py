@@ -12,6 +12,7 @@ import tensorflow_datasets as tfds
 
 from icae_jax.data import reading
 from icae_jax.data.builders import shards
+from icae_jax.errors import UserError
 
 TEXTS = {"id": tfds.features.Text(), "text": tfds.features.Text()}
 QUESTIONS = {
@@ -22,20 +23,20 @@ QUESTIONS = {
 
 
 def text_of(raw, field):
-    """A text field of a JSON object. ValueError names the field."""
+    """A text field of a JSON object. UserError names the field."""
     if field not in raw:
-        raise ValueError(f"no field {field}; the fields are {', '.join(raw) or 'none'}")
+        raise UserError(f"no field {field}; the fields are {', '.join(raw) or 'none'}")
     return checked(raw[field], field)
 
 
 def checked(value, field):
-    """A text, if it is one that can be stored. ValueError names the field."""
+    """A text, if it is one that can be stored. UserError names the field."""
     if not isinstance(value, str):
-        raise ValueError(f"{field} is {type(value).__name__}, expected text")
+        raise UserError(f"{field} is {type(value).__name__}, expected text")
     try:
         value.encode()
     except UnicodeEncodeError as error:  # JSON can spell half a character, UTF-8 cannot
-        raise ValueError(f"{field} is not valid text ({error})") from error
+        raise UserError(f"{field} is not valid text ({error})") from error
     return value
 
 
@@ -49,7 +50,7 @@ class LocalBuilder(tfds.core.DatasetBuilder, skip_registration=True):
 
     request: `inputs.Request`, None to read what is prepared. processes: how many write shards. Other arguments: those of
     `tfds.core.DatasetBuilder`. A set is read by its files alone, so that builders stay out of TFDS's register, which other sets of
-    their names may be in. ValueError, before anything is written, for what the request lacks.
+    their names may be in. UserError, before anything is written, for what the request lacks.
     """
 
     VERSION = tfds.core.Version("1.0.0")
@@ -90,11 +91,11 @@ class LocalBuilder(tfds.core.DatasetBuilder, skip_registration=True):
     def prepare(self):
         """Prepares the set, whole or not at all. Returns whether there was anything to do.
 
-        ValueError names file and line of malformed rows, a split that is left without examples, or a set of another origin in its place.
+        UserError names file and line of malformed rows, a split that is left without examples, or a set of another origin in its place.
         """
         if self.data_path.exists():
             if (self.info.metadata or {}).get("origin") != self.origin:
-                raise ValueError(
+                raise UserError(
                     f"{self.data_path} was prepared from other files or with other options; give this one a name of its own with --name, "
                     "or another --tfds_dir, or delete that folder"
                 )
@@ -135,7 +136,7 @@ class LocalBuilder(tfds.core.DatasetBuilder, skip_registration=True):
         empty = [split for split in jobs if not written[split]] if jobs else list(self.inputs)
         if empty:
             why = "; ".join(f"{count} {what}" for what, count in noted.items()) or "its files have no rows"
-            raise ValueError(f"{self.name}: no examples for split {empty[0]!r}: {why}")
+            raise UserError(f"{self.name}: no examples for split {empty[0]!r}: {why}")
         self.info.set_splits(tfds.core.SplitDict([self._name_shards(folder, split, written[split]) for split in jobs]))
         self.info.metadata.update(origin=self.origin, noted=dict(noted))
         shutil.rmtree(passing)

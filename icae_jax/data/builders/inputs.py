@@ -5,6 +5,7 @@ import pathlib
 import typing
 
 from icae_jax.data import reading
+from icae_jax.errors import UserError
 
 SUFFIXES = (".jsonl", ".json", ".ndjson")
 
@@ -57,31 +58,31 @@ def stem(path):
 
 
 def files_in(paths):
-    """The data files among paths and, at any depth, in the folders among them; sorted within a folder. ValueError names what is absent."""
+    """The data files among paths and, at any depth, in the folders among them; sorted within a folder. UserError names what is absent."""
     if not paths:
-        raise ValueError("--from is not given; give the files that you have, or a folder that holds them")
+        raise UserError("--from is not given; give the files that you have, or a folder that holds them")
     found = []
     for path in map(pathlib.Path, paths):
         if not path.exists():
-            raise ValueError(f"--from {path}: no such file or folder")
+            raise UserError(f"--from {path}: no such file or folder")
         if path.is_file() and stem(path) is None:
-            raise ValueError(f"--from {path}: not JSON lines by its name; expected {', '.join(SUFFIXES)}, perhaps with .gz or .zst")
+            raise UserError(f"--from {path}: not JSON lines by its name; expected {', '.join(SUFFIXES)}, perhaps with .gz or .zst")
         found += [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file() and stem(p) is not None)
     return list(dict.fromkeys(p.absolute() for p in found))  # not resolved: in the hub's cache names are links to nameless files
 
 
 def find(published, request):
-    """`{split: [Input]}` of the published files that the request asks for. ValueError names every one that is absent, and where it is."""
+    """`{split: [Input]}` of the published files that the request asks for. UserError names every one that is absent, and where it is."""
     known = {name for p in published for name in (p.key, p.split, p.subset) if name}
     unknown = [name for name in request.only if name not in known]
     if unknown:
-        raise ValueError(f"--only {unknown[0]}: not a part of this set; its parts are {', '.join(p.key for p in published)}")
+        raise UserError(f"--only {unknown[0]}: not a part of this set; its parts are {', '.join(p.key for p in published)}")
     wanted = [p for p in published if not request.only or {p.key, p.split, p.subset} & set(request.only)]
     files, result, absent = files_in(request.paths), {}, []
     for part in wanted:
         matches = [f for f in files if stem(f) in part.names and part.folder in ("", f.parent.name)]
         if len(matches) > 1:
-            raise ValueError(f"--from: both {matches[0]} and {matches[1]} are {part.file}; give one of them")
+            raise UserError(f"--from: both {matches[0]} and {matches[1]} are {part.file}; give one of them")
         if matches:
             result.setdefault(part.split, []).append(Input(str(matches[0]), part.subset))
         else:
@@ -90,5 +91,5 @@ def find(published, request):
         have = ",".join(p.key for p in wanted if p not in absent)
         lines = "\n".join(f"  {p.file}.jsonl (or .jsonl.gz, .jsonl.zst): {p.url}" for p in absent)
         remedy = f", or make the set of what there is: --only {have}" if have else ""
-        raise ValueError(f"--from {' '.join(map(str, request.paths))}: {len(absent)} file(s) absent; get them{remedy}\n{lines}")
+        raise UserError(f"--from {' '.join(map(str, request.paths))}: {len(absent)} file(s) absent; get them{remedy}\n{lines}")
     return result

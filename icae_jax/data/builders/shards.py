@@ -14,6 +14,7 @@ import tqdm
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from icae_jax.data import reading
+from icae_jax.errors import UserError
 
 PART = 256 << 20  # bytes of a plain file that one job reads; a packed file cannot be entered in the middle, and is one part
 SHARD = 256 << 20  # serialised bytes of a shard, about
@@ -73,22 +74,22 @@ def _line_number(part, position, number):
 
 
 def objects(part, handle):
-    """Yields what `handle(JSON object)` yields for each line of a part. ValueError names file and line of what it refuses."""
+    """Yields what `handle(JSON object)` yields for each line of a part. UserError names file and line of what it refuses."""
     for position, number, line in _lines(part):
         try:
             raw = json.loads(line)
             if not isinstance(raw, dict):
-                raise ValueError(f"a JSON {type(raw).__name__}, expected an object")
+                raise UserError(f"a JSON {type(raw).__name__}, expected an object")
             yield from handle(raw)
-        except ValueError as error:
+        except (UserError, json.JSONDecodeError, UnicodeDecodeError) as error:
             what = f"not valid JSON ({error})" if isinstance(error, json.JSONDecodeError | UnicodeDecodeError) else error
-            raise ValueError(f"{part.path}:{_line_number(part, position, number)}: {what}") from error
+            raise UserError(f"{part.path}:{_line_number(part, position, number)}: {what}") from error
 
 
 def write_shards(parts, parse, features, prefix):
     """Writes the examples of parts, in order, as shards prefix.00000, …; returns `Written`.
 
-    parse: `(raw, subset, noted) -> iterable of examples`; it counts in noted what it leaves out, and raises ValueError for what is
+    parse: `(raw, subset, noted) -> iterable of examples`; it counts in noted what it leaves out, and raises UserError for what is
     malformed. features: a tfds FeaturesDict. No more than a line and an example are in memory at once.
     """
     noted = collections.Counter()
@@ -145,6 +146,6 @@ def run(function, jobs, processes, what):
             for child in set(multiprocessing.active_children()) - others:
                 child.terminate()  # else the pool waits for what they are at, perhaps hours
             if isinstance(error, concurrent.futures.BrokenExecutor):
-                raise ValueError(f"a process died while {what} (killed, or out of memory?); try fewer --processes") from error
+                raise UserError(f"a process died while {what} (killed, or out of memory?); try fewer --processes") from error
             raise
     return [future.result() for future in futures]

@@ -5,6 +5,7 @@ After arXiv 2307.06945, table 5, whose judge counts wins, losses and ties of ans
 
 import dataclasses
 
+from icae_jax.errors import UserError
 from icae_jax.evaluation.suites import common
 from icae_jax.evaluation.suites.autoencode import Autoencode
 from icae_jax.evaluation.suites.common import MEMORY
@@ -15,7 +16,7 @@ from icae_jax.evaluation.suites.qa import Qa
 class Ablate:
     """Every checkpoint restores every text, answers the questions of those that have any, and continues the others, where long enough.
 
-    compressors: `{name: Compressor}` of one base; the names are the arms. ValueError where there are fewer than two.
+    compressors: `{name: Compressor}` of one base; the names are the arms. UserError where there are fewer than two.
     """
 
     name = "ablate"
@@ -25,9 +26,9 @@ class Ablate:
 
     def __init__(self, compressors, options):
         if len(compressors) < 2:
-            raise ValueError("--adapter is given once; suite ablate compares several: --adapter NAME=DIR --adapter NAME=DIR")
+            raise UserError("--adapter is given once; suite ablate compares several: --adapter NAME=DIR --adapter NAME=DIR")
         if options.arms:
-            raise ValueError(f"--arms is {options.arms}; the arms of suite ablate are its adapters, so leave it out")
+            raise UserError(f"--arms is {options.arms}; the arms of suite ablate are its adapters, so leave it out")
         alone = dataclasses.replace(options, arms=(MEMORY,))
         self.suites = {name: {kind.name: kind(c, alone) for kind in self.KINDS} for name, c in compressors.items()}
 

@@ -8,6 +8,7 @@ import dataclasses
 from typing import NamedTuple
 
 from icae_jax.compression import encoder
+from icae_jax.errors import UserError
 from icae_jax.evaluation import scores, statistics
 
 MEMORY, SHUFFLED, FULL, CUT, NONE = "memory", "shuffled memory", "full context", "cut context", "no context"
@@ -62,14 +63,14 @@ class Options:
         for name in ("k", "context_lengths", "spans"):
             values = getattr(self, name)
             if any(v < 1 for v in values) or len(set(values)) != len(values):
-                raise ValueError(f"--{name} is {values}; give different whole numbers from 1 on")
+                raise UserError(f"--{name} is {values}; give different whole numbers from 1 on")
         for name in ("continuation_tokens", "max_new_tokens", "batch_size"):
             if getattr(self, name) < 1:
-                raise ValueError(f"--{name} is {getattr(self, name)}; it must be at least 1")
+                raise UserError(f"--{name} is {getattr(self, name)}; it must be at least 1")
         if self.continuation_tokens < 2:
-            raise ValueError("--continuation_tokens is 1; give at least 2, since the first token of a continuation is no label")
+            raise UserError("--continuation_tokens is 1; give at least 2, since the first token of a continuation is no label")
         if not self.spans:
-            raise ValueError("--spans is empty; give numbers of segments, such as 1,2,4")
+            raise UserError("--spans is empty; give numbers of segments, such as 1,2,4")
 
     def wants(self, arm):
         return not self.arms or arm in self.arms
@@ -78,7 +79,7 @@ class Options:
 class Suite:
     """One measurement. Subclasses have `name`, `METRICS` (shown, in order), `ARMS` beside the memory, `examples` and `measure`.
 
-    compressor: what is measured. options: `Options`. ValueError where an option does not suit the adapter.
+    compressor: what is measured. options: `Options`. UserError where an option does not suit the adapter.
     """
 
     ARMS = (SHUFFLED,)
@@ -92,16 +93,16 @@ class Suite:
         known = self.known_arms()
         unknown = [arm for arm in options.arms if arm not in known]
         if unknown:
-            raise ValueError(f"--arms {unknown[0]!r} is no arm of suite {self.name}; choose from {', '.join(sorted(known))}")
+            raise UserError(f"--arms {unknown[0]!r} is no arm of suite {self.name}; choose from {', '.join(sorted(known))}")
 
     def known_arms(self):
         """What --arms may name."""
         return {*self.ARMS, *map(self.arm_of, self.choices)}
 
     def one_length(self):
-        """The one number of --context_lengths, by default what a segment holds. ValueError where there are several."""
+        """The one number of --context_lengths, by default what a segment holds. UserError where there are several."""
         if len(self.options.context_lengths) > 1:
-            raise ValueError(f"--context_lengths is {self.options.context_lengths}; suite {self.name} takes one number")
+            raise UserError(f"--context_lengths is {self.options.context_lengths}; suite {self.name} takes one number")
         return self.options.context_lengths[0] if self.options.context_lengths else self.segment
 
     def arm_of(self, k):

@@ -3,6 +3,7 @@
 After arXiv 2307.06945, figure 6. Perplexity and labels as in `continue`; the continuation is the same for every number of segments.
 """
 
+from icae_jax.errors import UserError
 from icae_jax.evaluation.examples import example
 from icae_jax.evaluation.suites import common
 from icae_jax.evaluation.suites.common import CUT, FULL, NONE
@@ -22,7 +23,7 @@ class Span(common.Suite):
         super().__init__(compressor, options)
         self.tokens = self.one_length()
         if self.tokens > self.segment:
-            raise ValueError(f"--context_lengths is {self.tokens}, but one segment of this adapter holds {self.segment} tokens")
+            raise UserError(f"--context_lengths is {self.tokens}, but one segment of this adapter holds {self.segment} tokens")
         self.most = max(options.spans)
 
     def examples(self, text):

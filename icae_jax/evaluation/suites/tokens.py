@@ -5,6 +5,7 @@ After arXiv 2408.03094: compressed tokens are not used equally. A hidden token i
 
 import numpy as np
 
+from icae_jax.errors import UserError
 from icae_jax.evaluation.examples import example
 from icae_jax.evaluation.suites import common
 from icae_jax.evaluation.suites.common import MEMORY
@@ -30,7 +31,7 @@ class Tokens(common.Suite):
 
     def __init__(self, compressor, options):
         if options.arms:
-            raise ValueError(f"--arms is {options.arms}; the arms of suite tokens are the memory's tokens, so leave it out")
+            raise UserError(f"--arms is {options.arms}; the arms of suite tokens are the memory's tokens, so leave it out")
         super().__init__(compressor, options)
         self.most, k = self.one_length(), self.choices[0]
         self.hidden = np.unique(np.linspace(0, k - 1, min(k, MOST)).astype(int)).tolist()

@@ -7,6 +7,7 @@ import json
 import re
 
 from icae_jax.data.builders import common, inputs, shards
+from icae_jax.errors import UserError
 
 WHERE = 'arxiv-metadata-oai-snapshot.json (Kaggle data set "Cornell-University/arxiv"), or lines with id and text'
 NEW_ID = re.compile(r"(\d\d)(\d\d)\.\d{4,5}(v\d+)?")  # since April 2007
@@ -38,13 +39,13 @@ def month_of_version(raw):
 def abstract(raw, counts):
     """(split such as "2023_07", id, text in one line) of a row of the dump, or of one with id and text.
 
-    counts[APART] counts ids at odds with the date of the first version. ValueError where nothing tells the month.
+    counts[APART] counts ids at odds with the date of the first version. UserError where nothing tells the month.
     """
     arxiv_id = common.text_of(raw, "id")
     text = common.text_of(raw, "text" if "text" in raw else "abstract")
     told, dated = month_of_id(arxiv_id), month_of_version(raw)
     if not told and not dated:
-        raise ValueError(f"id is {arxiv_id!r}, which tells no month (as 0704.0001 or hep-th/9901001 do), and versions[0].created neither")
+        raise UserError(f"id is {arxiv_id!r}, which tells no month (as 0704.0001 or hep-th/9901001 do), and versions[0].created neither")
     if told and dated and abs(12 * (told[0] - dated[0]) + told[1] - dated[1]) > 1:
         counts[APART] += 1
     year, month = told or dated
@@ -82,7 +83,7 @@ class Builder(common.LocalBuilder, skip_registration=True):
     def sources(self, request):
         files = inputs.files_in(request.paths)
         if not files:
-            raise ValueError(f"--from {' '.join(request.paths)}: no files of JSON lines; expected {WHERE}")
+            raise UserError(f"--from {' '.join(request.paths)}: no files of JSON lines; expected {WHERE}")
         return {"months": [inputs.Input(str(f)) for f in files]}
 
     def jobs(self, folder):

@@ -4,6 +4,7 @@ import glob
 import re
 
 from icae_jax.data.builders import common, inputs
+from icae_jax.errors import UserError
 
 
 class Builder(common.LocalBuilder, skip_registration=True):
@@ -15,19 +16,19 @@ class Builder(common.LocalBuilder, skip_registration=True):
 
     def sources(self, request):
         if bool(request.paths) == bool(request.patterns):
-            raise ValueError("give either --from FILE_OR_FOLDER (all of it is split train) or --split NAME=GLOB, one or more")
+            raise UserError("give either --from FILE_OR_FOLDER (all of it is split train) or --split NAME=GLOB, one or more")
         if request.paths:
             found = {"train": inputs.files_in(request.paths)}
             if not found["train"]:
-                raise ValueError(f"--from {' '.join(request.paths)}: no files of JSON lines ({', '.join(inputs.SUFFIXES)})")
+                raise UserError(f"--from {' '.join(request.paths)}: no files of JSON lines ({', '.join(inputs.SUFFIXES)})")
         else:
             found = {}
             for split, pattern in request.patterns:
                 if not re.fullmatch(r"[A-Za-z]\w*", split) or split == "all":  # "all" means all splits to TFDS
-                    raise ValueError(f"--split {split}={pattern}: a split's name is letters, digits and _, and not all")
+                    raise UserError(f"--split {split}={pattern}: a split's name is letters, digits and _, and not all")
                 paths = sorted(glob.glob(pattern, recursive=True))
                 if not paths:
-                    raise ValueError(f"--split {split}={pattern}: no such file")
+                    raise UserError(f"--split {split}={pattern}: no such file")
                 found.setdefault(split, []).extend(p for p in inputs.files_in(paths) if p not in found.get(split, []))
         return {split: [inputs.Input(str(p)) for p in paths] for split, paths in found.items()}
 

@@ -3,6 +3,7 @@
 import tensorflow_datasets as tfds
 
 from icae_jax.data.builders import common, inputs
+from icae_jax.errors import UserError
 
 RELEASE = "https://s3.us-east-2.amazonaws.com/mrqa/release/v2"
 # The task's own download scripts shorten three of the names.
@@ -42,13 +43,13 @@ class Builder(common.LocalBuilder, skip_registration=True):
             return
         context = common.text_of(raw, "context")
         if not isinstance(raw.get("qas"), list):
-            raise ValueError(f"qas is {raw.get('qas')!r}, expected a list of questions")
+            raise UserError(f"qas is {raw.get('qas')!r}, expected a list of questions")
         for question in raw["qas"]:
             if not isinstance(question, dict):
-                raise ValueError(f"qas holds {question!r}, expected an object with qid, question and answers")
+                raise UserError(f"qas holds {question!r}, expected an object with qid, question and answers")
             answers = question.get("answers")
             if not isinstance(answers, list) or not answers:
-                raise ValueError(f"answers is {answers!r}, expected a list of texts, at least one")
+                raise UserError(f"answers is {answers!r}, expected a list of texts, at least one")
             yield {
                 "id": common.text_of(question, "qid"),
                 "context": context,
