@@ -96,7 +96,7 @@ def program_failed(error):
 def ending_together(bad_input):
     """Around all that several processes do: an error in one ends that one at once, so that the others notice instead of waiting for it.
 
-    A process alone is left to Python. bad_input: the exit code of what the user must change (`errors.is_users`); other errors give `CRASHED`.
+    A process alone is left to Python. bad_input: the exit code of what the user must change (`errors.is_users`); others give `CRASHED`.
     """
     try:
         yield
