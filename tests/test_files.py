@@ -1,10 +1,16 @@
 """Reading with clear errors, and writing that never loses what was there."""
 
+import errno
 import os
+import pathlib
+import stat
 import sys
 
+import numpy as np
 import pytest
+import safetensors.numpy
 
+from icae_jax import errors
 from icae_jax.interop import files
 
 
@@ -24,7 +30,6 @@ def test_file_is_replaced_only_when_whole(tmp_path):
     assert files.read_json(path, "a test") == {"a": "œ"} and os.listdir(path.parent) == ["a.json"]
     files.write_json(path, [2])
     assert files.read_json(path, "a test") == [2] and os.listdir(path.parent) == ["a.json"]
-    assert path.stat().st_mode & 0o777 == 0o644, "others may read it, unlike a temporary file"
 
 
 def write_folder(path, text, fail=False):
@@ -43,7 +48,6 @@ def test_folder_is_replaced_only_when_whole(tmp_path):
     assert os.listdir(path) == ["one.txt"] and os.listdir(tmp_path) == ["adapter"]
     write_folder(path, "three")
     assert os.listdir(path) == ["three.txt"] and os.listdir(tmp_path) == ["adapter"]
-    assert path.stat().st_mode & 0o777 == 0o755
 
 
 def test_old_folder_comes_back_when_the_new_one_cannot_take_its_place(tmp_path, monkeypatch):
@@ -61,6 +65,114 @@ def test_old_folder_comes_back_when_the_new_one_cannot_take_its_place(tmp_path, 
     with pytest.raises(OSError, match="cannot move"):
         write_folder(path, "two")
     assert os.listdir(path) == ["one.txt"] and os.listdir(tmp_path) == ["adapter"]
+
+
+def modes(folder):
+    """{path within the folder, "." for itself: mode} of all that is in it."""
+    return {str(p.relative_to(folder)): stat.S_IMODE(p.stat().st_mode) for p in (folder, *folder.rglob("*"))}
+
+
+@pytest.fixture(params=[0o022, 0o077, 0o002], ids=oct)
+def umask(request):
+    before = os.umask(request.param)
+    yield request.param
+    os.umask(before)
+
+
+def write_tensors(folder):
+    """As adapters are written: safetensors makes its files readable by their owner alone."""
+    with files.replacing_folder(folder) as tmp:
+        (tmp / "encoder").mkdir()
+        safetensors.numpy.save_file({"a": np.zeros(2, np.float32)}, tmp / "encoder" / "a.safetensors")
+        files.write_json(tmp / "icae.json", {})
+
+
+def test_new_files_follow_the_umask(tmp_path, umask):
+    """Breaks when what is written is open to more, or fewer, than the umask says."""
+    folder, file, memory = tmp_path / "adapter", tmp_path / "a.json", tmp_path / "m.safetensors"
+    write_tensors(folder)
+    files.write_json(file, {})
+    with files.replacing_file(memory) as tmp:
+        safetensors.numpy.save_file({"a": np.zeros(2, np.float32)}, tmp)
+    assert stat.S_IMODE(file.stat().st_mode) == stat.S_IMODE(memory.stat().st_mode) == 0o666 & ~umask
+    wanted = {".": 0o777, "encoder": 0o777, "encoder/a.safetensors": 0o666, "icae.json": 0o666}
+    assert modes(folder) == {name: mode & ~umask for name, mode in wanted.items()}
+
+
+def test_what_is_replaced_hands_its_mode_on(tmp_path, umask):
+    """Breaks when a private file is opened to others, or a shared one closed, by being written again."""
+    folder, file = tmp_path / "adapter", tmp_path / "a.json"
+    for mode, within in ((0o700, 0o600), (0o2775, 0o640)):
+        write_tensors(folder)
+        files.write_json(file, {})
+        folder.chmod(mode)
+        (folder / "icae.json").chmod(within)
+        file.chmod(within)
+        write_tensors(folder)
+        files.write_json(file, {"new": 1})
+        assert stat.S_IMODE(file.stat().st_mode) == within and modes(folder)["."] == mode and modes(folder)["icae.json"] == within
+        assert files.read_json(file, "a test") == {"new": 1}
+
+
+def test_nobody_reads_a_private_file_while_it_is_written(tmp_path):
+    """Breaks when the temporary twin of a private file or folder is open to those whom the mode keeps out."""
+    (tmp_path / "a").write_text("")
+    (tmp_path / "a").chmod(0o600)
+    (tmp_path / "folder").mkdir(0o700)
+    with files.replacing_file(tmp_path / "a") as file, files.replacing_folder(tmp_path / "folder") as folder:
+        assert (stat.S_IMODE(file.stat().st_mode), stat.S_IMODE(folder.stat().st_mode)) == (0o600, 0o700)
+
+
+def test_links_stay_links(tmp_path):
+    """Breaks when a link is replaced by a file, what it points to keeps the old content, or a link of a folder stays behind."""
+    (tmp_path / "disk").mkdir()
+    for name in ("a.json", "adapter"):
+        (tmp_path / name).symlink_to(tmp_path / "disk" / name)
+    for content in ("one", "two"):
+        files.write_json(tmp_path / "a.json", content)
+        write_folder(tmp_path / "adapter", content)
+        assert files.read_json(tmp_path / "disk" / "a.json", "a test") == content
+        assert os.listdir(tmp_path / "disk" / "adapter") == [f"{content}.txt"]
+    assert (tmp_path / "a.json").is_symlink() and (tmp_path / "adapter").is_symlink()
+    assert sorted(os.listdir(tmp_path)) == ["a.json", "adapter", "disk"] and sorted(os.listdir(tmp_path / "disk")) == ["a.json", "adapter"]
+
+
+def test_a_file_is_not_replaced_by_a_folder(tmp_path):
+    """Breaks when an adapter that is saved under a file's name takes the file away."""
+    (tmp_path / "notes").write_text("mine")
+    with pytest.raises(errors.UserError, match="notes is a file, and a folder is to be written there"):
+        write_folder(tmp_path / "notes", "one")
+    assert (tmp_path / "notes").read_text() == "mine" and os.listdir(tmp_path) == ["notes"]
+
+
+def failing(monkeypatch, path, *failures):
+    """Reading that path fails in these ways, one after another, and then no more; gives the list of what is left."""
+    left, opening = list(failures), pathlib.Path.read_bytes
+
+    def read_bytes(self):
+        if self == path and left:
+            code = left.pop(0)
+            raise OSError(code, os.strerror(code), str(self))
+        return opening(self)
+
+    monkeypatch.setattr(errors, "FIRST_DELAY", 0)
+    monkeypatch.setattr(pathlib.Path, "read_bytes", read_bytes)
+    return left
+
+
+def test_a_file_that_a_network_loses_for_a_moment_is_read_again(tmp_path, monkeypatch):
+    """Breaks when a hiccup of a network filesystem ends a command, or counts as the user's fault, or a closed file does not."""
+    path = tmp_path / "a.json"
+    path.write_text("[1]")
+    left = failing(monkeypatch, path, errno.ESTALE, errno.EIO)
+    assert files.read_json(path, "a test") == [1] and not left
+    failing(monkeypatch, path, *[errno.EIO] * errors.TRIES)
+    with pytest.raises(OSError) as caught:
+        files.read_json(path, "a test")
+    assert caught.value.errno == errno.EIO and not errors.is_users(caught.value)
+    failing(monkeypatch, path, errno.EACCES)
+    with pytest.raises(errors.UserError, match="cannot be read: permission denied"):
+        files.read_json(path, "a test")
 
 
 def test_unreadable_json_is_named(tmp_path):

@@ -4,9 +4,11 @@ import contextlib
 import json
 import os
 import pathlib
+import secrets
 import shutil
-import tempfile
+import stat
 
+from icae_jax import errors
 from icae_jax.errors import UserError
 
 
@@ -25,15 +27,16 @@ def need_torch(what):
 
 
 def read_json(path, what):
-    """A JSON file's content; UserError naming file and purpose where it is missing or malformed."""
+    """A JSON file's content; UserError naming file and purpose where it is missing or malformed. What passes is tried again."""
     path = pathlib.Path(path)
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
+        with errors.naming(f"{path}: cannot be read"):
+            return json.loads(errors.retrying(path.read_bytes, f"reading {path}").decode("utf-8"))
+    except UserError as error:
+        if not isinstance(error.__cause__, FileNotFoundError):
+            raise
         raise UserError(f"{path}: no such file; it should hold {what}") from error
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON ({error})") from error
 
 
@@ -43,19 +46,47 @@ def write_json(path, value):
         tmp.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def _temporary(path, make):
+    """(path, its temporary twin, `os.stat_result` of what is there or None). make(twin, mode): creates it, at most as open as the mode.
+
+    A link stays one: what it points to is replaced. The umask is the system's to apply, as for any other program's files, and nobody may
+    read the twin whom what is there keeps out.
+    """
+    path = pathlib.Path(path)
+    path = path.resolve() if path.is_symlink() else path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    before = path.stat() if path.exists() else None
+    twin = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    make(twin, 0o777 if before is None else 0o700 | stat.S_IMODE(before.st_mode) & 0o777)
+    return path, twin, before
+
+
+def _take_over(path, mode, before=None):
+    """Gives a file or folder that mode, and owner and group of what was there before as far as this user may."""
+    if before is not None and (before.st_uid, before.st_gid) != (path.stat().st_uid, path.stat().st_gid):
+        with contextlib.suppress(OSError):
+            os.chown(path, before.st_uid, before.st_gid)
+    if stat.S_IMODE(path.stat().st_mode) != mode:  # not needlessly: some filesystems know no modes
+        os.chmod(path, mode)
+
+
 @contextlib.contextmanager
 def replacing_file(path):
-    """Gives a temporary path beside `path` that takes its place, flushed to disk, once the block ends without error."""
-    path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    tmp = pathlib.Path(name)
+    """Gives a temporary path beside `path` that takes its place, flushed to disk, once the block ends without error.
+
+    A new file's mode follows the umask; a file that was there hands its own on.
+    """
+
+    def make(twin, mode):
+        os.close(os.open(twin, os.O_CREAT | os.O_EXCL | os.O_WRONLY, mode & 0o666))
+
+    path, tmp, before = _temporary(path, make)
     try:
+        mode = stat.S_IMODE((before or tmp.stat()).st_mode)
         yield tmp
         with open(tmp, "rb") as f:
             os.fsync(f.fileno())
-        os.chmod(tmp, 0o644)
+        _take_over(tmp, mode, before)  # a writer may have put a file of its own there, as safetensors does
         os.replace(tmp, path)
     finally:
         tmp.unlink(missing_ok=True)
@@ -63,17 +94,24 @@ def replacing_file(path):
 
 @contextlib.contextmanager
 def replacing_folder(path):
-    """Gives a temporary folder beside `path` that takes its place once the block ends without error; the old one goes last."""
-    path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tmp = pathlib.Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    """Gives a temporary folder beside `path` that takes its place once the block ends without error; the old one goes last.
+
+    Modes are as `replacing_file` has them, of the files within too.
+    """
+    if os.path.isfile(path):
+        raise UserError(f"{path} is a file, and a folder is to be written there; give another name or remove it")
+    path, tmp, before = _temporary(path, os.mkdir)
     old = tmp.with_name(tmp.name + ".old")
     try:
+        open_to = stat.S_IMODE(tmp.stat().st_mode) & 0o666
         yield tmp
-        os.chmod(tmp, 0o755)
-        for file in tmp.rglob("*"):  # safetensors makes its files readable by their owner alone
-            os.chmod(file, 0o755 if file.is_dir() else 0o644)
-        if path.exists():
+        for file in filter(pathlib.Path.is_file, tmp.rglob("*")):
+            twin = path / file.relative_to(tmp)
+            there = twin.stat() if twin.is_file() else None
+            # safetensors makes its files readable by their owner alone
+            _take_over(file, stat.S_IMODE(there.st_mode if there else file.stat().st_mode | open_to), there)
+        if before is not None:
+            _take_over(tmp, stat.S_IMODE(before.st_mode), before)
             os.rename(path, old)
         os.rename(tmp, path)
     finally:
