@@ -31,8 +31,8 @@ def load_raw(argv, need_workdir=True):
         raise UserError(f"--config {path}: no such file; configurations are in the repository's configs/ folder (not in a wheel)")
     try:
         values(["icae", *argv])
-    except (flags.Error, AttributeError, KeyError, TypeError) as error:
-        raise UserError(f"--config: {str(error).splitlines()[0]}") from error
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:  # of the flags, or of the file's own get_config
+        raise UserError(f"--config: {(str(error).splitlines() or [repr(error)])[0]}") from error
     if need_workdir and not values.workdir:
         raise UserError("--workdir is not given; give a folder for checkpoints, metrics and the result")
     return values.config.to_dict(), values.workdir and pathlib.Path(values.workdir)
@@ -75,7 +75,7 @@ def process_flags(parser):
 def _train(verb, argv, kind, make_task):
     """Trains what `make_task` makes of a configuration of that kind, alone or as one of several processes."""
     from icae_jax.training import distributed
-    from icae_jax.training.train import train
+    from icae_jax.training.train import ALREADY, DONE, finished, shared_by_processes, train
 
     parser = argparse.ArgumentParser(prog=f"icae {verb}", add_help=False, allow_abbrev=False)
     process_flags(parser)
@@ -86,6 +86,10 @@ def _train(verb, argv, kind, make_task):
         raise UserError(f"--profile {args.profile} is a file; give a folder")
     with distributed.ending_together(BAD_INPUT):
         distributed.start(args.coordinator, args.processes, args.process)
+        if finished(config, workdir):
+            print(ALREADY.format(workdir=workdir, steps=config.steps), file=sys.stderr)
+            return DONE
+        distributed.check_agreement(shared_by_processes(config))  # before what is loaded depends on it
         return train(config, make_task(config), workdir, profile=args.profile)
 
 

@@ -41,13 +41,15 @@ PARAGRAPH, ANOTHER = (
 class Source:
     """What --from turned out to be. kind: "native", "peft", "orbax", or a format of `interop.formats`.
 
-    path: the adapter folder, the checkpoint of one step, or the file of tensors. told: what `reading.json` beside the file says.
+    path: the adapter folder, the checkpoint of one step, or the file of tensors. told: what `reading.json` beside the file says. given: of
+    a checkpoint the path by which it was found, which may be its workdir's.
     """
 
     kind: str
     path: pathlib.Path
     tensors: dict | None = None
     told: dict | None = None
+    given: pathlib.Path | None = None
 
 
 def recognise(path):
@@ -67,7 +69,7 @@ def recognise(path):
         return Source("peft" if adapters.lora_folder(folder) == folder else "native", folder)
     step = checkpoint.step_folder(path)
     if step is not None:
-        return Source("orbax", step)
+        return Source("orbax", step, given=path)
     found = [file for file in sorted(path.iterdir()) if file.is_file() and formats.file_kind(file)]
     found = [file for file in found if formats.recognise(formats.open_tensors(file)[0])]
     if len(found) == 1:
@@ -124,8 +126,9 @@ def _from_tensors(source, base, args):
     return adapter, lines
 
 
-def _from_orbax(step, base):
-    """The `Adapter` of one checkpoint of a training workdir, by the configuration kept there."""
+def _from_orbax(source, base):
+    """(step folder, `Adapter`) of a checkpoint of a training workdir, by the configuration kept there."""
+    step = source.path
     path = step.parent.parent / "config.json"
     flat = files.read_json(path, "the run's configuration")
     nested = {}
@@ -145,8 +148,12 @@ def _from_orbax(step, base):
     config = from_dict(TrainConfig, nested)
     compression, _ = compression_on(config, base.tokenizer)
     template = targets.make_template(config.objectives.template, base.tokenizer)
-    trained = jax.tree.map(jax.numpy.asarray, checkpoint.read_trained(step))
-    return adapters.Adapter(compression, config.lora, template, trained, base.path, base.fingerprint)
+    newly = checkpoint.read_newly(source.given)
+    if newly is None:
+        raise UserError(f"{source.given}: the checkpoint has been deleted meanwhile; name another, or the workdir for its best")
+    step, trained = newly
+    trained = jax.tree.map(jax.numpy.asarray, trained)
+    return step, adapters.Adapter(compression, config.lora, template, trained, base.path, base.fingerprint)
 
 
 def open_trained(path, base):
@@ -154,7 +161,7 @@ def open_trained(path, base):
     source = recognise(path)
     if source.kind in formats.NAMES:
         raise UserError(f"{path} is a file of tensors ({source.kind}); make an adapter folder of it first: icae convert adapter")
-    return _from_orbax(source.path, base) if source.kind == "orbax" else adapters.load_adapter(source.path, base)
+    return _from_orbax(source, base)[1] if source.kind == "orbax" else adapters.load_adapter(source.path, base)
 
 
 def read(source, base, args):
@@ -166,7 +173,8 @@ def read(source, base, args):
     if given:
         raise UserError(f"{', '.join(given)}: {source.path} says that itself; leave the flag out")
     if source.kind == "orbax":
-        return _from_orbax(source.path, base), [f"checkpoint {source.path.name}"], True
+        step, adapter = _from_orbax(source, base)
+        return adapter, [f"checkpoint {step.name}"], True
     adapter = adapters.load_adapter(source.path, base)
     return adapter, [], not adapters.was_forced(adapter)
 

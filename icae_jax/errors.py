@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import os
 import re
 import sys
 import time
@@ -49,9 +50,17 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
         link = link.__cause__ or link.__context__
 
 
+def _errno(error: BaseException) -> int | None:
+    """The operating system's error number that an exception carries; tensorstore, which raises ValueErrors, writes it into the message."""
+    if isinstance(error, OSError):
+        return error.errno
+    told = re.search(r"os_error_code='(\d+)'", str(error))
+    return int(told[1]) if told else None
+
+
 def disk_full(error: BaseException) -> bool:
     """Whether an exception, or what caused it, is a disk without room."""
-    return any(isinstance(e, OSError) and e.errno in _FULL for e in _causes(error))
+    return any(_errno(e) in _FULL or os.strerror(errno.ENOSPC) in str(e) for e in _causes(error))
 
 
 def is_users(error: BaseException) -> bool:
@@ -62,7 +71,7 @@ def is_users(error: BaseException) -> bool:
 def transient(error: BaseException) -> bool:
     """Whether an exception is one that passes: a connection, a network filesystem, a server that is overloaded or being restarted."""
     for e in _causes(error):
-        if isinstance(e, ConnectionError | TimeoutError) or (isinstance(e, OSError) and e.errno in _TRANSIENT):
+        if isinstance(e, ConnectionError | TimeoutError) or _errno(e) in _TRANSIENT:
             return True
         kind = type(e)
         status = getattr(getattr(e, "response", None), "status_code", None)

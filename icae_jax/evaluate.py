@@ -9,7 +9,7 @@ import sys
 
 import jax
 
-from icae_jax import convert_adapter
+from icae_jax import convert_adapter, errors
 from icae_jax.data import sources
 from icae_jax.errors import UserError
 from icae_jax.evaluation import examples as drawn
@@ -185,7 +185,8 @@ def main(parser, argv):
             print(f"{folder} is done already\n", file=sys.stderr)
             _show(result, folder)
         return 0
-    folder.mkdir(parents=True, exist_ok=True)
+    with errors.naming(f"--out {folder}", "give a folder that can be written"):
+        folder.mkdir(parents=True, exist_ok=True)
 
     # ----------------------------------------------------------------------------------------- measure, then sum up
     progress = run.Progress(folder, identity)

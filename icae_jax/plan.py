@@ -102,6 +102,18 @@ def compile_for(spec, topology, exact=False):
         return {"fits": False, "peak_bytes": peak, "message": str(error).splitlines()[0]}
 
 
+def with_evaluation(spec, found, topology, exact=False):
+    """What the compiler says of a training step (`compile_for`), and of the held-out evaluation between steps; `fits` is whether both do.
+
+    Programs that are no training, and trainings without an evaluation, stay as they are.
+    """
+    if spec.what != "train" or not spec.config.eval_examples or not found["fits"]:
+        return found
+    evaluation = compile_for(dataclasses.replace(spec, what=programs.EVALUATE), topology, exact)
+    found = found | {"evaluation_peak_bytes": evaluation["peak_bytes"]}
+    return found if evaluation["fits"] else found | {key: evaluation[key] for key in ("fits", "peak_bytes", "message")}
+
+
 def counting_mesh(shape):
     """A mesh of as many host devices as can be had, a mesh's shape or a smaller one. UserError where there is none."""
     smaller = dict(shape)
@@ -198,6 +210,7 @@ def summarise(spec, shape, topology, chip, found):
         "remat": c.remat, "remat_decoder": c.remat_decoder or c.remat, "context_length": spec.length,
         "contexts": spec.contexts, "contexts_per_chip": spec.contexts / count, "accumulate": c.accumulate if spec.what == "train" else 1,
         "fits": found["fits"], "peak_hbm_bytes_per_chip": found["peak_bytes"], "chip_hbm_bytes": chip.hbm_bytes,
+        "evaluation_peak_hbm_bytes_per_chip": found.get("evaluation_peak_bytes"),
     }  # fmt: skip
     if spec.what == "decode":
         plan |= {"prompt_tokens": programs.PROMPT, "new_tokens": c.data.max_target_tokens}
@@ -241,6 +254,8 @@ def text(plan):
             ("temporaries", f"{plan['temporary_bytes_per_chip'] / GIB:.2f} GiB a chip at the peak"),
             rows[-1],
         ]
+        if plan["evaluation_peak_hbm_bytes_per_chip"] is not None:
+            rows.append(("evaluation", f"held out, between steps: peak {plan['evaluation_peak_hbm_bytes_per_chip'] / GIB:.2f} GiB a chip"))
         for kind, of in plan["collectives"].items():
             most = f"the largest {of['largest_bytes'] / GIB:.3f} GiB, {of['largest']}"
             rows.append((kind, f"{of['times']} times, {of['bytes'] / GIB:.2f} GiB a chip; {most}"))
@@ -280,6 +295,7 @@ def main(parser, argv):
         spec, found = search(spec, args.topology, args.exact, say)
     else:
         found = compile_for(spec, args.topology, args.exact)
+    found = with_evaluation(spec, found, args.topology, args.exact)
     plan = summarise(spec, shape, args.topology, chip, found)
     print(json.dumps(plan) if args.json else text(plan))
     return 0 if plan["fits"] else 1

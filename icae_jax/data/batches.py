@@ -121,6 +121,11 @@ class Examples:
         """Identity of tokenizer and source."""
         return self.tokens.key
 
+    @property
+    def shapes(self):
+        """What the shapes of batches, and which examples they hold, depend on: of each bucket its length, segments and examples."""
+        return [[b.length, *b.shape, len(b.examples)] for b in self.buckets] + [getattr(self, "qa_shape", None)]
+
     def _windows(self, length):
         """(text, start, stop, next stop) of windows of `length` tokens, `<s>` included; a short rest stands if it is all, or half."""
         size = length - len(self.framing.start)

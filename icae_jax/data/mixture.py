@@ -46,6 +46,11 @@ class Mixture:
             for examples in self.parts:
                 examples.qa_shape = self.qa_shape  # one shape for all, so that their targets can be packed together
 
+    @property
+    def shapes(self):
+        """Those of every part, see `Examples.shapes`."""
+        return [part.shapes for part in self.parts]
+
     def draw(self, seed, step, batch_size):
         """The global batch of a step: (bucket number, (source, example) numbers `[batch_size, 2]`), see `Examples.draw`."""
         bucket = int(np.random.default_rng([seed, 0, step]).choice(len(self.weights), p=self.weights))

@@ -14,14 +14,16 @@ from icae_jax.training.compressor_task import CompressorLosses, positions
 from icae_jax.training.config import TrainConfig
 
 WHATS = ("train", "compress", "decode")
+EVALUATE = "evaluate"  # beside a training step: the program that a training computes its held-out losses with
+OF_TRAINING = ("train", EVALUATE)
 PROMPT = 32  # tokens of a question, where it is answered
 
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
-    """What is compiled. what: one of `WHATS`. config: with its data's shapes alone. model: the base's sizes. contexts: of one step, over
-    all devices. length: tokens of a context at most. qa: (inputs, labels) of a QA target; None for the most that the configuration lets in.
-    """
+    """What is compiled. what: one of `WHATS`, or `EVALUATE`. config: with its data's shapes alone. model: the base's sizes. contexts: of one
+    step, over all devices. length: tokens of a context at most. qa: (inputs, labels) of a QA target; None for the most that the
+    configuration lets in.
 
     what: str
     config: TrainConfig
@@ -47,7 +49,7 @@ def _placed(tree, shardings, dtype=None):
 def batch(spec, mesh=None):
     """The shapes of a training batch, with every QA target as long as it may be."""
     c, where = spec.config, mesh and sharding.batch_sharding(mesh)
-    rows = spec.contexts * (c.accumulate if spec.what == "train" else 1)
+    rows = spec.contexts * (c.accumulate if spec.what in OF_TRAINING else 1)
 
     def array(*shape, dtype=jnp.int32):
         return jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=where)
@@ -97,6 +99,8 @@ def lower(spec, mesh, platforms=None):
             train = step.make_train_step(task, optimizer, c.seed, c.accumulate, shardings)
             return train.trace(_placed(state, shardings), params, given).lower(lowering_platforms=platforms)
         trained = _placed(trained, placement.tree(trained))
+        if spec.what == EVALUATE:
+            return step.make_eval_step(task, c.accumulate).trace(trained, params, given).lower(lowering_platforms=platforms)
         write = jax.jit(methods.compress, static_argnames=("model", "config", "k"))
         texts = (task.model, params, trained, given["context"], given["lengths"])
         if spec.what == "compress":

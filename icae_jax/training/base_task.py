@@ -49,6 +49,10 @@ class BaseTask:
         )
         self.model = llama.Llama(self.model_config, dtype=config.jnp_dtype, remat=config.remat, unroll=config.unroll, attention=name)
 
+    def shared_by_processes(self) -> dict[str, object]:
+        """What all processes must have alike, beside the configuration: nothing, its data are made of that."""
+        return {}
+
     def notes(self):
         """Lines worth saying before training."""
         return self.placement.notes() + self._notes

@@ -161,6 +161,14 @@ class CompressorTask(CompressorLosses):
                     raise UserError(f"data.train source {source}, of weight {weight:g}: {error}") from error
         return mixture.Mixture(parts)
 
+    def shared_by_processes(self) -> dict[str, object]:
+        """What all processes must have alike, beside the configuration: what its paths stand for, and the shapes of the batches."""
+        found = {f"identity.{name}": value for name, value in self.identity.items()}
+        for name, examples in (("data.train", self.train_examples), ("data.eval", self.eval_examples)):
+            if examples:
+                found |= {f"identity.{name}": examples.key, f"shapes of {name}": examples.shapes}
+        return found
+
     def notes(self):
         """Lines worth saying before training: what is done otherwise than asked, what was left out of the data."""
         named = (("data.train", self.train_examples), ("data.eval", self.eval_examples))

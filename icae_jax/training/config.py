@@ -227,7 +227,8 @@ def _scalar(kind, value, where):
 # What may change when a workdir is continued; any other field changes the mathematics.
 FREE_FIELDS = {"log_every", "eval_every", "eval_examples", "checkpoint_every", "remat", "remat_decoder", "attention", "unroll"}
 FREE_FIELDS |= {"mesh.data", "mesh.fsdp", "mesh.tensor"}  # the devices may change: results agree within rounding
-FREE_FIELDS |= {"base", "init_from", "data.train", "data.eval", "data.cache_dir", "data.tfds_dir"}  # paths; `identity` has the content
+PATH_FIELDS = {"base", "init_from", "data.train", "data.eval", "data.cache_dir", "data.tfds_dir"}  # `identity` has their content
+FREE_FIELDS |= PATH_FIELDS
 
 
 def _flat(value, prefix=""):
@@ -245,21 +246,28 @@ def _defaults(kind):
     }
 
 
+def shared_fields(config: LoopConfig) -> dict[str, object]:
+    """What several processes of one run must be configured alike in, `{dotted field: value}`: all but paths, which may differ by host."""
+    return {field: value for field, value in _flat(dataclasses.asdict(config)).items() if field not in PATH_FIELDS}
+
+
 def check_workdir(workdir, config, identity, writes=lambda: True):
     """Compares with the configuration that the workdir was started with, and records the new one.
 
     A field that came later than the workdir had its default then: new fields are made so that this is what was done before them.
-    identity: `{name: fingerprint}` of what paths in the configuration stand for; those are compared instead of the paths. writes: asked
-    once everything was read and found good, whether this process records it.
+    identity: `{name: fingerprint}` of what paths in the configuration stand for; those are compared instead of the paths. None, before
+    that is known, compares the configuration alone. writes: asked once everything was read and found good, whether this process records it.
     Returns the changes to log, as text lines. UserError lists fields that change the mathematics; nothing is written then.
     """
     path = pathlib.Path(workdir) / "config.json"
-    now = _flat(dataclasses.asdict(config)) | {f"identity.{k}": v for k, v in identity.items()}
+    now = _flat(dataclasses.asdict(config)) | {f"identity.{k}": v for k, v in (identity or {}).items()}
     if not path.exists():
         if writes():
             files.write_json(path, now)
         return []
     before = _flat(_defaults(type(config))) | files.read_json(path, "the run's configuration")
+    if identity is None:
+        before = {field: value for field, value in before.items() if not field.startswith("identity.")}
     changed = [k for k in sorted(before.keys() | now.keys()) if before.get(k) != now.get(k)]
     refused = [k for k in changed if k not in FREE_FIELDS]
     if "steps" in refused and now["steps"] > before["steps"] and (now["optimizer.schedule"] == "constant" or now["optimizer.decay_steps"]):

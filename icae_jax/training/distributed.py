@@ -7,6 +7,7 @@ import contextlib
 import glob
 import importlib.util
 import itertools
+import json
 import os
 import re
 import signal
@@ -122,6 +123,30 @@ def agreed(value):
     if jax.process_count() == 1:
         return value
     return type(value)(multihost_utils.broadcast_one_to_all(np.asarray(value)))
+
+
+def check_agreement(items: dict[str, object]) -> None:
+    """UserError, in every process, that names what differs between them: of `items` each must have the same in all.
+
+    items: `{name: value}`, values as JSON has them. To be called by all, before anything whose shapes or order of collectives depend on it.
+    """
+    if jax.process_count() == 1:
+        return
+    mine = np.frombuffer(json.dumps(items, sort_keys=True, default=str).encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.asarray(mine.size)).reshape(-1)
+    padded = np.zeros(int(sizes.max()), np.uint8)
+    padded[: mine.size] = mine
+    gathered = multihost_utils.process_allgather(padded)
+    first, *others = (json.loads(row[:size].tobytes()) for row, size in zip(gathered, sizes.tolist(), strict=True))
+    lines = [
+        f"{name}: {json.dumps(first.get(name))} in process 0, {json.dumps(other.get(name))} in process {number}"
+        for number, other in enumerate(others, 1)
+        for name in sorted(first.keys() | other.keys())
+        if first.get(name) != other.get(name)
+    ]
+    if lines:
+        shown = "; ".join(lines[:5]) + (f"; and {len(lines) - 5} more" if len(lines) > 5 else "")
+        raise UserError(f"the processes of this run differ in what must be alike: {shown}. Give all the same command, data and versions")
 
 
 def main_after_all():

@@ -5,6 +5,7 @@ import os
 import pathlib
 import time
 
+from icae_jax import errors
 from icae_jax.interop import files
 
 WALL_CLOCK = ("seconds", "tokens_per_second", "mfu")  # the only fields that two equal runs may differ in
@@ -46,13 +47,23 @@ class MetricsFile:
 
     def write(self, line):
         """Appends one line and flushes it to disk."""
-        with open(self.path, "a", encoding="utf-8") as f:
-            f.write(json.dumps(line) + "\n")
-            f.flush()
-            os.fsync(f.fileno())
+        size = self.path.stat().st_size if self.path.exists() else 0
+
+        def append():
+            with open(self.path, "a", encoding="utf-8") as f:
+                f.truncate(size)  # of a try that failed halfway
+                f.write(json.dumps(line) + "\n")
+                f.flush()
+                os.fsync(f.fileno())
+
+        errors.retrying(append, f"writing {self.path}")
         values = [self._summary.Value(tag=tag, simple_value=number) for tag, number in _scalars(line) if tag != "step"]
         self._events.write_event(self._event(wall_time=time.time(), step=line["step"], summary=self._summary(value=values)))
         self._events.flush()
+
+    def has_evaluation(self, step: int) -> bool:
+        """Whether the held-out losses of a step are in the file."""
+        return self.path.exists() and any(line["step"] == step and "eval" in line for line in read(self.path))
 
     def close(self):
         self._events.close()

@@ -48,6 +48,16 @@ def init_state(trained, optimizer):
     return {"step": jnp.zeros((), jnp.int32), "trained": trained, "opt_state": optimizer.init(trained)}
 
 
+def microbatches(batch, accumulate):
+    """A batch `[B, …]` cut into `[accumulate, B / accumulate, …]`; interleaved, so that every device keeps the rows it has."""
+
+    def cut(x):
+        x = jnp.swapaxes(x.reshape(x.shape[0] // accumulate, accumulate, *x.shape[1:]), 0, 1)
+        return llama.constrain(x, None, "batch", *[None] * (x.ndim - 2))
+
+    return jax.tree.map(cut, batch)
+
+
 def make_train_step(task, optimizer, seed, accumulate, shardings=None):
     """`step(state, frozen, batch) -> (state, metrics)`, jitted, the state donated. shardings: of the state, in and out.
 
@@ -72,22 +82,28 @@ def make_train_step(task, optimizer, seed, accumulate, shardings=None):
         if accumulate == 1:
             (grads, sums), _ = add(zero, (batch, 0))
         else:
-            # Interleaved, so that every device keeps the rows it has.
-            def cut(x):
-                x = jnp.swapaxes(x.reshape(x.shape[0] // accumulate, accumulate, *x.shape[1:]), 0, 1)
-                return llama.constrain(x, None, "batch", *[None] * (x.ndim - 2))
-
-            micros = jax.tree.map(cut, batch)
-            (grads, sums), _ = jax.lax.scan(add, zero, (micros, jnp.arange(accumulate)))
+            (grads, sums), _ = jax.lax.scan(add, zero, (microbatches(batch, accumulate), jnp.arange(accumulate)))
         with jax.named_scope("optimizer"):
             updates, opt_state = optimizer.update(grads, state["opt_state"], state["trained"])
             trained = optax.apply_updates(state["trained"], updates)
         metrics = {"sums": sums, "counts": counts, "tokens": task.tokens(batch), "grad_norm": optax.global_norm(grads)}
+        metrics["param_norm"] = optax.global_norm(trained)  # after the update: what would be saved
         return {"step": state["step"] + 1, "trained": trained, "opt_state": opt_state}, metrics
 
     return jax.jit(step, donate_argnums=0, out_shardings=None if shardings is None else (shardings, None))
 
 
-def make_eval_step(task):
-    """`step(trained, frozen, batch) -> {objective: (sum, count)}`, without dropout."""
-    return jax.jit(lambda trained, frozen, batch: task.losses(trained, frozen, batch, None))
+def make_eval_step(task, accumulate=1):
+    """`step(trained, frozen, batch) -> {objective: (sum, count)}`, jitted, without dropout, in as many microbatches as training takes."""
+
+    def step(trained, frozen, batch):
+        if accumulate == 1:
+            return task.losses(trained, frozen, batch, None)
+
+        def add(totals, micro):
+            return jax.tree.map(jnp.add, totals, task.losses(trained, frozen, micro, None)), None
+
+        zero = {o: (jnp.zeros(()), jnp.zeros(())) for o in task.counts(batch)}
+        return jax.lax.scan(add, zero, microbatches(batch, accumulate))[0]
+
+    return jax.jit(step)

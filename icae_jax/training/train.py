@@ -1,6 +1,7 @@
 """The training loop, read top to bottom: `icae train` (a compressor) and `icae train-base` (a small base model) both run it."""
 
 import contextlib
+import importlib.metadata
 import math
 import pathlib
 import sys
@@ -10,12 +11,16 @@ import jax
 from absl import logging as absl_logging
 from tqdm import tqdm
 
+from icae_jax import errors
 from icae_jax.benchmarking import profile as profiles
+from icae_jax.interop import files
 from icae_jax.training import chips, distributed, metrics, sharding, step
 from icae_jax.training.checkpoint import Checkpoints
-from icae_jax.training.config import check_workdir
+from icae_jax.training.config import check_workdir, shared_fields
 
 DONE, PREEMPTED, DIVERGED = 0, 75, 3  # exit codes; 2 is bad input
+ALREADY = "{workdir} is done already ({steps} steps)"
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")  # on whose versions shapes, values or files depend
 TRACED = (3, 5)  # the first and the last step of a start that --profile traces: those before them compile
 
 
@@ -60,11 +65,29 @@ def put_ahead(mesh, host_batches, rows, batch_size):
         yield ready
 
 
+def finished(config, workdir) -> bool:
+    """Whether a workdir already has the steps that a configuration asks for: told by its files, before base or data are loaded.
+
+    The same in all processes, which call it together. UserError where the workdir belongs to a configuration with other mathematics.
+    """
+    done = pathlib.Path(workdir) / "DONE"
+    if not distributed.agreed(done.exists() and int(done.read_text() or 0) >= config.steps):
+        return False
+    check_workdir(workdir, config, None, writes=lambda: False)
+    return True
+
+
+def shared_by_processes(config) -> dict[str, object]:
+    """What all processes of a run must have alike before any of them loads anything, see `distributed.check_agreement`."""
+    return shared_fields(config) | {f"version of {name}": importlib.metadata.version(name) for name in ("icae_jax", *PACKAGES)}
+
+
 def train(config, task, workdir, *, log=None, profile=None):
     """Trains `task` in `workdir` until `config.steps`; continues what is there. Returns an exit code.
 
-    0: every step done, the result exported and `DONE` written. 75: SIGTERM came, the state is saved. 3: a loss or gradient was
-    not finite; nothing of it was saved. UserError: the workdir belongs to a configuration with other mathematics.
+    0: every step done, the result exported and `DONE` written. 75: SIGTERM came, the state is saved. 3: a loss, a gradient, an updated
+    parameter or a held-out loss was not finite; nothing of it was saved. UserError: the workdir belongs to a configuration with other
+    mathematics, or the processes differ in what they must have alike.
     Several processes all call this, with one workdir; the first writes metrics and the result. profile: a folder, into which steps
     `TRACED` after this start are traced, for XProf.
     """
@@ -79,16 +102,17 @@ def _train(config, task, workdir, log, profile):
     sharding.check_batch_size(mesh, config.batch_size, config.accumulate)
     rows = sharding.local_rows(mesh, config.batch_size)
 
-    # ------------------------------------------------------------------------- the workdir: whose is it, is it done?
-    workdir.mkdir(parents=True, exist_ok=True)
+    # ---------------------------------------------------- the workdir: whose is it, is it done, do all processes mean the same?
+    with errors.naming(f"--workdir {workdir}", "give a folder that can be written"):
+        workdir.mkdir(parents=True, exist_ok=True)
     distributed.check_shared(workdir)
+    if finished(config, workdir):
+        say(ALREADY.format(workdir=workdir, steps=config.steps))
+        return DONE
+    distributed.check_agreement(shared_by_processes(config) | task.shared_by_processes())
     changes = check_workdir(workdir, config, task.identity, distributed.main_after_all)
     for line in task.notes() + [f"changed: {change}" for change in changes]:
         say(line)
-    done_file = workdir / "DONE"
-    if distributed.agreed(done_file.exists() and int(done_file.read_text() or 0) >= config.steps):
-        say(f"{workdir} is done already ({config.steps} steps)")
-        return DONE
 
     # ----------------------------------------------------------------- state: resume, then initialise from, then scratch
     optimizer, learning_rate = step.make_optimizer(config.optimizer, config.steps)
@@ -110,7 +134,7 @@ def _train(config, task, workdir, log, profile):
 
     # ----------------------------------------------------------------------------------------------------------- steps
     train_step = step.make_train_step(task, optimizer, config.seed, config.accumulate, shardings)
-    eval_step = step.make_eval_step(task)
+    eval_step = step.make_eval_step(task, config.accumulate)
     start = max(first, 0)
     stop = config.steps
     bar = tqdm(total=stop, initial=start, unit="step", file=sys.stderr, disable=not main_process, dynamic_ncols=True, mininterval=1.0)
@@ -118,14 +142,16 @@ def _train(config, task, workdir, log, profile):
     shown, pending, clock, tokens_since, flops_since = {}, None, time.perf_counter(), 0.0, 0
 
     def flush(pending):
-        """Reads one step's metrics (which waits for it), writes its line where due. Returns whether all of it is finite."""
+        """Reads one step's metrics (which waits for it), writes its line where due. Returns whether all of it is finite: losses and
+        gradients, and the parameters after the update, which are what a checkpoint would hold.
+        """
         nonlocal clock, tokens_since, flops_since
         at, device, about, least_flops = pending
         values = jax.device_get(device)
         losses = metrics.means(values["sums"], values["counts"])
         tokens_since += float(values["tokens"])
         flops_since += least_flops or 0
-        if not all(map(math.isfinite, [*losses.values(), float(values["grad_norm"])])):
+        if not all(map(math.isfinite, [*losses.values(), float(values["grad_norm"]), float(values["param_norm"])])):
             return False
         if at % config.log_every == 0 or at == stop:
             now = time.perf_counter()
@@ -142,10 +168,12 @@ def _train(config, task, workdir, log, profile):
         return True
 
     def held_out(at):
-        """Evaluates, writes the line, returns the weighted loss (None without held-out data)."""
+        """Evaluates and writes the line. Returns the weighted loss: None without held-out data, NaN where any of them is not finite."""
         losses = evaluate(task, eval_step, state["trained"], frozen, rows, config.batch_size)
         if not losses:
             return None
+        if not all(math.isfinite(loss) for by_objective in losses.values() for loss in by_objective.values()):
+            return math.nan
         total = task.held_out_loss(losses)
         if lines:
             lines.write({"step": at, "eval": losses, "eval_loss": total})
@@ -153,16 +181,22 @@ def _train(config, task, workdir, log, profile):
         say(f"step {at}: held out: {'; '.join(parts)}")
         return total
 
+    def is_finite(score):
+        return score is None or math.isfinite(score)
+
     def diverged(at):
         checkpoints.wait()
         good = checkpoints.latest()
-        say(f"step {at}: the loss or its gradient is not finite; last good checkpoint: {'none' if good is None else f'step {good}'}")
+        what = "a loss, a gradient or a parameter"
+        say(f"step {at}: {what} is not finite; last good checkpoint: {'none' if good is None else f'step {good}'}")
         return DIVERGED
 
     try:
         with checkpoints, distributed.Preemption() as preemption, bar, contextlib.ExitStack() as tracing:
-            if first < 0:
-                held_out(0)
+            due = first > 0 and first % config.eval_every == 0 and not distributed.agreed(bool(lines and lines.has_evaluation(first)))
+            # due: it was saved on a notice to leave, which left no time to evaluate it.
+            if (first < 0 or due) and not is_finite(held_out(start)):
+                return diverged(start)
             ahead = put_ahead(mesh, task.train_batches(start, stop, rows), rows, config.batch_size)
             for at, (host_batch, batch) in zip(range(start + 1, stop + 1), ahead, strict=True):
                 if profile and at - start == TRACED[0]:
@@ -178,12 +212,14 @@ def _train(config, task, workdir, log, profile):
                 pending = (at, device, task.describe(host_batch), task.least_flops(batch))
                 bar.update()
                 leaving = preemption.asked() and at < stop
-                evaluating = at % config.eval_every == 0 or at == stop
+                evaluating = (at % config.eval_every == 0 or at == stop) and not leaving
                 if evaluating or leaving or at % config.checkpoint_every == 0:
                     if not flush(pending):
                         return diverged(at)
                     pending = None
                     score = held_out(at) if evaluating else None
+                    if not is_finite(score):
+                        return diverged(at)
                     checkpoints.save(at, state, score)
                 if leaving:
                     checkpoints.wait()
@@ -192,8 +228,9 @@ def _train(config, task, workdir, log, profile):
             checkpoints.wait()
             trained, best = sharding.on_host(state["trained"]), checkpoints.best()
             if main_process:
-                folder = task.export(workdir, trained)
-                done_file.write_text(f"{stop}\n")
+                folder = errors.retrying(lambda: task.export(workdir, trained), "writing the result")
+                with files.replacing_file(workdir / "DONE") as tmp:
+                    tmp.write_text(f"{stop}\n")
                 say(f"done: {stop} steps{'' if best is None else f', lowest held-out loss at step {best}'}; {folder}")
             return DONE
     finally:
