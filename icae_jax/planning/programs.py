@@ -21,9 +21,11 @@ PROMPT = 32  # tokens of a question, where it is answered
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
-    """What is compiled. what: one of `WHATS`, or `EVALUATE`. config: with its data's shapes alone. model: the base's sizes. contexts: of one
-    step, over all devices. length: tokens of a context at most. qa: (inputs, labels) of a QA target; None for the most that the
-    configuration lets in.
+    """What is compiled.
+
+    what: one of `WHATS`, or `EVALUATE`. config: with its data's shapes alone. model: the base's sizes. contexts: of one step, over all
+    devices. length: tokens of a context at most. qa: (inputs, labels) of a QA target; None for the most that the configuration lets in.
+    """
 
     what: str
     config: TrainConfig
