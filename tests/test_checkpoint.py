@@ -1,10 +1,15 @@
 """Checkpoints: which are kept, and that they come back bit by bit."""
 
+import errno
+import shutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from icae_jax import convert_adapter, errors, inspection
+from icae_jax.interop import files
 from icae_jax.training import checkpoint
 from icae_jax.training.checkpoint import Checkpoints
 
@@ -95,3 +100,113 @@ def test_the_trained_tree_alone_is_read_from_any_of_its_paths(tmp_path):
         jax.tree.map(np.testing.assert_array_equal, checkpoint.read_trained(path), jax.device_get(state(step)["trained"]))
     for other in (tmp_path, tmp_path / "absent", best / "metrics"):
         assert checkpoint.step_folder(other) is None
+
+
+def everything(folder):
+    """`{path: (time of change, size)}` of all that a folder holds."""
+    return {str(p.relative_to(folder)): (p.stat().st_mtime_ns, p.stat().st_size) for p in folder.rglob("*")}
+
+
+def test_reading_changes_nothing(tmp_path):
+    """Breaks when whoever looks at a workdir takes away the checkpoint that a training is just writing there, or writes anything."""
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, state(1), 2.0)
+        checkpoints.save(2, state(2), 3.0)
+    half = tmp_path / "checkpoints" / "step_3.orbax-checkpoint-tmp"
+    (half / "default").mkdir(parents=True)
+    (half / "default" / "_METADATA").write_text("{}")
+    files.write_json(tmp_path / "config.json", {"compression.method": "icae", "base": "b"})
+    before = everything(tmp_path)
+    assert checkpoint.step_folder(tmp_path).name == "step_1"
+    assert checkpoint.saved_steps(tmp_path) == {1: 2.0, 2: 3.0}
+    assert convert_adapter.recognise(tmp_path).path.name == "step_1"
+    assert inspection.describe(tmp_path)["what"].endswith("step_1")
+    assert checkpoint.read_newly(tmp_path)[0].name == "step_1"
+    assert everything(tmp_path) == before
+
+
+def test_a_checkpoint_that_goes_while_it_is_read_is_chosen_anew(tmp_path, monkeypatch):
+    """Breaks when a running training, whose best has just changed, makes its reader fail; or when a broken file is read for ever."""
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, state(1), 2.0)
+        checkpoints.save(2, state(2), 3.0)
+    read = checkpoint.read_trained
+
+    def losing(folder):
+        if folder.name == "step_1":
+            shutil.rmtree(folder)
+        return read(folder)
+
+    monkeypatch.setattr(checkpoint, "read_trained", losing)
+    folder, trained = checkpoint.read_newly(tmp_path)
+    assert folder.name == "step_2"
+    jax.tree.map(np.testing.assert_array_equal, trained, jax.device_get(state(2)["trained"]))
+
+    def broken(folder):
+        raise ValueError("not a checkpoint")
+
+    monkeypatch.setattr(checkpoint, "read_trained", broken)
+    with pytest.raises(ValueError, match="not a checkpoint"):
+        checkpoint.read_newly(tmp_path)
+
+
+def test_nan_is_never_the_best(tmp_path):
+    """Breaks when a held-out loss of NaN evicts the best checkpoint, or one that an earlier version kept ranks first."""
+    with Checkpoints(tmp_path) as checkpoints:
+        for step, loss in enumerate((0.5, float("nan"), 0.7, 0.6), 1):
+            checkpoints.save(step, state(step), loss)
+            checkpoints.wait()
+        assert on_disk(tmp_path) == [1, 4] and checkpoints.best() == 1
+    (tmp_path / "checkpoints" / "step_4" / "metrics" / "metrics").write_text('{"loss": NaN}')
+    assert checkpoint.step_folder(tmp_path).name == "step_1"
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.best() == 1
+        checkpoints.save(5, state(5), 0.9)
+    assert on_disk(tmp_path) == [1, 5]
+
+
+def test_a_save_that_a_network_interrupts_is_made_again(tmp_path, monkeypatch):
+    """Breaks when one stale file handle ends a run, or the save that it hit is lost: at its beginning, or in the background."""
+    monkeypatch.setattr(errors, "FIRST_DELAY", 0.0)
+    with Checkpoints(tmp_path) as checkpoints:
+        manager, failures = checkpoints._manager, iter([OSError(errno.ESTALE, "Stale file handle")])
+        save, finish = manager.save, manager.wait_until_finished
+
+        def failing_save(*args, **kwargs):
+            for error in failures:
+                raise error
+            return save(*args, **kwargs)
+
+        monkeypatch.setattr(manager, "save", failing_save)
+        checkpoints.save(1, state(1), 1.0)
+        checkpoints.wait()
+        assert checkpoints.latest() == 1 and next(failures, None) is None
+
+        checkpoints.save(2, state(2), 0.5)
+        failures = iter([ValueError("UNAVAILABLE: Error writing x")])
+
+        def failing_finish():
+            for error in failures:
+                finish()
+                shutil.rmtree(tmp_path / "checkpoints" / "step_2")  # as if it had never been finished
+                manager.reload()
+                raise error
+            return finish()
+
+        monkeypatch.setattr(manager, "wait_until_finished", failing_finish)
+        monkeypatch.setattr(manager, "save", lambda *a, **k: save(*a, **k))
+        checkpoints.wait()
+        assert next(failures, None) is None and checkpoints.latest() == 2
+    assert on_disk(tmp_path) == [2]
+
+
+def test_a_disk_without_room_is_told_apart(tmp_path, monkeypatch):
+    """Breaks when a full disk is restarted for ever (it is the user's, exit code 2), or another failed save is not (it is not)."""
+    full = ValueError("RESOURCE_EXHAUSTED: Error writing x: Failed to write: No space left on device [os_error_code='28']")
+    for error, users in ((full, True), (ValueError("DATA_LOSS: Error writing x: checksum"), False)):
+        with Checkpoints(tmp_path) as checkpoints, monkeypatch.context() as patch:
+            failing(checkpoints, patch, error)
+            with pytest.raises((OSError, RuntimeError), match="Earlier checkpoints are whole") as raised:
+                checkpoints.save(1, state(1))
+            assert errors.is_users(raised.value) == users and "os_error_code" not in str(raised.value)
+            patch.undo()
