@@ -20,7 +20,7 @@ def carried(folder):
     """The folder's files that a copy of the base needs beside config.json and weights: generation_config.json, the tokenizer, a licence."""
     for path in sorted(pathlib.Path(folder).iterdir()):
         named = path.name == weights.ORBAX_URL or path.name.endswith(".index.json") or path.name.startswith((".", "README"))
-        other = named or path.suffix in WEIGHTS
+        other = named or path.suffix in WEIGHTS or path.suffix == ".py"  # code of the base's own is never run
         if path.name != "config.json" and path.is_file() and not other and path.stat().st_size <= MOST_BYTES:
             yield path
 

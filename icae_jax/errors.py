@@ -29,7 +29,10 @@ _TRANSIENT_TYPES = re.compile(
     "(Connect|Read|Write|Pool)?(Timeout|Error)|(Connection|Transport|Network|Protocol|RemoteProtocol|ChunkedEncoding|IncompleteRead)Error"
     "|ConnectTimeout|ReadTimeout|LocalEntryNotFoundError|ServiceUnavailable|InternalServerError|TooManyRequests"
 )
-_NETWORK_PACKAGES = ("httpx", "httpcore", "requests", "urllib3", "huggingface_hub", "google", "aiohttp", "botocore", "gcsfs", "fsspec")
+_NETWORK_PACKAGES = (
+    "httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3", "huggingface_hub", "google", "aiohttp", "botocore", "gcsfs",
+    "fsspec",
+)  # fmt: skip
 _TRANSIENT_STATUS = re.compile(r"\b(UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED): ")  # how tensorstore begins
 
 FIRST_DELAY = 1.0  # seconds before the second try; each later wait is twice as long
@@ -51,11 +54,11 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 
 
 def _errno(error: BaseException) -> int | None:
-    """The operating system's error number that an exception carries; tensorstore, which raises ValueErrors, writes it into the message."""
-    if isinstance(error, OSError):
+    """The operating system's error number of an exception; tensorstore and libraries in Rust (safetensors) write it into the message."""
+    if isinstance(error, OSError) and error.errno:
         return error.errno
-    told = re.search(r"os_error_code='(\d+)'", str(error))
-    return int(told[1]) if told else None
+    told = re.search(r"os_error_code='(\d+)'|\(os error (\d+)\)", str(error))
+    return int(told[1] or told[2]) if told else None
 
 
 def disk_full(error: BaseException) -> bool:

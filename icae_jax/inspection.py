@@ -167,12 +167,12 @@ def describe(path):
 
 def fits(about, base):
     """Whether a base (folder, hub id or URL) fits what `describe` told: (yes or no, why)."""
-    config, identity = bases.identify(base)
     wanted = about.get("base_fingerprint")
     if wanted:
+        identity = bases.identify(base)[1]
         same = wanted == identity
         return same, f"fingerprint {identity[:12]}{'' if same else f', not {wanted[:12]}'}"
-    have = _sizes_of(config)
+    have = _sizes_of(bases.sizes(base))
     wrong = [f"{field} {have[field]}, not {value}" for field, value in about["base_must_have"].items() if have[field] != value]
     return not wrong, ", ".join(wrong) or "by its sizes; icae convert adapter restores a text to make sure"
 

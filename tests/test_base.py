@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 
 import huggingface_hub
@@ -10,8 +11,9 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from conftest import TINY, close, random_params
+from conftest import ROOT, TINY, close, random_params
 
+from icae_jax import convert_base, errors
 from icae_jax.interop import base as bases
 from icae_jax.interop import weights
 from icae_jax.models import llama, rope
@@ -68,6 +70,63 @@ def test_folder_without_tokenizer_is_named(folder, tmp_path):
     for file in folder.glob("tokenizer*"):
         file.unlink()
     with pytest.raises(ValueError, match="no tokenizer could be loaded"):
+        bases.load_tokenizer(folder)
+
+
+CODE = """
+import pathlib
+from transformers import PreTrainedTokenizerFast
+pathlib.Path({ran!r}).touch()
+class X(PreTrainedTokenizerFast): pass
+"""
+
+
+def own_code(folder, name="tokenizer_config.json", tokenizer_class="X"):
+    """Makes the folder's tokenizer one of code of its own; returns the file that the code leaves when it is run."""
+    ran = folder / "RAN"
+    (folder / "tokenization_x.py").write_text(CODE.format(ran=str(ran)))
+    path = folder / name
+    told = json.loads(path.read_text()) | {"auto_map": {"AutoTokenizer": ["tokenization_x.X", "tokenization_x.X"]}}
+    path.write_text(json.dumps(told | ({"tokenizer_class": tokenizer_class} if name == "tokenizer_config.json" else {})))
+    return ran
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "config.json"])
+def test_a_tokenizers_own_code_is_never_run(folder, monkeypatch, tmp_path, name):
+    """Breaks when a base's Python runs, or anybody is asked whether it may: a yes on standard input would do."""
+    ran, asked = own_code(folder, name), []
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr("builtins.input", lambda *prompt: asked.append(prompt) or "y")
+    if name == "config.json":  # transformers knows a Llama's tokenizer without
+        assert bases.load_base(folder).tokenizer("the cat")["input_ids"] == [1, 8, 9]
+    else:
+        with pytest.raises(errors.UserError, match=r"auto_map: tokenization_x\.X\), which is never run here") as caught:
+            bases.load_base(folder)
+        assert "\n" not in str(caught.value)
+    assert not asked and not ran.exists()
+
+
+def test_a_tokenizer_of_transformers_needs_no_code_of_its_own(folder, monkeypatch, tmp_path):
+    """Breaks when a base that names code beside a class that transformers has is refused, or the code is run or carried on."""
+    ran = own_code(folder, tokenizer_class="PreTrainedTokenizerFast")
+    monkeypatch.setattr("builtins.input", lambda *prompt: pytest.fail("asked"))
+    assert bases.load_base(folder).tokenizer("the cat")["input_ids"] == [1, 8, 9] and not ran.exists()
+    convert_base.convert(folder, tmp_path / "to")
+    assert not list((tmp_path / "to").glob("*.py")) and (tmp_path / "to" / "tokenizer.json").exists()
+
+
+def test_nothing_that_is_loaded_by_transformers_may_run_code():
+    """Breaks when one of the package's or the launchers' calls, or one in the code that it writes for others, trusts what it loads."""
+    sources = [path.read_text() for folder in ("icae_jax", "launch") for path in sorted((ROOT / folder).rglob("*.py"))]
+    calls = [call for text in sources for call in re.findall(r"\.Auto\w+\.from_pretrained\(([^()]*(?:\([^()]*\)[^()]*)*)\)", text)]
+    assert len(calls) >= 6 and all("trust_remote_code=False" in call for call in calls)
+
+
+def test_a_tokenizer_that_no_library_reads_is_named(folder):
+    """Breaks when what a tokenizer's library raises, a bare Exception as a rule, ends in a traceback, which launchers would repeat."""
+    raw = json.loads((folder / "tokenizer.json").read_text())
+    (folder / "tokenizer.json").write_text(json.dumps(raw | {"model": {"type": "OfTheFuture"}}))
+    with pytest.raises(errors.UserError, match="no tokenizer could be loaded"):
         bases.load_tokenizer(folder)
 
 

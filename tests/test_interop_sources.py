@@ -1,19 +1,32 @@
 """Where base models come from: folders, the hub, object storage; without a network."""
 
+import errno
+import importlib
+import io
 import os
 import pathlib
 import shutil
+import tempfile
 import types
 
 import huggingface_hub
+import huggingface_hub.errors
 import jax
 import pytest
+import safetensors.numpy
 import tqdm
-from conftest import TINY
+from conftest import TINY, random_trained
 from etils import epath
 
-from icae_jax import convert_base
+from icae_jax import cli, convert_base, errors
+from icae_jax.compression.encoder import CompressionConfig
+from icae_jax.interop import adapter as adapters
+from icae_jax.interop import base as bases
 from icae_jax.interop import sources, weights
+from icae_jax.models.lora import LoraConfig
+from icae_jax.objectives import targets
+
+httpx = importlib.import_module(huggingface_hub.errors.HfHubHTTPError.__mro__[1].__module__.split(".")[0])  # the client that the hub uses
 
 
 @pytest.fixture
@@ -72,11 +85,12 @@ def test_hub_id(tiny_base, monkeypatch):
     needed = {
         "config.json", "generation_config.json", "model.safetensors", "model-00001-of-00002.safetensors", "model.safetensors.index.json",
         "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-        "merges.txt", "chat_template.jinja", "LICENSE.txt",
+        "merges.txt", "chat_template.jinja", "LICENSE.txt", "tokenizer.model.v3",
     }  # fmt: skip
     other = {
         "README.md", ".gitattributes", "pytorch_model.bin", "model.gguf", "model.pt", "original/params.json", "original/tokenizer.model",
         "original/consolidated.00.pth", "consolidated.safetensors", "onnx/config.json", "gguf/model.safetensors",
+        "tokenizer.py", "tokenization_x.py", "tokenizer_x.py", "tokenizer.pyc", "tokenizer.model.py", "LICENSE.py", "modeling.py",
     }  # fmt: skip
     patterns = {k: asked[0][1][k] for k in ("allow_patterns", "ignore_patterns")}
     assert set(huggingface_hub.utils.filter_repo_objects(needed | other, **patterns)) == needed
@@ -86,14 +100,14 @@ def test_hub_id_from_the_hubs_cache_without_a_network(tmp_path, tiny_base, monke
     """Breaks when a base that was downloaded once needs the network again, or an absent one ends in a traceback."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(ValueError, match=r"base 'org/tiny': there is no such folder here, and the hub says: .*offline|outgoing traffic"):
+    with pytest.raises(ValueError, match=r"base 'org/tiny': there is no folder org/tiny in .*HF_HUB_OFFLINE is set"):
         sources.local_folder("org/tiny")
     shutil.copytree(tiny_base, tmp_path / "models--org--tiny" / "snapshots" / ("a" * 40))
     (tmp_path / "models--org--tiny" / "refs").mkdir()
     (tmp_path / "models--org--tiny" / "refs" / "main").write_text("a" * 40)
     for base in ("org/tiny", "org/tiny@main"):
         assert contents(sources.local_folder(base)) == contents(tiny_base)
-    with pytest.raises(ValueError, match="base 'org/tiny@v2': there is no such folder here, and the hub says"):
+    with pytest.raises(ValueError, match=r"base 'org/tiny@v2': there is no folder .*HF_HUB_OFFLINE is set"):
         sources.local_folder("org/tiny@v2")
 
 
@@ -102,6 +116,139 @@ def test_repository_without_a_base(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: str(tmp_path))
     with pytest.raises(ValueError, match=r"base 'org/adapter' has no config\.json"):
         sources.local_folder("org/adapter")
+
+
+def failure(status, kind=huggingface_hub.errors.HfHubHTTPError, text="the hub's own words"):
+    """An error as the hub's client raises it of an answer."""
+    return kind(text, response=httpx.Response(status, request=httpx.Request("GET", "https://huggingface.co/x")))
+
+
+UNREACHABLE = huggingface_hub.errors.LocalEntryNotFoundError("Got: ConnectError: [Errno 111] Connection refused")
+
+
+@pytest.mark.parametrize(
+    ("error", "users"),
+    [
+        (failure(404, huggingface_hub.errors.RepositoryNotFoundError), True),
+        (failure(404, huggingface_hub.errors.RevisionNotFoundError), True),
+        (failure(403, huggingface_hub.errors.GatedRepoError), True),
+        (failure(401), True),
+        (huggingface_hub.errors.HFValidationError("Repo id must"), True),
+        (failure(500), False),
+        (failure(429), False),
+        (failure(503), False),
+        (UNREACHABLE, False),
+        (httpx.ConnectError("[Errno 111] Connection refused"), False),
+        (ConnectionResetError(104, "Connection reset by peer"), False),
+        (OSError(errno.EIO, "Input/output error"), False),
+    ],
+    ids=lambda value: getattr(value, "__class__", type(value)).__name__ if isinstance(value, Exception) else None,
+)
+def test_an_outage_is_not_the_users_fault(error, users, monkeypatch, tmp_path, capsys):
+    """Breaks when a hub that cannot be reached ends a launched run for good, one that says no is asked again, or the other reading of a
+    mistyped path is left out.
+    """
+    asked = []
+
+    def snapshot_download(*args, **kw):
+        asked.append(args)
+        raise error
+
+    monkeypatch.setattr(errors, "FIRST_DELAY", 0)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(errors.UserError if users else ConnectionError) as caught:
+        sources.local_folder("models/llama")
+    assert errors.is_users(caught.value) == users and len(asked) == (1 if users else errors.TRIES)
+    assert f"there is no folder models/llama in {tmp_path}" in str(caught.value) and "hub id models/llama" in str(caught.value)
+    assert str(error).split()[-1] in str(caught.value) and capsys.readouterr().err.count("trying again") == len(asked) - 1
+
+
+def test_a_hub_that_comes_back(tiny_base, monkeypatch):
+    """Breaks when one failed answer ends a start that the next would have let go on."""
+    answers = [UNREACHABLE, failure(502)]
+    monkeypatch.setattr(errors, "FIRST_DELAY", 0)
+
+    def snapshot_download(*args, **kw):
+        if answers:
+            raise answers.pop(0)
+        return str(tiny_base)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    assert sources.local_folder("org/tiny") == tiny_base and not answers
+
+
+class Hub:
+    """A hub that holds one base, as `snapshot_download` and `HfFileSystem` show it; `read` counts the bytes read of weights in place."""
+
+    def __init__(self, base, cache, monkeypatch):
+        self.base, self.cache, self.fetched, self.read = base, cache, [], 0
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", self.snapshot_download)
+        monkeypatch.setattr(huggingface_hub, "HfFileSystem", lambda: types.SimpleNamespace(open=self.open))
+
+    def snapshot_download(self, repository, *, allow_patterns, ignore_patterns, **_):
+        names = [p.relative_to(self.base).as_posix() for p in self.base.rglob("*") if p.is_file()]
+        folder = self.cache / "snapshots" / ("c" * 40)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in huggingface_hub.utils.filter_repo_objects(names, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns):
+            self.fetched.append(name)
+            shutil.copyfile(self.base / name, folder / name)
+        return str(folder)
+
+    def open(self, path, mode, revision, **_):
+        assert path.startswith("org/tiny/") and revision == "c" * 40
+        hub, file = self, io.FileIO(self.base / path.removeprefix("org/tiny/"), mode)
+
+        class Counted(io.BufferedReader):
+            def read(self, size):
+                hub.read += size
+                return super().read(size)
+
+        return Counted(file)
+
+
+@pytest.mark.parametrize("files_of_weights", [1, 3])
+def test_looking_at_a_base_of_the_hub_fetches_no_weights(tiny_base, tiny_params, tmp_path, monkeypatch, capsys, files_of_weights):
+    """Breaks when `icae inspect --base`, or the sizes that a plan needs, download gigabytes; or the identity read in place is another."""
+    folder = shutil.copytree(tiny_base, tmp_path / "hub")
+    if files_of_weights > 1:
+        (folder / "model.safetensors").unlink()
+        size = sum(x.nbytes for x in jax.tree.leaves(tiny_params)) // files_of_weights
+        weights.save_params(folder, TINY, tiny_params, "bfloat16", max_file_bytes=size // 2)
+        assert len(list(folder.glob("*.safetensors"))) > 2
+    hub = Hub(folder, tmp_path / "cache", monkeypatch)
+    assert bases.sizes("org/tiny") == TINY and bases.load_tokenizer("org/tiny")("the cat")["input_ids"] == [1, 8, 9]
+    assert hub.fetched and not hub.read
+    whole = bases.load_base(folder)
+    adapter = adapters.Adapter(
+        CompressionConfig(k=3, rate=4, layout="sequential"), LoraConfig(4, 2.0, targets=("q_proj", "v_proj")),
+        targets.make_template("plain", whole.tokenizer), random_trained(TINY, 3), "org/tiny", whole.fingerprint,
+    )  # fmt: skip
+    adapters.save_adapter(tmp_path / "adapter", adapter)
+    assert cli.main(["inspect", str(tmp_path / "adapter"), "--base", "org/tiny"]) == 0
+    assert "fits" in capsys.readouterr().out and not [name for name in hub.fetched if name.endswith(".safetensors")]
+    header = max(int.from_bytes(p.read_bytes()[:8], "little") for p in folder.glob("*.safetensors"))
+    assert 0 < hub.read <= 65 * TINY.hidden_size * 4 + 2 * (8 + header)
+    assert bases.load_base("org/tiny").fingerprint == whole.fingerprint  # which fetches the weights as ever
+    assert [name for name in hub.fetched if name.endswith(".safetensors")]
+
+
+def test_a_tensor_is_read_where_it_is(tiny_base):
+    """Breaks when rows read in place are not the tensor's, in any dtype, or a file without the tensor ends in a traceback."""
+    tensors = safetensors.numpy.load_file(tiny_base / "model.safetensors")
+    with tempfile.TemporaryDirectory() as folder:
+        folder = pathlib.Path(folder)
+        for dtype in ("float32", "bfloat16", "float16", "float64"):
+            stored = {name: value.astype(dtype) for name, value in tensors.items()}
+            safetensors.numpy.save_file(stored, folder / "model.safetensors")
+            for name, rows in (("model.embed_tokens.weight", [5, 0, 63]), ("model.embed_tokens.weight", None), ("model.norm.weight", None)):
+                got = weights.read_rows(folder, lambda name: io.FileIO(folder / name), name, rows)
+                want = stored[name].astype("float32").reshape(-1, TINY.hidden_size)
+                assert (got == (want if rows is None else want[rows])).all() and got.dtype == "float32"
+        for text in (b"{", (9).to_bytes(8, "little") + b'{"a": 1} ', (1 << 60).to_bytes(8, "little")):
+            (folder / "model.safetensors").write_bytes(text)
+            with pytest.raises(errors.UserError, match=r"model\.safetensors: no"):
+                weights.read_rows(folder, lambda name: io.FileIO(folder / name), "model.norm.weight")
 
 
 # ------------------------------------------------------------------------------------------------------ object storage
@@ -141,13 +288,12 @@ def test_broken_copying_leaves_no_half_file(bucket, monkeypatch):
     remote, _ = bucket
     copy = sources._copy
 
-    def broken(source, target, bar):
-        copy(source, target, bar)
-        if source.name == "model.safetensors":
-            os.truncate(target, 100)
+    def broken(source, target, length, *rest):
+        copy(source, target, length + (source.name == "model.safetensors"), *rest)
 
+    monkeypatch.setattr(errors, "FIRST_DELAY", 0)
     monkeypatch.setattr(sources, "_copy", broken)
-    with pytest.raises(ValueError, match=r"model\.safetensors is 100 bytes, \d+ expected; run the command again"):
+    with pytest.raises(ConnectionError, match=r"cannot be reached.*model\.safetensors ended after \d+ bytes, \d+ expected"):
         sources.local_folder(URL)
     monkeypatch.undo()
     monkeypatch.setenv("ICAE_CACHE", str(remote.parents[2] / "cache"))
@@ -176,6 +322,43 @@ def test_orbax_copy_at_a_url(bucket, tiny_params, monkeypatch, tmp_path):
     assert sorted(contents(tmp_path / "hub")) == sorted({*contents(folder), "model.safetensors"} - {weights.ORBAX_URL})
 
 
+def test_looking_at_a_base_in_a_bucket_copies_no_weights(bucket, tiny_base):
+    """Breaks when the weights are copied for a look, or weights of an earlier copy stand for others that have come in their place."""
+    remote, opened = bucket
+    assert bases.sizes(URL) == TINY and "model.safetensors" not in opened and opened
+    opened.clear()
+    want = bases.load_base(tiny_base).fingerprint
+    assert bases.identify(URL) == (TINY, want) and set(opened) == {"model.safetensors"}  # in place
+    assert bases.load_base(URL).fingerprint == want
+    opened.clear()
+    assert bases.identify(URL) == (TINY, want) and not opened
+    tensors = safetensors.numpy.load_file(remote / "model.safetensors")
+    safetensors.numpy.save_file({k: -v for k, v in tensors.items()} | {"more": tensors["model.norm.weight"]}, remote / "model.safetensors")
+    assert bases.identify(URL)[1] == bases.load_base(remote).fingerprint != want
+    assert bases.load_base(URL).fingerprint == bases.load_base(remote).fingerprint
+
+
+def test_a_bucket_that_comes_back(bucket, tiny_base, monkeypatch):
+    """Breaks when one failed read of a bucket ends a start, a lasting one counts as bad input, or half a file stays."""
+    remote, _ = bucket
+    copy, failures = sources._copy, [OSError(errno.EIO, "Input/output error"), ConnectionResetError(104, "reset")]
+
+    def broken(source, target, *rest):
+        if failures and source.name == "model.safetensors":
+            target.write_bytes(b"half")
+            raise failures.pop()
+        copy(source, target, *rest)
+
+    monkeypatch.setattr(errors, "FIRST_DELAY", 0)
+    monkeypatch.setattr(sources, "_copy", broken)
+    assert contents(sources.local_folder(URL)) == contents(tiny_base) and not failures
+    failures += [ConnectionResetError(104, "reset")] * errors.TRIES
+    os.utime(remote / "model.safetensors", (1, 1))
+    with pytest.raises(ConnectionError, match="base 'gs://bucket/bases/tiny' cannot be read: the store cannot be reached") as caught:
+        sources.local_folder(URL)
+    assert not errors.is_users(caught.value)
+
+
 def test_where_tensorstore_looks():
     """Breaks when a bucket is read as a folder of this machine, or by another storage's driver."""
     assert weights._store(pathlib.Path("/a/params")) == {"driver": "file", "path": "/a/params/"}
@@ -186,7 +369,7 @@ def test_where_tensorstore_looks():
 def test_what_a_url_can_lack(bucket, monkeypatch):
     """Breaks when an absent folder, one without a base, or an absent package ends in a traceback, or leaves a folder in the cache."""
     remote, _ = bucket
-    with pytest.raises(ValueError, match="base 'gs://bucket/absent' cannot be read: FileNotFoundError"):
+    with pytest.raises(errors.UserError, match="base 'gs://bucket/absent' cannot be read: FileNotFoundError"):
         sources.local_folder("gs://bucket/absent")
     (remote / "config.json").unlink()
     with pytest.raises(ValueError, match=r"base 'gs://bucket/bases/tiny' has no config\.json"):

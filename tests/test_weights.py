@@ -1,11 +1,9 @@
 """Weights of a base model: reading them straight onto devices, what is refused, and writing them."""
 
 import dataclasses
+import errno
 import json
-import os
 import shutil
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +12,10 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import tqdm
-from conftest import ROOT, TINY, random_params
+from conftest import TINY, eight_devices, random_params
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from icae_jax import errors
 from icae_jax.interop import weights
 
 
@@ -55,6 +54,70 @@ def test_sharded_weights(folder, tensors, tiny_params):
     (folder / "model-00002-of-00002.safetensors").unlink()
     with pytest.raises(ValueError, match=r"model-00002-of-00002\.safetensors: named in the weight index but not there"):
         weights.load_params(folder, TINY)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../other/model.safetensors", "/x/m.safetensors", "sub/m.safetensors", "C:\\m.safetensors", "x\0.safetensors", "..", "", 3, "a.bin"],
+)
+def test_an_index_names_files_of_its_folder_alone(folder, tensors, name):
+    """Breaks when a base that was downloaded has files read from elsewhere on this machine."""
+    (folder.parent / "other").mkdir()
+    shutil.copyfile(folder / "model.safetensors", folder.parent / "other" / "model.safetensors")
+    held = dict.fromkeys(tensors, "model.safetensors") | {"model.norm.weight": name}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": held}))
+    for read in (weights.weight_files, weights.has_weights, lambda folder: weights.load_params(folder, TINY)):
+        with pytest.raises(errors.UserError, match=r"weight_map has model\.norm\.weight in .*; only .* of the folder itself"):
+            read(folder)
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"weight_map": []}', '{"weight_map": {}}', '{"weight_map": null}'])
+def test_an_index_without_a_map_is_named(folder, content):
+    """Breaks when half an index ends in a traceback, or counts as a base without weights."""
+    (folder / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(errors.UserError, match=r"model\.safetensors\.index\.json: no weight_map"):
+        weights.load_params(folder, TINY)
+
+
+@pytest.mark.parametrize("url", ["../other/params", "/elsewhere/params", "file:///elsewhere/params", ""])
+def test_an_orbax_copy_elsewhere_is_in_a_bucket(tmp_path, url):
+    """Breaks when a base that was downloaded has other folders of this machine read."""
+    (tmp_path / weights.ORBAX_URL).write_text(url)
+    with pytest.raises(errors.UserError, match=r"params\.url: .* is not where a bucket has an Orbax copy"):
+        weights.load_params(tmp_path, TINY)
+
+
+def test_a_network_filesystem_that_comes_back(folder, orbax, tiny_params, monkeypatch):
+    """Breaks when one failed read of weights ends a start, or one that lasts counts as a damaged file, which nobody would try again."""
+    import tensorstore
+
+    monkeypatch.setattr(errors, "FIRST_DELAY", 0)
+    left = []
+
+    def failing():
+        if left:
+            raise left.pop()
+
+    class Array:
+        def __init__(self, array):
+            self.array = array
+
+        def __getitem__(self, index):
+            failing()
+            return self.array[index]
+
+    safe_open, cast = weights.safetensors.safe_open, tensorstore.cast
+    monkeypatch.setattr(weights.safetensors, "safe_open", lambda *args, **kw: failing() or safe_open(*args, **kw))
+    monkeypatch.setattr(tensorstore, "cast", lambda *args: Array(cast(*args)))
+    stale = safetensors.SafetensorError("Error while deserializing header: I/O error: Stale file handle (os error 116)")
+    for source, error in ((folder, stale), (folder, OSError(errno.EIO, "Input/output error")), (orbax, ValueError("UNAVAILABLE: later"))):
+        left.append(error)
+        same(weights.load_params(source, TINY), tiny_params)
+        assert not left
+        left += [error] * errors.TRIES
+        with pytest.raises(type(error)) as caught:
+            weights.load_params(source, TINY)
+        assert caught.value is error and not errors.is_users(caught.value) and not left
 
 
 @pytest.mark.parametrize("stored", ["float32", "bfloat16", "float16"])
@@ -157,12 +220,8 @@ def loaded_on_eight_devices(folder):
 
 def test_eight_devices(folder, orbax):
     """Breaks when a part is read from the wrong place, lies on the wrong device, or is read again for each replica; in either format."""
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
-    env = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
-    code = "import json, sys, test_weights as t; print(json.dumps([t.loaded_on_eight_devices(f) for f in sys.argv[1:]]))"
-    command = [sys.executable, "-c", code, str(folder), str(orbax)]
-    output = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True, check=True, timeout=300).stdout
-    hub, copy = json.loads(output.splitlines()[-1])
+    with eight_devices():
+        hub, copy = (loaded_on_eight_devices(f) for f in (folder, orbax))
     params = random_params(TINY)
     size, kernels, others = sum(x.nbytes for x in jax.tree.leaves(params)), 7, 5  # the embedding, the head and three norms
     parts = {"replicated": 1, "outputs": 8, "inputs": 8, "both": 8, "layers and inputs": 8}

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
+from icae_jax import errors
 from icae_jax.errors import UserError
-from icae_jax.interop import files, sources
+from icae_jax.interop import files, sources, weights
 from icae_jax.interop.config_json import hub_config, read_config
 from icae_jax.interop.weights import load_params, save_params
 from icae_jax.models import llama
@@ -29,19 +30,44 @@ def save_base(folder, config, params, tokenizer, dtype="bfloat16"):
 
 
 def load_tokenizer(folder):
-    """The folder's tokenizer, through transformers."""
+    """The folder's tokenizer, through transformers; code of the base's own is never run, nor is anybody asked whether to."""
     import transformers
 
-    folder = sources.local_folder(folder, progress=False)
+    folder = sources.local_folder(folder, progress=False, with_weights=False)
+    if not has_tokenizer(folder):
+        raise UserError(f"{folder}: no tokenizer could be loaded (it has no tokenizer.json, tokenizer.model or vocab.json)")
+
+    def load():
+        return transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+
     try:
-        return transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder}: no tokenizer could be loaded ({str(error).splitlines()[0]})") from error
+        return errors.retrying(load, f"reading the tokenizer in {folder}")
+    except Exception as error:  # of tokenizers, sentencepiece and jinja2, in types of their own
+        if errors.transient(error) or errors.disk_full(error) or isinstance(error, MemoryError):
+            raise
+        own = _own_tokenizer_code(folder)
+        if own:
+            raise UserError(
+                f"{folder}: the tokenizer is code of the base's own (auto_map: {own}), which is never run here; give a base whose "
+                "tokenizer transformers has"
+            ) from error
+        raise UserError(f"{folder}: no tokenizer could be loaded ({(str(error) or repr(error)).splitlines()[0]})") from error
+
+
+def _own_tokenizer_code(folder):
+    """What a folder's auto_map names as its tokenizer, or ""."""
+    for name in ("tokenizer_config.json", "config.json"):
+        raw = files.read_json(folder / name, "a configuration") if (folder / name).exists() else {}
+        own = (raw.get("auto_map") or {}).get("AutoTokenizer")
+        if own:
+            return ", ".join(sorted({c for c in (own if isinstance(own, list) else [own]) if c}))
+    return ""
 
 
 def has_tokenizer(folder):
     """Whether a folder holds files of a tokenizer."""
-    return any(pathlib.Path(folder).glob("tokenizer*")) or (pathlib.Path(folder) / "vocab.json").exists()
+    folder = pathlib.Path(folder)
+    return any(path.suffix != ".py" for path in folder.glob("tokenizer*")) or (folder / "vocab.json").exists()
 
 
 def bos_id(tokenizer):
@@ -68,13 +94,20 @@ def fingerprint(config, params):
     64 rows spread over the vocabulary tell one base from another (a fine-tuned one too) without reading gigabytes, and
     rounding makes float32, bfloat16 and converted copies of one base agree.
     """
+    return _fingerprint(config, *on_host([params["norm"]["scale"], params["embed"][_fingerprint_rows(config)]]))
+
+
+def _fingerprint_rows(config):
+    return np.linspace(0, config.vocab_size - 1, 64).astype(int)
+
+
+def _fingerprint(config, norm, rows):
     digest = hashlib.sha256()
     plain = {"max_position_embeddings": config.max_position_embeddings, "qkv_bias": False, "qk_norm": False, "windows": ()}
     # Fields that came later count only where they are used, so that a base keeps the identity it had before them.
     fields = {k: v for k, v in dataclasses.asdict(config).items() if k not in plain or v != plain[k]}
     digest.update(json.dumps(fields, sort_keys=True).encode())
-    rows = np.linspace(0, config.vocab_size - 1, 64).astype(int)
-    for value in on_host([params["norm"]["scale"], params["embed"][rows]]):
+    for value in (norm, rows):
         digest.update(value.astype(np.float32).astype(ml_dtypes.bfloat16).tobytes())
     return digest.hexdigest()
 
@@ -96,7 +129,7 @@ class Base:
 
 def sizes(source):
     """The `ModelConfig` of a base, without its weights. source: as for `load_base`."""
-    return read_config(sources.local_folder(source))
+    return read_config(sources.local_folder(source, with_weights=False))
 
 
 def load_base(source, dtype=jnp.float32, sharding=None, progress=False, need_tokenizer=True):
@@ -113,7 +146,12 @@ def load_base(source, dtype=jnp.float32, sharding=None, progress=False, need_tok
 
 
 def identify(source):
-    """(sizes, fingerprint) of a base, for which little of it is read. source: as for `load_base`."""
-    folder = sources.local_folder(source)
+    """(sizes, fingerprint) of a base; little of it is read, and of a hub's or a bucket's little fetched. source: as for `load_base`."""
+    folder = sources.local_folder(source, with_weights=False)
     config = read_config(folder)
-    return config, fingerprint(config, load_params(folder, config, only=(("embed",), ("norm", "scale"))))
+    remote = None if weights.has_weights(folder) else sources.remote_opener(source, folder)
+    if remote is None:
+        return config, fingerprint(config, load_params(folder, config, only=(("embed",), ("norm", "scale"))))
+    norm = weights.read_rows(folder, remote, "model.norm.weight")
+    rows = weights.read_rows(folder, remote, "model.embed_tokens.weight", _fingerprint_rows(config).tolist())
+    return config, _fingerprint(config, norm[0], rows)

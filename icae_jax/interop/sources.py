@@ -5,35 +5,41 @@ import os
 import pathlib
 import re
 import urllib.parse
+from collections.abc import Callable
+from typing import BinaryIO
 
 import tqdm
 
+from icae_jax import errors
 from icae_jax.errors import UserError
 from icae_jax.interop import files, weights
 
-# What is fetched of a base: configuration, tokenizer, safetensors, licence; no other copies of the weights, which some folders hold too.
-FILES = ("*.json", "*.jinja", "*.model", "*.txt", "tokenizer*", "*.safetensors", "LICENSE*", "NOTICE*")
-NOT_FILES = ("*/*", "consolidated*")
+# What is fetched of a base: configuration, tokenizer, safetensors, licence; no other copies of the weights, which some folders hold too,
+# and never code.
+WEIGHTS = "*.safetensors"
+FILES = ("*.json", "*.jinja", "*.model", "*.txt", "tokenizer.model*", WEIGHTS, "LICENSE*", "NOTICE*")
+NOT_FILES = ("*/*", "consolidated*", "*.py", "*.py?", "*.so")
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(@[\w./-]+)?", re.ASCII)
 _BLOCK_BYTES = 16 << 20
 
 
-def local_folder(base, progress=True):
-    """The folder on this machine (`pathlib.Path`) that holds a base.
+def local_folder(base: str | os.PathLike, progress: bool = True, with_weights: bool = True) -> pathlib.Path:
+    """The folder on this machine that holds a base.
 
     base: a folder, taken as it is; a hub id `org/name` or `org/name@revision`, from the hub's cache, downloaded where it is not there
         (and offline from the cache alone); or the URL of a folder that `etils.epath` reads (gs://, s3://, …), copied into `bases/` of
         $ICAE_CACHE (else ~/.cache/icae_jax), where files of the same size and time are kept. An Orbax copy's weights are read where they
         are (`weights.ORBAX_URL`).
-    progress: bars in bytes on stderr, where it takes over a second. UserError says what cannot be found or read.
+    progress: bars in bytes on stderr, where it takes over a second. with_weights: whether the safetensors files are fetched too.
+    UserError says what does not exist or is closed to this user; ConnectionError what could not be reached, after several tries.
     """
     text = str(base)
     if os.path.isdir(text):  # of "" it is not the current folder, as `pathlib` has it
         return pathlib.Path(text)
     if "://" in text:
-        folder = _copied(text, progress)
+        folder = _copied(text, progress, with_weights)
     elif _HUB_ID.fullmatch(text):
-        folder = _downloaded(text, progress)
+        folder = _downloaded(text, progress, with_weights)
     else:
         raise UserError(
             f"base {text!r} is not a folder; give a model-hub folder with config.json, weights and tokenizer, "
@@ -44,8 +50,92 @@ def local_folder(base, progress=True):
     return folder
 
 
+def remote_opener(base: str | os.PathLike, folder: pathlib.Path) -> Callable[[str], BinaryIO] | None:
+    """A function that opens a base's file by its name where it is, so that a part of it is read without the rest; None for a folder here.
+
+    folder: what `local_folder` gave for the base, of the hub the snapshot of one commit.
+    """
+    text = str(base)
+    if os.path.isdir(text):
+        return None
+    if "://" in text:
+        from etils import epath
+
+        return lambda name: _asking(text, lambda: (epath.Path(text.rstrip("/")) / name).open("rb"))
+    import huggingface_hub
+
+    repository, revision = text.partition("@")[0], folder.name
+    hub = huggingface_hub.HfFileSystem()
+    # Without read-ahead: the rows that are read lie far apart.
+    return lambda name: _asking(text, lambda: hub.open(f"{repository}/{name}", "rb", revision=revision, cache_type="none"))
+
+
+# ------------------------------------------------------------------------------------------------------ failures told apart
+
+
 def _words(error):
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+def _answered_no(error):
+    """Whether a server answered that there is no such thing, or not for this user; or the id cannot be one."""
+    link = error
+    while link is not None:
+        status = getattr(getattr(link, "response", None), "status_code", getattr(link, "code", None))
+        if status in (400, 401, 403, 404, 410, 451):
+            return True
+        if type(link).__name__ in ("HFValidationError", "RepositoryNotFoundError", "RevisionNotFoundError", "GatedRepoError",
+                                   "RemoteEntryNotFoundError", "DefaultCredentialsError", "NoCredentialsError"):  # fmt: skip
+            return True
+        link = link.__cause__ or link.__context__
+    return isinstance(error, FileNotFoundError | NotADirectoryError | PermissionError | ImportError) and not errors.transient(error)
+
+
+def _asking(base, function):
+    """What `function()` returns of a hub or a store, which is tried again where it cannot be reached.
+
+    UserError where the answer is that there is no such thing, or not for this user; where there is no answer, ConnectionError.
+    """
+    at_hub = "://" not in base
+    name = base.partition("@")[0]
+    reading = (
+        f"base {base!r}: there is no folder {base} in {os.getcwd()}, and of the hub id {name}"
+        if at_hub
+        else f"base {base!r} cannot be read"
+    )
+    if at_hub:
+        import huggingface_hub
+
+        if huggingface_hub.constants.HF_HUB_OFFLINE:
+            try:
+                return function()
+            except Exception as error:  # whatever it is: without a network the cache is all there is
+                why = f"what is asked for is not in the hub's cache, and HF_HUB_OFFLINE is set ({_words(error)})"
+                raise UserError(f"{reading} {why}") from error
+
+    def attempt():
+        try:
+            return function()
+        except Exception as error:
+            if not _answered_no(error):
+                raise
+            if isinstance(error, ImportError):
+                raise UserError(f"{reading}: a package is not installed: {_words(error)} (for gs://, pip install gcsfs)") from error
+            remedy = "; give a folder that is here, or a repository that you may read (a gated one after `hf auth login`)" if at_hub else ""
+            raise UserError(f"{reading}{' the hub says' if at_hub else ''}: {_words(error)}{remedy}") from error
+
+    try:
+        return errors.retrying(attempt, f"base {base!r}")
+    except UserError:
+        raise
+    except Exception as error:
+        if not errors.transient(error):
+            raise
+        whom = "the hub" if at_hub else "the store"
+        raise ConnectionError(f"{reading}: {whom} cannot be reached: {_words(error)}") from error
+
+
+# ------------------------------------------------------------------------------------------------------------ fetching
 
 
 class _NoBar(tqdm.tqdm):
@@ -53,55 +143,55 @@ class _NoBar(tqdm.tqdm):
         super().__init__(*args, **kw | {"disable": True})
 
 
-def _downloaded(hub_id, progress):
+def _downloaded(hub_id, progress, with_weights):
     """A hub repository's snapshot in the hub's own cache."""
     import huggingface_hub
 
     repository, _, revision = hub_id.partition("@")
-    try:
-        folder = huggingface_hub.snapshot_download(
-            repository,
-            revision=revision or None,
-            allow_patterns=list(FILES),
-            ignore_patterns=list(NOT_FILES),
-            tqdm_class=None if progress else _NoBar,
+    return pathlib.Path(
+        _asking(
+            hub_id,
+            lambda: huggingface_hub.snapshot_download(
+                repository,
+                revision=revision or None,
+                allow_patterns=list(FILES),
+                ignore_patterns=[*NOT_FILES, *([] if with_weights else [WEIGHTS])],
+                tqdm_class=None if progress else _NoBar,
+            ),
         )
-    except Exception as error:  # the hub's, its HTTP client's or the disk's
-        raise UserError(f"base {hub_id!r}: there is no such folder here, and the hub says: {_words(error)}") from error
-    return pathlib.Path(folder)
+    )
 
 
-def _copied(url, progress):
+def _copied(url, progress, with_weights):
     """A copy of a remote folder in the cache, file by file."""
     from etils import epath
 
     folder = files.cache_folder() / "bases" / urllib.parse.quote(url.rstrip("/"), safe="")
-    try:
+
+    def look():
         remote = epath.Path(url.rstrip("/"))
         found = {path.name: (path, path.stat()) for path in _remote_files(remote)}
-        copied = any(name.endswith(".safetensors") for name in found)
-        orbax = not copied and (remote / weights.ORBAX).is_dir()
-    except ImportError as error:
-        raise UserError(f"base {url!r} needs a package that is not installed: {_words(error)} (for gs://, pip install gcsfs)") from error
-    except Exception as error:  # each storage has its own
-        raise UserError(f"base {url!r} cannot be read: {_words(error)}") from error
+        orbax = not fnmatch.filter(found, WEIGHTS) and (remote / weights.ORBAX).is_dir()
+        return found, remote / weights.ORBAX if orbax else None
+
+    found, orbax = _asking(url, look)
     if "config.json" not in found:
         raise UserError(f"base {url!r} has no config.json; give the URL of a folder in the model hub's format")
-    absent = {name: source for name, source in found.items() if not _same(folder / name, source[1])}
-    total = sum(stat.length for _, stat in absent.values())
+    changed = {name: source for name, source in found.items() if not _same(folder / name, source[1])}
+    wanted = {name: source for name, source in changed.items() if with_weights or not fnmatch.fnmatch(name, WEIGHTS)}
+    total = sum(stat.length for _, stat in wanted.values())
     with tqdm.tqdm(total=total, unit="B", unit_scale=True, desc=f"copying {url}", delay=1, disable=not progress) as bar:
-        for name, (path, stat) in absent.items():
+        for name, (path, stat) in wanted.items():
             with files.replacing_file(folder / name) as tmp:
-                _copy(path, tmp, bar)
-                if tmp.stat().st_size != stat.length:
-                    raise UserError(f"base {url!r}: {name} is {tmp.stat().st_size} bytes, {stat.length} expected; run the command again")
+                _asking(url, lambda path=path, stat=stat, tmp=tmp, before=bar.n: _copy(path, tmp, stat.length, bar, before))
                 if stat.mtime:
                     os.utime(tmp, (stat.mtime, stat.mtime))
     if orbax:
         with files.replacing_file(folder / weights.ORBAX_URL) as tmp:
-            tmp.write_text(f"{remote / weights.ORBAX}\n", encoding="utf-8")
-    here = {*found, weights.ORBAX_URL} if orbax else found
-    for path in list(folder.iterdir()):  # what is no longer there must not be loaded with the rest
+            tmp.write_text(f"{orbax}\n", encoding="utf-8")
+    here = {*found, weights.ORBAX_URL} if orbax else {*found}
+    here -= changed.keys() - wanted.keys()
+    for path in list(folder.iterdir()):  # what is no longer there, or no longer so, must not be loaded with the rest
         if path.is_file() and path.name not in here and not path.name.startswith("."):
             path.unlink()
     return folder
@@ -122,8 +212,14 @@ def _same(path, stat):
     return path.stat().st_size == stat.length and (not stat.mtime or int(path.stat().st_mtime) == int(stat.mtime))
 
 
-def _copy(source, target, bar):
+def _copy(source, target, length, bar, before):
+    """Copies a file of that length. before: the bar's place, to which another try goes back."""
+    bar.update(before - bar.n)
+    copied = 0
     with source.open("rb") as reading, open(target, "wb") as writing:
         while block := reading.read(_BLOCK_BYTES):
             writing.write(block)
+            copied += len(block)
             bar.update(len(block))
+    if copied != length:
+        raise ConnectionError(f"{source} ended after {copied} bytes, {length} expected")

@@ -2,22 +2,35 @@
 
 import contextlib
 import gc
+import json
 import math
 import pathlib
+import re
+from collections.abc import Callable, Sequence
+from typing import BinaryIO
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import safetensors
 import safetensors.numpy
 import tqdm
 from etils import epath
 
+from icae_jax import errors
 from icae_jax.errors import UserError
 from icae_jax.interop import files
 from icae_jax.models import llama, lora
 
-STORED_DTYPES = ("BF16", "F16", "F32", "F64")  # as safetensors calls them
+# By the names that safetensors has for them.
+STORED_DTYPES = {
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F16": np.dtype(np.float16),
+    "F32": np.dtype(np.float32),
+    "F64": np.dtype(np.float64),
+}
+MOST_HEADER_BYTES = 100_000_000  # of a safetensors file, which takes no more either
 BLOCK_BYTES = 2 << 20  # of a tensor, read at once: small enough to be transposed within the processor's cache
 CHUNK_BYTES = 4 << 20  # of an Orbax copy: small, so that a device's part of a parameter is read without the rest
 ORBAX = "params"  # the folder of an Orbax copy, beside config.json and the tokenizer's files
@@ -50,18 +63,67 @@ def hub_shapes(config):
     return shapes
 
 
+def _index(folder):
+    """`{tensor's name: file's name}` as the folder's weight index has it, or None where there is none. UserError on files elsewhere."""
+    index = pathlib.Path(folder) / "model.safetensors.index.json"
+    if not index.exists():
+        return None
+    content = files.read_json(index, "the weight index")
+    held = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(held, dict) or not held:
+        raise UserError(f"{index}: no weight_map, which says in which file each tensor is; download the folder again")
+    for name, file in held.items():
+        if not isinstance(file, str) or not re.fullmatch(r"[^/\\\0]+\.safetensors", file):
+            raise UserError(f"{index}: weight_map has {name} in {file!r}; only safetensors files of the folder itself are read")
+    return held
+
+
 def weight_files(folder):
     """The folder's safetensors files; the index names them where there are many."""
     folder = pathlib.Path(folder)
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        return sorted({folder / name for name in files.read_json(index, "the weight index")["weight_map"].values()})
+    held = _index(folder)
+    if held is not None:
+        return sorted({folder / name for name in held.values()})
     if (folder / "model.safetensors").exists():
         return [folder / "model.safetensors"]
     raise UserError(
         f"{folder}: no model.safetensors, no model.safetensors.index.json and no Orbax copy in {ORBAX}/; "
         "pickled weights (.bin, .pt) are not read"
     )
+
+
+def has_weights(folder: pathlib.Path) -> bool:
+    """Whether all of a base's weights are in the folder, or where its Orbax copy says; not so where only the rest was fetched."""
+    held = _index(folder)
+    return is_orbax(folder) or all((folder / name).exists() for name in (set(held.values()) if held else ["model.safetensors"]))
+
+
+def read_rows(folder: pathlib.Path, open_file: Callable[[str], BinaryIO], name: str, rows: Sequence[int] | None = None) -> np.ndarray:
+    """Rows `[N, D]` of one tensor of a base's safetensors files, float32; nothing else of it is read.
+
+    rows: by default all, of a vector the one.
+    folder: holds the index, if there is one. open_file: opens a file of the base by its name, see `sources.remote_opener`.
+    """
+    file_name = (_index(folder) or {}).get(name, "model.safetensors")
+
+    def read():
+        with open_file(file_name) as file:
+            length = int.from_bytes(file.read(8), "little")
+            if length > MOST_HEADER_BYTES:
+                raise UserError(f"{file_name}: not a readable safetensors file (its header would have {length} bytes)")
+            try:
+                about = json.loads(file.read(length))[name]
+                dtype, (count, width) = STORED_DTYPES[about["dtype"]], (1, *about["shape"])[-2:]
+                start = 8 + length + about["data_offsets"][0]
+            except (ValueError, KeyError, TypeError) as error:
+                raise UserError(f"{file_name}: no tensor {name} of {', '.join(STORED_DTYPES)} in it ({error!r})") from error
+            out = []
+            for row in range(count) if rows is None else rows:
+                file.seek(start + row * width * dtype.itemsize)
+                out.append(np.frombuffer(file.read(width * dtype.itemsize), dtype))
+            return np.stack(out).astype(np.float32)
+
+    return errors.retrying(read, f"reading {file_name}")
 
 
 def is_orbax(folder):
@@ -163,8 +225,11 @@ def _load_safetensors(folder, config, targets, wanted, bar):
             if not path.exists():
                 raise UserError(f"{path}: named in the weight index but not there; download the folder again")
             try:
-                file = stack.enter_context(safetensors.safe_open(path, framework="numpy"))
+                opened = errors.retrying(lambda path=path: safetensors.safe_open(path, framework="numpy"), f"opening {path}")
+                file = stack.enter_context(opened)
             except safetensors.SafetensorError as error:
+                if errors.transient(error):
+                    raise
                 raise UserError(f"{path}: not a readable safetensors file ({error})") from error
             stored |= {name: (path, file.get_slice(name)) for name in set(file.keys()).intersection(names).difference(stored)}
         _check_stored(folder, hub_shapes(config), stored)
@@ -235,8 +300,14 @@ def _load_orbax(folder, config, targets, wanted, bar):
     import tensorstore
 
     url = folder / ORBAX_URL
-    source = epath.Path(url.read_text(encoding="utf-8").strip()) if url.is_file() else folder.resolve() / ORBAX
+    source = folder.resolve() / ORBAX
+    if url.is_file():
+        told = url.read_text(encoding="utf-8").strip()
+        if "://" not in told or told.startswith("file:"):
+            raise UserError(f"{url}: {told!r} is not where a bucket has an Orbax copy; give its URL, such as gs://BUCKET/BASE/{ORBAX}")
+        source = epath.Path(told)
     with _reading(source), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        errors.retrying((source / "_METADATA").read_bytes, f"reading {source}")  # of what it cannot read, Orbax does not say why
         metadata = checkpointer.metadata(source).item_metadata
         if metadata is None:
             raise UserError("files are missing")
@@ -258,8 +329,9 @@ def _load_orbax(folder, config, targets, wanted, bar):
     params = {}
     for path, target in wanted.items():
         where = {"driver": "ocdbt", "base": _store(source), "path": f"{'.'.join(path)}/"}
+        spec = {"driver": "zarr", "kvstore": where}
         with _reading(source):
-            array = tensorstore.open({"driver": "zarr", "kvstore": where}, read=True, context=context).result()
+            array = errors.retrying(lambda spec=spec: tensorstore.open(spec, read=True, context=context).result(), f"reading {source}")
         array = tensorstore.cast(array, target.dtype)
         params[path] = _place(target, lambda ranges, array=array: _read_chunks(source, array, ranges, bar))
     return params
@@ -277,17 +349,19 @@ def _store(source):
 def _read_chunks(source, array, ranges, bar):
     """One part of a parameter. array: the tensorstore of an Orbax copy."""
     with _reading(source):
-        part = array[tuple(slice(*axis) for axis in ranges)].read().result()
+        part = errors.retrying(lambda: array[tuple(slice(*axis) for axis in ranges)].read().result(), f"reading {source}")
     bar.update(part.nbytes)
     return part
 
 
 @contextlib.contextmanager
 def _reading(source):
-    """Names the Orbax copy in whatever Orbax and tensorstore raise, which may be a plain Exception."""
+    """Names the Orbax copy in whatever Orbax and tensorstore raise of a damaged one, which may be a plain Exception."""
     try:
         yield
     except Exception as error:
+        if errors.transient(error) or isinstance(error, MemoryError):
+            raise
         cause = str(error).strip().splitlines()
         raise UserError(f"{source}: not a readable Orbax copy of a base ({cause[0] if cause else error!r}); make it anew") from error
 

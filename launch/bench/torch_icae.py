@@ -59,7 +59,7 @@ class TorchICAE:
 
     def _base(self, folder):
         return transformers.AutoModelForCausalLM.from_pretrained(
-            folder, dtype=self.dtype, attn_implementation="sdpa", local_files_only=True
+            folder, dtype=self.dtype, attn_implementation="sdpa", local_files_only=True, trust_remote_code=False
         ).to(self.device)
 
     def _embed(self, ids):
