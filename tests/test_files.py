@@ -11,7 +11,7 @@ import pytest
 import safetensors.numpy
 
 from icae_jax import errors
-from icae_jax.interop import files
+from icae_jax.interop import adapter, files
 
 
 def test_file_is_replaced_only_when_whole(tmp_path):
@@ -173,6 +173,34 @@ def test_a_file_that_a_network_loses_for_a_moment_is_read_again(tmp_path, monkey
     failing(monkeypatch, path, errno.EACCES)
     with pytest.raises(errors.UserError, match="cannot be read: permission denied"):
         files.read_json(path, "a test")
+
+
+def test_tensors_that_a_network_loses_for_a_moment_are_read_again(tmp_path, monkeypatch):
+    """Breaks when a hiccup of a network filesystem counts as a damaged file, or a damaged one as a hiccup."""
+    monkeypatch.setattr(errors, "FIRST_DELAY", 0)
+    path = tmp_path / "a.safetensors"
+    safetensors.numpy.save_file({"a": np.ones(2, np.float32)}, path)
+    hiccups = [OSError(errno.ESTALE, "Stale file handle"), safetensors.SafetensorError("I/O error: Input/output error (os error 5)")]
+
+    def read(path):
+        if left:
+            raise left.pop()
+        return safetensors.numpy.load_file(path)
+
+    left = list(hiccups)
+    assert files.read_safetensors(path, read)["a"].sum() == 2 and not left
+    for hiccup in hiccups:
+        left = [hiccup] * errors.TRIES
+        with pytest.raises(type(hiccup)) as caught:
+            files.read_safetensors(path, read)
+        assert not errors.is_users(caught.value) and not left
+    left = [PermissionError(errno.EACCES, "Permission denied", str(path))]
+    with pytest.raises(errors.UserError, match="cannot be read: permission denied"):
+        files.read_safetensors(path, read)
+    path.write_bytes(b"half")
+    for damaged in (lambda: files.read_safetensors(path, read), lambda: adapter._tensors(path)):
+        with pytest.raises(errors.UserError, match=r"a\.safetensors: not a readable safetensors file"):
+            damaged()
 
 
 def test_unreadable_json_is_named(tmp_path):

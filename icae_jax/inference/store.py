@@ -58,11 +58,12 @@ def read_metadata(path):
     """A memory file's metadata. UserError where it is not one."""
     if not pathlib.Path(path).is_file():
         raise UserError(f"--memory {path}: no such file; `icae compress` writes memory files")
-    try:
+
+    def read(path):
         with safetensors.safe_open(path, framework="numpy") as f:
-            metadata = f.metadata() or {}
-    except safetensors.SafetensorError as error:
-        raise UserError(f"--memory {path}: not a readable memory file ({error})") from error
+            return f.metadata() or {}
+
+    metadata = files.read_safetensors(path, read, "memory")
     if metadata.get("format_version") != FORMAT_VERSION:
         raise UserError(f"--memory {path}: format_version {metadata.get('format_version')}; this version reads {FORMAT_VERSION}")
     return metadata
@@ -79,7 +80,7 @@ def load(path, compression, base_fingerprint, adapter_fingerprint):
         if metadata[field] != getattr(compression, field):
             have = getattr(compression, field)
             raise UserError(f"--memory {path} has {field} {metadata[field]}, the adapter {have}; give the adapter that it names")
-    tensors = safetensors.numpy.load_file(path)
+    tensors = files.read_safetensors(path, safetensors.numpy.load_file, "memory")
     kind = methods.KINDS[compression.method]
     absent = [name for name in (*kind.CONTENTS, "lengths") if name not in tensors]
     if absent:

@@ -1,8 +1,8 @@
 """The adapter folder: LoRA in PEFT's format, the memory table, and `icae.json`, which says how they are to be read.
 
-    encoder/adapter_config.json, encoder/adapter_model.safetensors    LoRA, as PEFT writes it
-    memory.safetensors                                                memory_token_embed.weight [k + 3, D]
-    icae.json                                                         method, layout, template, base's fingerprint
+encoder/adapter_config.json, encoder/adapter_model.safetensors    LoRA, as PEFT writes it
+memory.safetensors                                                memory_token_embed.weight [k + 3, D]
+icae.json                                                         method, layout, template, base's fingerprint
 """
 
 import dataclasses
@@ -13,7 +13,6 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors
 import safetensors.numpy
 
 import icae_jax
@@ -170,10 +169,7 @@ def save_adapter(folder, adapter):
 def _tensors(path):
     if not path.exists():
         raise UserError(f"{path}: no such file; an adapter folder holds encoder/, memory.safetensors and icae.json")
-    try:
-        return safetensors.numpy.load_file(path)
-    except safetensors.SafetensorError as error:
-        raise UserError(f"{path}: not a readable safetensors file ({error})") from error
+    return files.read_safetensors(path, safetensors.numpy.load_file)
 
 
 def _fields(kind, raw, source, newer=()):
@@ -234,9 +230,7 @@ def load_adapter(folder, base):
     found = {(name, pair["a"].shape[2]) for projections in lora["layers"].values() for name, pair in projections.items()}
     stated = {(name, peft["r"]) for name in peft["target_modules"]}
     if found != stated:
-        raise UserError(
-            f"{inner}: adapter_config.json states {sorted(stated)} (target_modules, r), the tensors are {sorted(found)}"
-        )
+        raise UserError(f"{inner}: adapter_config.json states {sorted(stated)} (target_modules, r), the tensors are {sorted(found)}")
     for field in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern"):
         if peft.get(field):
             raise UserError(f"{inner}/adapter_config.json: {field} is {peft[field]!r}, which is not supported")

@@ -7,9 +7,15 @@ import pathlib
 import secrets
 import shutil
 import stat
+from collections.abc import Callable
+from typing import TypeVar
+
+import safetensors
 
 from icae_jax import errors
 from icae_jax.errors import UserError
+
+T = TypeVar("T")
 
 
 def cache_folder(configured=""):
@@ -38,6 +44,17 @@ def read_json(path, what):
         raise UserError(f"{path}: no such file; it should hold {what}") from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON ({error})") from error
+
+
+def read_safetensors(path: str | os.PathLike, read: Callable[[str | os.PathLike], T], kind: str = "safetensors") -> T:
+    """What `read(path)` gives of a safetensors file, of that kind; UserError where it is damaged or closed. What passes is tried again."""
+    try:
+        with errors.naming(f"{path}: cannot be read"):
+            return errors.retrying(lambda: read(path), f"reading {path}")
+    except safetensors.SafetensorError as error:
+        if errors.transient(error):
+            raise
+        raise UserError(f"{path}: not a readable {kind} file ({error})") from error
 
 
 def write_json(path, value):

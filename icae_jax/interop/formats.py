@@ -17,6 +17,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from icae_jax import errors
 from icae_jax.compression.encoder import SPECIAL_ROWS, CompressionConfig
 from icae_jax.errors import UserError
 from icae_jax.interop import adapter as adapters
@@ -56,13 +57,15 @@ def need_torch_for(form):
 
 
 def file_kind(path):
-    """"safetensors", "pickle" (what `torch.save` writes) or None, by the first bytes."""
+    """What a file is by its first bytes: "safetensors", "pickle" (what `torch.save` writes) or None."""
     path = pathlib.Path(path)
-    try:
+
+    def first_bytes():
         with open(path, "rb") as f:
-            start = f.read(9)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+            return f.read(9)
+
+    with errors.naming(f"{path}: cannot be read"):
+        start = errors.retrying(first_bytes, f"reading {path}")
     if start[:4] == b"PK\x03\x04" or start[:1] == b"\x80":
         return "pickle"
     header = int.from_bytes(start[:8], "little")
@@ -79,16 +82,13 @@ def open_tensors(path):
     if kind is None:
         raise UserError(f"{path}: neither safetensors nor a file that torch.save wrote")
     if kind == "safetensors":
-        try:
-            with safetensors.safe_open(path, framework="numpy") as f:
-                slices = {name: f.get_slice(name) for name in f.keys()}  # noqa: SIM118
-                return {n: Stored(tuple(s.get_shape()), s.get_dtype(), _reader(path, n)) for n, s in slices.items()}, f.metadata() or {}
-        except safetensors.SafetensorError as error:
-            raise UserError(f"{path}: not a readable safetensors file ({error})") from error
+        return files.read_safetensors(path, _stored)
     torch = files.need_torch(f"reading {path}, a pickle,")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = errors.retrying(lambda: torch.load(path, map_location="cpu", weights_only=True), f"reading {path}")
     except Exception as error:  # a pickle can fail in any way; none of them may run code
+        if errors.transient(error) or isinstance(error, MemoryError):
+            raise
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"{path}: refused, a pickle with more in it than tensors, or a damaged one ({reason})") from error
     if not isinstance(content, dict):
@@ -105,12 +105,18 @@ def open_tensors(path):
     return {name: stored(value) for name, value in tensors.items()}, {}
 
 
+def _stored(path):
+    with safetensors.safe_open(path, framework="numpy") as f:
+        slices = {name: f.get_slice(name) for name in f.keys()}  # noqa: SIM118
+        return {n: Stored(tuple(s.get_shape()), s.get_dtype(), _reader(path, n)) for n, s in slices.items()}, f.metadata() or {}
+
+
 def _reader(path, name):
-    def read():
+    def read(path):
         with safetensors.safe_open(path, framework="numpy") as f:
             return f.get_tensor(name)
 
-    return read
+    return lambda: files.read_safetensors(path, read)
 
 
 # ----------------------------------------------------------------------------------------------------------- recognising
@@ -122,7 +128,7 @@ def _ending(tensors, suffix):
 
 
 def recognise(tensors):
-    """"icae-v1", "icae-v2" or "x500", or None where the tensors are no trained compressor of these."""
+    """The format, "icae-v1", "icae-v2" or "x500"; None where the tensors are no trained compressor of these."""
     lora = any(adapters.is_lora(name) for name in tensors)
     if lora and _ending(tensors, adapters.MEMORY_TABLE):
         return "icae-v1" if any(t.shape == () for t in tensors.values()) else "icae-v2"

@@ -224,13 +224,7 @@ def _load_safetensors(folder, config, targets, wanted, bar):
         for path in weight_files(folder):
             if not path.exists():
                 raise UserError(f"{path}: named in the weight index but not there; download the folder again")
-            try:
-                opened = errors.retrying(lambda path=path: safetensors.safe_open(path, framework="numpy"), f"opening {path}")
-                file = stack.enter_context(opened)
-            except safetensors.SafetensorError as error:
-                if errors.transient(error):
-                    raise
-                raise UserError(f"{path}: not a readable safetensors file ({error})") from error
+            file = stack.enter_context(files.read_safetensors(path, lambda path: safetensors.safe_open(path, framework="numpy")))
             stored |= {name: (path, file.get_slice(name)) for name in set(file.keys()).intersection(names).difference(stored)}
         _check_stored(folder, hub_shapes(config), stored)
         tensors = {}
