@@ -10,7 +10,7 @@ import zlib
 
 from icae_jax import errors
 from icae_jax.errors import UserError
-from icae_jax.interop import files
+from icae_jax.interop import cache, files
 
 BAD_INPUT = 2
 
@@ -54,14 +54,15 @@ TRAIN_HELP = """usage: icae {verb} --config FILE[:arg] --workdir DIR [--config.f
   --workdir DIR           checkpoints, metrics and the result; the same command continues what is there
   --config.field=value    any field of the configuration, such as --config.steps=1000
   --profile DIR           trace a few steps into DIR, for XProf (`icae bench train` also sums a trace up)
+  --verbose               list every array of parameters
 
 Several processes are one run, on one DIR that all of them see. TPU slices and Slurm jobs are recognised; elsewhere each is told:
   --coordinator HOST:PORT where process 0 serves the others
   --processes N           how many there are
   --process I             which this is, from 0
 
-exit codes: 0 done, 2 bad input, 3 diverged, 75 saved after SIGTERM; others (1, 134) where a process failed, which ends the others too:
-their output says which. The same command continues"""
+exit codes: 0 done, 2 bad input or a full disk, 3 diverged, 75 saved after SIGTERM; 1 anything else, with its traceback (134 where JAX ends
+a process because another has failed, whose output says why). Started again, the same command continues"""
 
 
 def process_flags(parser):
@@ -75,11 +76,12 @@ def process_flags(parser):
 def _train(verb, argv, kind, make_task):
     """Trains what `make_task` makes of a configuration of that kind, alone or as one of several processes."""
     from icae_jax.training import distributed
-    from icae_jax.training.train import ALREADY, DONE, finished, shared_by_processes, train
+    from icae_jax.training.train import ALREADY, DONE, NORMAL, VERBOSE, finished, shared_by_processes, train
 
     parser = argparse.ArgumentParser(prog=f"icae {verb}", add_help=False, allow_abbrev=False)
     process_flags(parser)
     parser.add_argument("--profile")
+    parser.add_argument("--verbose", action="store_true")
     args, rest = parser.parse_known_args(argv)
     config, workdir = load_config(kind, rest)
     if args.profile and os.path.isfile(args.profile):
@@ -90,7 +92,7 @@ def _train(verb, argv, kind, make_task):
             print(ALREADY.format(workdir=workdir, steps=config.steps), file=sys.stderr)
             return DONE
         distributed.check_agreement(shared_by_processes(config))  # before what is loaded depends on it
-        return train(config, make_task(config), workdir, profile=args.profile)
+        return train(config, make_task(config), workdir, profile=args.profile, verbosity=VERBOSE if args.verbose else NORMAL)
 
 
 def train_verb(argv):
@@ -135,7 +137,7 @@ def _print(value, as_json, text):
 
 
 def compress_verb(argv):
-    from icae_jax.data.sources import read_rows
+    from icae_jax.data.sources import read_all, with_ids
     from icae_jax.inference import store
     from icae_jax.inference.compressor import load
 
@@ -150,12 +152,16 @@ def compress_verb(argv):
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args(argv)
     store.check_output(args.output)
-    rows = list({row.text: row for row in read_rows(args.input)}.values())  # a context with many questions is one memory
+    rows = with_ids(read_all(args.input))
     if not rows:
         raise UserError(f"--input {args.input}: no rows")
+    places = {text: i for i, text in enumerate(dict.fromkeys(row.text for row in rows.values()))}  # a text of several ids is read once
+    wheres = {row.text: row.where for row in reversed(rows.values())}
     compressor = load(args.adapter, args.base, dtype=args.base_dtype, mesh=_mesh(args.mesh))
-    memory = compressor.compress([row.text for row in rows], args.batch_size, [row.where for row in rows], args.k)
-    compressor.save(args.output, memory, ids=[row.id for row in rows])
+    memory = compressor.compress(list(places), args.batch_size, [wheres[text] for text in places], args.k)
+    if len(rows) > len(places):
+        memory = memory[[places[row.text] for row in rows.values()]]
+    compressor.save(args.output, memory, ids=list(rows))
     tokens, kept, size = int(memory.lengths.sum()), int(memory.tokens.sum()), int(memory.bytes.sum())
     summary = {"texts": len(rows), "context_tokens": tokens, "memory_tokens": kept, "ratio": tokens / kept, "bytes": size}
     line = f"{args.output}: {len(rows)} texts, {tokens} tokens in {kept} memory tokens ({tokens / kept:.2f}x), {size:,} bytes"
@@ -280,6 +286,12 @@ def evaluate_verb(argv):
         return evaluate.main(parser, argv)
 
 
+def cache_verb(argv):
+    from icae_jax.data.tokens import CACHE_VERSION
+
+    return cache.main(_parser("cache"), argv, CACHE_VERSION)
+
+
 def export_verb(argv):
     from icae_jax import export
 
@@ -301,6 +313,7 @@ VERBS = {
     "inspect": (inspect_verb, "say what a file or folder is, its sizes, its method, and which bases fit"),
     "convert": (convert_verb, "convert base models and adapters between this package's formats and those of others"),
     "export": (export_verb, "write memories as servers and transformers read them"),
+    "cache": (cache_verb, "say what is kept on disk to be used again, and remove what was used least recently"),
 }
 
 
@@ -323,14 +336,16 @@ def keep_compiled():
     cpus = pathlib.Path("/proc/cpuinfo")
     flags = next((line for line in cpus.read_text().splitlines() if line.startswith(("flags", "Features"))), "") if cpus.exists() else ""
     kind = f"{platform.machine()}-{zlib.crc32(flags.encode()):08x}"
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(files.cache_folder() / "compiled" / kind))
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        folder = files.cache_folder() / "compiled" / kind
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)
+        cache.bound_compiled(folder)
 
 
 def main(argv=None):
     """Runs one verb. Returns the exit code: 0 done, 2 bad input, 3 diverged, 75 saved after SIGTERM."""
     argv = sys.argv[1:] if argv is None else argv
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it misses PyTorch, which is not needed
-    keep_compiled()
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(usage())
         return 0 if argv else BAD_INPUT
@@ -342,6 +357,7 @@ def main(argv=None):
         print(TRAIN_HELP.format(verb=argv[0], text=text[0].upper() + text[1:], example=TRAIN_EXAMPLES[argv[0]]))
         return 0
     try:
+        keep_compiled()
         return VERBS[argv[0]][0](argv[1:])
     except Exception as error:
         if not errors.is_users(error):

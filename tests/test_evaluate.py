@@ -56,12 +56,11 @@ def world(tmp_path_factory, tiny_base):
     raw = {"base": str(tiny_base), "compression": {"k": 4, "rate": 4, "k_choices": [2, 4]}, "lora": {"rank": 4}}
     raw |= {"phase": "finetune", "init_from": "scratch"}
     raw |= {"objectives": {"template": "plain", "ae": 0.0, "lm": 0.0, "qa": 1.0}, "data": {"train": "x", "eval": "x"}}
-    kept = Checkpoints(workdir)
-    kept.save(6, {"trained": random_trained(TINY, 4, 5)})
-    kept.wait()
-    kept.close()
     config = configs.from_dict(configs.TrainConfig, raw)
-    configs.check_workdir(workdir, config, {"base": base.fingerprint})
+    for name, seed in (("workdir", 5), ("unfinished", 0)):  # the latter has no adapter/ yet
+        with Checkpoints(folder / name) as kept:
+            kept.save(6, {"trained": random_trained(TINY, 4, seed)})
+        configs.check_workdir(folder / name, config, {"base": base.fingerprint})
 
     def words(n):
         return " ".join(rng.choice(WORDS[8:], size=n))
@@ -218,19 +217,20 @@ def finish(child):
     return out, err
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_devices_and_processes_change_no_score(world, restored, tmp_path):
     """Breaks when 8 devices that hold parts of the base, or 2 processes of 2 devices each, measure an example twice, not at all, or
     otherwise than one device.
 
-    Batches are no multiple of the devices, and one process has more of them than the other.
+    Batches are no multiple of the devices, and one process has more of them than the other. What the two measure is a workdir without
+    adapter/: breaks also when one of them alone waits for the other, as whoever opens checkpoints to write them does.
     """
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     short = {"data": world["short"]}
     joined = {"batch_size": 2, "coordinator": f"127.0.0.1:{port}", "processes": 2}
-    pair = [start(2, argv(world, "autoencode", tmp_path / "two", **short, **joined, process=at)) for at in range(2)]
+    pair = [start(2, argv(world, "autoencode", tmp_path / "two", "unfinished", **short, **joined, process=at)) for at in range(2)]
     alone = start(8, argv(world, "autoencode", tmp_path / "eight", **short, batch_size=3, mesh="fsdp=4,tensor=2"))
     try:
         first, second, eight = [finish(child) for child in (*pair, alone)]

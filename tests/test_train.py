@@ -1,5 +1,6 @@
 """The loop: resuming bit-exactly, signals, divergence, refusal, a full disk; the frozen base stays frozen."""
 
+import errno
 import json
 import os
 import pathlib
@@ -14,8 +15,10 @@ import numpy as np
 import pytest
 from conftest import ROOT, WORDS, write_jsonl
 
+from icae_jax import cli, errors
+from icae_jax.interop import adapter as adapters
 from icae_jax.interop import base as bases
-from icae_jax.training import metrics
+from icae_jax.training import metrics, step
 from icae_jax.training import train as loop
 from icae_jax.training.checkpoint import Checkpoints
 from icae_jax.training.compressor_task import CompressorTask
@@ -181,7 +184,25 @@ def test_training_learns_and_the_base_does_not_change(raw, uninterrupted):
     task_lines = []
     assert train(from_dict(TrainConfig, raw | {"steps": 2}), task, workdir.parent / "frozen", log=task_lines.append) == DONE
     jax.tree.map(np.testing.assert_array_equal, task.frozen, before)
-    assert "trained" in lines[0] + lines[1] and "frozen" in lines[0] + lines[1]
+
+
+def test_a_run_says_one_line_of_its_parameters_and_can_be_watched(raw, uninterrupted, tmp_path):
+    """Breaks when the table of parameters comes unasked, a quiet run talks, or the watcher misses a step or sees other parameters than
+    those that are exported.
+    """
+    said = [line for line in uninterrupted[1] if "parameters" in line]
+    assert len(said) == 1 and said[0].startswith("trains ") and not any("\n" in line for line in uninterrupted[1])
+    seen, norm = [], lambda tree: float(np.sqrt(sum(np.sum(np.square(x)) for x in jax.tree.leaves(tree))))
+    for verbosity, folder in ((loop.QUIET, "quiet"), (loop.VERBOSE, "verbose")):
+        config, lines = from_dict(TrainConfig, raw | {"steps": 2}), []
+        task = CompressorTask(config)
+        watch = lambda at, trained: seen.append((at, norm(trained)))  # noqa: E731
+        assert train(config, task, tmp_path / folder, log=lines.append, verbosity=verbosity, watch=watch) == DONE
+        table = [line for line in lines if "frozen layers/" in line]
+        assert (lines == []) if verbosity == loop.QUIET else len(table) == 1
+    assert [at for at, _ in seen] == [1, 2, 1, 2] and seen[:2] == seen[2:]
+    exported = adapters.load_adapter(tmp_path / "quiet" / "adapter", task.base).trained
+    assert seen[-1][1] == pytest.approx(norm(exported), rel=1e-6)
 
 
 def test_divergence_exits_3_names_the_step_and_saves_nothing_of_it(raw, tmp_path):
@@ -257,3 +278,115 @@ def test_a_run_that_is_stopped_ends_its_trace(raw, tmp_path, monkeypatch):
     assert list((tmp_path / "trace").glob("plugins/profile/*/*.xplane.pb"))
     jax.profiler.start_trace(tmp_path / "next")
     jax.profiler.stop_trace()
+
+
+DIVERGING = {"optimizer": {"learning_rate": 1e30, "warmup_steps": 0}, "eval_every": 1, "checkpoint_every": 1}
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_parameters_that_an_update_broke_are_not_saved(raw, tmp_path, steps):
+    """Breaks when only what came before the update is checked: NaN parameters are then the last good checkpoint, or the adapter."""
+    code, lines = run(raw, tmp_path, steps=steps, **DIVERGING)
+    assert code == DIVERGED and "step 1" in lines[-1] and "last good checkpoint: none" in lines[-1]
+    assert not (tmp_path / "DONE").exists() and not (tmp_path / "adapter").exists() and Checkpoints(tmp_path).latest() is None
+
+
+def test_a_held_out_loss_that_is_not_finite_ends_the_run(raw, tmp_path, monkeypatch):
+    """Breaks when a state whose held-out loss is NaN, in any kind or objective, is saved as good."""
+    evaluate, bad = loop.evaluate, iter([False, False, True])
+
+    def evaluated(*args):
+        losses = evaluate(*args)
+        return losses | {"wrong_memory": losses["memory"] | {"lm": float("nan")}} if next(bad) else losses
+
+    monkeypatch.setattr(loop, "evaluate", evaluated)
+    code, lines = run(raw, tmp_path)
+    assert code == DIVERGED and "step 12" in lines[-1] and "step 9" in lines[-1]
+    assert Checkpoints(tmp_path).latest() == 9 and not (tmp_path / "DONE").exists()
+    assert all(np.isfinite(line["eval_loss"]) for line in without_clocks(tmp_path) if "eval" in line)
+
+
+def test_a_notice_to_leave_saves_before_anything_else(raw, uninterrupted, tmp_path, monkeypatch):
+    """Breaks when a long evaluation stands between the notice and the save, or what it left out is missing in the end."""
+    evaluate, evaluated, asked = loop.evaluate, [], iter([False] * 5 + [True])
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.distributed.Preemption, "asked", lambda self: next(asked))
+        patch.setattr(loop, "evaluate", lambda *args: evaluated.append(1) or evaluate(*args))
+        code, lines = run(raw, tmp_path)
+    assert code == PREEMPTED and "saved step 6" in lines[-1] and len(evaluated) == 1  # step 0's; step 6 is one that evaluates
+    assert run(raw, tmp_path)[0] == DONE
+    assert without_clocks(tmp_path) == without_clocks(uninterrupted[0])
+    got, want = arrays(tmp_path), arrays(uninterrupted[0])
+    for name, value in want.items():
+        np.testing.assert_array_equal(got[name], value, err_msg=name)
+
+
+def test_a_finished_run_says_so_before_it_loads_anything(raw, uninterrupted, tmp_path, monkeypatch, capsys):
+    """Breaks when a restarted launcher loads 13 GiB to find that there is nothing to do, or a wrong configuration passes for done."""
+    workdir, _ = uninterrupted
+    config = tmp_path / "config.py"
+    text = "import json, ml_collections\n\ndef get_config():\n    return ml_collections.ConfigDict(json.loads({!r}))\n"
+    config.write_text(text.format(json.dumps(raw | {"seed": 0, "base": str(tmp_path / "absent")})))
+    command = ["train", "--config", str(config), "--workdir", str(workdir)]
+    assert cli.main(command) == DONE and f"{workdir} is done already (12 steps)" in capsys.readouterr().err
+    assert cli.main([*command, "--config.seed=1"]) == 2 and "seed: 0 -> 1" in capsys.readouterr().err
+
+
+def test_held_out_losses_are_computed_in_microbatches(raw):
+    """Breaks when evaluating takes the memory of a whole batch where training is told to take less, or gives another loss."""
+    config = from_dict(TrainConfig, raw | {"batch_size": 16, "accumulate": 8, "eval_examples": 16})
+    task = CompressorTask(config)
+    trained = task.init()
+    (batches, *_) = task.eval_batches()
+    whole, cut = (step.make_eval_step(task, n).lower(trained, task.frozen, batches["memory"]).compile() for n in (1, 8))
+    assert cut.memory_analysis().temp_size_in_bytes < 0.5 * whole.memory_analysis().temp_size_in_bytes
+    want, got = (jax.device_get(f(trained, task.frozen, batches["memory"])) for f in (whole, cut))
+    assert want.keys() == got.keys() == {"ae", "lm"}
+    for name in want:
+        np.testing.assert_allclose(got[name], want[name], rtol=1e-5)
+
+
+def test_a_line_of_metrics_is_written_once_although_the_disk_stumbles(tmp_path, monkeypatch):
+    """Breaks when a network filesystem's passing fault ends a run, doubles a line or leaves half of one."""
+    monkeypatch.setattr(errors, "FIRST_DELAY", 0.0)
+    fsync, faults = os.fsync, iter([OSError(errno.EIO, "Input/output error")])
+
+    def stumbling(descriptor):
+        for fault in faults:
+            raise fault
+        return fsync(descriptor)
+
+    with metrics.MetricsFile(tmp_path, -1) as file:
+        file.write({"step": 1, "train": {"ae": 1.0}})
+        monkeypatch.setattr(metrics.os, "fsync", stumbling)
+        file.write({"step": 2, "train": {"ae": 0.5}})
+        file.write({"step": 3, "train": {"ae": 0.25}})
+    assert [line["step"] for line in metrics.read(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+
+
+READER = """
+import pathlib, sys, time
+from icae_jax import inspection
+workdir, looked = pathlib.Path(sys.argv[1]), 0
+while not (workdir / "DONE").exists():
+    try:
+        looked += inspection.describe(workdir)["what"].startswith("checkpoint")
+    except ValueError:  # nothing saved yet
+        time.sleep(0.01)
+print(looked)
+"""
+
+
+@pytest.mark.nightly
+def test_a_run_trains_while_another_process_inspects_it(raw, tmp_path):
+    """Breaks when whoever looks at a workdir takes away the checkpoint that is just being written: the training then fails."""
+    with subprocess.Popen(
+        [sys.executable, "-c", READER, str(tmp_path)], stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)}
+    ) as reader:
+        try:
+            code, lines = run(raw, tmp_path, steps=200, checkpoint_every=1, eval_examples=0, log_every=50)
+            out, _ = reader.communicate(timeout=60)
+        finally:
+            reader.kill()
+    assert code == DONE, lines[-1]
+    assert int(out) > 20
