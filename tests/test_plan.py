@@ -1,15 +1,17 @@
 """`icae plan`: bad input, the search for the most contexts, what is told, and real programs compiled for a TPU slice."""
 
+import dataclasses
 import importlib.util
 import json
 import re
 
+import jax
 import pytest
 from conftest import ROOT, TINY
 
 from icae_jax import cli, plan
 from icae_jax.planning import programs
-from icae_jax.training import chips
+from icae_jax.training import chips, sharding
 from icae_jax.training.config import TrainConfig, from_dict
 
 GIB = plan.GIB
@@ -258,7 +260,7 @@ def test_a_training_step_gathers_one_layer_at_a_time(tmp_path, capsys):
 
 
 @needs_libtpu
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("what", ["compress", "decode"])
 def test_writing_and_reading_memories(what, tiny_base, capsys):
     """Breaks when a program that serves cannot be planned."""
@@ -269,7 +271,7 @@ def test_writing_and_reading_memories(what, tiny_base, capsys):
 
 
 @needs_libtpu
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_program_that_really_does_not_fit(tmp_path, capsys):
     """Breaks when the compiler's refusal is not recognised, or what it says it wanted is misread."""
     broad = base_folder(tmp_path / "base", hidden_size=1024, intermediate_size=2**21 + 2**20, num_hidden_layers=2)
@@ -279,3 +281,33 @@ def test_a_program_that_really_does_not_fit(tmp_path, capsys):
     assert got.keys() >= KEYS and not got["fits"] and got["estimated_seconds"] is None and got["message"].startswith("RESOURCE_EXHAUSTED")
     assert layer < got["peak_hbm_bytes_per_chip"] < 1.5 * layer and got["peak_hbm_bytes_per_chip"] > got["chip_hbm_bytes"]
     assert got["advice"][-1] == "a larger slice"
+
+
+@pytest.mark.parametrize(("evaluation", "fits", "peak"), [(3.0, True, 2.0), (None, False, 9.0)])
+def test_a_training_s_evaluation_is_planned_too(evaluation, fits, peak, monkeypatch):
+    """Breaks when a plan says that a run fits whose held-out evaluation, at its first step, does not."""
+    asked = []
+
+    def compile_for(spec, topology, exact):
+        asked.append((spec.what, topology, exact))
+        return {"fits": True, "peak_bytes": evaluation} if evaluation else {"fits": False, "peak_bytes": 9.0, "message": "why"}
+
+    monkeypatch.setattr(plan, "compile_for", compile_for)
+    found = plan.with_evaluation(make_spec(), {"fits": True, "peak_bytes": 2.0}, "v5e:2x2", True)
+    assert asked == [("evaluate", "v5e:2x2", True)]
+    assert (found["fits"], found["peak_bytes"], found["evaluation_peak_bytes"]) == (fits, peak, evaluation or 9.0)
+    for spec, compiled in (
+        (make_spec(what="decode"), {"fits": True}), (make_spec(eval_examples=0), {"fits": True}), (make_spec(), {"fits": False}),
+    ):  # fmt: skip
+        assert plan.with_evaluation(spec, compiled, "v5e:2x2") == compiled
+    assert len(asked) == 1
+
+
+def test_the_evaluation_that_is_planned_is_the_one_that_runs():
+    """Breaks when the plan's evaluation has other shapes than the training's, or is not in microbatches: it has no gradient, but a scan."""
+    spec = dataclasses.replace(make_spec(accumulate=2), what=plan.programs.EVALUATE)
+    mesh = sharding.make_mesh(spec.config.mesh, jax.devices()[:1])
+    text = plan.programs.lower(spec, mesh).as_text()
+    alone = plan.programs.lower(dataclasses.replace(spec, config=dataclasses.replace(spec.config, accumulate=1)), mesh).as_text()
+    assert text.count("stablehlo.while") > alone.count("stablehlo.while")
+    assert len(plan.programs.lower(dataclasses.replace(spec, what="train"), mesh).as_text()) > 1.5 * len(text)
