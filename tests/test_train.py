@@ -174,7 +174,7 @@ def test_a_finished_run_stays_finished_and_can_be_made_longer(raw, uninterrupted
 
 def test_training_learns_and_the_base_does_not_change(raw, uninterrupted):
     """Breaks when the loss does not fall, or a frozen weight moves."""
-    workdir, lines = uninterrupted
+    workdir, _ = uninterrupted
     evaluated = [line["eval"]["memory"] for line in without_clocks(workdir) if "eval" in line]
     assert len(evaluated) == 3 and evaluated[-1]["ae"] < evaluated[0]["ae"] and evaluated[-1]["lm"] < evaluated[0]["lm"]
     config = from_dict(TrainConfig, raw)

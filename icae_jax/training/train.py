@@ -19,23 +19,27 @@ from icae_jax.training.checkpoint import Checkpoints
 from icae_jax.training.config import check_workdir, shared_fields
 
 DONE, PREEMPTED, DIVERGED = 0, 75, 3  # exit codes; 2 is bad input
+QUIET, NORMAL, VERBOSE = 0, 1, 2  # how much `train` says
 ALREADY = "{workdir} is done already ({steps} steps)"
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")  # on whose versions shapes, values or files depend
 TRACED = (3, 5)  # the first and the last step of a start that --profile traces: those before them compile
 
 
 def parameter_table(trained, frozen):
-    """A text table of parameters, trained and frozen."""
+    """A text table of parameters, trained and frozen: a row for each array."""
     lines = [f"{'parameter':58}{'shape':>22}{'count':>14}"]
     for kind, tree in (("trained", trained), ("frozen", frozen)):
         leaves = jax.tree_util.tree_leaves_with_path(tree)
         for path, leaf in leaves:
             name = "/".join(str(k.key) for k in path)
             lines.append(f"{kind + ' ' + name:58}{leaf.shape!s:>22}{leaf.size:>14,}")
-    counts = [sum(x.size for x in jax.tree.leaves(t)) for t in (trained, frozen)]
-    share = 100 * counts[0] / max(1, sum(counts))
-    lines.append(f"trained {counts[0]:,} ({share:.2f} % of all), frozen {counts[1]:,}")
     return "\n".join(lines)
+
+
+def parameter_counts(trained, frozen):
+    """How many parameters are trained and frozen, in one line."""
+    counts = [sum(x.size for x in jax.tree.leaves(t)) for t in (trained, frozen)]
+    return f"trains {counts[0]:,} of {sum(counts):,} parameters ({100 * counts[0] / max(1, sum(counts)):.2f} %)"
 
 
 def evaluate(task, eval_step, trained, frozen, rows, batch_size):
@@ -82,7 +86,7 @@ def shared_by_processes(config) -> dict[str, object]:
     return shared_fields(config) | {f"version of {name}": importlib.metadata.version(name) for name in ("icae_jax", *PACKAGES)}
 
 
-def train(config, task, workdir, *, log=None, profile=None):
+def train(config, task, workdir, *, log=None, profile=None, verbosity=NORMAL, title=None, watch=None):
     """Trains `task` in `workdir` until `config.steps`; continues what is there. Returns an exit code.
 
     0: every step done, the result exported and `DONE` written. 75: SIGTERM came, the state is saved. 3: a loss, a gradient, an updated
@@ -90,14 +94,22 @@ def train(config, task, workdir, *, log=None, profile=None):
     mathematics, or the processes differ in what they must have alike.
     Several processes all call this, with one workdir; the first writes metrics and the result. profile: a folder, into which steps
     `TRACED` after this start are traced, for XProf.
+    log: takes lines of text, by default to stderr. verbosity: `QUIET` (only why it ends early, beside the progress bar), `NORMAL`, or
+    `VERBOSE` (the table of parameters too). title: stands before the progress bar.
+    watch: called as `watch(step, trained)` after every step, in every process; it may use the parameters only until it returns.
     """
+    log = log or (lambda text: tqdm.write(text, file=sys.stderr))
     with task.placement.active():
-        return _train(config, task, pathlib.Path(workdir), log or (lambda text: tqdm.write(text, file=sys.stderr)), profile)
+        return _train(config, task, pathlib.Path(workdir), log, profile, verbosity, title, watch)
 
 
-def _train(config, task, workdir, log, profile):
+def _train(config, task, workdir, log, profile, verbosity, title, watch):
     main_process = jax.process_index() == 0
-    say = log if main_process else lambda text: None
+
+    def say(text, level=NORMAL):
+        if main_process and verbosity >= level:
+            log(text)
+
     mesh = task.placement.mesh
     sharding.check_batch_size(mesh, config.batch_size, config.accumulate)
     rows = sharding.local_rows(mesh, config.batch_size)
@@ -119,7 +131,8 @@ def _train(config, task, workdir, log, profile):
     frozen, state = task.frozen, step.init_state(task.init(), optimizer)
     shardings = task.placement.tree(state)
     state = sharding.put(state, shardings)
-    say(parameter_table(state["trained"], frozen))
+    say(parameter_table(state["trained"], frozen), VERBOSE)
+    say(parameter_counts(state["trained"], frozen))
     absl_logging.set_verbosity(absl_logging.FATAL)  # Orbax logs each thread's traceback of a failed save; the error is raised anyway
     checkpoints = Checkpoints(workdir)
     latest = checkpoints.latest()
@@ -137,7 +150,9 @@ def _train(config, task, workdir, log, profile):
     eval_step = step.make_eval_step(task, config.accumulate)
     start = max(first, 0)
     stop = config.steps
-    bar = tqdm(total=stop, initial=start, unit="step", file=sys.stderr, disable=not main_process, dynamic_ncols=True, mininterval=1.0)
+    bar = tqdm(
+        total=stop, initial=start, desc=title, unit="step", file=sys.stderr, disable=not main_process, dynamic_ncols=True, mininterval=1.0
+    )
     chip = chips.find(mesh.devices.flat[0].device_kind)
     shown, pending, clock, tokens_since, flops_since = {}, None, time.perf_counter(), 0.0, 0
 
@@ -188,7 +203,7 @@ def _train(config, task, workdir, log, profile):
         checkpoints.wait()
         good = checkpoints.latest()
         what = "a loss, a gradient or a parameter"
-        say(f"step {at}: {what} is not finite; last good checkpoint: {'none' if good is None else f'step {good}'}")
+        say(f"step {at}: {what} is not finite; last good checkpoint: {'none' if good is None else f'step {good}'}", QUIET)
         return DIVERGED
 
     try:
@@ -211,6 +226,8 @@ def _train(config, task, workdir, log, profile):
                     return diverged(pending[0])
                 pending = (at, device, task.describe(host_batch), task.least_flops(batch))
                 bar.update()
+                if watch:
+                    watch(at, state["trained"])
                 leaving = preemption.asked() and at < stop
                 evaluating = (at % config.eval_every == 0 or at == stop) and not leaving
                 if evaluating or leaving or at % config.checkpoint_every == 0:
@@ -223,7 +240,7 @@ def _train(config, task, workdir, log, profile):
                     checkpoints.save(at, state, score)
                 if leaving:
                     checkpoints.wait()
-                    say(f"SIGTERM: saved step {at}; the same command continues")
+                    say(f"SIGTERM: saved step {at}; the same command continues", QUIET)
                     return PREEMPTED
             checkpoints.wait()
             trained, best = sharding.on_host(state["trained"]), checkpoints.best()
