@@ -160,7 +160,7 @@ def main(parser, argv):
     if args.out and args.out.exists() and not args.out.is_dir():
         raise UserError(f"--out {args.out} is a file; give a folder")
     distributed.start(args.coordinator, args.processes, args.process)
-    sources.identity(",".join(drawn.named_sources(args.data).values()), args.tfds_dir)  # are they there? Before the base is loaded
+    sources.check_present(",".join(drawn.named_sources(args.data).values()), args.tfds_dir)  # are they there? Before the base is loaded
     sets = drawn.read(args.data, args.tfds_dir, args.limit, args.seed)
 
     # ------------------------------------------------------------------------------------- what is measured, on what

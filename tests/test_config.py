@@ -148,6 +148,17 @@ def test_a_workdir_from_before_a_field_goes_on_with_its_default(tmp_path):
     assert check_workdir(tmp_path, CONFIG, IDENTITY) == [] and json.loads(path.read_text())["data.train_weights"] == []
 
 
+def test_an_identity_of_an_earlier_version_counts_as_the_same(tmp_path):
+    """Breaks when a run that knew its data by their times cannot be continued by a version that knows them by content, or any may be."""
+    check_workdir(tmp_path, CONFIG, IDENTITY | {"data.train": "by time"})
+    with pytest.raises(ValueError, match=r"identity\.data\.train: 'by time' -> 'other'"):
+        check_workdir(tmp_path, CONFIG, IDENTITY | {"data.train": ("other", "by another time")})
+    now = IDENTITY | {"data.train": ("by content", "by time")}
+    assert check_workdir(tmp_path, CONFIG, now) == ["identity.data.train: 'by time' -> 'by content'"]
+    assert check_workdir(tmp_path, CONFIG, IDENTITY | {"data.train": ("by content", "by another time")}) == []
+    assert json.loads((tmp_path / "config.json").read_text())["identity.data.train"] == "by content"
+
+
 def test_a_cosine_run_may_go_on_only_where_its_decay_is_fixed(tmp_path):
     """Breaks when more steps stretch the cosine: every earlier step would have had another learning rate."""
     cosine = changed(optimizer__schedule="cosine")

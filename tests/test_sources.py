@@ -1,16 +1,22 @@
 """Reading texts and questions: every form of row, and errors that name file and line."""
 
+import errno
 import gzip
 import json
+import os
+import random
 import re
+import shutil
 
 import pytest
 import zstandard
 from conftest import write_jsonl
 
-from icae_jax.data import sources
-from icae_jax.data.builders import builder
+from icae_jax import errors
+from icae_jax.data import reading, sources
+from icae_jax.data.builders import builder, shards
 from icae_jax.data.builders.inputs import Request
+from icae_jax.errors import UserError
 from icae_jax.prepare import prepare
 
 QUESTION = {"context": "c", "question": "q"}
@@ -30,7 +36,8 @@ QUESTION = {"context": "c", "question": "q"}
 )
 def test_rows_of_every_form(raw, row):
     """Breaks when a documented form is not read, or a field lands in another's place."""
-    assert sources.parse_row(raw, "w", "0") == row
+    assert sources.parse_row(raw, "w", "0")[:6] == row
+    assert sources.parse_row(raw, "w", "0").own_id == bool(raw.get("id"))
     assert sources.parse_row(raw, "w", "0").answer == (row[2] and "a")
 
 
@@ -62,7 +69,17 @@ def test_json_lines_plain_text_and_several_paths(tmp_path):
     rows = list(sources.read_rows(f"{one}, {two}"))
     assert [r.text for r in rows] == ["first", "third", "a whole\nfile, œ\n"]
     assert [r.where for r in rows] == [f"{one}:1", f"{one}:3", str(two)]
-    assert [r.id for r in rows] == ["0", "2", "two.txt"]
+    assert [r.id for r in rows] == ["one.jsonl.gz:0", "one.jsonl.gz:2", "two.txt"]
+    assert [r.id for r in sources.read_rows(str(one))] == ["0", "2"] and not any(r.own_id for r in rows)
+
+
+def test_default_ids_of_joined_files_differ(tmp_path):
+    """Breaks when rows of two files get one id, so that one of them cannot be asked for: also where the files have one name."""
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        write_jsonl(tmp_path / folder / "x.jsonl", [{"text": folder}, {"text": folder * 2, "id": "own"}])
+    rows = list(sources.read_rows(f"{tmp_path}/a/x.jsonl,{tmp_path}/b/x.jsonl"))
+    assert [r.id for r in rows] == ["a/x.jsonl:0", "own", "b/x.jsonl:0", "own"] and [r.own_id for r in rows] == [False, True] * 2
 
 
 def test_zst_is_read_as_gz_is(tmp_path):
@@ -81,6 +98,117 @@ def test_zst_is_read_as_gz_is(tmp_path):
     assert [r.text for r in rows] == [f"text {i} œ" for i in range(9)] and rows[8].where == f"{path}:10"
     (tmp_path / "b.txt.zst").write_bytes(wide("a whole\nfile, œ\n".encode() * 9999))
     assert next(sources.read_rows(f"{tmp_path}/b.txt.zst")).text == "a whole\nfile, œ\n" * 9999
+
+
+def handed_out(monkeypatch):
+    """A list that grows by the sizes of the pieces that a .zst file is unpacked into."""
+    sizes, readinto = [], reading._ZstdFile.readinto
+
+    def counted(self, buffer):
+        count = readinto(self, buffer)
+        sizes.append(count + len(self._ready))
+        return count
+
+    monkeypatch.setattr(reading._ZstdFile, "readinto", counted)
+    return sizes
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.txt"])
+def test_a_line_is_bounded(tmp_path, monkeypatch, name, suffix):
+    """Breaks when kilobytes of a packed file, without an end of line, become gigabytes in memory: more is unpacked than the bound and a
+    block; or when the error leaves out file, line, bound or setting, or the bound cuts a line that is just as long as it."""
+    pack = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.compress}[suffix]
+    path = tmp_path / (name + suffix)
+    fine = b'{"text": "fine"}\n'
+    path.write_bytes(pack((fine if name == "a.jsonl" else b"") + b'{"text": "' + b"a" * (32 << 20)))
+    sizes = handed_out(monkeypatch)
+    rows = sources.read_rows(str(path), max_row_bytes=100_000)
+    where = f"{path}:2" if name == "a.jsonl" else str(path)
+    if name == "a.jsonl":
+        assert next(rows).text == "fine"
+    with pytest.raises(UserError, match=f"^{where}: longer than 100,000 bytes, .*data.max_row_bytes"):
+        next(rows)
+    assert (suffix == ".zst") == bool(sizes) and sum(sizes) <= 100_000 + 2 * reading.CHUNK + len(fine)
+    path.write_bytes(pack(fine))
+    assert [len(row.text) for row in sources.read_rows(str(path), max_row_bytes=len(fine))]
+
+
+def test_builders_bound_a_line_too(tmp_path, monkeypatch):
+    """Breaks when preparing a set reads a line of any length, or takes the end of one for a line where a part begins in its middle."""
+    monkeypatch.setattr(reading, "MAX_ROW_BYTES", 1000)
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"a": 1}\n{"a": "' + b"b" * 3_000_000 + b'"}\n{"a": 2}\n')
+    with pytest.raises(UserError, match=f"^{path}:2: longer than 1,000 bytes"):
+        list(shards.objects(shards.Part(str(path)), lambda raw: [raw]))
+    assert list(shards.objects(shards.Part(str(path), 500), lambda raw: [raw])) == [{"a": 2}]
+
+
+def test_frames_that_tools_write(tmp_path):
+    """Breaks when frames to be skipped (pzstd), checksums, or blocks of one repeated byte or of plain bytes are misread."""
+    checked = zstandard.ZstdCompressor(write_checksum=True)
+    noise = json.dumps({"text": random.Random(0).randbytes(300_000).hex()}).encode() + b"\n"
+    path = tmp_path / "a.jsonl.zst"
+    skipped = (0x184D2A53).to_bytes(4, "little") + (200_000).to_bytes(4, "little") + b"x" * 200_000
+    repeated = b'{"text": "' + b"a" * 1_000_000 + b'"}\n'
+    path.write_bytes(skipped + checked.compress(noise) + skipped + checked.compress(b"") + zstandard.compress(repeated))
+    assert [len(row.text) for row in sources.read_rows(str(path))] == [600_000, 1_000_000]
+    path.write_bytes(path.read_bytes() + skipped[:-1])
+    with pytest.raises(UserError, match="ends within a compressed frame"):
+        list(sources.read_rows(str(path)))
+
+
+def test_ends_of_lines_in_a_text(tmp_path):
+    """Breaks when a text written on another system comes out with other tokens than before: its lines end with \\n alone."""
+    (tmp_path / "a.txt").write_bytes(b"one\r\ntwo\rthree\n")
+    assert next(sources.read_rows(str(tmp_path / "a.txt"))).text == "one\ntwo\nthree\n"
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "I/O error"), OSError(errno.ESTALE, "stale"), ConnectionResetError("reset")])
+def test_faults_that_pass_are_no_bad_input(tmp_path, monkeypatch, error):
+    """Breaks when a network file system's fault ends a run for good (exit code 2), or is not tried again."""
+    path, tried = write_jsonl(tmp_path / "a.jsonl", [{"text": "fine"}]), []
+
+    def open_bytes(path):
+        tried.append(path)
+        raise error
+
+    monkeypatch.setattr(reading, "open_bytes", open_bytes)
+    monkeypatch.setattr(errors, "FIRST_DELAY", 0.0)
+    with pytest.raises(type(error)) as raised:
+        sources.read_all(path)
+    assert raised.value is error and len(tried) == errors.TRIES
+
+
+@pytest.mark.parametrize(
+    ("raw", "field"),
+    [
+        ({"text": "half \ud83d"}, "text"),
+        ({"context": "half \ud83d", "question": "q", "answer": "a"}, "context"),
+        ({"context": "c", "question": "\udc00", "answer": "a"}, "question"),
+        ({"context": "c", "question": "q", "answers": ["a", "\ud83d"]}, "answers"),
+        ({"input": "c", "prompt": "\ud83d", "answer": "a"}, "prompt"),
+        ({"text": "t", "id": "\ud83d"}, "id"),
+        ({"text": "t", "subset": "\ud83d"}, "subset"),
+    ],
+)
+def test_half_a_surrogate_pair_is_refused(tmp_path, raw, field):
+    """Breaks when half an emoji, which JSON can spell, reaches the tokenizer or a file, which raise TypeError or UnicodeEncodeError."""
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "whole \\ud83d\\ude00"}\n' + json.dumps(raw))
+    rows = sources.read_rows(str(path))
+    assert next(rows).text == "whole 😀"
+    with pytest.raises(UserError, match=f"^{path}:2: {field} is not valid text"):
+        next(rows)
+
+
+def test_deep_json_names_file_and_line(tmp_path):
+    """Breaks when a line of brackets ends in a RecursionError."""
+    path = tmp_path / "a.jsonl"
+    path.write_text("[" * 1_000_000)
+    for read in (lambda: list(sources.read_rows(str(path))), lambda: list(shards.objects(shards.Part(str(path)), iter))):
+        with pytest.raises(UserError, match=f"^{path}:1: not valid JSON"):
+            read()
 
 
 def test_malformed_json_names_file_and_line(tmp_path):
@@ -143,14 +271,39 @@ def test_missing_and_empty_sources(tmp_path):
             read("tfds:nothing:train", str(tmp_path))
 
 
-def test_identity_follows_the_file(tmp_path):
-    """Breaks when a rewritten file counts as the same data."""
+def test_identity_is_the_content_of_files(tmp_path):
+    """Breaks when `touch`, a copy or another folder counts as other data (the same command could not continue its run), or other content,
+    or another way to read it, as the same."""
     path = tmp_path / "a.jsonl"
     write_jsonl(path, [{"text": "one"}])
     before = sources.identity(str(path))
-    assert before == sources.identity(str(path))
-    write_jsonl(path, [{"text": "other"}])
-    assert before != sources.identity(str(path))
+    os.utime(path, ns=(1, 1))
+    (tmp_path / "copies").mkdir()
+    copy = str(shutil.copy(path, tmp_path / "copies" / "b.json"))
+    assert before == sources.identity(str(path)) == sources.identity(copy) and json.dumps(before)
+    as_text = str(shutil.copy(path, tmp_path / "a.txt"))
+    write_jsonl(path, [{"text": "two"}])
+    assert len({json.dumps(x) for x in (before, sources.identity(str(path)), sources.identity(as_text))}) == 3
+
+
+def test_identity_of_a_large_file_is_sampled(tmp_path, monkeypatch):
+    """Breaks when a large file is read whole at each start, or its first or last bytes, or its size, do not count."""
+    monkeypatch.setattr(reading, "WHOLE", 100)
+    monkeypatch.setattr(reading, "BLOCK", 10)
+    monkeypatch.setattr(reading, "BLOCKS", 5)
+    path, content = tmp_path / "a", bytes(range(200))
+
+    def hashed(data):
+        path.write_bytes(data)
+        return reading.content_hash(path)
+
+    def changed(at):
+        return hashed(content[:at] + b"\xff" + content[at + 1 :]) != hashed(content)
+
+    assert changed(0) and changed(9) and changed(199) and changed(190) and changed(100)
+    assert not changed(20) and hashed(content[:20] + content) != hashed(content)
+    monkeypatch.setattr(reading, "WHOLE", 200)
+    assert all(changed(at) for at in range(200))
 
 
 BUILDER = """

@@ -1,11 +1,22 @@
 """Tokenising a source once: grouping, errors, and the cache."""
 
+import concurrent.futures
+import errno
+import hashlib
+import json
 import os
+import random
+import threading
+import time
 
+import numpy as np
 import pytest
 from conftest import WORDS, make_tokenizer, write_jsonl
 
+from icae_jax import errors
 from icae_jax.data import sources, tokens
+from icae_jax.errors import UserError
+from icae_jax.interop import base as bases
 
 
 def words(ids):
@@ -47,9 +58,11 @@ def test_cache_is_used_until_source_or_tokenizer_change(tmp_path, cache, tiny_to
     other = tokens.tokenise(str(path), make_tokenizer([*WORDS[:8], "cat", "the", *WORDS[10:]]), cache)
     assert len(builds) == 2 and other.key != first.key and other.text(0).tolist() != first.text(0).tolist()
 
-    stat = path.stat()
+    os.utime(path, ns=(1, 1))
+    assert tokens.tokenise(str(path), tiny_tokenizer, cache).key == first.key and len(builds) == 2
+
     write_jsonl(path, [{"text": "the dog"}])  # as long as before
-    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
+    os.utime(path, ns=(1, 1))
     changed = tokens.tokenise(str(path), tiny_tokenizer, cache)
     assert len(builds) == 3 and changed.key != first.key and words(changed.text(0)) == "the dog"
 
@@ -57,19 +70,161 @@ def test_cache_is_used_until_source_or_tokenizer_change(tmp_path, cache, tiny_to
 def test_a_failed_build_leaves_no_cache(tmp_path, cache, tiny_tokenizer, monkeypatch):
     """Breaks when a cache that was cut short (a full disk) is taken for whole by the next run."""
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": "the cat"}])
-    save, saved = tokens.np.save, []
+    extend, extended = tokens._Column.extend, []
 
     def full_disk(*args):
-        if len(saved) == 3:
-            raise OSError("no space left")
-        saved.append(save(*args))
+        if len(extended) == 5:
+            raise OSError(errno.ENOSPC, "no space left")
+        extended.append(extend(*args))
 
     with monkeypatch.context() as patch:
-        patch.setattr(tokens.np, "save", full_disk)
+        patch.setattr(tokens._Column, "extend", full_disk)
         with pytest.raises(OSError, match="no space left"):
             tokens.tokenise(path, tiny_tokenizer, cache)
-    assert len(saved) == 3 and os.listdir(os.path.join(cache, "tokens")) == []
+    assert len(extended) == 5 and os.listdir(os.path.join(cache, "tokens")) == []
     assert words(tokens.tokenise(path, tiny_tokenizer, cache).text(0)) == "the cat"
+
+
+def test_the_first_version_s_key_is_still_known(tmp_path, cache, tiny_tokenizer):
+    """Breaks when a workdir of an earlier version cannot be continued: its key was sha256 over version 1, the tokenizer, and each file's
+    name, size, time of change, and sha256 of its first and last MiB."""
+    path = tmp_path / "a.jsonl"
+    write_jsonl(path, [{"text": "the cat"}])
+    content, stat = path.read_bytes(), path.stat()
+    ends = hashlib.sha256(content + content).hexdigest()
+    identity = [1, tiny_tokenizer.backend_tokenizer.to_str(), [["a.jsonl", stat.st_size, stat.st_mtime_ns, ends]]]
+    made = tokens.tokenise(str(path), tiny_tokenizer, cache)
+    assert made.earlier_key == hashlib.sha256(json.dumps(identity).encode()).hexdigest() != made.key
+
+
+def test_questions_of_rows_that_stand_apart(tmp_path, cache, tiny_tokenizer, monkeypatch):
+    """Breaks when streaming orders texts or questions otherwise than the first version, which held all rows at once:
+    texts by first appearance, one with questions once; questions by their text, then by their row. Also at the seams of batches."""
+    rng = random.Random(0)
+    rows = [
+        {"text": rng.choice(("the cat", "a dog"))} if rng.random() < 0.3
+        else qa(f"{rng.choice(WORDS[7:20])} {rng.choice(('the', 'cat'))}", rng.choice(WORDS[7:]), " ".join(rng.choices(WORDS[7:], k=3)))
+        for _ in range(200)
+    ]  # fmt: skip
+    texts, questions, place = [], [], {}
+    for row in rows:
+        at = len(texts) if "text" in row else place.setdefault(row["context"], len(texts))
+        if at == len(texts):
+            texts.append(row.get("text") or row["context"])
+            questions.append([])
+        if "text" not in row:
+            questions[at].append((row["question"], row["answers"][0] if "answers" in row else row["answer"]))
+    monkeypatch.setattr(tokens, "BATCH", 7)
+    monkeypatch.setattr(tokens, "GATHERED", 11)
+    data = tokens.tokenise(write_jsonl(tmp_path / "a.jsonl", rows), tiny_tokenizer, cache)
+    assert [words(data.text(i)) for i in range(len(data.text_offsets) - 1)] == texts
+    assert data.question_offsets.tolist() == np.cumsum([0, *map(len, questions)]).tolist()
+    made = [(words(data.prompt(q)), words(data.answer(q))) for q in range(len(data.prompt_offsets) - 1)]
+    assert made == [pair for of_text in questions for pair in of_text]
+    assert {name: getattr(data, name).dtype for name in tokens.ARRAYS} == {
+        name: np.dtype(np.int32 if name.endswith("_ids") else np.int64) for name in tokens.ARRAYS
+    }
+
+
+def test_rows_are_read_as_they_are_tokenised(tmp_path, cache, tiny_tokenizer, monkeypatch):
+    """Breaks when all of a corpus is read before any of it is tokenised and written, so that it must fit into memory."""
+    monkeypatch.setattr(tokens, "BATCH", 10)
+    monkeypatch.setattr(tokens, "BATCH_CHARACTERS", 60)
+    read, seen, made = sources.read_rows, [], tokens.user_ids
+    monkeypatch.setattr(sources, "read_rows", lambda *args: (seen.append(row) or row for row in read(*args)))
+    at_once = []
+
+    def user_ids(tokenizer, texts):
+        at_once.append((len(seen), len(texts)))
+        return made(tokenizer, texts)
+
+    monkeypatch.setattr(tokens, "user_ids", user_ids)
+    rows = [{"text": "the cat"}] * 30 + [{"text": "the cat sat on the mat , very big and very old ."}] * 4
+    assert len(tokens.tokenise(write_jsonl(tmp_path / "a.jsonl", rows), tiny_tokenizer, cache).text_offsets) == 35
+    assert [call for call in at_once if call[1]] == [(9, 9), (18, 9), (27, 9), (31, 4), (33, 2), (34, 1)]
+
+
+def test_one_process_tokenises_and_the_others_wait(tmp_path, cache, tiny_tokenizer, monkeypatch, capsys):
+    """Breaks when every process of a host tokenises the same source, at once; or one that died leaves the others waiting."""
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": "the cat"}])
+    builds, build, begun, go_on = [], tokens._build, threading.Event(), threading.Event()
+
+    def slow(*args):
+        builds.append(args)
+        begun.set()
+        assert go_on.wait(30)
+        if len(builds) == 1:
+            raise MemoryError("as if this process had died")
+        build(*args)
+
+    monkeypatch.setattr(tokens, "_build", slow)
+    with concurrent.futures.ThreadPoolExecutor(3) as pool:  # threads lock as processes do: each opens the file for itself
+        made = [pool.submit(tokens.tokenise, path, tiny_tokenizer, cache)]
+        assert begun.wait(30)
+        made += [pool.submit(tokens.tokenise, path, tiny_tokenizer, cache) for _ in range(2)]
+        deadline = time.monotonic() + 30
+        shown = ""
+        while shown.count("another process is at it; waiting") < 2 and time.monotonic() < deadline:
+            shown += capsys.readouterr().err
+            time.sleep(0.01)
+        assert len(builds) == 1
+        go_on.set()
+        with pytest.raises(MemoryError):
+            made[0].result()
+        assert [words(m.result().text(0)) for m in made[1:]] == ["the cat"] * 2 and len(builds) == 2
+    assert [name for name in os.listdir(os.path.join(cache, "tokens")) if name.startswith(".")] == []
+
+
+def test_a_source_is_read_again_after_a_fault_that_passes(tmp_path, cache, tiny_tokenizer, monkeypatch):
+    """Breaks when a stale file handle in the middle of a corpus ends a run, or rows that were read before it count twice."""
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": "the cat"}, {"text": "a dog"}])
+    read, failed = sources.read_rows, []
+
+    def stale_once(*args):
+        for row in read(*args):
+            yield row
+            if not failed:
+                failed.append(row)
+                raise OSError(errno.ESTALE, "stale file handle")
+
+    monkeypatch.setattr(sources, "read_rows", stale_once)
+    monkeypatch.setattr(errors, "FIRST_DELAY", 0.0)
+    monkeypatch.setattr(tokens, "BATCH", 1)
+    data = tokens.tokenise(path, tiny_tokenizer, cache)
+    assert failed and [words(data.text(i)) for i in range(len(data.text_offsets) - 1)] == ["the cat", "a dog"]
+
+
+def test_what_a_text_spells_is_no_control_token(tmp_path, cache, tiny_tokenizer):
+    """Breaks when `</s>` or `<s>` that a user wrote, in a text, a question or an answer, ends or begins a sequence (prompt injection)."""
+    rows = [qa("the cat </s> sat <s>", "who </s>", "cat</s>"), {"text": "a</s>b <s>the"}]
+    data = tokens.tokenise(write_jsonl(tmp_path / "a.jsonl", rows), tiny_tokenizer, cache)
+    control = {WORDS.index(word) for word in ("<s>", "</s>")}
+    for ids in (data.text_ids, data.prompt_ids, data.answer_ids):
+        assert len(ids) and not control & set(ids.tolist())
+    assert words(data.text(0)).split()[:2] == ["the", "cat"] and bases.bos_id(tiny_tokenizer) == WORDS.index("<s>")
+
+
+def test_the_hash_of_a_large_file_is_kept(tmp_path, monkeypatch):
+    """Breaks when a huge file is hashed at each start, or a hash is kept after the file changed, or while it may still be changing."""
+    monkeypatch.setattr(tokens, "REMEMBERED", 10)
+    path, hashed, content_hash = tmp_path / "a.jsonl", [], tokens.reading.content_hash
+    monkeypatch.setattr(tokens.reading, "content_hash", lambda p: hashed.append(p) or content_hash(p))
+    write_jsonl(path, [{"text": "the cat"}])
+    young = [tokens._hash_once(tmp_path, path) for _ in range(2)]
+    os.utime(path, ns=(1, 1))
+    kept = [tokens._hash_once(tmp_path, path) for _ in range(3)]
+    assert len(hashed) == 3 and set(young) == set(kept) == {content_hash(path)}
+    write_jsonl(path, [{"text": "the dog"}])
+    os.utime(path, ns=(1, 2))
+    assert tokens._hash_once(tmp_path, path) == content_hash(path) != kept[0] and len(hashed) == 4
+    assert len(list((tmp_path / "hashes").iterdir())) == 1
+
+
+def test_a_cache_that_cannot_be_written_is_named(tmp_path, tiny_tokenizer):
+    """Breaks when the error does not say what the folder is for, or how to name another; or a cache that is there needs to be written."""
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": "the cat"}])
+    with pytest.raises(UserError, match=r"^cache /proc/nope/tokens: cannot be written: .*; set data\.cache_dir or \$ICAE_CACHE"):
+        tokens.tokenise(path, tiny_tokenizer, "/proc/nope")
 
 
 def test_long_sources_are_encoded_in_batches(tmp_path, cache, tiny_tokenizer, monkeypatch):

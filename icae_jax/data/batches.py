@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from icae_jax.compression import encoder
-from icae_jax.data import sources
+from icae_jax.data import reading, sources
 from icae_jax.errors import UserError
 from icae_jax.objectives import targets as layouts
 
@@ -26,6 +26,7 @@ class DataConfig:
     train_weights: the share of training's examples that each source of train makes up, in any unit (empty: all are one set).
     context_weights: how often pretraining draws each bucket (empty: equally often). questions_per_context: QA targets of one
     example at most; a context with more makes several examples. max_target_tokens: longer QA targets are left out, counted.
+    max_row_bytes: what one line of a file, or a text file, may hold once unpacked.
     """
 
     train: str = ""
@@ -35,6 +36,7 @@ class DataConfig:
     context_weights: tuple[float, ...] = ()
     questions_per_context: int = 4
     max_target_tokens: int = 256
+    max_row_bytes: int = reading.MAX_ROW_BYTES
     cache_dir: str = ""
     tfds_dir: str = ""
 
@@ -52,7 +54,7 @@ class DataConfig:
                 raise UserError(f"data.train_weights {weights} must hold a weight >= 0 for each source of data.train, {', '.join(named)}")
             if not sum(weights) > 0:
                 raise UserError(f"data.train_weights {weights} are all zero; give at least one a positive weight")
-        for name in ("questions_per_context", "max_target_tokens"):
+        for name in ("questions_per_context", "max_target_tokens", "max_row_bytes"):
             if getattr(self, name) <= 0:
                 raise UserError(f"data.{name} is {getattr(self, name)}; it must be positive")
 
@@ -89,26 +91,33 @@ def in_order(seed, bucket, position, count, *source):
     return _permutation(seed, bucket, int(position // count), count, *source)[position % count]
 
 
+def _spread(counts):
+    """(which, number) of everything where item i has counts[i]: `[2, 0, 1]` gives `[0, 0, 2]`, `[0, 1, 0]`."""
+    which = np.repeat(np.arange(len(counts)), counts)
+    return which, np.arange(len(which)) - np.repeat(np.cumsum(counts) - counts, counts)
+
+
 class Examples:
     """The examples of one tokenised source under one configuration, and how they become arrays.
 
     phase: "pretrain" or "finetune". objectives: those with a weight, of "ae", "lm", "qa". pad_labels: AE targets go on to the end of
-    the padded segments. dropped: `{reason: count}` of what was left out. UserError where nothing is left.
+    the padded segments. dropped: `{reason: count}` of what was left out. qa_shape: (inputs, labels) of the longest question with its
+    answer, None without questions. UserError where nothing is left.
     """
 
     def __init__(self, tokens, config, compression, phase, objectives, template, framing, pad_labels=False):
         self.tokens, self.config, self.compression = tokens, config, compression
         self.objectives, self.template, self.framing, self.pad_labels = objectives, template, framing, pad_labels
-        self.dropped = {}
+        self.dropped, self.qa_shape = {}, None
         if phase == "pretrain":
+            self._check_lm()
             examples = [self._windows(length) for length in config.context_lengths]
             weights = np.asarray(config.context_weights or [1.0] * len(examples), float)
         else:
             examples = self._questions()
             weights = np.asarray([len(e) for e in examples], float)
         self.buckets = [
-            Bucket(length, segment_shape(length, compression), e)
-            for length, e in zip(config.context_lengths, examples, strict=True)
+            Bucket(length, segment_shape(length, compression), e) for length, e in zip(config.context_lengths, examples, strict=True)
         ]
         weights = weights * [len(e) > 0 for e in examples]
         if not weights.sum() > 0:
@@ -122,53 +131,63 @@ class Examples:
         return self.tokens.key
 
     @property
+    def earlier_key(self):
+        """The same as the first version of token caches had it."""
+        return self.tokens.earlier_key
+
+    def _check_lm(self):
+        shortest, alone = self.config.context_lengths[0], len(self.framing.start) + layouts.LM_UNLABELLED
+        if "lm" in self.objectives and shortest <= alone:
+            raise UserError(
+                f"data.context_lengths holds {shortest}, too short for objectives.lm: the first {layouts.LM_UNLABELLED} tokens of a "
+                f"continuation, which is as long as its context, are no labels; give at least {alone + 1}, or set objectives.lm to 0"
+            )
+
+    @property
     def shapes(self):
         """What the shapes of batches, and which examples they hold, depend on: of each bucket its length, segments and examples."""
-        return [[b.length, *b.shape, len(b.examples)] for b in self.buckets] + [getattr(self, "qa_shape", None)]
+        return [[b.length, *b.shape, len(b.examples)] for b in self.buckets] + [self.qa_shape]
 
     def _windows(self, length):
         """(text, start, stop, next stop) of windows of `length` tokens, `<s>` included; a short rest stands if it is all, or half."""
         size = length - len(self.framing.start)
-        rows = []
-        for text, count in enumerate(np.diff(self.tokens.text_offsets).tolist()):
-            for start in range(0, count, size):
-                stop = min(start + size, count)
-                after = min(stop + size, count)
-                if start > 0 and 2 * (stop - start) < size:
-                    continue
-                continued = after - stop > min(layouts.LM_MINIMUM, size - 1)
-                rows.append((text, start, stop, after if continued else stop))
-        return np.asarray(rows, np.int64).reshape(-1, 4)
+        counts = np.diff(self.tokens.text_offsets)
+        text, number = _spread(-(-counts // size))
+        start, count = number * size, counts[text]
+        stop = np.minimum(start + size, count)
+        after = np.minimum(stop + size, count)
+        continued = after - stop > min(layouts.LM_MINIMUM, size - 1)
+        rows = np.stack([text, start, stop, np.where(continued, after, stop)], 1)
+        return rows[(start == 0) | (2 * (stop - start) >= size)]
 
     def _questions(self):
         """(text, first question, last + 1) for every bucket."""
-        rows = [[] for _ in self.config.context_lengths]
-        lengths = np.diff(self.tokens.text_offsets) + len(self.framing.start)
-        group = self.config.questions_per_context
-        for text, count in enumerate(lengths.tolist()):
-            first, last = self.tokens.question_offsets[text : text + 2].tolist()
-            if first == last:
-                continue
-            bucket = int(np.searchsorted(self.config.context_lengths, count))
-            if bucket == len(rows):
-                self._drop("contexts longer than the largest of data.context_lengths")
-                continue
-            rows[bucket] += [(text, q, min(q + group, last)) for q in range(first, last, group)]
-        self._question_targets = {}
-        T = U = 1
-        for q in range(int(self.tokens.question_offsets[-1])):
-            target = self.template.target(self.tokens.prompt(q).tolist(), self.tokens.answer(q).tolist())
-            if len(target.ids) - 1 > self.config.max_target_tokens:
-                self._drop("questions longer than data.max_target_tokens")
-                continue
-            T, U = max(T, len(target.ids) - 1), max(U, len(target.ids) - target.label_start)
-            self._question_targets[q] = target
-        self.qa_shape = (T, U)
-        keep = self._question_targets.keys()
-        return [np.asarray([r for r in b if any(q in keep for q in range(r[1], r[2]))], np.int64).reshape(-1, 3) for b in rows]
+        offsets, group = self.tokens.question_offsets, self.config.questions_per_context
+        asked, lengths = np.diff(offsets), np.diff(self.tokens.text_offsets) + len(self.framing.start)
+        bucket = np.where(asked > 0, np.searchsorted(self.config.context_lengths, lengths), -1)
+        self._drop("contexts longer than the largest of data.context_lengths", bucket == len(self.config.context_lengths))
+        prompts, answers = np.diff(self.tokens.prompt_offsets), np.diff(self.tokens.answer_offsets)
+        inputs, labels = self.template.target_sizes(prompts, answers)
+        self._fits = inputs <= self.config.max_target_tokens
+        self._drop("questions longer than data.max_target_tokens", ~self._fits)
+        self.qa_shape = tuple(int(sizes[self._fits].max(initial=1)) for sizes in (inputs, labels))
+        fitting_before = np.concatenate([[0], np.cumsum(self._fits)])
+        result = []
+        for chosen in (np.flatnonzero(bucket == number) for number in range(len(self.config.context_lengths))):
+            at, number = _spread(-(-asked[chosen] // group))
+            text = chosen[at]
+            first = offsets[text] + number * group
+            last = np.minimum(first + group, offsets[text + 1])
+            result.append(np.stack([text, first, last], 1)[fitting_before[last] > fitting_before[first]])
+        return result
 
-    def _drop(self, reason):
-        self.dropped[reason] = self.dropped.get(reason, 0) + 1
+    def _drop(self, reason, which):
+        if which.any():
+            self.dropped[reason] = int(which.sum())
+
+    def _question(self, q):
+        """The `Target` of a question, None where it is too long."""
+        return self.template.target(self.tokens.prompt(q).tolist(), self.tokens.answer(q).tolist()) if self._fits[q] else None
 
     # ------------------------------------------------------------------------------------------------- which examples
 
@@ -214,7 +233,7 @@ class Examples:
             _, first, last = example
             context, targets = [*self.framing.start, *text.tolist()], {}
             if "qa" in self.objectives:
-                targets["qa"] = [self._question_targets.get(q) for q in range(first, last)]
+                targets["qa"] = [self._question(q) for q in range(first, last)]
         if "ae" in self.objectives:
             padded_to = 0
             if self.pad_labels:
@@ -229,12 +248,11 @@ class Examples:
         """
         return self.pack(bucket, [self.targets(bucket, r) for r in rows])
 
-    def pack(self, bucket, made):
-        """The same, of examples that `targets` made."""
+    def pack(self, bucket, made, qa_shape=None):
+        """The same, of examples that `targets` made. qa_shape: that of questions, where those of other sources are among them."""
         bucket = self.buckets[bucket]
         ids, lengths = encoder.segment_contexts([c for c, _ in made], self.compression, bucket.shape, self.framing.eos)
-        qa_shape = getattr(self, "qa_shape", None)
-        shapes = target_shapes(self.config, self.compression, self.objectives, bucket.length, qa_shape, self.pad_labels)
+        shapes = target_shapes(self.config, self.compression, self.objectives, bucket.length, qa_shape or self.qa_shape, self.pad_labels)
         targets = {o: layouts.pack([t.get(o, []) for _, t in made], *shape) for o, shape in shapes.items()}
         return {"context": ids, "lengths": lengths, "targets": targets}
 

@@ -39,17 +39,15 @@ class Mixture:
         joint = (weights / weights.sum())[:, None] * np.stack([examples.weights for examples in self.parts])
         self.weights = joint.sum(0)
         self.shares = [[round(self.SCALE * share) for share in of_bucket.tolist()] for of_bucket in joint.T]
-        self.key = ",".join(examples.key for examples in self.parts)
+        self.key, self.earlier_key = (",".join(keys) for keys in zip(*((e.key, e.earlier_key) for e in self.parts), strict=True))
         self.dropped = dict(sum((collections.Counter(examples.dropped) for examples in self.parts), collections.Counter()))
-        if all(hasattr(examples, "qa_shape") for examples in self.parts):
-            self.qa_shape = tuple(np.max([examples.qa_shape for examples in self.parts], axis=0).tolist())
-            for examples in self.parts:
-                examples.qa_shape = self.qa_shape  # one shape for all, so that their targets can be packed together
+        shapes = [examples.qa_shape for examples in self.parts if examples.qa_shape]
+        self.qa_shape = tuple(map(max, *shapes, (1, 1))) if shapes else None  # one for all, so that they can be packed together
 
     @property
     def shapes(self):
-        """Those of every part, see `Examples.shapes`."""
-        return [part.shapes for part in self.parts]
+        """Those of every part, see `Examples.shapes`, and that of questions."""
+        return [*(part.shapes for part in self.parts), self.qa_shape]
 
     def draw(self, seed, step, batch_size):
         """The global batch of a step: (bucket number, (source, example) numbers `[batch_size, 2]`), see `Examples.draw`."""
@@ -63,4 +61,4 @@ class Mixture:
 
     def collate(self, bucket, rows):
         """Arrays of the given examples of one bucket, see `Examples.collate`."""
-        return self.parts[0].pack(bucket, [self.parts[source].targets(bucket, row) for source, row in rows])
+        return self.parts[0].pack(bucket, [self.parts[source].targets(bucket, row) for source, row in rows], self.qa_shape)

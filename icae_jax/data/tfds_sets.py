@@ -3,6 +3,7 @@
 import hashlib
 import re
 
+from icae_jax import errors
 from icae_jax.errors import UserError
 
 PREFIX = "tfds:"
@@ -19,7 +20,9 @@ def open_set(spec, tfds_dir=None):
     try:
         builder = tfds.builder(name, data_dir=tfds_dir or None)
         present = list(builder.info.splits)
-    except Exception as error:  # tfds raises many kinds; all mean that this set cannot be read here
+    except Exception as error:  # tfds raises many kinds; all but what passes mean that this set cannot be read here
+        if errors.transient(error):
+            raise
         raise UserError(_unreadable(spec, tfds_dir, error)) from error
     if not present:
         raise UserError(_unreadable(spec, tfds_dir, "it is not prepared"))
@@ -64,11 +67,17 @@ def read(spec, tfds_dir=None):
         try:
             source = builder.as_data_source(split=split)
         except Exception as error:  # as above
+            if errors.transient(error):
+                raise
             raise UserError(_unreadable(spec, tfds_dir, error)) from error
         where = f"{PREFIX}{spec.removeprefix(PREFIX).partition(':')[0]}:{split}"
         for start in range(0, len(source), BATCH):
             for at, raw in enumerate(source.__getitems__(list(range(start, min(start + BATCH, len(source))))), start):
-                yield _plain(raw), f"{where} row {at}", str(number)
+                try:
+                    plain = _plain(raw)
+                except UnicodeDecodeError as error:
+                    raise UserError(f"{where} row {at}: not UTF-8 ({error})") from error
+                yield plain, f"{where} row {at}", str(number)
                 number += 1
 
 

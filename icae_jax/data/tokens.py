@@ -1,20 +1,33 @@
-"""A source tokenised once: flat id arrays, memory-mapped from a cache keyed by tokenizer and source."""
+"""A source tokenised once: flat id arrays, memory-mapped from a cache keyed by tokenizer and content."""
 
+import contextlib
 import dataclasses
+import functools
 import hashlib
+import itertools
 import json
 import os
+import pathlib
 import shutil
 import tempfile
+import time
+from collections.abc import Iterable, Iterator
+from typing import BinaryIO
 
 import numpy as np
 
-from icae_jax.data import sources
+from icae_jax import errors
+from icae_jax.data import reading, sources
 from icae_jax.errors import UserError
-from icae_jax.interop import files
+from icae_jax.interop import cache, files
+from icae_jax.interop.text import user_ids
 
-CACHE_VERSION = 1
-BATCH = 1000  # texts handed to the tokenizer at once
+CACHE_VERSION = 2  # 1 made control tokens of what texts spelled, and knew files by their times
+BATCH = 1000  # rows handed to the tokenizer at once
+BATCH_CHARACTERS = 1 << 24  # and no more characters than these, but for a single row's
+REMEMBERED = 16 << 20  # bytes from which on a file's hash is kept
+SETTLED = 2.0  # seconds after which a change of a file shows in its time
+GATHERED = 1 << 16  # questions put in order at once
 ARRAYS = (
     "text_ids", "text_offsets", "prompt_ids", "prompt_offsets", "answer_ids", "answer_offsets", "question_offsets",
 )  # fmt: skip
@@ -25,7 +38,8 @@ class Tokens:
     """Texts and their questions as ids, without special tokens; all int32 but the offsets (int64).
 
     Text i is `text_ids[text_offsets[i] : text_offsets[i + 1]]`; its questions are number question_offsets[i] …
-    question_offsets[i + 1] - 1, each with a prompt and an answer. key: identity of tokenizer and source.
+    question_offsets[i + 1] - 1, each with a prompt and an answer. key: identity of tokenizer and source. earlier_key: the same as the
+    first version had it. held: keeps the arrays' folder from being removed.
     """
 
     text_ids: np.ndarray
@@ -36,6 +50,8 @@ class Tokens:
     answer_offsets: np.ndarray
     question_offsets: np.ndarray
     key: str
+    earlier_key: str = ""
+    held: BinaryIO | None = dataclasses.field(default=None, repr=False, compare=False)
 
     def text(self, i):
         return self.text_ids[self.text_offsets[i] : self.text_offsets[i + 1]]
@@ -47,79 +63,210 @@ class Tokens:
         return self.answer_ids[self.answer_offsets[q] : self.answer_offsets[q + 1]]
 
 
+# ------------------------------------------------------------------------------------------------------------ identity
+
+
 def _tokenizer_identity(tokenizer):
     backend = getattr(tokenizer, "backend_tokenizer", None)
     return backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
 
 
-def _encode(tokenizer, texts):
-    """Flat ids and offsets of many texts."""
-    pieces, lengths = [], [0]
-    for start in range(0, len(texts), BATCH):
-        # verbose=False: these texts are cut into windows later, so the tokenizer's length warning would mislead.
-        for ids in tokenizer(texts[start : start + BATCH], add_special_tokens=False, verbose=False)["input_ids"]:
-            pieces.append(np.asarray(ids, np.int32))
-            lengths.append(len(ids))
-    return np.concatenate(pieces) if pieces else np.zeros(0, np.int32), np.cumsum(lengths, dtype=np.int64)
+def _key(version, tokenizer, source_identity):
+    return hashlib.sha256(json.dumps([version, _tokenizer_identity(tokenizer), source_identity]).encode()).hexdigest()
 
 
-def _group(rows):
-    """Texts in order of first appearance, each with its questions; questions of one context come together."""
-    texts, wheres, questions, place = [], [], [], {}
+def _hash_once(root, path):
+    """`reading.content_hash`, that of a large file remembered in the cache under its path, size and time."""
+    path, before = pathlib.Path(path).resolve(), os.stat(path)
+    if before.st_size < REMEMBERED:
+        return reading.content_hash(path)
+    note = root / "hashes" / f"{hashlib.sha256(str(path).encode()).hexdigest()[:32]}.json"
+    known = {"path": str(path), "size": before.st_size, "mtime_ns": before.st_mtime_ns}
+    with contextlib.suppress(OSError, ValueError):
+        noted = json.loads(note.read_text(encoding="utf-8"))
+        if {name: noted.get(name) for name in known} == known:
+            os.utime(note)
+            return noted["hash"]
+    content = reading.content_hash(path)
+    after = os.stat(path)
+    unchanged = (before.st_size, before.st_mtime_ns) == (after.st_size, after.st_mtime_ns)
+    if unchanged and time.time() - after.st_mtime > SETTLED:  # else another change could go by unseen
+        with contextlib.suppress(OSError):  # it can be hashed again
+            files.write_json(note, known | {"hash": content})
+    return content
+
+
+# ---------------------------------------------------------------------------------------------------------- tokenising
+
+
+class _Column:
+    """An array that grows in a .npy file, of which nothing stays in memory."""
+
+    def __init__(self, path, dtype):
+        self.path, self.dtype, self.count = path, np.dtype(dtype), 0
+        self._file = open(path, "wb")  # noqa: SIM115 - `close` closes it
+        self._write_header()
+
+    def _write_header(self):  # numpy leaves room in it, so that it takes as many bytes whatever the count
+        header = {"descr": np.lib.format.dtype_to_descr(self.dtype), "fortran_order": False, "shape": (self.count,)}
+        np.lib.format.write_array_header_1_0(self._file, header)
+
+    def extend(self, values):
+        values = np.ascontiguousarray(values, self.dtype)
+        self._file.write(values.tobytes())
+        self.count += len(values)
+
+    def close(self):
+        if not self._file.closed:
+            self._file.seek(0)
+            self._write_header()
+            self._file.close()
+
+    def array(self):
+        return np.load(self.path, mmap_mode="r")
+
+
+class _Pieces:
+    """Many short arrays in one `_Column`, and where each ends in another."""
+
+    def __init__(self, folder, name):
+        self.ids, self.offsets = _Column(folder / f"{name}_ids.npy", np.int32), _Column(folder / f"{name}_offsets.npy", np.int64)
+        self.offsets.extend([0])
+
+    def extend(self, pieces):
+        lengths = np.fromiter(map(len, pieces), np.int64, len(pieces))
+        self.offsets.extend(self.ids.count + np.cumsum(lengths))
+        self.ids.extend(np.fromiter(itertools.chain.from_iterable(pieces), np.int32, int(lengths.sum())))
+
+    def close(self):
+        self.ids.close()
+        self.offsets.close()
+
+
+class _Empty:
+    """The first of texts, prompts or answers without tokens, and how many there are."""
+
+    def __init__(self, what):
+        self.what, self.count, self.first = what, 0, None
+
+    def look(self, pieces, places):
+        """places: (what to order by, where it stands) of each piece."""
+        for piece, place in zip(pieces, places, strict=True):
+            if not piece:
+                self.count += 1
+                self.first = place if self.first is None else min(self.first, place)
+
+    def check(self):
+        if self.count:
+            raise UserError(f"{self.first[1]}: the {self.what} has no tokens ({self.count} such rows); remove it from the data")
+
+
+def _batches(rows: Iterable[sources.Row]) -> Iterator[list[sources.Row]]:
+    batch, size = [], 0
     for row in rows:
-        if row.question is None:
-            at = len(texts)
-        else:
-            at = place.setdefault(row.text, len(texts))
-        if at == len(texts):
-            texts.append(row.text)
-            wheres.append(row.where)
-            questions.append([])
-        if row.question is not None:
-            questions[at].append((row.question, row.answer, row.where))
-    return texts, wheres, questions
+        batch.append(row)
+        size += len(row.text)
+        if len(batch) >= BATCH or size >= BATCH_CHARACTERS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
 
 
-def _build(source, tokenizer, tfds_dir):
-    texts, wheres, questions = _group(sources.read_rows(source, tfds_dir))
-    if not texts:
-        raise UserError(f"data source {source}: no rows; the data set is empty")
-    flat = [q for group in questions for q in group]
-    result = {}
-    result["text_ids"], result["text_offsets"] = _encode(tokenizer, texts)
-    result["prompt_ids"], result["prompt_offsets"] = _encode(tokenizer, [q for q, _, _ in flat])
-    result["answer_ids"], result["answer_offsets"] = _encode(tokenizer, [a for _, a, _ in flat])
-    result["question_offsets"] = np.cumsum([0] + [len(group) for group in questions], dtype=np.int64)
-    empty = np.flatnonzero(np.diff(result["text_offsets"]) == 0)
-    if len(empty):
-        raise UserError(f"{wheres[empty[0]]}: the text has no tokens ({len(empty)} such rows); remove it from the data")
-    for name in ("prompt", "answer"):
-        empty = np.flatnonzero(np.diff(result[f"{name}_offsets"]) == 0)
-        if len(empty):
-            raise UserError(f"{flat[empty[0]][2]}: the {name} has no tokens ({len(empty)} such rows); remove it from the data")
-    return result
+def _build(folder, source, tokenizer, tfds_dir, max_row_bytes):
+    """Writes the arrays of a source into a folder, reading and tokenising a batch of rows at a time.
 
-
-def tokenise(source, tokenizer, cache_dir="", tfds_dir=None):
-    """`Tokens` of a source, from the cache where the same tokenizer and source were tokenised before.
-
-    UserError names the file and line of malformed rows, empty texts, or an empty data set.
+    Texts stand in order of first appearance, each once where it has questions, with its questions in their order. In memory stays a hash
+    of each text that has questions.
     """
-    identity = json.dumps([CACHE_VERSION, _tokenizer_identity(tokenizer), sources.identity(source, tfds_dir)])
-    key = hashlib.sha256(identity.encode()).hexdigest()
-    folder = files.cache_folder(cache_dir) / "tokens" / key[:32]
-    if not folder.exists():
-        arrays = _build(source, tokenizer, tfds_dir)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        tmp = tempfile.mkdtemp(dir=folder.parent, prefix=".new.")
+    numbers = {}  # of texts with questions, by their hash
+    with contextlib.ExitStack() as stack:
+        texts, prompts, answers = (_Pieces(folder, name) for name in ("text", "prompt", "answer"))
+        owners = _Column(folder / "owners.npy", np.int64)  # the text of each question, in the order of the rows
+        for column in (texts, prompts, answers, owners):
+            stack.callback(column.close)
+        empty_texts, empty_prompts, empty_answers = map(_Empty, ("text", "prompt", "answer"))
+        for batch in _batches(sources.read_rows(source, tfds_dir, max_row_bytes)):
+            new, asked, count = [], [], texts.offsets.count - 1
+            for row in batch:
+                number = count + len(new)
+                if row.question is not None:
+                    digest = hashlib.blake2b(row.text.encode(), digest_size=16).digest()
+                    number = numbers.setdefault(digest, number)
+                    asked.append((number, row))
+                if number == count + len(new):
+                    new.append(row)
+            pieces = user_ids(tokenizer, [row.text for row in new])
+            empty_texts.look(pieces, [((count + i,), row.where) for i, row in enumerate(new)])
+            texts.extend(pieces)
+            places = [((number, owners.count + i), row.where) for i, (number, row) in enumerate(asked)]
+            for column, empty, field in ((prompts, empty_prompts, "question"), (answers, empty_answers, "answer")):
+                pieces = user_ids(tokenizer, [getattr(row, field) for _, row in asked])
+                empty.look(pieces, places)
+                column.extend(pieces)
+            owners.extend([number for number, _ in asked])
+    count = texts.offsets.count - 1
+    if not count:
+        raise UserError(f"data source {source}: no rows; the data set is empty")
+    for empty in (empty_texts, empty_prompts, empty_answers):
+        empty.check()
+    _sort(folder, owners.array(), count)
+    owners.path.unlink()
+
+
+def _sort(folder, owners, count):
+    """Puts questions in the order of their texts, where rows of one text stand apart, and writes the texts' offsets into them."""
+    offsets = np.zeros(count + 1, np.int64)
+    np.cumsum(np.bincount(owners, minlength=count), out=offsets[1:])
+    np.save(folder / "question_offsets.npy", offsets)
+    if len(owners) and (owners[1:] < owners[:-1]).any():
+        order = np.argsort(owners, kind="stable")
+        for name in ("prompt", "answer"):
+            _reorder(folder, name, order)
+
+
+def _reorder(folder, name, order):
+    parts = [folder / f"{name}_{part}.npy" for part in ("ids", "offsets")]
+    ids, offsets = (np.load(path, mmap_mode="r") for path in parts)
+    sorted_pieces = _Pieces(folder, f"sorted_{name}")
+    for start in range(0, len(order), GATHERED):
+        chosen = order[start : start + GATHERED]
+        sorted_pieces.extend([ids[offsets[q] : offsets[q + 1]] for q in chosen])
+    sorted_pieces.close()
+    for path in parts:
+        os.replace(folder / f"sorted_{path.name}", path)
+
+
+def tokenise(source, tokenizer, cache_dir="", tfds_dir=None, max_row_bytes=reading.MAX_ROW_BYTES) -> Tokens:
+    """`Tokens` of a source, from the cache where the same tokenizer and content were tokenised before, else by one process of the host.
+
+    UserError names the file and line of malformed rows, empty texts, or an empty data set. A fault that passes is tried again.
+    """
+    root = files.cache_folder(cache_dir)
+    what = f"tokenising {source}"
+    found = errors.retrying(lambda: sources.identity(source, tfds_dir, functools.partial(_hash_once, root)), what)
+    earlier = errors.retrying(lambda: sources.earlier_identity(source, tfds_dir), what)
+    key, earlier_key = _key(CACHE_VERSION, tokenizer, found), _key(1, tokenizer, earlier)
+    folder = root / "tokens" / key[:32]
+    while (held := cache.hold(folder)) is None:
+        with cache.alone(folder, what):
+            if not (folder / cache.ABOUT).exists():
+                errors.retrying(lambda: _write(folder, source, tokenizer, tfds_dir, max_row_bytes), what)
+        most = cache.bound()
+        with contextlib.suppress(OSError):  # what cannot be removed takes room, and does no harm
+            cache.prune(root, most, CACHE_VERSION)
+    return Tokens(**{name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in ARRAYS}, key=key, earlier_key=earlier_key, held=held)
+
+
+def _write(folder, source, tokenizer, tfds_dir, max_row_bytes):
+    tmp = pathlib.Path(tempfile.mkdtemp(dir=folder.parent, prefix=".new."))
+    try:
+        _build(tmp, source, tokenizer, tfds_dir, max_row_bytes)
+        files.write_json(tmp / cache.ABOUT, {"version": CACHE_VERSION, "source": source})
         try:
-            for name in ARRAYS:
-                np.save(os.path.join(tmp, f"{name}.npy"), arrays[name])
-            try:
-                os.rename(tmp, folder)
-            except OSError:
-                if not folder.exists():  # else another process of this host was first, with the same content
-                    raise
-        finally:
-            shutil.rmtree(tmp, ignore_errors=True)
-    return Tokens(**{name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in ARRAYS}, key=key)
+            os.rename(tmp, folder)
+        except OSError:
+            if not (folder / cache.ABOUT).exists():  # else another process was first where the filesystem has no locks, with the same
+                raise
+    finally:
+        shutil.rmtree(tmp, ignore_errors=True)

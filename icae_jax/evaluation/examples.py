@@ -87,7 +87,7 @@ def read(data, tfds_dir, limit, seed):
     found, seen = {}, {}  # seen: the ids of a set's texts, and of its questions
     for name, source in named_sources(data).items():
         count = 0
-        for row in sources.read_rows(source, tfds_dir):
+        for row in sources.read_all(source, tfds_dir):
             count += 1
             where = f"{name}/{row.subset}" if row.subset else name
             _, questions = found.setdefault((where, row.text), (row.id, []))

@@ -14,6 +14,7 @@ from icae_jax.errors import UserError
 from icae_jax.inference import generate, store
 from icae_jax.interop import adapter as adapters
 from icae_jax.interop import base as bases
+from icae_jax.interop.text import user_ids
 from icae_jax.models import llama
 from icae_jax.objectives import loss
 from icae_jax.objectives import targets as target_layouts
@@ -280,8 +281,8 @@ class Compressor:
     # ------------------------------------------------------------------------------------------------------ inside
 
     def ids(self, text):
-        """The ids of a text, without special tokens."""
-        return self.base.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        """The ids of a text, without special tokens, also where the text spells some."""
+        return user_ids(self.base.tokenizer, text)
 
     def _label_losses(self, params, trained, memory, batch, head):
         heads = {o: head for o in batch}

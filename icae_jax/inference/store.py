@@ -37,6 +37,10 @@ def save(path, memory, compression, ids, base_fingerprint, adapter_fingerprint, 
     """Writes a memory file; one that is there is replaced only when the new one is complete."""
     if len(ids) != len(memory):
         raise UserError(f"{len(ids)} ids for {len(memory)} memories; give one id a text")
+    ids = list(ids)
+    repeated = next((one for i, one in enumerate(ids) if one in ids[:i]), None) if len(set(ids)) < len(ids) else None
+    if repeated is not None:
+        raise UserError(f"two memories have the id {repeated!r}; give each text an id of its own")
     metadata = {
         "format_version": FORMAT_VERSION,
         "icae_jax_version": icae_jax.__version__,
@@ -46,7 +50,7 @@ def save(path, memory, compression, ids, base_fingerprint, adapter_fingerprint, 
         "base_fingerprint": base_fingerprint,
         "adapter_fingerprint": adapter_fingerprint,
         "adapter": str(pathlib.Path(adapter_path).resolve()),
-        "ids": json.dumps(list(ids), ensure_ascii=False),
+        "ids": json.dumps(ids, ensure_ascii=False),
     }
     tensors = {name: np.ascontiguousarray(x) for name, x in memory.contents.items()}
     tensors["lengths"] = np.asarray(memory.segment_lengths, np.int32)

@@ -92,14 +92,14 @@ With peft and transformers alone, run in this folder:
 import peft, safetensors.torch, torch, transformers
 
 base = peft.PeftConfig.from_pretrained(".").base_model_name_or_path
-tokenizer = transformers.AutoTokenizer.from_pretrained(base)
-model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+tokenizer = transformers.AutoTokenizer.from_pretrained(base, trust_remote_code=False)
+model = transformers.AutoModelForCausalLM.from_pretrained(base, trust_remote_code=False, dtype=torch.float32)
 encoder = peft.PeftModel.from_pretrained(model, ".").eval().get_base_model().model
 table = safetensors.torch.load_file("memory.safetensors")["memory_token_embed.weight"][:@K@].float()
 
 @torch.no_grad()
 def compress(text):
-    ids, parts = tokenizer(text, add_special_tokens=False)["input_ids"], []
+    ids, parts = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"], []
 @BOS@    segments = -(-len(ids) // @N@)
     size = -(-len(ids) // segments)
     for piece in (ids[i : i + size] for i in range(0, len(ids), size)):

@@ -36,10 +36,6 @@ FORMAT_VERSION = 1
 _read = jax.jit(methods.read, static_argnames=("model", "head"))
 
 
-def _ids(compressor, text):
-    return compressor.base.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-
-
 def _head(compressor, objective):
     return tuple(compressor.adapter.template.head) if objective == "ask" else ()
 
@@ -83,7 +79,7 @@ def prompt_embeddings(compressor, memory, row, question=None):
     Input embeddings `[T, D]` numpy, for positions 0 … T - 1. UserError where the base has fewer positions.
     """
     template = compressor.adapter.template
-    behind = [compressor.framing.trigger] if question is None else template.prompt(_ids(compressor, question))
+    behind = [compressor.framing.trigger] if question is None else template.prompt(compressor.ids(question))
     head = _head(compressor, "restore" if question is None else "ask")
 
     def embed(ids):
@@ -338,10 +334,11 @@ def load(model, rows=None):
 def generate(model, tokenizer, questions, rows=None, max_new_tokens=128):
     """Token ids of the answers, greedily, a question a row; or of the restored texts, each for the question ""."""
     cache, mask = load(model, rows)
-    prompts = [INFO["before"] + tokenizer(q, add_special_tokens=False)["input_ids"] + INFO["after"] for q in questions]
+    asked = [tokenizer(q, add_special_tokens=False, split_special_tokens=True)["input_ids"] for q in questions]
+    prompts = [INFO["before"] + ids + INFO["after"] for ids in asked]
     T = max(map(len, prompts))
     if T >= INFO["room"]:
-        raise UserError(f"a prompt takes {T} tokens, and {INFO['room']} of prompt and answer fit behind the memory")
+        raise ValueError(f"a prompt takes {T} tokens, and {INFO['room']} of prompt and answer fit behind the memory")
     ids = torch.tensor([[0] * (T - len(p)) + p for p in prompts], device=model.device)
     real = torch.tensor([[0] * (T - len(p)) + [1] * len(p) for p in prompts], device=model.device)
     x = model.get_input_embeddings()(ids.clamp(min=0))
@@ -360,8 +357,8 @@ if __name__ == "__main__":
     if INFO["objective"] == "ask" and len(sys.argv) < 3:
         sys.exit(__doc__)
     base = sys.argv[1] if len(sys.argv) > 1 else INFO["base"]
-    tokenizer = transformers.AutoTokenizer.from_pretrained(base)
-    model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=getattr(torch, INFO["dtype"]))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(base, trust_remote_code=False)
+    model = transformers.AutoModelForCausalLM.from_pretrained(base, trust_remote_code=False, dtype=getattr(torch, INFO["dtype"]))
     for question in sys.argv[2:] or [""]:
         for name, ids in zip(INFO["ids"], generate(model, tokenizer, [question] * len(INFO["ids"]))):
             print(name, tokenizer.decode(ids, skip_special_tokens=True), sep="\\t")

@@ -88,6 +88,10 @@ class Template:
         given = self.prompt(prompt_ids)
         return Target([*given, *answer_ids, self.stop], len(given))
 
+    def target_sizes(self, prompt_lengths, answer_lengths):
+        """(inputs, labels) of the targets of prompts and answers of these lengths, whole numbers or arrays of them; see `pack`."""
+        return len(self.prompt([])) + prompt_lengths + answer_lengths, answer_lengths + 1
+
 
 TEMPLATES = ("mistral", "v1", "plain", "none", "chat")
 

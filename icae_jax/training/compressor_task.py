@@ -115,7 +115,8 @@ class CompressorTask(CompressorLosses):
         self.train_examples = self._mixture() if c.data.train_weights else self._examples(c.data.train)
         self.eval_examples = self._examples(c.data.eval) if c.data.eval and c.eval_examples else None
         self._check_positions()
-        self.identity = {"base": self.base.fingerprint, "data.train": self.train_examples.key}
+        data = (self.train_examples.key, self.train_examples.earlier_key)
+        self.identity = {"base": self.base.fingerprint, "data.train": data}
         if self.start_from:
             self.identity["init_from"] = self.start_from.fingerprint
 
@@ -145,7 +146,7 @@ class CompressorTask(CompressorLosses):
 
     def _examples(self, source):
         c, tokenizer = self.config, self.base.tokenizer
-        data = tokens.tokenise(source, tokenizer, c.data.cache_dir, c.data.tfds_dir or None)
+        data = tokens.tokenise(source, tokenizer, c.data.cache_dir, c.data.tfds_dir or None, c.data.max_row_bytes)
         return batches.Examples(
             data, c.data, self.compression, c.phase, tuple(self.weights), self.template, self.framing, c.objectives.pad_labels
         )

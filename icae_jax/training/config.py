@@ -228,7 +228,7 @@ def _scalar(kind, value, where):
 FREE_FIELDS = {"log_every", "eval_every", "eval_examples", "checkpoint_every", "remat", "remat_decoder", "attention", "unroll"}
 FREE_FIELDS |= {"mesh.data", "mesh.fsdp", "mesh.tensor"}  # the devices may change: results agree within rounding
 PATH_FIELDS = {"base", "init_from", "data.train", "data.eval", "data.cache_dir", "data.tfds_dir"}  # `identity` has their content
-FREE_FIELDS |= PATH_FIELDS
+FREE_FIELDS |= PATH_FIELDS | {"data.max_row_bytes"}
 
 
 def _flat(value, prefix=""):
@@ -255,12 +255,14 @@ def check_workdir(workdir, config, identity, writes=lambda: True):
     """Compares with the configuration that the workdir was started with, and records the new one.
 
     A field that came later than the workdir had its default then: new fields are made so that this is what was done before them.
-    identity: `{name: fingerprint}` of what paths in the configuration stand for; those are compared instead of the paths. None, before
-    that is known, compares the configuration alone. writes: asked once everything was read and found good, whether this process records it.
+    identity: `{name: fingerprint}` of what paths in the configuration stand for; those are compared instead of the paths. A tuple holds
+    the fingerprint and what earlier versions had in its place, which counts as the same and is replaced by it. None, before that is
+    known, compares the configuration alone. writes: asked once everything was read and found good, whether this process records it.
     Returns the changes to log, as text lines. UserError lists fields that change the mathematics; nothing is written then.
     """
     path = pathlib.Path(workdir) / "config.json"
-    now = _flat(dataclasses.asdict(config)) | {f"identity.{k}": v for k, v in (identity or {}).items()}
+    known = {f"identity.{k}": v if isinstance(v, tuple) else (v,) for k, v in (identity or {}).items()}
+    now = _flat(dataclasses.asdict(config)) | {k: fingerprints[0] for k, fingerprints in known.items()}
     if not path.exists():
         if writes():
             files.write_json(path, now)
@@ -269,7 +271,7 @@ def check_workdir(workdir, config, identity, writes=lambda: True):
     if identity is None:
         before = {field: value for field, value in before.items() if not field.startswith("identity.")}
     changed = [k for k in sorted(before.keys() | now.keys()) if before.get(k) != now.get(k)]
-    refused = [k for k in changed if k not in FREE_FIELDS]
+    refused = [k for k in changed if k not in FREE_FIELDS and before.get(k) not in known.get(k, ())]
     if "steps" in refused and now["steps"] > before["steps"] and (now["optimizer.schedule"] == "constant" or now["optimizer.decay_steps"]):
         refused.remove("steps")
     if refused:

@@ -45,21 +45,23 @@ def parts_of(path, subset=""):
 
 def _lines(part):
     """Yields (bytes where the line begins, its number counted from the part's first, the line), blank lines left out."""
-    try:
-        with reading.open_bytes(part.path) as f:
-            position = 0
-            if part.start:  # a line that begins before `start` is another part's
-                f.seek(part.start - 1)
-                position = part.start - 1 + len(f.readline())
-            for number in itertools.count():
-                line = f.readline() if part.stop is None or position < part.stop else b""
-                if not line:
-                    return
-                if not line.isspace():
-                    yield position, number, line
-                position += len(line)
-    except reading.READ_ERRORS as error:
-        raise reading.unreadable(part.path, error) from error
+    with reading.naming(part.path), reading.open_bytes(part.path) as f:
+        position = 0
+        if part.start:  # a line that begins before `start` is another part's
+            f.seek(part.start - 1)
+            while piece := f.readline(reading.CHUNK):
+                if piece.endswith(b"\n"):
+                    break
+            position = f.tell()
+        for number in itertools.count():
+            line = f.readline(reading.MAX_ROW_BYTES + 1) if part.stop is None or position < part.stop else b""
+            if not line:
+                return
+            if len(line) > reading.MAX_ROW_BYTES:
+                reading.bounded(line, f"{part.path}:{_line_number(part, position, number)}", reading.MAX_ROW_BYTES)
+            if not line.isspace():
+                yield position, number, line
+            position += len(line)
 
 
 def _line_number(part, position, number):
@@ -77,13 +79,15 @@ def objects(part, handle):
     """Yields what `handle(JSON object)` yields for each line of a part. UserError names file and line of what it refuses."""
     for position, number, line in _lines(part):
         try:
-            raw = json.loads(line)
+            try:
+                raw = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise UserError(f"not valid JSON ({error})") from error
             if not isinstance(raw, dict):
                 raise UserError(f"a JSON {type(raw).__name__}, expected an object")
             yield from handle(raw)
-        except (UserError, json.JSONDecodeError, UnicodeDecodeError) as error:
-            what = f"not valid JSON ({error})" if isinstance(error, json.JSONDecodeError | UnicodeDecodeError) else error
-            raise UserError(f"{part.path}:{_line_number(part, position, number)}: {what}") from error
+        except UserError as error:
+            raise UserError(f"{part.path}:{_line_number(part, position, number)}: {error}") from error
 
 
 def write_shards(parts, parse, features, prefix):
