@@ -1,5 +1,7 @@
 """What the tests share: the reference data, and a tiny random base in hub format."""
 
+import contextlib
+import gc
 import importlib.metadata
 import json
 import os
@@ -19,6 +21,10 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(__file__).re
 # Tests run in several processes, which must share an accelerator's memory where there is one.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
+from icae_jax import platforms
+
+platforms.leave_out_absent_tpus()
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,6 +36,8 @@ from icae_jax.models import llama, lora
 from icae_jax.objectives import targets
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_num_cpu_devices", 8)  # not by XLA_FLAGS, which the processes that tests start would take over
+EVERY_DEVICE = {name: getattr(jax, name) for name in ("devices", "local_devices")}
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 SHARED = pathlib.Path(os.environ.get("ICAE_SHARED", ROOT.parent / "shared"))
@@ -60,6 +68,12 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.path not in slow)
 
 
+def pytest_collection_finish():
+    """What collecting imported stays for good: collections of garbage need not look through it each time."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _forget_compiled():
     """Every compiled program holds a few memory maps, of which a process may have 65,530 on Linux: all tests together make more."""
@@ -67,6 +81,31 @@ def _forget_compiled():
     maps = pathlib.Path("/proc/self/maps")
     if maps.exists() and maps.read_bytes().count(b"\n") > 30_000:  # not sooner: what modules share would be compiled again
         jax.clear_caches()
+
+
+@contextlib.contextmanager
+def seen_devices(count, **backend):
+    """Within it JAX shows only so many devices, of the default backend or that named by `backend`."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, every in EVERY_DEVICE.items():
+            patch.setattr(jax, name, lambda *args, every=every, **named: every(*args, **backend | named)[:count])
+        patch.setattr(jax, "device_count", lambda: len(jax.devices()))
+        patch.setattr(jax, "local_device_count", lambda: len(jax.local_devices()))
+        yield
+
+
+@contextlib.contextmanager
+def eight_devices():
+    """Eight CPU devices, also beside an accelerator."""
+    with seen_devices(8, backend="cpu"), jax.default_device(None if jax.default_backend() == "cpu" else jax.devices("cpu")[0]):
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_device():
+    """What says nothing of devices sees one, as on a plain machine."""
+    with seen_devices(1):
+        yield
 
 
 def close(got, want, bound=1e-5):

@@ -11,11 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ROOT, close
+from conftest import ROOT, close, eight_devices, seen_devices
 from jax._src.cudnn import fused_attention_stablehlo
 from jax.sharding import AbstractMesh, AxisType
 
 from icae_jax.models import attention
+from icae_jax.training import sharding
 
 KERNELS = attention.splash_attention_kernel
 RULES = (("batch", ("data", "fsdp")), ("heads", "tensor"), ("kv_heads", "tensor"))
@@ -324,48 +325,36 @@ def test_rematerialised(kept, kernels):
     assert lowered.count("custom_call @tpu_custom_call") == kernels
 
 
-ON_A_MESH = """
-import json, sys
-import flax.linen as nn
-import jax
-import numpy as np
-import pytest
-import test_attention as t
-from conftest import close
-from icae_jax.models import attention
-from icae_jax.training import sharding
-
-with pytest.MonkeyPatch.context() as patch:
-    t.on_cpu(patch)
-    for case in (t.CASES["a prefix for two rows"], t.Case(1, 20, 4, 2, 8, P=3), t.Case(8, 20, 4, 2, 8, P=3, Bp=8)):
-        patch.setattr(attention, "SCORES", 1 << 20)
-        want = case.both("xla")
-        patch.setattr(attention, "SCORES", 1)
-        grouped = case.arrays[1].shape[2] == 2
-        rules = t.RULES if grouped else t.RULES[:1]  # one key/value head: none are split
-        for implementation in ("cudnn", "splash", "xla"):
-            with jax.set_mesh(sharding.make_mesh(sharding.MeshConfig(1, 2, 2))), nn.logical_axis_rules(rules):
-                got = case.both(implementation)
-            for x, y in zip(got, want, strict=True):
-                close(x, y)
-            if implementation == "xla":
-                continue  # the compiler splits it, where what it is given is split
-            parts = got[1].sharding.shard_shape(got[1].shape)
-            B, T, N, H = got[1].shape
-            assert parts == (B // (2 if B > 1 else 1), T, N // (2 if grouped else 1), H), (parts, got[1].shape)
-    with jax.set_mesh(sharding.make_mesh(sharding.MeshConfig(1, 2, 2))), nn.logical_axis_rules(t.RULES[:2]):
-        with pytest.raises(ValueError, match="4 query heads are split over 2 devices, 1 key/value heads are not"):
-            t.CASES["a prefix for two rows"].both("splash")
-    mesh, rules = sharding.make_mesh(sharding.MeshConfig(1, 2, 2)), t.RULES
-    q, k, v, pk, pv = case.arrays
-    where = jax.NamedSharding(mesh, jax.P(("data", "fsdp"), None, "tensor"))
-    with jax.set_mesh(mesh), nn.logical_axis_rules(rules):
-        split = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where) for x in case.arrays]
-        step = jax.jit(lambda arrays: jax.grad(lambda a: case.out("xla", a).sum())(arrays)).lower(split)
-        loops, compiled = step.as_text().count("stablehlo.while"), step.compile().as_text()
-        assert loops == 2 and not [line for line in compiled.splitlines() if " all-" in line or "permute" in line]
-print("as one device")
-"""
+def test_on_a_mesh(monkeypatch):
+    """Breaks when a device gets other rows, heads or prefixes than its own, or everything runs whole on each."""
+    with eight_devices(), seen_devices(4, backend="cpu"):
+        on_cpu(monkeypatch)
+        for case in (CASES["a prefix for two rows"], Case(1, 20, 4, 2, 8, P=3), Case(8, 20, 4, 2, 8, P=3, Bp=8)):
+            monkeypatch.setattr(attention, "SCORES", 1 << 20)
+            want = case.both("xla")
+            monkeypatch.setattr(attention, "SCORES", 1)
+            grouped = case.arrays[1].shape[2] == 2
+            rules = RULES if grouped else RULES[:1]  # one key/value head: none are split
+            for implementation in ("cudnn", "splash", "xla"):
+                with jax.set_mesh(sharding.make_mesh(sharding.MeshConfig(1, 2, 2))), nn.logical_axis_rules(rules):
+                    got = case.both(implementation)
+                for x, y in zip(got, want, strict=True):
+                    close(x, y)
+                if implementation == "xla":
+                    continue  # the compiler splits it, where what it is given is split
+                parts = got[1].sharding.shard_shape(got[1].shape)
+                B, T, N, H = got[1].shape
+                assert parts == (B // (2 if B > 1 else 1), T, N // (2 if grouped else 1), H), (parts, got[1].shape)
+        with jax.set_mesh(sharding.make_mesh(sharding.MeshConfig(1, 2, 2))), nn.logical_axis_rules(RULES[:2]):
+            with pytest.raises(ValueError, match="4 query heads are split over 2 devices, 1 key/value heads are not"):
+                CASES["a prefix for two rows"].both("splash")
+        mesh, rules = sharding.make_mesh(sharding.MeshConfig(1, 2, 2)), RULES
+        where = jax.NamedSharding(mesh, jax.P(("data", "fsdp"), None, "tensor"))
+        with jax.set_mesh(mesh), nn.logical_axis_rules(rules):
+            split = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where) for x in case.arrays]
+            step = jax.jit(lambda arrays: jax.grad(lambda a: case.out("xla", a).sum())(arrays)).lower(split)
+            loops, compiled = step.as_text().count("stablehlo.while"), step.compile().as_text()
+            assert loops == 2 and not [line for line in compiled.splitlines() if " all-" in line or "permute" in line]
 
 
 def child(code, **environment):
@@ -375,12 +364,6 @@ def child(code, **environment):
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
-
-
-def test_on_a_mesh():
-    """Breaks when a device gets other rows, heads or prefixes than its own, or everything runs whole on each."""
-    said = child(ON_A_MESH, XLA_FLAGS=os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=4")
-    assert said.strip() == "as one device"
 
 
 FOR_A_TPU = """
@@ -424,7 +407,7 @@ print(json.dumps({
 """
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_compiled_for_a_tpu():
     """Breaks when Mosaic refuses the kernel's blocks or the mesh's parts, or the scores live after all."""
     pytest.importorskip("libtpu")

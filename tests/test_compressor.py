@@ -2,18 +2,14 @@
 
 import dataclasses
 import functools
-import json
-import os
 import pathlib
 import shutil
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import TINY, WORDS, random_trained
+from conftest import TINY, WORDS, eight_devices, random_trained
 
 import icae_jax
 from icae_jax.compression import layout as layouts
@@ -330,11 +326,8 @@ def on_eight_devices(adapter):
 @pytest.mark.slow
 def test_meshes_of_eight_devices(compressor, memory):
     """Breaks when a base, a cache or a batch that is split over devices gives other memories, scores or answers, or is not split."""
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
-    env = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
-    code = "import json, sys, test_compressor as t; print(json.dumps(t.on_eight_devices(sys.argv[1])))"
-    command = [sys.executable, "-c", code, str(compressor.path)]
-    found = json.loads(subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True, check=True, timeout=500).stdout.splitlines()[-1])
+    with eight_devices():
+        found = on_eight_devices(compressor.path)
     wanted = compressor.ask(memory, QUESTIONS, 4, details=True)
     parts = {"fsdp=8": 8, "tensor=2,fsdp=2": 4}  # and two copies
     assert found.keys() == parts.keys()
