@@ -263,7 +263,7 @@ def test_a_folder_of_other_sizes_is_refused(bench, tmp_path):
         bench("compare").prepare(tmp_path, {"hidden": 64})
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_comparison(tmp_path):
     """Breaks when the sides cannot be run beside each other, or the table's ratios are not those of the seconds that were measured."""
     sizes = {

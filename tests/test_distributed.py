@@ -21,8 +21,9 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from conftest import ROOT, WORDS, close, eight_devices, write_jsonl
+from jax._src import clusters
 
-from icae_jax import cli
+from icae_jax import cli, platforms
 from icae_jax.training import distributed, metrics, sharding
 from icae_jax.training.checkpoint import Checkpoints
 from icae_jax.training.train import DIVERGED, DONE, PREEMPTED
@@ -358,8 +359,8 @@ def joined(monkeypatch):
     """What `jax.distributed.initialize` was called with; it does nothing. The machine has no accelerator and no Slurm."""
     calls = []
     monkeypatch.setattr(jax.distributed, "initialize", lambda *args, **more: calls.append(args))
-    monkeypatch.setattr(distributed.glob, "glob", lambda pattern: [])
-    for name in ("SLURM_NTASKS", "SLURM_STEP_NODELIST", "JAX_PLATFORMS"):
+    monkeypatch.setattr(platforms.glob, "glob", lambda pattern: [])
+    for name in ("SLURM_NTASKS", "SLURM_STEP_NODELIST", "SLURM_STEP_NUM_TASKS", "JAX_PLATFORMS"):
         monkeypatch.delenv(name, raising=False)
     return calls
 
@@ -384,7 +385,7 @@ def test_what_is_recognised_and_what_is_told(joined, monkeypatch):
     assert joined.pop() == ("host:1", 3, 2)
     monkeypatch.setattr(distributed.importlib.util, "find_spec", lambda name: "installed")
     for chips in ("/dev/accel0", "/dev/vfio/0"):
-        monkeypatch.setattr(distributed.glob, "glob", lambda pattern, chips=chips: [chips] if pattern[:8] == chips[:8] else [])
+        monkeypatch.setattr(platforms.glob, "glob", lambda pattern, chips=chips: [chips] if pattern[:8] == chips[:8] else [])
         distributed.start()
         assert joined.pop() == (None, None, None)
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
@@ -396,6 +397,42 @@ def test_what_is_recognised_and_what_is_told(joined, monkeypatch):
     assert joined.pop() == (None, None, None)
     distributed.start(processes=1)
     assert joined == []
+
+
+@pytest.mark.parametrize(
+    ("told", "tasks"),
+    [
+        ({"NTASKS": "4", "STEP_NUM_TASKS": "1", "STEP_NODELIST": "n1"}, None),  # an interactive step in an allocation of four
+        ({"NTASKS": "2", "NNODES": "2", "JOB_NODELIST": "n[1-2]"}, None),  # the shell of salloc -N2 -n2
+        ({"NTASKS": "", "STEP_NUM_TASKS": "", "STEP_NODELIST": "n1"}, None),
+        ({"NTASKS": "many", "STEP_NODELIST": "n1"}, None),
+        ({"NTASKS": "2(x2)", "STEP_NUM_TASKS": "-1", "STEP_NODELIST": "n1"}, None),
+        ({"NTASKS": "8", "STEP_NUM_TASKS": "2", "STEP_NODELIST": "n[1-2]"}, 2),  # srun -n2 in an allocation of eight
+        ({"NTASKS": "1", "STEP_NUM_TASKS": "2", "STEP_NODELIST": "n[1-2]"}, 2),
+        ({"NTASKS": "", "STEP_NUM_TASKS": "4", "STEP_NODELIST": "n[1-2]"}, 4),
+    ],
+)
+def test_a_slurm_steps_own_count_decides(told, tasks, monkeypatch):
+    """Breaks when a shell in an allocation waits for others that nobody starts, a step of several runs apart, JAX gets the allocation's
+    count, or what is no number ends in a traceback.
+    """
+    monkeypatch.setattr(platforms.glob, "glob", lambda pattern: [])
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    for name in [name for name in os.environ if name.startswith("SLURM_")]:
+        monkeypatch.delenv(name)
+    for name, value in ({"JOB_ID": "77", "PROCID": "1", "LOCALID": "0"} | told).items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    started = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *args, **kw: started.append(resolved(*args, **kw)))
+    distributed.start()
+    assert started == ([("n1:61517", tasks, 1, [0])] if tasks else [])
+
+
+def resolved(coordinator_address=None, num_processes=None, process_id=None, local_device_ids=None, cluster_detection_method=None, **_):
+    """What JAX makes of what it is told, by its own reading of Slurm's variables."""
+    return clusters.ClusterEnv.auto_detect_unset_distributed_params(
+        coordinator_address, num_processes, process_id, local_device_ids, cluster_detection_method, 1
+    )
 
 
 @pytest.mark.parametrize(

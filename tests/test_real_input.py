@@ -20,7 +20,7 @@ def flags(phase, workdir, base, data, **changes):
     return ["train", "--config", f"{CONFIG}:{phase}", "--workdir", str(workdir), *[f"--config.{k}={v}" for k, v in values.items()]]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_stories_and_questions(tmp_path):
     """Breaks when nothing is learned, or when what is learned does not come from the memory."""
     base = shared("data/stories260K")

@@ -11,7 +11,7 @@ from conftest import ROOT
 
 SCRIPT = ROOT / "launch" / "streamed_load.py"
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")]
+pytestmark = [pytest.mark.nightly, pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")]
 
 
 def measure(workdir, *flags):

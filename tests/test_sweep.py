@@ -258,7 +258,7 @@ def real(tiny_base, tmp_path_factory):
     return write_config(folder, RANKS.replace("(2, 4, 8)", "(2, 4)"), RAW | {"base": str(tiny_base), "data": data}), folder
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_whole_sweep(real, tmp_path, monkeypatch, capfd):
     """Breaks when a point is not trained, what was measured is not what is reported, or a second call trains again."""
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
@@ -283,7 +283,7 @@ def test_a_whole_sweep(real, tmp_path, monkeypatch, capfd):
     assert (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG") and "<img" in (tmp_path / "report.html").read_text()
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_sigterm_reaches_the_point_first(real, tmp_path):
     """Breaks when a preempted sweep leaves its point without a checkpoint, or starts the next one."""
     config, _ = real
