@@ -1,0 +1,368 @@
+"""Plants deliberate faults, one at a time, in copies of the tree, and runs the tests that should fail of each.
+
+    python tests/mutants.py [--only WORD] [--jobs N] [--tree FOLDER]
+
+Not collected by pytest. Each fault is one text of one file replaced by another; a text that is not there exactly once is an error, so that
+the list keeps up with the code. Exit code 0 where all were caught, 1 where one survived, 2 where one could not be planted or tried.
+"""
+
+import argparse
+import os
+import pathlib
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from typing import NamedTuple
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+COPIED = ("icae_jax", "tests", "configs", "launch", ".pytest.ini", "README.md", "setup.py", ".ci")
+MOST_SECONDS = 600  # then it counts as caught: a test that never ends is seen
+NO_TESTS = 5  # pytest's exit code
+
+
+class Mutant(NamedTuple):
+    """A fault: what it is, where (below icae_jax), the text and what stands in its place, and the arguments of pytest that try it."""
+
+    what: str
+    file: str
+    text: str
+    fault: str
+    tests: str
+
+
+MUTANTS = [
+    # ------------------------------------------------------------------------------------------------ labels and losses
+    Mutant(
+        "padding counts as labels", "objectives/loss.py",
+        'jnp.sum(jnp.where(targets[o]["label_mask"], losses[o], 0.0))', "jnp.sum(losses[o])", "test_loss.py -k sums_count",
+    ),
+    Mutant(
+        "a continuation's first tokens are labels", "objectives/targets.py",
+        "len(given) + LM_UNLABELLED)", "len(given))", "test_targets.py",
+    ),
+    Mutant(
+        "labels are predicted by themselves", "objectives/targets.py",
+        "np.arange(target.label_start - 1, inputs)", "np.arange(target.label_start, inputs + 1)", "test_targets.py test_loss.py -k pack",
+    ),
+    Mutant(
+        "targets start at another text's position", "objectives/loss.py",
+        "jnp.repeat(starts_B, G)[:, None]", "jnp.tile(starts_B, G)[:, None]", "test_loss.py -k packed_target",
+    ),
+    Mutant(
+        "the gradient of the loss forgets the label", "objectives/loss.py",
+        "jax.nn.softmax(logits, -1) - jax.nn.one_hot(labels, logits.shape[-1])", "jax.nn.softmax(logits, -1)",
+        "test_loss.py -k cross_entropy",
+    ),
+    Mutant(
+        "autoencoding never restarts at position 0", "compression/layout.py",
+        'if objective == "ae" and layout.ae_restarts:', "if False:", "test_layout.py test_loss.py -k starts",
+    ),
+    Mutant(
+        "the mistral template loses [FT]", "objectives/targets.py",
+        '(FT,), _ids(tokenizer, "[/INST]")', '(), _ids(tokenizer, "[/INST]")', "test_targets.py",
+    ),
+    Mutant(
+        "the chat template's parts change places", "objectives/targets.py",
+        "for part in (head, before, after)", "for part in (before, head, after)", "test_targets.py",
+    ),
+    # ---------------------------------------------------------------------------------------------- positions, segments
+    Mutant(
+        "memory tokens sit at the start of their share", "compression/layout.py",
+        "2 * jnp.arange(k) + 1) // (2 * k)", "2 * jnp.arange(k)) // (2 * k)", "test_layout.py -k spread",
+    ),
+    Mutant(
+        "empty segments take positions", "compression/layout.py",
+        "real = (lengths_BS > 0).astype(jnp.int32)", "real = jnp.ones_like(lengths_BS)", "test_layout.py -k missing_segment",
+    ),
+    Mutant(
+        "the reference layout's memory is read at 0", "compression/layout.py",
+        "(fixed_length if layout.read_in_place else 0), ends[:, -1]", "0, ends[:, -1]", "test_layout.py -k decoder_positions",
+    ),
+    Mutant(
+        "one token of padding is attended to", "compression/encoder.py",
+        "jnp.arange(N)[None] < lengths[:, None]", "jnp.arange(N)[None] <= lengths[:, None]", "test_icae.py -k padding",
+    ),
+    Mutant(
+        "segments are not near-equal", "compression/encoder.py",
+        "return segments, math.ceil(tokens / segments)", "return segments, min(tokens, config.segment_tokens)",
+        "test_encoder.py -k segment",
+    ),
+    Mutant(
+        "special rows count from the table's start", "compression/encoder.py",
+        "jnp.where(ids < 0, ids + table.shape[0], 0)", "jnp.where(ids < 0, -ids - 1, 0)", "test_encoder.py -k negative",
+    ),
+    Mutant(
+        "absent segments are read", "compression/memory.py",
+        "mask=jnp.repeat(lengths_BS > 0, k, axis=1)", "mask=jnp.repeat(lengths_BS >= 0, k, axis=1)", "test_methods.py -k missing_segment",
+    ),
+    # ------------------------------------------------------------------------------------------------- the two methods
+    Mutant(
+        "the decoder has the LoRA", "objectives/loss.py",
+        '{"params": base_params}, x, positions, real, prefix',
+        '{"params": base_params, "lora": trained["lora"]}, x, positions, real, prefix', "test_icae.py -k through_memory",
+    ),
+    Mutant(
+        "K is kept after RoPE", "models/llama.py",
+        'name="o_proj")(out), kv', 'name="o_proj")(out), (rotated[1], v)', "test_x500.py -k real_tokens",
+    ),
+    Mutant(
+        "K/V are read at the head's positions", "compression/x500.py",
+        "h + memory.positions, memory.v", "memory.positions, memory.v", "test_x500.py -k real_tokens",
+    ),
+    Mutant(
+        "slots are read at the head's positions", "compression/icae.py",
+        "h + memory.positions], 1)", "memory.positions], 1)", "test_icae.py -k head_runs",
+    ),
+    Mutant(
+        "a chosen k takes the table's last rows", "compression/encoder.py",
+        'trained["memory_table"][:k]', 'trained["memory_table"][-k - 3 : -3]', "test_methods.py -k chosen_k",
+    ),
+    # ----------------------------------------------------------------------------------------------------- the model
+    Mutant(
+        "RoPE turns half of the pairs back", "models/rope.py",
+        "x1 * cos - x2 * sin", "x1 * cos + x2 * sin", "test_rope.py -k distances",
+    ),
+    Mutant(
+        "a window is one position too wide", "models/llama.py",
+        "(here - positions[:, None] < window)", "(here - positions[:, None] <= window)", "test_llama.py -k window",
+    ),
+    Mutant(
+        "chunks of queries take the first chunk's mask", "models/attention.py",
+        "mask[..., at, :]", "mask[..., : at.stop - at.start, :]", "test_attention.py -k 'not tpu and not mesh'",
+    ),
+    Mutant(
+        "a chunk of queries does not see its own last key", "models/attention.py",
+        "max()) + 1 for start in", "max()) for start in", "test_attention.py -k 'not tpu and not mesh'",
+    ),
+    Mutant(
+        "LoRA's scale is left out", "models/llama.py",
+        " * jnp.asarray(self.lora_scale, x.dtype)", "", "test_lora.py -k merged",
+    ),
+    Mutant(
+        "dropout does not keep the mean", "models/llama.py",
+        "x / (1 - self.lora_dropout), 0)", "x, 0)", "test_lora.py -k mean",
+    ),
+    Mutant(
+        "the last layer keeps the keys of all positions", "models/llama.py",
+        "attention.keys_and_values(rows(normed, keep))", "attention.keys_and_values(rows(normed, None))", "test_x500.py",
+    ),
+    Mutant(
+        "remat frozen does a matmul twice", "models/llama.py",
+        'save_only_these_names("projection", "lora", "attention")', 'save_only_these_names("lora", "attention")', "test_llama.py -k remat",
+    ),
+    # ---------------------------------------------------------------------------------------------------- training steps
+    Mutant(
+        "microbatches are divided by their own labels", "training/step.py",
+        "jnp.maximum(counts[o], 1.0)", "jnp.maximum(task.counts(micro)[o] * accumulate, 1.0)", "test_step.py -k accumulating",
+    ),
+    Mutant(
+        "all microbatches have one dropout key", "training/step.py",
+        "jax.random.fold_in(key, number)", "key", "test_step.py -k randomness",
+    ),
+    Mutant(
+        "all steps have one dropout key", "training/step.py",
+        'jax.random.fold_in(jax.random.key(seed), state["step"])', "jax.random.key(seed)", "test_step.py -k randomness",
+    ),
+    Mutant(
+        "the warm-up's first step does nothing", "training/step.py",
+        "return schedule(step + 1)", "return schedule(step)", "test_step.py -k learning_rate",
+    ),
+    Mutant(
+        "the wrong memory is the right one", "training/compressor_task.py",
+        "np.roll(other[:count], -1)", "other[:count]", "test_compressor_task.py -k 'wrong or held_out or eval'",
+    ),
+    Mutant(
+        "the latest checkpoint is not kept", "training/checkpoint.py",
+        "managers.LatestN(n=1),", "", "test_checkpoint.py -k latest_and_best",
+    ),
+    Mutant(
+        "the worst checkpoint is kept as the best", "training/checkpoint.py",
+        "managers.BestN(", "managers.BestN(reverse=True, ", "test_checkpoint.py -k latest_and_best",
+    ),
+    Mutant(
+        "a resumed run draws the data of its first steps", "training/train.py",
+        "task.train_batches(start, stop, rows)", "task.train_batches(0, stop - start, rows)",
+        "test_train.py -k 'stays_finished or bit_exactly'",
+    ),
+    # --------------------------------------------------------------------------------------------------------- data
+    Mutant(
+        "every step draws the same bucket", "data/batches.py",
+        "default_rng([seed, 0, step])", "default_rng([seed, 0])", "test_batches.py",
+    ),
+    Mutant(
+        "every epoch has the same order", "data/batches.py",
+        "default_rng([seed, 1, bucket, epoch, *source])", "default_rng([seed, 1, bucket, *source])", "test_batches.py",
+    ),
+    Mutant(
+        "the drawn k knows no seed", "data/batches.py",
+        "default_rng([seed, 3, step])", "default_rng([3, step])", "test_batches.py",
+    ),
+    Mutant(
+        "later shares of a mixture count as if none came before", "data/mixture.py",
+        "after - taken_after, left - share", "after - taken_after, left", "test_batches.py",
+    ),
+    Mutant(
+        "continuations too short to tell are LM targets", "data/batches.py",
+        "after - stop > min(layouts.LM_MINIMUM, size - 1)", "after - stop > 0", "test_batches.py",
+    ),
+    # ------------------------------------------------------------------------------------------------- what is on disk
+    Mutant(
+        "PEFT's matrices lie untransposed", "interop/adapter.py",
+        "np.ascontiguousarray(layer.T)", "np.ascontiguousarray(layer)", "test_adapter.py",
+    ),
+    Mutant(
+        "PEFT's alpha is the scale", "interop/adapter.py",
+        '"lora_alpha": adapter.lora.scale * adapter.lora.rank', '"lora_alpha": adapter.lora.scale', "test_adapter.py",
+    ),
+    Mutant(
+        "another base's memories are read", "inference/store.py",
+        "if wrote != have:", 'if wrote != have and kind != "base":', "test_store.py -k another_base",
+    ),
+    # ------------------------------------------------------------------------------------------------------- decoding
+    Mutant(
+        "tokens after the end are written out", "inference/generate.py",
+        "jnp.where(done, 0, token)", "token", "test_generate.py",
+    ),
+    Mutant(
+        "a row's limit is one too long", "inference/generate.py",
+        "full = i + 1 >= limits", "full = i >= limits", "test_generate.py -k limit",
+    ),
+    Mutant(
+        "ties after the end are counted", "inference/generate.py",
+        "(tie & ~done & (~full | ends))", "(tie & (~full | ends))", "test_generate.py -k 'ties or limit or one_row'",
+    ),
+    Mutant(
+        "rows read their neighbour's prefix", "inference/generate.py",
+        "jnp.repeat(prefix.mask, B // Bp, axis=0)", "jnp.tile(prefix.mask, (B // Bp, 1))", "test_generate.py -k prefix",
+    ),
+    # ----------------------------------------------------------------------------------------- evaluation, plans, sweeps
+    Mutant(
+        "intervals of 90 %", "evaluation/statistics.py",
+        "LEVELS = (0.025, 0.975)", "LEVELS = (0.05, 0.95)", "test_statistics.py",
+    ),
+    Mutant(
+        "questions are resampled apart from their contexts", "evaluation/statistics.py",
+        "np.bincount(rng.integers(count, size=count), minlength=count)[member]",
+        "np.bincount(rng.integers(len(member), size=len(member)), minlength=len(member))", "test_statistics.py",
+    ),
+    Mutant(
+        "every example is a cluster of its own", "evaluation/run.py",
+        "{r['set']} {r['cluster']}", "{r['set']} {r['key']}", "test_run.py -k 'cluster or interval or resample or questions'",
+    ),
+    Mutant(
+        "a loop's body counts once", "planning/hlo.py",
+        'self._run(instruction.called("body"), times * turns)', 'self._run(instruction.called("body"), times)', "test_hlo.py",
+    ),
+    Mutant(
+        "points of a sweep share a folder", "sweep.py",
+        'f"{text}-{number}" if text in made else text', "text", "test_sweep.py -k 'name or folder'",
+    ),
+    # ------------------------------------------------------------------------------------------------------ many devices
+    Mutant(
+        "a weight is split along the other axis", "models/llama.py",
+        '"o_proj": ("heads", "embed")', '"o_proj": ("embed", "heads")', "test_sharding.py -k 'split_as_the_rules'",
+    ),
+    Mutant(
+        "batches are copied to every device", "training/sharding.py",
+        "PartitionSpec(*[None] * axis, BATCH)", "PartitionSpec()", "test_sharding.py -k 'any_axis or split_as_the_rules'",
+    ),
+]  # fmt: skip
+
+
+def plant(mutant, tree):
+    """Writes the fault into a copy of the tree. ValueError where the text is not there exactly once."""
+    path = tree / "icae_jax" / mutant.file
+    whole = path.read_text(encoding="utf-8")
+    if whole.count(mutant.text) != 1:
+        raise ValueError(f"{mutant.file} holds {whole.count(mutant.text)} times, not once: {mutant.text}")
+    path.write_text(whole.replace(mutant.text, mutant.fault), encoding="utf-8")
+
+
+def arguments(tests):
+    """Pytest's arguments: files of tests/, and what else is said."""
+    import shlex
+
+    return [f"tests/{word}" if word.startswith("test_") and ".py" in word else word for word in shlex.split(tests)]
+
+
+def run(mutant, tree):
+    """In a process of its own, which has imported what tests need but nothing of the tree: ends with pytest's exit code."""
+    import pytest
+
+    os.chdir(tree)
+    out = os.open(tree / "out", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(out, 1)
+    os.dup2(out, 2)
+    os.environ["PYTHONPATH"] = f"{tree}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    sys.path.insert(0, str(tree))
+    signal.alarm(MOST_SECONDS)
+    options = ["-x", "-q", "-n", "0", "-m", "not nightly", "-p", "no:cacheprovider"]
+    os._exit(pytest.main([*options, *arguments(mutant.tests)]))
+
+
+def outcome(status):
+    """(caught, survived or an error, in a word)."""
+    if os.WIFSIGNALED(status):
+        return "caught" if os.WTERMSIG(status) == signal.SIGALRM else f"killed by signal {os.WTERMSIG(status)}"
+    code = os.WEXITSTATUS(status)
+    return {0: "SURVIVED", 1: "caught", NO_TESTS: "no such tests"}.get(code, f"pytest ended with {code}")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", default="", help="only faults whose description or file holds this word")
+    parser.add_argument("--jobs", type=int, default=2, help="how many are tried at once")
+    parser.add_argument("--tree", type=pathlib.Path, default=ROOT, help="another checkout, whose own tests are run")
+    args = parser.parse_args()
+    chosen = [m for m in MUTANTS if args.only in m.what or args.only in m.file]
+
+    sys.dont_write_bytecode = True  # what was compiled of a file before the fault must not be taken for it
+    os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "compiled"))
+    os.environ.setdefault("ICAE_SHARED", str(args.tree.resolve().parent / "shared"))
+    # Imported once: every process that is forked from here has it.
+    import flax.linen  # noqa: F401
+    import optax  # noqa: F401
+    import orbax.checkpoint  # noqa: F401
+    import pytest  # noqa: F401
+    import transformers  # noqa: F401
+
+    found, running, waiting = {}, {}, list(chosen)
+    with tempfile.TemporaryDirectory() as folder:
+        while waiting or running:
+            while waiting and len(running) < args.jobs:
+                mutant = waiting.pop(0)
+                tree = pathlib.Path(tempfile.mkdtemp(dir=folder))
+                for name in COPIED:
+                    source = args.tree / name
+                    if source.is_dir():
+                        shutil.copytree(source, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
+                    elif source.exists():
+                        shutil.copy(source, tree / name)
+                try:
+                    plant(mutant, tree)
+                except (ValueError, OSError) as error:
+                    found[mutant] = f"not planted: {error}"
+                    print(f"{found[mutant]}: {mutant.what}", flush=True)
+                    continue
+                pid = os.fork()
+                if not pid:
+                    run(mutant, tree)
+                running[pid] = mutant, tree, time.monotonic()
+            if running:
+                pid, status = os.wait()
+                mutant, tree, began = running.pop(pid)
+                found[mutant] = outcome(status)
+                print(f"{found[mutant]}: {mutant.what} ({mutant.file}; {time.monotonic() - began:.0f} s)", flush=True)
+                if found[mutant] not in ("caught", "SURVIVED"):
+                    print((tree / "out").read_text(errors="replace")[-1500:], flush=True)
+                shutil.rmtree(tree)
+    caught, survived = (sum(word == of for of in found.values()) for word in ("caught", "SURVIVED"))
+    print(f"{len(found)} faults: {caught} caught, {survived} survived, {len(found) - caught - survived} not tried")
+    return 2 if caught + survived < len(found) else int(survived > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
