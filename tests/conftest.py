@@ -23,7 +23,7 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 from icae_jax import platforms
 
-platforms.leave_out_absent_tpus()
+os.environ.update(platforms.without_absent_tpus())
 
 import jax
 import jax.numpy as jnp
