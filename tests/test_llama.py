@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import TINY, close, random_lora, shared
+from test_attention import on_cpu
 
 from icae_jax.interop import base as bases
 from icae_jax.interop import config_json, weights
-from icae_jax.models import llama, rope
+from icae_jax.models import attention, llama, rope
 
 IDS = np.random.default_rng(0).integers(0, 64, (2, 24))
 MODEL = llama.Llama(TINY)
@@ -250,6 +251,50 @@ def test_hidden_states_at_some_positions(at, windows, tiny_params):
         jax.tree.map(close, gradient, all_gradient)
     else:  # what only the last layer's queries and MLP would have moved stays put
         close(gradient[0], all_gradient[0])
+
+
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("implementation", attention.IMPLEMENTATIONS)
+def test_a_block_s_queries_at_some_positions_behind_any_mask(implementation, window, tiny_params, monkeypatch):
+    """Breaks when queries at some positions see what those at the first ones see: each has a row of the mask of its own, wherever it
+    stands and however that is told, with and without a prefix and a window.
+    """
+    on_cpu(monkeypatch)
+    block = llama.Block(TINY, 1.0, 0.0, implementation, False, False)
+    params = jax.tree.map(lambda w: w[0], tiny_params["layers"])
+    rng = np.random.default_rng(2)
+    mask = jnp.asarray(np.tril(rng.random((2, 24, 24)) < 0.6) | np.eye(24, dtype=bool))
+    k, v = jnp.asarray(rng.normal(size=(2, 1, 6, 2, 8)), jnp.float32)
+    prefix = (k, v, jnp.asarray([[True] * 5 + [False]]), jnp.arange(6)[None])
+    at = positions(6, 30)
+
+    @jax.jit
+    def run(told):
+        x, cos_sin = llama.embed(tiny_params, jnp.asarray(IDS)), rope.tables(TINY, at)
+
+        def hidden(mask, before, at=None):
+            return block.apply({"params": params}, x, before, window, cos_sin, positions(6, 30), mask, at)[0]
+
+        return [
+            (hidden(*seen), [hidden(*seen, at) for at in (*ats, *told)])
+            for seen in ((mask, None), (mask[:1], prefix), (mask[:, 23:], prefix))
+        ]
+
+    ats = [np.asarray(at) for at in ([4, 6], [22, 23], [[5, 1], [23, 20]])]
+    for whole, found in run([jnp.asarray(at) for at in ats]):
+        for at, got in zip(ats * 2, found, strict=True):
+            close(got, llama.rows(whole, at))
+
+
+def test_hidden_states_at_some_positions_behind_a_mask_of_rows(tiny_params):
+    """Breaks when the last layer's queries see what the first positions see, where their positions are known when the program is traced."""
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def run(at):
+        at = None if at is None else np.asarray(at)
+        return MODEL.apply({"params": tiny_params}, jnp.asarray(IDS), positions(0, 24), llama.causal_mask(24), at=at)[0]
+
+    close(run((4, 6)), run(None)[:, np.asarray([4, 6])])
 
 
 def test_embeddings_equal_ids(tiny_params, whole):

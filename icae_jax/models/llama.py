@@ -249,8 +249,10 @@ class Block(nn.Module):
         if prefix is not None:
             k, v, prefix_mask, prefix_positions = prefix
             prefix = k, v, jax.lax.optimization_barrier(prefix_mask)
-        if window is not None or isinstance(at, jax.Array):
-            mask = seen(mask, at) if mask.ndim == 2 else rows(mask, at)
+        if mask.ndim == 3:
+            mask = mask if mask.shape[1] == 1 else rows(mask, at)  # a single row is what every query sees
+        elif window is not None or isinstance(at, jax.Array):
+            mask = seen(mask, at)
         if window is not None:
             here = rows(positions, at)[:, :, None]
             mask = mask & (here - positions[:, None] < window)
@@ -287,8 +289,8 @@ class Llama(nn.Module):
         """Runs the blocks.
 
         x: token ids `[B, T]` or embeddings `[B, T, D]`. positions `[B or 1, T]` integers. mask: `[B or 1, T]`, the real tokens, of which
-        each sees itself and those before it; or `[B or 1, T, T]`, true where query (axis 1) sees key (axis 2); both within the layer's
-        window of positions. prefix: None or `(k, v, mask, positions)`, k and v `[L, Bp, P, K, H]` with k already rotated
+        each sees itself and those before it; or `[B or 1, T or 1, T]`, true where query (axis 1, 1: all alike) sees key (axis 2); both
+        within the layer's window of positions. prefix: None or `(k, v, mask, positions)`, k and v `[L, Bp, P, K, H]` with k already rotated
         (`rope.rotate_keys`), mask and the positions that windows count with `[Bp, P]`; Bp divides B (see `attention.attend`).
         at: time indices of the hidden states to return, `[U]` or each row's own `[B, U]`, None for all; of the last block only K and V
         are computed elsewhere. return_kv: also return K/V. keep: `[M]` time indices of the K/V to return, None for all.
