@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import hashlib
+import tracemalloc
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from icae_jax.data import batches
 from icae_jax.data.batches import DataConfig
 from icae_jax.data.mixture import Mixture, interleave
 from icae_jax.data.tokens import Tokens
+from icae_jax.errors import UserError
 from icae_jax.objectives.targets import AE, Framing, Template
 
 BOS, EOS = 1, 2
@@ -31,9 +33,7 @@ def make_tokens(lengths, questions=()):
     questions = [*questions, *[[]] * (len(lengths) - len(questions))]
     pairs = [pair for group in questions for pair in group]
     texts = flat([range(1000 * (i + 1), 1000 * (i + 1) + n) for i, n in enumerate(lengths)])
-    prompts, answers = (
-        flat([range(100 * (q + 1) + 50 * j, 100 * (q + 1) + 50 * j + p[j]) for q, p in enumerate(pairs)]) for j in (0, 1)
-    )
+    prompts, answers = (flat([range(100 * (q + 1) + 50 * j, 100 * (q + 1) + 50 * j + p[j]) for q, p in enumerate(pairs)]) for j in (0, 1))
     return Tokens(*texts, *prompts, *answers, np.cumsum([0, *map(len, questions)]), "key")
 
 
@@ -93,6 +93,20 @@ def test_windows_shorter_than_the_minimum_still_make_language_modelling():
     assert examples.buckets[0].examples.tolist() == [[0, 0, 20, 40], [0, 20, 40, 40], [0, 40, 59, 59]]
 
 
+@pytest.mark.parametrize("length", [2, 4, 6, 7, 8, 9])
+def test_windows_without_labels_for_language_modelling_are_refused(length):
+    """Breaks when a length whose continuations are all within the unlabelled tokens ends in a traceback, or trains no LM in silence."""
+    with pytest.raises(UserError, match=f"^data.context_lengths holds {length}, too short for objectives.lm.*give at least 10"):
+        pretrain([100], context_lengths=(length, 64))
+    assert pretrain([100], ("ae",), context_lengths=(length,)).collate(0, np.asarray([0]))["lengths"].tolist() == [[length]]
+
+
+def test_the_shortest_windows_of_language_modelling_have_labels():
+    """Breaks when the bound on short windows refuses one that has a label, or lets one through that has none."""
+    batch = pretrain([100], context_lengths=(10,)).collate(0, np.asarray([0]))
+    assert target(batch, "lm", 0) == (seq(0, 9, 17), [seq(0, 9, 18)[-1]])
+
+
 def test_without_bos_and_with_one_objective():
     """Breaks when a tokenizer without <s> gets one, or an objective without weight is made."""
     batch = pretrain([20], ("ae",), (), context_lengths=(20,)).collate(0, np.asarray([0]))
@@ -146,6 +160,22 @@ def test_what_is_too_long_is_left_out_and_counted():
         finetune([40], [[(1, 1)]], context_lengths=(10,))
     with pytest.raises(ValueError, match="it has none of the kind needed"):
         finetune([5], [[]], context_lengths=(10,))
+
+
+def test_questions_take_no_memory_until_they_are_drawn():
+    """Breaks when every question's target is made at the start and kept, which takes kilobytes a question in every process."""
+    count = 20_000
+    data = make_tokens([9] * count, [[(20, 20)]] * count)
+    tracemalloc.start()
+    try:
+        examples = batches.Examples(
+            data, DataConfig(context_lengths=(10,)), COMPRESSION, "finetune", ("qa",), TEMPLATE, Framing((BOS,), AE, EOS)
+        )
+        kept, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(examples.buckets[0].examples) == count and kept < 100 * count
+    assert examples.qa_shape == (1 + 20 + 1 + 20, 21) == examples.template.target_sizes(20, 20)
 
 
 # ---------------------------------------------------------------------------------------------------------------- draws
@@ -364,6 +394,7 @@ def test_questions_of_several_sources_have_one_shape():
         ({"context_weights": (0.0,)}, "are all zero"),
         ({"questions_per_context": 0}, "data.questions_per_context is 0"),
         ({"max_target_tokens": 0}, "data.max_target_tokens is 0"),
+        ({"max_row_bytes": 0}, "data.max_row_bytes is 0"),
     ],
 )
 def test_bad_configuration_is_named(fields, message):

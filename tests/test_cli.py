@@ -14,6 +14,7 @@ import pytest
 from conftest import ROOT, WORDS, write_jsonl
 
 from icae_jax import cli
+from icae_jax.inference.compressor import load
 from icae_jax.training import metrics
 
 CONFIG, X500 = str(ROOT / "configs" / "icae.py"), str(ROOT / "configs" / "x500.py")
@@ -84,6 +85,22 @@ def test_compress_restore_ask(trained, files, capsys):
     assert cli.main([*ask, "--id", "doc3"]) == 0
     assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == answers[6:8]
     assert cli.main([*ask, "--id", "doc9"]) == 2 and "the memory holds doc0, doc1" in capsys.readouterr().err
+
+
+def test_compress_loses_no_id(trained, files, tmp_path, capsys):
+    """Breaks when of two rows with one text the first id is lost, rows of joined files share one, or two texts have one id."""
+    one, two, output = tmp_path / "one.jsonl", tmp_path / "two.jsonl", str(tmp_path / "m.safetensors")
+    write_jsonl(one, [{"id": "a", "text": "the cat sat"}, {"text": "a dog"}, {"id": "b", "text": "the cat sat"}])
+    write_jsonl(two, [{"text": "a bird"}, {"text": "a fish ran"}])
+    compress = ["compress", "--adapter", str(trained), "--output", output, "--json", "--input"]
+    assert cli.main([*compress, f"{one},{two}"]) == 0 and json.loads(capsys.readouterr().out)["texts"] == 5
+    memory, ids = load(str(trained)).load_memory(output)
+    assert ids == ["a", "one.jsonl:1", "b", "two.jsonl:0", "two.jsonl:1"]
+    np.testing.assert_array_equal(memory[[0]].slots, memory[[2]].slots)
+    np.testing.assert_array_equal(memory.lengths, [4, 3, 4, 3, 4])
+    write_jsonl(two, [{"id": "b", "text": "a bird"}])
+    assert cli.main([*compress, f"{one},{two}"]) == 2
+    assert f"{two}:1: id 'b' is that of another text too ({one}:3)" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")
@@ -203,7 +220,10 @@ def test_compiled_programs_are_kept_where_the_user_says(monkeypatch, tmp_path):
     """Breaks when a user's own folder, or choice to keep nothing, is overruled, or machines of other processors would share programs."""
     monkeypatch.setenv("ICAE_CACHE", str(tmp_path))
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_MAX_SIZE", "")  # so that it is put back
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_MAX_SIZE")
     cli.keep_compiled()
+    assert os.environ["JAX_COMPILATION_CACHE_MAX_SIZE"] == str(5 << 30)
     kept = pathlib.Path(os.environ["JAX_COMPILATION_CACHE_DIR"])
     assert kept.parent == tmp_path / "compiled" and kept.name.startswith(platform.machine())
     monkeypatch.setattr(cli.platform, "machine", lambda: "another")

@@ -82,6 +82,21 @@ def test_default_ids_of_joined_files_differ(tmp_path):
     assert [r.id for r in rows] == ["a/x.jsonl:0", "own", "b/x.jsonl:0", "own"] and [r.own_id for r in rows] == [False, True] * 2
 
 
+def row(text, where, own=None, question=None):
+    return sources.Row(text, question, question and ("a",), where, own or where, "", own is not None)
+
+
+def test_no_id_is_lost_or_stands_for_two_texts():
+    """Breaks when two rows of one text keep one id alone, a context with many questions becomes many memories, a row's number takes the id
+    that another row has of its own, or one id stands for two texts."""
+    rows = [row("x", "0"), row("y", "1", "a"), row("y", "2", "b"), row("z", "3", "0"), row("y", "4"), row("y", "5", "a"), row("x", "6")]
+    assert {name: r.text for name, r in sources.with_ids(rows).items()} == {"0#2": "x", "a": "y", "b": "y", "0": "z"}
+    asked = [row("c", str(i), question=f"q{i}") for i in range(5)]
+    assert list(sources.with_ids(asked)) == ["0"]
+    with pytest.raises(UserError, match=r"^7: id 'a' is that of another text too \(1\)"):
+        sources.with_ids([*rows, row("other", "7", "a")])
+
+
 def test_zst_is_read_as_gz_is(tmp_path):
     """Breaks when a .zst of one frame or many, of a wide window, or without its size in front ends early, or its lines are misnumbered."""
     lines = [json.dumps({"text": f"text {i} œ"}) for i in range(9)]

@@ -45,6 +45,13 @@ def test_round_trip_with_metadata(tmp_path):
     assert json.loads(metadata["ids"]) == ids and metadata["adapter"] == str(tmp_path.resolve())
 
 
+def test_an_id_stands_for_one_memory(tmp_path):
+    """Breaks when a memory file holds two memories of one id, of which `ask --id` cannot mean one."""
+    with pytest.raises(ValueError, match="two memories have the id 'a'"):
+        save(tmp_path / "m.safetensors", ids=["a", "a"])
+    assert not (tmp_path / "m.safetensors").exists()
+
+
 def test_key_value_memories(tmp_path):
     """Breaks when K/V are stored under other names, or read back as slots, or an adapter of the other method or layout reads them."""
     path = tmp_path / "m.safetensors"

@@ -19,8 +19,8 @@ from icae_jax.interop.text import check_encodable
 class Row(typing.NamedTuple):
     """One text, perhaps with one question on it and all its reference answers.
 
-    where: file and line (or set and row), for errors. id: the row's own, or its number, behind the file's name where a source joins several. subset:
-    the row's own, or "". own_id: whether the data gives the id.
+    where: file and line (or set and row), for errors. id: the row's own, or its number, behind the file's name where a source joins
+    several. subset: the row's own, or "". own_id: whether the data gives the id.
     """
 
     text: str

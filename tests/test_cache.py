@@ -1,0 +1,148 @@
+"""The cache's bound: what goes first, what never goes, and `icae cache`."""
+
+import json
+import os
+import time
+
+import pytest
+from conftest import write_jsonl
+from jax._src.lru_cache import LRUCache
+
+from icae_jax import cli
+from icae_jax.data import tokens
+from icae_jax.errors import UserError
+from icae_jax.interop import cache
+
+HOUR = 3600
+
+
+@pytest.fixture
+def root(tmp_path):
+    return tmp_path / "cache"
+
+
+def put(root, name, age, size=1000, version=tokens.CACHE_VERSION):
+    """A folder of tokens of that size, last used so many seconds ago."""
+    folder = root / "tokens" / name
+    folder.mkdir(parents=True)
+    (folder / "ids.npy").write_bytes(b"x" * size)
+    about = {} if version == 1 else {cache.ABOUT: json.dumps({"version": version, "source": f"{name}.jsonl"})}
+    for file, content in about.items():
+        (folder / file).write_text(content)
+    for path in (*folder.iterdir(), folder):
+        os.utime(path, (time.time() - age,) * 2)
+    return folder
+
+
+def program(root, name, age, size=1000):
+    """A compiled program as JAX keeps it."""
+    folder = root / "compiled" / "x86_64-0"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}-cache").write_bytes(b"x" * size)
+    (folder / f"{name}-atime").write_bytes(int((time.time() - age) * 1e9).to_bytes(8, "little"))
+    return folder / f"{name}-cache"
+
+
+def left(root):
+    return sorted(p.name for p in [*root.glob("tokens/*"), *root.glob("compiled/*/*-cache")])
+
+
+def test_what_was_used_least_recently_goes_first(root):
+    """Breaks when the bound is not kept, more goes than it asks for, or something that was used later goes first."""
+    for age, name in enumerate("edcba", 2):
+        (put if age % 2 else program)(root, name, age * HOUR)
+    assert cache.prune(root, 10_000, tokens.CACHE_VERSION) == []
+    removed = cache.prune(root, 3300, tokens.CACHE_VERSION)
+    assert [e.used for e in removed] == sorted(e.used for e in removed) and left(root) == ["c-cache", "d", "e-cache"]
+    assert not list(root.glob("compiled/*/a-*")), "nothing of a program stays"
+
+
+def test_earlier_versions_go_first(root):
+    """Breaks when what nobody can read any more takes the room of what is used."""
+    put(root, "new", 90 * HOUR)
+    put(root, "old", 2 * HOUR, version=1)
+    assert [e.outdated for e in cache.prune(root, 1500, tokens.CACHE_VERSION)] == [True] and left(root) == ["new"]
+
+
+def test_what_is_in_use_stays(root):
+    """Breaks when a running training's arrays are deleted under it, also where all is to go; or what was used just now, unless it is."""
+    used, _, _ = put(root, "used", 90 * HOUR), put(root, "now", 10), put(root, "idle", 90 * HOUR)
+    os.chmod(used, 0o755)
+    held = cache.hold(used)
+    os.utime(used / cache.ABOUT, (0, 0))  # only the lock tells
+    assert [e.name for e in cache.prune(root, 0, tokens.CACHE_VERSION)] == ["idle.jsonl"] and left(root) == ["now", "used"]
+    assert len(cache.prune(root, 0, tokens.CACHE_VERSION, everything=True)) == 1 and left(root) == ["used"]
+    held.close()
+    assert len(cache.prune(root, 0, tokens.CACHE_VERSION)) == 1 and left(root) == []
+    assert cache.hold(used) is None
+
+
+def test_the_remains_of_killed_processes_go(root):
+    """Breaks when a folder that was never finished stays for ever, or one that is being written goes."""
+    for name, age in ((".new.dead", 48 * HOUR), (".gone.dead", 48 * HOUR), (".new.live", 60)):
+        put(root, name, age)
+    cache.prune(root, 10_000, tokens.CACHE_VERSION)
+    assert sorted(p.name for p in (root / "tokens").iterdir()) == [".new.live"]
+
+
+def test_tokenising_keeps_the_bound(root, tmp_path, tiny_tokenizer, monkeypatch):
+    """Breaks when the cache is not pruned after something was written, or what was just made, and is used, goes."""
+    monkeypatch.setenv(cache.VARIABLE, "0")
+    put(root, "old", 90 * HOUR)
+    data = tokens.tokenise(write_jsonl(tmp_path / "a.jsonl", [{"text": "the cat"}]), tiny_tokenizer, str(root))
+    assert left(root) == [data.key[:32]] and data.text(0).size == 2
+    assert cache.prune(root, 0, tokens.CACHE_VERSION, everything=True) == [], "it is in use"
+    os.utime(root / "tokens" / data.key[:32] / cache.ABOUT, (0, 0))
+    again = tokens.tokenise(str(tmp_path / "a.jsonl"), tiny_tokenizer, str(root))
+    assert time.time() - (root / "tokens" / again.key[:32] / cache.ABOUT).stat().st_mtime < 60, "its use is noted"
+
+
+def test_jax_bounds_its_programs(root, monkeypatch):
+    """Breaks when JAX keeps programs without a bound, or cannot remove those that were kept before there was one."""
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_MAX_SIZE", "")  # so that it is put back
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_MAX_SIZE")
+    monkeypatch.setenv(cache.VARIABLE, str(4 * 2500 / (1 << 30)))
+    folder = program(root, "older", 0).parent
+    for name, age in (("older", 9 * HOUR), ("newer", 2 * HOUR)):
+        program(root, name, age)
+        (folder / f"{name}-atime").unlink()
+        os.utime(folder / f"{name}-cache", (time.time() - age,) * 2)
+    cache.bound_compiled(folder)
+    most = int(os.environ["JAX_COMPILATION_CACHE_MAX_SIZE"])
+    assert 2490 < most <= 2500
+    LRUCache(str(folder), max_size=most).put("new", b"x" * 1000)
+    assert left(root) == ["new-cache", "newer-cache"]
+
+
+@pytest.mark.parametrize("value", ["-1", "nan", "inf", "much"])
+def test_a_bad_bound_is_named(value, monkeypatch):
+    """Breaks when a bound that is none is taken for one, such as nothing, or for no bound."""
+    monkeypatch.setenv(cache.VARIABLE, value)
+    with pytest.raises(UserError, match=f"^ICAE_CACHE_GIB is '{value}'"):
+        cache.bound()
+
+
+def test_the_verb(root, monkeypatch, capsys):
+    """Breaks when the list leaves a kind out or says nothing of its size and use, or prune does not do what it says."""
+    monkeypatch.setenv("ICAE_CACHE", str(root))
+    put(root, "a", 9 * HOUR), put(root, "old", 3 * HOUR, version=1), program(root, "p", 5 * HOUR), program(root, "q", 4 * HOUR)
+    (root / "bases" / "gs%3A").mkdir(parents=True)
+    (root / "bases" / "gs%3A" / "model").write_bytes(b"x" * 5000)
+    held = cache.hold(root / "tokens" / "a")
+    assert cli.main(["cache", "list", "--json"]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(r["what"], r["name"], r["count"], r["in_use"], r["outdated"]) for r in rows] == [
+        ("tokens", "a.jsonl", 1, True, False), ("tokens", "old", 1, False, True), ("compiled", "x86_64-0", 2, False, False),
+        ("bases", "gs%3A", 1, False, False),
+    ]  # fmt: skip
+    assert rows[2]["bytes"] == 2000 and rows[0]["used"][:3] == "202"
+    assert cli.main(["cache", "list"]) == 0 and "a.jsonl (in use)" in capsys.readouterr().out
+    assert cli.main(["cache", "prune"]) == 0 and "freed 0.0 MiB (0 removed)" in capsys.readouterr().out
+    assert cli.main(["cache", "prune", "--max_gib", str(2200 / (1 << 30)), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["removed"] == 2 and left(root) == ["a", "q-cache"]
+    assert cli.main(["cache", "prune", "--all"]) == 0 and "in use or used just now" in capsys.readouterr().out
+    assert left(root) == ["a"] and (root / "bases" / "gs%3A" / "model").exists()
+    held.close()
+    assert cli.main(["cache", "prune", "--all"]) == 0 and left(root) == []
+    assert cli.main(["cache", "prune", "--max_gib", "x"]) == 2 and "--max_gib is 'x'" in capsys.readouterr().err
+    assert cli.main(["cache", "list", "--cache_dir", str(root / "no")]) == 2 and "no such folder" in capsys.readouterr().err
