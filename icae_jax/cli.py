@@ -8,7 +8,7 @@ import platform
 import sys
 import zlib
 
-from icae_jax import errors
+from icae_jax import errors, platforms
 from icae_jax.errors import UserError
 from icae_jax.interop import cache, files
 
@@ -342,10 +342,16 @@ def keep_compiled():
         cache.bound_compiled(folder)
 
 
+def set_up():
+    """Tells libraries what they read as they are imported: every program calls it before anything imports JAX."""
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it misses PyTorch, which is not needed
+    os.environ.update(platforms.without_absent_tpus())
+    keep_compiled()
+
+
 def main(argv=None):
     """Runs one verb. Returns the exit code: 0 done, 2 bad input, 3 diverged, 75 saved after SIGTERM."""
     argv = sys.argv[1:] if argv is None else argv
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it misses PyTorch, which is not needed
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(usage())
         return 0 if argv else BAD_INPUT
@@ -357,7 +363,7 @@ def main(argv=None):
         print(TRAIN_HELP.format(verb=argv[0], text=text[0].upper() + text[1:], example=TRAIN_EXAMPLES[argv[0]]))
         return 0
     try:
-        keep_compiled()
+        set_up()
         return VERBS[argv[0]][0](argv[1:])
     except Exception as error:
         if not errors.is_users(error):

@@ -13,10 +13,14 @@ import json
 import pathlib
 import sys
 
-from icae_jax import cli, quickstart
-from icae_jax.data import synthetic
-from icae_jax.interop import base as bases
-from icae_jax.interop import files
+from icae_jax import cli
+
+cli.set_up()  # before anything imports JAX
+
+from icae_jax import quickstart  # noqa: E402
+from icae_jax.data import synthetic  # noqa: E402
+from icae_jax.interop import base as bases  # noqa: E402
+from icae_jax.interop import files  # noqa: E402
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PASSAGE = 45  # tokens; texts of several passages are made of those of this length, so that segments are passages

@@ -9,10 +9,14 @@ import argparse
 import pathlib
 import sys
 
-from icae_jax import quickstart
-from icae_jax.data import synthetic
-from icae_jax.evaluation import report
-from icae_jax.interop import files
+from icae_jax import cli
+
+cli.set_up()  # before anything imports JAX
+
+from icae_jax import quickstart  # noqa: E402
+from icae_jax.data import synthetic  # noqa: E402
+from icae_jax.evaluation import report  # noqa: E402
+from icae_jax.interop import files  # noqa: E402
 
 SEGMENT = 55  # text tokens, as in configs/quickstart.py
 

@@ -4,7 +4,6 @@ Each host of a TPU slice, or each task of a Slurm job, runs the same command. Al
 """
 
 import contextlib
-import glob
 import importlib.util
 import itertools
 import json
@@ -20,7 +19,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from icae_jax import errors
+from icae_jax import errors, platforms
 from icae_jax.errors import UserError
 
 START_SECONDS = 300  # so long the processes wait for each other; JAX then aborts them
@@ -30,13 +29,21 @@ LINGER_SECONDS = 5  # the first process's end aborts the others at once: it leav
 CRASHED = 1  # exit code of a process that failed, or lost the others
 
 
+def _slurm_tasks() -> int:
+    """How many tasks the Slurm step has that this process is one of; 1 outside a step, as in the shell that salloc opens.
+
+    The step's own count decides: SLURM_NTASKS may be the allocation's, of which an interactive step is one task.
+    """
+    count = os.environ.get("SLURM_STEP_NUM_TASKS") or os.environ.get("SLURM_NTASKS", "")
+    return int(count) if count.isdecimal() and os.environ.get("SLURM_STEP_NODELIST") else 1
+
+
 def _found():
     """What JAX can read a cluster from, "Slurm" or "TPU"; None on other machines."""
-    if int(os.environ.get("SLURM_NTASKS", 1)) > 1 and "SLURM_STEP_NODELIST" in os.environ:
+    if _slurm_tasks() > 1:
         return "Slurm"
     wanted = "tpu" in os.environ.get("JAX_PLATFORMS", "") or not os.environ.get("JAX_PLATFORMS")
-    chips = glob.glob("/dev/accel[0-9]*") + glob.glob("/dev/vfio/[0-9]*")
-    return "TPU" if wanted and chips and importlib.util.find_spec("libtpu") is not None else None
+    return "TPU" if wanted and platforms.tpu_chips() and importlib.util.find_spec("libtpu") is not None else None
 
 
 def start(coordinator=None, processes=None, process=None):
@@ -60,6 +67,8 @@ def start(coordinator=None, processes=None, process=None):
             )
     elif not (found := _found()):
         return
+    elif found == "Slurm" and os.environ.get("SLURM_STEP_NUM_TASKS"):
+        processes = _slurm_tasks()  # JAX would take SLURM_NTASKS
     who, where = f"process {process} of {processes}" if found is None else found, coordinator or "the first of them"
     waiting = threading.Timer(
         PATIENCE_SECONDS,

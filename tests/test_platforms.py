@@ -1,0 +1,81 @@
+"""Which accelerators there are: JAX is told of their absence before it looks, and of nothing else."""
+
+import importlib.metadata
+import importlib.util
+import os
+import subprocess
+import sys
+import types
+
+import pytest
+from conftest import ROOT, TINY, random_trained
+
+from icae_jax import platforms
+from icae_jax.compression.encoder import CompressionConfig
+from icae_jax.interop import adapter as adapters
+from icae_jax.interop import base as bases
+from icae_jax.models import lora
+from icae_jax.objectives import targets
+
+
+@pytest.mark.parametrize(
+    ("there", "environment", "told"),
+    [
+        ({"libtpu"}, {}, {"JAX_PLATFORMS": "cpu"}),
+        ({"libtpu", "xla_cuda12", "xla_rocm7"}, {}, {"JAX_PLATFORMS": "cpu"}),  # as on a cluster's login node
+        (set(), {}, {}),
+        ({"libtpu", "/dev/accel0"}, {}, {}),
+        ({"libtpu", "/dev/vfio/0"}, {}, {}),
+        ({"libtpu", "/dev/nvidia0"}, {}, {}),
+        ({"libtpu", "/dev/nvidiactl"}, {}, {}),
+        ({"libtpu", "/dev/kfd"}, {}, {}),
+        ({"libtpu", "/dev/dxg"}, {}, {}),
+        ({"libtpu", "some_other_plugin"}, {}, {}),
+        ({"libtpu"}, {"JAX_PLATFORMS": ""}, {}),
+        ({"libtpu"}, {"JAX_PLATFORMS": "tpu"}, {}),
+        ({"libtpu"}, {"JAX_FORCE_TPU_INIT": "1"}, {}),
+    ],
+    ids=lambda value: str(sorted(value)),  # the same in every process
+)
+def test_what_jax_is_told(there, environment, told, monkeypatch):
+    """Breaks when libtpu is started without a TPU, or a GPU, a TPU, another plugin's device or the user's own choice is hidden."""
+    for name in ("JAX_PLATFORMS", "JAX_FORCE_TPU_INIT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    matches = lambda pattern: [path for path in there if path.startswith("/") and platforms.glob.fnmatch.fnmatch(path, pattern)]  # noqa: E731
+    plugins = [types.SimpleNamespace(name=name) for name in there if not name.startswith(("/", "libtpu"))]
+    monkeypatch.setattr(platforms.glob, "glob", matches)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name if name in there else None)
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: plugins)
+    assert platforms.without_absent_tpus() == told
+
+
+def test_a_person_sees_only_what_concerns_them(tiny_base, tmp_path):
+    """Breaks when a command writes lines of libtpu's that mean nothing on a machine without a TPU."""
+    pytest.importorskip("libtpu", reason="needs libtpu, which is not installed")
+    if platforms.tpu_chips():
+        pytest.skip("there is a TPU here")
+    base = bases.load_base(tiny_base)
+    compression = CompressionConfig(k=3, rate=4, layout="sequential")
+    template = targets.make_template("plain", base.tokenizer)
+    config = lora.LoraConfig(4, 2.0, targets=("q_proj", "v_proj"))
+    adapter = adapters.Adapter(compression, config, template, random_trained(TINY, 3), base.path, base.fingerprint)
+    adapters.save_adapter(tmp_path / "adapter", adapter)
+    # Else the lock of another process that has started libtpu would keep this one from it, and quiet.
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+    environment.pop("JAX_PLATFORMS")
+    command = [sys.executable, "-m", "icae_jax", "inspect", str(tmp_path / "adapter"), "--base", str(tiny_base)]
+    out = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert out.returncode == 0 and "fits" in out.stdout and out.stderr == ""
+
+
+def test_programs_set_up_before_they_import_jax():
+    """Breaks when a launcher's program imports JAX before it says where compiled programs are kept, which JAX reads then."""
+    code = (
+        "import os, sys, types; import icae_jax.cli as cli; done = []\n"
+        "cli.set_up = lambda: done.append('jax' in sys.modules)\n"
+        "sys.path.insert(0, 'launch'); import evaluation, methods; print(done)"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert out.stdout.split("\n")[0].startswith("[False"), out.stderr
