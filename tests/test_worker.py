@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+from icae_jax import errors
 from icae_jax.planning import worker
 
 RUN = subprocess.run
@@ -42,10 +43,11 @@ def test_an_answer_among_other_output(monkeypatch):
     ids=["killed", "aborted", "much output", "no answer"],
 )
 def test_a_process_that_dies(monkeypatch, code, said):
-    """Breaks when a crash is taken for a program that does not fit, or why it happened is lost."""
+    """Breaks when a crash is taken for a program that does not fit or for bad input, or why it happened is lost."""
     made_of(monkeypatch, code)
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(RuntimeError, match=said) as caught:
         worker.ask({"kind": "host"})
+    assert not errors.is_users(caught.value)
 
 
 def test_answers_that_are_errors(monkeypatch):
@@ -54,14 +56,14 @@ def test_answers_that_are_errors(monkeypatch):
     with pytest.raises(worker.OutOfMemory, match=r"^Used 2G of 1G hbm$"):
         worker.ask({})
     made_of(monkeypatch, f"print({worker.MARK!r} + '{{\"error\": \"--topology v\"}}')")
-    with pytest.raises(ValueError, match=r"^--topology v$"):
+    with pytest.raises(errors.UserError, match=r"^--topology v$"):
         worker.ask({})
     assert not issubclass(worker.OutOfMemory, ValueError)
 
 
 def test_an_exception_of_the_real_worker():
     """Breaks when a failure in the worker's own code is not seen."""
-    with pytest.raises(ValueError, match=r"(?s)exit code 1.*Traceback.*KeyError: 'gpu'"):
+    with pytest.raises(RuntimeError, match=r"(?s)exit code 1.*Traceback.*KeyError: 'gpu'"):
         worker.ask({"kind": "gpu"})
 
 

@@ -26,7 +26,8 @@ class OutOfMemory(Exception):
 def ask(request, host_devices=1):
     """The answer to a request, `{"kind": "tpu" or "host", …}` as `_tpu` and `_host` take them, from another process.
 
-    OutOfMemory where the compiler says so; UserError with what it wrote where it fails otherwise.
+    OutOfMemory where the compiler says so, UserError where the request is at fault; RuntimeError, with what it wrote, where the process
+    dies, which is nobody's input.
     """
     flags = f"--xla_force_host_platform_device_count={host_devices} --xla_backend_optimization_level=0"
     if importlib.metadata.version("jaxlib").startswith("0.10."):  # a third of the time; with 0.11 the flag would end the process
@@ -46,7 +47,7 @@ def ask(request, host_devices=1):
         if done.returncode < 0:
             why = signal.Signals(-done.returncode).name
             why += ", as a rule for want of this machine's memory" if why == "SIGKILL" else ""
-        raise UserError(f"compiling failed ({why}): {written.strip()[-2000:]}")
+        raise RuntimeError(f"compiling failed ({why}): {written.strip()[-2000:]}")
     answer = json.loads(lines[-1].removeprefix(MARK))
     if "out_of_memory" in answer:
         raise OutOfMemory(answer["out_of_memory"])
