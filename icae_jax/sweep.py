@@ -129,12 +129,13 @@ def plan(config, name, workdir, overrides):
     return points
 
 
-def claim(workdir, sweep):
-    """Records the sweep in its folder's sweep.json. UserError where the folder holds another one.
+def claim(workdir: pathlib.Path, sweep: dict) -> dict[str, int]:
+    """Records the sweep in its folder's sweep.json, and returns each point's number. UserError where the folder holds another sweep.
 
-    A sweep may get more points, more steps, and other values of what changes no mathematics.
+    A sweep may get more points, more steps, and other values of what changes no mathematics. A point keeps its number for ever: new ones
+    count on, wherever in the sweep they stand.
     """
-    path = workdir / "sweep.json"
+    path, numbers = workdir / "sweep.json", {}
     if path.exists():
         before = files.read_json(path, "the sweep's identity")
         pairs = {key: (before[key], sweep[key]) for key in ("config", "sweep")}
@@ -146,7 +147,11 @@ def claim(workdir, sweep):
         lines = [f"{what}: {old!r} -> {new!r}" for what, (old, new) in pairs.items() if old != new]
         if lines:
             raise UserError(f"{workdir} holds another sweep: {'; '.join(lines)}. Give the old values to continue it, or another --workdir")
-    files.write_json(path, sweep)
+        numbers = before.get("numbers") or {name: number for number, name in enumerate(before["points"])}
+    for name in sweep["points"]:
+        numbers.setdefault(name, len(numbers))
+    files.write_json(path, sweep | {"numbers": numbers})
+    return numbers
 
 
 # ------------------------------------------------------------------------------------------------------------ the points
@@ -211,34 +216,57 @@ JOB = """#!/bin/sh
 # {name}
 # Paths may be relative to this folder; where it is not there, as on a TPU worker, to the one in which the launcher starts this.
 [ ! -d {here} ] || cd {here}
+[ ! -f {folder}/{note} ] || {{ echo {name}: diverged already, to try again delete {folder}; exit 0; }}
+[ "$(cat {folder}/DONE 2>/dev/null || echo 0)" -lt {steps} ] || {{ echo {name}: done already; exit 0; }}
 exec icae {command}
 """
 
 
-def write_jobs(points, folder):
-    """Writes point-000.sh, … into a folder: one executable file for each point that is neither done nor diverged. Returns their paths."""
-    for old in folder.glob("point-*.sh"):  # of points that are done since
+def write_jobs(points: list[Point], numbers: dict[str, int], folder: pathlib.Path) -> dict[int, pathlib.Path]:
+    """Writes an executable file for each point into a folder, point-000.sh, … by its number; returns `{number: path}`.
+
+    A file is always the same point's, so that what Slurm starts again trains what it trained before. Those of points that are done or
+    diverged say so, and end.
+    """
+    jobs = {numbers[point.name]: folder / f"point-{numbers[point.name]:03}.sh" for point in points}
+    for old in set(folder.glob("point-*.sh")) - set(jobs.values()):  # another sweep's
         old.unlink()
-    jobs = []
     for point in points:
-        if point.state in ("done", "diverged"):
-            continue
-        path = folder / f"point-{len(jobs):03}.sh"
+        path = jobs[numbers[point.name]]
         with files.replacing_file(path) as tmp:
-            text = JOB.format(name=point.name, here=shlex.quote(os.getcwd()), command=shlex.join(point.command))
+            text = JOB.format(
+                name=point.name,
+                here=shlex.quote(os.getcwd()),
+                folder=shlex.quote(str(point.folder)),
+                note=NOTE,
+                steps=point.config.steps,
+                command=shlex.join(point.command),
+            )
             tmp.write_text(text, encoding="utf-8")
-        path.chmod(0o755)
-        jobs.append(path)
-    return jobs
+        mode = path.stat().st_mode
+        path.chmod(mode | (mode & 0o444) >> 2)  # whoever may read it may run it
+    return dict(sorted(jobs.items()))
+
+
+def _ranges(numbers):
+    """Numbers as `sbatch --array` takes them, such as 0-2,5."""
+    spans = []
+    for number in sorted(numbers):
+        if spans and spans[-1][1] == number - 1:
+            spans[-1][1] = number
+        else:
+            spans.append([number, number])
+    return ",".join(f"{first}-{last}" if first < last else str(first) for first, last in spans)
 
 
 def _jobs_text(jobs, folder, again):
+    """How to start the jobs that are left. jobs: `{number: path}`."""
     quoted = shlex.quote(str(folder))
     lines = (
-        f"{folder}: {len(jobs)} jobs, each trains one point; run again, it continues",
+        f"{folder}: {len(jobs)} jobs to run, each trains one point; run again, it continues",
         f'  one after another  for job in {quoted}/point-*.sh; do sh "$job"; done',
-        f"  SLURM              sbatch --array=0-{len(jobs) - 1} launch/slurm.sbatch --jobs {quoted}",
-        f"  TPU pod            launch/tpu_pod.sh … -- sh {quoted}/{jobs[0].name}",
+        f"  SLURM              sbatch --array={_ranges(jobs)} launch/slurm.sbatch --jobs {quoted}",
+        f"  TPU pod            launch/tpu_pod.sh … -- sh {quoted}/{next(iter(jobs.values())).name}",
         f"and then the table   {again}",
     )
     return "\n".join(lines)
@@ -268,7 +296,7 @@ def main(parser, argv):
     parser.add_argument("--sweep", required=True, metavar="NAME", help="which sweep of the file")
     parser.add_argument("--workdir", required=True, help="the points' folders and the results; the same command continues what is there")
     instead = parser.add_mutually_exclusive_group()
-    instead.add_argument("--jobs", metavar="DIR", help="train nothing, write a shell file for each point that is not done")
+    instead.add_argument("--jobs", metavar="DIR", help="train nothing, write a shell file for each point, always under the same number")
     instead.add_argument("--table", action="store_true", help="train nothing, sum up what is there")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args, rest = parser.parse_known_args(argv)
@@ -278,14 +306,15 @@ def main(parser, argv):
     sweep["points"] = {point.name: point.changes for point in points}
     if args.table and not (workdir / "sweep.json").exists():
         raise UserError(f"--workdir {workdir} holds no sweep; train it first, without --table")
-    claim(workdir, sweep)
+    numbers = claim(workdir, sweep)
 
     if args.jobs:
-        jobs = write_jobs(points, pathlib.Path(args.jobs))
+        jobs = write_jobs(points, numbers, pathlib.Path(args.jobs))
+        left = {numbers[p.name]: jobs[numbers[p.name]] for p in points if p.state not in ("done", "diverged")}
         flags = [f"--config.{field}={text}" for field, text in overrides.items()]
         again = shlex.join(["icae", "sweep", "--config", args.config, "--sweep", args.sweep, "--workdir", args.workdir, *flags])
-        text = _jobs_text(jobs, pathlib.Path(args.jobs), again) if jobs else f"every point is done; the table: {again}"
-        print(json.dumps({"jobs": [str(job) for job in jobs]}) if args.json else text)
+        text = _jobs_text(left, pathlib.Path(args.jobs), again) if left else f"every point is done; the table: {again}"
+        print(json.dumps({"jobs": [str(job) for job in jobs.values()], "left": sorted(left)}) if args.json else text)
         return DONE
 
     code, codes = DONE, {}

@@ -205,7 +205,7 @@ def test_the_folder_of_another_sweep_is_refused(tmp_path):
 
 
 def test_jobs_train_each_unfinished_point(tmp_path, monkeypatch, capsys):
-    """Breaks when a job's quoting, folder or numbering is wrong, a done point gets one, or an old job stays."""
+    """Breaks when a job's quoting, folder or number is wrong, depends on what is done, or trains a done or diverged point."""
     here, jobs = tmp_path / "a folder", tmp_path / "my jobs"
     here.mkdir()
     monkeypatch.chdir(here)
@@ -234,11 +234,47 @@ def test_jobs_train_each_unfinished_point(tmp_path, monkeypatch, capsys):
     assert "my\\ jobs/point-002.sh" in shown and "rank=8" in written[2].read_text()
     monkeypatch.chdir(here)
 
-    (here / "it's w" / "rank=2").mkdir()
-    (here / "it's w" / "rank=2" / "DONE").write_text("3\n")
+    texts = [path.read_text() for path in written]
+    for name, note in (("rank=2", "DONE"), ("rank=4", sweep.NOTE)):  # whatever is done already, a task of the array trains its own point
+        (here / "it's w" / name).mkdir()
+        (here / "it's w" / name / note).write_text("3\n")
     assert cli.main([*sweep_of, "--jobs", str(jobs), "--json"]) == 0
-    assert [pathlib.Path(p) for p in json.loads(capsys.readouterr().out)["jobs"]] == written[:2] == sorted(jobs.glob("*.sh"))
-    assert "rank=4" in written[0].read_text()
+    assert json.loads(capsys.readouterr().out) == {"jobs": [str(path) for path in written], "left": [2]}
+    assert [path.read_text() for path in written] == texts and sorted(jobs.glob("*.sh")) == written
+    (tmp_path / "called").unlink()
+    for path, said in zip(written, ("rank=2: done already", "rank=4: diverged already, to try again delete it's w/rank=4"), strict=False):
+        out = subprocess.run(["bash", str(path)], cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert (out.returncode, out.stdout, out.stderr) == (0, said + "\n", "")
+    assert not (tmp_path / "called").exists()
+    assert cli.main([*sweep_of, "--jobs", str(jobs), "--config.steps=4"]) == 0  # longer: what is done at three steps goes on
+    assert "--array=0,2 " in capsys.readouterr().out
+    assert subprocess.run(["bash", str(written[0])], cwd=tmp_path, env=environment).returncode == 7
+
+
+def test_a_job_keeps_its_point_when_the_sweep_grows(tmp_path, capsys):
+    """Breaks when a point that is added, wherever in the sweep, gives a queued or requeued task of the array another's point."""
+    jobs = tmp_path / "jobs"
+
+    def write(ranks):
+        config = write_config(tmp_path, RANKS.replace("(2, 4, 8)", ranks))
+        where = ["--workdir", str(tmp_path / "w"), "--jobs", str(jobs)]
+        assert cli.main(["sweep", "--config", config, "--sweep", "rank", *where, "--json"]) == 0
+        left = json.loads(capsys.readouterr().out)["left"]
+        return left, [re.search(r"^# (.*)$", path.read_text(), re.MULTILINE)[1] for path in sorted(jobs.glob("*.sh"))]
+
+    assert write("(2, 8)") == ([0, 1], ["rank=2", "rank=8"])
+    assert write("(1, 2, 4, 8)") == ([0, 1, 2, 3], ["rank=2", "rank=8", "rank=1", "rank=4"])
+    assert write("(16, 8, 4, 2, 1)") == ([0, 1, 2, 3, 4], ["rank=2", "rank=8", "rank=1", "rank=4", "rank=16"])
+    recorded = json.loads((tmp_path / "w" / "sweep.json").read_text())
+    recorded.pop("numbers")  # as it was before points had numbers: by their order
+    (tmp_path / "w" / "sweep.json").write_text(json.dumps(recorded))
+    assert write("(3, 16, 8, 4, 2, 1)")[1] == ["rank=16", "rank=8", "rank=4", "rank=2", "rank=1", "rank=3"]
+
+
+@pytest.mark.parametrize(("numbers", "text"), [([0], "0"), ([0, 1, 2], "0-2"), ([5, 0, 1, 3, 6], "0-1,3,5-6"), ([], "")])
+def test_numbers_as_an_array(numbers, text):
+    """Breaks when a task is left out or started for a point that is done."""
+    assert sweep._ranges(numbers) == text
 
 
 # ---------------------------------------------------------------------------------------------------------- with real runs
