@@ -249,7 +249,7 @@ MUTANTS = [
     ),
     Mutant(
         "every example is a cluster of its own", "evaluation/run.py",
-        "{r['set']} {r['cluster']}", "{r['set']} {r['key']}", "test_run.py -k 'cluster or interval or resample or questions'",
+        "{r['set']} {r['cluster']}", "{r['set']} {r['key']}", "test_run.py -k scores_of_all",
     ),
     Mutant(
         "a loop's body counts once", "planning/hlo.py",
@@ -298,7 +298,7 @@ def run(mutant, tree):
     os.environ["PYTHONPATH"] = f"{tree}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
     sys.path.insert(0, str(tree))
     signal.alarm(MOST_SECONDS)
-    options = ["-x", "-q", "-n", "0", "-m", "not nightly", "-p", "no:cacheprovider"]
+    options = ["-x", "-q", "-n", "0", "-p", "no:cacheprovider"]
     os._exit(pytest.main([*options, *arguments(mutant.tests)]))
 
 
@@ -320,6 +320,7 @@ def main():
 
     sys.dont_write_bytecode = True  # what was compiled of a file before the fault must not be taken for it
     os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
+    os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "compiled"))
     os.environ.setdefault("ICAE_SHARED", str(args.tree.resolve().parent / "shared"))
     # Imported once: every process that is forked from here has it.

@@ -1,7 +1,4 @@
-"""`icae convert adapter`: what is recognised, what flags say, the check by restoring, and every way there and back.
-
-Two small compressors are trained until they restore two sentences, so that the check has something to find.
-"""
+"""`icae convert adapter`: what is recognised, what flags say, the check by restoring, and every way there and back."""
 
 import json
 import re
@@ -10,7 +7,9 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from conftest import TINY, WORDS, make_tokenizer, random_params, write_jsonl
+import restoring
+from conftest import TINY, random_params, write_jsonl
+from restoring import CONTEXT, K
 
 from icae_jax import cli, convert_adapter
 from icae_jax.inference.compressor import load
@@ -22,29 +21,13 @@ from icae_jax.training.config import TrainConfig, from_dict
 from icae_jax.training.train import train
 
 pytest.importorskip("torch")
-# method: (layout, steps). The layouts are those of the reference implementations, so that their formats can hold the result.
-RECIPES = {"icae": ("sequential", 1000), "x500": ("reference", 300)}
-K, CONTEXT = 4, 16
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """A base, the sentences, and each method's workdir."""
+    """A base, two sentences, and the workdir of each method, whose compressor restores them."""
     folder = tmp_path_factory.mktemp("convert")
-    bases.save_base(folder / "base", TINY, random_params(TINY), make_tokenizer(), dtype="float32")
-    rng = np.random.default_rng(0)
-    texts = [" ".join(rng.choice(WORDS[8:], size=8)) for _ in range(2)]
-    source = write_jsonl(folder / "texts.jsonl", [{"text": text} for text in texts])
-    for method, (layout, steps) in RECIPES.items():
-        raw = {
-            "base": str(folder / "base"), "steps": steps, "batch_size": 2, "eval_every": steps, "checkpoint_every": steps, "log_every": 100,
-            "compression": {"method": method, "k": K, "rate": CONTEXT / K, "layout": layout},
-            "lora": {"rank": 16, "dropout": 0.0}, "objectives": {"ae": 1.0, "lm": 0.0},
-            "optimizer": {"learning_rate": 0.02, "warmup_steps": 5, "weight_decay": 0.0, "schedule": "cosine"},
-            "data": {"train": source, "eval": source, "context_lengths": [CONTEXT], "cache_dir": str(folder / "cache")},
-        }  # fmt: skip
-        config = from_dict(TrainConfig, raw)
-        assert train(config, CompressorTask(config), folder / method) == 0
+    restoring.make_world(folder)
     return folder
 
 
@@ -153,7 +136,7 @@ def test_native_forms(world, convert, tmp_path):
         assert code == 0 and "restores: AE loss" in out, err
         assert_equal_adapters(tmp_path / f"{i}", work / "adapter", base)
         assert adapters.load_adapter(tmp_path / f"{i}", base).fingerprint == adapters.load_adapter(work / "adapter", base).fingerprint
-    assert "checkpoint step_300" in convert(work / "checkpoints", tmp_path / "c")[1]
+    assert "checkpoint step_1" in convert(work / "checkpoints", tmp_path / "c")[1]
     assert convert(work, tmp_path / "peft", "--format", "peft")[0] == 0
     assert (tmp_path / "peft" / "adapter_config.json").exists()
     code, out, err = convert(tmp_path / "peft", tmp_path / "back")

@@ -151,21 +151,26 @@ def ratio(spec, mesh):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("mesh", "remat", "low", "high"), [("fsdp 4", "none", 1.0, 1.05), ("2 x 2 x 2", "none", 1.0, 1.05), ("fsdp 4", "full", 1.25, 1.42)]
+    ("mesh", "remat", "low", "high"),
+    [
+        ("2 x 2 x 2", "none", 1.0, 1.05),
+        pytest.param("fsdp 4", "none", 1.0, 1.05, marks=pytest.mark.nightly),
+        pytest.param("fsdp 4", "full", 1.25, 1.42, marks=pytest.mark.nightly),
+    ],
 )
 def test_flops_of_a_partitioned_step(sources, mesh, remat, low, high):
     """Breaks when devices repeat one another's work, a layer is not counted, or recomputation is counted where there is none."""
     assert low <= ratio(wide(sources, remat=remat), MESHES[mesh]) <= high
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_chip_s_flops_stay_with_more_chips(sources):
     """Breaks when, at as many contexts a chip, every chip does part of the whole slice's work."""
     sixteen = count(wide(sources, contexts=16), {"data": 1, "fsdp": 16, "tensor": 1})
     assert 0.98 < sixteen / count(wide(sources), MESHES["fsdp 4"]) < 1.05
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_layers_continue_a_straight_line(sources):
     """Breaks when the count of a deep base, from two and three layers, is another than that of the base itself."""
     spec, mesh = wide(sources), MESHES["fsdp 4"]
@@ -173,6 +178,7 @@ def test_layers_continue_a_straight_line(sources):
     assert count(spec, mesh) == pytest.approx(direct, rel=0.01)
 
 
+@pytest.mark.nightly
 def test_a_decoding_loop_counts_every_token(sources):
     """Breaks when the loop's body, which XLA counts once, is that of one token, or the prompt counts as often as tokens do."""
     spec, mesh = wide(sources, "decode"), {"data": 1, "fsdp": 2, "tensor": 1}
