@@ -134,5 +134,3 @@ def reference_answer(path, prompt, limit, stops):
     )
     new = out[0, prompt.shape[1] :].tolist()
     return new[:-1] if new[-1] in stops else new
-
-

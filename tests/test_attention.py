@@ -312,7 +312,7 @@ def test_lowered_for_cuda(monkeypatch, mesh):
     for call in calls:
         assert f"tensor<{B}x64x{N}x64xbf16>, tensor<{B}x128x{K}x64xbf16>, tensor<{B}x128x{K}x64xbf16>" in call  # q, k, v
         assert f"tensor<{B}x1x64x128xbf16>" in call  # the mask
-        assert "bmm" in call and '\\22fmha_scale\\22: 0.125' in call
+        assert "bmm" in call and "\\22fmha_scale\\22: 0.125" in call
 
 
 @pytest.mark.parametrize(("kept", "kernels"), [(["attention"], 2), ([], 3)])

@@ -76,11 +76,22 @@ HEADS = {"qa": tuple(range(40))}
 AE, LM, QA = (1, 129, 129), (1, 129, 121), (5, 24, 8)
 
 
-@pytest.mark.parametrize("method", ["icae", "x500"])
+STEPS = {
+    "ae": ({"ae": AE}, 1, 32),
+    "ae+lm": ({"ae": AE, "lm": LM}, 2, 16),
+    "qa": ({"qa": QA}, 1, 32),
+    "ae+qa": ({"ae": AE, "qa": QA}, 1, 32),
+}
+DAILY = {("icae", "ae+lm"), ("x500", "qa")}  # every objective, both methods, several segments
+
+
 @pytest.mark.parametrize(
-    ("targets", "segments", "k"),
-    [({"ae": AE}, 1, 32), ({"ae": AE, "lm": LM}, 2, 16), ({"qa": QA}, 1, 32), ({"ae": AE, "qa": QA}, 1, 32)],
-    ids=["ae", "ae+lm", "qa", "ae+qa"],
+    ("method", "targets", "segments", "k"),
+    [
+        pytest.param(method, *step, id=f"{name}-{method}", marks=[] if (method, name) in DAILY else [pytest.mark.nightly])
+        for name, step in STEPS.items()
+        for method in ("icae", "x500")
+    ],
 )
 def test_a_training_step_as_xla_counts_it(method, targets, segments, k):
     """Breaks when a part is left out or counted twice: an adapter, a segment, the memory, a head, a neighbour's keys, a label."""

@@ -26,7 +26,8 @@ def cases(pattern):
     return found or [pytest.param("", marks=pytest.mark.skip(reason=f"no reference outputs {pattern} under {GOLDEN}"))]
 
 
-OBJECTIVES = ("ae", "lm", "ft", "ft_v1")
+NIGHTLY = pytest.mark.nightly
+OBJECTIVES = ("ae", pytest.param("lm", marks=NIGHTLY), "ft", pytest.param("ft_v1", marks=NIGHTLY))
 
 
 def close(got, want, bound=1e-4):

@@ -36,7 +36,7 @@ BODY = (
 )
 BOUND = ["%s2 = (s32[], f32[8]{0}) parameter(0)", "%j = s32[] get-tuple-element(%s2), index=0"]
 CONDITION = "%condition (s2: (s32[], f32[8])) -> pred[]"
-NOT_KNOWN = [*BOUND, "ROOT %go = pred[] custom-call(%j), custom_call_target=\"f\""]
+NOT_KNOWN = [*BOUND, 'ROOT %go = pred[] custom-call(%j), custom_call_target="f"']
 CONSTANT = [*BOUND, "%n = s32[]{:T(128)} constant(7)", "ROOT %go = pred[] compare(%j, %n), direction=LT"]
 FUSED = [*BOUND, "ROOT %go = pred[]{:T(512)} fusion(%j), kind=kLoop, calls=%fused"]
 FUSED_BODY = (
@@ -91,7 +91,7 @@ def test_every_branch_of_a_conditional_counts():
     lines = [
         "%p = f32[8]{0} parameter(0)",
         "%which = s32[] constant(1)",
-        "ROOT %c = f32[8]{0} conditional(%which, %p, %p), branch_computations={%b0, %b1}, metadata={op_name=\"%b0\"}",
+        'ROOT %c = f32[8]{0} conditional(%which, %p, %p), branch_computations={%b0, %b1}, metadata={op_name="%b0"}',
     ]
     assert program(lines, *branches).bytes_accessed() == 2 * 2 * 32
 
@@ -148,7 +148,7 @@ def test_a_collective_within_several_fusions_is_one():
     lines = [
         "%p = bf16[8]{0} parameter(0)",
         "%o = bf16[8]{0} parameter(1)",
-        "%room = bf16[32]{0} custom-call(), custom_call_target=\"AllocateBuffer\"",
+        '%room = bf16[32]{0} custom-call(), custom_call_target="AllocateBuffer"',
         "%f = (bf16[8]{0}, bf16[32]{0}) fusion(%p, %room, %o), kind=kOutput, output_to_operand_aliasing={{1}: (1, {})}, calls=%beside",
         "ROOT %e = bf16[32]{0} fusion(%p), kind=kCustom, calls=%ended",
     ]
@@ -167,7 +167,7 @@ def test_a_collective_within_several_fusions_is_one():
         ("%y = f32[8]{0} negate(%p)", 64),
         ("%y = f32[8]{0:T(128)S(1)} negate(%p)", 32),
         ("%y = f32[8]{0:T(128)S(1)} negate(%fast)", 0),
-        ("%y = (f32[8]{0}, /*index=1*/f32[8]{0}) custom-call(%p), custom_call_target=\"f\"", 96),
+        ('%y = (f32[8]{0}, /*index=1*/f32[8]{0}) custom-call(%p), custom_call_target="f"', 96),
         ("%y = (f32[8]{0}) tuple(%p)", 0),
         ("%y = f32[2,4]{1,0} bitcast(%p)", 0),
         ("%y = f32[2]{0} dynamic-slice(%p, %i), dynamic_slice_sizes={2}", 16),

@@ -129,9 +129,7 @@ def by_itself(params, memory, head, starts, packed):
     prefix = methods.read(MODEL, params, memory, head)
     hidden = loss.label_hidden(MODEL, params, TRAINED, prefix, starts, packed["ids"], packed["label_at"])
     labels = packed["labels"].reshape(len(hidden), -1, 1)
-    return -jnp.take_along_axis(jax.nn.log_softmax(hidden @ llama.head_kernel(params)), labels, -1).reshape(
-        packed["labels"].shape
-    )
+    return -jnp.take_along_axis(jax.nn.log_softmax(hidden @ llama.head_kernel(params)), labels, -1).reshape(packed["labels"].shape)
 
 
 def at_labels(losses, objective):

@@ -39,6 +39,7 @@ def raw(tiny_base, tmp_path_factory):
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_step_is_training_s(raw):
     """Breaks when what is timed is another step than a run's: other losses, dropout, accumulation, or no update of the state."""
     config = from_dict(TrainConfig, raw)
@@ -80,6 +81,7 @@ def test_what_steps_took():
     assert memory["process_peak_bytes"] > 1e8 and memory["device_peak_bytes"] is None  # on a CPU
 
 
+@pytest.mark.nightly
 def test_a_step_that_was_compiled_before_is_read_from_the_cache():
     """Breaks when a step's program depends on anything that another run of the same configuration has not, such as an object's address, so
     that every start compiles anew; or when a hit is not told.
@@ -161,7 +163,9 @@ def test_a_large_base_is_made_layer_by_layer():
 WIDE = dataclasses.replace(TINY, vocab_size=512, hidden_size=512, intermediate_size=1024, num_layers=4, num_heads=4, head_dim=128)
 
 
-@pytest.mark.parametrize(("changes", "low", "high"), [({}, 1.0, 1.06), ({"remat": "full"}, 1.2, 1.5)])
+@pytest.mark.parametrize(
+    ("changes", "low", "high"), [({}, 1.0, 1.06), pytest.param({"remat": "full"}, 1.2, 1.5, marks=pytest.mark.nightly)]
+)
 def test_xla_counts_what_the_mathematics_asks_for(changes, low, high):
     """Breaks when layers beyond the third are left out, microbatches are not multiplied in, or recomputation is not seen."""
     wide = {"compression": {"k": 16, "rate": 4.0}, "batch_size": 4, "accumulate": 2}

@@ -80,6 +80,7 @@ def test_what_is_refused(tiny_base):
 
 def test_pairs_and_what_is_better():
     """Breaks when a lower loss loses, or examples that one arm lacks are compared."""
+
     def record(**arms):
         return {"sums": {"ae_loss": arms}}
 

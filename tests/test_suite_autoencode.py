@@ -15,7 +15,7 @@ from icae_jax.inference.compressor import Compressor, Generation
 TEXTS = [text(4, 1), text(15, 2), text(40, 3)]
 
 
-@pytest.mark.parametrize("method", ["icae", "x500"])
+@pytest.mark.parametrize("method", ["icae", pytest.param("x500", marks=pytest.mark.nightly)])
 def test_losses_are_the_librarys(tiny_base, method):
     """Breaks when an arm has another k or memory, labels are not the text and its end, or the restored text is not `restore`'s."""
     one, ks = compressor(tiny_base, method), arms_of_k(method)
@@ -40,7 +40,7 @@ def test_losses_are_the_librarys(tiny_base, method):
         assert {n for _, n in r["sums"]["ae_loss"].values()} == {len(one.framed(e.ids)) + 1}
 
 
-@pytest.mark.parametrize("method", ["icae", "x500"])
+@pytest.mark.parametrize("method", ["icae", pytest.param("x500", marks=pytest.mark.nightly)])
 def test_a_perfect_copy_scores_100(tiny_base, method, monkeypatch):
     """Breaks when the original is not what the restored text is held against: with <s> or without it, spaces, ids."""
     said = []

@@ -16,7 +16,7 @@ OPTIONS = Options(context_lengths=LENGTHS, continuation_tokens=20)
 TEXTS = [text(100, 1), text(58, 2)]  # the second has 18 tokens to continue
 
 
-@pytest.mark.parametrize("method", ["icae", "x500"])
+@pytest.mark.parametrize("method", ["icae", pytest.param("x500", marks=pytest.mark.nightly)])
 def test_every_arm_scores_the_same_labels(tiny_base, method):
     """Breaks when a context does not end where the continuation begins, an arm has other labels, the cut context is not the last M
     tokens, or a loss is not that of transformers (without a memory) or `Compressor.score` (with one)."""

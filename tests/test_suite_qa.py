@@ -32,7 +32,13 @@ def calls(monkeypatch):
 AROUND = {"plain": ([1], [5], [6], 2), "mistral": ([1, 3], [], [4], 2), "v1": ([1], [], [], 1), "none": ([1], [], [], 2)}
 
 
-@pytest.mark.parametrize(("template", "asked_in"), [("plain", ""), ("mistral", ""), ("v1", ""), ("mistral", "plain")])
+NIGHTLY = pytest.mark.nightly
+
+
+@pytest.mark.parametrize(
+    ("template", "asked_in"),
+    [("plain", ""), pytest.param("mistral", "", marks=NIGHTLY), pytest.param("v1", "", marks=NIGHTLY), ("mistral", "plain")],
+)
 def test_the_controls_are_transformers_on_the_same_prompt(tiny_base, calls, template, asked_in):
     """Breaks when a control sees more or less than it should, a trained token, or another template; or its answer or loss is not the
     base's own. cut context: as many tokens as the memory has, 8 of the 30 and 4 of the 7."""

@@ -26,7 +26,7 @@ def joined(memories):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("method", ["icae", "x500"])
+@pytest.mark.parametrize("method", [pytest.param("icae", marks=pytest.mark.nightly), "x500"])
 def test_the_last_segments_before_one_continuation(tiny_base, method):
     """Breaks when segments see each other, are joined in another order, are the first instead of the last, or labels differ."""
     one = compressor(tiny_base, method)

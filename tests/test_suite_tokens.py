@@ -11,7 +11,7 @@ from icae_jax.objectives import targets
 TEXTS = [text(14, 1, [question(1), question(2, ["bread"])]), text(9, 2), text(30, 3, [question(3)])]
 
 
-@pytest.mark.parametrize(("method", "layout"), [("icae", ""), ("x500", "reference")])
+@pytest.mark.parametrize(("method", "layout"), [pytest.param("icae", "", marks=pytest.mark.nightly), ("x500", "reference")])
 def test_a_hidden_token_is_one_that_is_not_there(tiny_base, method, layout):
     """Breaks when another token is hidden, the others move, or nothing is hidden at all: an arm is scored by hand, token j taken out of
     the arrays and all else left where it was."""
@@ -42,7 +42,7 @@ def test_a_hidden_token_is_one_that_is_not_there(tiny_base, method, layout):
         assert len({round(nats, 3) for nats in losses}) == len(arms) - 1, "every other arm sees something else"
 
 
-@pytest.mark.parametrize("method", ["icae", "x500"])
+@pytest.mark.parametrize("method", ["icae", pytest.param("x500", marks=pytest.mark.nightly)])
 def test_one_token(tiny_base, method):
     """Breaks when a memory of one token, hidden, gives no number, or still tells something."""
     suite = Tokens(compressor(tiny_base, method, k_choices=(1,)), Options())

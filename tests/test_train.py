@@ -121,6 +121,7 @@ def wait_for_step(process, workdir, at_least):
     raise AssertionError(f"no step {at_least}; exit code {process.poll()}: {process.stderr.read()[-2000:]}")
 
 
+@pytest.mark.nightly
 def test_a_killed_run_continues_bit_exactly(raw, uninterrupted, tmp_path):
     """Breaks when any of parameters, optimiser state, data order, dropout or metrics is not a function of (seed, step)."""
     process = child(raw, tmp_path)
@@ -140,6 +141,7 @@ def test_a_killed_run_continues_bit_exactly(raw, uninterrupted, tmp_path):
     assert {line["step"] for line in without_clocks(whole)} == set(range(13))
 
 
+@pytest.mark.nightly
 def test_sigterm_saves_and_exits_75(raw, uninterrupted, tmp_path):
     """Breaks when a preempted run loses steps, or claims to be done."""
     process = child(raw, tmp_path)
@@ -234,6 +236,7 @@ def test_another_configuration_is_refused_with_its_fields(raw, uninterrupted):
     assert (workdir / "config.json").read_bytes() == before
 
 
+@pytest.mark.nightly
 def test_a_full_disk_is_one_error_and_loses_nothing(raw, tmp_path):
     """Breaks when a failed save takes the earlier checkpoint with it, or shows a traceback."""
     assert run(raw, tmp_path, steps=3)[0] == DONE

@@ -52,10 +52,10 @@ def test_a_process_that_dies(monkeypatch, code, said):
 
 def test_answers_that_are_errors(monkeypatch):
     """Breaks when a program that does not fit looks like bad input, which ends a search, or the reverse."""
-    made_of(monkeypatch, f"print({worker.MARK!r} + '{{\"out_of_memory\": \"Used 2G of 1G hbm\"}}')")
+    made_of(monkeypatch, f'print({worker.MARK!r} + \'{{"out_of_memory": "Used 2G of 1G hbm"}}\')')
     with pytest.raises(worker.OutOfMemory, match=r"^Used 2G of 1G hbm$"):
         worker.ask({})
-    made_of(monkeypatch, f"print({worker.MARK!r} + '{{\"error\": \"--topology v\"}}')")
+    made_of(monkeypatch, f'print({worker.MARK!r} + \'{{"error": "--topology v"}}\')')
     with pytest.raises(errors.UserError, match=r"^--topology v$"):
         worker.ask({})
     assert not issubclass(worker.OutOfMemory, ValueError)
@@ -110,6 +110,7 @@ def test_no_worker_outlives_its_caller(number, tmp_path):
 # ------------------------------------------------------------------------------------------------------- with libtpu
 
 
+@pytest.mark.nightly
 def test_topologies():
     """Breaks when a topology that does not exist is not refused by name, or the devices of one are cores instead of chips."""
     pytest.importorskip("libtpu", reason="needs libtpu, which is not installed")
