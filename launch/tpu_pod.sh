@@ -5,7 +5,7 @@
 #   launch/tpu_pod.sh --name icae --zone us-west4-a --type v5litepod-16 --spot --queued --mount BUCKET:/mnt/runs -- \
 #     icae train --config configs/icae.py:llama2_7b --workdir /mnt/runs/llama2 --config.mesh.fsdp=16
 # The same command takes a slice up again that is there already. Workers share nothing but what is mounted: --workdir lies there, as do a
-# sweep's job files (-- bash /mnt/runs/jobs/point-000.sh). Variables: -- env HF_TOKEN=... icae train ...
+# sweep's job files (-- bash /mnt/runs/jobs/point-000.sh). Variables: -- env HF_TOKEN=... icae train ...; their values are not shown.
 # Needs gcloud, logged in, and its key in the ssh agent: ssh-add ~/.ssh/google_compute_engine.
 # Exit codes: the command's 0, 2 and 3; 2 also for bad arguments here; the last one of a command given up; 1 if no slice could be had.
 set -euo pipefail
@@ -41,11 +41,12 @@ while [[ $# -gt 0 && $1 != -- ]]; do
       printf -v "${flag//-/_}" yes
       shift
       ;;
-    *) bad "unknown argument $1; flags come first, then -- and the command" ;;
+    *) bad "unknown argument ${1%%=*}; flags come first, then -- and the command" ;;
   esac
 done
 [[ $# -gt 1 ]] || bad "no command; give it behind --, e.g. -- icae train --config FILE --workdir DIR"
 shift
+[[ ! $1 =~ ^[A-Za-z_][A-Za-z0-9_]*= ]] || bad "the command begins with a variable, ${1%%=*}; write -- env NAME=VALUE... COMMAND..."
 for flag in name zone type; do [[ ${!flag} ]] || bad "--$flag is missing"; done
 [[ $name =~ ^[a-z]([-a-z0-9]*[a-z0-9])?$ ]] || bad "--name is $name; small letters, digits and dashes, a letter first"
 [[ $max_restarts =~ ^[0-9]+$ ]] || bad "--max_restarts is $max_restarts; give a whole number"
@@ -99,6 +100,28 @@ quoted() { # the words so that a shell reads them back
 run() {
   if [[ $dry_run ]]; then quoted "$@"; else echo "+ $(quoted "$@")" >&2 && "$@"; fi
 }
+hide() { # sets hidden to the words as they may be shown: without the values of variables, and of flags that look like secrets
+  local word next='' secret='(token|secret|passwo?r?d|passphrase|credentials?|authorization|(^|[^a-z]|api)key)([_-][a-z0-9_-]*)?'
+  local variable='^[A-Za-z_][A-Za-z0-9_]*=' within="${secret}[\"']?[=:]" flag="^--?[a-z0-9_.-]*${secret}\$" login='://[^/@[:space:]]*@'
+  hidden=()
+  shopt -s nocasematch
+  for word in "$@"; do
+    if [[ $next ]]; then
+      word='HIDDEN' next=''
+    elif [[ $word =~ $variable || $word =~ $within ]]; then
+      word="${word%%"${BASH_REMATCH[0]}"*}${BASH_REMATCH[0]}HIDDEN"
+    elif [[ $word =~ $login ]]; then
+      word="${word%%://*}://HIDDEN"
+    elif [[ $word =~ $flag ]]; then
+      next=yes
+    fi
+    hidden+=("$word")
+  done
+  shopt -u nocasematch
+}
+run_on() { # as run, the words that `on` has made
+  if [[ $dry_run ]]; then quoted "${shown[@]}"; else echo "+ $(quoted "${shown[@]}")" >&2 && "${words[@]}"; fi
+}
 # What a dry run is told, question by question: no slice, exit 75 on the first, no answer from the second, which is gone, and 0 on the third.
 answers=(NOT_FOUND READY 75 FAILS PREEMPTED NOT_FOUND READY 0)
 [[ -z $queued ]] || answers=(NOT_FOUND PROVISIONING ACTIVE READY 75 FAILS SUSPENDED NOT_FOUND ACTIVE READY 0)
@@ -114,8 +137,10 @@ ask() { # sets answer to what the command prints; false where it fails, what it 
 pause() { # a number of polls
   for ((i = 0; i < $1; i++)); do if [[ $dry_run ]]; then quoted sleep "$poll"; else sleep "$poll"; fi; done
 }
-on() { # WORKER ARGUMENTS: the words of a command that runs launch/tpu_worker.sh there, in words
+on() { # WORKER ARGUMENTS: the words of a command that runs launch/tpu_worker.sh there, in words, and as they may be shown
   words=("${ssh[@]}" --worker="$1" --command="$(quoted bash icae_jax/launch/tpu_worker.sh "${@:2}")")
+  hide "${@:2}"
+  shown=("${ssh[@]}" --worker="$1" --command="$(quoted bash icae_jax/launch/tpu_worker.sh "${hidden[@]}")")
 }
 
 # ------------------------------------------------------------------------------------------------------- the slice
@@ -172,15 +197,15 @@ install() { # once on a slice
 # ------------------------------------------------------------------------------------------------------- the command
 
 start() { # the command on all workers, none of which runs an earlier one any more
-  on all stop "$grace" && run "${words[@]}" || return 1
-  if [[ $mount ]]; then on all mount "${mount%%:*}" "${mount#*:}" && run "${words[@]}" || return 1; fi
-  on all start "$@" && run "${words[@]}" || return 1
+  on all stop "$grace" && run_on || return 1
+  if [[ $mount ]]; then on all mount "${mount%%:*}" "${mount#*:}" && run_on || return 1; fi
+  on all start "$@" && run_on || return 1
   seen=0 started=yes
 }
 
 follow() { # prints what worker 0 has logged since the last time
   on 0 log "$seen"
-  if [[ $dry_run ]]; then quoted "${words[@]}" && return; fi
+  if [[ $dry_run ]]; then run_on && return; fi
   "${words[@]}" >"$tmp/log" 2>/dev/null || return 0
   cat "$tmp/log"
   seen=$((seen + $(wc -c <"$tmp/log")))
@@ -220,7 +245,7 @@ await() { # until the workers have left: sets code, of them all (2, 3, a crash, 
 finish() { # CODE
   if [[ $keep ]]; then
     on all stop "$grace"
-    [[ $state != READY ]] || run "${words[@]}" || true
+    [[ $state != READY ]] || run_on || true
     say "the slice $name stays, and is paid for until it is deleted: ${delete[*]}"
   elif [[ $state != NOT_FOUND ]]; then
     run "${delete[@]}" || say "the slice $name could not be deleted, and is paid for until it is: ${delete[*]}"
@@ -241,7 +266,7 @@ while :; do
       ((SECONDS - began < 600)) || failures=0
       failures=$((failures + 1))
       on all log # the last lines of each: the cause need not be worker 0's
-      [[ $state != READY || -z $started ]] || run "${words[@]}" || true
+      [[ $state != READY || -z $started ]] || run_on || true
       ;;
   esac
   if ((restarts == max_restarts)); then say "$restarts restarts are all that --max_restarts allows" && finish "$code"; fi

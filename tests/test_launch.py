@@ -188,11 +188,11 @@ def cloud(tmp_path, checkout):
     (tmp_path / "gcloud.py").write_text(GCLOUD)
     environment = write_stubs(folder / "bin", STUBS | {"icae": ICAE, "gcloud": f'exec "{sys.executable}" -SE "{tmp_path}/gcloud.py" "$@"'})
 
-    def run(*flags, plan="0", faults=(), interrupt=False):
+    def run(*flags, plan="0", faults=(), interrupt=False, command=COMMAND):
         (folder / "plan").write_text(plan + "\n")
         for name in faults:
             (folder / name).touch()
-        command = ["bash", checkout / "launch" / "tpu_pod.sh", *SLICE, "--poll", "0.01", *flags, "--", *COMMAND]
+        command = ["bash", checkout / "launch" / "tpu_pod.sh", *SLICE, "--poll", "0.01", *flags, "--", *command]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         with subprocess.Popen(command, env=environment | {"CLOUD": str(folder)}, **pipes) as process:
             while interrupt and not (folder / "attempts-1").exists():
@@ -201,7 +201,8 @@ def cloud(tmp_path, checkout):
                 process.terminate()
             stdout, stderr = process.communicate(timeout=60)
         out = subprocess.CompletedProcess(command, process.returncode, stdout, stderr)
-        return out, [json.loads(line) for line in (folder / "calls").read_text().splitlines()], folder
+        calls = (folder / "calls").read_text() if (folder / "calls").exists() else ""
+        return out, [json.loads(line) for line in calls.splitlines()], folder
 
     return run
 
@@ -269,6 +270,68 @@ def test_a_pod_does_not_repeat_what_cannot_succeed(cloud, code):
     """Breaks when bad input or divergence on any worker is run again, or its exit code is lost behind another worker's crash."""
     out, calls, folder = cloud(plan=f"{code},134 0")
     assert out.returncode == code and words(calls) == ["create", *INSTALL, "stop", "start", "delete"] and not (folder / "slice").exists()
+
+
+@pytest.mark.parametrize("code, starts", [(0, 1), (2, 1), (3, 1), (75, 2), (1, 2), (137, 2), (134, 2)])
+def test_what_a_pod_makes_of_each_exit_code(cloud, code, starts):
+    """Breaks when a run that can go on is not started again, one that cannot is, or its slice stays and costs money."""
+    out, calls, folder = cloud(plan=f"{code} 0")
+    assert out.returncode == (code if starts == 1 else 0) and words(calls).count("start") == starts
+    assert words(calls)[0] == "create" and words(calls)[-1] == "delete" and words(calls).count("delete") == 1
+    assert not (folder / "slice").exists() and f"exit code {out.returncode}" in out.stderr
+
+
+SECRETS = ["HF_TOKEN=hf_S3CRET one", "WANDB_API_KEY=S3CRET; two", "NAME=S3CRET=three", "Q='S3CRET' \"four\""]
+
+
+@pytest.mark.parametrize("way", ["done", "failed", "interrupted", "dry run", "without env", "before the command", "within"])
+def test_what_a_command_is_given_in_secret_is_not_shown(cloud, way):
+    """Breaks when the launcher prints the value of a variable, or of a flag for a secret, or it does not reach the command as it is."""
+    flags, code, told = [], 0, {"command": ["env", *SECRETS, *COMMAND, "--hub_token", "S3CRET", "--api-key=S3CRET", "--steps=7"]}
+    if way == "failed":
+        flags, code, told["plan"] = ["--max_restarts", "1"], 1, "1 1"
+    elif way == "interrupted":
+        code, told["plan"], told["interrupt"] = 130, "hang", True
+    elif way == "dry run":
+        flags = ["--dry_run"]
+    elif way == "without env":
+        told, code = {"command": [SECRETS[0], *COMMAND]}, 2
+    elif way == "before the command":
+        flags, code = [SECRETS[0]], 2
+    elif way == "within":
+        told = {"command": ["bash", "-c", "export HF_TOKEN='S3CRET' LOGIN=https://me:S3CRET@host; icae train"]}
+    out, calls, folder = cloud(*flags, **told)
+    said = out.stdout + out.stderr
+    assert out.returncode == code and "S3CRET" not in said, said
+    if code != 2:
+        assert "HIDDEN" in said and (way == "within" or "--steps=7" in said)
+    started = [remote(rest)[1:] for _, verb, rest in calls if verb == "ssh" and remote(rest)[0] == "start"]
+    assert started == [told["command"]] * {"failed": 2, "dry run": 0}.get(way, 0 if code == 2 else 1)
+    if way in ("done", "failed"):
+        assert (folder / "argv-1").read_text().split("\0")[:-1] == told["command"][1 + len(SECRETS) :]
+    for home in ("w0", "w1"):  # which ends what still runs
+        shutil.rmtree(folder / home, ignore_errors=True)
+
+
+def test_what_a_worker_says_of_each_exit_code(tmp_path):
+    """Breaks when a code that launchers decide by is lost on its way, or a process that was killed counts as running or done."""
+    worker = ["bash", str(ROOT / "launch" / "tpu_worker.sh")]
+
+    def run(code, *arguments):
+        (tmp_path / str(code)).mkdir(exist_ok=True)
+        environment = os.environ | {"HOME": str(tmp_path / str(code))}
+        return subprocess.run([*worker, *arguments], env=environment, capture_output=True, text=True, check=True).stdout.strip()
+
+    codes = (0, 2, 3, 75, 1, 137, 134)
+    for code in codes:
+        run(code, "start", "bash", "-c", f"exit {code}")
+    run("killed", "start", "sleep", "60")
+    assert run("killed", "status") == "running"
+    os.killpg(int((tmp_path / "killed" / "icae_run" / "group").read_text()), 9)
+    want, deadline = [*map(str, codes), "137"], time.monotonic() + 30
+    while (told := [run(code, "status") for code in (*codes, "killed")]) != want and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert told == want
 
 
 @pytest.mark.parametrize("flags, attempts, why", [(["--max_restarts", "1"], 2, "--max_restarts"), ([], 6, "six failures")])
@@ -372,7 +435,8 @@ def slurm(tmp_path):
 @pytest.mark.parametrize(
     "code, environment, requeued",
     [
-        (0, {}, None), (2, {}, None), (3, {}, None), (75, {}, "7"), (134, {}, "7"), (1, {}, "7"),
+        (0, {}, None), (2, {}, None), (3, {}, None), (75, {}, "7"), (134, {}, "7"), (1, {}, "7"), (137, {}, "7"),
+        (126, {}, None), (127, {}, None),
         (75, {"SLURM_RESTART_COUNT": "99"}, "7"), (75, {"SLURM_RESTART_COUNT": "100"}, None),
         (1, {"SLURM_RESTART_COUNT": "2", "MAX_RESTARTS": "2"}, None),
         (75, {"SLURM_JOB_ID": "9", "SLURM_ARRAY_JOB_ID": "5", "SLURM_ARRAY_TASK_ID": "3"}, "5_3"),
@@ -393,6 +457,38 @@ def test_a_slurm_job_tells_bad_input_from_what_it_broke(slurm, said, final):
     said = f"srun: error: node-7: tasks 1,2: Exited with exit code 1\nsrun: error: node-8: {said}\nsrun: error: node-7: task 7: Killed\n"
     out, _, requeue = slurm("train", STEP="134", said=said)
     assert out.returncode == final and bool(requeue) == (final == 134) and said in out.stderr
+
+
+UNABLE = "srun: error: Unable to create step for job 7: "
+
+
+@pytest.mark.parametrize(
+    ("said", "step", "final"),
+    [
+        (UNABLE + "Invalid generic resource (gres) specification", 1, 2),
+        (UNABLE + "More processors requested than permitted", 1, 2),
+        (UNABLE + "Memory required by task is not available", 1, 2),
+        ("srun: fatal: SLURM_MEM_PER_CPU, SLURM_MEM_PER_GPU, and SLURM_MEM_PER_NODE are mutually exclusive.", 1, 2),
+        ("srun: error: Invalid numeric value \"x\" for --cpus-per-task.", 255, 2),
+        ("srun: unrecognized option '--gpu-bindd=none'", 1, 2),
+        ("slurmstepd: error: execve(): icae: Permission denied\nsrun: error: n: task 0: Exited with exit code 13", 13, 2),
+        (UNABLE + "Requested nodes are busy", 1, 1),
+        (UNABLE + "Socket timed out on send/recv operation", 1, 1),
+        (UNABLE + "Unable to contact slurm controller (connect failure)", 1, 1),
+        (UNABLE + "Job/step already completing or completed", 1, 1),
+        ("srun: Job 7 step creation temporarily disabled, retrying (Requested nodes are busy)", 134, 134),
+        ("srun: error: Node failure on n3\nsrun: Job step aborted: Waiting up to 32 seconds for job step to finish.", 137, 137),
+        ("srun: error: n3: task 3: Segmentation fault", 139, 139),
+        (UNABLE + "Invalid generic resource (gres) specification", 0, 0),
+    ],
+)
+def test_a_slurm_job_that_cannot_start_is_not_requeued(slurm, said, step, final):
+    """Breaks when a step that Slurm refuses is asked for a hundred times, or one that a busy or lost controller kept from starting is
+    given up.
+    """
+    out, _, requeue = slurm("train", STEP=str(step), said=said + "\n")
+    assert out.returncode == final and bool(requeue) == (final not in (0, 2)) and said in out.stderr
+    assert ("nothing was started" in out.stderr) == (final == 2)
 
 
 def test_a_slurm_array_runs_the_jobs_of_a_sweep(slurm, tmp_path):

@@ -146,7 +146,8 @@ class Fake:
 
 @pytest.mark.parametrize(
     ("code", "ends", "goes_on", "again"),
-    [(3, 0, True, []), (1, 1, True, ["rank=4"]), (-9, 1, True, ["rank=4"]), (2, 2, False, ["rank=4", "rank=8"]),
+    [(0, 0, True, []), (3, 0, True, []), (1, 1, True, ["rank=4"]), (-9, 1, True, ["rank=4"]), (134, 1, True, ["rank=4"]),
+     (137, 1, True, ["rank=4"]), (2, 2, False, ["rank=4", "rank=8"]),
      (75, 75, False, ["rank=4", "rank=8"])],
 )  # fmt: skip
 def test_exit_codes_of_a_point(code, ends, goes_on, again, tmp_path, capfd):
