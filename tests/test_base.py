@@ -11,12 +11,14 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+import transformers
 from conftest import ROOT, TINY, close, random_params
 
 from icae_jax import convert_base, errors
 from icae_jax.interop import base as bases
 from icae_jax.interop import weights
 from icae_jax.models import llama, rope
+from icae_jax.quickstart import SHIPPED_BASE
 
 LLAMA3 = rope.Llama3Scaling(8.0, 1.0, 4.0, 64)
 
@@ -71,6 +73,17 @@ def test_folder_without_tokenizer_is_named(folder, tmp_path):
         file.unlink()
     with pytest.raises(ValueError, match="no tokenizer could be loaded"):
         bases.load_tokenizer(folder)
+
+
+def test_the_shipped_tokenizer_is_found_without_looking_for_its_class(monkeypatch):
+    """Breaks when every start waits seconds for the import of all that `AutoTokenizer` may choose from (PyTorch too), or what is read
+    instead is another tokenizer.
+    """
+    found = transformers.AutoTokenizer.from_pretrained(str(SHIPPED_BASE), local_files_only=True)
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda *_, **__: pytest.fail("looked for"))
+    ours = bases.load_tokenizer(SHIPPED_BASE)
+    assert type(ours) is type(found) and ours.init_kwargs == found.init_kwargs
+    assert ours.backend_tokenizer.to_str() == found.backend_tokenizer.to_str()
 
 
 CODE = """

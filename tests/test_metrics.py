@@ -4,6 +4,7 @@ import json
 import struct
 import subprocess
 import sys
+import types
 
 import pytest
 
@@ -97,6 +98,16 @@ def test_a_resumed_run_shows_no_step_twice(tmp_path):
 def test_no_import_of_tensorboard_before_it_is_needed():
     """Breaks when a command that trains nothing waits for it to load."""
     subprocess.run([sys.executable, "-c", "import sys, icae_jax.training.metrics; sys.exit('tensorboardX' in sys.modules)"], check=True)
+
+
+def test_writing_metrics_imports_no_torch(tmp_path, monkeypatch):
+    """Breaks when a training waits seconds for PyTorch, of which tensorboardX needs nothing here, or hides it from what comes after."""
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("tensorboardX", "torch")]:
+        monkeypatch.delitem(sys.modules, name)
+    tried = []
+    monkeypatch.setattr(sys, "meta_path", [types.SimpleNamespace(find_spec=lambda name, *_: tried.append(name)), *sys.meta_path])
+    metrics.MetricsFile(tmp_path, -1).close()
+    assert "tensorboardX" in tried and "torch" not in tried and "torch" not in sys.modules
 
 
 def test_mfu():

@@ -38,6 +38,11 @@ def load_tokenizer(folder):
         raise UserError(f"{folder}: no tokenizer could be loaded (it has no tokenizer.json, tokenizer.model or vocab.json)")
 
     def load():
+        named = folder / "tokenizer_config.json"
+        stated = files.read_json(named, "a tokenizer's configuration") if named.exists() and (folder / "tokenizer.json").exists() else {}
+        # To look that class up among all others takes seconds, PyTorch's import among them.
+        if stated.get("tokenizer_class") == "TokenizersBackend" and "auto_map" not in stated:
+            return transformers.PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
         return transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
 
     try:

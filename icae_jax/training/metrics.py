@@ -1,14 +1,29 @@
 """Metrics of a run as one JSON object a line and as TensorBoard events, in step order, surviving restarts."""
 
+import contextlib
 import json
 import os
 import pathlib
+import sys
 import time
 
 from icae_jax import errors
 from icae_jax.interop import files
 
 WALL_CLOCK = ("seconds", "tokens_per_second", "mfu")  # the only fields that two equal runs may differ in
+
+
+@contextlib.contextmanager
+def _without(module):
+    """Imports within find no such module: tensorboardX would import PyTorch for what is not used here, which takes seconds."""
+    absent = module not in sys.modules
+    if absent:
+        sys.modules[module] = None
+    try:
+        yield
+    finally:
+        if absent:
+            del sys.modules[module]
 
 
 class MetricsFile:
@@ -20,9 +35,10 @@ class MetricsFile:
     """
 
     def __init__(self, workdir, resume_step):
-        # Imported here: it takes a second or more. Not its SummaryWriter, whose thread, once a full disk ends it, blocks the training loop.
-        from tensorboardX.event_file_writer import EventsWriter
-        from tensorboardX.proto import event_pb2, summary_pb2
+        # Not its SummaryWriter, whose thread, once a full disk ends it, blocks the training loop.
+        with _without("torch"):
+            from tensorboardX.event_file_writer import EventsWriter
+            from tensorboardX.proto import event_pb2, summary_pb2
 
         self.path = pathlib.Path(workdir) / "metrics.jsonl"
         if self.path.exists():
