@@ -1,5 +1,6 @@
 """Which attention a run computes: what is asked for, or what is fastest; never what its device, dtype or mesh cannot do."""
 
+import dataclasses
 import types
 
 import jax.numpy as jnp
@@ -13,7 +14,13 @@ from icae_jax.training import attention, sharding
 def on(platform, tensor=1, devices=1):
     """What stands in for a mesh of such devices."""
     shape = {"data": devices // tensor, "fsdp": 1, "tensor": tensor}
-    return types.SimpleNamespace(local_devices=[types.SimpleNamespace(platform=platform)], shape=shape, size=devices)
+    device = types.SimpleNamespace(platform=platform, device_kind=f"a {platform}")
+    return types.SimpleNamespace(local_devices=[device], shape=shape, size=devices)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_measured(monkeypatch):
+    monkeypatch.setattr(attention, "_MEASURED", {}, raising=False)
 
 
 def choose(asked, mesh, dtype=jnp.bfloat16, model=TINY):
@@ -38,6 +45,22 @@ def test_auto_takes_the_fastest_of_one_device_s_share(monkeypatch):
     assert name == "cudnn" and line == "attention: cudnn; a layer, forward and backward: xla 2.00 ms, cudnn 0.50 ms"
     assert (asked["rows"], asked["heads"], asked["kv_heads"], asked["length"]) == (2, 2, 1, 20)
     assert asked["dtype"] == jnp.bfloat16 and not asked["windows"]
+
+
+def test_the_same_sizes_are_timed_once(monkeypatch):
+    """Breaks when every compressor of a process times attention anew, or one takes what was measured for other sizes."""
+    asked = []
+
+    def fastest(**sizes):
+        asked.append(sizes)
+        return kernels.Choice("cudnn", {"xla": 2e-3, "cudnn": 5e-4}, {})
+
+    monkeypatch.setattr(kernels, "fastest", fastest)
+    first = choose("auto", on("gpu"))
+    assert choose("auto", on("gpu")) == choose("auto", on("gpu"), "bfloat16") == first and len(asked) == 1
+    for other in ({"mesh": on("gpu", devices=2)}, {"dtype": jnp.float16}, {"model": dataclasses.replace(TINY, windows=(5, 0))}):
+        assert choose("auto", **{"mesh": on("gpu"), **other}) == first
+    assert len(asked) == 4
 
 
 def test_auto_tells_what_the_device_refused(monkeypatch):
