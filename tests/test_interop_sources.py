@@ -6,6 +6,8 @@ import io
 import os
 import pathlib
 import shutil
+import subprocess
+import sys
 import tempfile
 import types
 
@@ -15,7 +17,7 @@ import jax
 import pytest
 import safetensors.numpy
 import tqdm
-from conftest import TINY, random_trained
+from conftest import ROOT, TINY, random_trained
 from etils import epath
 
 from icae_jax import cli, convert_base, errors
@@ -109,6 +111,38 @@ def test_hub_id_from_the_hubs_cache_without_a_network(tmp_path, tiny_base, monke
         assert contents(sources.local_folder(base)) == contents(tiny_base)
     with pytest.raises(ValueError, match=r"base 'org/tiny@v2': there is no folder .*HF_HUB_OFFLINE is set"):
         sources.local_folder("org/tiny@v2")
+
+
+def test_a_new_process_finds_the_hubs_settings(tmp_path):
+    """Breaks when a setting of the hub's library is looked up before the part that holds it is imported, as other tests have done."""
+    code = (
+        "from icae_jax import errors; from icae_jax.interop import sources\n"
+        "try: sources.local_folder('models/llama')\n"
+        "except errors.UserError as error: print(error)"
+    )
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    out = subprocess.run([sys.executable, "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert "there is no folder models/llama" in out.stdout and "HF_HUB_OFFLINE is set" in out.stdout, out.stderr
+
+
+def test_the_hubs_files_are_read_in_exact_ranges(tiny_base, monkeypatch):
+    """Breaks when the hub's filesystem reads more of a file than the rows that are asked for."""
+    read = []
+
+    def fetch(self, start, end):
+        read.append(end - start)
+        return (tiny_base / "model.safetensors").read_bytes()[start:end]
+
+    module = importlib.import_module("huggingface_hub.hf_file_system")
+    resolved = types.SimpleNamespace(unresolve=lambda: "org/tiny@c/model.safetensors")
+    size = (tiny_base / "model.safetensors").stat().st_size
+    monkeypatch.setattr(module.HfFileSystem, "resolve_path", lambda self, path, revision=None, **_: resolved)
+    monkeypatch.setattr(module.HfFileSystem, "info", lambda self, path, **_: {"name": path, "size": size, "type": "file"})
+    monkeypatch.setattr(module.HfFileSystemFile, "_fetch_range", fetch)
+    remote = sources.remote_opener("org/tiny", pathlib.Path("c" * 40))
+    rows = weights.read_rows(tiny_base, remote, "model.embed_tokens.weight", [7, 3])
+    assert (rows == safetensors.numpy.load_file(tiny_base / "model.safetensors")["model.embed_tokens.weight"][[7, 3]]).all()
+    assert read[0] == 8 and read[2:] == [TINY.hidden_size * 4] * 2
 
 
 def test_repository_without_a_base(tmp_path, monkeypatch):

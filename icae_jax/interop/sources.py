@@ -104,9 +104,9 @@ def _asking(base, function):
         else f"base {base!r} cannot be read"
     )
     if at_hub:
-        import huggingface_hub
+        from huggingface_hub import constants
 
-        if huggingface_hub.constants.HF_HUB_OFFLINE:
+        if constants.HF_HUB_OFFLINE:
             try:
                 return function()
             except Exception as error:  # whatever it is: without a network the cache is all there is
