@@ -154,7 +154,7 @@ def write(workdir, results):
     """Writes results.json, sweep.png and report.html into a folder. Returns the table as text, with what to know of it."""
     files.write_json(workdir / "results.json", results)
     header, rows = table(results)
-    notes = ["Losses: the last step's, nats per token. Wrong memory: another example's. Held out: the memory's, weighted as in training."]
+    notes = ["Losses: the last step's, nats per token. Wrong memory: another text's. Held out: the memory's, weighted as in training."]
     if len({tuple(p["weights"].items()) for p in results["points"]}) > 1:
         notes.append("The points weigh their objectives differently: compare objectives, not the weighted loss.")
     overrides = " ".join(f"--config.{field}={text}" for field, text in results["overrides"].items())

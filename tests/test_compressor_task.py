@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 from conftest import TINY, WORDS, write_jsonl
 
+from icae_jax import sweep_results
 from icae_jax.interop import base as bases
 from icae_jax.objectives import targets
+from icae_jax.training import step, train
 from icae_jax.training.compressor_task import CompressorTask
 from icae_jax.training.config import TrainConfig, from_dict
 
@@ -40,18 +42,75 @@ def task(raw, **changes):
     return CompressorTask(from_dict(TrainConfig, {k: v for k, v in raw.items() if k != "qa"} | changes))
 
 
-def test_eval_batches_read_their_own_and_another_memory(raw):
-    """Breaks when the control reads the right memory somewhere, or examples are left out."""
-    seen = 0
-    for kinds in task(raw).eval_batches():
-        real = kinds["memory"]["lengths"].sum(1) > 0
-        seen += int(real.sum())
-        assert kinds["memory"]["reads"].tolist() == [0, 1, 2, 3]
-        other = kinds["wrong_memory"]["reads"]
-        assert all(other[i] != i for i in np.flatnonzero(real)) and real.any()
-        if real.sum() > 1:
-            assert set(other[real]) == set(np.flatnonzero(real))
-    assert seen == 9
+def contexts(batch):
+    """The ids of each row's context, without padding."""
+    ids, lengths = batch["context"], batch["lengths"]
+    return [x[n[:, None] > np.arange(x.shape[1])].tolist() for x, n in zip(ids, lengths, strict=True)]
+
+
+def shapes(batch):
+    return jax.tree.map(lambda x: (x.shape, x.dtype), {k: v for k, v in batch.items() if k != "k"})
+
+
+def of_two_lengths(raw, tmp_path, examples):
+    """A task that fine-tunes with contexts of up to 12 and up to 32 tokens. examples: (words of a context, questions on it)."""
+    words = [" ".join(WORDS[8 + i % 40] for i in range(at, at + n)) for at, (n, _) in enumerate(examples)]
+    rows = [
+        {"context": text, "question": f"who {WORDS[9 + q]} ?", "answers": ["the cat"]}
+        for text, (_, questions) in zip(words, examples, strict=True)
+        for q in range(questions)
+    ]
+    data = raw["data"] | {"train": write_jsonl(tmp_path / "qa.jsonl", rows), "context_lengths": [12, 32], "questions_per_context": 1}
+    both = {"objectives": {"ae": 0.5, "lm": 0.0, "qa": 0.5}, "eval_examples": 40}
+    return task(raw, **finetuning(raw, tmp_path / "w", data=data | {"eval": data["train"]}) | both)
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_the_control_reads_another_text_s_memory(raw, tmp_path, batch_size):
+    """Breaks when the control reads the right memory somewhere: alone in a batch, beside another question on the same context, beside the
+    same text once more, or where no other text has its length; when examples are left out, or the two programs are not one.
+    """
+    windows = task(raw, batch_size=batch_size)
+    twice = write_jsonl(tmp_path / "twice.jsonl", [{"text": text} for text in ["the cat sat on the mat"] * 3 + ["a big dog ate"]])
+    same = task(raw, batch_size=batch_size, data=raw["data"] | {"eval": twice})
+    questions = of_two_lengths(raw | {"batch_size": batch_size}, tmp_path, [(8, 1), (20, 5), (24, 5)])
+    for made, count in ((windows, 9), (same, 4), (questions, 11)):
+        seen = 0
+        for kinds in made.eval_batches():
+            assert list(kinds) == ["memory", "wrong_memory"] and shapes(kinds["memory"]) == shapes(kinds["wrong_memory"])
+            jax.tree.map(np.testing.assert_array_equal, *(kinds[kind]["targets"] for kind in kinds))
+            for own, other in zip(*map(contexts, kinds.values()), strict=True):
+                own, other = (ids[len(made.framing.start) :] for ids in (own, other))
+                assert bool(own) == bool(other) and (not own or own[: len(other)] != other[: len(own)])
+                seen += bool(own)
+        assert seen == count
+        halves = [list(made.eval_batches(slice(at, at + batch_size // 2))) for at in (0, batch_size // 2)] if batch_size > 1 else []
+        for whole, *parts in zip(made.eval_batches(), *halves, strict=bool(halves)):
+            for kind in whole if halves else ():
+                joined = np.concatenate([part[kind]["context"] for part in parts])
+                np.testing.assert_array_equal(joined, whole[kind]["context"])
+
+
+def test_one_text_has_no_control(raw, tmp_path):
+    """Breaks when the only text's own memory, or a blank one, passes for a wrong one: the control is left out, and training goes on."""
+    one = of_two_lengths(raw | {"batch_size": 2}, tmp_path, [(20, 3)])
+    assert [list(kinds) for kinds in one.eval_batches()] == [["memory"]] * 2
+    with one.placement.active():
+        losses = train.evaluate(one, step.make_eval_step(one), one.init(), one.frozen, np.arange(2), 2)
+    assert losses.keys() == {"memory"} and one.held_out_loss(losses) > 0
+    line = {"step": 1, "eval": losses, "eval_loss": 1.0}
+    point = {"point": "a", "state": "done", "steps": 1, "train": {}, "held_out": line["eval"], "eval_loss": 1.0, "best": None}
+    header, (row,) = sweep_results.table({"points": [point | {"tokens_per_second": None}]})
+    assert "AE, memory" in header and not any("wrong" in cell for cell in header) and len(row) == len(header)
+
+
+def test_the_control_differs_from_the_memory_at_batch_size_1(raw):
+    """Breaks when at one example a batch the control is the right memory, to the last digit."""
+    made = task(raw, batch_size=1, objectives={"ae": 1.0, "lm": 0.0})
+    trained = jax.tree.map(lambda x: x + 0.1, made.init())
+    with made.placement.active():
+        losses = train.evaluate(made, step.make_eval_step(made), trained, made.frozen, np.arange(1), 1)
+    assert abs(losses["memory"]["ae"] - losses["wrong_memory"]["ae"]) > 1e-4
 
 
 def test_the_decoder_sees_the_context_through_the_memory_alone(raw):

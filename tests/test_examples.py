@@ -130,6 +130,10 @@ def test_partners_are_of_another_text_and_stay(tmp_path):
     assert made[0] == made[1] and len({e.cluster for e, _ in made[0].values()}) < len(made[0])
     twice = {"a": [drawn.Text("k", "1", "a", "text 1", ())], "b": [drawn.Text("k", "1", "b", "text 1", ())]}
     assert [e.partner for e in drawn.make(twice, 0, ByWords())[0]] == [()] * 4  # the same text in two sets is no other text
+    asked = [{"id": f"q{i}", "context": "text 4", "question": f"question {i} ?", "answers": ["one"]} for i in range(2)]
+    files = [write_jsonl(tmp_path / f"{name}.jsonl", rows) for name, rows in (("a", asked[:1]), ("b", asked[1:]))]
+    examples, _ = drawn.make(read(",".join(files)), 0, ByWords())
+    assert len({e.cluster for e in examples}) == 2 and not any(e.partner for e in examples)  # nor with another question on it
 
 
 def test_bad_input(tmp_path):

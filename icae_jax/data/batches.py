@@ -216,6 +216,25 @@ class Examples:
                 rows[: len(part)] = part
                 yield number, rows
 
+    def of_another_text(self, bucket, row):
+        """(bucket number, example number) of another text than an example's own: the next in its bucket, or else in the others.
+
+        None where all examples are of one text; texts of the same tokens are one.
+        """
+        own = self.buckets[bucket].examples[row][0]
+        ids = self.tokens.text(own)
+        for number in sorted(range(len(self.buckets)), key=lambda n: n != bucket):
+            texts, distinct = self.buckets[number].examples[:, 0], self._distinct_texts[number]  # both rising
+            for text in np.roll(distinct, -np.searchsorted(distinct, own, side="right")):
+                if not np.array_equal(self.tokens.text(text), ids):
+                    first, end = np.searchsorted(texts, text), np.searchsorted(texts, text, side="right")
+                    return number, int(first + row % (end - first))  # not only the beginnings of texts
+        return None
+
+    @functools.cached_property
+    def _distinct_texts(self):
+        return [np.unique(bucket.examples[:, 0]) for bucket in self.buckets]
+
     # ------------------------------------------------------------------------------------------------- into arrays
 
     def targets(self, bucket, row):
@@ -248,13 +267,31 @@ class Examples:
         """
         return self.pack(bucket, [self.targets(bucket, r) for r in rows])
 
+    def other_contexts(self, bucket, rows):
+        """`context` and `lengths` as `collate` gives them, but of another text than each example's own, in the same shapes.
+
+        None, whatever the rows, where all examples are of one text.
+        """
+        if not self._several_texts:
+            return None
+        contexts = [[] if row < 0 else self.targets(*self.of_another_text(bucket, row))[0] for row in rows]
+        length = self.buckets[bucket].length  # one from another bucket may be longer
+        return self._segments(bucket, [context[:length] for context in contexts])
+
+    @functools.cached_property
+    def _several_texts(self):
+        return self.of_another_text(next(i for i, bucket in enumerate(self.buckets) if len(bucket.examples)), 0) is not None
+
+    def _segments(self, bucket, contexts):
+        ids, lengths = encoder.segment_contexts(contexts, self.compression, self.buckets[bucket].shape, self.framing.eos)
+        return {"context": ids, "lengths": lengths}
+
     def pack(self, bucket, made, qa_shape=None):
         """The same, of examples that `targets` made. qa_shape: that of questions, where those of other sources are among them."""
-        bucket = self.buckets[bucket]
-        ids, lengths = encoder.segment_contexts([c for c, _ in made], self.compression, bucket.shape, self.framing.eos)
-        shapes = target_shapes(self.config, self.compression, self.objectives, bucket.length, qa_shape or self.qa_shape, self.pad_labels)
+        length, qa_shape = self.buckets[bucket].length, qa_shape or self.qa_shape
+        shapes = target_shapes(self.config, self.compression, self.objectives, length, qa_shape, self.pad_labels)
         targets = {o: layouts.pack([t.get(o, []) for _, t in made], *shape) for o, shape in shapes.items()}
-        return {"context": ids, "lengths": lengths, "targets": targets}
+        return self._segments(bucket, [context for context, _ in made]) | {"targets": targets}
 
 
 @jax.tree_util.register_static

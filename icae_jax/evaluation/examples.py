@@ -36,7 +36,8 @@ class Example:
 
     key: what it is known by when a run is continued. cluster: the text it is from; examples of one text are resampled together. ids: the
     context's tokens, without special ones. group: `{kind: value}`, parts that have a table of their own, such as {"tokens": "1-100"}.
-    partner: the context of another example, whose memory is the control.
+    text: sha256 of the whole text, whatever is asked of it and in whichever set. partner: the context of an example of another text, whose
+    memory is the control.
     """
 
     key: str
@@ -47,6 +48,7 @@ class Example:
     questions: tuple[Question, ...] = ()
     continuation: tuple[int, ...] = ()
     group: dict = dataclasses.field(default_factory=dict)
+    text: str = ""
     partner: tuple[int, ...] = ()
 
 
@@ -139,7 +141,7 @@ def make(sets, limit, suite):
 
 def example(text, ids, part="", **rest):
     """An `Example` of a text. part: what tells it from others of the same text."""
-    return Example(_hash(text.key, text.set, part), text.key, text.id, text.set, tuple(ids), **rest)
+    return Example(_hash(text.key, text.set, part), text.key, text.id, text.set, tuple(ids), text=_hash(text.text), **rest)
 
 
 def with_partners(examples):
@@ -148,6 +150,6 @@ def with_partners(examples):
     result = []
     for i, one in enumerate(examples):
         others = (examples[(i + step) % len(examples)] for step in range(1, len(examples)))
-        partner = next((other.ids for other in others if other.cluster != one.cluster), ())
+        partner = next((other.ids for other in others if other.text != one.text), ())
         result.append(dataclasses.replace(one, partner=partner))
     return result

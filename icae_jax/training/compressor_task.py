@@ -5,7 +5,6 @@ import pathlib
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from icae_jax.compression import encoder, layout, methods
 from icae_jax.data import batches, mixture, sources, tokens
@@ -58,11 +57,9 @@ class CompressorLosses:
         return flops.least(self.model.config, self.config.lora, self.compression, batch, self.heads).total
 
     def losses(self, trained, frozen, batch, dropout_key):
-        """`{objective: (sum, count)}`. The decoder sees a context through its memory alone, that of row `reads` where given."""
+        """`{objective: (sum, count)}`. The decoder sees a context through its memory alone."""
         c = self.compression
         memory = methods.compress(self.model, frozen, trained, batch["context"], batch["lengths"], c, batch["k"], dropout_key)
-        if "reads" in batch:
-            memory = memory[batch["reads"]]
         losses = loss.label_losses(self.decoder, frozen, trained, memory, batch["targets"], self.heads, c.layout, self.config.loss_chunk)
         return loss.objective_sums(losses, batch["targets"])
 
@@ -206,22 +203,19 @@ class CompressorTask(CompressorLosses):
         return sum(self.weights[o] * v for of in right for o, v in of.items()) / len(right)
 
     def eval_batches(self, rows=slice(None)):
-        """Fixed held-out batches, each as `{"memory": batch, "wrong_memory": batch}`: `reads [B]` names the row whose memory each row
-        reads, its own or its neighbour's. Where k is drawn, `memory` is the largest and `memory_k4`, `wrong_memory_k4`, … the others.
-        rows: as for `train_batches`.
+        """Fixed held-out batches, each as `{"memory": batch, "wrong_memory": batch}`: the same targets, with their own contexts and with
+        those of other texts. Where all held-out data are one text, there is no `wrong_memory`. Where k is drawn, `memory` is the largest
+        and `memory_k4`, `wrong_memory_k4`, … the others. rows: as for `train_batches`.
         """
         if self.eval_examples is None:
             return
         size = self.config.batch_size
         for bucket, chosen in self.eval_examples.held_out(size, self.config.eval_examples):
-            batch = self.eval_examples.collate(bucket, chosen[rows])
-            own, other, count = np.arange(size, dtype=np.int32), np.arange(size, dtype=np.int32), int((chosen >= 0).sum())
-            other[:count] = np.roll(other[:count], -1) if count > 1 else size - 1  # a single example reads a blank memory
-            kinds = {}
+            batch, others = self.eval_examples.collate(bucket, chosen[rows]), self.eval_examples.other_contexts(bucket, chosen[rows])
+            read, kinds = {"memory": batch} | ({"wrong_memory": batch | others} if others else {}), {}
             for k in sorted(self.compression.choices, reverse=True):
                 suffix = "" if k == self.compression.k else f"_k{k}"
-                for kind, reads in (("memory", own), ("wrong_memory", other)):
-                    kinds[kind + suffix] = batch | {"reads": reads[rows], "k": batches.StaticInt(k)}
+                kinds |= {kind + suffix: of | {"k": batches.StaticInt(k)} for kind, of in read.items()}
             yield kinds
 
     def export(self, workdir, trained):

@@ -45,7 +45,7 @@ def parameter_counts(trained, frozen):
 def evaluate(task, eval_step, trained, frozen, rows, batch_size):
     """Mean held-out losses, `{kind: {objective: nats}}`; empty without held-out data.
 
-    The kinds are the task's: for a compressor "memory" and, as the control, "wrong_memory", another example's: what stays the same
+    The kinds are the task's: for a compressor "memory" and, as the control, "wrong_memory", another text's: what stays the same
     there was not read from the memory. rows: of each batch, those that this process makes.
     """
     mesh, totals = task.placement.mesh, {}
