@@ -8,8 +8,8 @@ import itertools
 import json
 import os
 import pathlib
+import secrets
 import shutil
-import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from typing import BinaryIO
@@ -259,7 +259,8 @@ def tokenise(source, tokenizer, cache_dir="", tfds_dir=None, max_row_bytes=readi
 
 
 def _write(folder, source, tokenizer, tfds_dir, max_row_bytes):
-    tmp = pathlib.Path(tempfile.mkdtemp(dir=folder.parent, prefix=".new."))
+    tmp = folder.with_name(f".new.{secrets.token_hex(4)}")
+    tmp.mkdir()  # as open as the umask says: others may share the cache
     try:
         _build(tmp, source, tokenizer, tfds_dir, max_row_bytes)
         files.write_json(tmp / cache.ABOUT, {"version": CACHE_VERSION, "source": source})
