@@ -1,5 +1,6 @@
 """`icae quickstart`: train both methods on a small shipped base and show what their memories are worth, in one page."""
 
+import copy
 import html
 import json
 import pathlib
@@ -7,26 +8,32 @@ import runpy
 import sys
 import time
 
+import jax.numpy as jnp
 import numpy as np
+from tqdm import tqdm
 
 from icae_jax.data import synthetic
 from icae_jax.errors import UserError
 from icae_jax.evaluation import plain, report, scores
-from icae_jax.inference.compressor import Compressor, load
+from icae_jax.inference.compressor import Compressor
 from icae_jax.interop import adapter as adapters
+from icae_jax.interop import base as bases
 from icae_jax.interop import files
-from icae_jax.training import metrics
+from icae_jax.training import metrics, sharding
 from icae_jax.training.base_task import BASE, BaseTask
 from icae_jax.training.compressor_task import CompressorTask
 from icae_jax.training.config import BaseConfig, TrainConfig, from_dict
-from icae_jax.training.train import train
+from icae_jax.training.train import NORMAL, QUIET, VERBOSE, train
 
 SHIPPED_BASE = pathlib.Path(__file__).parent / "data" / "tiny_base"
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
-PHASES = ("pretrain", "finetune")
-METHODS = {"icae": "ICAE", "x500": "500x"}  # and what the page calls them
+PHASES = {"pretrain": "restoring", "finetune": "answering"}  # and what is learned in it
+METHODS = {"x500": "500x", "icae": "ICAE"}  # and what the page calls them; in this order, the sooner trained first
+QUICK, FULL = "4x", ""  # recipes of configs/quickstart.py: memories at one ratio, or at both
 TRAIN_SEED, HELD_OUT_SEED = 1, 2
-TRAIN_PASSAGES = 12_000
+TRAIN_PASSAGES, QUICK_PASSAGES = 12_000, 4_500
+SHOWN_EVERY = 50  # steps of training, after which a restored sentence is shown
+BATCH = 50  # passages compressed and decoded at once, always, so that every program is compiled once
 
 
 def get_config(name, arg=None):
@@ -54,15 +61,19 @@ def write_data(folder, train_passages, held_out_passages):
 def measure(compressor, untrained, rows, k):
     """What memories of k tokens a segment are worth on held-out passages: (scores of QA and restoration with controls, restored texts)."""
     contexts = [row["context"] for row in rows]
-    questions = [[q["question"] for q in row["questions"]] for row in rows]
-    memory, blank = (c.compress(contexts, batch_size=50, k=k) for c in (compressor, untrained))
+    questions = _questions(rows)
+    memory, blank = (c.compress(contexts, batch_size=BATCH, k=k) for c in (compressor, untrained))
     wrong = memory[np.roll(np.arange(len(rows)), -1)]
     answers = {
-        "memory": compressor.ask(memory, questions, 8, batch_size=50),
-        "wrong memory": compressor.ask(wrong, questions, 8, batch_size=50),
-        "untrained memory": untrained.ask(blank, questions, 8, batch_size=50),
+        "memory": compressor.ask(memory, questions, 8, batch_size=BATCH),
+        "wrong memory": compressor.ask(wrong, questions, 8, batch_size=BATCH),
+        "untrained memory": untrained.ask(blank, questions, 8, batch_size=BATCH),
     }
-    restored, unrestored = compressor.restore(memory, batch_size=50), untrained.restore(blank, batch_size=50)
+    restored, unrestored = compressor.restore(memory, batch_size=BATCH), untrained.restore(blank, batch_size=BATCH)
+    losses = {}
+    for arm, read in (("memory", memory), ("wrong memory", wrong)):
+        found = compressor.score_restoring(read, contexts, batch_size=BATCH)
+        losses[arm] = -sum(score.log_prob for score in found) / sum(score.tokens for score in found)
     return {
         "memory_tokens": float(memory.tokens.mean()),
         "ratio": float(memory.lengths.sum() / memory.tokens.sum()),
@@ -70,15 +81,18 @@ def measure(compressor, untrained, rows, k):
         "qa_exact_match": {arm: _right(given, rows) for arm, given in answers.items()},
         "bleu": {"memory": scores.bleu(restored, contexts), "untrained memory": scores.bleu(unrestored, contexts)},
         "exact_passages": scores.exact_match(restored, contexts),
+        "ae_loss": losses,
     }, restored
 
 
 def controls(compressor, rows):
     """QA exact match of the base alone, with the passage in its prompt and without."""
-    questions = [[q["question"] for q in row["questions"]] for row in rows]
-    contexts = [row["context"] for row in rows]
-    arms = {"full context": plain.answer(compressor, questions, contexts), "no context": plain.answer(compressor, questions)}
-    return {arm: _right(given, rows) for arm, given in arms.items()}
+    arms = {"full context": [row["context"] for row in rows], "no context": None}
+    return {arm: _right(plain.answer(compressor, _questions(rows), contexts, 8, 2 * BATCH), rows) for arm, contexts in arms.items()}
+
+
+def _questions(rows):
+    return [[q["question"] for q in row["questions"]] for row in rows]
 
 
 def _right(answers, rows):
@@ -106,21 +120,19 @@ def summary_table(result):
     return ("", *(METHODS[m["method"]] for m in memories)), rows
 
 
-def _curve(workdir, largest):
-    """Held-out losses of both methods, one phase after the other."""
+def _curves(workdir, largest):
+    """Training losses of both methods, one phase after the other. Hardly a passage is seen twice, so that they tell of new ones too."""
     series = {}
     for method, name in METHODS.items():
         offset = 0
         for phase in PHASES:
-            lines = [x for x in metrics.read(workdir / method / phase / "metrics.jsonl") if "eval" in x]
+            lines = [x for x in metrics.read(workdir / method / phase / "metrics.jsonl") if "train" in x]
             for line in lines:
-                for kind, losses in line["eval"].items():
-                    what, _, k = kind.partition("_k")
-                    for objective, value in losses.items() if what == "memory" else ():
-                        label = f"{name}, {k or largest} tokens: {objective.upper()}"
-                        xs, ys, _ = series.setdefault(label, ([], [], objective == "qa"))
-                        xs.append(offset + line["step"])
-                        ys.append(value)
+                for objective, value in line["train"].items():
+                    label = f"{name}, {line.get('k', largest)} tokens: {objective.upper()}"
+                    xs, ys, _ = series.setdefault(label, ([], [], objective == "qa"))
+                    xs.append(offset + line["step"])
+                    ys.append(value)
             offset += max((x["step"] for x in lines), default=0)
     return report.curves(series, log=True)
 
@@ -133,46 +145,76 @@ def _examples(contexts, restored):
     return (broken[:1] + whole[:1] + broken[1:2] + whole[1:2])[:2]
 
 
-def train_method(method, workdir, base, data, steps, compression=()):
-    """Trains both phases of a method in `workdir`. data: the folder of `write_data`. steps: `{phase: steps}` other than the recipe's.
+def _sentence(text):
+    """The second sentence of a text, which tells the first fact; of a text with fewer, the last."""
+    sentences = text.split(". ")
+    return sentences[min(1, len(sentences) - 1)].strip()
 
-    compression: fields of the compression configuration to set. Returns (exit code, its `Compressor` before training).
+
+def show_restored(compressor, rows, say):
+    """A `watch` of `train`: after every `SHOWN_EVERY` steps says a sentence of a held-out passage beside what its memory gives back."""
+    contexts = [row["context"] for row in rows[:BATCH]]
+
+    def watch(step, trained):
+        if step % SHOWN_EVERY:
+            return
+        present = copy.copy(compressor)
+        present.trained = trained
+        restored = present.restore(present.compress(contexts, BATCH), batch_size=BATCH)
+        whole = sum(a == b.strip() for a, b in zip(contexts, restored, strict=True))
+        say(f"step {step:3}   {_sentence(contexts[0])} → {_sentence(restored[0])}   ({whole} of {len(contexts)} passages came back whole)")
+
+    return watch
+
+
+def load_base(source):
+    """A base as all of the quickstart's trainings have it, read once."""
+    placement = sharding.Placement(sharding.make_mesh(), bases.sizes(source))
+    return bases.load_base(source, jnp.float32, placement.parameter)
+
+
+def train_method(method, workdir, base, data, steps, compression=(), *, recipe=FULL, verbosity=NORMAL, rows=()):
+    """Trains both phases of a method in `workdir`, on a base of `load_base`. data: the folder of `write_data`. steps: `{phase: steps}`
+    other than the recipe's.
+
+    compression: fields of the compression configuration to set. recipe: `QUICK` or `FULL`. rows: held-out passages, of which a restored
+    sentence is shown now and then. Returns (exit code, its `Compressor` or None, its `Compressor` before training).
     """
     untrained = None
-    for phase in PHASES:
-        raw = get_config("quickstart", f"{phase}-{method}")
-        raw["base"] = str(base)
+    for phase, learned in PHASES.items():
+        raw = get_config("quickstart", "-".join(filter(None, (phase, method, recipe))))
+        raw["base"] = base.path
         raw["data"] |= {"train": str(data / "train.jsonl"), "eval": str(data / "held_out.jsonl"), "cache_dir": str(data / "cache")}
         raw["compression"] |= dict(compression)
         raw["steps"] = steps.get(phase, raw["steps"])
         if phase == "finetune":
             raw["init_from"] = str(workdir / "pretrain")
         c = from_dict(TrainConfig, raw)
-        task = CompressorTask(c)
+        task = CompressorTask(c, base)
         if phase == "pretrain":  # with the choices of k that only the second phase may train, to be measured alike
-            untrained = adapters.Adapter(c.compression, c.lora, task.template, task.init(), str(base), task.base.fingerprint)
-            untrained = Compressor(task.base, untrained, workdir)
-        print(f"--- {METHODS[method]}, {phase}: {c.steps} steps", file=sys.stderr)
-        code = train(c, task, workdir / phase)
+            untrained = adapters.Adapter(c.compression, c.lora, task.template, task.init(), base.path, base.fingerprint)
+            untrained = Compressor(base, untrained, workdir, mesh=task.placement.mesh)
+        watch = show_restored(untrained, rows, lambda text: tqdm.write(text, file=sys.stderr)) if len(rows) else None
+        code = train(c, task, workdir / phase, verbosity=verbosity, title=f"{METHODS[method]}, {learned}", watch=watch)
         if code:
-            return code, untrained
-    return 0, untrained
+            return code, None, untrained
+    folder = workdir / phase / adapters.IN_WORKDIR
+    adapter = adapters.load_adapter(folder, base)
+    return 0, Compressor(base, adapter, folder, mesh=task.placement.mesh), untrained
 
 
 def compare(trained, rows):
-    """Measures compressors side by side. trained: (method, workdir of `train_method`, its `Compressor` before training) of each.
+    """Measures compressors side by side. trained: (method, its workdir, its `Compressor`, the one before training) of each, see
+    `train_method`.
 
     Returns (result as plain numbers, `{(method, k): restored texts}`), the most memory tokens first.
     """
     memories, restored = [], {}
-    for method, workdir, untrained in trained:
-        compressor = load(workdir / "finetune" / adapters.IN_WORKDIR)
-        ends = [[x for x in metrics.read(workdir / phase / "metrics.jsonl") if "eval" in x][-1] for phase in PHASES]
+    for method, workdir, compressor, untrained in trained:
+        steps = [max(line["step"] for line in metrics.read(workdir / phase / "metrics.jsonl")) for phase in PHASES]
         for k in compressor.config.choices:
-            kind = "" if k == compressor.config.k else f"_k{k}"
-            ae = {arm: ends[-1]["eval"][prefix + kind]["ae"] for arm, prefix in (("memory", "memory"), ("wrong memory", "wrong_memory"))}
             measured, restored[method, k] = measure(compressor, untrained, rows, k)
-            memories.append({"method": method, "k": k, "steps": [end["step"] for end in ends], **measured, "ae_loss": ae})
+            memories.append({"method": method, "k": k, "steps": steps, **measured})
     memories.sort(key=lambda m: -m["k"])
     tokenizer = compressor.base.tokenizer
     result = {
@@ -186,43 +228,85 @@ def compare(trained, rows):
     return result, restored
 
 
-def main(parser, argv):
-    """Runs the quickstart in a workdir; run again, it continues or shows the result again. Returns an exit code."""
-    parser.add_argument("--workdir", default="quickstart", help="where everything goes (default: ./quickstart)")
+def first_answer(compressor, rows):
+    """Lines that show a memory at work: a held-out passage, a question, and what is answered and restored from the memory alone."""
+    part = rows[:BATCH]
+    memory = compressor.compress([row["context"] for row in part], BATCH)
+    answers = compressor.ask(memory, _questions(part), 8, batch_size=BATCH)
+    restored = compressor.restore(memory, batch_size=BATCH)
+    return [
+        f"  passage     {part[0]['context']}",
+        f"  its memory  {memory.tokens[0]} tokens for {memory.lengths[0]}, {memory.bytes[0]:,} bytes; the passage is put away",
+        f"  question    {part[0]['questions'][1]['question']}",
+        f"  answer      {answers[0][1]}",
+        f"  restored    {restored[0]}",
+    ]
+
+
+PLAN = """\
+Trains {methods} on a small shipped base: passages of 46 tokens are written into memories of {k} tokens, restored, and asked about.
+On 2 CPU cores without other load: {times}.
+At the end: a table beside the controls, and {workdir}/report.html. Stopped in the middle, the same command continues.
+"""
+TIMES = {
+    QUICK: "the first answer within 2 minutes, all of it within 5 (--full: memories of 2 tokens as well, 10 minutes)",
+    FULL: "the first answer within 4 minutes, all of it within 10",
+}
+
+
+def main(parser, argv, began=None):
+    """Runs the quickstart in a workdir; run again, it continues or shows the result again. Returns an exit code.
+
+    began: when the command was started (`time.perf_counter`), by default now.
+    """
+    parser.add_argument("--workdir", help="where everything goes (default: ./quickstart, with --full ./quickstart_full)")
+    parser.add_argument("--full", action="store_true", help="one model of each method for 4x and 22x, trained longer")
     parser.add_argument("--from-scratch", action="store_true", help="train the small base anew instead of using the shipped one")
     parser.add_argument("--steps", type=int, help="steps of each phase, to look at a shorter or longer run (default: the recipe's)")
     parser.add_argument("--held_out", type=int, default=100, help="held-out passages to measure on")
+    parser.add_argument("--verbose", action="store_true", help="say all that training says, its parameters and checkpoints too")
     args = parser.parse_args(argv)
-    for name in ("steps", "held_out"):
+    for name, least in (("steps", 1), ("held_out", 2)):  # two: each is measured with the other's memory too
         value = getattr(args, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name} is {value}; it must be at least 1")
-    began = time.perf_counter()
-    workdir = pathlib.Path(args.workdir)
+        if value is not None and value < least:
+            raise UserError(f"--{name} is {value}; it must be at least {least}")
+    began = time.perf_counter() if began is None else began
+    workdir = pathlib.Path(args.workdir or ("quickstart_full" if args.full else "quickstart"))
+    recipe, verbosity = FULL if args.full else QUICK, VERBOSE if args.verbose else QUIET
+
+    def minutes():
+        return (time.perf_counter() - began) / 60
 
     # ------------------------------------------------------------------------------------------------------ the base
+    if not (SHIPPED_BASE / "config.json").exists() and not args.from_scratch:
+        raise UserError(f"{SHIPPED_BASE}: the shipped base is not there; reinstall, or run with --from-scratch")
+    config = get_config("quickstart", "-".join(filter(None, ("pretrain", "x500", recipe))))  # there? Found out before anything is written
+    choices = config["compression"]["k_choices"] or (config["compression"]["k"],)
+    ks = " and ".join(map(str, sorted(choices, reverse=True)))
+    print(PLAN.format(methods=" and ".join(METHODS.values()), k=ks, times=TIMES[recipe], workdir=workdir), file=sys.stderr, flush=True)
     base = SHIPPED_BASE
     if args.from_scratch:
         config = from_dict(BaseConfig, get_config("tiny_base"))
-        code = train(config, BaseTask(config), workdir / "base_training")
+        code = train(config, BaseTask(config), workdir / "base_training", verbosity=verbosity, title="the base")
         if code:
             return code
         base = workdir / "base_training" / BASE
-    if not (base / "config.json").exists():
-        raise UserError(f"{base}: the shipped base is not there; reinstall, or run with --from-scratch")
 
     # ------------------------------------------------------------------------- data, then the two phases of each method
-    steps = {phase: args.steps for phase in PHASES} if args.steps else {}
-    get_config("quickstart")  # is it there? Found out before anything is written
+    steps = dict.fromkeys(PHASES, args.steps) if args.steps else {}
+    base = load_base(base)
     data = workdir / "data"
-    write_data(data, TRAIN_PASSAGES, args.held_out)
+    write_data(data, TRAIN_PASSAGES if args.full else min(TRAIN_PASSAGES, QUICK_PASSAGES), args.held_out)
     rows = synthetic.passages(HELD_OUT_SEED, args.held_out)
     trained = []
     for method in METHODS:
-        code, untrained = train_method(method, workdir / method, base, data, steps)
+        code, *compressors = train_method(method, workdir / method, base, data, steps, recipe=recipe, verbosity=verbosity, rows=rows)
         if code:
             return code
-        trained.append((method, workdir / method, untrained))
+        if not trained:
+            lines = first_answer(compressors[0], rows)
+            print("\n".join([f"\nThe first answer from a memory, after {minutes():.1f} minutes:", *lines, ""]), flush=True)
+        trained.append((method, workdir / method, *compressors))
 
     # ---------------------------------------------------------------------------------------------------- the result
     result, restored = compare(trained, rows)
@@ -239,10 +323,9 @@ def main(parser, argv):
         f'icae ask --memory {memory_path} --question "{example["questions"][1]["question"]}"',
         f"icae restore --memory {memory_path}",
     ]
-    minutes = (time.perf_counter() - began) / 60
     facts = (
         f"{result['passages']} held-out passages of about {result['context_tokens']:.0f} tokens ({result['bits']:.0f} bits each), "
-        f"{result['questions']} questions, the same data and seed for both methods; {minutes:.1f} minutes."
+        f"{result['questions']} questions, the same data and seed for both methods; {minutes():.1f} minutes since the start."
     )
     contexts = [r["context"] for r in rows]
     arms = [(m["method"], m["k"]) for m in result["memories"]]
@@ -259,12 +342,11 @@ def main(parser, argv):
             "<h2>Restored texts</h2>",
             "<p>Original, then restored (lost words struck out, made-up words marked):</p>",
             *[
-                f"<p>{name}, {k} tokens</p>"
-                f'<div class="text">{html.escape(original)}</div>{report.difference(original, text)}'
+                f'<p>{name}, {k} tokens</p><div class="text">{html.escape(original)}</div>{report.difference(original, text)}'
                 for name, k, original, text in shown
             ],
-            "<h2>Held-out losses</h2>",
-            _curve(workdir, result["memories"][0]["k"]),
+            "<h2>Losses while training</h2>",
+            _curves(workdir, result["memories"][0]["k"]),
             "<h2>Next</h2>",
             f"<p>{html.escape(example['context'])}</p><pre>{html.escape(chr(10).join(commands))}</pre>",
         ],

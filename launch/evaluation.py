@@ -1,8 +1,8 @@
 """Every suite of `icae evaluate` on small models: the quickstart's adapters, and one of `launch/stories.sh` on a real base and text.
 
-    icae quickstart
+    icae quickstart --full
     launch/stories.sh DATA runs/stories4
-    python launch/evaluation.py --workdir runs/evaluation --quickstart quickstart --stories runs/stories4 --data DATA
+    python launch/evaluation.py --workdir runs/evaluation --quickstart quickstart_full --stories runs/stories4 --data DATA
 
 Trains the few variants that the ablations compare, then runs the suites one after another; run again, it continues. Each suite's folder
 in the workdir holds results.json and report.html.
@@ -40,8 +40,8 @@ def icae(*argv):
 
 
 def _asked(row):
-    """A passage's questions with their answers, as the base reads them in plain text."""
-    return [synthetic.TEMPLATE.format(question=q["question"]) + f" {q['answers'][0]}{synthetic.EOS}" for q in row["questions"]]
+    """A passage's questions with their answers, in plain text. A full stop ends them, as it ends sentences: a text cannot spell `</s>`."""
+    return [synthetic.TEMPLATE.format(question=q["question"]) + f" {q['answers'][0]}." for q in row["questions"]]
 
 
 def _people(row):
@@ -57,13 +57,13 @@ def write_texts(folder, count, seed=quickstart.HELD_OUT_SEED):
     tokenizer = bases.load_tokenizer(quickstart.SHIPPED_BASE)
     rows = synthetic.passages(seed, 20 * SPANS * count)
     rows = [row for row in rows if len(tokenizer(row["context"], add_special_tokens=False)["input_ids"]) == PASSAGE]
-    one = [row["context"] + " " + "".join(_asked(row)) for row in rows[:count]]
+    one = [" ".join([row["context"], *_asked(row)]) for row in rows[:count]]
     several, group = [], []
     for row in rows:
         if not any(_people(row) & _people(other) for other in group):
             group.append(row)
         if len(group) == SPANS:
-            several.append(" ".join(r["context"] for r in group) + " " + "".join(q for r in group for q in _asked(r)[1::4]))
+            several.append(" ".join([r["context"] for r in group] + [q for r in group for q in _asked(r)[1::4]]))
             group = []
     for name, texts in (("continued", one), ("spans", several[:count])):
         with files.replacing_file(folder / f"{name}.jsonl") as tmp:
@@ -153,7 +153,7 @@ def on_stories(trained, data, workdir, limit, steps):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--workdir", required=True, type=pathlib.Path, help="where everything goes; run again, it continues")
-    parser.add_argument("--quickstart", type=pathlib.Path, help="workdir of `icae quickstart`")
+    parser.add_argument("--quickstart", type=pathlib.Path, help="workdir of `icae quickstart --full`")
     parser.add_argument("--stories", type=pathlib.Path, help="OUT of launch/stories.sh")
     parser.add_argument("--data", type=pathlib.Path, help="DATA of launch/stories.sh")
     parser.add_argument("--limit", type=int, default=100, help="texts of each set")

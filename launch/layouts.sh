@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Every position layout of both methods on the quickstart's base and data, 11 memory tokens: held-out AE, then QA, at equal steps and seeds.
 #   launch/layouts.sh QUICKSTART OUT [STEPS]
-# QUICKSTART: the workdir of `icae quickstart` (its data is used). STEPS: of each phase, 200 by default.
+# QUICKSTART: the workdir of `icae quickstart --full` (its data is used). STEPS: of each phase, 200 by default.
 set -euo pipefail
 usage="usage: launch/layouts.sh QUICKSTART OUT [STEPS]"
 quickstart=${1:?$usage} out=${2:?$usage} steps=${3:-200}

@@ -24,7 +24,7 @@ SEGMENT = 55  # text tokens, as in configs/quickstart.py
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--workdir", required=True, type=pathlib.Path, help="where everything goes; run again, it continues")
-    parser.add_argument("--methods", nargs="+", default=list(quickstart.METHODS), choices=list(quickstart.METHODS))
+    parser.add_argument("--methods", nargs="+", default=["icae", "x500"], choices=list(quickstart.METHODS))
     parser.add_argument("--k", nargs="+", type=int, default=[11, 2], help="memory tokens of a passage of 46")
     parser.add_argument("--steps", nargs=2, type=int, default=[400, 300], help="of restoring, and of restoring and answering")
     parser.add_argument("--held_out", type=int, default=100, help="held-out passages to measure on")
@@ -36,14 +36,14 @@ def main():
                 parser.error(f"--{name} is {value}; it must be at least {least}{f' and at most {most}' if most else ''}")
     data, steps = args.workdir / "data", dict(zip(quickstart.PHASES, args.steps, strict=True))
     quickstart.write_data(data, quickstart.TRAIN_PASSAGES, args.held_out)
-    trained = []
+    base, trained = quickstart.load_base(quickstart.SHIPPED_BASE), []
     for k in args.k:
         for method in args.methods:
             workdir, fields = args.workdir / f"{method}-{k}", {"k": k, "rate": SEGMENT / k, "k_choices": ()}
-            code, untrained = quickstart.train_method(method, workdir, quickstart.SHIPPED_BASE, data, steps, fields)
+            code, *compressors = quickstart.train_method(method, workdir, base, data, steps, fields)
             if code:
                 return code
-            trained.append((method, workdir, untrained))
+            trained.append((method, workdir, *compressors))
     result, _ = quickstart.compare(trained, synthetic.passages(quickstart.HELD_OUT_SEED, args.held_out))
     files.write_json(args.workdir / "results.json", result)
     print(report.text_table(*quickstart.summary_table(result)))
