@@ -116,7 +116,7 @@ def figure(results):
         has = sorted((positions[i], p["held_out"][kind][o]) for i, p in measured if o in p["held_out"].get(kind, {}))
         line, marker = (":", "s") if what == KINDS["wrong_memory"] else ("-", "o")
         style = {"marker": marker, "linestyle": "none" if categories else line, "linewidth": 1.6}  # between names there is nothing
-        against_field.plot(*zip(*has, strict=True), **style, color=colours[o.upper() + k], label=f"{o.upper()}{k}, {what}")
+        against_field.plot(*zip(*has, strict=True), **style, color=colours[o.upper() + k], label=report.literal(f"{o.upper()}{k}, {what}"))
     if log_x:
         against_field.set_xscale("log")
     if categories:
@@ -125,14 +125,14 @@ def figure(results):
     if ticks is not None:
         texts = categories or [shown(x) for x in ticks]
         turned = {"rotation": 20, "ha": "right"} if sum(map(len, texts)) > 60 else {}
-        against_field.set_xticks(ticks, texts, **turned)
+        against_field.set_xticks(ticks, [report.literal(text) for text in texts], **turned)
         against_field.xaxis.set_minor_locator(ticker.NullLocator())
-    against_field.set_xlabel(label)
+    against_field.set_xlabel(report.literal(label))
     against_field.set_title("at the last step")
 
     for i, p in measured:
         colour = colormaps["viridis"](0.9 * i / max(len(results["points"]) - 1, 1))
-        against_steps.plot(*zip(*p["curve"], strict=True), "-", color=colour, label=p["point"], linewidth=1.6)
+        against_steps.plot(*zip(*p["curve"], strict=True), "-", color=colour, label=report.literal(p["point"]), linewidth=1.6)
     against_steps.xaxis.get_major_locator().set_params(integer=True)
     against_steps.set_xlabel("step")
     against_steps.set_title("memory, weighted as in training")

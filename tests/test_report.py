@@ -3,6 +3,7 @@
 import itertools
 import re
 import time
+import warnings
 import xml.etree.ElementTree as ElementTree
 
 import pytest
@@ -99,6 +100,26 @@ def test_figures_are_readable_without_seeing_them():
     assert root.tag == "figure" and root[-1].tag == "figcaption" and root[-1].text == "what < it shows"
     assert root[0].attrib["role"] == "img" and root[0].attrib["aria-label"] == "T y <nats> by x: a & b"
     assert "a & b" in [x.text for x in root.iter() if x.tag.endswith("}text")]  # letters, not outlines
+
+
+ODD = ["5$_a_$6", r"\$x^2$", "$", "_under", "a\nb", r"C:\new\frac{1}{", "日本 & <b>", "x^2_$", "$\\undefined$"]
+
+
+def test_names_stand_in_figures_as_they_are():
+    """Breaks when a name is set as a formula, or fails as one after hours of measuring, or a legend leaves it out."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        figures = [
+            report.bars(ODD, {name: estimates(len(ODD)) for name in ODD}, "y $_1$", "x_$^$", title="$t$"),
+            report.lines({name: ([1, 2], estimates(2)) for name in ODD}, "x_$^$", "y $_1$", title="$t$"),
+            report.curves({name: ([1, 2], [1, 2], False) for name in ODD}, "x_$^$", "y $_1$", title="$t$"),
+        ]
+    for svg in figures:
+        root = ElementTree.fromstring(svg)
+        texts = ["".join(x.itertext()).replace("\u200b", "") for x in root.iter() if x.tag.endswith("}text")]
+        for shown in (*(part for name in ODD for part in name.split("\n")), "x_$^$", "y $_1$", "$t$"):
+            assert shown in texts, (shown, texts)
+        assert root.attrib["aria-label"].startswith("$t$ y $_1$ by x_$^$: 5$_a_$6, ") and "_under" in root.attrib["aria-label"]
 
 
 def test_lines_draw_means_and_bands(drawn):

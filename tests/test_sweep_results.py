@@ -100,6 +100,15 @@ def test_names_and_grids_are_categories(made):
     assert {line.get_linestyle() for line in left.get_lines()} == {"None"}
 
 
+def test_values_stand_in_the_figure_as_they_are(made, tmp_path):
+    """Breaks when a value such as a file's name is set as a formula, or fails as one when all points are trained."""
+    results = made(*(({"data.eval": name}, losses(1.0), True) for name in ("5$_a_$6.jsonl", "$\\undefined$")))
+    sweep_results.write(tmp_path, results)
+    left, _ = (figure := sweep_results.figure(results)).axes
+    figure.draw_without_rendering()
+    assert [t.get_text().replace(r"\$", "$") for t in left.get_xticklabels()] == ["5$_a_$6.jsonl", "$\\undefined$"]
+
+
 def test_grid(made):
     grid = [({"lora.rank": r, "lora.scale": s}, losses(1.0), True) for r in (2, 4) for s in (1.0, 2.0)]
     left, _ = sweep_results.figure(made(*grid)).axes

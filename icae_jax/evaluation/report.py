@@ -6,6 +6,7 @@ import io
 import itertools
 import math
 import re
+import warnings
 import zlib
 
 import numpy as np
@@ -30,6 +31,7 @@ COLOURS = ("#CC6677", "#332288", "#999933", "#117733", "#88CCEE", "#882255", "#4
 CONTROLS = {"full context": "#000000", "no context": "#999999"}
 MARKERS = "osD^vP*Xp<>"  # the second sign of an arm, for who sees no colours
 MOST_LABELS = 16  # along the x axis
+_NO_WIDTH = "\u200b"  # a space of no width
 
 
 def table(header, rows):
@@ -85,12 +87,25 @@ def palette(names):
     return out
 
 
+def literal(text):
+    """A text as matplotlib is to be given it, so that it stands in a figure as it is: two $ would make a formula of what is between them,
+    and a legend leaves out names that begin with _.
+    """
+    text = str(text).replace("$", r"\$")
+    return f"{_NO_WIDTH}{text}" if text.startswith("_") else text
+
+
+def _read_back(text):
+    """What `literal` was given."""
+    return text.removeprefix(_NO_WIDTH).replace(r"\$", "$")
+
+
 def curves(series, xlabel="step", ylabel="loss (nats per token)", log=False, title=None, caption=None, colours=None):
     """A line chart as SVG. series: `{name: (xs, ys, dashed)}`. The rest: as `lines`."""
     figure, axes = _axes(xlabel, ylabel, title, [x for xs, *_ in series.values() for x in xs])
     colours = colours or palette(series)
     for name, (xs, ys, dashed) in series.items():
-        axes.plot(xs, ys, "--" if dashed else "-", label=name, linewidth=1.6, color=colours[name])
+        axes.plot(xs, ys, "--" if dashed else "-", label=literal(name), linewidth=1.6, color=colours[name])
     return _svg(figure, axes, log, caption)
 
 
@@ -112,7 +127,7 @@ def lines(series, xlabel, ylabel, log=False, title=None, caption=None, colours=N
     for i, (name, (xs, estimates)) in enumerate(series.items()):
         mean, low, high = np.array([e[:3] for e in estimates], float).T
         mark = {"marker": MARKERS[i % len(MARKERS)], "markersize": 4.5, "markevery": math.ceil(len(xs) / 20)}
-        axes.plot(xs, mean, label=name, linewidth=1.6, color=colours[name], **mark)
+        axes.plot(xs, mean, label=literal(name), linewidth=1.6, color=colours[name], **mark)
         if len(xs) == 1:  # a band over one position has no width
             _error_bars(axes, xs, mean, low, high, colours[name])
         else:
@@ -134,7 +149,7 @@ def bars(groups, series, ylabel, xlabel="", title=None, caption=None, colours=No
         at = np.flatnonzero([e is not None for e in estimates])
         mean, low, high = np.array([estimates[j][:3] for j in at], float).reshape(-1, 3).T
         xs = at + (i - (len(series) - 1) / 2) * width
-        axes.bar(xs, mean, width * 0.94, label=arm, color=colours[arm])
+        axes.bar(xs, mean, width * 0.94, label=literal(arm), color=colours[arm])
         if len(groups) * len(series) <= 60:  # wide enough for a white rim, which is seen on dark bars
             _error_bars(axes, xs, mean, low, high, "#ffffff", 3)
         _error_bars(axes, xs, mean, low, high, "#000000")
@@ -142,7 +157,8 @@ def bars(groups, series, ylabel, xlabel="", title=None, caption=None, colours=No
     shown = [str(g) for g in groups[::every]]
     # Some 77 characters fit side by side; neighbours share their two places.
     crowded = any((len(a) + len(b)) / 2 + 2 > 77 / len(shown) for a, b in itertools.pairwise(shown))
-    axes.set_xticks(range(0, len(groups), every), shown, rotation=30 if crowded else 0, ha="right" if crowded else "center")
+    turned = {"rotation": 30, "ha": "right"} if crowded else {}
+    axes.set_xticks(range(0, len(groups), every), [literal(name) for name in shown], **turned)
     axes.set_xlim(-0.6, len(groups) - 0.4)
     axes.grid(visible=False, axis="x")
     axes.axhline(0, color="#000000", linewidth=0.8)
@@ -159,9 +175,9 @@ def _axes(xlabel, ylabel, title, positions=()):
 
     figure = Figure(figsize=(8, 4))
     axes = figure.subplots()
-    axes.set_xlabel(xlabel)
-    axes.set_ylabel(ylabel)
-    axes.set_title(title or "")
+    axes.set_xlabel(literal(xlabel))
+    axes.set_ylabel(literal(ylabel))
+    axes.set_title(literal(title or ""))
     axes.grid(alpha=0.3)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
@@ -178,15 +194,17 @@ def _svg(figure, axes, log, caption):
         axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter(ticker.NullFormatter())
-    names = axes.get_legend_handles_labels()[1]
     axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.01, 1))  # beside the data, never on them
     buffer = io.StringIO()
     # Text stays text: small, found by a search, in the reader's font. The fixed salt and no metadata: the same bytes every time.
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "icae"}):
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "icae"}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # the reader's font has it
         figure.savefig(buffer, format="svg", bbox_inches="tight", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     svg = buffer.getvalue()
     svg = re.sub(r'<g id="[^"]*"', "<g", svg[svg.index("<svg") :])  # "axes_1" of every figure would stand in one page
-    what = " ".join(t for t in (axes.get_title(), axes.get_ylabel(), axes.get_xlabel() and f"by {axes.get_xlabel()}") if t)
+    title, ylabel, xlabel = map(_read_back, (axes.get_title(), axes.get_ylabel(), axes.get_xlabel()))
+    names = [_read_back(name) for name in axes.get_legend_handles_labels()[1]]
+    what = " ".join(t for t in (title, ylabel, xlabel and f"by {xlabel}") if t)
     svg = svg.replace("<svg ", f'<svg role="img" aria-label="{html.escape(what)}: {html.escape(", ".join(names))}" ', 1)
     return f"<figure>{svg}<figcaption>{html.escape(caption)}</figcaption></figure>" if caption else svg
 
