@@ -170,8 +170,8 @@ MUTANTS = [
         "return schedule(step + 1)", "return schedule(step)", "test_step.py -k learning_rate",
     ),
     Mutant(
-        "the wrong memory is the right one", "training/compressor_task.py",
-        "np.roll(other[:count], -1)", "other[:count]", "test_compressor_task.py -k 'wrong or held_out or eval'",
+        "the wrong memory is the right one", "data/batches.py",
+        "self.targets(*self.of_another_text(bucket, row))[0]", "self.targets(bucket, row)[0]", "test_compressor_task.py -k control",
     ),
     Mutant(
         "the latest checkpoint is not kept", "training/checkpoint.py",
@@ -235,6 +235,10 @@ MUTANTS = [
     ),
     Mutant(
         "rows read their neighbour's prefix", "inference/generate.py",
+        "jnp.repeat(shared, B // Bp, axis=1)", "jnp.tile(shared, (1, B // Bp, 1, 1, 1))", "test_generate.py -k prefix",
+    ),
+    Mutant(
+        "rows read as much as their neighbour's prefix holds", "inference/generate.py",
         "jnp.repeat(prefix.mask, B // Bp, axis=0)", "jnp.tile(prefix.mask, (B // Bp, 1))", "test_generate.py -k prefix",
     ),
     # ----------------------------------------------------------------------------------------- evaluation, plans, sweeps
