@@ -15,6 +15,7 @@ import icae_jax
 from icae_jax.compression import layout as layouts
 from icae_jax.compression.encoder import CompressionConfig, embed_with_table
 from icae_jax.compression.memory import KV, Slots
+from icae_jax.errors import UserError
 from icae_jax.inference import compressor as compressors
 from icae_jax.interop import adapter as adapters
 from icae_jax.interop import base as bases
@@ -287,6 +288,90 @@ def test_targets_of_every_kind_are_scored_together(compressor, memory):
             assert abs(got[i][j].log_prob - one.log_prob) <= 1e-5 * abs(one.log_prob)
     with pytest.raises(ValueError, match="exceed the base's 256 positions"):
         compressor.score_targets(memory, [[targets.Target([9] * 300, 1)]] * 5, "lm")
+
+
+def test_the_head_runs_where_labels_are(compressor, memory, monkeypatch):
+    """Breaks when the tokens of a question cost logits, or a score changes with how many positions the head is run at."""
+    question = " ".join(QUESTIONS * 4)
+    pack, losses, shapes, flops, scores = targets.pack, compressors._losses, [], [], []
+
+    def packed(rows, G, T, U):
+        shapes.append((T, U))
+        return pack(rows, G, T, T if scores else U)
+
+    def counted(*args, **named):
+        flops.append(losses.lower(*args, **named).cost_analysis()["flops"])
+        return losses(*args, **named)
+
+    monkeypatch.setattr(compressors.target_layouts, "pack", packed)
+    monkeypatch.setattr(compressors, "_losses", counted)
+    for _ in range(2):
+        scores.append([s.log_prob for s in compressor.score(memory[:2], TEXTS[1:3], [question, "why ?"])])
+    np.testing.assert_allclose(*scores, rtol=1e-6)
+    T, U = shapes[0]
+    assert shapes[1] == shapes[0] and len(question.split()) <= T and U == 32 < T
+    # Two rows, each with fewer products of a hidden state with the head's matrix.
+    assert flops[1] - flops[0] > 2 * (min(T, 128) - U) * 2 * TINY.hidden_size * TINY.vocab_size
+
+
+def test_compressors_of_one_base_share_compiled_programs(compressor, memory, monkeypatch):
+    """Breaks when scoring is traced and compiled anew for every compressor that is made."""
+    traced, label_losses = [], compressors.loss.label_losses
+    monkeypatch.setattr(compressors.loss, "label_losses", lambda *args: (traced.append(1), label_losses(*args))[1])
+    scores = []
+    for _ in range(2):
+        another = compressors.Compressor(compressor.base, compressor.adapter, compressor.path)
+        scores.append(another.score(memory[:3], ["the cat sat"] * 3))
+    assert scores[0] == scores[1] and len(traced) == 1
+
+
+@pytest.mark.parametrize("method", ["icae", "x500"])
+@pytest.mark.parametrize(("dtype", "other", "bound"), [("float32", "bfloat16", 1e-5), ("bfloat16", "float32", 0.02)])
+def test_a_memory_of_another_dtype(tiny_base, tmp_path, method, dtype, other, bound):
+    """Breaks when a memory of another dtype than the base's cannot be decoded behind, or makes the base compute in its own: it is read as
+    if it had been cast before.
+    """
+    reader = icae_jax.load(make_adapter(tmp_path / "a", tiny_base, method, template="mistral"), dtype=dtype)
+
+    def cast(memory, to):
+        return memory.replace(**{name: np.asarray(x).astype(jnp.dtype(to)) for name, x in memory.contents.items()})
+
+    written = reader.compress(TEXTS[:2])
+    assert {x.dtype for x in written.contents.values()} == {jnp.dtype(dtype)}
+    pair = [cast(written, other), cast(cast(written, other), dtype)]
+    scores = [[s.log_prob for s in reader.score(memory, TEXTS[:2], QUESTIONS[:2])] for memory in pair]
+    np.testing.assert_allclose(*scores, rtol=bound)
+    answers, texts = [reader.ask(m, "who ?", 3) for m in pair], [reader.restore(m, 3) for m in pair]
+    if dtype == "float32":
+        assert answers[0] == answers[1] and texts[0] == texts[1]
+
+
+def test_questions_without_a_token(compressor, memory, tiny_base, tmp_path):
+    """Breaks when padding is read where a prompt is empty; a template with words of its own can ask with nothing between them."""
+    bare = icae_jax.load(make_adapter(tmp_path / "a", tiny_base, compressor.config.method, template="none"))
+    for asked in (["", ""], ["who ?", ["why ?", " "]]):
+        with pytest.raises(UserError, match=r"text [01]: the question ' ?' has no tokens, and template none puts no words round it"):
+            bare.ask(memory[:2], asked, 4)
+    with pytest.raises(UserError, match="target 1: the question '' has no tokens"):
+        bare.score(memory[:2], ["the cat", "the dog"], ["who ?", ""])
+    assert len(bare.ask(memory[:2], "who ?", 4)) == 2 == len(compressor.ask(memory[:2], ["", ""], 4))
+    alone, beside = (compressor.score(memory[:n], ["the cat", *TEXTS[1:n]], ["", *QUESTIONS[1:n]])[0] for n in (1, 3))
+    assert abs(alone.log_prob - beside.log_prob) <= 1e-5 * abs(alone.log_prob)
+    assert [s.tokens for s in compressor.score(memory[:1], [""], ["who ?"])] == [1]  # the end alone
+    with pytest.raises(UserError, match="target 1 has fewer than 2 tokens"):
+        compressor.score(memory[:2], ["the cat", ""])
+
+
+def test_no_texts(compressor, memory):
+    """Breaks when a memory of no texts, such as what a filter leaves, is a traceback of NumPy's."""
+    none = memory[[]]
+    assert len(none) == 0 and compressor.restore(none) == compressor.ask(none, "who ?") == compressor.ask(none, []) == []
+    assert compressor.score(none, []) == compressor.score(none, [], []) == compressor.score_restoring(none, []) == []
+    for questions in ([], [[]]):
+        with pytest.raises(UserError, match="give at least one question a text"):
+            compressor.ask(memory[:1], questions)
+    with pytest.raises(UserError, match="texts is empty"):
+        compressor.compress_ids([])
 
 
 def test_a_mesh_of_one_device_changes_nothing(compressor, memory):

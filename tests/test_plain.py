@@ -6,6 +6,7 @@ from conftest import TINY, random_trained
 from suite_helpers import BOUND, near, reference_answer, reference_nats
 
 from icae_jax.compression.encoder import CompressionConfig
+from icae_jax.errors import UserError
 from icae_jax.evaluation import plain
 from icae_jax.inference.compressor import Compressor
 from icae_jax.interop import adapter as adapters
@@ -89,6 +90,16 @@ def test_scores_equal_transformers(tiny_base):
         near((-got.log_prob, got.tokens), reference_nats(tiny_base, row.ids, row.label_start))
     for got, want in zip(plain.score(compressor, rows, batch_size=2), whole, strict=True):
         near((-got.log_prob, got.tokens), want, bound=BOUND)
+
+
+def test_an_empty_prompt_is_refused(tiny_base):
+    """Breaks when padding is read in the place of a prompt that has no token."""
+    compressor = make(tiny_base, "plain")
+    with pytest.raises(UserError, match="a prompt without a memory has no tokens"):
+        plain.generate(compressor, [[1, 8], []], [3, 3])
+    with pytest.raises(ValueError, match="a target's first token is a label"):
+        plain.score(compressor, [targets.Target([8, 9], 0)])
+    assert plain.generate(compressor, [], []) == plain.score(compressor, []) == []
 
 
 def test_positions_end(tiny_base):

@@ -32,7 +32,8 @@ class Memory:
     def __getitem__(self, rows):
         """The memories of some texts: a number, a slice, or row numbers (a list or an array)."""
         rows = [rows] if isinstance(rows, int | np.integer) else rows
-        rows = rows if isinstance(rows, slice | jax.Array) else np.asarray(rows)
+        if not isinstance(rows, slice | jax.Array):
+            rows = np.asarray(rows) if len(rows) else np.zeros(0, int)  # an empty list would be an array of floats
         every = {name: x[rows] for name, x in vars(self).items() if name not in self.CONTENTS}
         return self.replace(**every, **{name: x[(slice(None),) * self.TEXT_AXIS + (rows,)] for name, x in self.contents.items()})
 

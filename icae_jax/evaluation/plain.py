@@ -55,9 +55,12 @@ def prompt(compressor, template, context_ids, question_ids):
 def generate(compressor, prompts, limits, batch_size=32, stop=None):
     """Greedy `Generation`s of the base alone behind each prompt (lists of ids). limits: most new tokens of each.
 
-    stop: an id that ends a text beside those of the base. UserError where a prompt and its limit leave the base's positions.
+    stop: an id that ends a text beside those of the base. UserError where a prompt and its limit leave the base's positions, or a prompt
+    is empty.
     """
     base, result = compressor.base, []
+    if not all(map(len, prompts)):
+        raise UserError("a prompt without a memory has no tokens; the base has nothing to go on from")
     _check([len(p) + n for p, n in zip(prompts, limits, strict=True)], base.config)
     for at in range(0, len(prompts), batch_size):
         part = prompts[at : at + batch_size]

@@ -1,6 +1,7 @@
 """`Compressor`: compress texts once, then restore them, ask about them, score continuations."""
 
 import contextlib
+import functools
 import pathlib
 import typing
 
@@ -22,12 +23,19 @@ from icae_jax.training import attention, sharding
 
 SPARE = 16  # tokens that a restored text may be longer than the original
 ROWS = 16  # texts compressed at once
+LOSS_CHUNK = 128  # labels whose logits are computed at once
 SHAPE_STEP = 32  # lengths are padded to multiples of this, so that few shapes are compiled
 
 
 # Compiled once for all compressors of one base and configuration.
 _compress = jax.jit(methods.compress, static_argnames=("model", "config", "k"))
 _read = jax.jit(methods.read, static_argnames=("model", "head"))
+
+
+@functools.partial(jax.jit, static_argnames=("model", "objective", "head", "layout"))
+def _losses(model, params, trained, memory, targets, *, objective, head, layout):
+    """Losses of the labels of one objective's packed targets, `[B, G, U]` nats."""
+    return loss.label_losses(model, params, trained, memory, {objective: targets}, {objective: head}, layout, LOSS_CHUNK)[objective]
 
 
 class Generation(typing.NamedTuple):
@@ -97,7 +105,6 @@ class Compressor:
         )
         self.writer = self.model.clone(attention=fastest)  # reading stays plain: a new token's one query is no work for a kernel
         self.framing = target_layouts.make_framing(self.config, base.tokenizer, bases.bos_id(base.tokenizer))
-        self._losses = jax.jit(self._label_losses, static_argnames="head")
 
     # -------------------------------------------------------------------------------------------------------- write
 
@@ -117,8 +124,6 @@ class Compressor:
         """
         k = self.config.choose(k)
         texts = [texts] if isinstance(texts, str) else list(texts)
-        if not texts:
-            raise UserError("texts is empty; give at least one text")
         where = where or [f"text {i}" for i in range(len(texts))]
         contexts = [self.context_ids(t) for t in texts]
         most = self.base.config.max_position_embeddings
@@ -146,6 +151,8 @@ class Compressor:
 
     def compress_ids(self, contexts, batch_size=ROWS, k=None):
         """Memory of each list of token ids, as `context_ids` gives them. k: as for `compress`."""
+        if not contexts:
+            raise UserError("texts is empty; give at least one text")
         k, parts = self.config.choose(k), []
         for start in range(0, len(contexts), batch_size):
             part = contexts[start : start + batch_size]
@@ -199,7 +206,7 @@ class Compressor:
         if len(nested) != len(memory) or not all(nested):
             raise UserError(f"questions has {len(nested)} entries for {len(memory)} texts; give at least one question a text")
         template = self.adapter.template
-        prompts = [[template.prompt(self.ids(q)) for q in row] for row in nested]
+        prompts = [[template.prompt(self.question_ids(q, f"text {i}: ")) for q in row] for i, row in enumerate(nested)]
         most = 128 if max_new_tokens is None else max_new_tokens
         rows = self._generate(memory, prompts, "qa", template.head, [most] * len(memory), [1] * len(memory), batch_size)
         rows = [[g if details else g.text for g in row] for row in rows]
@@ -222,7 +229,8 @@ class Compressor:
             rows, objective = [target_layouts.Target(self.ids(t), 1) for t in targets], "lm"
         else:
             template, objective = self.adapter.template, "qa"
-            rows = [template.target(self.ids(q), self.ids(t)) for q, t in zip(questions, targets, strict=True)]
+            asked = [self.question_ids(q, f"target {i}: ") for i, q in enumerate(questions)]
+            rows = [template.target(q, self.ids(t)) for q, t in zip(asked, targets, strict=True)]
         short = [i for i, row in enumerate(rows) if len(row.ids) < 2]
         if short:
             raise UserError(f"target {short[0]} has fewer than 2 tokens; there is nothing to score in it")
@@ -241,18 +249,24 @@ class Compressor:
         rows: a list of `objectives.targets.Target`s for each memory, at least one. objective: "ae", "lm" or "qa", which says where they
         stand. UserError where a target leaves the base's positions.
         """
+        if not rows:
+            return []
         head = self.adapter.template.head if objective == "qa" else ()
-        T, G = max(len(t.ids) - 1 for row in rows for t in row), max(map(len, rows))
-        self._room(memory, objective, len(head), [max(len(t.ids) - 1 for t in row) for row in rows])
-        T, scores = _up(T), []
+        longest = [max(len(t.ids) - 1 for t in row) for row in rows]
+        self._room(memory, objective, len(head), longest)
+        labels = max(len(t.ids) - t.label_start for row in rows for t in row)
+        shape, scores = (max(map(len, rows)), _up(max(longest)), _up(labels)), []
         for start in range(0, len(memory), batch_size):
             part = rows[start : start + batch_size]
             size = self.rows(batch_size if start else len(part))
-            batch = target_layouts.pack(_fill(part, size, []), G, T, T)
+            batch = target_layouts.pack(_fill(part, size, []), *shape)
             filled = self.put_memory(memory[np.resize(np.arange(start, start + len(part)), size)])
             with self.on_devices():
-                losses = self._losses(self.base.params, self.trained, filled, {objective: self.put(batch)}, head=head)
-            sums = np.where(batch["label_mask"], np.asarray(losses[objective]), 0).sum(2)
+                losses = _losses(
+                    self.model, self.base.params, self.trained, filled, self.put(batch),
+                    objective=objective, head=tuple(head), layout=self.config.layout,
+                )  # fmt: skip
+            sums = np.where(batch["label_mask"], np.asarray(losses), 0).sum(2)
             counts = batch["label_mask"].sum(2)
             scores += [[Score(-float(sums[b, g]), int(counts[b, g])) for g in range(len(row))] for b, row in enumerate(part)]
         return scores
@@ -284,9 +298,15 @@ class Compressor:
         """The ids of a text, without special tokens, also where the text spells some."""
         return user_ids(self.base.tokenizer, text)
 
-    def _label_losses(self, params, trained, memory, batch, head):
-        heads = {o: head for o in batch}
-        return loss.label_losses(self.model, params, trained, memory, batch, heads, self.config.layout, 128)
+    def question_ids(self, question, where=""):
+        """The ids of a question. UserError where neither they nor the adapter's template hold a token to ask with: an answer begins behind
+        something. where: what the message begins with.
+        """
+        ids, template = self.ids(question), self.adapter.template
+        if not template.prompt(ids):
+            why = f"has no tokens, and template {template.name} puts no words round it"
+            raise UserError(f"{where}the question {question!r} {why}; ask something")
+        return ids
 
     def _room(self, memory, objective, head, needed):
         """Positions left behind each memory, `[B]`; UserError where a row's `needed` do not fit, or another method made the memory."""
@@ -307,8 +327,10 @@ class Compressor:
 
         most: new tokens of each memory's rows at most, fewer where its positions end. needed: what must have room, prompt included.
         """
-        if min(most) <= 0:
+        if min(most, default=1) <= 0:
             raise UserError(f"max_new_tokens is {min(most)}; it must be positive")
+        if not prompts:
+            return []
         G = max(len(row) for row in prompts)
         T = max(len(p) for row in prompts for p in row)
         longest = [max(map(len, row)) for row in prompts]

@@ -79,7 +79,7 @@ def prompt_embeddings(compressor, memory, row, question=None):
     Input embeddings `[T, D]` numpy, for positions 0 … T - 1. UserError where the base has fewer positions.
     """
     template = compressor.adapter.template
-    behind = [compressor.framing.trigger] if question is None else template.prompt(compressor.ids(question))
+    behind = [compressor.framing.trigger] if question is None else template.prompt(compressor.question_ids(question))
     head = _head(compressor, "restore" if question is None else "ask")
 
     def embed(ids):

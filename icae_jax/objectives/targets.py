@@ -154,6 +154,8 @@ def pack(rows, G, T, U):
             if target is None:
                 continue
             inputs, labels = len(target.ids) - 1, len(target.ids) - target.label_start
+            if target.label_start < 1:
+                raise ValueError("a target's first token is a label; nothing stands before it that could predict it")
             if inputs > T or labels > U or len(targets) > G:
                 raise ValueError(f"a target of {inputs} inputs and {labels} labels does not fit in [{G}, {T}] with {U} labels")
             batch["ids"][b, g, :inputs] = target.ids[:-1]

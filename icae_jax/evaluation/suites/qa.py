@@ -9,6 +9,8 @@ from icae_jax.evaluation.suites import common
 from icae_jax.evaluation.suites.common import CUT, FULL, NONE, SHUFFLED
 from icae_jax.objectives.targets import Target
 
+EMPTY_QUESTION = "texts with a question of no tokens, which the template puts no words round"
+
 
 class Qa(common.Suite):
     """Greedy answers, scored against every reference answer, and the loss of the first reference answer with its end.
@@ -34,6 +36,11 @@ class Qa(common.Suite):
             return "texts without a token"
         template = self.compressor.adapter.template
         asked = [self.compressor.ids(q.text) for q in text.questions]
+        prompts = [template.prompt(q) for q in asked]
+        if self.options.wants(NONE):
+            prompts += [plain.prompt(self.compressor, self.plain, (), q) for q in asked]
+        if not all(prompts):
+            return EMPTY_QUESTION
         # Room for the reference answers and their end; a longer answer is cut where the positions end.
         answers = [max(len(self.compressor.ids(a)) for a in q.answers) + 1 for q in text.questions]
         behind = max(len(template.head) + len(template.prompt(q)) + a for q, a in zip(asked, answers, strict=True))

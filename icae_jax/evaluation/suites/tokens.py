@@ -9,6 +9,7 @@ from icae_jax.errors import UserError
 from icae_jax.evaluation.examples import example
 from icae_jax.evaluation.suites import common
 from icae_jax.evaluation.suites.common import MEMORY
+from icae_jax.evaluation.suites.qa import EMPTY_QUESTION
 from icae_jax.objectives import targets
 
 MOST = 32  # arms of each kind; of more memory tokens so many are taken, evenly
@@ -44,6 +45,8 @@ class Tokens(common.Suite):
             return "texts without a token"
         tokens = min(len(ids), self.most)
         questions = text.questions if tokens == len(ids) else ()
+        if any(target.label_start < 1 for target in self._asked(questions)):
+            return EMPTY_QUESTION
         behind = max([tokens + 2, *(len(t.ids) + len(self.compressor.adapter.template.head) for t in self._asked(questions))])
         return self.does_not_fit(tokens, behind) or [example(text, ids[:tokens], tokens, questions=questions)]
 
