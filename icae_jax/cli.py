@@ -6,6 +6,7 @@ import os
 import pathlib
 import platform
 import sys
+import time
 import zlib
 
 from icae_jax import errors, platforms
@@ -214,9 +215,10 @@ def ask_verb(argv):
 
 
 def quickstart_verb(argv):
+    began = time.perf_counter()  # importing takes seconds
     from icae_jax import quickstart
 
-    return quickstart.main(_parser("quickstart"), argv)
+    return quickstart.main(_parser("quickstart"), argv, began)
 
 
 def inspect_verb(argv):
