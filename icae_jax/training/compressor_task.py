@@ -91,12 +91,15 @@ def positions(objectives, pad_labels, compression, longest, qa=0, head=0):
 
 
 class CompressorTask(CompressorLosses):
-    """LoRA and memory table trained on a frozen base: its losses, its data, and where all of it lies."""
+    """LoRA and memory table trained on a frozen base: its losses, its data, and where all of it lies.
 
-    def __init__(self, config):
+    base: what `config.base` names, where it is loaded already, in the configuration's dtype and on its mesh.
+    """
+
+    def __init__(self, config, base=None):
         c = config
         self.placement = sharding.Placement(sharding.make_mesh(c.mesh), bases.sizes(c.base))
-        self.base = bases.load_base(c.base, c.jnp_dtype, self.placement.parameter, progress=jax.process_index() == 0)
+        self.base = base or bases.load_base(c.base, c.jnp_dtype, self.placement.parameter, progress=jax.process_index() == 0)
         tokenizer = self.base.tokenizer
         compression, self._notes = compression_on(c, tokenizer)
         c, notes = with_attention(c, self.base.config, compression, self.placement.mesh, max(c.data.context_lengths))
@@ -186,7 +189,8 @@ class CompressorTask(CompressorLosses):
                 raise UserError(f"compression.trigger_token {c.compression.trigger_token!r} is not a token of the base's tokenizer")
         embeddings = {"embed": sharding.on_host(self.frozen["embed"])}
         table = encoder.init_memory_table(jax.random.fold_in(key, 1), embeddings, c.compression, trigger)
-        return {"lora": lora.init_lora(jax.random.fold_in(key, 2), self.base.config, c.lora), "memory_table": table}
+        make_lora = jax.jit(lora.init_lora, static_argnums=(1, 2))  # one program, not one for every array's shape
+        return {"lora": make_lora(jax.random.fold_in(key, 2), self.base.config, c.lora), "memory_table": table}
 
     def train_batches(self, start, stop, rows=slice(None)):
         """Batches of steps start … stop - 1. rows: those that are made, by default all."""
