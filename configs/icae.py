@@ -104,6 +104,7 @@ def get_config(arg="pretrain"):
     config.data.context_weights = (0.5, 0.25, 0.25)
     config.data.questions_per_context = 4
     config.data.max_target_tokens = 256
+    config.data.max_row_bytes = 64 << 20  # that a line of a file may hold, unpacked
     config.data.cache_dir = ""
     config.data.tfds_dir = ""
 

@@ -109,6 +109,7 @@ def get_config(arg="pretrain-16"):
     config.data.context_weights = ()
     config.data.questions_per_context = 4
     config.data.max_target_tokens = 256
+    config.data.max_row_bytes = 64 << 20  # that a line of a file may hold, unpacked
     config.data.cache_dir = ""
     config.data.tfds_dir = ""
     return config

@@ -59,8 +59,9 @@ def check_present(source: str, tfds_dir: str | None = None) -> None:
 
 
 def _check_file(path):
-    if not pathlib.Path(path).is_file():
-        raise UserError(f"data file {path}: no such file")
+    with reading.naming(path):
+        if not pathlib.Path(path).is_file():
+            raise UserError(f"data file {path}: no such file")
 
 
 def identity(source: str, tfds_dir: str | None = None, content_hash=reading.content_hash) -> list:
