@@ -502,11 +502,11 @@ with distributed.ending_together(2):
     distributed.check_agreement({"seed": 0, "identity.data.train": "a", "shapes": [[1, 2], None]})
     distributed.check_agreement({})
     try:
-        distributed.check_agreement({"seed": process, "same": "é" * 9, **({"shapes": [[1, 2]]} if process else {})})
+        distributed.check_agreement({"seed": process, "unchanged": "é" * 9, **({"shapes": [[1, 2]]} if process else {})})
         raise SystemExit("a difference went unnoticed")
     except UserError as error:
         assert "seed: 0 in process 0, 1 in process 1; shapes: null in process 0, [[1, 2]] in process 1" in str(error), error
-        assert "same" not in str(error)
+        assert "unchanged" not in str(error)
     distributed.check_shared(pathlib.Path(sys.argv[3]) / str(process))
 """
 

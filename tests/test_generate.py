@@ -68,15 +68,19 @@ def test_cached_batched_decoding_equals_full_passes(tiny_params):
 
 @pytest.mark.parametrize("model", [MODEL, WINDOWED], ids=["plain", "windowed"])
 def test_decoding_behind_a_prefix_shared_by_rows(model, tiny_params):
-    """Breaks when rows of one memory read another's, the prefix's positions are lost, or a layer's window is not kept to."""
+    """Breaks when rows of one memory read another's, or as much as another holds, its positions are lost, or a layer's window is not
+    kept to.
+    """
     rng = np.random.default_rng(1)
-    heads = rng.integers(8, 64, (2, 5))
+    heads, lengths = rng.integers(8, 64, (2, 5)), np.asarray([5, 3])
     _, (k, v) = model.apply({"params": tiny_params}, jnp.asarray(heads), jnp.arange(5)[None], llama.causal_mask(5), return_kv=True)
     positions = jnp.broadcast_to(jnp.arange(5), (2, 5))
-    prefix = Prefix(rope.rotate_keys(TINY, k, positions), v, jnp.ones((2, 5), bool), positions, jnp.full(2, 5))
+    prefix = Prefix(rope.rotate_keys(TINY, k, positions), v, jnp.asarray(np.arange(5) < lengths[:, None]), positions, jnp.asarray(lengths))
     rows = [*prompts(2), prompts(3)[0]]
-    out = run(tiny_params, prefix, jnp.full(4, 5), rows, model, stop_ids=(-1,))
-    want = {m: [slow_greedy(tiny_params, [*heads[i // 2], *row], m) for i, row in enumerate(rows)] for m in (MODEL, WINDOWED)}
+    out = run(tiny_params, prefix, jnp.repeat(prefix.end, 2), rows, model, stop_ids=(-1,))
+    want = {
+        m: [slow_greedy(tiny_params, [*heads[i // 2, : lengths[i // 2]], *row], m) for i, row in enumerate(rows)] for m in (MODEL, WINDOWED)
+    }
     assert out.ids.tolist() == want[model] and want[MODEL] != want[WINDOWED]
 
 
