@@ -59,6 +59,7 @@ def trained(files):
     return finetune
 
 
+@pytest.mark.slow
 def test_both_phases_ran(trained):
     lines = metrics.read(trained.parent / "pretrain" / "metrics.jsonl")
     assert {"ae", "lm"} == set(lines[-1]["eval"]["memory"]) == set(lines[-1]["eval"]["wrong_memory"])

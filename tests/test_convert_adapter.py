@@ -68,6 +68,7 @@ def assert_equal_adapters(folder, want, base):
 # --------------------------------------------------------------------------------------------------------- there and back
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "form"), [("icae", "icae-v1"), ("icae", "icae-v2"), ("x500", "x500")])
 def test_out_and_in_again(world, convert, tmp_path, method, form):
     """Breaks when anything is lost on the way out and back: told beside the file, by flags without that, and tensor for tensor.

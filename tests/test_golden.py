@@ -73,6 +73,7 @@ def case(request):
     return Case(request.param)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_loss_logits_and_gradients(case, objective):
     path = case.folder / f"{objective}.npz"

@@ -75,6 +75,7 @@ def test_logits_of_all_positions_never_live():
 # ------------------------------------------------------------------------------------------------- packing is exact
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["icae", "x500"])
 def test_packed_target_has_the_loss_and_gradient_it_has_alone(tiny_params, method):
     """Breaks when a target sees its neighbours or padding, starts elsewhere, or a row reads another row's memory."""

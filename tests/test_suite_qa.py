@@ -130,6 +130,7 @@ def test_every_reference_answer_counts_the_loss_is_the_firsts(tiny_base):
     assert [v[FULL][1] for v in sums.values()] == [2, 6]
 
 
+@pytest.mark.slow
 def test_answers_end_at_the_limit_and_where_positions_end(tiny_base, calls):
     """Breaks when a text that just fits is left out, one that does not is run, or an answer runs past the base's 256 positions."""
     one, asked = compressor(tiny_base), question(1, ["bread", "milk and bread"])

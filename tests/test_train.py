@@ -155,6 +155,7 @@ def test_sigterm_saves_and_exits_75(raw, uninterrupted, tmp_path):
     np.testing.assert_array_equal(arrays(tmp_path)["['trained']['memory_table']"], arrays(uninterrupted[0])["['trained']['memory_table']"])
 
 
+@pytest.mark.slow
 def test_a_finished_run_stays_finished_and_can_be_made_longer(raw, uninterrupted, tmp_path):
     """Breaks when a launcher's restart trains on, or when a longer run starts anew."""
     workdir, _ = uninterrupted
