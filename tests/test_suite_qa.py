@@ -9,10 +9,21 @@ from icae_jax.evaluation import plain, statistics
 from icae_jax.evaluation.examples import QUESTIONS_AT_ONCE
 from icae_jax.evaluation.suites import common
 from icae_jax.evaluation.suites.common import CUT, FULL, MEMORY, NONE, SHUFFLED, Options
-from icae_jax.evaluation.suites.qa import Qa, retention
+from icae_jax.evaluation.suites.qa import EMPTY_QUESTION, Qa, retention
+from icae_jax.evaluation.suites.tokens import Tokens
 
 ALONE = Options(max_new_tokens=6, arms=(FULL, CUT, NONE))
 TEXTS = [text(30, 1, [question(1), question(2, n=5)]), text(7, 2, [question(3, ["bread"])])]
+
+
+@pytest.mark.parametrize("suite", [Qa, Tokens])
+def test_questions_without_a_token(tiny_base, suite):
+    """Breaks when padding is read where nothing stands behind the memory that could ask."""
+    nothing = text(9, 4, [question(1), question(2, n=0)])
+    _, left_out = made(suite(compressor(tiny_base, template="none"), Options()), text(9, 5, [question(3)]), nothing)
+    assert left_out == {EMPTY_QUESTION: 1}
+    examples, left_out = made(suite(compressor(tiny_base), Options()), nothing)
+    assert len(examples) == 1 and not left_out, "a template with words of its own asks"
 
 
 @pytest.fixture
