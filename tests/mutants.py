@@ -174,6 +174,26 @@ MUTANTS = [
         "self.targets(*self.of_another_text(bucket, row))[0]", "self.targets(bucket, row)[0]", "test_compressor_task.py -k control",
     ),
     Mutant(
+        "a memory of another dtype is read in its own", "compression/methods.py",
+        "jnp.asarray(x, model.dtype)", "jnp.asarray(x)", "test_compressor.py -k another_dtype",
+    ),
+    Mutant(
+        "queries at some positions read the first rows of a mask", "models/llama.py",
+        "mask if mask.shape[1] == 1 else rows(mask, at)", "mask", "test_llama.py -k some_positions_behind",
+    ),
+    Mutant(
+        "scoring runs the head at every position", "inference/compressor.py",
+        "_up(max(longest)), _up(labels)", "_up(max(longest)), _up(max(longest))", "test_compressor.py -k head_runs",
+    ),
+    Mutant(
+        "attention is timed for every compressor", "training/attention.py",
+        "if key not in _MEASURED:", "if True:", "test_training_attention.py -k once",
+    ),
+    Mutant(
+        "a name with two $ is a formula", "evaluation/report.py",
+        r'text = str(text).replace("$", r"\$")', "text = str(text)", "test_report.py -k as_they_are",
+    ),
+    Mutant(
         "the latest checkpoint is not kept", "training/checkpoint.py",
         "managers.LatestN(n=1),", "", "test_checkpoint.py -k latest_and_best",
     ),
