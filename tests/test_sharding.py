@@ -113,6 +113,9 @@ def test_arrays_are_split_as_the_rules_say(case, runs):
     assert len(in_base) == 7 and all(sorted(axes) == ["", "fsdp", "tensor"] for axes in in_base.values())
     shards = {name: shard for name, (_, shard, _) in got["split"].items()}
     assert shards["['base']['layers']['self_attn']['q_proj']['kernel']"] == [2, 32 // fsdp, 32 // tensor]
+    assert shards["['base']['layers']['self_attn']['o_proj']['kernel']"] == [2, 32 // tensor, 32 // fsdp]
+    assert shards["['base']['layers']['mlp']['up_proj']['kernel']"] == [2, 32 // fsdp, 48 // tensor]
+    assert shards["['base']['layers']['mlp']['down_proj']['kernel']"] == [2, 48 // tensor, 32 // fsdp]
     assert shards["['base']['embed']"] == [64 // tensor, 32 // fsdp]
     first_moments = {name[-5:]: shard for name, shard in shards.items() if ".mu" in name and "q_proj" in name}
     rank = 4 if 4 % fsdp else 4 // fsdp  # four does not divide over eight
