@@ -32,7 +32,7 @@ setup(
         "tqdm",
     ],
     extras_require={
-        "test": ["pytest", "pytest-xdist", "ruff", "torch==2.13.0", "peft", "jax[tpu]"],  # libtpu compiles for TPUs on any machine
+        "test": ["pytest", "pytest-xdist", "ruff>=0.17,<0.18", "torch==2.13.0", "peft", "jax[tpu]"],  # libtpu compiles for TPUs on any machine
         "bench": ["torch==2.13.0", "peft"],  # the PyTorch baseline of launch/bench
         "tpu": ["jax[tpu]"],
         "gpu": ["jax[cuda13]"],

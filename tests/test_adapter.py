@@ -136,9 +136,7 @@ def test_every_tensor_that_does_not_fit_is_listed(change, messages):
         (lambda f: (f / "memory.safetensors").unlink(), r"memory\.safetensors: no such file"),
         (lambda f: (f / "memory.safetensors").write_bytes(b"x" * 20), "not a readable safetensors file"),
         (
-            lambda f: edit_tensors(
-                f / "memory.safetensors", lambda t: t.update({adapters.MEMORY_TABLE: np.zeros((5, 32), np.float32)})
-            ),
+            lambda f: edit_tensors(f / "memory.safetensors", lambda t: t.update({adapters.MEMORY_TABLE: np.zeros((5, 32), np.float32)})),
             r"memory_token_embed.weight is \(5, 32\), expected \(6, 32\)",
         ),
         (

@@ -95,18 +95,14 @@ def changed(**fields):
     config = CONFIG
     for name, value in fields.items():
         outer, _, inner = name.partition("__")
-        config = dataclasses.replace(
-            config, **{outer: dataclasses.replace(getattr(config, outer), **{inner: value}) if inner else value}
-        )
+        config = dataclasses.replace(config, **{outer: dataclasses.replace(getattr(config, outer), **{inner: value}) if inner else value})
     return config
 
 
 def test_a_continued_workdir_may_change_what_is_no_mathematics(tmp_path):
     """Breaks when a harmless change is refused, is not recorded, or an unchanged configuration counts as changed."""
     assert check_workdir(tmp_path, CONFIG, IDENTITY) == [] and check_workdir(tmp_path, CONFIG, IDENTITY) == []
-    now = changed(
-        log_every=3, eval_every=7, checkpoint_every=9, remat="full", steps=200, data__cache_dir="elsewhere", base="moved/base"
-    )
+    now = changed(log_every=3, eval_every=7, checkpoint_every=9, remat="full", steps=200, data__cache_dir="elsewhere", base="moved/base")
     lines = check_workdir(tmp_path, now, IDENTITY)
     names = ["base", "checkpoint_every", "data.cache_dir", "eval_every", "log_every", "remat", "steps"]
     assert [line.split(":")[0] for line in lines] == names and lines[-1] == "steps: 100 -> 200"

@@ -34,8 +34,7 @@ def test_config_round_trip(config):
 def test_defaults_of_absent_fields():
     """Breaks when an older config.json, which leaves out what equals the default, is read with other defaults."""
     raw = {
-        k: RAW[k]
-        for k in ("architectures", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+        k: RAW[k] for k in ("architectures", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     }
     config = config_json.parse_config(raw)
     assert (config.num_kv_heads, config.head_dim, config.rope_theta, config.rms_norm_eps) == (4, 8, 10000.0, 1e-6)

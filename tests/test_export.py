@@ -33,9 +33,7 @@ def memory_file(request, tiny_base, tmp_path_factory):
     base = bases.load_base(tiny_base)
     compression = CompressionConfig(method=request.param, k=4, rate=4)
     template = targets.make_template("plain", base.tokenizer)
-    adapter = adapters.Adapter(
-        compression, LoraConfig(4, 2.0, 0.0), template, random_trained(TINY, 4), str(tiny_base), base.fingerprint
-    )
+    adapter = adapters.Adapter(compression, LoraConfig(4, 2.0, 0.0), template, random_trained(TINY, 4), str(tiny_base), base.fingerprint)
     adapters.save_adapter(folder / "adapter", adapter)
     compressor = compressors.load(folder / "adapter")
     compressor.save(folder / "m.safetensors", compressor.compress(TEXTS), ["a", "b", "c"])

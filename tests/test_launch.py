@@ -90,7 +90,7 @@ def test_texts_of_the_evaluation_can_be_continued(evaluation, tmp_path):
 
 # ------------------------------------------------------------------------------------------------------- launch/tpu_pod.sh
 
-COMMAND = ["icae", "train", "--workdir", "/mnt/runs/a b", "--config.note=it's \"$HOME\" & *"]
+COMMAND = ["icae", "train", "--workdir", "/mnt/runs/a b", '--config.note=it\'s "$HOME" & *']
 SLICE = ["--name", "icae", "--zone", "us-west4-a", "--type", "v5litepod-16"]
 # A cloud in $CLOUD: `slice` and `queue` hold states, w0 and w1 are the homes of the workers, `calls` has a line for each call. The commands
 # of a worker run here, in its home.
@@ -469,7 +469,7 @@ UNABLE = "srun: error: Unable to create step for job 7: "
         (UNABLE + "More processors requested than permitted", 1, 2),
         (UNABLE + "Memory required by task is not available", 1, 2),
         ("srun: fatal: SLURM_MEM_PER_CPU, SLURM_MEM_PER_GPU, and SLURM_MEM_PER_NODE are mutually exclusive.", 1, 2),
-        ("srun: error: Invalid numeric value \"x\" for --cpus-per-task.", 255, 2),
+        ('srun: error: Invalid numeric value "x" for --cpus-per-task.', 255, 2),
         ("srun: unrecognized option '--gpu-bindd=none'", 1, 2),
         ("slurmstepd: error: execve(): icae: Permission denied\nsrun: error: n: task 0: Exited with exit code 13", 13, 2),
         (UNABLE + "Requested nodes are busy", 1, 1),

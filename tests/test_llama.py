@@ -90,9 +90,7 @@ def test_logits_equal_transformers(option, tmp_path, tiny_tokenizer):
     """
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     kind = option.split("_")[0].capitalize()
-    hub_config = getattr(transformers, f"{kind}Config")(
-        **SIZES, **OPTIONS[option], max_position_embeddings=64, initializer_range=0.2
-    )
+    hub_config = getattr(transformers, f"{kind}Config")(**SIZES, **OPTIONS[option], max_position_embeddings=64, initializer_range=0.2)
     torch.manual_seed(0)
     model = getattr(transformers, f"{kind}ForCausalLM")(hub_config).eval()
     with torch.no_grad():
@@ -129,9 +127,7 @@ def test_real_model_equals_transformers():
         [transformers.AutoTokenizer.from_pretrained(folder)("Once upon a time there was a little dog named Spot.")["input_ids"]]
     )
     with torch.no_grad():
-        want = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(
-            torch.from_numpy(ids)
-        ).logits.numpy()
+        want = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(torch.from_numpy(ids)).logits.numpy()
     config = config_json.read_config(folder)
     got = logits(config, weights.load_params(folder, config), jnp.asarray(ids))
     close(got, want, 1e-4)
@@ -235,9 +231,7 @@ def test_hidden_states_at_some_positions(at, windows, tiny_params):
     @functools.partial(jax.value_and_grad, argnums=(0, 1), has_aux=True)
     def run(x, adapters, cut):
         given = {"at": each} if cut else {}
-        hidden, kv = model.apply(
-            {"params": tiny_params, "lora": adapters}, x, positions(0, 24), real, return_kv=True, keep=keep, **given
-        )
+        hidden, kv = model.apply({"params": tiny_params, "lora": adapters}, x, positions(0, 24), real, return_kv=True, keep=keep, **given)
         hidden = hidden if cut else llama.rows(hidden, each)
         return jnp.sum(jnp.sin(hidden)) + sum(jnp.sum(jnp.cos(t)) for t in kv), (hidden, kv)
 
@@ -306,9 +300,7 @@ def test_embeddings_equal_ids(tiny_params, whole):
 def test_masked_keys_do_not_matter(tiny_params, whole):
     """Breaks when the mask's axes are swapped: with key 3 hidden, later tokens change, and do not depend on its content."""
     mask = llama.causal_mask(24).at[:, :, 3].set(False)
-    one, other = (
-        run(tiny_params, jnp.asarray(ids), positions(0, 24), mask)[0] for ids in (IDS, np.where(np.arange(24) == 3, 5, IDS))
-    )
+    one, other = (run(tiny_params, jnp.asarray(ids), positions(0, 24), mask)[0] for ids in (IDS, np.where(np.arange(24) == 3, 5, IDS)))
     assert np.abs(np.asarray(one - whole[0]))[:, 4:].max() > 1e-3
     np.testing.assert_array_equal(np.delete(one, 3, axis=1), np.delete(other, 3, axis=1))
 

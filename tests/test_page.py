@@ -140,7 +140,7 @@ def test_examples_are_shown_worst_first(tmp_path):
 def test_differences_are_marked_against_the_right_text(tmp_path):
     """Breaks when an answer is held against the text, an arm's text against another's original, or an original is shown as an arm."""
     html = written(tmp_path, result(examples=[example(0, 1.0, **{"full context": "the cat sat"})]))
-    assert "the cat <del>sat</del> <ins>ran</ins>" in html and "<p>full context</p><div class=\"text\">the cat sat</div>" in html
+    assert "the cat <del>sat</del> <ins>ran</ins>" in html and '<p>full context</p><div class="text">the cat sat</div>' in html
     of = {"texts": {"question": "who ?", "answers": ["a dog", "dog"], "memory": "a cat"}}
     of["scores"] = {"f1": {"memory": 12.34}, "em": {"memory": 0.0}}
     html = written(tmp_path, result("qa", examples=[example(0, 1.0) | of]))

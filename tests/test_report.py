@@ -59,9 +59,7 @@ def test_differences_of_long_texts():
 
 def test_tables():
     """Breaks when cells are not escaped or columns do not line up."""
-    assert report.table(["a", "b"], [["<x>", 1]]) == (
-        "<table><tr><th>a</th><th>b</th></tr><tr><td>&lt;x&gt;</td><td>1</td></tr></table>"
-    )
+    assert report.table(["a", "b"], [["<x>", 1]]) == ("<table><tr><th>a</th><th>b</th></tr><tr><td>&lt;x&gt;</td><td>1</td></tr></table>")
     assert report.text_table(["arm", "score"], [["memory", "97.5 %"]]).splitlines() == [
         "arm      score",
         "--------------",

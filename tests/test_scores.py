@@ -101,6 +101,7 @@ def test_prefix_match():
 
 def test_sentence_bleu_is_sacrebleus():
     """Breaks when smoothing, effective order or the order of arguments departs from sacrebleu's."""
+
     def own(hypothesis, reference):
         return scores.sentence_bleu(scores.bleu_counts(hypothesis, reference))
 

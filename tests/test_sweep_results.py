@@ -119,7 +119,7 @@ def test_files(made, tmp_path):
     """Breaks when the page is not self-contained or unescaped, or weights that differ are not said so."""
     text = sweep_results.write(tmp_path, made(*ranks(2, 4)))
     page = (tmp_path / "report.html").read_text()
-    assert "src=\"data:image/png;base64,iVBOR" in page and "--config.seed=&lt;1&gt;" in page and "0.2500 (3)" in page
+    assert 'src="data:image/png;base64,iVBOR' in page and "--config.seed=&lt;1&gt;" in page and "0.2500 (3)" in page
     assert "weigh their objectives differently" not in text and "sweep.png" in text
     assert json.loads((tmp_path / "results.json").read_text())["points"][1]["at"] == {"lora.rank": 4}
 

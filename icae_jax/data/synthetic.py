@@ -286,4 +286,3 @@ def base_document(seed, kind):
     if kind not in DOCUMENTS:
         raise UserError(f"kind of document is {kind!r}; choose from {', '.join(DOCUMENTS)}")
     return DOCUMENTS[kind](random.Random(f"{kind} {seed}"))
-

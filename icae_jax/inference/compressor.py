@@ -133,9 +133,7 @@ class Compressor:
             written, start = self.positions(len(context), k)
             needed = max(written, start + 2)
             if needed > most:
-                raise UserError(
-                    f"{name}: {len(context)} tokens need {needed} positions, the base has {most}; compress it in several parts"
-                )
+                raise UserError(f"{name}: {len(context)} tokens need {needed} positions, the base has {most}; compress it in several parts")
         return self.compress_ids(contexts, batch_size, k)
 
     def positions(self, tokens, k=None, segments=None):
@@ -385,4 +383,3 @@ def _stack(parts, config):
     real = [np.expand_dims(memory.mask, (*range(kind.TEXT_AXIS), *range(kind.TEXT_AXIS + 2, x.ndim))) for x in contents.values()]
     # No trace of a batch's shape is left.
     return memory.replace(**{name: np.where(r, x, 0) for r, (name, x) in zip(real, contents.items(), strict=True)})
-

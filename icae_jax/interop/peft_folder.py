@@ -1,9 +1,9 @@
 """A plain PEFT folder of an adapter, for use without this package: LoRA, memory table, and a README with the code that compresses.
 
-    adapter_config.json, adapter_model.safetensors    LoRA, at the top, as PEFT reads it
-    memory.safetensors                                memory_token_embed.weight [k + 3, D]
-    icae.json                                         as in an adapter folder of this package
-    README.md                                         twenty lines that make our memory of a text with peft and transformers
+adapter_config.json, adapter_model.safetensors    LoRA, at the top, as PEFT reads it
+memory.safetensors                                memory_token_embed.weight [k + 3, D]
+icae.json                                         as in an adapter folder of this package
+README.md                                         twenty lines that make our memory of a text with peft and transformers
 """
 
 import types
@@ -80,7 +80,7 @@ def _readme(adapter, base_config):
     return readme
 
 
-README = '''# @METHOD@ adapter in PEFT's format
+README = """# @METHOD@ adapter in PEFT's format
 
 Base: `@BASE@`. A text of up to @N@ tokens becomes @K@ memory tokens, a longer one @K@ for each of its near-equal segments.
 `adapter_config.json` and `adapter_model.safetensors` are the encoder's LoRA; `memory.safetensors` holds the embeddings of the memory
@@ -112,10 +112,10 @@ def compress(text):
 ```
 
 @MEMORY@ The decoder is the base without the adapter.
-'''
-BOS = '''    if tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id:
+"""
+BOS = """    if tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id:
         ids = [tokenizer.bos_token_id, *ids]
-'''
+"""
 PAD = """        piece = piece + [tokenizer.eos_token_id] * (@N@ - len(piece))
 """
 KEEP_SLOTS = "        parts.append(out.last_hidden_state[0, -@K@:])"

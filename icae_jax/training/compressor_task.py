@@ -71,9 +71,7 @@ def with_attention(config, model_config, compression, mesh, length):
     """
     segments, size = batches.segment_shape(length, compression)
     rows = config.batch_size // config.accumulate * segments
-    name, notes = attention.choose(
-        config.attention, model_config, mesh, rows=rows, length=size + compression.k, dtype=config.jnp_dtype
-    )
+    name, notes = attention.choose(config.attention, model_config, mesh, rows=rows, length=size + compression.k, dtype=config.jnp_dtype)
     return dataclasses.replace(config, attention=name), notes
 
 
@@ -228,4 +226,3 @@ class CompressorTask(CompressorLosses):
         adapter = adapters.Adapter(self.compression, c.lora, self.template, trained, c.base, self.base.fingerprint)
         adapters.save_adapter(pathlib.Path(workdir) / adapters.IN_WORKDIR, adapter)
         return pathlib.Path(workdir) / adapters.IN_WORKDIR
-

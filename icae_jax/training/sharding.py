@@ -145,9 +145,7 @@ def check_batch_size(mesh, batch_size, accumulate):
     """UserError where a microbatch does not divide over the devices."""
     parts = rows_at_once(mesh)
     if (batch_size // accumulate) % parts:
-        raise UserError(
-            f"batch_size / accumulate is {batch_size // accumulate}; it must be a multiple of mesh.data x mesh.fsdp, {parts}"
-        )
+        raise UserError(f"batch_size / accumulate is {batch_size // accumulate}; it must be a multiple of mesh.data x mesh.fsdp, {parts}")
 
 
 def batch_sharding(mesh, axis=0):

@@ -253,4 +253,3 @@ def _train(config, task, workdir, log, profile, verbosity, title, watch):
     finally:
         if lines:
             lines.close()
-

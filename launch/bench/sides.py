@@ -146,9 +146,7 @@ class Torch:
         torch.set_num_threads(sizes["threads"])
         torch.manual_seed(sizes["seed"])
         self.torch, self.sizes, self.device = torch, sizes, sizes["device"]
-        self.model = torch_icae.TorchICAE(
-            folder, recipe, sizes["memory"], sizes["lora_rank"], ALPHA, DROPOUT, sizes["dtype"], self.device
-        )
+        self.model = torch_icae.TorchICAE(folder, recipe, sizes["memory"], sizes["lora_rank"], ALPHA, DROPOUT, sizes["dtype"], self.device)
         with torch.no_grad():
             self.model.table.weight.copy_(torch.from_numpy(arrays["memory_table"]))
         self.arrays, self.rows = {**arrays, "eos": EOS}, 1 if recipe == "reference" else sizes["batch"]

@@ -44,9 +44,7 @@ class TorchICAE:
 
     def __init__(self, folder, recipe, k, rank, alpha=32.0, dropout=0.05, dtype="float32", device="cpu"):
         self.recipe, self.k, self.device, self.dtype = RECIPES[recipe], k, torch.device(device), getattr(torch, dtype)
-        lora = peft.LoraConfig(
-            r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"
-        )
+        lora = peft.LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
         self.encoder = peft.get_peft_model(self._base(folder), lora).train()
         self.table = torch.nn.Embedding(k + 3, self.encoder.config.hidden_size, device=self.device)
         self.decoder = self.encoder
