@@ -32,7 +32,8 @@ setup(
         "tqdm",
     ],
     extras_require={
-        "test": ["pytest", "pytest-xdist", "ruff>=0.17,<0.18", "torch==2.13.0", "peft", "jax[tpu]"],  # libtpu compiles for TPUs on any machine
+        # libtpu compiles for TPUs on any machine; another version of ruff may format otherwise
+        "test": ["pytest", "pytest-xdist", "ruff>=0.17,<0.18", "torch==2.13.0", "peft", "jax[tpu]"],
         "bench": ["torch==2.13.0", "peft"],  # the PyTorch baseline of launch/bench
         "tpu": ["jax[tpu]"],
         "gpu": ["jax[cuda13]"],
