@@ -4,6 +4,7 @@ import os
 import pathlib
 import re
 
+from icae_jax import errors
 from icae_jax.data import builders
 from icae_jax.data.builders.inputs import Request
 from icae_jax.data.tfds_sets import PREFIX, SPLIT_OF_MONTH
@@ -49,6 +50,8 @@ def prepare(builder_class, request, tfds_dir, name="", processes=PROCESSES):
         raise UserError(f"--tfds_dir {tfds_dir}: sets are prepared in a local folder; copy it there when it is done")
     config = tfds.core.BuilderConfig(name=name, version=builder_class.VERSION) if name else None
     builder = builder_class(request=request, processes=processes, data_dir=tfds_dir, config=config)
+    with errors.naming(f"--tfds_dir {tfds_dir}", "give a folder that can be written"):
+        pathlib.Path(tfds_dir).mkdir(parents=True, exist_ok=True)
     return builder, builder.prepare()
 
 

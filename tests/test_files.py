@@ -248,3 +248,13 @@ def test_cache_folder(monkeypatch):
     assert (str(files.cache_folder("/mine")), str(files.cache_folder())) == ("/mine", "/somewhere")
     monkeypatch.delenv("ICAE_CACHE")
     assert files.cache_folder().parts[-2:] == (".cache", "icae_jax")
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path):
+    """Breaks when a workdir below a file, or on what this user may only read, is a traceback that launchers run again."""
+    (tmp_path / "file").write_text("")
+    message = r"file/x: cannot be written: .*; give a place that can be"
+    for replacing in (files.replacing_file, files.replacing_folder):
+        with pytest.raises(errors.UserError, match=message), replacing(tmp_path / "file" / "x"):
+            pass
+    assert (tmp_path / "file").read_text() == "" and len(list(tmp_path.iterdir())) == 1

@@ -67,14 +67,15 @@ def _temporary(path, make):
     """(path, its temporary twin, `os.stat_result` of what is there or None). make(twin, mode): creates it, at most as open as the mode.
 
     A link stays one: what it points to is replaced. The umask is the system's to apply, as for any other program's files, and nobody may
-    read the twin whom what is there keeps out.
+    read the twin whom what is there keeps out. UserError where this user cannot write there.
     """
     path = pathlib.Path(path)
-    path = path.resolve() if path.is_symlink() else path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    before = path.stat() if path.exists() else None
-    twin = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    make(twin, 0o777 if before is None else 0o700 | stat.S_IMODE(before.st_mode) & 0o777)
+    with errors.naming(f"{path}: cannot be written", "give a place that can be"):
+        path = path.resolve() if path.is_symlink() else path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        before = path.stat() if path.exists() else None
+        twin = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+        make(twin, 0o777 if before is None else 0o700 | stat.S_IMODE(before.st_mode) & 0o777)
     return path, twin, before
 
 
