@@ -116,11 +116,12 @@ def test_what_is_replaced_hands_its_mode_on(tmp_path, umask):
         files.write_json(file, {})
         folder.chmod(mode)
         (folder / "icae.json").chmod(within)
+        (folder / "encoder").chmod(mode)
         file.chmod(within)
         write_tensors(folder)
         files.write_json(file, {"new": 1})
         assert stat.S_IMODE(file.stat().st_mode) == within and modes(folder)["."] == mode and modes(folder)["icae.json"] == within
-        assert files.read_json(file, "a test") == {"new": 1}
+        assert modes(folder)["encoder"] == mode and files.read_json(file, "a test") == {"new": 1}
 
 
 def test_nobody_reads_a_private_file_while_it_is_written(tmp_path):

@@ -57,10 +57,15 @@ def read_safetensors(path: str | os.PathLike, read: Callable[[str | os.PathLike]
         raise UserError(f"{path}: not a readable {kind} file ({error})") from error
 
 
-def write_json(path, value):
-    """Writes indented JSON through a temporary file, so that a full disk leaves the old content."""
+def write_text(path, text: str) -> None:
+    """Writes UTF-8 text through a temporary file, so that a full disk leaves the old content."""
     with replacing_file(path) as tmp:
-        tmp.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        tmp.write_text(text, encoding="utf-8")
+
+
+def write_json(path, value) -> None:
+    """The same, of indented JSON."""
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
 def _temporary(path, make):
@@ -114,7 +119,7 @@ def replacing_file(path):
 def replacing_folder(path):
     """Gives a temporary folder beside `path` that takes its place once the block ends without error; the old one goes last.
 
-    Modes are as `replacing_file` has them, of the files within too.
+    Modes are as `replacing_file` has them, of the files and folders within too.
     """
     if os.path.isfile(path):
         raise UserError(f"{path} is a file, and a folder is to be written there; give another name or remove it")
@@ -123,11 +128,13 @@ def replacing_folder(path):
     try:
         open_to = stat.S_IMODE(tmp.stat().st_mode) & 0o666
         yield tmp
-        for file in filter(pathlib.Path.is_file, tmp.rglob("*")):
-            twin = path / file.relative_to(tmp)
-            there = twin.stat() if twin.is_file() else None
-            # safetensors makes its files readable by their owner alone
-            _take_over(file, stat.S_IMODE(there.st_mode if there else file.stat().st_mode | open_to), there)
+        for within in sorted(tmp.rglob("*"), reverse=True):  # what a folder holds before the folder, which its mode may close
+            twin, is_file = path / within.relative_to(tmp), within.is_file()
+            if twin.is_file() if is_file else twin.is_dir():
+                there = twin.stat()
+                _take_over(within, stat.S_IMODE(there.st_mode), there)
+            elif is_file:  # safetensors makes its files readable by their owner alone
+                _take_over(within, stat.S_IMODE(within.stat().st_mode | open_to))
         if before is not None:
             _take_over(tmp, stat.S_IMODE(before.st_mode), before)
             os.rename(path, old)
