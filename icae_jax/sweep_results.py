@@ -3,6 +3,7 @@
 import base64
 import functools
 import html
+import math
 import statistics
 
 from icae_jax.evaluation import report
@@ -28,7 +29,8 @@ def _point(point, code, fields):
     path = point.folder / "metrics.jsonl"
     lines = metrics.read(path) if path.exists() else []
     trained, evaluated = ([line for line in lines if key in line] for key in ("train", "eval"))
-    best = min(evaluated, key=lambda line: line["eval_loss"], default=None)
+    finite = [line for line in evaluated if math.isfinite(line["eval_loss"])]  # no comparison with NaN holds
+    best = min(finite, key=lambda line: line["eval_loss"], default=None)
     speeds = [line["tokens_per_second"] for line in trained]
     state = point.state
     if code is None:

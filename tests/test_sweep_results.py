@@ -70,6 +70,16 @@ def test_what_a_point_came_to(made, tmp_path):
     assert sweep_results._point(point, None, [])["state"] == "diverged" and sweep_results._point(point, None, [])["exit_code"] == 3
 
 
+def test_a_loss_that_is_no_number_is_never_the_best(made, tmp_path):
+    """Breaks when a held-out loss of NaN, with which no comparison holds, hides the best one by coming first."""
+    made(*ranks(2))
+    lines = [{"step": step, "eval": {}, "eval_loss": loss} for step, loss in enumerate((float("nan"), 2.0, 1.0, float("inf")))]
+    for count, best in ((4, {"eval_loss": 1.0, "step": 2}), (1, None)):
+        (tmp_path / "p0" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines[:count]))
+        point = sweep.Point(tmp_path / "p0", {}, from_dict(TrainConfig, RAW), [])
+        assert sweep_results._point(point, None, [])["best"] == best
+
+
 def test_numeric_axis(made):
     """Breaks when a line joins points out of order, leaves out a kind of loss, or an axis over a decade is linear."""
     left, right = sweep_results.figure(made(*ranks(8, 2, 4))).axes
