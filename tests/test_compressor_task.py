@@ -12,7 +12,7 @@ from conftest import TINY, WORDS, write_jsonl
 from icae_jax import sweep_results
 from icae_jax.interop import base as bases
 from icae_jax.objectives import targets
-from icae_jax.training import step, train
+from icae_jax.training import compressor_task, step, train
 from icae_jax.training.compressor_task import CompressorTask
 from icae_jax.training.config import TrainConfig, from_dict
 
@@ -237,6 +237,14 @@ def test_room_for_the_positions_of_the_reference_layout(raw):
     assert task(raw, compression=reference | {"rate": 62.0}).framing.start == ()  # 248 + 4 + 4 = 256
     with pytest.raises(ValueError, match=r"needs 260 positions .* the base has 256"):
         task(raw, compression=reference | {"rate": 64.0})
+
+
+def test_lora_is_drawn_by_one_program_whatever_the_run(raw):
+    """Breaks when every task compiles the drawing of its LoRA anew."""
+    task(raw).init()
+    before = compressor_task._init_lora._cache_size()
+    task(raw, seed=1).init()
+    assert before and compressor_task._init_lora._cache_size() == before
 
 
 def test_trigger_token(raw):

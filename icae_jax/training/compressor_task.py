@@ -16,6 +16,8 @@ from icae_jax.objectives import loss, targets
 from icae_jax.training import attention, flops, sharding
 from icae_jax.training.config import SCRATCH
 
+_init_lora = jax.jit(lora.init_lora, static_argnums=(1, 2))  # one program, not one for every array's shape
+
 
 def compression_on(config, tokenizer):
     """(what a `TrainConfig` trains on a base with that tokenizer, lines on what is done otherwise than it asks)."""
@@ -187,8 +189,7 @@ class CompressorTask(CompressorLosses):
                 raise UserError(f"compression.trigger_token {c.compression.trigger_token!r} is not a token of the base's tokenizer")
         embeddings = {"embed": sharding.on_host(self.frozen["embed"])}
         table = encoder.init_memory_table(jax.random.fold_in(key, 1), embeddings, c.compression, trigger)
-        make_lora = jax.jit(lora.init_lora, static_argnums=(1, 2))  # one program, not one for every array's shape
-        return {"lora": make_lora(jax.random.fold_in(key, 2), self.base.config, c.lora), "memory_table": table}
+        return {"lora": _init_lora(jax.random.fold_in(key, 2), self.base.config, c.lora), "memory_table": table}
 
     def train_batches(self, start, stop, rows=slice(None)):
         """Batches of steps start … stop - 1. rows: those that are made, by default all."""
