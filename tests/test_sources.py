@@ -142,7 +142,7 @@ def test_a_line_is_bounded(tmp_path, monkeypatch, name, suffix):
     where = f"{path}:2" if name == "a.jsonl" else str(path)
     if name == "a.jsonl":
         assert next(rows).text == "fine"
-    with pytest.raises(UserError, match=f"^{where}: longer than 100,000 bytes, .*data.max_row_bytes"):
+    with pytest.raises(UserError, match=f"^{where}: longer than 100,000 bytes, .*; split it \\(in training, data.max_row_bytes"):
         next(rows)
     assert (suffix == ".zst") == bool(sizes) and sum(sizes) <= 100_000 + 2 * reading.CHUNK + len(fine)
     path.write_bytes(pack(fine))

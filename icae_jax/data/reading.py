@@ -111,8 +111,8 @@ def bounded(data: bytes, where: str, most: int) -> bytes:
     """The bytes of a line or text that was read up to `most` + 1 of them. UserError where it is longer than `most`."""
     if len(data) > most:
         raise UserError(
-            f"{where}: longer than {most:,} bytes, the most that one line or text may hold (data.max_row_bytes; {MAX_ROW_BYTES:,} outside "
-            "of training); split it, or raise the bound"
+            f"{where}: longer than {most:,} bytes, the most that one line or text may hold; split it (in training, data.max_row_bytes can "
+            "be raised instead)"
         )
     return data
 
