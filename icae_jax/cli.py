@@ -333,15 +333,17 @@ def keep_compiled():
     """Lets JAX keep compiled programs on disk, so that a command started again compiles nothing: in `~/.cache/icae_jax/compiled` (or
     $ICAE_CACHE/compiled), a folder for each kind of processor, whose instructions a program for CPUs is made of.
 
-    JAX_COMPILATION_CACHE_DIR of the user's own is left alone, empty too, which keeps nothing.
+    JAX_COMPILATION_CACHE_DIR of the user's own is left alone, empty too, which keeps nothing. Where the folder cannot be written nothing
+    is kept: JAX would warn of every program.
     """
     cpus = pathlib.Path("/proc/cpuinfo")
     flags = next((line for line in cpus.read_text().splitlines() if line.startswith(("flags", "Features"))), "") if cpus.exists() else ""
     kind = f"{platform.machine()}-{zlib.crc32(flags.encode()):08x}"
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         folder = files.cache_folder() / "compiled" / kind
-        os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)
-        cache.bound_compiled(folder)
+        if cache.can_write(folder):
+            os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)
+            cache.bound_compiled(folder)
 
 
 def set_up():

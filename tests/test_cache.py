@@ -1,5 +1,6 @@
 """The cache's bound: what goes first, what never goes, and `icae cache`."""
 
+import errno
 import json
 import os
 import time
@@ -112,6 +113,40 @@ def test_jax_bounds_its_programs(root, monkeypatch):
     assert 2490 < most <= 2500
     LRUCache(str(folder), max_size=most).put("new", b"x" * 1000)
     assert left(root) == ["new-cache", "newer-cache"]
+
+
+def test_a_cache_that_is_no_folder_or_closed_is_named(root, monkeypatch):
+    """Breaks when a cache that cannot be used ends in a traceback, which does not say what to set, or one that is empty is refused."""
+    assert cache.hold(root / "tokens" / "key") is None
+    root.write_text("")
+    with pytest.raises(UserError, match=rf"^cache {root}/tokens: cannot be read: not a directory .*; set data.cache_dir or \$ICAE_CACHE"):
+        cache.hold(root / "tokens" / "key")
+
+    def closed(path, *_):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr("builtins.open", closed)
+    with pytest.raises(UserError, match=r"cannot be read: permission denied"):
+        cache.hold(root.parent / "tokens" / "key")
+
+
+def test_programs_are_kept_only_where_they_can_be(root, monkeypatch):
+    """Breaks when JAX is told of a folder that cannot be written, so that it warns of every program, or the command fails of it."""
+    for name in ("JAX_COMPILATION_CACHE_MAX_SIZE", "JAX_COMPILATION_CACHE_DIR"):
+        monkeypatch.setenv(name, "")  # so that it is put back
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("ICAE_CACHE", str(root))
+    root.write_text("")
+    cli.keep_compiled()
+    assert "JAX_COMPILATION_CACHE_DIR" not in os.environ
+    cache.bound_compiled(root / "compiled")
+    root.unlink()
+    with monkeypatch.context() as closed:  # as on a disk that may only be read
+        closed.setattr(os, "access", lambda *_: False)
+        cli.keep_compiled()
+        assert "JAX_COMPILATION_CACHE_DIR" not in os.environ
+    cli.keep_compiled()
+    assert os.environ["JAX_COMPILATION_CACHE_DIR"].startswith(str(root / "compiled"))
 
 
 @pytest.mark.parametrize("value", ["-1", "nan", "inf", "much"])

@@ -56,6 +56,8 @@ def _bytes(gib, name):
 
 # --------------------------------------------------------------------------------------------------------------- locks
 
+_REMEDY = "set data.cache_dir or $ICAE_CACHE to a folder that can be"
+
 
 def _lock(file, operation):
     """Whether the lock was got; None on a filesystem that has none."""
@@ -75,7 +77,7 @@ def alone(folder: pathlib.Path, what: str) -> Iterator[None]:
     what: said to those who wait. On a filesystem without locks nobody waits.
     """
     path = folder.with_name(f".lock.{folder.name}")
-    with errors.naming(f"cache {folder.parent}: cannot be written", "set data.cache_dir or $ICAE_CACHE to a folder that can be"):
+    with errors.naming(f"cache {folder.parent}: cannot be written", _REMEDY):
         folder.parent.mkdir(parents=True, exist_ok=True)
         file = open(path, "ab")  # noqa: SIM115
     with file:
@@ -89,12 +91,16 @@ def alone(folder: pathlib.Path, what: str) -> Iterator[None]:
 
 
 def hold(folder: pathlib.Path):
-    """Notes that a folder is used now, and keeps it from being removed as long as the result, an open file, lives. None: it is gone."""
+    """Notes that a folder is used now, and keeps it from being removed as long as the result, an open file, lives. None: it is gone.
+
+    UserError where the cache is closed to this user, or is no folder.
+    """
     path = folder / ABOUT
-    try:
-        file = open(path, "rb")  # noqa: SIM115 - it stays open
-    except FileNotFoundError:
-        return None
+    with errors.naming(f"cache {folder.parent}: cannot be read", _REMEDY):
+        try:
+            file = open(path, "rb")  # noqa: SIM115 - it stays open
+        except FileNotFoundError:
+            return None
     _lock(file, fcntl.LOCK_SH)
     if not path.exists():  # removed before it was locked
         file.close()
@@ -201,18 +207,23 @@ def prune(root: pathlib.Path, most: int, version: int, everything: bool = False)
     return removed
 
 
+def can_write(folder: pathlib.Path) -> bool:
+    """Whether this user can write in a folder, or make it where it is not there yet."""
+    there = next(str(path) for path in (folder, *folder.absolute().parents) if os.path.exists(path))
+    return os.path.isdir(there) and os.access(there, os.W_OK | os.X_OK)
+
+
 def bound_compiled(folder: pathlib.Path) -> None:
     """Lets JAX remove the programs in its folder that were used least recently, beyond this part of the bound.
 
     JAX cannot do so where a program has no time of last use, as those that were kept without a bound have none: they get one.
     """
-    if folder.exists() and not os.access(folder, os.W_OK):
-        return  # JAX would need to lock it
     os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(bound() // COMPILED_PART))
-    for program in folder.glob("*-cache"):
-        with contextlib.suppress(OSError):
-            if not _stamp(program).exists():
-                _stamp(program).write_bytes(program.stat().st_mtime_ns.to_bytes(8, "little"))
+    with contextlib.suppress(OSError):
+        for program in folder.glob("*-cache"):
+            with contextlib.suppress(OSError):
+                if not _stamp(program).exists():
+                    _stamp(program).write_bytes(program.stat().st_mtime_ns.to_bytes(8, "little"))
 
 
 # ---------------------------------------------------------------------------------------------------------------- verb
