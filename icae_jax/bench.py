@@ -103,7 +103,7 @@ def matters(spec):
 def read_saved(path, now):
     """What --save wrote. UserError where it is something else, or of other devices or another configuration than `now` (a report)."""
     saved = files.read_json(path, "what icae bench train --save wrote")
-    if not isinstance(saved, dict) or saved.get("bench") != "train" or not isinstance(saved.get("config"), dict):
+    if saved.get("bench") != "train" or not isinstance(saved.get("config"), dict):
         raise UserError(f"--compare {path}: not a result of icae bench train --save; give one")
     defaults = {field.name: field.default for field in dataclasses.fields(TrainConfig)}  # of fields that came after it was saved
     pairs = {f"config.{name}": (value, saved["config"].get(name, defaults.get(name))) for name, value in now["config"].items()}

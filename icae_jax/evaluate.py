@@ -21,6 +21,7 @@ from icae_jax.interop import adapter as adapters
 from icae_jax.interop import files
 from icae_jax.objectives.targets import TEMPLATES
 from icae_jax.training import distributed, sharding
+from icae_jax.training.config import steps_done
 
 RESULTS, PAGE = "results.json", "report.html"
 
@@ -82,7 +83,10 @@ def base_named_by(path):
     except UserError as error:
         raise UserError(f"--adapter {error}") from error
     if source.kind == "orbax":
-        return files.read_json(source.path.parent.parent / "config.json", "the run's configuration")["base"]
+        about = source.path.parent.parent / "config.json"
+        raw = files.read_json(about, "the run's configuration")
+        files.check_fields(raw, {"base": str}, about)
+        return raw["base"]
     return adapters.read_adapter_info(source.path)[1]["base_model_name_or_path"]
 
 
@@ -129,10 +133,10 @@ def _show(result, folder):
 
 
 def _trained_steps(path):
-    done, source = path / "DONE", convert_adapter.recognise(path)
+    source = convert_adapter.recognise(path)
     if source.kind == "orbax":
         return int(source.path.name.removeprefix("step_"))
-    return int(done.read_text() or 0) if done.is_file() else 0
+    return steps_done(path)
 
 
 def _events(folder, result, compressors):

@@ -135,7 +135,7 @@ def _base(folder):
 def _memory(path):
     metadata = store.read_metadata(path)
     tensors, _ = formats.open_tensors(path)
-    ids = json.loads(metadata["ids"])
+    ids = store.read_ids(path, metadata)
     about = {"what": "memory file", "method": metadata["method"], "layout": metadata["layout"], "k": int(metadata["k"]), "texts": len(ids)}
     about |= {name: list(t.shape) for name, t in tensors.items()} | {"bytes": pathlib.Path(path).stat().st_size}
     return about | {name: metadata[name] for name in ("adapter", "adapter_fingerprint", "base_fingerprint")}

@@ -20,7 +20,7 @@ import typing
 from icae_jax import cli, sweep_results
 from icae_jax.errors import UserError
 from icae_jax.interop import files
-from icae_jax.training.config import FREE_FIELDS, TrainConfig, from_dict
+from icae_jax.training.config import FREE_FIELDS, TrainConfig, from_dict, steps_done
 from icae_jax.training.train import DIVERGED, DONE, PREEMPTED
 
 FAILED = 1  # exit code where some points did not end; the same command goes on
@@ -43,8 +43,7 @@ class Point(typing.NamedTuple):
     @property
     def state(self):
         """done, diverged, unfinished or not started, as its folder says."""
-        done = self.folder / "DONE"
-        if done.exists() and int(done.read_text() or 0) >= self.config.steps:
+        if steps_done(self.folder) >= self.config.steps:
             return "done"
         if (self.folder / NOTE).exists():
             return "diverged"
@@ -138,6 +137,7 @@ def claim(workdir: pathlib.Path, sweep: dict) -> dict[str, int]:
     path, numbers = workdir / "sweep.json", {}
     if path.exists():
         before = files.read_json(path, "the sweep's identity")
+        files.check_fields(before, {"config": str, "sweep": str, "overrides": dict, "points": dict}, path)
         pairs = {key: (before[key], sweep[key]) for key in ("config", "sweep")}
         if before["sweep"] == sweep["sweep"]:
             fixed = [f for f in {**before["overrides"], **sweep["overrides"]} if f not in FREE_FIELDS | {"steps"}]
@@ -217,7 +217,7 @@ JOB = """#!/bin/sh
 # Paths may be relative to this folder; where it is not there, as on a TPU worker, to the one in which the launcher starts this.
 [ ! -d {here} ] || cd {here}
 [ ! -f {folder}/{note} ] || {{ echo {name}: diverged already, to try again delete {folder}; exit 0; }}
-[ "$(cat {folder}/DONE 2>/dev/null || echo 0)" -lt {steps} ] || {{ echo {name}: done already; exit 0; }}
+[ "$(cat {folder}/DONE 2>/dev/null)" -ge {steps} ] 2>/dev/null && {{ echo {name}: done already; exit 0; }}
 exec icae {command}
 """
 

@@ -10,6 +10,7 @@ import safetensors.numpy
 from conftest import TINY, close, random_lora, random_params, random_trained
 
 from icae_jax.compression.encoder import CompressionConfig
+from icae_jax.errors import UserError
 from icae_jax.interop import adapter as adapters
 from icae_jax.interop import base as bases
 from icae_jax.models import lora
@@ -38,6 +39,10 @@ def folder(adapter, tmp_path):
 
 def edit(path, **changes):
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def edit_within(path, group, **changes):
+    edit(path, **{group: json.loads(path.read_text())[group] | changes})
 
 
 def edit_tensors(path, change):
@@ -132,6 +137,16 @@ def test_every_tensor_that_does_not_fit_is_listed(change, messages):
         (lambda f: edit(f / "icae.json", compression={"k": 3}), "compression: fields layout, .* unknown or missing"),
         (lambda f: edit(f / "icae.json", compression={"k": 3, "size": 1}), "compression: fields layout, .*size, .* unknown or missing"),
         (lambda f: (f / "encoder" / "adapter_config.json").write_text("{}"), "r, lora_alpha, .* missing"),
+        (lambda f: edit(f / "icae.json", compression=[]), r"icae\.json: compression is \[\], which is not an object"),
+        (lambda f: edit_within(f / "icae.json", "compression", k="3"), "compression: k is '3', which is not a whole number"),
+        (lambda f: edit_within(f / "icae.json", "compression", k_choices=["a"]), r"k_choices is \['a'\], which are not whole numbers"),
+        (lambda f: edit_within(f / "icae.json", "template", stop=None), "template: stop is None, which is not a whole number"),
+        (lambda f: edit(f / "icae.json", origin="x"), "origin is 'x', which is not an object"),
+        (lambda f: (f / "icae.json").write_text('{"format_version": 1}'), r"icae\.json: base_fingerprint, compression, .* missing"),
+        (lambda f: (f / "icae.json").write_text("[]"), r"icae\.json: not an object"),
+        (lambda f: edit(f / "encoder" / "adapter_config.json", lora_alpha="x"), "lora_alpha is 'x', which is not a number"),
+        (lambda f: edit(f / "encoder" / "adapter_config.json", r=0), r"adapter_config\.json: r is 0"),
+        (lambda f: edit(f / "encoder" / "adapter_config.json", target_modules=[[]]), r"adapter_config\.json states"),
         (lambda f: (f / "icae.json").unlink(), r"icae\.json: no such file"),
         (lambda f: (f / "memory.safetensors").unlink(), r"memory\.safetensors: no such file"),
         (lambda f: (f / "memory.safetensors").write_bytes(b"x" * 20), "not a readable safetensors file"),
@@ -148,7 +163,7 @@ def test_every_tensor_that_does_not_fit_is_listed(change, messages):
 def test_spoilt_folders_are_named(spoil, message, folder, base):
     """Breaks when a damaged folder loads, or its error does not say which file."""
     spoil(folder)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         adapters.load_adapter(folder, base)
 
 

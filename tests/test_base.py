@@ -152,6 +152,19 @@ def test_stop_ids_without_a_tokenizer(folder):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"eos_token_id": [9, 4]}))
     assert bases.stop_ids(folder) == (4, 9)
+    for damaged in ('"x"', "[2, {}]", "true"):
+        (folder / "generation_config.json").write_text(f'{{"eos_token_id": {damaged}}}')
+        with pytest.raises(errors.UserError, match=r"generation_config\.json: eos_token_id is .*, which is not a whole number or a list"):
+            bases.stop_ids(folder)
+
+
+@pytest.mark.parametrize("damaged", ['{"auto_map": "x"}', '{"auto_map": {"AutoTokenizer": [3, "y"]}, "tokenizer_class": "X"}', "[]"])
+def test_a_damaged_tokenizer_config_is_named(folder, damaged):
+    """Breaks when a field of another type than it should have ends in a traceback from within the handling of an error."""
+    (folder / "tokenizer_config.json").write_text(damaged)
+    (folder / "tokenizer.json").write_text("{}")
+    with pytest.raises(errors.UserError, match=f"^{folder}"):
+        bases.load_tokenizer(folder)
 
 
 def test_base_from_the_hub(folder, monkeypatch):

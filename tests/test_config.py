@@ -6,7 +6,7 @@ import json
 import pytest
 
 from icae_jax.training import config as configs
-from icae_jax.training.config import LoopConfig, ObjectivesConfig, OptimizerConfig, TrainConfig, check_workdir, from_dict
+from icae_jax.training.config import LoopConfig, ObjectivesConfig, OptimizerConfig, TrainConfig, check_workdir, from_dict, steps_done
 
 RAW = {"base": "base", "data": {"train": "a.jsonl", "context_lengths": [16, 32]}, "steps": 100}
 CONFIG = from_dict(TrainConfig, RAW)
@@ -97,6 +97,14 @@ def changed(**fields):
         outer, _, inner = name.partition("__")
         config = dataclasses.replace(config, **{outer: dataclasses.replace(getattr(config, outer), **{inner: value}) if inner else value})
     return config
+
+
+def test_what_done_tells(tmp_path):
+    """Breaks when a DONE that was damaged ends in a traceback, or counts as the end of training."""
+    assert steps_done(tmp_path) == 0
+    for content, steps in ((b"12\n", 12), (b"", 0), (b"half\n", 0), (b"\xff\x00", 0), (b"-3", 0), (b"1.5", 0)):
+        (tmp_path / "DONE").write_bytes(content)
+        assert steps_done(tmp_path) == steps
 
 
 def test_a_continued_workdir_may_change_what_is_no_mathematics(tmp_path):

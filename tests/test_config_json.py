@@ -6,6 +6,7 @@ import json
 import pytest
 from conftest import TINY
 
+from icae_jax.errors import UserError
 from icae_jax.interop import config_json
 from icae_jax.models import rope
 
@@ -69,13 +70,22 @@ def test_defaults_of_absent_fields():
         ({"quantization_config": {}}, "quantization_config is set"),
         ({"rope_parameters": None, "rope_scaling": {"type": "dynamic", "factor": 2.0}}, "RoPE type 'dynamic' is not supported"),
         ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, "RoPE type 'longrope' is not supported"),
-        ({"num_hidden_layers": 0}, "num_layers of the model is 0"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers is 0; it must be positive"),
+        ({"num_attention_heads": 0}, "num_attention_heads is 0; it must be positive"),
+        ({"head_dim": -2}, "head_dim is -2; it must be positive"),
+        ({"hidden_size": "64"}, "hidden_size is '64', which is not a whole number"),
+        ({"rms_norm_eps": "small"}, "config.json: a field has a value of another kind .*'small'"),
+        ({"max_position_embeddings": None}, "config.json: a field has a value of another kind"),
+        ({"architectures": {}}, "no architecture"),
+        ({"architectures": {"a": 1}}, "config.json: a field has a value of another kind"),
+        ({"rope_parameters": ["x"]}, "config.json: a field has a value of another kind"),
+        ({"layer_types": 2}, "config.json: a field has a value of another kind"),
     ],
 )
 def test_other_models_are_refused_by_field(change, message):
     """Breaks when a model that is computed differently loads silently and yields garbage."""
     assert config_json.parse_config(RAW) == TINY
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         config_json.parse_config(RAW | change)
 
 
@@ -84,6 +94,9 @@ def test_incomplete_config_names_what_is_missing(tmp_path):
     with pytest.raises(ValueError, match=r"vocab_size, hidden_size, .* missing"):
         config_json.parse_config({"architectures": ["LlamaForCausalLM"]})
     with pytest.raises(ValueError, match=r"config\.json: no such file"):
+        config_json.read_config(tmp_path)
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(UserError, match=r"config\.json: not an object; it should hold the base model's configuration"):
         config_json.read_config(tmp_path)
 
 

@@ -30,7 +30,7 @@ def test_file_is_replaced_only_when_whole(tmp_path):
         fail_half_way()
     assert files.read_json(path, "a test") == {"a": "œ"} and os.listdir(path.parent) == ["a.json"]
     files.write_json(path, [2])
-    assert files.read_json(path, "a test") == [2] and os.listdir(path.parent) == ["a.json"]
+    assert files.read_json(path, "a test", list) == [2] and os.listdir(path.parent) == ["a.json"]
 
 
 def write_folder(path, text, fail=False):
@@ -141,7 +141,7 @@ def test_links_stay_links(tmp_path):
     for content in ("one", "two"):
         files.write_json(tmp_path / "a.json", content)
         write_folder(tmp_path / "adapter", content)
-        assert files.read_json(tmp_path / "disk" / "a.json", "a test") == content
+        assert files.read_json(tmp_path / "disk" / "a.json", "a test", str) == content
         assert os.listdir(tmp_path / "disk" / "adapter") == [f"{content}.txt"]
     assert (tmp_path / "a.json").is_symlink() and (tmp_path / "adapter").is_symlink()
     assert sorted(os.listdir(tmp_path)) == ["a.json", "adapter", "disk"] and sorted(os.listdir(tmp_path / "disk")) == ["a.json", "adapter"]
@@ -175,7 +175,7 @@ def test_a_file_that_a_network_loses_for_a_moment_is_read_again(tmp_path, monkey
     path = tmp_path / "a.json"
     path.write_text("[1]")
     left = failing(monkeypatch, path, errno.ESTALE, errno.EIO)
-    assert files.read_json(path, "a test") == [1] and not left
+    assert files.read_json(path, "a test", list) == [1] and not left
     failing(monkeypatch, path, *[errno.EIO] * errors.TRIES)
     with pytest.raises(OSError) as caught:
         files.read_json(path, "a test")
@@ -222,6 +222,21 @@ def test_unreadable_json_is_named(tmp_path):
         files.read_json(tmp_path / "a.json", "the plan")
     with pytest.raises(ValueError, match=f"^{tmp_path}: cannot be read"):
         files.read_json(tmp_path, "the plan")
+    (tmp_path / "a.json").write_text("[]")
+    with pytest.raises(errors.UserError, match=f"^{tmp_path}/a.json: not an object; it should hold the plan$"):
+        files.read_json(tmp_path / "a.json", "the plan")
+
+
+def test_fields_are_of_their_types():
+    """Breaks when a field of another type than it should have passes, or a whole number is not taken where any number is."""
+    files.check_fields({"a": 1, "b": 2, "c": "x", "more": None}, {"a": int, "b": float, "c": str}, "a.json")
+    for raw, message in (
+        ({"a": True}, "a.json: a is True, which is not a whole number"),
+        ({"a": 1.0}, "a.json: a is 1.0, which is not a whole number"),
+        ({}, "a.json: a missing"),
+    ):
+        with pytest.raises(errors.UserError, match=f"^{message}"):
+            files.check_fields(raw, {"a": int}, "a.json")
 
 
 def test_torch_is_named_where_it_is_missing(monkeypatch):

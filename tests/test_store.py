@@ -9,6 +9,7 @@ import safetensors.numpy
 
 from icae_jax.compression import encoder
 from icae_jax.compression import memory as memories
+from icae_jax.errors import UserError
 from icae_jax.inference import store
 
 CONFIG = encoder.CompressionConfig(k=2, rate=4)
@@ -96,6 +97,48 @@ def test_bad_files(tmp_path):
         store.check_output(tmp_path)
     with pytest.raises(ValueError, match="absent or cannot be written"):
         store.check_output(tmp_path / "absent" / "m")
+
+
+def rewrite(path, metadata=(), **tensors):
+    """Writes a memory file with other metadata (None: without it) and other tensors."""
+    with safetensors.safe_open(path, framework="numpy") as f:
+        told = f.metadata() | dict(metadata)
+    tensors = safetensors.numpy.load_file(path) | tensors
+    safetensors.numpy.save_file(tensors, path, {name: value for name, value in told.items() if value is not None})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"metadata": {"ids": '["a'}}, "ids in its metadata are .* not a list in JSON"),
+        ({"metadata": {"ids": "3"}}, "ids in its metadata are '3', which is not a list in JSON"),
+        ({"metadata": {"ids": None, "adapter": None}}, "adapter, ids missing in its metadata"),
+        ({"metadata": {"k": "two"}}, "k is 'two' in its metadata"),
+        ({"metadata": {"ids": '["a"]'}}, "lengths does not hold 1 texts"),
+        ({"metadata": {"k": "4"}}, r"slots does not hold 2 texts of segments of k 4 \(slots \[2, 4, 8\], lengths \[2, 2\]\)"),
+        ({"lengths": np.ones((3, 2), np.int32)}, "lengths does not hold 2 texts"),
+        ({"lengths": np.ones(2, np.int32)}, "lengths does not hold 2 texts"),
+        ({"lengths": np.ones((2, 0), np.int32)}, "lengths does not hold 2 texts"),
+        ({"lengths": np.ones((2, 2), np.float32)}, "lengths does not hold 2 texts"),
+        ({"slots": np.ones((2, 4), np.float32)}, "slots does not hold 2 texts"),
+        ({"slots": np.ones((1, 4, 8), np.float32)}, "slots does not hold 2 texts"),
+    ],
+)
+def test_damaged_files_are_named(changes, message, tmp_path):
+    """Breaks when a memory file that is damaged ends in a traceback, or is read as far as it goes."""
+    path = save(tmp_path / "m.safetensors")
+    rewrite(path, **changes)
+    with pytest.raises(UserError, match=f"^--memory {path}: {message}"):
+        store.load(path, CONFIG, "b" * 64, "a" * 64)
+
+
+def test_keys_and_values_are_of_one_shape(tmp_path):
+    """Breaks when a file of which half was replaced is read."""
+    path = tmp_path / "m.safetensors"
+    store.save(path, kv_memory(), X500, ["a", "b"], "b" * 64, "a" * 64, tmp_path)
+    rewrite(path, v=np.ones((3, 2, 4, 1, 5), np.float32))
+    with pytest.raises(UserError, match="v does not hold 2 texts"):
+        store.load(path, X500, "b" * 64, "a" * 64)
 
 
 def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):

@@ -15,6 +15,7 @@ import pytest
 from conftest import ROOT, WORDS, write_jsonl
 
 from icae_jax import cli, sweep
+from icae_jax.errors import UserError
 from icae_jax.training import metrics
 from icae_jax.training.checkpoint import Checkpoints
 from icae_jax.training.config import TrainConfig
@@ -200,6 +201,9 @@ def test_the_folder_of_another_sweep_is_refused(tmp_path):
             sweep.claim(tmp_path / "rank", changed)
     sweep.claim(tmp_path / "rank", identity(write_config(tmp_path, RANKS.replace("(2,", "(1, 2,"))))
     assert list(json.loads((tmp_path / "rank" / "sweep.json").read_text())["points"]) == ["rank=1", "rank=2", "rank=4", "rank=8"]
+    (tmp_path / "rank" / "sweep.json").write_text('{"config": "tiny.py", "sweep": "rank", "points": []}')
+    with pytest.raises(UserError, match=r"sweep\.json: overrides missing"):
+        sweep.claim(tmp_path / "rank", identity(config))
 
 
 # ------------------------------------------------------------------------------------------------------------------ jobs
@@ -249,6 +253,9 @@ def test_jobs_train_each_unfinished_point(tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "called").exists()
     assert cli.main([*sweep_of, "--jobs", str(jobs), "--config.steps=4"]) == 0  # longer: what is done at three steps goes on
     assert "--array=0,2 " in capsys.readouterr().out
+    assert subprocess.run(["bash", str(written[0])], cwd=tmp_path, env=environment).returncode == 7
+    (here / "it's w" / "rank=2" / "DONE").write_text("half\n")  # damaged: not done, for the sweep and for the job
+    assert cli.main([*sweep_of, "--jobs", str(jobs), "--json"]) == 0 and json.loads(capsys.readouterr().out)["left"] == [0, 2]
     assert subprocess.run(["bash", str(written[0])], cwd=tmp_path, env=environment).returncode == 7
 
 

@@ -75,7 +75,7 @@ def test_an_index_names_files_of_its_folder_alone(folder, tensors, name):
 def test_an_index_without_a_map_is_named(folder, content):
     """Breaks when half an index ends in a traceback, or counts as a base without weights."""
     (folder / "model.safetensors.index.json").write_text(content)
-    with pytest.raises(errors.UserError, match=r"model\.safetensors\.index\.json: no weight_map"):
+    with pytest.raises(errors.UserError, match=r"model\.safetensors\.index\.json: (no weight_map|not an object)"):
         weights.load_params(folder, TINY)
 
 

@@ -20,11 +20,12 @@ from icae_jax.errors import UserError
 class Memory:
     """The part common to both kinds.
 
-    CONTENTS: the fields that hold what was written. TEXT_AXIS: their axis of texts; that of memory tokens comes next.
+    CONTENTS: the fields that hold what was written. TEXT_AXIS: their axis of texts; that of memory tokens comes next. AXES: their number.
     """
 
     CONTENTS = ()
     TEXT_AXIS = 0
+    AXES = 0
 
     def __len__(self):
         return self.mask.shape[0]
@@ -78,6 +79,7 @@ class Slots(Memory):
     """ICAE's memory: the encoder's last hidden states at the memory tokens (arXiv 2307.06945, section 2.2.1). slots: `[B, M, D]`."""
 
     CONTENTS = ("slots",)
+    AXES = 3
 
     slots: jnp.ndarray
     mask: jnp.ndarray
@@ -95,6 +97,7 @@ class KV(Memory):
 
     CONTENTS = ("k", "v")
     TEXT_AXIS = 1
+    AXES = 5
 
     k: jnp.ndarray
     v: jnp.ndarray

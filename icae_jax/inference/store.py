@@ -8,6 +8,7 @@ layout, k, base_fingerprint, adapter_fingerprint, adapter (its folder), ids (JSO
 import json
 import os
 import pathlib
+import re
 
 import jax
 import numpy as np
@@ -21,6 +22,8 @@ from icae_jax.errors import UserError
 from icae_jax.interop import files
 
 FORMAT_VERSION = "1"
+_METADATA = ("method", "layout", "k", "base_fingerprint", "adapter_fingerprint", "adapter", "ids")
+_AGAIN = "compress the texts again"
 
 
 def check_output(path):
@@ -59,7 +62,7 @@ def save(path, memory, compression, ids, base_fingerprint, adapter_fingerprint, 
 
 
 def read_metadata(path):
-    """A memory file's metadata. UserError where it is not one."""
+    """A memory file's metadata. UserError where it is not one, or not all is there, or k is no number or ids no list."""
     if not pathlib.Path(path).is_file():
         raise UserError(f"--memory {path}: no such file; `icae compress` writes memory files")
 
@@ -70,7 +73,37 @@ def read_metadata(path):
     metadata = files.read_safetensors(path, read, "memory")
     if metadata.get("format_version") != FORMAT_VERSION:
         raise UserError(f"--memory {path}: format_version {metadata.get('format_version')}; this version reads {FORMAT_VERSION}")
+    missing = [name for name in _METADATA if name not in metadata]
+    if missing:
+        raise UserError(f"--memory {path}: {', '.join(missing)} missing in its metadata; {_AGAIN}")
+    if not re.fullmatch("[1-9][0-9]*", metadata["k"], re.ASCII):
+        raise UserError(f"--memory {path}: k is {metadata['k']!r} in its metadata; {_AGAIN}")
+    read_ids(path, metadata)
     return metadata
+
+
+def read_ids(path, metadata):
+    """The ids that a memory file's metadata lists. UserError where they are no list."""
+    try:
+        ids = json.loads(metadata["ids"])
+    except (ValueError, RecursionError):
+        ids = None
+    if not isinstance(ids, list):
+        raise UserError(f"--memory {path}: ids in its metadata are {metadata['ids'][:50]!r}, which is not a list in JSON; {_AGAIN}")
+    return ids
+
+
+def _check_shapes(path, kind, tensors, k, texts):
+    """UserError where tensors do not hold so many texts, or not k memory tokens for each segment that `lengths` has."""
+    lengths = tensors["lengths"]
+    wrong = ["lengths"] if lengths.ndim != 2 or len(lengths) != texts or not lengths.shape[1] or lengths.dtype.kind not in "iu" else []
+    if not wrong:
+        tokens, axis = k * lengths.shape[1], kind.TEXT_AXIS
+        wrong = [n for n in kind.CONTENTS if tensors[n].ndim != kind.AXES or tensors[n].shape[axis : axis + 2] != (texts, tokens)]
+        wrong = wrong or [n for n in kind.CONTENTS if tensors[n].shape != tensors[kind.CONTENTS[0]].shape]
+    if wrong:
+        shapes = ", ".join(f"{name} {list(tensors[name].shape)}" for name in (*kind.CONTENTS, "lengths"))
+        raise UserError(f"--memory {path}: {wrong[0]} does not hold {texts} texts of segments of k {k} ({shapes}); {_AGAIN}")
 
 
 def load(path, compression, base_fingerprint, adapter_fingerprint):
@@ -88,6 +121,8 @@ def load(path, compression, base_fingerprint, adapter_fingerprint):
     kind = methods.KINDS[compression.method]
     absent = [name for name in (*kind.CONTENTS, "lengths") if name not in tensors]
     if absent:
-        raise UserError(f"--memory {path}: tensors {', '.join(absent)} missing; compress the texts again")
+        raise UserError(f"--memory {path}: tensors {', '.join(absent)} missing; {_AGAIN}")
+    ids = read_ids(path, metadata)
+    _check_shapes(path, kind, tensors, int(metadata["k"]), len(ids))
     memory = memories.place(kind, {name: tensors[name] for name in kind.CONTENTS}, tensors["lengths"], compression)
-    return jax.device_get(memory), json.loads(metadata["ids"])
+    return jax.device_get(memory), ids

@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import pathlib
 import re
+import typing
 
 import jax
 import jax.numpy as jnp
@@ -123,7 +124,7 @@ class Adapter:
 
 def was_forced(adapter):
     """Whether the adapter was converted although it could not be shown that its base is the one it was trained on."""
-    return bool(adapter.origin and adapter.origin["forced"])
+    return bool(adapter.origin and adapter.origin.get("forced"))
 
 
 def peft_config(adapter):
@@ -173,13 +174,18 @@ def _tensors(path):
 
 
 def _fields(kind, raw, source, newer=()):
-    """Builds a dataclass from JSON, lists as tuples; UserError on unknown or missing fields.
+    """Builds a dataclass from JSON, lists as tuples; UserError on fields that are unknown, missing or of another type.
 
     newer: fields that older files lack; their defaults are what those files meant.
     """
     wrong = sorted((set(raw) ^ {f.name for f in dataclasses.fields(kind)}) - (set(newer) - set(raw)))
     if wrong:
         raise UserError(f"{source}: fields {', '.join(wrong)} unknown or missing; was it written by another version of icae_jax?")
+    types = {f.name: list if typing.get_origin(f.type) is tuple else f.type for f in dataclasses.fields(kind) if f.name in raw}
+    files.check_fields(raw, types, source)
+    numbers = [name for name, of in types.items() if of is list and not all(files.is_kind(v, int) for v in raw[name])]
+    if numbers:
+        raise UserError(f"{source}: {numbers[0]} is {raw[numbers[0]]!r}, which are not whole numbers")
     return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()})
 
 
@@ -203,10 +209,15 @@ def read_adapter_info(folder):
     info = files.read_json(folder / "icae.json", "how the adapter is read")
     if info.get("format_version") != FORMAT_VERSION:
         raise UserError(f"{folder}/icae.json: format_version is {info.get('format_version')}, this version reads {FORMAT_VERSION}")
-    peft = files.read_json(lora_folder(folder) / "adapter_config.json", "the LoRA's configuration")
-    missing = [f for f in ("r", "lora_alpha", "target_modules", "base_model_name_or_path") if f not in peft]
-    if missing:
-        raise UserError(f"{lora_folder(folder)}/adapter_config.json: {', '.join(missing)} missing")
+    files.check_fields(info, {"base_fingerprint": str, "compression": dict, "template": dict}, folder / "icae.json")
+    files.check_fields(info["template"], {"name": str}, f"{folder}/icae.json: template")
+    if info.get("origin"):
+        files.check_fields(info, {"origin": dict}, folder / "icae.json")
+    path = lora_folder(folder) / "adapter_config.json"
+    peft = files.read_json(path, "the LoRA's configuration")
+    files.check_fields(peft, {"r": int, "lora_alpha": float, "target_modules": list, "base_model_name_or_path": str}, path)
+    if peft["r"] < 1:
+        raise UserError(f"{path}: r is {peft['r']}; it must be positive")
     return info, peft
 
 
@@ -228,7 +239,7 @@ def load_adapter(folder, base):
     if table is None or table.shape != want:
         raise UserError(f"{folder}/memory.safetensors: {MEMORY_TABLE} is {None if table is None else table.shape}, expected {want}")
     found = {(name, pair["a"].shape[2]) for projections in lora["layers"].values() for name, pair in projections.items()}
-    stated = {(name, peft["r"]) for name in peft["target_modules"]}
+    stated = {(str(name), peft["r"]) for name in peft["target_modules"]}
     if found != stated:
         raise UserError(f"{inner}: adapter_config.json states {sorted(stated)} (target_modules, r), the tensors are {sorted(found)}")
     for field in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern"):

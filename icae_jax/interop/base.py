@@ -63,9 +63,10 @@ def _own_tokenizer_code(folder):
     """What a folder's auto_map names as its tokenizer, or ""."""
     for name in ("tokenizer_config.json", "config.json"):
         raw = files.read_json(folder / name, "a configuration") if (folder / name).exists() else {}
-        own = (raw.get("auto_map") or {}).get("AutoTokenizer")
+        mapped = raw.get("auto_map")
+        own = mapped.get("AutoTokenizer") if isinstance(mapped, dict) else None
         if own:
-            return ", ".join(sorted({c for c in (own if isinstance(own, list) else [own]) if c}))
+            return ", ".join(sorted({str(c) for c in (own if isinstance(own, list) else [own]) if c}))
     return ""
 
 
@@ -83,11 +84,16 @@ def bos_id(tokenizer):
 
 def stop_ids(folder, tokenizer=None):
     """Ids that end a generation: the eos ids of generation_config.json (of config.json, where that has none), and the tokenizer's."""
-    paths = [pathlib.Path(folder) / name for name in ("generation_config.json", "config.json")]
-    stated = [files.read_json(path, "the ids that end a text").get("eos_token_id") for path in paths if path.exists()]
-    eos = next((ids for ids in stated if ids is not None), [])
-    ids = {*(eos if isinstance(eos, list) else [eos]), getattr(tokenizer, "eos_token_id", None)}
-    return tuple(sorted(int(i) for i in ids if i is not None))
+    found = [getattr(tokenizer, "eos_token_id", None)]
+    for path in (pathlib.Path(folder) / name for name in ("generation_config.json", "config.json")):
+        eos = files.read_json(path, "the ids that end a text").get("eos_token_id") if path.exists() else None
+        if eos is not None:
+            stated = eos if isinstance(eos, list) else [eos]
+            if not all(i is None or files.is_kind(i, int) for i in stated):
+                raise UserError(f"{path}: eos_token_id is {eos!r}, which is not a whole number or a list of them")
+            found += stated
+            break
+    return tuple(sorted({int(i) for i in found if i is not None}))
 
 
 # ---------------------------------------------------------------------------------------------------------- fingerprint

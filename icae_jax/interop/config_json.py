@@ -72,8 +72,22 @@ def read_config(folder):
     return parse_config(files.read_json(path, "the base model's configuration"), path)
 
 
+# Those that every architecture needs, and those that it may leave out.
+_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+_OPTIONAL_SIZES = ("num_key_value_heads", "head_dim", "max_position_embeddings")
+
+
 def parse_config(raw, source="config.json"):
     """The `ModelConfig` of config.json's content, in both spellings of RoPE (`rope_theta` at the top, or `rope_parameters`)."""
+    try:
+        return _parse_config(raw, source)
+    except UserError:
+        raise
+    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:  # it computes with nothing but this file
+        raise UserError(f"{source}: a field has a value of another kind than it should ({error})") from error
+
+
+def _parse_config(raw, source):
     architecture = (raw.get("architectures") or ["no architecture"])[0]
     if architecture not in FAMILIES:
         raise UserError(f"{source}: architecture {architecture} is not supported; supported: {', '.join(FAMILIES)}")
@@ -87,9 +101,11 @@ def parse_config(raw, source="config.json"):
         raise UserError(f"{source}: auto_map names code of the repository's own, not run here; remove it if that is {architecture} too")
     if "quantization_config" in raw:
         raise UserError(f"{source}: quantization_config is set; use the unquantised checkpoint")
-    missing = [f for f in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads") if f not in raw]
-    if missing:
-        raise UserError(f"{source}: {', '.join(missing)} missing; is this a complete config.json?")
+    sizes = (*_SIZES, *(name for name in _OPTIONAL_SIZES if raw.get(name) is not None))
+    files.check_fields(raw, dict.fromkeys(sizes, int), source)
+    for name in sizes:
+        if raw[name] < (name in _SIZES):
+            raise UserError(f"{source}: {name} is {raw[name]}; it must be positive")
 
     heads = raw["num_attention_heads"]
     positions = raw.get("max_position_embeddings", family.max_positions)

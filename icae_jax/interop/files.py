@@ -32,18 +32,42 @@ def need_torch(what):
     return torch
 
 
-def read_json(path, what):
-    """A JSON file's content; UserError naming file and purpose where it is missing or malformed. What passes is tried again."""
+_JSON_KINDS = {dict: "an object", list: "a list", str: "a text", int: "a whole number", float: "a number"}
+
+
+def is_kind(value: object, kind: type) -> bool:
+    """Whether a value from JSON is of a type: a whole number is a float too, while true and false are no numbers."""
+    return isinstance(value, (int, float) if kind is float else kind) and not isinstance(value, bool)
+
+
+def check_fields(raw: dict, kinds: dict[str, type], source: object) -> None:
+    """UserError where an object from JSON lacks one of these fields, or has it of another type. source: the file, to name it."""
+    missing = [name for name in kinds if name not in raw]
+    if missing:
+        raise UserError(f"{source}: {', '.join(missing)} missing; is the file complete?")
+    for name, kind in kinds.items():
+        if not is_kind(raw[name], kind):
+            raise UserError(f"{source}: {name} is {raw[name]!r}, which is not {_JSON_KINDS[kind]}")
+
+
+def read_json(path: str | os.PathLike, what: str, kind: type[T] = dict) -> T:
+    """A JSON file's content, of that type; UserError naming file and purpose where it is missing or malformed. What passes is tried again.
+
+    what: what the file should hold.
+    """
     path = pathlib.Path(path)
     try:
         with errors.naming(f"{path}: cannot be read"):
-            return json.loads(errors.retrying(path.read_bytes, f"reading {path}").decode("utf-8"))
+            content = json.loads(errors.retrying(path.read_bytes, f"reading {path}").decode("utf-8"))
     except UserError as error:
         if not isinstance(error.__cause__, FileNotFoundError):
             raise
         raise UserError(f"{path}: no such file; it should hold {what}") from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON ({error})") from error
+    if not is_kind(content, kind):
+        raise UserError(f"{path}: not {_JSON_KINDS[kind]}; it should hold {what}")
+    return content
 
 
 def read_safetensors(path: str | os.PathLike, read: Callable[[str | os.PathLike], T], kind: str = "safetensors") -> T:

@@ -69,7 +69,7 @@ def _index(folder):
     if not index.exists():
         return None
     content = files.read_json(index, "the weight index")
-    held = content.get("weight_map") if isinstance(content, dict) else None
+    held = content.get("weight_map")
     if not isinstance(held, dict) or not held:
         raise UserError(f"{index}: no weight_map, which says in which file each tensor is; download the folder again")
     for name, file in held.items():

@@ -251,6 +251,13 @@ def shared_fields(config: LoopConfig) -> dict[str, object]:
     return {field: value for field, value in _flat(dataclasses.asdict(config)).items() if field not in PATH_FIELDS}
 
 
+def steps_done(workdir) -> int:
+    """The steps after which a workdir's training ended, as its DONE tells: 0 where it did not, or something else stands there."""
+    done = pathlib.Path(workdir) / "DONE"
+    text = done.read_bytes().strip() if done.is_file() else b""
+    return int(text) if text.isdigit() else 0
+
+
 def check_workdir(workdir, config, identity, writes=lambda: True):
     """Compares with the configuration that the workdir was started with, and records the new one.
 

@@ -16,7 +16,7 @@ from icae_jax.benchmarking import profile as profiles
 from icae_jax.interop import files
 from icae_jax.training import chips, distributed, metrics, sharding, step
 from icae_jax.training.checkpoint import Checkpoints
-from icae_jax.training.config import check_workdir, shared_fields
+from icae_jax.training.config import check_workdir, shared_fields, steps_done
 
 DONE, PREEMPTED, DIVERGED = 0, 75, 3  # exit codes; 2 is bad input
 QUIET, NORMAL, VERBOSE = 0, 1, 2  # how much `train` says
@@ -74,8 +74,7 @@ def finished(config, workdir) -> bool:
 
     The same in all processes, which call it together. UserError where the workdir belongs to a configuration with other mathematics.
     """
-    done = pathlib.Path(workdir) / "DONE"
-    if not distributed.agreed(done.exists() and int(done.read_text() or 0) >= config.steps):
+    if not distributed.agreed(steps_done(workdir) >= config.steps):
         return False
     check_workdir(workdir, config, None, writes=lambda: False)
     return True
