@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import platform
+import stat
 import sys
 import time
 import zlib
@@ -28,11 +29,11 @@ def load_raw(argv, need_workdir=True):
     if named is None:
         raise UserError("--config is not given; give a configuration such as --config configs/icae.py")
     path = named.partition(":")[0]
-    if not os.path.isfile(path):
+    if not errors.is_there(path, stat.S_ISREG):
         raise UserError(f"--config {path}: no such file; configurations are in the repository's configs/ folder (not in a wheel)")
     try:
         values(["icae", *argv])
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:  # of the flags, or of the file's own get_config
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, SyntaxError) as error:  # of the flags, or of the file itself
         raise UserError(f"--config: {(str(error).splitlines() or [repr(error)])[0]}") from error
     if need_workdir and not values.workdir:
         raise UserError("--workdir is not given; give a folder for checkpoints, metrics and the result")

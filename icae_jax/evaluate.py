@@ -181,6 +181,7 @@ def main(parser, argv):
         "examples": run.content(examples),
     }  # fmt: skip
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+    distributed.check_agreement(identity)  # hosts with other data, or a workdir whose best changed meanwhile, would mix their scores
     folder = args.out or pathlib.Path("evaluation") / f"{args.suite}-{digest[:8]}"
     if distributed.agreed((folder / RESULTS).exists()):
         if jax.process_index() == 0:

@@ -1,6 +1,7 @@
 """Whose fault it was: exit codes, what is tried again, and which paths are the user's."""
 
 import errno
+import socket
 
 import jax
 import pytest
@@ -82,7 +83,26 @@ def test_one_of_several_processes_ends_with_the_same_code(name, monkeypatch, cap
     assert ("Traceback" in capsys.readouterr().err) == (name in NOT_USERS)
 
 
+def of(package, name, base=Exception, **fields):
+    """An instance of a library's own kind of exception."""
+    error = type(name, (base,), {"__module__": f"{package}.exceptions"})("x")
+    for field, value in fields.items():
+        setattr(error, field, value)
+    return error
+
+
 PASSING = {
+    "aiohttp": of("aiohttp", "ServerDisconnectedError"),
+    "aiohttp, payload": of("aiohttp", "ClientPayloadError"),
+    "botocore": of("botocore", "EndpointConnectionError"),
+    "botocore, time": of("botocore", "ReadTimeoutError"),
+    "botocore, 503": of("botocore", "ClientError", response={"ResponseMetadata": {"HTTPStatusCode": 503}}),
+    "urllib3": of("urllib3", "MaxRetryError"),
+    "gcsfs": of("gcsfs", "HttpError", code=503),
+    "google": of("google", "BadGateway", code=502),
+    "half a body": of("http", "IncompleteRead"),
+    "name server": socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution"),
+    "hf_xet": RuntimeError("Data processing error: server error (503 Service Unavailable)"),
     "connection": ConnectionResetError(errno.ECONNRESET, "reset"),
     "io": OSError(errno.EIO, "Input/output error"),
     "stale": caused_by(OSError(errno.ESTALE, "Stale file handle")),
@@ -94,6 +114,9 @@ PASSING = {
     "tensorstore, local": ValueError("INTERNAL: Error reading x: failed [os_error_code='116']"),
 }
 STAYING = {
+    "input, because of a network": caused_by(ConnectionResetError(errno.ECONNRESET, "reset"), errors.UserError),
+    "gcsfs, 404": of("gcsfs", "HttpError", code=404),
+    "botocore, 403": of("botocore", "ClientError", response={"ResponseMetadata": {"HTTPStatusCode": 403}}),
     "404": HTTPStatusError(404),
     "absent": FileNotFoundError(errno.ENOENT, "No such file"),
     "full": OSError(errno.ENOSPC, "No space left on device"),
@@ -125,6 +148,20 @@ def test_a_passing_failure_is_tried_again_and_then_raised_as_it_is(name, monkeyp
     with pytest.raises(type(PASSING[name])) as raised:
         errors.retrying(never, "reading x")
     assert raised.value is PASSING[name] and len(calls) == errors.TRIES and not errors.is_users(raised.value)
+
+
+def test_tries_within_tries_do_not_multiply(monkeypatch):
+    """Breaks when a file that is read within a larger work is tried again thirty-six times."""
+    monkeypatch.setattr(errors, "FIRST_DELAY", 0.0)
+    calls = []
+
+    def reading():
+        calls.append(1)
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    with pytest.raises(OSError, match="Stale"):
+        errors.retrying(lambda: errors.retrying(reading, "inner"), "outer")
+    assert len(calls) == errors.TRIES
 
 
 @pytest.mark.parametrize("name", STAYING)

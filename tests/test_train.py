@@ -277,7 +277,7 @@ def test_a_run_that_is_stopped_ends_its_trace(raw, tmp_path, monkeypatch):
     """Breaks when a stop while steps are traced loses the trace, or leaves the profiler running."""
     asked = iter([False, False, True])
     monkeypatch.setattr(loop.distributed.Preemption, "asked", lambda self: next(asked))
-    config = from_dict(TrainConfig, raw | {"eval_examples": 0})
+    config = from_dict(TrainConfig, raw | {"eval_examples": 0})  # so that it is asked once a step
     assert train(config, CompressorTask(config), tmp_path / "run", log=list, profile=str(tmp_path / "trace")) == PREEMPTED
     assert list((tmp_path / "trace").glob("plugins/profile/*/*.xplane.pb"))
     jax.profiler.start_trace(tmp_path / "next")
@@ -310,13 +310,20 @@ def test_a_held_out_loss_that_is_not_finite_ends_the_run(raw, tmp_path, monkeypa
     assert all(np.isfinite(line["eval_loss"]) for line in without_clocks(tmp_path) if "eval" in line)
 
 
+def run_until(raw, workdir, monkeypatch, step, **changes):
+    """`run`, to which a notice to leave comes in step `step`."""
+    config, lines, noticed = from_dict(TrainConfig, raw | changes), [], []
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.distributed.Preemption, "asked", lambda self: bool(noticed))
+        watch = lambda at, trained: noticed.extend([at] * (at == step))  # noqa: E731
+        return train(config, CompressorTask(config), workdir, log=lines.append, watch=watch), lines
+
+
 def test_a_notice_to_leave_saves_before_anything_else(raw, uninterrupted, tmp_path, monkeypatch):
     """Breaks when a long evaluation stands between the notice and the save, or what it left out is missing in the end."""
-    evaluate, evaluated, asked = loop.evaluate, [], iter([False] * 5 + [True])
-    with monkeypatch.context() as patch:
-        patch.setattr(loop.distributed.Preemption, "asked", lambda self: next(asked))
-        patch.setattr(loop, "evaluate", lambda *args: evaluated.append(1) or evaluate(*args))
-        code, lines = run(raw, tmp_path)
+    evaluate, evaluated = loop.evaluate, []
+    monkeypatch.setattr(loop, "evaluate", lambda *args: evaluated.append(1) or evaluate(*args))
+    code, lines = run_until(raw, tmp_path, monkeypatch, 6)
     assert code == PREEMPTED and "saved step 6" in lines[-1] and len(evaluated) == 1  # step 0's; step 6 is one that evaluates
     assert run(raw, tmp_path)[0] == DONE
     assert without_clocks(tmp_path) == without_clocks(uninterrupted[0])
@@ -394,3 +401,24 @@ def test_a_run_trains_while_another_process_inspects_it(raw, tmp_path):
             reader.kill()
     assert code == DONE, lines[-1]
     assert int(out) > 20
+
+
+def test_a_notice_while_it_evaluates_does_not_wait_for_the_end(raw, tmp_path, monkeypatch):
+    """Breaks when a notice in the middle of an evaluation, the last step's too, finds nothing saved until that is over."""
+    batches, noticed, made = CompressorTask.eval_batches, [], []
+
+    def eval_batches(task, rows):
+        for batch in batches(task, rows):
+            yield batch
+            made.append(batch)
+            noticed.extend([1] * (len(made) == 3))  # two for step 0, and the first of the last step
+
+    config, lines = from_dict(TrainConfig, raw | {"steps": 3, "eval_every": 3}), []
+    with monkeypatch.context() as patch:
+        patch.setattr(CompressorTask, "eval_batches", eval_batches)
+        patch.setattr(loop.distributed.Preemption, "asked", lambda self: bool(noticed))
+        code = train(config, CompressorTask(config), tmp_path, log=lines.append)
+    assert code == PREEMPTED and "saved step 3" in lines[-1] and not (tmp_path / "DONE").exists() and len(made) == 3
+    assert run(raw, tmp_path, steps=3, eval_every=3)[0] == DONE
+    assert [line["step"] for line in without_clocks(tmp_path) if "eval" in line] == [0, 3]
+    assert (tmp_path / "adapter" / "memory.safetensors").exists()

@@ -4,6 +4,7 @@ import fnmatch
 import os
 import pathlib
 import re
+import stat
 import urllib.parse
 from collections.abc import Callable
 from typing import BinaryIO
@@ -34,7 +35,7 @@ def local_folder(base: str | os.PathLike, progress: bool = True, with_weights: b
     UserError says what does not exist or is closed to this user; ConnectionError what could not be reached, after several tries.
     """
     text = str(base)
-    if os.path.isdir(text):  # of "" it is not the current folder, as `pathlib` has it
+    if errors.is_there(text, stat.S_ISDIR):  # of "" it is not the current folder, as `pathlib` has it
         return pathlib.Path(text)
     if "://" in text:
         folder = _copied(text, progress, with_weights)
@@ -45,7 +46,7 @@ def local_folder(base: str | os.PathLike, progress: bool = True, with_weights: b
             f"base {text!r} is not a folder; give a model-hub folder with config.json, weights and tokenizer, "
             "a hub id such as meta-llama/Llama-3.2-1B, or gs://…"
         )
-    if not (folder / "config.json").is_file():
+    if not errors.is_there(folder / "config.json", stat.S_ISREG):
         raise UserError(f"base {text!r} has no config.json; give one in the model hub's format")
     return folder
 
@@ -56,7 +57,7 @@ def remote_opener(base: str | os.PathLike, folder: pathlib.Path) -> Callable[[st
     folder: what `local_folder` gave for the base, of the hub the snapshot of one commit.
     """
     text = str(base)
-    if os.path.isdir(text):
+    if errors.is_there(text, stat.S_ISDIR):
         return None
     if "://" in text:
         from etils import epath
@@ -91,6 +92,12 @@ def _answered_no(error):
     return isinstance(error, FileNotFoundError | NotADirectoryError | PermissionError | ImportError) and not errors.transient(error)
 
 
+def _not_in_cache(error):
+    """Whether the hub's client says that it may not ask, and has nothing kept."""
+    names = {type(link).__name__ for link in errors.causes(error)}
+    return bool(names & {"LocalEntryNotFoundError", "OfflineModeIsEnabled"})
+
+
 def _asking(base, function):
     """What `function()` returns of a hub or a store, which is tried again where it cannot be reached.
 
@@ -103,20 +110,19 @@ def _asking(base, function):
         if at_hub
         else f"base {base!r} cannot be read"
     )
+    offline = False
     if at_hub:
         from huggingface_hub import constants
 
-        if constants.HF_HUB_OFFLINE:
-            try:
-                return function()
-            except Exception as error:  # whatever it is: without a network the cache is all there is
-                why = f"what is asked for is not in the hub's cache, and HF_HUB_OFFLINE is set ({_words(error)})"
-                raise UserError(f"{reading} {why}") from error
+        offline = constants.HF_HUB_OFFLINE
 
     def attempt():
         try:
             return function()
         except Exception as error:
+            if offline and _not_in_cache(error):
+                why = f"what is asked for is not in the hub's cache, and HF_HUB_OFFLINE is set ({_words(error)})"
+                raise UserError(f"{reading} {why}") from error
             if not _answered_no(error):
                 raise
             if isinstance(error, ImportError):

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import functools
 import itertools
 import json
 import math
@@ -96,9 +97,10 @@ def read_newly(path):
     A running training deletes checkpoints that are neither its best nor its latest any more: where that happens to the chosen one while
     it is read, the choice is made again.
     """
-    while (folder := step_folder(path)) is not None:
+    what = f"reading {path}"
+    while (folder := errors.retrying(lambda: step_folder(path), what)) is not None:
         try:
-            return folder, read_trained(folder)
+            return folder, errors.retrying(functools.partial(read_trained, folder), what)
         except Exception:
             if is_whole(folder):
                 raise
@@ -169,7 +171,8 @@ class Checkpoints:
     def restore(self, step, like):
         """The state saved at a step, with the shapes, dtypes and shardings of `like`."""
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-        return self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
+        restore = functools.partial(self._manager.restore, step, args=ocp.args.StandardRestore(abstract))
+        return self._retrying(restore, f"reading the checkpoint of step {step}")
 
     def save(self, step, state, held_out_loss=None):
         """Starts saving. held_out_loss ranks it among the others; without one that is finite it is kept only as the latest."""

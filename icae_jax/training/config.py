@@ -7,6 +7,7 @@ import typing
 
 import jax.numpy as jnp
 
+from icae_jax import errors
 from icae_jax.compression import layout as layouts
 from icae_jax.compression.encoder import CompressionConfig
 from icae_jax.data.batches import DataConfig
@@ -272,7 +273,7 @@ def check_workdir(workdir, config, identity, writes=lambda: True):
     now = _flat(dataclasses.asdict(config)) | {k: fingerprints[0] for k, fingerprints in known.items()}
     if not path.exists():
         if writes():
-            files.write_json(path, now)
+            errors.retrying(lambda: files.write_json(path, now), f"writing {path}")
         return []
     before = _flat(_defaults(type(config))) | files.read_json(path, "the run's configuration")
     if identity is None:
@@ -288,5 +289,5 @@ def check_workdir(workdir, config, identity, writes=lambda: True):
             "Give the old values to continue it, or another --workdir"
         )
     if writes():
-        files.write_json(path, now)
+        errors.retrying(lambda: files.write_json(path, now), f"writing {path}")
     return [f"{k}: {before.get(k)!r} -> {now.get(k)!r}" for k in changed]

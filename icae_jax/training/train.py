@@ -42,14 +42,16 @@ def parameter_counts(trained, frozen):
     return f"trains {counts[0]:,} of {sum(counts):,} parameters ({100 * counts[0] / max(1, sum(counts)):.2f} %)"
 
 
-def evaluate(task, eval_step, trained, frozen, rows, batch_size):
-    """Mean held-out losses, `{kind: {objective: nats}}`; empty without held-out data.
+def evaluate(task, eval_step, trained, frozen, rows, batch_size, leaving=lambda: False):
+    """Mean held-out losses, `{kind: {objective: nats}}`; empty without held-out data, and None where `leaving()` says so between batches.
 
     The kinds are the task's: for a compressor "memory" and, as the control, "wrong_memory", another text's: what stays the same
     there was not read from the memory. rows: of each batch, those that this process makes.
     """
     mesh, totals = task.placement.mesh, {}
     for batches in task.eval_batches(rows):
+        if leaving():
+            return None
         for kind, batch in batches.items():
             found = eval_step(trained, frozen, sharding.put_batch(mesh, batch, rows, batch_size))
             for o, (loss, count) in found.items():
@@ -181,9 +183,19 @@ def _train(config, task, workdir, log, profile, verbosity, title, watch):
             bar.set_postfix(shown)
         return True
 
+    leaving = False
+
+    def asked_to_leave():
+        """Whether a notice to leave has come; the same in every process, which all call it equally often."""
+        nonlocal leaving
+        leaving = leaving or preemption.asked()
+        return leaving
+
     def held_out(at):
-        """Evaluates and writes the line. Returns the weighted loss: None without held-out data, NaN where any of them is not finite."""
-        losses = evaluate(task, eval_step, state["trained"], frozen, rows, config.batch_size)
+        """Evaluates and writes the line. Returns the weighted loss: None without held-out data or where a notice to leave came meanwhile,
+        NaN where any of them is not finite.
+        """
+        losses = evaluate(task, eval_step, state["trained"], frozen, rows, config.batch_size, asked_to_leave)
         if not losses:
             return None
         if not all(math.isfinite(loss) for by_objective in losses.values() for loss in by_objective.values()):
@@ -207,10 +219,14 @@ def _train(config, task, workdir, log, profile, verbosity, title, watch):
 
     try:
         with checkpoints, distributed.Preemption() as preemption, bar, contextlib.ExitStack() as tracing:
-            due = first > 0 and first % config.eval_every == 0 and not distributed.agreed(bool(lines and lines.has_evaluation(first)))
+            due = first > 0 and (first % config.eval_every == 0 or first == stop)
+            due = due and not distributed.agreed(bool(lines and lines.has_evaluation(first)))
             # due: it was saved on a notice to leave, which left no time to evaluate it.
             if (first < 0 or due) and not is_finite(held_out(start)):
                 return diverged(start)
+            if leaving:
+                say(f"SIGTERM: {'nothing to save yet' if first < 0 else f'saved step {first}'}; the same command continues", QUIET)
+                return PREEMPTED
             ahead = put_ahead(mesh, task.train_batches(start, stop, rows), rows, config.batch_size)
             for at, (host_batch, batch) in zip(range(start + 1, stop + 1), ahead, strict=True):
                 if profile and at - start == TRACED[0]:
@@ -227,8 +243,7 @@ def _train(config, task, workdir, log, profile, verbosity, title, watch):
                 bar.update()
                 if watch:
                     watch(at, state["trained"])
-                leaving = preemption.asked() and at < stop
-                evaluating = (at % config.eval_every == 0 or at == stop) and not leaving
+                evaluating = not asked_to_leave() and (at % config.eval_every == 0 or at == stop)
                 if evaluating or leaving or at % config.checkpoint_every == 0:
                     if not flush(pending):
                         return diverged(at)
@@ -245,8 +260,7 @@ def _train(config, task, workdir, log, profile, verbosity, title, watch):
             trained, best = sharding.on_host(state["trained"]), checkpoints.best()
             if main_process:
                 folder = errors.retrying(lambda: task.export(workdir, trained), "writing the result")
-                with files.replacing_file(workdir / "DONE") as tmp:
-                    tmp.write_text(f"{stop}\n")
+                errors.retrying(lambda: files.write_text(workdir / "DONE", f"{stop}\n"), "writing DONE")
                 say(f"done: {stop} steps{'' if best is None else f', lowest held-out loss at step {best}'}; {folder}")
             return DONE
     finally:
