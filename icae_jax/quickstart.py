@@ -31,9 +31,9 @@ PHASES = {"pretrain": "restoring", "finetune": "answering"}  # and what is learn
 METHODS = {"x500": "500x", "icae": "ICAE"}  # and what the page calls them; in this order, the sooner trained first
 QUICK, FULL = "4x", ""  # recipes of configs/quickstart.py: memories at one ratio, or at both
 TRAIN_SEED, HELD_OUT_SEED = 1, 2
-TRAIN_PASSAGES, QUICK_PASSAGES = 12_000, 6_000
+TRAIN_PASSAGES, QUICK_PASSAGES = 12_000, 4_000
 SHOWN_EVERY = 50  # steps of training, after which a restored sentence is shown
-BATCH = 50  # passages compressed and decoded at once, always, so that every program is compiled once
+BATCH = 25  # passages compressed and decoded at once, always, so that every program is compiled once
 
 
 def get_config(name, arg=None):
@@ -121,7 +121,7 @@ def summary_table(result):
 
 
 def _curves(workdir, largest):
-    """Training losses of both methods, one phase after the other. Hardly a passage is seen twice, so that they tell of new ones too."""
+    """Training losses of both methods, one phase after the other. Passages are seen so seldom that they tell of new ones too."""
     series = {}
     for method, name in METHODS.items():
         offset = 0
