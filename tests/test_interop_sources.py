@@ -200,7 +200,7 @@ def test_an_outage_is_not_the_users_fault(error, users, monkeypatch, tmp_path, c
 
 def test_a_hub_that_comes_back(tiny_base, monkeypatch):
     """Breaks when one failed answer ends a start that the next would have let go on."""
-    answers = [UNREACHABLE, failure(502)]
+    answers = [type(UNREACHABLE)(*UNREACHABLE.args), failure(502)]
     monkeypatch.setattr(errors, "FIRST_DELAY", 0)
 
     def snapshot_download(*args, **kw):

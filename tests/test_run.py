@@ -138,7 +138,8 @@ def test_what_a_run_is_about():
     assert same == run.content(examples[::-1]) != run.content(examples[:3])
     other = drawn.example(drawn.Text("key9", "t0", "set", "", ()), range(1))
     assert run.content([other, *examples[1:]]) != same
-    assert run.content(drawn.with_partners(examples)) != same
+    apart = [drawn.example(drawn.Text(f"key{i}", f"t{i}", "set", f"text {i}", ()), range(i + 1)) for i in range(4)]
+    assert run.content(drawn.with_partners(apart)) != run.content(apart)
 
 
 # -------------------------------------------------------------------------------------------------------- summing up
