@@ -197,6 +197,7 @@ def test_the_batch_size_changes_no_score(world, restored, tmp_path):
 CHILD = """
 import json, sys
 import conftest, jax
+jax.config.update("jax_num_cpu_devices", int(sys.argv[2]))  # conftest asks for eight
 from icae_jax import cli
 code = cli.main(json.loads(sys.argv[1]))
 print("devices", jax.process_count(), jax.local_device_count())
@@ -207,7 +208,7 @@ sys.exit(code)
 def start(devices, command):
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
     env = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
-    line = [sys.executable, "-c", CHILD, json.dumps(command)]
+    line = [sys.executable, "-c", CHILD, json.dumps(command), str(devices)]
     return subprocess.Popen(line, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
