@@ -7,12 +7,13 @@ import json
 import os
 import pathlib
 
-# Compiling is most of the tests' time; without optimisation it takes a fifth. Read when jax first touches a device, which ends the process
-# at a flag that it does not know: the second one went with jaxlib 0.11.
+# Compiling is most of the tests' time; without optimisation, and in one piece, it takes less than a fifth. Read when jax first touches a
+# device, which ends the process at a flag that it does not know: the others went with jaxlib 0.11.
 os.environ.setdefault(
     "XLA_FLAGS",
     "--xla_backend_optimization_level=0"
-    + (" --xla_cpu_use_fusion_emitters=false" if importlib.metadata.version("jaxlib").startswith("0.10.") else ""),
+    + " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+    * importlib.metadata.version("jaxlib").startswith("0.10."),
 )
 
 # What one test compiled another need not, nor the next run: the processes that tests start keep programs too. Small ones take some KiB.

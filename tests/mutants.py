@@ -3,7 +3,8 @@
     python tests/mutants.py [--only WORD] [--jobs N] [--tree FOLDER]
 
 Not collected by pytest. Each fault is one text of one file replaced by another; a text that is not there exactly once is an error, so that
-the list keeps up with the code. Exit code 0 where all were caught, 1 where one survived, 2 where one could not be planted or tried.
+the list keeps up with the code. The same tests are run without the fault too, and must pass: else they fail of something else. Exit code 0
+where all were caught, 1 where one survived, 2 where one could not be planted or tried.
 """
 
 import argparse
@@ -20,6 +21,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 COPIED = ("icae_jax", "tests", "configs", "launch", ".pytest.ini", "README.md", "setup.py", ".ci")
 MOST_SECONDS = 600  # then it counts as caught: a test that never ends is seen
 NO_TESTS = 5  # pytest's exit code
+UNCHANGED = "no fault"
 
 
 class Mutant(NamedTuple):
@@ -292,11 +294,105 @@ MUTANTS = [
         "batches are copied to every device", "training/sharding.py",
         "PartitionSpec(*[None] * axis, BATCH)", "PartitionSpec()", "test_sharding.py -k 'any_axis or split_as_the_rules'",
     ),
+    # ------------------------------------------------------------------------------------- readers, exit codes, and agreement
+    Mutant(
+        "every ValueError and OSError is the user's", "errors.py",
+        "return isinstance(error, UserError) or", "return isinstance(error, ValueError | OSError) or", "test_errors.py",
+    ),
+    Mutant("nothing is tried again", "errors.py", "TRIES = 6", "TRIES = 1", "test_errors.py"),
+    Mutant(
+        "tries within tries multiply", "errors.py", "or getattr(error, _GIVEN_UP, False) or", "or", "test_errors.py -k multiply",
+    ),
+    Mutant(
+        "what has a checkpoint's name is one", "training/checkpoint.py",
+        "if not number.isdigit() or not is_whole(folder):", "if not number.isdigit():", "test_checkpoint.py",
+    ),
+    Mutant(
+        "a checkpoint that goes while it is read is an error", "training/checkpoint.py",
+        "if is_whole(folder):\n                raise", "raise", "test_checkpoint.py -k goes_while",
+    ),
+    Mutant(
+        "NaN is the best loss", "training/checkpoint.py",
+        "if loss is not None and math.isfinite(loss)]", "if loss is not None]", "test_checkpoint.py -k nan",
+    ),
+    Mutant(
+        "parameters that an update broke are saved", "training/train.py",
+        ', float(values["grad_norm"]), float(values["param_norm"])])', ', float(values["grad_norm"])])', "test_train.py -k update_broke",
+    ),
+    Mutant(
+        "a held-out loss of NaN is one", "training/train.py",
+        "return score is None or math.isfinite(score)", "return True", "test_train.py -k not_finite",
+    ),
+    Mutant(
+        "a notice to leave waits for the evaluation", "training/train.py",
+        "evaluating = not asked_to_leave() and (", "evaluating = (asked_to_leave() or True) and (", "test_train.py -k notice",
+    ),
+    Mutant(
+        "held-out losses take whole batches", "training/step.py",
+        "if accumulate == 1:\n            return task.losses(trained", "if True:\n            return task.losses(trained",
+        "test_train.py -k in_microbatches",
+    ),
+    Mutant(
+        "processes that differ train on", "training/distributed.py", "    if lines:\n        shown", "    if False:\n        shown",
+        "test_distributed.py -k two_processes",
+    ),
+    Mutant(
+        "an allocation's shell is one of several processes", "training/distributed.py",
+        'os.environ.get("SLURM_STEP_NUM_TASKS") or os.environ.get("SLURM_NTASKS", "")', 'os.environ.get("SLURM_NTASKS", "")',
+        "test_distributed.py -k slurm",
+    ),
+    Mutant(
+        "a sweep's points are counted anew", "sweep.py",
+        'numbers = before.get("numbers") or', "numbers =", "test_sweep.py -k keeps_its_point",
+    ),
+    # ---------------------------------------------------------------------------------------- what users and strangers wrote
+    Mutant("a text's spelled tokens are control tokens", "interop/text.py", "split_special_tokens=True, ", "", "test_text.py"),
+    Mutant(
+        "a file's time is its identity", "data/reading.py",
+        'digest = hashlib.sha256(f"{size} ".encode())', 'digest = hashlib.sha256(f"{size} {os.stat(path).st_mtime_ns}".encode())',
+        "test_sources.py -k identity",
+    ),
+    Mutant(
+        "a line may be of any length", "data/reading.py", "line = f.readline(most + 1)", "line = f.readline()",
+        "test_sources.py -k bounded",
+    ),
+    Mutant(
+        "an index names files elsewhere", "interop/weights.py",
+        r"""if not isinstance(file, str) or not re.fullmatch(r"[^/\\\0]+\.safetensors", file):""", "if not isinstance(file, str):",
+        "test_weights.py -k files_of_its_folder",
+    ),
+    Mutant(
+        "a tokenizer's code may run", "interop/base.py",
+        "local_files_only=True, trust_remote_code=False)", "local_files_only=True, trust_remote_code=True)", "test_base.py -k code",
+    ),
+    Mutant(
+        "what is replaced becomes open to all", "interop/files.py",
+        "mode = stat.S_IMODE((before or tmp.stat()).st_mode)", "mode = 0o644", "test_files.py",
+    ),
+    Mutant(
+        "what was used last goes first", "interop/cache.py", "(not e.outdated, e.used)", "(not e.outdated, -e.used)", "test_cache.py",
+    ),
+    Mutant(
+        "what a process uses goes", "interop/cache.py", "not everything) or entry.in_use():", "not everything):", "test_cache.py",
+    ),
 ]  # fmt: skip
+
+
+def copied(source, folder):
+    """A copy in `folder` of what tests need of a checkout."""
+    tree = pathlib.Path(tempfile.mkdtemp(dir=folder))
+    for name in COPIED:
+        if (source / name).is_dir():
+            shutil.copytree(source / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
+        elif (source / name).exists():
+            shutil.copy(source / name, tree / name)
+    return tree
 
 
 def plant(mutant, tree):
     """Writes the fault into a copy of the tree. ValueError where the text is not there exactly once."""
+    if mutant.what == UNCHANGED:
+        return
     path = tree / "icae_jax" / mutant.file
     whole = path.read_text(encoding="utf-8")
     if whole.count(mutant.text) != 1:
@@ -326,12 +422,13 @@ def run(mutant, tree):
     os._exit(pytest.main([*options, *arguments(mutant.tests)]))
 
 
-def outcome(status):
-    """(caught, survived or an error, in a word)."""
+def outcome(status, control):
+    """Caught or survived, of a control passed or failed, or an error, in a word."""
+    ended = "FAILED WITHOUT A FAULT" if control else "caught"
     if os.WIFSIGNALED(status):
-        return "caught" if os.WTERMSIG(status) == signal.SIGALRM else f"killed by signal {os.WTERMSIG(status)}"
+        return ended if os.WTERMSIG(status) == signal.SIGALRM else f"killed by signal {os.WTERMSIG(status)}"
     code = os.WEXITSTATUS(status)
-    return {0: "SURVIVED", 1: "caught", NO_TESTS: "no such tests"}.get(code, f"pytest ended with {code}")
+    return {0: "passed" if control else "SURVIVED", 1: ended, NO_TESTS: "no such tests"}.get(code, f"pytest ended with {code}")
 
 
 def main():
@@ -354,18 +451,13 @@ def main():
     import pytest  # noqa: F401
     import transformers  # noqa: F401
 
-    found, running, waiting = {}, {}, list(chosen)
+    controls = [Mutant(UNCHANGED, "", "", "", tests) for tests in dict.fromkeys(m.tests for m in chosen)]
+    found, running, waiting = {}, {}, controls + chosen
     with tempfile.TemporaryDirectory() as folder:
         while waiting or running:
             while waiting and len(running) < args.jobs:
                 mutant = waiting.pop(0)
-                tree = pathlib.Path(tempfile.mkdtemp(dir=folder))
-                for name in COPIED:
-                    source = args.tree / name
-                    if source.is_dir():
-                        shutil.copytree(source, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
-                    elif source.exists():
-                        shutil.copy(source, tree / name)
+                tree = copied(args.tree, folder)
                 try:
                     plant(mutant, tree)
                 except (ValueError, OSError) as error:
@@ -379,14 +471,21 @@ def main():
             if running:
                 pid, status = os.wait()
                 mutant, tree, began = running.pop(pid)
-                found[mutant] = outcome(status)
-                print(f"{found[mutant]}: {mutant.what} ({mutant.file}; {time.monotonic() - began:.0f} s)", flush=True)
-                if found[mutant] not in ("caught", "SURVIVED"):
+                control = mutant.what == UNCHANGED
+                found[mutant] = word = outcome(status, control)
+                about = mutant.tests if control else f"{mutant.what} ({mutant.file})"
+                print(f"{word}: {about}; {time.monotonic() - began:.0f} s", flush=True)
+                if word not in ("passed", "caught", "SURVIVED"):
                     print((tree / "out").read_text(errors="replace")[-1500:], flush=True)
                 shutil.rmtree(tree)
-    caught, survived = (sum(word == of for of in found.values()) for word in ("caught", "SURVIVED"))
-    print(f"{len(found)} faults: {caught} caught, {survived} survived, {len(found) - caught - survived} not tried")
-    return 2 if caught + survived < len(found) else int(survived > 0)
+    sound = {control.tests for control in controls if found[control] == "passed"}
+    words = [found[m] if m.tests in sound or found[m] != "caught" else "not tried" for m in chosen]
+    caught, survived = words.count("caught"), words.count("SURVIVED")
+    print(
+        f"{len(words)} faults: {caught} caught, {survived} survived, {len(words) - caught - survived} not tried; "
+        f"{len(sound)} of {len(controls)} selections of tests pass without a fault"
+    )
+    return 2 if caught + survived < len(words) else int(survived > 0)
 
 
 if __name__ == "__main__":

@@ -82,6 +82,7 @@ def folder(tiny_base, tmp_path_factory):
 
     raw = {
         "base": str(tiny_base),
+        "seed": 0,
         "steps": STEPS,
         "batch_size": 16,
         "accumulate": 2,

@@ -67,8 +67,9 @@ def test_folder_is_taken_as_it_is(tiny_base, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("base", ["absent", "./runs/base", "../base", "/absent/base", "a/b/c", "gs:/bucket/base", "~/base", "a/b@", ""])
-def test_what_is_neither_folder_nor_hub_id(base, monkeypatch):
+def test_what_is_neither_folder_nor_hub_id(base, tmp_path, monkeypatch):
     """Breaks when a mistyped path is asked of the hub, or no path is the current folder."""
+    monkeypatch.chdir(tmp_path)  # where none of them is
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: pytest.fail("asked the hub"))
     with pytest.raises(ValueError, match=r"is not a folder; give a model-hub folder with .*, a hub id such as meta-llama/.*, or gs://"):
         sources.local_folder(base)
