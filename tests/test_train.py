@@ -56,6 +56,27 @@ def raw(tiny_base, tmp_path_factory):
     }
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _each_step_is_compiled_once():
+    """Trainings whose steps compute the same share them: each would trace, lower and compile its own."""
+    made = {}
+
+    def sharing(make):
+        def shared(task, *args):
+            if "losses" in vars(task):  # a test's own
+                return make(task, *args)
+            c = task.config
+            key = (make, c.optimizer, c.lora, c.compression, c.seed, c.batch_size, *(x for x in args if isinstance(x, int)))
+            return made.setdefault(key, make(task, *args))
+
+        return shared
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("make_train_step", "make_eval_step"):
+            patch.setattr(step, name, sharing(getattr(step, name)))
+        yield
+
+
 def run(raw, workdir, **changes):
     config = from_dict(TrainConfig, raw | changes)
     lines = []
