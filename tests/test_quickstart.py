@@ -17,6 +17,7 @@ def ran(tmp_path_factory):
     monkeypatch = pytest.MonkeyPatch()
     monkeypatch.setattr(quickstart, "TRAIN_PASSAGES", 200)
     monkeypatch.setattr(quickstart, "SHOWN_EVERY", 2)
+    monkeypatch.setattr(quickstart, "BATCH", 6)
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         assert cli.main(["quickstart", "--workdir", str(workdir), "--steps", "3", "--held_out", "6"]) == 0
