@@ -4,6 +4,7 @@ import importlib
 import json
 import os
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -28,21 +29,27 @@ def test_usage_and_syntax(script):
         subprocess.run(["shellcheck", str(script)], check=True)
 
 
+def called(script, *arguments):
+    """The exit code of a Python script of launch/, run in this process, which has imported what it needs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [str(script), *arguments])
+        patch.syspath_prepend(script.parent)
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(str(script), run_name="__main__")
+    return ended.value.code
+
+
 @pytest.mark.parametrize("script", sorted((ROOT / "launch").glob("*.py")), ids=lambda p: p.name)
-def test_python_scripts_say_what_they_take(script):
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    out = subprocess.run([sys.executable, str(script), "--help"], capture_output=True, text=True, env=environment)
-    assert out.returncode == 0 and "--workdir" in out.stdout
-    assert subprocess.run([sys.executable, str(script)], capture_output=True, env=environment).returncode == 2
+def test_python_scripts_say_what_they_take(script, capsys):
+    assert called(script, "--help") == 0 and "--workdir" in capsys.readouterr().out
+    assert called(script) == 2
 
 
-def test_bad_arguments_of_the_comparison_are_named(tmp_path):
+def test_bad_arguments_of_the_comparison_are_named(tmp_path, capsys):
     """Breaks when a number of memory tokens that no segment can have ends in a traceback, or in a started run."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
     for flag, message in ((["--k", "0"], "--k is 0"), (["--steps", "5", "0"], "--steps is 0"), (["--k", "56"], "at most 55")):
-        command = [sys.executable, str(ROOT / "launch" / "methods.py"), "--workdir", str(tmp_path / "w"), *flag]
-        out = subprocess.run(command, capture_output=True, text=True, env=environment)
-        assert out.returncode == 2 and message in out.stderr and "Traceback" not in out.stderr
+        assert called(ROOT / "launch" / "methods.py", "--workdir", str(tmp_path / "w"), *flag) == 2
+        assert message in capsys.readouterr().err
     assert not (tmp_path / "w").exists()
 
 
