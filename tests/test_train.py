@@ -416,7 +416,7 @@ def test_a_run_trains_while_another_process_inspects_it(raw, tmp_path):
         [sys.executable, "-c", READER, str(tmp_path)], stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)}
     ) as reader:
         try:
-            code, lines = run(raw, tmp_path, steps=200, checkpoint_every=1, eval_examples=0, log_every=50)
+            code, lines = run(raw, tmp_path, steps=80, checkpoint_every=1, eval_examples=0, log_every=50)
             out, _ = reader.communicate(timeout=60)
         finally:
             reader.kill()
