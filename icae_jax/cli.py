@@ -34,6 +34,9 @@ def load_raw(argv, need_workdir=True):
     try:
         values(["icae", *argv])
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, SyntaxError) as error:  # of the flags, or of the file itself
+        (told, *_) = error.args or [repr(error)]
+        if isinstance(told, KeyError):  # an AttributeError made of one: a field that the configuration has not
+            raise UserError(f"--config: no field {': '.join(str(told.args[0]).splitlines())}") from error
         raise UserError(f"--config: {(str(error).splitlines() or [repr(error)])[0]}") from error
     if need_workdir and not values.workdir:
         raise UserError("--workdir is not given; give a folder for checkpoints, metrics and the result")

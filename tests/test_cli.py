@@ -247,7 +247,7 @@ def test_a_trace_goes_into_a_folder(files, tmp_path, capsys):
 
 
 BAD = {
-    "unknown field": ({"compresion.k": 4}, r"compresion"),
+    "unknown field": ({"compresion.k": 4}, r"no field 'compresion': Did you mean"),
     "k of zero": ({"compression.k": 0}, r"compression\.k is 0"),
     "negative rate": ({"compression.rate": -1}, r"compression\.rate is -1"),
     "wrong type": ({"steps": "many"}, r"steps"),
