@@ -13,10 +13,12 @@ import sys
 import numpy as np
 import pytest
 from conftest import ROOT, TINY, WORDS, random_trained, write_jsonl
+from suite_helpers import in_eights
 
 from icae_jax import cli, evaluate
 from icae_jax.compression.encoder import CompressionConfig
 from icae_jax.evaluation.suites import SUITES, common
+from icae_jax.inference.compressor import Compressor
 from icae_jax.interop import adapter as adapters
 from icae_jax.interop import base as bases
 from icae_jax.models.lora import LoraConfig
@@ -34,6 +36,14 @@ SMALL = {  # the flags with which a suite compiles little
     "span": ["--k", "4", "--spans", "1,2", "--context_lengths", "8"],
     "tokens": ["--k", "4", "--context_lengths", "12"],
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _in_eights():
+    """Batches of all sizes run through the same programs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Compressor, "rows", in_eights)
+        yield
 
 
 @pytest.fixture(scope="module")
