@@ -129,7 +129,7 @@ def alike(one, other):
 # -------------------------------------------------------------------------------------------------------- every suite
 
 
-@pytest.mark.parametrize(("suite", "method"), [*((suite, "icae") for suite in SUITES), ("qa", "x500"), ("span", "x500")])
+@pytest.mark.parametrize(("suite", "method"), [(suite, "x500" if suite in ("qa", "span") else "icae") for suite in SUITES])
 def test_every_suite_from_the_command_line(suite, method, world, tmp_path, capsys):
     """Breaks when a suite does not run to its end, or its results, page, table or events lack what others rely on."""
     more = ["--adapter", f"later={world['folder'] / 'other'}"] if suite == "ablate" else []
@@ -176,7 +176,7 @@ def test_a_workdir_and_its_checkpoints_are_adapters(world, tmp_path, capsys):
     found = []
     for i, path in enumerate(("other", "workdir", "workdir/checkpoints/step_6")):
         out = tmp_path / str(i)
-        assert cli.main(argv(world, "tokens", out, path, "--k", "2", data=world["short"], limit=1)) == 0, capsys.readouterr().err
+        assert cli.main(argv(world, "tokens", out, path, data=world["short"], limit=1)) == 0, capsys.readouterr().err
         found.append(strict(out / "results.json"))
         assert {step for *_, step in events(out / "tensorboard")} == {(0, 7, 6)[i]}
     assert all(r["examples"] == found[0]["examples"] for r in found)
