@@ -119,7 +119,7 @@ def test_texts_in_turns(monkeypatch, scores, unroll):
 
 
 @pytest.mark.parametrize("implementation", ["cudnn", "splash"])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [name for name in CASES if name != "the last times"])  # to kernels they are as those within
 def test_kernels_against_plain(monkeypatch, name, implementation):
     """Breaks when a kernel's padding is seen, its queries stand at other times, or a shared prefix misses some of its rows' gradients."""
     on_cpu(monkeypatch)

@@ -147,14 +147,14 @@ def test_answers_end_at_the_limit_and_where_positions_end(tiny_base, calls):
     one, asked = compressor(tiny_base), question(1, ["bread", "milk and bread"])
     # <s>, the text, Question:, three tokens, Answer:, then the longest reference of three tokens and </s>
     most = 256 - 1 - 5 - 4
-    suite = Qa(one, Options(k=(2,), max_new_tokens=10))
+    suite = Qa(one, Options(k=(4,), max_new_tokens=10))
     examples, left_out = made(suite, text(most + 1, 1, [asked]), text(most, 2, [asked]), text(9, 3, [asked]), text(9, 4))
     assert left_out == {"texts that need more than the base's 256 positions": 1, "texts without a question": 1}
     assert [len(e.ids) for e in examples] == [9, most]
     found = by_example(suite, examples)
     assert [limits for _, limits, _ in calls] == [[10, 4], [10, 10], [10, 10]]
     assert all(set(r["sums"]["f1"]) == {MEMORY, FULL, CUT, NONE, SHUFFLED} for of in found.values() for r in of)
-    memory_only = Qa(one, Options(k=(2,), max_new_tokens=3, arms=(MEMORY, NONE)))
+    memory_only = Qa(one, Options(k=(4,), max_new_tokens=3, arms=(MEMORY, NONE)))
     examples, left_out = made(memory_only, text(most + 1, 1, [asked]))
     assert not left_out, "without the full context a longer text has room"
     (record,) = by_example(memory_only, examples)[examples[0].key]
