@@ -96,9 +96,10 @@ def test_memory_table_starts_like_token_embeddings():
 
 def test_negative_ids_are_rows_of_the_table_from_its_end():
     """Breaks when [AE], [LM], [FT] take each other's rows or a memory token's, or id 0 is taken for one of them."""
-    base, table = {"embed": jnp.arange(10.0).reshape(5, 2)}, 100 + jnp.arange(12.0).reshape(6, 2)
-    out = encoder.embed_with_table(base, table, jnp.asarray([[targets.AE, 0], [targets.LM, 4], [targets.FT, 1]]))
-    assert out[:, 0].tolist() == table[3:].tolist() and out[:, 1].tolist() == base["embed"][jnp.asarray([0, 4, 1])].tolist()
+    base, table = {"embed": np.arange(10.0, dtype=np.float32).reshape(5, 2)}, 100 + np.arange(12.0, dtype=np.float32).reshape(6, 2)
+    ids = np.asarray([[targets.AE, 0], [targets.LM, 4], [targets.FT, 1]])
+    out = np.asarray(jax.jit(encoder.embed_with_table)(base, table, ids))
+    assert out[:, 0].tolist() == table[3:].tolist() and out[:, 1].tolist() == base["embed"][[0, 4, 1]].tolist()
 
 
 @pytest.mark.parametrize(

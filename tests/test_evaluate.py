@@ -12,11 +12,13 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT, TINY, WORDS, random_trained, write_jsonl
+from conftest import ROOT, TINY, WORDS, eight_devices, random_trained, write_jsonl
+from suite_helpers import in_eights
 
 from icae_jax import cli, evaluate
 from icae_jax.compression.encoder import CompressionConfig
 from icae_jax.evaluation.suites import SUITES, common
+from icae_jax.inference.compressor import Compressor
 from icae_jax.interop import adapter as adapters
 from icae_jax.interop import base as bases
 from icae_jax.models.lora import LoraConfig
@@ -24,6 +26,7 @@ from icae_jax.objectives import targets
 from icae_jax.training import config as configs
 from icae_jax.training.checkpoint import Checkpoints
 
+ROWS = Compressor.rows
 METHODS = ("icae", "x500")
 SMALL = {  # the flags with which a suite compiles little
     "autoencode": ["--k", "4", "--arms", "memory,shuffled memory"],
@@ -34,6 +37,14 @@ SMALL = {  # the flags with which a suite compiles little
     "span": ["--k", "4", "--spans", "1,2", "--context_lengths", "8"],
     "tokens": ["--k", "4", "--context_lengths", "12"],
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _in_eights():
+    """Batches of all sizes run through the same programs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Compressor, "rows", in_eights)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +130,7 @@ def alike(one, other):
 # -------------------------------------------------------------------------------------------------------- every suite
 
 
-@pytest.mark.parametrize(("suite", "method"), [*((suite, "icae") for suite in SUITES), ("qa", "x500"), ("span", "x500")])
+@pytest.mark.parametrize(("suite", "method"), [(suite, "x500" if suite in ("qa", "span") else "icae") for suite in SUITES])
 def test_every_suite_from_the_command_line(suite, method, world, tmp_path, capsys):
     """Breaks when a suite does not run to its end, or its results, page, table or events lack what others rely on."""
     more = ["--adapter", f"later={world['folder'] / 'other'}"] if suite == "ablate" else []
@@ -166,7 +177,7 @@ def test_a_workdir_and_its_checkpoints_are_adapters(world, tmp_path, capsys):
     found = []
     for i, path in enumerate(("other", "workdir", "workdir/checkpoints/step_6")):
         out = tmp_path / str(i)
-        assert cli.main(argv(world, "tokens", out, path, "--k", "2", data=world["short"], limit=1)) == 0, capsys.readouterr().err
+        assert cli.main(argv(world, "tokens", out, path, data=world["short"], limit=1)) == 0, capsys.readouterr().err
         found.append(strict(out / "results.json"))
         assert {step for *_, step in events(out / "tensorboard")} == {(0, 7, 6)[i]}
     assert all(r["examples"] == found[0]["examples"] for r in found)
@@ -219,7 +230,7 @@ def finish(child):
 
 
 @pytest.mark.nightly
-def test_devices_and_processes_change_no_score(world, restored, tmp_path):
+def test_devices_and_processes_change_no_score(world, restored, tmp_path, monkeypatch):
     """Breaks when 8 devices that hold parts of the base, or 2 processes of 2 devices each, measure an example twice, not at all, or
     otherwise than one device.
 
@@ -232,13 +243,15 @@ def test_devices_and_processes_change_no_score(world, restored, tmp_path):
     short = {"data": world["short"]}
     joined = {"batch_size": 2, "coordinator": f"127.0.0.1:{port}", "processes": 2}
     pair = [start(2, argv(world, "autoencode", tmp_path / "two", "unfinished", **short, **joined, process=at)) for at in range(2)]
-    alone = start(8, argv(world, "autoencode", tmp_path / "eight", **short, batch_size=3, mesh="fsdp=4,tensor=2"))
     try:
-        first, second, eight = [finish(child) for child in (*pair, alone)]
+        monkeypatch.setattr(Compressor, "rows", ROWS)
+        with eight_devices():
+            assert cli.main(argv(world, "autoencode", tmp_path / "eight", **short, batch_size=3, mesh="fsdp=4,tensor=2")) == 0
+        first, second = [finish(child) for child in pair]
     finally:
-        for child in (*pair, alone):
+        for child in pair:
             child.kill()
-    assert "devices 2 2" in first[0] and "devices 2 2" in second[0] and "devices 1 8" in eight[0]
+    assert "devices 2 2" in first[0] and "devices 2 2" in second[0]
     assert "AE loss" in first[0] and "AE loss" not in second[0] and "autoencode:" not in second[1]
     for name, devices in (("two", "2 x 2 cpu"), ("eight", "1 x 8 cpu")):
         assert sorted(p.name for p in (tmp_path / name).iterdir()) == ["report.html", "results.json", "tensorboard"]

@@ -17,7 +17,7 @@ from icae_jax.models import llama, rope
 NEW = 6
 MODEL = llama.Llama(TINY)
 WINDOWED = llama.Llama(dataclasses.replace(TINY, windows=(6, 0)))
-TABLE = jnp.zeros((4, TINY.hidden_size))
+TABLE = np.zeros((4, TINY.hidden_size), np.float32)
 
 
 LONGEST = 24
@@ -60,7 +60,7 @@ def run(params, prefix, starts, rows, model=MODEL, **kw):
 def test_cached_batched_decoding_equals_full_passes(tiny_params):
     """Breaks when the cache, its positions or its mask are off, or when padding or neighbours are seen."""
     rows = prompts()
-    out = run(tiny_params, no_prefix(TINY, 3), jnp.zeros(3, jnp.int32), rows, stop_ids=(-1,))
+    out = run(tiny_params, no_prefix(TINY, 3), np.zeros(3, np.int32), rows, stop_ids=(-1,))
     want = [slow_greedy(tiny_params, row) for row in rows]
     assert out.ids.tolist() == want and len({tuple(w) for w in want}) == 3
     assert out.lengths.tolist() == [NEW] * 3 and not out.stopped.any()
@@ -73,67 +73,85 @@ def test_decoding_behind_a_prefix_shared_by_rows(model, tiny_params):
     """
     rng = np.random.default_rng(1)
     heads, lengths = rng.integers(8, 64, (2, 5)), np.asarray([5, 3])
-    _, (k, v) = model.apply({"params": tiny_params}, jnp.asarray(heads), jnp.arange(5)[None], llama.causal_mask(5), return_kv=True)
-    positions = jnp.broadcast_to(jnp.arange(5), (2, 5))
-    prefix = Prefix(rope.rotate_keys(TINY, k, positions), v, jnp.asarray(np.arange(5) < lengths[:, None]), positions, jnp.asarray(lengths))
+    positions = np.tile(np.arange(5), (2, 1))
+
+    @jax.jit
+    def kv():
+        _, (k, v) = model.apply({"params": tiny_params}, heads, positions[:1], llama.causal_mask(5), return_kv=True)
+        return rope.rotate_keys(TINY, k, positions), v
+
+    prefix = Prefix(*kv(), np.arange(5) < lengths[:, None], positions, lengths)
     rows = [*prompts(2), prompts(3)[0]]
-    out = run(tiny_params, prefix, jnp.repeat(prefix.end, 2), rows, model, stop_ids=(-1,))
+    out = run(tiny_params, prefix, np.repeat(lengths, 2), rows, model, stop_ids=(-1,))
     want = {
         m: [slow_greedy(tiny_params, [*heads[i // 2, : lengths[i // 2]], *row], m) for i, row in enumerate(rows)] for m in (MODEL, WINDOWED)
     }
     assert out.ids.tolist() == want[model] and want[MODEL] != want[WINDOWED]
 
 
-def test_stops_at_any_stop_id_and_leaves_it_out(tiny_params):
-    """Breaks when a stop id is missed, kept in the text, or ends other rows too."""
-    rows = prompts()
+@pytest.fixture(scope="module")
+def seven(tiny_params):
+    """Seven prompts, what each brings forth without a stop, and two stop ids: in the middle of some texts, at once in one."""
+    rows = [*prompts(), *prompts(4), prompts(5)[0]]
     free = [slow_greedy(tiny_params, row) for row in rows]
-    first, second = free[0][2], free[1][4]
-    out = run(tiny_params, no_prefix(TINY, 3), jnp.zeros(3, jnp.int32), rows, stop_ids=(first, second))
+    return rows, free, (free[0][2], free[5][0])
+
+
+def in_one_batch(params, seven, limits):
+    rows, _, stops = seven
+    start = np.zeros(len(rows), np.int32)
+    return jax.device_get(run(params, no_prefix(TINY, len(rows)), start, rows, stop_ids=stops, limits=np.asarray(limits)))
+
+
+def alone(params, seven, i, limit):
+    return jax.device_get(run(params, no_prefix(TINY, 1), np.zeros(1, np.int32), [seven[0][i]], stop_ids=seven[2], max_new_tokens=limit))
+
+
+def test_stops_at_any_stop_id_and_leaves_it_out(tiny_params, seven):
+    """Breaks when a stop id is missed, kept in the text, or ends other rows too."""
+    _, free, stops = seven
+    out = in_one_batch(tiny_params, seven, [NEW] * 7)
     for row, want in enumerate(free):
-        ends = [i for i, token in enumerate(want) if token in (first, second)]
+        ends = [i for i, token in enumerate(want) if token in stops]
         length = ends[0] if ends else NEW
         assert out.lengths[row] == length and bool(out.stopped[row]) == bool(ends)
         assert out.ids[row, :length].tolist() == want[:length] and not out.ids[row, length:].any()
-    assert out.stopped[:2].all()
+    assert out.stopped[[0, 5]].all() and not out.stopped.all()
 
 
 def test_ties_are_counted(tiny_params):
     """Breaks when two equal best logits pass for a sure choice."""
     rows = prompts()
-    plain = run(tiny_params, no_prefix(TINY, 3), jnp.zeros(3, jnp.int32), rows, stop_ids=(-1,))
+    plain = run(tiny_params, no_prefix(TINY, 3), np.zeros(3, np.int32), rows, stop_ids=(-1,))
     assert plain.ties.tolist() == [0, 0, 0]
-    best = int(plain.ids[0, 0])
-    twin = 5 if best != 5 else 6
-    head = tiny_params["lm_head"].at[:, twin].set(tiny_params["lm_head"][:, best])
-    tied = run(tiny_params | {"lm_head": head}, no_prefix(TINY, 3), jnp.zeros(3, jnp.int32), rows, stop_ids=(-1,))
+    best, head = int(plain.ids[0, 0]), np.array(tiny_params["lm_head"])
+    head[:, 5 if best != 5 else 6] = head[:, best]
+    tied = run(tiny_params | {"lm_head": head}, no_prefix(TINY, 3), np.zeros(3, np.int32), rows, stop_ids=(-1,))
     assert tied.ties[0] >= 1
 
 
-def test_one_row_and_many_rows_agree(tiny_params):
-    rows = prompts()
-    many = run(tiny_params, no_prefix(TINY, 3), jnp.zeros(3, jnp.int32), rows)
-    for i, row in enumerate(rows):
-        one = run(tiny_params, no_prefix(TINY, 1), jnp.zeros(1, jnp.int32), [row])
+def test_one_row_and_many_rows_agree(tiny_params, seven):
+    many = in_one_batch(tiny_params, seven, [NEW] * 7)
+    for i in range(7):
+        one = alone(tiny_params, seven, i, NEW)
         assert jax.tree.map(lambda x: x[0].tolist(), one) == jax.tree.map(lambda x, i=i: x[i].tolist(), many)
 
 
-def test_each_row_ends_by_its_own_limit(tiny_params):
+def test_each_row_ends_by_its_own_limit(tiny_params, seven):
     """Breaks when a row's limit is another's, text goes on behind it, or what ends a row at its limit is counted otherwise than alone."""
-    rows = [*prompts(), *prompts(4), prompts(5)[0]]
-    free = [slow_greedy(tiny_params, row) for row in rows]
-    limits, stops = [2, 1, 2, NEW, NEW, 1, 2], (free[0][2], free[5][0])  # a stop right behind a limit, in the middle, at once
+    _, free, stops = seven
+    limits = [2, 1, 2, NEW, NEW, 1, 2]  # a stop right behind a limit, in the middle, at once
     # Twins of one stop and of what a row repeats: two equal best logits wherever these are chosen.
-    head, start = tiny_params["lm_head"], jnp.zeros(len(rows), jnp.int32)
-    head = head.at[:, 60].set(head[:, stops[0]]).at[:, 63].set(head[:, free[2][0]])
+    head = np.array(tiny_params["lm_head"])
+    head[:, 60], head[:, 63] = head[:, stops[0]], head[:, free[2][0]]
     assert stops[0] < 60 and free[2][0] < 63 and not {60, 63} & {token for row in free for token in row}
     for params in (tiny_params, tiny_params | {"lm_head": head}):
-        out = run(params, no_prefix(TINY, len(rows)), start, rows, stop_ids=stops, limits=np.asarray(limits))
-        for i, (row, limit) in enumerate(zip(rows, limits, strict=True)):
-            alone = run(params, no_prefix(TINY, 1), start[:1], [row], stop_ids=stops, max_new_tokens=limit)
-            assert out.ids[i, :limit].tolist() == alone.ids[0].tolist() and not out.ids[i, limit:].any()
+        out = in_one_batch(params, seven, limits)
+        for i, limit in enumerate(limits):
+            one = alone(params, seven, i, limit)
+            assert out.ids[i, :limit].tolist() == one.ids[0].tolist() and not out.ids[i, limit:].any()
             for name in ("lengths", "stopped", "ties"):
-                assert getattr(out, name)[i] == getattr(alone, name)[0], name
+                assert getattr(out, name)[i] == getattr(one, name)[0], name
         assert out.lengths.tolist() == [2, 1, 2, NEW, 3, 0, 2]
         assert out.stopped.tolist() == [True, False, False, False, True, True, False]
         # A tie behind the limit counts where it decided whether the row had come to its end.

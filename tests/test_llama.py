@@ -13,14 +13,20 @@ from test_attention import on_cpu
 
 from icae_jax.interop import base as bases
 from icae_jax.interop import config_json, weights
-from icae_jax.models import attention, llama, rope
+from icae_jax.models import llama, rope
 
 IDS = np.random.default_rng(0).integers(0, 64, (2, 24))
 MODEL = llama.Llama(TINY)
+CAUSAL = np.asarray(llama.causal_mask(24))
+rotate_keys = jax.jit(rope.rotate_keys, static_argnums=0)
+
+
+def causal(length):
+    return CAUSAL[:, :length, :length]
 
 
 def positions(start, stop):
-    return jnp.arange(start, stop)[None]
+    return np.arange(start, stop)[None]
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -64,7 +70,7 @@ OPTIONS = {
     "mistral_window": GQA | {"sliding_window": 7},
     "qwen2": GQA,
     "qwen2_tied_mha": {"num_key_value_heads": 4, "tie_word_embeddings": True, "rope_parameters": {"rope_theta": 1e6, **YARN}},
-    "qwen2_window": {"num_key_value_heads": 1, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
+    "qwen2_window": GQA | {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
     "qwen3_head_dim": GQA | {"head_dim": 12},
     "qwen3_tied_window": GQA
     | {
@@ -72,6 +78,23 @@ OPTIONS = {
         "layer_types": ["sliding_attention", "full_attention"],
     },
 }  # fmt: skip
+
+
+TURNED = ("llama_linear", "llama_yarn", "llama_yarn_options")  # differ from others in how far they turn queries and keys
+UNSEEN = "{} changes nothing here, so the comparison shows nothing of it"
+
+
+def blank(params, kind):
+    """Parameters as if queries, keys and values had no bias, or their norms no scale of their own."""
+    layers, to = params["layers"], {"bias": np.zeros_like, "norm.scale": np.ones_like}
+
+    def leaf(path, x):
+        name = ".".join(part.key for part in path)
+        return to[kind](x) if name.endswith(kind) else x
+
+    if kind not in to:
+        return params
+    return params | {"layers": layers | {"self_attn": jax.tree_util.tree_map_with_path(leaf, layers["self_attn"])}}
 
 
 def old_spelling(raw):
@@ -89,6 +112,7 @@ def test_logits_equal_transformers(option, tmp_path, tiny_tokenizer):
     `save_base` writes of it is another model to transformers.
     """
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    torch.set_num_threads(1)  # of several, all but one would only wait
     kind = option.split("_")[0].capitalize()
     hub_config = getattr(transformers, f"{kind}Config")(**SIZES, **OPTIONS[option], max_position_embeddings=64, initializer_range=0.2)
     torch.manual_seed(0)
@@ -105,12 +129,21 @@ def test_logits_equal_transformers(option, tmp_path, tiny_tokenizer):
     assert "rope_parameters" in raw and config_json.parse_config(old_spelling(raw)) == config
     params = weights.load_params(tmp_path / "hub", config)
     assert ("lm_head" in params) == ("tied" not in option)
-    got = logits(config, params, jnp.asarray(IDS))
-    close(got, want, 1e-4)
-    without = {"rope_scaling": None, "rope_theta": 10000.0, "windows": (), "qk_norm": False, "qkv_bias": False}
-    for field in (f for f, plain in without.items() if getattr(config, f) != plain):
-        other = logits(dataclasses.replace(config, **{field: without[field]}), params, jnp.asarray(IDS))
-        assert np.abs(np.asarray(other - got)).max() > 0.01, f"{field} changes nothing here, so the comparison shows nothing of it"
+    turned = jax.device_get(rope.tables(config, np.arange(24)))
+    for field, plain in (("rope_scaling", None), ("rope_theta", 10000.0)):
+        other = rope.tables(dataclasses.replace(config, **{field: plain}), np.arange(24))
+        assert getattr(config, field) == plain or np.abs(np.subtract(turned, other)).max() > 0.1, UNSEEN.format(field)
+    if option in TURNED:  # all else is as in another option
+        hub = model.model.rotary_emb
+        angles = np.arange(24)[:, None] * hub.inv_freq.numpy()
+        close(turned, hub.attention_scaling * np.stack([np.cos(angles), np.sin(angles)]))
+    else:
+        got = np.asarray(logits(config, params, IDS))
+        close(got, want, 1e-4)
+        without = {"windows": bool(config.windows), "norm.scale": config.qk_norm, "bias": config.qkv_bias}
+        for what in (name for name, there in without.items() if there):
+            plain = dataclasses.replace(config, windows=()) if what == "windows" else config
+            assert np.abs(logits(plain, blank(params, what), IDS) - got).max() > 0.01, UNSEEN.format(what)
 
     bases.save_base(tmp_path / "ours", config, params, tiny_tokenizer, dtype="float32")
     assert config_json.read_config(tmp_path / "ours") == config
@@ -129,7 +162,7 @@ def test_real_model_equals_transformers():
     with torch.no_grad():
         want = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(torch.from_numpy(ids)).logits.numpy()
     config = config_json.read_config(folder)
-    got = logits(config, weights.load_params(folder, config), jnp.asarray(ids))
+    got = logits(config, weights.load_params(folder, config), ids)
     close(got, want, 1e-4)
     assert (np.argmax(got, -1) == np.argmax(want, -1)).all()
 
@@ -145,17 +178,16 @@ def run(params, x, at, mask, prefix=None, keep=None, return_kv=False):
 @pytest.fixture(scope="module")
 def whole(tiny_params):
     """Hidden states and K/V of IDS in one pass."""
-    return run(tiny_params, jnp.asarray(IDS), positions(0, 24), llama.causal_mask(24), return_kv=True)
+    return jax.device_get(run(tiny_params, IDS, positions(0, 24), causal(24), return_kv=True))
 
 
 def test_prefix_equals_the_tokens_in_front(tiny_params, whole):
     """Breaks when prefix keys are rotated wrongly, the prefix mask is ignored, or the causal mask is aligned with the prefix."""
     hidden, (k, v) = whole
-    padded = [jnp.pad(t[:, :, :10], ((0, 0), (0, 0), (0, 3), (0, 0), (0, 0)), constant_values=9.0) for t in (k, v)]
-    at = jnp.pad(positions(0, 10), ((0, 0), (0, 3)))
-    mask = jnp.broadcast_to(jnp.arange(13)[None] < 10, (2, 13))
-    prefix = (rope.rotate_keys(TINY, padded[0], at), padded[1], mask, jnp.broadcast_to(at, (2, 13)))
-    got, kv = run(tiny_params, jnp.asarray(IDS[:, 10:]), positions(10, 24), llama.causal_mask(14), prefix)
+    padded = [np.pad(t[:, :, :10], ((0, 0), (0, 0), (0, 3), (0, 0), (0, 0)), constant_values=9.0) for t in (k, v)]
+    at = np.tile(np.pad(positions(0, 10), ((0, 0), (0, 3))), (2, 1))
+    prefix = (rotate_keys(TINY, padded[0], at), padded[1], np.tile(np.arange(13) < 10, (2, 1)), at)
+    got, kv = run(tiny_params, IDS[:, 10:], positions(10, 24), causal(14), prefix)
     assert kv is None
     close(got, hidden[:, 10:])
 
@@ -163,47 +195,63 @@ def test_prefix_equals_the_tokens_in_front(tiny_params, whole):
 def test_shared_prefix_equals_a_repeated_one(tiny_params, whole):
     """Breaks when rows read the prefix of another: 2 prefixes serve 3 rows each, the first the first three."""
     k, v = (t[:, :, :10] for t in whole[1])
-    at = jnp.broadcast_to(positions(0, 10), (2, 10))
-    prefix = (rope.rotate_keys(TINY, k, at), v, jnp.ones((2, 10), bool).at[1, 4].set(False), at)
-    rows = jnp.asarray(np.random.default_rng(1).integers(0, 64, (6, 5)))
-    repeated = (*(jnp.repeat(t, 3, axis=1) for t in prefix[:2]), *(jnp.repeat(t, 3, axis=0) for t in prefix[2:]))
-    got, want = (run(tiny_params, rows, positions(10, 15), llama.causal_mask(5), p)[0] for p in (prefix, repeated))
+    at = np.tile(positions(0, 10), (2, 1))
+    real = np.ones((2, 10), bool)
+    real[1, 4] = False
+    prefix = (np.asarray(rotate_keys(TINY, k, at)), v, real, at)
+    rows = np.random.default_rng(1).integers(0, 64, (6, 5))
+    repeated = (*(np.repeat(t, 3, axis=1) for t in prefix[:2]), *(np.repeat(t, 3, axis=0) for t in prefix[2:]))
+    got, want = (np.asarray(run(tiny_params, rows, positions(10, 15), causal(5), p)[0]) for p in (prefix, repeated))
     close(got, want)
-    assert np.abs(np.asarray(got[:3] - got[3:])).max() > 1e-3
+    assert np.abs(got[:3] - got[3:]).max() > 1e-3
 
 
-def test_windows_reach_into_the_prefix(tiny_params):
+def test_windows_reach_into_the_prefix(tiny_params, whole):
     """Breaks when a layer's window is not counted in positions, reaches only the sequence itself, or is the same in every layer:
     16 tokens in one pass, and the last 6 of them behind the K/V of the others, for one and for two rows on one prefix.
     """
     config = dataclasses.replace(TINY, windows=(5, 0))
-    model, ids = llama.Llama(config), jnp.asarray(IDS[:, :16])
+    ids, first = IDS[:, :16], np.tile(positions(0, 10), (2, 1))
 
-    @jax.jit
-    def apply(x, at, mask, prefix=None):
-        return model.apply({"params": tiny_params}, x, at, mask, prefix=prefix, return_kv=True)
+    @functools.partial(jax.jit, static_argnums=0)
+    def apply(config, x, at, mask, prefix=None):
+        variables = {"params": tiny_params}
+        return llama.Llama(config).apply(variables, x, at, mask, prefix=prefix, return_kv=prefix is None)
 
-    hidden, (k, v) = apply(ids, positions(0, 16), llama.causal_mask(16))
-    first = positions(0, 10)
-    prefix = (rope.rotate_keys(config, k[:, :, :10], first), v[:, :, :10], jnp.ones((2, 10), bool), jnp.broadcast_to(first, (2, 10)))
-    got, _ = apply(ids[:, 10:], positions(10, 16), llama.causal_mask(6), prefix)
-    close(got, hidden[:, 10:])
-    shared, _ = apply(jnp.repeat(ids[:, 10:], 2, axis=0), positions(10, 16), llama.causal_mask(6), prefix)
-    close(shared, jnp.repeat(hidden[:, 10:], 2, axis=0))
-    for other in ((), (5, 5)):
-        blind, _ = jax.jit(llama.Llama(dataclasses.replace(config, windows=other)).apply)(
-            {"params": tiny_params}, ids, positions(0, 16), llama.causal_mask(16)
-        )
-        assert np.abs(np.asarray(blind - hidden))[:, 10:].max() > 1e-2
+    hidden, (k, v) = jax.device_get(apply(config, ids, positions(0, 16), causal(16)))
+    prefix = (rotate_keys(config, k[:, :, :10], first), v[:, :, :10], np.ones((2, 10), bool), first)
+    for rows in (1, 2):
+        got, _ = apply(config, np.repeat(ids[:, 10:], rows, axis=0), positions(10, 16), causal(6), prefix)
+        close(got, np.repeat(hidden[:, 10:], rows, axis=0))
+    alike, _ = apply(dataclasses.replace(config, windows=(5, 5)), ids, positions(0, 16), causal(16))
+    for other in (whole[0][:, :16], alike):  # no window, and the same in both layers
+        assert np.abs(other - hidden)[:, 10:].max() > 1e-2
 
 
 def test_kept_positions_are_those_asked_for(tiny_params, whole):
     """Breaks when `keep` means the last ones, or is sorted."""
-    keep = jnp.asarray([7, 0, 23])
-    hidden, kv = run(tiny_params, jnp.asarray(IDS), positions(0, 24), llama.causal_mask(24), keep=keep, return_kv=True)
+    keep = np.asarray([7, 0, 23])
+    hidden, kv = run(tiny_params, IDS, positions(0, 24), causal(24), keep=keep, return_kv=True)
     for got, every in zip((hidden, *kv), (whole[0], *(t[:, :, keep] for t in whole[1])), strict=True):
         close(got, every)
     assert kv[0].shape == (2, 2, 3, 2, 8)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "known"))
+def at_some(config, params, adapters, at=None, weights=None, known=None):
+    """((a value, (hidden states, K/V)), gradients of embeddings and adapters) of positions told while it runs, known before, or all: these
+    count by weights."""
+    real = jnp.ones((2, 24), bool).at[1, 2:4].set(False)
+    given = {} if weights is not None else {"at": at if known is None else np.asarray(known, int)}
+    model = llama.Llama(config, lora_scale=0.5)
+
+    def of(x, adapters):
+        variables = {"params": params, "lora": adapters}
+        hidden, kv = model.apply(variables, x, positions(0, 24), real, return_kv=True, keep=np.asarray([1, 22]), **given)
+        one = jnp.sin(hidden) if weights is None else jnp.sin(hidden) * weights[..., None]
+        return jnp.sum(one) + sum(jnp.sum(jnp.cos(t)) for t in kv), (hidden, kv)
+
+    return jax.value_and_grad(of, argnums=(0, 1), has_aux=True)(llama.embed(params, IDS), adapters)
 
 
 @pytest.mark.parametrize(
@@ -221,120 +269,105 @@ def test_hidden_states_at_some_positions(at, windows, tiny_params):
     """Breaks when what is left out of the last layer is read after all, by hidden states, K/V or a gradient, or queries stand at the wrong
     position: masks, windows and RoPE go by it.
     """
-    config = dataclasses.replace(TINY, windows=windows)
-    model, real = llama.Llama(config, lora_scale=0.5), jnp.ones((2, 24), bool).at[1, 2:4].set(False)
-    adapters, x = random_lora(config), llama.embed(tiny_params, jnp.asarray(IDS))
-    each = jnp.asarray(at) if at.ndim == 2 else at
-    keep = np.asarray([1, 22])
-
-    @functools.partial(jax.jit, static_argnums=2)
-    @functools.partial(jax.value_and_grad, argnums=(0, 1), has_aux=True)
-    def run(x, adapters, cut):
-        given = {"at": each} if cut else {}
-        hidden, kv = model.apply({"params": tiny_params, "lora": adapters}, x, positions(0, 24), real, return_kv=True, keep=keep, **given)
-        hidden = hidden if cut else llama.rows(hidden, each)
-        return jnp.sum(jnp.sin(hidden)) + sum(jnp.sum(jnp.cos(t)) for t in kv), (hidden, kv)
-
-    (value, found), gradient = run(x, adapters, True)
-    (want, all_found), all_gradient = run(x, adapters, False)
+    config, asked = dataclasses.replace(TINY, windows=windows), np.broadcast_to(at, (2, at.shape[-1]))
+    run = functools.partial(at_some, config, tiny_params, random_lora(config))
+    weights = np.stack([np.bincount(row, minlength=24) for row in asked])  # how often each one is asked for
+    (want, every), all_gradient = jax.device_get(run(weights=weights))
+    (value, found), gradient = jax.device_get(run(at) if at.ndim == 2 else run(known=tuple(at.tolist())))
     close(value, want)
     assert found[0].shape == (2, at.shape[-1], 32)
-    jax.tree.map(close, found[1], all_found[1])
+    jax.tree.map(close, found[1], every[1])
     if at.size:
-        close(found[0], all_found[0])
+        close(found[0], np.take_along_axis(every[0], asked[..., None], 1))
         jax.tree.map(close, gradient, all_gradient)
     else:  # what only the last layer's queries and MLP would have moved stays put
         close(gradient[0], all_gradient[0])
 
 
-@pytest.mark.parametrize("window", [None, 5])
-@pytest.mark.parametrize("implementation", attention.IMPLEMENTATIONS)
+# Behind a mask with a line for each query, splash is computed as xla is; a window is part of the mask.
+@pytest.mark.parametrize(("implementation", "window"), [("xla", None), ("xla", 5), ("cudnn", 5), ("splash", None)])
 def test_a_block_s_queries_at_some_positions_behind_any_mask(implementation, window, tiny_params, monkeypatch):
     """Breaks when queries at some positions see what those at the first ones see: each has a row of the mask of its own, wherever it
     stands and however that is told, with and without a prefix and a window.
     """
     on_cpu(monkeypatch)
     block = llama.Block(TINY, 1.0, 0.0, implementation, False, False)
-    params = jax.tree.map(lambda w: w[0], tiny_params["layers"])
+    params = jax.tree.map(lambda w: np.asarray(w)[0], tiny_params["layers"])
     rng = np.random.default_rng(2)
-    mask = jnp.asarray(np.tril(rng.random((2, 24, 24)) < 0.6) | np.eye(24, dtype=bool))
-    k, v = jnp.asarray(rng.normal(size=(2, 1, 6, 2, 8)), jnp.float32)
-    prefix = (k, v, jnp.asarray([[True] * 5 + [False]]), jnp.arange(6)[None])
+    mask = np.tril(rng.random((2, 24, 24)) < 0.6) | np.eye(24, dtype=bool)
+    k, v = rng.normal(size=(2, 1, 6, 2, 8)).astype(np.float32)
+    prefix = (k, v, np.asarray([[True] * 5 + [False]]), np.arange(6)[None])
     at = positions(6, 30)
 
     @jax.jit
     def run(told):
-        x, cos_sin = llama.embed(tiny_params, jnp.asarray(IDS)), rope.tables(TINY, at)
+        x, cos_sin = llama.embed(tiny_params, IDS), rope.tables(TINY, at)
 
         def hidden(mask, before, at=None):
             return block.apply({"params": params}, x, before, window, cos_sin, positions(6, 30), mask, at)[0]
 
         return [
-            (hidden(*seen), [hidden(*seen, at) for at in (*ats, *told)])
+            (hidden(*seen), [hidden(*seen, at) for at in (*ats[:2], *told)])
             for seen in ((mask, None), (mask[:1], prefix), (mask[:, 23:], prefix))
         ]
 
     ats = [np.asarray(at) for at in ([4, 6], [22, 23], [[5, 1], [23, 20]])]
-    for whole, found in run([jnp.asarray(at) for at in ats]):
-        for at, got in zip(ats * 2, found, strict=True):
-            close(got, llama.rows(whole, at))
+    for whole, found in jax.device_get(run([ats[0], ats[2]])):
+        for at, got in zip((ats[0], ats[1], ats[0], ats[2]), found, strict=True):
+            close(got, np.take_along_axis(whole, np.broadcast_to(at, (2, 2))[..., None], 1))
 
 
-def test_hidden_states_at_some_positions_behind_a_mask_of_rows(tiny_params):
+def test_hidden_states_at_some_positions_behind_a_mask_of_rows(tiny_params, whole):
     """Breaks when the last layer's queries see what the first positions see, where their positions are known when the program is traced."""
 
-    @functools.partial(jax.jit, static_argnums=0)
-    def run(at):
-        at = None if at is None else np.asarray(at)
-        return MODEL.apply({"params": tiny_params}, jnp.asarray(IDS), positions(0, 24), llama.causal_mask(24), at=at)[0]
-
-    close(run((4, 6)), run(None)[:, np.asarray([4, 6])])
+    at = np.asarray([4, 6])
+    got = jax.jit(lambda: MODEL.apply({"params": tiny_params}, IDS, positions(0, 24), causal(24), at=at)[0])()
+    close(got, whole[0][:, at])
 
 
 def test_embeddings_equal_ids(tiny_params, whole):
     """Breaks when embeddings given as input are treated otherwise than those looked up, such as scaled."""
-    x = llama.embed(tiny_params, jnp.asarray(IDS))
-    close(run(tiny_params, x, positions(0, 24), llama.causal_mask(24))[0], whole[0])
+    x = np.asarray(tiny_params["embed"])[IDS]
+    close(run(tiny_params, x, positions(0, 24), causal(24))[0], whole[0])
 
 
 def test_masked_keys_do_not_matter(tiny_params, whole):
     """Breaks when the mask's axes are swapped: with key 3 hidden, later tokens change, and do not depend on its content."""
-    mask = llama.causal_mask(24).at[:, :, 3].set(False)
-    one, other = (run(tiny_params, jnp.asarray(ids), positions(0, 24), mask)[0] for ids in (IDS, np.where(np.arange(24) == 3, 5, IDS)))
-    assert np.abs(np.asarray(one - whole[0]))[:, 4:].max() > 1e-3
+    mask = causal(24) & (np.arange(24) != 3)
+    one, other = (np.asarray(run(tiny_params, ids, positions(0, 24), mask)[0]) for ids in (IDS, np.where(np.arange(24) == 3, 5, IDS)))
+    assert np.abs(one - whole[0])[:, 4:].max() > 1e-3
     np.testing.assert_array_equal(np.delete(one, 3, axis=1), np.delete(other, 3, axis=1))
 
 
 def test_no_token_depends_on_later_ones(tiny_params):
     """Breaks when the mask lets the future through: the gradient of token 4 reaches tokens 0 … 4 and no other."""
-    x = llama.embed(tiny_params, jnp.asarray(IDS[:1, :9]))
-    hidden = lambda x: MODEL.apply({"params": tiny_params}, x, positions(0, 9), llama.causal_mask(9))[0]  # noqa: E731
+    x = np.asarray(tiny_params["embed"])[IDS[:1, :9]]
+    hidden = lambda x: MODEL.apply({"params": tiny_params}, x, positions(0, 9), causal(9))[0]  # noqa: E731
     reach = np.abs(np.asarray(jax.jit(jax.grad(lambda x: jnp.sum(hidden(x)[:, 4] ** 2 * jnp.arange(32.0)[None])))(x))).max(-1)[0]
     assert (reach[:5] > 1e-4).all() and not reach[5:].any()
 
 
 def test_rematerialised_and_unrolled_layers_compute_the_same(tiny_params):
     """Breaks when remat or unrolling changes values or gradients, or is not done at all (the programs must differ)."""
-    ids = jnp.asarray(IDS[:, :8])
+    ids = IDS[:, :8]
 
     def program(remat, unroll):
         model = llama.Llama(TINY, remat=remat, unroll=unroll)
 
         def loss(params):
-            hidden, _ = model.apply({"params": params}, ids, positions(0, 8), llama.causal_mask(8))
+            hidden, _ = model.apply({"params": params}, ids, positions(0, 8), causal(8))
             return jnp.sum(jnp.sin(hidden @ llama.head_kernel(params)))
 
         return jax.value_and_grad(loss)
 
-    programs = {how: program(*how) for how in (("none", 1), ("frozen", 1), ("dots", 1), ("full", 2))}
-    texts = {how: str(jax.make_jaxpr(f)(tiny_params)) for how, f in programs.items()}
+    programs = {how: jax.jit(program(*how)).trace(tiny_params) for how in (("none", 1), ("frozen", 1), ("dots", 1), ("full", 2))}
+    texts = {how: str(traced.jaxpr) for how, traced in programs.items()}
     matmuls = [t.count("dot_general[") for t in texts.values()]
     # Frozen recomputes no matmul, but the two norms, whose scaling is written as one.
     assert matmuls[0] + 2 == matmuls[1] < matmuls[2] < matmuls[3], "full takes all matmuls anew, dots those of attention"
     assert "unroll=2" in texts["full", 2] and "unroll=2" not in texts["dots", 1] and "prevent_cse=True" in texts["full", 2]
-    value, gradient = jax.jit(programs["none", 1])(tiny_params)
-    for how in (("frozen", 1), ("dots", 1), ("full", 2)):
-        got_value, got_gradient = jax.jit(programs[how])(tiny_params)
+    (value, gradient), *others = (traced.lower().compile()(tiny_params) for traced in programs.values())
+    for got_value, got_gradient in others:
         close(got_value, value)
         jax.tree.map(close, got_gradient, gradient)
 

@@ -18,7 +18,6 @@ MODEL = llama.Llama(TINY, lora_scale=0.5)
 HEAD = (1, 3)
 RNG = np.random.default_rng(0)
 CONTEXTS = [RNG.integers(3, 64, n).tolist() for n in (9, 24, 14)]
-OTHER_CONTEXTS = [CONTEXTS[0], *(RNG.integers(3, 64, n).tolist() for n in (17, 5))]
 
 
 TRAINED = random_trained(TINY, K)
@@ -26,10 +25,6 @@ TRAINED = random_trained(TINY, K)
 
 def compression(layout="servable"):
     return encoder.CompressionConfig(k=K, rate=4, layout=layout)
-
-
-def arrays(packed):
-    return jax.tree.map(jnp.asarray, packed)
 
 
 def continuation(n, seed):
@@ -43,10 +38,10 @@ def question(n, seed):
 # --------------------------------------------------------------------------------------------------- the frozen head
 
 
-H = jnp.asarray(RNG.standard_normal((2, 13, 8)), jnp.float32)
-W = jnp.asarray(RNG.standard_normal((8, 17)), jnp.float32)
-LABELS = jnp.asarray(RNG.integers(0, 17, (2, 13)))
-WEIGHTS = jnp.asarray(RNG.standard_normal((2, 13)), jnp.float32)
+H = RNG.standard_normal((2, 13, 8)).astype(np.float32)
+W = RNG.standard_normal((8, 17)).astype(np.float32)
+LABELS = RNG.integers(0, 17, (2, 13))
+WEIGHTS = RNG.standard_normal((2, 13)).astype(np.float32)
 
 
 def chunked(h, w, chunk):
@@ -59,10 +54,10 @@ def test_frozen_head_losses_are_softmax_cross_entropy(chunk):
     """Breaks when padding of a chunk leaks in, chunks are joined in another order, or dX is wrong."""
     logits = np.einsum("bud,dv->buv", np.asarray(H, np.float64), np.asarray(W, np.float64))
     p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
-    onehot = np.eye(17)[np.asarray(LABELS)]
+    onehot = np.eye(17)[LABELS]
     (_, losses), (d_h, d_w) = jax.jit(jax.value_and_grad(chunked, (0, 1), has_aux=True), static_argnums=2)(H, W, chunk)
     close(losses, -np.log((p * onehot).sum(-1)))
-    close(d_h, np.einsum("buv,dv->bud", (p - onehot) * np.asarray(WEIGHTS)[..., None], W))
+    close(d_h, np.einsum("buv,dv->bud", (p - onehot) * WEIGHTS[..., None], W))
     assert not np.asarray(d_w).any(), "the frozen head got a gradient"
 
 
@@ -75,31 +70,42 @@ def test_logits_of_all_positions_never_live():
 # ------------------------------------------------------------------------------------------------- packing is exact
 
 
+def written(kind, segments, seed):
+    """The contents of a memory of texts with so many segments each, at most two; the first text's are always the same."""
+    axes = {memories.Slots: (TINY.hidden_size,), memories.KV: (TINY.num_kv_heads, TINY.head_dim)}[kind]
+    layers = (TINY.num_layers,) * kind.TEXT_AXIS
+    first, others = (np.random.default_rng(s) for s in (0, seed))
+    each = [(others if text else first).standard_normal((len(kind.CONTENTS), *layers, 2 * K, *axes)) for text in range(len(segments))]
+    return dict(zip(kind.CONTENTS, np.stack(each, kind.TEXT_AXIS + 1).astype(np.float32), strict=True))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["icae", "x500"])
 def test_packed_target_has_the_loss_and_gradient_it_has_alone(tiny_params, method):
     """Breaks when a target sees its neighbours or padding, starts elsewhere, or a row reads another row's memory."""
-    target, c = continuation(15, 1), encoder.CompressionConfig(method=method, k=K, rate=4)
+    target, c, kind = continuation(15, 1), encoder.CompressionConfig(method=method, k=K, rate=4), methods.KINDS[method]
 
-    @functools.partial(jax.jit, static_argnums=4)
-    @functools.partial(jax.value_and_grad, argnums=1)
-    def run(params, trained, context, packed, here):
-        memory = methods.compress(MODEL, params, trained, *context, c)
-        losses = loss.label_losses(MODEL, params, trained, memory, {"lm": packed}, {"lm": HEAD}, c.layout, 4)["lm"]
-        return jnp.sum(jnp.where(packed["label_mask"], losses, 0)[here])
+    @jax.jit
+    @jax.value_and_grad
+    def run(contents, lengths, packed, here):
+        memory = memories.place(kind, contents, lengths, c)
+        losses = loss.label_losses(MODEL, tiny_params, TRAINED, memory, {"lm": packed}, {"lm": HEAD}, c.layout, 4)["lm"]
+        return jnp.sum(jnp.where(packed["label_mask"], losses, 0)[*here])
 
-    def loss_and_gradient(contexts, shape, rows, pack_shape, here):
-        context = arrays(encoder.segment_contexts(contexts, c, shape))
-        value, gradient = run(tiny_params, TRAINED, context, arrays(targets.pack(rows, *pack_shape)), here)
-        return value, gradient["lora"]["layers"]["self_attn"]["q_proj"]["a"], gradient["memory_table"][:K]
+    def loss_and_gradients(contents, lengths, rows, pack_shape, here):
+        value, gradients = run(contents, np.asarray(lengths, np.int32), targets.pack(rows, *pack_shape), here)
+        return [value, *({name: np.moveaxis(x, kind.TEXT_AXIS, 0) for name, x in gradients.items()}[name] for name in kind.CONTENTS)]
 
-    alone = loss_and_gradient(CONTEXTS[:1], None, [[target]], (1, 14, 11), (0, 0))
+    only = {name: np.take(x, range(K), kind.TEXT_AXIS + 1) for name, x in written(kind, [1], 1).items()}
+    alone = loss_and_gradients(only, [[9]], [[target]], (1, 14, 11), (0, 0))
     rows = [[question(9, 2), target], [continuation(17, 3)], [None, question(5, 4), continuation(8, 5)]]
     other_rows = [[None, target, continuation(20, 6)], [question(9, 7), None, question(18, 8)], []]
-    for contexts, packed_rows in ((CONTEXTS, rows), (OTHER_CONTEXTS, other_rows)):
-        got = loss_and_gradient(contexts, (2, 13), packed_rows, (3, 19, 17), (0, 1))
-        for value, want in zip(got, alone, strict=True):
-            close(value, want)
+    for seed, lengths, packed_rows in ((1, [[9, 0], [12, 12], [7, 7]], rows), (2, [[9, 0], [9, 8], [5, 0]], other_rows)):
+        got = loss_and_gradients(written(kind, lengths, seed), lengths, packed_rows, (3, 19, 17), (0, 1))
+        close(got[0], alone[0])
+        for mine, want in zip(got[1:], alone[1:], strict=True):
+            close(np.take(mine[0], range(K), kind.TEXT_AXIS), want[0])
+            assert not np.take(mine[0], range(K, 2 * K), kind.TEXT_AXIS).any() and not mine[1:].any()
 
 
 # ------------------------------------------------------------------------------------- several objectives in one call
@@ -107,16 +113,16 @@ def test_packed_target_has_the_loss_and_gradient_it_has_alone(tiny_params, metho
 LENGTHS = [len(c) for c in CONTEXTS]
 SHAPE = (2, 13, 13)  # the same for every objective, so that they are joined wherever they may be
 PACKED = {
-    "ae": arrays(targets.pack([[targets.ae_target(c[:9], FRAMING)] for c in CONTEXTS], *SHAPE)),
-    "lm": arrays(targets.pack([[continuation(12, b), continuation(7, b + 3)] for b in range(3)], *SHAPE)),
-    "qa": arrays(targets.pack([[question(7 + b, b)] for b in range(3)], *SHAPE)),
+    "ae": targets.pack([[targets.ae_target(c[:9], FRAMING)] for c in CONTEXTS], *SHAPE),
+    "lm": targets.pack([[continuation(12, b), continuation(7, b + 3)] for b in range(3)], *SHAPE),
+    "qa": targets.pack([[question(7 + b, b)] for b in range(3)], *SHAPE),
 }
 
 
 def memory_in(layout):
-    slots = jnp.asarray(np.random.default_rng(4).standard_normal((3, 2 * K, TINY.hidden_size)), jnp.float32)
     _, lengths = encoder.segment_contexts(CONTEXTS, compression())
-    return memories.place(memories.Slots, {"slots": slots}, jnp.asarray(lengths), compression(layout))
+    place = jax.jit(lambda contents, lengths: memories.place(memories.Slots, contents, lengths, compression(layout)))
+    return jax.device_get(place(written(memories.Slots, [1, 2, 2], 4), lengths))
 
 
 @functools.partial(jax.jit, static_argnums=2)
@@ -160,8 +166,8 @@ def test_uniform_layout_restarts_autoencoding_at_zero_only(tiny_params):
 
 def test_sums_count_labels_only():
     """Breaks when padded labels enter the loss or the count, or a mean is taken here."""
-    packed = arrays(targets.pack([[continuation(8, 0)], [continuation(6, 0)]], 1, 9, 6))
-    losses = jnp.asarray(RNG.uniform(1, 2, (2, 1, 6)), jnp.float32)
-    total, count = loss.objective_sums({"lm": losses}, {"lm": packed})["lm"]
+    packed = targets.pack([[continuation(8, 0)], [continuation(6, 0)]], 1, 9, 6)
+    losses = RNG.uniform(1, 2, (2, 1, 6)).astype(np.float32)
+    total, count = jax.jit(loss.objective_sums)({"lm": losses}, {"lm": packed})["lm"]
     assert count == 4 + 2
     close(total, np.sum(losses[0, 0, :4]) + np.sum(losses[1, 0, :2]))

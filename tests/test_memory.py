@@ -10,14 +10,16 @@ from icae_jax.compression.memory import KV, Slots, join
 
 MASK = np.asarray([[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 1]], bool)
 SLOTS = Slots(
-    slots=jnp.arange(3 * 4 * 5, dtype=jnp.float32).reshape(3, 4, 5),
-    mask=jnp.asarray(MASK),
-    positions=jnp.asarray([[0, 1, 2, 3]] * 3),
-    end=jnp.asarray([4, 2, 4]),
-    segment_lengths=jnp.asarray([[7, 6], [5, 0], [8, 8]]),
+    slots=np.arange(3 * 4 * 5, dtype=np.float32).reshape(3, 4, 5),
+    mask=MASK,
+    positions=np.asarray([[0, 1, 2, 3]] * 3),
+    end=np.asarray([4, 2, 4]),
+    segment_lengths=np.asarray([[7, 6], [5, 0], [8, 8]]),
 )
 PLACED = {name: x for name, x in vars(SLOTS).items() if name != "slots"}
-KVS = KV(k=jnp.arange(2 * 3 * 4 * 5.0).reshape(2, 3, 4, 1, 5), v=-jnp.arange(2 * 3 * 4 * 5.0).reshape(2, 3, 4, 1, 5), **PLACED)
+NUMBERS = np.arange(2 * 3 * 4 * 5, dtype=np.float32).reshape(2, 3, 4, 1, 5)
+KVS = KV(k=NUMBERS, v=-NUMBERS, **PLACED)
+choose = jax.jit(lambda memory, rows: memory[rows])
 
 
 @pytest.mark.parametrize("memory", [SLOTS, KVS], ids=["slots", "kv"])
@@ -32,7 +34,7 @@ def test_choosing_rows(memory, rows, want):
     for name, every in vars(memory).items():
         axis = memory.TEXT_AXIS if name in memory.CONTENTS else 0
         np.testing.assert_array_equal(getattr(chosen, name), np.take(np.asarray(every), want, axis))
-    compiled = jax.jit(lambda m, r: m[r])(memory, jnp.asarray(want))
+    compiled = choose(memory, np.asarray(want))
     for got, every in zip(jax.tree.leaves(compiled), jax.tree.leaves(chosen), strict=True):
         np.testing.assert_array_equal(got, every)
 

@@ -3,7 +3,6 @@
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import FRAMING, TINY, close, random_trained
@@ -13,7 +12,8 @@ from icae_jax.compression import memory as memories
 from icae_jax.models import llama
 from icae_jax.objectives import loss, targets
 
-EVERY = [(method, layout) for method, layouts in encoder.METHOD_LAYOUTS.items() for layout in layouts]
+# Every layout with one method, each method with several: a layout is positions and padding, a method what is taken of the encoder's pass.
+EVERY = [("icae", "servable"), ("icae", "sequential"), ("icae", "padded"), ("x500", "reference"), ("x500", "uniform")]
 MODEL = llama.Llama(TINY, lora_scale=0.5)
 TRAINED = random_trained(TINY, 4)
 RNG = np.random.default_rng(0)
@@ -32,9 +32,17 @@ def _compress(params, trained, ids, lengths, config, k):
     return methods.compress(MODEL, params, trained, ids, lengths, config, k)
 
 
-def compress(params, texts, config, k=None, trained=TRAINED):
-    ids, lengths = encoder.segment_contexts(texts, config, pad_id=2)
-    return _compress(params, trained, jnp.asarray(ids), jnp.asarray(lengths), config=config, k=k)
+def compress(params, texts, config, k=None, trained=TRAINED, shape=None):
+    arrays = encoder.segment_contexts(texts, config, shape, pad_id=2)
+    return jax.device_get(_compress(params, trained, *arrays, config=config, k=k))
+
+
+def first_segment(memory):
+    """Memories of texts of one segment, without the room for others."""
+    k, axis = memory.tokens_per_segment, memory.TEXT_AXIS + 1
+    assert not memory.mask[:, k:].any()
+    cut = {name: np.take(x, range(k), axis) for name, x in memory.contents.items()}
+    return memory.replace(**cut, mask=memory.mask[:, :k], positions=memory.positions[:, :k], segment_lengths=memory.segment_lengths[:, :1])
 
 
 def tokens_of(memory):
@@ -53,6 +61,12 @@ def assert_same(got, want):
         close(tokens_of(got)[name][mask], value[mask])
 
 
+def test_every_layout_is_tried():
+    """Breaks when a layout is added that nothing here runs, or one of them goes to a method that does not know it."""
+    assert {layout for _, layout in EVERY} | {"clean"} == {layout for layouts in encoder.METHOD_LAYOUTS.values() for layout in layouts}
+    assert all(layout in encoder.METHOD_LAYOUTS[method] for method, layout in EVERY)
+
+
 def test_the_configuration_decides_the_kind(tiny_params, config):
     memory = compress(tiny_params, TEXTS, config)
     assert type(memory) is methods.KINDS[config.method]
@@ -62,8 +76,8 @@ def test_the_configuration_decides_the_kind(tiny_params, config):
 def test_a_chosen_k_equals_a_model_of_that_k(tiny_params, config):
     """Breaks when a smaller k uses other rows, cuts the text into other segments, or keeps positions or masks of the larger one."""
     small = encoder.CompressionConfig(method=config.method, layout=config.layout, k=2, rate=6)
-    rows = jnp.asarray([0, 1, 4, 5, 6])  # two memory tokens, and the special rows
-    alone = compress(tiny_params, TEXTS, small, trained=TRAINED | {"memory_table": TRAINED["memory_table"][rows]})
+    rows = np.asarray([0, 1, 4, 5, 6])  # two memory tokens, and the special rows
+    alone = compress(tiny_params, TEXTS, small, trained=TRAINED | {"memory_table": np.asarray(TRAINED["memory_table"])[rows]})
     chosen, largest = compress(tiny_params, TEXTS, config, 2), compress(tiny_params, TEXTS, config)
     assert_same(chosen, alone)
     assert chosen.tokens.tolist() == [4, 2, 2] and largest.tokens.tolist() == [8, 4, 4]
@@ -80,20 +94,21 @@ def test_an_unknown_k_is_refused(tiny_params, config):
 
 def test_joined_memories_equal_segments_compressed_at_once(tiny_params, config):
     """Breaks when a joined memory's positions, order or masks differ from those of one text of two segments."""
-    whole = compress(tiny_params, TEXTS[:1], config)
-    halves = [compress(tiny_params, [TEXTS[0][part]], config) for part in (slice(0, 12), slice(12, 24))]
-    assert_same(memories.join(halves, config), whole)
+    every = compress(tiny_params, TEXTS, config)
+    parts = compress(tiny_params, [TEXTS[0][:12], TEXTS[0][12:], TEXTS[2]], config, shape=(2, 12))  # the same program
+    halves = [first_segment(parts[b]) for b in (0, 1)]
+    assert_same(memories.join(halves, config), every[0])
     with pytest.raises(ValueError, match=r"memories of 4, 2 memory tokens a segment cannot be joined"):
-        memories.join([halves[0], compress(tiny_params, [TEXTS[2]], config, 2)], config)
+        memories.join([halves[0], compress(tiny_params, TEXTS, config, 2)[0]], config)
     with pytest.raises(ValueError, match=r"memories of 1, 3 texts cannot be joined"):
-        memories.join([halves[0], compress(tiny_params, TEXTS, config)], config)
+        memories.join([halves[0], every], config)
 
 
 def test_a_missing_segment_in_the_middle_takes_no_positions(tiny_params, config):
     """Breaks when a joined memory of a short and a long text leaves a gap where the short one has no second segment."""
-    memory = compress(tiny_params, TEXTS[:2], config)
+    memory = compress(tiny_params, TEXTS, config)[:2]
     joined = memories.join([memory, memory], config)
-    whole = memories.join([compress(tiny_params, [TEXTS[1]], config)] * 2, config)
+    whole = memories.join([first_segment(memory[1])] * 2, config)
     mask = np.asarray(joined.mask[1])
     assert mask.tolist() == [True] * 4 + [False] * 4 + [True] * 4 + [False] * 4
     np.testing.assert_array_equal(np.asarray(joined.positions[1])[mask], whole.positions[0])
@@ -101,14 +116,8 @@ def test_a_missing_segment_in_the_middle_takes_no_positions(tiny_params, config)
 
 
 def test_neighbours_and_padding_do_not_change_a_memory(tiny_params, config):
-    """Breaks when a text's memory depends on the batch that it was compressed in."""
-    together = compress(tiny_params, TEXTS, config)
-    for b in (1, 2):
-        alone = compress(tiny_params, [TEXTS[b]], config)
-        row = together[b]
-        cut = {name: np.take(np.asarray(x), range(4), axis=row.TEXT_AXIS + 1) for name, x in row.contents.items()}
-        first = row.replace(**cut, mask=row.mask[:, :4], positions=row.positions[:, :4], segment_lengths=row.segment_lengths[:, :1])
-        assert_same(first, alone)
+    """Breaks when a text's memory depends on the batch that it was compressed in: its rows, segments or (but for fixed layouts) tokens."""
+    assert_same(first_segment(compress(tiny_params, TEXTS, config)[1]), compress(tiny_params, [TEXTS[1]], config))
 
 
 @functools.partial(jax.jit, static_argnames="config")
@@ -126,18 +135,19 @@ def _loss(params, trained, ids, lengths, packed, scale, config):
     return jax.value_and_grad(of, argnums=(0, 1))(params["embed"], trained)
 
 
+@pytest.mark.parametrize("config", [("icae", "padded"), ("x500", "uniform")], indirect=True, ids="-".join)
 def test_the_decoder_learns_of_the_context_through_what_was_written_alone(tiny_params, config):
     """Breaks when context, LoRA or memory rows reach the loss past the memory's contents."""
-    ids, lengths = map(jnp.asarray, encoder.segment_contexts(TEXTS, config, pad_id=2))
-    packed = jax.tree.map(jnp.asarray, targets.pack([[targets.ae_target(t, FRAMING)] for t in TEXTS], 1, 25, 25))
+    ids, lengths = encoder.segment_contexts(TEXTS, config, pad_id=2)
+    packed = targets.pack([[targets.ae_target(t, FRAMING)] for t in TEXTS], 1, 25, 25)
     values, gradients = zip(*(_loss(tiny_params, TRAINED, ids, lengths, packed, scale, config=config) for scale in (1.0, 0.0)), strict=True)
     assert float(values[0]) == pytest.approx(float(values[1]), abs=1e-5)
-    for gradient, cut in ((gradients[0], False), (gradients[1], True)):
+    for gradient, cut in zip(jax.device_get(gradients), (False, True), strict=True):
         context, trained = gradient
         table = np.abs(np.asarray(trained["memory_table"])).max(1)
-        lora = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(trained["lora"]))
+        lora = max(float(np.abs(x).max()) for x in jax.tree.leaves(trained["lora"]))
         assert table[4] > 1e-5 and not table[5:].any()  # [AE] is used in the decoder; [LM] and [FT] are not
         if cut:
             assert not np.any(context) and lora == 0 and not table[:4].any()
         else:
-            assert float(jnp.abs(context).max()) > 1e-5 and lora > 1e-5 and (table[:4] > 1e-6).all()
+            assert float(np.abs(context).max()) > 1e-5 and lora > 1e-5 and (table[:4] > 1e-6).all()

@@ -11,9 +11,9 @@ from icae_jax.evaluation.suites import common
 from icae_jax.evaluation.suites.common import CUT, FULL, MEMORY, NONE, SHUFFLED, Options
 from icae_jax.evaluation.suites.continuation import Continue
 
-LENGTHS = (8, 40, 20)
+LENGTHS = (8, 30, 20)
 OPTIONS = Options(context_lengths=LENGTHS, continuation_tokens=20)
-TEXTS = [text(100, 1), text(58, 2)]  # the second has 18 tokens to continue
+TEXTS = [text(100, 1), text(48, 2)]  # the second has 18 tokens to continue
 
 
 @pytest.mark.parametrize("method", ["icae", pytest.param("x500", marks=pytest.mark.nightly)])
@@ -24,24 +24,24 @@ def test_every_arm_scores_the_same_labels(tiny_base, method):
     suite = Continue(one, dataclasses.replace(OPTIONS, k=tuple(ks.values())))
     examples, records = measured(suite, *TEXTS)
     ids = {t.key: one.ids(t.text) for t in TEXTS}
-    assert sorted(len(e.ids) for e in examples) == [8, 8, 20, 20, 40, 40]
-    memory_tokens = {8: 4, 20: 8, 40: 12}
+    assert sorted(len(e.ids) for e in examples) == [8, 8, 20, 20, 30, 30]
+    memory_tokens = {8: 4, 20: 8, 30: 8}
     framed, partners = [one.framed(e.ids) for e in examples], [one.framed(e.partner[: len(e.ids)]) for e in examples]
     memories = {arm: one.compress_ids(framed, k=k) for arm, k in ks.items()} | {SHUFFLED: one.compress_ids(partners)}
     rests = [one.base.tokenizer.decode(e.continuation) for e in examples]
     behind = {arm: one.score(memory, rests) for arm, memory in memories.items()}
     total = {}
     for i, (e, [r]) in enumerate(zip(examples, records, strict=True)):
-        rest = ids[e.cluster][40:60]
+        rest = ids[e.cluster][30:50]
         assert list(e.continuation) == rest
-        assert list(e.ids) == ids[e.cluster][40 - len(e.ids) : 40] and r["group"] == {"tokens": str(len(e.ids))}
+        assert list(e.ids) == ids[e.cluster][30 - len(e.ids) : 30] and r["group"] == {"tokens": str(len(e.ids))}
         got = r["sums"]["perplexity"]
         assert set(got) == {FULL, CUT, NONE, SHUFFLED, *ks} and {n for _, n in got.values()} == {len(rest) - 1}
         seen = {FULL: e.ids, CUT: e.ids[-memory_tokens[len(e.ids)] :], NONE: ()}
         for arm, context in seen.items():
             want = reference_nats(tiny_base, [1, *context, *rest], 2 + len(context))
             near(got[arm], want)
-            if len(e.ids) == 40:
+            if len(e.ids) == 30:
                 total[arm] = [a + b for a, b in zip(total.get(arm, (0, 0)), want, strict=True)]
         for arm, of in behind.items():
             near(got[arm], of[i])
@@ -49,8 +49,8 @@ def test_every_arm_scores_the_same_labels(tiny_base, method):
     result = run.summarise(suite, [r for of in records for r in of], 0)
     for arm, (nats, labels) in total.items():
         assert labels == 19 + 17 and result["scores"]["perplexity"][arm]["mean"] == pytest.approx(math.exp(nats / labels), rel=1e-4)
-    assert list(result["groups"]["tokens"]) == ["8", "20", "40"]
-    assert result["scores"]["perplexity"] == result["groups"]["tokens"]["40"]["perplexity"]
+    assert list(result["groups"]["tokens"]) == ["8", "20", "30"]
+    assert result["scores"]["perplexity"] == result["groups"]["tokens"]["30"]["perplexity"]
 
 
 def test_texts_too_short_or_too_long_are_left_out(tiny_base):

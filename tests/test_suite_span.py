@@ -30,7 +30,7 @@ def joined(memories):
 def test_the_last_segments_before_one_continuation(tiny_base, method):
     """Breaks when segments see each other, are joined in another order, are the first instead of the last, or labels differ."""
     one = compressor(tiny_base, method)
-    k = {"icae": 4, "x500": 2}[method]
+    k = 4
     suite = Span(one, dataclasses.replace(OPTIONS, k=(k,)))
     examples, records = measured(suite, *TEXTS)
     apart = [one.compress([one.base.tokenizer.decode(e.ids[at : at + 12]) for e in examples], k=k) for at in (0, 12, 24, 36)]

@@ -30,6 +30,7 @@ SHAPE_STEP = 32  # lengths are padded to multiples of this, so that few shapes a
 # Compiled once for all compressors of one base and configuration.
 _compress = jax.jit(methods.compress, static_argnames=("model", "config", "k"))
 _read = jax.jit(methods.read, static_argnames=("model", "head"))
+_join = jax.jit(memories.join, static_argnames="config")
 
 
 @functools.partial(jax.jit, static_argnames=("model", "objective", "head", "layout"))
@@ -168,7 +169,7 @@ class Compressor:
 
         parts: alike in texts and k. So documents compressed one by one can be read together. UserError where they differ.
         """
-        return jax.device_get(memories.join(parts, self.config))
+        return jax.device_get(_join(list(parts), self.config))
 
     def save(self, path, memory, ids=None):
         """Writes a memory file. ids: names of the texts, by default their numbers."""
@@ -371,6 +372,14 @@ def _fill(rows, size, blank):
 
 def _stack(parts, config):
     """Memories of several batches as one of all their texts, padded to the most segments."""
+    memory = parts[0] if len(parts) == 1 else _placed(parts, config)
+    axis, contents = memory.TEXT_AXIS, memory.contents
+    real = [np.expand_dims(memory.mask, (*range(axis), *range(axis + 2, x.ndim))) for x in contents.values()]
+    # No trace of a batch's shape is left.
+    return memory.replace(**{name: np.where(r, x, 0) for r, (name, x) in zip(real, contents.items(), strict=True)})
+
+
+def _placed(parts, config):
     kind, k, S = type(parts[0]), parts[0].tokens_per_segment, max(p.segment_lengths.shape[1] for p in parts)
 
     def stacked(arrays, axis, size):
@@ -379,7 +388,4 @@ def _stack(parts, config):
 
     lengths = stacked([p.segment_lengths for p in parts], 0, S)
     contents = {name: stacked([p.contents[name] for p in parts], kind.TEXT_AXIS, S * k) for name in kind.CONTENTS}
-    memory = jax.device_get(memories.place(kind, contents, lengths, config))
-    real = [np.expand_dims(memory.mask, (*range(kind.TEXT_AXIS), *range(kind.TEXT_AXIS + 2, x.ndim))) for x in contents.values()]
-    # No trace of a batch's shape is left.
-    return memory.replace(**{name: np.where(r, x, 0) for r, (name, x) in zip(real, contents.items(), strict=True)})
+    return jax.device_get(memories.place(kind, contents, lengths, config))
