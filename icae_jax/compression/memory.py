@@ -112,7 +112,8 @@ def place(kind, contents, lengths_BS, config):
     token_axis = kind.TEXT_AXIS + 1
     k = next(iter(contents.values())).shape[token_axis] // lengths_BS.shape[1]
     positions, end = layouts.decoder_positions(layouts.get(config.layout), k, lengths_BS, config.segment_tokens)
-    return kind(**contents, mask=jnp.repeat(lengths_BS > 0, k, axis=1), positions=positions, end=end, segment_lengths=lengths_BS)
+    mask = lengths_BS.__array_namespace__().repeat(lengths_BS > 0, k, axis=1)
+    return kind(**contents, mask=mask, positions=positions, end=end, segment_lengths=lengths_BS)
 
 
 def join(memories, config):
@@ -131,8 +132,9 @@ def join(memories, config):
         if len(set(values)) != 1:
             raise UserError(f"memories of {', '.join(map(str, values))} {what} cannot be joined; compress them alike")
     kind = type(memories[0])
-    contents = {name: jnp.concatenate([m.contents[name] for m in memories], kind.TEXT_AXIS + 1) for name in kind.CONTENTS}
-    return place(kind, contents, jnp.concatenate([jnp.asarray(m.segment_lengths) for m in memories], 1), config)
+    xp = memories[0].segment_lengths.__array_namespace__()
+    contents = {name: xp.concatenate([m.contents[name] for m in memories], kind.TEXT_AXIS + 1) for name in kind.CONTENTS}
+    return place(kind, contents, xp.concatenate([m.segment_lengths for m in memories], 1), config)
 
 
 @struct.dataclass
