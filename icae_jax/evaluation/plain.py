@@ -24,8 +24,8 @@ def _up(n, step=STEP):
 
 def no_prefix(config, rows, dtype=jnp.float32):
     """A prefix of no positions: the decoder starts at position 0."""
-    empty = jnp.zeros((config.num_layers, rows, 0, config.num_kv_heads, config.head_dim), dtype)
-    return Prefix(empty, empty, jnp.zeros((rows, 0), bool), jnp.zeros((rows, 0), jnp.int32), jnp.zeros(rows, jnp.int32))
+    empty = np.zeros((config.num_layers, rows, 0, config.num_kv_heads, config.head_dim), dtype)
+    return Prefix(empty, empty, np.zeros((rows, 0), bool), np.zeros((rows, 0), np.int32), np.zeros(rows, np.int32))
 
 
 def start_ids(compressor):
@@ -72,7 +72,7 @@ def generate(compressor, prompts, limits, batch_size=32, stop=None):
         with compressor.on_devices():
             out = decoding.greedy(
                 compressor.model, base.params, compressor.trained["memory_table"], no_prefix(base.config, rows, compressor.model.dtype),
-                jnp.zeros(rows, jnp.int32), *compressor.put((ids, lengths, most)), max_new_tokens=_up(int(most.max()), 32),
+                np.zeros(rows, np.int32), *compressor.put((ids, lengths, most)), max_new_tokens=_up(int(most.max()), 32),
                 stop_ids=tuple(sorted({*base.stop_ids, *([] if stop is None else [stop])})),
             )  # fmt: skip
         out = jax.device_get(out)
