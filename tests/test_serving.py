@@ -25,6 +25,7 @@ from icae_jax.models.lora import LoraConfig
 from icae_jax.objectives import targets
 
 torch = pytest.importorskip("torch")
+torch.set_num_threads(1)  # several wait for each other longer than such small models take
 transformers = pytest.importorskip("transformers")
 
 RNG = np.random.default_rng(7)
@@ -32,6 +33,7 @@ TEXTS = [" ".join(RNG.choice(WORDS[8:], size=n)) for n in (30, 5, 17, 40, 9)]  #
 QUESTIONS = ["who saw the cat ?", "where ?", "what did the old king eat in the house ?", "when did it run", "why ?"]
 IDS = ["a", "b", "c", "d", "e"]
 NEW = 10
+MEMORIES = {}  # of (base, method, layout): what a template asks in is none of a memory's business
 LAYOUTS = [(method, layout) for method, layouts in METHOD_LAYOUTS.items() for layout in layouts]
 
 
@@ -56,7 +58,9 @@ def make(base, method="icae", layout="", template="plain"):
         base.fingerprint,
     )
     compressor = Compressor(base, adapter, "adapter")
-    return compressor, compressor.compress(TEXTS)
+    if (base.path, method, layout) not in MEMORIES:
+        MEMORIES[base.path, method, layout] = compressor.compress(TEXTS)
+    return compressor, MEMORIES[base.path, method, layout]
 
 
 def ours(compressor, memory, objective, questions=QUESTIONS):
@@ -89,11 +93,13 @@ def requests_of(folder):
 def test_prompts_read_by_transformers(base, hub_model, tmp_path, layout, template):
     """Breaks when a prompt misses its head, its special rows, a slot, or holds another text's: another model decodes it, from ids 0 on."""
     compressor, memory = make(base, "icae", layout, template)
-    questions = QUESTIONS[:2]
-    serving.save_prompt_embeds(tmp_path / "out", compressor, memory, IDS, questions, restore=True, dtype="float32", model="tiny")
+    questions, rows = QUESTIONS[:2], [0, 1, 3]  # of 2, 1 and 3 segments
+    names = [IDS[i] for i in rows]
+    serving.save_prompt_embeds(tmp_path / "out", compressor, memory[rows], names, questions, restore=True, dtype="float32", model="tiny")
     asked = [ours(compressor, memory, "ask", [q] * 5) for q in questions]
-    want = {(IDS[i], q): ids[i] for q, ids in zip(questions, asked, strict=True) for i in range(5)}
-    want |= {(IDS[i], None): ids for i, ids in enumerate(ours(compressor, memory, "restore"))}
+    want = {(IDS[i], q): ids[i] for q, ids in zip(questions, asked, strict=True) for i in rows}
+    restored = ours(compressor, memory, "restore")
+    want |= {(IDS[i], None): restored[i] for i in rows}
     got = {}
     for request in requests_of(tmp_path / "out"):
         if request["kind"] == "chat":
@@ -107,7 +113,7 @@ def test_prompts_read_by_transformers(base, hub_model, tmp_path, layout, templat
         out = hub_model.generate(inputs_embeds=x[None], attention_mask=torch.ones(1, len(x)), do_sample=False, max_new_tokens=NEW,
                                  eos_token_id=stops, pad_token_id=0)[0].tolist()  # fmt: skip
         got[request["id"], request["question"]] = out[: next((i for i, token in enumerate(out) if token in stops), NEW)]
-    assert got == want and len({tuple(ids) for ids in got.values()}) >= 12
+    assert got == want and len(got) == 9 and len({tuple(ids) for ids in got.values()}) >= 7
 
 
 def test_parts_of_a_chat(base, tmp_path):
@@ -234,8 +240,8 @@ def theirs(used, model, base, objective):
     return used.generate(model, base.tokenizer, QUESTIONS if objective == "ask" else [""] * 5, max_new_tokens=NEW)
 
 
-@pytest.mark.parametrize("objective", serving.OBJECTIVES)
-@pytest.mark.parametrize("template", ["plain", "mistral", "v1"])
+# A template says how to ask, nothing of restoring.
+@pytest.mark.parametrize(("objective", "template"), [("ask", "plain"), ("ask", "mistral"), ("ask", "v1"), ("restore", "mistral")])
 @pytest.mark.parametrize(("method", "layout"), LAYOUTS)
 def test_unpatched_generate_decodes_what_we_decode(base, hub_model, tmp_path, method, layout, template, objective):
     """Breaks when a key sits at another position than in our decoder, padded segments are seen, or head or special rows are lost."""
@@ -271,8 +277,8 @@ FAMILIES = {
 }
 
 
-@pytest.mark.parametrize("method", METHOD_LAYOUTS)
-@pytest.mark.parametrize("family", FAMILIES)
+# K behind a head holds both what x500 kept and what the base made of the head, as of ICAE's slots.
+@pytest.mark.parametrize(("family", "method"), [("mistral", "icae"), ("qwen2", "x500"), ("qwen3", "x500")])
 def test_every_family(tmp_path, tiny_tokenizer, family, method):
     """Breaks when K is kept without a family's bias or norm, what RoPE scales is scaled again by the turn, or windows cut off what our
     decoder sees.

@@ -78,15 +78,17 @@ def decoder_positions(layout, k, lengths_BS, fixed_length):
     """Positions of the memory in the decoder, counted from the memory's start, and the position where targets start.
 
     fixed_length: N of the table above. Returns `[B, S * k]` and `[B]`. Segments of zero length take no positions (their memory is masked).
+    NumPy's lengths are counted in NumPy where nothing is spread, so that no shape of theirs is compiled for.
     """
     B, S = lengths_BS.shape
+    xp = lengths_BS.__array_namespace__()
     if layout.spread_decoder:
         ends = jnp.cumsum(lengths_BS, axis=1)
         positions = (ends - lengths_BS)[..., None] + spread(k, lengths_BS)
         return positions.reshape(B, S * k), ends[:, -1] + 1
     real = (lengths_BS > 0).astype(jnp.int32)
-    ends = k * jnp.cumsum(real, axis=1)
-    positions = (ends - k * real)[..., None] + jnp.broadcast_to(jnp.arange(k), (B, S, k))
+    ends = k * xp.cumsum(real, axis=1, dtype=jnp.int32)
+    positions = (ends - k * real)[..., None] + xp.broadcast_to(xp.arange(k, dtype=jnp.int32), (B, S, k))
     return positions.reshape(B, S * k) + (fixed_length if layout.read_in_place else 0), ends[:, -1]
 
 

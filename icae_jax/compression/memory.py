@@ -131,8 +131,9 @@ def join(memories, config):
         if len(set(values)) != 1:
             raise UserError(f"memories of {', '.join(map(str, values))} {what} cannot be joined; compress them alike")
     kind = type(memories[0])
-    contents = {name: jnp.concatenate([m.contents[name] for m in memories], kind.TEXT_AXIS + 1) for name in kind.CONTENTS}
-    return place(kind, contents, jnp.concatenate([jnp.asarray(m.segment_lengths) for m in memories], 1), config)
+    xp = memories[0].segment_lengths.__array_namespace__()
+    contents = {name: xp.concatenate([m.contents[name] for m in memories], kind.TEXT_AXIS + 1) for name in kind.CONTENTS}
+    return place(kind, contents, xp.concatenate([m.segment_lengths for m in memories], 1), config)
 
 
 @struct.dataclass

@@ -34,6 +34,7 @@ ANSWER_TOKENS = 128  # most tokens of an answer, as `Compressor.ask` has it
 FORMAT_VERSION = 1
 
 _read = jax.jit(methods.read, static_argnames=("model", "head"))
+_embed = jax.jit(encoder.embed_with_table)
 
 
 def _head(compressor, objective):
@@ -83,8 +84,7 @@ def prompt_embeddings(compressor, memory, row, question=None):
     head = _head(compressor, "restore" if question is None else "ask")
 
     def embed(ids):
-        ids = jnp.asarray(ids, jnp.int32)
-        return np.asarray(encoder.embed_with_table(compressor.base.params, compressor.trained["memory_table"], ids), np.float32)
+        return np.asarray(_embed(compressor.base.params, compressor.trained["memory_table"], np.asarray(ids, np.int32)), np.float32)
 
     x_TD = np.concatenate([embed(head), np.asarray(slots_of(memory, row), np.float32), embed(behind)])
     if len(x_TD) >= compressor.base.config.max_position_embeddings:
