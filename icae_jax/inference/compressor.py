@@ -30,7 +30,6 @@ SHAPE_STEP = 32  # lengths are padded to multiples of this, so that few shapes a
 # Compiled once for all compressors of one base and configuration.
 _compress = jax.jit(methods.compress, static_argnames=("model", "config", "k"))
 _read = jax.jit(methods.read, static_argnames=("model", "head"))
-_join = jax.jit(memories.join, static_argnames="config")
 
 
 @functools.partial(jax.jit, static_argnames=("model", "objective", "head", "layout"))
@@ -169,7 +168,7 @@ class Compressor:
 
         parts: alike in texts and k. So documents compressed one by one can be read together. UserError where they differ.
         """
-        return jax.device_get(_join(list(parts), self.config))
+        return jax.device_get(memories.join(parts, self.config))
 
     def save(self, path, memory, ids=None):
         """Writes a memory file. ids: names of the texts, by default their numbers."""
