@@ -20,6 +20,9 @@ os.environ.setdefault(
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(__file__).resolve().parents[1] / ".cache" / "compiled"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
+# PyTorch's threads wait for each other longer than such small models take.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 # Tests run in several processes, which must share an accelerator's memory where there is one.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
@@ -136,7 +139,7 @@ def random_params(config, seed=0):
 
     def leaf(path, like):
         noise = rng.standard_normal(like.shape)
-        return jnp.asarray(1 + 0.1 * noise if path[-1].key == "scale" else 0.2 * noise, jnp.float32)
+        return jnp.asarray(np.float32(1 + 0.1 * noise if path[-1].key == "scale" else 0.2 * noise))
 
     return jax.tree_util.tree_map_with_path(leaf, llama.param_shapes(config))
 
@@ -145,13 +148,13 @@ def random_lora(config, rank=4, targets=("q_proj", "v_proj"), seed=0):
     """A LoRA tree with A and B both random, as after some training."""
     rng = np.random.default_rng([seed, 1])
     like = jax.eval_shape(lambda: lora.init_lora(jax.random.key(0), config, lora.LoraConfig(rank, targets=targets)))
-    return jax.tree.map(lambda x: jnp.asarray(0.2 * rng.standard_normal(x.shape), jnp.float32), like)
+    return jax.tree.map(lambda x: jnp.asarray(np.float32(0.2 * rng.standard_normal(x.shape))), like)
 
 
 def random_trained(config, k, seed=0):
     """The trained tree of a compressor with k memory tokens."""
     table = 0.2 * np.random.default_rng([seed, 2]).standard_normal((k + SPECIAL_ROWS, config.hidden_size))
-    return {"lora": random_lora(config, seed=seed), "memory_table": jnp.asarray(table, jnp.float32)}
+    return {"lora": random_lora(config, seed=seed), "memory_table": jnp.asarray(np.float32(table))}
 
 
 def make_tokenizer(words=WORDS):

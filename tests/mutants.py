@@ -97,7 +97,7 @@ MUTANTS = [
     ),
     Mutant(
         "absent segments are read", "compression/memory.py",
-        "mask=jnp.repeat(lengths_BS > 0, k, axis=1)", "mask=jnp.repeat(lengths_BS >= 0, k, axis=1)", "test_methods.py -k missing_segment",
+        ".repeat(lengths_BS > 0, k, axis=1)", ".repeat(lengths_BS >= 0, k, axis=1)", "test_methods.py -k missing_segment",
     ),
     # ------------------------------------------------------------------------------------------------- the two methods
     Mutant(

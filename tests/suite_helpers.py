@@ -121,7 +121,6 @@ def near(numbers, *want, bound=2e-5):
 @functools.cache
 def _model(path):
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
-    torch.set_num_threads(1)  # of several, all but one would only wait
     return transformers.AutoModelForCausalLM.from_pretrained(pathlib.Path(path), dtype=torch.float32).eval()
 
 

@@ -112,7 +112,6 @@ def test_logits_equal_transformers(option, tmp_path, tiny_tokenizer):
     `save_base` writes of it is another model to transformers.
     """
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
-    torch.set_num_threads(1)  # of several, all but one would only wait
     kind = option.split("_")[0].capitalize()
     hub_config = getattr(transformers, f"{kind}Config")(**SIZES, **OPTIONS[option], max_position_embeddings=64, initializer_range=0.2)
     torch.manual_seed(0)

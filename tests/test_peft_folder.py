@@ -23,7 +23,6 @@ from icae_jax.models.lora import LoraConfig
 from icae_jax.objectives.targets import Template
 
 torch = pytest.importorskip("torch")
-torch.set_num_threads(1)  # several wait for each other longer than such small models take
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 

@@ -112,7 +112,8 @@ def place(kind, contents, lengths_BS, config):
     token_axis = kind.TEXT_AXIS + 1
     k = next(iter(contents.values())).shape[token_axis] // lengths_BS.shape[1]
     positions, end = layouts.decoder_positions(layouts.get(config.layout), k, lengths_BS, config.segment_tokens)
-    return kind(**contents, mask=jnp.repeat(lengths_BS > 0, k, axis=1), positions=positions, end=end, segment_lengths=lengths_BS)
+    mask = lengths_BS.__array_namespace__().repeat(lengths_BS > 0, k, axis=1)
+    return kind(**contents, mask=mask, positions=positions, end=end, segment_lengths=lengths_BS)
 
 
 def join(memories, config):

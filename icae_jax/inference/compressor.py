@@ -348,9 +348,9 @@ class Compressor:
                 limits[i] = min(most[n], room[n] - len(prompt))
             with self.on_devices():
                 prefix = _read(self.model, self.base.params, part, head=tuple(head))
-                starts = jnp.repeat(layout.target_starts(layout.get(self.config.layout), objective, prefix), G)
+                starts = np.repeat(np.asarray(layout.target_starts(layout.get(self.config.layout), objective, prefix)), G)
                 out = generate.greedy(
-                    self.model, self.base.params, self.trained["memory_table"], prefix, starts, *self.put((ids, lengths, limits)),
+                    self.model, self.base.params, self.trained["memory_table"], prefix, *self.put((starts, ids, lengths, limits)),
                     max_new_tokens=_up(int(limits.max())), stop_ids=stops,
                 )  # fmt: skip
             out = jax.device_get(out)
