@@ -130,8 +130,8 @@ FSDP = {"data": 1, "fsdp": 4, "tensor": 1}
 
 
 def wide(sources, what="train", contexts=4, **changes):
-    compression, data = {"k": 16, "rate": 4.0}, {"context_lengths": [64]}
-    return programs.Spec(what, config_of(sources, compression=compression, data=data, **changes), WIDE, contexts, 64)
+    changes |= {"compression": {"k": 16, "rate": 4.0}, "data": {"context_lengths": [64]}, "objectives": {"ae": 1.0, "lm": 0.0}}
+    return programs.Spec(what, config_of(sources, **changes), WIDE, contexts, 64)
 
 
 counted = {}
