@@ -90,6 +90,7 @@ def folder(tiny_base, tmp_path_factory):
         "eval_every": STEPS,
         "checkpoint_every": 2,
         "eval_examples": 12,
+        "remat": "none",
         "compression": {"k": 4, "rate": 4},
         "lora": {"rank": 4, "dropout": 0.2},
         "optimizer": {"learning_rate": 1e-2, "warmup_steps": 2},
@@ -235,13 +236,15 @@ SPLIT = ("--config.mesh.fsdp=2", "--config.mesh.tensor=2")
 
 @pytest.mark.slow
 def test_devices_do_not_change_the_run(folder):
-    """Breaks when losses, gradients or held-out losses on eight devices miss rows, count some twice, or end as another adapter."""
+    """Breaks when losses, gradients or held-out losses on eight devices miss rows, count some twice, or end as another adapter; also where
+    these recompute what one device keeps.
+    """
     flags = ["--config.steps=3", "--config.eval_every=3", "--config.checkpoint_every=3", "--config.accumulate=1"]
-    flags += [f"--config.mesh.{a}=2" for a in sharding.AXES]
+    more = ["--config.remat=dots", *[f"--config.mesh.{axis}=2" for axis in sharding.AXES]]
     command = ["train", "--config", str(folder / "config.py"), "--workdir"]
-    assert cli.main([*command, str(folder / "one"), *flags[:4]]) == DONE
+    assert cli.main([*command, str(folder / "one"), *flags]) == DONE
     with eight_devices():
-        assert cli.main([*command, str(folder / "eight"), *flags]) == DONE
+        assert cli.main([*command, str(folder / "eight"), *flags, *more]) == DONE
     alike(folder / "eight", folder / "one")
 
 

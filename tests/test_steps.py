@@ -171,7 +171,7 @@ WIDE = dataclasses.replace(TINY, vocab_size=512, hidden_size=512, intermediate_s
 )
 def test_xla_counts_what_the_mathematics_asks_for(changes, low, high):
     """Breaks when layers beyond the third are left out, microbatches are not multiplied in, or recomputation is not seen."""
-    wide = {"compression": {"k": 16, "rate": 4.0}, "batch_size": 4, "accumulate": 2}
+    wide = {"compression": {"k": 16, "rate": 4.0}, "objectives": {"ae": 1.0, "lm": 0.0}, "batch_size": 4, "accumulate": 2}
     spec = make_spec(WIDE, 2, 64, **wide | changes)
     assert low <= steps.xla_flops(spec, sharding.local_mesh()) / programs.least(spec) <= high
 
