@@ -29,6 +29,15 @@ SIZES = {
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc and sets the cores of processes")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    """PyTorch in one thread: at these sizes others only wait for work, and take a processor's time for it."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture
 def bench(monkeypatch):
     """A module of launch/bench by name."""

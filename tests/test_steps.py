@@ -166,9 +166,29 @@ def test_a_large_base_is_made_layer_by_layer():
 WIDE = dataclasses.replace(TINY, vocab_size=512, hidden_size=512, intermediate_size=1024, num_layers=4, num_heads=4, head_dim=128)
 
 
-@pytest.mark.parametrize(
-    ("changes", "low", "high"), [({}, 1.0, 1.06), pytest.param({"remat": "full"}, 1.2, 1.5, marks=pytest.mark.nightly)]
-)
+def test_two_and_three_layers_are_continued_to_all(monkeypatch):
+    """Breaks when layers beyond the third are left out, microbatches are not multiplied in, a kernel is counted as nothing, or a count
+    that XLA does not give is taken for one.
+    """
+    lowered = []
+
+    class Lowered:
+        def __init__(self, spec, mesh, platforms):
+            lowered.append((spec.model.num_layers, spec.config.unroll, spec.config.attention, platforms))
+
+        def cost_analysis(self):
+            return {"flops": {2: 10.0, 3: 13.0}[lowered[-1][0]]}
+
+    monkeypatch.setattr(steps.programs, "lower", Lowered)
+    spec = make_spec(dataclasses.replace(WIDE, num_layers=7), attention="splash", accumulate=2, batch_size=8)
+    assert steps.xla_flops(spec, None) == 2 * (10 + 5 * 3)
+    assert lowered == [(2, 2, "xla", ("cpu",)), (3, 3, "xla", ("cpu",))]
+    monkeypatch.setattr(Lowered, "cost_analysis", lambda self: None)
+    assert steps.xla_flops(spec, None) is None
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize(("changes", "low", "high"), [({}, 1.0, 1.06), ({"remat": "full"}, 1.2, 1.5)])
 def test_xla_counts_what_the_mathematics_asks_for(changes, low, high):
     """Breaks when layers beyond the third are left out, microbatches are not multiplied in, or recomputation is not seen."""
     wide = {"compression": {"k": 16, "rate": 4.0}, "objectives": {"ae": 1.0, "lm": 0.0}, "batch_size": 4, "accumulate": 2}
