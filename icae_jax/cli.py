@@ -34,10 +34,12 @@ def load_raw(argv, need_workdir=True):
     try:
         values(["icae", *argv])
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, SyntaxError) as error:  # of the flags, or of the file itself
-        (told, *_) = error.args or [repr(error)]
-        if isinstance(told, KeyError):  # an AttributeError made of one: a field that the configuration has not
-            raise UserError(f"--config: no field {': '.join(str(told.args[0]).splitlines())}") from error
-        raise UserError(f"--config: {(str(error).splitlines() or [repr(error)])[0]}") from error
+        while error.args and isinstance(error, KeyError | AttributeError) and isinstance(error.args[0], KeyError):
+            error = error.args[0]
+        told = str(error.args[0] if isinstance(error, KeyError) and error.args else error).splitlines() or [repr(error)]
+        if isinstance(error, KeyError) and told[0].startswith("'"):  # a field that the configuration has not, and perhaps what is meant
+            raise UserError(f"--config: no field {': '.join(told)}") from error
+        raise UserError(f"--config: {told[0]}") from error
     if need_workdir and not values.workdir:
         raise UserError("--workdir is not given; give a folder for checkpoints, metrics and the result")
     return values.config.to_dict(), values.workdir and pathlib.Path(values.workdir)

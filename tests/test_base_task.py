@@ -16,7 +16,7 @@ from icae_jax.training.train import DONE, train
 
 RAW = {
     "steps": 6, "batch_size": 4, "log_every": 1, "eval_every": 3, "checkpoint_every": 3, "eval_examples": 4,
-    "mixture": ["4 pairs=1", "0 pairs=1 repeat=1"],
+    "mixture": ["4 notes=1", "0 notes=1 repeat=1"],  # documents of one length, of which one step is compiled
     "model": {"hidden_size": 32, "intermediate_size": 48, "num_layers": 2},
     "optimizer": {"name": "muon", "learning_rate": 0.02, "warmup_steps": 1, "weight_decay": 0.0},
 }  # fmt: skip
@@ -33,7 +33,7 @@ def workdir(tmp_path_factory):
 def test_it_learns_and_writes_a_base_that_loads(workdir):
     lines = metrics.read(workdir / "metrics.jsonl")
     evals = [line["eval"] for line in lines if "eval" in line]
-    assert set(evals[0]) == {"pairs", "repeat"} and evals[-1]["repeat"]["lm"] < evals[0]["repeat"]["lm"]
+    assert set(evals[0]) == {"notes", "repeat"} and evals[-1]["repeat"]["lm"] < evals[0]["repeat"]["lm"]
     base = bases.load_base(workdir / BASE)
     assert base.config.hidden_size == 32 and base.config.tie_word_embeddings
     assert base.stop_ids == (base.tokenizer.eos_token_id,) and bases.bos_id(base.tokenizer) == base.tokenizer.bos_token_id
@@ -41,7 +41,8 @@ def test_it_learns_and_writes_a_base_that_loads(workdir):
 
 def test_batches_follow_the_stages_and_the_seed():
     """Breaks when a resumed run would see other documents, or a stage is left out."""
-    task, again = (BaseTask(from_dict(BaseConfig, RAW)) for _ in range(2))
+    raw = RAW | {"mixture": ["4 pairs=1", "0 pairs=1 repeat=1"]}
+    task, again = (BaseTask(from_dict(BaseConfig, raw)) for _ in range(2))
     for step in (0, 3, 5):
         for name, value in task.batch(step).items():
             np.testing.assert_array_equal(value, again.batch(step)[name])
@@ -49,7 +50,7 @@ def test_batches_follow_the_stages_and_the_seed():
     repeat = task.tokenizer.convert_tokens_to_ids(synthetic.REPEAT)
     assert not any((task.batch(step)["ids"] == repeat).any() for step in range(4))
     assert any((task.batch(step)["ids"] == repeat).any() for step in range(4, 12))
-    other = BaseTask(from_dict(BaseConfig, RAW | {"seed": 1}))
+    other = BaseTask(from_dict(BaseConfig, raw | {"seed": 1}))
     assert not np.array_equal(task.batch(0)["ids"], other.batch(0)["ids"])
 
 

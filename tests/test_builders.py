@@ -148,7 +148,7 @@ def test_mrqa(tmp_path):
         folder = "train" if part.split == "train" else "dev"
         name = part.names[-1]  # the shorter names of the task's own scripts
         write(tmp_path / f"in/{folder}/{name}.jsonl.gz", mrqa_file(part.subset, folder))
-    builder = made(tmp_path, "mrqa", tmp_path / "in", processes=2)
+    builder = made(tmp_path, "mrqa", tmp_path / "in")
     assert {name: split.num_examples for name, split in builder.info.splits.items()} == {"train": 24, "validation": 24, "test": 24}
     got = rows(tmp_path, "tfds:mrqa:validation")
     assert sorted({row.subset for row in got}) == [
@@ -270,7 +270,7 @@ def test_abstracts_that_tell_no_month_are_named(tmp_path):
 def test_arxiv_abstracts_on_real_ones(tmp_path):
     """Breaks when real abstracts are lost, changed but for their white space, or held-out months reach into earlier ones."""
     paths = [shared(f"data/arxiv/{name}.jsonl.gz") for name in ("valid", "test")]
-    made(tmp_path, "arxiv_abstracts", *paths, processes=2)
+    made(tmp_path, "arxiv_abstracts", *paths)
     want = {row.id: " ".join(row.text.split()) for path in paths for row in sources.read_rows(str(path))}
     got = rows(tmp_path, "tfds:arxiv_abstracts:..")
     assert {row.id: row.text for row in got} == want and len(got) == 2000

@@ -95,9 +95,13 @@ def test_one_text_has_no_control(raw, tmp_path):
     """Breaks when the only text's own memory, or a blank one, passes for a wrong one: the control is left out, and training goes on."""
     one = of_two_lengths(raw | {"batch_size": 2}, tmp_path, [(20, 3)])
     assert [list(kinds) for kinds in one.eval_batches()] == [["memory"]] * 2
-    with one.placement.active():
-        losses = train.evaluate(one, step.make_eval_step(one), one.init(), one.frozen, np.arange(2), 2)
-    assert losses.keys() == {"memory"} and one.held_out_loss(losses) > 0
+
+    def eval_step(trained, frozen, batch):  # two nats a label
+        counts = {o: float(np.sum(of["label_mask"])) for o, of in batch["targets"].items()}
+        return {o: (2 * count, count) for o, count in counts.items()}
+
+    losses = train.evaluate(one, eval_step, None, None, np.arange(2), 2)
+    assert losses == {"memory": {"ae": 2.0, "qa": 2.0}} and one.held_out_loss(losses) == 2.0
     line = {"step": 1, "eval": losses, "eval_loss": 1.0}
     point = {"point": "a", "state": "done", "steps": 1, "train": {}, "held_out": line["eval"], "eval_loss": 1.0, "best": None}
     header, (row,) = sweep_results.table({"points": [point | {"tokens_per_second": None}]})
@@ -113,32 +117,35 @@ def test_the_control_differs_from_the_memory_at_batch_size_1(raw):
     assert abs(losses["memory"]["ae"] - losses["wrong_memory"]["ae"]) > 1e-4
 
 
-def test_the_decoder_sees_the_context_through_the_memory_alone(raw):
+@pytest.fixture(scope="module")
+def losses_of_one_row(raw):
+    """(a function of whether the memory is cut off from gradients and of whether rows have one another's contexts: `(sum of losses, its
+    gradients by the encoder's embeddings and by the trained tree)`), of a task of k 1 or 4, with k 1.
+    """
+    compression = {"k": 4, "rate": 4, "k_choices": [1, 4]}
+    made = task(raw, compression=compression, draw_k=["pretrain"], objectives={"ae": 0.5, "lm": 0.5})
+    batch, compress = next(iter(made.eval_batches()))["memory_k1"], compressor_task.methods.compress
+    rolled, trained = batch | {"context": np.roll(batch["context"], 1, axis=0)}, jax.tree.map(lambda x: np.asarray(x) + 0.1, made.init())
+
+    def loss(embeddings, trained, batch, cut):
+        def cuttable(model, base, *rest):  # the encoder alone reads `embeddings`; the decoder's copy of the base is held apart
+            memory = compress(model, base | {"embed": embeddings}, *rest)
+            return memory.replace(slots=jnp.where(cut, jax.lax.stop_gradient(memory.slots), memory.slots))
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(compressor_task.methods, "compress", cuttable)
+            return sum(s for s, _ in made.losses(trained, made.frozen, batch, None).values())
+
+    run = jax.jit(jax.value_and_grad(loss, (0, 1)))
+    return lambda cut=False, roll=False: jax.device_get(run(made.frozen["embed"], trained, rolled if roll else batch, cut))
+
+
+def test_the_decoder_sees_the_context_through_the_memory_alone(losses_of_one_row):
     """Breaks when the context reaches the loss past the memory: gradients with respect to it must vanish when the memory is cut."""
-    made = task(raw, objectives={"ae": 0.5, "lm": 0.5})
-    batch = next(iter(made.eval_batches()))["memory"]
-    trained = jax.tree.map(lambda x: x + 0.1, made.init())
-    blank = batch | {"context": np.roll(batch["context"], 1, axis=0)}
-
-    def loss(embeddings, batch, cut=False):
-        # The encoder alone reads `embeddings`; the decoder's copy of the base is held apart.
-        from icae_jax.compression import methods
-        from icae_jax.objectives import loss as losses
-
-        base = made.frozen | {"embed": embeddings}
-        memory = methods.compress(made.model, base, trained, batch["context"], batch["lengths"], made.compression)
-        if cut:
-            memory = memory.replace(slots=jax.lax.stop_gradient(memory.slots))
-        sums = losses.objective_sums(
-            losses.label_losses(made.model, made.frozen, trained, memory, batch["targets"], made.heads, "servable", 64), batch["targets"]
-        )
-        return sum(s for s, _ in sums.values())
-
-    run = jax.jit(jax.value_and_grad(loss), static_argnums=2)
-    value, gradient = run(made.frozen["embed"], batch, False)
-    assert float(jnp.abs(gradient).max()) > 0
-    assert not np.any(run(made.frozen["embed"], batch, True)[1])
-    assert abs(float(value) - float(run(made.frozen["embed"], blank, False)[0])) > 1e-3
+    value, (gradient, _) = losses_of_one_row()
+    assert np.abs(gradient).max() > 0
+    assert not np.any(losses_of_one_row(cut=True)[1][0])
+    assert abs(value - losses_of_one_row(roll=True)[0]) > 1e-3
 
 
 def test_fine_tuning_starts_from_the_adapter_and_checks_it(raw, tmp_path):
@@ -207,12 +214,10 @@ def test_k_is_drawn_in_fine_tuning_unless_asked_for_in_pretraining(raw, tmp_path
     assert task(raw, **finetuning(raw, tmp_path)).held_out_loss(losses) == 2.0
 
 
-def test_losses_of_a_k_depend_on_its_rows_alone(raw):
+def test_losses_of_a_k_depend_on_its_rows_alone(losses_of_one_row):
     """Breaks when a step with a smaller k trains rows of the table that it does not use."""
-    made = task(raw, compression={"k": 4, "rate": 4, "k_choices": [1, 4]}, draw_k=["pretrain"], objectives={"ae": 1.0, "lm": 0.0})
-    batch = next(iter(made.eval_batches()))["memory_k1"]
-    gradient = jax.jit(jax.grad(lambda trained: made.losses(trained, made.frozen, batch, None)["ae"][0]))(made.init())
-    rows = np.abs(np.asarray(gradient["memory_table"])).max(1)
+    _, (_, gradient) = losses_of_one_row()
+    rows = np.abs(gradient["memory_table"]).max(1)
     assert rows[0] > 0 and not rows[1:4].any() and rows[4] > 0
 
 

@@ -130,6 +130,7 @@ def longest_batch(config):
     return {"context": ids, "lengths": lengths, "targets": packed, "k": StaticInt(config.compression.k)}
 
 
+BACKWARD = ("mistral_7b", "qwen3_8b")  # of a forward pass that fits, JAX makes the backward one: seen once for each method
 METHODS_PHASES = tuple(itertools.product(("icae", "x500"), PHASES))
 
 
@@ -153,9 +154,11 @@ def test_a_training_step_on_a_named_base_fits(name, phase, base):
 
     frozen = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), llama.param_shapes(model_config))
     trained = jax.eval_shape(init, frozen)
-    loss, gradient = jax.eval_shape(jax.value_and_grad(weighted), trained, frozen, batch, jax.random.key(2))
+    loss = jax.eval_shape(weighted, trained, frozen, batch, jax.random.key(2))
     assert loss.shape == () and loss.dtype == jnp.float32
-    assert jax.tree.map(lambda x: (x.shape, x.dtype), gradient) == jax.tree.map(lambda x: (x.shape, x.dtype), trained)
+    if base in BACKWARD:
+        gradient = jax.eval_shape(jax.grad(weighted), trained, frozen, batch, jax.random.key(2))
+        assert jax.tree.map(lambda x: (x.shape, x.dtype), gradient) == jax.tree.map(lambda x: (x.shape, x.dtype), trained)
     assert trained["memory_table"].shape == (c.k + encoder.SPECIAL_ROWS, model_config.hidden_size)
     assert set(batch["targets"]) == ({"qa"} if phase == "finetune" else {"ae", "lm"} if name == "icae" else {"ae"})
 

@@ -3,10 +3,12 @@
 import dataclasses
 
 import jax
+import numpy as np
 import pytest
 from conftest import TINY
 
 from icae_jax.benchmarking import profile, steps
+from icae_jax.models import llama
 from icae_jax.planning import programs
 from icae_jax.training.config import TrainConfig, from_dict
 
@@ -41,7 +43,9 @@ def traced(tmp_path_factory):
     model = dataclasses.replace(TINY, vocab_size=16384)
     raw = {"base": "b", "data": {"train": "-"}, "lora": {"rank": 4}, "compression": {"k": 4, "rate": 4.0}, "remat": "full"}
     config = from_dict(TrainConfig, raw | {"objectives": {"ae": 1.0, "lm": 0.0}})
-    step = steps.TrainingStep(programs.Spec("train", config, model, 8, 32))
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda x: np.asarray(0.02 * rng.standard_normal(x.shape), np.float32), llama.param_shapes(model))
+    step = steps.TrainingStep(programs.Spec("train", config, model, 8, 32), params)
     step.run(2)
     folder = tmp_path_factory.mktemp("trace")
     with profile.tracing(folder):

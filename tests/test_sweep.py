@@ -370,8 +370,9 @@ with Trainer() as call:
 
 def test_the_sweep_itself_takes_no_accelerator(tmp_path):
     """Breaks when the sweep's own process starts a JAX backend, which on TPUs leaves none for the points."""
-    command = [sys.executable, "-m", "icae_jax", "sweep", "--config", write_config(tmp_path), "--sweep", "rank", "--workdir", str(tmp_path)]
+    command = ["sweep", "--config", write_config(tmp_path), "--sweep", "rank", "--workdir", str(tmp_path)]
+    both = [[*command, "--jobs", str(tmp_path / "jobs")], [*command, "--table"]]
+    code = f"from icae_jax import cli\nassert [cli.main(command) for command in {both!r}] == [0, 0]"
     environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "absent"}
-    for flags in (["--jobs", str(tmp_path / "jobs")], ["--table"]):
-        out = subprocess.run([*command, *flags], capture_output=True, text=True, env=environment)
-        assert out.returncode == 0, out.stderr
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert out.returncode == 0, out.stderr

@@ -1,6 +1,7 @@
 """Compilations in processes of their own: what comes back of one that fails, is killed, or finds no room."""
 
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -111,11 +112,18 @@ def test_no_worker_outlives_its_caller(number, tmp_path):
 
 
 @pytest.mark.nightly
-def test_topologies():
+def test_topologies(monkeypatch):
     """Breaks when a topology that does not exist is not refused by name, or the devices of one are cores instead of chips."""
     pytest.importorskip("libtpu", reason="needs libtpu, which is not installed")
     assert worker.ask({"kind": "topology", "topology": "v5e:2x4"}) == {"kind": "TPU v5 lite", "chips": 8}
-    for name, said in (("v5e", "invalid"), ("v9z:2x2", "Invalid TPU"), ("v5e:3x5", "not divisible"), ("v3:2x2", "single cores")):
-        with pytest.raises(ValueError, match=rf"^--topology {name}: .*{said}") as caught:
-            worker.ask({"kind": "topology", "topology": name})
-        assert "\n" not in str(caught.value)
+    bad = {"v5e": "invalid", "v9z:2x2": "Invalid TPU", "v5e:3x5": "not divisible", "v3:2x2": "single cores"}
+    with pytest.raises(ValueError, match=r"^--topology v3:2x2: .*single cores"):
+        worker.ask({"kind": "topology", "topology": "v3:2x2"})
+    made_of(  # all in one process
+        monkeypatch,
+        "import json; from icae_jax.planning import worker\n"
+        f"print(worker.MARK + json.dumps({{name: worker.KINDS['topology'](name) for name in {list(bad)!r}}}))",
+    )
+    for name, answer in worker.ask({}).items():
+        assert re.search(rf"^--topology {name}: .*{bad.pop(name)}", answer["error"]) and "\n" not in answer["error"]
+    assert not bad

@@ -1,6 +1,7 @@
 """The training step of a configuration on the devices at hand: made of random arrays, compiled, run, timed and counted."""
 
 import dataclasses
+import functools
 import math
 import resource
 import sys
@@ -32,6 +33,21 @@ class Measured(typing.NamedTuple):
 # ------------------------------------------------------------------------------------------------------- random arrays
 
 
+@functools.lru_cache
+def _maker(shape, rows, constant, dtype, where):
+    """The program that makes an array of a key: of `constant`, or, where that is None, of normal(0.02) numbers, `rows` at a time. Arrays
+    of one shape share it.
+    """
+
+    def make(key):
+        if constant is not None:
+            return jnp.full(shape, constant, dtype)
+        keys = jax.random.split(key, math.prod(shape) // math.prod(rows))
+        return jax.lax.map(lambda key: 0.02 * jax.random.normal(key, rows, dtype), keys).reshape(shape)
+
+    return jax.jit(make, out_shardings=where)
+
+
 def random_params(model, placement, dtype, seed=0):
     """Random parameters of a base in `dtype`, made where they lie: layer by layer, so that no leaf exists in another dtype or place.
 
@@ -40,14 +56,8 @@ def random_params(model, placement, dtype, seed=0):
     shapes = llama.param_shapes(model)
 
     def leaf(path, shape, where):
-        def make(key):
-            if path[-1].key in ("scale", "bias"):
-                return jnp.full(shape.shape, path[-1].key == "scale", dtype)
-            rows = shape.shape[1:] if path[0].key == "layers" else shape.shape
-            keys = jax.random.split(key, math.prod(shape.shape) // math.prod(rows))
-            return jax.lax.map(lambda key: 0.02 * jax.random.normal(key, rows, dtype), keys).reshape(shape.shape)
-
-        return jax.jit(make, out_shardings=where)
+        constant = {"scale": 1, "bias": 0}.get(path[-1].key)
+        return _maker(shape.shape, shape.shape[1:] if path[0].key == "layers" else shape.shape, constant, jnp.dtype(dtype), where)
 
     makers = jax.tree_util.tree_map_with_path(leaf, shapes, placement.tree(shapes))
     leaves, tree = jax.tree.flatten(makers)
@@ -57,14 +67,13 @@ def random_params(model, placement, dtype, seed=0):
 
 def initial(spec, params, seed=0):
     """The trained tree that training starts from, float32: LoRA with B zero, and the memory table drawn as the base's embeddings are."""
-    c = spec.config
+    return _initial(jax.random.key(seed), params["embed"], spec.model, spec.config.lora, spec.compression)
 
-    @jax.jit
-    def make(key, embed):
-        table = encoder.init_memory_table(jax.random.fold_in(key, 1), {"embed": embed}, spec.compression)
-        return {"lora": lora.init_lora(jax.random.fold_in(key, 2), spec.model, c.lora), "memory_table": table}
 
-    return make(jax.random.key(seed), params["embed"])
+@functools.partial(jax.jit, static_argnums=(2, 3, 4))
+def _initial(key, embed, model, lora_config, compression):
+    table = encoder.init_memory_table(jax.random.fold_in(key, 1), {"embed": embed}, compression)
+    return {"lora": lora.init_lora(jax.random.fold_in(key, 2), model, lora_config), "memory_table": table}
 
 
 def random_batch(spec, seed=0):

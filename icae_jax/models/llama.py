@@ -367,11 +367,13 @@ def causal_mask(length):
     return jnp.tril(jnp.ones((1, length, length), bool))
 
 
+@functools.partial(jax.jit, static_argnames="config")  # one program, not one for every array's shape; what it makes is traced once
 def init_params(key, config):
     """Random float32 parameters: normal(0.02), output projections of each block scaled by 1/sqrt(2 L) (GPT-2's rule)."""
     key, head_key = jax.random.split(key)
     ids = jnp.zeros((1, 2), jnp.int32)
-    params = Llama(config).init(key, ids, jnp.arange(2)[None], causal_mask(2))["params"]
+    with nn.logical_axis_rules(()):  # also where a mesh is active they are made on one device, for the caller to place
+        params = Llama(config).init(key, ids, jnp.arange(2)[None], causal_mask(2))["params"]
     for module, name in (("self_attn", "o_proj"), ("mlp", "down_proj")):
         params["layers"][module][name]["kernel"] *= (2 * config.num_layers) ** -0.5
     if not config.tie_word_embeddings:
