@@ -346,7 +346,11 @@ MUTANTS = [
         'numbers = before.get("numbers") or', "numbers =", "test_sweep.py -k keeps_its_point",
     ),
     # ---------------------------------------------------------------------------------------- what users and strangers wrote
-    Mutant("a text's spelled tokens are control tokens", "interop/text.py", "split_special_tokens=True, ", "", "test_text.py"),
+    Mutant("a spelled token is read by its letters", "interop/text.py", "split_special_tokens=True, ", "", "test_text.py"),
+    Mutant(
+        "a word or piece that is a control token is the token", "interop/text.py", "spelled = _control_tokens(tokenizer)", "spelled = {}",
+        "test_text.py",
+    ),
     Mutant(
         "a file's time is its identity", "data/reading.py",
         'digest = hashlib.sha256(f"{size} ".encode())', 'digest = hashlib.sha256(f"{size} {os.stat(path).st_mtime_ns}".encode())',

@@ -115,6 +115,7 @@ def test_reading_changes_nothing(tmp_path):
     half = tmp_path / "checkpoints" / "step_3.orbax-checkpoint-tmp"
     (half / "default").mkdir(parents=True)
     (half / "default" / "_METADATA").write_text("{}")
+    (tmp_path / "checkpoints" / "step_4" / "default").mkdir(parents=True)  # half deleted
     files.write_json(tmp_path / "config.json", {"compression.method": "icae", "base": "b"})
     before = everything(tmp_path)
     assert checkpoint.step_folder(tmp_path).name == "step_1"
@@ -157,6 +158,7 @@ def test_nan_is_never_the_best(tmp_path):
             checkpoints.save(step, state(step), loss)
             checkpoints.wait()
         assert on_disk(tmp_path) == [1, 4] and checkpoints.best() == 1
+    assert checkpoint.best_step({1: float("nan"), 2: 0.6, 3: None}) == 2 and checkpoint.best_step({1: float("nan")}) is None
     (tmp_path / "checkpoints" / "step_4" / "metrics" / "metrics").write_text('{"loss": NaN}')
     assert checkpoint.step_folder(tmp_path).name == "step_1"
     with Checkpoints(tmp_path) as checkpoints:

@@ -22,11 +22,17 @@ def pieces():
     return transformers.PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
 
 
+def byte_pairs():
+    """The model of the tokenizer below alone: bytes, and one pair of them, with which a control token's name begins."""
+    vocabulary = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "<s"]
+    backend = Tokenizer(models.BPE({piece: i for i, piece in enumerate(vocabulary)}, [("<", "s")]))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False), decoders.ByteLevel()
+    return backend
+
+
 def bytes_alone():
     """A tokenizer of bytes, whose control tokens are added ones, one of them both the end and what is unknown, as GPT-2's."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Tokenizer(models.BPE({letter: i for i, letter in enumerate(alphabet)}, []))
-    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    backend = byte_pairs()
     return transformers.PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="</s>", bos_token="<s>", eos_token="</s>")
 
 
@@ -49,6 +55,11 @@ def test_a_spelled_token_is_read_as_its_characters():
     for tokenizer in (pieces(), bytes_alone()):
         decoded = tokenizer.decode(user_ids(tokenizer, SPELLED), skip_special_tokens=True)
         assert decoded.replace(" ", "").replace("▁", "") == SPELLED.replace(" ", "")
+
+
+def test_a_spelled_token_is_read_in_the_pieces_of_any_other_text():
+    """Breaks when the tokenizer finds it and it is spelled anew, character by character, as the model was never trained to read it."""
+    assert user_ids(bytes_alone(), SPELLED) == byte_pairs().encode(SPELLED).ids != [byte_pairs().encode(c).ids[0] for c in SPELLED]
 
 
 def test_a_text_without_spelled_tokens_is_what_it_was(tiny_tokenizer):

@@ -308,10 +308,12 @@ def test_a_run_that_is_stopped_ends_its_trace(raw, tmp_path, monkeypatch):
 DIVERGING = {"optimizer": {"learning_rate": 1e30, "warmup_steps": 0}, "eval_every": 1, "checkpoint_every": 1}
 
 
-@pytest.mark.parametrize("steps", [1, 3])
-def test_parameters_that_an_update_broke_are_not_saved(raw, tmp_path, steps):
-    """Breaks when only what came before the update is checked: NaN parameters are then the last good checkpoint, or the adapter."""
-    code, lines = run(raw, tmp_path, steps=steps, **DIVERGING)
+@pytest.mark.parametrize(("steps", "held_out"), [(1, 0), (3, 4)])
+def test_parameters_that_an_update_broke_are_not_saved(raw, tmp_path, steps, held_out):
+    """Breaks when only what came before the update is checked: NaN parameters are then the last good checkpoint, or the adapter; also where
+    no held-out loss tells of them.
+    """
+    code, lines = run(raw, tmp_path, steps=steps, eval_examples=held_out, **DIVERGING)
     assert code == DIVERGED and "step 1" in lines[-1] and "last good checkpoint: none" in lines[-1]
     assert not (tmp_path / "DONE").exists() and not (tmp_path / "adapter").exists() and Checkpoints(tmp_path).latest() is None
 
