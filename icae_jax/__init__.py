@@ -15,6 +15,7 @@ def load(adapter, base=None, **options):
     """Loads an adapter folder with its base model; see `icae_jax.inference.compressor.load`."""
     if "jax" not in sys.modules:  # else it has read its settings
         os.environ.update(platforms.without_absent_tpus())
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it misses PyTorch, which is not needed
     from icae_jax.inference.compressor import load as load_compressor  # imported late: jax takes seconds
 
     return load_compressor(adapter, base, **options)

@@ -10,7 +10,8 @@ import types
 import pytest
 from conftest import ROOT, TINY, random_trained
 
-from icae_jax import platforms
+import icae_jax
+from icae_jax import errors, platforms
 from icae_jax.compression.encoder import CompressionConfig
 from icae_jax.interop import adapter as adapters
 from icae_jax.interop import base as bases
@@ -82,3 +83,11 @@ def test_programs_set_up_before_they_import_jax():
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)})
     assert out.stdout.split() == ["False", "False"], out.stderr
+
+
+def test_loading_an_adapter_in_python_is_as_quiet(tmp_path, monkeypatch):
+    """Breaks when `icae_jax.load` lets transformers say that it misses PyTorch, which is not needed."""
+    monkeypatch.delenv("TRANSFORMERS_NO_ADVISORY_WARNINGS", raising=False)
+    with pytest.raises(errors.UserError):
+        icae_jax.load(tmp_path / "absent")
+    assert os.environ.pop("TRANSFORMERS_NO_ADVISORY_WARNINGS")
