@@ -8,6 +8,7 @@ import platform
 import stat
 import sys
 import time
+import traceback
 import zlib
 
 from icae_jax import errors, platforms
@@ -15,6 +16,7 @@ from icae_jax.errors import UserError
 from icae_jax.interop import cache, files
 
 BAD_INPUT = 2
+NOT_READ = 141  # what a shell says of a command whose output nobody reads any more
 
 
 def load_raw(argv, need_workdir=True):
@@ -32,17 +34,32 @@ def load_raw(argv, need_workdir=True):
     if not errors.is_there(path, stat.S_ISREG):
         raise UserError(f"--config {path}: no such file; configurations are in the repository's configs/ folder (not in a wheel)")
     try:
-        values(["icae", *argv])
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, SyntaxError) as error:  # of the flags, or of the file itself
-        while error.args and isinstance(error, KeyError | AttributeError) and isinstance(error.args[0], KeyError):
-            error = error.args[0]
-        told = str(error.args[0] if isinstance(error, KeyError) and error.args else error).splitlines() or [repr(error)]
-        if isinstance(error, KeyError) and told[0].startswith("'"):  # a field that the configuration has not, and perhaps what is meant
-            raise UserError(f"--config: no field {': '.join(told)}") from error
-        raise UserError(f"--config: {told[0]}") from error
+        _, *stray = values(["icae", *argv])
+        if not hasattr(values.config, "to_dict"):
+            raise TypeError(f"get_config of {path} returns {type(values.config).__name__}, not an ml_collections.ConfigDict")
+        raw = values.config.to_dict()
+    except Exception as error:  # of the flags, or any of the file's own: it is the user's
+        raise UserError(f"--config: {_told(error, path)}") from error
+    if stray:
+        raise UserError(f"{stray[0]!r} is no flag; fields are written --config.FIELD=VALUE")
     if need_workdir and not values.workdir:
         raise UserError("--workdir is not given; give a folder for checkpoints, metrics and the result")
-    return values.config.to_dict(), values.workdir and pathlib.Path(values.workdir)
+    return raw, values.workdir and pathlib.Path(values.workdir)
+
+
+def _told(error, path):
+    """In one line what is wrong with the flags, or with a configuration file, and where in it."""
+    inner = error
+    while isinstance(inner, KeyError | AttributeError) and inner.args and isinstance(inner.args[0], KeyError):
+        inner = inner.args[0]
+    lines = str(inner.args[0] if isinstance(inner, KeyError) and inner.args else inner).split("\n")
+    lines = [line.strip() for line in lines if line.strip()] or [repr(error)]
+    # ml_collections writes a whole traceback into what it says of a ValueError of the file's.
+    told = lines[-1] if any(line.startswith("Traceback") for line in lines) else ": ".join(line.removesuffix(":") for line in lines)
+    if isinstance(inner, KeyError) and told.startswith("'"):  # a field that the configuration has not, and perhaps what is meant
+        return f"no field {told}"
+    within = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename.endswith(path)]
+    return f"{path}:{within[-1]}: {type(error).__name__}: {told}" if within else told
 
 
 def load_config(kind, argv):
@@ -374,12 +391,27 @@ def main(argv=None):
         return 0
     try:
         set_up()
-        return VERBS[argv[0]][0](argv[1:])
+        code = VERBS[argv[0]][0](argv[1:])
+        sys.stdout.flush()
+        return code
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and _nobody_reads():
+            return NOT_READ
         if not errors.is_users(error):
             raise
-        print(f"icae {argv[0]}: {error}", file=sys.stderr)
+        full = "" if isinstance(error, UserError) or "free space" in str(error) else "; free space and run the same command again"
+        print(f"icae {argv[0]}: {error}{full}", file=sys.stderr)
         return BAD_INPUT
+
+
+def _nobody_reads():
+    """Whether standard output has no reader any more, as behind `| head`. Python then need not find out once more at its end."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
 
 
 def command():

@@ -22,9 +22,14 @@ def root(tmp_path):
     return tmp_path / "cache"
 
 
+def key(name):
+    """Of the form that the names of token folders have; `left` tells which it was."""
+    return name if name.startswith(".") else name.encode().hex().rjust(32, "0")
+
+
 def put(root, name, age, size=1000, version=tokens.CACHE_VERSION):
     """A folder of tokens of that size, last used so many seconds ago."""
-    folder = root / "tokens" / name
+    folder = root / "tokens" / key(name)
     folder.mkdir(parents=True)
     (folder / "ids.npy").write_bytes(b"x" * size)
     about = {} if version == 1 else {cache.ABOUT: json.dumps({"version": version, "source": f"{name}.jsonl"})}
@@ -45,7 +50,8 @@ def program(root, name, age, size=1000):
 
 
 def left(root):
-    return sorted(p.name for p in [*root.glob("tokens/*"), *root.glob("compiled/*/*-cache")])
+    names = [p.name for p in [*root.glob("tokens/*"), *root.glob("compiled/*/*-cache")]]
+    return sorted(bytes.fromhex(name).lstrip(b"\0").decode() if name.startswith("0000") else name for name in names)
 
 
 def test_what_was_used_least_recently_goes_first(root):
@@ -86,12 +92,33 @@ def test_the_remains_of_killed_processes_go(root):
     assert sorted(p.name for p in (root / "tokens").iterdir()) == [".new.live"]
 
 
-def test_tokenising_keeps_the_bound(root, tmp_path, tiny_tokenizer, monkeypatch):
-    """Breaks when the cache is not pruned after something was written, or what was just made, and is used, goes."""
+def test_what_is_not_the_caches_stays(root, monkeypatch, capsys):
+    """Breaks when a user's own files, in a folder that is also the cache, are listed or, worse, removed; or one of them breaks the list."""
+    put(root, "ours", 90 * HOUR), put(root, "odd", 90 * HOUR)
+    (root / "tokens" / key("odd") / cache.ABOUT).write_text("[1]")
+    names = ("tokens/corpus/shard0.bin", "tokens/thesis.txt", "tokens/.git/HEAD", "hashes/notes.md", f"tokens/{'f' * 32}")
+    theirs = [root / name for name in names]
+    for path in theirs:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"x" * 5000)
+        for one in (path, path.parent):
+            os.utime(one, (0, 0))
+    monkeypatch.setenv("ICAE_CACHE", str(root))
+    assert cli.main(["cache", "list"]) == 0
+    told = capsys.readouterr().out
+    assert "ours.jsonl" in told and not any(word in told for word in ("corpus", "thesis", "git", "hashes", "fff"))
+    assert cli.main(["cache", "prune", "--all"]) == 0 and "2 removed" in capsys.readouterr().out
+    assert all(path.exists() for path in theirs) and not (root / "tokens" / key("ours")).exists()
+    monkeypatch.setenv("ICAE_CACHE", str(theirs[0]))
+    assert cli.main(["cache", "list"]) == 2 and "shard0.bin: no such folder" in capsys.readouterr().err
+
+
+def test_tokenising_keeps_the_bound(root, tmp_path, tiny_tokenizer, monkeypatch, capsys):
+    """Breaks when the cache is not pruned after something was written, nothing is said of it, or what was just made, and is used, goes."""
     monkeypatch.setenv(cache.VARIABLE, "0")
     put(root, "old", 90 * HOUR)
     data = tokens.tokenise(write_jsonl(tmp_path / "a.jsonl", [{"text": "the cat"}]), tiny_tokenizer, str(root))
-    assert left(root) == [data.key[:32]] and data.text(0).size == 2
+    assert left(root) == [data.key[:32]] and data.text(0).size == 2 and "1 unused for longest removed" in capsys.readouterr().err
     assert cache.prune(root, 0, tokens.CACHE_VERSION, everything=True) == [], "it is in use"
     os.utime(root / "tokens" / data.key[:32] / cache.ABOUT, (0, 0))
     again = tokens.tokenise(str(tmp_path / "a.jsonl"), tiny_tokenizer, str(root))
@@ -163,11 +190,11 @@ def test_the_verb(root, monkeypatch, capsys):
     put(root, "a", 9 * HOUR), put(root, "old", 3 * HOUR, version=1), program(root, "p", 5 * HOUR), program(root, "q", 4 * HOUR)
     (root / "bases" / "gs%3A").mkdir(parents=True)
     (root / "bases" / "gs%3A" / "model").write_bytes(b"x" * 5000)
-    held = cache.hold(root / "tokens" / "a")
+    held = cache.hold(root / "tokens" / key("a"))
     assert cli.main(["cache", "list", "--json"]) == 0
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [(r["what"], r["name"], r["count"], r["in_use"], r["outdated"]) for r in rows] == [
-        ("tokens", "a.jsonl", 1, True, False), ("tokens", "old", 1, False, True), ("compiled", "x86_64-0", 2, False, False),
+        ("tokens", "a.jsonl", 1, True, False), ("tokens", key("old"), 1, False, True), ("compiled", "x86_64-0", 2, False, False),
         ("bases", "gs%3A", 1, False, False),
     ]  # fmt: skip
     assert rows[2]["bytes"] == 2000 and rows[0]["used"][:3] == "202"

@@ -258,6 +258,8 @@ BAD = {
     "k of zero": ({"compression.k": 0}, r"compression\.k is 0"),
     "negative rate": ({"compression.rate": -1}, r"compression\.rate is -1"),
     "wrong type": ({"steps": "many"}, r"steps"),
+    "negative seed": ({"seed": -1}, r"seed is -1; give a whole number from 0 on"),
+    "huge seed": ({"seed": 10**20}, r"seed is 1.*0; give a whole number"),
     "no such data": ({"data.train": "absent.jsonl"}, r"absent\.jsonl: no such file"),
     "no such base": ({"base": "absent"}, r"base 'absent' is not a folder"),
     "context too long": ({"data.context_lengths": "(1000,)"}, r"context_lengths holds 1000, which needs \d+ positions .* base has 256"),
@@ -281,6 +283,55 @@ def test_bad_configuration_is_one_error_before_anything_is_written(name, files, 
     assert len(err.strip().splitlines()) == 1 and err.startswith("icae train: ")
     assert re.search(message, err), err
     assert not (tmp_path / "w").exists()
+
+
+@pytest.mark.parametrize("stray", ["steps=2", "config.steps=2", "more"])
+def test_an_argument_that_is_no_flag_is_refused(stray, files, tmp_path, capsys):
+    """Breaks when a forgotten dash trains something else than was asked for."""
+    assert cli.main([*flags("pretrain", files, tmp_path / "w"), stray]) == 2
+    assert capsys.readouterr().err == f"icae train: '{stray}' is no flag; fields are written --config.FIELD=VALUE\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("x\n", r"config\.py:1: NameError: name 'x' is not defined"),
+        ("def get_config():\n    return 1 / 0\n", r"config\.py:2: ZeroDivisionError: division by zero"),
+        ("import absent_module\n", r"config\.py:1: ModuleNotFoundError: No module named 'absent_module'"),
+        ("def get_config():\n    raise ValueError('choose :a or :b')\n", r"config: ValueError: choose :a or :b$"),
+        ("def get_config():\n    return 3\n", r"returns int, not an ml_collections.ConfigDict"),
+        ("(\n", r"'\(' was never closed"),
+    ],
+)
+def test_what_is_wrong_in_a_configuration_file_is_the_users(text, told, tmp_path, capsys):
+    """Breaks when a slip in the user's own file is a traceback, which launchers restart, or its message is lost."""
+    (tmp_path / "config.py").write_text(text)
+    assert cli.main(["train", "--config", str(tmp_path / "config.py"), "--workdir", str(tmp_path / "w")]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("icae train: --config: ") and err.count("\n") == 1 and re.search(told, err), err
+
+
+def test_output_that_nobody_reads_ends_quietly(monkeypatch, capsys):
+    """Breaks when `icae … | head` ends in a traceback, or a connection that broke somewhere else is taken for that."""
+
+    def broken(argv):
+        raise BrokenPipeError(32, "Broken pipe")
+
+    class Closed:
+        def flush(self):
+            raise BrokenPipeError(32, "Broken pipe")
+
+        def fileno(self):
+            return spare
+
+    monkeypatch.setitem(cli.VERBS, "inspect", (broken, "looks"))
+    with pytest.raises(BrokenPipeError):
+        cli.main(["inspect"])
+    spare = os.dup(1)
+    monkeypatch.setattr(sys, "stdout", Closed())
+    assert cli.main(["inspect"]) == 141
+    os.close(spare)
+    assert capsys.readouterr().err == ""
 
 
 DATA = {

@@ -227,6 +227,15 @@ def test_bad_input(compressor, memory, tiny_base, tmp_path):
         compressor.compress(["the cat", "   "])
     with pytest.raises(ValueError, match="texts is empty"):
         compressor.compress([])
+    for size in (0, -1):
+        for use in (
+            lambda size: compressor.compress("the cat", size),
+            lambda size: compressor.restore(memory, batch_size=size),
+            lambda size: compressor.ask(memory, "who ?", batch_size=size),
+            lambda size: compressor.score(memory, TEXTS, batch_size=size),
+        ):
+            with pytest.raises(UserError, match=f"batch_size is {size}; it must be at least 1"):
+                use(size)
     with pytest.raises(ValueError, match=rf"text 0: {2000 + len(compressor.framing.start)} tokens need \d+ positions, the base has 256"):
         compressor.compress("cat " * 2000)
     with pytest.raises(ValueError, match="max_new_tokens is -1"):

@@ -10,6 +10,7 @@ import os
 import pathlib
 import secrets
 import shutil
+import sys
 import time
 from collections.abc import Iterable, Iterator
 from typing import BinaryIO
@@ -254,7 +255,11 @@ def tokenise(source, tokenizer, cache_dir="", tfds_dir=None, max_row_bytes=readi
                 errors.retrying(lambda: _write(folder, source, tokenizer, tfds_dir, max_row_bytes), what)
         most = cache.bound()
         with contextlib.suppress(OSError):  # what cannot be removed takes room, and does no harm
-            cache.prune(root, most, CACHE_VERSION)
+            removed = cache.prune(root, most, CACHE_VERSION)
+            if removed:
+                freed = sum(entry.size for entry in removed) / cache.GIB
+                told = f"{len(removed)} unused for longest removed, {freed:,.2f} GiB (${cache.VARIABLE})"
+                print(f"cache {root}: {told}", file=sys.stderr, flush=True)
     return Tokens(**{name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in ARRAYS}, key=key, earlier_key=earlier_key, held=held)
 
 

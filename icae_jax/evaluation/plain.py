@@ -9,7 +9,7 @@ import numpy as np
 from icae_jax.compression.memory import Prefix
 from icae_jax.errors import UserError
 from icae_jax.inference import generate as decoding
-from icae_jax.inference.compressor import Score
+from icae_jax.inference.compressor import Score, batches
 from icae_jax.interop import base as bases
 from icae_jax.models import llama
 from icae_jax.objectives import loss, targets
@@ -62,7 +62,7 @@ def generate(compressor, prompts, limits, batch_size=32, stop=None):
     if not all(map(len, prompts)):
         raise UserError("a prompt without a memory has no tokens; the base has nothing to go on from")
     _check([len(p) + n for p, n in zip(prompts, limits, strict=True)], base.config)
-    for at in range(0, len(prompts), batch_size):
+    for at in batches(len(prompts), batch_size):
         part = prompts[at : at + batch_size]
         rows = compressor.rows(batch_size if at else len(part))
         ids = np.zeros((rows, _up(max(map(len, part)))), np.int32)
@@ -97,7 +97,7 @@ def score(compressor, rows, batch_size=32):
     """
     _check([len(row.ids) - 1 for row in rows], compressor.base.config)
     scores = []
-    for at in range(0, len(rows), batch_size):
+    for at in batches(len(rows), batch_size):
         part = rows[at : at + batch_size]
         size = compressor.rows(batch_size if at else len(part))
         T, U = (_up(max(n)) for n in ([len(r.ids) - 1 for r in part], [len(r.ids) - r.label_start for r in part]))

@@ -58,6 +58,13 @@ def _up(n, step=SHAPE_STEP):
     return -(-n // step) * step
 
 
+def batches(count, batch_size):
+    """The first rows of batches of so many rows. UserError where a batch would hold none."""
+    if batch_size < 1:
+        raise UserError(f"batch_size is {batch_size}; it must be at least 1")
+    return range(0, count, batch_size)
+
+
 def load_base(source, dtype="float32", mesh=None):
     """A base as a `Compressor` with that mesh holds it: split over its devices, by default on one. source: folder, hub id or URL."""
     placement = mesh and sharding.Placement(mesh, bases.sizes(source))
@@ -152,7 +159,7 @@ class Compressor:
         if not contexts:
             raise UserError("texts is empty; give at least one text")
         k, parts = self.config.choose(k), []
-        for start in range(0, len(contexts), batch_size):
+        for start in batches(len(contexts), batch_size):
             part = contexts[start : start + batch_size]
             shapes = [encoder.segment_shape(len(c), self.config) for c in part]
             shape = (max(s for s, _ in shapes), min(_up(max(n for _, n in shapes)), self.config.segment_tokens))
@@ -254,7 +261,7 @@ class Compressor:
         self._room(memory, objective, len(head), longest)
         labels = max(len(t.ids) - t.label_start for row in rows for t in row)
         shape, scores = (max(map(len, rows)), _up(max(longest)), _up(labels)), []
-        for start in range(0, len(memory), batch_size):
+        for start in batches(len(memory), batch_size):
             part = rows[start : start + batch_size]
             size = self.rows(batch_size if start else len(part))
             batch = target_layouts.pack(_fill(part, size, []), *shape)
@@ -336,7 +343,7 @@ class Compressor:
         width = T if T == 1 else _up(T, 16)
         stops = tuple(sorted({*self.base.stop_ids, *([self.adapter.template.stop] if objective == "qa" else [])}))
         result = []
-        for start in range(0, len(prompts), batch_size):
+        for start in batches(len(prompts), batch_size):
             rows = prompts[start : start + batch_size]
             at = np.resize(np.arange(start, start + len(rows)), self.rows(batch_size if start else len(rows)))
             part = self.put_memory(memory[at])

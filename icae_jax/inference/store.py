@@ -20,6 +20,7 @@ from icae_jax.compression import memory as memories
 from icae_jax.compression import methods
 from icae_jax.errors import UserError
 from icae_jax.interop import files
+from icae_jax.interop.text import check_encodable
 
 FORMAT_VERSION = "1"
 _METADATA = ("method", "layout", "k", "base_fingerprint", "adapter_fingerprint", "adapter", "ids")
@@ -41,6 +42,8 @@ def save(path, memory, compression, ids, base_fingerprint, adapter_fingerprint, 
     if len(ids) != len(memory):
         raise UserError(f"{len(ids)} ids for {len(memory)} memories; give one id a text")
     ids = list(ids)
+    for one in ids:
+        check_encodable(one, f"the id {one!r}")
     repeated = next((one for i, one in enumerate(ids) if one in ids[:i]), None) if len(set(ids)) < len(ids) else None
     if repeated is not None:
         raise UserError(f"two memories have the id {repeated!r}; give each text an id of its own")

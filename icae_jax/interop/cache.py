@@ -9,7 +9,8 @@ In `files.cache_folder`:
 | hashes   | the hashes of large data files                            | the file's time of change        |
 | bases    | base models copied from buckets: listed, never removed    | the newest time of its files     |
 
-Whoever uses a folder of tokens holds a shared lock on its `about.json`, so that nobody removes it.
+Whoever uses a folder of tokens holds a shared lock on its `about.json`, so that nobody removes it. What has another name than the cache
+gives, such as a user's own folder beside them, is not looked at.
 """
 
 import contextlib
@@ -21,6 +22,7 @@ import json
 import math
 import os
 import pathlib
+import re
 import secrets
 import shutil
 import sys
@@ -36,6 +38,8 @@ COMPILED_PART = 4  # compiled programs take this part of the bound at most, whic
 RECENT = 3600  # seconds; what was used within them stays, whatever the bound
 LEFT_OVER = 86400  # seconds after which what nobody finished, or wholly removed, is waste
 ABOUT = "about.json"
+_KEY = "[0-9a-f]{32}"  # what token folders and hashes are called
+_UNFINISHED = r"\.(new|gone|lock)\..+"
 GIB = 1 << 30
 
 
@@ -156,14 +160,20 @@ def _newest(path):
     return max((p.lstat().st_mtime for p in itertools.chain([path], path.rglob("*"))), default=0.0)
 
 
+def _named(folder, pattern):
+    """The paths in a folder whose names have the cache's form."""
+    return sorted(path for path in folder.glob("*") if re.fullmatch(pattern, path.name))
+
+
 def entries(root: pathlib.Path, version: int) -> list[Entry]:
     """What a cache folder holds. version: that of token folders which are read today. What vanishes meanwhile is left out."""
     found = []
-    for path in sorted((root / "tokens").glob("[!.]*")):
-        with contextlib.suppress(FileNotFoundError):
+    for path in _named(root / "tokens", _KEY):
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             about, told = path / ABOUT, {}
             with contextlib.suppress(FileNotFoundError, ValueError):  # the first version wrote none
                 told = json.loads(about.read_text(encoding="utf-8"))
+            told = told if isinstance(told, dict) else {}
             used = about.stat().st_mtime if told else _newest(path)
             found.append(Entry("tokens", told.get("source", path.name), (path,), _size(path), used, told.get("version") != version))
     for path in sorted((root / "compiled").glob("*/*-cache")):
@@ -171,8 +181,8 @@ def entries(root: pathlib.Path, version: int) -> list[Entry]:
             stamp = _stamp(path)
             used = int.from_bytes(stamp.read_bytes(), "little") / 1e9 if stamp.exists() else path.stat().st_mtime
             found.append(Entry("compiled", path.parent.name, (path, stamp), path.stat().st_size, used))
-    for kind in ("hashes", "bases"):
-        for path in sorted((root / kind).glob("[!.]*")):
+    for kind, name in (("hashes", rf"{_KEY}\.json"), ("bases", r"[^.].*")):
+        for path in _named(root / kind, name):
             with contextlib.suppress(FileNotFoundError):
                 found.append(Entry(kind, path.name, (path,), _size(path), _newest(path)))
     return found
@@ -189,7 +199,7 @@ def prune(root: pathlib.Path, most: int, version: int, everything: bool = False)
     What a live process uses stays, and what was used within `RECENT` seconds; the latter goes where everything is to go.
     """
     now, removed = time.time(), []
-    for path in (root / "tokens").glob(".*"):  # .new.…, .gone.…, .lock.…: of processes that were killed
+    for path in _named(root / "tokens", _UNFINISHED):  # of processes that were killed
         with contextlib.suppress(FileNotFoundError):
             if now - _newest(path) > (RECENT if everything else LEFT_OVER):
                 shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
@@ -262,8 +272,8 @@ def main(parser, argv, version: int) -> int:
     if args.action == "list" and (args.all or args.max_gib is not None):
         parser.error("--all and --max_gib are for prune")
     root = files.cache_folder(args.cache_dir)
-    if args.cache_dir and not root.is_dir():
-        raise UserError(f"--cache_dir {root}: no such folder")
+    if not root.is_dir() and (args.cache_dir or root.exists()):
+        raise UserError(f"{'--cache_dir' if args.cache_dir else 'cache'} {root}: no such folder")
     if args.action == "list":
         rows = _rows(entries(root, version))
         for row in rows:
