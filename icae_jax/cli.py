@@ -392,7 +392,8 @@ def main(argv=None):
     try:
         set_up()
         code = VERBS[argv[0]][0](argv[1:])
-        sys.stdout.flush()
+        if sys.stdout:  # None where the caller has closed it
+            sys.stdout.flush()
         return code
     except Exception as error:
         if isinstance(error, BrokenPipeError) and _nobody_reads():
