@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import platform
+import select
 import stat
 import sys
 import time
@@ -406,13 +407,13 @@ def main(argv=None):
 
 
 def _nobody_reads():
-    """Whether standard output has no reader any more, as behind `| head`. Python then need not find out once more at its end."""
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return True
-    return False
+    """Whether standard output is a pipe that has no reader any more, as behind `| head`; what Python still holds of it is then dropped."""
+    watch = select.poll()
+    watch.register(sys.stdout.fileno(), 0)
+    if not any(event & select.POLLERR for _, event in watch.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return True
 
 
 def command():

@@ -314,23 +314,18 @@ def test_what_is_wrong_in_a_configuration_file_is_the_users(text, told, tmp_path
 def test_output_that_nobody_reads_ends_quietly(monkeypatch, capsys):
     """Breaks when `icae … | head` ends in a traceback, or a connection that broke somewhere else is taken for that."""
 
-    def broken(argv):
-        raise BrokenPipeError(32, "Broken pipe")
+    def speaking(argv):
+        print("x", flush=True)
+        raise BrokenPipeError(32, "Broken pipe")  # where it is read
 
-    class Closed:
-        def flush(self):
-            raise BrokenPipeError(32, "Broken pipe")
-
-        def fileno(self):
-            return spare
-
-    monkeypatch.setitem(cli.VERBS, "inspect", (broken, "looks"))
-    with pytest.raises(BrokenPipeError):
-        cli.main(["inspect"])
-    spare = os.dup(1)
-    monkeypatch.setattr(sys, "stdout", Closed())
-    assert cli.main(["inspect"]) == 141
-    os.close(spare)
+    monkeypatch.setitem(cli.VERBS, "inspect", (speaking, "speaks"))
+    reader, writer = os.pipe()
+    with os.fdopen(writer, "w") as out:
+        monkeypatch.setattr(sys, "stdout", out)
+        with pytest.raises(BrokenPipeError):
+            cli.main(["inspect"])
+        os.close(reader)
+        assert cli.main(["inspect"]) == 141
     assert capsys.readouterr().err == ""
 
 
