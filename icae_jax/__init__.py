@@ -3,9 +3,6 @@
 `load(adapter, base=None)` gives a `Compressor` with `compress`, `restore`, `ask` and `score`; see `icae --help` for the command line.
 """
 
-import os
-import sys
-
 from icae_jax import platforms
 
 __version__ = "0.1.0"
@@ -13,9 +10,7 @@ __version__ = "0.1.0"
 
 def load(adapter, base=None, **options):
     """Loads an adapter folder with its base model; see `icae_jax.inference.compressor.load`."""
-    if "jax" not in sys.modules:  # else it has read its settings
-        os.environ.update(platforms.without_absent_tpus())
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it misses PyTorch, which is not needed
+    platforms.quiet_libraries()
     from icae_jax.inference.compressor import load as load_compressor  # imported late: jax takes seconds
 
     return load_compressor(adapter, base, **options)

@@ -372,8 +372,7 @@ def keep_compiled():
 
 def set_up():
     """Tells libraries what they read as they are imported: every program calls it before anything imports JAX."""
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it misses PyTorch, which is not needed
-    os.environ.update(platforms.without_absent_tpus())
+    platforms.quiet_libraries()
     keep_compiled()
 
 

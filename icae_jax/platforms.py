@@ -4,6 +4,7 @@ import glob
 import importlib.metadata
 import importlib.util
 import os
+import sys
 
 # NVIDIA's, also in WSL; AMD's; graphics in general.
 _GPUS = ("/dev/nvidia[0-9]*", "/dev/nvidiactl", "/dev/dxg", "/dev/kfd", "/dev/dri/*")
@@ -25,3 +26,10 @@ def without_absent_tpus() -> dict[str, str]:
     plugins = {point.name for point in importlib.metadata.entry_points(group="jax_plugins")}
     others = [name for name in plugins if not name.startswith(("xla_cuda", "xla_rocm"))]
     return {} if tpu_chips() or others or any(glob.glob(pattern) for pattern in _GPUS) else {"JAX_PLATFORMS": "cpu"}
+
+
+def quiet_libraries() -> None:
+    """Tells libraries, which read it as they are imported, what they need not look for or say here."""
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it misses PyTorch, which is not needed
+    if "jax" not in sys.modules:  # else it has read its settings
+        os.environ.update(without_absent_tpus())

@@ -260,6 +260,7 @@ BAD = {
     "wrong type": ({"steps": "many"}, r"steps"),
     "negative seed": ({"seed": -1}, r"seed is -1; give a whole number from 0 on"),
     "huge seed": ({"seed": 10**20}, r"seed is 1.*0; give a whole number"),
+    "a seed that is another's": ({"seed": 2**32}, r"seed is 4294967296; give a whole number from 0 on, below 2\*\*32"),
     "no such data": ({"data.train": "absent.jsonl"}, r"absent\.jsonl: no such file"),
     "no such base": ({"base": "absent"}, r"base 'absent' is not a folder"),
     "context too long": ({"data.context_lengths": "(1000,)"}, r"context_lengths holds 1000, which needs \d+ positions .* base has 256"),

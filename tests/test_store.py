@@ -53,6 +53,16 @@ def test_an_id_stands_for_one_memory(tmp_path):
     assert not (tmp_path / "m.safetensors").exists()
 
 
+def test_an_id_may_be_a_number_and_must_be_whole(tmp_path):
+    """Breaks when numbers, which JSON holds, are no ids, or half a surrogate pair, which a file cannot hold, ends in a traceback."""
+    path = tmp_path / "m.safetensors"
+    with pytest.raises(UserError, match=r"^the id .* is not valid text"):
+        save(path, ids=["a", "\ud83d"])
+    assert not path.exists()
+    save(path, ids=[1, 2])
+    assert store.load(path, CONFIG, "b" * 64, "a" * 64)[1] == [1, 2]
+
+
 def test_key_value_memories(tmp_path):
     """Breaks when K/V are stored under other names, or read back as slots, or an adapter of the other method or layout reads them."""
     path = tmp_path / "m.safetensors"

@@ -58,7 +58,7 @@ def _up(n, step=SHAPE_STEP):
     return -(-n // step) * step
 
 
-def batches(count, batch_size):
+def batches(count: int, batch_size: int) -> range:
     """The first rows of batches of so many rows. UserError where a batch would hold none."""
     if batch_size < 1:
         raise UserError(f"batch_size is {batch_size}; it must be at least 1")
@@ -386,6 +386,7 @@ def _stack(parts, config):
 
 
 def _placed(parts, config):
+    """Memories of several batches joined text by text, each padded to the most segments, and placed anew for so many."""
     kind, k, S = type(parts[0]), parts[0].tokens_per_segment, max(p.segment_lengths.shape[1] for p in parts)
 
     def stacked(arrays, axis, size):

@@ -43,7 +43,7 @@ def save(path, memory, compression, ids, base_fingerprint, adapter_fingerprint, 
         raise UserError(f"{len(ids)} ids for {len(memory)} memories; give one id a text")
     ids = list(ids)
     for one in ids:
-        check_encodable(one, f"the id {one!r}")
+        check_encodable(str(one), f"the id {one!r}")
     repeated = next((one for i, one in enumerate(ids) if one in ids[:i]), None) if len(set(ids)) < len(ids) else None
     if repeated is not None:
         raise UserError(f"two memories have the id {repeated!r}; give each text an id of its own")

@@ -99,8 +99,8 @@ class LoopConfig:
         for name in ("steps", "batch_size", "accumulate", "unroll", "loss_chunk", "log_every", "eval_every", "checkpoint_every"):
             if getattr(self, name) <= 0:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be positive")
-        if not 0 <= self.seed < 2**63:
-            raise UserError(f"seed is {self.seed}; give a whole number from 0 on, below 2**63")
+        if not 0 <= self.seed < 2**32:  # of a larger one JAX's keys keep the last 32 bits: another seed's dropout and first parameters
+            raise UserError(f"seed is {self.seed}; give a whole number from 0 on, below 2**32")
         if self.eval_examples < 0:
             raise UserError(f"eval_examples is {self.eval_examples}; it must be 0 or more")
         if self.batch_size % self.accumulate:
