@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import os
 import pathlib
+import socket
 
 # Compiling is most of the tests' time; without optimisation, and in one piece, it takes less than a fifth. Read when jax first touches a
 # device, which ends the process at a flag that it does not know: the others went with jaxlib 0.11.
@@ -118,6 +119,13 @@ def close(got, want, bound=1e-5):
     got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
     assert got.shape == want.shape and np.abs(want).max() > 0
     assert np.abs(got - want).max() <= bound * np.abs(want).max()
+
+
+def free_port():
+    """A port of this machine that nobody listens at."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
 
 
 def shared(path):

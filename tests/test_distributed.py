@@ -11,20 +11,17 @@ import pathlib
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
 
-import jax
 import numpy as np
 import pytest
 import safetensors.numpy
-from conftest import ROOT, WORDS, close, eight_devices, write_jsonl
-from jax._src import clusters
+from conftest import ROOT, WORDS, close, eight_devices, free_port, write_jsonl
 
-from icae_jax import cli, platforms
-from icae_jax.training import distributed, metrics, sharding
+from icae_jax import cli
+from icae_jax.training import metrics, sharding
 from icae_jax.training.checkpoint import Checkpoints
 from icae_jax.training.train import DIVERGED, DONE, PREEMPTED
 
@@ -108,12 +105,6 @@ def folder(tiny_base, tmp_path_factory):
 
 
 # ------------------------------------------------------------------------------------------------- runs in processes
-
-
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 class Run:
@@ -354,215 +345,3 @@ def test_divergence_ends_all_with_its_code(folder):
     with Run(folder / "diverged", 2, 1, *flags) as run:
         assert run.codes() == [DIVERGED, DIVERGED], "\n".join(err[-3000:] for err in run.errors())
     assert "not finite" in run.errors()[0]
-
-
-# ------------------------------------------------------------------------------------------------ how they find each other
-
-
-@pytest.fixture
-def joined(monkeypatch):
-    """What `jax.distributed.initialize` was called with; it does nothing. The machine has no accelerator and no Slurm."""
-    calls = []
-    monkeypatch.setattr(jax.distributed, "initialize", lambda *args, **more: calls.append(args))
-    monkeypatch.setattr(platforms.glob, "glob", lambda pattern: [])
-    for name in ("SLURM_NTASKS", "SLURM_STEP_NODELIST", "SLURM_STEP_NUM_TASKS", "JAX_PLATFORMS"):
-        monkeypatch.delenv(name, raising=False)
-    return calls
-
-
-def test_a_process_alone_joins_nothing(joined, monkeypatch):
-    """Breaks when a plain machine, also with libtpu or within a Slurm allocation but not `srun`, waits for others."""
-    monkeypatch.setattr(distributed.importlib.util, "find_spec", lambda name: "installed")
-    distributed.start()
-    distributed.start(processes=1)
-    distributed.start("host:1", 1, 0)
-    monkeypatch.setenv("SLURM_NTASKS", "2")
-    distributed.start()
-    monkeypatch.setenv("SLURM_STEP_NODELIST", "n[1-2]")
-    monkeypatch.setenv("SLURM_NTASKS", "1")
-    distributed.start()
-    assert joined == []
-
-
-def test_what_is_recognised_and_what_is_told(joined, monkeypatch):
-    """Breaks when Slurm's tasks or a TPU's hosts run apart, or flags do not reach JAX."""
-    distributed.start("host:1", 3, 2)
-    assert joined.pop() == ("host:1", 3, 2)
-    monkeypatch.setattr(distributed.importlib.util, "find_spec", lambda name: "installed")
-    for chips in ("/dev/accel0", "/dev/vfio/0"):
-        monkeypatch.setattr(platforms.glob, "glob", lambda pattern, chips=chips: [chips] if pattern[:8] == chips[:8] else [])
-        distributed.start()
-        assert joined.pop() == (None, None, None)
-    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
-    distributed.start()
-    assert joined == []
-    monkeypatch.setenv("SLURM_NTASKS", "2")
-    monkeypatch.setenv("SLURM_STEP_NODELIST", "n[1-2]")
-    distributed.start()
-    assert joined.pop() == (None, None, None)
-    distributed.start(processes=1)
-    assert joined == []
-
-
-@pytest.mark.parametrize(
-    ("told", "tasks"),
-    [
-        ({"NTASKS": "4", "STEP_NUM_TASKS": "1", "STEP_NODELIST": "n1"}, None),  # an interactive step in an allocation of four
-        ({"NTASKS": "2", "NNODES": "2", "JOB_NODELIST": "n[1-2]"}, None),  # the shell of salloc -N2 -n2
-        ({"NTASKS": "", "STEP_NUM_TASKS": "", "STEP_NODELIST": "n1"}, None),
-        ({"NTASKS": "many", "STEP_NODELIST": "n1"}, None),
-        ({"NTASKS": "2(x2)", "STEP_NUM_TASKS": "-1", "STEP_NODELIST": "n1"}, None),
-        ({"NTASKS": "8", "STEP_NUM_TASKS": "2", "STEP_NODELIST": "n[1-2]"}, 2),  # srun -n2 in an allocation of eight
-        ({"NTASKS": "1", "STEP_NUM_TASKS": "2", "STEP_NODELIST": "n[1-2]"}, 2),
-        ({"NTASKS": "", "STEP_NUM_TASKS": "4", "STEP_NODELIST": "n[1-2]"}, 4),
-    ],
-)
-def test_a_slurm_steps_own_count_decides(told, tasks, monkeypatch):
-    """Breaks when a shell in an allocation waits for others that nobody starts, a step of several runs apart, JAX gets the allocation's
-    count, or what is no number ends in a traceback.
-    """
-    monkeypatch.setattr(platforms.glob, "glob", lambda pattern: [])
-    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
-    for name in [name for name in os.environ if name.startswith("SLURM_")]:
-        monkeypatch.delenv(name)
-    for name, value in ({"JOB_ID": "77", "PROCID": "1", "LOCALID": "0"} | told).items():
-        monkeypatch.setenv(f"SLURM_{name}", value)
-    started = []
-    monkeypatch.setattr(jax.distributed, "initialize", lambda *args, **kw: started.append(resolved(*args, **kw)))
-    distributed.start()
-    assert started == ([("n1:61517", tasks, 1, [0])] if tasks else [])
-
-
-def resolved(coordinator_address=None, num_processes=None, process_id=None, local_device_ids=None, cluster_detection_method=None, **_):
-    """What JAX makes of what it is told, by its own reading of Slurm's variables."""
-    return clusters.ClusterEnv.auto_detect_unset_distributed_params(
-        coordinator_address, num_processes, process_id, local_device_ids, cluster_detection_method, 1
-    )
-
-
-@pytest.mark.parametrize(
-    ("flags", "named"),
-    [
-        (["--processes", "2"], "--coordinator, --processes and --process go together"),
-        (["--coordinator", "host:1", "--process", "0"], "--coordinator, --processes and --process go together"),
-        (["--coordinator", "host", "--processes", "2", "--process", "0"], "--coordinator host --processes 2 --process 0: give HOST:PORT"),
-        (["--coordinator", "host:port", "--processes", "2", "--process", "0"], "--coordinator host:port"),
-        (["--coordinator", ":1", "--processes", "2", "--process", "0"], "--coordinator :1"),
-        (["--coordinator", "host:1", "--processes", "2", "--process", "2"], "--process 2: give .* a number from 0 below"),
-        (["--coordinator", "host:1", "--processes", "2", "--process", "-1"], "--process -1"),
-        (["--coordinator", "host:1", "--processes", "0", "--process", "0"], "--processes 0"),
-    ],
-)
-def test_flags_that_do_not_go_together(flags, named, joined, folder, tmp_path, capsys):
-    """Breaks when a wrong start waits for processes that never come, or reads a base first."""
-    assert cli.main(["train", "--config", str(folder / "config.py"), "--workdir", str(tmp_path / "w"), *flags]) == 2
-    err = capsys.readouterr().err
-    assert re.search(named, err) and err.count("\n") == 1 and joined == [] and not (tmp_path / "w").exists()
-
-
-def test_jax_s_refusals_say_what_to_do(joined, monkeypatch):
-    """Breaks when a port in use or an unknown cluster ends in a traceback."""
-
-    def fail(error):
-        def initialize(*args, **more):
-            raise error
-
-        monkeypatch.setattr(jax.distributed, "initialize", initialize)
-
-    fail(jax.errors.JaxRuntimeError("address in use"))
-    with pytest.raises(SystemExit, match="process 0 of 2: cannot join the others at host:1: address in use; is another run"):
-        distributed.start("host:1", 2, 0)
-    fail(ValueError("no coordinator"))
-    monkeypatch.setenv("SLURM_NTASKS", "2")
-    monkeypatch.setenv("SLURM_STEP_NODELIST", "n[1-2]")
-    with pytest.raises(ValueError, match=r"Slurm: JAX cannot tell the processes \(no coordinator\); give --coordinator HOST:PORT"):
-        distributed.start()
-
-
-# --------------------------------------------------------------------------------------------------- how they agree
-
-
-def test_a_process_alone_agrees_with_itself(tmp_path):
-    """Breaks when a process alone waits for others or leaves marks."""
-    assert distributed.agreed(7) == 7 and distributed.agreed(False) is False and distributed.main_after_all()
-    distributed.check_shared(tmp_path / "absent")
-    assert list(tmp_path.iterdir()) == []
-
-
-AGREE = """
-import pathlib, sys
-import jax
-from icae_jax.errors import UserError
-from icae_jax.training import distributed
-
-process = int(sys.argv[2])
-with distributed.ending_together(2):
-    distributed.start(sys.argv[1], 2, process)
-    assert distributed.agreed(10 + process) == 10 and type(distributed.agreed(3)) is int
-    assert distributed.agreed(process == 0) is True and distributed.agreed(process == 1) is False
-    assert distributed.main_after_all() == (process == 0)
-    shared = pathlib.Path(sys.argv[3]) / "shared"
-    distributed.check_shared(shared)
-    assert process or list(shared.iterdir()) == []
-    distributed.check_agreement({"seed": 0, "identity.data.train": "a", "shapes": [[1, 2], None]})
-    distributed.check_agreement({})
-    try:
-        distributed.check_agreement({"seed": process, "unchanged": "é" * 9, **({"shapes": [[1, 2]]} if process else {})})
-        raise SystemExit("a difference went unnoticed")
-    except UserError as error:
-        assert "seed: 0 in process 0, 1 in process 1; shapes: null in process 0, [[1, 2]] in process 1" in str(error), error
-        assert "unchanged" not in str(error)
-    distributed.check_shared(pathlib.Path(sys.argv[3]) / str(process))
-"""
-
-
-LOST = """
-import os, sys
-from icae_jax.training import distributed
-
-with distributed.ending_together(2):
-    distributed.start(sys.argv[1], 2, int(sys.argv[2]))
-    distributed.agreed(1)
-    if sys.argv[2] == "1":
-        os._exit(9)
-    distributed.agreed(1)
-"""
-
-
-def pair(code, *args):
-    """(exit code, stderr) of two processes that run some code, given where to meet and which each is."""
-    where, env = f"127.0.0.1:{free_port()}", os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", code, where]
-    children = [subprocess.Popen([*command, str(i), *args], env=env, stderr=subprocess.PIPE, text=True) for i in range(2)]
-    try:
-        errors = [child.communicate(timeout=120)[1] for child in children]
-    finally:
-        for child in children:
-            child.kill()
-    return [(child.returncode, err) for child, err in zip(children, errors, strict=True)]
-
-
-def test_two_processes_agree_and_notice_that_their_folders_differ(tmp_path):
-    """Breaks when a process goes by its own disk, two runs are taken for one because their workdirs have one name, or what the processes
-    hold differs unnoticed or unnamed.
-    """
-    for name in ("shared", "0", "1"):
-        (tmp_path / name).mkdir()
-    ends = pair(AGREE, str(tmp_path))
-    for i, (_, err) in enumerate(ends):
-        assert f"process {i} of 2: {tmp_path / str(i)} is not the same folder in processes 0 and 1; give one on a filesystem" in err
-    assert [code for code, _ in ends] == [2, 2] and list((tmp_path / "0").iterdir()) == []
-
-
-def test_a_lost_process_is_no_bad_input():
-    """Breaks when a launcher gives up a run of which one host died: JAX tells so by ValueError where it runs a program that is compiled."""
-    (code, err), (other, _) = pair(LOST)
-    assert other == 9 and code == distributed.CRASHED, err
-    assert re.search(r"process 0 of 2: \w+Error\. If another process died, its output says why", err)
-
-
-def test_an_error_of_a_process_alone_is_python_s():
-    """Breaks when an error of one process loses its type, or ends a session that only called a function."""
-    for error in (ValueError("x"), KeyError("y"), SystemExit(3)):
-        with pytest.raises(type(error)), distributed.ending_together(2):
-            raise error

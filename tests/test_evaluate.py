@@ -5,14 +5,13 @@ import json
 import os
 import re
 import shutil
-import socket
 import struct
 import subprocess
 import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT, TINY, WORDS, eight_devices, random_trained, write_jsonl
+from conftest import ROOT, TINY, WORDS, eight_devices, free_port, random_trained, write_jsonl
 from suite_helpers import in_eights
 
 from icae_jax import cli, evaluate
@@ -237,11 +236,8 @@ def test_devices_and_processes_change_no_score(world, restored, tmp_path, monkey
     Batches are no multiple of the devices, and one process has more of them than the other. What the two measure is a workdir without
     adapter/: breaks also when one of them alone waits for the other, as whoever opens checkpoints to write them does.
     """
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
     short = {"data": world["short"]}
-    joined = {"batch_size": 2, "coordinator": f"127.0.0.1:{port}", "processes": 2}
+    joined = {"batch_size": 2, "coordinator": f"127.0.0.1:{free_port()}", "processes": 2}
     pair = [start(2, argv(world, "autoencode", tmp_path / "two", "unfinished", **short, **joined, process=at)) for at in range(2)]
     try:
         monkeypatch.setattr(Compressor, "rows", ROWS)

@@ -1,0 +1,361 @@
+"""Deliberate faults, and the tests that should fail of each: `tests/mutants.py` plants them."""
+
+from typing import NamedTuple
+
+
+class Mutant(NamedTuple):
+    """A fault: what it is, where (below icae_jax), the text and what stands in its place, and the arguments of pytest that try it."""
+
+    what: str
+    file: str
+    text: str
+    fault: str
+    tests: str
+
+
+MUTANTS = [
+    # ------------------------------------------------------------------------------------------------ labels and losses
+    Mutant(
+        "padding counts as labels", "objectives/loss.py",
+        'jnp.sum(jnp.where(targets[o]["label_mask"], losses[o], 0.0))', "jnp.sum(losses[o])", "test_loss.py -k sums_count",
+    ),
+    Mutant(
+        "a continuation's first tokens are labels", "objectives/targets.py",
+        "len(given) + LM_UNLABELLED)", "len(given))", "test_targets.py",
+    ),
+    Mutant(
+        "labels are predicted by themselves", "objectives/targets.py",
+        "np.arange(target.label_start - 1, inputs)", "np.arange(target.label_start, inputs + 1)", "test_targets.py test_loss.py -k pack",
+    ),
+    Mutant(
+        "targets start at another text's position", "objectives/loss.py",
+        "jnp.repeat(starts_B, G)[:, None]", "jnp.tile(starts_B, G)[:, None]", "test_loss.py -k packed_target",
+    ),
+    Mutant(
+        "the gradient of the loss forgets the label", "objectives/loss.py",
+        "jax.nn.softmax(logits, -1) - jax.nn.one_hot(labels, logits.shape[-1])", "jax.nn.softmax(logits, -1)",
+        "test_loss.py -k cross_entropy",
+    ),
+    Mutant(
+        "autoencoding never restarts at position 0", "compression/layout.py",
+        'if objective == "ae" and layout.ae_restarts:', "if False:", "test_layout.py test_loss.py -k starts",
+    ),
+    Mutant(
+        "the mistral template loses [FT]", "objectives/targets.py",
+        '(FT,), _ids(tokenizer, "[/INST]")', '(), _ids(tokenizer, "[/INST]")', "test_targets.py",
+    ),
+    Mutant(
+        "the chat template's parts change places", "objectives/targets.py",
+        "for part in (head, before, after)", "for part in (before, head, after)", "test_targets.py",
+    ),
+    # ---------------------------------------------------------------------------------------------- positions, segments
+    Mutant(
+        "memory tokens sit at the start of their share", "compression/layout.py",
+        "2 * jnp.arange(k) + 1) // (2 * k)", "2 * jnp.arange(k)) // (2 * k)", "test_layout.py -k spread",
+    ),
+    Mutant(
+        "empty segments take positions", "compression/layout.py",
+        "real = (lengths_BS > 0).astype(jnp.int32)", "real = jnp.ones_like(lengths_BS)", "test_layout.py -k missing_segment",
+    ),
+    Mutant(
+        "the reference layout's memory is read at 0", "compression/layout.py",
+        "(fixed_length if layout.read_in_place else 0), ends[:, -1]", "0, ends[:, -1]", "test_layout.py -k decoder_positions",
+    ),
+    Mutant(
+        "one token of padding is attended to", "compression/encoder.py",
+        "jnp.arange(N)[None] < lengths[:, None]", "jnp.arange(N)[None] <= lengths[:, None]", "test_icae.py -k padding",
+    ),
+    Mutant(
+        "segments are not near-equal", "compression/encoder.py",
+        "return segments, math.ceil(tokens / segments)", "return segments, min(tokens, config.segment_tokens)",
+        "test_encoder.py -k segment",
+    ),
+    Mutant(
+        "special rows count from the table's start", "compression/encoder.py",
+        "jnp.where(ids < 0, ids + table.shape[0], 0)", "jnp.where(ids < 0, -ids - 1, 0)", "test_encoder.py -k negative",
+    ),
+    Mutant(
+        "absent segments are read", "compression/memory.py",
+        ".repeat(lengths_BS > 0, k, axis=1)", ".repeat(lengths_BS >= 0, k, axis=1)", "test_methods.py -k missing_segment",
+    ),
+    # ------------------------------------------------------------------------------------------------- the two methods
+    Mutant(
+        "the decoder has the LoRA", "objectives/loss.py",
+        '{"params": base_params}, x, positions, real, prefix',
+        '{"params": base_params, "lora": trained["lora"]}, x, positions, real, prefix', "test_icae.py -k through_memory",
+    ),
+    Mutant(
+        "K is kept after RoPE", "models/llama.py",
+        'name="o_proj")(out), kv', 'name="o_proj")(out), (rotated[1], v)', "test_x500.py -k real_tokens",
+    ),
+    Mutant(
+        "K/V are read at the head's positions", "compression/x500.py",
+        "h + memory.positions, memory.v", "memory.positions, memory.v", "test_x500.py -k real_tokens",
+    ),
+    Mutant(
+        "slots are read at the head's positions", "compression/icae.py",
+        "h + memory.positions], 1)", "memory.positions], 1)", "test_icae.py -k head_runs",
+    ),
+    Mutant(
+        "a chosen k takes the table's last rows", "compression/encoder.py",
+        'trained["memory_table"][:k]', 'trained["memory_table"][-k - 3 : -3]', "test_methods.py -k chosen_k",
+    ),
+    # ----------------------------------------------------------------------------------------------------- the model
+    Mutant(
+        "RoPE turns half of the pairs back", "models/rope.py",
+        "x1 * cos - x2 * sin", "x1 * cos + x2 * sin", "test_rope.py -k distances",
+    ),
+    Mutant(
+        "a window is one position too wide", "models/llama.py",
+        "(here - positions[:, None] < window)", "(here - positions[:, None] <= window)", "test_llama.py -k window",
+    ),
+    Mutant(
+        "chunks of queries take the first chunk's mask", "models/attention.py",
+        "mask[..., at, :]", "mask[..., : at.stop - at.start, :]", "test_attention.py -k 'not tpu and not mesh'",
+    ),
+    Mutant(
+        "a chunk of queries does not see its own last key", "models/attention.py",
+        "max()) + 1 for start in", "max()) for start in", "test_attention.py -k 'not tpu and not mesh'",
+    ),
+    Mutant(
+        "LoRA's scale is left out", "models/llama.py",
+        " * jnp.asarray(self.lora_scale, x.dtype)", "", "test_lora.py -k merged",
+    ),
+    Mutant(
+        "dropout does not keep the mean", "models/llama.py",
+        "x / (1 - self.lora_dropout), 0)", "x, 0)", "test_lora.py -k mean",
+    ),
+    Mutant(
+        "the last layer keeps the keys of all positions", "models/llama.py",
+        "attention.keys_and_values(rows(normed, keep))", "attention.keys_and_values(rows(normed, None))", "test_x500.py",
+    ),
+    Mutant(
+        "remat frozen does a matmul twice", "models/llama.py",
+        'save_only_these_names("projection", "lora", "attention")', 'save_only_these_names("lora", "attention")', "test_llama.py -k remat",
+    ),
+    # ---------------------------------------------------------------------------------------------------- training steps
+    Mutant(
+        "microbatches are divided by their own labels", "training/step.py",
+        "jnp.maximum(counts[o], 1.0)", "jnp.maximum(task.counts(micro)[o] * accumulate, 1.0)", "test_step.py -k accumulating",
+    ),
+    Mutant(
+        "all microbatches have one dropout key", "training/step.py",
+        "jax.random.fold_in(key, number)", "key", "test_step.py -k randomness",
+    ),
+    Mutant(
+        "all steps have one dropout key", "training/step.py",
+        'jax.random.fold_in(jax.random.key(seed), state["step"])', "jax.random.key(seed)", "test_step.py -k randomness",
+    ),
+    Mutant(
+        "the warm-up's first step does nothing", "training/step.py",
+        "return schedule(step + 1)", "return schedule(step)", "test_step.py -k learning_rate",
+    ),
+    Mutant(
+        "the wrong memory is the right one", "data/batches.py",
+        "self.targets(*self.of_another_text(bucket, row))[0]", "self.targets(bucket, row)[0]", "test_compressor_task.py -k control",
+    ),
+    Mutant(
+        "a memory of another dtype is read in its own", "compression/methods.py",
+        "jnp.asarray(x, model.dtype)", "jnp.asarray(x)", "test_compressor.py -k another_dtype",
+    ),
+    Mutant(
+        "queries at some positions read the first rows of a mask", "models/llama.py",
+        "mask if mask.shape[1] == 1 else rows(mask, at)", "mask", "test_llama.py -k some_positions_behind",
+    ),
+    Mutant(
+        "scoring runs the head at every position", "inference/compressor.py",
+        "_up(max(longest)), _up(labels)", "_up(max(longest)), _up(max(longest))", "test_compressor.py -k head_runs",
+    ),
+    Mutant(
+        "attention is timed for every compressor", "training/attention.py",
+        "if key not in _MEASURED:", "if True:", "test_training_attention.py -k once",
+    ),
+    Mutant(
+        "a name with two $ is a formula", "evaluation/report.py",
+        r'text = str(text).replace("$", r"\$")', "text = str(text)", "test_report.py -k as_they_are",
+    ),
+    Mutant(
+        "the latest checkpoint is not kept", "training/checkpoint.py",
+        "managers.LatestN(n=1),", "", "test_checkpoint.py -k latest_and_best",
+    ),
+    Mutant(
+        "the worst checkpoint is kept as the best", "training/checkpoint.py",
+        "managers.BestN(", "managers.BestN(reverse=True, ", "test_checkpoint.py -k latest_and_best",
+    ),
+    Mutant(
+        "a resumed run draws the data of its first steps", "training/train.py",
+        "task.train_batches(start, stop, rows)", "task.train_batches(0, stop - start, rows)",
+        "test_train.py -k 'stays_finished or bit_exactly'",
+    ),
+    # --------------------------------------------------------------------------------------------------------- data
+    Mutant(
+        "every step draws the same bucket", "data/batches.py",
+        "default_rng([seed, 0, step])", "default_rng([seed, 0])", "test_batches.py",
+    ),
+    Mutant(
+        "every epoch has the same order", "data/batches.py",
+        "default_rng([seed, 1, bucket, epoch, *source])", "default_rng([seed, 1, bucket, *source])", "test_batches.py",
+    ),
+    Mutant(
+        "the drawn k knows no seed", "data/batches.py",
+        "default_rng([seed, 3, step])", "default_rng([3, step])", "test_batches.py",
+    ),
+    Mutant(
+        "later shares of a mixture count as if none came before", "data/mixture.py",
+        "after - taken_after, left - share", "after - taken_after, left", "test_batches.py",
+    ),
+    Mutant(
+        "continuations too short to tell are LM targets", "data/batches.py",
+        "after - stop > min(layouts.LM_MINIMUM, size - 1)", "after - stop > 0", "test_batches.py",
+    ),
+    # ------------------------------------------------------------------------------------------------- what is on disk
+    Mutant(
+        "PEFT's matrices lie untransposed", "interop/adapter.py",
+        "np.ascontiguousarray(layer.T)", "np.ascontiguousarray(layer)", "test_adapter.py",
+    ),
+    Mutant(
+        "PEFT's alpha is the scale", "interop/adapter.py",
+        '"lora_alpha": adapter.lora.scale * adapter.lora.rank', '"lora_alpha": adapter.lora.scale', "test_adapter.py",
+    ),
+    Mutant(
+        "another base's memories are read", "inference/store.py",
+        "if wrote != have:", 'if wrote != have and kind != "base":', "test_store.py -k another_base",
+    ),
+    # ------------------------------------------------------------------------------------------------------- decoding
+    Mutant(
+        "tokens after the end are written out", "inference/generate.py",
+        "jnp.where(done, 0, token)", "token", "test_generate.py",
+    ),
+    Mutant(
+        "a row's limit is one too long", "inference/generate.py",
+        "full = i + 1 >= limits", "full = i >= limits", "test_generate.py -k limit",
+    ),
+    Mutant(
+        "ties after the end are counted", "inference/generate.py",
+        "(tie & ~done & (~full | ends))", "(tie & (~full | ends))", "test_generate.py -k 'ties or limit or one_row'",
+    ),
+    Mutant(
+        "rows read their neighbour's prefix", "inference/generate.py",
+        "jnp.repeat(shared, B // Bp, axis=1)", "jnp.tile(shared, (1, B // Bp, 1, 1, 1))", "test_generate.py -k prefix",
+    ),
+    Mutant(
+        "rows read as much as their neighbour's prefix holds", "inference/generate.py",
+        "jnp.repeat(prefix.mask, B // Bp, axis=0)", "jnp.tile(prefix.mask, (B // Bp, 1))", "test_generate.py -k prefix",
+    ),
+    # ----------------------------------------------------------------------------------------- evaluation, plans, sweeps
+    Mutant(
+        "intervals of 90 %", "evaluation/statistics.py",
+        "LEVELS = (0.025, 0.975)", "LEVELS = (0.05, 0.95)", "test_statistics.py",
+    ),
+    Mutant(
+        "questions are resampled apart from their contexts", "evaluation/statistics.py",
+        "np.bincount(rng.integers(count, size=count), minlength=count)[member]",
+        "np.bincount(rng.integers(len(member), size=len(member)), minlength=len(member))", "test_statistics.py",
+    ),
+    Mutant(
+        "every example is a cluster of its own", "evaluation/run.py",
+        "{r['set']} {r['cluster']}", "{r['set']} {r['key']}", "test_run.py -k scores_of_all",
+    ),
+    Mutant(
+        "a loop's body counts once", "planning/hlo.py",
+        'self._run(instruction.called("body"), times * turns)', 'self._run(instruction.called("body"), times)', "test_hlo.py",
+    ),
+    Mutant(
+        "points of a sweep share a folder", "sweep.py",
+        'f"{text}-{number}" if text in made else text', "text", "test_sweep.py -k 'name or folder'",
+    ),
+    # ------------------------------------------------------------------------------------------------------ many devices
+    Mutant(
+        "a weight is split along the other axis", "models/llama.py",
+        '"o_proj": ("heads", "embed")', '"o_proj": ("embed", "heads")', "test_sharding.py -k 'split_as_the_rules'",
+    ),
+    Mutant(
+        "batches are copied to every device", "training/sharding.py",
+        "PartitionSpec(*[None] * axis, BATCH)", "PartitionSpec()", "test_sharding.py -k 'any_axis or split_as_the_rules'",
+    ),
+    # ------------------------------------------------------------------------------------- readers, exit codes, and agreement
+    Mutant(
+        "every ValueError and OSError is the user's", "errors.py",
+        "return isinstance(error, UserError) or", "return isinstance(error, ValueError | OSError) or", "test_errors.py",
+    ),
+    Mutant("nothing is tried again", "errors.py", "TRIES = 6", "TRIES = 1", "test_errors.py"),
+    Mutant(
+        "tries within tries multiply", "errors.py", "or getattr(error, _GIVEN_UP, False) or", "or", "test_errors.py -k multiply",
+    ),
+    Mutant(
+        "what has a checkpoint's name is one", "training/checkpoint.py",
+        "if not number.isdigit() or not is_whole(folder):", "if not number.isdigit():", "test_checkpoint.py",
+    ),
+    Mutant(
+        "a checkpoint that goes while it is read is an error", "training/checkpoint.py",
+        "if is_whole(folder):\n                raise", "raise", "test_checkpoint.py -k goes_while",
+    ),
+    Mutant(
+        "NaN is the best loss", "training/checkpoint.py",
+        "if loss is not None and math.isfinite(loss)]", "if loss is not None]", "test_checkpoint.py -k nan",
+    ),
+    Mutant(
+        "parameters that an update broke are saved", "training/train.py",
+        ', float(values["grad_norm"]), float(values["param_norm"])])', ', float(values["grad_norm"])])', "test_train.py -k update_broke",
+    ),
+    Mutant(
+        "a held-out loss of NaN is one", "training/train.py",
+        "return score is None or math.isfinite(score)", "return True", "test_train.py -k not_finite",
+    ),
+    Mutant(
+        "a notice to leave waits for the evaluation", "training/train.py",
+        "evaluating = not asked_to_leave() and (", "evaluating = (asked_to_leave() or True) and (", "test_train.py -k notice",
+    ),
+    Mutant(
+        "held-out losses take whole batches", "training/step.py",
+        "if accumulate == 1:\n            return task.losses(trained", "if True:\n            return task.losses(trained",
+        "test_train.py -k in_microbatches",
+    ),
+    Mutant(
+        "processes that differ train on", "training/distributed.py", "    if lines:\n        shown", "    if False:\n        shown",
+        "test_joining.py -k two_processes",
+    ),
+    Mutant(
+        "an allocation's shell is one of several processes", "training/distributed.py",
+        'os.environ.get("SLURM_STEP_NUM_TASKS") or os.environ.get("SLURM_NTASKS", "")', 'os.environ.get("SLURM_NTASKS", "")',
+        "test_joining.py -k slurm",
+    ),
+    Mutant(
+        "a sweep's points are counted anew", "sweep.py",
+        'numbers = before.get("numbers") or', "numbers =", "test_sweep.py -k keeps_its_point",
+    ),
+    # ---------------------------------------------------------------------------------------- what users and strangers wrote
+    Mutant("a spelled token is read by its letters", "interop/text.py", "split_special_tokens=True, ", "", "test_text.py"),
+    Mutant(
+        "a word or piece that is a control token is the token", "interop/text.py", "spelled = _control_tokens(tokenizer)", "spelled = {}",
+        "test_text.py",
+    ),
+    Mutant(
+        "a file's time is its identity", "data/reading.py",
+        'digest = hashlib.sha256(f"{size} ".encode())', 'digest = hashlib.sha256(f"{size} {os.stat(path).st_mtime_ns}".encode())',
+        "test_sources.py -k identity",
+    ),
+    Mutant(
+        "a line may be of any length", "data/reading.py", "line = f.readline(most + 1)", "line = f.readline()",
+        "test_sources.py -k bounded",
+    ),
+    Mutant(
+        "an index names files elsewhere", "interop/weights.py",
+        r"""if not isinstance(file, str) or not re.fullmatch(r"[^/\\\0]+\.safetensors", file):""", "if not isinstance(file, str):",
+        "test_weights.py -k files_of_its_folder",
+    ),
+    Mutant(
+        "a tokenizer's code may run", "interop/base.py",
+        "local_files_only=True, trust_remote_code=False)", "local_files_only=True, trust_remote_code=True)", "test_base.py -k code",
+    ),
+    Mutant(
+        "what is replaced becomes open to all", "interop/files.py",
+        "mode = stat.S_IMODE((before or tmp.stat()).st_mode)", "mode = 0o644", "test_files.py",
+    ),
+    Mutant(
+        "what was used last goes first", "interop/cache.py", "(not e.outdated, e.used)", "(not e.outdated, -e.used)", "test_cache.py",
+    ),
+    Mutant(
+        "what a process uses goes", "interop/cache.py", "not everything) or entry.in_use():", "not everything):", "test_cache.py",
+    ),
+]  # fmt: skip
