@@ -28,12 +28,13 @@ setup(
         "rouge-score",
         "tensorboardX",
         "zstandard",
+        "pyarrow",  # tables as data: parquet, arrow, csv
         "matplotlib",
         "tqdm",
     ],
     extras_require={
         # libtpu compiles for TPUs on any machine; another version of ruff may format otherwise
-        "test": ["pytest", "pytest-xdist", "ruff>=0.17,<0.18", "torch==2.13.0", "peft", "jax[tpu]"],
+        "test": ["pytest", "pytest-xdist", "hypothesis", "ruff>=0.17,<0.18", "torch==2.13.0", "peft", "jax[tpu]"],
         "bench": ["torch==2.13.0", "peft"],  # the PyTorch baseline of launch/bench
         "tpu": ["jax[tpu]"],
         "gpu": ["jax[cuda13]"],

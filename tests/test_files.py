@@ -12,7 +12,7 @@ import safetensors.numpy
 
 from icae_jax import errors
 from icae_jax.data import tokens
-from icae_jax.interop import adapter, files
+from icae_jax.interop import adapter, files, formats
 
 
 def test_file_is_replaced_only_when_whole(tmp_path):
@@ -274,3 +274,34 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path):
         with pytest.raises(errors.UserError, match=message), replacing(tmp_path / "file" / "x"):
             pass
     assert (tmp_path / "file").read_text() == "" and len(list(tmp_path.iterdir())) == 1
+
+
+PLACEHOLDERS = {
+    "empty": (b"", "empty"),
+    "pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 268\n", "Git LFS pointer"),
+    "page": (b"\xef\xbb\xbf\n<!DOCTYPE html><html><head><title>429</title>", "page of HTML"),
+    "page in capitals": (b"<HTML><BODY>Not found", "page of HTML"),
+}
+
+
+@pytest.mark.parametrize("name", PLACEHOLDERS)
+def test_what_stands_in_a_files_place_is_named(name, tmp_path):
+    """Breaks when a pointer, a server's page or nothing at all in a file's place is called a damaged file, of JSON or of tensors."""
+    content, said = PLACEHOLDERS[name]
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(content)
+    readers = (
+        lambda: files.read_json(path, "a configuration"),
+        lambda: files.read_safetensors(path, safetensors.numpy.load_file),
+        lambda: formats.open_tensors(path),
+    )
+    for read in readers:
+        with pytest.raises(errors.UserError, match=f"model.safetensors: .*{said}.*again"):
+            read()
+
+
+def test_json_may_begin_with_a_byte_order_mark(tmp_path):
+    """Breaks when a configuration that an editor on Windows has saved is no JSON."""
+    path = tmp_path / "config.json"
+    path.write_bytes(b'\xef\xbb\xbf{"r": 4}')
+    assert files.read_json(path, "a test") == {"r": 4}

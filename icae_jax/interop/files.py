@@ -1,9 +1,11 @@
 """Reading with clear errors, writing so that nothing earlier is lost."""
 
+import codecs
 import contextlib
 import json
 import os
 import pathlib
+import re
 import secrets
 import shutil
 import stat
@@ -50,6 +52,34 @@ def check_fields(raw: dict, kinds: dict[str, type], source: object) -> None:
             raise UserError(f"{source}: {name} is {raw[name]!r}, which is not {_JSON_KINDS[kind]}")
 
 
+_POINTER = b"version https://git-lfs.github.com/spec/"  # how a Git LFS pointer begins
+_PAGE = re.compile(rb"\s*(<!doctype html|<html)", re.IGNORECASE)
+
+
+def placeholder(start: bytes) -> str:
+    """What stands in a file's place, by its first bytes (64 suffice): nothing, a Git LFS pointer, a page of HTML; "" for none."""
+    if not start:
+        return "the file is empty; download it again"
+    if start.startswith(_POINTER):
+        return "a Git LFS pointer, not the file; run git lfs pull where it was cloned, or download it again"
+    if _PAGE.match(start.removeprefix(codecs.BOM_UTF8)):
+        return "a page of HTML, not the file (perhaps what a server said instead of it); download it again"
+    return ""
+
+
+def check_real(path: str | os.PathLike) -> None:
+    """UserError where something else stands in a file's place (`placeholder`), or it cannot be read."""
+
+    def first_bytes():
+        with open(path, "rb") as f:
+            return f.read(64)
+
+    with errors.naming(f"{path}: cannot be read"):
+        stands_there = placeholder(errors.retrying(first_bytes, f"reading {path}"))
+    if stands_there:
+        raise UserError(f"{path}: {stands_there}")
+
+
 def read_json(path: str | os.PathLike, what: str, kind: type[T] = dict) -> T:
     """A JSON file's content, of that type; UserError naming file and purpose where it is missing or malformed. What passes is tried again.
 
@@ -58,7 +88,10 @@ def read_json(path: str | os.PathLike, what: str, kind: type[T] = dict) -> T:
     path = pathlib.Path(path)
     try:
         with errors.naming(f"{path}: cannot be read"):
-            content = json.loads(errors.retrying(path.read_bytes, f"reading {path}").decode("utf-8"))
+            data = errors.retrying(path.read_bytes, f"reading {path}")
+        if stands_there := placeholder(data[:64]):
+            raise UserError(f"{path}: {stands_there}; it should hold {what}")
+        content = json.loads(data.decode("utf-8-sig"))
     except UserError as error:
         if not isinstance(error.__cause__, FileNotFoundError):
             raise
@@ -72,6 +105,7 @@ def read_json(path: str | os.PathLike, what: str, kind: type[T] = dict) -> T:
 
 def read_safetensors(path: str | os.PathLike, read: Callable[[str | os.PathLike], T], kind: str = "safetensors") -> T:
     """What `read(path)` gives of a safetensors file, of that kind; UserError where it is damaged or closed. What passes is tried again."""
+    check_real(path)
     try:
         with errors.naming(f"{path}: cannot be read"):
             return errors.retrying(lambda: read(path), f"reading {path}")

@@ -78,6 +78,7 @@ def open_tensors(path):
     Of a pickle nothing but tensors is ever constructed; UserError where it holds anything else.
     """
     path = pathlib.Path(path)
+    files.check_real(path)
     kind = file_kind(path)
     if kind is None:
         raise UserError(f"{path}: neither safetensors nor a file that torch.save wrote")
