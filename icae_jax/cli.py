@@ -99,7 +99,7 @@ def process_flags(parser):
 
 
 def _train(verb, argv, kind, make_task):
-    """Trains what `make_task` makes of a configuration of that kind, alone or as one of several processes."""
+    """Trains what `make_task(configuration, workdir)` makes of a configuration of that kind, alone or as one of several processes."""
     from icae_jax.training import distributed
     from icae_jax.training.train import ALREADY, DONE, NORMAL, VERBOSE, finished, shared_by_processes, train
 
@@ -117,21 +117,21 @@ def _train(verb, argv, kind, make_task):
             print(ALREADY.format(workdir=workdir, steps=config.steps), file=sys.stderr)
             return DONE
         distributed.check_agreement(shared_by_processes(config))  # before what is loaded depends on it
-        return train(config, make_task(config), workdir, profile=args.profile, verbosity=VERBOSE if args.verbose else NORMAL)
+        return train(config, make_task(config, workdir), workdir, profile=args.profile, verbosity=VERBOSE if args.verbose else NORMAL)
 
 
 def train_verb(argv):
     from icae_jax.training.compressor_task import CompressorTask
     from icae_jax.training.config import TrainConfig
 
-    return _train("train", argv, TrainConfig, CompressorTask)
+    return _train("train", argv, TrainConfig, lambda config, workdir: CompressorTask(config, workdir=workdir))
 
 
 def train_base_verb(argv):
     from icae_jax.training.base_task import BaseTask
     from icae_jax.training.config import BaseConfig
 
-    return _train("train-base", argv, BaseConfig, BaseTask)
+    return _train("train-base", argv, BaseConfig, lambda config, workdir: BaseTask(config))
 
 
 def _parser(verb):

@@ -11,6 +11,7 @@ from icae_jax.errors import UserError
 from icae_jax.inference import generate as decoding
 from icae_jax.inference.compressor import Score, batches
 from icae_jax.interop import base as bases
+from icae_jax.interop import tokenizer as tokenizers
 from icae_jax.models import llama
 from icae_jax.objectives import loss, targets
 
@@ -61,6 +62,7 @@ def generate(compressor, prompts, limits, batch_size=32, stop=None):
     base, result = compressor.base, []
     if not all(map(len, prompts)):
         raise UserError("a prompt without a memory has no tokens; the base has nothing to go on from")
+    tokenizers.check_ids(prompts, base.config.vocab_size, lambda i: f"prompt {i}", base.tokenizer)
     _check([len(p) + n for p, n in zip(prompts, limits, strict=True)], base.config)
     for at in batches(len(prompts), batch_size):
         part = prompts[at : at + batch_size]
@@ -95,7 +97,9 @@ def score(compressor, rows, batch_size=32):
 
     UserError where a target leaves the base's positions.
     """
-    _check([len(row.ids) - 1 for row in rows], compressor.base.config)
+    base = compressor.base
+    tokenizers.check_ids([row.ids for row in rows], base.config.vocab_size, lambda i: f"target {i}", base.tokenizer)
+    _check([len(row.ids) - 1 for row in rows], base.config)
     scores = []
     for at in batches(len(rows), batch_size):
         part = rows[at : at + batch_size]

@@ -11,10 +11,12 @@ import numpy as np
 
 from icae_jax.compression import encoder, layout, methods
 from icae_jax.compression import memory as memories
+from icae_jax.compression.encoder import SPECIAL_ROWS
 from icae_jax.errors import UserError
 from icae_jax.inference import generate, store
 from icae_jax.interop import adapter as adapters
 from icae_jax.interop import base as bases
+from icae_jax.interop import tokenizer as tokenizers
 from icae_jax.interop.text import user_ids
 from icae_jax.models import llama
 from icae_jax.objectives import loss
@@ -112,6 +114,7 @@ class Compressor:
         )
         self.writer = self.model.clone(attention=fastest)  # reading stays plain: a new token's one query is no work for a kernel
         self.framing = target_layouts.make_framing(self.config, base.tokenizer, bases.bos_id(base.tokenizer))
+        self._check_ids([[*self.framing.start, self.framing.trigger, self.framing.eos]], lambda _: "what stands round a text", SPECIAL_ROWS)
 
     # -------------------------------------------------------------------------------------------------------- write
 
@@ -141,7 +144,7 @@ class Compressor:
             needed = max(written, start + 2)
             if needed > most:
                 raise UserError(f"{name}: {len(context)} tokens need {needed} positions, the base has {most}; compress it in several parts")
-        return self.compress_ids(contexts, batch_size, k)
+        return self.compress_ids(contexts, batch_size, k, where)
 
     def positions(self, tokens, k=None, segments=None):
         """(positions that writing a text of so many tokens and reading its memory take, where targets start behind the memory).
@@ -154,10 +157,11 @@ class Compressor:
         written, memory, start = layout.positions_needed(where, tokens, segments, size, self.config.choose(k), self.config.segment_tokens)
         return max(written, memory), start
 
-    def compress_ids(self, contexts, batch_size=ROWS, k=None):
-        """Memory of each list of token ids, as `context_ids` gives them. k: as for `compress`."""
+    def compress_ids(self, contexts, batch_size=ROWS, k=None, where=None):
+        """Memory of each list of token ids, as `context_ids` gives them. k, where: as for `compress`."""
         if not contexts:
             raise UserError("texts is empty; give at least one text")
+        self._check_ids(contexts, lambda i: where[i] if where else f"text {i}")
         k, parts = self.config.choose(k), []
         for start in batches(len(contexts), batch_size):
             part = contexts[start : start + batch_size]
@@ -180,11 +184,12 @@ class Compressor:
     def save(self, path, memory, ids=None):
         """Writes a memory file. ids: names of the texts, by default their numbers."""
         ids = [str(i) for i in range(len(memory))] if ids is None else ids
-        store.save(path, memory, self.config, ids, self.base.fingerprint, self.adapter.fingerprint, self.path)
+        identity = self.base.fingerprint, self.adapter.fingerprint, self.path, self.base.tokenizer_fingerprint
+        store.save(path, memory, self.config, ids, *identity)
 
     def load_memory(self, path):
-        """(memory, ids) of a memory file; UserError where another base or adapter wrote it."""
-        return store.load(path, self.config, self.base.fingerprint, self.adapter.fingerprint)
+        """(memory, ids) of a memory file; UserError where another base, tokenizer or adapter wrote it."""
+        return store.load(path, self.config, self.base.fingerprint, self.adapter.fingerprint, self.base.tokenizer_fingerprint)
 
     # --------------------------------------------------------------------------------------------------------- read
 
@@ -256,6 +261,8 @@ class Compressor:
         """
         if not rows:
             return []
+        for i, row in enumerate(rows):
+            self._check_ids([t.ids for t in row], lambda j, i=i: f"text {i}: target {j}", SPECIAL_ROWS)
         head = self.adapter.template.head if objective == "qa" else ()
         longest = [max(len(t.ids) - 1 for t in row) for row in rows]
         self._room(memory, objective, len(head), longest)
@@ -313,6 +320,10 @@ class Compressor:
             raise UserError(f"{where}the question {question!r} {why}; ask something")
         return ids
 
+    def _check_ids(self, rows, what, special_rows=0):
+        """UserError where an id has no row: JAX would make NaN of it without a word. what: names the row of a number."""
+        tokenizers.check_ids(rows, self.base.config.vocab_size, what, self.base.tokenizer, special_rows)
+
     def _room(self, memory, objective, head, needed):
         """Positions left behind each memory, `[B]`; UserError where a row's `needed` do not fit, or another method made the memory."""
         kind = methods.KINDS[self.config.method]
@@ -338,6 +349,8 @@ class Compressor:
             return []
         G = max(len(row) for row in prompts)
         T = max(len(p) for row in prompts for p in row)
+        for i, row in enumerate(prompts):
+            self._check_ids(row, lambda j, i=i: f"text {i}: prompt {j}", SPECIAL_ROWS)
         longest = [max(map(len, row)) for row in prompts]
         room = self._room(memory, objective, len(head), np.add(longest, needed))
         width = T if T == 1 else _up(T, 16)

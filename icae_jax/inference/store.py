@@ -2,7 +2,7 @@
 
 A safetensors file with `slots [B, M, D]` (ICAE) or `k` and `v`, each `[L, B, M, K, H]`, k before RoPE (500xCompressor), and
 `lengths [B, S]` (context tokens of each segment, 0 where a text has fewer), and as metadata: format_version, icae_jax_version, method,
-layout, k, base_fingerprint, adapter_fingerprint, adapter (its folder), ids (JSON).
+layout, k, base_fingerprint, adapter_fingerprint, tokenizer_fingerprint (not in earlier files), adapter (its folder), ids (JSON).
 """
 
 import json
@@ -20,6 +20,7 @@ from icae_jax.compression import memory as memories
 from icae_jax.compression import methods
 from icae_jax.errors import UserError
 from icae_jax.interop import files
+from icae_jax.interop import tokenizer as tokenizers
 from icae_jax.interop.text import check_encodable
 
 FORMAT_VERSION = "1"
@@ -37,7 +38,19 @@ def check_output(path):
         raise UserError(f"--output {path}: folder {parent} is absent or cannot be written")
 
 
-def save(path, memory, compression, ids, base_fingerprint, adapter_fingerprint, adapter_path):
+def check_finite(memory, name_of) -> None:
+    """UserError where a memory holds a number that is not finite: whoever reads it gets nothing but such numbers. name_of: names a text."""
+    for contents in memory.contents.values():
+        texts = np.moveaxis(np.asarray(contents), memory.TEXT_AXIS, 0)
+        whole = np.isfinite(texts.astype(np.float32)).reshape(len(texts), -1).all(1)
+        if not whole.all():
+            raise UserError(
+                f"{name_of(int(whole.argmin()))} is not finite: the base or the adapter is damaged, or overflows in its dtype; load them "
+                "in float32, or download them again"
+            )
+
+
+def save(path, memory, compression, ids, base_fingerprint, adapter_fingerprint, adapter_path, tokenizer_fingerprint=""):
     """Writes a memory file; one that is there is replaced only when the new one is complete."""
     if len(ids) != len(memory):
         raise UserError(f"{len(ids)} ids for {len(memory)} memories; give one id a text")
@@ -47,6 +60,7 @@ def save(path, memory, compression, ids, base_fingerprint, adapter_fingerprint, 
     repeated = next((one for i, one in enumerate(ids) if one in ids[:i]), None) if len(set(ids)) < len(ids) else None
     if repeated is not None:
         raise UserError(f"two memories have the id {repeated!r}; give each text an id of its own")
+    check_finite(memory, lambda i: f"--output {path}: the memory of text {ids[i]!r}")
     metadata = {
         "format_version": FORMAT_VERSION,
         "icae_jax_version": icae_jax.__version__,
@@ -55,6 +69,7 @@ def save(path, memory, compression, ids, base_fingerprint, adapter_fingerprint, 
         "k": str(memory.tokens_per_segment),
         "base_fingerprint": base_fingerprint,
         "adapter_fingerprint": adapter_fingerprint,
+        **({"tokenizer_fingerprint": tokenizer_fingerprint} if tokenizer_fingerprint else {}),
         "adapter": str(pathlib.Path(adapter_path).resolve()),
         "ids": json.dumps(ids, ensure_ascii=False),
     }
@@ -109,8 +124,11 @@ def _check_shapes(path, kind, tensors, k, texts):
         raise UserError(f"--memory {path}: {wrong[0]} does not hold {texts} texts of segments of k {k} ({shapes}); {_AGAIN}")
 
 
-def load(path, compression, base_fingerprint, adapter_fingerprint):
-    """(`Slots` or `KV`, ids) of a memory file. UserError where another base or adapter wrote it, or one that is read in another way."""
+def load(path, compression, base_fingerprint, adapter_fingerprint, tokenizer_fingerprint=""):
+    """(`Slots` or `KV`, ids) of a memory file. tokenizer_fingerprint: "" where the base has no tokenizer.
+
+    UserError where another base, tokenizer or adapter wrote it, or one that is read in another way, or a number in it is not finite.
+    """
     metadata = read_metadata(path)
     for kind, have in (("base", base_fingerprint), ("adapter", adapter_fingerprint)):
         wrote = metadata[f"{kind}_fingerprint"]
@@ -120,6 +138,7 @@ def load(path, compression, base_fingerprint, adapter_fingerprint):
         if metadata[field] != getattr(compression, field):
             have = getattr(compression, field)
             raise UserError(f"--memory {path} has {field} {metadata[field]}, the adapter {have}; give the adapter that it names")
+    tokenizers.check_same(f"--memory {path}", metadata.get("tokenizer_fingerprint"), tokenizer_fingerprint)
     tensors = files.read_safetensors(path, safetensors.numpy.load_file, "memory")
     kind = methods.KINDS[compression.method]
     absent = [name for name in (*kind.CONTENTS, "lengths") if name not in tensors]
@@ -128,4 +147,6 @@ def load(path, compression, base_fingerprint, adapter_fingerprint):
     ids = read_ids(path, metadata)
     _check_shapes(path, kind, tensors, int(metadata["k"]), len(ids))
     memory = memories.place(kind, {name: tensors[name] for name in kind.CONTENTS}, tensors["lengths"], compression)
-    return jax.device_get(memory), ids
+    memory = jax.device_get(memory)
+    check_finite(memory, lambda i: f"--memory {path}: the memory of text {ids[i]!r}")
+    return memory, ids

@@ -20,6 +20,7 @@ import icae_jax
 from icae_jax.compression.encoder import SPECIAL_ROWS, CompressionConfig
 from icae_jax.errors import UserError
 from icae_jax.interop import files
+from icae_jax.interop import tokenizer as tokenizers
 from icae_jax.models import lora as loras
 from icae_jax.models.lora import LoraConfig
 from icae_jax.objectives.targets import Template
@@ -101,7 +102,8 @@ class Adapter:
     """A trained compressor apart from its base.
 
     trained: `{"lora": tree, "memory_table": [k + 3, D]}`. base_path, base_fingerprint: the base it was trained on. origin: of a converted
-    one, where it comes from and how well it restored; None for one that was trained here.
+    one, where it comes from and how well it restored; None for one that was trained here. tokenizer_fingerprint: of the base's tokenizer,
+    "" where an earlier version or another implementation did not say.
     """
 
     compression: CompressionConfig
@@ -111,6 +113,7 @@ class Adapter:
     base_path: str
     base_fingerprint: str
     origin: dict | None = None
+    tokenizer_fingerprint: str = ""
 
     @property
     def fingerprint(self):
@@ -149,6 +152,7 @@ def icae_info(adapter):
         "format_version": FORMAT_VERSION,
         "icae_jax_version": icae_jax.__version__,
         "base_fingerprint": adapter.base_fingerprint,
+        **({"tokenizer_fingerprint": adapter.tokenizer_fingerprint} if adapter.tokenizer_fingerprint else {}),
         "compression": dataclasses.asdict(adapter.compression),
         "template": dataclasses.asdict(adapter.template),
         **({"origin": adapter.origin} if adapter.origin else {}),
@@ -211,6 +215,8 @@ def read_adapter_info(folder):
         raise UserError(f"{folder}/icae.json: format_version is {info.get('format_version')}, this version reads {FORMAT_VERSION}")
     files.check_fields(info, {"base_fingerprint": str, "compression": dict, "template": dict}, folder / "icae.json")
     files.check_fields(info["template"], {"name": str}, f"{folder}/icae.json: template")
+    if "tokenizer_fingerprint" in info:
+        files.check_fields(info, {"tokenizer_fingerprint": str}, folder / "icae.json")
     if info.get("origin"):
         files.check_fields(info, {"origin": dict}, folder / "icae.json")
     path = lora_folder(folder) / "adapter_config.json"
@@ -219,6 +225,14 @@ def read_adapter_info(folder):
     if peft["r"] < 1:
         raise UserError(f"{path}: r is {peft['r']}; it must be positive")
     return info, peft
+
+
+def check_template(template: Template, base, source) -> None:
+    """UserError where an id of a template has no row, in the base's embedding table or among the trained ones. source: names it."""
+    for part in ("head", "before", "after"):
+        ids = getattr(template, part)
+        tokenizers.check_ids([ids], base.config.vocab_size, lambda _, part=part: f"{source}: template {part}", base.tokenizer, SPECIAL_ROWS)
+    tokenizers.check_ids([[template.stop]], base.config.vocab_size, lambda _: f"{source}: template stop", base.tokenizer)
 
 
 def load_adapter(folder, base):
@@ -230,8 +244,10 @@ def load_adapter(folder, base):
             f"adapter {folder} was trained on a base with fingerprint {info['base_fingerprint'][:12]} "
             f"({peft['base_model_name_or_path']}), but {base.path} has {base.fingerprint[:12]}; give the right base"
         )
+    tokenizers.check_same(f"adapter {folder}", info.get("tokenizer_fingerprint"), base.tokenizer_fingerprint)
     compression = _fields(CompressionConfig, info["compression"], f"{folder}/icae.json: compression", ("k_choices", "trigger"))
     template = _fields(Template, info["template"], f"{folder}/icae.json: template")
+    check_template(template, base, f"{folder}/icae.json")
     inner = lora_folder(folder)
     lora = lora_from_hub(_tensors(inner / "adapter_model.safetensors"), base.config)
     table = _tensors(folder / "memory.safetensors").get(MEMORY_TABLE)
@@ -247,4 +263,7 @@ def load_adapter(folder, base):
             raise UserError(f"{inner}/adapter_config.json: {field} is {peft[field]!r}, which is not supported")
     config = LoraConfig(peft["r"], peft["lora_alpha"] / peft["r"], peft.get("lora_dropout", 0.0), tuple(peft["target_modules"]))
     trained = {"lora": lora, "memory_table": jnp.asarray(table, jnp.float32)}
-    return Adapter(compression, config, template, trained, peft["base_model_name_or_path"], info["base_fingerprint"], info.get("origin"))
+    return Adapter(
+        compression, config, template, trained, peft["base_model_name_or_path"], info["base_fingerprint"], info.get("origin"),
+        info.get("tokenizer_fingerprint", ""),
+    )  # fmt: skip

@@ -1,18 +1,21 @@
 """Base models in model-hub format: config.json, safetensors files or an Orbax copy of them, tokenizer files."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 import pathlib
+import sys
 
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from icae_jax import errors
 from icae_jax.errors import UserError
 from icae_jax.interop import files, sources, weights
+from icae_jax.interop import tokenizer as tokenizers
 from icae_jax.interop.config_json import hub_config, read_config
+from icae_jax.interop.tokenizer import bos_id, has_tokenizer, load_tokenizer  # noqa: F401 - of a base, as all else here
 from icae_jax.interop.weights import load_params, save_params
 from icae_jax.models import llama
 from icae_jax.training.sharding import on_host
@@ -26,60 +29,7 @@ def save_base(folder, config, params, tokenizer, dtype="bfloat16"):
         files.write_json(tmp / "config.json", hub_config(config, dtype, special))
         files.write_json(tmp / "generation_config.json", special)
         save_params(tmp, config, params, dtype)
-        tokenizer.save_pretrained(tmp)
-
-
-def load_tokenizer(folder):
-    """The folder's tokenizer, through transformers; code of the base's own is never run, nor is anybody asked whether to."""
-    import transformers
-
-    folder = sources.local_folder(folder, progress=False, with_weights=False)
-    if not has_tokenizer(folder):
-        raise UserError(f"{folder}: no tokenizer could be loaded (it has no tokenizer.json, tokenizer.model or vocab.json)")
-
-    def load():
-        named = folder / "tokenizer_config.json"
-        stated = files.read_json(named, "a tokenizer's configuration") if named.exists() and (folder / "tokenizer.json").exists() else {}
-        # To look that class up among all others takes seconds, PyTorch's import among them.
-        if stated.get("tokenizer_class") == "TokenizersBackend" and "auto_map" not in stated:
-            return transformers.PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
-        return transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-
-    try:
-        return errors.retrying(load, f"reading the tokenizer in {folder}")
-    except Exception as error:  # of tokenizers, sentencepiece and jinja2, in types of their own
-        if errors.transient(error) or errors.disk_full(error) or isinstance(error, MemoryError):
-            raise
-        own = _own_tokenizer_code(folder)
-        if own:
-            raise UserError(
-                f"{folder}: the tokenizer is code of the base's own (auto_map: {own}), which is never run here; give a base whose "
-                "tokenizer transformers has"
-            ) from error
-        raise UserError(f"{folder}: no tokenizer could be loaded ({(str(error) or repr(error)).splitlines()[0]})") from error
-
-
-def _own_tokenizer_code(folder):
-    """What a folder's auto_map names as its tokenizer, or ""."""
-    for name in ("tokenizer_config.json", "config.json"):
-        raw = files.read_json(folder / name, "a configuration") if (folder / name).exists() else {}
-        mapped = raw.get("auto_map")
-        own = mapped.get("AutoTokenizer") if isinstance(mapped, dict) else None
-        if own:
-            return ", ".join(sorted({str(c) for c in (own if isinstance(own, list) else [own]) if c}))
-    return ""
-
-
-def has_tokenizer(folder):
-    """Whether a folder holds files of a tokenizer."""
-    folder = pathlib.Path(folder)
-    return any(path.suffix != ".py" for path in folder.glob("tokenizer*")) or (folder / "vocab.json").exists()
-
-
-def bos_id(tokenizer):
-    """The id that the tokenizer itself sets in front of a text, or None."""
-    ids = tokenizer("a")["input_ids"]
-    return tokenizer.bos_token_id if ids and ids[0] == tokenizer.bos_token_id else None
+        tokenizers.save(tmp, tokenizer)
 
 
 def stop_ids(folder, tokenizer=None):
@@ -125,7 +75,7 @@ def _fingerprint(config, norm, rows):
 
 @dataclasses.dataclass(frozen=True)
 class Base:
-    """A frozen base model as everything else uses it: sizes, parameters, tokenizer, stop ids, identity and where it came from.
+    """A frozen base model as everything else uses it: sizes, parameters, tokenizer, stop ids, identities and where it came from.
 
     tokenizer: None where the folder has none and none was needed. path: as the user gave it, a hub id or URL too.
     """
@@ -136,6 +86,11 @@ class Base:
     stop_ids: tuple[int, ...]
     fingerprint: str
     path: str
+
+    @functools.cached_property
+    def tokenizer_fingerprint(self) -> str:
+        """Identity of the tokenizer (`tokenizer.fingerprint`), "" without one."""
+        return "" if self.tokenizer is None else tokenizers.fingerprint(self.tokenizer)
 
 
 def sizes(source):
@@ -150,10 +105,17 @@ def load_base(source, dtype=jnp.float32, sharding=None, progress=False, need_tok
     need_tokenizer: whether a folder without tokenizer files is an error; otherwise the `Base` has None.
     """
     folder = sources.local_folder(source, progress)
-    tokenizer = load_tokenizer(folder) if need_tokenizer or has_tokenizer(folder) else None
     config = read_config(folder)
+    tokenizer = load_tokenizer(folder) if need_tokenizer or has_tokenizer(folder) else None
+    stops = stop_ids(folder, tokenizer)
+    tokenizers.check_ids([stops], config.vocab_size, lambda _: f"{folder}: what ends a text (eos_token_id)", tokenizer)
+    if tokenizer is not None and (beyond := sum(i >= config.vocab_size for i in tokenizer.get_vocab().values())):
+        print(
+            f"base {source}: {beyond} token(s) of its tokenizer have no row in the embedding table of {config.vocab_size:,}; a text that "
+            "holds one is refused", file=sys.stderr,
+        )  # fmt: skip
     params = load_params(folder, config, dtype, sharding, progress)
-    return Base(config, params, tokenizer, stop_ids(folder, tokenizer), fingerprint(config, params), str(source))
+    return Base(config, params, tokenizer, stops, fingerprint(config, params), str(source))
 
 
 def identify(source):

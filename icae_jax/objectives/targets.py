@@ -79,6 +79,18 @@ class Template:
     after: tuple[int, ...]
     stop: int
 
+    def as_json(self) -> list:
+        """The template as JSON holds it, see `from_json`."""
+        return [self.name, list(self.head), list(self.before), list(self.after), self.stop]
+
+    @classmethod
+    def from_json(cls, kept, source) -> "Template":
+        """The template that `as_json` gave. UserError where it is none. source: the file, to name it."""
+        fits = isinstance(kept, list) and len(kept) == 5 and isinstance(kept[0], str) and type(kept[4]) is int
+        if not fits or not all(isinstance(ids, list) and all(type(i) is int for i in ids) for ids in kept[1:4]):
+            raise UserError(f"{source}: {kept!r} is no template of ids; take another workdir")
+        return cls(kept[0], *map(tuple, kept[1:4]), kept[4])
+
     def prompt(self, prompt_ids):
         """The ids behind the memory that ask for an answer."""
         return [*self.before, *prompt_ids, *self.after]
@@ -124,7 +136,13 @@ def make_template(name, tokenizer, eos=None):
             raise UserError("objectives.template is chat, but the tokenizer has no chat template; choose mistral, v1 or plain")
         memory, prompt = "<<MEMORY>>", "<<PROMPT>>"
         turns = [{"role": "user", "content": f"{memory}\n{prompt}"}]
-        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        try:
+            text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        except Exception as error:  # whatever a template raises, or jinja2 of it
+            raise UserError(
+                "objectives.template is chat, but the tokenizer's chat template does not take a single user's turn "
+                f"({type(error).__name__}: {' '.join(str(error).split())}); choose mistral, v1 or plain"
+            ) from error
         if text.count(memory) != 1 or text.count(prompt) != 1:
             raise UserError("the tokenizer's chat template does not show the user's turn exactly once; choose another template")
         head, rest = text.split(memory)

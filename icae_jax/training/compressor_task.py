@@ -5,17 +5,20 @@ import pathlib
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from icae_jax.compression import encoder, layout, methods
 from icae_jax.data import batches, mixture, sources, tokens
 from icae_jax.errors import UserError
 from icae_jax.interop import adapter as adapters
 from icae_jax.interop import base as bases
+from icae_jax.interop import tokenizer as tokenizers
 from icae_jax.models import llama, lora
 from icae_jax.objectives import loss, targets
 from icae_jax.training import attention, flops, sharding
-from icae_jax.training.config import SCRATCH
+from icae_jax.training.config import SCRATCH, recorded
 
+CHECKED = 1 << 22  # ids looked through at once
 _init_lora = jax.jit(lora.init_lora, static_argnums=(1, 2))  # one program, not one for every array's shape
 
 
@@ -93,10 +96,11 @@ def positions(objectives, pad_labels, compression, longest, qa=0, head=0):
 class CompressorTask(CompressorLosses):
     """LoRA and memory table trained on a frozen base: its losses, its data, and where all of it lies.
 
-    base: what `config.base` names, where it is loaded already, in the configuration's dtype and on its mesh.
+    base: what `config.base` names, where it is loaded already, in the configuration's dtype and on its mesh. workdir: of a run that may
+    have begun: the ids of its template are kept there, which a chat template that writes today's date would make otherwise on another day.
     """
 
-    def __init__(self, config, base=None):
+    def __init__(self, config, base=None, workdir=None):
         c = config
         self.placement = sharding.Placement(sharding.make_mesh(c.mesh), bases.sizes(c.base))
         self.base = base or bases.load_base(c.base, c.jnp_dtype, self.placement.parameter, progress=jax.process_index() == 0)
@@ -104,9 +108,10 @@ class CompressorTask(CompressorLosses):
         compression, self._notes = compression_on(c, tokenizer)
         c, notes = with_attention(c, self.base.config, compression, self.placement.mesh, max(c.data.context_lengths))
         self._notes += notes
-        self.template = targets.make_template(c.objectives.template, tokenizer)
+        self.template = self._template(workdir)
         super().__init__(c, self.base.config, compression, self.template.head)
         self.framing = targets.make_framing(self.compression, tokenizer, bases.bos_id(tokenizer))
+        self._check_frames()
         self.start_from = None
         if c.init_from and c.init_from != SCRATCH:
             self.start_from = adapters.load_adapter(adapters.adapter_folder(c.init_from), self.base)
@@ -116,9 +121,32 @@ class CompressorTask(CompressorLosses):
         self.eval_examples = self._examples(c.data.eval) if c.data.eval and c.eval_examples else None
         self._check_positions()
         data = (self.train_examples.key, self.train_examples.earlier_key)
-        self.identity = {"base": self.base.fingerprint, "data.train": data}
+        self.identity = {"base": self.base.fingerprint, "data.train": data, "tokenizer": self.base.tokenizer_fingerprint}
+        self.identity["template"] = self.template.as_json()
         if self.start_from:
             self.identity["init_from"] = self.start_from.fingerprint
+
+    def _template(self, workdir):
+        """The run's template: that with which it began, or, of a new run, the tokenizer's of today."""
+        name = self.config.objectives.template
+        made = targets.make_template(name, self.base.tokenizer)
+        kept = recorded(workdir).get("identity.template") if workdir is not None else None
+        if kept is None or kept == made.as_json():
+            return made
+        template = targets.Template.from_json(kept, pathlib.Path(workdir) / "config.json")
+        if template.name != name:  # another configuration, which `check_workdir` refuses
+            return made
+        self._notes.append(
+            "objectives.template: the words with which the run began are kept; the base's tokenizer makes others of it today"
+        )
+        return template
+
+    def _check_frames(self):
+        """UserError where an id that stands round a text or a question has no row."""
+        rows, tokenizer = self.base.config.vocab_size, self.base.tokenizer
+        adapters.check_template(self.template, self.base, "objectives.template")
+        around = [*self.framing.start, self.framing.trigger, self.framing.eos]
+        tokenizers.check_ids([around], rows, lambda _: "what stands round a text (bos, eos)", tokenizer, encoder.SPECIAL_ROWS)
 
     def _check_positions(self):
         c, most = self.config, self.base.config.max_position_embeddings
@@ -147,6 +175,11 @@ class CompressorTask(CompressorLosses):
     def _examples(self, source):
         c, tokenizer = self.config, self.base.tokenizer
         data = tokens.tokenise(source, tokenizer, c.data.cache_dir, c.data.tfds_dir or None, c.data.max_row_bytes)
+        if tokenizers.highest_id(tokenizer) >= self.base.config.vocab_size:
+            for what, ids in (("text", data.text_ids), ("question", data.prompt_ids), ("answer", data.answer_ids)):
+                pieces = np.array_split(ids, -(-len(ids) // CHECKED) or 1)
+                named = f"data source {source}: a {what}"
+                tokenizers.check_ids(pieces, self.base.config.vocab_size, lambda _, named=named: named, tokenizer)
         return batches.Examples(
             data, c.data, self.compression, c.phase, tuple(self.weights), self.template, self.framing, c.objectives.pad_labels
         )
@@ -187,6 +220,7 @@ class CompressorTask(CompressorLosses):
             trigger = self.base.tokenizer.convert_tokens_to_ids(c.compression.trigger_token)
             if trigger is None or trigger == self.base.tokenizer.unk_token_id:
                 raise UserError(f"compression.trigger_token {c.compression.trigger_token!r} is not a token of the base's tokenizer")
+            tokenizers.check_ids([[trigger]], self.base.config.vocab_size, lambda _: "compression.trigger_token", self.base.tokenizer)
         embeddings = {"embed": sharding.on_host(self.frozen["embed"])}
         table = encoder.init_memory_table(jax.random.fold_in(key, 1), embeddings, c.compression, trigger)
         return {"lora": _init_lora(jax.random.fold_in(key, 2), self.base.config, c.lora), "memory_table": table}
@@ -224,6 +258,7 @@ class CompressorTask(CompressorLosses):
     def export(self, workdir, trained):
         """Writes the adapter folder."""
         c = self.config
-        adapter = adapters.Adapter(self.compression, c.lora, self.template, trained, c.base, self.base.fingerprint)
+        identity = {"base_fingerprint": self.base.fingerprint, "tokenizer_fingerprint": self.base.tokenizer_fingerprint}
+        adapter = adapters.Adapter(self.compression, c.lora, self.template, trained, c.base, **identity)
         adapters.save_adapter(pathlib.Path(workdir) / adapters.IN_WORKDIR, adapter)
         return pathlib.Path(workdir) / adapters.IN_WORKDIR

@@ -232,6 +232,7 @@ FREE_FIELDS = {"log_every", "eval_every", "eval_examples", "checkpoint_every", "
 FREE_FIELDS |= {"mesh.data", "mesh.fsdp", "mesh.tensor"}  # the devices may change: results agree within rounding
 PATH_FIELDS = {"base", "init_from", "data.train", "data.eval", "data.cache_dir", "data.tfds_dir"}  # `identity` has their content
 FREE_FIELDS |= PATH_FIELDS | {"data.max_row_bytes"}
+LATER_IDENTITY = {"identity.tokenizer", "identity.template"}  # which earlier workdirs do not record: there they are taken as they are found
 
 
 def _flat(value, prefix=""):
@@ -261,6 +262,12 @@ def steps_done(workdir) -> int:
     return int(text) if text.isdigit() else 0
 
 
+def recorded(workdir) -> dict[str, object]:
+    """What a workdir's config.json holds, `{dotted field: value}`; nothing where no run has begun there."""
+    path = pathlib.Path(workdir) / "config.json"
+    return files.read_json(path, "the run's configuration") if path.exists() else {}
+
+
 def check_workdir(workdir, config, identity, writes=lambda: True):
     """Compares with the configuration that the workdir was started with, and records the new one.
 
@@ -281,7 +288,8 @@ def check_workdir(workdir, config, identity, writes=lambda: True):
     if identity is None:
         before = {field: value for field, value in before.items() if not field.startswith("identity.")}
     changed = [k for k in sorted(before.keys() | now.keys()) if before.get(k) != now.get(k)]
-    refused = [k for k in changed if k not in FREE_FIELDS and before.get(k) not in known.get(k, ())]
+    unsaid = LATER_IDENTITY - before.keys()
+    refused = [k for k in changed if k not in FREE_FIELDS | unsaid and before.get(k) not in known.get(k, ())]
     if "steps" in refused and now["steps"] > before["steps"] and (now["optimizer.schedule"] == "constant" or now["optimizer.decay_steps"]):
         refused.remove("steps")
     if refused:

@@ -1,0 +1,268 @@
+"""A base's tokenizer: read as its own files have it, known by a fingerprint, and held against the rows of the embedding table.
+
+tokenizer.json says everything itself. `AutoTokenizer` may read it otherwise: for some model types it builds the tokenizer anew, with a
+pre-tokenizer of its own. So the file is read as it is, and the ids of a probe text are compared with those that the tokenizers library
+(of a `tokenizer.model` alone, sentencepiece) makes of the same file.
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import pathlib
+import sys
+from collections.abc import Callable, Iterable, Sequence
+
+from icae_jax import errors
+from icae_jax.errors import UserError
+from icae_jax.interop import files, sources
+from icae_jax.interop.text import user_ids
+
+# Never to be changed: fingerprints hold what tokenizers make of it.
+PROBE = (
+    "The year 2024, in 1999:  two  spaces\tand\ttabs,\nnew LINES\r\n\r\n ÀÉÎõü œuvre naïve - \u201cquotes\u201d \u2026 12345.678 don't "
+    "I'LL x_y camelCase ß İ \ufb01 ½ {[(%$#@&*+=~^`|\\/)]} 漢字かな 한국어 Русский عربى हिन्दी ไทย \U0001f600\U0001f469\u200d\U0001f467 "
+    "<html> \u00a0 e\u0301 end "
+)
+_JSON, _SENTENCEPIECE = "tokenizer.json", "tokenizer.model"
+_NO_TOKENIZER = "no tokenizer could be loaded"
+
+
+def has_tokenizer(folder: str | pathlib.Path) -> bool:
+    """Whether a folder holds files of a tokenizer."""
+    folder = pathlib.Path(folder)
+    return any(path.suffix != ".py" for path in folder.glob("tokenizer*")) or (folder / "vocab.json").exists()
+
+
+# ------------------------------------------------------------------------------------------------------------- reading
+
+
+def load_tokenizer(folder):
+    """The tokenizer of a folder, a hub id or a URL, as transformers' object. No code of the base's own is run, nor is anybody asked.
+
+    UserError names the file that cannot be read, and why; and a tokenizer that reads the probe text otherwise than its file says.
+    """
+    folder = sources.local_folder(folder, progress=False, with_weights=False)
+    if not has_tokenizer(folder):
+        raise UserError(f"{folder}: {_NO_TOKENIZER} (it has no tokenizer.json, tokenizer.model or vocab.json)")
+    for path in sorted({*folder.glob("tokenizer*"), *folder.glob("*.json"), *folder.glob("*.jinja")}):
+        if path.is_file():
+            files.check_real(path)
+    named = folder / "tokenizer_config.json"
+    stated = files.read_json(named, "a tokenizer's configuration") if named.exists() else {}
+    if (folder / _JSON).exists():
+        own = _own_reading(folder / _JSON)
+        _refuse_own_code(folder, stated)
+        tokenizer = _reading(folder, _as_the_file_says)
+        _name_special_tokens(folder, stated, tokenizer)
+        _compare(folder / _JSON, tokenizer, own)
+    else:
+        tokenizer = _reading(folder, _by_its_class)
+        if (folder / _SENTENCEPIECE).exists():
+            _compare(folder / _SENTENCEPIECE, tokenizer, _sentencepiece_reading(folder / _SENTENCEPIECE))
+    if not hasattr(tokenizer, "backend_tokenizer"):
+        raise UserError(f"{folder}: {_NO_TOKENIZER} ({type(tokenizer).__name__} is not one of the tokenizers library)")
+    return tokenizer
+
+
+def _version(package):
+    return f"{package} {importlib.metadata.version(package)}"
+
+
+def _cause(error):
+    """What a library said, in one line."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), "") or repr(error)
+
+
+def _passes(error):
+    """Whether an error is nothing that the file is to blame for."""
+    return errors.transient(error) or errors.disk_full(error) or isinstance(error, MemoryError | UserError)
+
+
+def _own_reading(path):
+    """The ids of the probe text as the tokenizers library reads tokenizer.json."""
+    import tokenizers
+
+    try:
+        with errors.naming(f"{path}: cannot be read"):
+            data = errors.retrying(path.read_bytes, f"reading {path}")
+        backend = tokenizers.Tokenizer.from_str(data.decode("utf-8"))
+        backend.no_truncation()
+        backend.no_padding()
+        backend.encode_special_tokens = True
+        return backend.encode(PROBE, add_special_tokens=False).ids
+    except Exception as error:  # the library raises bare Exceptions
+        if _passes(error):
+            raise
+        raise UserError(
+            f"{path}: {_NO_TOKENIZER}: {_version('tokenizers')} does not read it ({_cause(error)}); download it again, or install a newer "
+            "tokenizers if it was written by one"
+        ) from error
+
+
+def _sentencepiece_reading(path):
+    """The ids of the probe text as sentencepiece reads tokenizer.model; None where the file is of another kind (tiktoken's)."""
+    import sentencepiece
+
+    try:
+        return sentencepiece.SentencePieceProcessor(model_file=str(path)).encode(PROBE)
+    except Exception as error:
+        if _passes(error):
+            raise
+        return None
+
+
+def _as_the_file_says(folder):
+    import transformers
+
+    return transformers.PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
+
+
+def _by_its_class(folder):
+    import transformers
+
+    return transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+
+
+def _reading(folder, load):
+    """The tokenizer that `load(folder)` makes. UserError, in one line, where transformers or what it calls does not read it."""
+    try:
+        return errors.retrying(lambda: load(folder), f"reading the tokenizer in {folder}")
+    except Exception as error:  # of tokenizers, sentencepiece and transformers, in types of their own
+        if _passes(error):
+            raise
+        own = _own_code(folder)
+        if own:
+            raise _error_of_own_code(folder, own) from error
+        raise UserError(f"{folder}: {_NO_TOKENIZER} ({_cause(error)}; {_version('transformers')}, {_version('tokenizers')})") from error
+
+
+def _error_of_own_code(folder, own):
+    return UserError(
+        f"{folder}: the tokenizer is code of the base's own (auto_map: {own}), which is never run here; give a base whose tokenizer "
+        "transformers has"
+    )
+
+
+def _refuse_own_code(folder, stated):
+    """UserError where tokenizer_config.json names code of the base's own and no class of transformers that would do in its place."""
+    mapped = stated.get("auto_map")
+    own = mapped.get("AutoTokenizer") if isinstance(mapped, dict) else mapped
+    if not own:
+        return
+    from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
+
+    name = stated.get("tokenizer_class")
+    if not isinstance(name, str) or not any(tokenizer_class_from_name(n) for n in (name, name.removesuffix("Fast"), f"{name}Fast")):
+        raise _error_of_own_code(folder, _named(own))
+
+
+def _named(own):
+    return ", ".join(sorted({str(c) for c in (own if isinstance(own, list) else [own]) if c}))
+
+
+def _own_code(folder):
+    """What a folder's auto_map names as its tokenizer, or ""."""
+    for name in ("tokenizer_config.json", "config.json"):
+        raw = files.read_json(folder / name, "a configuration") if (folder / name).exists() else {}
+        mapped = raw.get("auto_map")
+        own = mapped.get("AutoTokenizer") if isinstance(mapped, dict) else None
+        if own:
+            return _named(own)
+    return ""
+
+
+def _name_special_tokens(folder, stated, tokenizer):
+    """Gives a tokenizer whose files do not name its bos and eos those that the model's configuration has the ids of."""
+    beside = folder / "special_tokens_map.json"
+    stated = stated | (files.read_json(beside, "special tokens") if beside.exists() else {})
+    for name in ("bos_token", "eos_token"):
+        if name in stated or getattr(tokenizer, name) is not None:
+            continue
+        for path in (folder / "generation_config.json", folder / "config.json"):
+            number = files.read_json(path, "the ids of special tokens").get(f"{name}_id") if path.exists() else None
+            number = number[0] if isinstance(number, list) and number else number
+            token = tokenizer.convert_ids_to_tokens(number) if files.is_kind(number, int) and 0 <= number < len(tokenizer) else None
+            if token is not None:
+                setattr(tokenizer, name, token)
+                break
+
+
+def _compare(path, tokenizer, own):
+    """UserError where a tokenizer reads the probe text otherwise than the library whose file it is."""
+    ids = None if own is None else user_ids(tokenizer, PROBE)
+    if ids == own:
+        return
+    at = next((i for i, (a, b) in enumerate(zip(ids, own, strict=False)) if a != b), min(len(ids), len(own)))
+    theirs, ours = (tokenizer.convert_ids_to_tokens(row[at : at + 3]) for row in (own, ids))
+    raise UserError(
+        f"{path}: {_version('transformers')} reads a text otherwise than this file says ({ours} in place of {theirs}), by what "
+        "tokenizer_config.json or its class adds; remove what contradicts the file"
+    )
+
+
+def bos_id(tokenizer) -> int | None:
+    """The id that the tokenizer itself sets in front of a text, or None."""
+    ids = tokenizer("a")["input_ids"]
+    return tokenizer.bos_token_id if ids and ids[0] == tokenizer.bos_token_id else None
+
+
+# ------------------------------------------------------------------------------------------------------------- identity
+
+
+def fingerprint(tokenizer) -> str:
+    """Identity of a tokenizer: sha256 over the ids of the probe text, its bos and eos, and the id of every piece of its model.
+
+    Tokens that were added behind the model's own, such as one for padding, leave it as it is: no text becomes other ids by them.
+    """
+    digest = hashlib.sha256(json.dumps([user_ids(tokenizer, PROBE), bos_id(tokenizer), tokenizer.eos_token_id]).encode())
+    vocabulary = tokenizer.backend_tokenizer.get_vocab(with_added_tokens=False)
+    for piece, number in sorted(vocabulary.items(), key=lambda item: (item[1], item[0])):
+        digest.update(f"{number} {piece}\n".encode("utf-8", "surrogatepass"))
+    return digest.hexdigest()
+
+
+def check_same(what: str, stated: str | None, have: str) -> None:
+    """UserError where an adapter or a memory was made with another tokenizer; says so where it does not tell, as earlier ones do not.
+
+    what: names it. stated: the fingerprint that it carries. have: that of the base's tokenizer, "" where the base has none.
+    """
+    if have and not stated:
+        print(f"{what} does not say with which tokenizer it was made; taken to be the base's", file=sys.stderr)
+    elif have and stated != have:
+        raise UserError(
+            f"{what} was made with a tokenizer of fingerprint {stated[:12]}, but the base's has {have[:12]}, which makes other ids of a "
+            "text; give the base with the tokenizer that it was made with"
+        )
+
+
+# -------------------------------------------------------------------------------------------------------------- indices
+
+
+def highest_id(tokenizer) -> int:
+    """The largest id that a tokenizer knows."""
+    return max(tokenizer.get_vocab().values(), default=-1)
+
+
+def check_ids(rows: Iterable[Sequence[int]], table_rows: int, what: Callable[[int], str], tokenizer=None, special_rows: int = 0) -> None:
+    """UserError that names token, id and rows where an id has no row in the embedding table, of which JAX would make NaN without a word.
+
+    rows: lists of ids. what: names the list of a number. special_rows: how many negative ids stand for rows of the memory table.
+    """
+    for number, ids in enumerate(rows):
+        if len(ids) and not (-special_rows <= min(ids) and max(ids) < table_rows):
+            wrong = next(i for i in ids if not -special_rows <= i < table_rows)
+            token = tokenizer.convert_ids_to_tokens(int(wrong)) if tokenizer is not None and wrong >= 0 else None
+            named = f"token {token!r} has id {wrong}" if token is not None else f"id {wrong}"
+            raise UserError(
+                f"{what(number)}: {named}, but the base's embedding table has {table_rows:,} rows, 0 to {table_rows - 1:,}; remove that "
+                "token from it, or give a base whose embeddings were resized for its tokenizer"
+            )
+
+
+def save(folder: pathlib.Path, tokenizer) -> None:
+    """Writes a tokenizer's files so that every reader makes the same ids of a text: the class that all versions of transformers take from
+    tokenizer.json as it stands.
+    """
+    tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    files.write_json(path, files.read_json(path, "a tokenizer's configuration") | {"tokenizer_class": "PreTrainedTokenizerFast"})
