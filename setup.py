@@ -27,6 +27,7 @@ setup(
         "sacrebleu",
         "rouge-score",
         "tensorboardX",
+        "sentencepiece",  # bases with a tokenizer.model alone
         "zstandard",
         "pyarrow",  # tables as data: parquet, arrow, csv
         "matplotlib",

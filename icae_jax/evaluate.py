@@ -13,7 +13,7 @@ from icae_jax import convert_adapter, errors
 from icae_jax.data import sources
 from icae_jax.errors import UserError
 from icae_jax.evaluation import examples as drawn
-from icae_jax.evaluation import page, run
+from icae_jax.evaluation import page, plain, run
 from icae_jax.evaluation.suites import SUITES
 from icae_jax.evaluation.suites.common import Options
 from icae_jax.inference.compressor import Compressor, load_base
@@ -178,8 +178,10 @@ def main(parser, argv):
     identity = {
         "suite": args.suite, "config": config, "seed": args.seed, "base": compressor.base.fingerprint,
         "adapters": {name: c.adapter.fingerprint for name, c in compressors.items()}, "icae_jax": run.versions()["icae_jax"],
-        "examples": run.content(examples),
+        "examples": run.content(examples), "tokenizer": compressor.base.tokenizer_fingerprint,
     }  # fmt: skip
+    if options.plain_template:  # a chat template may write today's date
+        identity["plain_template"] = plain.template_of(compressor, options.plain_template).as_json()
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
     distributed.check_agreement(identity)  # hosts with other data, or a workdir whose best changed meanwhile, would mix their scores
     folder = args.out or pathlib.Path("evaluation") / f"{args.suite}-{digest[:8]}"

@@ -1,6 +1,7 @@
 """What a user wrote, as token ids. Control tokens that a text merely spells stay text: only our own frames hold them."""
 
 import functools
+import json
 import weakref
 from collections.abc import Sequence
 
@@ -45,7 +46,7 @@ def _control_tokens(tokenizer) -> dict[int, tuple[int, ...]]:
     The unknown token is none of them: it is what a tokenizer makes of the words that it lacks.
     """
     if tokenizer not in _SPELLED:
-        unknown = tokenizer.unk_token_id
+        unknown = _unknown(tokenizer)
         added = {i: token.content for i, token in tokenizer.added_tokens_decoder.items() if token.special}
         control = added | {i: tokenizer.convert_ids_to_tokens(i) for i in tokenizer.all_special_ids}
         if unknown not in (tokenizer.bos_token_id, tokenizer.eos_token_id):
@@ -53,6 +54,16 @@ def _control_tokens(tokenizer) -> dict[int, tuple[int, ...]]:
         spell = functools.partial(_characters, tokenizer, unknown if unknown not in control else None)
         _SPELLED[tokenizer] = {i: tuple(c for c in spell(content) if c not in control) for i, content in control.items()}
     return _SPELLED[tokenizer]
+
+
+def _unknown(tokenizer) -> int | None:
+    """The id of what a tokenizer makes of words that it lacks: as it is named, or else as its model alone knows it."""
+    model = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
+    if tokenizer.unk_token_id is not None or model is None:
+        return tokenizer.unk_token_id
+    if hasattr(model, "unk_token"):
+        return None if model.unk_token is None else model.token_to_id(model.unk_token)
+    return json.loads(tokenizer.backend_tokenizer.to_str())["model"].get("unk_id")  # of pieces by probability, which do not tell
 
 
 def _characters(tokenizer, unknown, content):

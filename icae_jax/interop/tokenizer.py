@@ -195,8 +195,8 @@ def _compare(path, tokenizer, own):
     at = next((i for i, (a, b) in enumerate(zip(ids, own, strict=False)) if a != b), min(len(ids), len(own)))
     theirs, ours = (tokenizer.convert_ids_to_tokens(row[at : at + 3]) for row in (own, ids))
     raise UserError(
-        f"{path}: {_version('transformers')} reads a text otherwise than this file says ({ours} in place of {theirs}), by what "
-        "tokenizer_config.json or its class adds; remove what contradicts the file"
+        f"{path}: {_version('transformers')} reads a text otherwise than this file says ({ours} in place of {theirs}); "
+        "correct tokenizer_config.json, or, of a tokenizer.model alone, add the tokenizer.json of the base's publisher"
     )
 
 

@@ -108,7 +108,7 @@ class CompressorTask(CompressorLosses):
         compression, self._notes = compression_on(c, tokenizer)
         c, notes = with_attention(c, self.base.config, compression, self.placement.mesh, max(c.data.context_lengths))
         self._notes += notes
-        self.template = self._template(workdir)
+        self.template = self._template(c.objectives.template, workdir)
         super().__init__(c, self.base.config, compression, self.template.head)
         self.framing = targets.make_framing(self.compression, tokenizer, bases.bos_id(tokenizer))
         self._check_frames()
@@ -126,9 +126,8 @@ class CompressorTask(CompressorLosses):
         if self.start_from:
             self.identity["init_from"] = self.start_from.fingerprint
 
-    def _template(self, workdir):
+    def _template(self, name, workdir):
         """The run's template: that with which it began, or, of a new run, the tokenizer's of today."""
-        name = self.config.objectives.template
         made = targets.make_template(name, self.base.tokenizer)
         kept = recorded(workdir).get("identity.template") if workdir is not None else None
         if kept is None or kept == made.as_json():
@@ -175,14 +174,25 @@ class CompressorTask(CompressorLosses):
     def _examples(self, source):
         c, tokenizer = self.config, self.base.tokenizer
         data = tokens.tokenise(source, tokenizer, c.data.cache_dir, c.data.tfds_dir or None, c.data.max_row_bytes)
-        if tokenizers.highest_id(tokenizer) >= self.base.config.vocab_size:
-            for what, ids in (("text", data.text_ids), ("question", data.prompt_ids), ("answer", data.answer_ids)):
-                pieces = np.array_split(ids, -(-len(ids) // CHECKED) or 1)
-                named = f"data source {source}: a {what}"
-                tokenizers.check_ids(pieces, self.base.config.vocab_size, lambda _, named=named: named, tokenizer)
+        self._check_ids(source, data)
         return batches.Examples(
             data, c.data, self.compression, c.phase, tuple(self.weights), self.template, self.framing, c.objectives.pad_labels
         )
+
+    def _check_ids(self, source, data):
+        """UserError where a source's tokens hold one without a row; looked for only where the tokenizer knows such tokens at all."""
+        rows, tokenizer = self.base.config.vocab_size, self.base.tokenizer
+        if tokenizers.highest_id(tokenizer) < rows:
+            return
+        for kind, name in (("text", "text"), ("question", "prompt"), ("answer", "answer")):
+            ids, offsets = getattr(data, f"{name}_ids"), getattr(data, f"{name}_offsets")
+            for start in range(0, len(ids), CHECKED):
+                beyond = np.flatnonzero(ids[start : start + CHECKED] >= rows)
+                if len(beyond):
+                    at = start + int(beyond[0])
+                    number = np.searchsorted(offsets, at, side="right") - 1
+                    named = f"data source {source}: {kind} {number} (from 0)"
+                    tokenizers.check_ids([ids[at : at + 1]], rows, lambda _, named=named: named, tokenizer)
 
     def _mixture(self):
         weighted = zip(sources.split_source(self.config.data.train), self.config.data.train_weights, strict=True)
