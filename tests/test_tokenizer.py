@@ -93,8 +93,8 @@ def test_lengths_in_the_file_do_not_cut_texts(folder):
         "strategy": {"Fixed": 8}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0, "pad_type_id": 0, "pad_token": "<unk>",
     }  # fmt: skip
     edit(path, truncation=truncation, padding=padding)
-    assert user_ids(bases.load_tokenizer(folder), "the cat saw the dog on the mat") == [WORDS.index(w) for w in
-        "the cat saw the dog on the mat".split()]  # fmt: skip
+    words = ["the", "cat", "saw", "the", "dog", "on", "the", "mat"]
+    assert user_ids(bases.load_tokenizer(folder), " ".join(words)) == [WORDS.index(word) for word in words]
 
 
 def test_special_tokens_that_no_file_of_the_tokenizer_names(folder):
@@ -123,7 +123,7 @@ def test_what_stands_in_the_place_of_a_tokenizers_file(folder, name):
 
 
 def test_a_sentencepiece_model_alone(folder):
-    """Breaks when a folder with tokenizer.model and no tokenizer.json asks for other packages, or is read otherwise than its library does."""
+    """Breaks when a folder with tokenizer.model and no tokenizer.json asks for other packages, or is read in another way."""
     sentencepiece = pytest.importorskip("sentencepiece")
     (folder / "tokenizer.json").unlink()
     texts = [" ".join(WORDS[8:])] * 20
@@ -197,7 +197,7 @@ def with_tokenizer(folder, tokenizer):
 
 
 def test_adapters_and_memories_know_their_tokenizer(folder, adapter, tmp_path, capsys):
-    """Breaks when a base's tokenizer is exchanged for another and nobody notices; or what earlier versions wrote is not read, or in silence."""
+    """Breaks when a base's tokenizer is exchanged for another unseen, or what earlier versions wrote is refused or read in silence."""
     own = icae_jax.load(adapter)
     path = tmp_path / "m.safetensors"
     own.save(path, own.compress(["the cat saw the dog"]))
@@ -231,7 +231,7 @@ NO_ROW = r"token '<name>' has id 64, but the base's embedding table has 64 rows,
 
 
 def test_an_id_without_a_row_is_named(beyond, adapter, capsys):
-    """Breaks when JAX makes NaN of a token that the embedding table lacks: in texts, questions, targets and ids, with a memory or without."""
+    """Breaks when JAX makes NaN of a token that the embedding table lacks: in texts, questions, targets and ids."""
     compressor = icae_jax.load(adapter, base=beyond)
     assert "1 token(s) of its tokenizer have no row in the embedding table of 64" in capsys.readouterr().err
     text = "the cat saw <name> in the house"
