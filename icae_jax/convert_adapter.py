@@ -14,7 +14,6 @@ from icae_jax.inference.compressor import Compressor
 from icae_jax.interop import adapter as adapters
 from icae_jax.interop import base as bases
 from icae_jax.interop import files, formats, peft_folder
-from icae_jax.interop import tokenizer as tokenizers
 from icae_jax.objectives import targets
 from icae_jax.training import checkpoint
 from icae_jax.training.compressor_task import compression_on
@@ -144,7 +143,7 @@ def _from_orbax(source, base):
         raise UserError(f"{path}: not the configuration of a compressor's training")
     if trained_on != base.fingerprint:
         raise UserError(f"{step} was trained on base {trained_on[:12]}, but {base.path} has {base.fingerprint[:12]}; give the right base")
-    tokenizers.check_same(str(step), flat.get("identity.tokenizer"), base.tokenizer_fingerprint)
+    bases.check_identity(str(step), {name: flat.get(f"identity.{name}") for name in base.identity}, base.identity)
     if base.tokenizer is None:
         raise UserError(f"base {base.path} has no tokenizer, of whose tokens the run's template is made; add the tokenizer's files to it")
     config = from_dict(TrainConfig, nested)
@@ -156,7 +155,7 @@ def _from_orbax(source, base):
         raise UserError(f"{source.given}: the checkpoint has been deleted meanwhile; name another, or the workdir for its best")
     step, trained = newly
     trained = jax.tree.map(jax.numpy.asarray, trained)
-    identity = {"base_fingerprint": base.fingerprint, "tokenizer_fingerprint": base.tokenizer_fingerprint}
+    identity = {"base_fingerprint": base.fingerprint, "base_identity": base.identity}
     return step, adapters.Adapter(compression, config.lora, template, trained, base.path, **identity)
 
 

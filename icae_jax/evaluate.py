@@ -178,7 +178,7 @@ def main(parser, argv):
     identity = {
         "suite": args.suite, "config": config, "seed": args.seed, "base": compressor.base.fingerprint,
         "adapters": {name: c.adapter.fingerprint for name, c in compressors.items()}, "icae_jax": run.versions()["icae_jax"],
-        "examples": run.content(examples), "tokenizer": compressor.base.tokenizer_fingerprint,
+        "examples": run.content(examples), **compressor.base.identity,
     }  # fmt: skip
     if options.plain_template:  # a chat template may write today's date
         identity["plain_template"] = plain.template_of(compressor, options.plain_template).as_json()

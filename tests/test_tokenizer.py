@@ -6,6 +6,8 @@ import hashlib
 import json
 import shutil
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tokenizers
@@ -185,7 +187,7 @@ def adapter(tiny_base, tmp_path_factory):
     template = targets.make_template("plain", base.tokenizer)
     made = adapters.Adapter(
         CompressionConfig(k=4, rate=4), LoraConfig(4, 2.0, 0.0), template, random_trained(TINY, 4), str(tiny_base), base.fingerprint,
-        tokenizer_fingerprint=base.tokenizer_fingerprint,
+        base_identity=base.identity,
     )  # fmt: skip
     adapters.save_adapter(path, made)
     return path
@@ -203,17 +205,43 @@ def test_adapters_and_memories_know_their_tokenizer(folder, adapter, tmp_path, c
     own.save(path, own.compress(["the cat saw the dog"]))
     assert "does not say" not in capsys.readouterr().err
     with_tokenizer(folder, swapped())
-    with pytest.raises(UserError, match=r"adapter .* was made with a tokenizer of fingerprint \w{12}, but the base's has"):
+    with pytest.raises(UserError, match=r"adapter .* was made with tokenizer \w{12}, but the base's is"):
         icae_jax.load(adapter, base=folder)
     unsaid = shutil.copytree(adapter, tmp_path / "unsaid")
-    edit(unsaid / "icae.json", **{"tokenizer_fingerprint": None})
-    info = json.loads((unsaid / "icae.json").read_text())
-    del info["tokenizer_fingerprint"]
-    (unsaid / "icae.json").write_text(json.dumps(info))
+    edit(unsaid / "icae.json", base_identity={})
     other = icae_jax.load(unsaid, base=folder)
-    assert "does not say with which tokenizer it was made" in capsys.readouterr().err
-    with pytest.raises(UserError, match=r"--memory .* was made with a tokenizer"):
+    assert "does not say with which layers and tokenizer it was made" in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"--memory .* was made with tokenizer"):
         other.load_memory(path)
+
+
+def test_a_fine_tune_of_the_base_is_another_base(tiny_params, tiny_tokenizer, adapter, tmp_path):
+    """Breaks when a base whose LoRA was merged, which has the embeddings and the norm of the one before it, is taken for that one."""
+    layers = dict(tiny_params["layers"]) | {"mlp": dict(tiny_params["layers"]["mlp"])}
+    kernel = layers["mlp"]["up_proj"]["kernel"]
+    layers["mlp"]["up_proj"] = {"kernel": kernel.at[1].add(0.1 * np.outer(np.ones(kernel.shape[1]), np.ones(kernel.shape[2])))}
+    bases.save_base(tmp_path / "merged", TINY, tiny_params | {"layers": layers}, tiny_tokenizer, dtype="float32")
+    assert bases.load_base(tmp_path / "merged").fingerprint == icae_jax.load(adapter).base.fingerprint, "else this shows nothing"
+    with pytest.raises(UserError, match=r"adapter .* was made with layers \w{12}, but the base's is \w{12}: it has the same embeddings"):
+        icae_jax.load(adapter, base=tmp_path / "merged")
+
+
+def test_identity_does_not_hang_on_the_dtype(tiny_params):
+    """Breaks when a copy of a base in bfloat16 is called another base."""
+    rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16), tiny_params)
+    assert bases.layers_fingerprint(rounded) == bases.layers_fingerprint(tiny_params)
+
+
+@pytest.mark.parametrize(("file", "field", "value"), [("encoder/adapter_config.json", "lora_alpha", 16.0), ("icae.json", "rate", 8)])
+def test_a_memory_is_that_of_the_adapter_as_it_is(adapter, tmp_path, file, field, value):
+    """Breaks when a number that makes other memories is changed in an adapter's files, and its memories of before are read as its own."""
+    compressor = icae_jax.load(adapter)
+    compressor.save(tmp_path / "m.safetensors", compressor.compress(["the cat saw the dog"]))
+    other = shutil.copytree(adapter, tmp_path / "other")
+    raw = json.loads((other / file).read_text())
+    edit(other / file, **({"compression": raw["compression"] | {field: value}} if file == "icae.json" else {field: value}))
+    with pytest.raises(UserError, match=r"--memory .* has (lora_scale|segment_tokens) \S+, the adapter"):
+        icae_jax.load(other).load_memory(tmp_path / "m.safetensors")
 
 
 # -------------------------------------------------------------------------------------------------------------- indices
@@ -337,7 +365,7 @@ def test_a_run_keeps_the_words_that_it_began_with(folder, tmp_path, monkeypatch)
     step = workdir / "checkpoints" / "step_1"
     monkeypatch.setattr(convert_adapter.checkpoint, "read_newly", lambda path: (step, first.init()))
     _, opened = convert_adapter._from_orbax(convert_adapter.Source("orbax", step, given=step), first.base)
-    assert opened.template == first.template and opened.tokenizer_fingerprint == first.base.tokenizer_fingerprint
+    assert opened.template == first.template and opened.base_identity == first.base.identity
 
 
 def test_a_run_is_bound_to_its_tokenizer(folder, tmp_path):

@@ -81,7 +81,7 @@ def _complete_lines(path):
     return lines
 
 
-LATER = {"tokenizer", "plain_template"}  # which earlier versions did not record
+LATER = {"tokenizer", "layers", "plain_template"}  # which earlier versions did not record
 
 
 def check_identity(path, found, wanted, part=""):

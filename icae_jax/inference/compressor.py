@@ -184,12 +184,13 @@ class Compressor:
     def save(self, path, memory, ids=None):
         """Writes a memory file. ids: names of the texts, by default their numbers."""
         ids = [str(i) for i in range(len(memory))] if ids is None else ids
-        identity = self.base.fingerprint, self.adapter.fingerprint, self.path, self.base.tokenizer_fingerprint
+        identity = self.base.fingerprint, self.adapter.fingerprint, self.path, self.base.identity, self.adapter.lora.scale
         store.save(path, memory, self.config, ids, *identity)
 
     def load_memory(self, path):
         """(memory, ids) of a memory file; UserError where another base, tokenizer or adapter wrote it."""
-        return store.load(path, self.config, self.base.fingerprint, self.adapter.fingerprint, self.base.tokenizer_fingerprint)
+        identity = self.base.fingerprint, self.adapter.fingerprint, self.base.identity, self.adapter.lora.scale
+        return store.load(path, self.config, *identity)
 
     # --------------------------------------------------------------------------------------------------------- read
 

@@ -2,7 +2,8 @@
 
 A safetensors file with `slots [B, M, D]` (ICAE) or `k` and `v`, each `[L, B, M, K, H]`, k before RoPE (500xCompressor), and
 `lengths [B, S]` (context tokens of each segment, 0 where a text has fewer), and as metadata: format_version, icae_jax_version, method,
-layout, k, base_fingerprint, adapter_fingerprint, tokenizer_fingerprint (not in earlier files), adapter (its folder), ids (JSON).
+layout, k, base_fingerprint, adapter_fingerprint, adapter (its folder), ids (JSON); and, not in
+earlier files, base_identity (JSON, `Base.identity`), lora_scale and segment_tokens.
 """
 
 import json
@@ -19,8 +20,8 @@ import icae_jax
 from icae_jax.compression import memory as memories
 from icae_jax.compression import methods
 from icae_jax.errors import UserError
+from icae_jax.interop import base as bases
 from icae_jax.interop import files
-from icae_jax.interop import tokenizer as tokenizers
 from icae_jax.interop.text import check_encodable
 
 FORMAT_VERSION = "1"
@@ -50,7 +51,7 @@ def check_finite(memory, name_of) -> None:
             )
 
 
-def save(path, memory, compression, ids, base_fingerprint, adapter_fingerprint, adapter_path, tokenizer_fingerprint=""):
+def save(path, memory, compression, ids, base_fingerprint, adapter_fingerprint, adapter_path, base_identity=None, lora_scale=None):
     """Writes a memory file; one that is there is replaced only when the new one is complete."""
     if len(ids) != len(memory):
         raise UserError(f"{len(ids)} ids for {len(memory)} memories; give one id a text")
@@ -69,7 +70,9 @@ def save(path, memory, compression, ids, base_fingerprint, adapter_fingerprint, 
         "k": str(memory.tokens_per_segment),
         "base_fingerprint": base_fingerprint,
         "adapter_fingerprint": adapter_fingerprint,
-        **({"tokenizer_fingerprint": tokenizer_fingerprint} if tokenizer_fingerprint else {}),
+        **({"base_identity": json.dumps(base_identity)} if base_identity else {}),
+        **({} if lora_scale is None else {"lora_scale": repr(lora_scale)}),
+        "segment_tokens": str(compression.segment_tokens),
         "adapter": str(pathlib.Path(adapter_path).resolve()),
         "ids": json.dumps(ids, ensure_ascii=False),
     }
@@ -124,8 +127,19 @@ def _check_shapes(path, kind, tensors, k, texts):
         raise UserError(f"--memory {path}: {wrong[0]} does not hold {texts} texts of segments of k {k} ({shapes}); {_AGAIN}")
 
 
-def load(path, compression, base_fingerprint, adapter_fingerprint, tokenizer_fingerprint=""):
-    """(`Slots` or `KV`, ids) of a memory file. tokenizer_fingerprint: "" where the base has no tokenizer.
+def _object(path, metadata, name):
+    """An object of texts in a memory file's metadata; empty where an earlier version wrote none. UserError where it is something else."""
+    try:
+        value = json.loads(metadata.get(name, "{}"))
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict) or not all(isinstance(v, str) for v in value.values()):
+        raise UserError(f"--memory {path}: {name} in its metadata is {metadata[name][:50]!r}, which is not an object of texts; {_AGAIN}")
+    return value
+
+
+def load(path, compression, base_fingerprint, adapter_fingerprint, base_identity=None, lora_scale=None):
+    """(`Slots` or `KV`, ids) of a memory file. base_identity: `Base.identity`. lora_scale: the adapter's.
 
     UserError where another base, tokenizer or adapter wrote it, or one that is read in another way, or a number in it is not finite.
     """
@@ -138,7 +152,10 @@ def load(path, compression, base_fingerprint, adapter_fingerprint, tokenizer_fin
         if metadata[field] != getattr(compression, field):
             have = getattr(compression, field)
             raise UserError(f"--memory {path} has {field} {metadata[field]}, the adapter {have}; give the adapter that it names")
-    tokenizers.check_same(f"--memory {path}", metadata.get("tokenizer_fingerprint"), tokenizer_fingerprint)
+    bases.check_identity(f"--memory {path}", _object(path, metadata, "base_identity"), base_identity or {})
+    for field, have in (("lora_scale", repr(lora_scale)), ("segment_tokens", str(compression.segment_tokens))):
+        if have != "None" and metadata.get(field, have) != have:  # which earlier versions did not write
+            raise UserError(f"--memory {path} has {field} {metadata[field]}, the adapter {have}; give the adapter as it was, or {_AGAIN}")
     tensors = files.read_safetensors(path, safetensors.numpy.load_file, "memory")
     kind = methods.KINDS[compression.method]
     absent = [name for name in (*kind.CONTENTS, "lengths") if name not in tensors]

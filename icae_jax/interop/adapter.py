@@ -19,6 +19,7 @@ import safetensors.numpy
 import icae_jax
 from icae_jax.compression.encoder import SPECIAL_ROWS, CompressionConfig
 from icae_jax.errors import UserError
+from icae_jax.interop import base as bases
 from icae_jax.interop import files
 from icae_jax.interop import tokenizer as tokenizers
 from icae_jax.models import lora as loras
@@ -102,8 +103,8 @@ class Adapter:
     """A trained compressor apart from its base.
 
     trained: `{"lora": tree, "memory_table": [k + 3, D]}`. base_path, base_fingerprint: the base it was trained on. origin: of a converted
-    one, where it comes from and how well it restored; None for one that was trained here. tokenizer_fingerprint: of the base's tokenizer,
-    "" where an earlier version or another implementation did not say.
+    one, where it comes from and how well it restored; None for one that was trained here. base_identity: `Base.identity` of
+    that base, without what an earlier version did not say.
     """
 
     compression: CompressionConfig
@@ -113,7 +114,7 @@ class Adapter:
     base_path: str
     base_fingerprint: str
     origin: dict | None = None
-    tokenizer_fingerprint: str = ""
+    base_identity: dict[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def fingerprint(self):
@@ -152,7 +153,7 @@ def icae_info(adapter):
         "format_version": FORMAT_VERSION,
         "icae_jax_version": icae_jax.__version__,
         "base_fingerprint": adapter.base_fingerprint,
-        **({"tokenizer_fingerprint": adapter.tokenizer_fingerprint} if adapter.tokenizer_fingerprint else {}),
+        **({"base_identity": adapter.base_identity} if adapter.base_identity else {}),
         "compression": dataclasses.asdict(adapter.compression),
         "template": dataclasses.asdict(adapter.template),
         **({"origin": adapter.origin} if adapter.origin else {}),
@@ -215,8 +216,9 @@ def read_adapter_info(folder):
         raise UserError(f"{folder}/icae.json: format_version is {info.get('format_version')}, this version reads {FORMAT_VERSION}")
     files.check_fields(info, {"base_fingerprint": str, "compression": dict, "template": dict}, folder / "icae.json")
     files.check_fields(info["template"], {"name": str}, f"{folder}/icae.json: template")
-    if "tokenizer_fingerprint" in info:
-        files.check_fields(info, {"tokenizer_fingerprint": str}, folder / "icae.json")
+    if "base_identity" in info:
+        files.check_fields(info, {"base_identity": dict}, folder / "icae.json")
+        files.check_fields(info["base_identity"], dict.fromkeys(info["base_identity"], str), folder / "icae.json")
     if info.get("origin"):
         files.check_fields(info, {"origin": dict}, folder / "icae.json")
     path = lora_folder(folder) / "adapter_config.json"
@@ -244,7 +246,7 @@ def load_adapter(folder, base):
             f"adapter {folder} was trained on a base with fingerprint {info['base_fingerprint'][:12]} "
             f"({peft['base_model_name_or_path']}), but {base.path} has {base.fingerprint[:12]}; give the right base"
         )
-    tokenizers.check_same(f"adapter {folder}", info.get("tokenizer_fingerprint"), base.tokenizer_fingerprint)
+    bases.check_identity(f"adapter {folder}", info.get("base_identity", {}), base.identity)
     compression = _fields(CompressionConfig, info["compression"], f"{folder}/icae.json: compression", ("k_choices", "trigger"))
     template = _fields(Template, info["template"], f"{folder}/icae.json: template")
     check_template(template, base, f"{folder}/icae.json")
@@ -265,5 +267,5 @@ def load_adapter(folder, base):
     trained = {"lora": lora, "memory_table": jnp.asarray(table, jnp.float32)}
     return Adapter(
         compression, config, template, trained, peft["base_model_name_or_path"], info["base_fingerprint"], info.get("origin"),
-        info.get("tokenizer_fingerprint", ""),
+        info.get("base_identity", {}),
     )  # fmt: skip

@@ -7,6 +7,7 @@ import json
 import pathlib
 import sys
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -73,6 +74,42 @@ def _fingerprint(config, norm, rows):
     return digest.hexdigest()
 
 
+@jax.jit
+def _rows_of_layers(layers):
+    """Some rows of every parameter of the layers: `[L, rows, out]` of kernels, the whole of norms and biases."""
+    return jax.tree.map(lambda x: x if x.ndim < 3 else x[:, np.linspace(0, x.shape[1] - 1, 4).astype(int)], layers)
+
+
+def layers_fingerprint(params) -> str:
+    """Identity of a base's layers: sha256 over four rows of every kernel of every layer, their norms and biases, in bfloat16.
+
+    A fine-tune whose LoRA was merged has its base's embeddings and final norm, which are all that `fingerprint` looks at.
+    """
+    digest = hashlib.sha256()
+    for path, value in jax.tree_util.tree_leaves_with_path(on_host(_rows_of_layers(params["layers"]))):
+        digest.update(jax.tree_util.keystr(path).encode())
+        digest.update(np.asarray(value, np.float32).astype(ml_dtypes.bfloat16).tobytes())
+    return digest.hexdigest()
+
+
+_DIFFERS = {
+    "tokenizer": "makes other ids of a text; give the base with the tokenizer that it was made with",
+    "layers": "has the same embeddings and other layers, as a fine-tune has; give the base that it was made with",
+}
+
+
+def check_identity(what: str, stated: dict[str, str], have: dict[str, str]) -> None:
+    """UserError where an adapter or a memory was made with another tokenizer or other layers; says so where it does not tell, as those of
+    earlier versions do not. what: names it. stated: what it carries. have: `Base.identity`.
+    """
+    unsaid = [name for name in have if not stated.get(name)]
+    if unsaid:
+        print(f"{what} does not say with which {' and '.join(unsaid)} it was made; taken to be the base's", file=sys.stderr)
+    for name, own in have.items():
+        if name not in unsaid and stated[name] != own:
+            raise UserError(f"{what} was made with {name} {stated[name][:12]}, but the base's is {own[:12]}: it {_DIFFERS[name]}")
+
+
 @dataclasses.dataclass(frozen=True)
 class Base:
     """A frozen base model as everything else uses it: sizes, parameters, tokenizer, stop ids, identities and where it came from.
@@ -88,9 +125,10 @@ class Base:
     path: str
 
     @functools.cached_property
-    def tokenizer_fingerprint(self) -> str:
-        """Identity of the tokenizer (`tokenizer.fingerprint`), "" without one."""
-        return "" if self.tokenizer is None else tokenizers.fingerprint(self.tokenizer)
+    def identity(self) -> dict[str, str]:
+        """What changes results beside what `fingerprint` holds, each by a fingerprint of its own: "layers", and "tokenizer" with one."""
+        own = {"layers": layers_fingerprint(self.params)}
+        return own if self.tokenizer is None else own | {"tokenizer": tokenizers.fingerprint(self.tokenizer)}
 
 
 def sizes(source):

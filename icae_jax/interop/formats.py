@@ -240,7 +240,7 @@ def make_adapter(trained, base, template, *, method, alpha, context_length, layo
     k = trained["memory_table"].shape[0] - SPECIAL_ROWS
     compression = CompressionConfig(method, k, context_length / k, layout=layout)
     lora = LoraConfig(rank, alpha / rank, DROPOUT, targets)
-    identity = {"base_fingerprint": base.fingerprint, "tokenizer_fingerprint": base.tokenizer_fingerprint}
+    identity = {"base_fingerprint": base.fingerprint, "base_identity": base.identity}
     return adapters.Adapter(compression, lora, template, trained, base.path, **identity)
 
 

@@ -9,7 +9,6 @@ import hashlib
 import importlib.metadata
 import json
 import pathlib
-import sys
 from collections.abc import Callable, Iterable, Sequence
 
 from icae_jax import errors
@@ -219,20 +218,6 @@ def fingerprint(tokenizer) -> str:
     for piece, number in sorted(vocabulary.items(), key=lambda item: (item[1], item[0])):
         digest.update(f"{number} {piece}\n".encode("utf-8", "surrogatepass"))
     return digest.hexdigest()
-
-
-def check_same(what: str, stated: str | None, have: str) -> None:
-    """UserError where an adapter or a memory was made with another tokenizer; says so where it does not tell, as earlier ones do not.
-
-    what: names it. stated: the fingerprint that it carries. have: that of the base's tokenizer, "" where the base has none.
-    """
-    if have and not stated:
-        print(f"{what} does not say with which tokenizer it was made; taken to be the base's", file=sys.stderr)
-    elif have and stated != have:
-        raise UserError(
-            f"{what} was made with a tokenizer of fingerprint {stated[:12]}, but the base's has {have[:12]}, which makes other ids of a "
-            "text; give the base with the tokenizer that it was made with"
-        )
 
 
 # -------------------------------------------------------------------------------------------------------------- indices

@@ -121,8 +121,7 @@ class CompressorTask(CompressorLosses):
         self.eval_examples = self._examples(c.data.eval) if c.data.eval and c.eval_examples else None
         self._check_positions()
         data = (self.train_examples.key, self.train_examples.earlier_key)
-        self.identity = {"base": self.base.fingerprint, "data.train": data, "tokenizer": self.base.tokenizer_fingerprint}
-        self.identity["template"] = self.template.as_json()
+        self.identity = {"base": self.base.fingerprint, "data.train": data, "template": self.template.as_json(), **self.base.identity}
         if self.start_from:
             self.identity["init_from"] = self.start_from.fingerprint
 
@@ -268,7 +267,7 @@ class CompressorTask(CompressorLosses):
     def export(self, workdir, trained):
         """Writes the adapter folder."""
         c = self.config
-        identity = {"base_fingerprint": self.base.fingerprint, "tokenizer_fingerprint": self.base.tokenizer_fingerprint}
+        identity = {"base_fingerprint": self.base.fingerprint, "base_identity": self.base.identity}
         adapter = adapters.Adapter(self.compression, c.lora, self.template, trained, c.base, **identity)
         adapters.save_adapter(pathlib.Path(workdir) / adapters.IN_WORKDIR, adapter)
         return pathlib.Path(workdir) / adapters.IN_WORKDIR

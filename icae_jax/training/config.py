@@ -232,7 +232,11 @@ FREE_FIELDS = {"log_every", "eval_every", "eval_examples", "checkpoint_every", "
 FREE_FIELDS |= {"mesh.data", "mesh.fsdp", "mesh.tensor"}  # the devices may change: results agree within rounding
 PATH_FIELDS = {"base", "init_from", "data.train", "data.eval", "data.cache_dir", "data.tfds_dir"}  # `identity` has their content
 FREE_FIELDS |= PATH_FIELDS | {"data.max_row_bytes"}
-LATER_IDENTITY = {"identity.tokenizer", "identity.template"}  # which earlier workdirs do not record: there they are taken as they are found
+LATER_IDENTITY = {
+    "identity.tokenizer",
+    "identity.layers",
+    "identity.template",
+}  # which earlier workdirs do not record: there they are taken as they are found
 
 
 def _flat(value, prefix=""):
