@@ -46,6 +46,29 @@ def test_round_trip_with_metadata(tmp_path):
     assert json.loads(metadata["ids"]) == ids and metadata["adapter"] == str(tmp_path.resolve())
 
 
+def spoiled(path, **changed):
+    """Writes a memory file with some of its tensors exchanged."""
+    with safetensors.safe_open(save(path), framework="numpy") as f:
+        tensors, metadata = {name: f.get_tensor(name) for name in f.keys()}, f.metadata()  # noqa: SIM118
+    safetensors.numpy.save_file(tensors | changed, path, metadata)
+    return path
+
+
+@pytest.mark.parametrize("lengths", [[[8, -3], [5, 0]], [[9, 3], [5, 0]], [[8, 3], [0, 0]], [[8, 3], [0, 5]]])
+def test_lengths_are_those_of_segments(tmp_path, lengths):
+    """Breaks when a memory says of a segment that it holds less than nothing or more than one holds, or stands behind an absent one."""
+    path = spoiled(tmp_path / "m.safetensors", lengths=np.asarray(lengths, np.int32))
+    with pytest.raises(UserError, match=r"lengths are not those of segments of 1 to 8 tokens; compress the texts again"):
+        store.load(path, CONFIG, "b" * 64, "a" * 64)
+
+
+def test_a_memory_of_whole_numbers_is_none(tmp_path):
+    """Breaks when integers in a memory's place are read as embeddings."""
+    path = spoiled(tmp_path / "m.safetensors", slots=np.ones((2, 4, 8), np.int32))
+    with pytest.raises(UserError, match=r"slots does not hold"):
+        store.load(path, CONFIG, "b" * 64, "a" * 64)
+
+
 def test_an_id_stands_for_one_memory(tmp_path):
     """Breaks when a memory file holds two memories of one id, of which `ask --id` cannot mean one."""
     with pytest.raises(ValueError, match="two memories have the id 'a'"):

@@ -324,6 +324,14 @@ def test_a_memory_that_is_not_finite_is_neither_saved_nor_read(adapter, tmp_path
         compressor.load_memory(path)
 
 
+def test_a_memory_of_other_sizes_is_named(adapter):
+    """Breaks when a memory whose slots have another width is an error of JAX's, from within a compiled program."""
+    compressor = icae_jax.load(adapter)
+    memory = compressor.compress(["the cat saw the dog"])
+    with pytest.raises(UserError, match=r"memory has sizes \(16,\), but the base's are \(32,\)"):
+        compressor.ask(memory.replace(slots=np.asarray(memory.slots)[..., :16]), "who ?")
+
+
 # ------------------------------------------------------------------------------------------------------------ templates
 
 CLOCK = (

@@ -12,6 +12,7 @@ import numpy as np
 from icae_jax.compression import encoder, layout, methods
 from icae_jax.compression import memory as memories
 from icae_jax.compression.encoder import SPECIAL_ROWS
+from icae_jax.compression.memory import KV
 from icae_jax.errors import UserError
 from icae_jax.inference import generate, store
 from icae_jax.interop import adapter as adapters
@@ -190,7 +191,9 @@ class Compressor:
     def load_memory(self, path):
         """(memory, ids) of a memory file; UserError where another base, tokenizer or adapter wrote it."""
         identity = self.base.fingerprint, self.adapter.fingerprint, self.base.identity, self.adapter.lora.scale
-        return store.load(path, self.config, *identity)
+        memory, ids = store.load(path, self.config, *identity)
+        self._check_kind(memory)
+        return memory, ids
 
     # --------------------------------------------------------------------------------------------------------- read
 
@@ -325,11 +328,19 @@ class Compressor:
         """UserError where an id has no row: JAX would make NaN of it without a word. what: names the row of a number."""
         tokenizers.check_ids(rows, self.base.config.vocab_size, what, self.base.tokenizer, special_rows)
 
-    def _room(self, memory, objective, head, needed):
-        """Positions left behind each memory, `[B]`; UserError where a row's `needed` do not fit, or another method made the memory."""
-        kind = methods.KINDS[self.config.method]
+    def _check_kind(self, memory):
+        """UserError where another method made the memory, or its sizes are not this base's."""
+        kind, c = methods.KINDS[self.config.method], self.base.config
         if not isinstance(memory, kind):
             raise UserError(f"memory is {type(memory).__name__}, but this adapter's method {self.config.method} reads {kind.__name__}")
+        shape = next(iter(memory.contents.values())).shape
+        sizes, have = ((c.num_layers, c.num_kv_heads, c.head_dim), shape[:1] + shape[3:]) if kind is KV else ((c.hidden_size,), shape[2:])
+        if have != sizes:
+            raise UserError(f"memory has sizes {have}, but the base's are {sizes}; give the base and adapter that it was made with")
+
+    def _room(self, memory, objective, head, needed):
+        """Positions left behind each memory, `[B]`; UserError where a row's `needed` do not fit, or the memory is none of this base."""
+        self._check_kind(memory)
         restarts = objective == "ae" and layout.get(self.config.layout).ae_restarts
         start = np.zeros(len(memory), int) if restarts else head + np.asarray(memory.end)
         most = self.base.config.max_position_embeddings

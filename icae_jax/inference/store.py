@@ -12,6 +12,7 @@ import pathlib
 import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import safetensors
 import safetensors.numpy
@@ -114,14 +115,21 @@ def read_ids(path, metadata):
     return ids
 
 
-def _check_shapes(path, kind, tensors, k, texts):
-    """UserError where tensors do not hold so many texts, or not k memory tokens for each segment that `lengths` has."""
+def _check_tensors(path, kind, tensors, k, texts, most):
+    """UserError where tensors do not hold so many texts, or not k memory tokens for each segment that `lengths` has, each of up to `most`
+    tokens of text.
+    """
     lengths = tensors["lengths"]
     wrong = ["lengths"] if lengths.ndim != 2 or len(lengths) != texts or not lengths.shape[1] or lengths.dtype.kind not in "iu" else []
     if not wrong:
         tokens, axis = k * lengths.shape[1], kind.TEXT_AXIS
         wrong = [n for n in kind.CONTENTS if tensors[n].ndim != kind.AXES or tensors[n].shape[axis : axis + 2] != (texts, tokens)]
         wrong = wrong or [n for n in kind.CONTENTS if tensors[n].shape != tensors[kind.CONTENTS[0]].shape]
+        wrong = wrong or [n for n in kind.CONTENTS if not jnp.issubdtype(tensors[n].dtype, jnp.floating)]
+    if not wrong:
+        absent = lengths == 0  # segments that a text has not stand behind those that it has
+        if (lengths < 0).any() or (lengths > most).any() or absent[:, 0].any() or (absent[:, :-1] & ~absent[:, 1:]).any():
+            raise UserError(f"--memory {path}: lengths are not those of segments of 1 to {most} tokens; {_AGAIN}")
     if wrong:
         shapes = ", ".join(f"{name} {list(tensors[name].shape)}" for name in (*kind.CONTENTS, "lengths"))
         raise UserError(f"--memory {path}: {wrong[0]} does not hold {texts} texts of segments of k {k} ({shapes}); {_AGAIN}")
@@ -162,7 +170,7 @@ def load(path, compression, base_fingerprint, adapter_fingerprint, base_identity
     if absent:
         raise UserError(f"--memory {path}: tensors {', '.join(absent)} missing; {_AGAIN}")
     ids = read_ids(path, metadata)
-    _check_shapes(path, kind, tensors, int(metadata["k"]), len(ids))
+    _check_tensors(path, kind, tensors, int(metadata["k"]), len(ids), compression.segment_tokens)
     memory = memories.place(kind, {name: tensors[name] for name in kind.CONTENTS}, tensors["lengths"], compression)
     memory = jax.device_get(memory)
     check_finite(memory, lambda i: f"--memory {path}: the memory of text {ids[i]!r}")
