@@ -132,7 +132,7 @@ def test_nothing_that_is_loaded_by_transformers_may_run_code():
     """Breaks when one of the package's or the launchers' calls, or one in the code that it writes for others, trusts what it loads."""
     sources = [path.read_text() for folder in ("icae_jax", "launch") for path in sorted((ROOT / folder).rglob("*.py"))]
     calls = [call for text in sources for call in re.findall(r"\.Auto\w+\.from_pretrained\(([^()]*(?:\([^()]*\)[^()]*)*)\)", text)]
-    assert len(calls) >= 6 and all("trust_remote_code=False" in call for call in calls)
+    assert len(calls) >= 4 and all("trust_remote_code=False" in call for call in calls)
 
 
 def test_a_tokenizer_that_no_library_reads_is_named(folder):

@@ -267,7 +267,7 @@ def save_cache(folder, compressor, memory, ids, objective="ask", dtype=CACHE_DTY
     holds `key` and `value` `[L, B, K, P, H]` (K after RoPE), `attention_mask [B, P]`, `special [3, D]` (embeddings of the negative ids in
     `before` and `after`), and as metadata, each value JSON: format_version, icae_jax_version, ids, objective, method, layout, before and
     after (ids round a prompt), stop (ids that end an answer), room (most tokens behind the memory), base, base_fingerprint,
-    adapter_fingerprint, dtype.
+    base_identity, adapter_fingerprint, dtype.
     """
     files.check_new_folder(folder)
     if dtype not in CACHE_DTYPES:
@@ -290,6 +290,7 @@ def save_cache(folder, compressor, memory, ids, objective="ask", dtype=CACHE_DTY
         "room": room,
         "base": _base_path(compressor),
         "base_fingerprint": compressor.base.fingerprint,
+        "base_identity": compressor.base.identity,
         "adapter_fingerprint": compressor.adapter.fingerprint,
         "dtype": dtype,
     }
@@ -357,7 +358,7 @@ if __name__ == "__main__":
     if INFO["objective"] == "ask" and len(sys.argv) < 3:
         sys.exit(__doc__)
     base = sys.argv[1] if len(sys.argv) > 1 else INFO["base"]
-    tokenizer = transformers.AutoTokenizer.from_pretrained(base, trust_remote_code=False)
+    tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(base)  # as tokenizer.json says, whatever the model's type
     model = transformers.AutoModelForCausalLM.from_pretrained(base, trust_remote_code=False, dtype=getattr(torch, INFO["dtype"]))
     for question in sys.argv[2:] or [""]:
         for name, ids in zip(INFO["ids"], generate(model, tokenizer, [question] * len(INFO["ids"]))):
