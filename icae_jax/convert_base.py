@@ -8,7 +8,7 @@ import jax
 from icae_jax.errors import UserError
 from icae_jax.interop import base as bases
 from icae_jax.interop import files, sources, weights
-from icae_jax.interop.config_json import parse_config
+from icae_jax.interop.config_json import parse_config, stored_dtype
 
 DTYPES = ("bfloat16", "float32", "float16")
 FORMATS = ("hub", "orbax")
@@ -40,7 +40,7 @@ def convert(source, to, form="hub", dtype=None, progress=False):
     path = folder / "config.json"
     raw = files.read_json(path, "the base model's configuration")
     config = parse_config(raw, path)
-    dtype = dtype or raw.get("dtype") or raw.get("torch_dtype") or "bfloat16"
+    dtype = dtype or stored_dtype(raw, path) or "bfloat16"
     if dtype not in DTYPES:
         raise UserError(f"{path}: dtype is {dtype!r}; choose one with --dtype: {', '.join(DTYPES)}")
     params = weights.load_params(folder, config, dtype, _on_the_host(), progress)

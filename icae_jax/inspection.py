@@ -117,17 +117,20 @@ def _adapter(folder):
 
 
 def _base(folder):
-    raw = files.read_json(folder / "config.json", "the base model's configuration")
-    config = config_json.read_config(folder)
+    path = folder / "config.json"
+    raw = files.read_json(path, "the base model's configuration")
+    config = config_json.parse_config(raw, path)
     shapes = weights.hub_shapes(config)
-    about = {"what": f"base model, {raw['architectures'][0]}", **_sizes_of(config), "vocab_size": config.vocab_size}
+    about = {"what": f"base model, {config_json.architecture(raw, path)}", **_sizes_of(config), "vocab_size": config.vocab_size}
     about |= {"heads": config.num_heads, "kv_heads": config.num_kv_heads, "head_dim": config.head_dim}
     about["max_position_embeddings"] = config.max_position_embeddings
     if config.rope_scaling:
         about["rope_scaling"] = {"type": type(config.rope_scaling).__name__, **dataclasses.asdict(config.rope_scaling)}
     if config.windows:
         about["windows"] = config.windows
-    about |= {"dtype": raw.get("dtype", raw.get("torch_dtype")), "tensors": len(shapes), "parameters": _count(shapes)}
+    if config.biased:
+        about["biases"] = config.biased
+    about |= {"dtype": config_json.stored_dtype(raw, path), "tensors": len(shapes), "parameters": _count(shapes)}
     known = _known(_sizes_of(config))
     return about | ({"sizes_of": known} if known else {})
 
@@ -144,7 +147,8 @@ def _memory(path):
 def describe(path):
     """What a path holds, as plain values under readable names. UserError where it is nothing that this package knows."""
     path = pathlib.Path(path)
-    if path.is_dir() and (path / "config.json").exists() and "architectures" in files.read_json(path / "config.json", "a configuration"):
+    stated = files.read_json(path / "config.json", "a configuration") if path.is_dir() and (path / "config.json").exists() else {}
+    if "architectures" in stated or "model_type" in stated:
         return _base(path)
     if path.is_file() and formats.file_kind(path):
         tensors, metadata = formats.open_tensors(path)

@@ -65,7 +65,8 @@ def _fingerprint_rows(config):
 
 def _fingerprint(config, norm, rows):
     digest = hashlib.sha256()
-    plain = {"max_position_embeddings": config.max_position_embeddings, "qkv_bias": False, "qk_norm": False, "windows": ()}
+    plain = {"max_position_embeddings": config.max_position_embeddings, "windows": ()}
+    plain |= dict.fromkeys(("qkv_bias", "qk_norm", "o_bias", "mlp_bias"), False)
     # Fields that came later count only where they are used, so that a base keeps the identity it had before them.
     fields = {k: v for k, v in dataclasses.asdict(config).items() if k not in plain or v != plain[k]}
     digest.update(json.dumps(fields, sort_keys=True).encode())
@@ -143,7 +144,7 @@ def load_base(source, dtype=jnp.float32, sharding=None, progress=False, need_tok
     need_tokenizer: whether a folder without tokenizer files is an error; otherwise the `Base` has None.
     """
     folder = sources.local_folder(source, progress)
-    config = read_config(folder)
+    config = read_config(folder)  # first: what is no base at all is not its tokenizer's fault
     tokenizer = load_tokenizer(folder) if need_tokenizer or has_tokenizer(folder) else None
     stops = stop_ids(folder, tokenizer)
     tokenizers.check_ids([stops], config.vocab_size, lambda _: f"{folder}: what ends a text (eos_token_id)", tokenizer)

@@ -2,6 +2,7 @@
 
 import codecs
 import contextlib
+import functools
 import json
 import os
 import pathlib
@@ -9,6 +10,7 @@ import re
 import secrets
 import shutil
 import stat
+import sys
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -50,6 +52,12 @@ def check_fields(raw: dict, kinds: dict[str, type], source: object) -> None:
     for name, kind in kinds.items():
         if not is_kind(raw[name], kind):
             raise UserError(f"{source}: {name} is {raw[name]!r}, which is not {_JSON_KINDS[kind]}")
+
+
+@functools.cache
+def say(text: str) -> None:
+    """Prints one line on stderr, once in a process however often it is found: what is done otherwise than a user may think."""
+    print(text, file=sys.stderr, flush=True)
 
 
 _POINTER = b"version https://git-lfs.github.com/spec/"  # how a Git LFS pointer begins

@@ -1,6 +1,7 @@
 """Where base models come from: a folder here, the model hub, or object storage, the latter two through a cache on this machine."""
 
 import fnmatch
+import json
 import os
 import pathlib
 import re
@@ -36,9 +37,12 @@ def local_folder(base: str | os.PathLike, progress: bool = True, with_weights: b
     """
     text = str(base)
     if errors.is_there(text, stat.S_ISDIR):  # of "" it is not the current folder, as `pathlib` has it
-        return pathlib.Path(text)
-    if "://" in text:
+        folder = pathlib.Path(text)
+    elif "://" in text:
         folder = _copied(text, progress, with_weights)
+    elif errors.is_there(text, stat.S_ISREG):
+        gguf = "GGUF files are not read; " if text.endswith(".gguf") else ""
+        raise UserError(f"base {text!r} is a file; {gguf}give the folder, in the model hub's format, that holds config.json and weights")
     elif _HUB_ID.fullmatch(text):
         folder = _downloaded(text, progress, with_weights)
     else:
@@ -47,8 +51,33 @@ def local_folder(base: str | os.PathLike, progress: bool = True, with_weights: b
             "a hub id such as meta-llama/Llama-3.2-1B, or gs://…"
         )
     if not errors.is_there(folder / "config.json", stat.S_ISREG):
-        raise UserError(f"base {text!r} has no config.json; give one in the model hub's format")
+        raise UserError(_no_base(text, folder))
     return folder
+
+
+def _no_base(base, folder):
+    """What a folder without config.json is in a base's place, and what to do. folder: a path of this machine or of a store."""
+    names = sorted(path.name for path in folder.iterdir())
+    says = f"base {base!r} has no config.json"
+    if "icae.json" in names:
+        return f"{says}: it is an adapter of this package; give it as the adapter, and as base the one that it was trained on"
+    if "adapter_config.json" in names:
+        try:
+            trained_on = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+        except (ValueError, LookupError, TypeError, OSError):
+            trained_on = None
+        of, or_base = (f" of {trained_on}", f", or give {trained_on}") if isinstance(trained_on, str) and trained_on else ("", "")
+        return f"{says}: it is a LoRA adapter{of}, not a base; merge it first (peft: merge_and_unload){or_base}"
+    if fnmatch.filter(names, "consolidated*") or "params.json" in names:
+        return f"{says}: it holds the model's original files (params.json, consolidated…); give the model in the hub's format"
+    if fnmatch.filter(names, "*.gguf"):
+        return f"{says}: GGUF files are not read; give the model in the hub's format"
+    within = sorted(path.name for path in folder.iterdir() if path.is_dir() and (path / "config.json").exists())
+    if not within and (folder / "snapshots").is_dir():  # of the hub's cache
+        within = sorted(f"snapshots/{path.name}" for path in (folder / "snapshots").iterdir() if (path / "config.json").exists())
+    if within:
+        return f"{says}, {' and '.join(within[:3])} in it {'have' if within[1:] else 'has'} one; give that folder"
+    return f"{says}; give one in the model hub's format{'' if names else ' (the folder is empty)'}"
 
 
 def remote_opener(base: str | os.PathLike, folder: pathlib.Path) -> Callable[[str], BinaryIO] | None:
@@ -177,12 +206,12 @@ def _copied(url, progress, with_weights):
     def look():
         remote = epath.Path(url.rstrip("/"))
         found = {path.name: (path, path.stat()) for path in _remote_files(remote)}
-        orbax = not fnmatch.filter(found, WEIGHTS) and (remote / weights.ORBAX).is_dir()
+        if "config.json" not in found:
+            raise UserError(_no_base(url, remote))
+        orbax = not {weights.WHOLE, weights.INDEX} & found.keys() and (remote / weights.ORBAX).is_dir()
         return found, remote / weights.ORBAX if orbax else None
 
     found, orbax = _asking(url, look)
-    if "config.json" not in found:
-        raise UserError(f"base {url!r} has no config.json; give the URL of a folder in the model hub's format")
     changed = {name: source for name, source in found.items() if not _same(folder / name, source[1])}
     wanted = {name: source for name, source in changed.items() if with_weights or not fnmatch.fnmatch(name, WEIGHTS)}
     total = sum(stat.length for _, stat in wanted.values())

@@ -5,31 +5,22 @@ import gc
 import json
 import math
 import pathlib
-import re
 from collections.abc import Callable, Sequence
 from typing import BinaryIO
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
-import safetensors
 import safetensors.numpy
 import tqdm
 from etils import epath
 
 from icae_jax import errors
 from icae_jax.errors import UserError
-from icae_jax.interop import files
+from icae_jax.interop import files, stored
+from icae_jax.interop.stored import INDEX, STORED_DTYPES, WHOLE
 from icae_jax.models import llama, lora
 
-# By the names that safetensors has for them.
-STORED_DTYPES = {
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-    "F16": np.dtype(np.float16),
-    "F32": np.dtype(np.float32),
-    "F64": np.dtype(np.float64),
-}
 MOST_HEADER_BYTES = 100_000_000  # of a safetensors file, which takes no more either
 BLOCK_BYTES = 2 << 20  # of a tensor, read at once: small enough to be transposed within the processor's cache
 CHUNK_BYTES = 4 << 20  # of an Orbax copy: small, so that a device's part of a parameter is read without the rest
@@ -47,8 +38,8 @@ def tensor_names(config):
             names[f"model.layers.{i}.{norm}.weight"] = (("layers", norm, "scale"), i, False)
         for p in lora.PROJECTIONS:
             names[f"model.layers.{i}.{lora.module_of(p)}.{p}.weight"] = (("layers", lora.module_of(p), p, "kernel"), i, True)
-        for p in ("q_proj", "k_proj", "v_proj") if config.qkv_bias else ():
-            names[f"model.layers.{i}.self_attn.{p}.bias"] = (("layers", "self_attn", p, "bias"), i, False)
+        for p in config.biased:
+            names[f"model.layers.{i}.{lora.module_of(p)}.{p}.bias"] = (("layers", lora.module_of(p), p, "bias"), i, False)
         for norm in ("q_norm", "k_norm") if config.qk_norm else ():
             names[f"model.layers.{i}.self_attn.{norm}.weight"] = (("layers", "self_attn", norm, "scale"), i, False)
     return names
@@ -63,39 +54,12 @@ def hub_shapes(config):
     return shapes
 
 
-def _index(folder):
-    """`{tensor's name: file's name}` as the folder's weight index has it, or None where there is none. UserError on files elsewhere."""
-    index = pathlib.Path(folder) / "model.safetensors.index.json"
-    if not index.exists():
-        return None
-    content = files.read_json(index, "the weight index")
-    held = content.get("weight_map")
-    if not isinstance(held, dict) or not held:
-        raise UserError(f"{index}: no weight_map, which says in which file each tensor is; download the folder again")
-    for name, file in held.items():
-        if not isinstance(file, str) or not re.fullmatch(r"[^/\\\0]+\.safetensors", file):
-            raise UserError(f"{index}: weight_map has {name} in {file!r}; only safetensors files of the folder itself are read")
-    return held
-
-
-def weight_files(folder):
-    """The folder's safetensors files; the index names them where there are many."""
-    folder = pathlib.Path(folder)
-    held = _index(folder)
-    if held is not None:
-        return sorted({folder / name for name in held.values()})
-    if (folder / "model.safetensors").exists():
-        return [folder / "model.safetensors"]
-    raise UserError(
-        f"{folder}: no model.safetensors, no model.safetensors.index.json and no Orbax copy in {ORBAX}/; "
-        "pickled weights (.bin, .pt) are not read"
-    )
-
-
 def has_weights(folder: pathlib.Path) -> bool:
     """Whether all of a base's weights are in the folder, or where its Orbax copy says; not so where only the rest was fetched."""
-    held = _index(folder)
-    return is_orbax(folder) or all((folder / name).exists() for name in (set(held.values()) if held else ["model.safetensors"]))
+    if is_orbax(folder):
+        return True
+    held = stored.weight_map(folder)
+    return all((folder / name).exists() for name in (set(held.values()) if held else [WHOLE]))
 
 
 def read_rows(folder: pathlib.Path, open_file: Callable[[str], BinaryIO], name: str, rows: Sequence[int] | None = None) -> np.ndarray:
@@ -104,21 +68,26 @@ def read_rows(folder: pathlib.Path, open_file: Callable[[str], BinaryIO], name: 
     rows: by default all, of a vector the one.
     folder: holds the index, if there is one. open_file: opens a file of the base by its name, see `sources.remote_opener`.
     """
-    file_name = (_index(folder) or {}).get(name, "model.safetensors")
+    file_name = _remote_file(folder, open_file, name)
 
     def read():
         with open_file(file_name) as file:
-            length = int.from_bytes(file.read(8), "little")
-            if length > MOST_HEADER_BYTES:
-                raise UserError(f"{file_name}: not a readable safetensors file (its header would have {length} bytes)")
+            start = file.read(8)
+            length = int.from_bytes(start, "little")
+            if len(start) < 8 or length > MOST_HEADER_BYTES:
+                stands_there = files.placeholder(start + file.read(56))
+                raise UserError(f"{file_name}: {stands_there or f'not a readable safetensors file (its header would have {length} bytes)'}")
             try:
                 about = json.loads(file.read(length))[name]
                 dtype, (count, width) = STORED_DTYPES[about["dtype"]], (1, *about["shape"])[-2:]
                 start = 8 + length + about["data_offsets"][0]
             except (ValueError, KeyError, TypeError) as error:
                 raise UserError(f"{file_name}: no tensor {name} of {', '.join(STORED_DTYPES)} in it ({error!r})") from error
+            wanted = range(count) if rows is None else rows
+            if max(wanted) >= count:
+                raise UserError(f"{file_name}: {name} has {count} rows, config.json implies {max(wanted) + 1} or more")
             out = []
-            for row in range(count) if rows is None else rows:
+            for row in wanted:
                 file.seek(start + row * width * dtype.itemsize)
                 out.append(np.frombuffer(file.read(width * dtype.itemsize), dtype))
             return np.stack(out).astype(np.float32)
@@ -126,15 +95,38 @@ def read_rows(folder: pathlib.Path, open_file: Callable[[str], BinaryIO], name: 
     return errors.retrying(read, f"reading {file_name}")
 
 
+def _remote_file(folder, open_file, name):
+    """In which file of a base that is elsewhere a tensor is, by the rules of `stored.weight_map`."""
+    held = stored.weight_map(folder)
+    if held is None:
+        return WHOLE
+    if WHOLE not in held.values():
+        with contextlib.suppress(UserError, FileNotFoundError), open_file(WHOLE) as file:
+            if file.read(1):
+                return WHOLE
+    if name not in held:
+        raise UserError(f"{pathlib.Path(folder) / INDEX}: weight_map does not have {name}; download the folder again")
+    return held[name]
+
+
 def is_orbax(folder):
     """Whether a folder's weights are an Orbax copy (`save_orbax`) and no safetensors files."""
     folder = pathlib.Path(folder)
-    if any(folder.glob("*.safetensors")):
+    if any((folder / name).exists() for name in (WHOLE, INDEX)):
         return False
     return (folder / ORBAX / "_METADATA").is_file() or (folder / ORBAX_URL).is_file()
 
 
 # ------------------------------------------------------------------------------------------------------------------- in
+
+
+def _say_copies(folder, orbax):
+    """Says which copies of the weights a folder holds beside that which is read."""
+    others = [f"{ORBAX}/"] if not orbax and (folder / ORBAX / "_METADATA").is_file() else []
+    others += sorted(path.name for path in folder.glob("pytorch_model*.bin"))[:1]
+    if others:
+        kind = f"the Orbax copy in {ORBAX}/" if orbax else "safetensors"
+        files.say(f"{folder}: {kind} is read, not {' and '.join(others)}")
 
 
 def load_params(folder, config, dtype=jnp.float32, sharding=None, progress=False, only=()):
@@ -152,7 +144,9 @@ def load_params(folder, config, dtype=jnp.float32, sharding=None, progress=False
     wanted = {path: target for path, target in targets.items() if not only or path in only}
     load, total = _load_orbax if is_orbax(folder) else _load_safetensors, sum(map(_bytes, wanted.values()))
     with tqdm.tqdm(total=total, unit="B", unit_scale=True, desc="base weights", delay=1, disable=not progress) as bar:
-        return _nest(load(folder, config, targets, wanted, bar))
+        params = _nest(load(folder, config, targets, wanted, bar))
+    _say_copies(folder, load is _load_orbax)
+    return params
 
 
 def _targets(config, dtype, sharding):
@@ -219,44 +213,15 @@ def _place(target, read):
 
 
 def _load_safetensors(folder, config, targets, wanted, bar):
-    names, stored, params = tensor_names(config), {}, {}
+    names, params = tensor_names(config), {}
     with contextlib.ExitStack() as stack:
-        for path in weight_files(folder):
-            if not path.exists():
-                raise UserError(f"{path}: named in the weight index but not there; download the folder again")
-            file = stack.enter_context(files.read_safetensors(path, lambda path: safetensors.safe_open(path, framework="numpy")))
-            stored |= {name: (path, file.get_slice(name)) for name in set(file.keys()).intersection(names).difference(stored)}
-        _check_stored(folder, hub_shapes(config), stored)
+        found = stored.find(folder, config, hub_shapes(config), stack.enter_context)
         tensors = {}
         for name, (path, layer, transposed) in names.items():
-            tensors.setdefault(path, {})[layer] = stored[name][1], transposed
+            tensors.setdefault(path, {})[layer] = found[name][1], transposed
         for path, target in wanted.items():
             params[path] = _place(target, lambda ranges, p=path: _read(tensors[p], targets[p].dtype, ranges, bar))
     return params
-
-
-def _check_stored(folder, shapes, stored):
-    """UserError where tensors are missing, of other shapes, or not floating point."""
-    missing = [name for name in shapes if name not in stored]
-    wrong = []
-    for name, (file, tensor) in stored.items():
-        implied = shapes[name]
-        if tuple(tensor.get_shape()) != implied:
-            wrong.append(f"{name} has shape {tuple(tensor.get_shape())} in {file.name}, config.json implies {implied}")
-        elif tensor.get_dtype() not in STORED_DTYPES:
-            wrong.append(f"{name} is {tensor.get_dtype()} in {file.name}; only {', '.join(STORED_DTYPES)} are read")
-    _refuse(folder, {"missing": missing, "not as expected": wrong})
-
-
-def _refuse(folder, problems):
-    """UserError that lists the first tensors of each kind of problem, where there are any."""
-    found = [
-        f"{len(lines)} tensor{'s' * (len(lines) > 1)} {what}: {', '.join(sorted(lines)[:5])}{', …' if len(lines) > 5 else ''}"
-        for what, lines in problems.items()
-        if lines
-    ]
-    if found:
-        raise UserError(f"{folder}: {'; '.join(found)}")
 
 
 def _read(tensors, dtype, ranges, bar):
@@ -305,16 +270,16 @@ def _load_orbax(folder, config, targets, wanted, bar):
         metadata = checkpointer.metadata(source).item_metadata
         if metadata is None:
             raise UserError("files are missing")
-    stored = {tuple(key.key for key in keys): tuple(x.shape) for keys, x in jax.tree_util.tree_leaves_with_path(metadata.tree)}
-    _refuse(
+    shapes = {tuple(key.key for key in keys): tuple(x.shape) for keys, x in jax.tree_util.tree_leaves_with_path(metadata.tree)}
+    stored.refuse(
         source,
         {
-            "missing": [".".join(path) for path in targets.keys() - stored.keys()],
-            "not in the model of config.json": [".".join(path) for path in stored.keys() - targets.keys()],
+            "missing": [".".join(path) for path in targets.keys() - shapes.keys()],
+            "not in the model of config.json": [".".join(path) for path in shapes.keys() - targets.keys()],
             "of another shape": [
-                f"{'.'.join(path)} has shape {stored[path]}, config.json implies {targets[path].shape}"
-                for path in targets.keys() & stored.keys()
-                if stored[path] != targets[path].shape
+                f"{'.'.join(path)} has shape {shapes[path]}, config.json implies {targets[path].shape}"
+                for path in targets.keys() & shapes.keys()
+                if shapes[path] != targets[path].shape
             ],
         },
     )

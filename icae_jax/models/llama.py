@@ -43,6 +43,7 @@ class ModelConfig:
 
     qkv_bias: q, k and v projections have biases (Qwen2). qk_norm: heads of q and k are normalised before RoPE (Qwen3). windows: of each
     layer, how many positions back a query sees, itself included, 0 for all of them (Mistral, Qwen2); () where every layer sees all.
+    o_bias, mlp_bias: so have the output projection of attention, and the three projections of the MLP (Llama, by its config.json).
     """
 
     vocab_size: int
@@ -60,11 +61,13 @@ class ModelConfig:
     qkv_bias: bool = False
     qk_norm: bool = False
     windows: tuple[int, ...] = ()
+    o_bias: bool = False
+    mlp_bias: bool = False
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.type in (int, float) and not value > 0:
+            if field.type in (int, float) and not 0 < value < math.inf:
                 raise UserError(f"{field.name} of the model is {value}; it must be positive")
         if self.num_heads % self.num_kv_heads:
             raise UserError(f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}")
@@ -72,6 +75,16 @@ class ModelConfig:
             raise UserError(f"head_dim is {self.head_dim}; rotary positions need an even one")
         if self.windows and (len(self.windows) != self.num_layers or min(self.windows) < 0):
             raise UserError(f"windows of the model are {self.windows}; give one >= 0 for each of the {self.num_layers} layers")
+
+    @property
+    def biased(self) -> tuple[str, ...]:
+        """The projections that have biases."""
+        parts = (
+            (self.qkv_bias, ("q_proj", "k_proj", "v_proj")),
+            (self.o_bias, ("o_proj",)),
+            (self.mlp_bias, ("gate_proj", "up_proj", "down_proj")),
+        )
+        return tuple(name for has_bias, names in parts if has_bias for name in names)
 
 
 # ------------------------------------------------------------------------------------------------------- logical axes
@@ -146,7 +159,7 @@ class Projection(nn.Module):
         y = linear(x, gathered(kernel, (d_in, d_out)))
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, (self.features,))
-            y = y + jnp.broadcast_to(bias.astype(x.dtype), y.shape)
+            y = y + jnp.broadcast_to(gathered(bias, (d_out,)).astype(x.dtype), y.shape)
         if self.has_variable("lora", "a"):
             # Cast first, so that only half the bytes are gathered where the base is bfloat16.
             a, b = (self.get_variable("lora", name).astype(x.dtype) for name in "ab")
@@ -190,7 +203,7 @@ class Attention(nn.Module):
 
     def _project(self, name, heads, x):
         c = self.config
-        y = Projection(heads * c.head_dim, self.lora_scale, self.lora_dropout, c.qkv_bias, name=name)(x)
+        y = Projection(heads * c.head_dim, self.lora_scale, self.lora_dropout, name in c.biased, name=name)(x)
         y = constrain(y.reshape(*y.shape[:2], heads, c.head_dim), "batch", None, PROJECTION_AXES[name][1], None)
         return RMSNorm(c.rms_norm_eps, name=f"{name[0]}_norm")(y) if c.qk_norm and name != "v_proj" else y
 
@@ -205,7 +218,7 @@ class Attention(nn.Module):
             implementation = "xla" if self.implementation == "splash" and mask.ndim == 3 else self.implementation
             at = at if mask.ndim == 2 else None
             out = attend(*rotated, v, mask, prefix, at=at, implementation=implementation, unroll=self.unroll)
-        return Projection(x_BTD.shape[-1], self.lora_scale, self.lora_dropout, name="o_proj")(out), kv
+        return Projection(x_BTD.shape[-1], self.lora_scale, self.lora_dropout, self.config.o_bias, name="o_proj")(out), kv
 
     @nn.compact
     def keys_and_values(self, x_BTD):
@@ -221,7 +234,7 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, x):
         def projection(name, features):
-            return Projection(features, self.lora_scale, self.lora_dropout, name=name)
+            return Projection(features, self.lora_scale, self.lora_dropout, self.config.mlp_bias, name=name)
 
         gate = projection("gate_proj", self.config.intermediate_size)(x)
         up = projection("up_proj", self.config.intermediate_size)(x)
