@@ -146,6 +146,8 @@ def test_a_sentencepiece_model_alone(folder):
 
 def test_a_saved_base_is_read_alike_by_all(numbers, tiny_base):
     """Breaks when a folder that was written here names a class that other versions of transformers lack, or that reads texts otherwise."""
+    base = bases.load_base(numbers)
+    assert base.config.o_bias and not np.any(base.params["layers"]["self_attn"]["o_proj"]["bias"]), "the same model, as a Llama"
     for folder in (numbers, tiny_base):
         assert json.loads((folder / "tokenizer_config.json").read_text())["tokenizer_class"] == "PreTrainedTokenizerFast"
         own = Tokenizer.from_file(str(folder / "tokenizer.json"))

@@ -23,14 +23,36 @@ from icae_jax.training.sharding import on_host
 
 
 def save_base(folder, config, params, tokenizer, dtype="bfloat16"):
-    """Writes a hub folder (config.json, generation_config.json, model.safetensors, tokenizer) that transformers loads too."""
+    """Writes a hub folder (config.json, generation_config.json, model.safetensors, tokenizer) that transformers loads too.
+
+    UserError where transformers would read a text otherwise than the tokenizer does, whatever is written.
+    """
     folder = pathlib.Path(folder)
     special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     with files.replacing_folder(folder) as tmp:
-        files.write_json(tmp / "config.json", hub_config(config, dtype, special))
-        files.write_json(tmp / "generation_config.json", special)
-        save_params(tmp, config, params, dtype)
         tokenizers.save(tmp, tokenizer)
+        files.write_json(tmp / "generation_config.json", special)
+        files.write_json(tmp / "config.json", hub_config(config, dtype, special))
+        if not tokenizers.read_alike(tmp):
+            config, params = _as_llama(config, params)
+            files.write_json(tmp / "config.json", hub_config(config, dtype, special))
+            if not tokenizers.read_alike(tmp):
+                raise UserError(
+                    f"{folder}: transformers reads texts otherwise than this tokenizer does, by the model's type; save it with another"
+                )
+        save_params(tmp, config, params, dtype)
+
+
+def _as_llama(config, params):
+    """The same model as one with biases in all of attention's projections, o's zero: a Llama, whose tokenizer's class is the one that
+    tokenizer_config.json names, where Qwen2's is one with a pre-tokenizer of its own.
+    """
+    if not config.qkv_bias or config.o_bias:
+        return config, params
+    attention = params["layers"]["self_attn"]
+    zeros = jnp.zeros((config.num_layers, config.hidden_size), attention["o_proj"]["kernel"].dtype)
+    attention = attention | {"o_proj": attention["o_proj"] | {"bias": zeros}}
+    return dataclasses.replace(config, o_bias=True), params | {"layers": params["layers"] | {"self_attn": attention}}
 
 
 def stop_ids(folder, tokenizer=None):

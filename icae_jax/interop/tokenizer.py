@@ -199,6 +199,14 @@ def _compare(path, tokenizer, own):
     )
 
 
+def read_alike(folder) -> bool:
+    """Whether transformers' `AutoTokenizer` reads the probe text of a folder that was written here as its tokenizer.json says."""
+    if files.read_json(folder / "config.json", "the base model's configuration")["model_type"] == "llama":
+        return True  # there it takes the class that tokenizer_config.json names; to ask takes seconds of importing
+    theirs = _reading(folder, _by_its_class)
+    return theirs(PROBE, add_special_tokens=False, split_special_tokens=True)["input_ids"] == _own_reading(folder / _JSON)
+
+
 def bos_id(tokenizer) -> int | None:
     """The id that the tokenizer itself sets in front of a text, or None."""
     ids = tokenizer("a")["input_ids"]
