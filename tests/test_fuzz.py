@@ -20,6 +20,8 @@ from icae_jax.inference import store
 from icae_jax.interop import adapter as adapters
 from icae_jax.interop import base as bases
 from icae_jax.interop import config_json
+from icae_jax.interop import tokenizer as tokenizers
+from icae_jax.interop.text import user_ids
 from icae_jax.models import llama
 from icae_jax.models.lora import LoraConfig
 from icae_jax.objectives import targets
@@ -166,6 +168,39 @@ def test_any_icae_json(fixture, data):
     loaded = load_with(fixture, "icae.json", raw)
     if loaded is not None:
         assert finite([loaded.compression.rate]) and loaded.compression.k == 4
+
+
+TOKENIZER = {
+    "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 512,
+}  # fmt: skip
+TOKENIZER_MORE = (
+    "added_tokens_decoder",
+    "add_bos_token",
+    "chat_template",
+    "extra_special_tokens",
+    "auto_map",
+    "pad_token",
+    "split_special_tokens",
+)
+
+
+@pytest.fixture(scope="module")
+def tokenizer_folder(tiny_base, tmp_path_factory):
+    return shutil.copytree(tiny_base, tmp_path_factory.mktemp("tokenizer") / "base", ignore=shutil.ignore_patterns("*.safetensors"))
+
+
+@examples
+@hypothesis.given(raw=changed(TOKENIZER, TOKENIZER_MORE) | VALUES)
+def test_any_tokenizer_config_json(fixture, raw):
+    """Breaks when a field of tokenizer_config.json of any value is a traceback, or makes other ids of a text than tokenizer.json does."""
+    folder = fixture("tokenizer_folder")
+    (folder / "tokenizer_config.json").write_text(json.dumps(raw))
+    try:
+        tokenizer = bases.load_tokenizer(folder)
+    except UserError as error:
+        assert str(folder) in str(error)
+        return
+    assert user_ids(tokenizer, "the cat saw 2024") == [8, 9, 17, 0] and tokenizers.fingerprint(tokenizer)
 
 
 # ------------------------------------------------------------------------------------------------------------------ rows

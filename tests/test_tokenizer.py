@@ -108,6 +108,27 @@ def test_special_tokens_that_no_file_of_the_tokenizer_names(folder):
     assert bases.load_tokenizer(folder).bos_token is None
 
 
+def test_two_files_that_differ(folder, capsys):
+    """Breaks when one of two names for the end, or of two chat templates, is taken in silence, or another than transformers takes."""
+    edit(folder / "tokenizer_config.json", chat_template="{{ messages[0].content }}")
+    edit(folder / "special_tokens_map.json", eos_token={"content": "mat"}, bos_token="<s>")
+    theirs, ours = transformers.AutoTokenizer.from_pretrained(str(folder)), bases.load_tokenizer(folder)
+    assert (ours.eos_token, ours.chat_template) == (theirs.eos_token, theirs.chat_template)
+    said = capsys.readouterr().err.splitlines()
+    assert (
+        len(said) == 2
+        and f"eos_token is '</s>' in tokenizer_config.json and 'mat' in special_tokens_map.json; {ours.eos_token!r}" in said[0]
+    )
+    assert "another chat template than chat_template.jinja, which is taken" in said[1]
+
+
+def test_an_end_that_the_file_does_not_know_is_refused(folder):
+    """Breaks when a token that some trainer names, but never added, gets a row of the table that nothing was trained on."""
+    edit(folder / "tokenizer_config.json", eos_token="<|im_end|>")
+    with pytest.raises(UserError, match=r"eos_token is '<\|im_end\|>' by tokenizer_config\.json, which tokenizer\.json does not know"):
+        bases.load_tokenizer(folder)
+
+
 def test_the_library_and_the_file_are_named(folder):
     """Breaks when a file of a newer library is a bare Exception, or the message has several lines or names no file or version."""
     edit(folder / "tokenizer.json", pre_tokenizer={"type": "OfTheFuture"})

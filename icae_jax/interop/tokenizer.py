@@ -9,6 +9,7 @@ import hashlib
 import importlib.metadata
 import json
 import pathlib
+import sys
 from collections.abc import Callable, Iterable, Sequence
 
 from icae_jax import errors
@@ -49,10 +50,15 @@ def load_tokenizer(folder):
     named = folder / "tokenizer_config.json"
     stated = files.read_json(named, "a tokenizer's configuration") if named.exists() else {}
     if (folder / _JSON).exists():
-        own = _own_reading(folder / _JSON)
+        own, vocabulary = _own_reading(folder / _JSON)
         _refuse_own_code(folder, stated)
         tokenizer = _reading(folder, _as_the_file_says)
         _name_special_tokens(folder, stated, tokenizer)
+        for name in ("bos_token", "eos_token"):
+            if getattr(tokenizer, name) is not None and getattr(tokenizer, name) not in vocabulary:
+                raise UserError(
+                    f"{folder}: {name} is {getattr(tokenizer, name)!r} by tokenizer_config.json, which tokenizer.json does not know"
+                )
         _compare(folder / _JSON, tokenizer, own)
     else:
         tokenizer = _reading(folder, _by_its_class)
@@ -78,7 +84,7 @@ def _passes(error):
 
 
 def _own_reading(path):
-    """The ids of the probe text as the tokenizers library reads tokenizer.json."""
+    """(ids of the probe text as the tokenizers library reads tokenizer.json, all tokens that it knows)."""
     import tokenizers
 
     try:
@@ -88,7 +94,7 @@ def _own_reading(path):
         backend.no_truncation()
         backend.no_padding()
         backend.encode_special_tokens = True
-        return backend.encode(PROBE, add_special_tokens=False).ids
+        return backend.encode(PROBE, add_special_tokens=False).ids, backend.get_vocab()
     except Exception as error:  # the library raises bare Exceptions
         if _passes(error):
             raise
@@ -124,8 +130,14 @@ def _by_its_class(folder):
 
 def _reading(folder, load):
     """The tokenizer that `load(folder)` makes. UserError, in one line, where transformers or what it calls does not read it."""
+
+    def tried():
+        tokenizer = load(folder)
+        tokenizer.decode([*user_ids(tokenizer, PROBE), *tokenizer("a")["input_ids"]], skip_special_tokens=True)  # some fields fail only now
+        return tokenizer
+
     try:
-        return errors.retrying(lambda: load(folder), f"reading the tokenizer in {folder}")
+        return errors.retrying(tried, f"reading the tokenizer in {folder}")
     except Exception as error:  # of tokenizers, sentencepiece and transformers, in types of their own
         if _passes(error):
             raise
@@ -171,9 +183,23 @@ def _own_code(folder):
 
 
 def _name_special_tokens(folder, stated, tokenizer):
-    """Gives a tokenizer whose files do not name its bos and eos those that the model's configuration has the ids of."""
-    beside = folder / "special_tokens_map.json"
-    stated = stated | (files.read_json(beside, "special tokens") if beside.exists() else {})
+    """Gives a tokenizer whose files do not name its bos and eos those that the model's configuration has the ids of.
+
+    Where two files of the tokenizer say different things, transformers' choice is taken, and said.
+    """
+    path = folder / "special_tokens_map.json"
+    beside = files.read_json(path, "special tokens") if path.exists() else {}
+    for name in ("bos_token", "eos_token", "unk_token"):
+        here, there = (of[name].get("content") if isinstance(of.get(name), dict) else of.get(name) for of in (stated, beside))
+        if here and there and here != there:
+            taken = getattr(tokenizer, name)
+            print(
+                f"{folder}: {name} is {here!r} in tokenizer_config.json and {there!r} in {path.name}; {taken!r} is taken", file=sys.stderr
+            )
+    template = stated.get("chat_template")
+    if isinstance(template, str) and template != tokenizer.chat_template:
+        print(f"{folder}: tokenizer_config.json has another chat template than chat_template.jinja, which is taken", file=sys.stderr)
+    stated = stated | beside
     for name in ("bos_token", "eos_token"):
         if name in stated or getattr(tokenizer, name) is not None:
             continue
@@ -204,7 +230,7 @@ def read_alike(folder) -> bool:
     if files.read_json(folder / "config.json", "the base model's configuration")["model_type"] == "llama":
         return True  # there it takes the class that tokenizer_config.json names; to ask takes seconds of importing
     theirs = _reading(folder, _by_its_class)
-    return theirs(PROBE, add_special_tokens=False, split_special_tokens=True)["input_ids"] == _own_reading(folder / _JSON)
+    return theirs(PROBE, add_special_tokens=False, split_special_tokens=True)["input_ids"] == _own_reading(folder / _JSON)[0]
 
 
 def bos_id(tokenizer) -> int | None:
