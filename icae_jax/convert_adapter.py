@@ -13,7 +13,7 @@ from icae_jax.evaluation import scores
 from icae_jax.inference.compressor import Compressor
 from icae_jax.interop import adapter as adapters
 from icae_jax.interop import base as bases
-from icae_jax.interop import files, formats, peft_folder
+from icae_jax.interop import files, formats, peft_folder, sources
 from icae_jax.objectives import targets
 from icae_jax.training import checkpoint
 from icae_jax.training.compressor_task import compression_on
@@ -42,7 +42,8 @@ class Source:
     """What --from turned out to be. kind: "native", "peft", "orbax", or a format of `interop.formats`.
 
     path: the adapter folder, the checkpoint of one step, or the file of tensors. told: what `reading.json` beside the file says. given: of
-    a checkpoint the path by which it was found, which may be its workdir's.
+    a checkpoint the path by which it was found, which may be its workdir's. base, name: of an adapter folder the base that it names, and
+    how it is found again itself, which may be a hub id with its commit.
     """
 
     kind: str
@@ -50,30 +51,36 @@ class Source:
     tensors: dict | None = None
     told: dict | None = None
     given: pathlib.Path | None = None
+    base: str = ""
+    name: str = ""
 
 
 def recognise(path):
-    """The `Source` at a path: by what is in it, not by what it is called. UserError where it is no trained compressor."""
-    path = pathlib.Path(path)
-    if path.is_file():
-        tensors, _ = formats.open_tensors(path)
+    """The `Source` at a path, a hub id or a URL: by what is in it, not by what it is called. UserError where it is no trained compressor,
+    or an adapter folder that cannot be read.
+    """
+    folder, name = adapters.locate(path)
+    if folder.is_file():
+        tensors, _ = formats.open_tensors(folder)
         form = formats.recognise(tensors)
         if form is None:
             names = ", ".join(sorted(tensors)[:3])
             raise UserError(f"{path}: no trained compressor, its {len(tensors)} tensors are {names}, …; see icae inspect {path}")
-        return Source(form, path, tensors, formats.read_reading(path))
-    if not path.is_dir():
-        raise UserError(f"{path}: no such file or folder")
-    folder = adapters.adapter_folder(path)
-    if (folder / "icae.json").exists():
-        return Source("peft" if adapters.lora_folder(folder) == folder else "native", folder)
-    step = checkpoint.step_folder(path)
+        return Source(form, folder, tensors, formats.read_reading(folder))
+    if (folder / adapters.INFO).exists() or sources.is_remote(name):
+        _, stated = adapters.read_adapter_info(folder, name)
+        return Source("peft" if stated.source.parent == folder else "native", folder, base=stated.base, name=name)
+    if not folder.is_dir():
+        raise UserError(f"{path}: neither a file nor a folder")
+    step = checkpoint.step_folder(folder)
     if step is not None:
-        return Source("orbax", step, given=path)
-    found = [file for file in sorted(path.iterdir()) if file.is_file() and formats.file_kind(file)]
+        return Source("orbax", step, given=folder)
+    found = [file for file in sorted(folder.iterdir()) if file.is_file() and formats.file_kind(file)]
     found = [file for file in found if formats.recognise(formats.open_tensors(file)[0])]
     if len(found) == 1:
         return recognise(found[0])
+    if not found and (folder / "adapter_config.json").exists():
+        adapters.read_adapter_info(folder, str(path))  # which says what is missing
     what = f"holds several trained compressors: {', '.join(f.name for f in found)}; name one" if found else "holds no trained compressor"
     raise UserError(f"{path} {what} (adapter folder, training workdir, safetensors or .pt file)")
 
@@ -156,11 +163,26 @@ def _from_orbax(source, base):
     return step, adapters.Adapter(compression, config.lora, template, trained, base.path, base.fingerprint)
 
 
-def open_trained(path, base):
-    """The `Adapter` at a path that says itself how it is read: an adapter folder, a training workdir, one of its checkpoints."""
+def recognise_whole(path):
+    """The `Source` at a path that says itself how it is read: an adapter folder, a training workdir, one of its checkpoints."""
     source = recognise(path)
     if source.kind in formats.NAMES:
         raise UserError(f"{path} is a file of tensors ({source.kind}); make an adapter folder of it first: icae convert adapter")
+    return source
+
+
+def base_of(source):
+    """The base that a whole `Source` names. UserError where it names none, or a folder that is not here."""
+    if source.kind != "orbax":
+        return adapters.check_base(source.base, source.name)
+    about = source.path.parent.parent / "config.json"
+    raw = files.read_json(about, "the run's configuration")
+    files.check_fields(raw, {"base": str}, about)
+    return adapters.check_base(raw["base"], source.given)
+
+
+def open_trained(source, base):
+    """The `Adapter` of a whole `Source`."""
     return _from_orbax(source, base)[1] if source.kind == "orbax" else adapters.load_adapter(source.path, base)
 
 

@@ -63,7 +63,7 @@ def test_round_trip(folder, adapter, base):
 
 def test_workdir_stands_for_its_adapter(folder):
     """Breaks when a training workdir cannot be given in the adapter's place."""
-    assert adapters.adapter_folder(folder.parent) == folder == adapters.adapter_folder(folder)
+    assert adapters.locate(folder.parent).folder == folder == adapters.locate(folder).folder
 
 
 def test_peft_merges_what_we_compute(folder, adapter, tiny_base):
@@ -146,8 +146,8 @@ def test_every_tensor_that_does_not_fit_is_listed(change, messages):
         (lambda f: (f / "icae.json").write_text("[]"), r"icae\.json: not an object"),
         (lambda f: edit(f / "encoder" / "adapter_config.json", lora_alpha="x"), "lora_alpha is 'x', which is not a number"),
         (lambda f: edit(f / "encoder" / "adapter_config.json", r=0), r"adapter_config\.json: r is 0"),
-        (lambda f: edit(f / "encoder" / "adapter_config.json", target_modules=[[]]), r"adapter_config\.json states"),
-        (lambda f: (f / "icae.json").unlink(), r"icae\.json: no such file"),
+        (lambda f: edit(f / "encoder" / "adapter_config.json", target_modules=[[]]), "which is neither a text nor a list of texts"),
+        (lambda f: (f / "icae.json").unlink(), r"has no icae\.json, so it is no adapter"),
         (lambda f: (f / "memory.safetensors").unlink(), r"memory\.safetensors: no such file"),
         (lambda f: (f / "memory.safetensors").write_bytes(b"x" * 20), "not a readable safetensors file"),
         (

@@ -2,7 +2,7 @@
 
 A safetensors file with `slots [B, M, D]` (ICAE) or `k` and `v`, each `[L, B, M, K, H]`, k before RoPE (500xCompressor), and
 `lengths [B, S]` (context tokens of each segment, 0 where a text has fewer), and as metadata: format_version, icae_jax_version, method,
-layout, k, base_fingerprint, adapter_fingerprint, adapter (its folder), ids (JSON).
+layout, k, base_fingerprint, adapter_fingerprint, adapter (its folder, or hub id with the commit, or URL), ids (JSON).
 """
 
 import json
@@ -19,7 +19,7 @@ import icae_jax
 from icae_jax.compression import memory as memories
 from icae_jax.compression import methods
 from icae_jax.errors import UserError
-from icae_jax.interop import files
+from icae_jax.interop import files, sources
 from icae_jax.interop.text import check_encodable
 
 FORMAT_VERSION = "1"
@@ -55,7 +55,7 @@ def save(path, memory, compression, ids, base_fingerprint, adapter_fingerprint, 
         "k": str(memory.tokens_per_segment),
         "base_fingerprint": base_fingerprint,
         "adapter_fingerprint": adapter_fingerprint,
-        "adapter": str(pathlib.Path(adapter_path).resolve()),
+        "adapter": str(adapter_path if sources.is_remote(str(adapter_path)) else pathlib.Path(adapter_path).resolve()),
         "ids": json.dumps(ids, ensure_ascii=False),
     }
     tensors = {name: np.ascontiguousarray(x) for name, x in memory.contents.items()}
