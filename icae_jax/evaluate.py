@@ -90,7 +90,7 @@ def load(named, base, dtype, mesh):
         except UserError as error:
             raise UserError(f"--adapter {error}") from error
     loaded = load_base(base or convert_adapter.base_of(next(iter(found.values()))), dtype, mesh)
-    return {name: Compressor(loaded, convert_adapter.open_trained(of, loaded), named[name], dtype, mesh) for name, of in found.items()}
+    return {name: Compressor(loaded, convert_adapter.open_trained(of, loaded), of.name, dtype, mesh) for name, of in found.items()}
 
 
 def _about(compressor):

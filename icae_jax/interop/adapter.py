@@ -288,9 +288,9 @@ def _check_template(template, vocab_size, source):
         raise UserError(f"{source}: stop is {template.stop}; the base has {vocab_size} tokens")
 
 
-def locate(adapter):
+def locate(adapter, progress=True):
     """`sources.LocalAdapter` of the adapter folder meant by a folder, a training workdir, a hub id or a URL, fetched where needed."""
-    folder, name = sources.local_adapter(adapter)
+    folder, name = sources.local_adapter(adapter, progress)
     inside = (folder / IN_WORKDIR / INFO).exists()
     return sources.LocalAdapter(folder / IN_WORKDIR, os.path.join(name, IN_WORKDIR)) if inside else sources.LocalAdapter(folder, name)
 

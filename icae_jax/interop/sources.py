@@ -123,8 +123,8 @@ def local_adapter(adapter: str | os.PathLike, progress: bool = True) -> LocalAda
         return LocalAdapter(pathlib.Path(text), os.path.abspath(text))
     if not is_remote(text):
         raise UserError(
-            f"adapter {text!r}: no such file or folder; give the folder that training wrote (it holds icae.json), a hub id such as "
-            "org/name, or gs://…"
+            f"adapter {text or repr(text)}: no such file or folder; give the folder that training wrote (it holds icae.json), "
+            "a hub id such as org/name, or gs://…"
         )
     if "://" in text:
         from etils import epath

@@ -98,8 +98,9 @@ class CompressorTask(CompressorLosses):
 
     def __init__(self, config, base=None):
         c = config
-        start = adapters.locate(c.init_from).folder if c.init_from and c.init_from != SCRATCH else None
-        if start:
+        start = None
+        if c.init_from and c.init_from != SCRATCH:
+            start = adapters.locate(c.init_from, progress=jax.process_index() == 0).folder
             adapters.read_adapter_info(start, c.init_from)  # before the base is loaded, which takes minutes
         self.placement = sharding.Placement(sharding.make_mesh(c.mesh), bases.sizes(c.base))
         self.base = base or bases.load_base(c.base, c.jnp_dtype, self.placement.parameter, progress=jax.process_index() == 0)
