@@ -57,10 +57,13 @@ def lora_to_hub(lora, prefix="base_model.model.", infix=""):
     return tensors
 
 
+_FLOATS = {"float64", "float32", "float16", "bfloat16", "f64", "f32", "f16", "bf16"}  # as numpy and as safetensors call them
+
+
 def read_floats(tensor, name, problems):
-    """A tensor as float32; adds a line to `problems` where it holds integers, or a number that is NaN or infinite."""
-    if not str(tensor.dtype).lower().startswith(("f", "bf")):
-        problems.append(f"unreadable {name}: of type {tensor.dtype}, and floating-point numbers are needed")
+    """A tensor as float32; adds a line to `problems` where its type is not one of `_FLOATS`, or a number is NaN or infinite."""
+    if str(tensor.dtype).lower() not in _FLOATS:
+        problems.append(f"unreadable {name}: of type {tensor.dtype}; store it as float32, bfloat16 or float16")
         return np.zeros(tensor.shape, np.float32)
     with np.errstate(over="ignore"):  # a float64 too large for float32
         value = np.asarray(tensor).astype(np.float32)
@@ -245,7 +248,10 @@ def _tensors(path):
                 "save_pretrained, which writes safetensors"
             )
         raise UserError(f"{path}: no such file; an adapter folder holds encoder/, memory.safetensors and icae.json")
-    return files.read_safetensors(path, safetensors.numpy.load_file)
+    try:
+        return files.read_safetensors(path, safetensors.numpy.load_file)
+    except AttributeError as error:  # how safetensors says that numpy has no such type
+        raise UserError(f"{path}: it holds tensors of a type that is not read ({error}); store them as float32 or bfloat16") from error
 
 
 def _check_read(path, tensors, wanted):
@@ -306,7 +312,7 @@ def lora_folder(folder):
 
 def _check_is_adapter(folder, name):
     """UserError where a folder is none of this package's adapters. name: how the user calls it."""
-    if not folder.is_dir():
+    if not folder.is_dir() and not sources.is_remote(name):
         raise UserError(f"adapter {name!r} is not a folder; give the folder that training wrote (it holds {INFO}), a hub id, or gs://…")
     if not (folder / INFO).exists():
         ordinary = (folder / "adapter_config.json").exists()
@@ -319,8 +325,9 @@ def read_adapter_info(folder, name=""):
     folder = pathlib.Path(folder)
     _check_is_adapter(folder, name or str(folder))
     info = files.read_json(folder / INFO, "how the adapter is read")
-    if info.get("format_version") != FORMAT_VERSION:
-        raise UserError(f"{folder}/icae.json: format_version is {info.get('format_version')}, this version reads {FORMAT_VERSION}")
+    version = info.get("format_version")
+    if version != FORMAT_VERSION or not files.is_kind(version, int):
+        raise UserError(f"{folder}/icae.json: format_version is {version!r:.40}, this version reads {FORMAT_VERSION}")
     files.check_fields(info, {"base_fingerprint": str, "compression": dict, "template": dict}, folder / INFO)
     files.check_fields(info["template"], {"name": str}, f"{folder}/icae.json: template")
     if info.get("origin"):

@@ -43,6 +43,11 @@ def _is_default(name, value):
     return value is None or value is False or value in ([], {}) or (name == "bias" and value == "none")
 
 
+def _or_default(raw, name, default):
+    value = raw.get(name)
+    return default if value is None else value
+
+
 def _shown(value):
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "…"
@@ -210,14 +215,14 @@ def read(path: pathlib.Path) -> LoraFields:
     if raw["peft_type"] != "LORA":
         _refuse(path, "peft_type", raw["peft_type"], "and only LORA is read")
     _check_refused(raw, path)
-    rank, alpha, dropout = _whole(raw["r"]), _number(raw["lora_alpha"]), _number(raw.get("lora_dropout") or 0.0)
+    rank, alpha, dropout = _whole(raw["r"]), _number(raw["lora_alpha"]), _number(_or_default(raw, "lora_dropout", 0.0))
     if rank is None or rank < 1:
         _refuse(path, "r", raw["r"], "which is not a positive whole number; give the rank that it was trained with")
     if not alpha:
         _refuse(path, "lora_alpha", raw["lora_alpha"], "which is not a number other than 0; give the alpha that it was trained with")
     if dropout is None or not 0 <= dropout < 1:
         _refuse(path, "lora_dropout", raw["lora_dropout"], "which is not a number in [0, 1)")
-    rslora = raw.get("use_rslora") or False
+    rslora = _or_default(raw, "use_rslora", False)
     if not isinstance(rslora, bool):
         _refuse(path, "use_rslora", rslora, "which is neither true nor false")
     targets = _texts(raw, "target_modules", path)
