@@ -308,7 +308,8 @@ def main(parser, argv):
     adapter, lines, settled = read(source, base, args)
     if args.base_id or args.push:
         adapter = dataclasses.replace(adapter, base_path=_base_on_hub(args, adapter))
-    print(f"{source.path}: {source.kind}, r {adapter.lora.rank}, k {adapter.compression.k}, LoRA on {', '.join(adapter.lora.targets)}")
+    shown = source.name if sources.is_remote(source.name) else source.path
+    print(f"{shown}: {source.kind}, r {adapter.lora.rank}, k {adapter.compression.k}, LoRA on {', '.join(adapter.lora.targets)}")
     if lines:
         print("  " + ", ".join(lines))
     if args.format in formats.NAMES:
