@@ -167,7 +167,7 @@ def compress_verb(argv):
     from icae_jax.inference.compressor import load
 
     parser = _parser("compress")
-    parser.add_argument("--adapter", required=True, help="adapter folder, or the workdir of a training run")
+    parser.add_argument("--adapter", required=True, help="adapter folder, workdir of a training run, hub id, or gs://…")
     base_flags(parser)
     parser.add_argument("--input", required=True, help="JSON lines (text, or context) or a text file")
     parser.add_argument("--output", required=True, help="memory file to write (.safetensors)")
@@ -197,7 +197,7 @@ def compress_verb(argv):
 def _memory_parser(verb):
     parser = _parser(verb)
     parser.add_argument("--memory", required=True, help="memory file that `icae compress` wrote")
-    parser.add_argument("--adapter", help="adapter folder; by default the one that the memory names")
+    parser.add_argument("--adapter", help="adapter (folder, hub id or gs://…); by default the one that the memory names")
     base_flags(parser)
     mesh_flag(parser)
     parser.add_argument("--batch_size", type=int, default=16, help="texts decoded at once")

@@ -3,6 +3,7 @@
 import dataclasses
 import pathlib
 import sys
+import tempfile
 
 import jax
 import numpy as np
@@ -13,11 +14,11 @@ from icae_jax.evaluation import scores
 from icae_jax.inference.compressor import Compressor
 from icae_jax.interop import adapter as adapters
 from icae_jax.interop import base as bases
-from icae_jax.interop import files, formats, peft_folder
+from icae_jax.interop import files, formats, peft_folder, publishing, sources
 from icae_jax.objectives import targets
-from icae_jax.training import checkpoint
+from icae_jax.training import checkpoint, metrics
 from icae_jax.training.compressor_task import compression_on
-from icae_jax.training.config import TrainConfig, from_dict
+from icae_jax.training.config import TrainConfig, from_dict, steps_done
 
 FORMATS = ("native", "peft", "icae-v1", "icae-v2", "x500")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -42,7 +43,8 @@ class Source:
     """What --from turned out to be. kind: "native", "peft", "orbax", or a format of `interop.formats`.
 
     path: the adapter folder, the checkpoint of one step, or the file of tensors. told: what `reading.json` beside the file says. given: of
-    a checkpoint the path by which it was found, which may be its workdir's.
+    a checkpoint the path by which it was found, which may be its workdir's. base: of an adapter folder the one that it names. name: how
+    the user calls it, of the hub with the commit.
     """
 
     kind: str
@@ -50,30 +52,37 @@ class Source:
     tensors: dict | None = None
     told: dict | None = None
     given: pathlib.Path | None = None
+    base: str = ""
+    name: str = ""
 
 
 def recognise(path):
-    """The `Source` at a path: by what is in it, not by what it is called. UserError where it is no trained compressor."""
-    path = pathlib.Path(path)
-    if path.is_file():
-        tensors, _ = formats.open_tensors(path)
+    """The `Source` at a path, a hub id or a URL: by what is in it, not by what it is called. UserError where it is no trained compressor,
+    or an adapter folder that cannot be read.
+    """
+    folder, name = adapters.locate(path)
+    name = name if sources.is_remote(name) else str(path)
+    if folder.is_file():
+        tensors, _ = formats.open_tensors(folder)
         form = formats.recognise(tensors)
         if form is None:
             names = ", ".join(sorted(tensors)[:3])
             raise UserError(f"{path}: no trained compressor, its {len(tensors)} tensors are {names}, …; see icae inspect {path}")
-        return Source(form, path, tensors, formats.read_reading(path))
-    if not path.is_dir():
-        raise UserError(f"{path}: no such file or folder")
-    folder = adapters.adapter_folder(path)
-    if (folder / "icae.json").exists():
-        return Source("peft" if adapters.lora_folder(folder) == folder else "native", folder)
-    step = checkpoint.step_folder(path)
+        return Source(form, folder, tensors, formats.read_reading(folder), name=name)
+    if (folder / adapters.INFO).exists() or sources.is_remote(name):
+        _, stated = adapters.read_adapter_info(folder, name)
+        return Source("peft" if stated.source.parent == folder else "native", folder, base=stated.base, name=name)
+    if not folder.is_dir():
+        raise UserError(f"{path}: neither a file nor a folder")
+    step = checkpoint.step_folder(folder)
     if step is not None:
-        return Source("orbax", step, given=path)
-    found = [file for file in sorted(path.iterdir()) if file.is_file() and formats.file_kind(file)]
+        return Source("orbax", step, given=folder, name=name)
+    found = [file for file in sorted(folder.iterdir()) if file.is_file() and formats.file_kind(file)]
     found = [file for file in found if formats.recognise(formats.open_tensors(file)[0])]
     if len(found) == 1:
         return recognise(found[0])
+    if not found and (folder / "adapter_config.json").exists():
+        adapters.read_adapter_info(folder, name)  # which says what is missing
     what = f"holds several trained compressors: {', '.join(f.name for f in found)}; name one" if found else "holds no trained compressor"
     raise UserError(f"{path} {what} (adapter folder, training workdir, safetensors or .pt file)")
 
@@ -159,11 +168,26 @@ def _from_orbax(source, base):
     return step, adapters.Adapter(compression, config.lora, template, trained, base.path, **identity)
 
 
-def open_trained(path, base):
-    """The `Adapter` at a path that says itself how it is read: an adapter folder, a training workdir, one of its checkpoints."""
+def recognise_whole(path):
+    """The `Source` at a path that says itself how it is read: an adapter folder, a training workdir, one of its checkpoints."""
     source = recognise(path)
     if source.kind in formats.NAMES:
         raise UserError(f"{path} is a file of tensors ({source.kind}); make an adapter folder of it first: icae convert adapter")
+    return source
+
+
+def base_of(source):
+    """The base that a whole `Source` names. UserError where it names none, or a folder that is not here."""
+    if source.kind != "orbax":
+        return adapters.check_base(source.base, source.name)
+    about = source.path.parent.parent / "config.json"
+    raw = files.read_json(about, "the run's configuration")
+    files.check_fields(raw, {"base": str}, about)
+    return adapters.check_base(raw["base"], source.name)
+
+
+def open_trained(source, base):
+    """The `Adapter` of a whole `Source`."""
     return _from_orbax(source, base)[1] if source.kind == "orbax" else adapters.load_adapter(source.path, base)
 
 
@@ -219,6 +243,21 @@ def restoring(compressor, texts):
     return Restoring(loss(memory), loss(others), scores.bleu(compressor.restore(memory), texts), float(np.mean(memory.ratio)))
 
 
+def held_out(source):
+    """A line of the held-out losses of the run that a `Source` is the result of, as its metrics.jsonl tells them; "" where it does not."""
+    if source.kind == "orbax":
+        workdir, step = source.path.parent.parent, int(source.path.name.removeprefix("step_"))
+    else:
+        workdir = source.path.parent
+        step = steps_done(workdir) if source.path.name == adapters.IN_WORKDIR else 0
+    file = workdir / "metrics.jsonl"
+    losses = [line["eval"] for line in metrics.read(file) if line.get("step") == step and "eval" in line] if step and file.exists() else []
+    if not losses:
+        return ""
+    told = "; ".join(f"{kind.replace('_', ' ')}: {', '.join(f'{o} {v:.4f}' for o, v in of.items())}" for kind, of in losses[-1].items())
+    return f"Held-out losses at the end of training (step {step}), nats per token: {told}."
+
+
 def check(adapter, base, texts, where, dtype):
     """(`Restoring` or None, why it could not be measured)."""
     if base.tokenizer is None:
@@ -233,16 +272,24 @@ def check(adapter, base, texts, where, dtype):
 
 
 def main(parser, argv):
-    """Converts an adapter. Returns an exit code: 0 done; 2 bad input, or far from restoring without --force, and nothing is written."""
+    """Converts an adapter, and pushes it. Returns an exit code: 0 done; 2 bad input, or far from restoring without --force. Then nothing is
+    pushed, nor written unless a fingerprint says that the base is right and nothing was to be pushed.
+    """
     add = parser.add_argument
-    add("--from", dest="source", required=True, metavar="PATH", help="adapter folder, workdir, checkpoint, safetensors or .pt file")
+    help_text = "adapter folder, workdir, checkpoint, hub id, gs://…, safetensors or .pt file"
+    add("--from", dest="source", required=True, metavar="PATH", help=help_text)
     add("--base", required=True, help="the base model: folder, hub id, or gs://…")
-    add("--to", required=True, metavar="DIR", help="folder to write")
+    add("--to", metavar="DIR", help="folder to write; with --push it may be left out")
     add("--format", default="native", choices=FORMATS, help="format to write (default: native, our adapter folder)")
     add("--text", metavar="FILE", help="texts to restore for the check (the first 8), in place of the built-in paragraph")
     add("--dtype", default="float32", choices=DTYPES, help="of the tensors written, in formats other than native")
     add("--base_dtype", default="float32", choices=DTYPES[:2], help="of the base while it restores; bfloat16 takes half the memory")
-    add("--force", action="store_true", help="write even where restoring fails")
+    add("--base_id", metavar="ORG/NAME", help="the base's hub id, which the adapter is to name instead of a folder")
+    add("--force", action="store_true", help="write, and push, even where restoring fails")
+    add = parser.add_argument_group("the model hub").add_argument
+    add("--push", metavar="ORG/NAME", help="upload the adapter, native or peft, with a model card; a repository that is not there is made")
+    add("--private", action="store_true", help="make it a private one")
+    add("--license", metavar="NAME", help="the adapter's licence, for the card: apache-2.0, …")
     add = parser.add_argument_group("what tensors cannot tell; each format has a default, which is printed").add_argument
     add("--method", choices=("icae", "x500"))
     add("--alpha", type=float, help="LoRA's alpha; its scale is alpha / r")
@@ -255,14 +302,17 @@ def main(parser, argv):
     for name in ("alpha", "rate", "context_length"):
         if getattr(args, name) is not None and not getattr(args, name) > 0:
             raise UserError(f"--{name} is {getattr(args, name)}; it must be positive")
-    files.check_new_folder(args.to)
+    _check_output(args)
     source = recognise(args.source)
     texts = list(dict.fromkeys(row.text for row in read_all(args.text)))[:8] if args.text else [PARAGRAPH]
     if not texts:
         raise UserError(f"--text {args.text}: no rows")
     base = bases.load_base(args.base, args.base_dtype, progress=True, need_tokenizer=False)
     adapter, lines, settled = read(source, base, args)
-    print(f"{source.path}: {source.kind}, r {adapter.lora.rank}, k {adapter.compression.k}, LoRA on {', '.join(adapter.lora.targets)}")
+    if args.base_id or args.push:
+        adapter = dataclasses.replace(adapter, base_path=_base_on_hub(args, adapter))
+    shown = source.name if sources.is_remote(source.name) else source.path
+    print(f"{shown}: {source.kind}, r {adapter.lora.rank}, k {adapter.compression.k}, LoRA on {', '.join(adapter.lora.targets)}")
     if lines:
         print("  " + ", ".join(lines))
     if args.format in formats.NAMES:
@@ -278,15 +328,57 @@ def main(parser, argv):
         unsure = f"is {base.path} the base it was trained on, and are the values above right?"
         sure = f"{base.path} is its base by fingerprint, but perhaps it was trained on other texts (--text), or not to restore"
         print(f"icae convert adapter: {why or 'far from restoring'}: {sure if settled else unsure}", file=sys.stderr)
-        if not settled and not args.force:
-            print("icae convert adapter: nothing was written; --force writes it all the same", file=sys.stderr)
+        if (args.push or not settled) and not args.force:
+            done, anyway = ("written or pushed", "does it") if args.push else ("written", "writes it")
+            print(f"icae convert adapter: nothing was {done}; --force {anyway} all the same", file=sys.stderr)
             return 2
     if source.kind in formats.NAMES:
         figures = dataclasses.asdict(measured) if measured else None
         origin = {"format": source.kind, "file": source.path.name, "restoring": figures, "forced": failed and not settled}
         adapter = dataclasses.replace(adapter, origin=origin)
-    print(f"  wrote {write(args.format, args.to, adapter, base.config, args.dtype)} ({args.format})")
+    with tempfile.TemporaryDirectory() as scratch:
+        to = args.to or pathlib.Path(scratch) / "adapter"
+        written = write(args.format, to, adapter, base.config, args.dtype)
+        if args.push:
+            restored = f"Restoring {f'{len(texts)} texts' if args.text else 'a paragraph'}: {measured}." if measured else ""
+            figures = [line for line in (restored, held_out(source)) if line]
+            text = publishing.card(adapter, base.config, args.push, args.format == "peft", figures, args.license)
+            publishing.write_card(to, text)
+        if args.to:
+            print(f"  wrote {written} ({args.format})")
+        if args.push:
+            print(f"  pushed {publishing.push(to, args.push, args.private)} ({args.format})")
     return 0
+
+
+def _check_output(args):
+    """UserError where what is asked for can neither be written nor pushed, before anything is loaded."""
+    if not (args.to or args.push):
+        raise UserError("give --to DIR to write the adapter, --push ORG/NAME to upload it, or both")
+    if args.to:
+        files.check_new_folder(args.to)
+    if args.push:
+        if args.format in formats.NAMES:
+            raise UserError(f"--push takes --format native or peft, not {args.format}, which has no place for how the adapter is read")
+        publishing.check(args.push)
+    given = [f"--{name}" for name in ("private", "license") if getattr(args, name) and not args.push]
+    if given:
+        raise UserError(f"{', '.join(given)} counts only with --push")
+    if args.base_id and not sources.is_hub_id(args.base_id):
+        raise UserError(f"--base_id {args.base_id!r} is no hub id; give ORG/NAME")
+
+
+def _base_on_hub(args, adapter):
+    """The base's hub id, checked to be the same base where it was not the one loaded."""
+    named = args.base_id or publishing.hub_base(args.base, adapter.base_path)
+    if not named:
+        own = f"{adapter.base_path} is this machine's own name of the base"
+        raise UserError(f"--push: {own}; say with --base_id ORG/NAME where others find it on the hub")
+    if named != args.base and (theirs := bases.identify(named)[1]) != adapter.base_fingerprint:
+        raise UserError(
+            f"{named} has fingerprint {theirs[:12]}, but the adapter's base {adapter.base_fingerprint[:12]}; give its own --base_id"
+        )
+    return named
 
 
 def write(form, folder, adapter, model_config, dtype):

@@ -17,7 +17,6 @@ from icae_jax.evaluation import page, plain, run
 from icae_jax.evaluation.suites import SUITES
 from icae_jax.evaluation.suites.common import Options
 from icae_jax.inference.compressor import Compressor, load_base
-from icae_jax.interop import adapter as adapters
 from icae_jax.interop import files
 from icae_jax.objectives.targets import TEMPLATES
 from icae_jax.training import distributed, sharding
@@ -41,7 +40,13 @@ def flags(parser):
     """The flags of the verb; those in the group have the names of `evaluation.suites.common.Options`."""
     add = parser.add_argument
     add("--suite", required=True, choices=list(SUITES), help="what to measure")
-    add("--adapter", required=True, action="append", metavar="[NAME=]DIR", help="adapter folder, workdir or checkpoint; ablate: several")
+    add(
+        "--adapter",
+        required=True,
+        action="append",
+        metavar="[NAME=]DIR",
+        help="adapter folder, workdir, checkpoint, hub id, or gs://…; ablate: several",
+    )
     add("--base", help="base model (folder, hub id or gs://…); by default the one that the adapter names")
     add("--base_dtype", choices=("float32", "bfloat16"), default="float32", help="of base, activations and memory")
     add("--mesh", help="this host's devices, to split base and batches over, such as fsdp=4,tensor=2; by default batches over all")
@@ -76,30 +81,16 @@ def named_adapters(given):
     return named
 
 
-def base_named_by(path):
-    """The base that an adapter folder, workdir or checkpoint names. UserError where the path is none of these."""
-    try:
-        source = convert_adapter.recognise(path)
-    except UserError as error:
-        raise UserError(f"--adapter {error}") from error
-    if source.kind == "orbax":
-        about = source.path.parent.parent / "config.json"
-        raw = files.read_json(about, "the run's configuration")
-        files.check_fields(raw, {"base": str}, about)
-        return raw["base"]
-    return adapters.read_adapter_info(source.path)[1]["base_model_name_or_path"]
-
-
 def load(named, base, dtype, mesh):
     """`{name: Compressor}` on one base, over the devices of a mesh. UserError where adapters disagree on the base."""
-    bases_named = [base_named_by(path) for path in named.values()]  # all of them, since loading a base takes minutes
-    if base is None:
-        base = bases_named[0]
-        if pathlib.Path(base).is_absolute() and not pathlib.Path(base).is_dir():
-            where = next(iter(named.values()))
-            raise UserError(f"adapter {where} names its base as {base}, which is not a folder; give the base model with --base")
-    loaded = load_base(base, dtype, mesh)
-    return {name: Compressor(loaded, convert_adapter.open_trained(path, loaded), path, dtype, mesh) for name, path in named.items()}
+    found = {}
+    for name, path in named.items():  # all of them, since loading a base takes minutes
+        try:
+            found[name] = convert_adapter.recognise_whole(path)
+        except UserError as error:
+            raise UserError(f"--adapter {error}") from error
+    loaded = load_base(base or convert_adapter.base_of(next(iter(found.values()))), dtype, mesh)
+    return {name: Compressor(loaded, convert_adapter.open_trained(of, loaded), of.name, dtype, mesh) for name, of in found.items()}
 
 
 def _about(compressor):

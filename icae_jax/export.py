@@ -48,7 +48,7 @@ def main(parser, argv):
         sub.set_defaults(run=run)
         sub.add_argument("--memory", required=True, help="memory file that `icae compress` wrote")
         sub.add_argument("--to", required=True, help="folder to write, new or empty")
-        sub.add_argument("--adapter", help="adapter folder; by default the one that the memory names")
+        sub.add_argument("--adapter", help="adapter (folder, hub id or gs://…); by default the one that the memory names")
         cli.base_flags(sub)
         sub.add_argument("--id", action="append", default=[], help="only the text of this id; may be given many times")
         sub.add_argument("--dtype", choices=dtypes, default=dtypes[0], help=f"of the tensors; {dtypes[0]} by default")

@@ -98,8 +98,8 @@ def _trained_file(path, tensors):
 
 
 def _adapter(folder):
-    info, peft = adapters.read_adapter_info(folder)
-    inner = adapters.lora_folder(folder)
+    info, stated = adapters.read_adapter_info(folder)
+    inner = stated.source.parent
     tensors, _ = formats.open_tensors(inner / "adapter_model.safetensors")
     table, _ = formats.open_tensors(pathlib.Path(folder) / "memory.safetensors")
     compression = info["compression"]
@@ -108,9 +108,9 @@ def _adapter(folder):
         **{name: compression.get(name) for name in ("method", "k", "rate", "layout", "k_choices") if compression.get(name)},
         "template": info["template"]["name"],
         **_lora_sizes(tensors),
-        "lora_scale": peft["lora_alpha"] / peft["r"],
+        "lora_scale": stated.scale,
         "trained_parameters": _count(tensors | table),
-        "base": peft["base_model_name_or_path"],
+        "base": stated.base,
         "base_fingerprint": info["base_fingerprint"],
         **({"origin": info["origin"]} if info.get("origin") else {}),
     }
@@ -146,7 +146,7 @@ def _memory(path):
 
 def describe(path):
     """What a path holds, as plain values under readable names. UserError where it is nothing that this package knows."""
-    path = pathlib.Path(path)
+    given, path = path, pathlib.Path(path)
     stated = files.read_json(path / "config.json", "a configuration") if path.is_dir() and (path / "config.json").exists() else {}
     if "architectures" in stated or "model_type" in stated:
         return _base(path)
@@ -160,7 +160,7 @@ def describe(path):
         known = any(n.endswith("embed_tokens.weight") for n in names)
         what = "weights of a base model; give the folder that holds them" if known else "tensors of no known kind"
         return {"what": what, "tensors": len(names), "first": names[:3]}
-    source = convert_adapter.recognise(path)
+    source = convert_adapter.recognise(given)
     if source.kind == "orbax":
         flat = files.read_json(source.path.parent.parent / "config.json", "the run's configuration")
         named = {"method": "compression.method", "k": "compression.k", "rate": "compression.rate", "layout": "compression.layout"}
@@ -183,7 +183,7 @@ def fits(about, base):
 
 def main(parser, argv):
     """Prints what a path is; with --base, whether each fits. Returns 0; 2 where a base given does not fit."""
-    parser.add_argument("path", help="file or folder")
+    parser.add_argument("path", help="file or folder, or an adapter's hub id or gs://…")
     parser.add_argument("--base", action="append", default=[], help="a base to try: folder, hub id, or gs://…; may be given many times")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args(argv)

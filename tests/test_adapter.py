@@ -63,7 +63,7 @@ def test_round_trip(folder, adapter, base):
 
 def test_workdir_stands_for_its_adapter(folder):
     """Breaks when a training workdir cannot be given in the adapter's place."""
-    assert adapters.adapter_folder(folder.parent) == folder == adapters.adapter_folder(folder)
+    assert adapters.locate(folder.parent).folder == folder == adapters.locate(folder).folder
 
 
 def test_peft_merges_what_we_compute(folder, adapter, tiny_base):
@@ -141,13 +141,28 @@ def test_every_tensor_that_does_not_fit_is_listed(change, messages):
         (lambda f: edit_within(f / "icae.json", "compression", k="3"), "compression: k is '3', which is not a whole number"),
         (lambda f: edit_within(f / "icae.json", "compression", k_choices=["a"]), r"k_choices is \['a'\], which are not whole numbers"),
         (lambda f: edit_within(f / "icae.json", "template", stop=None), "template: stop is None, which is not a whole number"),
+        (lambda f: edit(f / "icae.json", format_version=True), "format_version is True, this version reads 1"),
+        (lambda f: edit_within(f / "icae.json", "compression", rate=float("nan")), "compression: rate is nan, which is no number of a"),
+        (
+            lambda f: edit_within(f / "icae.json", "compression", rate=10**400),
+            r"compression: rate is 10+, which is no number of a sensible",
+        ),
+        (
+            lambda f: edit_within(f / "icae.json", "compression", k=-3),
+            r"icae\.json: compression: compression\.k is -3; it must be positive",
+        ),
+        (lambda f: edit_within(f / "icae.json", "compression", method=["icae"]), r"method is \['icae'\], which is not a text"),
+        (lambda f: edit_within(f / "icae.json", "template", head=[[1]]), r"template: head is \[\[1\]\], which are not whole numbers"),
+        (lambda f: edit_within(f / "icae.json", "template", before=[64]), "template: before holds id 64; the base has 64 tokens"),
+        (lambda f: edit_within(f / "icae.json", "template", after=[-4]), "template: after holds id -4; the base has 64 tokens"),
+        (lambda f: edit_within(f / "icae.json", "template", stop=-1), "template: stop is -1; the base has 64 tokens"),
         (lambda f: edit(f / "icae.json", origin="x"), "origin is 'x', which is not an object"),
         (lambda f: (f / "icae.json").write_text('{"format_version": 1}'), r"icae\.json: base_fingerprint, compression, .* missing"),
         (lambda f: (f / "icae.json").write_text("[]"), r"icae\.json: not an object"),
         (lambda f: edit(f / "encoder" / "adapter_config.json", lora_alpha="x"), "lora_alpha is 'x', which is not a number"),
         (lambda f: edit(f / "encoder" / "adapter_config.json", r=0), r"adapter_config\.json: r is 0"),
-        (lambda f: edit(f / "encoder" / "adapter_config.json", target_modules=[[]]), r"adapter_config\.json states"),
-        (lambda f: (f / "icae.json").unlink(), r"icae\.json: no such file"),
+        (lambda f: edit(f / "encoder" / "adapter_config.json", target_modules=[[]]), "which is neither a text nor a list of texts"),
+        (lambda f: (f / "icae.json").unlink(), r"has no icae\.json, so it is no adapter"),
         (lambda f: (f / "memory.safetensors").unlink(), r"memory\.safetensors: no such file"),
         (lambda f: (f / "memory.safetensors").write_bytes(b"x" * 20), "not a readable safetensors file"),
         (

@@ -248,7 +248,7 @@ def test_bad_input(compressor, memory, tiny_base, tmp_path):
         compressor.score(memory[0], "cat")
     with pytest.raises(ValueError, match="targets has 1 entries for 5"):
         compressor.score(memory, targets=["cat sat"])
-    with pytest.raises(ValueError, match="not a folder"):
+    with pytest.raises(ValueError, match="absent: no such file or folder"):
         icae_jax.load(tmp_path / "absent")
     adapter = make_adapter(tmp_path / "a", tiny_base)
     with pytest.raises(ValueError, match=r"base '.*absent' is not a folder; give a model-hub folder"):

@@ -201,6 +201,22 @@ def test_every_fault_is_listed(base):
         formats.read_trained("x500", x500, base, "file")
 
 
+@pytest.mark.parametrize(
+    ("form", "method", "layout", "name", "value", "message"),
+    [
+        ("icae-v2", "icae", "sequential", "memory_token_embed.weight", np.nan, "unreadable memory_token_embed.weight: it holds NaN"),
+        ("x500", "x500", "reference", "memory_embeddings", np.inf, "unreadable memory_embeddings: it holds NaN or infinity"),
+        ("x500", "icae", "padded", "ae_embedding", 1, "unreadable ae_embedding: of type int64"),
+    ],
+)
+def test_tensors_that_are_no_numbers(form, method, layout, name, value, message, base):
+    """Breaks when a table of NaN, infinities or whole numbers becomes an adapter."""
+    tensors = formats.tensors_of(form, make(base, method, layout), TINY)
+    tensors[name] = np.full(tensors[name].shape, value)
+    with pytest.raises(ValueError, match=message):
+        formats.read_trained(form, tensors, base, "file")
+
+
 def test_what_an_implementation_would_misread(base):
     """Breaks when an adapter is written for an implementation that reads it with another layout, or holds what the format cannot."""
     assert formats.misreadings("icae-v2", make(base)) == [] == formats.misreadings("x500", make(base, "x500", "reference"))

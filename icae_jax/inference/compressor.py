@@ -17,6 +17,7 @@ from icae_jax.errors import UserError
 from icae_jax.inference import generate, store
 from icae_jax.interop import adapter as adapters
 from icae_jax.interop import base as bases
+from icae_jax.interop import sources
 from icae_jax.interop import tokenizer as tokenizers
 from icae_jax.interop.text import user_ids
 from icae_jax.models import llama
@@ -75,25 +76,22 @@ def load_base(source, dtype="float32", mesh=None):
 
 
 def load(adapter, base=None, *, dtype="float32", mesh=None):
-    """Loads a `Compressor`. adapter: adapter folder, or a training workdir. base: model-hub folder, hub id or URL; by default the
-    adapter's own.
+    """Loads a `Compressor`. adapter: adapter folder, training workdir, hub id `org/name[@revision]`, or URL (gs://…). base: model-hub
+    folder, hub id or URL; by default the adapter's own.
 
     dtype: "float32" or "bfloat16", of base and activations. mesh: devices (`training.sharding`) to split base and batches over, by
     default one device alone. UserError where the base is not the one the adapter was trained on.
     """
-    folder = adapters.adapter_folder(adapter)
-    _, peft = adapters.read_adapter_info(folder)
-    where = str(base or peft["base_model_name_or_path"])
-    if base is None and pathlib.Path(where).is_absolute() and not pathlib.Path(where).is_dir():
-        raise UserError(f"adapter {folder} names its base as {where}, which is not a folder; give the base model with --base")
-    loaded = load_base(where, dtype, mesh)
-    return Compressor(loaded, adapters.load_adapter(folder, loaded), folder, dtype, mesh)
+    folder, name = adapters.locate(adapter)
+    _, stated = adapters.read_adapter_info(folder, name)  # before the base is loaded, which takes minutes
+    loaded = load_base(base or adapters.check_base(stated.base, name), dtype, mesh)
+    return Compressor(loaded, adapters.load_adapter(folder, loaded), name, dtype, mesh)
 
 
 def load_with_memory(memory_path, adapter=None, base=None, dtype="float32", mesh=None):
     """(`Compressor`, memory, ids) of a memory file, by default with the adapter that it names."""
     adapter = adapter or store.read_metadata(memory_path)["adapter"]
-    if not pathlib.Path(adapter).is_dir():
+    if not pathlib.Path(adapter).is_dir() and not sources.is_remote(adapter):
         raise UserError(f"--memory {memory_path} names adapter {adapter}, which is not here; give the adapter's folder with --adapter")
     compressor = load(adapter, base, dtype=dtype, mesh=mesh)
     memory, ids = compressor.load_memory(memory_path)

@@ -2,8 +2,8 @@
 
 A safetensors file with `slots [B, M, D]` (ICAE) or `k` and `v`, each `[L, B, M, K, H]`, k before RoPE (500xCompressor), and
 `lengths [B, S]` (context tokens of each segment, 0 where a text has fewer), and as metadata: format_version, icae_jax_version, method,
-layout, k, base_fingerprint, adapter_fingerprint, adapter (its folder), ids (JSON); and, not in
-earlier files, base_identity (JSON, `Base.identity`), lora_scale and segment_tokens.
+layout, k, base_fingerprint, adapter_fingerprint, adapter (its folder, or hub id with the commit, or URL), ids (JSON); and, not in earlier
+files, base_identity (JSON, `Base.identity`), lora_scale and segment_tokens.
 """
 
 import json
@@ -22,7 +22,7 @@ from icae_jax.compression import memory as memories
 from icae_jax.compression import methods
 from icae_jax.errors import UserError
 from icae_jax.interop import base as bases
-from icae_jax.interop import files
+from icae_jax.interop import files, sources
 from icae_jax.interop.text import check_encodable
 
 FORMAT_VERSION = "1"
@@ -74,7 +74,7 @@ def save(path, memory, compression, ids, base_fingerprint, adapter_fingerprint, 
         **({"base_identity": json.dumps(base_identity)} if base_identity else {}),
         **({} if lora_scale is None else {"lora_scale": repr(lora_scale)}),
         "segment_tokens": str(compression.segment_tokens),
-        "adapter": str(pathlib.Path(adapter_path).resolve()),
+        "adapter": str(adapter_path if sources.is_remote(str(adapter_path)) else pathlib.Path(adapter_path).resolve()),
         "ids": json.dumps(ids, ensure_ascii=False),
     }
     tensors = {name: np.ascontiguousarray(x) for name, x in memory.contents.items()}

@@ -7,6 +7,7 @@ icae.json                                                         method, layout
 
 import dataclasses
 import hashlib
+import os
 import pathlib
 import re
 import typing
@@ -20,7 +21,8 @@ import icae_jax
 from icae_jax.compression.encoder import SPECIAL_ROWS, CompressionConfig
 from icae_jax.errors import UserError
 from icae_jax.interop import base as bases
-from icae_jax.interop import files
+from icae_jax.interop import files, sources
+from icae_jax.interop import peft_config as peft_configs
 from icae_jax.interop import tokenizer as tokenizers
 from icae_jax.models import lora as loras
 from icae_jax.models.lora import LoraConfig
@@ -28,8 +30,11 @@ from icae_jax.objectives.targets import Template
 
 FORMAT_VERSION = 1
 MEMORY_TABLE = "memory_token_embed.weight"
+INFO = "icae.json"
 IN_WORKDIR = "adapter"  # the folder that training writes into its workdir
-_LORA_NAME = re.compile(r"model\.layers\.(\d+)\.(self_attn|mlp)\.(\w+)\.lora_(A|B)(?:\.default)?\.weight$")
+_LORA = r"model\.layers\.(\d+)\.(self_attn|mlp)\.(\w+)\.lora_(A|B)(?:\.default)?\.weight"
+_LORA_NAME = re.compile(rf"(?:^|\.){_LORA}$")
+_IN_FOLDER = re.compile(rf"(?:base_model\.(?:model\.)?)?{_LORA}")  # what PEFT puts in front, of a causal LM or of its inner model
 
 
 def parse_lora_name(name):
@@ -54,47 +59,108 @@ def lora_to_hub(lora, prefix="base_model.model.", infix=""):
     return tensors
 
 
-def lora_from_hub(tensors, model_config, problems=None):
-    """The LoRA tree of tensors named `…model.layers.{i}.{module}.{projection}.lora_{A,B}[.default].weight`; others are left alone.
+_FLOATS = {"float64", "float32", "float16", "bfloat16", "f64", "f32", "f16", "bf16"}  # as numpy and as safetensors call them
 
-    The rank is the A tensors' own, the projections those that any layer has. UserError lists every tensor that is missing, belongs to
-    no layer of the base, or has not the base's shape. problems: a list that takes these lines instead; the tree is then None.
-    """
-    found, lines = {}, []
+
+def read_floats(tensor, name, problems):
+    """A tensor as float32; adds a line to `problems` where its type is not one of `_FLOATS`, or a number is NaN or infinite."""
+    if str(tensor.dtype).lower() not in _FLOATS:
+        problems.append(f"unreadable {name}: of type {tensor.dtype}; store it as float32, bfloat16 or float16")
+        return np.zeros(tensor.shape, np.float32)
+    with np.errstate(over="ignore"):  # a float64 too large for float32
+        value = np.asarray(tensor).astype(np.float32)
+    if not np.isfinite(value).all():
+        problems.append(f"unreadable {name}: it holds NaN or infinity; the training that wrote it had diverged, or the file is damaged")
+    return value
+
+
+def _lora_names(tensors, lines):
+    """`{(layer, projection, "A" or "B"): name}` of LoRA's tensors; adds a line for each that is no projection's, or there twice."""
+    found = {}
     for full in tensors:
         parsed = parse_lora_name(full)
         if parsed:
             layer, module, name, letter = parsed
             if name not in loras.PROJECTIONS or module != loras.module_of(name):
                 lines.append(f"unexpected {full}: {module}.{name} is not a projection of this model")
+            elif (layer, name, letter) in found:
+                lines.append(f"unexpected {full}: {found[layer, name, letter]} is the same tensor of the same layer")
             else:
                 found[layer, name, letter] = full
-    ranks = [tensors[full].shape[0] for (_, _, letter), full in found.items() if letter == "A" and len(tensors[full].shape) == 2]
-    if not ranks and not lines:
+    return found
+
+
+def _listed(what, lines, most=20):
+    more = [f"… and {len(lines) - most} more"] if len(lines) > most else []
+    return f"{what}:\n  " + "\n  ".join([*lines[:most], *more])
+
+
+def lora_from_hub(tensors, model_config, problems=None, stated=None):
+    """The LoRA tree of tensors named `…model.layers.{i}.{module}.{projection}.lora_{A,B}[.default].weight`; others are left alone.
+
+    The rank is the A tensors' own, the projections those that any layer has. stated: `peft_config.LoraFields`, which say otherwise which
+    modules have LoRA, of which rank and scale: the tree then has the largest rank, zeros for what other modules lack of it, and in B what
+    their scales are of `stated.scale`. UserError lists every tensor that is missing, belongs to no layer of the base, has not the base's
+    shape, or holds no finite numbers. problems: a list that takes these lines instead; the tree is then None.
+    """
+    lines = []
+    found = _lora_names(tensors, lines)
+    if not found and not lines:
         lines.append("no LoRA tensors (names ending in lora_A.weight and lora_B.weight)")
-    rank = max(set(ranks), key=ranks.count) if ranks else 0
-    targets = [name for name in loras.PROJECTIONS if any(key[1] == name for key in found)]
+    ranks = [tensors[full].shape[0] for (_, _, letter), full in found.items() if letter == "A" and len(tensors[full].shape) == 2]
+    common = max(set(ranks), key=ranks.count) if ranks else 0
     example = next(iter(found.values()), "")
     before, infix = example.partition("model.layers.")[0], ".default" if ".default." in example else ""
-    for key in [(i, name, letter) for i in range(model_config.num_layers) for name in targets for letter in "AB"]:
+    in_peft = f"{before}model.".removeprefix("base_model.model.")  # what PEFT calls the module that holds the layers
+
+    def module(i, name):
+        return f"{in_peft}layers.{i}.{loras.module_of(name)}.{name}"
+
+    every = [(i, name) for name in loras.PROJECTIONS for i in range(model_config.num_layers)]
+    if stated is None:
+        targets = {name for _, name, _ in found}
+        rank_of = {(i, name): common for i, name in every if name in targets}
+    else:
+        rank_of = {key: stated.rank_of(module(*key)) for key in every if stated.has_lora(module(*key))}
+        others = [name for name in ("lm_head", f"{in_peft}embed_tokens") if stated.has_lora(name)]
+        lines += [
+            f"missing {name}: adapter_config.json gives it LoRA, which is computed for the projections of layers alone" for name in others
+        ]
+    values = {}
+    for key in [(*key, letter) for key in rank_of for letter in "AB"]:
         i, name, letter = key
         d_in, d_out = loras.projection_shape(model_config, name)
+        rank = rank_of[i, name]
         want = (rank, d_in) if letter == "A" else (d_out, rank)
         if key not in found:
             lines.append(f"missing {before}model.layers.{i}.{loras.module_of(name)}.{name}.lora_{letter}{infix}.weight {want}")
         elif tuple(tensors[found[key]].shape) != want:
-            lines.append(f"mis-shaped {found[key]}: {tuple(tensors[found[key]].shape)}, with this base it is {want}")
-    beyond = [full for (i, _, _), full in found.items() if i >= model_config.num_layers]
-    lines += [f"unexpected {full}: the base has {model_config.num_layers} layers" for full in beyond]
+            by = "this base" if stated is None else f"this base and r {rank} in adapter_config.json"
+            lines.append(f"mis-shaped {found[key]}: {tuple(tensors[found[key]].shape)}, with {by} it is {want}")
+        else:
+            values[key] = read_floats(tensors[found[key]], found[key], lines)
+    for (i, name, _), full in found.items():
+        if i >= model_config.num_layers:
+            lines.append(f"unexpected {full}: the base has {model_config.num_layers} layers")
+        elif (i, name) not in rank_of:
+            lines.append(f"unexpected {full}: by adapter_config.json (target_modules and the like), {module(i, name)} has no LoRA")
     if lines and problems is None:
-        raise UserError("the adapter's tensors do not fit this base:\n  " + "\n  ".join(lines))
+        raise UserError(_listed("the adapter's tensors do not fit this base", lines))
     if lines:
         problems += lines
         return None
-    tree = {}
-    for name in targets:
-        a, b = ([np.asarray(tensors[found[i, name, x]], np.float32).T for i in range(model_config.num_layers)] for x in "AB")
-        tree.setdefault(loras.module_of(name), {})[name] = {"a": jnp.asarray(np.stack(a)), "b": jnp.asarray(np.stack(b))}
+    most, tree = max(rank_of.values()), {}
+    for name in dict.fromkeys(name for _, name in rank_of):
+        d_in, d_out = loras.projection_shape(model_config, name)
+        a = np.zeros((model_config.num_layers, d_in, most), np.float32)
+        b = np.zeros((model_config.num_layers, most, d_out), np.float32)
+        for i, rank in ((i, rank) for (i, of), rank in rank_of.items() if of == name):
+            ratio = 1.0 if stated is None else stated.scale_of(module(i, name)) / stated.scale
+            with np.errstate(over="ignore"):
+                a[i, :, :rank], b[i, :rank] = values[i, name, "A"].T, values[i, name, "B"].T * np.float32(ratio)
+        if not np.isfinite(b).all():
+            raise UserError(f"{stated.source}: alpha_pattern gives {name} scales beyond what float32 holds; is alpha right?")
+        tree.setdefault(loras.module_of(name), {})[name] = {"a": jnp.asarray(a), "b": jnp.asarray(b)}
     return {"layers": tree}
 
 
@@ -133,11 +199,16 @@ def was_forced(adapter):
 
 def peft_config(adapter):
     """adapter_config.json's content: all that PEFT needs, which silently assumes r = alpha = 8 where they are absent."""
-    base = pathlib.Path(adapter.base_path)
+    base, revision = adapter.base_path, ""  # a folder, URL or hub id; PEFT keeps a hub id's revision apart
+    if pathlib.Path(base).is_dir():
+        base = str(pathlib.Path(base).resolve())
+    elif sources.is_hub_id(base):
+        base, _, revision = base.partition("@")
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": str(base.resolve()) if base.is_dir() else adapter.base_path,  # or a hub id, or gs://…
+        "base_model_name_or_path": base,
+        **({"revision": revision} if revision else {}),
         "r": adapter.lora.rank,
         "lora_alpha": adapter.lora.scale * adapter.lora.rank,
         "lora_dropout": adapter.lora.dropout,
@@ -173,9 +244,27 @@ def save_adapter(folder, adapter):
 
 
 def _tensors(path):
+    """A safetensors file's tensors. UserError where it is absent, and says so where PEFT's pickle is there instead."""
     if not path.exists():
+        pickled = path.with_suffix(".bin")
+        if pickled.exists():
+            raise UserError(
+                f"{path}: no such file, and {pickled.name} beside it is a pickle, which is never read here; save it with peft's "
+                "save_pretrained, which writes safetensors"
+            )
         raise UserError(f"{path}: no such file; an adapter folder holds encoder/, memory.safetensors and icae.json")
-    return files.read_safetensors(path, safetensors.numpy.load_file)
+    try:
+        return files.read_safetensors(path, safetensors.numpy.load_file)
+    except AttributeError as error:  # how safetensors says that numpy has no such type
+        raise UserError(f"{path}: it holds tensors of a type that is not read ({error}); store them as float32 or bfloat16") from error
+
+
+def _check_read(path, tensors, wanted):
+    """UserError naming a file's tensors that would not be read. wanted: tells by a name whether its tensor is."""
+    unread = [name for name in tensors if not wanted(name)]
+    if unread:
+        shown = ", ".join(unread[:4]) + (f", … ({len(unread)} in all)" if len(unread) > 4 else "")
+        raise UserError(f"{path}: {shown} would not be read, so the memory would be another than it was trained for; give plain LoRA")
 
 
 def _fields(kind, raw, source, newer=()):
@@ -188,45 +277,69 @@ def _fields(kind, raw, source, newer=()):
         raise UserError(f"{source}: fields {', '.join(wrong)} unknown or missing; was it written by another version of icae_jax?")
     types = {f.name: list if typing.get_origin(f.type) is tuple else f.type for f in dataclasses.fields(kind) if f.name in raw}
     files.check_fields(raw, types, source)
-    numbers = [name for name, of in types.items() if of is list and not all(files.is_kind(v, int) for v in raw[name])]
-    if numbers:
-        raise UserError(f"{source}: {numbers[0]} is {raw[numbers[0]]!r}, which are not whole numbers")
-    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()})
+    wrong = [name for name, of in types.items() if of is list and not all(files.is_kind(v, int) for v in raw[name])]
+    if wrong:
+        raise UserError(f"{source}: {wrong[0]} is {raw[wrong[0]]!r}, which are not whole numbers")
+    wrong = [name for name, of in types.items() if of in (int, float) and not abs(raw[name]) < 2**31]  # NaN too
+    if wrong:
+        raise UserError(f"{source}: {wrong[0]} is {raw[wrong[0]]!r:.40}, which is no number of a sensible size")
+    try:
+        return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()})
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from error
 
 
-def adapter_folder(path):
-    """The adapter folder meant by a path: the folder itself, or the one in a training workdir."""
-    path = pathlib.Path(path)
-    return path / IN_WORKDIR if (path / IN_WORKDIR / "icae.json").exists() else path
+def locate(adapter, progress=True):
+    """`sources.LocalAdapter` of the adapter folder meant by a folder, a training workdir, a hub id or a URL, fetched where needed."""
+    folder, name = sources.local_adapter(adapter, progress)
+    inside = (folder / IN_WORKDIR / INFO).exists()
+    return sources.LocalAdapter(folder / IN_WORKDIR, os.path.join(name, IN_WORKDIR)) if inside else sources.LocalAdapter(folder, name)
 
 
 def lora_folder(folder):
     """Where an adapter folder keeps what PEFT reads: in encoder/, or in itself if it was made for PEFT (`peft_folder`)."""
-    inner = pathlib.Path(folder) / "encoder"
-    return pathlib.Path(folder) if (pathlib.Path(folder) / "adapter_config.json").exists() else inner
-
-
-def read_adapter_info(folder):
-    """icae.json and adapter_config.json, checked: (icae.json's content, adapter_config.json's content)."""
     folder = pathlib.Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"adapter {str(folder)!r} is not a folder; give the folder that training wrote (it holds icae.json)")
-    info = files.read_json(folder / "icae.json", "how the adapter is read")
-    if info.get("format_version") != FORMAT_VERSION:
-        raise UserError(f"{folder}/icae.json: format_version is {info.get('format_version')}, this version reads {FORMAT_VERSION}")
-    files.check_fields(info, {"base_fingerprint": str, "compression": dict, "template": dict}, folder / "icae.json")
+    there = [at for at in (folder, folder / "encoder") if (at / "adapter_config.json").exists()]
+    if len(there) > 1:
+        raise UserError(f"{folder} holds adapter_config.json twice, in itself and in encoder/; remove the one that is not the adapter's")
+    return there[0] if there else folder / "encoder"
+
+
+def _check_is_adapter(folder, name):
+    """UserError where a folder is none of this package's adapters. name: how the user calls it."""
+    if not folder.is_dir() and not sources.is_remote(name):
+        raise UserError(f"adapter {name!r} is not a folder; give the folder that training wrote (it holds {INFO}), a hub id, or gs://…")
+    if not (folder / INFO).exists():
+        ordinary = (folder / "adapter_config.json").exists()
+        what = "it is an ordinary PEFT adapter, without memory tokens" if ordinary else "it is no adapter of this package"
+        raise UserError(f"adapter {name!r} has no {INFO}, so {what}; give a folder that training or icae convert adapter wrote")
+
+
+def read_adapter_info(folder, name=""):
+    """icae.json and adapter_config.json, checked: (icae.json's content, `peft_config.LoraFields`). name: how the user calls the folder."""
+    folder = pathlib.Path(folder)
+    _check_is_adapter(folder, name or str(folder))
+    info = files.read_json(folder / INFO, "how the adapter is read")
+    version = info.get("format_version")
+    if version != FORMAT_VERSION or not files.is_kind(version, int):
+        raise UserError(f"{folder}/icae.json: format_version is {version!r:.40}, this version reads {FORMAT_VERSION}")
+    files.check_fields(info, {"base_fingerprint": str, "compression": dict, "template": dict}, folder / INFO)
     files.check_fields(info["template"], {"name": str}, f"{folder}/icae.json: template")
     if "base_identity" in info:
         files.check_fields(info, {"base_identity": dict}, folder / "icae.json")
         files.check_fields(info["base_identity"], dict.fromkeys(info["base_identity"], str), folder / "icae.json")
     if info.get("origin"):
-        files.check_fields(info, {"origin": dict}, folder / "icae.json")
-    path = lora_folder(folder) / "adapter_config.json"
-    peft = files.read_json(path, "the LoRA's configuration")
-    files.check_fields(peft, {"r": int, "lora_alpha": float, "target_modules": list, "base_model_name_or_path": str}, path)
-    if peft["r"] < 1:
-        raise UserError(f"{path}: r is {peft['r']}; it must be positive")
-    return info, peft
+        files.check_fields(info, {"origin": dict}, folder / INFO)
+    return info, peft_configs.read(lora_folder(folder) / "adapter_config.json")
+
+
+def check_base(base, adapter):
+    """The base as it is. UserError where what an adapter names as its base is nothing, or a folder of another machine."""
+    if not base:
+        raise UserError(f"adapter {adapter} names no base (base_model_name_or_path); give the base model with --base")
+    if pathlib.Path(base).is_absolute() and not pathlib.Path(base).is_dir():
+        raise UserError(f"adapter {adapter} names its base as {base}, which is not a folder; give the base model with --base")
+    return base
 
 
 def check_template(template: Template, base, source) -> None:
@@ -238,34 +351,44 @@ def check_template(template: Template, base, source) -> None:
 
 
 def load_adapter(folder, base):
-    """Loads an adapter folder for a loaded `Base`. UserError where the base is not the one it was trained on, or shapes differ."""
+    """Loads an adapter folder for a loaded `Base`. UserError where the base is not the one it was trained on, where tensors do not fit
+    or would not be read, or where they and adapter_config.json disagree.
+    """
     folder = pathlib.Path(folder)
-    info, peft = read_adapter_info(folder)
+    info, stated = read_adapter_info(folder)
     if info["base_fingerprint"] != base.fingerprint:
         raise UserError(
             f"adapter {folder} was trained on a base with fingerprint {info['base_fingerprint'][:12]} "
-            f"({peft['base_model_name_or_path']}), but {base.path} has {base.fingerprint[:12]}; give the right base"
+            f"({stated.base or 'not named'}), but {base.path} has {base.fingerprint[:12]}; give the right base"
         )
     bases.check_identity(f"adapter {folder}", info.get("base_identity", {}), base.identity)
     compression = _fields(CompressionConfig, info["compression"], f"{folder}/icae.json: compression", ("k_choices", "trigger"))
     template = _fields(Template, info["template"], f"{folder}/icae.json: template")
     check_template(template, base, f"{folder}/icae.json")
-    inner = lora_folder(folder)
-    lora = lora_from_hub(_tensors(inner / "adapter_model.safetensors"), base.config)
-    table = _tensors(folder / "memory.safetensors").get(MEMORY_TABLE)
+    path = stated.source.with_name("adapter_model.safetensors")
+    tensors = _tensors(path)
+    _check_read(path, tensors, _IN_FOLDER.fullmatch)
+    problems = []
+    lora = lora_from_hub(tensors, base.config, problems, stated)
+    if problems:
+        raise UserError(_listed(f"{path}: the adapter's tensors do not fit this base", problems))
+    path = folder / "memory.safetensors"
+    tensors = _tensors(path)
+    table = tensors.get(MEMORY_TABLE)
     want = (compression.k + SPECIAL_ROWS, base.config.hidden_size)
     if table is None or table.shape != want:
-        raise UserError(f"{folder}/memory.safetensors: {MEMORY_TABLE} is {None if table is None else table.shape}, expected {want}")
-    found = {(name, pair["a"].shape[2]) for projections in lora["layers"].values() for name, pair in projections.items()}
-    stated = {(str(name), peft["r"]) for name in peft["target_modules"]}
-    if found != stated:
-        raise UserError(f"{inner}: adapter_config.json states {sorted(stated)} (target_modules, r), the tensors are {sorted(found)}")
-    for field in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern"):
-        if peft.get(field):
-            raise UserError(f"{inner}/adapter_config.json: {field} is {peft[field]!r}, which is not supported")
-    config = LoraConfig(peft["r"], peft["lora_alpha"] / peft["r"], peft.get("lora_dropout", 0.0), tuple(peft["target_modules"]))
-    trained = {"lora": lora, "memory_table": jnp.asarray(table, jnp.float32)}
+        raise UserError(f"{path}: {MEMORY_TABLE} is {None if table is None else table.shape}, expected {want}")
+    _check_read(path, tensors, MEMORY_TABLE.__eq__)
+    table = read_floats(table, MEMORY_TABLE, problems)
+    if problems:
+        raise UserError(f"{path}: {problems[0]}")
+    pairs = {name: pair for projections in lora["layers"].values() for name, pair in projections.items()}
+    listed = stated.targets if isinstance(stated.targets, tuple) else ()  # in the order of training
+    targets = tuple(dict.fromkeys([*(name for name in listed if name in pairs), *pairs]))
+    rank = next(iter(pairs.values()))["a"].shape[2]
+    config = LoraConfig(rank, stated.scale, stated.dropout, targets)
+    trained = {"lora": lora, "memory_table": jnp.asarray(table)}
     return Adapter(
-        compression, config, template, trained, peft["base_model_name_or_path"], info["base_fingerprint"], info.get("origin"),
+        compression, config, template, trained, stated.base or base.path, info["base_fingerprint"], info.get("origin"),
         info.get("base_identity", {}),
     )  # fmt: skip

@@ -173,6 +173,7 @@ def read_trained(form, tensors, base, source):
         if left.pop(name).shape != want:
             problems.append(f"mis-shaped {name}: {tensors[name].shape}, with this base it is {want}")
     copies = _base_copies(left, base.config, problems)
+    floats = {} if problems else {name: adapters.read_floats(tensors[name], name, problems) for name in shapes}
     if problems:
         raise UserError(f"{source}: the tensors do not fit base {base.path}:\n  " + "\n  ".join(problems))
     for copy in copies:
@@ -180,11 +181,11 @@ def read_trained(form, tensors, base, source):
         if theirs != base.fingerprint:
             have = f"{base.path} has {base.fingerprint[:12]}"
             raise UserError(f"{source} carries a base with fingerprint {theirs[:12]}, but {have}; give the right base")
-    table = np.asarray(tensors[table_name], np.float32)
+    table = floats[table_name]
     if form == "x500":
         table = np.concatenate([table[0], np.zeros((SPECIAL_ROWS, D), np.float32)])
         if trigger_name:
-            table[-SPECIAL_ROWS] = np.asarray(tensors[trigger_name], np.float32)[0, 0]
+            table[-SPECIAL_ROWS] = floats[trigger_name][0, 0]
     return {"lora": lora, "memory_table": jnp.asarray(table)}
 
 

@@ -27,7 +27,7 @@ def save(folder, adapter, base_config, dtype="float32"):
     files.check_new_folder(folder)
     if dtype not in ("float32", "bfloat16", "float16"):
         raise UserError(f"dtype is {dtype}; choose float32, bfloat16 or float16")
-    readme = _readme(adapter, base_config)
+    text = readme(adapter, base_config)
 
     def stored(tensors):
         return {name: np.ascontiguousarray(np.asarray(x).astype(jnp.dtype(dtype))) for name, x in tensors.items()}
@@ -39,11 +39,14 @@ def save(folder, adapter, base_config, dtype="float32"):
         table = {adapters.MEMORY_TABLE: adapter.trained["memory_table"]}
         safetensors.numpy.save_file(stored(table), tmp / "memory.safetensors", {"format": "pt"})
         files.write_json(tmp / "icae.json", adapters.icae_info(adapter))
-        (tmp / "README.md").write_text(readme, encoding="utf-8")
+        (tmp / "README.md").write_text(text, encoding="utf-8")
 
 
-def _readme(adapter, base_config):
-    """README.md: what the folder is, and code with this adapter's method, layout and sizes filled in."""
+def readme(adapter, base_config, folder="."):
+    """README.md: what an adapter's folder is, and code with this adapter's method, layout and sizes filled in.
+
+    folder: where in it PEFT's two files lie. UserError where transformers would compute another memory than we do.
+    """
     compression = adapter.compression
     layout, k, N = layouts.get(compression.layout), compression.k, compression.segment_tokens
     reach = N + k
@@ -59,10 +62,13 @@ def _readme(adapter, base_config):
     pad = PAD.replace("@N@", str(N)) if layout.fixed_length else ""
     text = "1, len(piece) + 1" if layout.spread_encoder else "len(piece)"
     after = f"1 + len(piece) * (2 * j + 1) // {2 * k}" if layout.spread_encoder else "len(piece) + j"
-    kv = compression.method == "x500"
+    kv, stated = compression.method == "x500", adapters.peft_config(adapter)
     values = {
-        "@METHOD@": "500xCompressor" if kv else "ICAE",
-        "@BASE@": adapters.peft_config(adapter)["base_model_name_or_path"],
+        "@METHOD@": METHODS[compression.method],
+        "@LORA@": "" if folder == "." else f"{folder}/",
+        "@FOLDER@": folder,
+        "@BASE@": stated["base_model_name_or_path"],
+        "@REVISION@": f', revision="{stated["revision"]}"' if "revision" in stated else "",
         "@K@": str(k),
         "@N@": str(N),
         "@BOS@": bos,
@@ -74,27 +80,28 @@ def _readme(adapter, base_config):
         "@MEMORY@": MEMORY_KV if kv else MEMORY_SLOTS,
         "@LAYOUT@": layout.name,
     }
-    readme = README
+    text = README
     for name, value in values.items():
-        readme = readme.replace(name, value)
-    return readme
+        text = text.replace(name, value)
+    return text
 
 
+METHODS = {"icae": "ICAE", "x500": "500xCompressor"}
 README = """# @METHOD@ adapter in PEFT's format
 
 Base: `@BASE@`. A text of up to @N@ tokens becomes @K@ memory tokens, a longer one @K@ for each of its near-equal segments.
-`adapter_config.json` and `adapter_model.safetensors` are the encoder's LoRA; `memory.safetensors` holds the embeddings of the memory
-tokens (the last three rows are [AE], [LM] and [FT]); `icae.json` says how icae_jax trained and reads it (layout @LAYOUT@).
+`@LORA@adapter_config.json` and `@LORA@adapter_model.safetensors` are the encoder's LoRA; `memory.safetensors` holds the embeddings
+of the memory tokens (the last three rows are [AE], [LM] and [FT]); `icae.json` says how icae_jax trained and reads it (layout @LAYOUT@).
 
 With peft and transformers alone, run in this folder:
 
 ```python
 import peft, safetensors.torch, torch, transformers
 
-base = peft.PeftConfig.from_pretrained(".").base_model_name_or_path
-tokenizer = transformers.AutoTokenizer.from_pretrained(base, trust_remote_code=False)
-model = transformers.AutoModelForCausalLM.from_pretrained(base, trust_remote_code=False, dtype=torch.float32)
-encoder = peft.PeftModel.from_pretrained(model, ".").eval().get_base_model().model
+base = peft.PeftConfig.from_pretrained("@FOLDER@").base_model_name_or_path
+tokenizer = transformers.AutoTokenizer.from_pretrained(base@REVISION@, trust_remote_code=False)
+model = transformers.AutoModelForCausalLM.from_pretrained(base@REVISION@, trust_remote_code=False, dtype=torch.float32)
+encoder = peft.PeftModel.from_pretrained(model, "@FOLDER@").eval().get_base_model().model
 table = safetensors.torch.load_file("memory.safetensors")["memory_token_embed.weight"][:@K@].float()
 
 @torch.no_grad()

@@ -1,5 +1,6 @@
-"""Where base models come from: a folder here, the model hub, or object storage, the latter two through a cache on this machine."""
+"""Where bases and adapters come from: a folder here, the model hub, or object storage, the latter two through a cache on this machine."""
 
+import dataclasses
 import fnmatch
 import json
 import os
@@ -8,7 +9,7 @@ import re
 import stat
 import urllib.parse
 from collections.abc import Callable
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple, TypeVar
 
 import tqdm
 
@@ -16,13 +17,69 @@ from icae_jax import errors
 from icae_jax.errors import UserError
 from icae_jax.interop import files, weights
 
-# What is fetched of a base: configuration, tokenizer, safetensors, licence; no other copies of the weights, which some folders hold too,
-# and never code.
+T = TypeVar("T")
 WEIGHTS = "*.safetensors"
-FILES = ("*.json", "*.jinja", "*.model", "*.txt", "tokenizer.model*", WEIGHTS, "LICENSE*", "NOTICE*")
-NOT_FILES = ("*/*", "consolidated*", "*.py", "*.py?", "*.so")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Kind:
+    """What is fetched, by patterns of paths. name: what messages call it. needed: the file without which a folder is none of its kind,
+    form: what such a folder is called. folders: those within it that hold some of what is fetched.
+    """
+
+    name: str
+    needed: str
+    form: str
+    files: tuple[str, ...]
+    not_files: tuple[str, ...]
+    folders: tuple[str, ...] = ()
+
+    def wants(self, path):
+        """Whether a file of that path within the folder is fetched."""
+        wanted, unwanted = (any(fnmatch.fnmatch(path, pattern) for pattern in patterns) for patterns in (self.files, self.not_files))
+        return wanted and not unwanted
+
+
+# Configuration, tokenizer, safetensors, licence; no other copies of the weights, which some folders hold too, and never code.
+BASE = _Kind(
+    "base",
+    "config.json",
+    "a folder in the model hub's format",
+    ("*.json", "*.jinja", "*.model", "*.txt", "tokenizer.model*", WEIGHTS, "LICENSE*", "NOTICE*"),
+    ("*/*", "consolidated*", "*.py", "*.py?", "*.so"),
+)
+# An adapter folder, or one in PEFT's form: never a pickle.
+_LORA = ("adapter_config.json", "adapter_model.safetensors")
+ADAPTER = _Kind(
+    "adapter",
+    "icae.json",
+    "an adapter folder",
+    (
+        "icae.json",
+        "memory.safetensors",
+        *_LORA,
+        *(f"encoder/{name}" for name in _LORA),
+        "README.md",
+        "LICENSE",
+        "LICENSE.md",
+        "LICENSE.txt",
+    ),
+    (),
+    ("encoder",),
+)
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(@[\w./-]+)?", re.ASCII)
+_COMMIT = re.compile("[0-9a-f]{40}")
 _BLOCK_BYTES = 16 << 20
+
+
+def is_hub_id(text: str) -> bool:
+    """Whether a text has the form of a hub id, `org/name` or `org/name@revision`."""
+    return bool(_HUB_ID.fullmatch(text))
+
+
+def is_remote(text: str) -> bool:
+    """Whether a text means something that is not on this machine: a URL, or a hub id for which no folder is here."""
+    return "://" in text or (is_hub_id(text) and not errors.is_there(text, stat.S_ISDIR))
 
 
 def local_folder(base: str | os.PathLike, progress: bool = True, with_weights: bool = True) -> pathlib.Path:
@@ -38,13 +95,11 @@ def local_folder(base: str | os.PathLike, progress: bool = True, with_weights: b
     text = str(base)
     if errors.is_there(text, stat.S_ISDIR):  # of "" it is not the current folder, as `pathlib` has it
         folder = pathlib.Path(text)
-    elif "://" in text:
-        folder = _copied(text, progress, with_weights)
     elif errors.is_there(text, stat.S_ISREG):
         gguf = "GGUF files are not read; " if text.endswith(".gguf") else ""
         raise UserError(f"base {text!r} is a file; {gguf}give the folder, in the model hub's format, that holds config.json and weights")
-    elif _HUB_ID.fullmatch(text):
-        folder = _downloaded(text, progress, with_weights)
+    elif is_remote(text):
+        folder = _copied(BASE, text, progress, with_weights) if "://" in text else _downloaded(BASE, text, progress, with_weights)
     else:
         raise UserError(
             f"base {text!r} is not a folder; give a model-hub folder with config.json, weights and tokenizer, "
@@ -80,6 +135,44 @@ def _no_base(base, folder):
     return f"{says}; give one in the model hub's format{'' if names else ' (the folder is empty)'}"
 
 
+class LocalAdapter(NamedTuple):
+    """folder: what is on this machine. name: how it is found again from anywhere, with the commit where it is of the hub."""
+
+    folder: pathlib.Path
+    name: str
+
+
+def local_adapter(adapter: str | os.PathLike, progress: bool = True) -> LocalAdapter:
+    """What an adapter's name stands for on this machine: fetched as bases are (`local_folder`), into `adapters/` of the cache.
+
+    adapter: a file or folder, taken as it is; a hub id; or a URL, of a training workdir too. Whether it is an adapter is the caller's to
+    check. Raises as `local_folder` does.
+    """
+    text = str(adapter)
+    if errors.is_there(text, lambda mode: True):
+        return LocalAdapter(pathlib.Path(text), os.path.abspath(text))
+    if not is_remote(text):
+        raise UserError(
+            f"adapter {text or repr(text)}: no such file or folder; give the folder that training wrote (it holds icae.json), "
+            "a hub id such as org/name, or gs://…"
+        )
+    if "://" in text:
+        from etils import epath
+
+        inner = f"{text.rstrip('/')}/adapter"
+        inside = _asking(ADAPTER, text, lambda: (epath.Path(inner) / "icae.json").exists())
+        url = inner if inside else text
+        return LocalAdapter(_copied(ADAPTER, url, progress, True), url)
+    folder = _downloaded(ADAPTER, text, progress, True)
+    if not (folder / "icae.json").exists() and is_offline():
+        raise UserError(
+            f"adapter {text!r}: what the hub's cache holds of it has no icae.json, and HF_HUB_OFFLINE is set; take that away to "
+            "download the rest, if it is an adapter of this package"
+        )
+    commit = folder.name if _COMMIT.fullmatch(folder.name) else ""
+    return LocalAdapter(folder, f"{text.partition('@')[0]}@{commit}" if commit else text)
+
+
 def remote_opener(base: str | os.PathLike, folder: pathlib.Path) -> Callable[[str], BinaryIO] | None:
     """A function that opens a base's file by its name where it is, so that a part of it is read without the rest; None for a folder here.
 
@@ -91,13 +184,13 @@ def remote_opener(base: str | os.PathLike, folder: pathlib.Path) -> Callable[[st
     if "://" in text:
         from etils import epath
 
-        return lambda name: _asking(text, lambda: (epath.Path(text.rstrip("/")) / name).open("rb"))
+        return lambda name: _asking(BASE, text, lambda: (epath.Path(text.rstrip("/")) / name).open("rb"))
     import huggingface_hub
 
     repository, revision = text.partition("@")[0], folder.name
     hub = huggingface_hub.HfFileSystem()
     # Without read-ahead: the rows that are read lie far apart.
-    return lambda name: _asking(text, lambda: hub.open(f"{repository}/{name}", "rb", revision=revision, cache_type="none"))
+    return lambda name: _asking(BASE, text, lambda: hub.open(f"{repository}/{name}", "rb", revision=revision, cache_type="none"))
 
 
 # ------------------------------------------------------------------------------------------------------ failures told apart
@@ -107,6 +200,12 @@ def _words(error):
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
+_NO = (
+    "HFValidationError", "RepositoryNotFoundError", "RevisionNotFoundError", "GatedRepoError", "RemoteEntryNotFoundError",
+    "LocalTokenNotFoundError", "DefaultCredentialsError", "NoCredentialsError",
+)  # fmt: skip
+
+
 def _answered_no(error):
     """Whether a server answered that there is no such thing, or not for this user; or the id cannot be one."""
     link = error
@@ -114,8 +213,7 @@ def _answered_no(error):
         status = getattr(getattr(link, "response", None), "status_code", getattr(link, "code", None))
         if status in (400, 401, 403, 404, 410, 451):
             return True
-        if type(link).__name__ in ("HFValidationError", "RepositoryNotFoundError", "RevisionNotFoundError", "GatedRepoError",
-                                   "RemoteEntryNotFoundError", "DefaultCredentialsError", "NoCredentialsError"):  # fmt: skip
+        if type(link).__name__ in _NO:
             return True
         link = link.__cause__ or link.__context__
     return isinstance(error, FileNotFoundError | NotADirectoryError | PermissionError | ImportError) and not errors.transient(error)
@@ -127,23 +225,37 @@ def _not_in_cache(error):
     return bool(names & {"LocalEntryNotFoundError", "OfflineModeIsEnabled"})
 
 
-def _asking(base, function):
-    """What `function()` returns of a hub or a store, which is tried again where it cannot be reached.
+def is_offline() -> bool:
+    """Whether the hub's client may not use the network."""
+    from huggingface_hub import constants
 
-    UserError where the answer is that there is no such thing, or not for this user; where there is no answer, ConnectionError.
+    return constants.HF_HUB_OFFLINE
+
+
+def _asking(kind, what, function):
+    """What `function()` returns of a hub or a store that is asked for something. kind, what: what is asked for, to name it.
+
+    Raises as `asking` does.
     """
-    at_hub = "://" not in base
-    name = base.partition("@")[0]
-    reading = (
-        f"base {base!r}: there is no folder {base} in {os.getcwd()}, and of the hub id {name}"
-        if at_hub
-        else f"base {base!r} cannot be read"
-    )
-    offline = False
-    if at_hub:
-        from huggingface_hub import constants
+    called, name = f"{kind.name} {what!r}", what.partition("@")[0]
+    if "://" in what:
+        return asking(function, called, f"{called} cannot be read", "the store")
+    reading = f"{called}: there is no folder {what} in {os.getcwd()}, and of the hub id {name}"
+    remedy = "; give a folder that is here, or a repository that you may read (a gated one after `hf auth login`)"
+    return asking(function, called, reading, HUB, remedy)
 
-        offline = constants.HF_HUB_OFFLINE
+
+HUB = "the hub"
+
+
+def asking(function: Callable[[], T], called: str, doing: str, whom: str, remedy: str = "") -> T:
+    """What `function()` returns of a hub or a store (`whom`), which is tried again where it cannot be reached.
+
+    called: names the work in notes. doing: how messages begin; remedy: how one ends. UserError where the answer is that there is no such
+    thing, or not for this user; where there is no answer, ConnectionError.
+    """
+    at_hub = whom == HUB
+    offline = at_hub and is_offline()
 
     def attempt():
         try:
@@ -151,23 +263,21 @@ def _asking(base, function):
         except Exception as error:
             if offline and _not_in_cache(error):
                 why = f"what is asked for is not in the hub's cache, and HF_HUB_OFFLINE is set ({_words(error)})"
-                raise UserError(f"{reading} {why}") from error
+                raise UserError(f"{doing} {why}") from error
             if not _answered_no(error):
                 raise
             if isinstance(error, ImportError):
-                raise UserError(f"{reading}: a package is not installed: {_words(error)} (for gs://, pip install gcsfs)") from error
-            remedy = "; give a folder that is here, or a repository that you may read (a gated one after `hf auth login`)" if at_hub else ""
-            raise UserError(f"{reading}{' the hub says' if at_hub else ''}: {_words(error)}{remedy}") from error
+                raise UserError(f"{doing}: a package is not installed: {_words(error)} (for gs://, pip install gcsfs)") from error
+            raise UserError(f"{doing}{' the hub says' if at_hub else ''}: {_words(error)}{remedy}") from error
 
     try:
-        return errors.retrying(attempt, f"base {base!r}")
+        return errors.retrying(attempt, called)
     except UserError:
         raise
     except Exception as error:
         if not errors.transient(error):
             raise
-        whom = "the hub" if at_hub else "the store"
-        raise ConnectionError(f"{reading}: {whom} cannot be reached: {_words(error)}") from error
+        raise ConnectionError(f"{doing}: {whom} cannot be reached: {_words(error)}") from error
 
 
 # ------------------------------------------------------------------------------------------------------------ fetching
@@ -178,47 +288,50 @@ class _NoBar(tqdm.tqdm):
         super().__init__(*args, **kw | {"disable": True})
 
 
-def _downloaded(hub_id, progress, with_weights):
+def _downloaded(kind, hub_id, progress, with_weights):
     """A hub repository's snapshot in the hub's own cache."""
     import huggingface_hub
 
     repository, _, revision = hub_id.partition("@")
     return pathlib.Path(
         _asking(
+            kind,
             hub_id,
             lambda: huggingface_hub.snapshot_download(
                 repository,
                 revision=revision or None,
-                allow_patterns=list(FILES),
-                ignore_patterns=[*NOT_FILES, *([] if with_weights else [WEIGHTS])],
+                allow_patterns=list(kind.files),
+                ignore_patterns=[*kind.not_files, *([] if with_weights else [WEIGHTS])],
                 tqdm_class=None if progress else _NoBar,
             ),
         )
     )
 
 
-def _copied(url, progress, with_weights):
+def _copied(kind, url, progress, with_weights):
     """A copy of a remote folder in the cache, file by file."""
     from etils import epath
 
-    folder = files.cache_folder() / "bases" / urllib.parse.quote(url.rstrip("/"), safe="")
+    folder = files.cache_folder() / f"{kind.name}s" / urllib.parse.quote(url.rstrip("/"), safe="")
 
     def look():
         remote = epath.Path(url.rstrip("/"))
-        found = {path.name: (path, path.stat()) for path in _remote_files(remote)}
-        if "config.json" not in found:
+        found = {name: (path, path.stat()) for name, path in _remote_files(remote, kind)}
+        if kind is BASE and kind.needed not in found:
             raise UserError(_no_base(url, remote))
-        orbax = not {weights.WHOLE, weights.INDEX} & found.keys() and (remote / weights.ORBAX).is_dir()
+        orbax = kind is BASE and not {weights.WHOLE, weights.INDEX} & found.keys() and (remote / weights.ORBAX).is_dir()
         return found, remote / weights.ORBAX if orbax else None
 
-    found, orbax = _asking(url, look)
+    found, orbax = _asking(kind, url, look)
+    if kind.needed not in found:
+        raise UserError(f"{kind.name} {url!r} has no {kind.needed}; give the URL of {kind.form}")
     changed = {name: source for name, source in found.items() if not _same(folder / name, source[1])}
     wanted = {name: source for name, source in changed.items() if with_weights or not fnmatch.fnmatch(name, WEIGHTS)}
     total = sum(stat.length for _, stat in wanted.values())
     with tqdm.tqdm(total=total, unit="B", unit_scale=True, desc=f"copying {url}", delay=1, disable=not progress) as bar:
         for name, (path, stat) in wanted.items():
             with files.replacing_file(folder / name) as tmp:
-                _asking(url, lambda path=path, stat=stat, tmp=tmp, before=bar.n: _copy(path, tmp, stat.length, bar, before))
+                _asking(kind, url, lambda path=path, stat=stat, tmp=tmp, before=bar.n: _copy(path, tmp, stat.length, bar, before))
                 if stat.mtime:
                     os.utime(tmp, (stat.mtime, stat.mtime))
     if orbax:
@@ -226,18 +339,21 @@ def _copied(url, progress, with_weights):
             tmp.write_text(f"{orbax}\n", encoding="utf-8")
     here = {*found, weights.ORBAX_URL} if orbax else {*found}
     here -= changed.keys() - wanted.keys()
-    for path in list(folder.iterdir()):  # what is no longer there, or no longer so, must not be loaded with the rest
-        if path.is_file() and path.name not in here and not path.name.startswith("."):
+    for path in list(folder.rglob("*")):  # what is no longer there, or no longer so, must not be loaded with the rest
+        if path.is_file() and path.relative_to(folder).as_posix() not in here and not path.name.startswith("."):
             path.unlink()
     return folder
 
 
-def _remote_files(folder):
-    """The files of a folder that a base needs."""
+def _remote_files(folder, kind):
+    """(path within the folder, path) of the files of a remote folder that are fetched."""
     for path in folder.iterdir():
-        wanted, unwanted = (any(fnmatch.fnmatch(path.name, pattern) for pattern in patterns) for patterns in (FILES, NOT_FILES))
-        if wanted and not unwanted:
-            yield path
+        if path.name in kind.folders:
+            for within in path.iterdir():
+                if kind.wants(f"{path.name}/{within.name}"):
+                    yield f"{path.name}/{within.name}", within
+        elif kind.wants(path.name):
+            yield path.name, path
 
 
 def _same(path, stat):

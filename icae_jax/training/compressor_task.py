@@ -102,6 +102,10 @@ class CompressorTask(CompressorLosses):
 
     def __init__(self, config, base=None, workdir=None):
         c = config
+        start = None
+        if c.init_from and c.init_from != SCRATCH:
+            start = adapters.locate(c.init_from, progress=jax.process_index() == 0).folder
+            adapters.read_adapter_info(start, c.init_from)  # before the base is loaded, which takes minutes
         self.placement = sharding.Placement(sharding.make_mesh(c.mesh), bases.sizes(c.base))
         self.base = base or bases.load_base(c.base, c.jnp_dtype, self.placement.parameter, progress=jax.process_index() == 0)
         tokenizer = self.base.tokenizer
@@ -113,8 +117,8 @@ class CompressorTask(CompressorLosses):
         self.framing = targets.make_framing(self.compression, tokenizer, bases.bos_id(tokenizer))
         self._check_frames()
         self.start_from = None
-        if c.init_from and c.init_from != SCRATCH:
-            self.start_from = adapters.load_adapter(adapters.adapter_folder(c.init_from), self.base)
+        if start:
+            self.start_from = adapters.load_adapter(start, self.base)
             self._check_start()
         self.frozen = self.base.params
         self.train_examples = self._mixture() if c.data.train_weights else self._examples(c.data.train)
@@ -164,7 +168,8 @@ class CompressorTask(CompressorLosses):
             if name == "compression" and layout.get(new.layout).fixed_length:
                 fields += ("rate",)  # there it fixes the memory's positions
             for field in fields:
-                if getattr(old, field) != getattr(new, field):
+                unlike = set(old.targets) != set(new.targets) if field == "targets" else getattr(old, field) != getattr(new, field)
+                if unlike:  # the order of targets counts only where they are drawn
                     raise UserError(
                         f"{name}.{field} is {getattr(new, field)!r}, but init_from {self.config.init_from} was trained with "
                         f"{getattr(old, field)!r}; give --config.{name}.{field}={getattr(old, field)}"
