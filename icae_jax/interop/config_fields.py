@@ -12,7 +12,8 @@ _HARMLESS = {
     "who made the file, of what and with what": """
         _name_or_path name_or_path _commit_hash _from_auto _from_pipeline _from_model_config base_model base_model_name
         base_model_name_or_path parent_model model_name model_name_or_path model_id author license language tags description date
-        created_at revision note notes comment comments _comment task finetuning_task task_specific_params custom_pipelines transformers.js_config mlx_version
+        created_at revision note notes comment comments _comment task finetuning_task task_specific_params custom_pipelines
+        transformers.js_config
         pipeline_tag library_name adapted_from
     """,
     "how numbers are stored, and what is kept beside the logits": """
