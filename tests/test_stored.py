@@ -247,7 +247,10 @@ def test_other_copies_are_named(folder, tiny_params, capsys):
     (folder / "model.safetensors").rename(folder / "consolidated.safetensors")  # in another format, which is no copy that counts
     assert weights.is_orbax(folder)
     same(weights.load_params(folder, TINY), tiny_params)
+    (folder / "adapter_config.json").write_text("{}")
     assert f"{folder}: the Orbax copy in params/ is read, not pytorch_model.bin" in said(capsys)
+    weights.load_params(folder, TINY)
+    assert f"{folder}: the LoRA adapter beside the weights is not applied" in said(capsys)
 
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
