@@ -19,6 +19,7 @@ import safetensors.numpy
 import tqdm
 from conftest import ROOT, TINY, random_trained
 from etils import epath
+from huggingface_hub import constants
 
 from icae_jax import cli, convert_base, errors
 from icae_jax.compression.encoder import CompressionConfig
@@ -29,6 +30,12 @@ from icae_jax.models.lora import LoraConfig
 from icae_jax.objectives import targets
 
 httpx = importlib.import_module(huggingface_hub.errors.HfHubHTTPError.__mro__[1].__module__.split(".")[0])  # the client that the hub uses
+
+
+@pytest.fixture(autouse=True)
+def _online(monkeypatch):
+    """Whatever the environment says: nothing here reaches a network."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
 
 
 @pytest.fixture
@@ -101,8 +108,8 @@ def test_hub_id(tiny_base, monkeypatch):
 
 def test_hub_id_from_the_hubs_cache_without_a_network(tmp_path, tiny_base, monkeypatch):
     """Breaks when a base that was downloaded once needs the network again, or an absent one ends in a traceback."""
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(ValueError, match=r"base 'org/tiny': there is no folder org/tiny in .*HF_HUB_OFFLINE is set"):
         sources.local_folder("org/tiny")
     shutil.copytree(tiny_base, tmp_path / "models--org--tiny" / "snapshots" / ("a" * 40))
