@@ -207,8 +207,11 @@ def test_fingerprint(tiny_params):
         bases.fingerprint(dataclasses.replace(TINY, rope_scaling=LLAMA3), tiny_params),
         bases.fingerprint(dataclasses.replace(TINY, windows=(4, 0)), tiny_params),
         bases.fingerprint(dataclasses.replace(TINY, qk_norm=True), tiny_params),
+        bases.fingerprint(dataclasses.replace(TINY, qkv_bias=True), tiny_params),
+        bases.fingerprint(dataclasses.replace(TINY, qkv_bias=True, o_bias=True), tiny_params),
+        bases.fingerprint(dataclasses.replace(TINY, mlp_bias=True), tiny_params),
     ]
-    assert len({own, *others}) == 9
+    assert len({own, *others}) == 12
 
 
 def test_fingerprint_stays_what_it_was():

@@ -67,6 +67,21 @@ def test_what_each_is(made, capsys):
         assert "what " in inspect(path, capsys)[1].out
 
 
+def test_a_base_with_biases(tmp_path, tiny_tokenizer, capsys):
+    """Breaks when what an architecture may have is not told, or a base whose config.json names no architecture is none."""
+    config = dataclasses.replace(TINY, qkv_bias=True, o_bias=True)
+    bases.save_base(tmp_path / "base", config, random_params(config), tiny_tokenizer)
+    path = tmp_path / "base" / "config.json"
+    raw = json.loads(path.read_text())
+    path.write_text(
+        json.dumps({name: value for name, value in raw.items() if name != "architectures"} | {"dtype": None, "torch_dtype": "x"})
+    )
+    about = json.loads(inspect(tmp_path / "base", capsys, "--json")[1].out)
+    assert (about["what"], about["dtype"]) == ("base model, LlamaForCausalLM", "x")
+    assert about["biases"] == ["q_proj", "k_proj", "v_proj", "o_proj"] and about["tensors"] == 21 + 2 * 4
+    assert "biases              q_proj, k_proj, v_proj, o_proj" in inspect(tmp_path / "base", capsys)[1].out
+
+
 def test_known_bases_by_their_sizes(tmp_path, capsys):
     """Breaks when the released weights' sizes do not lead to their base: r 512 on 4096 with 1024 for v is Mistral-7B or Llama-3-8B."""
     tensors = {"memory_token_embed.weight": np.zeros((131, 4096), np.float16)}

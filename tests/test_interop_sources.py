@@ -19,6 +19,7 @@ import safetensors.numpy
 import tqdm
 from conftest import ROOT, TINY, random_trained
 from etils import epath
+from huggingface_hub import constants
 
 from icae_jax import cli, convert_base, errors
 from icae_jax.compression.encoder import CompressionConfig
@@ -29,6 +30,12 @@ from icae_jax.models.lora import LoraConfig
 from icae_jax.objectives import targets
 
 httpx = importlib.import_module(huggingface_hub.errors.HfHubHTTPError.__mro__[1].__module__.split(".")[0])  # the client that the hub uses
+
+
+@pytest.fixture(autouse=True)
+def _online(monkeypatch):
+    """Whatever the environment says: nothing here reaches a network."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
 
 
 @pytest.fixture
@@ -62,7 +69,7 @@ def test_folder_is_taken_as_it_is(tiny_base, tmp_path, monkeypatch):
     assert sources.local_folder(tiny_base) == tiny_base == sources.local_folder(str(tiny_base))
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: pytest.fail("asked the hub"))
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "meta" / "llama").mkdir(parents=True)
+    shutil.copytree(tiny_base, tmp_path / "meta" / "llama")
     assert sources.local_folder("meta/llama") == pathlib.Path("meta/llama")
 
 
@@ -101,8 +108,8 @@ def test_hub_id(tiny_base, monkeypatch):
 
 def test_hub_id_from_the_hubs_cache_without_a_network(tmp_path, tiny_base, monkeypatch):
     """Breaks when a base that was downloaded once needs the network again, or an absent one ends in a traceback."""
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(ValueError, match=r"base 'org/tiny': there is no folder org/tiny in .*HF_HUB_OFFLINE is set"):
         sources.local_folder("org/tiny")
     shutil.copytree(tiny_base, tmp_path / "models--org--tiny" / "snapshots" / ("a" * 40))
@@ -242,11 +249,13 @@ class Hub:
         return Counted(file)
 
 
-@pytest.mark.parametrize("files_of_weights", [1, 3])
+@pytest.mark.parametrize("files_of_weights", [1, 3, "both"])
 def test_looking_at_a_base_of_the_hub_fetches_no_weights(tiny_base, tiny_params, tmp_path, monkeypatch, capsys, files_of_weights):
     """Breaks when `icae inspect --base`, or the sizes that a plan needs, download gigabytes; or the identity read in place is another."""
     folder = shutil.copytree(tiny_base, tmp_path / "hub")
-    if files_of_weights > 1:
+    if files_of_weights == "both":  # the one file counts, and the index beside it is old
+        weights.save_params(folder, TINY, jax.tree.map(lambda x: -x, tiny_params), "bfloat16", max_file_bytes=10_000)
+    elif files_of_weights > 1:
         (folder / "model.safetensors").unlink()
         size = sum(x.nbytes for x in jax.tree.leaves(tiny_params)) // files_of_weights
         weights.save_params(folder, TINY, tiny_params, "bfloat16", max_file_bytes=size // 2)
@@ -263,7 +272,7 @@ def test_looking_at_a_base_of_the_hub_fetches_no_weights(tiny_base, tiny_params,
     assert cli.main(["inspect", str(tmp_path / "adapter"), "--base", "org/tiny"]) == 0
     assert "fits" in capsys.readouterr().out and not [name for name in hub.fetched if name.endswith(".safetensors")]
     header = max(int.from_bytes(p.read_bytes()[:8], "little") for p in folder.glob("*.safetensors"))
-    assert 0 < hub.read <= 65 * TINY.hidden_size * 4 + 2 * (8 + header)
+    assert 0 < hub.read <= 65 * TINY.hidden_size * 4 + 2 * (8 + header + 1)
     assert bases.load_base("org/tiny").fingerprint == whole.fingerprint  # which fetches the weights as ever
     assert [name for name in hub.fetched if name.endswith(".safetensors")]
 

@@ -66,12 +66,15 @@ OPTIONS = {
         }
     },
     "llama_yarn_magnitude": GQA | {"rope_parameters": {"rope_theta": 100.0, **YARN, "attention_factor": 1.7}},
+    "llama_bias_attention": GQA | {"attention_bias": True},
+    "llama_bias_mlp": GQA | {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
     "mistral": GQA | {"sliding_window": None},
     "mistral_window": GQA | {"sliding_window": 7},
     "qwen2": GQA,
     "qwen2_tied_mha": {"num_key_value_heads": 4, "tie_word_embeddings": True, "rope_parameters": {"rope_theta": 1e6, **YARN}},
     "qwen2_window": GQA | {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
     "qwen3_head_dim": GQA | {"head_dim": 12},
+    "qwen3_bias": GQA | {"head_dim": 8, "attention_bias": True},
     "qwen3_tied_window": GQA
     | {
         "head_dim": 8, "tie_word_embeddings": True, "use_sliding_window": True, "sliding_window": 6,
@@ -85,16 +88,15 @@ UNSEEN = "{} changes nothing here, so the comparison shows nothing of it"
 
 
 def blank(params, kind):
-    """Parameters as if queries, keys and values had no bias, or their norms no scale of their own."""
-    layers, to = params["layers"], {"bias": np.zeros_like, "norm.scale": np.ones_like}
+    """Parameters as if the projections of that kind had no bias, or queries and keys no scale of their own in their norms."""
 
     def leaf(path, x):
         name = ".".join(part.key for part in path)
-        return to[kind](x) if name.endswith(kind) else x
+        if not name.endswith(kind) or "layernorm" in name:
+            return x
+        return np.ones_like(x) if kind == "norm.scale" else np.zeros_like(x)
 
-    if kind not in to:
-        return params
-    return params | {"layers": layers | {"self_attn": jax.tree_util.tree_map_with_path(leaf, layers["self_attn"])}}
+    return params | {"layers": jax.tree_util.tree_map_with_path(leaf, params["layers"])}
 
 
 def old_spelling(raw):
@@ -127,7 +129,7 @@ def test_logits_equal_transformers(option, tmp_path, tiny_tokenizer):
     raw = json.loads((tmp_path / "hub" / "config.json").read_text())
     assert "rope_parameters" in raw and config_json.parse_config(old_spelling(raw)) == config
     params = weights.load_params(tmp_path / "hub", config)
-    assert ("lm_head" in params) == ("tied" not in option)
+    assert ("lm_head" in params) != config.tie_word_embeddings
     turned = jax.device_get(rope.tables(config, np.arange(24)))
     for field, plain in (("rope_scaling", None), ("rope_theta", 10000.0)):
         other = rope.tables(dataclasses.replace(config, **{field: plain}), np.arange(24))
@@ -139,8 +141,8 @@ def test_logits_equal_transformers(option, tmp_path, tiny_tokenizer):
     else:
         got = np.asarray(logits(config, params, IDS))
         close(got, want, 1e-4)
-        without = {"windows": bool(config.windows), "norm.scale": config.qk_norm, "bias": config.qkv_bias}
-        for what in (name for name, there in without.items() if there):
+        without = ["windows"] * bool(config.windows) + ["norm.scale"] * config.qk_norm + [f"{name}.bias" for name in config.biased]
+        for what in without:
             plain = dataclasses.replace(config, windows=()) if what == "windows" else config
             assert np.abs(logits(plain, blank(params, what), IDS) - got).max() > 0.01, UNSEEN.format(what)
 

@@ -1,17 +1,18 @@
 """Several devices: arrays really are split over them, and give the losses and gradients that one device gives."""
 
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import FRAMING, TINY, close, eight_devices, random_params, random_trained
+from conftest import FRAMING, TINY, close, eight_devices, random_lora, random_params, random_trained
 from jax.sharding import AbstractMesh
 
 from icae_jax.compression import encoder, methods
 from icae_jax.data.batches import StaticInt
-from icae_jax.models import llama
+from icae_jax.models import llama, lora
 from icae_jax.objectives import loss, targets
 from icae_jax.training import sharding, step
 from icae_jax.training.config import OptimizerConfig
@@ -91,6 +92,30 @@ def runs():
     alone = {method: train(method, sharding.MeshConfig(), "none") for method in ("icae", "x500")}
     with eight_devices():
         return {case: train(case[0], sharding.MeshConfig(*case[1]), case[2]) for case in CASES}, alone
+
+
+def test_biases_on_eight_devices():
+    """Breaks when a bias that is stored in parts is added in parts, or once for every part of a sum over devices; also beside LoRA."""
+    config = dataclasses.replace(TINY, qkv_bias=True, o_bias=True, mlp_bias=True)
+    params, adapter = random_params(config), random_lora(config, targets=lora.PROJECTIONS)
+    ids = np.random.default_rng(0).integers(0, 64, (4, 8))
+
+    def hidden(params, adapter):
+        variables = {"params": params, "lora": adapter}
+        return llama.Llama(config).apply(variables, ids, jnp.arange(8)[None], np.ones((1, 8), bool))[0]
+
+    want = jax.jit(hidden)(params, adapter)
+    without = jax.tree_util.tree_map_with_path(lambda path, x: x * (path[-1].key != "bias"), params)
+    assert np.abs(np.asarray(jax.jit(hidden)(without, adapter) - want)).max() > 0.1
+    with eight_devices():
+        placement = sharding.Placement(sharding.make_mesh(KV), config)
+        with placement.active():
+            split = sharding.put(params, placement.tree(params))
+            got = jax.jit(hidden)(split, sharding.put(adapter, placement.tree(adapter)))
+        layers = split["layers"]
+        assert spec(layers["self_attn"]["q_proj"]["bias"]) == spec(layers["mlp"]["up_proj"]["bias"]) == ["", "tensor"]
+        assert spec(layers["self_attn"]["o_proj"]["bias"]) == spec(layers["mlp"]["down_proj"]["bias"]) == ["", "fsdp"]
+        close(got, want)
 
 
 @pytest.mark.slow

@@ -11,14 +11,15 @@ import re
 _HARMLESS = {
     "who made the file, of what and with what": """
         _name_or_path name_or_path _commit_hash _from_auto _from_pipeline _from_model_config base_model base_model_name
-        base_model_name_or_path parent_model model_name model_name_or_path model_id author license language tags description date
-        created_at revision note notes comment comments _comment task finetuning_task task_specific_params custom_pipelines transformers.js_config mlx_version
-        pipeline_tag library_name adapted_from
+        base_model_name_or_path base_model_id parent_model original_model finetuned_from merged_from model_name model_name_or_path
+        model_id author license language tags description date created_at revision note notes comment comments _comment task
+        finetuning_task task_specific_params custom_pipelines transformers.js_config pipeline_tag library_name adapted_from
     """,
     "how numbers are stored, and what is kept beside the logits": """
-        dtype torch_dtype weight_dtype params_dtype use_bfloat16 bf16 fp16 use_cache keys_to_ignore_at_inference return_dict
-        use_return_dict output_attentions output_hidden_states output_scores output_logits output_past tie_last_hidden_states
-        torchscript tf_legacy_loss tie_encoder_decoder is_decoder save_safetensors tie_weights_keys
+        dtype torch_dtype _pre_quantization_dtype weight_dtype params_dtype use_bfloat16 bf16 fp16 use_cache
+        keys_to_ignore_at_inference return_dict use_return_dict output_attentions output_hidden_states output_scores output_logits
+        output_past tie_last_hidden_states torchscript tf_legacy_loss tie_encoder_decoder is_decoder save_safetensors
+        tie_weights_keys
     """,
     "which kernel computes attention": """
         _attn_implementation attn_implementation _attn_implementation_autoset _attn_implementation_internal _experts_implementation
@@ -30,7 +31,7 @@ _HARMLESS = {
         initializer_range initializer_factor initializer_gain initializer_std init_std init_method_std init_method weight_init
         gradient_checkpointing gradient_checkpointing_kwargs use_gradient_checkpointing neftune_noise_alpha noise_alpha
         label_smoothing label_smoothing_factor loss_type ce_loss_weight ignore_index learning_rate weight_decay warmup_steps
-        freeze_embeddings seed trainable_params _unsloth_previous_dtype use_logits_to_keep num_logits_to_keep
+        freeze_embeddings group_size_ratio seed trainable_params _unsloth_previous_dtype use_logits_to_keep num_logits_to_keep
     """,
     "how long texts were, and how the tokenizer pads them: positions beyond max_position_embeddings are refused all the same": """
         max_sequence_length max_seq_length max_seq_len seq_length seq_len sequence_length train_max_seq_len training_sequence_length
@@ -69,10 +70,13 @@ NEUTRAL = {
     "hidden_act": ("silu", "swish"),
     "hidden_activation": ("silu", "swish"),
     "activation_function": ("silu", "swish", "swiglu"),
+    "activation": ("silu", "swish", "swiglu"),
+    "is_llama_config": (True,),
     "is_causal": (True,),
     "use_bidirectional_attention": (False,),
     "attention_bias": (False,),
     "mlp_bias": (False,),
+    "attn_bias": (False,),
     "bias": (False,),
     "use_bias": (False,),
     "add_bias_linear": (False,),
@@ -116,6 +120,8 @@ NEUTRAL = {
     "is_encoder_decoder": (False,),
     "add_cross_attention": (False,),
     "cross_attention_hidden_size": (),
+    "load_in_4bit": (False,),
+    "load_in_8bit": (False,),
     "quantization_config": ({},),
     "quantization": ({},),
     "quantize": ({}, False),

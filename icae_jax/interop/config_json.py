@@ -41,6 +41,7 @@ FAMILIES = {
     "Qwen3ForCausalLM": Family("qwen3", qk_norm=True, attention_bias=True, window=4096, kv_heads=32, head_dim=128, max_positions=32768),
 }
 
+MOST_POSITIONS = 2**31 - 1
 # Sizes, with the largest that are taken (beyond any model's; arrays of them could not be counted): those that every config.json has, and
 # those that it may leave out.
 _SIZES = {
@@ -50,7 +51,7 @@ _SIZES = {
     "num_hidden_layers": 10_000,
     "num_attention_heads": 2**16,
 }
-_OPTIONAL_SIZES = {"num_key_value_heads": 2**16, "head_dim": 2**16, "max_position_embeddings": 2**31 - 1}
+_OPTIONAL_SIZES = {"num_key_value_heads": 2**16, "head_dim": 2**16, "max_position_embeddings": MOST_POSITIONS}
 _READ = {
     *_SIZES, *_OPTIONAL_SIZES, "architectures", "model_type", "rms_norm_eps", "tie_word_embeddings", "rope_theta", "rope_scaling",
     "rope_parameters", "original_max_position_embeddings", "sliding_window", "use_sliding_window", "max_window_layers", "layer_types",
@@ -157,7 +158,7 @@ def _check_fields(raw, name, family, source):
         raise UserError(f"{source}: auto_map names code of the repository's own, not run here; remove it if that is {name} too")
     # What an architecture always has, some say too.
     stated = dict.fromkeys(("qk_norm", "use_qk_norm", "qk_layernorm"), (family.qk_norm,))
-    stated |= {"qkv_bias": (family.qkv_bias,), "add_qkv_bias": (family.qkv_bias,)}
+    stated |= dict.fromkeys(("qkv_bias", "use_qkv_bias", "add_qkv_bias"), (family.qkv_bias,))
     read = _READ | {field for field in ("attention_bias", "mlp_bias") if getattr(family, field)}
     read |= {"attention_bias"} if family.qkv_bias else set()
     neutral = config_fields.NEUTRAL | stated
@@ -193,62 +194,66 @@ def _parse_config(raw, source):
     eps = raw.get("rms_norm_eps")
     rope_theta, rope_scaling = _rope(raw, positions, source)
     attention_bias = family.attention_bias and bool(_flag(raw, "attention_bias", source))
+    fields = dict(
+        vocab_size=sizes["vocab_size"],
+        hidden_size=sizes["hidden_size"],
+        intermediate_size=sizes["intermediate_size"],
+        num_layers=sizes["num_hidden_layers"],
+        num_heads=heads,
+        num_kv_heads=sizes.get("num_key_value_heads", default_kv_heads),
+        head_dim=sizes.get("head_dim", family.head_dim or sizes["hidden_size"] // heads),
+        max_position_embeddings=positions,
+        rms_norm_eps=1e-6 if eps is None else _number(eps, "rms_norm_eps", source),
+        rope_theta=rope_theta,
+        rope_scaling=rope_scaling,
+        tie_word_embeddings=bool(_flag(raw, "tie_word_embeddings", source)),
+        qkv_bias=family.qkv_bias or attention_bias,
+        qk_norm=family.qk_norm,
+        windows=_windows(raw, family, sizes["num_hidden_layers"], source),
+        o_bias=attention_bias,
+        mlp_bias=family.mlp_bias and bool(_flag(raw, "mlp_bias", source)),
+    )
     try:
-        config = llama.ModelConfig(
-            vocab_size=sizes["vocab_size"],
-            hidden_size=sizes["hidden_size"],
-            intermediate_size=sizes["intermediate_size"],
-            num_layers=sizes["num_hidden_layers"],
-            num_heads=heads,
-            num_kv_heads=sizes.get("num_key_value_heads", default_kv_heads),
-            head_dim=sizes.get("head_dim", family.head_dim or sizes["hidden_size"] // heads),
-            max_position_embeddings=positions,
-            rms_norm_eps=1e-6 if eps is None else _number(eps, "rms_norm_eps", source),
-            rope_theta=rope_theta,
-            rope_scaling=rope_scaling,
-            tie_word_embeddings=bool(_flag(raw, "tie_word_embeddings", source)),
-            qkv_bias=family.qkv_bias or attention_bias,
-            qk_norm=family.qk_norm,
-            windows=_windows(raw, family, sizes["num_hidden_layers"], source),
-            o_bias=attention_bias,
-            mlp_bias=family.mlp_bias and bool(_flag(raw, "mlp_bias", source)),
-        )
-    except UserError as error:  # of the model's own
-        raise error if str(error).startswith(str(source)) else UserError(f"{source}: {error}") from error
-    with np.errstate(all="ignore"):
-        if not np.isfinite(rope.frequencies(config)).all():
-            raise UserError(
-                f"{source}: {_shown(rope_scaling)} with rope_theta {rope_theta:g} gives frequencies of RoPE that are no numbers"
-            )
+        config = llama.ModelConfig(**fields)
+    except UserError as error:  # which does not know where its fields come from
+        raise UserError(f"{source}: {error}") from error
+    try:
+        with np.errstate(all="ignore"):
+            finite = np.isfinite(rope.frequencies(config)).all()
+    except ArithmeticError:
+        finite = False
+    if not finite:
+        raise UserError(f"{source}: rope_theta {rope_theta:g} with {_shown(rope_scaling)} gives frequencies of RoPE that are no numbers")
     return config
 
 
 def _windows(raw, family, layers, source):
     """`ModelConfig.windows`, by the rules of the architecture's configuration in transformers, with its defaults."""
     types, use = raw.get("layer_types"), _flag(raw, "use_sliding_window", source)
-    width = raw.get("sliding_window", family.window)
-    width = None if width is None else _number(width, "sliding_window", source, whole=True, most=2**31 - 1)
-    first = raw.get("max_window_layers")
-    first = 28 if first is None else _number(first, "max_window_layers", source, whole=True, most=2**31 - 1, zero=True)
-    if family.model_type.startswith("qwen"):
-        width = width if use else None
-    elif family.window is None:
-        if width is not None and use is not False:
+    width, first = raw.get("sliding_window", family.window), raw.get("max_window_layers")
+    qwen = family.model_type.startswith("qwen")
+    if qwen and not use:
+        width = None
+    elif family.window is None and width is not None:
+        if use is not False:
             raise UserError(f"{source}: sliding_window is {width}, which this architecture does not compute; only null is supported")
         width = None
-    elif width is not None and (use is False or raw.get("max_window_layers")):
+    elif width is not None and not qwen and (use is False or first):
         field = "use_sliding_window" if use is False else "max_window_layers"
         raise UserError(
-            f"{source}: {field} is {raw[field]}, which this architecture does not read, and sliding_window {width}; set sliding_window to "
-            f"null where no layer has a window, or remove {field}"
+            f"{source}: {field} is {_shown(raw[field])}, which this architecture does not read, and sliding_window {_shown(width)}; set "
+            f"sliding_window to null where no layer has a window, or remove {field}"
         )
-    sliding = [width is not None and (family.model_type == "mistral" or i >= first) for i in range(layers)]
+    if width is not None:
+        width = _number(width, "sliding_window", source, whole=True, most=MOST_POSITIONS)
+        first = 28 if first is None else _number(first, "max_window_layers", source, whole=True, most=MOST_POSITIONS, zero=True)
+    sliding = [width is not None and (not qwen or i >= first) for i in range(layers)]
     if types is not None:
         if not isinstance(types, list):
             raise UserError(f"{source}: layer_types is {_shown(types)}, which is not a list")
         meant = [t == "sliding_attention" for t in types]
         unknown = [t for t in types if t not in ("full_attention", "sliding_attention")]
-        of_its_own = family.model_type.startswith("qwen") and (width is not None or not any(meant))
+        of_its_own = qwen and (width is not None or not any(meant))
         if unknown or len(types) != layers or (meant != sliding and not of_its_own):
             raise UserError(
                 f"{source}: layer_types is {_shown(types)}, which {family.model_type} with sliding_window {width} does not compute"
@@ -259,11 +264,11 @@ def _windows(raw, family, layers, source):
 
 def _rope(raw, positions, source):
     """(theta, scaling or None) of either spelling; of both, where they mean the same."""
-    spellings = [raw[field] for field in ("rope_scaling", "rope_parameters") if raw.get(field)]
-    for fields in spellings:
+    spellings = {name: raw[name] for name in ("rope_scaling", "rope_parameters") if raw.get(name)}
+    for name, fields in spellings.items():
         if not isinstance(fields, dict):
-            raise UserError(f"{source}: rope_scaling or rope_parameters is {_shown(fields)}, which is not an object")
-    meant = {_spelled_rope(fields, raw, positions, source) for fields in spellings or [{}]}
+            raise UserError(f"{source}: {name} is {_shown(fields)}, which is not an object")
+    meant = {_spelled_rope(fields, raw, positions, source) for fields in list(spellings.values()) or [{}]}
     if len(meant) == 2:  # transformers would take rope_scaling, and lose the theta of the other
         raise UserError(f"{source}: rope_parameters and rope_scaling are both set, to different values; keep the one that is meant")
     return meant.pop()
@@ -300,7 +305,7 @@ def _spelled_rope(fields, raw, positions, source):
     top = raw.get("original_max_position_embeddings")
     if top is not None:
         fields["original_max_position_embeddings"] = top
-    original = number("original_max_position_embeddings", positions, whole=True, most=2**31 - 1)
+    original = number("original_max_position_embeddings", positions, whole=True, most=MOST_POSITIONS)
     needed = {"linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor")}.get(kind, ())
     absent = [field for field in needed if field not in fields]
     if absent:

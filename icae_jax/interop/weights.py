@@ -127,6 +127,8 @@ def _say_copies(folder, orbax):
     if others:
         kind = f"the Orbax copy in {ORBAX}/" if orbax else "safetensors"
         files.say(f"{folder}: {kind} is read, not {' and '.join(others)}")
+    if (folder / "adapter_config.json").exists():
+        files.say(f"{folder}: the LoRA adapter beside the weights is not applied, as it would be by transformers with peft")
 
 
 def load_params(folder, config, dtype=jnp.float32, sharding=None, progress=False, only=()):
