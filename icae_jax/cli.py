@@ -116,6 +116,9 @@ def _train(verb, argv, kind, make_task):
         if finished(config, workdir):
             print(ALREADY.format(workdir=workdir, steps=config.steps), file=sys.stderr)
             return DONE
+        if distributed.agreed(workdir.is_dir()):
+            with distributed.only_writer(workdir, "--workdir"):  # before anything is loaded: does another run train there?
+                pass
         distributed.check_agreement(shared_by_processes(config))  # before what is loaded depends on it
         return train(config, make_task(config), workdir, profile=args.profile, verbosity=VERBOSE if args.verbose else NORMAL)
 

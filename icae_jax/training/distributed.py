@@ -14,6 +14,8 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 import jax
 import numpy as np
@@ -21,6 +23,9 @@ from jax.experimental import multihost_utils
 
 from icae_jax import errors, platforms
 from icae_jax.errors import UserError
+from icae_jax.interop import lock
+
+T = TypeVar("T")
 
 START_SECONDS = 300  # so long the processes wait for each other; JAX then aborts them
 PATIENCE_SECONDS = 20  # and after so long they say that they wait
@@ -134,19 +139,53 @@ def agreed(value):
     return type(value)(multihost_utils.broadcast_one_to_all(np.asarray(value)))
 
 
+def gathered(value: object) -> list:
+    """What each process holds, in their order: anything that JSON has."""
+    if jax.process_count() == 1:
+        return [value]
+    mine = np.frombuffer(json.dumps(value, sort_keys=True, default=str).encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.asarray(mine.size)).reshape(-1)
+    padded = np.zeros(int(sizes.max()), np.uint8)
+    padded[: mine.size] = mine
+    return [json.loads(row[:size].tobytes()) for row, size in zip(multihost_utils.process_allgather(padded), sizes.tolist(), strict=True)]
+
+
+def from_main(function: Callable[[], T]) -> T:
+    """What `function()` gives in process 0, which alone calls it, in every process; its UserError too, so that all end alike."""
+    if jax.process_count() == 1:
+        return function()
+    value, refused = None, ""
+    if jax.process_index() == 0:
+        try:
+            value = function()
+        except UserError as error:
+            refused = str(error)
+    value, refused = gathered([value, refused])[0]
+    if refused:
+        raise UserError(refused)
+    return value
+
+
+@contextlib.contextmanager
+def only_writer(folder: str | os.PathLike, flag: str) -> Iterator[lock.Lock]:
+    """Holds the lock of a folder, which must exist, for all processes of this run: process 0 has it. UserError, in all, where another run
+    has it. flag: what gives the folder.
+    """
+    held = lock.Lock(folder, flag)
+    try:
+        while not from_main(held.attempt):
+            time.sleep(lock.POLL_SECONDS)
+        yield held
+    finally:
+        held.close()
+
+
 def check_agreement(items: dict[str, object]) -> None:
     """UserError, in every process, that names what differs between them: of `items` each must have the same in all.
 
     items: `{name: value}`, values as JSON has them. To be called by all, before anything whose shapes or order of collectives depend on it.
     """
-    if jax.process_count() == 1:
-        return
-    mine = np.frombuffer(json.dumps(items, sort_keys=True, default=str).encode(), np.uint8)
-    sizes = multihost_utils.process_allgather(np.asarray(mine.size)).reshape(-1)
-    padded = np.zeros(int(sizes.max()), np.uint8)
-    padded[: mine.size] = mine
-    gathered = multihost_utils.process_allgather(padded)
-    first, *others = (json.loads(row[:size].tobytes()) for row, size in zip(gathered, sizes.tolist(), strict=True))
+    first, *others = gathered(items)
     lines = [
         f"{name}: {json.dumps(first.get(name))} in process 0, {json.dumps(other.get(name))} in process {number}"
         for number, other in enumerate(others, 1)
@@ -188,9 +227,14 @@ _times_asked = itertools.count(1)
 class Preemption:
     """Notes that the run must leave: SIGTERM, or the platform's notice through JAX. A context round the training loop.
 
+    noticed: called as soon as this process knows, in a signal handler where there is one.
+
     In one process SIGTERM is Python's to handle (outside the main thread there are no signals). In several, JAX notes it, whichever
     process it came to, and names one time of asking to all of them.
     """
+
+    def __init__(self, noticed: Callable[[], None] = lambda: None):
+        self._noticed = noticed
 
     def __enter__(self):
         self._noted = False
@@ -201,13 +245,17 @@ class Preemption:
 
     def _note(self, *_):
         self._noted = True
+        self._noticed()
 
     def asked(self):
         """Whether to save and leave: the same in every process. To be called once a step, by all."""
         if jax.process_count() == 1:
             return self._noted
         # JAX names the number after the largest so far, 1 before the first: counted by the step, a notice during a start would be missed.
-        return multihost_utils.reached_preemption_sync_point(next(_times_asked))
+        noted = multihost_utils.reached_preemption_sync_point(next(_times_asked))
+        if noted:
+            self._noticed()
+        return noted
 
     def __exit__(self, *_):
         if self._usable:
