@@ -2,8 +2,8 @@
 
 `FOLDER/.lock` is flocked, and holds a record of who writes there. The kernel drops the flock however a process ends, but some shared disks
 have none, or one for each host (NFS without locks, Cloud Storage FUSE, Lustre without `-o flock`). There the record decides, whose count
-its writer raises every `BEAT_SECONDS`: others watch whether it changes, and never compare clocks. The file stays, empty once it is free:
-removing it would let two processes lock two files of one name.
+its writer raises every `BEAT_SECONDS`: others watch whether it changes, and never compare clocks. Whoever frees the lock removes the file;
+a process that opened it before that must not take what it has for the lock.
 """
 
 import contextlib
@@ -98,27 +98,38 @@ class Lock:
         """Whether the lock is now held; to be asked again while it is not. UserError where a live process has it, or nothing can be
         written there.
         """
-        if self._descriptor is None:
-            with errors.naming(f"{self.flag} {self.folder}", "give a folder that can be written"):
-                self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-            self._local = _is_local(self.path.parent)
+        with errors.naming(f"{self.flag} {self.folder}", "give a folder that can be written"):
+            self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        self._local = _is_local(self.path.parent)
         free = flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        text = errors.retrying(lambda: self._text(), f"reading {self.path}")
+        text = errors.retrying(self._text, f"reading {self.path}")
         holder = _parsed(text)
         if free is not None and self._flock_tells(holder):
             alive = not free
         else:
             alive = False if free is not False and not text else self._watch(text, holder)
-        if alive is False and self._take(bool(free)):
+        if alive is False and self._is_the_file() and self._take(bool(free)):
             return True
+        self._forget()  # who else waits is not to take this process for the one that it watches
         if alive:
             self._wait_or_refuse(holder)
-        if free:
-            flock(self._descriptor, fcntl.LOCK_UN)  # who else waits is not to take this process for the one that it watches
         return False
 
+    def _is_the_file(self):
+        """Whether the file that is open is still the one of its name. Shared disks may number files anew: there `_take` looks again."""
+        with contextlib.suppress(FileNotFoundError):
+            return not self._local or os.path.samestat(os.stat(self.path), os.fstat(self._descriptor))
+        return False
+
+    def _is_mine(self):
+        return _parsed(self._text()).get("token") == self._record["token"]
+
     def _text(self):
-        return self.path.read_text(encoding="utf-8", errors="replace").rstrip(" \n\0")
+        """The record at the lock's path, as text; empty where there is none."""
+        try:
+            return self.path.read_text(encoding="utf-8", errors="replace").rstrip(" \n\0")
+        except FileNotFoundError:  # freed at this moment
+            return ""
 
     def _flock_tells(self, holder):
         """Whether the flock alone tells if the holder lives: it is on this host, or nobody else sees this disk."""
@@ -167,7 +178,7 @@ class Lock:
             self._write()
         if not self._local:
             time.sleep(SETTLING_SECONDS)
-            if _parsed(self._text()).get("token") != self._record["token"]:
+            if not self._is_mine():
                 self._seen = None
                 return False
         self.held = True
@@ -219,10 +230,8 @@ class Lock:
             return
         self._stop.set()
         with contextlib.suppress(OSError), self._beating:
-            if self.held and not self._lost:  # what is another's record by now stays
-                os.ftruncate(self._descriptor, 0)
-                if not self._local:
-                    os.fsync(self._descriptor)
+            if self.held and self._is_mine():  # what is another's by now stays
+                self.path.unlink(missing_ok=True)
         self._forget()
 
     def _forget(self):
