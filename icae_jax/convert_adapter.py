@@ -16,8 +16,8 @@ from icae_jax.interop import base as bases
 from icae_jax.interop import files, formats, peft_folder
 from icae_jax.objectives import targets
 from icae_jax.training import checkpoint
+from icae_jax.training import config as training_config
 from icae_jax.training.compressor_task import compression_on
-from icae_jax.training.config import TrainConfig, from_dict
 
 FORMATS = ("native", "peft", "icae-v1", "icae-v2", "x500")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -130,22 +130,16 @@ def _from_orbax(source, base):
     """(step folder, `Adapter`) of a checkpoint of a training workdir, by the configuration kept there."""
     step = source.path
     path = step.parent.parent / "config.json"
-    flat = files.read_json(path, "the run's configuration")
-    nested = {}
-    for name, value in flat.items():
-        *groups, last = name.split(".")
-        node = nested
-        for group in groups:
-            node = node.setdefault(group, {})
-        node[last] = value
-    trained_on = nested.pop("identity", {}).get("base")
+    nested = training_config.nested(training_config.read_run(path), path)
+    identity = nested.pop("identity", {})
+    trained_on = identity.get("base") if isinstance(identity, dict) else None
     if trained_on is None:
         raise UserError(f"{path}: not the configuration of a compressor's training")
     if trained_on != base.fingerprint:
         raise UserError(f"{step} was trained on base {trained_on[:12]}, but {base.path} has {base.fingerprint[:12]}; give the right base")
     if base.tokenizer is None:
         raise UserError(f"base {base.path} has no tokenizer, of whose tokens the run's template is made; add the tokenizer's files to it")
-    config = from_dict(TrainConfig, nested)
+    config = training_config.from_dict(training_config.TrainConfig, nested, str(path))
     compression, _ = compression_on(config, base.tokenizer)
     template = targets.make_template(config.objectives.template, base.tokenizer)
     newly = checkpoint.read_newly(source.given)

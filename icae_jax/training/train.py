@@ -14,9 +14,8 @@ from tqdm import tqdm
 from icae_jax import errors
 from icae_jax.benchmarking import profile as profiles
 from icae_jax.interop import files
-from icae_jax.training import chips, distributed, metrics, sharding, step
-from icae_jax.training.checkpoint import Checkpoints
-from icae_jax.training.config import check_workdir, shared_fields, steps_done
+from icae_jax.training import checkpoint, chips, distributed, metrics, sharding, step
+from icae_jax.training.config import check_workdir, nothing_trained, shared_fields, steps_done
 
 DONE, PREEMPTED, DIVERGED = 0, 75, 3  # exit codes; 2 is bad input
 QUIET, NORMAL, VERBOSE = 0, 1, 2  # how much `train` says
@@ -125,7 +124,8 @@ def _train(config, task, workdir, lock, log, profile, verbosity, title, watch):
         say(ALREADY.format(workdir=workdir, steps=config.steps))
         return DONE
     distributed.check_agreement(shared_by_processes(config) | task.shared_by_processes())
-    changes = check_workdir(workdir, config, task.identity, distributed.main_after_all)
+    binding = not distributed.agreed(nothing_trained(workdir))
+    changes = check_workdir(workdir, config, task.identity, distributed.main_after_all, binding)
     for line in task.notes() + [f"changed: {change}" for change in changes]:
         say(line)
 
@@ -137,14 +137,13 @@ def _train(config, task, workdir, lock, log, profile, verbosity, title, watch):
     say(parameter_table(state["trained"], frozen), VERBOSE)
     say(parameter_counts(state["trained"], frozen))
     absl_logging.set_verbosity(absl_logging.FATAL)  # Orbax logs each thread's traceback of a failed save; the error is raised anyway
-    checkpoints = Checkpoints(workdir)
-    latest = checkpoints.latest()
-    first = distributed.agreed(-1 if latest is None else latest)
+    saved, state = checkpoint.resume(workdir, state, lambda text: say(text, QUIET))
+    first = -1 if saved is None else saved
+    checkpoints = checkpoint.Checkpoints(workdir)
     if first < 0:
         source = f"initialised from {config.init_from}" if getattr(config, "init_from", "") else "starting from scratch"
         say(source)
     else:
-        state = checkpoints.restore(first, state)
         say(f"resumed at step {first}")
     lines = metrics.MetricsFile(workdir, first) if main_process else None
 
