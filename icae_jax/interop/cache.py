@@ -1,6 +1,6 @@
 """What is kept on disk since it can be made again, under one bound: tokenised data and compiled programs; `icae cache`.
 
-In `files.cache_folder`:
+In `files.cache_folder`, which may be one in the temporary folder:
 
 | folder   | what                                                     | last used                        |
 |----------|----------------------------------------------------------|----------------------------------|
@@ -206,12 +206,6 @@ def prune(root: pathlib.Path, most: int, version: int, everything: bool = False)
     return removed
 
 
-def can_write(folder: pathlib.Path) -> bool:
-    """Whether this user can write in a folder, or make it where it is not there yet."""
-    there = next(str(path) for path in (folder, *folder.absolute().parents) if os.path.exists(path))
-    return os.path.isdir(there) and os.access(there, os.W_OK | os.X_OK)
-
-
 def bound_compiled(folder: pathlib.Path) -> None:
     """Lets JAX remove the programs in its folder that were used least recently, beyond this part of the bound.
 
@@ -260,7 +254,9 @@ def main(parser, argv, version: int) -> int:
     args = parser.parse_args(argv)
     if args.action == "list" and (args.all or args.max_gib is not None):
         parser.error("--all and --max_gib are for prune")
-    root = files.cache_folder(args.cache_dir)
+    root = files.named_cache(args.cache_dir)
+    if root is None:
+        raise UserError("cache: there is no home folder; give --cache_dir, or set $ICAE_CACHE")
     if not root.is_dir() and (args.cache_dir or root.exists()):
         raise UserError(f"{'--cache_dir' if args.cache_dir else 'cache'} {root}: no such folder")
     if args.action == "list":

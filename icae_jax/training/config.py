@@ -337,7 +337,7 @@ def check_workdir(workdir, config, identity, writes=lambda: True, binding=True):
         refused.remove("steps")
     notes = []
     if refused and not binding:
-        notes = [f"nothing has been trained in {workdir} yet, so that it may have another configuration"]
+        notes = [f"the run itself, as nothing has been trained in {workdir} yet"]
     elif refused:
         lines = "; ".join(f"{k}: {before.get(k)!r} -> {now.get(k)!r}" for k in refused)
         raise UserError(
