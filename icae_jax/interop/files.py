@@ -34,10 +34,9 @@ def named_cache(configured: str | os.PathLike = "") -> pathlib.Path | None:
 
 @functools.cache
 def can_write(folder: pathlib.Path) -> bool:
-    """Whether this user can write in a folder, which is made where it is not there. Tried out: a system may allow more than a disk does."""
+    """Whether this user can write in a folder, or make it where it is not there. Tried out: rights allow more than some disks do."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
+        with tempfile.TemporaryFile(dir=next(path for path in (folder, *folder.absolute().parents) if path.exists())):
             return True
     except OSError:
         return False

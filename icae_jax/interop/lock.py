@@ -32,7 +32,7 @@ LEAVING_SECONDS = 900.0  # whoever has been told to leave, and saves, is waited 
 ENDING_SECONDS = 1.0  # a process that has been killed may take a moment to end
 SETTLING_SECONDS = 2.0  # on a shared disk two may take the same free or stale lock: whose record is there afterwards has it
 POLL_SECONDS = 0.2
-_RECORD_BYTES = 4096  # padded, so that a shorter record leaves nothing of a longer one
+_RECORD_BYTES = 4096  # padded, so that nobody reads a record half, and a shorter one leaves nothing of a longer
 _LOCAL = {"ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "jfs", "bcachefs", "overlay", "tmpfs", "ramfs"}
 _live: "weakref.WeakSet[Lock]" = weakref.WeakSet()
 
@@ -190,6 +190,7 @@ class Lock:
     def _write(self):
         text = json.dumps(self._record)
         os.pwrite(self._descriptor, text.encode().ljust(_RECORD_BYTES), 0)
+        os.ftruncate(self._descriptor, _RECORD_BYTES)
         if not self._local:
             os.fsync(self._descriptor)
 

@@ -51,17 +51,50 @@ def _found():
     return "TPU" if wanted and platforms.tpu_chips() and importlib.util.find_spec("libtpu") is not None else None
 
 
+def _of_slurm(tasks: int) -> None:
+    """UserError where Slurm's variables, of a step of several tasks, are no numbers or contradict each other."""
+    told = {name: os.environ[name] for name in ("SLURM_JOB_ID", "SLURM_PROCID", "SLURM_LOCALID") if name in os.environ}
+    wrong = [f"${name} is {value!r}" for name, value in told.items() if not value.isdecimal()]
+    if not wrong and int(told.get("SLURM_PROCID", 0)) >= tasks:
+        wrong = [f"$SLURM_PROCID is {told['SLURM_PROCID']}"]
+    if wrong:
+        raise UserError(
+            f"Slurm: this step has {tasks} tasks, and {', '.join(wrong)}; start each by srun, or give --processes 1 for this process alone"
+        )
+    os.environ.setdefault("SLURM_NTASKS", str(tasks))  # without it JAX takes this for no job
+
+
+def _of_environment() -> tuple[str | None, int | None, int | None]:
+    """coordinator, processes and process as JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID tell; None of what is not set, or
+    empty. UserError where they do not go together.
+    """
+    names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+    coordinator, *numbers = (os.environ.get(name, "") for name in names)
+    if not any(numbers):
+        return None, None, None
+    if not (coordinator and all(number.isdecimal() for number in numbers)):
+        shown = ", ".join(f"${name} is {value!r}" for name, value in zip(names, (coordinator, *numbers), strict=True))
+        raise UserError(f"{shown}; set all three (HOST:PORT and two numbers), or none, or give --processes 1 for this process alone")
+    return coordinator, int(numbers[0]), int(numbers[1])
+
+
 def start(coordinator=None, processes=None, process=None):
     """Joins the other processes, where there are any; before JAX first touches a device.
 
-    coordinator: HOST:PORT of process 0, processes: how many there are, process: which this is; all three or none. Without them TPU
-    slices and Slurm jobs (`srun`) are recognised, and anything else is a process alone, as is `processes` 1. UserError where they do
-    not go together; SystemExit with a message where process 0 cannot serve at its port.
+    coordinator: HOST:PORT of process 0, processes: how many there are, process: which this is; all three or none. Without them those of
+    JAX's own variables count, then TPU slices and Slurm jobs (`srun`) are recognised, and anything else is a process alone, as is
+    `processes` 1. UserError where they do not go together; SystemExit with a message where process 0 cannot serve at its port.
     """
+    if processes == 1 and process in (None, 0):
+        return
+    if not any(x is not None for x in (coordinator, processes, process)):
+        coordinator, processes, process = _of_environment()
+    if not os.environ.get("JAX_COORDINATOR_ADDRESS", "-"):
+        del os.environ["JAX_COORDINATOR_ADDRESS"]  # JAX would take the empty text for an address
     given = (coordinator, processes, process)
-    found = None
+    found, method = None, None
     if any(x is not None for x in given):
-        if processes == 1 and process in (None, 0):
+        if processes == 1 and process == 0:
             return
         if any(x is None for x in given):
             raise UserError("--coordinator, --processes and --process go together; give all three, or none on TPU slices and Slurm")
@@ -72,8 +105,11 @@ def start(coordinator=None, processes=None, process=None):
             )
     elif not (found := _found()):
         return
-    elif found == "Slurm" and os.environ.get("SLURM_STEP_NUM_TASKS"):
-        processes = _slurm_tasks()  # JAX would take SLURM_NTASKS
+    elif found == "Slurm":
+        _of_slurm(_slurm_tasks())
+        method = "slurm"  # not what else a variable, such as of Open MPI, may make JAX think of first
+        if os.environ.get("SLURM_STEP_NUM_TASKS"):
+            processes = _slurm_tasks()  # JAX would take SLURM_NTASKS
     who, where = f"process {process} of {processes}" if found is None else found, coordinator or "the first of them"
     waiting = threading.Timer(
         PATIENCE_SECONDS,
@@ -86,12 +122,13 @@ def start(coordinator=None, processes=None, process=None):
     waiting.start()
     try:
         jax.distributed.initialize(
-            coordinator, processes, process, initialization_timeout=START_SECONDS, heartbeat_timeout_seconds=HEARTBEAT_SECONDS
-        )
+            coordinator, processes, process, cluster_detection_method=method, initialization_timeout=START_SECONDS,
+            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+        )  # fmt: skip
         jax.devices()  # the processes tell each other theirs
     except jax.errors.JaxRuntimeError as error:
         raise SystemExit(f"{who}: cannot join the others at {where}: {error}; is another run using that port?") from error
-    except ValueError as error:
+    except (ValueError, KeyError, IndexError, TypeError) as error:  # of the variables that it reads
         raise UserError(f"{who}: JAX cannot tell the processes ({error}); give --coordinator HOST:PORT --processes N --process I, "
                          "or --processes 1 for this one alone") from error  # fmt: skip
     finally:
