@@ -90,15 +90,22 @@ def _check_flags(flags: str) -> None:
         raise UserError(f"$XLA_FLAGS is {flags!r}, and XLA ends every process for it: {wrong[1]}; take it out, or unset the variable")
 
 
-def check() -> None:
-    """UserError where a variable of the environment would keep JAX from being imported or from any device: before it is imported."""
-    if "jax" in sys.modules:
-        return
+def check_settings() -> None:
+    """UserError where $JAX_PLATFORMS, or $XLA_FLAGS, would keep JAX from every device."""
     for variable in ("JAX_PLATFORMS", "JAX_PLATFORM_NAME"):
         if os.environ.get(variable):
             _check_platforms(variable, os.environ[variable])
     if os.environ.get("XLA_FLAGS"):
         _check_flags(os.environ["XLA_FLAGS"])
+
+
+def check() -> None:
+    """UserError where a variable of the environment would end in JAX's own error. To be called before JAX is imported; later it does
+    nothing.
+    """
+    if "jax" in sys.modules:
+        return
+    check_settings()
     try:
         import jax  # noqa: F401
     except ValueError as error:

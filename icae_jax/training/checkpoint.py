@@ -184,14 +184,14 @@ def _all_damaged(where, damaged):
     return UserError(f"{where}: no checkpoint there is whole ({told}); put copies in their place, or delete them to begin anew")
 
 
-def step_folder(path, without=()) -> pathlib.Path | None:
+def step_folder(path, without: dict[str, str] | None = None) -> pathlib.Path | None:
     """The checkpoint meant by a path, `…/checkpoints/step_N`: that one itself, or of a workdir or its checkpoints the best (else the
     latest) of the whole ones. None where the path is none of these. Nothing there is changed.
 
-    without: names of those that are not to be taken. A damaged one that is passed over is named on stderr; UserError where it is the one
-    that is asked for, or there is no other.
+    without: `{name: what is wrong}` of those that are not to be taken. A damaged one that is passed over is named on stderr; UserError
+    where it is the one that is asked for, or there is no other.
     """
-    path = pathlib.Path(path)
+    path, without = pathlib.Path(path), without or {}
     if is_whole(path) or (_STEP.fullmatch(path.name) and path.parent.name == "checkpoints" and path.is_dir()):
         if why := flaw(path):
             raise UserError(f"{path}: the checkpoint is damaged ({why}); name another, or the workdir for its best that is whole")
@@ -204,8 +204,8 @@ def step_folder(path, without=()) -> pathlib.Path | None:
     flaws = {f.name: flaw(f) for s, f in _step_folders(workdir).items() if s not in steps and (is_whole(f) or s > max(steps, default=-1))}
     damaged = {name: why for name, why in flaws.items() if why}
     if not steps:
-        if damaged:
-            raise _all_damaged(workdir, damaged)
+        if damaged or without:
+            raise _all_damaged(workdir, dict(sorted((without | damaged).items())))
         return None
     best = best_step(steps)
     chosen = workdir / "checkpoints" / f"step_{max(steps) if best is None else best}"
@@ -234,8 +234,6 @@ def read_newly(path):
                 raise UserError(f"{path}: the checkpoint is damaged ({why}); name another, or the workdir for its best") from error
             damaged[folder.name] = why
             _say_once(f"{folder} is damaged ({why}) and passed over")
-    if damaged:
-        raise _all_damaged(path, damaged)
     return None
 
 
