@@ -139,7 +139,7 @@ def _from_orbax(source, base):
         raise UserError(f"{step} was trained on base {trained_on[:12]}, but {base.path} has {base.fingerprint[:12]}; give the right base")
     if base.tokenizer is None:
         raise UserError(f"base {base.path} has no tokenizer, of whose tokens the run's template is made; add the tokenizer's files to it")
-    config = training_config.from_dict(training_config.TrainConfig, nested, str(path))
+    config = training_config.from_dict(training_config.TrainConfig, nested, f"{path}: config")
     compression, _ = compression_on(config, base.tokenizer)
     template = targets.make_template(config.objectives.template, base.tokenizer)
     newly = checkpoint.read_newly(source.given)

@@ -232,6 +232,34 @@ with distributed.ending_together(2):
 """
 
 
+RESUME = """
+import pathlib, sys
+import jax
+import numpy as np
+from icae_jax.training import checkpoint, distributed
+
+with distributed.ending_together(2):
+    distributed.start(sys.argv[1], 2, int(sys.argv[2]))
+    everywhere = jax.sharding.NamedSharding(jax.make_mesh((2,), ("data",)), jax.sharding.PartitionSpec("data"))
+    state = lambda value: {"w": jax.make_array_from_callback((4,), everywhere, lambda at: np.full(4, value, np.float32)[at])}
+    workdir, restore = pathlib.Path(sys.argv[3]), checkpoint.restore
+    with checkpoint.Checkpoints(workdir) as checkpoints:
+        checkpoints.save(1, state(1)), checkpoints.save(2, state(2))
+    distributed.main_after_all()
+
+    def damaged(folder, like):
+        if sys.argv[2] == "1" and folder.name == "step_2":  # as where one process reads a file that the other does not
+            raise ValueError("DATA_LOSS: Error reading x")
+        return restore(folder, like)
+
+    checkpoint.restore = damaged
+    step, got = checkpoint.resume(workdir, state(0), lambda text: print(text, file=sys.stderr))
+    assert step == 1 and float(got["w"].addressable_data(0)[0]) == 1
+    assert sorted(path.name for path in (workdir / "checkpoints").iterdir()) == ["damaged_step_2", "step_1"]
+    with checkpoint.Checkpoints(workdir) as checkpoints:
+        assert checkpoints.latest() == 1
+"""
+
 LOST = """
 import os, sys
 from icae_jax.training import distributed
@@ -268,6 +296,12 @@ def test_two_processes_agree_and_notice_that_their_folders_differ(tmp_path):
     for i, (_, err) in enumerate(ends):
         assert f"process {i} of 2: {tmp_path / str(i)} is not the same folder in processes 0 and 1; give one on a filesystem" in err
     assert [code for code, _ in ends] == [2, 2] and list((tmp_path / "0").iterdir()) == []
+
+
+def test_processes_go_back_to_the_same_checkpoint(tmp_path):
+    """Breaks when damage that one process alone meets has them train on from different steps, or wait for each other for ever."""
+    for code, err in pair(RESUME, str(tmp_path)):
+        assert code == 0 and "step_2 is damaged (DATA_LOSS: Error reading x)" in err, err
 
 
 def test_a_lost_process_is_no_bad_input():
