@@ -1,6 +1,7 @@
 """The command line: `icae <verb>`, the same as `python -m icae_jax <verb>`."""
 
 import argparse
+import contextlib
 import json
 import os
 import pathlib
@@ -116,6 +117,9 @@ def _train(verb, argv, kind, make_task):
         if finished(config, workdir):
             print(ALREADY.format(workdir=workdir, steps=config.steps), file=sys.stderr)
             return DONE
+        if distributed.agreed(workdir.is_dir()):
+            with distributed.only_writer(workdir, "--workdir"):  # before anything is loaded: does another run train there?
+                pass
         distributed.check_agreement(shared_by_processes(config))  # before what is loaded depends on it
         return train(config, make_task(config, workdir), workdir, profile=args.profile, verbosity=VERBOSE if args.verbose else NORMAL)
 
@@ -343,6 +347,7 @@ VERBS = {
 }
 
 
+WITHOUT_DEVICES = ("prepare", "cache")  # verbs that JAX's settings do not concern
 TRAIN_EXAMPLES = {"train": "configs/icae.py:pretrain", "train-base": "configs/tiny_base.py"}
 
 
@@ -354,20 +359,30 @@ def usage():
 
 
 def keep_compiled():
-    """Lets JAX keep compiled programs on disk, so that a command started again compiles nothing: in `~/.cache/icae_jax/compiled` (or
-    $ICAE_CACHE/compiled), a folder for each kind of processor, whose instructions a program for CPUs is made of.
+    """Lets JAX keep compiled programs on disk, so that a command started again compiles nothing: in `files.cache_folder`/compiled, a folder
+    for each kind of processor, whose instructions a program for CPUs is made of.
 
-    JAX_COMPILATION_CACHE_DIR of the user's own is left alone, empty too, which keeps nothing. Where the folder cannot be written nothing
-    is kept: JAX would warn of every program.
+    JAX_COMPILATION_CACHE_DIR of the user's own is left alone, empty too, which keeps nothing; but JAX would warn of every program where it
+    cannot be written.
     """
     cpus = pathlib.Path("/proc/cpuinfo")
     flags = next((line for line in cpus.read_text().splitlines() if line.startswith(("flags", "Features"))), "") if cpus.exists() else ""
     kind = f"{platform.machine()}-{zlib.crc32(flags.encode()):08x}"
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        folder = files.cache_folder() / "compiled" / kind
-        if cache.can_write(folder):
+    own = os.environ.get("JAX_COMPILATION_CACHE_DIR")
+    if own is None:
+        folder = None
+        with contextlib.suppress(UserError):  # no folder can be written: nothing is kept
+            folder = files.cache_folder().absolute() / "compiled" / kind
+        if folder and files.can_write(folder):
             os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)
             cache.bound_compiled(folder)
+    elif own and "://" not in own and not files.can_write(pathlib.Path(own)):
+        if os.path.isdir(own) and os.access(own, os.R_OK | os.X_OK):
+            os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "1e9"  # programs are read from there, and none is added
+        else:
+            del os.environ["JAX_COMPILATION_CACHE_DIR"]
+            print(f"$JAX_COMPILATION_CACHE_DIR {own}: cannot be written; programs are kept with the other caches", file=sys.stderr)
+            keep_compiled()
 
 
 def set_up():
@@ -391,6 +406,8 @@ def main(argv=None):
         return 0
     try:
         set_up()
+        if argv[0] not in WITHOUT_DEVICES:
+            platforms.check()
         code = VERBS[argv[0]][0](argv[1:])
         if sys.stdout:  # None where the caller has closed it
             sys.stdout.flush()
@@ -398,6 +415,9 @@ def main(argv=None):
     except Exception as error:
         if isinstance(error, BrokenPipeError) and _nobody_reads():
             return NOT_READ
+        if absent := platforms.absent_devices(error):
+            print(f"icae {argv[0]}: {absent}", file=sys.stderr)
+            return BAD_INPUT
         if not errors.is_users(error):
             raise
         full = "" if isinstance(error, UserError) or "free space" in str(error) else "; free space and run the same command again"

@@ -17,8 +17,8 @@ from icae_jax.interop import base as bases
 from icae_jax.interop import files, formats, peft_folder, publishing, sources
 from icae_jax.objectives import targets
 from icae_jax.training import checkpoint, metrics
+from icae_jax.training import config as training_config
 from icae_jax.training.compressor_task import compression_on
-from icae_jax.training.config import TrainConfig, from_dict, steps_done
 
 FORMATS = ("native", "peft", "icae-v1", "icae-v2", "x500")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -139,33 +139,26 @@ def _from_orbax(source, base):
     """(step folder, `Adapter`) of a checkpoint of a training workdir, by the configuration kept there."""
     step = source.path
     path = step.parent.parent / "config.json"
-    flat = files.read_json(path, "the run's configuration")
-    nested = {}
-    for name, value in flat.items():
-        *groups, last = name.split(".")
-        node = nested
-        for group in groups:
-            node = node.setdefault(group, {})
-        node[last] = value
-    trained_on = nested.pop("identity", {}).get("base")
+    nested = training_config.nested(training_config.read_run(path), path)
+    identity = nested.pop("identity", {})
+    trained_on = identity.get("base") if isinstance(identity, dict) else None
     if trained_on is None:
         raise UserError(f"{path}: not the configuration of a compressor's training")
     if trained_on != base.fingerprint:
         raise UserError(f"{step} was trained on base {trained_on[:12]}, but {base.path} has {base.fingerprint[:12]}; give the right base")
-    bases.check_identity(str(step), {name: flat.get(f"identity.{name}") for name in base.identity}, base.identity)
+    bases.check_identity(str(step), {name: identity.get(name) for name in base.identity}, base.identity)
     if base.tokenizer is None:
         raise UserError(f"base {base.path} has no tokenizer, of whose tokens the run's template is made; add the tokenizer's files to it")
-    config = from_dict(TrainConfig, nested)
+    config = training_config.from_dict(training_config.TrainConfig, nested, f"{path}: config")
     compression, _ = compression_on(config, base.tokenizer)
-    kept = flat.get("identity.template")
+    kept = identity.get("template")
     template = targets.Template.from_json(kept, path) if kept else targets.make_template(config.objectives.template, base.tokenizer)
     newly = checkpoint.read_newly(source.given)
     if newly is None:
         raise UserError(f"{source.given}: the checkpoint has been deleted meanwhile; name another, or the workdir for its best")
     step, trained = newly
     trained = jax.tree.map(jax.numpy.asarray, trained)
-    identity = {"base_fingerprint": base.fingerprint, "base_identity": base.identity}
-    return step, adapters.Adapter(compression, config.lora, template, trained, base.path, **identity)
+    return step, adapters.Adapter(compression, config.lora, template, trained, base.path, base.fingerprint, base_identity=base.identity)
 
 
 def recognise_whole(path):
@@ -249,7 +242,7 @@ def held_out(source):
         workdir, step = source.path.parent.parent, int(source.path.name.removeprefix("step_"))
     else:
         workdir = source.path.parent
-        step = steps_done(workdir) if source.path.name == adapters.IN_WORKDIR else 0
+        step = training_config.steps_done(workdir) if source.path.name == adapters.IN_WORKDIR else 0
     file = workdir / "metrics.jsonl"
     losses = [line["eval"] for line in metrics.read(file) if line.get("step") == step and "eval" in line] if step and file.exists() else []
     if not losses:

@@ -177,37 +177,45 @@ def main(parser, argv):
     distributed.check_agreement(identity)  # hosts with other data, or a workdir whose best changed meanwhile, would mix their scores
     folder = args.out or pathlib.Path("evaluation") / f"{args.suite}-{digest[:8]}"
     if distributed.agreed((folder / RESULTS).exists()):
-        if jax.process_index() == 0:
-            result = files.read_json(folder / RESULTS, "the results of an evaluation")
-            run.check_identity(folder / RESULTS, result.get("identity", {}), identity)
-            print(f"{folder} is done already\n", file=sys.stderr)
-            _show(result, folder)
-        return 0
+        return _show_again(folder, identity)
     with errors.naming(f"--out {folder}", "give a folder that can be written"):
         folder.mkdir(parents=True, exist_ok=True)
+    with distributed.only_writer(folder, "--out"):
+        if distributed.agreed((folder / RESULTS).exists()):  # by another, for which this one waited
+            return _show_again(folder, identity)
 
-    # ----------------------------------------------------------------------------------------- measure, then sum up
-    progress = run.Progress(folder, identity)
-    records = run.measure(suite, examples, options.batch_size, progress)
-    if jax.process_index():
+        # ------------------------------------------------------------------------------------- measure, then sum up
+        progress = run.Progress(folder, identity)
+        records = run.measure(suite, examples, options.batch_size, progress)
+        if jax.process_index():
+            return 0
+        texts = {name: len({e.cluster for e in examples if e.set == name}) for name in sets}
+        result = {
+            "suite": args.suite,
+            **run.summarise(suite, records, args.seed),
+            "config": config | {"batch_size": options.batch_size, "limit": args.limit},
+            "adapters": {name: _about(c) for name, c in compressors.items()},
+            "base": {"path": compressor.base.path, "fingerprint": compressor.base.fingerprint},
+            "data": {"sources": drawn.named_sources(args.data), "texts": texts},
+            "left_out": left_out,
+            "seed": args.seed,
+            "versions": run.versions(),
+            "devices": f"{jax.process_count()} x {jax.local_device_count()} {jax.local_devices()[0].device_kind}",
+            "identity": identity,
+        }
+        page.write(folder / PAGE, result, suite.group_label, _facts(result))
+        _events(folder, result, compressors)
+        files.write_json(folder / RESULTS, result)
+        progress.remove()
+        _show(result, folder)
         return 0
-    texts = {name: len({e.cluster for e in examples if e.set == name}) for name in sets}
-    result = {
-        "suite": args.suite,
-        **run.summarise(suite, records, args.seed),
-        "config": config | {"batch_size": options.batch_size, "limit": args.limit},
-        "adapters": {name: _about(c) for name, c in compressors.items()},
-        "base": {"path": compressor.base.path, "fingerprint": compressor.base.fingerprint},
-        "data": {"sources": drawn.named_sources(args.data), "texts": texts},
-        "left_out": left_out,
-        "seed": args.seed,
-        "versions": run.versions(),
-        "devices": f"{jax.process_count()} x {jax.local_device_count()} {jax.local_devices()[0].device_kind}",
-        "identity": identity,
-    }
-    page.write(folder / PAGE, result, suite.group_label, _facts(result))
-    _events(folder, result, compressors)
-    files.write_json(folder / RESULTS, result)
-    progress.remove()
-    _show(result, folder)
+
+
+def _show_again(folder, identity):
+    """Shows results that are there. Returns the exit code 0; UserError where they are another run's."""
+    if jax.process_index() == 0:
+        result = files.read_json(folder / RESULTS, "the results of an evaluation")
+        run.check_identity(folder / RESULTS, result.get("identity", {}), identity)
+        print(f"{folder} is done already\n", file=sys.stderr)
+        _show(result, folder)
     return 0

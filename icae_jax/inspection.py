@@ -13,6 +13,7 @@ from icae_jax.interop import adapter as adapters
 from icae_jax.interop import base as bases
 from icae_jax.interop import config_json, files, formats, weights
 from icae_jax.models import lora as loras
+from icae_jax.training.config import read_run
 
 # Published bases by (layers, hidden size, width of q, width of k and v), from their config.json.
 KNOWN = {
@@ -162,7 +163,7 @@ def describe(path):
         return {"what": what, "tensors": len(names), "first": names[:3]}
     source = convert_adapter.recognise(given)
     if source.kind == "orbax":
-        flat = files.read_json(source.path.parent.parent / "config.json", "the run's configuration")
+        flat = read_run(source.path.parent.parent / "config.json")
         named = {"method": "compression.method", "k": "compression.k", "rate": "compression.rate", "layout": "compression.layout"}
         named |= {"phase": "phase", "rank": "lora.rank", "base": "base", "base_fingerprint": "identity.base"}
         return {"what": f"checkpoint of a training run, {source.path.name}", **{name: flat.get(field) for name, field in named.items()}}

@@ -9,6 +9,7 @@ from icae_jax.data import builders
 from icae_jax.data.builders.inputs import Request
 from icae_jax.data.tfds_sets import PREFIX, SPLIT_OF_MONTH
 from icae_jax.errors import UserError
+from icae_jax.interop import lock
 
 PROCESSES = min(8, os.cpu_count() or 1)
 FLAG_OF = {"paths": "from", "only": "only", "patterns": "split", "field": "field"}  # fields of a request by the flag that sets them
@@ -52,7 +53,10 @@ def prepare(builder_class, request, tfds_dir, name="", processes=PROCESSES):
     builder = builder_class(request=request, processes=processes, data_dir=tfds_dir, config=config)
     with errors.naming(f"--tfds_dir {tfds_dir}", "give a folder that can be written"):
         pathlib.Path(tfds_dir).mkdir(parents=True, exist_ok=True)
-    return builder, builder.prepare()
+    if builder.data_path.exists():
+        return builder, builder.prepare()
+    with lock.only_writer(builder.data_path.parent, "--tfds_dir"):
+        return builder, builder.prepare()
 
 
 def sources_of(builder):

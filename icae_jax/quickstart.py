@@ -18,7 +18,7 @@ from icae_jax.evaluation import plain, report, scores
 from icae_jax.inference.compressor import Compressor
 from icae_jax.interop import adapter as adapters
 from icae_jax.interop import base as bases
-from icae_jax.interop import files
+from icae_jax.interop import files, lock
 from icae_jax.training import metrics, sharding
 from icae_jax.training.base_task import BASE, BaseTask
 from icae_jax.training.compressor_task import CompressorTask
@@ -273,17 +273,23 @@ def main(parser, argv, began=None):
     began = time.perf_counter() if began is None else began
     workdir = pathlib.Path(args.workdir or ("quickstart_full" if args.full else "quickstart"))
     recipe, verbosity = FULL if args.full else QUICK, VERBOSE if args.verbose else QUIET
-
-    def minutes():
-        return (time.perf_counter() - began) / 60
-
-    # ------------------------------------------------------------------------------------------------------ the base
     if not (SHIPPED_BASE / "config.json").exists() and not args.from_scratch:
         raise UserError(f"{SHIPPED_BASE}: the shipped base is not there; reinstall, or run with --from-scratch")
     config = get_config("quickstart", "-".join(filter(None, ("pretrain", "x500", recipe))))  # there? Found out before anything is written
     choices = config["compression"]["k_choices"] or (config["compression"]["k"],)
     ks = " and ".join(map(str, sorted(choices, reverse=True)))
     print(PLAN.format(methods=" and ".join(METHODS.values()), k=ks, times=TIMES[recipe], workdir=workdir), file=sys.stderr, flush=True)
+    with lock.only_writer(workdir, "--workdir"):
+        return _run(args, workdir, recipe, verbosity, began)
+
+
+def _run(args, workdir, recipe, verbosity, began):
+    """The quickstart itself, once it is known what is asked for. Returns an exit code."""
+
+    def minutes():
+        return (time.perf_counter() - began) / 60
+
+    # ------------------------------------------------------------------------------------------------------ the base
     base = SHIPPED_BASE
     if args.from_scratch:
         config = from_dict(BaseConfig, get_config("tiny_base"))

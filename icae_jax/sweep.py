@@ -4,6 +4,7 @@
 Every point is a run of `icae train` in a folder of its own.
 """
 
+import contextlib
 import copy
 import json
 import os
@@ -19,7 +20,7 @@ import typing
 
 from icae_jax import cli, sweep_results
 from icae_jax.errors import UserError
-from icae_jax.interop import files
+from icae_jax.interop import files, lock
 from icae_jax.training.config import FREE_FIELDS, TrainConfig, from_dict, steps_done
 from icae_jax.training.train import DIVERGED, DONE, PREEMPTED
 
@@ -158,7 +159,10 @@ def claim(workdir: pathlib.Path, sweep: dict) -> dict[str, int]:
 
 
 class Trainer:
-    """Calls `icae` in one process after another, and passes SIGTERM on to the one that runs."""
+    """Calls `icae` in one process after another, and passes SIGTERM on to the one that runs. noticed: called when it comes."""
+
+    def __init__(self, noticed=lambda: None):
+        self._noticed = noticed
 
     def __enter__(self):
         self.asked, self._child = False, None
@@ -173,6 +177,7 @@ class Trainer:
 
     def _pass_on(self, *_):
         self.asked = True
+        self._noticed()
         if self._child:
             self._child.terminate()
 
@@ -306,8 +311,13 @@ def main(parser, argv):
     sweep["points"] = {point.name: point.changes for point in points}
     if args.table and not (workdir / "sweep.json").exists():
         raise UserError(f"--workdir {workdir} holds no sweep; train it first, without --table")
-    numbers = claim(workdir, sweep)
+    with contextlib.nullcontext() if args.jobs or args.table else lock.only_writer(workdir, "--workdir") as held:
+        return _run(args, workdir, points, sweep, overrides, held)
 
+
+def _run(args, workdir, points, sweep, overrides, held):
+    """What `main` does once it is known what is asked for. held: the lock of the workdir, None where nothing is trained."""
+    numbers = claim(workdir, sweep)
     if args.jobs:
         jobs = write_jobs(points, numbers, pathlib.Path(args.jobs))
         left = {numbers[p.name]: jobs[numbers[p.name]] for p in points if p.state not in ("done", "diverged")}
@@ -319,7 +329,7 @@ def main(parser, argv):
 
     code, codes = DONE, {}
     if not args.table:
-        with Trainer() as call:
+        with Trainer(held.leave) as call:
             code, codes = train(points, call)
         if code in (PREEMPTED, cli.BAD_INPUT):
             print(f"icae sweep: {'saved' if code == PREEMPTED else 'stopped'}; the same command continues", file=sys.stderr)

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import tempfile
 import time
 
 import pytest
@@ -12,7 +13,7 @@ from jax._src.lru_cache import LRUCache
 from icae_jax import cli
 from icae_jax.data import tokens
 from icae_jax.errors import UserError
-from icae_jax.interop import cache
+from icae_jax.interop import cache, files
 
 HOUR = 3600
 
@@ -157,23 +158,109 @@ def test_a_cache_that_is_no_folder_or_closed_is_named(root, monkeypatch):
         cache.hold(root.parent / "tokens" / "key")
 
 
-def test_programs_are_kept_only_where_they_can_be(root, monkeypatch):
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch):
+    """The temporary folder of this test's own, and nothing known of which folders can be written."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    for known in (files.can_write, files._temporary_cache):
+        known.cache_clear()
+    yield tmp_path / "temporary" / f"icae_jax-{os.getuid()}"
+    files._temporary_cache.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("environment", "said"),
+    [
+        ({"ICAE_CACHE": "/proc/nope"}, "cache /proc/nope: cannot be written"),
+        ({"ICAE_CACHE": "{file}"}, "cache {file}: cannot be written"),
+        ({"ICAE_CACHE": "{file}/within"}, "cache {file}/within: cannot be written"),
+        ({"ICAE_CACHE": "", "HOME": "/proc/nope"}, "cache /proc/nope/.cache/icae_jax: cannot be written"),
+        ({"ICAE_CACHE": "", "HOME": ""}, "cache: there is no home folder"),
+        ({"ICAE_CACHE": "", "HOME": "relative"}, "cache: there is no home folder"),
+    ],
+)
+def test_a_cache_that_cannot_be_written_falls_back(environment, said, elsewhere, tmp_path, tiny_tokenizer, monkeypatch, capsys):
+    """Breaks when a container's or a node's home ends the run, the fallback is not said, or is said for each thing that is kept."""
+    (tmp_path / "file").touch()
+    fill = lambda text: text.format(file=tmp_path / "file")  # noqa: E731
+    for name, value in environment.items():
+        monkeypatch.setenv(name, fill(value))
+    source = write_jsonl(tmp_path / "a.jsonl", [{"text": "the cat"}])
+    data = [tokens.tokenise(source, tiny_tokenizer) for _ in range(2)]
+    assert left(elsewhere) == [data[0].key[:32]] and elsewhere.stat().st_mode & 0o777 == 0o700
+    err = capsys.readouterr().err
+    assert err.startswith(fill(said)) and f"{elsewhere} is used instead" in err and "$ICAE_CACHE" in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("planted", ["link", "file", "open"])
+def test_another_users_folder_is_not_taken_for_the_fallback(planted, elsewhere, tmp_path, monkeypatch):
+    """Breaks when someone who plants a link or a folder in the shared temporary folder is handed, or hands out, what is kept."""
+    monkeypatch.setenv("ICAE_CACHE", "/proc/nope")
+    (tmp_path / "theirs").mkdir()
+    if planted == "link":
+        elsewhere.symlink_to(tmp_path / "theirs")
+    elif planted == "file":
+        elsewhere.touch()
+    else:
+        elsewhere.mkdir()
+        elsewhere.chmod(0o777)
+    folder = files.cache_folder()
+    assert folder.parent == elsewhere.parent and folder != elsewhere and folder.stat().st_mode & 0o777 == 0o700
+    assert list((tmp_path / "theirs").iterdir()) == []
+
+
+def test_without_any_folder_the_variables_are_named(elsewhere, monkeypatch):
+    """Breaks when a machine without a folder to write in ends in a traceback."""
+    monkeypatch.setenv("ICAE_CACHE", "/proc/nope")
+    monkeypatch.setattr(tempfile, "tempdir", "/proc/nope")
+    with pytest.raises(UserError, match=r"^cache /proc/nope: cannot be written, nor can a temporary folder .*set \$ICAE_CACHE .*\$TMPDIR"):
+        files.cache_folder()
+
+
+def test_a_cache_that_may_only_be_read_is_read(root, elsewhere, tmp_path, tiny_tokenizer, monkeypatch, capsys):
+    """Breaks when what a shared cache holds is made again since nothing can be added to it, or what it lacks ends the run."""
+    monkeypatch.setenv("ICAE_CACHE", str(root))
+    sources = [write_jsonl(tmp_path / f"{name}.jsonl", [{"text": f"the {name}"}]) for name in ("cat", "dog")]
+    kept = tokens.tokenise(sources[0], tiny_tokenizer).key
+    monkeypatch.setattr(files, "can_write", lambda folder: not folder.is_relative_to(root))
+    monkeypatch.setattr(tokens, "_write", lambda *args: pytest.fail("made again"))
+    assert tokens.tokenise(sources[0], tiny_tokenizer).key == kept and not elsewhere.exists() and capsys.readouterr().err == ""
+    monkeypatch.undo()
+    monkeypatch.setenv("ICAE_CACHE", str(root))
+    monkeypatch.setattr(files, "can_write", lambda folder: not folder.is_relative_to(root))
+    monkeypatch.setattr(tempfile, "tempdir", str(elsewhere.parent))
+    new = tokens.tokenise(sources[1], tiny_tokenizer).key
+    assert left(elsewhere) == [new[:32]] and left(root) == [kept[:32]]
+
+
+def test_programs_are_kept_only_where_they_can_be(root, elsewhere, monkeypatch, capsys):
     """Breaks when JAX is told of a folder that cannot be written, so that it warns of every program, or the command fails of it."""
-    for name in ("JAX_COMPILATION_CACHE_MAX_SIZE", "JAX_COMPILATION_CACHE_DIR"):
+    names = ("JAX_COMPILATION_CACHE_MAX_SIZE", "JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS")
+    for name in names:
         monkeypatch.setenv(name, "")  # so that it is put back
         monkeypatch.delenv(name)
     monkeypatch.setenv("ICAE_CACHE", str(root))
-    root.write_text("")
     cli.keep_compiled()
-    assert "JAX_COMPILATION_CACHE_DIR" not in os.environ
+    assert os.environ.pop("JAX_COMPILATION_CACHE_DIR").startswith(str(root / "compiled"))
     cache.bound_compiled(root / "compiled")
-    root.unlink()
     with monkeypatch.context() as closed:  # as on a disk that may only be read
-        closed.setattr(os, "access", lambda *_: False)
+        closed.setattr(files, "can_write", lambda folder: folder.is_relative_to(elsewhere))
+        cli.keep_compiled()
+        assert os.environ["JAX_COMPILATION_CACHE_DIR"].startswith(str(elsewhere / "compiled"))
+        closed.setenv("JAX_COMPILATION_CACHE_DIR", "/proc/nope")  # the user's own
+        cli.keep_compiled()
+        assert os.environ["JAX_COMPILATION_CACHE_DIR"].startswith(str(elsewhere / "compiled"))
+        assert "$JAX_COMPILATION_CACHE_DIR /proc/nope: cannot be written" in capsys.readouterr().err
+        root.mkdir(exist_ok=True)
+        closed.setenv("JAX_COMPILATION_CACHE_DIR", str(root))  # the user's own, to be read
+        cli.keep_compiled()
+        assert os.environ["JAX_COMPILATION_CACHE_DIR"] == str(root) and float(os.environ[names[2]]) > 1e6
+        closed.setattr(tempfile, "tempdir", "/proc/nope")  # nowhere at all
+        files._temporary_cache.cache_clear()
+        os.environ.pop("JAX_COMPILATION_CACHE_DIR")
         cli.keep_compiled()
         assert "JAX_COMPILATION_CACHE_DIR" not in os.environ
-    cli.keep_compiled()
-    assert os.environ["JAX_COMPILATION_CACHE_DIR"].startswith(str(root / "compiled"))
 
 
 @pytest.mark.parametrize("value", ["-1", "nan", "inf", "much"])

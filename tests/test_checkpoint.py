@@ -14,9 +14,9 @@ from icae_jax.training import checkpoint
 from icae_jax.training.checkpoint import Checkpoints
 
 
-def state(value):
+def state(value, rows=3):
     """A small train state with all that Orbax must carry: float32, bfloat16, integers, empty and nested containers."""
-    x = jnp.asarray(np.random.default_rng(value).standard_normal((3, 2)), jnp.float32)
+    x = jnp.asarray(np.random.default_rng(value).standard_normal((rows, 2)), jnp.float32)
     opt_state = ((), {"mu": x.astype(jnp.bfloat16), "count": jnp.asarray(value, jnp.int32)})
     return {"step": jnp.asarray(value, jnp.int32), "trained": {"w": x * 1e-40, "b": x / 3}, "opt_state": opt_state}
 
@@ -25,8 +25,8 @@ def on_disk(workdir):
     return sorted(int(p.name.removeprefix("step_")) for p in (workdir / "checkpoints").iterdir())
 
 
-def test_latest_and_best_are_kept_while_others_go(tmp_path):
-    """Breaks when the best is deleted for being old, the latest for being worse or unscored, nothing is ever deleted, or a
+def test_the_latest_two_and_the_best_are_kept_while_others_go(tmp_path):
+    """Breaks when the best is deleted for being old, one of the latest for being worse or unscored, nothing is ever deleted, or a
     resumed run has forgotten which was the best.
     """
     checkpoints = Checkpoints(tmp_path)
@@ -36,7 +36,7 @@ def test_latest_and_best_are_kept_while_others_go(tmp_path):
         checkpoints.save(step, state(step), held_out_loss)
         checkpoints.wait()
         kept.append(on_disk(tmp_path))
-    assert kept == [[1], [2], [2, 3], [2, 4]]
+    assert kept == [[1], [1, 2], [2, 3], [2, 3, 4]]
     assert (checkpoints.latest(), checkpoints.best()) == (4, 2)
     checkpoints.close()
 
@@ -44,13 +44,13 @@ def test_latest_and_best_are_kept_while_others_go(tmp_path):
     assert (again.latest(), again.best()) == (4, 2)
     for step in (2, 4):
         like = jax.tree.map(jnp.zeros_like, state(0))
-        got, want = again.restore(step, like), state(step)
+        got, want = checkpoint.restore(tmp_path / "checkpoints" / f"step_{step}", like), state(step)
         assert jax.tree.structure(got) == jax.tree.structure(want)
         for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
             assert g.dtype == w.dtype and np.asarray(g).tobytes() == np.asarray(w).tobytes()
     again.save(5, state(5))
     again.wait()
-    assert on_disk(tmp_path) == [2, 5] and again.best() == 2
+    assert on_disk(tmp_path) == [2, 4, 5] and again.best() == 2
     again.close()
 
 
@@ -157,14 +157,14 @@ def test_nan_is_never_the_best(tmp_path):
         for step, loss in enumerate((0.5, float("nan"), 0.7, 0.6), 1):
             checkpoints.save(step, state(step), loss)
             checkpoints.wait()
-        assert on_disk(tmp_path) == [1, 4] and checkpoints.best() == 1
+        assert on_disk(tmp_path) == [1, 3, 4] and checkpoints.best() == 1
     assert checkpoint.best_step({1: float("nan"), 2: 0.6, 3: None}) == 2 and checkpoint.best_step({1: float("nan")}) is None
     (tmp_path / "checkpoints" / "step_4" / "metrics" / "metrics").write_text('{"loss": NaN}')
     assert checkpoint.step_folder(tmp_path).name == "step_1"
     with Checkpoints(tmp_path) as checkpoints:
         assert checkpoints.best() == 1
         checkpoints.save(5, state(5), 0.9)
-    assert on_disk(tmp_path) == [1, 5]
+    assert on_disk(tmp_path) == [1, 4, 5]
 
 
 def test_a_save_that_a_network_interrupts_is_made_again(tmp_path, monkeypatch):
@@ -199,7 +199,7 @@ def test_a_save_that_a_network_interrupts_is_made_again(tmp_path, monkeypatch):
         monkeypatch.setattr(manager, "save", lambda *a, **k: save(*a, **k))
         checkpoints.wait()
         assert next(failures, None) is None and checkpoints.latest() == 2
-    assert on_disk(tmp_path) == [2]
+    assert on_disk(tmp_path) == [1, 2]
 
 
 def test_a_disk_without_room_is_told_apart(tmp_path, monkeypatch):
@@ -212,3 +212,174 @@ def test_a_disk_without_room_is_told_apart(tmp_path, monkeypatch):
                 checkpoints.save(1, state(1))
             assert errors.is_users(raised.value) == users and "os_error_code" not in str(raised.value)
             patch.undo()
+
+
+# -------------------------------------------------------------------------------------------------------------- damage
+
+
+def large(value):
+    """One whose arrays do not fit into the index."""
+    return state(value, 2000)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A workdir with checkpoints of steps 1, 2 and 3, the first the best; to be copied."""
+    workdir = tmp_path_factory.mktemp("saved")
+    with Checkpoints(workdir) as checkpoints:
+        for step, loss in ((1, 1.0), (2, 3.0), (3, 2.0)):
+            checkpoints.save(step, large(step), loss)
+    return workdir
+
+
+@pytest.fixture
+def workdir(saved, tmp_path):
+    return shutil.copytree(saved, tmp_path / "w")
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def zero(path):
+    path.write_bytes(bytes(path.stat().st_size))
+
+
+def empty(path):
+    path.write_bytes(b"")
+
+
+def gone(path):
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def harm(workdir, step, pattern, how):
+    """Does something to the largest of a checkpoint's files, or a folder, that a pattern finds."""
+    found = sorted((workdir / "checkpoints" / f"step_{step}").glob(pattern), key=lambda path: path.stat().st_size)
+    how(found[-1])
+
+
+DAMAGES = [
+    ("default/_METADATA", empty, "default/_METADATA is empty"),
+    ("default/_METADATA", cut, "default/_METADATA is garbled"),
+    ("default/_METADATA", zero, "default/_METADATA is garbled"),
+    ("default/_METADATA", gone, "default/_METADATA is missing"),
+    ("default", gone, "default/_METADATA is missing"),
+    ("default/array_metadatas/*", cut, "garbled"),
+    ("default/manifest.ocdbt", empty, "default/manifest.ocdbt is empty"),
+    ("default/manifest.ocdbt", cut, "does not match actual length"),
+    ("default/manifest.ocdbt", gone, "its index of arrays is missing"),
+    ("default/d", gone, "NOT_FOUND"),
+    ("default/d/*", empty, "is empty"),
+    ("default/d/*", cut, "OUT_OF_RANGE"),
+    ("default/d/*", zero, "DATA_LOSS"),
+    ("default/ocdbt.process_0/d/*", empty, "is empty"),
+    ("default/ocdbt.process_0/d/*", cut, "OUT_OF_RANGE"),
+    ("default/ocdbt.process_0/d/*", zero, ""),
+    ("default/ocdbt.process_0/d/*", gone, ""),
+    ("metrics/metrics", empty, "metrics/metrics is empty"),
+    ("metrics/metrics", zero, "metrics/metrics is garbled"),
+    ("metrics/metrics", lambda path: path.write_text('{"loss": null}'), "metrics/metrics holds no loss"),
+]
+
+
+def alike(got, want):
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(got), jax.device_get(want))
+
+
+@pytest.mark.parametrize(("pattern", "how", "why"), DAMAGES, ids=[f"{pattern}-{how.__name__}" for pattern, how, _ in DAMAGES])
+def test_a_damaged_latest_checkpoint_is_gone_back_from(pattern, how, why, workdir, capsys):
+    """Breaks when what a power loss left ends a run, is chosen again, is deleted, or goes unsaid; or a reader takes it or cannot do
+    without it.
+    """
+    harm(workdir, 3, pattern, how)
+    for step in (1, 2):  # else readers would take a better one
+        shutil.rmtree(workdir / "checkpoints" / f"step_{step}" / "metrics")
+    folder, trained = checkpoint.read_newly(workdir)
+    # What only the optimizer's state lost is none of a reader's concern.
+    assert folder.name == "step_2" or (folder.name == "step_3" and pattern == "default/ocdbt.process_0/d/*")
+    assert ("step_3 is damaged" in capsys.readouterr().err) == (folder.name == "step_2")
+    alike(trained, large(int(folder.name[-1]))["trained"])
+
+    said = []
+    step, restored = checkpoint.resume(workdir, jax.tree.map(jnp.zeros_like, large(0)), said.append)
+    assert step == 2
+    alike(restored, large(2))
+    assert len(said) == 2 and f"{workdir}/checkpoints/step_3 is damaged" in said[0] and why in said[0] and "damaged_step_3" in said[0]
+    assert said[1] == "going back from step 3 to step 2, the latest whole checkpoint: 1 steps are trained again"
+    assert sorted(p.name for p in (workdir / "checkpoints").iterdir()) == ["damaged_step_3", "step_1", "step_2"]
+    assert "Traceback" not in capsys.readouterr().err
+    with Checkpoints(workdir) as checkpoints:
+        assert checkpoints.latest() == 2
+        checkpoints.save(3, large(3), 0.5)
+    assert checkpoint.resume(workdir, large(0), said.append)[0] == 3 and len(said) == 2
+    assert (workdir / "checkpoints" / "damaged_step_3").is_dir()
+
+
+def test_damaged_ones_before_the_latest_go_aside_too(workdir):
+    """Breaks when a damaged best is what readers or the manager fail of later, or steps are said to be lost that are not."""
+    harm(workdir, 1, "metrics/metrics", cut)
+    (workdir / "checkpoints" / "damaged_step_1").mkdir()
+    said = []
+    assert checkpoint.resume(workdir, large(0), said.append)[0] == 3
+    assert len(said) == 1 and said[0].endswith("it is kept as damaged_step_1.2")
+    with Checkpoints(workdir) as checkpoints:
+        assert checkpoints.best() == 3
+
+
+def test_without_a_whole_one_each_is_named_and_nothing_is_touched(workdir):
+    """Breaks when a run begins anew, or forgets what it had, since all of its checkpoints are damaged."""
+    harm(workdir, 1, "default/_METADATA", empty)
+    harm(workdir, 2, "default/ocdbt.process_0/d/*", zero)
+    harm(workdir, 3, "default", gone)
+    before = everything(workdir)
+    for read in (lambda: checkpoint.resume(workdir, large(0), print), lambda: checkpoint.read_newly(workdir)):
+        for _ in range(2):
+            with pytest.raises(
+                errors.UserError, match=r"no checkpoint there is whole \(step_1: .* is empty; step_2: .+; step_3: "
+            ) as raised:
+                read()
+            assert "\n" not in str(raised.value)
+    assert everything(workdir) == before
+    assert checkpoint.resume(workdir / "absent", large(0), print)[0] is None
+
+
+@pytest.mark.parametrize(("pattern", "how"), [("default/manifest.ocdbt", empty), ("default", gone), ("default/ocdbt.process_0/d/*", zero)])
+def test_a_damaged_one_that_is_asked_for_is_not_replaced(pattern, how, workdir):
+    """Breaks when somebody who names a checkpoint gets another one, or a traceback."""
+    harm(workdir, 2, pattern, how)
+    with pytest.raises(errors.UserError, match=r"step_2: the checkpoint is damaged \(.+\); name another"):
+        checkpoint.read_newly(workdir / "checkpoints" / "step_2")
+    assert checkpoint.read_newly(workdir / "checkpoints")[0].name == "step_1"
+
+
+FAULTS = [
+    OSError(errno.EIO, "Input/output error"),
+    ValueError("UNAVAILABLE: Error reading x"),
+    MemoryError(),
+    jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory"),
+    ValueError("RESOURCE_EXHAUSTED: Error reading x: Too many open files [os_error_code='24']"),
+    PermissionError(errno.EACCES, "Permission denied"),
+    jax.errors.JaxRuntimeError("FAILED_PRECONDITION: another process died"),
+]
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=[f"{type(fault).__name__}-{i}" for i, fault in enumerate(FAULTS)])
+def test_what_is_no_damage_is_not_taken_for_it(fault, workdir, monkeypatch):
+    """Breaks when a network, a memory or a closed file costs a run its latest steps."""
+    monkeypatch.setattr(errors, "FIRST_DELAY", 0.0)
+    tried = []
+
+    def failing(*_, **__):
+        tried.append(1)
+        try:
+            raise fault
+        except Exception as error:  # as Orbax wraps them
+            raise Exception("Encountered error while reading array index") from error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.ocp.StandardCheckpointHandler, "restore", failing)
+        with pytest.raises(Exception, match="Encountered error") as raised:
+            checkpoint.resume(workdir, large(0), print)
+    assert not errors.is_users(raised.value) and len(tried) == (errors.TRIES if errors.transient(fault) else 1)
+    assert checkpoint.resume(workdir, large(0), print)[0] == 3

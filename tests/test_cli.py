@@ -15,6 +15,7 @@ from conftest import ROOT, WORDS, write_jsonl
 
 from icae_jax import cli
 from icae_jax.inference.compressor import load
+from icae_jax.interop import lock
 from icae_jax.training import metrics
 from icae_jax.training.compressor_task import CompressorTask
 from icae_jax.training.config import TrainConfig
@@ -378,3 +379,47 @@ def test_a_wrong_base_is_refused(trained, files, tmp_path, tiny_params, tiny_tok
     err = capsys.readouterr().err
     assert "was trained on a base with fingerprint" in err and str(files["base"]) in err and "other" in err
     assert not (tmp_path / "m").exists()
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("lora.rank", "4", "config.json: config.lora.rank is '4'; expected int"),
+        ("compression.k", None, "config.json: config.compression.k is None; expected int"),
+        ("lora", 4, "config.json: lora is 4, and there are fields lora.…"),
+        ("identity.base", 7, "config.json: identity.base is 7; expected a fingerprint"),
+    ],
+)
+def test_a_run_s_file_that_was_edited_is_told_by_its_readers(field, value, said, trained, files, tmp_path, capsys):
+    """Breaks when a wrong type in a workdir's config.json ends in a traceback in what reads its checkpoints."""
+    shutil.copytree(trained / "checkpoints", tmp_path / "w" / "checkpoints")
+    raw = json.loads((trained / "config.json").read_text())
+    (tmp_path / "w" / "config.json").write_text(json.dumps(raw | {field: value}))
+    convert = ["convert", "adapter", "--from", str(tmp_path / "w"), "--base", files["base"], "--to", str(tmp_path / "to")]
+    assert cli.main(convert) == 2 and said in capsys.readouterr().err
+    assert cli.main(["inspect", str(tmp_path / "w")]) == (2 if field == "identity.base" else 0)
+
+
+@pytest.mark.parametrize("verb", ["sweep", "evaluate", "prepare", "quickstart"])
+def test_each_verb_that_writes_a_folder_is_alone_there(verb, files, tmp_path, capsys, request):
+    """Breaks when two of a verb's processes write one folder at once: one that continues, or that takes long before it is renamed."""
+    folder = tmp_path / "there"
+    text = write_jsonl(tmp_path / "t.jsonl", [{"text": "the cat"}])
+    command = {
+        "sweep": ["--config", f"{CONFIG}:pretrain", "--sweep", "rank", "--workdir", str(folder)],
+        "prepare": ["json_text", "--split", f"train={text}", "--tfds_dir", str(tmp_path / "sets")],
+        "quickstart": ["--workdir", str(folder)],
+    }.get(verb)
+    if verb == "sweep":
+        given = {"base": files["base"], "data.train": text, "data.eval": text}
+        command += [f"--config.{name}={value}" for name, value in given.items()]
+    elif verb == "evaluate":
+        trained = request.getfixturevalue("trained")
+        command = ["--suite", "autoencode", "--adapter", str(trained), "--data", files["contexts"], "--limit", "1", "--out", str(folder)]
+    elif verb == "prepare":
+        folder = tmp_path / "sets" / "json_text"
+    with lock.only_writer(folder, "--workdir"):
+        assert cli.main([verb, *command]) == 2
+    err = capsys.readouterr().err
+    assert f" {folder} is in use: process {os.getpid()} on " in err and "give another --" in err
+    assert os.listdir(folder) == []

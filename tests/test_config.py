@@ -2,11 +2,23 @@
 
 import dataclasses
 import json
+import re
 
 import pytest
 
+from icae_jax.errors import UserError
 from icae_jax.training import config as configs
-from icae_jax.training.config import LoopConfig, ObjectivesConfig, OptimizerConfig, TrainConfig, check_workdir, from_dict, steps_done
+from icae_jax.training.config import (
+    LoopConfig,
+    ObjectivesConfig,
+    OptimizerConfig,
+    TrainConfig,
+    check_workdir,
+    from_dict,
+    nested,
+    nothing_trained,
+    steps_done,
+)
 
 RAW = {"base": "base", "data": {"train": "a.jsonl", "context_lengths": [16, 32]}, "steps": 100}
 CONFIG = from_dict(TrainConfig, RAW)
@@ -172,3 +184,60 @@ def test_a_cosine_run_may_go_on_only_where_its_decay_is_fixed(tmp_path):
     fixed = changed(optimizer__schedule="cosine", optimizer__decay_steps=500)
     check_workdir(tmp_path / "fixed", fixed, IDENTITY)
     assert check_workdir(tmp_path / "fixed", dataclasses.replace(fixed, steps=200), IDENTITY) == ["steps: 100 -> 200"]
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("steps", "100", "steps is '100'; expected int, such as 100"),
+        ("steps", None, "steps is None; expected int"),
+        ("steps", True, "steps is True; expected int"),
+        ("steps", [100], "steps is [100]; expected int"),
+        ("optimizer.learning_rate", "fast", "optimizer.learning_rate is 'fast'; expected float"),
+        ("objectives.pad_labels", 0, "objectives.pad_labels is 0; expected bool"),
+        ("data.context_lengths", 16, "data.context_lengths is 16; expected list"),
+        ("base", 7, "base is 7; expected str"),
+        ("compression", {"k": 4}, "compression is {'k': 4}; expected fields by their dotted names"),
+        ("identity.base", 7, "identity.base is 7; expected a fingerprint"),
+    ],
+)
+def test_a_run_s_file_that_was_edited_is_named(field, value, said, tmp_path):
+    """Breaks when a wrong type in a workdir's config.json ends in a traceback, or is written over."""
+    check_workdir(tmp_path, CONFIG, IDENTITY)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {field: value}))
+    before = path.read_text()
+    with pytest.raises(UserError, match=re.escape(f"{path}: {said}")) as raised:
+        check_workdir(tmp_path, CONFIG, IDENTITY)
+    assert "\n" not in str(raised.value) and path.read_text() == before
+
+
+@pytest.mark.parametrize("flat", [{"lora": 1, "lora.rank": 4}, {"lora.rank": 4, "lora": 1}])
+def test_a_name_is_a_field_or_a_group(flat):
+    """Breaks when a run's file that names a group as a field ends in a traceback."""
+    with pytest.raises(UserError, match=r"file: lora.* is a group of fields"):
+        nested(flat, "file")
+    assert nested({"a": 1, "b.c": 2, "b.d.e": 3}, "file") == {"a": 1, "b": {"c": 2, "d": {"e": 3}}}
+
+
+def test_what_counts_as_trained(tmp_path):
+    """Breaks when a workdir with a checkpoint, a damaged one, or metrics of a step may be given to another configuration."""
+    assert nothing_trained(tmp_path) and nothing_trained(tmp_path / "absent")
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0, "eval_loss": 1.0}\n')
+    assert nothing_trained(tmp_path)
+    for made in ("checkpoints/step_2", "checkpoints/damaged_step_2"):
+        (tmp_path / made).mkdir(parents=True)
+        assert not nothing_trained(tmp_path)
+        (tmp_path / made).rmdir()
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n{"step": 1}\n')
+    assert not nothing_trained(tmp_path)
+
+
+def test_where_nothing_was_trained_another_configuration_takes_over(tmp_path):
+    """Breaks when a start that failed binds its workdir, or the change goes unsaid."""
+    check_workdir(tmp_path, CONFIG, IDENTITY)
+    assert check_workdir(tmp_path, changed(seed=1), IDENTITY, binding=False) == [
+        f"the run itself, as nothing has been trained in {tmp_path} yet", "seed: 0 -> 1",
+    ]  # fmt: skip
+    assert json.loads((tmp_path / "config.json").read_text())["seed"] == 1
+    assert check_workdir(tmp_path, changed(seed=1), IDENTITY, binding=False) == []

@@ -10,7 +10,7 @@ import pytest
 from conftest import ROOT, free_port
 from jax._src import clusters
 
-from icae_jax import cli, platforms
+from icae_jax import cli, errors, platforms
 from icae_jax.training import distributed
 
 # ------------------------------------------------------------------------------------------------ how they find each other
@@ -22,8 +22,9 @@ def joined(monkeypatch):
     calls = []
     monkeypatch.setattr(jax.distributed, "initialize", lambda *args, **more: calls.append(args))
     monkeypatch.setattr(platforms.glob, "glob", lambda pattern: [])
-    for name in ("SLURM_NTASKS", "SLURM_STEP_NODELIST", "SLURM_STEP_NUM_TASKS", "JAX_PLATFORMS"):
-        monkeypatch.delenv(name, raising=False)
+    for name in os.environ:
+        if name.startswith(("SLURM_", "JAX_PLATFORMS", "JAX_COORDINATOR", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")):
+            monkeypatch.delenv(name)
     return calls
 
 
@@ -72,6 +73,7 @@ def test_what_is_recognised_and_what_is_told(joined, monkeypatch):
         ({"NTASKS": "8", "STEP_NUM_TASKS": "2", "STEP_NODELIST": "n[1-2]"}, 2),  # srun -n2 in an allocation of eight
         ({"NTASKS": "1", "STEP_NUM_TASKS": "2", "STEP_NODELIST": "n[1-2]"}, 2),
         ({"NTASKS": "", "STEP_NUM_TASKS": "4", "STEP_NODELIST": "n[1-2]"}, 4),
+        ({"STEP_NUM_TASKS": "4", "STEP_NODELIST": "n[1-2]"}, 4),
     ],
 )
 def test_a_slurm_steps_own_count_decides(told, tasks, monkeypatch):
@@ -84,9 +86,13 @@ def test_a_slurm_steps_own_count_decides(told, tasks, monkeypatch):
         monkeypatch.delenv(name)
     for name, value in ({"JOB_ID": "77", "PROCID": "1", "LOCALID": "0"} | told).items():
         monkeypatch.setenv(f"SLURM_{name}", value)
+    # What Open MPI left, and a variable that was cleared by setting it to nothing, are not to be taken for the cluster.
+    monkeypatch.setenv("OMPI_MCA_orte_hnp_uri", "")
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "")
     started = []
     monkeypatch.setattr(jax.distributed, "initialize", lambda *args, **kw: started.append(resolved(*args, **kw)))
     distributed.start()
+    assert "JAX_COORDINATOR_ADDRESS" not in os.environ
     assert started == ([("n1:61517", tasks, 1, [0])] if tasks else [])
 
 
@@ -95,6 +101,42 @@ def resolved(coordinator_address=None, num_processes=None, process_id=None, loca
     return clusters.ClusterEnv.auto_detect_unset_distributed_params(
         coordinator_address, num_processes, process_id, local_device_ids, cluster_detection_method, 1
     )
+
+
+@pytest.mark.parametrize(
+    ("told", "named"),
+    [
+        ({"PROCID": ""}, r"\$SLURM_PROCID is ''"),
+        ({"JOB_ID": "x", "LOCALID": "y"}, r"\$SLURM_JOB_ID is 'x', \$SLURM_LOCALID is 'y'"),
+        ({"PROCID": "2"}, r"\$SLURM_PROCID is 2;"),
+    ],
+)
+def test_what_slurm_has_wrong_is_named(told, named, joined, monkeypatch):
+    """Breaks when a half-set or contradictory environment ends in a traceback, or the variable is not named."""
+    for name, value in ({"NTASKS": "2", "STEP_NODELIST": "n[1-2]", "JOB_ID": "7", "PROCID": "0", "LOCALID": "0"} | told).items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    with pytest.raises(errors.UserError, match=f"^Slurm: this step has 2 tasks, and {named}"):
+        distributed.start()
+    distributed.start(processes=1)
+    assert joined == []
+
+
+def test_jax_s_own_variables_count_together(joined, monkeypatch):
+    """Breaks when processes that JAX's variables describe run apart, flags do not go first, or half of the variables is taken for all."""
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "host:1")
+    distributed.start()  # a machine where it is always set
+    assert joined == []
+    for name, value in (("JAX_NUM_PROCESSES", "3"), ("JAX_PROCESS_ID", "")):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(errors.UserError, match=r"'host:1', \$JAX_NUM_PROCESSES is '3', \$JAX_PROCESS_ID is ''; set all three"):
+        distributed.start()
+    monkeypatch.setenv("JAX_PROCESS_ID", "2")
+    distributed.start()
+    assert joined.pop() == ("host:1", 3, 2)
+    distributed.start("other:1", 2, 0)
+    assert joined.pop() == ("other:1", 2, 0)
+    distributed.start(processes=1)
+    assert joined == []
 
 
 @pytest.mark.parametrize(
@@ -135,6 +177,9 @@ def test_jax_s_refusals_say_what_to_do(joined, monkeypatch):
     monkeypatch.setenv("SLURM_STEP_NODELIST", "n[1-2]")
     with pytest.raises(ValueError, match=r"Slurm: JAX cannot tell the processes \(no coordinator\); give --coordinator HOST:PORT"):
         distributed.start()
+    fail(KeyError("SOME_VARIABLE"))  # half of what a cluster sets
+    with pytest.raises(errors.UserError, match=r"cannot tell the processes \('SOME_VARIABLE'\); give --coordinator"):
+        distributed.start()
 
 
 # --------------------------------------------------------------------------------------------------- how they agree
@@ -144,6 +189,7 @@ def test_a_process_alone_agrees_with_itself(tmp_path):
     """Breaks when a process alone waits for others or leaves marks."""
     assert distributed.agreed(7) == 7 and distributed.agreed(False) is False and distributed.main_after_all()
     distributed.check_shared(tmp_path / "absent")
+    assert distributed.gathered([1]) == [[1]] and distributed.from_main(lambda: 3) == 3
     assert list(tmp_path.iterdir()) == []
 
 
@@ -164,6 +210,18 @@ with distributed.ending_together(2):
     assert process or list(shared.iterdir()) == []
     distributed.check_agreement({"seed": 0, "identity.data.train": "a", "shapes": [[1, 2], None]})
     distributed.check_agreement({})
+    assert distributed.gathered({"é": process}) == [{"é": 0}, {"é": 1}]
+    assert distributed.from_main(lambda: [7, str(process)]) == [7, "0"]
+    try:
+        with distributed.only_writer(shared, "--workdir") as held:
+            assert held.held == (process == 0) and (shared / ".lock").exists()
+            distributed.main_after_all()
+            with distributed.only_writer(shared, "--workdir"):
+                raise SystemExit("two hold it")
+    except UserError as error:
+        assert f"--workdir {shared} is in use: process " in str(error), error
+    distributed.main_after_all()
+    assert not (shared / ".lock").exists()
     try:
         distributed.check_agreement({"seed": process, "unchanged": "é" * 9, **({"shapes": [[1, 2]]} if process else {})})
         raise SystemExit("a difference went unnoticed")
@@ -173,6 +231,34 @@ with distributed.ending_together(2):
     distributed.check_shared(pathlib.Path(sys.argv[3]) / str(process))
 """
 
+
+RESUME = """
+import pathlib, sys
+import jax
+import numpy as np
+from icae_jax.training import checkpoint, distributed
+
+with distributed.ending_together(2):
+    distributed.start(sys.argv[1], 2, int(sys.argv[2]))
+    everywhere = jax.sharding.NamedSharding(jax.make_mesh((2,), ("data",)), jax.sharding.PartitionSpec("data"))
+    state = lambda value: {"w": jax.make_array_from_callback((4,), everywhere, lambda at: np.full(4, value, np.float32)[at])}
+    workdir, restore = pathlib.Path(sys.argv[3]), checkpoint.restore
+    with checkpoint.Checkpoints(workdir) as checkpoints:
+        checkpoints.save(1, state(1)), checkpoints.save(2, state(2))
+    distributed.main_after_all()
+
+    def damaged(folder, like):
+        if sys.argv[2] == "1" and folder.name == "step_2":  # as where one process reads a file that the other does not
+            raise ValueError("DATA_LOSS: Error reading x")
+        return restore(folder, like)
+
+    checkpoint.restore = damaged
+    step, got = checkpoint.resume(workdir, state(0), lambda text: print(text, file=sys.stderr))
+    assert step == 1 and float(got["w"].addressable_data(0)[0]) == 1
+    assert sorted(path.name for path in (workdir / "checkpoints").iterdir()) == ["damaged_step_2", "step_1"]
+    with checkpoint.Checkpoints(workdir) as checkpoints:
+        assert checkpoints.latest() == 1
+"""
 
 LOST = """
 import os, sys
@@ -210,6 +296,12 @@ def test_two_processes_agree_and_notice_that_their_folders_differ(tmp_path):
     for i, (_, err) in enumerate(ends):
         assert f"process {i} of 2: {tmp_path / str(i)} is not the same folder in processes 0 and 1; give one on a filesystem" in err
     assert [code for code, _ in ends] == [2, 2] and list((tmp_path / "0").iterdir()) == []
+
+
+def test_processes_go_back_to_the_same_checkpoint(tmp_path):
+    """Breaks when damage that one process alone meets has them train on from different steps, or wait for each other for ever."""
+    for code, err in pair(RESUME, str(tmp_path)):
+        assert code == 0 and "step_2 is damaged (DATA_LOSS: Error reading x)" in err, err
 
 
 def test_a_lost_process_is_no_bad_input():

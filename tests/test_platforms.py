@@ -91,3 +91,84 @@ def test_loading_an_adapter_in_python_is_as_quiet(tmp_path, monkeypatch):
     with pytest.raises(errors.UserError):
         icae_jax.load(tmp_path / "absent")
     assert os.environ.pop("TRANSFORMERS_NO_ADVISORY_WARNINGS")
+
+
+def refusal(monkeypatch, environment, installed=()):
+    """What `platforms.check` says of an environment; "" where it is content. installed: plugins of JAX and libtpu."""
+    for name in [name for name in os.environ if name.startswith(("JAX_", "XLA_FLAGS"))]:
+        monkeypatch.delenv(name)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(platforms, "_plugins", lambda: {name for name in installed if name != "libtpu"})
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name if name in installed else None)
+    try:
+        platforms.check_settings()
+    except errors.UserError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize(
+    ("value", "installed", "said"),
+    [
+        ("", (), ""),
+        ("cpu", (), ""),
+        ("cuda", ("xla_cuda13",), ""),
+        ("gpu", ("xla_cuda12",), ""),
+        ("gpu", ("xla_rocm7",), ""),
+        ("rocm", ("xla_rocm7",), ""),
+        ("tpu", ("libtpu",), ""),
+        ("cuda,cpu", (), ""),  # JAX passes over CUDA alone
+        ("cpu,cuda", (), ""),
+        ("metal", ("metal",), ""),
+        ("cuda", (), "JAX's plugin for cuda is not installed; pip install 'icae_jax[gpu]'"),
+        ("gpu", ("libtpu",), "JAX's plugin for gpu is not installed; pip install 'icae_jax[gpu]'"),
+        ("cuda", ("xla_rocm7",), "JAX's plugin for cuda is not installed; pip install 'icae_jax[gpu]'"),
+        ("tpu", ("xla_cuda13",), "JAX's plugin for tpu is not installed; pip install 'icae_jax[tpu]'"),
+        ("tpu,cpu", (), "JAX's plugin for tpu is not installed; pip install 'icae_jax[tpu]'"),
+        ("rocm", (), "JAX's plugin for rocm is not installed"),
+        ("cud", (), "JAX knows no platform 'cud'; is cuda meant?"),
+        ("CPU", (), "JAX knows no platform 'CPU'; is cpu meant?"),
+        ("cpu, tpu", ("libtpu",), "JAX knows no platform ' tpu'; is tpu meant?"),
+        ("abacus", (), "JAX knows no platform 'abacus'; it knows cpu, tpu, cuda"),
+    ],
+)
+def test_a_platform_that_cannot_be_had_is_told(value, installed, said, monkeypatch):
+    """Breaks when a missing plugin or a misspelt platform ends in JAX's traceback, or one that JAX can use is refused."""
+    told = refusal(monkeypatch, {"JAX_PLATFORMS": value}, installed)
+    assert told == "" if not said else told.startswith(f"$JAX_PLATFORMS is {value!r}: {said}") and "\n" not in told
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "said"),
+    [
+        ("JAX_PLATFORMS", "cuda", "pip install 'icae_jax[gpu]'"),
+        ("JAX_ENABLE_X64", "maybe", "$JAX_ENABLE_X64 is 'maybe', which JAX does not take"),
+        ("JAX_DEBUG_NANS", "", "$JAX_DEBUG_NANS is '', which JAX does not take"),
+        ("JAX_DEFAULT_MATMUL_PRECISION", "most", "$JAX_DEFAULT_MATMUL_PRECISION is 'most', which JAX does not take"),
+        ("XLA_FLAGS", "--xla_no_such_flag=1", "XLA ends every process for it: Unknown flag in XLA_FLAGS: --xla_no_such_flag=1"),
+        ("XLA_FLAGS", "no_such_file", 'XLA ends every process for it: Could not open file "no_such_file"'),
+    ],
+)
+def test_a_setting_that_stops_jax_is_one_line(variable, value, said, tmp_path):
+    """Breaks when a wrong setting of JAX's or XLA's ends in a traceback or an abort, after which launchers start again."""
+    environment = {name: text for name, text in os.environ.items() if name not in ("JAX_PLATFORMS", "XLA_FLAGS")}
+    environment |= {"PYTHONPATH": str(ROOT), variable: value}
+    command = [sys.executable, "-m", "icae_jax", "inspect", str(tmp_path)]
+    out = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=100)
+    assert out.returncode == 2 and out.stderr.startswith("icae inspect: $") and said in out.stderr and out.stderr.count("\n") == 1
+    listing = subprocess.run([*command[:3], "cache", "list"], capture_output=True, text=True, env=environment, timeout=100)
+    assert (listing.returncode, listing.stderr) == (0, ""), "what needs no device is not refused"
+
+
+def test_a_machine_without_the_device_is_told_from_one_that_fails(monkeypatch):
+    """Breaks when a TPU or GPU that is not there ends in a traceback, or one that is busy or broken is not tried again by a launcher."""
+    monkeypatch.setenv("JAX_PLATFORMS", "tpu")
+    say = "Unable to initialize backend '{}': {} (set JAX_PLATFORMS='' to automatically choose an available backend)"
+    absent = RuntimeError(say.format("tpu", "NOT_FOUND: TPU initialization failed: No jellyfish device found."))
+    told = platforms.absent_devices(absent)
+    assert told.startswith("$JAX_PLATFORMS is 'tpu', and there is no such device here (NOT_FOUND: ") and "set JAX" not in told
+    assert platforms.absent_devices(RuntimeError(say.format("cuda", "FAILED_PRECONDITION: No visible GPU devices.")))
+    for passing in (say.format("tpu", "ABORTED: The TPU is already in use by process with pid 7"), say.format("cuda", "INTERNAL: x"), "x"):
+        assert platforms.absent_devices(RuntimeError(passing)) == ""
+    assert platforms.absent_devices(ValueError(str(absent))) == ""

@@ -76,17 +76,19 @@ def _key(version, tokenizer, source_identity):
     return hashlib.sha256(json.dumps([version, _tokenizer_identity(tokenizer), source_identity]).encode()).hexdigest()
 
 
-def _hash_once(root, path):
+def _hash_once(cache_dir, path):
     """`reading.content_hash`, that of a large file remembered in the cache under its path, size and time."""
     path, before = pathlib.Path(path).resolve(), os.stat(path)
     if before.st_size < REMEMBERED:
         return reading.content_hash(path)
-    note = root / "hashes" / f"{hashlib.sha256(str(path).encode()).hexdigest()[:32]}.json"
+    within = pathlib.Path("hashes") / f"{hashlib.sha256(str(path).encode()).hexdigest()[:32]}.json"
+    note = files.cache_folder(cache_dir, within) / within
     known = {"path": str(path), "size": before.st_size, "mtime_ns": before.st_mtime_ns}
     with contextlib.suppress(OSError, ValueError):
         noted = json.loads(note.read_text(encoding="utf-8"))
         if {name: noted.get(name) for name in known} == known:
-            os.utime(note)
+            with contextlib.suppress(OSError):  # of a cache that may only be read
+                os.utime(note)
             return noted["hash"]
     content = reading.content_hash(path)
     after = os.stat(path)
@@ -243,11 +245,11 @@ def tokenise(source, tokenizer, cache_dir="", tfds_dir=None, max_row_bytes=readi
 
     UserError names the file and line of malformed rows, empty texts, or an empty data set. A fault that passes is tried again.
     """
-    root = files.cache_folder(cache_dir)
     what = f"tokenising {source}"
-    found = errors.retrying(lambda: sources.identity(source, tfds_dir, functools.partial(_hash_once, root)), what)
+    found = errors.retrying(lambda: sources.identity(source, tfds_dir, functools.partial(_hash_once, cache_dir)), what)
     earlier = errors.retrying(lambda: sources.earlier_identity(source, tfds_dir), what)
     key, earlier_key = _key(CACHE_VERSION, tokenizer, found), _key(1, tokenizer, earlier)
+    root = files.cache_folder(cache_dir, pathlib.Path("tokens") / key[:32] / cache.ABOUT)
     folder = root / "tokens" / key[:32]
     while (held := cache.hold(folder)) is None:
         with cache.alone(folder, what):

@@ -1,6 +1,6 @@
 """What is kept on disk since it can be made again, under one bound: tokenised data and compiled programs; `icae cache`.
 
-In `files.cache_folder`:
+In `files.cache_folder`, which may be one in the temporary folder:
 
 | folder   | what                                                     | last used                        |
 |----------|----------------------------------------------------------|----------------------------------|
@@ -31,7 +31,7 @@ from collections.abc import Iterator
 
 from icae_jax import errors
 from icae_jax.errors import UserError
-from icae_jax.interop import files
+from icae_jax.interop import files, lock
 
 VARIABLE, DEFAULT_GIB = "ICAE_CACHE_GIB", 20.0
 COMPILED_PART = 4  # compiled programs take this part of the bound at most, which JAX sees to when it writes one
@@ -63,17 +63,6 @@ def _bytes(gib, name):
 _REMEDY = "set data.cache_dir or $ICAE_CACHE to a folder that can be"
 
 
-def _lock(file, operation):
-    """Whether the lock was got; None on a filesystem that has none."""
-    try:
-        fcntl.flock(file, operation)
-    except BlockingIOError:
-        return False
-    except OSError:
-        return None
-    return True
-
-
 @contextlib.contextmanager
 def alone(folder: pathlib.Path, what: str) -> Iterator[None]:
     """Makes one process at a time work on a folder of the cache; the others wait. The lock ends with its process, however that ends.
@@ -85,9 +74,9 @@ def alone(folder: pathlib.Path, what: str) -> Iterator[None]:
         folder.parent.mkdir(parents=True, exist_ok=True)
         file = open(path, "ab")  # noqa: SIM115
     with file:
-        if _lock(file, fcntl.LOCK_EX | fcntl.LOCK_NB) is False:
+        if lock.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB) is False:
             print(f"{what}: another process is at it; waiting", file=sys.stderr, flush=True)
-            _lock(file, fcntl.LOCK_EX)
+            lock.flock(file, fcntl.LOCK_EX)
         try:
             yield
         finally:
@@ -105,7 +94,7 @@ def hold(folder: pathlib.Path):
             file = open(path, "rb")  # noqa: SIM115 - it stays open
         except FileNotFoundError:
             return None
-    _lock(file, fcntl.LOCK_SH)
+    lock.flock(file, fcntl.LOCK_SH)
     if not path.exists():  # removed before it was locked
         file.close()
         return None
@@ -137,7 +126,7 @@ class Entry:
             return False
         try:
             with open(about, "r+b") as file:
-                return not _lock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return not lock.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             return True
 
@@ -217,12 +206,6 @@ def prune(root: pathlib.Path, most: int, version: int, everything: bool = False)
     return removed
 
 
-def can_write(folder: pathlib.Path) -> bool:
-    """Whether this user can write in a folder, or make it where it is not there yet."""
-    there = next(str(path) for path in (folder, *folder.absolute().parents) if os.path.exists(path))
-    return os.path.isdir(there) and os.access(there, os.W_OK | os.X_OK)
-
-
 def bound_compiled(folder: pathlib.Path) -> None:
     """Lets JAX remove the programs in its folder that were used least recently, beyond this part of the bound.
 
@@ -271,7 +254,9 @@ def main(parser, argv, version: int) -> int:
     args = parser.parse_args(argv)
     if args.action == "list" and (args.all or args.max_gib is not None):
         parser.error("--all and --max_gib are for prune")
-    root = files.cache_folder(args.cache_dir)
+    root = files.named_cache(args.cache_dir)
+    if root is None:
+        raise UserError("cache: there is no home folder; give --cache_dir, or set $ICAE_CACHE")
     if not root.is_dir() and (args.cache_dir or root.exists()):
         raise UserError(f"{'--cache_dir' if args.cache_dir else 'cache'} {root}: no such folder")
     if args.action == "list":

@@ -11,6 +11,7 @@ import secrets
 import shutil
 import stat
 import sys
+import tempfile
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -22,9 +23,52 @@ from icae_jax.errors import UserError
 T = TypeVar("T")
 
 
-def cache_folder(configured=""):
-    """Where what can be made again is kept: the configured folder, else $ICAE_CACHE, else ~/.cache/icae_jax."""
-    return pathlib.Path(configured or os.environ.get("ICAE_CACHE") or pathlib.Path.home() / ".cache" / "icae_jax")
+def named_cache(configured: str | os.PathLike = "") -> pathlib.Path | None:
+    """Where what can be made again is to be kept: the configured folder, else $ICAE_CACHE, else ~/.cache/icae_jax; None without a home."""
+    named = configured or os.environ.get("ICAE_CACHE")
+    if named:
+        return pathlib.Path(os.path.expanduser(named))
+    home = os.environ.get("HOME", os.path.expanduser("~"))
+    return pathlib.Path(home) / ".cache" / "icae_jax" if os.path.isabs(home) else None
+
+
+@functools.cache
+def can_write(folder: pathlib.Path) -> bool:
+    """Whether this user can write in a folder, or make it where it is not there. Tried out: rights allow more than some disks do."""
+    try:
+        with tempfile.TemporaryFile(dir=next(path for path in (folder, *folder.absolute().parents) if path.exists())):
+            return True
+    except OSError:
+        return False
+
+
+def cache_folder(configured: str | os.PathLike = "", holding: str | os.PathLike = "") -> pathlib.Path:
+    """`named_cache`, or where that cannot be written one of this user's own in the temporary folder, which is said once.
+
+    A configured one is left as it is: whoever uses it says what is wrong with it. holding: a path within; where the named cache has it,
+    that one is taken, though it may only be read. UserError where no folder can be written.
+    """
+    folder = named_cache(configured)
+    if configured or (folder is not None and ((holding and (folder / holding).exists()) or can_write(folder))):
+        return folder
+    return _temporary_cache(folder)
+
+
+@functools.cache
+def _temporary_cache(instead_of: pathlib.Path | None) -> pathlib.Path:
+    what = "cache: there is no home folder" if instead_of is None else f"cache {instead_of}: cannot be written"
+    remedy = "set $ICAE_CACHE to a folder that can be"
+    try:
+        folder = pathlib.Path(tempfile.gettempdir()) / f"icae_jax-{os.getuid()}"
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir(mode=0o700)
+        there = folder.lstat()
+        if not stat.S_ISDIR(there.st_mode) or there.st_uid != os.getuid() or there.st_mode & 0o022 or not can_write(folder):
+            folder = pathlib.Path(tempfile.mkdtemp(prefix="icae_jax-"))  # in its place is something of another's
+    except OSError as error:
+        raise UserError(f"{what}, nor can a temporary folder ({error}); {remedy}, or $TMPDIR") from error
+    print(f"{what}; {folder} is used instead. To keep it, {remedy}", file=sys.stderr, flush=True)
+    return folder
 
 
 def need_torch(what):

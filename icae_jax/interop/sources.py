@@ -312,7 +312,8 @@ def _copied(kind, url, progress, with_weights):
     """A copy of a remote folder in the cache, file by file."""
     from etils import epath
 
-    folder = files.cache_folder() / f"{kind.name}s" / urllib.parse.quote(url.rstrip("/"), safe="")
+    within = pathlib.Path(f"{kind.name}s") / urllib.parse.quote(url.rstrip("/"), safe="")
+    folder = files.cache_folder(holding=within / kind.needed) / within
 
     def look():
         remote = epath.Path(url.rstrip("/"))
@@ -325,6 +326,8 @@ def _copied(kind, url, progress, with_weights):
     found, orbax = _asking(kind, url, look)
     if kind.needed not in found:
         raise UserError(f"{kind.name} {url!r} has no {kind.needed}; give the URL of {kind.form}")
+    if any(not _same(folder / name, stat) for name, (_, stat) in found.items()):
+        folder = files.cache_folder() / within  # one that may only be read is not enough
     changed = {name: source for name, source in found.items() if not _same(folder / name, source[1])}
     wanted = {name: source for name, source in changed.items() if with_weights or not fnmatch.fnmatch(name, WEIGHTS)}
     total = sum(stat.length for _, stat in wanted.values())
@@ -334,9 +337,9 @@ def _copied(kind, url, progress, with_weights):
                 _asking(kind, url, lambda path=path, stat=stat, tmp=tmp, before=bar.n: _copy(path, tmp, stat.length, bar, before))
                 if stat.mtime:
                     os.utime(tmp, (stat.mtime, stat.mtime))
-    if orbax:
-        with files.replacing_file(folder / weights.ORBAX_URL) as tmp:
-            tmp.write_text(f"{orbax}\n", encoding="utf-8")
+    note = folder / weights.ORBAX_URL
+    if orbax and not (note.exists() and note.read_text(encoding="utf-8") == f"{orbax}\n"):
+        files.write_text(note, f"{orbax}\n")
     here = {*found, weights.ORBAX_URL} if orbax else {*found}
     here -= changed.keys() - wanted.keys()
     for path in list(folder.rglob("*")):  # what is no longer there, or no longer so, must not be loaded with the rest

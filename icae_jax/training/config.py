@@ -16,7 +16,7 @@ from icae_jax.interop import files
 from icae_jax.models.llama import REMAT_POLICIES
 from icae_jax.models.lora import LoraConfig
 from icae_jax.objectives.targets import OBJECTIVES
-from icae_jax.training import attention
+from icae_jax.training import attention, metrics
 from icae_jax.training.sharding import MeshConfig
 
 SCRATCH = "scratch"  # init_from of fine-tuning without a pretrained compressor
@@ -266,19 +266,68 @@ def steps_done(workdir) -> int:
     return int(text) if text.isdigit() else 0
 
 
+def read_run(path) -> dict[str, object]:
+    """`{dotted field: value}` of a workdir's config.json: fields of the configuration, and the fingerprints of `identity`. UserError where
+    it is something else.
+    """
+    flat = files.read_json(path, "the run's configuration")
+    wrong = [field for field, value in flat.items() if isinstance(value, dict)]
+    if wrong:
+        raise UserError(f"{path}: {wrong[0]} is {flat[wrong[0]]!r}; expected fields by their dotted names, such as compression.k")
+    for field, value in flat.items():
+        if field.startswith("identity.") and isinstance(value, int | float | bool):
+            raise UserError(f"{path}: {field} is {value!r}; expected a fingerprint, which is a text")
+    return flat
+
+
+def nested(flat: dict[str, object], source: object) -> dict:
+    """Fields by their dotted names as nested groups. UserError where a name is that of a field and of a group. source: to name it."""
+    made: dict = {}
+    for name, value in flat.items():
+        *groups, last = name.split(".")
+        node = made
+        for group in groups:
+            node = node.setdefault(group, {})
+            if not isinstance(node, dict):
+                raise UserError(f"{source}: {name} and {group} are both there; {group} is a group of fields")
+        if isinstance(node.get(last), dict):
+            raise UserError(f"{source}: {last} is {value!r}, and there are fields {name}.…; {last} is a group of fields")
+        node[last] = value
+    return made
+
+
+def _check_types(flat, like, path):
+    """UserError where a field of a workdir's file has another type than the same field of a configuration."""
+    for field, value in flat.items():
+        kind = type(like.get(field))
+        fits = isinstance(value, bool) if kind is bool else files.is_kind(value, kind)
+        if kind in (bool, int, float, str, list) and not fits:
+            raise UserError(f"{path}: {field} is {value!r}; expected {kind.__name__}, such as {like[field]!r}. Mend that line of the file")
+
+
+def nothing_trained(workdir) -> bool:
+    """Whether a workdir holds no step of a training: no checkpoint, damaged ones included, no line of metrics after step 0, no DONE."""
+    workdir = pathlib.Path(workdir)
+    lines = metrics.read(workdir / "metrics.jsonl") if (workdir / "metrics.jsonl").exists() else []
+    there = [*workdir.glob("checkpoints/*step_*"), *workdir.glob("DONE")]
+    return not there and not any(line["step"] > 0 for line in lines)
+
+
 def recorded(workdir) -> dict[str, object]:
-    """What a workdir's config.json holds, `{dotted field: value}`; nothing where no run has begun there."""
+    """What a workdir's config.json holds (`read_run`); nothing where no run has begun there."""
     path = pathlib.Path(workdir) / "config.json"
-    return files.read_json(path, "the run's configuration") if path.exists() else {}
+    return read_run(path) if path.exists() else {}
 
 
-def check_workdir(workdir, config, identity, writes=lambda: True):
+def check_workdir(workdir, config, identity, writes=lambda: True, binding=True):
     """Compares with the configuration that the workdir was started with, and records the new one.
 
     A field that came later than the workdir had its default then: new fields are made so that this is what was done before them.
     identity: `{name: fingerprint}` of what paths in the configuration stand for; those are compared instead of the paths. A tuple holds
     the fingerprint and what earlier versions had in its place, which counts as the same and is replaced by it. None, before that is
     known, compares the configuration alone. writes: asked once everything was read and found good, whether this process records it.
+    binding: False where nothing has been trained there yet (`nothing_trained`), as after a start without enough memory: another
+    configuration may then take the workdir.
     Returns the changes to log, as text lines. UserError lists fields that change the mathematics; nothing is written then.
     """
     path = pathlib.Path(workdir) / "config.json"
@@ -288,7 +337,9 @@ def check_workdir(workdir, config, identity, writes=lambda: True):
         if writes():
             errors.retrying(lambda: files.write_json(path, now), f"writing {path}")
         return []
-    before = _flat(_defaults(type(config))) | files.read_json(path, "the run's configuration")
+    recorded = read_run(path)
+    _check_types(recorded, now, path)
+    before = _flat(_defaults(type(config))) | recorded
     if identity is None:
         before = {field: value for field, value in before.items() if not field.startswith("identity.")}
     changed = [k for k in sorted(before.keys() | now.keys()) if before.get(k) != now.get(k)]
@@ -296,7 +347,10 @@ def check_workdir(workdir, config, identity, writes=lambda: True):
     refused = [k for k in changed if k not in FREE_FIELDS | unsaid and before.get(k) not in known.get(k, ())]
     if "steps" in refused and now["steps"] > before["steps"] and (now["optimizer.schedule"] == "constant" or now["optimizer.decay_steps"]):
         refused.remove("steps")
-    if refused:
+    notes = []
+    if refused and not binding:
+        notes = [f"the run itself, as nothing has been trained in {workdir} yet"]
+    elif refused:
         lines = "; ".join(f"{k}: {before.get(k)!r} -> {now.get(k)!r}" for k in refused)
         raise UserError(
             f"{workdir} was started with another configuration, and these fields change its mathematics: {lines}. "
@@ -304,4 +358,4 @@ def check_workdir(workdir, config, identity, writes=lambda: True):
         )
     if writes():
         errors.retrying(lambda: files.write_json(path, now), f"writing {path}")
-    return [f"{k}: {before.get(k)!r} -> {now.get(k)!r}" for k in changed]
+    return notes + [f"{k}: {before.get(k)!r} -> {now.get(k)!r}" for k in changed]

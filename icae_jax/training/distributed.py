@@ -14,6 +14,8 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 import jax
 import numpy as np
@@ -21,6 +23,9 @@ from jax.experimental import multihost_utils
 
 from icae_jax import errors, platforms
 from icae_jax.errors import UserError
+from icae_jax.interop import lock
+
+T = TypeVar("T")
 
 START_SECONDS = 300  # so long the processes wait for each other; JAX then aborts them
 PATIENCE_SECONDS = 20  # and after so long they say that they wait
@@ -46,17 +51,50 @@ def _found():
     return "TPU" if wanted and platforms.tpu_chips() and importlib.util.find_spec("libtpu") is not None else None
 
 
+def _of_slurm(tasks: int) -> None:
+    """UserError where Slurm's variables, of a step of several tasks, are no numbers or contradict each other."""
+    told = {name: os.environ[name] for name in ("SLURM_JOB_ID", "SLURM_PROCID", "SLURM_LOCALID") if name in os.environ}
+    wrong = [f"${name} is {value!r}" for name, value in told.items() if not value.isdecimal()]
+    if not wrong and int(told.get("SLURM_PROCID", 0)) >= tasks:
+        wrong = [f"$SLURM_PROCID is {told['SLURM_PROCID']}"]
+    if wrong:
+        raise UserError(
+            f"Slurm: this step has {tasks} tasks, and {', '.join(wrong)}; start each by srun, or give --processes 1 for this process alone"
+        )
+    os.environ.setdefault("SLURM_NTASKS", str(tasks))  # without it JAX takes this for no job
+
+
+def _of_environment() -> tuple[str | None, int | None, int | None]:
+    """coordinator, processes and process as JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID tell; None of what is not set, or
+    empty. UserError where they do not go together.
+    """
+    names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+    coordinator, *numbers = (os.environ.get(name, "") for name in names)
+    if not any(numbers):
+        return None, None, None
+    if not (coordinator and all(number.isdecimal() for number in numbers)):
+        shown = ", ".join(f"${name} is {value!r}" for name, value in zip(names, (coordinator, *numbers), strict=True))
+        raise UserError(f"{shown}; set all three (HOST:PORT and two numbers), or none, or give --processes 1 for this process alone")
+    return coordinator, int(numbers[0]), int(numbers[1])
+
+
 def start(coordinator=None, processes=None, process=None):
     """Joins the other processes, where there are any; before JAX first touches a device.
 
-    coordinator: HOST:PORT of process 0, processes: how many there are, process: which this is; all three or none. Without them TPU
-    slices and Slurm jobs (`srun`) are recognised, and anything else is a process alone, as is `processes` 1. UserError where they do
-    not go together; SystemExit with a message where process 0 cannot serve at its port.
+    coordinator: HOST:PORT of process 0, processes: how many there are, process: which this is; all three or none. Without them those of
+    JAX's own variables count, then TPU slices and Slurm jobs (`srun`) are recognised, and anything else is a process alone, as is
+    `processes` 1. UserError where they do not go together; SystemExit with a message where process 0 cannot serve at its port.
     """
+    if processes == 1 and process in (None, 0):
+        return
+    if not any(x is not None for x in (coordinator, processes, process)):
+        coordinator, processes, process = _of_environment()
+    if not os.environ.get("JAX_COORDINATOR_ADDRESS", "-"):
+        del os.environ["JAX_COORDINATOR_ADDRESS"]  # JAX would take the empty text for an address
     given = (coordinator, processes, process)
-    found = None
+    found, method = None, None
     if any(x is not None for x in given):
-        if processes == 1 and process in (None, 0):
+        if processes == 1 and process == 0:
             return
         if any(x is None for x in given):
             raise UserError("--coordinator, --processes and --process go together; give all three, or none on TPU slices and Slurm")
@@ -67,8 +105,11 @@ def start(coordinator=None, processes=None, process=None):
             )
     elif not (found := _found()):
         return
-    elif found == "Slurm" and os.environ.get("SLURM_STEP_NUM_TASKS"):
-        processes = _slurm_tasks()  # JAX would take SLURM_NTASKS
+    elif found == "Slurm":
+        _of_slurm(_slurm_tasks())
+        method = "slurm"  # not what else a variable, such as of Open MPI, may make JAX think of first
+        if os.environ.get("SLURM_STEP_NUM_TASKS"):
+            processes = _slurm_tasks()  # JAX would take SLURM_NTASKS
     who, where = f"process {process} of {processes}" if found is None else found, coordinator or "the first of them"
     waiting = threading.Timer(
         PATIENCE_SECONDS,
@@ -81,12 +122,13 @@ def start(coordinator=None, processes=None, process=None):
     waiting.start()
     try:
         jax.distributed.initialize(
-            coordinator, processes, process, initialization_timeout=START_SECONDS, heartbeat_timeout_seconds=HEARTBEAT_SECONDS
-        )
+            coordinator, processes, process, cluster_detection_method=method, initialization_timeout=START_SECONDS,
+            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+        )  # fmt: skip
         jax.devices()  # the processes tell each other theirs
     except jax.errors.JaxRuntimeError as error:
         raise SystemExit(f"{who}: cannot join the others at {where}: {error}; is another run using that port?") from error
-    except ValueError as error:
+    except (ValueError, KeyError, IndexError, TypeError) as error:  # of the variables that it reads
         raise UserError(f"{who}: JAX cannot tell the processes ({error}); give --coordinator HOST:PORT --processes N --process I, "
                          "or --processes 1 for this one alone") from error  # fmt: skip
     finally:
@@ -134,19 +176,53 @@ def agreed(value):
     return type(value)(multihost_utils.broadcast_one_to_all(np.asarray(value)))
 
 
+def gathered(value: object) -> list:
+    """What each process holds, in their order: anything that JSON has."""
+    if jax.process_count() == 1:
+        return [value]
+    mine = np.frombuffer(json.dumps(value, sort_keys=True, default=str).encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.asarray(mine.size)).reshape(-1)
+    padded = np.zeros(int(sizes.max()), np.uint8)
+    padded[: mine.size] = mine
+    return [json.loads(row[:size].tobytes()) for row, size in zip(multihost_utils.process_allgather(padded), sizes.tolist(), strict=True)]
+
+
+def from_main(function: Callable[[], T]) -> T:
+    """What `function()` gives in process 0, which alone calls it, in every process; its UserError too, so that all end alike."""
+    if jax.process_count() == 1:
+        return function()
+    value, refused = None, ""
+    if jax.process_index() == 0:
+        try:
+            value = function()
+        except UserError as error:
+            refused = str(error)
+    value, refused = gathered([value, refused])[0]
+    if refused:
+        raise UserError(refused)
+    return value
+
+
+@contextlib.contextmanager
+def only_writer(folder: str | os.PathLike, flag: str) -> Iterator[lock.Lock]:
+    """Holds the lock of a folder, which must exist, for all processes of this run: process 0 has it. UserError, in all, where another run
+    has it. flag: what gives the folder.
+    """
+    held = lock.Lock(folder, flag)
+    try:
+        while not from_main(held.attempt):
+            time.sleep(lock.POLL_SECONDS)
+        yield held
+    finally:
+        held.close()
+
+
 def check_agreement(items: dict[str, object]) -> None:
     """UserError, in every process, that names what differs between them: of `items` each must have the same in all.
 
     items: `{name: value}`, values as JSON has them. To be called by all, before anything whose shapes or order of collectives depend on it.
     """
-    if jax.process_count() == 1:
-        return
-    mine = np.frombuffer(json.dumps(items, sort_keys=True, default=str).encode(), np.uint8)
-    sizes = multihost_utils.process_allgather(np.asarray(mine.size)).reshape(-1)
-    padded = np.zeros(int(sizes.max()), np.uint8)
-    padded[: mine.size] = mine
-    gathered = multihost_utils.process_allgather(padded)
-    first, *others = (json.loads(row[:size].tobytes()) for row, size in zip(gathered, sizes.tolist(), strict=True))
+    first, *others = gathered(items)
     lines = [
         f"{name}: {json.dumps(first.get(name))} in process 0, {json.dumps(other.get(name))} in process {number}"
         for number, other in enumerate(others, 1)
@@ -188,9 +264,14 @@ _times_asked = itertools.count(1)
 class Preemption:
     """Notes that the run must leave: SIGTERM, or the platform's notice through JAX. A context round the training loop.
 
+    noticed: called as soon as this process knows, in a signal handler where there is one.
+
     In one process SIGTERM is Python's to handle (outside the main thread there are no signals). In several, JAX notes it, whichever
     process it came to, and names one time of asking to all of them.
     """
+
+    def __init__(self, noticed: Callable[[], None] = lambda: None):
+        self._noticed = noticed
 
     def __enter__(self):
         self._noted = False
@@ -201,13 +282,17 @@ class Preemption:
 
     def _note(self, *_):
         self._noted = True
+        self._noticed()
 
     def asked(self):
         """Whether to save and leave: the same in every process. To be called once a step, by all."""
         if jax.process_count() == 1:
             return self._noted
         # JAX names the number after the largest so far, 1 before the first: counted by the step, a notice during a start would be missed.
-        return multihost_utils.reached_preemption_sync_point(next(_times_asked))
+        noted = multihost_utils.reached_preemption_sync_point(next(_times_asked))
+        if noted:
+            self._noticed()
+        return noted
 
     def __exit__(self, *_):
         if self._usable:

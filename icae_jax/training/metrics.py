@@ -95,13 +95,16 @@ def _scalars(line, prefix=""):
 
 
 def read(path):
-    """The complete lines of a metrics file."""
+    """The complete lines of a metrics file, up to the first broken one: a kill while writing, or a power loss, leaves such at its end."""
     lines = []
-    for line in pathlib.Path(path).read_text(encoding="utf-8").splitlines():
+    for text in pathlib.Path(path).read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            lines.append(json.loads(line))
+            line = json.loads(text)
         except ValueError:
-            break  # a kill while writing leaves at most one broken line, the last
+            break
+        if not isinstance(line, dict) or not files.is_kind(line.get("step"), int):
+            break
+        lines.append(line)
     return lines
 
 

@@ -14,9 +14,8 @@ from tqdm import tqdm
 from icae_jax import errors
 from icae_jax.benchmarking import profile as profiles
 from icae_jax.interop import files
-from icae_jax.training import chips, distributed, metrics, sharding, step
-from icae_jax.training.checkpoint import Checkpoints
-from icae_jax.training.config import check_workdir, shared_fields, steps_done
+from icae_jax.training import checkpoint, chips, distributed, metrics, sharding, step
+from icae_jax.training.config import check_workdir, nothing_trained, shared_fields, steps_done
 
 DONE, PREEMPTED, DIVERGED = 0, 75, 3  # exit codes; 2 is bad input
 QUIET, NORMAL, VERBOSE = 0, 1, 2  # how much `train` says
@@ -91,8 +90,8 @@ def train(config, task, workdir, *, log=None, profile=None, verbosity=NORMAL, ti
     """Trains `task` in `workdir` until `config.steps`; continues what is there. Returns an exit code.
 
     0: every step done, the result exported and `DONE` written. 75: SIGTERM came, the state is saved. 3: a loss, a gradient, an updated
-    parameter or a held-out loss was not finite; nothing of it was saved. UserError: the workdir belongs to a configuration with other
-    mathematics, or the processes differ in what they must have alike.
+    parameter or a held-out loss was not finite; nothing of it was saved. UserError: another process trains there, the workdir belongs to a
+    configuration with other mathematics, or the processes differ in what they must have alike.
     Several processes all call this, with one workdir; the first writes metrics and the result. profile: a folder, into which steps
     `TRACED` after this start are traced, for XProf.
     log: takes lines of text, by default to stderr. verbosity: `QUIET` (only why it ends early, beside the progress bar), `NORMAL`, or
@@ -100,11 +99,16 @@ def train(config, task, workdir, *, log=None, profile=None, verbosity=NORMAL, ti
     watch: called as `watch(step, trained)` after every step, in every process; it may use the parameters only until it returns.
     """
     log = log or (lambda text: tqdm.write(text, file=sys.stderr))
-    with task.placement.active():
-        return _train(config, task, pathlib.Path(workdir), log, profile, verbosity, title, watch)
+    workdir = pathlib.Path(workdir)
+    with errors.naming(f"--workdir {workdir}", "give a folder that can be written"):
+        workdir.mkdir(parents=True, exist_ok=True)
+    distributed.check_shared(workdir)
+    writing = contextlib.nullcontext() if finished(config, workdir) else distributed.only_writer(workdir, "--workdir")
+    with task.placement.active(), writing as lock:
+        return _train(config, task, workdir, lock, log, profile, verbosity, title, watch)
 
 
-def _train(config, task, workdir, log, profile, verbosity, title, watch):
+def _train(config, task, workdir, lock, log, profile, verbosity, title, watch):
     main_process = jax.process_index() == 0
 
     def say(text, level=NORMAL):
@@ -116,14 +120,12 @@ def _train(config, task, workdir, log, profile, verbosity, title, watch):
     rows = sharding.local_rows(mesh, config.batch_size)
 
     # ---------------------------------------------------- the workdir: whose is it, is it done, do all processes mean the same?
-    with errors.naming(f"--workdir {workdir}", "give a folder that can be written"):
-        workdir.mkdir(parents=True, exist_ok=True)
-    distributed.check_shared(workdir)
-    if finished(config, workdir):
+    if finished(config, workdir):  # again: another run may have finished it while this one waited
         say(ALREADY.format(workdir=workdir, steps=config.steps))
         return DONE
     distributed.check_agreement(shared_by_processes(config) | task.shared_by_processes())
-    changes = check_workdir(workdir, config, task.identity, distributed.main_after_all)
+    binding = not distributed.agreed(nothing_trained(workdir))
+    changes = check_workdir(workdir, config, task.identity, distributed.main_after_all, binding)
     for line in task.notes() + [f"changed: {change}" for change in changes]:
         say(line)
 
@@ -135,14 +137,13 @@ def _train(config, task, workdir, log, profile, verbosity, title, watch):
     say(parameter_table(state["trained"], frozen), VERBOSE)
     say(parameter_counts(state["trained"], frozen))
     absl_logging.set_verbosity(absl_logging.FATAL)  # Orbax logs each thread's traceback of a failed save; the error is raised anyway
-    checkpoints = Checkpoints(workdir)
-    latest = checkpoints.latest()
-    first = distributed.agreed(-1 if latest is None else latest)
+    saved, state = checkpoint.resume(workdir, state, lambda text: say(text, QUIET))
+    first = -1 if saved is None else saved
+    checkpoints = checkpoint.Checkpoints(workdir)
     if first < 0:
         source = f"initialised from {config.init_from}" if getattr(config, "init_from", "") else "starting from scratch"
         say(source)
     else:
-        state = checkpoints.restore(first, state)
         say(f"resumed at step {first}")
     lines = metrics.MetricsFile(workdir, first) if main_process else None
 
@@ -177,6 +178,7 @@ def _train(config, task, workdir, log, profile, verbosity, title, watch):
             utilisation = metrics.mfu(flops_since, now - clock, chip, mesh.size) if flops_since else None
             line |= {} if utilisation is None else {"mfu": utilisation}
             clock, tokens_since, flops_since = now, 0.0, 0
+            lock.check()
             if lines:
                 lines.write(line)
             shown.update({o: f"{v:.3f}" for o, v in losses.items()}, tok_s=f"{line['tokens_per_second']:.0f}")
@@ -218,7 +220,7 @@ def _train(config, task, workdir, log, profile, verbosity, title, watch):
         return DIVERGED
 
     try:
-        with checkpoints, distributed.Preemption() as preemption, bar, contextlib.ExitStack() as tracing:
+        with checkpoints, distributed.Preemption(lock.leave) as preemption, bar, contextlib.ExitStack() as tracing:
             due = first > 0 and (first % config.eval_every == 0 or first == stop)
             due = due and not distributed.agreed(bool(lines and lines.has_evaluation(first)))
             # due: it was saved on a notice to leave, which left no time to evaluate it.
@@ -251,11 +253,13 @@ def _train(config, task, workdir, log, profile, verbosity, title, watch):
                     score = held_out(at) if evaluating else None
                     if not is_finite(score):
                         return diverged(at)
+                    lock.check()
                     checkpoints.save(at, state, score)
                 if leaving:
                     checkpoints.wait()
                     say(f"SIGTERM: saved step {at}; the same command continues", QUIET)
                     return PREEMPTED
+            lock.check()
             checkpoints.wait()
             trained, best = sharding.on_host(state["trained"]), checkpoints.best()
             if main_process:
