@@ -336,7 +336,7 @@ def main(parser, argv):
             restored = f"Restoring {f'{len(texts)} texts' if args.text else 'a paragraph'}: {measured}." if measured else ""
             figures = [line for line in (restored, held_out(source)) if line]
             text = publishing.card(adapter, base.config, args.push, args.format == "peft", figures, args.license)
-            publishing.write_card(to, text)
+            files.write_text(pathlib.Path(to) / "README.md", text)
         if args.to:
             print(f"  wrote {written} ({args.format})")
         if args.push:

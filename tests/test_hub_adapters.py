@@ -126,7 +126,7 @@ REFUSED = {
     "no such revision": ("org/adapter@v9", "RevisionNotFoundError.*give a folder that is here, or a repository that you may read"),
     "closed": ("org/gated", "GatedRepoError.*hf auth login"),
     "an ordinary LoRA": ("org/lora", r"'org/lora@\w{40}' has no icae\.json, so it is an ordinary PEFT adapter, without memory tokens"),
-    "a base": ("org/base", r"has no icae\.json, so it is no adapter of this package"),
+    "a base": ("org/base", r"has no icae\.json, so it is no adapter of this package; .*another implementation's file, download that"),
     "neither path nor id": ("no-such-folder", "adapter no-such-folder: no such file or folder; give .* a hub id such as org/name"),
     "nothing": ("", "adapter '': no such file or folder"),
 }
@@ -271,11 +271,12 @@ def test_pushed_and_loaded_again(world, hub, push, tmp_path):
     np.testing.assert_array_equal(got.T, want.trained["lora"]["layers"]["self_attn"]["q_proj"]["a"][1])
 
 
-def test_the_base_by_which_it_was_loaded(world, hub, push, tmp_path):
-    """Breaks when the base's hub id must be said although --base is one."""
-    hub_flags = ["--base", "org/base"]
-    assert push(*hub_flags, base_id=None)[0] == 0
-    assert json.loads(hub.find("me/new", "main")[1]["encoder/adapter_config.json"])["base_model_name_or_path"] == "org/base"
+def test_what_need_not_be_said(hub, push):
+    """Breaks when the base's hub id must be said although --base is one, or --force does not push what does not restore."""
+    assert push("--base", "org/base", "--force", base_id=None, good=False)[0] == 0
+    _, files = hub.find("me/new", "main")
+    assert json.loads(files["encoder/adapter_config.json"])["base_model_name_or_path"] == "org/base"
+    assert b"AE loss 4.000 nats per token (behind another text's memory 4.000)" in files["README.md"]
 
 
 NOT_PUSHED = {

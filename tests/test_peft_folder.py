@@ -131,3 +131,13 @@ def test_bad_input(base, tmp_path):
     assert not (tmp_path / "out").exists()
     peft_folder.save(tmp_path / "out", make_adapter(base), wide)
     peft_folder.save(tmp_path / "other", make_adapter(base, "icae", "sequential"), narrow)
+
+
+def test_a_revision_of_the_base(base, tmp_path):
+    """Breaks when PEFT is given `org/name@revision` as a name, or the revision of the base is lost on the way out and back."""
+    adapter = dataclasses.replace(make_adapter(base), base_path="org/base@v2")
+    peft_folder.save(tmp_path / "out", adapter, TINY)
+    stated = peft.PeftConfig.from_pretrained(tmp_path / "out")
+    assert (stated.base_model_name_or_path, stated.revision) == ("org/base", "v2")
+    assert code_of(tmp_path / "out").count('from_pretrained(base, revision="v2", trust_remote_code=False') == 2
+    assert adapters.load_adapter(tmp_path / "out", base).base_path == "org/base@v2"

@@ -312,7 +312,8 @@ def _check_is_adapter(folder, name):
     if not (folder / INFO).exists():
         ordinary = (folder / "adapter_config.json").exists()
         what = "it is an ordinary PEFT adapter, without memory tokens" if ordinary else "it is no adapter of this package"
-        raise UserError(f"adapter {name!r} has no {INFO}, so {what}; give a folder that training or icae convert adapter wrote")
+        file = " (of another implementation's file, download that and give it to icae convert adapter)" if sources.is_remote(name) else ""
+        raise UserError(f"adapter {name!r} has no {INFO}, so {what}; give one that training or icae convert adapter wrote{file}")
 
 
 def read_adapter_info(folder, name=""):

@@ -4,7 +4,7 @@ import pathlib
 
 from icae_jax.errors import UserError
 from icae_jax.interop import adapter as adapters
-from icae_jax.interop import files, peft_folder, sources
+from icae_jax.interop import peft_folder, sources
 
 
 def check(repository: str) -> None:
@@ -91,11 +91,6 @@ def push(folder: pathlib.Path, repository: str, private: bool) -> str:
 
     remedy = "; give a repository that you may write to, with a token that may write (`hf auth login`, or HF_TOKEN)"
     return str(sources.asking(upload, f"pushing to {repository}", f"--push {repository}", sources.HUB, remedy).commit_url)
-
-
-def write_card(folder: pathlib.Path, text: str) -> None:
-    """Puts a card into an adapter folder."""
-    files.write_text(pathlib.Path(folder) / "README.md", text)
 
 
 CARD = """---
