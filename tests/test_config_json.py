@@ -240,7 +240,7 @@ def test_windows_by_the_rules_of_each_architecture():
         return config_json.parse_config(RAW | family | {"num_hidden_layers": 3} | fields).windows
 
     assert windows("MistralForCausalLM") == (4096,) * 3 and windows("MistralForCausalLM", sliding_window=None) == ()
-    assert windows("Qwen2ForCausalLM", sliding_window=64) == () == windows("Qwen3ForCausalLM", use_sliding_window=True)
+    assert windows("Qwen2ForCausalLM", sliding_window=64, max_window_layers=0) == () == windows("Qwen3ForCausalLM", use_sliding_window=True)
     assert windows("Qwen2ForCausalLM", use_sliding_window=True, sliding_window=64, max_window_layers=1) == (0, 64, 64)
     types = ["sliding_attention", "full_attention", "full_attention"]
     assert windows("Qwen3ForCausalLM", use_sliding_window=True, sliding_window=64, layer_types=types) == (64, 0, 0)

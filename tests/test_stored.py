@@ -134,7 +134,7 @@ def test_tensors_beside_the_model_are_named(folder, tensors, tiny_params, capsys
     safetensors.numpy.save_file(tensors | dict.fromkeys(others, VECTOR), folder / "model.safetensors")
     same(weights.load_params(folder, TINY), tiny_params)
     told = said(capsys)
-    assert f"{folder}: 6 tensors ({', '.join(others[:5])}, …) not of this model, not read" in told and told.count("\n") == 1
+    assert f"{folder}: not of this model and not read: 6 tensors ({', '.join(others[:5])}, …)" in told and told.count("\n") == 1
 
 
 def test_what_config_json_announces_is_there(folder, tensors):
@@ -226,7 +226,7 @@ def test_the_index_says_which_file_holds_a_tensor(folder, tensors, tiny_params, 
     wrong = {"two": {names[0]: -tensors[names[0]]}, "one": {names[1]: -tensors[names[1]]}}
     held = shards(folder, tensors, **wrong)
     same(weights.load_params(folder, TINY), tiny_params)
-    assert f"2 tensors ({names[0]}, {names[1]}) in several files each; read from that which" in said(capsys)
+    assert f"read from that which model.safetensors.index.json names: 2 tensors ({names[0]}, {names[1]})" in said(capsys)
     shards(folder, tensors)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": held | {names[0]: "two.safetensors"}}))
     with pytest.raises(errors.UserError, match=rf"1 tensor not where model\.safetensors\.index\.json has them: {names[0]} .in two\.safe"):

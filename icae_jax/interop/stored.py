@@ -93,7 +93,7 @@ def find(
     stored = {name: of.get(held[name]) if name in held else list(of.values())[-1] for name, of in holders.items()}
     twice = sorted(name for name, of in holders.items() if len(of) > 1)
     if twice:
-        files.say(f"{folder}: {_few(twice)} in several files each; read from that which {INDEX} names")
+        files.say(f"{folder}: in several files each, and read from that which {INDEX} names: {_few(twice)}")
     tied_head = stored.get(HEAD) if config.tie_word_embeddings else None
     if tied_head is not None and TABLE not in stored:  # one tensor under its other name
         files.say(f"{folder}: {TABLE} is not there; {HEAD} is read for it, since config.json says that they are one")
@@ -150,7 +150,7 @@ def _check(folder, config, shapes, stored, held):
     problems = {"missing": missing, f"not where {INDEX} has them": misplaced, "not as expected": wrong}
     refuse(folder, problems | {"not in the model of config.json": unread + other * bool(missing)}, _remedy(config, missing, unread))
     if other:
-        files.say(f"{folder}: {_few(sorted(other))} not of this model, not read")
+        files.say(f"{folder}: not of this model and not read: {_few(sorted(other))}")
 
 
 def _remedy(config, missing, unread):

@@ -139,7 +139,8 @@ def load_params(folder, config, dtype=jnp.float32, sharding=None, progress=False
     sharding: None for the default device, a `jax.sharding.Sharding` for every parameter, or a function that gives each its own:
         `sharding(path, shape)`, path as ("layers", "mlp", "up_proj", "kernel"), shape a `jax.ShapeDtypeStruct`.
     progress: a bar in bytes on stderr, where it takes over a second. only: paths of the parameters to load, by default all.
-    UserError, before any weights are read, lists the tensors that are missing or of another shape than config.json implies.
+    UserError, before any weights are read, lists the tensors that are missing, of another shape than config.json implies, or there though
+    config.json does not announce them (`stored.find`).
     """
     folder = pathlib.Path(folder)
     targets = _targets(config, dtype, sharding)
