@@ -7,7 +7,7 @@ import sys
 import jax
 import numpy as np
 
-from icae_jax.data.sources import read_all
+from icae_jax.data.sources import read_texts
 from icae_jax.errors import UserError
 from icae_jax.evaluation import scores
 from icae_jax.inference.compressor import Compressor
@@ -254,9 +254,7 @@ def main(parser, argv):
             raise UserError(f"--{name} is {getattr(args, name)}; it must be positive")
     files.check_new_folder(args.to)
     source = recognise(args.source)
-    texts = list(dict.fromkeys(row.text for row in read_all(args.text)))[:8] if args.text else [PARAGRAPH]
-    if not texts:
-        raise UserError(f"--text {args.text}: no rows")
+    texts = list(dict.fromkeys(row.text for row in read_texts(args.text, "--text")))[:8] if args.text else [PARAGRAPH]
     base = bases.load_base(args.base, args.base_dtype, progress=True, need_tokenizer=False)
     adapter, lines, settled = read(source, base, args)
     print(f"{source.path}: {source.kind}, r {adapter.lora.rank}, k {adapter.compression.k}, LoRA on {', '.join(adapter.lora.targets)}")

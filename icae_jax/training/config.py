@@ -231,7 +231,7 @@ def _scalar(kind, value, where):
 FREE_FIELDS = {"log_every", "eval_every", "eval_examples", "checkpoint_every", "remat", "remat_decoder", "attention", "unroll"}
 FREE_FIELDS |= {"mesh.data", "mesh.fsdp", "mesh.tensor"}  # the devices may change: results agree within rounding
 PATH_FIELDS = {"base", "init_from", "data.train", "data.eval", "data.cache_dir", "data.tfds_dir"}  # `identity` has their content
-FREE_FIELDS |= PATH_FIELDS | {"data.max_row_bytes"}
+FREE_FIELDS |= PATH_FIELDS | {"data.max_row_bytes", "data.strict"}
 
 
 def _flat(value, prefix=""):
