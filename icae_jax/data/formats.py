@@ -2,6 +2,7 @@
 
 import pathlib
 import re
+import sys
 from collections.abc import Iterator
 
 from icae_jax.data import json_rows, reading, rows, tables
@@ -46,7 +47,7 @@ def kind(path: str) -> str:
     return found
 
 
-def raw_rows(path: str, most: int = reading.MAX_ROW_BYTES, fields: frozenset[str] = rows.FIELDS) -> Iterator[tuple[object, str, int]]:
+def raw_rows(path: str, most: int = reading.MAX_ROW_BYTES, fields: frozenset[str] = rows.FIELDS) -> Iterator[tuple[object, str, str | int]]:
     """Yields (raw row, where it stands, its number in the file) in order, of a text file one row `{"text": …}`.
 
     most: bytes of a row. fields: the columns that are wanted of a table. UserError names the file, and where in it what is wrong stands.
@@ -54,7 +55,11 @@ def raw_rows(path: str, most: int = reading.MAX_ROW_BYTES, fields: frozenset[str
     found = kind(path)
     with reading.naming(path):
         if found == TEXT:
-            yield {"text": reading.read_text(path, most)}, path, 0
+            text = reading.read_text(path, most)
+            if json_rows.seems_lines(text):
+                told = "read as one text, though its lines are JSON; name it .jsonl to read them as rows"
+                print(f"data file {path}: {told}", file=sys.stderr, flush=True)
+            yield {"text": text}, path, 0
         elif found == PARQUET:
             yield from tables.read_parquet(path, most, fields)
         elif found == ARROW:
@@ -63,17 +68,18 @@ def raw_rows(path: str, most: int = reading.MAX_ROW_BYTES, fields: frozenset[str
             with reading.open_text(path) as file:
                 if found == JSON:
                     for value, line, number in json_rows.read(file, path, most):
-                        yield value, f"{path}:{line}", number
+                        yield from rows.unwrapped(value, f"{path}:{line}", str(number))
                 else:
                     yield from tables.read_csv(file, path, most, fields, "\t" if found == TSV else "")
 
 
 def is_json_lines(path: str) -> bool:
-    """Whether a file can be read from the beginning of any line on: not packed, UTF-8 without a mark, its first row on one line."""
+    """Whether a file can be read from the beginning of any line on: not packed, UTF-8 without a mark, one row on its first line."""
     if kind(path) != JSON or reading.packing(path):
         return False
     with reading.naming(path):
         if reading.has_mark(path):
             return False
         with reading.open_bytes(path) as file:
-            return json_rows.is_lines(file, reading.MAX_ROW_BYTES)
+            first = json_rows.first_line(file, reading.MAX_ROW_BYTES)
+            return isinstance(first, dict) and not rows.is_wrapper(first)

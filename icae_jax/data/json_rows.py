@@ -39,12 +39,21 @@ def decode_line(line: bytes) -> object:
         raise UserError(f"not valid JSON ({error})") from error
 
 
-def is_lines(file: io.BufferedReader, most: int) -> bool:
-    """Whether a file's first row is an object on one line: then it can be read from the beginning of any line on."""
+def first_line(file: io.BufferedReader, most: int) -> object:
+    """The JSON value of a file's first line that is not blank, None where it is none by itself."""
     _skip_blank_lines(file)
     try:
-        return isinstance(decode_line(file.readline(most + 1)), dict)
+        return decode_line(file.readline(most + 1))
     except UserError:
+        return None
+
+
+def seems_lines(text: str) -> bool:
+    """Whether a text's first line is a JSON object."""
+    first = text.lstrip()[:1] == "{" and text.lstrip().split("\n", 1)[0]
+    try:
+        return bool(first) and isinstance(_DECODER.decode(first), dict)
+    except (ValueError, RecursionError):
         return False
 
 
@@ -63,7 +72,7 @@ def read(file: io.BufferedReader, path: str, most: int) -> Iterator[tuple[object
         try:
             value = decode_line(line)
         except UserError as error:
-            if number > before + 1 or not line.startswith(b"{"):
+            if number > before + 1 or not isinstance(error.__cause__, json.JSONDecodeError):
                 raise UserError(f"{path}:{number}: {error}") from error
             yield from _from_first_line(file, path, most, line, number, error)
             return
@@ -87,7 +96,9 @@ def _from_first_line(file, path, most, line, number, error):
     try:
         first = next(values)
     except UserError as other:
-        raise UserError(f"{path}:{number}: {error}; nor is there an object over several lines: {other}") from other
+        here = f"{path}:{number}: "
+        also = "" if str(other).startswith(here) else f"; nor is there an object over several lines: {other}"
+        raise UserError(f"{here}{error}{also}") from other
     yield first
     yield from values
 

@@ -156,6 +156,20 @@ def check_no_answer(text: str, flag: str) -> None:
 # ---------------------------------------------------------------------------------------------------------------- forms
 
 
+def is_wrapper(raw: object) -> bool:
+    """Whether a JSON value is no row, but holds rows as its `data`."""
+    return isinstance(raw, dict) and isinstance(raw.get("data"), list) and not raw.keys() & (FIELDS - {"data", "id"})
+
+
+def unwrapped(raw: object, where: str, number: str) -> Iterator[tuple[object, str, str]]:
+    """Yields (raw row, its place, its number): the items of `{"data": […]}`, as SQuAD's files are, or else what is given."""
+    if not is_wrapper(raw):
+        yield raw, where, number
+        return
+    for i, item in enumerate(raw["data"]):
+        yield item, f"{where}: item {i + 1}", f"{number}.{i}"
+
+
 def parse(raw: object, where: str, default_id: str) -> list[Row]:
     """The `Row`s of one raw row: of most forms one, of SQuAD's and MRQA's paragraphs one a question. UserError names place and field."""
     with placed(where):
@@ -179,9 +193,9 @@ def _parse(raw, where, default_id, subset):
     elif "qas" in raw:
         yield from paragraph(raw, where, default_id, subset)
     elif isinstance(raw.get("paragraphs"), list):
-        yield from _nested(raw["paragraphs"], "paragraph", where, default_id, subset)
-    elif isinstance(raw.get("data"), list):
-        yield from _nested(raw["data"], "item", where, default_id, subset)
+        for number, item in enumerate(raw["paragraphs"]):
+            with placed(f"paragraph {number + 1}"):
+                yield from _parse(item, f"{where}: paragraph {number + 1}", f"{default_id}.{number}", subset)
     elif chat := next((field for field in CHATS if field in raw), None):
         yield Row(*_chat(raw, chat), *tail)
     elif raw.keys() & set(TEXTS) and not raw.keys() & {"question", "answer", "answers"}:
@@ -225,9 +239,8 @@ def text_of(raw: dict, field: str, name: str = "") -> str:
 
 def answers_of(raw: dict) -> tuple[str, ...]:
     """The reference answers of a question, () where it has none: texts in a list, one text, or SQuAD's own forms."""
-    value = raw.get("answers")
-    if _absent(value):
-        value = raw.get("answer")
+    field = "answer" if _absent(raw.get("answers")) and "answer" in raw else "answers"
+    value = raw.get(field)
     if isinstance(value, dict):
         value = value.get("text")
     if _absent(value):
@@ -237,16 +250,10 @@ def answers_of(raw: dict) -> tuple[str, ...]:
         listed = [a.get("text") if isinstance(a, dict) else a for a in listed]
         listed = [a for a in listed if not _absent(a)]
     if not isinstance(listed, list) or not all(isinstance(a, str) for a in listed):
-        raise UserError(f"answers is {str(value)[:200]}, expected a list of texts")
+        raise UserError(f"{field} is {str(value)[:200]}, expected a list of texts, or a text (a number in quotes)")
     for answer in listed:
-        check_encodable(answer, "answers")
+        check_encodable(answer, field)
     return tuple(listed)
-
-
-def _nested(items, what, where, default_id, subset):
-    for number, item in enumerate(items):
-        with placed(f"{what} {number + 1}"):
-            yield from _parse(item, f"{where}: {what} {number + 1}", f"{default_id}.{number}", subset)
 
 
 def paragraph(raw: dict, where: str, default_id: str, subset: str = "") -> Iterator[Row]:

@@ -131,7 +131,7 @@ def read_parquet(path: str, most: int, fields: frozenset[str] = rows.FIELDS) -> 
     import pyarrow.parquet
 
     with _naming(path), _open_table(path, (b"PAR1",)) as source, pyarrow.parquet.ParquetFile(source, pre_buffer=False) as file:
-        names = _wanted(file.schema_arrow.names, fields, path)
+        names = wanted(file.schema_arrow.names, fields, f"data file {path}")
         size = max((file.metadata.row_group(i).total_byte_size for i in range(file.metadata.num_row_groups)), default=0)
         count = max((file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups)), default=0)
         batches = file.iter_batches(batch_size=_batch(size, count), columns=names)
@@ -146,7 +146,7 @@ def read_arrow(path: str, most: int, fields: frozenset[str] = rows.FIELDS) -> It
         is_file = source.read(6) == b"ARROW1"
         source.seek(0)
         reader = (pa.ipc.open_file if is_file else pa.ipc.open_stream)(source)
-        names = _wanted(reader.schema.names, fields, path)
+        names = wanted(reader.schema.names, fields, f"data file {path}")
         batches = map(reader.get_batch, range(reader.num_record_batches)) if is_file else reader
         yield from _rows((batch.select(names) for batch in batches), path, most)
 
@@ -168,13 +168,14 @@ def _open_table(path, beginnings):
             yield source
 
 
-def _wanted(names, fields, path):
+def wanted(names: list[str], fields: frozenset[str], what: str) -> list[str]:
+    """Those columns of a table that `fields` names. UserError where there is none, or one comes twice. what: the table."""
     found = [name for name in names if name in fields]
     if not found:
-        raise UserError(f"data file {path}: columns {', '.join(names)}; {rows.EXPECTED}")
+        raise UserError(f"{what}: columns {', '.join(names)}; {rows.EXPECTED}")
     twice = next((name for name in found if found.count(name) > 1), None)
     if twice:
-        raise UserError(f"data file {path}: two columns are named {twice!r}; rename one")
+        raise UserError(f"{what}: two columns are named {twice!r}; rename one")
     return found
 
 

@@ -43,5 +43,6 @@ class Builder(common.LocalBuilder, skip_registration=True):
             return
         common.text_of(raw, "context")
         common.check_field(raw, "qas")
-        for row, question in zip(rows.paragraph(raw, "", "", subset), raw["qas"], strict=False):
+        asked = [row for row in rows.paragraph(raw, "", "", subset) if row.question is not None]
+        for row, question in zip(asked, raw["qas"], strict=True):
             yield row._replace(id=common.text_of(question, "qid"))
