@@ -190,6 +190,7 @@ MALFORMED = {  # a file's name, its content, what is said of it behind its path
     "malformed over lines": ("a.json", '{\n"text": "a",\n"id" 3}', ":1: not valid JSON .*a.json:3: not valid JSON .Expecting ':'"),
     "field twice": ("a.jsonl", '{"text": "a", "text": "b"}', ":1: field 'text' stands in one object twice, with two values; remove one$"),
     "field twice in an array": ("a.json", '[\n{"text": "a", "text": "b"}]', ":2: field 'text' stands in one object twice"),
+    "number of too many digits": ("a.json", f'[{{"n": {"1" * 5000}}}]', ":1: not valid JSON .*digits"),
     "nested": ("a.json", "[" * 100 + "]" * 100, ":1: a JSON list, expected an object"),
     "number": ("a.jsonl", '{"text": "a"}\n3\n', ":2: a JSON int, expected an object"),
     "too many cells": ("a.csv", "id,text\n1,a\n2,b,c\n", ":3: 3 cells, but the first line names 2 columns: id, text"),

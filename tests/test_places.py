@@ -52,6 +52,19 @@ def test_a_folder_is_its_files_of_rows(corpus, tmp_path, capsys):
     assert sources.identity(str(corpus)) != sources.identity(",".join(every))
 
 
+def test_links_and_copies_in_a_folder(corpus, tmp_path):
+    """Breaks when a linked folder is lost, one that leads back is entered for ever, or a backup doubles its rows."""
+    write_jsonl(tmp_path / "x.jsonl", [{"text": "linked"}])
+    (tmp_path / "far").mkdir()
+    (tmp_path / "far" / "z.jsonl").symlink_to(tmp_path / "x.jsonl")
+    (corpus / "far").symlink_to(tmp_path / "far")
+    (corpus / "deep" / "back").symlink_to(corpus)
+    for name in ("b.jsonl.bak", "b.jsonl~", "c.jsonl.incomplete"):
+        shutil.copy(corpus / "b.jsonl", corpus / name)
+    assert texts(str(corpus)) == ["a", "b", "c", "d", "linked"]
+    assert texts(f"{corpus}/b.jsonl.bak") == ["b", "c"]  # where it is asked for
+
+
 def test_a_folder_of_texts_is_its_texts(tmp_path):
     """Breaks when texts are read only beside rows, or a licence or hidden file becomes one of them."""
     for name in ("2.txt", "1.md", "LICENSE", "LICENSE.txt", ".hidden.txt", "Makefile"):

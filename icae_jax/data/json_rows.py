@@ -72,6 +72,8 @@ def read(file: io.BufferedReader, path: str, most: int) -> Iterator[tuple[object
         try:
             value = decode_line(line)
         except UserError as error:
+            if not line.decode("utf-8", "replace").strip():  # blanks that are none to bytes
+                continue
             if number > before + 1 or not isinstance(error.__cause__, json.JSONDecodeError):
                 raise UserError(f"{path}:{number}: {error}") from error
             yield from _from_first_line(file, path, most, line, number, error)
@@ -154,10 +156,10 @@ class _Text:
                 if self.ended or not cut:
                     wrong = self.line + self.buffer.count("\n", self.at, error.pos)
                     raise UserError(f"{self.path}:{wrong}: not valid JSON ({error.msg})") from error
-            except RecursionError as error:
-                raise UserError(f"{self.path}:{line}: not valid JSON ({error})") from error
             except UserError as error:
                 raise UserError(f"{self.path}:{line}: {error}") from error
+            except (ValueError, RecursionError) as error:
+                raise UserError(f"{self.path}:{line}: not valid JSON ({error})") from error
             else:
                 cut = end == len(self.buffer) and not isinstance(value, dict | list | str)  # such as 12 of 123
                 if self.ended or not cut:

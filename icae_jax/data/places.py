@@ -67,17 +67,20 @@ def _walk(folder):
     def closed(error):
         raise error
 
-    found = []
+    found, entered = [], {os.path.realpath(folder)}
     with reading.naming(folder):
-        for at, folders, names in os.walk(folder, onerror=closed):
-            folders[:] = [name for name in folders if not name.startswith(".")]
+        for at, folders, names in os.walk(folder, onerror=closed, followlinks=True):
+            real = {name: os.path.realpath(os.path.join(at, name)) for name in folders if not name.startswith(".")}
+            folders[:] = [name for name in real if real[name] not in entered]  # a link may lead back
+            entered.update(real.values())
             found += [os.path.join(at, name) for name in names if not name.startswith(".")]
     return found
 
 
 def _data_files(path, found, told):
     found = sorted(set(found), key=lambda f: pathlib.PurePath(f).parts)
-    named = {f: formats.kind_by_name(f) for f in found if formats.suffixes(f)}
+    # By the last suffix alone: a.jsonl.bak beside a.jsonl is a copy.
+    named = {f: formats.KINDS.get(formats.suffixes(f)[-1]) for f in found if formats.suffixes(f)}
     data = {f: kind for f, kind in named.items() if kind and not _is_about(f)}
     chosen = [f for f, kind in data.items() if kind != formats.TEXT] or list(data)
     if not chosen:

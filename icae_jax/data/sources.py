@@ -68,12 +68,12 @@ def identity(source: str, tfds_dir: str | None = None, content_hash=reading.cont
 def earlier_identity(source: str, tfds_dir: str | None = None) -> list:
     """What the first version of token caches knew a source by: files by name, size, time of change, and ends."""
     result = []
-    for part in _parts(source):
-        if part.startswith(tfds_sets.PREFIX):
-            result.append(tfds_sets.identity(part, tfds_dir))
-        elif not places.is_set(part) and not reading.is_remote(part):  # others it did not know
-            stat = pathlib.Path(part).stat()
-            result.append([pathlib.Path(part).name, stat.st_size, stat.st_mtime_ns, reading.ends(part, stat.st_size)])
+    for path in map(pathlib.Path, split_source(source)):
+        if str(path).startswith(tfds_sets.PREFIX):
+            result.append(tfds_sets.identity(str(path), tfds_dir))
+        elif path.is_file():  # it knew no folders, nor what is elsewhere
+            stat = path.stat()
+            result.append([path.name, stat.st_size, stat.st_mtime_ns, reading.ends(path, stat.st_size)])
     return result
 
 

@@ -25,7 +25,7 @@ from icae_jax.interop.text import user_ids
 CACHE_VERSION = 2  # 1 made control tokens of what texts spelled, and knew files by their times
 BATCH = 1000  # rows handed to the tokenizer at once
 BATCH_CHARACTERS = 1 << 21  # and no more characters than these, but for a single row's; a token takes a hundred bytes meanwhile
-REMEMBERED = 16 << 20  # bytes from which on a file's hash is kept
+REMEMBERED = 1 << 20  # bytes from which on a file's hash is kept
 SETTLED = 2.0  # seconds after which a change of a file shows in its time
 GATHERED = 1 << 16  # questions put in order at once
 ARRAYS = (
