@@ -183,7 +183,7 @@ def test_only_some_subsets_of_mrqa(tmp_path):
     [
         ({"qas": None}, "qas is None, expected a list of questions"),
         ({"qas": ["q"]}, "qas holds 'q', expected an object"),
-        ({"qas": [{"qid": "1", "question": "q"}]}, "answers is missing in"),
+        ({"qas": [{"qid": "1", "question": "q"}]}, "answers is missing in a question of qas"),
         ({"qas": [{"qid": "1", "question": "q", "answers": ["a", 3]}]}, "answers is \\['a', 3\\], expected a list of texts"),
         ({"qas": [{"question": "q", "answers": ["a"]}]}, "no field qid"),
         ({"context": 3}, "context is int, expected text"),

@@ -52,7 +52,12 @@ def test_rows_of_every_form(raw, row):
         (QUESTION | {"document": "d", "answer": "a"}, "fields answer, context, document, question: both context and document"),
         ({"document": "d", "content": "c"}, "fields content, document: both document and content"),
         ({"document": "d", "question": "q"}, "fields document, question; expected text"),
-        ({"context": "c", "qas": [{"question": "q"}]}, "answers is missing"),
+        ({"context": "c", "qas": [{"question": "q"}]}, "answers is missing in a question of qas; its fields are question"),
+        ({"context": "c", "qas": ["q"]}, "qas holds 'q', expected an object"),
+        ({f"key\n{i}": {} for i in range(10000)}, r"fields key 0, key 1, .*, …; expected text"),
+        ({"messages": [{"role": ["user"], "content": "x"}]}, r"messages holds a message of role .*user"),
+        ({"messages": [{"role": "user", "content": [{"type": ["text"]}]}]}, "messages holds a part of type"),
+        ({"messages": [{"role": "user", "content": ["x"]}]}, "messages holds a part of type str; only text"),
         ({"paragraphs": [{"text": "t"}, {"words": 1}]}, "paragraph 2: fields words; expected"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "messages holds a message of role 'tool'; expected system"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages holds a part of type image_url; only text"),
@@ -61,8 +66,9 @@ def test_rows_of_every_form(raw, row):
 )
 def test_bad_rows_name_place_and_field(raw, message):
     """Breaks when a bad row is skipped, or its error does not say where it stands and what is wrong."""
-    with pytest.raises(UserError, match=f"^a.jsonl:3: {message}"):
+    with pytest.raises(UserError, match=f"^a.jsonl:3: {message}") as error:
         rows.parse(raw, "a.jsonl:3", "2")
+    assert len(str(error.value)) < 1000 and "\n" not in str(error.value)
 
 
 SQUAD = {
@@ -102,6 +108,8 @@ def chat(*turns):
         ({"messages": chat(("system", "text"), ("user", "q"))}, ("text", "q", ())),
         ({"messages": chat(("assistant", "a"))}, ("assistant: a", None, None)),
         ({"messages": []}, ("", None, None)),
+        ({"messages": None}, ("", None, None)),
+        ({"messages": chat(("System", "text"), ("User", "q"), ("Assistant", None))}, ("text", "q", ("",))),
         (
             {"messages": chat(("system", [{"type": "text", "text": "te"}, {"type": "text", "text": "xt"}]), ("user", "q"))},
             ("text", "q", ()),

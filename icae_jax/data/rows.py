@@ -4,11 +4,10 @@ A raw row is a dictionary, as JSON has it. A row of another form is an error; on
 and counted.
 """
 
-import collections
 import contextlib
 import dataclasses
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from icae_jax.errors import UserError
 from icae_jax.interop.text import check_encodable
@@ -24,6 +23,7 @@ QUESTION_FORMS = (  # the fields of the text, of the question and of its answer
 )
 CONTEXTS = ("context", "passage", "document")  # names of the text that `question` is about
 TEXTS = ("document", "content")  # of a text alone, where it is the only one
+MOST_NAMES = 20  # in an error
 CHATS = ("messages", "conversations")
 ROLES = {
     "system": "system", "developer": "system", "user": "user", "human": "user",
@@ -201,7 +201,13 @@ def _parse(raw, where, default_id, subset):
     elif raw.keys() & set(TEXTS) and not raw.keys() & {"question", "answer", "answers"}:
         yield Row(text_of(raw, _only(raw, TEXTS)), None, None, *tail)
     elif raw.keys() != {"header"}:  # the first line of MRQA's files
-        raise UserError(f"fields {', '.join(sorted(map(str, raw))) or 'none'}; {EXPECTED}")
+        raise UserError(f"fields {listed(sorted(raw))}; {EXPECTED}")
+
+
+def listed(names: Iterable[str]) -> str:
+    """Names of fields or columns in one line, the first of them where there are many."""
+    names = [" ".join(str(name).split())[:80] for name in names]
+    return ", ".join(names[:MOST_NAMES] + ["…"] * (len(names) > MOST_NAMES)) or "none"
 
 
 def _only(raw, names):
@@ -209,7 +215,7 @@ def _only(raw, names):
     present = [name for name in names if name in raw]
     if len(present) != 1:
         what = f"both {' and '.join(present)}" if present else "none"
-        raise UserError(f"fields {', '.join(sorted(map(str, raw)))}: {what} of {', '.join(names)}; {EXPECTED}")
+        raise UserError(f"fields {listed(sorted(raw))}: {what} of {', '.join(names)}; {EXPECTED}")
     return present[0]
 
 
@@ -245,27 +251,27 @@ def answers_of(raw: dict) -> tuple[str, ...]:
         value = value.get("text")
     if _absent(value):
         return ()
-    listed = [value] if isinstance(value, str) else value
-    if isinstance(listed, list):
-        listed = [a.get("text") if isinstance(a, dict) else a for a in listed]
-        listed = [a for a in listed if not _absent(a)]
-    if not isinstance(listed, list) or not all(isinstance(a, str) for a in listed):
+    answers = [value] if isinstance(value, str) else value
+    if isinstance(answers, list):
+        answers = [a.get("text") if isinstance(a, dict) else a for a in answers]
+        answers = [a for a in answers if not _absent(a)]
+    if not isinstance(answers, list) or not all(isinstance(a, str) for a in answers):
         raise UserError(f"{field} is {str(value)[:200]}, expected a list of texts, or a text (a number in quotes)")
-    for answer in listed:
+    for answer in answers:
         check_encodable(answer, field)
-    return tuple(listed)
+    return tuple(answers)
 
 
 def paragraph(raw: dict, where: str, default_id: str, subset: str = "") -> Iterator[Row]:
     """Yields the rows of a paragraph of SQuAD, or of a line of MRQA: one text and its questions."""
     text, questions = text_of(raw, "context"), raw["qas"]
     if not isinstance(questions, list):
-        raise UserError(f"qas is {questions!r}, expected a list of questions")
+        raise UserError(f"qas is {str(questions)[:200]}, expected a list of questions")
     for number, question in enumerate(questions):
         if not isinstance(question, dict):
-            raise UserError(f"qas holds {question!r}, expected an object with question and answers")
+            raise UserError(f"qas holds {str(question)[:200]!r}, expected an object with question and answers")
         if not question.keys() & {"answers", "answer", "is_impossible"}:
-            raise UserError(f"answers is missing in {question!r}"[:300])
+            raise UserError(f"answers is missing in a question of qas; its fields are {listed(question)}")
         own = name_of(question, "id") if "qid" not in question else name_of(question, "qid")
         # The id is the question's: the text is one, whatever is asked of it.
         yield Row(text, text_of(question, "question"), answers_of(question), where, own or f"{default_id}.{number}", subset)
@@ -277,7 +283,7 @@ def _chat(raw, field):
     """(text, question, answers) of a chat: the last reply is the answer, the user's message before it the question, what came before the
     text. Without a reply the last message of the user has no answer; without a user there is a text alone.
     """
-    messages = raw[field]
+    messages = [] if _absent(raw[field]) else raw[field]
     if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
         raise UserError(f"{field} is {str(messages)[:200]}, expected a list of messages with role and content")
     turns = [("system", text_of(raw, "system"))] if raw.get("system") else []
@@ -293,9 +299,10 @@ def _chat(raw, field):
 
 def _role(message, field):
     role = message.get("role", message.get("from"))
-    if role not in ROLES:
-        raise UserError(f"{field} holds a message of role {role!r}; expected {', '.join(ROLES)}")
-    return ROLES[role]
+    known = ROLES.get(role.lower()) if isinstance(role, str) else None
+    if known is None:
+        raise UserError(f"{field} holds a message of role {str(role)[:80]!r}; expected {', '.join(ROLES)}")
+    return known
 
 
 def _content(message, field):
@@ -303,9 +310,10 @@ def _content(message, field):
     parts = message.get(name)
     if not isinstance(parts, list):
         return text_of(message, name, f"{field}: {name}")
-    kinds = collections.Counter(part.get("type") if isinstance(part, dict) else type(part).__name__ for part in parts)
-    if kinds.keys() - {"text"}:
-        raise UserError(f"{field} holds a part of type {next(iter(kinds.keys() - {'text'}))}; only text is read")
+    kinds = [part.get("type") if isinstance(part, dict) else type(part).__name__ for part in parts]
+    other = next((kind for kind in kinds if kind != "text"), None)
+    if other is not None or None in kinds:
+        raise UserError(f"{field} holds a part of type {str(other)[:80]}; only text is read")
     return "".join(text_of(part, "text", f"{field}: {name}") for part in parts)
 
 

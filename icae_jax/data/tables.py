@@ -52,7 +52,7 @@ def read_csv(
             continue
         if len(cells) != len(names):
             what = "cell" if len(cells) == 1 else "cells"
-            raise UserError(f"{path}:{began}: {len(cells)} {what}, but the first line names {len(names)} columns: {', '.join(names)}")
+            raise UserError(f"{path}:{began}: {len(cells)} {what}, but the first line names {len(names)} columns: {rows.listed(names)}")
         with rows.placed(f"{path}:{began}"):
             raw = {name: _cell(name, cell) for name, cell in zip(names, cells, strict=True)}
         yield raw, f"{path}:{began}", number
@@ -91,12 +91,12 @@ class _Lines:
 
 
 def _columns(cells, fields, where):
-    names = [cell.strip() for cell in cells]
+    names = [" ".join(cell.split()) for cell in cells]
     twice = next((name for name in names if name and names.count(name) > 1), None)
     if twice is not None:
         raise UserError(f"{where}: two columns are named {twice!r}; rename one")
     if not fields & set(names):
-        raise UserError(f"{where}: columns {', '.join(names)}; {rows.EXPECTED}")
+        raise UserError(f"{where}: columns {rows.listed(names)}; {rows.EXPECTED}")
     return names
 
 
@@ -172,7 +172,7 @@ def wanted(names: list[str], fields: frozenset[str], what: str) -> list[str]:
     """Those columns of a table that `fields` names. UserError where there is none, or one comes twice. what: the table."""
     found = [name for name in names if name in fields]
     if not found:
-        raise UserError(f"{what}: columns {', '.join(names)}; {rows.EXPECTED}")
+        raise UserError(f"{what}: columns {rows.listed(names)}; {rows.EXPECTED}")
     twice = next((name for name in found if found.count(name) > 1), None)
     if twice:
         raise UserError(f"{what}: two columns are named {twice!r}; rename one")

@@ -25,7 +25,7 @@ QUESTIONS = {
 def check_field(raw, field):
     """UserError where a JSON object has no such field."""
     if field not in raw:
-        raise UserError(f"no field {field}; the fields are {', '.join(raw) or 'none'}")
+        raise UserError(f"no field {field}; the fields are {rows.listed(raw)}")
 
 
 def text_of(raw, field):
