@@ -218,6 +218,14 @@ def test_malformed_rows_are_named(tmp_path, name):
         assert "\n" not in str(error.value)
 
 
+def damaged_offsets():
+    """An Arrow stream that says that a text is longer than the file."""
+    content = bytearray(arrow_stream(pa.table({"text": ["a" * 100] * 2})))
+    at = content.index((100).to_bytes(4, "little") + (200).to_bytes(4, "little"))
+    content[at : at + 4] = (1 << 30).to_bytes(4, "little")
+    return bytes(content)
+
+
 WHOLE = parquet(pa.table({"text": ["x" * i for i in range(3000)]}), row_group_size=100)
 NOT_DATA = {  # a file's name, its content, what is said of it
     "pdf": ("a.pdf", b"%PDF", r"\.pdf is no format that is read; expected JSON .*renamed to \.txt"),
@@ -248,6 +256,7 @@ NOT_DATA = {  # a file's name, its content, what is said of it
     "cut parquet": ("a.parquet", WHOLE[:-50], "cannot be read .*is it whole"),
     "damaged parquet": ("a.parquet", WHOLE[:3000] + b"\xff" * 2000 + WHOLE[5000:], "cannot be read .*is it whole"),
     "cut arrow": ("a.arrow", arrow_stream(pa.table(TABLE))[:-60], "cannot be read .*is it whole"),
+    "damaged arrow": ("a.arrow", damaged_offsets(), "cannot be read .*is it whole"),
     "cut bz2": ("a.jsonl.bz2", bz2.compress(LINES.encode())[:-5], "cannot be read .*ended before"),
     "cut xz": ("a.jsonl.xz", lzma.compress(LINES.encode())[:-5], "cannot be read .*ended before"),
     "no bz2": ("a.jsonl.bz2", LINES.encode(), "cannot be read"),

@@ -148,7 +148,13 @@ def read_arrow(path: str, most: int, fields: frozenset[str] = rows.FIELDS) -> It
         reader = (pa.ipc.open_file if is_file else pa.ipc.open_stream)(source)
         names = wanted(reader.schema.names, fields, f"data file {path}")
         batches = map(reader.get_batch, range(reader.num_record_batches)) if is_file else reader
-        yield from _rows((batch.select(names) for batch in batches), path, most)
+        yield from _rows((_checked(batch.select(names)) for batch in batches), path, most)
+
+
+def _checked(batch):
+    """A batch of whose lengths and texts none lead outside it: Arrow takes what a file says of them as it is, and would crash."""
+    batch.validate(full=True)
+    return batch
 
 
 @contextlib.contextmanager
@@ -164,7 +170,7 @@ def _open_table(path, beginnings):
         if not start.startswith(beginnings):
             raise UserError(f"data file {path}: {reading.binary_kind(start) or 'text'}, not what its name says")
         file.seek(0)
-        with pa.PythonFile(file, mode="r") as source:
+        with pa.PythonFile(file, mode="r") if reading.is_remote(path) else pa.OSFile(str(path)) as source:
             yield source
 
 
