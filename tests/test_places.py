@@ -150,6 +150,8 @@ def test_object_storage(bucket, corpus, tmp_path, tiny_tokenizer):
     assert texts("gs://bucket/p.parquet, gs://bucket/corpus/b.jsonl") == ["p", "b", "c"]
     assert next(sources.read_rows("gs://bucket/p.parquet")).where == "gs://bucket/p.parquet row 0"
     sources.check_present("gs://bucket/corpus")
+    os.rename(bucket / "corpus" / "deep", bucket / "corpus" / "deep.en")  # a folder with a suffix
+    assert texts("gs://bucket/corpus") == ["a", "b", "c", "d"]
     assert sources.identity("gs://bucket/corpus") == sources.identity(str(corpus))
     remote, here = (tokens.tokenise(source, tiny_tokenizer, str(tmp_path / "cache")) for source in ("gs://bucket/corpus", str(corpus)))
     assert remote.key == here.key

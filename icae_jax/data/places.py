@@ -79,8 +79,7 @@ def _walk(folder):
 
 def _data_files(path, found, told):
     found = sorted(set(found), key=lambda f: pathlib.PurePath(f).parts)
-    # By the last suffix alone: a.jsonl.bak beside a.jsonl is a copy.
-    named = {f: formats.KINDS.get(formats.suffixes(f)[-1]) for f in found if formats.suffixes(f)}
+    named = {f: _kind_in_folder(f) for f in found}
     data = {f: kind for f, kind in named.items() if kind and not _is_about(f)}
     chosen = [f for f, kind in data.items() if kind != formats.TEXT] or list(data)
     if not chosen:
@@ -90,6 +89,11 @@ def _data_files(path, found, told):
     if left and told:
         print(f"data {path}: {len(chosen)} files are read; {len(left)} others are not, such as {left[0]}", file=sys.stderr, flush=True)
     return chosen
+
+
+def _kind_in_folder(path):
+    """A file's kind by its last suffix alone, "" for none's: beside a.jsonl, a.jsonl.bak is a copy."""
+    return formats.KINDS.get((formats.suffixes(path) or [""])[-1], "")
 
 
 def _is_about(path):
@@ -111,7 +115,7 @@ def _remote(url, told):
         for entry in folder.iterdir():
             if not entry.name.startswith("."):
                 # A name that is a data file's need not be asked for: a folder may hold thousands.
-                is_file = bool(formats.suffixes(entry.name)) or not entry.is_dir()
+                is_file = bool(_kind_in_folder(entry.name)) or not entry.is_dir()
                 files += [os.fspath(entry)] if is_file else walk(entry)
         return files
 
@@ -123,7 +127,7 @@ def _remote(url, told):
                 if "**" in pattern:
                     raise UserError(f"data {url}: ** is not read there; give the folder, of which all files are read at any depth")
                 return [os.fspath(match) for match in epath.Path(base).glob(pattern)]
-            if formats.suffixes(url) or not epath.Path(url).is_dir():
+            if _kind_in_folder(url) or not epath.Path(url).is_dir():
                 return None
             return walk(epath.Path(url))
 
