@@ -86,6 +86,8 @@ def get_config(arg="pretrain-icae"):
     config.data.max_row_bytes = 64 << 20  # that a line of a file may hold, unpacked
     config.data.cache_dir = ""
     config.data.tfds_dir = ""
+    config.data.no_answer = ""  # what questions without an answer are answered with; "" leaves them out, counted
+    config.data.strict = False  # an error in place of empty rows that are left out
     if only:
         one_ratio(config, finetune)
     return config

@@ -166,24 +166,23 @@ def _print(value, as_json, text):
 
 
 def compress_verb(argv):
-    from icae_jax.data.sources import read_all, with_ids
+    from icae_jax.data.sources import read_texts, with_ids
     from icae_jax.inference import store
     from icae_jax.inference.compressor import load
 
     parser = _parser("compress")
     parser.add_argument("--adapter", required=True, help="adapter folder, workdir of a training run, hub id, or gs://…")
     base_flags(parser)
-    parser.add_argument("--input", required=True, help="JSON lines (text, or context) or a text file")
+    parser.add_argument("--input", required=True, help="texts: JSON, tables, text files, a folder or glob of them")
     parser.add_argument("--output", required=True, help="memory file to write (.safetensors)")
     parser.add_argument("--k", type=int, help="memory tokens a segment, where the adapter knows several; by default the most")
     mesh_flag(parser)
     parser.add_argument("--batch_size", type=int, default=16, help="texts compressed at once")
+    parser.add_argument("--strict", action="store_true", help="refuse empty texts, which are left out otherwise")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args(argv)
     store.check_output(args.output)
-    rows = with_ids(read_all(args.input))
-    if not rows:
-        raise UserError(f"--input {args.input}: no rows")
+    rows = with_ids(read_texts(args.input, "--input", "--strict" if args.strict else ""))
     places = {text: i for i, text in enumerate(dict.fromkeys(row.text for row in rows.values()))}  # a text of several ids is read once
     wheres = {row.text: row.where for row in reversed(rows.values())}
     compressor = load(args.adapter, args.base, dtype=args.base_dtype, mesh=_mesh(args.mesh))

@@ -8,7 +8,7 @@ import tempfile
 import jax
 import numpy as np
 
-from icae_jax.data.sources import read_all
+from icae_jax.data.sources import read_texts
 from icae_jax.errors import UserError
 from icae_jax.evaluation import scores
 from icae_jax.inference.compressor import Compressor
@@ -297,9 +297,7 @@ def main(parser, argv):
             raise UserError(f"--{name} is {getattr(args, name)}; it must be positive")
     _check_output(args)
     source = recognise(args.source)
-    texts = list(dict.fromkeys(row.text for row in read_all(args.text)))[:8] if args.text else [PARAGRAPH]
-    if not texts:
-        raise UserError(f"--text {args.text}: no rows")
+    texts = list(dict.fromkeys(row.text for row in read_texts(args.text, "--text")))[:8] if args.text else [PARAGRAPH]
     base = bases.load_base(args.base, args.base_dtype, progress=True, need_tokenizer=False)
     adapter, lines, settled = read(source, base, args)
     if args.base_id or args.push:

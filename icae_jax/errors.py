@@ -105,6 +105,18 @@ def _status(error: BaseException) -> int | None:
     return int(told) if isinstance(told, int) and 100 <= told < 600 else None
 
 
+def answered_no(error: BaseException) -> bool:
+    """Whether a server answered that there is no such thing, or not for this user; or the id cannot be one, or its client is absent."""
+    for link in causes(error):
+        status = getattr(getattr(link, "response", None), "status_code", getattr(link, "code", None))
+        if status in (400, 401, 403, 404, 410, 451):
+            return True
+        if type(link).__name__ in ("HFValidationError", "RepositoryNotFoundError", "RevisionNotFoundError", "GatedRepoError",
+                                   "RemoteEntryNotFoundError", "LocalTokenNotFoundError", "DefaultCredentialsError", "NoCredentialsError"):  # fmt: skip
+            return True
+    return isinstance(error, FileNotFoundError | NotADirectoryError | PermissionError | ImportError) and not transient(error)
+
+
 def retrying(function: Callable[[], T], what: str) -> T:
     """What `function()` returns, called again with growing pauses as long as its failures are `transient`, `TRIES` times at most.
 

@@ -10,7 +10,7 @@ import sys
 import jax
 
 from icae_jax import convert_adapter, errors
-from icae_jax.data import sources
+from icae_jax.data import rows, sources
 from icae_jax.errors import UserError
 from icae_jax.evaluation import examples as drawn
 from icae_jax.evaluation import page, plain, run
@@ -50,8 +50,14 @@ def flags(parser):
     add("--base", help="base model (folder, hub id or gs://…); by default the one that the adapter names")
     add("--base_dtype", choices=("float32", "bfloat16"), default="float32", help="of base, activations and memory")
     add("--mesh", help="this host's devices, to split base and batches over, such as fsdp=4,tensor=2; by default batches over all")
-    add("--data", required=True, help="[NAME=]SOURCE, several joined by commas: JSON lines, text file, or tfds:NAME:SPLIT")
+    add(
+        "--data",
+        required=True,
+        help="[NAME=]SOURCE, several joined by commas: JSON, tables, text, a folder or glob of them, or tfds:NAME:SPLIT",
+    )
     add("--tfds_dir", help="folder of prepared TFDS sets")
+    add("--no_answer", default="", metavar="TEXT", help="the reference answer of questions that have none; by default they are left out")
+    add("--strict", action="store_true", help="refuse empty texts and questions without an answer, which are left out otherwise")
     add("--limit", type=int, default=0, help="texts of each set, drawn by the seed; 0 (the default) for all")
     add("--seed", type=int, default=0, help="of the draw of texts and of the intervals")
     add("--out", type=pathlib.Path, help="folder of results.json and report.html; the same command continues what is there")
@@ -152,11 +158,15 @@ def main(parser, argv):
         raise UserError(f"--adapter is given {len(named)} times; suite {args.suite} takes one (ablate compares several)")
     if args.seed < 0:
         raise UserError(f"--seed is {args.seed}; give a whole number from 0 on")
+    rows.check_no_answer(args.no_answer, "--no_answer")
     if args.out and args.out.exists() and not args.out.is_dir():
         raise UserError(f"--out {args.out} is a file; give a folder")
     distributed.start(args.coordinator, args.processes, args.process)
     sources.check_present(",".join(drawn.named_sources(args.data).values()), args.tfds_dir)  # are they there? Before the base is loaded
-    sets = drawn.read(args.data, args.tfds_dir, args.limit, args.seed)
+    sieve = rows.Sieve("--strict" if args.strict else "", args.no_answer)
+    sets = drawn.read(args.data, args.tfds_dir, args.limit, args.seed, sieve)
+    if sieve.left_out and jax.process_index() == 0:
+        print(f"--data {args.data}: left out {sieve}", file=sys.stderr)
 
     # ------------------------------------------------------------------------------------- what is measured, on what
     mesh = sharding.local_mesh(sharding.parse(args.mesh)) if args.mesh else sharding.local_mesh()
@@ -164,6 +174,7 @@ def main(parser, argv):
     compressor = next(iter(compressors.values()))
     suite = SUITES[args.suite](compressors if args.suite == "ablate" else compressor, options)
     examples, left_out = drawn.make(sets, args.limit, suite)
+    left_out = sieve.counts | left_out
     config = {k: v for k, v in dataclasses.asdict(options).items() if k != "batch_size"} | {"base_dtype": args.base_dtype}
     config = json.loads(json.dumps(config))
     identity = {

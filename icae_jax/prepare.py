@@ -3,6 +3,7 @@
 import os
 import pathlib
 import re
+import sys
 
 from icae_jax import errors
 from icae_jax.data import builders
@@ -34,10 +35,11 @@ def make_request(args, builder):
     return Request(**given)
 
 
-def prepare(builder_class, request, tfds_dir, name="", processes=PROCESSES):
+def prepare(builder_class, request, tfds_dir, name="", processes=PROCESSES, strict=""):
     """Prepares a set of `request` in tfds_dir; returns (its builder, whether there was anything to do).
 
-    name: of this one among several of its kind. UserError names what is absent or malformed; nothing is taken for prepared then.
+    name: of this one among several of its kind. strict: as `common.LocalBuilder` has it.
+    UserError names what is absent or malformed; nothing is taken for prepared then.
     """
     import tensorflow_datasets as tfds
     from absl import logging
@@ -50,7 +52,7 @@ def prepare(builder_class, request, tfds_dir, name="", processes=PROCESSES):
     if "://" in str(tfds_dir):
         raise UserError(f"--tfds_dir {tfds_dir}: sets are prepared in a local folder; copy it there when it is done")
     config = tfds.core.BuilderConfig(name=name, version=builder_class.VERSION) if name else None
-    builder = builder_class(request=request, processes=processes, data_dir=tfds_dir, config=config)
+    builder = builder_class(request=request, processes=processes, strict=strict, data_dir=tfds_dir, config=config)
     with errors.naming(f"--tfds_dir {tfds_dir}", "give a folder that can be written"):
         pathlib.Path(tfds_dir).mkdir(parents=True, exist_ok=True)
     if builder.data_path.exists():
@@ -74,7 +76,7 @@ def main(parser, argv):
     """Prepares a set and prints what it holds and the sources to train on. Returns 0."""
     parser.epilog = "Sets: " + "; ".join(f"{name}, of {builders.builder(name).ABOUT}" for name in builders.NAMES)
     parser.add_argument("set", metavar="NAME", help=f"which set: {', '.join(builders.NAMES)}")
-    help_text = "the downloaded files, plain, .gz or .zst, or folders that hold them"
+    help_text = "the downloaded files, plain or packed, or folders that hold them"
     parser.add_argument("--from", dest="sources", nargs="+", default=[], metavar="FILE_OR_FOLDER", help=help_text)
     parser.add_argument("--tfds_dir", required=True, help="folder of prepared sets, the data.tfds_dir of training")
     parser.add_argument("--only", help="parts of the set, by commas: splits, subsets, or SPLIT/SUBSET, such as train/SQuAD")
@@ -82,10 +84,14 @@ def main(parser, argv):
     parser.add_argument("--split", action="append", default=[], metavar="NAME=GLOB", help=help_text)
     parser.add_argument("--field", help="json_text: the field that holds the text, by default text")
     parser.add_argument("--name", default="", help="a name for this one, where several of a kind stand side by side")
+    parser.add_argument("--strict", action="store_true", help="refuse empty texts and questions without an answer, left out otherwise")
     parser.add_argument("--processes", type=int, default=PROCESSES, help=f"processes that read and write, by default {PROCESSES}")
     args = parser.parse_args(argv)
     builder_class = builders.builder(args.set)
-    builder, made = prepare(builder_class, make_request(args, builder_class), args.tfds_dir, args.name, args.processes)
+    request, strict = make_request(args, builder_class), "--strict" if args.strict else ""
+    builder, made = prepare(builder_class, request, args.tfds_dir, args.name, args.processes, strict)
+    if builder.sieve.left_out:
+        print(f"{builder.data_path}: left out {builder.sieve}", file=sys.stderr)
     print(f"{builder.data_path}: {'prepared' if made else 'already prepared, of these files'}")
     of_months = [info for split, info in builder.info.splits.items() if SPLIT_OF_MONTH.fullmatch(split)]
     if of_months:

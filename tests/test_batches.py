@@ -395,6 +395,8 @@ def test_questions_of_several_sources_have_one_shape():
         ({"questions_per_context": 0}, "data.questions_per_context is 0"),
         ({"max_target_tokens": 0}, "data.max_target_tokens is 0"),
         ({"max_row_bytes": 0}, "data.max_row_bytes is 0"),
+        ({"no_answer": "  "}, "data.no_answer is '  '; give words"),
+        ({"no_answer": "\ud83d"}, "data.no_answer is not valid text"),
     ],
 )
 def test_bad_configuration_is_named(fields, message):

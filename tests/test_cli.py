@@ -1,5 +1,6 @@
 """The command line, end to end: pretrain, fine-tune, compress, restore, ask; and one clear error for each kind of bad input."""
 
+import csv
 import json
 import os
 import pathlib
@@ -333,8 +334,10 @@ def test_output_that_nobody_reads_ends_quietly(monkeypatch, capsys):
 
 DATA = {
     "malformed": ('{"text": "a cat"}\n{"text": \n', r"data\.jsonl:2: not valid JSON"),
-    "empty": ("", r"no rows; the data set is empty"),
-    "no tokens": ('{"text": "a cat"}\n{"text": "  "}\n', r"data\.jsonl:2: the text has no tokens"),
+    "no bytes": ("", r"data\.jsonl: the file is empty"),
+    "empty": ("\n", r"no rows; the data set is empty"),
+    "no tokens": ('{"text": "  "}\n', r"no rows; all were left out: 1 texts without tokens \(the first: .*data\.jsonl:1\)"),
+    "empty row": ('{"text": "a cat"}\n{"text": ""}\n', r"data\.jsonl:2: the text is empty; .* without data\.strict"),
     "no fields": ('{"words": 1}\n', r"data\.jsonl:1: fields words; expected"),
 }
 
@@ -343,9 +346,32 @@ DATA = {
 def test_bad_data_is_one_error(name, files, tmp_path, capsys):
     content, message = DATA[name]
     (tmp_path / "data.jsonl").write_text(content)
-    assert cli.main(flags("pretrain", files, tmp_path / "w", **{"data.train": tmp_path / "data.jsonl"})) == 2
+    assert (
+        cli.main(flags("pretrain", files, tmp_path / "w", **{"data.train": tmp_path / "data.jsonl", "data.strict": name == "empty row"}))
+        == 2
+    )
     err = capsys.readouterr().err
     assert len(err.strip().splitlines()) == 1 and re.search(message, err), err
+
+
+def test_empty_rows_of_a_table_are_left_out(trained, files, tmp_path, capsys):
+    """Breaks when one empty cell ends training or compressing, goes without a word, or passes where the user asks for strictness; or when a
+    question without an answer keeps its text out of the memory."""
+    rows = [json.loads(line) for line in pathlib.Path(files["qa"]).read_text().splitlines()]
+    folder, table = tmp_path / "qa", tmp_path / "qa" / "data.csv"
+    folder.mkdir()
+    with open(table, "w", newline="") as f:
+        cells = [[row["context"], row["question"], *row["answers"]] for row in rows]
+        csv.writer(f).writerows([["context", "question", "answer"], *cells, ["", "who", "cat"], ["a dog", "who", ""]])
+    assert cli.main(flags("finetune", files, tmp_path / "w", init_from="scratch", eval_examples=0, **{"data.train": folder})) == 0
+    err = capsys.readouterr().err
+    assert f"data.train: left out 1 empty texts (the first: {table}:14)\n" in err
+    assert f"data.train: left out 1 questions without an answer (the first: {table}:15)\n" in err
+    compress = ["compress", "--adapter", str(trained), "--input", str(folder), "--output", str(tmp_path / "m.safetensors"), "--json"]
+    assert cli.main(compress) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["texts"] == 7 and f"--input {folder}: left out 1 empty texts (the first: {table}:14)\n" == err
+    assert cli.main([*compress, "--strict"]) == 2 and f"{table}:14: the text is empty" in capsys.readouterr().err
 
 
 def test_bad_paths_of_the_other_verbs(trained, files, tmp_path, capsys):

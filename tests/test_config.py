@@ -123,8 +123,9 @@ def test_a_continued_workdir_may_change_what_is_no_mathematics(tmp_path):
     """Breaks when a harmless change is refused, is not recorded, or an unchanged configuration counts as changed."""
     assert check_workdir(tmp_path, CONFIG, IDENTITY) == [] and check_workdir(tmp_path, CONFIG, IDENTITY) == []
     now = changed(log_every=3, eval_every=7, checkpoint_every=9, remat="full", steps=200, data__cache_dir="elsewhere", base="moved/base")
+    now = dataclasses.replace(now, data=dataclasses.replace(now.data, strict=True))
     lines = check_workdir(tmp_path, now, IDENTITY)
-    names = ["base", "checkpoint_every", "data.cache_dir", "eval_every", "log_every", "remat", "steps"]
+    names = ["base", "checkpoint_every", "data.cache_dir", "data.strict", "eval_every", "log_every", "remat", "steps"]
     assert [line.split(":")[0] for line in lines] == names and lines[-1] == "steps: 100 -> 200"
     assert check_workdir(tmp_path, now, IDENTITY) == []
 
@@ -135,6 +136,7 @@ def test_a_continued_workdir_may_change_what_is_no_mathematics(tmp_path):
         (changed(seed=1, optimizer__clip=1.0, lora__rank=4), {}, ["lora.rank", "optimizer.clip", "seed"]),
         (changed(data__context_lengths=(16, 64)), {}, ["data.context_lengths"]),
         (changed(data__train_weights=(1.0,)), {}, ["data.train_weights"]),
+        (changed(data__no_answer="none"), {}, ["data.no_answer"]),
         (changed(batch_size=16, log_every=3), {}, ["batch_size"]),
         (changed(steps=50), {}, ["steps"]),
         (CONFIG, {"base": "b2"}, ["identity.base"]),

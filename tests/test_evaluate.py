@@ -339,11 +339,24 @@ def test_files_of_the_same_content_are_the_same_run(world, restored, asked, tmp_
     assert "is done already" in capsys.readouterr().err
 
 
+def test_what_is_left_out_is_said(world, restored, tmp_path, capsys):
+    """Breaks when one empty row ends an evaluation, is left out without a word, or changes what is measured of the others."""
+    rows = [json.loads(line) for line in (world["folder"] / "short.jsonl").read_text().splitlines()]
+    holes = write_jsonl(tmp_path / "short.jsonl", [{"text": " "}, *rows, {"context": None, "question": "q", "answers": []}])
+    assert cli.main(argv(world, "autoencode", tmp_path / "out", data=holes)) == 0
+    assert f"left out 2 empty texts (the first: {holes}:1)" in capsys.readouterr().err
+    result = strict(tmp_path / "out" / evaluate.RESULTS)
+    assert result["left_out"][f"empty texts (the first: {holes}:1)"] == 2
+    alike(restored, result | {"left_out": {}})
+
+
 # --------------------------------------------------------------------------------------------------------------- errors
 
 EARLY = {  # before the base is loaded
     "missing data": ({"data": "absent.jsonl"}, "data file absent.jsonl: no such file"),
     "empty data": ({"data": "EMPTY"}, r"--data \S+empty\.jsonl: no rows; the data set is empty"),
+    "empty rows": ({"data": "HOLES", "more": ["--strict"]}, r"holes\.jsonl:2: the text is empty; .* without --strict"),
+    "no answer at all": ({"no_answer": " "}, "--no_answer is ' '; give words such as 'unanswerable'"),
     "limit": ({"limit": -1}, "--limit is -1; give how many texts"),
     "seed": ({"seed": -1}, "--seed is -1; give a whole number from 0 on"),
     "context lengths": ({"context_lengths": 0}, r"--context_lengths is \(0,\); give different whole numbers from 1 on"),
@@ -371,7 +384,8 @@ def test_bad_input_is_one_error_and_nothing_is_written(name, world, tmp_path, mo
     """Breaks when a mistake is found after hours, leaves a folder behind, or is told without what to do."""
     flags, message = (EARLY | LATE)[name]
     folder = world["folder"]
-    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "empty.jsonl").write_text("\n")
+    write_jsonl(tmp_path / "holes.jsonl", [{"text": "the cat"}, {"text": ""}])
     if name == "base of the adapter is gone":
         shutil.copytree(folder / "icae", folder / "gone", dirs_exist_ok=True)
         path = folder / "gone" / "encoder" / "adapter_config.json"
@@ -383,6 +397,7 @@ def test_bad_input_is_one_error_and_nothing_is_written(name, world, tmp_path, mo
     if name in EARLY:
         monkeypatch.setattr(evaluate, "load_base", lambda *a, **kw: pytest.fail("the base was loaded"))
     places = {"EMPTY": tmp_path / "empty.jsonl", "SHORT": world["short"], "TEXTS": world["texts"], "OTHER": tmp_path / "OTHER"}
+    places["HOLES"] = tmp_path / "holes.jsonl"
 
     def full(flag, value):
         for word, path in places.items():

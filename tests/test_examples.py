@@ -7,6 +7,7 @@ import random
 import pytest
 from conftest import write_jsonl
 
+from icae_jax.data import sources
 from icae_jax.evaluation import examples as drawn
 
 ROWS = [{"id": f"t{i}", "text": f"text {i}"} for i in range(20)]
@@ -86,6 +87,28 @@ def test_names_of_sets(tmp_path):
     for data in (f"x={a},x={b}", f"{a},{a}"):
         with pytest.raises(ValueError, match="two sources have one name; give names, as in NAME=FILE,NAME=FILE"):
             read(data)
+
+
+def test_unanswerable_questions_and_empty_texts(tmp_path):
+    """Breaks when one ends the evaluation, is asked, or takes its text's other questions along; or an answer of one's own is not heeded."""
+    rows = [*QA[:3], {**QA[1], "id": "none", "question": "what ?", "answers": []}, {"text": " "}]
+    path = write_jsonl(tmp_path / "qa.jsonl", rows)
+    for no_answer in ("", "unanswerable"):
+        sieve = sources.Sieve(no_answer=no_answer)
+        questions = {q.id: q.answers for text in drawn.read(path, None, 0, 0, sieve)["qa"] for q in text.questions}
+        assert questions.pop("none", ()) == ((no_answer,) if no_answer else ()) and len(questions) == 3
+        assert len(sieve.left_out) == (1 if no_answer else 2)
+
+
+def test_names_of_folders_globs_and_sets(tmp_path):
+    """Breaks when a set is named by a pattern's stars, or a folder by nothing."""
+    (tmp_path / "corpus").mkdir()
+    write_jsonl(tmp_path / "corpus" / "a.jsonl", ROWS[:2])
+    for source in (f"{tmp_path}/corpus", f"{tmp_path}/corpus/", f"{tmp_path}/corpus/*.jsonl"):
+        assert list(read(source)) == ["corpus"]
+    assert drawn.named_sources("hf:org/name:test,gs://bucket/b/*.jsonl.gz") == {
+        "org/name:test": "hf:org/name:test", "b": "gs://bucket/b/*.jsonl.gz"
+    }  # fmt: skip
 
 
 def test_ids_that_come_twice_are_numbered(tmp_path):

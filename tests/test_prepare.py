@@ -55,6 +55,22 @@ def test_another_source_into_the_same_place(corpus, tmp_path, capsys):
     assert {source: len(rows) for source, rows in found.items()} == {"tfds:json_text/twice:train": 2, "tfds:json_text/twice:valid": 2}
 
 
+def test_what_is_left_out_is_said(tmp_path, capsys):
+    """Breaks when an unanswerable question ends a preparation or gets into the set, is left out without a word, or passes --strict: while
+    it is prepared, or once it is; or when strictness makes another set of it."""
+    rows = [{"input": "c", "prompt": f"q{i}", "answer": "" if i == 1 else "a"} for i in range(3)]
+    path, sets = write_jsonl(tmp_path / "PwC_train.jsonl", [*rows, {"input": None, "prompt": "q", "answer": "a"}]), str(tmp_path / "sets")
+    command = ["prepare", "pwc", "--from", path, "--only", "train", "--tfds_dir", sets, "--processes", "1"]
+    strict = f"icae prepare: {path}:2: the question has no answer; mend or remove it, or leave such rows out, without --strict\n"
+    assert cli.main([*command, "--strict"]) == 2 and capsys.readouterr().err == strict
+    for _ in range(2):
+        assert cli.main(command) == 0
+        out, err = capsys.readouterr()
+        assert "  1 questions without an answer left out\n" in out and re.search(r"train +2 examples", out)
+        assert f"left out 1 questions without an answer (the first: {path}:2); 1 empty texts (the first: {path}:4)\n" in err
+    assert cli.main([*command, "--strict"]) == 2 and capsys.readouterr().err == strict
+
+
 def test_months_are_offered_as_a_range(tmp_path, capsys):
     """Breaks when hundreds of months are listed one by one as sources, or their range does not read."""
     path = write_jsonl(tmp_path / "a.jsonl", [{"id": f"24{m:02d}.00001", "text": f"month {m}"} for m in (1, 2, 5)])

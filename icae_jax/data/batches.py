@@ -15,6 +15,7 @@ import numpy as np
 
 from icae_jax.compression import encoder
 from icae_jax.data import reading, sources
+from icae_jax.data.rows import check_no_answer
 from icae_jax.errors import UserError
 from icae_jax.objectives import targets as layouts
 
@@ -26,7 +27,8 @@ class DataConfig:
     train_weights: the share of training's examples that each source of train makes up, in any unit (empty: all are one set).
     context_weights: how often pretraining draws each bucket (empty: equally often). questions_per_context: QA targets of one
     example at most; a context with more makes several examples. max_target_tokens: longer QA targets are left out, counted.
-    max_row_bytes: what one line of a file, or a text file, may hold once unpacked.
+    max_row_bytes: what one line of a file, or a text file, may hold once unpacked. no_answer: the answer to train questions with that
+    have none ("": they are left out, counted). strict: an error in place of rows that are left out for being empty.
     """
 
     train: str = ""
@@ -39,8 +41,11 @@ class DataConfig:
     max_row_bytes: int = reading.MAX_ROW_BYTES
     cache_dir: str = ""
     tfds_dir: str = ""
+    no_answer: str = ""
+    strict: bool = False
 
     def __post_init__(self):
+        check_no_answer(self.no_answer, "data.no_answer")
         lengths = self.context_lengths
         if not lengths or min(lengths) < 2 or list(lengths) != sorted(set(lengths)):
             raise UserError(f"data.context_lengths is {lengths}; give rising lengths of at least 2 tokens, such as (256, 512)")
@@ -108,7 +113,7 @@ class Examples:
     def __init__(self, tokens, config, compression, phase, objectives, template, framing, pad_labels=False):
         self.tokens, self.config, self.compression = tokens, config, compression
         self.objectives, self.template, self.framing, self.pad_labels = objectives, template, framing, pad_labels
-        self.dropped, self.qa_shape = {}, None
+        self.dropped, self.qa_shape = dict(tokens.left_out), None
         if phase == "pretrain":
             self._check_lm()
             examples = [self._windows(length) for length in config.context_lengths]

@@ -1,116 +1,137 @@
-"""Where texts and questions come from: JSON lines, plain text, prepared TFDS sets.
+"""Where texts and questions come from: files of rows or texts, folders and globs of them, prepared TFDS sets, sets of the hub.
 
-A JSON line holds `text`, or `context`, `question` and `answers` (or `answer`), or PwC's `input`, `prompt` and `answer`. Files may be
-packed, as .gz or .zst.
+What a file is `formats` knows, what a row is `rows`, where files are `places`.
 """
 
 import itertools
-import json
 import pathlib
-import typing
+import sys
 from collections.abc import Iterator
 
 from icae_jax import errors
-from icae_jax.data import reading, tfds_sets
+from icae_jax.data import formats, hub_sets, places, reading, tfds_sets
+from icae_jax.data.places import split_source
+from icae_jax.data.rows import Row, Sieve, parse
 from icae_jax.errors import UserError
-from icae_jax.interop.text import check_encodable
+
+__all__ = [
+    "Row",
+    "Sieve",
+    "check_present",
+    "earlier_identity",
+    "identity",
+    "read_all",
+    "read_rows",
+    "read_texts",
+    "split_source",
+    "with_ids",
+]
 
 
-class Row(typing.NamedTuple):
-    """One text, perhaps with one question on it and all its reference answers.
-
-    where: file and line (or set and row), for errors. id: the row's own, or its number, behind the file's name where a source joins
-    several. subset: the row's own, or "". own_id: whether the data gives the id.
-    """
-
-    text: str
-    question: str | None
-    answers: tuple[str, ...] | None
-    where: str
-    id: str
-    subset: str = ""
-    own_id: bool = False
-
-    @property
-    def answer(self):
-        """The first reference answer, which training uses; None without a question."""
-        return self.answers[0] if self.answers else None
-
-
-def split_source(source):
-    """The paths of a source: several are joined by commas."""
-    paths = [p.strip() for p in source.split(",") if p.strip()]
-    if not paths:
-        raise UserError("the data source is empty; give a file of JSON lines, a text file, or tfds:NAME:SPLIT")
-    return paths
-
-
-def _is_json(path):
-    return any(part in pathlib.Path(path).suffixes for part in (".jsonl", ".json", ".ndjson"))
+def _parts(source, told=False):
+    """The sets and files of a source, in order."""
+    return [p for path in split_source(source) for p in ([path] if places.is_set(path) else places.files_of(path, told))]
 
 
 def check_present(source: str, tfds_dir: str | None = None) -> None:
-    """UserError where a file of a source is absent, or a prepared set cannot be opened; little is read for it."""
-    for path in split_source(source):
-        if path.startswith(tfds_sets.PREFIX):
-            tfds_sets.open_set(path, tfds_dir)
+    """UserError where a file of a source is absent or none that is read, or a set cannot be opened; little is read for it."""
+    for part in _parts(source):
+        if part.startswith(tfds_sets.PREFIX):
+            tfds_sets.open_set(part, tfds_dir)
+        elif places.is_set(part):
+            hub_sets.open_set(part)
         else:
-            _check_file(path)
+            places.check_file(part)
 
 
-def _check_file(path):
-    with reading.naming(path):
-        if not pathlib.Path(path).is_file():
-            raise UserError(f"data file {path}: no such file")
+def identity(source: str, tfds_dir: str | None = None, content_hash=reading.content_hash, no_answer: str = "") -> list:
+    """What a source is known by: how its files are read and what is in them, wherever they lie; what a set says of itself.
 
-
-def identity(source: str, tfds_dir: str | None = None, content_hash=reading.content_hash) -> list:
-    """What a source is known by: how its files are read and what is in them, wherever they lie; what a TFDS set says of itself.
-
-    content_hash: of a file; one that remembers, where large files are asked for again and again.
+    content_hash: of a file; one that remembers, where large files are asked for again and again. no_answer: as for `read_rows`.
     """
     result = []
-    for path in split_source(source):
-        if path.startswith(tfds_sets.PREFIX):
-            result.append(tfds_sets.identity(path, tfds_dir))
+    for part in _parts(source):
+        if part.startswith(tfds_sets.PREFIX):
+            result.append(tfds_sets.identity(part, tfds_dir))
+        elif places.is_set(part):
+            result.append(hub_sets.identity(part))
         else:
-            _check_file(path)
-            packed = pathlib.Path(path).suffix
-            with reading.naming(path):
-                how = "json lines" if _is_json(path) else "text"
-                result.append([how, packed if packed in reading.COMPRESSED else "", content_hash(path)])
-    return result
+            places.check_file(part)
+            how = formats.kind(part)
+            if how == formats.TEXT and reading.has_mark(part):
+                how = "text without its mark"  # which was once read as a part of it
+            with reading.naming(part):
+                result.append([how, reading.packing(part), content_hash(part)])
+    return result + ([["no_answer", no_answer]] if no_answer else [])
 
 
 def earlier_identity(source: str, tfds_dir: str | None = None) -> list:
     """What the first version of token caches knew a source by: files by name, size, time of change, and ends."""
     result = []
-    for path in split_source(source):
-        if path.startswith(tfds_sets.PREFIX):
-            result.append(tfds_sets.identity(path, tfds_dir))
-        else:
-            stat = pathlib.Path(path).stat()
-            result.append([pathlib.Path(path).name, stat.st_size, stat.st_mtime_ns, reading.ends(path, stat.st_size)])
+    for path in map(pathlib.Path, split_source(source)):
+        if str(path).startswith(tfds_sets.PREFIX):
+            result.append(tfds_sets.identity(str(path), tfds_dir))
+        elif path.is_file():  # it knew no folders, nor what is elsewhere
+            stat = path.stat()
+            result.append([path.name, stat.st_size, stat.st_mtime_ns, reading.ends(path, stat.st_size)])
     return result
 
 
-def read_rows(source: str, tfds_dir: str | None = None, max_row_bytes: int = reading.MAX_ROW_BYTES) -> Iterator[Row]:
-    """Yields the `Row`s of a source in order. UserError names file and line of anything malformed, or longer than max_row_bytes."""
-    paths = split_source(source)
-    for path, name in zip(paths, _short_names(paths), strict=True):
-        prefix = f"{name}:" if len(paths) > 1 else ""
-        if path.startswith(tfds_sets.PREFIX):
-            for raw, where, number in tfds_sets.read(path, tfds_dir):
-                yield parse_row(raw, where, prefix + number)
-        elif _is_json(path):
-            yield from _read_json_lines(path, prefix, max_row_bytes)
-        else:
-            yield Row(reading.read_text(path, max_row_bytes), None, None, path, name)
+def _raw_rows(part, name, prefix, tfds_dir, max_row_bytes):
+    """Yields (raw row, where, its id by default) of a set or file."""
+    if part.startswith(tfds_sets.PREFIX):
+        found = tfds_sets.read(part, tfds_dir)
+    elif places.is_set(part):
+        found = hub_sets.read(part)
+    elif formats.kind(part) == formats.TEXT:
+        found, prefix = ((raw, where, name) for raw, where, _ in formats.raw_rows(part, max_row_bytes)), ""
+    else:
+        found = formats.raw_rows(part, max_row_bytes)
+    for raw, where, number in found:
+        yield raw, where, f"{prefix}{number}"
 
 
-def read_all(source: str, tfds_dir: str | None = None) -> list[Row]:
-    """All `Row`s of a source at once; what passes, such as a network file system's fault, is tried again."""
-    return errors.retrying(lambda: list(read_rows(source, tfds_dir)), f"reading {source}")
+def read_rows(
+    source: str, tfds_dir: str | None = None, max_row_bytes: int = reading.MAX_ROW_BYTES, sieve: Sieve | None = None
+) -> Iterator[Row]:
+    """Yields the `Row`s of a source in order that can be used, as the sieve says, which counts the others.
+
+    UserError names file and line of what is malformed, or longer than max_row_bytes.
+    """
+    sieve = Sieve() if sieve is None else sieve
+    parts = _parts(source, told=True)
+    for part, name in zip(parts, _short_names(parts), strict=True):
+        prefix = f"{name}:" if len(parts) > 1 else ""
+        for raw, where, default_id in _raw_rows(part, name, prefix, tfds_dir, max_row_bytes):
+            for row in map(sieve.take, parse(raw, where, default_id)):
+                if row is not None:
+                    yield row
+
+
+def read_all(source: str, tfds_dir: str | None = None, sieve: Sieve | None = None) -> list[Row]:
+    """All `Row`s of a source at once; what passes, such as a network file system's fault, is tried again. sieve: as for `read_rows`."""
+    sieve = Sieve() if sieve is None else sieve
+
+    def read():
+        tried = sieve.fresh()
+        return list(read_rows(source, tfds_dir, sieve=tried)), tried.left_out
+
+    rows, left_out = errors.retrying(read, f"reading {source}")
+    sieve.add(left_out)
+    return rows
+
+
+def read_texts(source: str, flag: str, strict: str = "") -> list[Row]:
+    """All texts of a source, whatever is asked of them; says on stderr what was left out. flag: what named the source.
+
+    strict: as for `Sieve`. UserError as for `read_rows`, and where no text is left.
+    """
+    sieve = Sieve(strict, questions=False)
+    rows = read_all(source, sieve=sieve)
+    sieve.check_some(rows, f"{flag} {source}")
+    if sieve.left_out:
+        print(f"{flag} {source}: left out {sieve}", file=sys.stderr, flush=True)
+    return rows
 
 
 def with_ids(rows: list[Row]) -> dict[str, Row]:
@@ -140,60 +161,9 @@ def with_ids(rows: list[Row]) -> dict[str, Row]:
 
 def _short_names(paths):
     """The paths' last parts, as few of them as tell the paths apart."""
-    split = [(path,) if path.startswith(tfds_sets.PREFIX) else pathlib.Path(path).parts for path in paths]
+    split = [(path,) if places.is_set(path) else pathlib.PurePath(path).parts for path in paths]
     for count in range(1, max(map(len, split)) + 1):
         names = ["/".join(parts[-count:]) for parts in split]
         if len(set(names)) == len(set(paths)):
             break
     return names
-
-
-def _read_json_lines(path, prefix, max_row_bytes):
-    with reading.naming(path):
-        for number, line in enumerate(reading.read_lines(path, max_row_bytes)):
-            text = line.decode("utf-8")
-            if text.strip():
-                where = f"{path}:{number + 1}"
-                try:
-                    raw = json.loads(text)
-                except (ValueError, RecursionError) as error:
-                    raise UserError(f"{where}: not valid JSON ({error})") from error
-                yield parse_row(raw, where, f"{prefix}{number}")
-
-
-def _text_field(raw, field, where):
-    value = raw[field]
-    if not isinstance(value, str):
-        raise UserError(f"{where}: {field} is {type(value).__name__}, expected text")
-    check_encodable(value, f"{where}: {field}")
-    return value
-
-
-def parse_row(raw, where, default_id):
-    """The `Row` of one JSON object. UserError names place and field."""
-    if not isinstance(raw, dict):
-        raise UserError(f"{where}: a JSON {type(raw).__name__}, expected an object with text, or context, question and answers")
-    own_id = raw.get("id")
-    has_own = own_id not in (None, "")
-    tail = (where, str(own_id) if has_own else default_id, str(raw.get("subset", "")), has_own)
-    for field, value in zip(("id", "subset"), tail[1:3], strict=True):
-        check_encodable(value, f"{where}: {field}")
-    if "text" in raw:
-        return Row(_text_field(raw, "text", where), None, None, *tail)
-    if {"input", "prompt", "answer"} <= raw.keys():
-        text, question, answer = (_text_field(raw, field, where) for field in ("input", "prompt", "answer"))
-        return Row(text, question, (answer,), *tail)
-    if {"context", "question"} <= raw.keys() and raw.keys() & {"answers", "answer"}:
-        answers = raw.get("answers", raw.get("answer"))
-        if isinstance(answers, dict):
-            answers = answers.get("text")  # SQuAD's own form
-        if isinstance(answers, str):
-            answers = [answers]
-        if not isinstance(answers, list) or not answers or not all(isinstance(a, str) for a in answers):
-            raise UserError(f"{where}: answers is {answers!r}, expected a list of texts, at least one")
-        for answer in answers:
-            check_encodable(answer, f"{where}: answers")
-        return Row(_text_field(raw, "context", where), _text_field(raw, "question", where), tuple(answers), *tail)
-    raise UserError(
-        f"{where}: fields {', '.join(sorted(raw)) or 'none'}; expected text, or context, question and answers, or input, prompt and answer"
-    )

@@ -4,6 +4,7 @@ import hashlib
 import re
 
 from icae_jax import errors
+from icae_jax.data import rows, tables
 from icae_jax.errors import UserError
 
 PREFIX = "tfds:"
@@ -73,22 +74,7 @@ def read(spec, tfds_dir=None):
         where = f"{PREFIX}{spec.removeprefix(PREFIX).partition(':')[0]}:{split}"
         for start in range(0, len(source), BATCH):
             for at, raw in enumerate(source.__getitems__(list(range(start, min(start + BATCH, len(source))))), start):
-                try:
-                    plain = _plain(raw)
-                except UnicodeDecodeError as error:
-                    raise UserError(f"{where} row {at}: not UTF-8 ({error})") from error
+                with rows.placed(f"{where} row {at}"):
+                    plain = tables.plain(raw)
                 yield plain, f"{where} row {at}", str(number)
                 number += 1
-
-
-def _plain(value):
-    """TFDS values as JSON has them: bytes as text, arrays as lists."""
-    if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items()}
-    if isinstance(value, bytes):
-        return value.decode("utf-8")
-    if hasattr(value, "tolist"):
-        return _plain(value.tolist())
-    if isinstance(value, list):
-        return [_plain(v) for v in value]
-    return value

@@ -18,15 +18,14 @@ from typing import BinaryIO
 import numpy as np
 
 from icae_jax import errors
-from icae_jax.data import reading, sources
-from icae_jax.errors import UserError
+from icae_jax.data import reading, rows, sources
 from icae_jax.interop import cache, files
 from icae_jax.interop.text import user_ids
 
 CACHE_VERSION = 2  # 1 made control tokens of what texts spelled, and knew files by their times
 BATCH = 1000  # rows handed to the tokenizer at once
 BATCH_CHARACTERS = 1 << 21  # and no more characters than these, but for a single row's; a token takes a hundred bytes meanwhile
-REMEMBERED = 16 << 20  # bytes from which on a file's hash is kept
+REMEMBERED = 1 << 20  # bytes from which on a file's hash is kept
 SETTLED = 2.0  # seconds after which a change of a file shows in its time
 GATHERED = 1 << 16  # questions put in order at once
 ARRAYS = (
@@ -40,7 +39,7 @@ class Tokens:
 
     Text i is `text_ids[text_offsets[i] : text_offsets[i + 1]]`; its questions are number question_offsets[i] …
     question_offsets[i + 1] - 1, each with a prompt and an answer. key: identity of tokenizer and source. earlier_key: the same as the
-    first version had it. held: keeps the arrays' folder from being removed.
+    first version had it. left_out: `{reason: how many}` rows or questions. held: keeps the arrays' folder from being removed.
     """
 
     text_ids: np.ndarray
@@ -52,6 +51,7 @@ class Tokens:
     question_offsets: np.ndarray
     key: str
     earlier_key: str = ""
+    left_out: dict[str, int] = dataclasses.field(default_factory=dict)
     held: BinaryIO | None = dataclasses.field(default=None, repr=False, compare=False)
 
     def text(self, i):
@@ -78,12 +78,13 @@ def _key(version, tokenizer, source_identity):
 
 def _hash_once(cache_dir, path):
     """`reading.content_hash`, that of a large file remembered in the cache under its path, size and time."""
-    path, before = pathlib.Path(path).resolve(), os.stat(path)
-    if before.st_size < REMEMBERED:
+    path = path if reading.is_remote(path) else pathlib.Path(path).resolve()
+    size, changed = before = reading.stamp(path)
+    if size < REMEMBERED or not changed:
         return reading.content_hash(path)
     within = pathlib.Path("hashes") / f"{hashlib.sha256(str(path).encode()).hexdigest()[:32]}.json"
     note = files.cache_folder(cache_dir, within) / within
-    known = {"path": str(path), "size": before.st_size, "mtime_ns": before.st_mtime_ns}
+    known = {"path": str(path), "size": size, "mtime_ns": changed}
     with contextlib.suppress(OSError, ValueError):
         noted = json.loads(note.read_text(encoding="utf-8"))
         if {name: noted.get(name) for name in known} == known:
@@ -91,9 +92,7 @@ def _hash_once(cache_dir, path):
                 os.utime(note)
             return noted["hash"]
     content = reading.content_hash(path)
-    after = os.stat(path)
-    unchanged = (before.st_size, before.st_mtime_ns) == (after.st_size, after.st_mtime_ns)
-    if unchanged and time.time() - after.st_mtime > SETTLED:  # else another change could go by unseen
+    if reading.stamp(path) == before and time.time() - changed / 1e9 > SETTLED:  # else another change could go by unseen
         with contextlib.suppress(OSError):  # it can be hashed again
             files.write_json(note, known | {"hash": content})
     return content
@@ -146,24 +145,6 @@ class _Pieces:
         self.offsets.close()
 
 
-class _Empty:
-    """The first of texts, prompts or answers without tokens, and how many there are."""
-
-    def __init__(self, what):
-        self.what, self.count, self.first = what, 0, None
-
-    def look(self, pieces, places):
-        """places: (what to order by, where it stands) of each piece."""
-        for piece, place in zip(pieces, places, strict=True):
-            if not piece:
-                self.count += 1
-                self.first = place if self.first is None else min(self.first, place)
-
-    def check(self):
-        if self.count:
-            raise UserError(f"{self.first[1]}: the {self.what} has no tokens ({self.count} such rows); remove it from the data")
-
-
 def _batches(rows: Iterable[sources.Row]) -> Iterator[list[sources.Row]]:
     batch, size = [], 0
     for row in rows:
@@ -176,43 +157,52 @@ def _batches(rows: Iterable[sources.Row]) -> Iterator[list[sources.Row]]:
         yield batch
 
 
-def _build(folder, source, tokenizer, tfds_dir, max_row_bytes):
+def _digest(row):
+    """A hash of a text that has questions, None of another, which stands as often as it comes."""
+    return None if row.question is None else hashlib.blake2b(row.text.encode(), digest_size=16).digest()
+
+
+def _build(folder, source, tokenizer, tfds_dir, max_row_bytes, sieve):
     """Writes the arrays of a source into a folder, reading and tokenising a batch of rows at a time.
 
-    Texts stand in order of first appearance, each once where it has questions, with its questions in their order. In memory stays a hash
-    of each text that has questions.
+    Texts stand in order of first appearance, each once where it has questions, with its questions in their order. What has no tokens is
+    left out, and counted by the sieve. In memory stays a hash of each text that has questions.
     """
-    numbers = {}  # of texts with questions, by their hash
+    numbers = {}  # of texts with questions, by their hash; None for one without tokens
     with contextlib.ExitStack() as stack:
         texts, prompts, answers = (_Pieces(folder, name) for name in ("text", "prompt", "answer"))
         owners = _Column(folder / "owners.npy", np.int64)  # the text of each question, in the order of the rows
         for column in (texts, prompts, answers, owners):
             stack.callback(column.close)
-        empty_texts, empty_prompts, empty_answers = map(_Empty, ("text", "prompt", "answer"))
-        for batch in _batches(sources.read_rows(source, tfds_dir, max_row_bytes)):
-            new, asked, count = [], [], texts.offsets.count - 1
-            for row in batch:
-                number = count + len(new)
-                if row.question is not None:
-                    digest = hashlib.blake2b(row.text.encode(), digest_size=16).digest()
-                    number = numbers.setdefault(digest, number)
+        for batch in _batches(sources.read_rows(source, tfds_dir, max_row_bytes, sieve)):
+            digests = [_digest(row) for row in batch]
+            new = {}  # texts that have no number yet, by their hash, or by their place in the batch
+            for at, (row, digest) in enumerate(zip(batch, digests, strict=True)):
+                if digest not in numbers:
+                    new.setdefault(digest or at, row.text)
+            pieces = dict(zip(new, user_ids(tokenizer, list(new.values())), strict=True))
+            count = texts.offsets.count - 1
+            fresh = {name: count + i for i, name in enumerate(name for name, ids in pieces.items() if ids)}
+            texts.extend([ids for ids in pieces.values() if ids])
+            asked = []
+            for at, (row, digest) in enumerate(zip(batch, digests, strict=True)):
+                number = numbers[digest] if digest in numbers else fresh.get(digest or at)
+                if number is None:
+                    sieve.count(rows.TEXT_WITHOUT_TOKENS, row.where)
+                elif row.answers:
                     asked.append((number, row))
-                if number == count + len(new):
-                    new.append(row)
-            pieces = user_ids(tokenizer, [row.text for row in new])
-            empty_texts.look(pieces, [((count + i,), row.where) for i, row in enumerate(new)])
-            texts.extend(pieces)
-            places = [((number, owners.count + i), row.where) for i, (number, row) in enumerate(asked)]
-            for column, empty, field in ((prompts, empty_prompts, "question"), (answers, empty_answers, "answer")):
-                pieces = user_ids(tokenizer, [getattr(row, field) for _, row in asked])
-                empty.look(pieces, places)
-                column.extend(pieces)
-            owners.extend([number for number, _ in asked])
+            numbers |= {digest: fresh.get(digest) for digest in new if isinstance(digest, bytes)}
+            fields = [user_ids(tokenizer, [getattr(row, field) for _, row in asked]) for field in ("question", "answer")]
+            whole = []
+            for (number, row), prompt, answer in zip(asked, *fields, strict=True):
+                if prompt and answer:
+                    whole.append((number, prompt, answer))
+                else:
+                    sieve.count(rows.ANSWER_WITHOUT_TOKENS if prompt else rows.QUESTION_WITHOUT_TOKENS, row.where)
+            for column, values in zip((owners, prompts, answers), zip(*whole, strict=True), strict=False):
+                column.extend(values)
     count = texts.offsets.count - 1
-    if not count:
-        raise UserError(f"data source {source}: no rows; the data set is empty")
-    for empty in (empty_texts, empty_prompts, empty_answers):
-        empty.check()
+    sieve.check_some(count, f"data source {source}")
     _sort(folder, owners.array(), count)
     owners.path.unlink()
 
@@ -240,21 +230,24 @@ def _reorder(folder, name, order):
         os.replace(folder / f"sorted_{path.name}", path)
 
 
-def tokenise(source, tokenizer, cache_dir="", tfds_dir=None, max_row_bytes=reading.MAX_ROW_BYTES) -> Tokens:
+def tokenise(source, tokenizer, cache_dir="", tfds_dir=None, max_row_bytes=reading.MAX_ROW_BYTES, no_answer="", strict="") -> Tokens:
     """`Tokens` of a source, from the cache where the same tokenizer and content were tokenised before, else by one process of the host.
 
-    UserError names the file and line of malformed rows, empty texts, or an empty data set. A fault that passes is tried again.
+    no_answer, strict: as for `rows.Sieve`. UserError names the file and line of malformed rows, or an empty data set. A fault that passes
+    is tried again.
     """
     what = f"tokenising {source}"
-    found = errors.retrying(lambda: sources.identity(source, tfds_dir, functools.partial(_hash_once, cache_dir)), what)
+    found = errors.retrying(lambda: sources.identity(source, tfds_dir, functools.partial(_hash_once, cache_dir), no_answer), what)
     earlier = errors.retrying(lambda: sources.earlier_identity(source, tfds_dir), what)
     key, earlier_key = _key(CACHE_VERSION, tokenizer, found), _key(1, tokenizer, earlier)
     root = files.cache_folder(cache_dir, pathlib.Path("tokens") / key[:32] / cache.ABOUT)
     folder = root / "tokens" / key[:32]
+    # Texts of white space have tokens with most tokenizers, and are trained on then.
+    sieve = rows.Sieve(strict, no_answer, blank=False)
     while (held := cache.hold(folder)) is None:
         with cache.alone(folder, what):
             if not (folder / cache.ABOUT).exists():
-                errors.retrying(lambda: _write(folder, source, tokenizer, tfds_dir, max_row_bytes), what)
+                errors.retrying(lambda: _write(folder, source, tokenizer, tfds_dir, max_row_bytes, sieve.fresh()), what)
         most = cache.bound()
         with contextlib.suppress(OSError):  # what cannot be removed takes room, and does no harm
             removed = cache.prune(root, most, CACHE_VERSION)
@@ -262,15 +255,18 @@ def tokenise(source, tokenizer, cache_dir="", tfds_dir=None, max_row_bytes=readi
                 freed = sum(entry.size for entry in removed) / cache.GIB
                 told = f"{len(removed)} unused for longest removed, {freed:,.2f} GiB (${cache.VARIABLE})"
                 print(f"cache {root}: {told}", file=sys.stderr, flush=True)
-    return Tokens(**{name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in ARRAYS}, key=key, earlier_key=earlier_key, held=held)
+    about = files.read_json(folder / cache.ABOUT, "what is kept here")
+    sieve.add(about.get("left_out", {}))  # absent where nothing could be left out yet
+    arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in ARRAYS}
+    return Tokens(**arrays, key=key, earlier_key=earlier_key, left_out=sieve.counts, held=held)
 
 
-def _write(folder, source, tokenizer, tfds_dir, max_row_bytes):
+def _write(folder, source, tokenizer, tfds_dir, max_row_bytes, sieve):
     tmp = folder.with_name(f".new.{secrets.token_hex(4)}")
     tmp.mkdir()  # as open as the umask says: others may share the cache
     try:
-        _build(tmp, source, tokenizer, tfds_dir, max_row_bytes)
-        files.write_json(tmp / cache.ABOUT, {"version": CACHE_VERSION, "source": source})
+        _build(tmp, source, tokenizer, tfds_dir, max_row_bytes, sieve)
+        files.write_json(tmp / cache.ABOUT, {"version": CACHE_VERSION, "source": source, "left_out": sieve.left_out})
         try:
             os.rename(tmp, folder)
         except OSError:

@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import pathlib
 
-from icae_jax.data import sources, tfds_sets
+from icae_jax.data import places, sources
 from icae_jax.errors import UserError
 
 QUESTIONS_AT_ONCE = 8  # of one context; more of them make several examples, so that a batch stays small
@@ -61,14 +61,16 @@ def _hash(*parts):
 
 def named_sources(data):
     """`{name: source}` of comma-joined sources: `NAME=SOURCE`, or by default the file's name (with its folder's, where two are alike)."""
-    given = sources.split_source(data)
+    given = sources.split_source(data, lambda item: item if pathlib.Path(item).exists() else item.partition("=")[2])
     named = [item.partition("=")[::2] if "=" in item and not pathlib.Path(item).exists() else ("", item) for item in given]
 
     def default(source, parts):
-        if source.startswith(tfds_sets.PREFIX):
-            return source.removeprefix(tfds_sets.PREFIX)
+        if places.is_set(source):
+            return source.partition(":")[2]
         path = pathlib.Path(source)
-        stem = path.name.partition(".")[0]
+        if any(mark in path.name for mark in "*?["):  # a glob: its folder
+            path = path.parent
+        stem = path.name.partition(".")[0] or path.name
         return "/".join((*path.absolute().parts[-parts:-1], stem))
 
     for parts in range(1, 10):
@@ -78,25 +80,27 @@ def named_sources(data):
     raise UserError(f"--data {data}: two sources have one name; give names, as in NAME=FILE,NAME=FILE")
 
 
-def read(data, tfds_dir, limit, seed):
+def read(data, tfds_dir, limit, seed, sieve=None):
     """`Text`s of the sources in `data`, every set's in an order that the seed and the texts alone decide.
 
     A set is a source, or a part of one whose rows name a `subset`. limit: how many texts of each set are wanted, 0 for all; the caller
-    takes as many of the front as it can use. Returns `{set: [Text, …]}`. UserError where a source is empty or malformed.
+    takes as many of the front as it can use. sieve: `data.rows.Sieve`, which rows can be used. Returns `{set: [Text, …]}`. UserError where
+    a source is empty or malformed.
     """
     if limit < 0:
         raise UserError(f"--limit is {limit}; give how many texts of each set to take, or 0 for all")
     found, seen = {}, {}  # seen: the ids of a set's texts, and of its questions
     for name, source in named_sources(data).items():
-        count = 0
-        for row in sources.read_all(source, tfds_dir):
-            count += 1
+        own = sieve.fresh() if sieve else sources.Sieve()
+        rows = sources.read_all(source, tfds_dir, own)
+        own.check_some(rows, f"--data {source}")
+        if sieve:
+            sieve.add(own.left_out)
+        for row in rows:
             where = f"{name}/{row.subset}" if row.subset else name
             _, questions = found.setdefault((where, row.text), (row.id, []))
-            if row.question is not None:
+            if row.answers:
                 questions.append(Question(_unused(seen.setdefault((where, "questions"), {}), row.id), row.question, row.answers))
-        if not count:
-            raise UserError(f"--data {source}: no rows; the data set is empty")
     sets = {}
     for (where, text), (row_id, questions) in found.items():
         questions.sort(key=lambda q: (q.text, q.answers, q.id))  # whatever the order of the lines

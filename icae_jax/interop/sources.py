@@ -200,25 +200,6 @@ def _words(error):
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
-_NO = (
-    "HFValidationError", "RepositoryNotFoundError", "RevisionNotFoundError", "GatedRepoError", "RemoteEntryNotFoundError",
-    "LocalTokenNotFoundError", "DefaultCredentialsError", "NoCredentialsError",
-)  # fmt: skip
-
-
-def _answered_no(error):
-    """Whether a server answered that there is no such thing, or not for this user; or the id cannot be one."""
-    link = error
-    while link is not None:
-        status = getattr(getattr(link, "response", None), "status_code", getattr(link, "code", None))
-        if status in (400, 401, 403, 404, 410, 451):
-            return True
-        if type(link).__name__ in _NO:
-            return True
-        link = link.__cause__ or link.__context__
-    return isinstance(error, FileNotFoundError | NotADirectoryError | PermissionError | ImportError) and not errors.transient(error)
-
-
 def _not_in_cache(error):
     """Whether the hub's client says that it may not ask, and has nothing kept."""
     names = {type(link).__name__ for link in errors.causes(error)}
@@ -264,7 +245,7 @@ def asking(function: Callable[[], T], called: str, doing: str, whom: str, remedy
             if offline and _not_in_cache(error):
                 why = f"what is asked for is not in the hub's cache, and HF_HUB_OFFLINE is set ({_words(error)})"
                 raise UserError(f"{doing} {why}") from error
-            if not _answered_no(error):
+            if not errors.answered_no(error):
                 raise
             if isinstance(error, ImportError):
                 raise UserError(f"{doing}: a package is not installed: {_words(error)} (for gs://, pip install gcsfs)") from error

@@ -177,7 +177,8 @@ class CompressorTask(CompressorLosses):
 
     def _examples(self, source):
         c, tokenizer = self.config, self.base.tokenizer
-        data = tokens.tokenise(source, tokenizer, c.data.cache_dir, c.data.tfds_dir or None, c.data.max_row_bytes)
+        strict = "data.strict" if c.data.strict else ""
+        data = tokens.tokenise(source, tokenizer, c.data.cache_dir, c.data.tfds_dir or None, c.data.max_row_bytes, c.data.no_answer, strict)
         self._check_ids(source, data)
         return batches.Examples(
             data, c.data, self.compression, c.phase, tuple(self.weights), self.template, self.framing, c.objectives.pad_labels

@@ -231,12 +231,9 @@ def _scalar(kind, value, where):
 FREE_FIELDS = {"log_every", "eval_every", "eval_examples", "checkpoint_every", "remat", "remat_decoder", "attention", "unroll"}
 FREE_FIELDS |= {"mesh.data", "mesh.fsdp", "mesh.tensor"}  # the devices may change: results agree within rounding
 PATH_FIELDS = {"base", "init_from", "data.train", "data.eval", "data.cache_dir", "data.tfds_dir"}  # `identity` has their content
-FREE_FIELDS |= PATH_FIELDS | {"data.max_row_bytes"}
-LATER_IDENTITY = {
-    "identity.tokenizer",
-    "identity.layers",
-    "identity.template",
-}  # which earlier workdirs do not record: there they are taken as they are found
+FREE_FIELDS |= PATH_FIELDS | {"data.max_row_bytes", "data.strict"}
+# What earlier workdirs do not record: there it is taken as it is found.
+LATER_IDENTITY = {"identity.tokenizer", "identity.layers", "identity.template"}
 
 
 def _flat(value, prefix=""):

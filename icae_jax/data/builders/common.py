@@ -10,7 +10,7 @@ import tempfile
 
 import tensorflow_datasets as tfds
 
-from icae_jax.data import reading
+from icae_jax.data import reading, rows
 from icae_jax.data.builders import shards
 from icae_jax.errors import UserError
 
@@ -22,22 +22,21 @@ QUESTIONS = {
 }
 
 
-def text_of(raw, field):
-    """A text field of a JSON object. UserError names the field."""
+def check_field(raw, field):
+    """UserError where a JSON object has no such field."""
     if field not in raw:
-        raise UserError(f"no field {field}; the fields are {', '.join(raw) or 'none'}")
-    return checked(raw[field], field)
+        raise UserError(f"no field {field}; the fields are {rows.listed(raw)}")
 
 
-def checked(value, field):
-    """A text, if it is one that can be stored. UserError names the field."""
-    if not isinstance(value, str):
-        raise UserError(f"{field} is {type(value).__name__}, expected text")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:  # JSON can spell half a character, UTF-8 cannot
-        raise UserError(f"{field} is not valid text ({error})") from error
-    return value
+def text_of(raw, field):
+    """A text field of a JSON object, "" where it is null. UserError names the field, also where it is absent."""
+    check_field(raw, field)
+    return rows.text_of(raw, field)
+
+
+def row_of(text, row_id="", question=None, answers=None):
+    """A `Row` whose place is the reader's to know."""
+    return rows.Row(text, question, answers, "", row_id)
 
 
 def _fingerprint(entry):
@@ -46,9 +45,10 @@ def _fingerprint(entry):
 
 
 class LocalBuilder(tfds.core.DatasetBuilder, skip_registration=True):
-    """A TFDS set made of files that the user has. A set says in `sources` which, and in `parse` how a line becomes examples.
+    """A TFDS set made of files that the user has. A set says in `sources` which, and in `parse` what rows a raw row holds.
 
-    request: `inputs.Request`, None to read what is prepared. processes: how many write shards. Other arguments: those of
+    request: `inputs.Request`, None to read what is prepared. processes: how many write shards. strict: the flag by which the user asks
+    for an error in place of rows that are left out for being empty, "" where it is not set. Other arguments: those of
     `tfds.core.DatasetBuilder`. A set is read by its files alone, so that builders stay out of TFDS's register, which other sets of
     their names may be in. UserError, before anything is written, for what the request lacks.
     """
@@ -58,10 +58,10 @@ class LocalBuilder(tfds.core.DatasetBuilder, skip_registration=True):
     FLAGS = ("from", "only")  # the parts of a request that it takes
     FEATURES = None  # `{name: tfds feature}` of an example
 
-    def __init__(self, *, request=None, processes=1, **kwargs):
+    def __init__(self, *, request=None, processes=1, strict="", **kwargs):
         super().__init__(**kwargs)
         self.info.set_file_format("array_record")
-        self.request, self.processes = request, processes
+        self.request, self.processes, self.sieve = request, processes, rows.Sieve(strict)
         self.inputs = self.sources(request) if request else {}
 
     def sources(self, request):
@@ -69,8 +69,8 @@ class LocalBuilder(tfds.core.DatasetBuilder, skip_registration=True):
         raise NotImplementedError
 
     @staticmethod
-    def parse(raw, subset, noted):
-        """Yields the examples of one JSON object, see `shards.write_shards`."""
+    def parse(raw, subset):
+        """Yields the rows of one JSON object, see `shards.write_shards`."""
         raise NotImplementedError
 
     def options(self):
@@ -78,8 +78,15 @@ class LocalBuilder(tfds.core.DatasetBuilder, skip_registration=True):
         return {}
 
     def jobs(self, folder):
-        """(`{split: [parts of one job, …]}`, `{what: count}` of what was noted on the way). folder: for files of passing use."""
+        """(`{split: [parts of one job, …]}`, `{what: count}` of what was noted on the way); the sieve counts what was left out.
+
+        folder: for files of passing use.
+        """
         return {s: [[part] for i in files for part in shards.parts_of(*i)] for s, files in self.inputs.items()}, {}
+
+    def columns(self):
+        """The columns that are wanted of a table."""
+        return rows.FIELDS
 
     # --------------------------------------------------------------------------------------------------------- preparing
 
@@ -99,6 +106,7 @@ class LocalBuilder(tfds.core.DatasetBuilder, skip_registration=True):
                     f"{self.data_path} was prepared from other files or with other options; give this one a name of its own with --name, "
                     "or another --tfds_dir, or delete that folder"
                 )
+            self.sieve.add((self.info.metadata or {}).get("left_out", {}))
             return False
         # TFDS speaks of downloads, and wants a folder for them; there are none.
         with contextlib.redirect_stdout(io.StringIO()), tempfile.TemporaryDirectory() as none:
@@ -126,19 +134,20 @@ class LocalBuilder(tfds.core.DatasetBuilder, skip_registration=True):
         tasks, names = [], []
         for split, of_split in jobs.items():
             for number, parts in enumerate(of_split):
-                tasks.append((parts, parse, self.info.features, str(passing / f"{split}.{number:06d}")))
+                prefix = str(passing / f"{split}.{number:06d}")
+                tasks.append((parts, parse, self.info.features, prefix, self.sieve.fresh(), self.columns()))
                 names.append(split)
         written = collections.defaultdict(list)
-        noted = collections.Counter(noted)
         for split, result in zip(names, shards.run(shards.write_shards, tasks, self.processes, "writing shards"), strict=True):
             written[split] += result.shards
-            noted.update(result.noted)
+            self.sieve.add(result.left_out)
         empty = [split for split in jobs if not written[split]] if jobs else list(self.inputs)
         if empty:
-            why = "; ".join(f"{count} {what}" for what, count in noted.items()) or "its files have no rows"
+            why = f"left out {self.sieve}" if self.sieve.left_out else "its files have no rows"
             raise UserError(f"{self.name}: no examples for split {empty[0]!r}: {why}")
         self.info.set_splits(tfds.core.SplitDict([self._name_shards(folder, split, written[split]) for split in jobs]))
-        self.info.metadata.update(origin=self.origin, noted=dict(noted))
+        noted = {f"{reason} left out": count for reason, (count, _) in self.sieve.left_out.items()} | dict(noted)
+        self.info.metadata.update(origin=self.origin, noted=noted, left_out=self.sieve.left_out)
         shutil.rmtree(passing)
 
     def _name_shards(self, folder, split, written):

@@ -1,13 +1,12 @@
 """Which files a set is made of: asked for by the user, found by their published names."""
 
 import dataclasses
+import os
 import pathlib
 import typing
 
-from icae_jax.data import reading
+from icae_jax.data import formats, places, reading
 from icae_jax.errors import UserError
-
-SUFFIXES = (".jsonl", ".json", ".ndjson")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,24 +50,29 @@ class Published(typing.NamedTuple):
 
 def stem(path):
     """A data file's name without the suffixes of its format, None where it is no data file."""
+    if not formats.kind_by_name(path):
+        return None
     name = pathlib.Path(path).name
-    for packed in reading.COMPRESSED:
-        name = name.removesuffix(packed)
-    return next((name.removesuffix(s) for s in SUFFIXES if name.endswith(s)), None)
+    packed, suffixes = reading.packing(path), formats.suffixes(path)
+    return name[: len(name) - len(packed) - len(suffixes[-1] if suffixes else "")]
 
 
 def files_in(paths):
-    """The data files among paths and, at any depth, in the folders among them; sorted within a folder. UserError names what is absent."""
+    """The data files among paths and, at any depth, in the folders among them; sorted within a folder. UserError names what is absent, or
+    none that is read.
+    """
     if not paths:
         raise UserError("--from is not given; give the files that you have, or a folder that holds them")
     found = []
-    for path in map(pathlib.Path, paths):
-        if not path.exists():
+    for path in map(str, paths):
+        if not os.path.exists(path):
             raise UserError(f"--from {path}: no such file or folder")
-        if path.is_file() and stem(path) is None:
-            raise UserError(f"--from {path}: not JSON lines by its name; expected {', '.join(SUFFIXES)}, perhaps with .gz or .zst")
-        found += [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file() and stem(p) is not None)
-    return list(dict.fromkeys(p.absolute() for p in found))  # not resolved: in the hub's cache names are links to nameless files
+        of_path = places.files_of(path, told=True)
+        for file in of_path:
+            formats.kind(file)
+        found += of_path
+    # Not resolved: in the hub's cache names are links to nameless files.
+    return list(dict.fromkeys(pathlib.Path(p).absolute() for p in found))
 
 
 def find(published, request):

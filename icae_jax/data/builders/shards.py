@@ -1,19 +1,16 @@
-"""From JSON lines to array_record shards, in many processes, a line at a time."""
+"""From files of rows to array_record shards, in many processes, a row at a time; plain JSON lines in parts."""
 
-import collections
 import concurrent.futures
 import itertools
-import json
 import multiprocessing
 import os
-import pathlib
 import threading
 import typing
 
 import tqdm
 from array_record.python.array_record_module import ArrayRecordWriter
 
-from icae_jax.data import reading
+from icae_jax.data import formats, json_rows, reading, rows
 from icae_jax.errors import UserError
 
 PART = 256 << 20  # bytes of a plain file that one job reads; a packed file cannot be entered in the middle, and is one part
@@ -30,15 +27,15 @@ class Part(typing.NamedTuple):
 
 
 class Written(typing.NamedTuple):
-    """shards: (path, examples, serialised bytes) of each. noted: how often what was seen that the user should know."""
+    """shards: (path, examples, serialised bytes) of each. left_out: as `rows.Sieve` counts it."""
 
     shards: list
-    noted: collections.Counter
+    left_out: dict[str, tuple[int, str]]
 
 
 def parts_of(path, subset=""):
     """A file as `Part`s that can be read in parallel."""
-    if pathlib.Path(path).suffix in reading.COMPRESSED:
+    if not formats.is_json_lines(path):
         return [Part(path, subset=subset)]
     return [Part(path, start, start + PART, subset) for start in range(0, max(1, os.path.getsize(path)), PART)]
 
@@ -58,7 +55,7 @@ def _lines(part):
             if not line:
                 return
             if len(line) > reading.MAX_ROW_BYTES:
-                reading.bounded(line, f"{part.path}:{_line_number(part, position, number)}", reading.MAX_ROW_BYTES)
+                reading.check_size(len(line), f"{part.path}:{_line_number(part, position, number)}", reading.MAX_ROW_BYTES)
             if not line.isspace():
                 yield position, number, line
             position += len(line)
@@ -75,37 +72,60 @@ def _line_number(part, position, number):
     return before + 1
 
 
-def objects(part, handle):
-    """Yields what `handle(JSON object)` yields for each line of a part. UserError names file and line of what it refuses."""
+def objects(part, handle, columns=rows.FIELDS):
+    """Yields what `handle(JSON object, its place)` yields for each row of a part. UserError names file and line of what it refuses.
+
+    The place is told by the line in a part that is a whole file, else by bytes. columns: those wanted of a table.
+    """
+    if part.start == 0 and part.stop is None:
+        for raw, where, _ in formats.raw_rows(part.path, reading.MAX_ROW_BYTES, columns):
+            with rows.placed(where):
+                _check_object(raw)
+                yield from handle(raw, where)
+        return
     for position, number, line in _lines(part):
         try:
-            try:
-                raw = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise UserError(f"not valid JSON ({error})") from error
-            if not isinstance(raw, dict):
-                raise UserError(f"a JSON {type(raw).__name__}, expected an object")
-            yield from handle(raw)
+            raw = json_rows.decode_line(line)
+            _check_object(raw)
+            yield from handle(raw, f"{part.path} byte {position:,}" if part.start else f"{part.path}:{number + 1}")
         except UserError as error:
             raise UserError(f"{part.path}:{_line_number(part, position, number)}: {error}") from error
 
 
-def write_shards(parts, parse, features, prefix):
+def _check_object(raw):
+    if not isinstance(raw, dict):
+        raise UserError(f"a JSON {type(raw).__name__}, expected an object")
+
+
+def _example(row, features):
+    """What a set of those features keeps of a row; None where it keeps questions and the row has none that can be used."""
+    fields = {"id": row.id, "text": row.text, "context": row.text, "question": row.question, "answers": row.answers, "subset": row.subset}
+    return None if "question" in features and not row.answers else {name: fields[name] for name in features}
+
+
+def write_shards(parts, parse, features, prefix, sieve, columns=rows.FIELDS):
     """Writes the examples of parts, in order, as shards prefix.00000, …; returns `Written`.
 
-    parse: `(raw, subset, noted) -> iterable of examples`; it counts in noted what it leaves out, and raises UserError for what is
-    malformed. features: a tfds FeaturesDict. No more than a line and an example are in memory at once.
+    parse: `(raw, subset) -> iterable of Rows`; it raises UserError for what is malformed. sieve: which rows can be used. features: a tfds
+    FeaturesDict. columns: those wanted of a table. No more than a row and an example are in memory at once.
     """
-    noted = collections.Counter()
+    sieve = sieve.fresh()
 
     def serialised(part):
-        return objects(part, lambda raw: map(features.serialize_example, parse(raw, part.subset, noted)))
+        def examples(raw, where):
+            for row in parse(raw, part.subset):
+                row = sieve.take(row._replace(where="" if sieve.strict else where))  # `objects` puts the place before an error
+                example = row and _example(row, features)
+                if example:
+                    yield features.serialize_example(example)
+
+        return objects(part, examples, columns)
 
     records, shards = itertools.chain.from_iterable(map(serialised, parts)), []
     for number in itertools.count():
         first = next(records, None)
         if first is None:
-            return Written(shards, noted)
+            return Written(shards, sieve.left_out)
         path = f"{prefix}.{number:05d}"
         # group_size:1, since examples are read one by one, in any order
         writer, count, size = ArrayRecordWriter(path, "group_size:1"), 0, 0

@@ -6,12 +6,14 @@ import email.utils
 import json
 import re
 
+from icae_jax.data import rows
 from icae_jax.data.builders import common, inputs, shards
 from icae_jax.errors import UserError
 
 WHERE = 'arxiv-metadata-oai-snapshot.json (Kaggle data set "Cornell-University/arxiv"), or lines with id and text'
 NEW_ID = re.compile(r"(\d\d)(\d\d)\.\d{4,5}(v\d+)?")  # since April 2007
 OLD_ID = re.compile(r"[a-z-]+(\.[A-Z]{2})?/(\d\d)(\d\d)\d{3}(v\d+)?")
+COLUMNS = rows.FIELDS | {"abstract", "versions"}
 APART = "ids whose first version is dated over a month away; the id's month was taken"
 
 
@@ -52,25 +54,25 @@ def abstract(raw, counts):
     return f"{year:04d}_{month:02d}", arxiv_id, " ".join(text.split())
 
 
-def sort_by_month(part, folder, number):
-    """Sorts the rows of a part into folder/MONTH.NUMBER.jsonl; returns (its months, what was noted)."""
-    counts = collections.Counter()
+def sort_by_month(part, folder, number, sieve):
+    """Sorts the rows of a part into folder/MONTH.NUMBER.jsonl; returns (its months, what was noted, what was left out)."""
+    counts, sieve = collections.Counter(), sieve.fresh()
     with contextlib.ExitStack() as stack:
         files = {}  # some 400 at most, one a month since 1991
 
-        def sort(raw):
+        def sort(raw, where):
             month, arxiv_id, text = abstract(raw, counts)
-            if not text:
-                counts["empty abstracts left out"] += 1
+            row = common.row_of(text, arxiv_id)._replace(where="" if sieve.strict else where)  # `objects` puts the place before an error
+            if sieve.take(row) is None:
                 return ()
             if month not in files:
                 files[month] = stack.enter_context(open(f"{folder}/{month}.{number:06d}.jsonl", "w", encoding="utf-8"))
             files[month].write(json.dumps({"id": arxiv_id, "text": text}) + "\n")
             return ()
 
-        for _ in shards.objects(part, sort):
+        for _ in shards.objects(part, sort, COLUMNS):
             pass
-        return sorted(files), counts
+        return sorted(files), counts, sieve.left_out
 
 
 class Builder(common.LocalBuilder, skip_registration=True):
@@ -82,21 +84,20 @@ class Builder(common.LocalBuilder, skip_registration=True):
 
     def sources(self, request):
         files = inputs.files_in(request.paths)
-        if not files:
-            raise UserError(f"--from {' '.join(request.paths)}: no files of JSON lines; expected {WHERE}")
         return {"months": [inputs.Input(str(f)) for f in files]}
 
     def jobs(self, folder):
         """One pass over the dump sorts its rows by month; every month is then a job."""
         parts = [part for i in self.inputs["months"] for part in shards.parts_of(*i)]
-        tasks = [(part, str(folder), number) for number, part in enumerate(parts)]
+        tasks = [(part, str(folder), number, self.sieve.fresh()) for number, part in enumerate(parts)]
         months, counts = collections.defaultdict(list), collections.Counter()
-        for number, (found, noted) in enumerate(shards.run(sort_by_month, tasks, self.processes, "sorting by month")):
+        for number, (found, noted, left_out) in enumerate(shards.run(sort_by_month, tasks, self.processes, "sorting by month")):
             counts.update(noted)
+            self.sieve.add(left_out)
             for month in found:
                 months[month].append(shards.Part(f"{folder}/{month}.{number:06d}.jsonl"))
         return {month: [months[month]] for month in sorted(months)}, counts
 
     @staticmethod
-    def parse(raw, subset, noted):
-        yield raw
+    def parse(raw, subset):
+        yield common.row_of(raw["text"], raw["id"])

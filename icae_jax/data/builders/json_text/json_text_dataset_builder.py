@@ -1,8 +1,9 @@
-"""Any corpus of texts in JSON lines: The Pile, SlimPajama, C4, one's own."""
+"""Any corpus of texts: The Pile, SlimPajama, C4, one's own."""
 
 import glob
 import re
 
+from icae_jax.data import rows
 from icae_jax.data.builders import common, inputs
 from icae_jax.errors import UserError
 
@@ -10,7 +11,7 @@ from icae_jax.errors import UserError
 class Builder(common.LocalBuilder, skip_registration=True):
     """Rows with a text field, and perhaps an `id`. Splits have the user's names; texts of white space alone are left out, and counted."""
 
-    ABOUT = "any files of JSON lines with a text field (The Pile, SlimPajama, C4, your own)"
+    ABOUT = "any files of rows with a text field, or of text (The Pile, SlimPajama, C4, your own)"
     FLAGS = ("from", "split", "field")
     FEATURES = common.TEXTS
 
@@ -19,8 +20,6 @@ class Builder(common.LocalBuilder, skip_registration=True):
             raise UserError("give either --from FILE_OR_FOLDER (all of it is split train) or --split NAME=GLOB, one or more")
         if request.paths:
             found = {"train": inputs.files_in(request.paths)}
-            if not found["train"]:
-                raise UserError(f"--from {' '.join(request.paths)}: no files of JSON lines ({', '.join(inputs.SUFFIXES)})")
         else:
             found = {}
             for split, pattern in request.patterns:
@@ -35,11 +34,9 @@ class Builder(common.LocalBuilder, skip_registration=True):
     def options(self):
         return {"field": self.request.field if self.request else "text"}
 
+    def columns(self):
+        return rows.FIELDS | {self.options()["field"]}
+
     @staticmethod
-    def parse(raw, subset, noted, field):
-        text = common.text_of(raw, field)
-        if not text.strip():
-            noted["empty texts left out"] += 1
-            return
-        row_id = raw.get("id")
-        yield {"id": "" if row_id is None else common.checked(str(row_id), "id"), "text": text}
+    def parse(raw, subset, field):
+        yield common.row_of(common.text_of(raw, field), rows.name_of(raw, "id"))

@@ -2,8 +2,8 @@
 
 import tensorflow_datasets as tfds
 
+from icae_jax.data import rows
 from icae_jax.data.builders import common, inputs
-from icae_jax.errors import UserError
 
 RELEASE = "https://s3.us-east-2.amazonaws.com/mrqa/release/v2"
 # The task's own download scripts shorten three of the names.
@@ -38,22 +38,11 @@ class Builder(common.LocalBuilder, skip_registration=True):
         return inputs.find(FILES, request)
 
     @staticmethod
-    def parse(raw, subset, noted):
+    def parse(raw, subset):
         if "header" in raw:
             return
-        context = common.text_of(raw, "context")
-        if not isinstance(raw.get("qas"), list):
-            raise UserError(f"qas is {raw.get('qas')!r}, expected a list of questions")
-        for question in raw["qas"]:
-            if not isinstance(question, dict):
-                raise UserError(f"qas holds {question!r}, expected an object with qid, question and answers")
-            answers = question.get("answers")
-            if not isinstance(answers, list) or not answers:
-                raise UserError(f"answers is {answers!r}, expected a list of texts, at least one")
-            yield {
-                "id": common.text_of(question, "qid"),
-                "context": context,
-                "question": common.text_of(question, "question"),
-                "answers": [common.checked(answer, "an answer") for answer in answers],
-                "subset": subset,
-            }
+        common.text_of(raw, "context")
+        common.check_field(raw, "qas")
+        asked = [row for row in rows.paragraph(raw, "", "", subset) if row.question is not None]
+        for row, question in zip(asked, raw["qas"], strict=True):
+            yield row._replace(id=common.text_of(question, "qid"))

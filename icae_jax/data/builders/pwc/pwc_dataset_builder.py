@@ -18,6 +18,6 @@ class Builder(common.LocalBuilder, skip_registration=True):
         return inputs.find(FILES, request)
 
     @staticmethod
-    def parse(raw, subset, noted):
+    def parse(raw, subset):
         context, question, answer = (common.text_of(raw, field) for field in ("input", "prompt", "answer"))
-        yield {"context": context, "question": question, "answers": [answer]}
+        yield common.row_of(context, question=question, answers=(answer,))
