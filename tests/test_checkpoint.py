@@ -356,6 +356,7 @@ def test_a_damaged_one_that_is_asked_for_is_not_replaced(pattern, how, workdir):
 FAULTS = [
     OSError(errno.EIO, "Input/output error"),
     ValueError("UNAVAILABLE: Error reading x"),
+    ValueError(f"FAILED_PRECONDITION: Error reading x: Stale file handle [os_error_code='{errno.ESTALE}']"),
     MemoryError(),
     jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory"),
     ValueError("RESOURCE_EXHAUSTED: Error reading x: Too many open files [os_error_code='24']"),
