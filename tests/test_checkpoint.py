@@ -126,8 +126,10 @@ def test_reading_changes_nothing(tmp_path):
     assert everything(tmp_path) == before
 
 
-def test_a_checkpoint_that_goes_while_it_is_read_is_chosen_anew(tmp_path, monkeypatch):
-    """Breaks when a running training, whose best has just changed, makes its reader fail; or when a broken file is read for ever."""
+def test_a_checkpoint_that_goes_while_it_is_read_is_chosen_anew(tmp_path, monkeypatch, capsys):
+    """Breaks when a running training, whose best has just changed, makes its reader fail or speak of damage; or when a broken file is read
+    for ever.
+    """
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(1, state(1), 2.0)
         checkpoints.save(2, state(2), 3.0)
@@ -140,7 +142,7 @@ def test_a_checkpoint_that_goes_while_it_is_read_is_chosen_anew(tmp_path, monkey
 
     monkeypatch.setattr(checkpoint, "read_trained", losing)
     folder, trained = checkpoint.read_newly(tmp_path)
-    assert folder.name == "step_2"
+    assert folder.name == "step_2" and capsys.readouterr().err == ""
     jax.tree.map(np.testing.assert_array_equal, trained, jax.device_get(state(2)["trained"]))
 
     def broken(folder):
