@@ -346,7 +346,7 @@ VERBS = {
 }
 
 
-WITHOUT_DEVICES = ("prepare", "cache")  # verbs that JAX's settings do not concern
+WITHOUT_DEVICES = ("prepare", "cache", "sweep")  # verbs that JAX's settings do not concern; a sweep's points see for themselves
 TRAIN_EXAMPLES = {"train": "configs/icae.py:pretrain", "train-base": "configs/tiny_base.py"}
 
 

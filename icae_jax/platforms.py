@@ -68,7 +68,7 @@ def _check_platforms(variable: str, value: str) -> None:
         others = [plugin for plugin in plugins if not plugin.startswith(("xla_cuda", "xla_rocm"))]
         if name not in _KNOWN and not others:
             near = difflib.get_close_matches(name.strip().lower(), _KNOWN, 1, 0.5)
-            meant = f"; is {near[0]} meant?" if near else f"; it knows {', '.join(_KNOWN)}"
+            meant = f"; is {near[0]} meant?" if near else f"; it knows {', '.join(_KNOWN)}."
             raise UserError(f"${variable} is {value!r}: JAX knows no platform {name!r}{meant} Without the variable JAX chooses itself")
         if there.get(name, bool(others)):
             usable.append(name)

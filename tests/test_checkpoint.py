@@ -126,8 +126,10 @@ def test_reading_changes_nothing(tmp_path):
     assert everything(tmp_path) == before
 
 
-def test_a_checkpoint_that_goes_while_it_is_read_is_chosen_anew(tmp_path, monkeypatch):
-    """Breaks when a running training, whose best has just changed, makes its reader fail; or when a broken file is read for ever."""
+def test_a_checkpoint_that_goes_while_it_is_read_is_chosen_anew(tmp_path, monkeypatch, capsys):
+    """Breaks when a running training, whose best has just changed, makes its reader fail or speak of damage; or when a broken file is read
+    for ever.
+    """
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(1, state(1), 2.0)
         checkpoints.save(2, state(2), 3.0)
@@ -140,7 +142,7 @@ def test_a_checkpoint_that_goes_while_it_is_read_is_chosen_anew(tmp_path, monkey
 
     monkeypatch.setattr(checkpoint, "read_trained", losing)
     folder, trained = checkpoint.read_newly(tmp_path)
-    assert folder.name == "step_2"
+    assert folder.name == "step_2" and capsys.readouterr().err == ""
     jax.tree.map(np.testing.assert_array_equal, trained, jax.device_get(state(2)["trained"]))
 
     def broken(folder):
@@ -356,6 +358,7 @@ def test_a_damaged_one_that_is_asked_for_is_not_replaced(pattern, how, workdir):
 FAULTS = [
     OSError(errno.EIO, "Input/output error"),
     ValueError("UNAVAILABLE: Error reading x"),
+    ValueError(f"FAILED_PRECONDITION: Error reading x: Stale file handle [os_error_code='{errno.ESTALE}']"),
     MemoryError(),
     jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory"),
     ValueError("RESOURCE_EXHAUSTED: Error reading x: Too many open files [os_error_code='24']"),
