@@ -105,14 +105,20 @@ def _status(error: BaseException) -> int | None:
     return int(told) if isinstance(told, int) and 100 <= told < 600 else None
 
 
+# How clients of the hub and of buckets say so without a status.
+_NO = (
+    "HFValidationError", "RepositoryNotFoundError", "RevisionNotFoundError", "GatedRepoError", "RemoteEntryNotFoundError",
+    "LocalTokenNotFoundError", "DefaultCredentialsError", "NoCredentialsError",
+)  # fmt: skip
+
+
 def answered_no(error: BaseException) -> bool:
     """Whether a server answered that there is no such thing, or not for this user; or the id cannot be one, or its client is absent."""
     for link in causes(error):
         status = getattr(getattr(link, "response", None), "status_code", getattr(link, "code", None))
         if status in (400, 401, 403, 404, 410, 451):
             return True
-        if type(link).__name__ in ("HFValidationError", "RepositoryNotFoundError", "RevisionNotFoundError", "GatedRepoError",
-                                   "RemoteEntryNotFoundError", "LocalTokenNotFoundError", "DefaultCredentialsError", "NoCredentialsError"):  # fmt: skip
+        if type(link).__name__ in _NO:
             return True
     return isinstance(error, FileNotFoundError | NotADirectoryError | PermissionError | ImportError) and not transient(error)
 

@@ -153,9 +153,15 @@ def test_every_tensor_that_does_not_fit_is_listed(change, messages):
         ),
         (lambda f: edit_within(f / "icae.json", "compression", method=["icae"]), r"method is \['icae'\], which is not a text"),
         (lambda f: edit_within(f / "icae.json", "template", head=[[1]]), r"template: head is \[\[1\]\], which are not whole numbers"),
-        (lambda f: edit_within(f / "icae.json", "template", before=[64]), "template: before holds id 64; the base has 64 tokens"),
-        (lambda f: edit_within(f / "icae.json", "template", after=[-4]), "template: after holds id -4; the base has 64 tokens"),
-        (lambda f: edit_within(f / "icae.json", "template", stop=-1), "template: stop is -1; the base has 64 tokens"),
+        (
+            lambda f: edit_within(f / "icae.json", "template", before=[64]),
+            "template before: id 64, but the base's embedding table has 64 rows",
+        ),
+        (
+            lambda f: edit_within(f / "icae.json", "template", after=[-4]),
+            "template after: id -4, but the base's embedding table has 64 rows",
+        ),
+        (lambda f: edit_within(f / "icae.json", "template", stop=-1), "template stop: id -1, but the base's embedding table has 64 rows"),
         (lambda f: edit(f / "icae.json", origin="x"), "origin is 'x', which is not an object"),
         (lambda f: (f / "icae.json").write_text('{"format_version": 1}'), r"icae\.json: base_fingerprint, compression, .* missing"),
         (lambda f: (f / "icae.json").write_text("[]"), r"icae\.json: not an object"),

@@ -11,7 +11,7 @@ import pytest
 import safetensors.numpy
 
 from icae_jax import errors
-from icae_jax.data import tokens
+from icae_jax.data import rows, tokens
 from icae_jax.interop import adapter, files, formats
 
 
@@ -103,7 +103,7 @@ def test_new_files_follow_the_umask(tmp_path, umask):
 def test_a_shared_cache_of_tokens_follows_the_umask(tmp_path, umask, monkeypatch):
     """Breaks when a cache that several users share can be read by the one alone who came first, or by more than the umask says."""
     monkeypatch.setattr(tokens, "_build", lambda folder, *_: np.save(folder / "ids.npy", np.zeros(2)))
-    tokens._write(tmp_path / "key", "train.jsonl", None, "", 0)
+    tokens._write(tmp_path / "key", "train.jsonl", None, "", 0, rows.Sieve(), "")
     assert modes(tmp_path / "key")["."] == 0o777 & ~umask and modes(tmp_path / "key")["ids.npy"] == 0o666 & ~umask
     assert os.listdir(tmp_path) == ["key"]
 

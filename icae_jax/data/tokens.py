@@ -20,6 +20,7 @@ import numpy as np
 from icae_jax import errors
 from icae_jax.data import reading, rows, sources
 from icae_jax.interop import cache, files
+from icae_jax.interop import tokenizer as tokenizers
 from icae_jax.interop.text import user_ids
 
 CACHE_VERSION = 2  # 1 made control tokens of what texts spelled, and knew files by their times
@@ -244,10 +245,11 @@ def tokenise(source, tokenizer, cache_dir="", tfds_dir=None, max_row_bytes=readi
     folder = root / "tokens" / key[:32]
     # Texts of white space have tokens with most tokenizers, and are trained on then.
     sieve = rows.Sieve(strict, no_answer, blank=False)
-    while (held := cache.hold(folder)) is None:
+    made_by = tokenizers.fingerprint(tokenizer)
+    while (held := _held(folder, made_by)) is None:
         with cache.alone(folder, what):
             if not (folder / cache.ABOUT).exists():
-                errors.retrying(lambda: _write(folder, source, tokenizer, tfds_dir, max_row_bytes, sieve.fresh()), what)
+                errors.retrying(lambda: _write(folder, source, tokenizer, tfds_dir, max_row_bytes, sieve.fresh(), made_by), what)
         most = cache.bound()
         with contextlib.suppress(OSError):  # what cannot be removed takes room, and does no harm
             removed = cache.prune(root, most, CACHE_VERSION)
@@ -261,12 +263,28 @@ def tokenise(source, tokenizer, cache_dir="", tfds_dir=None, max_row_bytes=readi
     return Tokens(**arrays, key=key, earlier_key=earlier_key, left_out=sieve.counts, held=held)
 
 
-def _write(folder, source, tokenizer, tfds_dir, max_row_bytes, sieve):
+def _held(folder, made_by):
+    """`cache.hold`; None, too, where the same tokenizer made other ids of the probe text then, as an earlier version of its library may."""
+    held = cache.hold(folder)
+    if held is None:
+        return None
+    if files.read_json(folder / cache.ABOUT, "what is kept here").get("tokenizer", made_by) == made_by:  # the first ones do not say
+        return held
+    files.say(f"cache {folder}: its ids are those of another version of the tokenizers library; made anew")
+    held.close()
+    with contextlib.suppress(FileNotFoundError):  # another process may be at it, too
+        gone = folder.with_name(f".gone.{secrets.token_hex(8)}")
+        os.rename(folder, gone)
+        shutil.rmtree(gone, ignore_errors=True)
+    return None
+
+
+def _write(folder, source, tokenizer, tfds_dir, max_row_bytes, sieve, made_by):
     tmp = folder.with_name(f".new.{secrets.token_hex(4)}")
     tmp.mkdir()  # as open as the umask says: others may share the cache
     try:
         _build(tmp, source, tokenizer, tfds_dir, max_row_bytes, sieve)
-        files.write_json(tmp / cache.ABOUT, {"version": CACHE_VERSION, "source": source, "left_out": sieve.left_out})
+        files.write_json(tmp / cache.ABOUT, {"version": CACHE_VERSION, "source": source, "left_out": sieve.left_out, "tokenizer": made_by})
         try:
             os.rename(tmp, folder)
         except OSError:

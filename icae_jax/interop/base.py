@@ -5,7 +5,6 @@ import functools
 import hashlib
 import json
 import pathlib
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +24,8 @@ from icae_jax.training.sharding import on_host
 def save_base(folder, config, params, tokenizer, dtype="bfloat16"):
     """Writes a hub folder (config.json, generation_config.json, model.safetensors, tokenizer) that transformers loads too.
 
-    UserError where transformers would read a text otherwise than the tokenizer does, whatever is written.
+    Where transformers has a tokenizer of its own for the model's type, which would read texts otherwise, the same model is written as a
+    Llama; where it is none (sliding windows), that is said.
     """
     folder = pathlib.Path(folder)
     special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
@@ -34,21 +34,21 @@ def save_base(folder, config, params, tokenizer, dtype="bfloat16"):
         files.write_json(tmp / "generation_config.json", special)
         files.write_json(tmp / "config.json", hub_config(config, dtype, special))
         if not tokenizers.read_alike(tmp):
-            config, params = _as_llama(config, params)
-            files.write_json(tmp / "config.json", hub_config(config, dtype, special))
-            if not tokenizers.read_alike(tmp):
-                raise UserError(
-                    f"{folder}: transformers reads texts otherwise than this tokenizer does, by the model's type; save it with another"
-                )
+            as_llama = _as_llama(config, params)
+            if as_llama is None:
+                files.say(f"{folder}: transformers' own tokenizer for this model's type reads texts otherwise than tokenizer.json says")
+            else:
+                config, params = as_llama
+                files.write_json(tmp / "config.json", hub_config(config, dtype, special))
         save_params(tmp, config, params, dtype)
 
 
 def _as_llama(config, params):
-    """The same model as one with biases in all of attention's projections, o's zero: a Llama, whose tokenizer's class is the one that
-    tokenizer_config.json names, where Qwen2's is one with a pre-tokenizer of its own.
+    """The same model with biases in all of attention's projections, o's zero: a Llama, whose tokenizer's class is the one that
+    tokenizer_config.json names, where Qwen2's is one with a pre-tokenizer of its own. None where no Llama computes it.
     """
-    if not config.qkv_bias or config.o_bias:
-        return config, params
+    if not config.qkv_bias or config.windows or config.qk_norm:
+        return None
     attention = params["layers"]["self_attn"]
     zeros = jnp.zeros((config.num_layers, config.hidden_size), attention["o_proj"]["kernel"].dtype)
     attention = attention | {"o_proj": attention["o_proj"] | {"bias": zeros}}
@@ -127,7 +127,7 @@ def check_identity(what: str, stated: dict[str, str], have: dict[str, str]) -> N
     """
     unsaid = [name for name in have if not stated.get(name)]
     if unsaid:
-        print(f"{what} does not say with which {' and '.join(unsaid)} it was made; taken to be the base's", file=sys.stderr)
+        files.say(f"{what} does not say with which {' and '.join(unsaid)} it was made; taken to be the base's")
     for name, own in have.items():
         if name not in unsaid and stated[name] != own:
             raise UserError(f"{what} was made with {name} {stated[name][:12]}, but the base's is {own[:12]}: it {_DIFFERS[name]}")
@@ -171,10 +171,10 @@ def load_base(source, dtype=jnp.float32, sharding=None, progress=False, need_tok
     stops = stop_ids(folder, tokenizer)
     tokenizers.check_ids([stops], config.vocab_size, lambda _: f"{folder}: what ends a text (eos_token_id)", tokenizer)
     if tokenizer is not None and (beyond := sum(i >= config.vocab_size for i in tokenizer.get_vocab().values())):
-        print(
+        files.say(
             f"base {source}: {beyond} token(s) of its tokenizer have no row in the embedding table of {config.vocab_size:,}; a text that "
-            "holds one is refused", file=sys.stderr,
-        )  # fmt: skip
+            "holds one is refused"
+        )
     params = load_params(folder, config, dtype, sharding, progress)
     return Base(config, params, tokenizer, stops, fingerprint(config, params), str(source))
 

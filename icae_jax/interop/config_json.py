@@ -96,19 +96,21 @@ def architecture(raw: dict, source: object = "config.json") -> str:
     """The architecture of config.json's content: the first that it names, else that of its model_type. UserError if not supported."""
     names, model_type = raw.get("architectures") or [], raw.get("model_type")
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise UserError(f"{source}: architectures is {_shown(names)}, which is not a list of names")
+        raise UserError(f"{source}: architectures is {files.shown(names)}, which is not a list of names")
     if not names:
         names = [name for name, family in FAMILIES.items() if family.model_type == model_type]
     if not names:
         if "phase" in raw and "base" in raw:
-            raise UserError(f"{source}: the configuration of a training run, whose folder is no base; its base is {_shown(raw['base'])}")
-        known = f"model_type is {_shown(model_type)}" if model_type else "nor a model_type"
+            raise UserError(
+                f"{source}: the configuration of a training run, whose folder is no base; its base is {files.shown(raw['base'])}"
+            )
+        known = f"model_type is {files.shown(model_type)}" if model_type else "nor a model_type"
         raise UserError(f"{source}: no architectures ({known}), which say what the model is; supported: {', '.join(FAMILIES)}")
     if names[0] not in FAMILIES:
         raise UserError(f"{source}: architecture {names[0]} is not supported; supported: {', '.join(FAMILIES)}")
     if model_type not in (None, FAMILIES[names[0]].model_type):
         raise UserError(
-            f"{source}: model_type is {_shown(model_type)}, by which transformers goes, and the architecture {names[0]}; write the one "
+            f"{source}: model_type is {files.shown(model_type)}, by which transformers goes, and the architecture {names[0]}; write the one "
             "that is meant into both"
         )
     return names[0]
@@ -118,14 +120,8 @@ def stored_dtype(raw: dict, source: object = "config.json") -> object:
     """The dtype that config.json's content states, under its new name or its old one, or None; transformers' choice where they differ."""
     new, old = raw.get("dtype"), raw.get("torch_dtype")
     if new is not None and old is not None and new != old:
-        files.say(f"{source}: dtype is {_shown(new)} and torch_dtype {_shown(old)}; dtype counts, as in transformers")
+        files.say(f"{source}: dtype is {files.shown(new)} and torch_dtype {files.shown(old)}; dtype counts, as in transformers")
     return old if new is None else new
-
-
-def _shown(value):
-    """A value in a message of one line."""
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}…"
 
 
 def _number(value, name, source, whole=False, most=math.inf, zero=False):
@@ -137,7 +133,7 @@ def _number(value, name, source, whole=False, most=math.inf, zero=False):
         fits = False
     if not fits or (whole and number != int(number)):
         kind = f"a {'whole' if whole else 'finite'} number {'from 0' if zero else 'above 0'}{f' to {most}' if most < math.inf else ''}"
-        raise UserError(f"{source}: {name} is {_shown(value)}, which is not {kind}")
+        raise UserError(f"{source}: {name} is {files.shown(value)}, which is not {kind}")
     return int(number) if whole else float(number)
 
 
@@ -145,7 +141,7 @@ def _flag(raw, name, source):
     """true or false; None where the field is absent or null."""
     value = raw.get(name)
     if value is not None and not isinstance(value, bool):
-        raise UserError(f"{source}: {name} is {_shown(value)}, which is neither true nor false")
+        raise UserError(f"{source}: {name} is {files.shown(value)}, which is neither true nor false")
     return value
 
 
@@ -169,9 +165,9 @@ def _check_fields(raw, name, family, source):
             raise UserError(f"{source}: {field} is set; use the unquantised checkpoint")
         if field in neutral:
             only = next((same for same in neutral[field] if same not in ([], {})), None)
-            raise UserError(f"{source}: {field} is {_shown(value)}, which this model does not compute; only {only!r} is supported")
+            raise UserError(f"{source}: {field} is {files.shown(value)}, which this model does not compute; only {only!r} is supported")
         raise UserError(
-            f"{source}: {field} is {_shown(value)}, a field that is not known here and may change what the model computes; where it does "
+            f"{source}: {field} is {files.shown(value)}, a field that is not known here and may change what the model computes; where it does "
             "not, remove it from config.json"
         )
 
@@ -223,7 +219,9 @@ def _parse_config(raw, source):
     except ArithmeticError:
         finite = False
     if not finite:
-        raise UserError(f"{source}: rope_theta {rope_theta:g} with {_shown(rope_scaling)} gives frequencies of RoPE that are no numbers")
+        raise UserError(
+            f"{source}: rope_theta {rope_theta:g} with {files.shown(rope_scaling)} gives frequencies of RoPE that are no numbers"
+        )
     return config
 
 
@@ -241,7 +239,7 @@ def _windows(raw, family, layers, source):
     elif width is not None and not qwen and (use is False or first):
         field = "use_sliding_window" if use is False else "max_window_layers"
         raise UserError(
-            f"{source}: {field} is {_shown(raw[field])}, which this architecture does not read, and sliding_window {_shown(width)}; set "
+            f"{source}: {field} is {files.shown(raw[field])}, which this architecture does not read, and sliding_window {files.shown(width)}; set "
             f"sliding_window to null where no layer has a window, or remove {field}"
         )
     if width is not None:
@@ -250,13 +248,13 @@ def _windows(raw, family, layers, source):
     sliding = [width is not None and (not qwen or i >= first) for i in range(layers)]
     if types is not None:
         if not isinstance(types, list):
-            raise UserError(f"{source}: layer_types is {_shown(types)}, which is not a list")
+            raise UserError(f"{source}: layer_types is {files.shown(types)}, which is not a list")
         meant = [t == "sliding_attention" for t in types]
         unknown = [t for t in types if t not in ("full_attention", "sliding_attention")]
         of_its_own = qwen and (width is not None or not any(meant))
         if unknown or len(types) != layers or (meant != sliding and not of_its_own):
             raise UserError(
-                f"{source}: layer_types is {_shown(types)}, which {family.model_type} with sliding_window {width} does not compute"
+                f"{source}: layer_types is {files.shown(types)}, which {family.model_type} with sliding_window {width} does not compute"
             )
         sliding = meant
     return tuple(width if s else 0 for s in sliding) if any(sliding) else ()
@@ -267,7 +265,7 @@ def _rope(raw, positions, source):
     spellings = {name: raw[name] for name in ("rope_scaling", "rope_parameters") if raw.get(name)}
     for name, fields in spellings.items():
         if not isinstance(fields, dict):
-            raise UserError(f"{source}: {name} is {_shown(fields)}, which is not an object")
+            raise UserError(f"{source}: {name} is {files.shown(fields)}, which is not an object")
     meant = {_spelled_rope(fields, raw, positions, source) for fields in list(spellings.values()) or [{}]}
     if len(meant) == 2:  # transformers would take rope_scaling, and lose the theta of the other
         raise UserError(f"{source}: rope_parameters and rope_scaling are both set, to different values; keep the one that is meant")
@@ -288,17 +286,21 @@ def _spelled_rope(fields, raw, positions, source):
         files.say(f"{source}: rope_theta is {outer:g}, and {theta:g} beside the type of RoPE; the latter counts, as in transformers")
     kind = fields.get("rope_type", fields.get("type", "default"))
     if kind not in tuple(ROPE_FIELDS):
-        raise UserError(f"{source}: RoPE type {_shown(kind)} is not supported; supported: {', '.join(ROPE_FIELDS)}")
+        raise UserError(f"{source}: RoPE type {files.shown(kind)} is not supported; supported: {', '.join(ROPE_FIELDS)}")
     if fields.get("type", kind) != kind:
-        files.say(f"{source}: RoPE has rope_type {kind} and type {_shown(fields['type'])}; rope_type counts, as in transformers")
+        files.say(f"{source}: RoPE has rope_type {kind} and type {files.shown(fields['type'])}; rope_type counts, as in transformers")
     for field, value in fields.items():
         if field in ("rope_theta", "rope_type", "type", *ROPE_FIELDS[kind]):
             continue
         if field == "attn_factor" and kind == "yarn" and value != 1:
-            files.say(f"{source}: attn_factor of RoPE ({_shown(value)}) is not read, as it is not by transformers; attention_factor is")
+            files.say(
+                f"{source}: attn_factor of RoPE ({files.shown(value)}) is not read, as it is not by transformers; attention_factor is"
+            )
         elif not config_fields.is_neutral(field, value, config_fields.ROPE_NEUTRAL, config_fields.ROPE_HARMLESS):
             if field in config_fields.ROPE_NEUTRAL:
-                raise UserError(f"{source}: {field} of RoPE is {_shown(value)}, which this model does not compute; only 1 is supported")
+                raise UserError(
+                    f"{source}: {field} of RoPE is {files.shown(value)}, which this model does not compute; only 1 is supported"
+                )
             raise UserError(
                 f"{source}: RoPE of type {kind} has {field}, which this model does not compute; where it changes nothing, remove it"
             )

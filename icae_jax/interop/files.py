@@ -88,6 +88,12 @@ def is_kind(value: object, kind: type) -> bool:
     return isinstance(value, (int, float) if kind is float else kind) and not isinstance(value, bool)
 
 
+def shown(value: object) -> str:
+    """A value in a message: in one line, of a bounded length."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}…"
+
+
 def check_fields(raw: dict, kinds: dict[str, type], source: object) -> None:
     """UserError where an object from JSON lacks one of these fields, or has it of another type. source: the file, to name it."""
     missing = [name for name in kinds if name not in raw]
@@ -95,7 +101,7 @@ def check_fields(raw: dict, kinds: dict[str, type], source: object) -> None:
         raise UserError(f"{source}: {', '.join(missing)} missing; is the file complete?")
     for name, kind in kinds.items():
         if not is_kind(raw[name], kind):
-            raise UserError(f"{source}: {name} is {raw[name]!r}, which is not {_JSON_KINDS[kind]}")
+            raise UserError(f"{source}: {name} is {shown(raw[name])}, which is not {_JSON_KINDS[kind]}")
 
 
 @functools.cache

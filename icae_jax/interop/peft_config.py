@@ -48,13 +48,8 @@ def _or_default(raw, name, default):
     return default if value is None else value
 
 
-def _shown(value):
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "…"
-
-
 def _refuse(source, name, value, why):
-    raise UserError(f"{source}: {name} is {_shown(value)}, {why}")
+    raise UserError(f"{source}: {name} is {files.shown(value)}, {why}")
 
 
 def _whole(value):
@@ -87,7 +82,7 @@ def _compiles(pattern, name, source):
     try:
         re.compile(pattern)
     except (re.error, RecursionError, OverflowError) as error:
-        raise UserError(f"{source}: {name} holds {_shown(pattern)}, which is not a regular expression ({error})") from error
+        raise UserError(f"{source}: {name} holds {files.shown(pattern)}, which is not a regular expression ({error})") from error
 
 
 def _pattern(raw, name, source, convert: Callable, what):

@@ -9,7 +9,6 @@ import hashlib
 import importlib.metadata
 import json
 import pathlib
-import sys
 from collections.abc import Callable, Iterable, Sequence
 
 from icae_jax import errors
@@ -198,7 +197,7 @@ def _name_special_tokens(folder, stated, tokenizer):
             )
     template = stated.get("chat_template")
     if isinstance(template, str) and template != tokenizer.chat_template:
-        print(f"{folder}: tokenizer_config.json has another chat template than chat_template.jinja, which is taken", file=sys.stderr)
+        files.say(f"{folder}: tokenizer_config.json has another chat template than chat_template.jinja, which is taken")
     stated = stated | beside
     for name in ("bos_token", "eos_token"):
         if name in stated or getattr(tokenizer, name) is not None:
