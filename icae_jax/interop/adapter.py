@@ -275,7 +275,7 @@ def _fields(kind, raw, source, newer=()):
     wrong = sorted((set(raw) ^ {f.name for f in dataclasses.fields(kind)}) - (set(newer) - set(raw)))
     if wrong:
         raise UserError(
-            f"{source}: fields {', '.join(map(files.shown, wrong))} unknown or missing; was it written by another version of icae_jax?"
+            f"{source}: fields {', '.join(map(files.field, wrong))} unknown or missing; was it written by another version of icae_jax?"
         )
     types = {f.name: list if typing.get_origin(f.type) is tuple else f.type for f in dataclasses.fields(kind) if f.name in raw}
     files.check_fields(raw, types, source)

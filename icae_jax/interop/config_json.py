@@ -110,8 +110,8 @@ def architecture(raw: dict, source: object = "config.json") -> str:
         raise UserError(f"{source}: architecture {names[0]} is not supported; supported: {', '.join(FAMILIES)}")
     if model_type not in (None, FAMILIES[names[0]].model_type):
         raise UserError(
-            f"{source}: model_type is {files.shown(model_type)}, by which transformers goes, and the architecture {names[0]}; write the one "
-            "that is meant into both"
+            f"{source}: model_type is {files.shown(model_type)}, by which transformers goes, and the architecture {names[0]}; write the "
+            "one that is meant into both"
         )
     return names[0]
 
@@ -167,8 +167,8 @@ def _check_fields(raw, name, family, source):
             only = next((same for same in neutral[field] if same not in ([], {})), None)
             raise UserError(f"{source}: {field} is {files.shown(value)}, which this model does not compute; only {only!r} is supported")
         raise UserError(
-            f"{source}: {field} is {files.shown(value)}, a field that is not known here and may change what the model computes; where it does "
-            "not, remove it from config.json"
+            f"{source}: {files.field(field)} is {files.shown(value)}, a field that is not known here and may change what the model "
+            "computes; where it does not, remove it from config.json"
         )
 
 
@@ -239,8 +239,8 @@ def _windows(raw, family, layers, source):
     elif width is not None and not qwen and (use is False or first):
         field = "use_sliding_window" if use is False else "max_window_layers"
         raise UserError(
-            f"{source}: {field} is {files.shown(raw[field])}, which this architecture does not read, and sliding_window {files.shown(width)}; set "
-            f"sliding_window to null where no layer has a window, or remove {field}"
+            f"{source}: {field} is {files.shown(raw[field])}, which this architecture does not read, and sliding_window "
+            f"{files.shown(width)}; set sliding_window to null where no layer has a window, or remove {field}"
         )
     if width is not None:
         width = _number(width, "sliding_window", source, whole=True, most=MOST_POSITIONS)

@@ -94,6 +94,11 @@ def shown(value: object) -> str:
     return text if len(text) <= 80 else f"{text[:77]}…"
 
 
+def field(name: str) -> str:
+    """A field's name in a message, as `shown` where it is no plain word."""
+    return name if name.isidentifier() else shown(name)
+
+
 def check_fields(raw: dict, kinds: dict[str, type], source: object) -> None:
     """UserError where an object from JSON lacks one of these fields, or has it of another type. source: the file, to name it."""
     missing = [name for name in kinds if name not in raw]

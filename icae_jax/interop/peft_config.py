@@ -192,7 +192,7 @@ def _check_refused(raw, source):
             _refuse(source, name, value, "which is not computed here; give an adapter of plain LoRA, trained without it")
         if name not in COMPUTED | HARMLESS | REFUSED and value is not None:
             why = "an unknown field, which may change what the adapter computes; take it out if you know that it does not"
-            _refuse(source, name, value, why)
+            _refuse(source, files.field(name), value, why)
     init = raw.get("init_lora_weights")
     plain = init is None or isinstance(init, bool) or (isinstance(init, str) and init.lower() in PLAIN_INIT)
     if not plain:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from icae_jax import errors
 from icae_jax.errors import UserError
-from icae_jax.interop import files, sources
+from icae_jax.interop import files
 from icae_jax.interop.text import user_ids
 
 # Never to be changed: fingerprints hold what tokenizers make of it.
@@ -40,6 +40,8 @@ def load_tokenizer(folder):
 
     UserError names the file that cannot be read, and why; and a tokenizer that reads the probe text otherwise than its file says.
     """
+    from icae_jax.interop import sources  # and JAX with it, which those who only tokenise go without
+
     folder = sources.local_folder(folder, progress=False, with_weights=False)
     if not has_tokenizer(folder):
         raise UserError(f"{folder}: {_NO_TOKENIZER} (it has no tokenizer.json, tokenizer.model or vocab.json)")
@@ -192,9 +194,7 @@ def _name_special_tokens(folder, stated, tokenizer):
         here, there = (of[name].get("content") if isinstance(of.get(name), dict) else of.get(name) for of in (stated, beside))
         if here and there and here != there:
             taken = getattr(tokenizer, name)
-            print(
-                f"{folder}: {name} is {here!r} in tokenizer_config.json and {there!r} in {path.name}; {taken!r} is taken", file=sys.stderr
-            )
+            files.say(f"{folder}: {name} is {here!r} in tokenizer_config.json and {there!r} in {path.name}; {taken!r} is taken")
     template = stated.get("chat_template")
     if isinstance(template, str) and template != tokenizer.chat_template:
         files.say(f"{folder}: tokenizer_config.json has another chat template than chat_template.jinja, which is taken")
