@@ -130,7 +130,13 @@ def _from_tensors(source, base, args):
     if told and told["base_fingerprint"] != base.fingerprint:
         was = f"{told['base']} ({told['base_fingerprint'][:12]})"
         raise UserError(f"{source.path} was trained on {was}, not on {base.path} ({base.fingerprint[:12]}); give the right base")
-    template = targets.make_template(name, base.tokenizer, next(iter(base.stop_ids), 2))
+    if told:
+        bases.check_identity(str(source.path), told.get("base_identity") or {}, base.identity)
+    if told.get("template_ids") and name == told["template"]:  # as it was, where a chat template would write today's date
+        template = targets.Template.from_json(told["template_ids"], source.path.with_name(formats.READING))
+    else:
+        template = targets.make_template(name, base.tokenizer, next(iter(base.stop_ids), 2))
+    adapters.check_template(template, base, source.path)
     adapter = formats.make_adapter(trained, base, template, method=method, **chosen)
     return adapter, lines
 

@@ -1,5 +1,6 @@
 """The reference implementations' files: recognised by content, nothing but tensors read, every fault listed, written as they were."""
 
+import json
 import pickle
 
 import jax
@@ -229,11 +230,18 @@ def test_what_an_implementation_would_misread(base):
 
 
 def test_a_file_says_beside_itself_how_it_is_read(base, tmp_path):
-    """Breaks when alpha, context length, layout or base of an exported file are lost."""
+    """Breaks when alpha, context length, layout, the template or the base of an exported file are lost, or may be junk."""
     path = formats.write("icae-v2", tmp_path / "out", make(base), TINY)
     told = formats.read_reading(path)
     want = {"alpha": 32, "context_length": 12, "layout": "sequential", "method": "icae", "template": "none"}
-    assert told == want | {"base": base.path, "base_fingerprint": base.fingerprint, "forced": False}
+    assert told == want | {
+        "base": base.path, "base_fingerprint": base.fingerprint, "base_identity": base.identity, "template_ids": ["none", [], [], [], 2],
+        "forced": False,
+    }  # fmt: skip
+    for field, junk in (("alpha", "32"), ("context_length", 1.5), ("template", None)):
+        (path.parent / formats.READING).write_text(json.dumps(told | {field: junk}))
+        with pytest.raises(ValueError, match=rf"reading\.json: {field} is .*, which is not"):
+            formats.read_reading(path)
     (path.parent / formats.READING).write_text('{"alpha": 3}')
     with pytest.raises(ValueError, match=r"reading\.json: base, base_fingerprint, .* missing; move it away if .* icae\.safetensors"):
         formats.read_reading(path)

@@ -1,5 +1,6 @@
 """A base's tokenizer: read as its file says, known by a fingerprint, held against the embedding table; text that spells control tokens."""
 
+import argparse
 import dataclasses
 import datetime
 import hashlib
@@ -23,6 +24,7 @@ from icae_jax.errors import UserError
 from icae_jax.evaluation import plain
 from icae_jax.interop import adapter as adapters
 from icae_jax.interop import base as bases
+from icae_jax.interop import formats
 from icae_jax.interop import tokenizer as reading
 from icae_jax.interop.text import user_ids
 from icae_jax.models.lora import LoraConfig
@@ -397,6 +399,23 @@ def test_a_run_keeps_the_words_that_it_began_with(folder, tmp_path, monkeypatch)
     monkeypatch.setattr(convert_adapter.checkpoint, "read_newly", lambda path: (step, first.init()))
     _, opened = convert_adapter._from_orbax(convert_adapter.Source("orbax", step, given=step), first.base)
     assert opened.template == first.template and opened.base_identity == first.base.identity
+
+
+def test_a_file_of_tensors_keeps_its_template(tiny_base, tmp_path, monkeypatch):
+    """Breaks when the template of an exported file, whose ids stand beside it, is made anew on another day."""
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = CLOCK
+    base = dataclasses.replace(bases.load_base(tiny_base), tokenizer=tokenizer)
+    on_day(monkeypatch, 28)
+    template = targets.make_template("chat", tokenizer)
+    compression, lora = CompressionConfig(k=4, rate=4, layout="sequential"), LoraConfig(4, 8.0, 0.05)
+    made = adapters.Adapter(compression, lora, template, random_trained(TINY, 4), base.path, base.fingerprint)
+    path = formats.write("icae-v2", tmp_path / "out", made, TINY)
+    on_day(monkeypatch, 29)
+    assert targets.make_template("chat", tokenizer) != template, "else this shows nothing"
+    flags = dict.fromkeys(("method", "phase", "rate", "alpha", "context_length", "layout", "template"))
+    adapter, _ = convert_adapter._from_tensors(convert_adapter.recognise(path), base, argparse.Namespace(**flags, force=False))
+    assert adapter.template == template
 
 
 def test_a_run_is_bound_to_its_tokenizer(folder, tmp_path):

@@ -303,11 +303,15 @@ def reading(adapter):
         "template": adapter.template.name,
         "base": adapter.base_path,
         "base_fingerprint": adapter.base_fingerprint,
+        "base_identity": adapter.base_identity,
+        "template_ids": adapter.template.as_json(),
         "forced": adapters.was_forced(adapter),
     }
 
 
-READING_FIELDS = {"alpha", "context_length", "layout", "method", "template", "base", "base_fingerprint", "forced"}
+READING_FIELDS = {
+    "alpha": float, "context_length": int, "layout": str, "method": str, "template": str, "base": str, "base_fingerprint": str,
+}  # fmt: skip
 
 
 def read_reading(path):
@@ -316,7 +320,8 @@ def read_reading(path):
     if not beside.exists():
         return None
     told = files.read_json(beside, "how the file is read")
-    missing = sorted(READING_FIELDS - set(told))
+    missing = sorted({*READING_FIELDS, "forced"} - set(told))
     if missing:
         raise UserError(f"{beside}: {', '.join(missing)} missing; move it away if it does not belong to {pathlib.Path(path).name}")
+    files.check_fields(told, READING_FIELDS, beside)
     return told

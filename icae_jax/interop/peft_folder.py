@@ -99,7 +99,7 @@ With peft and transformers alone, run in this folder:
 import peft, safetensors.torch, torch, transformers
 
 base = peft.PeftConfig.from_pretrained("@FOLDER@").base_model_name_or_path
-tokenizer = transformers.AutoTokenizer.from_pretrained(base@REVISION@, trust_remote_code=False)
+tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(base@REVISION@)  # as tokenizer.json says, whatever the model's type
 model = transformers.AutoModelForCausalLM.from_pretrained(base@REVISION@, trust_remote_code=False, dtype=torch.float32)
 encoder = peft.PeftModel.from_pretrained(model, "@FOLDER@").eval().get_base_model().model
 table = safetensors.torch.load_file("memory.safetensors")["memory_token_embed.weight"][:@K@].float()
