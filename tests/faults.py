@@ -1,4 +1,4 @@
-"""Deliberate faults, and the tests that should fail of each: `tests/mutants.py` plants them."""
+"""Deliberate faults, and the tests that should fail of each: `tests/mutants.py` plants them, and those of `faults_of_input.py`."""
 
 from typing import NamedTuple
 
@@ -175,12 +175,12 @@ MUTANTS = [
         r'text = str(text).replace("$", r"\$")', "text = str(text)", "test_report.py -k as_they_are",
     ),
     Mutant(
-        "the latest checkpoint is not kept", "training/checkpoint.py",
-        "managers.LatestN(n=1),", "", "test_checkpoint.py -k latest_and_best",
+        "the checkpoint before the latest is not kept", "training/checkpoint.py",
+        "managers.LatestN(n=2),", "managers.LatestN(n=1),", "test_checkpoint.py -k latest_two",
     ),
     Mutant(
         "the worst checkpoint is kept as the best", "training/checkpoint.py",
-        "managers.BestN(", "managers.BestN(reverse=True, ", "test_checkpoint.py -k latest_and_best",
+        "managers.BestN(", "managers.BestN(reverse=True, ", "test_checkpoint.py -k latest_two",
     ),
     Mutant(
         "a resumed run draws the data of its first steps", "training/train.py",
@@ -284,11 +284,11 @@ MUTANTS = [
     ),
     Mutant(
         "what has a checkpoint's name is one", "training/checkpoint.py",
-        "if not number.isdigit() or not is_whole(folder):", "if not number.isdigit():", "test_checkpoint.py",
+        "if flaw(folder):\n            continue", "if False:\n            continue", "test_checkpoint.py -k changes_nothing",
     ),
     Mutant(
         "a checkpoint that goes while it is read is an error", "training/checkpoint.py",
-        "if is_whole(folder):\n                raise", "raise", "test_checkpoint.py -k goes_while",
+        "if not is_whole(folder):\n                continue", "if False:\n                continue", "test_checkpoint.py -k goes_while",
     ),
     Mutant(
         "NaN is the best loss", "training/checkpoint.py",
@@ -340,12 +340,12 @@ MUTANTS = [
         "test_sources.py -k bounded",
     ),
     Mutant(
-        "an index names files elsewhere", "interop/weights.py",
+        "an index names files elsewhere", "interop/stored.py",
         r"""if not isinstance(file, str) or not re.fullmatch(r"[^/\\\0]+\.safetensors", file):""", "if not isinstance(file, str):",
-        "test_weights.py -k files_of_its_folder",
+        "test_stored.py -k files_of_its_folder",
     ),
     Mutant(
-        "a tokenizer's code may run", "interop/base.py",
+        "a tokenizer's code may run", "interop/tokenizer.py",
         "local_files_only=True, trust_remote_code=False)", "local_files_only=True, trust_remote_code=True)", "test_base.py -k code",
     ),
     Mutant(

@@ -16,7 +16,9 @@ import sys
 import tempfile
 import time
 
-from faults import MUTANTS, Mutant
+import faults
+import faults_of_input
+from faults import Mutant
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 COPIED = ("icae_jax", "tests", "configs", "launch", ".pytest.ini", "README.md", "setup.py", ".ci")
@@ -84,7 +86,7 @@ def main():
     parser.add_argument("--jobs", type=int, default=2, help="how many are tried at once")
     parser.add_argument("--tree", type=pathlib.Path, default=ROOT, help="another checkout, whose own tests are run")
     args = parser.parse_args()
-    chosen = [m for m in MUTANTS if args.only in m.what or args.only in m.file]
+    chosen = [m for m in faults.MUTANTS + faults_of_input.MUTANTS if args.only in m.what or args.only in m.file]
 
     sys.dont_write_bytecode = True  # what was compiled of a file before the fault must not be taken for it
     os.environ["PYTHONDONTWRITEBYTECODE"] = "1"

@@ -1,0 +1,119 @@
+"""More deliberate faults: what files of others may hold, and how machines may be set up (`faults.py` has those of the rest)."""
+
+from faults import Mutant
+
+MUTANTS = [
+    # -------------------------------------------------------------------------------------------------------- base models
+    Mutant(
+        "a field of config.json that is false counts as null", "interop/config_fields.py",
+        "if value is None or field in harmless", "if not value or field in harmless", "test_config_json.py -k refused_by_field",
+    ),
+    Mutant(
+        "tensors of the model's own parts are left out", "interop/stored.py",
+        "(unread if own or _OTHER_WEIGHTS.fullmatch(name) else other).append(name)", "other.append(name)", "test_stored.py -k announce",
+    ),
+    Mutant(
+        "an old index comes before the one file", "interop/stored.py",
+        "if whole.exists() and WHOLE not in held.values():", "if False:", "test_stored.py -k before_shards",
+    ),
+    Mutant(
+        "a tied base's own head is dropped", "interop/stored.py",
+        "if tied_head is not None and not _equal(stored[TABLE][1], tied_head[1]):", "if False:", "test_stored.py -k tied",
+    ),
+    Mutant(
+        "o_proj loses its bias", "models/llama.py", 'self.config.o_bias, name="o_proj"', 'name="o_proj"', "test_llama.py -k bias",
+    ),
+    # ------------------------------------------------------------------------------------------------------- tokenizers, ids
+    Mutant(
+        "transformers decides how a text is read", "interop/tokenizer.py",
+        "tokenizer = _reading(folder, _as_the_file_says)", "tokenizer = _reading(folder, _by_its_class)",
+        "test_tokenizer.py -k file_decides",
+    ),
+    Mutant(
+        "a tokenizer that contradicts its file is taken", "interop/tokenizer.py", "    if ids == own:", "    if True:",
+        "test_tokenizer.py -k contradicts",
+    ),
+    Mutant(
+        "another tokenizer is not noticed", "interop/base.py",
+        "if name not in unsaid and stated[name] != own:", 'if name == "layers" and name not in unsaid and stated[name] != own:',
+        "test_tokenizer.py -k know_their",
+    ),
+    Mutant(
+        "a fine-tune is taken for its base", "interop/base.py",
+        "if name not in unsaid and stated[name] != own:", 'if name == "tokenizer" and name not in unsaid and stated[name] != own:',
+        "test_tokenizer.py -k fine_tune",
+    ),
+    Mutant(
+        "an id without a row reaches JAX", "interop/tokenizer.py",
+        "if len(ids) and not (-special_rows <= min(ids) and max(ids) < table_rows):", "if False:", "test_tokenizer.py -k without_a_row",
+    ),
+    Mutant(
+        "a memory that is not finite is kept", "inference/store.py", "        if not whole.all():", "        if False:",
+        "test_tokenizer.py -k not_finite",
+    ),
+    Mutant(
+        "a run asks in today's words", "training/compressor_task.py", "if kept is None or kept == made.as_json():", "if True:",
+        "test_tokenizer.py -k words_that_it",
+    ),
+    # ------------------------------------------------------------------------------------------------------------- adapters
+    Mutant(
+        "a LoRA's tensors that are not read are passed over", "interop/adapter.py",
+        "    if unread:\n        shown", "    if False:\n        shown", "test_peft_config.py -k every_tensor",
+    ),
+    Mutant(
+        "an unknown field of adapter_config.json is passed over", "interop/peft_config.py",
+        "if name not in COMPUTED | HARMLESS | REFUSED and value is not None:", "if False:", "test_peft_config.py -k by_name",
+    ),
+    Mutant(
+        "another module's scale is not folded into B", "interop/adapter.py",
+        "stated.scale_of(module(i, name)) / stated.scale", "1.0", "test_peft_config.py -k peft_computes",
+    ),
+    Mutant(
+        "a memory names no commit of the hub", "interop/sources.py",
+        '@{commit}" if commit else text', '@{commit}" if not commit else text', "test_hub_adapters.py -k from_compressing",
+    ),
+    Mutant(
+        "an adapter that does not restore is pushed", "convert_adapter.py",
+        "if (args.push or not settled) and not args.force:", "if not settled and not args.force:",
+        "test_hub_adapters.py -k nothing_is_pushed",
+    ),
+    # ----------------------------------------------------------------------------------------------------------------- rows
+    Mutant(
+        "an unanswerable question takes its text along", "data/rows.py",
+        "self.count(NO_ANSWER, row.where)", "self.count(NO_ANSWER, row.where)\n            return None", "test_rows.py -k left_out",
+    ),
+    Mutant(
+        "texts without tokens are counted among the others", "data/tokens.py",
+        "enumerate(name for name, ids in pieces.items() if ids)", "enumerate(pieces)", "test_tokens.py -k no_tokens",
+    ),
+    Mutant(
+        "an answer of one's own is no part of the key", "data/sources.py",
+        'result + ([["no_answer", no_answer]] if no_answer else [])', "result", "test_tokens.py -k ones_own",
+    ),
+    Mutant(
+        "a number ends where a piece of the file does", "data/json_rows.py",
+        "cut = end == len(self.buffer) and not isinstance(value, dict | list | str)", "cut = False", "test_data_formats.py -k seams",
+    ),
+    Mutant(
+        "a folder's files come in the order of the disk", "data/places.py",
+        "sorted(set(found), key=lambda f: pathlib.PurePath(f).parts)", "list(dict.fromkeys(found))[::-1]",
+        "test_places.py -k 'folder or glob'",
+    ),
+    # -------------------------------------------------------------------------------------- one writer, half-set machines
+    Mutant("a second run is let in", "interop/lock.py", "alive = not free", "alive = False", "test_lock.py -k refused"),
+    Mutant(
+        "a lock that another took is freed", "interop/lock.py", "if self.held and self._is_mine():", "if self.held:",
+        "test_lock.py -k passed_over",
+    ),
+    Mutant(
+        "damage without a whole checkpoint is a new start", "training/checkpoint.py", "    if damaged and found is None:", "    if False:",
+        "test_checkpoint.py -k without_a_whole",
+    ),
+    Mutant(
+        "another user's folder serves as the cache", "interop/files.py", " or there.st_mode & 0o022", "", "test_cache.py -k another_users",
+    ),
+    Mutant(
+        "a flag that stops XLA is not looked for", "platforms.py", "if tried.returncode and wrong:", "if False:",
+        "test_platforms.py -k stops_jax",
+    ),
+]  # fmt: skip
