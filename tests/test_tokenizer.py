@@ -196,6 +196,10 @@ def test_fingerprint(tiny_tokenizer):
     padded = make_tokenizer()
     padded.add_special_tokens({"pad_token": "<pad>"})
     assert reading.fingerprint(padded) == own
+    worded, cut = make_tokenizer(), make_tokenizer()  # that texts are read with, though no probe holds them
+    worded.add_tokens(["catfish"])
+    cut.add_tokens([AddedToken("catfish", single_word=True)])
+    assert len({own, reading.fingerprint(worded), reading.fingerprint(cut)}) == 3
     other_end, no_start = make_tokenizer(), make_tokenizer()
     other_end.eos_token = "mat"
     no_start.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A", special_tokens=[])
@@ -281,9 +285,11 @@ def beyond(folder):
 NO_ROW = r"token '<name>' has id 64, but the base's embedding table has 64 rows, 0 to 63"
 
 
-def test_an_id_without_a_row_is_named(beyond, adapter, capsys):
+def test_an_id_without_a_row_is_named(beyond, adapter, tmp_path, capsys):
     """Breaks when JAX makes NaN of a token that the embedding table lacks: in texts, questions, targets and ids."""
-    compressor = icae_jax.load(adapter, base=beyond)
+    unbound = shutil.copytree(adapter, tmp_path / "unbound")  # one that does not say that its tokenizer had no such token
+    edit(unbound / "icae.json", base_identity={})
+    compressor = icae_jax.load(unbound, base=beyond)
     assert "1 token(s) of its tokenizer have no row in the embedding table of 64" in capsys.readouterr().err
     text = "the cat saw <name> in the house"
     memory = compressor.compress(["the cat saw the dog"])
@@ -321,7 +327,7 @@ def test_ids_in_files_are_held_against_the_table(folder, adapter, tmp_path):
     """Breaks when what ends a text, or a template's id, lies outside the table and is only noticed as NaN, or never."""
     spoiled = shutil.copytree(adapter, tmp_path / "adapter")
     info = json.loads((spoiled / "icae.json").read_text())
-    for part, ids in (("head", [64]), ("before", [-4]), ("after", [70]), ("stop", 64)):
+    for part, ids in (("head", [64]), ("before", [-4]), ("after", [70]), ("stop", 64), ("after", [10**30])):
         edit(spoiled / "icae.json", template=info["template"] | {part: ids})
         with pytest.raises(UserError, match=rf"icae\.json: template {part}: .*id -?\d+, but the base's embedding table has 64 rows"):
             icae_jax.load(spoiled, base=folder)

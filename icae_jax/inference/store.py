@@ -105,14 +105,28 @@ def read_metadata(path):
 
 
 def read_ids(path, metadata):
-    """The ids that a memory file's metadata lists. UserError where they are no list."""
+    """The ids that a memory file's metadata lists. UserError where they are no list of texts or numbers."""
     try:
         ids = json.loads(metadata["ids"])
     except (ValueError, RecursionError):
         ids = None
-    if not isinstance(ids, list):
-        raise UserError(f"--memory {path}: ids in its metadata are {metadata['ids'][:50]!r}, which is not a list in JSON; {_AGAIN}")
+    if not isinstance(ids, list) or not all(files.is_kind(one, str) or files.is_kind(one, float) for one in ids):
+        raise UserError(
+            f"--memory {path}: ids in its metadata are {metadata['ids'][:40]!r}, which is not a list of texts or numbers; {_AGAIN}"
+        )
     return ids
+
+
+def rows_named(ids, wanted):
+    """The rows of the texts that `--id` names, in the memory's order; all where it names none. UserError on an id that is not there.
+
+    ids: of the memory's texts, texts or numbers. wanted: as a command line has them, as texts.
+    """
+    names = [str(one) for one in ids]
+    for name in wanted or ():
+        if name not in names:
+            raise UserError(f"--id {name}: the memory holds {', '.join(names[:10])}{', …' if len(names) > 10 else ''}")
+    return [row for row, name in enumerate(names) if not wanted or name in wanted]
 
 
 def _check_tensors(path, kind, tensors, k, texts, most):

@@ -242,14 +242,19 @@ def bos_id(tokenizer) -> int | None:
 
 
 def fingerprint(tokenizer) -> str:
-    """Identity of a tokenizer: sha256 over the ids of the probe text, its bos and eos, and the id of every piece of its model.
+    """Identity of a tokenizer: sha256 over the ids of the probe text, its bos and eos, the id of every piece of its model, and added tokens
+    that texts are read into.
 
-    Tokens that were added behind the model's own, such as one for padding, leave it as it is: no text becomes other ids by them.
+    Special tokens that were added behind the model's own, such as one for padding, leave it as it is: no text becomes other ids by them.
     """
     digest = hashlib.sha256(json.dumps([user_ids(tokenizer, PROBE), bos_id(tokenizer), tokenizer.eos_token_id]).encode())
     vocabulary = tokenizer.backend_tokenizer.get_vocab(with_added_tokens=False)
     for piece, number in sorted(vocabulary.items(), key=lambda item: (item[1], item[0])):
         digest.update(f"{number} {piece}\n".encode("utf-8", "surrogatepass"))
+    for number, token in sorted(tokenizer.added_tokens_decoder.items()):
+        if not token.special:
+            flags = token.single_word, token.lstrip, token.rstrip, token.normalized
+            digest.update(f"added {number} {token.content} {flags}\n".encode("utf-8", "surrogatepass"))
     return digest.hexdigest()
 
 
@@ -269,7 +274,8 @@ def check_ids(rows: Iterable[Sequence[int]], table_rows: int, what: Callable[[in
     for number, ids in enumerate(rows):
         if len(ids) and not (-special_rows <= min(ids) and max(ids) < table_rows):
             wrong = next(i for i in ids if not -special_rows <= i < table_rows)
-            token = tokenizer.convert_ids_to_tokens(int(wrong)) if tokenizer is not None and wrong >= 0 else None
+            askable = tokenizer is not None and 0 <= wrong < 2**32  # the tokenizers library counts in as many bits
+            token = tokenizer.convert_ids_to_tokens(int(wrong)) if askable else None
             named = f"token {token!r} has id {wrong}" if token is not None else f"id {wrong}"
             raise UserError(
                 f"{what(number)}: {named}, but the base's embedding table has {table_rows:,} rows, 0 to {table_rows - 1:,}; remove that "
