@@ -122,6 +122,15 @@ def test_two_files_that_differ(folder, capsys):
     assert "another chat template than chat_template.jinja, which is taken" in said[1]
 
 
+def test_an_added_token_of_another_id_is_said(folder, capsys):
+    """Breaks when tokenizer_config.json gives a token a row of the table, and it gets another without a word."""
+    edit(folder / "tokenizer_config.json", added_tokens_decoder={"2": {"content": "</s>"}, "7": {"content": "<name>", "special": False}})
+    theirs, ours = transformers.AutoTokenizer.from_pretrained(str(folder)), bases.load_tokenizer(folder)
+    assert ours.convert_tokens_to_ids("<name>") == theirs.convert_tokens_to_ids("<name>") == 64
+    said = capsys.readouterr().err
+    assert "gives 1 token(s) other ids than they have, as in transformers: {'<name>': 64} are taken" in said
+
+
 def test_an_end_that_the_file_does_not_know_is_refused(folder):
     """Breaks when a token that some trainer names, but never added, gets a row of the table that nothing was trained on."""
     edit(folder / "tokenizer_config.json", eos_token="<|im_end|>")
@@ -429,6 +438,8 @@ def test_a_run_is_bound_to_its_tokenizer(folder, tmp_path):
         ("{{ messages[0].content.nothing.at_all }}", "UndefinedError"),
         ("{{ messages[3]['content'] }}", "UndefinedError|UserError|not show"),
         ("{{ 1 // 0 }}", "ZeroDivisionError"),
+        ("{{ messages[0]['content'] }}\ud83d", "UnicodeEncodeError"),
+        ("{{ messages[0]['content'].split('\n') | reverse | join('\n') }}", "not show"),
     ],
 )
 def test_a_template_that_fails_is_named(template, said):

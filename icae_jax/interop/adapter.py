@@ -254,7 +254,10 @@ def _tensors(path):
                 "save_pretrained, which writes safetensors"
             )
         raise UserError(f"{path}: no such file; an adapter folder holds encoder/, memory.safetensors and icae.json")
-    return files.read_safetensors(path, safetensors.numpy.load_file)
+    tensors = files.read_safetensors(path, safetensors.numpy.load_file)
+    if path.with_suffix(".bin").exists():
+        files.say(f"{path} is read, as by peft; {path.with_suffix('.bin').name} beside it is not")
+    return tensors
 
 
 def _check_read(path, tensors, wanted):

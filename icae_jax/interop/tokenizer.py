@@ -198,6 +198,14 @@ def _name_special_tokens(folder, stated, tokenizer):
     template = stated.get("chat_template")
     if isinstance(template, str) and template != tokenizer.chat_template:
         files.say(f"{folder}: tokenizer_config.json has another chat template than chat_template.jinja, which is taken")
+    added = stated.get("added_tokens_decoder")
+    named = {number: token.get("content") for number, token in (added or {}).items() if isinstance(token, dict)}
+    moved = {token: at for number, token in named.items() if token and (at := tokenizer.convert_tokens_to_ids(token)) != int(number)}
+    if moved:
+        files.say(
+            f"{folder}: tokenizer_config.json gives {len(moved)} token(s) other ids than they have, as in transformers: "
+            f"{files.shown(moved)} are taken"
+        )
     stated = stated | beside
     for name in ("bos_token", "eos_token"):
         if name in stated or getattr(tokenizer, name) is not None:
