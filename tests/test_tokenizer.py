@@ -4,6 +4,7 @@ import dataclasses
 import datetime
 import hashlib
 import json
+import re
 import shutil
 
 import jax
@@ -122,6 +123,18 @@ def test_two_files_that_differ(folder, capsys):
     assert "another chat template than chat_template.jinja, which is taken" in said[1]
 
 
+def test_what_stands_before_a_text_is_said(folder, capsys):
+    """Breaks when one file asks for a first token and the other sets none, or the other way round, without a word."""
+    bases.load_tokenizer(folder)
+    edit(folder / "tokenizer_config.json", add_bos_token=True)
+    bases.load_tokenizer(folder)
+    assert capsys.readouterr().err == ""
+    edit(folder / "tokenizer_config.json", add_bos_token=False)
+    theirs, ours = transformers.AutoTokenizer.from_pretrained(str(folder)), bases.load_tokenizer(folder)
+    assert ours("a")["input_ids"] == theirs("a")["input_ids"]
+    assert "add_bos_token is False in tokenizer_config.json, but tokenizer.json sets '<s>' in front of a text" in capsys.readouterr().err
+
+
 def test_an_added_token_of_another_id_is_said(folder, capsys):
     """Breaks when tokenizer_config.json gives a token a row of the table, and it gets another without a word."""
     edit(folder / "tokenizer_config.json", added_tokens_decoder={"2": {"content": "</s>"}, "7": {"content": "<name>", "special": False}})
@@ -133,9 +146,12 @@ def test_an_added_token_of_another_id_is_said(folder, capsys):
 
 def test_an_end_that_the_file_does_not_know_is_refused(folder):
     """Breaks when a token that some trainer names, but never added, gets a row of the table that nothing was trained on."""
-    edit(folder / "tokenizer_config.json", eos_token="<|im_end|>")
-    with pytest.raises(UserError, match=r"eos_token is '<\|im_end\|>' by tokenizer_config\.json, which tokenizer\.json does not know"):
-        bases.load_tokenizer(folder)
+    for token in ("<|im_end|>", ""):
+        edit(folder / "tokenizer_config.json", eos_token=token)
+        with pytest.raises(
+            UserError, match=rf"eos_token is '{re.escape(token)}' by tokenizer_config\.json, which tokenizer\.json does not know"
+        ):
+            bases.load_tokenizer(folder)
 
 
 def test_the_library_and_the_file_are_named(folder):

@@ -48,7 +48,7 @@ def _control_tokens(tokenizer) -> dict[int, tuple[int, ...]]:
     if tokenizer not in _SPELLED:
         unknown = _unknown(tokenizer)
         added = {i: token.content for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-        control = added | {i: tokenizer.convert_ids_to_tokens(i) for i in tokenizer.all_special_ids}
+        control = added | {i: tokenizer.convert_ids_to_tokens(i) for i in tokenizer.all_special_ids if i is not None}
         if unknown not in (tokenizer.bos_token_id, tokenizer.eos_token_id):
             control.pop(unknown, None)
         spell = functools.partial(_characters, tokenizer, unknown if unknown not in control else None)

@@ -184,31 +184,11 @@ def _own_code(folder):
 
 
 def _name_special_tokens(folder, stated, tokenizer):
-    """Gives a tokenizer whose files do not name its bos and eos those that the model's configuration has the ids of.
-
-    Where two files of the tokenizer say different things, transformers' choice is taken, and said.
-    """
+    """Gives a tokenizer whose files do not name its bos and eos those that the model's configuration has the ids of."""
     path = folder / "special_tokens_map.json"
     beside = files.read_json(path, "special tokens") if path.exists() else {}
-    for name in ("bos_token", "eos_token", "unk_token"):
-        here, there = (of[name].get("content") if isinstance(of.get(name), dict) else of.get(name) for of in (stated, beside))
-        if here and there and here != there:
-            taken = getattr(tokenizer, name)
-            files.say(f"{folder}: {name} is {here!r} in tokenizer_config.json and {there!r} in {path.name}; {taken!r} is taken")
-    template = stated.get("chat_template")
-    if isinstance(template, str) and template != tokenizer.chat_template:
-        files.say(f"{folder}: tokenizer_config.json has another chat template than chat_template.jinja, which is taken")
-    added = stated.get("added_tokens_decoder")
-    named = {number: token.get("content") for number, token in (added or {}).items() if isinstance(token, dict)}
-    moved = {token: at for number, token in named.items() if token and (at := tokenizer.convert_tokens_to_ids(token)) != int(number)}
-    if moved:
-        files.say(
-            f"{folder}: tokenizer_config.json gives {len(moved)} token(s) other ids than they have, as in transformers: "
-            f"{files.shown(moved)} are taken"
-        )
-    stated = stated | beside
     for name in ("bos_token", "eos_token"):
-        if name in stated or getattr(tokenizer, name) is not None:
+        if name in stated | beside or getattr(tokenizer, name) is not None:
             continue
         for path in (folder / "generation_config.json", folder / "config.json"):
             number = files.read_json(path, "the ids of special tokens").get(f"{name}_id") if path.exists() else None
@@ -217,6 +197,31 @@ def _name_special_tokens(folder, stated, tokenizer):
             if token is not None:
                 setattr(tokenizer, name, token)
                 break
+    _say_contradictions(folder, stated, beside, tokenizer)
+
+
+def _say_contradictions(folder, stated, beside, tokenizer):
+    """Says where two files of a tokenizer say different things, and which counts: transformers' choice.
+
+    stated: tokenizer_config.json. beside: special_tokens_map.json.
+    """
+    for name in ("bos_token", "eos_token", "unk_token"):
+        here, there = (of[name].get("content") if isinstance(of.get(name), dict) else of.get(name) for of in (stated, beside))
+        if here and there and here != there:
+            taken = getattr(tokenizer, name)
+            files.say(f"{folder}: {name} is {here!r} in tokenizer_config.json and {there!r} in special_tokens_map.json; {taken!r} is taken")
+    template = stated.get("chat_template")
+    if isinstance(template, str) and template != tokenizer.chat_template:
+        files.say(f"{folder}: tokenizer_config.json has another chat template than chat_template.jinja, which is taken")
+    added = {at: token.get("content") for at, token in (stated.get("added_tokens_decoder") or {}).items() if isinstance(token, dict)}
+    moved = {token: at for stated_at, token in added.items() if (at := tokenizer.convert_tokens_to_ids(token)) != int(stated_at)}
+    if moved:
+        what = f"gives {len(moved)} token(s) other ids than they have, as in transformers"
+        files.say(f"{folder}: tokenizer_config.json {what}: {files.shown(moved)} are taken")
+    in_front = stated.get("add_bos_token")
+    if isinstance(in_front, bool) and in_front != (bos_id(tokenizer) is not None):
+        sets = f"sets {'none' if in_front else repr(tokenizer.bos_token)} in front of a text, which counts, as in transformers"
+        files.say(f"{folder}: add_bos_token is {in_front} in tokenizer_config.json, but tokenizer.json {sets}")
 
 
 def _compare(path, tokenizer, own):
