@@ -313,6 +313,9 @@ def test_files_that_are_there_otherwise(folder, base, capsys):
     shutil.copy(folder / "adapter_config.json", folder / "encoder")
     with pytest.raises(errors.UserError, match=r"holds adapter_config\.json twice, in itself and in encoder/"):
         adapters.load_adapter(folder, base)
+    shutil.copytree(folder, folder / "adapter")
+    with pytest.raises(errors.UserError, match=r"holds icae\.json twice, in itself and in adapter/; name that folder, or move it away"):
+        adapters.locate(folder)
     (folder / "icae.json").unlink()
     with pytest.raises(errors.UserError, match=r"has no icae\.json, so it is an ordinary PEFT adapter, without memory tokens"):
         adapters.load_adapter(folder, base)

@@ -140,8 +140,11 @@ def test_an_added_token_of_another_id_is_said(folder, capsys):
     edit(folder / "tokenizer_config.json", added_tokens_decoder={"2": {"content": "</s>"}, "7": {"content": "<name>", "special": False}})
     theirs, ours = transformers.AutoTokenizer.from_pretrained(str(folder)), bases.load_tokenizer(folder)
     assert ours.convert_tokens_to_ids("<name>") == theirs.convert_tokens_to_ids("<name>") == 64
+    (folder / "added_tokens.json").write_text(json.dumps({"</s>": 2, "<s>": 9}))
+    bases.load_tokenizer(folder)
     said = capsys.readouterr().err
-    assert "gives 1 token(s) other ids than they have, as in transformers: {'<name>': 64} are taken" in said
+    for file, taken in (("tokenizer_config", "{'<name>': 64}"), ("added_tokens", "{'<s>': 1}")):
+        assert f"{file}.json gives 1 token(s) other ids than they have, as in transformers: {taken} are taken" in said
 
 
 def test_an_end_that_the_file_does_not_know_is_refused(folder):

@@ -296,6 +296,8 @@ def locate(adapter, progress=True):
     """`sources.LocalAdapter` of the adapter folder meant by a folder, a training workdir, a hub id or a URL, fetched where needed."""
     folder, name = sources.local_adapter(adapter, progress)
     inside = (folder / IN_WORKDIR / INFO).exists()
+    if inside and (folder / INFO).exists():
+        raise UserError(f"adapter {name!r} holds {INFO} twice, in itself and in {IN_WORKDIR}/; name that folder, or move it away")
     return sources.LocalAdapter(folder / IN_WORKDIR, os.path.join(name, IN_WORKDIR)) if inside else sources.LocalAdapter(folder, name)
 
 

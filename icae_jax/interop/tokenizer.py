@@ -213,11 +213,15 @@ def _say_contradictions(folder, stated, beside, tokenizer):
     template = stated.get("chat_template")
     if isinstance(template, str) and template != tokenizer.chat_template:
         files.say(f"{folder}: tokenizer_config.json has another chat template than chat_template.jinja, which is taken")
-    added = {at: token.get("content") for at, token in (stated.get("added_tokens_decoder") or {}).items() if isinstance(token, dict)}
-    moved = {token: at for stated_at, token in added.items() if (at := tokenizer.convert_tokens_to_ids(token)) != int(stated_at)}
-    if moved:
-        what = f"gives {len(moved)} token(s) other ids than they have, as in transformers"
-        files.say(f"{folder}: tokenizer_config.json {what}: {files.shown(moved)} are taken")
+    decoder, path = stated.get("added_tokens_decoder") or {}, folder / "added_tokens.json"
+    named = {"tokenizer_config.json": {token.get("content", ""): int(number) for number, token in decoder.items()}}
+    named[path.name] = files.read_json(path, "added tokens") if path.exists() else {}
+    for name, added in named.items():
+        taken = {token: tokenizer.convert_tokens_to_ids(token) for token in added}
+        moved = {token: number for token, number in taken.items() if number != added[token]}
+        if moved:
+            what = f"gives {len(moved)} token(s) other ids than they have, as in transformers"
+            files.say(f"{folder}: {name} {what}: {files.shown(moved)} are taken")
     in_front = stated.get("add_bos_token")
     if isinstance(in_front, bool) and in_front != (bos_id(tokenizer) is not None):
         sets = f"sets {'none' if in_front else repr(tokenizer.bos_token)} in front of a text, which counts, as in transformers"
