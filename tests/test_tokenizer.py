@@ -109,6 +109,15 @@ def test_special_tokens_that_no_file_of_the_tokenizer_names(folder):
     assert bases.load_tokenizer(folder).bos_token is None
 
 
+def test_an_end_that_was_named_late_is_text_in_a_text(folder):
+    """Breaks when `</s>` in a text ends it, where the model's configuration alone says that this token is the end."""
+    (folder / "tokenizer_config.json").unlink()
+    edit(folder / "tokenizer.json", added_tokens=[])
+    tokenizer = bases.load_tokenizer(folder)
+    assert tokenizer.eos_token_id == 2 and tokenizer("cat </s>")["input_ids"][-1] == 2, "else this shows nothing"
+    assert 2 not in user_ids(tokenizer, "cat </s> sat")
+
+
 def test_two_files_that_differ(folder, capsys):
     """Breaks when one of two names for the end, or of two chat templates, is taken in silence, or another than transformers takes."""
     edit(folder / "tokenizer_config.json", chat_template="{{ messages[0].content }}")
