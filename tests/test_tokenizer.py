@@ -13,20 +13,17 @@ import numpy as np
 import pytest
 import tokenizers
 import transformers
-from conftest import TINY, WORDS, make_tokenizer, random_params, random_trained, write_jsonl
+from conftest import TINY, WORDS, make_tokenizer, random_params, write_adapter, write_jsonl
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers.utils import chat_template_utils
 
 import icae_jax
 from icae_jax import convert_adapter
-from icae_jax.compression.encoder import CompressionConfig
 from icae_jax.errors import UserError
 from icae_jax.evaluation import plain
-from icae_jax.interop import adapter as adapters
 from icae_jax.interop import base as bases
 from icae_jax.interop import tokenizer as reading
 from icae_jax.interop.text import user_ids
-from icae_jax.models.lora import LoraConfig
 from icae_jax.objectives import targets
 from icae_jax.training import compressor_task
 from icae_jax.training.config import TrainConfig, check_workdir, from_dict
@@ -247,14 +244,7 @@ def test_fingerprint(tiny_tokenizer):
 @pytest.fixture(scope="module")
 def adapter(tiny_base, tmp_path_factory):
     """An adapter folder that says with which tokenizer it was made."""
-    base, path = bases.load_base(tiny_base), tmp_path_factory.mktemp("adapter") / "a"
-    template = targets.make_template("plain", base.tokenizer)
-    made = adapters.Adapter(
-        CompressionConfig(k=4, rate=4), LoraConfig(4, 2.0, 0.0), template, random_trained(TINY, 4), str(tiny_base), base.fingerprint,
-        base_identity=base.identity,
-    )  # fmt: skip
-    adapters.save_adapter(path, made)
-    return path
+    return write_adapter(tmp_path_factory.mktemp("adapter") / "a", bases.load_base(tiny_base))
 
 
 def with_tokenizer(folder, tokenizer):
