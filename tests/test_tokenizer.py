@@ -138,7 +138,7 @@ def test_what_stands_before_a_text_is_said(folder, capsys):
     edit(folder / "tokenizer_config.json", add_bos_token=False)
     theirs, ours = transformers.AutoTokenizer.from_pretrained(str(folder)), bases.load_tokenizer(folder)
     assert ours("a")["input_ids"] == theirs("a")["input_ids"]
-    assert "add_bos_token is False in tokenizer_config.json, but tokenizer.json sets '<s>' in front of a text" in capsys.readouterr().err
+    assert "add_bos_token is False in tokenizer_config.json, but the tokenizer sets '<s>' in front of a text" in capsys.readouterr().err
 
 
 def test_an_added_token_of_another_id_is_said(folder, capsys):
@@ -176,6 +176,14 @@ def test_what_stands_in_the_place_of_a_tokenizers_file(folder, name):
     """Breaks when a Git LFS pointer among a tokenizer's files is called malformed, or read as a template."""
     (folder / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 9\n")
     with pytest.raises(UserError, match=rf"{name}: a Git LFS pointer"):
+        bases.load_tokenizer(folder)
+
+
+def test_what_is_no_sentencepiece_model(folder):
+    """Breaks when of a damaged tokenizer.model a package is asked for that would not read it either."""
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer.model").write_bytes(b"\x00\x01 cut off")
+    with pytest.raises(UserError, match=r"tokenizer\.model: no tokenizer could be loaded: neither a SentencePiece model nor tiktoken's"):
         bases.load_tokenizer(folder)
 
 

@@ -9,6 +9,7 @@ import hashlib
 import importlib.metadata
 import json
 import pathlib
+import re
 from collections.abc import Callable, Iterable, Sequence
 
 from icae_jax import errors
@@ -23,6 +24,7 @@ PROBE = (
     "<html> \u00a0 e\u0301 end "
 )
 _JSON, _SENTENCEPIECE = "tokenizer.json", "tokenizer.model"
+_TIKTOKEN = re.compile(rb"[A-Za-z0-9+/]+=* \d+\s")  # how such a file begins: a token in base64, and its rank
 _NO_TOKENIZER = "no tokenizer could be loaded"
 
 
@@ -62,9 +64,11 @@ def load_tokenizer(folder):
                 )
         _compare(folder / _JSON, tokenizer, own)
     else:
+        model = folder / _SENTENCEPIECE
+        own = _sentencepiece_reading(model) if model.exists() else None
         tokenizer = _reading(folder, _by_its_class)
-        if (folder / _SENTENCEPIECE).exists():
-            _compare(folder / _SENTENCEPIECE, tokenizer, _sentencepiece_reading(folder / _SENTENCEPIECE))
+        _name_special_tokens(folder, stated, tokenizer)
+        _compare(model, tokenizer, own)
     if not hasattr(tokenizer, "backend_tokenizer"):
         raise UserError(f"{folder}: {_NO_TOKENIZER} ({type(tokenizer).__name__} is not one of the tokenizers library)")
     return tokenizer
@@ -106,7 +110,7 @@ def _own_reading(path):
 
 
 def _sentencepiece_reading(path):
-    """The ids of the probe text as sentencepiece reads tokenizer.model; None where the file is of another kind (tiktoken's)."""
+    """The ids of the probe text as sentencepiece reads tokenizer.model; None where the file is tiktoken's. UserError on any other."""
     import sentencepiece
 
     try:
@@ -114,7 +118,10 @@ def _sentencepiece_reading(path):
     except Exception as error:
         if _passes(error):
             raise
-        return None
+        with open(path, "rb") as file:
+            if _TIKTOKEN.match(file.read(1024)):
+                return None
+        raise UserError(f"{path}: {_NO_TOKENIZER}: neither a SentencePiece model nor tiktoken's; download it again") from error
 
 
 def _as_the_file_says(folder):
@@ -225,7 +232,7 @@ def _say_contradictions(folder, stated, beside, tokenizer):
     in_front = stated.get("add_bos_token")
     if isinstance(in_front, bool) and in_front != (bos_id(tokenizer) is not None):
         sets = f"sets {'none' if in_front else repr(tokenizer.bos_token)} in front of a text, which counts, as in transformers"
-        files.say(f"{folder}: add_bos_token is {in_front} in tokenizer_config.json, but tokenizer.json {sets}")
+        files.say(f"{folder}: add_bos_token is {in_front} in tokenizer_config.json, but the tokenizer {sets}")
 
 
 def _compare(path, tokenizer, own):
