@@ -72,8 +72,9 @@ def test_a_memory_of_whole_numbers_is_none(tmp_path):
 
 def test_an_id_stands_for_one_memory(tmp_path):
     """Breaks when a memory file holds two memories of one id, of which `ask --id` cannot mean one."""
-    with pytest.raises(ValueError, match="two memories have the id 'a'"):
-        save(tmp_path / "m.safetensors", ids=["a", "a"])
+    for ids, repeated in ((["a", "a"], "'a'"), ([1, "1"], "1")):
+        with pytest.raises(ValueError, match=f"two memories have the id {repeated}"):
+            save(tmp_path / "m.safetensors", ids=ids)
     assert not (tmp_path / "m.safetensors").exists()
 
 
@@ -89,7 +90,9 @@ def test_an_id_may_be_a_number_and_must_be_whole(tmp_path):
 
 @pytest.mark.parametrize("ids", [[{"a": 1}, "b"], [["a"], "b"], [None, "b"], [True, "b"]])
 def test_an_id_is_a_text_or_a_number(tmp_path, ids):
-    """Breaks when a memory's ids are of another kind, on which `ask --id` ends in a traceback."""
+    """Breaks when a memory's ids are of another kind, on which `ask --id` ends in a traceback; or such ones are saved."""
+    with pytest.raises(UserError, match=r"the id .* is neither a text nor a number"):
+        save(tmp_path / "m.safetensors", ids=ids)
     with pytest.raises(UserError, match=r"ids in its metadata are .*, which is not a list of texts or numbers; compress the texts again"):
         store.load(spoiled(tmp_path / "m.safetensors", {"ids": json.dumps(ids)}), CONFIG, "b" * 64, "a" * 64)
 
