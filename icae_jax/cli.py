@@ -221,6 +221,7 @@ def restore_verb(argv):
 
 
 def ask_verb(argv):
+    from icae_jax.inference import store
     from icae_jax.inference.compressor import load_with_memory
 
     parser = _memory_parser("ask")
@@ -229,10 +230,7 @@ def ask_verb(argv):
     args = parser.parse_args(argv)
     compressor, memory, ids = load_with_memory(args.memory, args.adapter, args.base, args.base_dtype, _mesh(args.mesh))
     if args.id:
-        unknown = sorted(set(args.id) - set(ids))
-        if unknown:
-            raise UserError(f"--id {unknown[0]}: the memory holds {', '.join(ids[:10])}{', …' if len(ids) > 10 else ''}")
-        keep = [i for i, row_id in enumerate(ids) if row_id in args.id]
+        keep = store.rows_named(ids, args.id)
         memory, ids = memory[keep], [ids[i] for i in keep]
     answers = compressor.ask(memory, [args.question] * len(ids), args.max_new_tokens, args.batch_size)
     for row_id, row in zip(ids, answers, strict=True):

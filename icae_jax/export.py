@@ -1,8 +1,8 @@
 """`icae export`: memories in the form that other programs read."""
 
 from icae_jax import cli
-from icae_jax.errors import UserError
 from icae_jax.inference import compressor as compressors
+from icae_jax.inference import store
 from icae_jax.interop import files, serving
 
 
@@ -30,11 +30,8 @@ def _load(args):
     """(`Compressor`, memory, ids) as the flags say, of the texts that --id names; the output is checked before anything is loaded."""
     files.check_new_folder(args.to)
     compressor, memory, ids = compressors.load_with_memory(args.memory, args.adapter, args.base, args.base_dtype)
-    unknown = [i for i in args.id if i not in ids]
-    if unknown:
-        raise UserError(f"--id {unknown[0]}: the memory holds {', '.join(ids[:10])}{', …' if len(ids) > 10 else ''}")
     if args.id:
-        keep = [row for row, row_id in enumerate(ids) if row_id in args.id]
+        keep = store.rows_named(ids, args.id)
         memory, ids = memory[keep], [ids[row] for row in keep]
     return compressor, memory, ids
 

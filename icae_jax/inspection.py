@@ -87,7 +87,7 @@ def _trained_file(path, tensors):
     trained = {n: t for n, t in tensors.items() if adapters.is_lora(n) or formats.is_table(n)}
     about = {"what": f"trained compressor, format {form}", "method": " or ".join(formats.methods_of(form, tensors))}
     table = next(t for n, t in trained.items() if formats.is_table(n) and not n.endswith("ae_embedding"))
-    about["k"] = table.shape[-2] - (0 if form == "x500" else SPECIAL_ROWS)
+    about["k"] = max(0, formats.rows(table) - (0 if form == "x500" else SPECIAL_ROWS))
     about |= _lora_sizes(tensors)
     about |= {"trained_parameters": _count(trained), "dtypes": sorted({t.dtype.lower() for t in trained.values()})}
     rest = {n: t for n, t in tensors.items() if n not in trained}

@@ -36,7 +36,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from icae_jax.compression.encoder import SPECIAL_ROWS
+from icae_jax.compression.encoder import SPECIAL_ROWS, CompressionConfig
+from icae_jax.interop import adapter as adapters
 from icae_jax.interop import base as bases
 from icae_jax.models import llama, lora
 from icae_jax.objectives import targets
@@ -163,6 +164,15 @@ def random_trained(config, k, seed=0):
     """The trained tree of a compressor with k memory tokens."""
     table = 0.2 * np.random.default_rng([seed, 2]).standard_normal((k + SPECIAL_ROWS, config.hidden_size))
     return {"lora": random_lora(config, seed=seed), "memory_table": jnp.asarray(np.float32(table))}
+
+
+def write_adapter(path, base):
+    """Writes an adapter of random numbers for a loaded base of the `TINY` sizes; returns the path."""
+    template = targets.make_template("plain", base.tokenizer)
+    identity = {"base_fingerprint": base.fingerprint, "base_identity": base.identity}
+    made = (CompressionConfig(k=4, rate=4), lora.LoraConfig(4, 2.0, 0.0), template, random_trained(TINY, 4), base.path)
+    adapters.save_adapter(path, adapters.Adapter(*made, **identity))
+    return path
 
 
 def make_tokenizer(words=WORDS):

@@ -75,7 +75,7 @@ def test_both_phases_ran(trained):
 
 
 def test_compress_restore_ask(trained, files, capsys):
-    """Breaks when what one verb writes another cannot read, or ids and questions get mixed up."""
+    """Breaks when what one verb writes another cannot read, ids and questions get mixed up, or an id that is a number is not found."""
     output = str(files["folder"] / "m.safetensors")
     assert cli.main(["compress", "--adapter", str(trained), "--input", files["contexts"], "--output", output, "--json"]) == 0
     summary = json.loads(capsys.readouterr().out)
@@ -93,6 +93,12 @@ def test_compress_restore_ask(trained, files, capsys):
     assert cli.main([*ask, "--id", "doc3"]) == 0
     assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == answers[6:8]
     assert cli.main([*ask, "--id", "doc9"]) == 2 and "the memory holds doc0, doc1" in capsys.readouterr().err
+    compressor = load(str(trained))
+    compressor.save(output, compressor.load_memory(output)[0], ids=[1, 2, 3, 4, 5, 6])
+    assert cli.main([*ask, "--id", "4"]) == 0
+    answered = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [a["id"] for a in answered] == [4, 4] and [a["answer"] for a in answered] == [a["answer"] for a in answers[6:8]]
+    assert cli.main([*ask, "--id", "9"]) == 2 and "the memory holds 1, 2" in capsys.readouterr().err
 
 
 def test_compress_loses_no_id(trained, files, tmp_path, capsys):

@@ -248,6 +248,19 @@ def test_a_file_says_beside_itself_how_it_is_read(base, tmp_path):
     assert formats.read_reading(tmp_path / "elsewhere") is None
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("alpha", "x"), ("alpha", None), ("alpha", 0), ("alpha", float("nan")), ("context_length", "a"), ("context_length", 0),
+     ("layout", 5), ("method", 3), ("base_fingerprint", 5), ("forced", "no"), ("base", 3)],
+)  # fmt: skip
+def test_what_stands_beside_a_file_is_of_its_type(base, tmp_path, field, value):
+    """Breaks when a value of another type beside a file of tensors ends in a traceback, or is taken as it is."""
+    path = formats.write("icae-v2", tmp_path / "out", make(base), TINY)
+    (path.parent / formats.READING).write_text(json.dumps(formats.read_reading(path) | {field: value}))
+    with pytest.raises(ValueError, match=rf"reading\.json: {field} is .*, which is no"):
+        formats.read_reading(path)
+
+
 def test_tensors_are_read_when_asked_for(tmp_path, monkeypatch):
     """Breaks when opening a save with two copies of a base reads all of it."""
     safetensors.numpy.save_file({"a": np.ones((2, 3), np.float32), "b": np.zeros(4, np.float16)}, tmp_path / "x")

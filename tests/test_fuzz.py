@@ -8,12 +8,11 @@ import struct
 import hypothesis
 import numpy as np
 import pytest
-from conftest import TINY, random_trained
+from conftest import TINY, write_adapter
 from hypothesis import strategies as st
 
 from icae_jax.compression import encoder
 from icae_jax.compression import memory as memories
-from icae_jax.compression.encoder import CompressionConfig
 from icae_jax.data import sources
 from icae_jax.errors import UserError
 from icae_jax.inference import store
@@ -23,8 +22,6 @@ from icae_jax.interop import config_json
 from icae_jax.interop import tokenizer as tokenizers
 from icae_jax.interop.text import user_ids
 from icae_jax.models import llama
-from icae_jax.models.lora import LoraConfig
-from icae_jax.objectives import targets
 
 FEW, MANY = 150, 3000  # examples of each kind, in every run and in nightly ones
 
@@ -108,14 +105,8 @@ def test_any_config_json(fixture, raw, architecture, rope):
 @pytest.fixture(scope="module")
 def adapter(tiny_base, tmp_path_factory):
     """(adapter folder, its base)."""
-    base, path = bases.load_base(tiny_base), tmp_path_factory.mktemp("adapter") / "a"
-    template = targets.make_template("plain", base.tokenizer)
-    made = adapters.Adapter(
-        CompressionConfig(k=4, rate=4), LoraConfig(4, 2.0, 0.0), template, random_trained(TINY, 4), str(tiny_base), base.fingerprint,
-        base_identity=base.identity,
-    )  # fmt: skip
-    adapters.save_adapter(path, made)
-    return path, base
+    base = bases.load_base(tiny_base)
+    return write_adapter(tmp_path_factory.mktemp("adapter") / "a", base), base
 
 
 @pytest.fixture(scope="module")

@@ -96,6 +96,19 @@ def test_known_bases_by_their_sizes(tmp_path, capsys):
     assert len(set(inspection.KNOWN.values())) > 15
 
 
+@pytest.mark.parametrize("shape", [(), (32,)])
+def test_a_table_without_rows(made, capsys, tmp_path, shape):
+    """Breaks when a table of embeddings with fewer axes than it should have ends in a traceback, here or in convert."""
+    tensors = safetensors.numpy.load_file(made["icae-v2"]) | {"memory_token_embed.weight": np.ones(shape, np.float32)}
+    safetensors.numpy.save_file(tensors, tmp_path / "x.safetensors")
+    code, printed = inspect(tmp_path / "x.safetensors", capsys, "--json")
+    assert code == 0 and json.loads(printed.out)["k"] == 0
+    argv = ["convert", "adapter", "--from", tmp_path / "x.safetensors", "--base", made["base"], "--to", tmp_path / "out"]
+    assert cli.main(list(map(str, argv))) == 2
+    told = capsys.readouterr().err.strip()
+    assert "mis-shaped memory_token_embed.weight" in told and "\n" not in told
+
+
 def test_which_bases_fit(made, capsys, tmp_path, tiny_tokenizer):
     """Breaks when a base of other sizes or another fingerprint is said to fit."""
     for kind in ("adapter", "peft", "icae-v2", "memory"):

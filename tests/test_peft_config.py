@@ -297,10 +297,11 @@ def test_spellings_of_names(plain, folder, base):
         jax.tree.map(np.testing.assert_array_equal, adapters.load_adapter(folder, base).trained, want)
 
 
-def test_files_that_are_there_otherwise(folder, base):
+def test_files_that_are_there_otherwise(folder, base, capsys):
     """Breaks when a pickle is read or passed over without a word, safetensors do not come first, or one of two configurations is taken."""
     (folder / "adapter_model.bin").write_bytes(b"never read")
     adapters.load_adapter(folder, base)
+    assert "adapter_model.safetensors is read, as by peft; adapter_model.bin beside it is not" in capsys.readouterr().err
     kept = (folder / "adapter_model.safetensors").rename(folder / "kept")
     with pytest.raises(errors.UserError, match=r"no such file, and adapter_model\.bin beside it is a pickle, which is never read here"):
         adapters.load_adapter(folder, base)
@@ -312,6 +313,9 @@ def test_files_that_are_there_otherwise(folder, base):
     shutil.copy(folder / "adapter_config.json", folder / "encoder")
     with pytest.raises(errors.UserError, match=r"holds adapter_config\.json twice, in itself and in encoder/"):
         adapters.load_adapter(folder, base)
+    shutil.copytree(folder, folder / "adapter")
+    with pytest.raises(errors.UserError, match=r"holds icae\.json twice, in itself and in adapter/; name that folder, or move it away"):
+        adapters.locate(folder)
     (folder / "icae.json").unlink()
     with pytest.raises(errors.UserError, match=r"has no icae\.json, so it is an ordinary PEFT adapter, without memory tokens"):
         adapters.load_adapter(folder, base)

@@ -2,6 +2,7 @@
 
 import json
 
+import ml_dtypes
 import numpy as np
 import pytest
 import safetensors
@@ -46,11 +47,11 @@ def test_round_trip_with_metadata(tmp_path):
     assert json.loads(metadata["ids"]) == ids and metadata["adapter"] == str(tmp_path.resolve())
 
 
-def spoiled(path, **changed):
-    """Writes a memory file with some of its tensors exchanged."""
+def spoiled(path, about=(), **changed):
+    """Writes a memory file with some of its tensors, or of its metadata (about), exchanged."""
     with safetensors.safe_open(save(path), framework="numpy") as f:
         tensors, metadata = {name: f.get_tensor(name) for name in f.keys()}, f.metadata()  # noqa: SIM118
-    safetensors.numpy.save_file(tensors | changed, path, metadata)
+    safetensors.numpy.save_file(tensors | changed, path, metadata | dict(about))
     return path
 
 
@@ -71,8 +72,9 @@ def test_a_memory_of_whole_numbers_is_none(tmp_path):
 
 def test_an_id_stands_for_one_memory(tmp_path):
     """Breaks when a memory file holds two memories of one id, of which `ask --id` cannot mean one."""
-    with pytest.raises(ValueError, match="two memories have the id 'a'"):
-        save(tmp_path / "m.safetensors", ids=["a", "a"])
+    for ids, repeated in ((["a", "a"], "'a'"), ([1, "1"], "1")):
+        with pytest.raises(ValueError, match=f"two memories have the id {repeated}"):
+            save(tmp_path / "m.safetensors", ids=ids)
     assert not (tmp_path / "m.safetensors").exists()
 
 
@@ -84,6 +86,22 @@ def test_an_id_may_be_a_number_and_must_be_whole(tmp_path):
     assert not path.exists()
     save(path, ids=[1, 2])
     assert store.load(path, CONFIG, "b" * 64, "a" * 64)[1] == [1, 2]
+
+
+@pytest.mark.parametrize("ids", [[{"a": 1}, "b"], [["a"], "b"], [None, "b"], [True, "b"]])
+def test_an_id_is_a_text_or_a_number(tmp_path, ids):
+    """Breaks when a memory's ids are of another kind, on which `ask --id` ends in a traceback; or such ones are saved."""
+    with pytest.raises(UserError, match=r"the id .* is neither a text nor a number"):
+        save(tmp_path / "m.safetensors", ids=ids)
+    with pytest.raises(UserError, match=r"ids in its metadata are .*, which is not a list of texts or numbers; compress the texts again"):
+        store.load(spoiled(tmp_path / "m.safetensors", {"ids": json.dumps(ids)}), CONFIG, "b" * 64, "a" * 64)
+
+
+def test_types_that_numpy_has_not(tmp_path):
+    """Breaks when tensors in eight bits, which safetensors holds and numpy has not, end in a traceback."""
+    path = spoiled(tmp_path / "m.safetensors", slots=np.ones((2, 4, 8)).astype(ml_dtypes.float8_e4m3fn))
+    with pytest.raises(UserError, match=r"m\.safetensors: it holds tensors of a type that is not read \(.*float8_e4m3fn"):
+        store.load(path, CONFIG, "b" * 64, "a" * 64)
 
 
 def test_key_value_memories(tmp_path):
@@ -143,8 +161,8 @@ def rewrite(path, metadata=(), **tensors):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"metadata": {"ids": '["a'}}, "ids in its metadata are .* not a list in JSON"),
-        ({"metadata": {"ids": "3"}}, "ids in its metadata are '3', which is not a list in JSON"),
+        ({"metadata": {"ids": '["a'}}, "ids in its metadata are .* not a list of texts or numbers"),
+        ({"metadata": {"ids": "3"}}, "ids in its metadata are '3', which is not a list of texts or numbers"),
         ({"metadata": {"ids": None, "adapter": None}}, "adapter, ids missing in its metadata"),
         ({"metadata": {"k": "two"}}, "k is 'two' in its metadata"),
         ({"metadata": {"ids": '["a"]'}}, "lengths does not hold 1 texts"),

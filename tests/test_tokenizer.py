@@ -5,6 +5,7 @@ import dataclasses
 import datetime
 import hashlib
 import json
+import re
 import shutil
 
 import jax
@@ -13,21 +14,18 @@ import numpy as np
 import pytest
 import tokenizers
 import transformers
-from conftest import TINY, WORDS, make_tokenizer, random_params, random_trained, write_jsonl
+from conftest import TINY, WORDS, make_tokenizer, random_params, write_adapter, write_jsonl
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers.utils import chat_template_utils
 
 import icae_jax
 from icae_jax import convert_adapter
-from icae_jax.compression.encoder import CompressionConfig
 from icae_jax.errors import UserError
 from icae_jax.evaluation import plain
-from icae_jax.interop import adapter as adapters
 from icae_jax.interop import base as bases
 from icae_jax.interop import formats
 from icae_jax.interop import tokenizer as reading
 from icae_jax.interop.text import user_ids
-from icae_jax.models.lora import LoraConfig
 from icae_jax.objectives import targets
 from icae_jax.training import compressor_task
 from icae_jax.training.config import TrainConfig, check_workdir, from_dict
@@ -110,6 +108,15 @@ def test_special_tokens_that_no_file_of_the_tokenizer_names(folder):
     assert bases.load_tokenizer(folder).bos_token is None
 
 
+def test_an_end_that_was_named_late_is_text_in_a_text(folder):
+    """Breaks when `</s>` in a text ends it, where the model's configuration alone says that this token is the end."""
+    (folder / "tokenizer_config.json").unlink()
+    edit(folder / "tokenizer.json", added_tokens=[])
+    tokenizer = bases.load_tokenizer(folder)
+    assert tokenizer.eos_token_id == 2 and tokenizer("cat </s>")["input_ids"][-1] == 2, "else this shows nothing"
+    assert 2 not in user_ids(tokenizer, "cat </s> sat")
+
+
 def test_two_files_that_differ(folder, capsys):
     """Breaks when one of two names for the end, or of two chat templates, is taken in silence, or another than transformers takes."""
     edit(folder / "tokenizer_config.json", chat_template="{{ messages[0].content }}")
@@ -124,11 +131,38 @@ def test_two_files_that_differ(folder, capsys):
     assert "another chat template than chat_template.jinja, which is taken" in said[1]
 
 
+def test_what_stands_before_a_text_is_said(folder, capsys):
+    """Breaks when one file asks for a first token and the other sets none, or the other way round, without a word."""
+    bases.load_tokenizer(folder)
+    edit(folder / "tokenizer_config.json", add_bos_token=True)
+    bases.load_tokenizer(folder)
+    assert capsys.readouterr().err == ""
+    edit(folder / "tokenizer_config.json", add_bos_token=False)
+    theirs, ours = transformers.AutoTokenizer.from_pretrained(str(folder)), bases.load_tokenizer(folder)
+    assert ours("a")["input_ids"] == theirs("a")["input_ids"]
+    assert "add_bos_token is False in tokenizer_config.json, but the tokenizer sets '<s>' in front of a text" in capsys.readouterr().err
+
+
+def test_an_added_token_of_another_id_is_said(folder, capsys):
+    """Breaks when tokenizer_config.json gives a token a row of the table, and it gets another without a word."""
+    edit(folder / "tokenizer_config.json", added_tokens_decoder={"2": {"content": "</s>"}, "7": {"content": "<name>", "special": False}})
+    theirs, ours = transformers.AutoTokenizer.from_pretrained(str(folder)), bases.load_tokenizer(folder)
+    assert ours.convert_tokens_to_ids("<name>") == theirs.convert_tokens_to_ids("<name>") == 64
+    (folder / "added_tokens.json").write_text(json.dumps({"</s>": 2, "<s>": 9}))
+    bases.load_tokenizer(folder)
+    said = capsys.readouterr().err
+    for file, taken in (("tokenizer_config", "{'<name>': 64}"), ("added_tokens", "{'<s>': 1}")):
+        assert f"{file}.json gives 1 token(s) other ids than they have, as in transformers: {taken} are taken" in said
+
+
 def test_an_end_that_the_file_does_not_know_is_refused(folder):
     """Breaks when a token that some trainer names, but never added, gets a row of the table that nothing was trained on."""
-    edit(folder / "tokenizer_config.json", eos_token="<|im_end|>")
-    with pytest.raises(UserError, match=r"eos_token is '<\|im_end\|>' by tokenizer_config\.json, which tokenizer\.json does not know"):
-        bases.load_tokenizer(folder)
+    for token in ("<|im_end|>", ""):
+        edit(folder / "tokenizer_config.json", eos_token=token)
+        with pytest.raises(
+            UserError, match=rf"eos_token is '{re.escape(token)}' by tokenizer_config\.json, which tokenizer\.json does not know"
+        ):
+            bases.load_tokenizer(folder)
 
 
 def test_the_library_and_the_file_are_named(folder):
@@ -144,6 +178,14 @@ def test_what_stands_in_the_place_of_a_tokenizers_file(folder, name):
     """Breaks when a Git LFS pointer among a tokenizer's files is called malformed, or read as a template."""
     (folder / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 9\n")
     with pytest.raises(UserError, match=rf"{name}: a Git LFS pointer"):
+        bases.load_tokenizer(folder)
+
+
+def test_what_is_no_sentencepiece_model(folder):
+    """Breaks when of a damaged tokenizer.model a package is asked for that would not read it either."""
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer.model").write_bytes(b"\x00\x01 cut off")
+    with pytest.raises(UserError, match=r"tokenizer\.model: no tokenizer could be loaded: neither a SentencePiece model nor tiktoken's"):
         bases.load_tokenizer(folder)
 
 
@@ -198,6 +240,10 @@ def test_fingerprint(tiny_tokenizer):
     padded = make_tokenizer()
     padded.add_special_tokens({"pad_token": "<pad>"})
     assert reading.fingerprint(padded) == own
+    worded, cut = make_tokenizer(), make_tokenizer()  # that texts are read with, though no probe holds them
+    worded.add_tokens(["catfish"])
+    cut.add_tokens([AddedToken("catfish", single_word=True)])
+    assert len({own, reading.fingerprint(worded), reading.fingerprint(cut)}) == 3
     other_end, no_start = make_tokenizer(), make_tokenizer()
     other_end.eos_token = "mat"
     no_start.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A", special_tokens=[])
@@ -208,14 +254,7 @@ def test_fingerprint(tiny_tokenizer):
 @pytest.fixture(scope="module")
 def adapter(tiny_base, tmp_path_factory):
     """An adapter folder that says with which tokenizer it was made."""
-    base, path = bases.load_base(tiny_base), tmp_path_factory.mktemp("adapter") / "a"
-    template = targets.make_template("plain", base.tokenizer)
-    made = adapters.Adapter(
-        CompressionConfig(k=4, rate=4), LoraConfig(4, 2.0, 0.0), template, random_trained(TINY, 4), str(tiny_base), base.fingerprint,
-        base_identity=base.identity,
-    )  # fmt: skip
-    adapters.save_adapter(path, made)
-    return path
+    return write_adapter(tmp_path_factory.mktemp("adapter") / "a", bases.load_base(tiny_base))
 
 
 def with_tokenizer(folder, tokenizer):
@@ -283,9 +322,11 @@ def beyond(folder):
 NO_ROW = r"token '<name>' has id 64, but the base's embedding table has 64 rows, 0 to 63"
 
 
-def test_an_id_without_a_row_is_named(beyond, adapter, capsys):
+def test_an_id_without_a_row_is_named(beyond, adapter, tmp_path, capsys):
     """Breaks when JAX makes NaN of a token that the embedding table lacks: in texts, questions, targets and ids."""
-    compressor = icae_jax.load(adapter, base=beyond)
+    unbound = shutil.copytree(adapter, tmp_path / "unbound")  # one that does not say that its tokenizer had no such token
+    edit(unbound / "icae.json", base_identity={})
+    compressor = icae_jax.load(unbound, base=beyond)
     assert "1 token(s) of its tokenizer have no row in the embedding table of 64" in capsys.readouterr().err
     text = "the cat saw <name> in the house"
     memory = compressor.compress(["the cat saw the dog"])
@@ -323,7 +364,7 @@ def test_ids_in_files_are_held_against_the_table(folder, adapter, tmp_path):
     """Breaks when what ends a text, or a template's id, lies outside the table and is only noticed as NaN, or never."""
     spoiled = shutil.copytree(adapter, tmp_path / "adapter")
     info = json.loads((spoiled / "icae.json").read_text())
-    for part, ids in (("head", [64]), ("before", [-4]), ("after", [70]), ("stop", 64)):
+    for part, ids in (("head", [64]), ("before", [-4]), ("after", [70]), ("stop", 64), ("after", [10**30])):
         edit(spoiled / "icae.json", template=info["template"] | {part: ids})
         with pytest.raises(UserError, match=rf"icae\.json: template {part}: .*id -?\d+, but the base's embedding table has 64 rows"):
             icae_jax.load(spoiled, base=folder)
@@ -442,6 +483,8 @@ def test_a_run_is_bound_to_its_tokenizer(folder, tmp_path):
         ("{{ messages[0].content.nothing.at_all }}", "UndefinedError"),
         ("{{ messages[3]['content'] }}", "UndefinedError|UserError|not show"),
         ("{{ 1 // 0 }}", "ZeroDivisionError"),
+        ("{{ messages[0]['content'] }}\ud83d", "UnicodeEncodeError"),
+        ("{{ messages[0]['content'].split('\n') | reverse | join('\n') }}", "not show"),
     ],
 )
 def test_a_template_that_fails_is_named(template, said):

@@ -6,6 +6,7 @@ layout, k, base_fingerprint, adapter_fingerprint, adapter (its folder, or hub id
 files, base_identity (JSON, `Base.identity`), lora_scale and segment_tokens.
 """
 
+import collections
 import json
 import os
 import pathlib
@@ -58,8 +59,11 @@ def save(path, memory, compression, ids, base_fingerprint, adapter_fingerprint, 
         raise UserError(f"{len(ids)} ids for {len(memory)} memories; give one id a text")
     ids = list(ids)
     for one in ids:
+        if not _is_id(one):
+            raise UserError(f"the id {files.shown(one)} is neither a text nor a number; give each text one that is")
         check_encodable(str(one), f"the id {one!r}")
-    repeated = next((one for i, one in enumerate(ids) if one in ids[:i]), None) if len(set(ids)) < len(ids) else None
+    names = collections.Counter(map(str, ids))  # by which `--id` finds them
+    repeated = next((one for one in ids if names[str(one)] > 1), None)
     if repeated is not None:
         raise UserError(f"two memories have the id {repeated!r}; give each text an id of its own")
     check_finite(memory, lambda i: f"--output {path}: the memory of text {ids[i]!r}")
@@ -104,15 +108,33 @@ def read_metadata(path):
     return metadata
 
 
+def _is_id(value):
+    return files.is_kind(value, str) or files.is_kind(value, float)
+
+
 def read_ids(path, metadata):
-    """The ids that a memory file's metadata lists. UserError where they are no list."""
+    """The ids that a memory file's metadata lists. UserError where they are no list of texts or numbers."""
     try:
         ids = json.loads(metadata["ids"])
     except (ValueError, RecursionError):
         ids = None
-    if not isinstance(ids, list):
-        raise UserError(f"--memory {path}: ids in its metadata are {metadata['ids'][:50]!r}, which is not a list in JSON; {_AGAIN}")
+    if not isinstance(ids, list) or not all(map(_is_id, ids)):
+        raise UserError(
+            f"--memory {path}: ids in its metadata are {metadata['ids'][:40]!r}, which is not a list of texts or numbers; {_AGAIN}"
+        )
     return ids
+
+
+def rows_named(ids, wanted):
+    """The rows of the texts that `--id` names, in the memory's order; all where it names none. UserError on an id that is not there.
+
+    ids: of the memory's texts, texts or numbers. wanted: as a command line has them, as texts.
+    """
+    names = [str(one) for one in ids]
+    for name in wanted or ():
+        if name not in names:
+            raise UserError(f"--id {name}: the memory holds {', '.join(names[:10])}{', …' if len(names) > 10 else ''}")
+    return [row for row, name in enumerate(names) if not wanted or name in wanted]
 
 
 def _check_tensors(path, kind, tensors, k, texts, most):

@@ -90,9 +90,10 @@ def _lora_names(tensors, lines):
     return found
 
 
-def _listed(what, lines, most=20):
+def misfits(what, lines, most=20):
+    """A message of what does not fit, tensor by tensor, in one line."""
     more = [f"… and {len(lines) - most} more"] if len(lines) > most else []
-    return f"{what}:\n  " + "\n  ".join([*lines[:most], *more])
+    return f"{what}: {'; '.join([*lines[:most], *more])}"
 
 
 def lora_from_hub(tensors, model_config, problems=None, stated=None):
@@ -145,7 +146,7 @@ def lora_from_hub(tensors, model_config, problems=None, stated=None):
         elif (i, name) not in rank_of:
             lines.append(f"unexpected {full}: by adapter_config.json (target_modules and the like), {module(i, name)} has no LoRA")
     if lines and problems is None:
-        raise UserError(_listed("the adapter's tensors do not fit this base", lines))
+        raise UserError(misfits("the adapter's tensors do not fit this base", lines))
     if lines:
         problems += lines
         return None
@@ -253,10 +254,10 @@ def _tensors(path):
                 "save_pretrained, which writes safetensors"
             )
         raise UserError(f"{path}: no such file; an adapter folder holds encoder/, memory.safetensors and icae.json")
-    try:
-        return files.read_safetensors(path, safetensors.numpy.load_file)
-    except AttributeError as error:  # how safetensors says that numpy has no such type
-        raise UserError(f"{path}: it holds tensors of a type that is not read ({error}); store them as float32 or bfloat16") from error
+    tensors = files.read_safetensors(path, safetensors.numpy.load_file)
+    if path.with_suffix(".bin").exists():
+        files.say(f"{path} is read, as by peft; {path.with_suffix('.bin').name} beside it is not")
+    return tensors
 
 
 def _check_read(path, tensors, wanted):
@@ -295,6 +296,8 @@ def locate(adapter, progress=True):
     """`sources.LocalAdapter` of the adapter folder meant by a folder, a training workdir, a hub id or a URL, fetched where needed."""
     folder, name = sources.local_adapter(adapter, progress)
     inside = (folder / IN_WORKDIR / INFO).exists()
+    if inside and (folder / INFO).exists():
+        raise UserError(f"adapter {name!r} holds {INFO} twice, in itself and in {IN_WORKDIR}/; name that folder, or move it away")
     return sources.LocalAdapter(folder / IN_WORKDIR, os.path.join(name, IN_WORKDIR)) if inside else sources.LocalAdapter(folder, name)
 
 
@@ -374,7 +377,7 @@ def load_adapter(folder, base):
     problems = []
     lora = lora_from_hub(tensors, base.config, problems, stated)
     if problems:
-        raise UserError(_listed(f"{path}: the adapter's tensors do not fit this base", problems))
+        raise UserError(misfits(f"{path}: the adapter's tensors do not fit this base", problems))
     path = folder / "memory.safetensors"
     tensors = _tensors(path)
     table = tensors.get(MEMORY_TABLE)

@@ -125,12 +125,12 @@ def check_identity(what: str, stated: dict[str, str], have: dict[str, str]) -> N
     """UserError where an adapter or a memory was made with another tokenizer or other layers; says so where it does not tell, as those of
     earlier versions do not. what: names it. stated: what it carries. have: `Base.identity`.
     """
+    for name, own in have.items():
+        if stated.get(name) not in (None, "", own):
+            raise UserError(f"{what} was made with {name} {stated[name][:12]}, but the base's is {own[:12]}: it {_DIFFERS[name]}")
     unsaid = [name for name in have if not stated.get(name)]
     if unsaid:
         files.say(f"{what} does not say with which {' and '.join(unsaid)} it was made; taken to be the base's")
-    for name, own in have.items():
-        if name not in unsaid and stated[name] != own:
-            raise UserError(f"{what} was made with {name} {stated[name][:12]}, but the base's is {own[:12]}: it {_DIFFERS[name]}")
 
 
 @dataclasses.dataclass(frozen=True)

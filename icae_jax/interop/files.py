@@ -80,12 +80,12 @@ def need_torch(what):
     return torch
 
 
-_JSON_KINDS = {dict: "an object", list: "a list", str: "a text", int: "a whole number", float: "a number"}
+_JSON_KINDS = {dict: "an object", list: "a list", str: "a text", int: "a whole number", float: "a number", bool: "true or false"}
 
 
 def is_kind(value: object, kind: type) -> bool:
     """Whether a value from JSON is of a type: a whole number is a float too, while true and false are no numbers."""
-    return isinstance(value, (int, float) if kind is float else kind) and not isinstance(value, bool)
+    return isinstance(value, (int, float) if kind is float else kind) and isinstance(value, bool) == (kind is bool)
 
 
 def shown(value: object) -> str:
@@ -167,7 +167,9 @@ def read_json(path: str | os.PathLike, what: str, kind: type[T] = dict) -> T:
 
 
 def read_safetensors(path: str | os.PathLike, read: Callable[[str | os.PathLike], T], kind: str = "safetensors") -> T:
-    """What `read(path)` gives of a safetensors file, of that kind; UserError where it is damaged or closed. What passes is tried again."""
+    """What `read(path)` gives of a safetensors file, of that kind; UserError where it is damaged or closed, or holds a type of numbers that
+    numpy has not. What passes is tried again.
+    """
     check_real(path)
     try:
         with errors.naming(f"{path}: cannot be read"):
@@ -176,6 +178,10 @@ def read_safetensors(path: str | os.PathLike, read: Callable[[str | os.PathLike]
         if errors.transient(error):
             raise
         raise UserError(f"{path}: not a readable {kind} file ({error})") from error
+    except AttributeError as error:  # how safetensors says that numpy has no such type
+        if "'numpy'" not in str(error):
+            raise
+        raise UserError(f"{path}: it holds tensors of a type that is not read ({error}); store them as float32 or bfloat16") from error
 
 
 def write_text(path, text: str) -> None:

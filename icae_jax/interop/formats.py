@@ -141,6 +141,11 @@ def is_table(name):
     return any(name == n or name.endswith("." + n) for n in (adapters.MEMORY_TABLE, "memory_embeddings", "ae_embedding"))
 
 
+def rows(table):
+    """How many rows a table of embeddings has, 0 where it is none by its axes."""
+    return (0, 0, *table.shape)[-2]
+
+
 def methods_of(form, tensors, phase=None):
     """The methods that a file of that format may be of."""
     if form != "x500":
@@ -164,18 +169,18 @@ def read_trained(form, tensors, base, source):
     left = {name: t for name, t in tensors.items() if not adapters.is_lora(name)}
     if form == "x500":
         table_name, trigger_name = (_ending(tensors, n) for n in ("memory_embeddings", "ae_embedding"))
-        k = (0, *tensors[table_name].shape)[-2]
+        k = rows(tensors[table_name])
         shapes = {table_name: (1, k, D)} | ({trigger_name: (1, 1, D)} if trigger_name else {})
     else:
         table_name = _ending(tensors, adapters.MEMORY_TABLE)
-        shapes = {table_name: (max((0, *tensors[table_name].shape)[-2], SPECIAL_ROWS + 1), D)}
+        shapes = {table_name: (max(rows(tensors[table_name]), SPECIAL_ROWS + 1), D)}
     for name, want in shapes.items():
         if left.pop(name).shape != want:
             problems.append(f"mis-shaped {name}: {tensors[name].shape}, with this base it is {want}")
     copies = _base_copies(left, base.config, problems)
     floats = {} if problems else {name: adapters.read_floats(tensors[name], name, problems) for name in shapes}
     if problems:
-        raise UserError(f"{source}: the tensors do not fit base {base.path}:\n  " + "\n  ".join(problems))
+        raise UserError(adapters.misfits(f"{source}: the tensors do not fit base {base.path}", problems))
     for copy in copies:
         theirs = bases.fingerprint(base.config, copy)
         if theirs != base.fingerprint:
@@ -309,19 +314,21 @@ def reading(adapter):
     }
 
 
-READING_FIELDS = {
-    "alpha": float, "context_length": int, "layout": str, "method": str, "template": str, "base": str, "base_fingerprint": str,
-}  # fmt: skip
+READING_FIELDS = dict.fromkeys(("layout", "method", "template", "base", "base_fingerprint"), str)
+READING_FIELDS |= {"alpha": float, "context_length": int, "forced": bool}
 
 
 def read_reading(path):
-    """What was written beside a file of tensors of how it is read, or None. UserError where that is incomplete."""
+    """What was written beside a file of tensors of how it is read, or None. UserError where that is incomplete or of another type."""
     beside = pathlib.Path(path).parent / READING
     if not beside.exists():
         return None
     told = files.read_json(beside, "how the file is read")
-    missing = sorted({*READING_FIELDS, "forced"} - set(told))
+    missing = sorted(READING_FIELDS.keys() - set(told))
     if missing:
         raise UserError(f"{beside}: {', '.join(missing)} missing; move it away if it does not belong to {pathlib.Path(path).name}")
     files.check_fields(told, READING_FIELDS, beside)
+    for name in ("alpha", "context_length"):
+        if not 0 < abs(told[name]) < 2**31:  # NaN neither
+            raise UserError(f"{beside}: {name} is {files.shown(told[name])}, which is no number of a sensible size")
     return told

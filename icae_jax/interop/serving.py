@@ -186,7 +186,7 @@ args = parser.parse_args()
 
 with open(pathlib.Path(__file__).with_name("requests.jsonl"), encoding="utf-8") as lines:
     requests = [request for request in map(json.loads, lines) if request["kind"] == args.kind]
-found = [request for request in requests if args.id in (None, request["id"])]
+found = [request for request in requests if args.id in (None, str(request["id"]))]
 if args.kind != "chat":  # a prompt holds its question as embeddings, so it must be one of those that were exported
     found = [request for request in found if args.question in (None, request["question"])]
 if not found:

@@ -68,6 +68,8 @@ ADAPTER = _Kind(
     ("encoder",),
 )
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(@[\w./-]+)?", re.ASCII)
+# A repository's page, with the revision that it shows.
+_HUB_PAGE = re.compile(r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/([\w.-]+/[\w.-]+)(?:/(?:tree|blob|resolve)/([\w.-]+))?(?:[/?#].*)?")
 _COMMIT = re.compile("[0-9a-f]{40}")
 _BLOCK_BYTES = 16 << 20
 
@@ -157,10 +159,8 @@ def local_adapter(adapter: str | os.PathLike, progress: bool = True) -> LocalAda
             "a hub id such as org/name, or gs://…"
         )
     if "://" in text:
-        from etils import epath
-
         inner = f"{text.rstrip('/')}/adapter"
-        inside = _asking(ADAPTER, text, lambda: (epath.Path(inner) / "icae.json").exists())
+        inside = _asking(ADAPTER, text, lambda: (_url(ADAPTER, text) / "adapter" / "icae.json").exists())
         url = inner if inside else text
         return LocalAdapter(_copied(ADAPTER, url, progress, True), url)
     folder = _downloaded(ADAPTER, text, progress, True)
@@ -182,9 +182,7 @@ def remote_opener(base: str | os.PathLike, folder: pathlib.Path) -> Callable[[st
     if errors.is_there(text, stat.S_ISDIR):
         return None
     if "://" in text:
-        from etils import epath
-
-        return lambda name: _asking(BASE, text, lambda: (epath.Path(text.rstrip("/")) / name).open("rb"))
+        return lambda name: _asking(BASE, text, lambda: (_url(BASE, text) / name).open("rb"))
     import huggingface_hub
 
     repository, revision = text.partition("@")[0], folder.name
@@ -236,15 +234,14 @@ def asking(function: Callable[[], T], called: str, doing: str, whom: str, remedy
     thing, or not for this user; where there is no answer, ConnectionError.
     """
     at_hub = whom == HUB
-    offline = at_hub and is_offline()
 
     def attempt():
         try:
             return function()
         except Exception as error:
-            if offline and _not_in_cache(error):
+            if _not_in_cache(error) and is_offline():
                 why = f"what is asked for is not in the hub's cache, and HF_HUB_OFFLINE is set ({_words(error)})"
-                raise UserError(f"{doing} {why}") from error
+                raise UserError(f"{doing}{'' if at_hub else ':'} {why}") from error
             if not errors.answered_no(error):
                 raise
             if isinstance(error, ImportError):
@@ -289,15 +286,27 @@ def _downloaded(kind, hub_id, progress, with_weights):
     )
 
 
-def _copied(kind, url, progress, with_weights):
-    """A copy of a remote folder in the cache, file by file."""
+def _url(kind, url):
+    """The path that etils has of a URL. UserError where it knows no URLs of that sort."""
     from etils import epath
 
+    try:
+        return epath.Path(url.rstrip("/"))
+    except KeyError as error:
+        scheme, _, rest = url.partition("://")
+        page = _HUB_PAGE.fullmatch(url)
+        hub_id = "@".join(filter(None, page.groups())) if page else "org/name"
+        remedy = f"the path alone, /{rest.lstrip('/')}" if scheme == "file" else f"a folder, the hub id {hub_id}, or gs://…"
+        raise UserError(f"{kind.name} {url!r}: {scheme}:// is not read; give {remedy}") from error
+
+
+def _copied(kind, url, progress, with_weights):
+    """A copy of a remote folder in the cache, file by file."""
     within = pathlib.Path(f"{kind.name}s") / urllib.parse.quote(url.rstrip("/"), safe="")
     folder = files.cache_folder(holding=within / kind.needed) / within
 
     def look():
-        remote = epath.Path(url.rstrip("/"))
+        remote = _url(kind, url)
         found = {name: (path, path.stat()) for name, path in _remote_files(remote, kind)}
         if kind is BASE and kind.needed not in found:
             raise UserError(_no_base(url, remote))

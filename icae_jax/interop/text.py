@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from icae_jax.errors import UserError
 
-_SPELLED = weakref.WeakKeyDictionary()  # tokenizer -> `_control_tokens`
+_SPELLED = weakref.WeakKeyDictionary()  # tokenizer -> (its special ids, `_control_tokens` with them)
 
 
 def user_ids(tokenizer, text: str | Sequence[str]):
@@ -45,15 +45,16 @@ def _control_tokens(tokenizer) -> dict[int, tuple[int, ...]]:
 
     The unknown token is none of them: it is what a tokenizer makes of the words that it lacks.
     """
-    if tokenizer not in _SPELLED:
+    special = [i for i in tokenizer.all_special_ids if i is not None]
+    if _SPELLED.get(tokenizer, (None,))[0] != special:  # its end may be named after it has read a text
         unknown = _unknown(tokenizer)
         added = {i: token.content for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-        control = added | {i: tokenizer.convert_ids_to_tokens(i) for i in tokenizer.all_special_ids}
+        control = added | {i: tokenizer.convert_ids_to_tokens(i) for i in special}
         if unknown not in (tokenizer.bos_token_id, tokenizer.eos_token_id):
             control.pop(unknown, None)
         spell = functools.partial(_characters, tokenizer, unknown if unknown not in control else None)
-        _SPELLED[tokenizer] = {i: tuple(c for c in spell(content) if c not in control) for i, content in control.items()}
-    return _SPELLED[tokenizer]
+        _SPELLED[tokenizer] = special, {i: tuple(c for c in spell(content) if c not in control) for i, content in control.items()}
+    return _SPELLED[tokenizer][1]
 
 
 def _unknown(tokenizer) -> int | None:

@@ -9,6 +9,7 @@ import hashlib
 import importlib.metadata
 import json
 import pathlib
+import re
 from collections.abc import Callable, Iterable, Sequence
 
 from icae_jax import errors
@@ -23,6 +24,7 @@ PROBE = (
     "<html> \u00a0 e\u0301 end "
 )
 _JSON, _SENTENCEPIECE = "tokenizer.json", "tokenizer.model"
+_TIKTOKEN = re.compile(rb"[A-Za-z0-9+/]+=* \d+\s")  # how such a file begins: a token in base64, and its rank
 _NO_TOKENIZER = "no tokenizer could be loaded"
 
 
@@ -62,9 +64,11 @@ def load_tokenizer(folder):
                 )
         _compare(folder / _JSON, tokenizer, own)
     else:
+        model = folder / _SENTENCEPIECE
+        own = _sentencepiece_reading(model) if model.exists() else None
         tokenizer = _reading(folder, _by_its_class)
-        if (folder / _SENTENCEPIECE).exists():
-            _compare(folder / _SENTENCEPIECE, tokenizer, _sentencepiece_reading(folder / _SENTENCEPIECE))
+        _name_special_tokens(folder, stated, tokenizer)
+        _compare(model, tokenizer, own)
     if not hasattr(tokenizer, "backend_tokenizer"):
         raise UserError(f"{folder}: {_NO_TOKENIZER} ({type(tokenizer).__name__} is not one of the tokenizers library)")
     return tokenizer
@@ -106,7 +110,7 @@ def _own_reading(path):
 
 
 def _sentencepiece_reading(path):
-    """The ids of the probe text as sentencepiece reads tokenizer.model; None where the file is of another kind (tiktoken's)."""
+    """The ids of the probe text as sentencepiece reads tokenizer.model; None where the file is tiktoken's. UserError on any other."""
     import sentencepiece
 
     try:
@@ -114,7 +118,10 @@ def _sentencepiece_reading(path):
     except Exception as error:
         if _passes(error):
             raise
-        return None
+        with open(path, "rb") as file:
+            if _TIKTOKEN.match(file.read(1024)):
+                return None
+        raise UserError(f"{path}: {_NO_TOKENIZER}: neither a SentencePiece model nor tiktoken's; download it again") from error
 
 
 def _as_the_file_says(folder):
@@ -184,23 +191,11 @@ def _own_code(folder):
 
 
 def _name_special_tokens(folder, stated, tokenizer):
-    """Gives a tokenizer whose files do not name its bos and eos those that the model's configuration has the ids of.
-
-    Where two files of the tokenizer say different things, transformers' choice is taken, and said.
-    """
+    """Gives a tokenizer whose files do not name its bos and eos those that the model's configuration has the ids of."""
     path = folder / "special_tokens_map.json"
     beside = files.read_json(path, "special tokens") if path.exists() else {}
-    for name in ("bos_token", "eos_token", "unk_token"):
-        here, there = (of[name].get("content") if isinstance(of.get(name), dict) else of.get(name) for of in (stated, beside))
-        if here and there and here != there:
-            taken = getattr(tokenizer, name)
-            files.say(f"{folder}: {name} is {here!r} in tokenizer_config.json and {there!r} in {path.name}; {taken!r} is taken")
-    template = stated.get("chat_template")
-    if isinstance(template, str) and template != tokenizer.chat_template:
-        files.say(f"{folder}: tokenizer_config.json has another chat template than chat_template.jinja, which is taken")
-    stated = stated | beside
     for name in ("bos_token", "eos_token"):
-        if name in stated or getattr(tokenizer, name) is not None:
+        if name in stated | beside or getattr(tokenizer, name) is not None:
             continue
         for path in (folder / "generation_config.json", folder / "config.json"):
             number = files.read_json(path, "the ids of special tokens").get(f"{name}_id") if path.exists() else None
@@ -209,6 +204,35 @@ def _name_special_tokens(folder, stated, tokenizer):
             if token is not None:
                 setattr(tokenizer, name, token)
                 break
+    _say_contradictions(folder, stated, beside, tokenizer)
+
+
+def _say_contradictions(folder, stated, beside, tokenizer):
+    """Says where two files of a tokenizer say different things, and which counts: transformers' choice.
+
+    stated: tokenizer_config.json. beside: special_tokens_map.json.
+    """
+    for name in ("bos_token", "eos_token", "unk_token"):
+        here, there = (of[name].get("content") if isinstance(of.get(name), dict) else of.get(name) for of in (stated, beside))
+        if here and there and here != there:
+            taken = getattr(tokenizer, name)
+            files.say(f"{folder}: {name} is {here!r} in tokenizer_config.json and {there!r} in special_tokens_map.json; {taken!r} is taken")
+    template = stated.get("chat_template")
+    if isinstance(template, str) and template != tokenizer.chat_template:
+        files.say(f"{folder}: tokenizer_config.json has another chat template than chat_template.jinja, which is taken")
+    decoder, path = stated.get("added_tokens_decoder") or {}, folder / "added_tokens.json"
+    named = {"tokenizer_config.json": {token.get("content", ""): int(number) for number, token in decoder.items()}}
+    named[path.name] = files.read_json(path, "added tokens") if path.exists() else {}
+    for name, added in named.items():
+        taken = {token: tokenizer.convert_tokens_to_ids(token) for token in added}
+        moved = {token: number for token, number in taken.items() if number != added[token]}
+        if moved:
+            what = f"gives {len(moved)} token(s) other ids than they have, as in transformers"
+            files.say(f"{folder}: {name} {what}: {files.shown(moved)} are taken")
+    in_front = stated.get("add_bos_token")
+    if isinstance(in_front, bool) and in_front != (bos_id(tokenizer) is not None):
+        sets = f"sets {'none' if in_front else repr(tokenizer.bos_token)} in front of a text, which counts, as in transformers"
+        files.say(f"{folder}: add_bos_token is {in_front} in tokenizer_config.json, but the tokenizer {sets}")
 
 
 def _compare(path, tokenizer, own):
@@ -242,14 +266,19 @@ def bos_id(tokenizer) -> int | None:
 
 
 def fingerprint(tokenizer) -> str:
-    """Identity of a tokenizer: sha256 over the ids of the probe text, its bos and eos, and the id of every piece of its model.
+    """Identity of a tokenizer: sha256 over the ids of the probe text, its bos and eos, the id of every piece of its model, and added tokens
+    that texts are read into.
 
-    Tokens that were added behind the model's own, such as one for padding, leave it as it is: no text becomes other ids by them.
+    Special tokens that were added behind the model's own, such as one for padding, leave it as it is: no text becomes other ids by them.
     """
     digest = hashlib.sha256(json.dumps([user_ids(tokenizer, PROBE), bos_id(tokenizer), tokenizer.eos_token_id]).encode())
     vocabulary = tokenizer.backend_tokenizer.get_vocab(with_added_tokens=False)
     for piece, number in sorted(vocabulary.items(), key=lambda item: (item[1], item[0])):
         digest.update(f"{number} {piece}\n".encode("utf-8", "surrogatepass"))
+    for number, token in sorted(tokenizer.added_tokens_decoder.items()):
+        if not token.special:
+            flags = token.single_word, token.lstrip, token.rstrip, token.normalized
+            digest.update(f"added {number} {token.content} {flags}\n".encode("utf-8", "surrogatepass"))
     return digest.hexdigest()
 
 
@@ -269,7 +298,8 @@ def check_ids(rows: Iterable[Sequence[int]], table_rows: int, what: Callable[[in
     for number, ids in enumerate(rows):
         if len(ids) and not (-special_rows <= min(ids) and max(ids) < table_rows):
             wrong = next(i for i in ids if not -special_rows <= i < table_rows)
-            token = tokenizer.convert_ids_to_tokens(int(wrong)) if tokenizer is not None and wrong >= 0 else None
+            askable = tokenizer is not None and 0 <= wrong < 2**32  # the tokenizers library counts in as many bits
+            token = tokenizer.convert_ids_to_tokens(int(wrong)) if askable else None
             named = f"token {token!r} has id {wrong}" if token is not None else f"id {wrong}"
             raise UserError(
                 f"{what(number)}: {named}, but the base's embedding table has {table_rows:,} rows, 0 to {table_rows - 1:,}; remove that "

@@ -347,11 +347,11 @@ def save_params(folder, config, params, dtype="bfloat16", max_file_bytes=5e9):
         size, total = size + nbytes, total + nbytes
     weight_map = {}
     for i, held in enumerate(contents, 1):
-        file = "model.safetensors" if len(contents) == 1 else f"model-{i:05}-of-{len(contents):05}.safetensors"
+        file = WHOLE if len(contents) == 1 else f"model-{i:05}-of-{len(contents):05}.safetensors"
         weight_map |= dict.fromkeys(held, file)
         safetensors.numpy.save_file(_hub_tensors(config, params, held, dtype), folder / file, metadata={"format": "pt"})
     if len(contents) > 1:
-        files.write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
+        files.write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
 def _hub_tensors(config, params, names, dtype):

@@ -138,12 +138,13 @@ def make_template(name, tokenizer, eos=None):
         turns = [{"role": "user", "content": f"{memory}\n{prompt}"}]
         try:
             text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+            text.encode()  # fails on half of a surrogate pair, which no tokenizer takes
         except Exception as error:  # whatever a template raises, or jinja2 of it
             raise UserError(
                 "objectives.template is chat, but the tokenizer's chat template does not take a single user's turn "
                 f"({type(error).__name__}: {' '.join(str(error).split())}); choose mistral, v1 or plain"
             ) from error
-        if text.count(memory) != 1 or text.count(prompt) != 1:
+        if text.count(memory) != 1 or text.count(prompt) != 1 or text.index(prompt) < text.index(memory):
             raise UserError("the tokenizer's chat template does not show the user's turn exactly once; choose another template")
         head, rest = text.split(memory)
         before, after = rest.split(prompt)
