@@ -103,10 +103,10 @@ def check_fields(raw: dict, kinds: dict[str, type], source: object) -> None:
     """UserError where an object from JSON lacks one of these fields, or has it of another type. source: the file, to name it."""
     missing = [name for name in kinds if name not in raw]
     if missing:
-        raise UserError(f"{source}: {', '.join(missing)} missing; is the file complete?")
+        raise UserError(f"{source}: {', '.join(map(field, missing))} missing; is the file complete?")
     for name, kind in kinds.items():
         if not is_kind(raw[name], kind):
-            raise UserError(f"{source}: {name} is {shown(raw[name])}, which is not {_JSON_KINDS[kind]}")
+            raise UserError(f"{source}: {field(name)} is {shown(raw[name])}, which is not {_JSON_KINDS[kind]}")
 
 
 @functools.cache
