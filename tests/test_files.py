@@ -237,6 +237,9 @@ def test_fields_are_of_their_types():
     ):
         with pytest.raises(errors.UserError, match=f"^{message}"):
             files.check_fields(raw, {"a": int}, "a.json")
+    for raw in ({}, {"a\nb": None}):
+        with pytest.raises(errors.UserError, match=r"^a.json: 'a\\nb' "):
+            files.check_fields(raw, {"a\nb": int}, "a.json")
 
 
 def test_torch_is_named_where_it_is_missing(monkeypatch):
@@ -280,6 +283,9 @@ PLACEHOLDERS = {
     "empty": (b"", "empty"),
     "pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 268\n", "Git LFS pointer"),
     "page": (b"\xef\xbb\xbf\n<!DOCTYPE html><html><head><title>429</title>", "page of HTML"),
+    "annex": (b"/annex/objects/SHA256E-s3--4d7a.jsonl\n", "pointer of git-annex"),
+    "GitHub's answer": (b"404: Not Found", "a server said"),
+    "a bucket's answer": (b"<?xml version='1.0' encoding='UTF-8'?>\n<Error><Code>AccessDenied</Code>", "a server said"),
     "page in capitals": (b"<HTML><BODY>Not found", "page of HTML"),
 }
 

@@ -348,6 +348,10 @@ class Checkpoints:
             async_options=ocp.AsyncOptions(barrier_sync_fn=_barrier),
         )
         self._workdir = pathlib.Path(workdir).resolve()
+        with errors.naming(
+            f"--workdir {workdir}: no folder of checkpoints can be made", "put in place what a link leads to, or give another folder"
+        ):
+            (self._workdir / "checkpoints").mkdir(parents=True, exist_ok=True)
         self._manager = _Manager(self._workdir / "checkpoints", options=options)
 
     def latest(self):
