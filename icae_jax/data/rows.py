@@ -254,19 +254,23 @@ def answers_of(raw: dict) -> tuple[str, ...]:
         return ()
     field = "answer" if _absent(raw.get("answers")) and "answer" in raw else "answers"
     value = raw.get(field)
-    if isinstance(value, dict):
-        value = value.get("text")
-    if _absent(value):
+    answers = _answer_text(value)
+    if _absent(answers):
         return ()
-    answers = [value] if isinstance(value, str) else value
+    answers = [answers] if isinstance(answers, str) else answers
     if isinstance(answers, list):
-        answers = [a.get("text") if isinstance(a, dict) else a for a in answers]
-        answers = [a for a in answers if not _absent(a)]
+        answers = [a for a in map(_answer_text, answers) if not _absent(a)]
     if not isinstance(answers, list) or not all(isinstance(a, str) for a in answers):
         raise UserError(f"{field} is {shown(value)}, expected a list of texts, or a text (a number in quotes)")
     for answer in answers:
         check_encodable(answer, field)
     return tuple(answers)
+
+
+def _answer_text(answer):
+    """What an object that is an answer, or several, has as its text, None where it is empty; anything else, such as an object of other
+    fields, as it is."""
+    return answer.get("text") if isinstance(answer, dict) and ("text" in answer or not answer) else answer
 
 
 def paragraph(raw: dict, where: str, default_id: str, subset: str = "") -> Iterator[Row]:
