@@ -51,6 +51,22 @@ def test_folder_is_replaced_only_when_whole(tmp_path):
     assert os.listdir(path) == ["three.txt"] and os.listdir(tmp_path) == ["adapter"]
 
 
+def test_what_takes_a_place_is_on_the_disk_before(tmp_path, monkeypatch):
+    """Breaks when a power loss soon after writing leaves empty files of the right names."""
+    calls, fsync, rename, replace = [], os.fsync, os.rename, os.replace
+    monkeypatch.setattr(os, "fsync", lambda f: calls.append(os.path.basename(os.readlink(f"/proc/self/fd/{f}"))) or fsync(f))
+    monkeypatch.setattr(os, "rename", lambda *paths: calls.append("renamed") or rename(*paths))
+    monkeypatch.setattr(os, "replace", lambda *paths: calls.append("renamed") or replace(*paths))
+    with files.replacing_folder(tmp_path / "adapter") as tmp:
+        (tmp / "encoder").mkdir()
+        for name in ("a", "encoder/b"):
+            (tmp / name).write_text("x")
+    assert sorted(calls[:2]) == ["a", "b"] and calls[2:] == ["renamed"]
+    calls.clear()
+    files.write_text(tmp_path / "c", "x")
+    assert calls[0].startswith(".c.") and calls[1:] == ["renamed"]
+
+
 def test_old_folder_comes_back_when_the_new_one_cannot_take_its_place(tmp_path, monkeypatch):
     """Breaks when the moment between moving the old folder away and the new one in can lose both."""
     path = tmp_path / "adapter"
