@@ -37,6 +37,7 @@ _NETWORK_PACKAGES = (
 )  # fmt: skip
 # How tensorstore begins, and what the hub's own downloader says.
 _TRANSIENT_WORDS = re.compile(r"\b(UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED): |\b(server error|service error) \(?5\d\d\b", re.IGNORECASE)
+_OFFLINE = "OfflineModeIsEnabled"  # the hub's client, told not to ask: a ConnectionError that does not pass
 _ASKED_LATER = (408, 425, 429)  # HTTP statuses below 500 that pass
 
 FIRST_DELAY = 1.0  # seconds before the second try; each later wait is twice as long
@@ -79,7 +80,7 @@ def is_users(error: BaseException) -> bool:
 def transient(error: BaseException) -> bool:
     """Whether an exception is one that passes: a connection, a network filesystem, a server that is overloaded or being restarted."""
     for e in causes(error):
-        if isinstance(e, UserError):
+        if isinstance(e, UserError) or type(e).__name__ == _OFFLINE:
             return False
         if isinstance(e, ConnectionError | TimeoutError) or _errno(e) in _TRANSIENT:
             return True
@@ -108,7 +109,7 @@ def _status(error: BaseException) -> int | None:
 # How clients of the hub and of buckets say so without a status.
 _NO = (
     "HFValidationError", "RepositoryNotFoundError", "RevisionNotFoundError", "GatedRepoError", "RemoteEntryNotFoundError",
-    "LocalTokenNotFoundError", "DefaultCredentialsError", "NoCredentialsError",
+    "LocalTokenNotFoundError", "DefaultCredentialsError", "NoCredentialsError", _OFFLINE,
 )  # fmt: skip
 
 

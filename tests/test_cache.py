@@ -191,6 +191,8 @@ def test_a_cache_that_cannot_be_written_falls_back(environment, said, elsewhere,
     assert left(elsewhere) == [data[0].key[:32]] and elsewhere.stat().st_mode & 0o777 == 0o700
     err = capsys.readouterr().err
     assert err.startswith(fill(said)) and f"{elsewhere} is used instead" in err and "$ICAE_CACHE" in err and err.count("\n") == 1
+    if environment["ICAE_CACHE"] != "{file}":
+        assert cli.main(["cache", "list"]) == 0 and f"{elsewhere}: " in capsys.readouterr().out, "what is listed is what is used"
 
 
 @pytest.mark.parametrize("planted", ["link", "file", "open"])

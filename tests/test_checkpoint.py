@@ -247,6 +247,11 @@ def zero(path):
     path.write_bytes(bytes(path.stat().st_size))
 
 
+def half_zero(path):
+    size = path.stat().st_size
+    path.write_bytes(path.read_bytes()[: size // 2] + bytes(size - size // 2))
+
+
 def empty(path):
     path.write_bytes(b"")
 
@@ -275,6 +280,7 @@ DAMAGES = [
     ("default/d/*", empty, "is empty"),
     ("default/d/*", cut, "OUT_OF_RANGE"),
     ("default/d/*", zero, "DATA_LOSS"),
+    ("default/d/*", half_zero, "Error decoding"),
     ("default/ocdbt.process_0/d/*", empty, "is empty"),
     ("default/ocdbt.process_0/d/*", cut, "OUT_OF_RANGE"),
     ("default/ocdbt.process_0/d/*", zero, ""),
@@ -353,6 +359,13 @@ def test_a_damaged_one_that_is_asked_for_is_not_replaced(pattern, how, workdir):
     with pytest.raises(errors.UserError, match=r"step_2: the checkpoint is damaged \(.+\); name another"):
         checkpoint.read_newly(workdir / "checkpoints" / "step_2")
     assert checkpoint.read_newly(workdir / "checkpoints")[0].name == "step_1"
+
+
+def test_a_link_that_leads_nowhere_is_named(tmp_path):
+    """Breaks when checkpoints that are a link to a disk which is not there are found out at the first save, in a traceback."""
+    (tmp_path / "checkpoints").symlink_to(tmp_path / "absent" / "disk")
+    with pytest.raises(errors.UserError, match=f"^--workdir {tmp_path}: no folder of checkpoints can be made: .*; put in place"):
+        Checkpoints(tmp_path)
 
 
 FAULTS = [

@@ -60,6 +60,10 @@ WRITTEN = {  # the same rows, as (a file's name, its bytes, where the second row
     "csv": ("a.csv", CSV.encode(), ":3"),
     "csv of a mark": ("a.csv", b"\xef\xbb\xbf" + CSV.encode(), ":3"),
     "csv of semicolons": ("a.csv", 'id;text\nr0;one é\nr1;"two, ""quoted""\nover lines"\nr2;three 😀'.encode(), ":3"),
+    "csv of semicolons, commas within": (
+        "a.csv", '"id";"note, more";text\nr0;;one é\nr1;;"two, ""quoted""\nover lines"\nr2;;three 😀'.encode(), ":3"
+    ),
+    "csv of bars": ("a.csv", 'id|text\nr0|one é\nr1|"two, ""quoted""\nover lines"\nr2|three 😀'.encode(), ":3"),
     "tsv": ("a.tsv", 'id\ttext\nr0\tone é\nr1\t"two, ""quoted""\nover lines"\nr2\tthree 😀\n'.encode(), ":3"),
     "parquet": ("a.parquet", parquet(pa.table(TABLE), row_group_size=2), " row 1"),
     "parquet of dictionaries": ("a.parquet", parquet(pa.table({k: pa.array(v).dictionary_encode() for k, v in TABLE.items()})), " row 1"),
@@ -180,6 +184,27 @@ def test_cells_of_a_csv_are_texts(tmp_path):
         list(sources.read_rows(path))
 
 
+@pytest.mark.parametrize(
+    ("kind", "value", "want"),
+    [
+        (pa.timestamp("ns"), 1, "1970-01-01 00:00:00.000000001"),
+        (pa.timestamp("us"), 1 << 60, "<value out of range: 1152921504606846976>"),
+        (pa.date32(), 1, "1970-01-02"),
+        (pa.duration("s"), 1 << 60, "1152921504606846976"),
+    ],
+)
+def test_times_as_ids(tmp_path, kind, value, want):
+    """Breaks when an id that is a time which Python cannot hold ends in a traceback."""
+    path = write(tmp_path, "a.parquet", parquet(pa.table({"text": ["a"], "id": pa.array([value], kind)})))
+    assert [row.id for row in sources.read_rows(path)] == [want]
+    nested = pa.table({"context": ["c"], "question": ["q"], "answers": [{"text": ["a"]}], "id": pa.array([[value]], pa.list_(kind))})
+    write(tmp_path, "a.parquet", parquet(nested))
+    try:
+        assert len(list(sources.read_rows(path))) == 1
+    except UserError as error:
+        assert str(error).startswith(f"{path} row 0 or one of the next")
+
+
 MALFORMED = {  # a file's name, its content, what is said of it behind its path
     "cut array": ("a.json", '[\n{"text": "a"}\n', r":3: not valid JSON \(the file ends within an array\)"),
     "cut within a row": ("a.json", '[\n{"text": "a"},\n{"text": "b', r":3: not valid JSON \(Unterminated"),
@@ -197,6 +222,7 @@ MALFORMED = {  # a file's name, its content, what is said of it behind its path
     "too few cells": ("a.csv", "id,text\n1\n", ":2: 1 cell, but"),
     "open quote": ("a.csv", 'id,text\n1,"a\n2,b\n', ":2: not valid csv .*quote a cell"),
     "stray quote": ("a.tsv", 'id\ttext\n1\t"a" b\n', ":2: not valid csv"),
+    "lines of an old Mac": ("a.csv", "id,text\r1,a\r", r":1: not valid csv .a line ends with .r alone.; save it"),
     "no header": ("a.csv", "the cat,sat\n", ":1: columns the cat, sat; expected text"),
     "column twice": ("a.csv", "text,text\n", ":1: two columns are named 'text'"),
     "other encoding": ("a.jsonl", '{"text": "a"}\n{"text": "é"}\n'.encode("latin-1"), ":2: not UTF-8"),

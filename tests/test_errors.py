@@ -118,6 +118,7 @@ STAYING = {
     "gcsfs, 404": of("gcsfs", "HttpError", code=404),
     "botocore, 403": of("botocore", "ClientError", response={"ResponseMetadata": {"HTTPStatusCode": 403}}),
     "404": HTTPStatusError(404),
+    "hub, told not to ask": of("huggingface_hub", "OfflineModeIsEnabled", ConnectionError),
     "absent": FileNotFoundError(errno.ENOENT, "No such file"),
     "full": OSError(errno.ENOSPC, "No space left on device"),
     "input": errors.UserError("bad"),

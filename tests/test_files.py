@@ -51,6 +51,22 @@ def test_folder_is_replaced_only_when_whole(tmp_path):
     assert os.listdir(path) == ["three.txt"] and os.listdir(tmp_path) == ["adapter"]
 
 
+def test_what_takes_a_place_is_on_the_disk_before(tmp_path, monkeypatch):
+    """Breaks when a power loss soon after writing leaves empty files of the right names."""
+    calls, fsync, rename, replace = [], os.fsync, os.rename, os.replace
+    monkeypatch.setattr(os, "fsync", lambda f: calls.append(os.path.basename(os.readlink(f"/proc/self/fd/{f}"))) or fsync(f))
+    monkeypatch.setattr(os, "rename", lambda *paths: calls.append("renamed") or rename(*paths))
+    monkeypatch.setattr(os, "replace", lambda *paths: calls.append("renamed") or replace(*paths))
+    with files.replacing_folder(tmp_path / "adapter") as tmp:
+        (tmp / "encoder").mkdir()
+        for name in ("a", "encoder/b"):
+            (tmp / name).write_text("x")
+    assert sorted(calls[:2]) == ["a", "b"] and calls[2:] == ["renamed"]
+    calls.clear()
+    files.write_text(tmp_path / "c", "x")
+    assert calls[0].startswith(".c.") and calls[1:] == ["renamed"]
+
+
 def test_old_folder_comes_back_when_the_new_one_cannot_take_its_place(tmp_path, monkeypatch):
     """Breaks when the moment between moving the old folder away and the new one in can lose both."""
     path = tmp_path / "adapter"
@@ -237,6 +253,9 @@ def test_fields_are_of_their_types():
     ):
         with pytest.raises(errors.UserError, match=f"^{message}"):
             files.check_fields(raw, {"a": int}, "a.json")
+    for raw in ({}, {"a\nb": None}):
+        with pytest.raises(errors.UserError, match=r"^a.json: 'a\\nb' "):
+            files.check_fields(raw, {"a\nb": int}, "a.json")
 
 
 def test_torch_is_named_where_it_is_missing(monkeypatch):
@@ -280,6 +299,9 @@ PLACEHOLDERS = {
     "empty": (b"", "empty"),
     "pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 268\n", "Git LFS pointer"),
     "page": (b"\xef\xbb\xbf\n<!DOCTYPE html><html><head><title>429</title>", "page of HTML"),
+    "annex": (b"/annex/objects/SHA256E-s3--4d7a.jsonl\n", "pointer of git-annex"),
+    "GitHub's answer": (b"404: Not Found", "a server said"),
+    "a bucket's answer": (b"<?xml version='1.0' encoding='UTF-8'?>\n<Error><Code>AccessDenied</Code>", "a server said"),
     "page in capitals": (b"<HTML><BODY>Not found", "page of HTML"),
 }
 

@@ -7,6 +7,8 @@ import struct
 
 import hypothesis
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
 import pytest
 from conftest import TINY, write_adapter
 from hypothesis import strategies as st
@@ -220,14 +222,62 @@ def test_any_rows(fixture, content, suffix):
     """Breaks when a data file of any content and name is a traceback, or gives a row that is no text or cannot be written."""
     path = fixture("tmp_path_factory").getbasetemp() / f"rows{suffix}"
     path.write_bytes(content)
+    check_rows(path)
+
+
+def check_rows(path):
+    """Reads a data file: rows whose fields are texts that can be written, or a `UserError` of one line that names the file."""
     try:
         rows = list(sources.read_rows(str(path)))
     except UserError as error:
-        assert str(path) in str(error)
+        assert str(path) in str(error) and "\n" not in str(error)
         return
     for row in rows:
         texts = [row.text, row.id, row.subset, *([] if row.question is None else [row.question, *row.answers])]
         assert all(isinstance(text, str) and text.encode() is not None for text in texts)
+
+
+NUMBERS = st.integers(-(2**31), 2**31 - 1)
+COLUMNS = {  # types of Arrow, and the values that make a column of each
+    pa.string(): st.text(max_size=6), pa.large_string(): st.text(max_size=6), pa.binary(): st.binary(max_size=6), pa.int64(): NUMBERS,
+    pa.float64(): st.floats(), pa.bool_(): st.booleans(), pa.list_(pa.string()): st.lists(st.text(max_size=3), max_size=2),
+    pa.list_(pa.struct({"role": pa.string(), "content": pa.string()})): st.lists(
+        st.fixed_dictionaries({"role": st.sampled_from(["user", "assistant", "tool"]), "content": st.text(max_size=3)}), max_size=3
+    ),
+    pa.struct({"text": pa.list_(pa.string())}): st.fixed_dictionaries({"text": st.lists(st.text(max_size=3), max_size=2)}),
+    **{kind: NUMBERS for kind in (pa.date32(), pa.timestamp("ns"), pa.timestamp("us", "UTC"), pa.timestamp("s"), pa.duration("s"))},
+    pa.list_(pa.date32()): st.lists(NUMBERS, max_size=2), pa.struct({"t": pa.timestamp("ns")}): st.fixed_dictionaries({"t": NUMBERS}),
+}  # fmt: skip
+
+
+@st.composite
+def tables(draw):
+    """The bytes of a table as Parquet or Arrow, of fields that are read with values of any type, some of them damaged; and its suffix."""
+    columns = {}
+    for name in draw(
+        st.sampled_from([("text", "id"), ("context", "question", "answers", "id"), ("messages", "system"), ("context", "qas")])
+    ):
+        kind = draw(st.sampled_from([pa.string(), *COLUMNS]))
+        columns[name] = pa.array(draw(st.lists(st.none() | COLUMNS[kind], min_size=2, max_size=2)), kind)
+    sink, suffix, table = pa.BufferOutputStream(), draw(st.sampled_from([".parquet", ".arrow"])), pa.table(columns)
+    if suffix == ".parquet":
+        pa.parquet.write_table(table, sink)
+    else:
+        with draw(st.sampled_from([pa.ipc.new_file, pa.ipc.new_stream]))(sink, table.schema) as writer:
+            writer.write_table(table)
+    content = sink.getvalue().to_pybytes()
+    changes = draw(st.dictionaries(st.integers(0, len(content) - 1), st.integers(0, 255), max_size=3))
+    return bytes(changes.get(i, byte) for i, byte in enumerate(content)), suffix
+
+
+@examples
+@hypothesis.given(table=tables())
+def test_any_table(fixture, table):
+    """Breaks when a column of a type that Python has not, a value of another type than is expected, or a damaged byte is a traceback."""
+    content, suffix = table
+    path = fixture("tmp_path_factory").getbasetemp() / f"table{suffix}"
+    path.write_bytes(content)
+    check_rows(path)
 
 
 # -------------------------------------------------------------------------------------------------------------- memory files

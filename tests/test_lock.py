@@ -159,7 +159,7 @@ def test_a_process_that_was_passed_over_stops(holders, tmp_path, shared):
         assert held.path.exists(), "what is another's is not removed"
 
 
-@pytest.mark.parametrize("content", ["", "{", "[1]", '{"pid": 1}', "garbage " * 999, "\0" * 99])
+@pytest.mark.parametrize("content", ["", "{", "[1]", '{"pid": 1}', "garbage " * 999, "\0" * 99, "[" * 10**5])
 def test_what_a_crash_left_is_no_lock(content, tmp_path, capsys):
     """Breaks when an empty, cut or unknown file of the lock's name keeps a run from starting, or outlives the next record."""
     (tmp_path / lock.NAME).write_text(content)

@@ -70,6 +70,19 @@ def test_a_damaged_checkpoint_costs_its_steps_alone(raw, uninterrupted, tmp_path
     assert (workdir / "checkpoints" / "damaged_step_12").is_dir()
 
 
+def test_a_lost_configuration_is_said(raw, uninterrupted, tmp_path):
+    """Breaks when checkpoints of which nobody knows what they were trained with are continued without a word."""
+    workdir = tmp_path / "w"
+    shutil.copytree(uninterrupted[0], workdir)
+    (workdir / "DONE").unlink()
+    (workdir / "config.json").unlink()
+    code, lines = run(raw, workdir)
+    assert code == DONE and sum("config.json was missing" in line for line in lines) == 1
+    (workdir / "DONE").unlink()
+    assert not any("was missing" in line for line in run(raw, workdir)[1])
+    assert not any("was missing" in line for line in run(raw, tmp_path / "new", steps=1)[1])
+
+
 def test_a_start_that_trained_nothing_binds_no_workdir(raw, uninterrupted, tmp_path, monkeypatch):
     """Breaks when a configuration that had no memory for its first step keeps a smaller one from the workdir, or one of whose steps there
     are some may be replaced.

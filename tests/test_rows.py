@@ -26,10 +26,15 @@ QUESTION = {"context": "c", "question": "q"}
         (QUESTION | {"answers": ["a", "b"], "id": "x", "subset": "s"}, ("c", "q", ("a", "b"), "w", "x", "s")),
         (QUESTION | {"answers": {"text": ["a", "b"], "answer_start": [3]}}, ("c", "q", ("a", "b"), "w", "0", "")),
         (QUESTION | {"answers": [{"text": "a", "answer_start": 3}, {"text": "b"}]}, ("c", "q", ("a", "b"), "w", "0", "")),
+        (QUESTION | {"answers": [{}, {"text": "a"}, {"text": None}]}, ("c", "q", ("a",), "w", "0", "")),
         (QUESTION | {"answers": ["a", None]}, ("c", "q", ("a",), "w", "0", "")),
         (QUESTION | {"answer": "a"}, ("c", "q", ("a",), "w", "0", "")),
         (QUESTION | {"answer": "a", "answers": None}, ("c", "q", ("a",), "w", "0", "")),
         ({"document": "c", "question": "q", "answer": "a"}, ("c", "q", ("a",), "w", "0", "")),
+        ({"text": "c", "question": "q", "answer": "a"}, ("c", "q", ("a",), "w", "0", "")),
+        ({"text": "t", "instruction": "q", "input": "c", "output": "a"}, ("c", "q", ("a",), "w", "0", "")),
+        ({"text": "t"} | QUESTION | {"answer": "a"}, ("c", "q", ("a",), "w", "0", "")),
+        ({"text": "t", "question": "q"}, ("t", None, None, "w", "0", "")),
     ],
 )
 def test_rows_of_every_form(raw, row):
@@ -48,6 +53,8 @@ def test_rows_of_every_form(raw, row):
         ({"text": 3}, "text is int, expected text; write a number in quotes"),
         ({"input": "c", "prompt": ["p"], "answer": "a"}, "prompt is list, expected text"),
         (QUESTION | {"answers": ["a", 3]}, r"answers is \['a', 3\], expected a list"),
+        (QUESTION | {"answer": {"value": "a", "aliases": ["b"]}}, r"answer is .'value': 'a', .*, expected a list of texts"),
+        (QUESTION | {"answers": [{"answer": "a"}]}, r"answers is ..'answer': 'a'.., expected a list"),
         (QUESTION | {"answer": 1984}, "answer is 1984, expected a list of texts, or a text .a number in quotes"),
         (QUESTION | {"document": "d", "answer": "a"}, "fields answer, context, document, question: both context and document"),
         ({"document": "d", "content": "c"}, "fields content, document: both document and content"),
@@ -57,10 +64,12 @@ def test_rows_of_every_form(raw, row):
         ({f"key\n{i}": {} for i in range(10000)}, r"fields key 0, key 1, .*, …; expected text"),
         ({"messages": [{"role": ["user"], "content": "x"}]}, r"messages holds a message of role .*user"),
         ({"messages": [{"role": "user", "content": [{"type": ["text"]}]}]}, "messages holds a part of type"),
-        ({"messages": [{"role": "user", "content": ["x"]}]}, "messages holds a part of type str; only text"),
+        ({"messages": [{"role": "user", "content": ["x"]}]}, "messages holds a part of type 'str'; only text"),
+        ({"messages": '[{"role":\n "user"}]'}, "messages is .*, expected a list of messages"),
+        ({"context": "c", "qas": "a\nb"}, "qas is .*, expected a list of questions"),
         ({"paragraphs": [{"text": "t"}, {"words": 1}]}, "paragraph 2: fields words; expected"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "messages holds a message of role 'tool'; expected system"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages holds a part of type image_url; only text"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages holds a part of type 'image_url'; only text"),
         ({"conversations": ["x"]}, r"conversations is \['x'\], expected a list of messages"),
     ],
 )
@@ -92,6 +101,16 @@ def test_squad_as_it_is_published():
     assert list(sources.with_ids(made)) == ["i", "0.1.0.0", "0.1.1"]
 
 
+@pytest.mark.parametrize("impossible", [True, "true", "True", False, "false", None])
+def test_an_impossible_question_has_no_answer(impossible):
+    """Breaks when an answer that stands beside is_impossible is trained on, or a text that says false counts as true."""
+    beside = {"answers": ["a"], "is_impossible": impossible}
+    nested = {"context": "c", "qas": [{"question": "q"} | beside]}
+    for raw in (QUESTION | beside, nested):
+        (row,) = rows.parse(raw, "w", "0")
+        assert row[:3] == ("c", "q", () if impossible in (True, "true", "True") else ("a",))
+
+
 def chat(*turns):
     return [{"role": role, "content": content} for role, content in turns]
 
@@ -113,6 +132,10 @@ def chat(*turns):
         (
             {"messages": chat(("system", [{"type": "text", "text": "te"}, {"type": "text", "text": "xt"}]), ("user", "q"))},
             ("text", "q", ()),
+        ),
+        (
+            {"system": float("nan"), "messages": chat(("user", "h"), ("assistant", "b"), ("user", "q"), ("assistant", "a"))},
+            ("user: h\nassistant: b", "q", ("a",)),
         ),
         ({"system": "s", "conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}, ("s", "q", ("a",))),
     ],

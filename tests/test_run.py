@@ -65,6 +65,10 @@ def test_a_line_cut_short_counts_for_nothing(tmp_path):
             run.measure(again, examples, 3, run.Progress(tmp_path, IDENTITY))
         assert again.asked == [["t5"]]
         assert [json.loads(line)["key"] for line in path.read_text().splitlines()[1:]] == [e.key for e in examples[:6]]
+    for left in (b"\0" * 50, b"\xff\xfe\x00", b"null", b"[1]", b'{"key": "a"}'):  # by a power loss
+        path.write_bytes(whole + left)
+        run.measure(Counting(), examples[:6], 3, run.Progress(tmp_path, IDENTITY))
+        assert path.read_bytes() == whole
     path.write_bytes(whole[:7])  # killed while the file was begun
     last = Counting()
     run.measure(last, examples, 3, run.Progress(tmp_path, IDENTITY))

@@ -84,6 +84,13 @@ OWN_FRAMES = {  # files that tokenise what we wrote, and how often
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("other", [None, 5, b"the cat", ["the", "cat"]], ids=repr)
+def test_what_is_no_text_is_named(tiny_tokenizer, other):
+    """Breaks when a table's missing cell, handed over from Python, is a traceback of the tokenizers library."""
+    with pytest.raises(UserError, match=f"^a text is {type(other).__name__}, expected str"):
+        user_ids(tiny_tokenizer, ["the cat", other])
+
+
 def test_only_our_own_frames_are_tokenised_otherwise():
     """Breaks when new code, or a script that we write for others, tokenises what a user wrote and lets it spell control tokens."""
     found = {}

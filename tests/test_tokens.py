@@ -312,6 +312,31 @@ def test_a_cache_without_counts_is_read(tmp_path, cache, tiny_tokenizer):
     assert tokens.tokenise(path, tiny_tokenizer, cache, strict="data.strict").left_out == {}
 
 
+@pytest.mark.parametrize("content", [b"", bytes(400), None], ids=["empty", "zeros", "gone"])
+def test_a_damaged_cache_is_made_anew(tmp_path, cache, tiny_tokenizer, content, capfd):
+    """Breaks when what a power loss left in the cache ends every later run, or is trained on."""
+    path = write_jsonl(tmp_path / "a.jsonl", [{"context": "the cat saw", "question": "who", "answers": ["the cat"]}])
+    whole = tokens.tokenise(path, tiny_tokenizer, cache)
+    arrays = {name: np.array(getattr(whole, name)) for name in tokens.ARRAYS}
+    for name in (tokens.cache.ABOUT, *(f"{name}.npy" for name in tokens.ARRAYS)):
+        harmed = next((tmp_path / "cache/tokens").glob(f"[!.]*/{name}"))
+        harmed.unlink() if content is None else harmed.write_bytes(content)
+        tokens.files.say.cache_clear()
+        again = tokens.tokenise(path, tiny_tokenizer, cache)
+        for array, value in arrays.items():
+            np.testing.assert_array_equal(getattr(again, array), value)
+        told = capfd.readouterr().err
+        assert (name == tokens.cache.ABOUT and content is None) or ("its files are damaged" in told and told.count("\n") == 1)
+
+
+def test_arrays_of_another_length_are_no_cache(tmp_path, cache, tiny_tokenizer):
+    """Breaks when arrays are used that do not belong together."""
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": "the cat saw"}])
+    tokens.tokenise(path, tiny_tokenizer, cache)
+    np.save(next((tmp_path / "cache/tokens").glob("*/text_ids.npy")), np.zeros(1, np.int32))
+    assert tokens.tokenise(path, tiny_tokenizer, cache).text(0).tolist() == [8, 9, 17]
+
+
 @pytest.mark.parametrize(
     ("rows", "message"),
     [

@@ -10,6 +10,7 @@ import typing
 from collections.abc import Iterable, Iterator
 
 from icae_jax.errors import UserError
+from icae_jax.interop.files import shown
 from icae_jax.interop.text import check_encodable
 
 EXPECTED = (
@@ -23,6 +24,7 @@ QUESTION_FORMS = (  # the fields of the text, of the question and of its answer
 )
 CONTEXTS = ("context", "passage", "document")  # names of the text that `question` is about
 TEXTS = ("document", "content")  # of a text alone, where it is the only one
+IMPOSSIBLE = (True, "true", "True")  # values of is_impossible, in tables texts
 MOST_NAMES = 20  # in an error
 CHATS = ("messages", "conversations")
 ROLES = {
@@ -181,15 +183,15 @@ def _parse(raw, where, default_id, subset):
         raise UserError(f"a JSON {type(raw).__name__}, expected an object with text, or context, question and answers")
     own, subset = name_of(raw, "id"), name_of(raw, "subset") or subset
     tail = (where, own or default_id, subset, bool(own))
-    if "text" in raw:
-        yield Row(text_of(raw, "text"), None, None, *tail)
-        return
     for text, question, answer in QUESTION_FORMS:
         if {text, question, answer} <= raw.keys():
             yield Row(text_of(raw, text), text_of(raw, question), (text_of(raw, answer),), *tail)
             return
     if "question" in raw and raw.keys() & {"answers", "answer", "is_impossible"}:
-        yield Row(text_of(raw, _only(raw, CONTEXTS)), text_of(raw, "question"), answers_of(raw), *tail)
+        about = "text" if "text" in raw and not raw.keys() & set(CONTEXTS) else _only(raw, CONTEXTS)
+        yield Row(text_of(raw, about), text_of(raw, "question"), answers_of(raw), *tail)
+    elif "text" in raw:  # whatever else it holds, such as the messages that it was made of
+        yield Row(text_of(raw, "text"), None, None, *tail)
     elif "qas" in raw:
         yield from paragraph(raw, where, default_id, subset)
     elif isinstance(raw.get("paragraphs"), list):
@@ -244,32 +246,41 @@ def text_of(raw: dict, field: str, name: str = "") -> str:
 
 
 def answers_of(raw: dict) -> tuple[str, ...]:
-    """The reference answers of a question, () where it has none: texts in a list, one text, or SQuAD's own forms."""
+    """The reference answers of a question, () where it has none: texts in a list, one text, or SQuAD's own forms.
+
+    A question that is said to be impossible has none, whatever stands there, as SQuAD's readers have it.
+    """
+    if raw.get("is_impossible") in IMPOSSIBLE:
+        return ()
     field = "answer" if _absent(raw.get("answers")) and "answer" in raw else "answers"
     value = raw.get(field)
-    if isinstance(value, dict):
-        value = value.get("text")
-    if _absent(value):
+    answers = _answer_text(value)
+    if _absent(answers):
         return ()
-    answers = [value] if isinstance(value, str) else value
+    answers = [answers] if isinstance(answers, str) else answers
     if isinstance(answers, list):
-        answers = [a.get("text") if isinstance(a, dict) else a for a in answers]
-        answers = [a for a in answers if not _absent(a)]
+        answers = [a for a in map(_answer_text, answers) if not _absent(a)]
     if not isinstance(answers, list) or not all(isinstance(a, str) for a in answers):
-        raise UserError(f"{field} is {str(value)[:200]}, expected a list of texts, or a text (a number in quotes)")
+        raise UserError(f"{field} is {shown(value)}, expected a list of texts, or a text (a number in quotes)")
     for answer in answers:
         check_encodable(answer, field)
     return tuple(answers)
+
+
+def _answer_text(answer):
+    """What an object that is an answer, or several, has as its text, None where it is empty; anything else, such as an object of other
+    fields, as it is."""
+    return answer.get("text") if isinstance(answer, dict) and ("text" in answer or not answer) else answer
 
 
 def paragraph(raw: dict, where: str, default_id: str, subset: str = "") -> Iterator[Row]:
     """Yields the rows of a paragraph of SQuAD, or of a line of MRQA: one text and its questions."""
     text, questions = text_of(raw, "context"), raw["qas"]
     if not isinstance(questions, list):
-        raise UserError(f"qas is {str(questions)[:200]}, expected a list of questions")
+        raise UserError(f"qas is {shown(questions)}, expected a list of questions")
     for number, question in enumerate(questions):
         if not isinstance(question, dict):
-            raise UserError(f"qas holds {str(question)[:200]!r}, expected an object with question and answers")
+            raise UserError(f"qas holds {shown(question)}, expected an object with question and answers")
         if not question.keys() & {"answers", "answer", "is_impossible"}:
             raise UserError(f"answers is missing in a question of qas; its fields are {listed(question)}")
         own = name_of(question, "id") if "qid" not in question else name_of(question, "qid")
@@ -285,8 +296,9 @@ def _chat(raw, field):
     """
     messages = [] if _absent(raw[field]) else raw[field]
     if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
-        raise UserError(f"{field} is {str(messages)[:200]}, expected a list of messages with role and content")
-    turns = [("system", text_of(raw, "system"))] if raw.get("system") else []
+        raise UserError(f"{field} is {shown(messages)}, expected a list of messages with role and content")
+    system = text_of(raw, "system")
+    turns = [("system", system)] if system else []
     turns += [(_role(m, field), _content(m, field)) for m in messages]
     roles = [role for role, _ in turns]
     asked = [i for i, role in enumerate(roles) if role == "user"]
@@ -301,7 +313,7 @@ def _role(message, field):
     role = message.get("role", message.get("from"))
     known = ROLES.get(role.lower()) if isinstance(role, str) else None
     if known is None:
-        raise UserError(f"{field} holds a message of role {str(role)[:80]!r}; expected {', '.join(ROLES)}")
+        raise UserError(f"{field} holds a message of role {shown(role)}; expected {', '.join(ROLES)}")
     return known
 
 
@@ -313,7 +325,7 @@ def _content(message, field):
     kinds = [part.get("type") if isinstance(part, dict) else type(part).__name__ for part in parts]
     other = next((kind for kind in kinds if kind != "text"), None)
     if other is not None or None in kinds:
-        raise UserError(f"{field} holds a part of type {str(other)[:80]}; only text is read")
+        raise UserError(f"{field} holds a part of type {shown(other)}; only text is read")
     return "".join(text_of(part, "text", f"{field}: {name}") for part in parts)
 
 

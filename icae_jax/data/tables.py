@@ -13,7 +13,7 @@ from icae_jax.errors import UserError
 
 BATCH = 1000  # rows of a Parquet or Arrow file made Python's at once, at most
 BATCH_BYTES = 32 << 20  # and about so many bytes of them
-DELIMITERS = (",", ";", "\t")  # of a csv, the first that its first line holds
+DELIMITERS = (",", ";", "\t", "|")  # of a csv; where several fit its first line alike, the first of them
 LISTS = ("answers", "messages", "conversations")  # columns whose cells may be JSON in a csv
 
 
@@ -32,8 +32,8 @@ def read_csv(
     first = next(lines, None)
     if first is None:
         return
-    delimiter = delimiter or next((d for d in DELIMITERS if d in first), ",")
     lines.unread(first)
+    delimiter = delimiter or _delimiter(first, fields)
     table = csv.reader(lines, delimiter=delimiter, strict=True)
     names, number = None, 0
     while True:
@@ -42,7 +42,9 @@ def read_csv(
             cells = next(table, None)
         except csv.Error as error:
             remedy = "quote a cell that holds quotes, and double them within"
-            raise UserError(f"{path}:{began}: not valid csv ({error}); {remedy}") from error
+            if "new-line" in str(error):
+                error, remedy = "a line ends with \\r alone", "save it with lines that end with \\n"
+            raise UserError(f"{path}:{began}: not valid csv ({error}); {remedy}") from None
         if cells is None:
             return
         if not cells:
@@ -88,6 +90,19 @@ class _Lines:
             return line.decode("utf-8")
         except UnicodeDecodeError as error:
             raise UserError(f"{self._path}:{self._number}: not UTF-8 ({error})") from error
+
+
+def _delimiter(line, fields):
+    """That of a csv by its first line: the one at which it holds most columns that are read, then most columns."""
+
+    def fit(delimiter):
+        try:
+            names = [name.strip() for name in next(csv.reader([line], delimiter=delimiter), [])]
+        except csv.Error:  # which is said where the line is read
+            return 0, 0
+        return len(fields & set(names)), len(names)
+
+    return max(DELIMITERS, key=fit)
 
 
 def _columns(cells, fields, where):
@@ -195,13 +210,29 @@ def _rows(batches, path, most):
     for batch in batches:
         step = _batch(batch.nbytes, batch.num_rows)
         for start in range(0, batch.num_rows, step):
-            for raw in batch.slice(start, step).to_pylist():
+            try:
+                raw_rows = _times_as_text(batch.slice(start, step)).to_pylist()
+            except (ValueError, ArithmeticError) as error:  # of values that Arrow has and Python has not
+                if isinstance(error, UnicodeDecodeError):
+                    raise
+                raise UserError(f"{path} row {number} or one of the next {step}: cannot be read ({error})") from error
+            for raw in raw_rows:
                 where = f"{path} row {number}"
                 with rows.placed(where):
                     raw = plain(raw)
                 reading.check_size(sum(len(value) for value in raw.values() if isinstance(value, str)), where, most)
                 yield raw, where, number
                 number += 1
+
+
+def _times_as_text(batch):
+    """A batch whose columns of times, such as ids, are texts: Python's times are coarser, and reach less far."""
+    import pyarrow as pa
+
+    for i, column in enumerate(batch.schema):
+        if pa.types.is_temporal(column.type):
+            batch = batch.set_column(i, column.name, batch.column(i).cast(pa.string()))
+    return batch
 
 
 def plain(value: object) -> object:

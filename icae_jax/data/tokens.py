@@ -257,26 +257,56 @@ def tokenise(source, tokenizer, cache_dir="", tfds_dir=None, max_row_bytes=readi
                 freed = sum(entry.size for entry in removed) / cache.GIB
                 told = f"{len(removed)} unused for longest removed, {freed:,.2f} GiB (${cache.VARIABLE})"
                 print(f"cache {root}: {told}", file=sys.stderr, flush=True)
-    about = files.read_json(folder / cache.ABOUT, "what is kept here")
-    sieve.add(about.get("left_out", {}))  # absent where nothing could be left out yet
-    arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in ARRAYS}
-    return Tokens(**arrays, key=key, earlier_key=earlier_key, left_out=sieve.counts, held=held)
+    sieve.add(_about(folder).get("left_out", {}))  # absent where nothing could be left out yet
+    return Tokens(**_arrays(folder), key=key, earlier_key=earlier_key, left_out=sieve.counts, held=held)
 
 
 def _held(folder, made_by):
-    """`cache.hold`; None, too, where the same tokenizer made other ids of the probe text then, as an earlier version of its library may."""
+    """`cache.hold`; None, too, where its files are damaged, as after a power loss, or where the same tokenizer made other ids of the probe
+    text then, as an earlier version of its library may: they are removed.
+    """
     held = cache.hold(folder)
     if held is None:
         return None
-    if files.read_json(folder / cache.ABOUT, "what is kept here").get("tokenizer", made_by) == made_by:  # the first ones do not say
+    why = ""
+    try:
+        if _about(folder).get("tokenizer", made_by) != made_by:  # the first ones do not say
+            why = "its ids are those of another version of the tokenizers library"
+        _arrays(folder)
+    except (ValueError, EOFError, FileNotFoundError) as error:
+        why = f"its files are damaged ({error})"
+    if not why:
         return held
-    files.say(f"cache {folder}: its ids are those of another version of the tokenizers library; made anew")
+    files.say(f"cache {folder}: {why}; made anew")
     held.close()
-    with contextlib.suppress(FileNotFoundError):  # another process may be at it, too
+    _remove(folder)
+    return None
+
+
+def _remove(folder):
+    with errors.naming(f"cache {folder}: cannot be made anew"), contextlib.suppress(FileNotFoundError):  # another process may be at it, too
         gone = folder.with_name(f".gone.{secrets.token_hex(8)}")
         os.rename(folder, gone)
         shutil.rmtree(gone, ignore_errors=True)
-    return None
+
+
+def _about(folder):
+    """What a folder of tokens says of itself. ValueError where it is damaged."""
+    about = json.loads((folder / cache.ABOUT).read_text(encoding="utf-8"))
+    if not isinstance(about, dict):
+        raise ValueError(f"{cache.ABOUT} is no object")
+    return about
+
+
+def _arrays(folder):
+    """`{name: array}` of a folder of tokens. ValueError, EOFError or FileNotFoundError where they are damaged, as far as sizes tell."""
+    arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in ARRAYS}
+    ends = {f"{name}_offsets": len(arrays[f"{name}_ids"]) for name in ("text", "prompt", "answer")}
+    for name, end in (ends | {"question_offsets": len(arrays["prompt_offsets"]) - 1}).items():
+        offsets = arrays[name]
+        if not len(offsets) or offsets[0] != 0 or offsets[-1] != end:
+            raise ValueError(f"{name} does not end at {end}")
+    return arrays
 
 
 def _write(folder, source, tokenizer, tfds_dir, max_row_bytes, sieve, made_by):
@@ -285,6 +315,9 @@ def _write(folder, source, tokenizer, tfds_dir, max_row_bytes, sieve, made_by):
     try:
         _build(tmp, source, tokenizer, tfds_dir, max_row_bytes, sieve)
         files.write_json(tmp / cache.ABOUT, {"version": CACHE_VERSION, "source": source, "left_out": sieve.left_out, "tokenizer": made_by})
+        files.flush(tmp)
+        if folder.exists() and not (folder / cache.ABOUT).exists():  # damaged, or in part removed
+            _remove(folder)
         try:
             os.rename(tmp, folder)
         except OSError:

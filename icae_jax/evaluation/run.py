@@ -40,7 +40,8 @@ def content(examples):
 class Progress:
     """`progress.P.jsonl` in a run's folder: what was run, then a line for each example that is done, by process P.
 
-    A line cut short by a kill counts for nothing. UserError where another run's progress or results are in the folder.
+    What a kill or a power loss left broken counts for nothing, nor does what stands behind it. UserError where another run's progress or
+    results are in the folder.
     """
 
     def __init__(self, folder, identity):
@@ -72,12 +73,16 @@ class Progress:
 
 
 def _complete_lines(path):
+    """The lines of a progress file up to the first broken one."""
     lines = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            lines.append(json.loads(line))
+            line = json.loads(text)
         except ValueError:
             break
+        if not isinstance(line, dict) or (lines and not line.keys() >= {"key", "records"}):
+            break
+        lines.append(line)
     return lines
 
 

@@ -255,9 +255,9 @@ def main(parser, argv, version: int) -> int:
     if args.action == "list" and (args.all or args.max_gib is not None):
         parser.error("--all and --max_gib are for prune")
     root = files.named_cache(args.cache_dir)
-    if root is None:
-        raise UserError("cache: there is no home folder; give --cache_dir, or set $ICAE_CACHE")
-    if not root.is_dir() and (args.cache_dir or root.exists()):
+    if not args.cache_dir and (root is None or not root.exists()):
+        root = files.cache_folder()  # which may be one in the temporary folder
+    elif not root.is_dir():
         raise UserError(f"{'--cache_dir' if args.cache_dir else 'cache'} {root}: no such folder")
     if args.action == "list":
         rows = _rows(entries(root, version))

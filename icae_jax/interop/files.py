@@ -103,10 +103,10 @@ def check_fields(raw: dict, kinds: dict[str, type], source: object) -> None:
     """UserError where an object from JSON lacks one of these fields, or has it of another type. source: the file, to name it."""
     missing = [name for name in kinds if name not in raw]
     if missing:
-        raise UserError(f"{source}: {', '.join(missing)} missing; is the file complete?")
+        raise UserError(f"{source}: {', '.join(map(field, missing))} missing; is the file complete?")
     for name, kind in kinds.items():
         if not is_kind(raw[name], kind):
-            raise UserError(f"{source}: {name} is {shown(raw[name])}, which is not {_JSON_KINDS[kind]}")
+            raise UserError(f"{source}: {field(name)} is {shown(raw[name])}, which is not {_JSON_KINDS[kind]}")
 
 
 @functools.cache
@@ -116,15 +116,22 @@ def say(text: str) -> None:
 
 
 _POINTER = b"version https://git-lfs.github.com/spec/"  # how a Git LFS pointer begins
+_ANNEXED = b"/annex/objects/"  # and one of git-annex
 _PAGE = re.compile(rb"\s*(<!doctype html|<html)", re.IGNORECASE)
+# What GitHub, the hub, and object storage answer where there is no such file.
+_REFUSAL = re.compile(rb"\s*(404: Not Found|Entry not found|Invalid username or password\.)\s*|\s*<\?xml[^>]*>\s*<Error>.*", re.DOTALL)
 
 
 def placeholder(start: bytes) -> str:
-    """What stands in a file's place, by its first bytes (64 suffice): nothing, a Git LFS pointer, a page of HTML; "" for none."""
+    """What stands in a file's place, by its first bytes (64 suffice): nothing, a pointer to it, a server's words; "" for none."""
     if not start:
-        return "the file is empty; download it again"
+        return "the file is empty; download or copy it again"
     if start.startswith(_POINTER):
         return "a Git LFS pointer, not the file; run git lfs pull where it was cloned, or download it again"
+    if start.startswith(_ANNEXED):
+        return "a pointer of git-annex, not the file; run git annex get where it was cloned, or download it again"
+    if _REFUSAL.fullmatch(start):
+        return "what a server said instead of the file; download it again, by another address or with the right to read it"
     if _PAGE.match(start.removeprefix(codecs.BOM_UTF8)):
         return "a page of HTML, not the file (perhaps what a server said instead of it); download it again"
     return ""
@@ -220,6 +227,15 @@ def _take_over(path, mode, before=None):
         os.chmod(path, mode)
 
 
+def flush(path: str | os.PathLike) -> None:
+    """Has the disk keep a file, or all files of a folder: one that is renamed before may be empty after a power loss."""
+    path = pathlib.Path(path)
+    for file in path.rglob("*") if path.is_dir() else [path]:
+        if file.is_file():
+            with open(file, "rb") as f:
+                os.fsync(f.fileno())
+
+
 @contextlib.contextmanager
 def replacing_file(path):
     """Gives a temporary path beside `path` that takes its place, flushed to disk, once the block ends without error.
@@ -234,8 +250,7 @@ def replacing_file(path):
     try:
         mode = stat.S_IMODE((before or tmp.stat()).st_mode)
         yield tmp
-        with open(tmp, "rb") as f:
-            os.fsync(f.fileno())
+        flush(tmp)
         _take_over(tmp, mode, before)  # a writer may have put a file of its own there, as safetensors does
         os.replace(tmp, path)
     finally:
@@ -255,6 +270,7 @@ def replacing_folder(path):
     try:
         open_to = stat.S_IMODE(tmp.stat().st_mode) & 0o666
         yield tmp
+        flush(tmp)
         for within in sorted(tmp.rglob("*"), reverse=True):  # what a folder holds before the folder, which its mode may close
             twin, is_file = path / within.relative_to(tmp), within.is_file()
             if twin.is_file() if is_file else twin.is_dir():

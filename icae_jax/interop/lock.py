@@ -74,7 +74,7 @@ def _parsed(text: str) -> dict:
     """The record in a text; empty where it is none, as half of one."""
     try:
         record = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return record if isinstance(record, dict) else {}
 

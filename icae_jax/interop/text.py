@@ -14,11 +14,14 @@ def user_ids(tokenizer, text: str | Sequence[str]):
     """The ids of a text (of a list of texts: a list of them), without special tokens: not those that a tokenizer adds, and none that the
     text spells. `</s>` in a page of the web, or `<|eot_id|>` in a question, is read as the characters that it is written with.
 
-    UserError where a text cannot be encoded at all, since it holds half of a surrogate pair.
+    UserError where a text is none, or cannot be encoded at all, since it holds half of a surrogate pair.
     """
     texts = [text] if isinstance(text, str) else list(text)
     if not texts:
         return []
+    for one in texts:
+        if not isinstance(one, str):
+            raise UserError(f"a text is {type(one).__name__}, expected str")
     try:
         # verbose=False: texts are cut into windows later, so the tokenizer's length warning would mislead.
         made = tokenizer(texts, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False, verbose=False)

@@ -55,7 +55,9 @@ def _saving(what):
 # A power loss can leave files of a checkpoint empty, cut short or absent, although Orbax had renamed its folder to `step_N`.
 
 ASIDE = "damaged_"  # how a damaged checkpoint is renamed: neither Orbax nor a reader takes it for a step then
-_DAMAGE = re.compile(r"\b(OUT_OF_RANGE|DATA_LOSS|NOT_FOUND|FAILED_PRECONDITION|INVALID_ARGUMENT)\b: ")  # tensorstore's words
+_DAMAGE = re.compile(  # tensorstore's words
+    r"\b(OUT_OF_RANGE|DATA_LOSS|NOT_FOUND|FAILED_PRECONDITION|INVALID_ARGUMENT)\b: |\bError decoding |[Cc]orrupt"
+)
 _STEP = re.compile(r"step_(\d+)")
 
 
@@ -346,6 +348,10 @@ class Checkpoints:
             async_options=ocp.AsyncOptions(barrier_sync_fn=_barrier),
         )
         self._workdir = pathlib.Path(workdir).resolve()
+        with errors.naming(
+            f"--workdir {workdir}: no folder of checkpoints can be made", "put in place what a link leads to, or give another folder"
+        ):
+            (self._workdir / "checkpoints").mkdir(parents=True, exist_ok=True)
         self._manager = _Manager(self._workdir / "checkpoints", options=options)
 
     def latest(self):

@@ -331,9 +331,12 @@ def check_workdir(workdir, config, identity, writes=lambda: True, binding=True):
     known = {f"identity.{k}": v if isinstance(v, tuple) else (v,) for k, v in (identity or {}).items()}
     now = _flat(dataclasses.asdict(config)) | {k: fingerprints[0] for k, fingerprints in known.items()}
     if not path.exists():
+        lost = binding and not nothing_trained(workdir)
         if writes():
             errors.retrying(lambda: files.write_json(path, now), f"writing {path}")
-        return []
+        return (
+            [f"{path} was missing, and is now this run's: it is not known what was trained there before, nor on which base"] if lost else []
+        )
     recorded = read_run(path)
     _check_types(recorded, now, path)
     before = _flat(_defaults(type(config))) | recorded
