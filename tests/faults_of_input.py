@@ -116,4 +116,48 @@ MUTANTS = [
         "a flag that stops XLA is not looked for", "platforms.py", "if tried.returncode and wrong:", "if False:",
         "test_platforms.py -k stops_jax",
     ),
+    # ------------------------------------------------------------------------------------------------- of a second reading
+    Mutant(
+        "a word added to a tokenizer is not noticed", "interop/tokenizer.py", "        if not token.special:", "        if False:",
+        "test_tokenizer.py -k fingerprint",
+    ),
+    Mutant(
+        "an end that is named late is no control", "interop/text.py", "if _SPELLED.get(tokenizer, (None,))[0] != special:",
+        "if tokenizer not in _SPELLED:", "test_tokenizer.py -k named_late",
+    ),
+    Mutant(
+        "a text spells what ends texts by the base alone", "interop/text.py", "for i in (*tokenizer.all_special_ids, *ends)",
+        "for i in tokenizer.all_special_ids", "test_tokenizer.py -k whatever_the_tokenizer",
+    ),
+    Mutant(
+        "ids that are numbers are not found", "inference/store.py", "names = [str(one) for one in ids]", "names = list(ids)",
+        "test_cli.py -k ask",
+    ),
+    Mutant(
+        "an offline address of the hub is an outage", "interop/sources.py", "if _not_in_cache(error) and is_offline():",
+        "if at_hub and _not_in_cache(error) and is_offline():", "test_interop_sources.py -k hubs_own_urls",
+    ),
+    Mutant(
+        "what stands beside a file may be junk", "interop/formats.py", "    files.check_fields(told, READING_FIELDS, beside)\n", "",
+        "test_formats.py -k of_its_type",
+    ),
+    Mutant(
+        "times in tables are no texts", "data/tables.py", "_times_as_text(batch.slice(start, step)).to_pylist()",
+        "batch.slice(start, step).to_pylist()", "test_data_formats.py -k times",
+    ),
+    Mutant(
+        "an impossible question is answered", "data/rows.py", 'if raw.get("is_impossible") in IMPOSSIBLE:', "if False:",
+        "test_rows.py -k impossible",
+    ),
+    Mutant(
+        "damaged tokens end every run", "data/tokens.py", "        _arrays(folder)\n    except", "    except", "test_tokens.py -k damaged",
+    ),
+    Mutant(
+        "a folder takes its place before it is on the disk", "interop/files.py", "        flush(tmp)\n        for within",
+        "        for within", "test_files.py -k on_the_disk",
+    ),
+    Mutant(
+        "a half-zeroed index is no damage", "training/checkpoint.py", r"|\bError decoding |[Cc]orrupt", "",
+        "test_checkpoint.py -k half_zero",
+    ),
 ]  # fmt: skip

@@ -14,18 +14,21 @@ import numpy as np
 import pytest
 import tokenizers
 import transformers
-from conftest import TINY, WORDS, make_tokenizer, random_params, write_adapter, write_jsonl
+from conftest import TINY, WORDS, make_tokenizer, random_params, random_trained, write_adapter, write_jsonl
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers.utils import chat_template_utils
 
 import icae_jax
 from icae_jax import convert_adapter
+from icae_jax.compression.encoder import CompressionConfig
 from icae_jax.errors import UserError
 from icae_jax.evaluation import plain
+from icae_jax.interop import adapter as adapters
 from icae_jax.interop import base as bases
 from icae_jax.interop import formats
 from icae_jax.interop import tokenizer as reading
-from icae_jax.interop.text import user_ids
+from icae_jax.interop.text import STOPS, user_ids
+from icae_jax.models.lora import LoraConfig
 from icae_jax.objectives import targets
 from icae_jax.training import compressor_task
 from icae_jax.training.config import TrainConfig, check_workdir, from_dict
@@ -529,6 +532,25 @@ def test_no_text_spells_a_familys_control_tokens(family):
     assert (prompt.count(begin), prompt.count(end)) == (2, 1), "the frame's own tokens alone: the user's turn and the answer's begin"
     said = tokenizer.decode(prompt, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     assert text in said and "user\n" in said
+
+
+def test_what_ends_a_text_is_control_whatever_the_tokenizer_calls_it(folder):
+    """Breaks when a text spells a token that ends texts by generation_config.json alone, as fine-tunes have it, and ends there when it is
+    restored; or when a plain piece that ends texts there, such as a line's end, is lost from what users write.
+    """
+    edit(folder / "generation_config.json", eos_token_id=[2, WORDS.index("?")])
+    base = bases.load_base(folder)
+    assert getattr(base.tokenizer, STOPS) == base.stop_ids == (2, WORDS.index("?"))
+    assert user_ids(base.tokenizer, "who ? the cat") == [WORDS.index(word) for word in ("who", "?", "the", "cat")]
+
+    backend = byte_pairs(["<|endoftext|>"])
+    backend.add_tokens([AddedToken("<|im_end|>", special=False, normalized=False)])
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>")
+    text, end = "so <|im_end|> it is", tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert end in user_ids(tokenizer, text), "else this shows nothing"
+    setattr(tokenizer, STOPS, (end,))
+    ids = user_ids(tokenizer, text)
+    assert end not in ids and tokenizer.decode(ids, clean_up_tokenization_spaces=False) == text
 
 
 def test_the_probe_stays_as_it_is():

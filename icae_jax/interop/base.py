@@ -15,6 +15,7 @@ from icae_jax.errors import UserError
 from icae_jax.interop import files, sources, weights
 from icae_jax.interop import tokenizer as tokenizers
 from icae_jax.interop.config_json import hub_config, read_config
+from icae_jax.interop.text import STOPS
 from icae_jax.interop.tokenizer import bos_id, has_tokenizer, load_tokenizer  # noqa: F401 - of a base, as all else here
 from icae_jax.interop.weights import load_params, save_params
 from icae_jax.models import llama
@@ -170,6 +171,8 @@ def load_base(source, dtype=jnp.float32, sharding=None, progress=False, need_tok
     tokenizer = load_tokenizer(folder) if need_tokenizer or has_tokenizer(folder) else None
     stops = stop_ids(folder, tokenizer)
     tokenizers.check_ids([stops], config.vocab_size, lambda _: f"{folder}: what ends a text (eos_token_id)", tokenizer)
+    if tokenizer is not None:
+        setattr(tokenizer, STOPS, stops)
     if tokenizer is not None and (beyond := sum(i >= config.vocab_size for i in tokenizer.get_vocab().values())):
         files.say(
             f"base {source}: {beyond} token(s) of its tokenizer have no row in the embedding table of {config.vocab_size:,}; a text that "

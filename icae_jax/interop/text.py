@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from icae_jax.errors import UserError
 
+STOPS = "icae_stop_ids"  # of a base's tokenizer: what ends a text by the base's configuration, which the tokenizer may not call special
 _SPELLED = weakref.WeakKeyDictionary()  # tokenizer -> (its special ids, `_control_tokens` with them)
 
 
@@ -48,7 +49,8 @@ def _control_tokens(tokenizer) -> dict[int, tuple[int, ...]]:
 
     The unknown token is none of them: it is what a tokenizer makes of the words that it lacks.
     """
-    special = [i for i in tokenizer.all_special_ids if i is not None]
+    ends = [i for i in getattr(tokenizer, STOPS, ()) if i in tokenizer.added_tokens_decoder]  # a plain piece, as "\n", stays what it is
+    special = [i for i in (*tokenizer.all_special_ids, *ends) if i is not None]
     if _SPELLED.get(tokenizer, (None,))[0] != special:  # its end may be named after it has read a text
         unknown = _unknown(tokenizer)
         added = {i: token.content for i, token in tokenizer.added_tokens_decoder.items() if token.special}
