@@ -35,12 +35,12 @@ MUTANTS = [
     ),
     Mutant(
         "another tokenizer is not noticed", "interop/base.py",
-        "if name not in unsaid and stated[name] != own:", 'if name == "layers" and name not in unsaid and stated[name] != own:',
+        'if stated.get(name) not in (None, "", own):', 'if name == "layers" and stated.get(name) not in (None, "", own):',
         "test_tokenizer.py -k know_their",
     ),
     Mutant(
         "a fine-tune is taken for its base", "interop/base.py",
-        "if name not in unsaid and stated[name] != own:", 'if name == "tokenizer" and name not in unsaid and stated[name] != own:',
+        'if stated.get(name) not in (None, "", own):', 'if name == "tokenizer" and stated.get(name) not in (None, "", own):',
         "test_tokenizer.py -k fine_tune",
     ),
     Mutant(
