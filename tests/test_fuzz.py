@@ -25,7 +25,7 @@ from icae_jax.interop import tokenizer as tokenizers
 from icae_jax.interop.text import user_ids
 from icae_jax.models import llama
 
-FEW, MANY = 150, 3000  # examples of each kind, in every run and in nightly ones
+FEW, MANY = 150, 2000  # examples of each kind, in every run and in nightly ones
 
 
 def examples(test):
