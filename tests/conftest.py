@@ -39,8 +39,10 @@ import pytest
 from icae_jax.compression.encoder import SPECIAL_ROWS, CompressionConfig
 from icae_jax.interop import adapter as adapters
 from icae_jax.interop import base as bases
+from icae_jax.interop import tokenizer as tokenizers
 from icae_jax.models import llama, lora
 from icae_jax.objectives import targets
+from icae_jax.training.config import TrainConfig, from_dict
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_num_cpu_devices", 8)  # not by XLA_FLAGS, which the processes that tests start would take over
@@ -140,6 +142,27 @@ def write_jsonl(path, rows):
     """Writes one JSON object a line and returns the path as text."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return str(path)
+
+
+def edit(path, **fields):
+    """Gives a file's JSON object other fields, and makes it where it is not there."""
+    path.write_text(json.dumps((json.loads(path.read_text()) if path.exists() else {}) | fields))
+
+
+def with_tokenizer(folder, tokenizer):
+    """The folder of a base with another tokenizer."""
+    tokenizers.save(folder, tokenizer)
+    return folder
+
+
+def training(base, tmp_path, **changes):
+    """The configuration of a small training on a base; its last text holds a name."""
+    source = write_jsonl(tmp_path / "t.jsonl", [{"text": "the cat saw the dog " * 4}] * 2 + [{"text": "the <name> saw"}])
+    raw = {
+        "base": str(base), "batch_size": 2, "compression": {"k": 4, "rate": 4}, "lora": {"rank": 4},
+        "data": {"train": source, "context_lengths": [16], "cache_dir": str(tmp_path / "cache")},
+    }  # fmt: skip
+    return from_dict(TrainConfig, raw | changes)
 
 
 def random_params(config, seed=0):

@@ -36,12 +36,12 @@ MUTANTS = [
     Mutant(
         "another tokenizer is not noticed", "interop/base.py",
         'if stated.get(name) not in (None, "", own):', 'if name == "layers" and stated.get(name) not in (None, "", own):',
-        "test_tokenizer.py -k know_their",
+        "test_identity.py -k know_their",
     ),
     Mutant(
         "a fine-tune is taken for its base", "interop/base.py",
         'if stated.get(name) not in (None, "", own):', 'if name == "tokenizer" and stated.get(name) not in (None, "", own):',
-        "test_tokenizer.py -k fine_tune",
+        "test_identity.py -k fine_tune",
     ),
     Mutant(
         "an id without a row reaches JAX", "interop/tokenizer.py",
@@ -53,7 +53,7 @@ MUTANTS = [
     ),
     Mutant(
         "a run asks in today's words", "training/compressor_task.py", "if kept is None or kept == made.as_json():", "if True:",
-        "test_tokenizer.py -k words_that_it",
+        "test_identity.py -k words_that_it",
     ),
     # ------------------------------------------------------------------------------------------------------------- adapters
     Mutant(
@@ -119,7 +119,7 @@ MUTANTS = [
     # ------------------------------------------------------------------------------------------------- of a second reading
     Mutant(
         "a word added to a tokenizer is not noticed", "interop/tokenizer.py", "        if not token.special:", "        if False:",
-        "test_tokenizer.py -k fingerprint",
+        "test_identity.py -k fingerprint",
     ),
     Mutant(
         "an end that is named late is no control", "interop/text.py", "if _SPELLED.get(tokenizer, (None,))[0] != special:",

@@ -1,37 +1,26 @@
 """A base's tokenizer: read as its file says, known by a fingerprint, held against the embedding table; text that spells control tokens."""
 
-import argparse
 import dataclasses
-import datetime
 import hashlib
 import json
 import re
 import shutil
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import tokenizers
 import transformers
-from conftest import TINY, WORDS, make_tokenizer, random_params, random_trained, write_adapter, write_jsonl
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers.utils import chat_template_utils
+from conftest import TINY, WORDS, edit, make_tokenizer, random_params, training, with_tokenizer, write_adapter
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 import icae_jax
-from icae_jax import convert_adapter
-from icae_jax.compression.encoder import CompressionConfig
 from icae_jax.errors import UserError
 from icae_jax.evaluation import plain
-from icae_jax.interop import adapter as adapters
 from icae_jax.interop import base as bases
-from icae_jax.interop import formats
 from icae_jax.interop import tokenizer as reading
 from icae_jax.interop.text import STOPS, user_ids
-from icae_jax.models.lora import LoraConfig
 from icae_jax.objectives import targets
 from icae_jax.training import compressor_task
-from icae_jax.training.config import TrainConfig, check_workdir, from_dict
 
 
 def byte_pairs(special=(), pairs=()):
@@ -57,14 +46,16 @@ def numbers(tmp_path_factory):
     return folder
 
 
-def edit(path, **fields):
-    path.write_text(json.dumps((json.loads(path.read_text()) if path.exists() else {}) | fields))
-
-
 @pytest.fixture
 def folder(tiny_base, tmp_path):
     """A copy of the tiny base that a test may spoil."""
     return shutil.copytree(tiny_base, tmp_path / "base")
+
+
+@pytest.fixture(scope="module")
+def adapter(tiny_base, tmp_path_factory):
+    """An adapter folder that says with which tokenizer it was made."""
+    return write_adapter(tmp_path_factory.mktemp("adapter") / "a", bases.load_base(tiny_base))
 
 
 # ------------------------------------------------------------------------------------------------------------- reading
@@ -225,92 +216,6 @@ def test_a_saved_base_is_read_alike_by_all(numbers, tiny_base):
             assert theirs(text, add_special_tokens=False)["input_ids"] == want == user_ids(bases.load_tokenizer(folder), text)
 
 
-# ------------------------------------------------------------------------------------------------------------- identity
-
-
-def swapped():
-    """The tiny tokenizer with the ids of two words exchanged."""
-    words = list(WORDS)
-    cat, dog = words.index("cat"), words.index("dog")
-    words[cat], words[dog] = "dog", "cat"
-    return make_tokenizer(words)
-
-
-def test_fingerprint(tiny_tokenizer):
-    """Breaks when a tokenizer that makes other ids has the same fingerprint, or one that makes the same has another."""
-    own = reading.fingerprint(tiny_tokenizer)
-    assert reading.fingerprint(make_tokenizer()) == own
-    padded = make_tokenizer()
-    padded.add_special_tokens({"pad_token": "<pad>"})
-    assert reading.fingerprint(padded) == own
-    worded, cut = make_tokenizer(), make_tokenizer()  # that texts are read with, though no probe holds them
-    worded.add_tokens(["catfish"])
-    cut.add_tokens([AddedToken("catfish", single_word=True)])
-    assert len({own, reading.fingerprint(worded), reading.fingerprint(cut)}) == 3
-    other_end, no_start = make_tokenizer(), make_tokenizer()
-    other_end.eos_token = "mat"
-    no_start.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A", special_tokens=[])
-    assert len({own, *map(reading.fingerprint, (swapped(), other_end, no_start))}) == 4
-    assert own.startswith("cfd4b85359fc"), "adapters and memories that were written hold it: it must stay as it is"
-
-
-@pytest.fixture(scope="module")
-def adapter(tiny_base, tmp_path_factory):
-    """An adapter folder that says with which tokenizer it was made."""
-    return write_adapter(tmp_path_factory.mktemp("adapter") / "a", bases.load_base(tiny_base))
-
-
-def with_tokenizer(folder, tokenizer):
-    reading.save(folder, tokenizer)
-    return folder
-
-
-def test_adapters_and_memories_know_their_tokenizer(folder, adapter, tmp_path, capsys):
-    """Breaks when a base's tokenizer is exchanged for another unseen, or what earlier versions wrote is refused or read in silence."""
-    own = icae_jax.load(adapter)
-    path = tmp_path / "m.safetensors"
-    own.save(path, own.compress(["the cat saw the dog"]))
-    assert "does not say" not in capsys.readouterr().err
-    with_tokenizer(folder, swapped())
-    with pytest.raises(UserError, match=r"adapter .* was made with tokenizer \w{12}, but the base's is"):
-        icae_jax.load(adapter, base=folder)
-    unsaid = shutil.copytree(adapter, tmp_path / "unsaid")
-    edit(unsaid / "icae.json", base_identity={})
-    other = icae_jax.load(unsaid, base=folder)
-    assert "does not say with which layers and tokenizer it was made" in capsys.readouterr().err
-    with pytest.raises(UserError, match=r"--memory .* was made with tokenizer"):
-        other.load_memory(path)
-
-
-def test_a_fine_tune_of_the_base_is_another_base(tiny_params, tiny_tokenizer, adapter, tmp_path):
-    """Breaks when a base whose LoRA was merged, which has the embeddings and the norm of the one before it, is taken for that one."""
-    layers = dict(tiny_params["layers"]) | {"mlp": dict(tiny_params["layers"]["mlp"])}
-    kernel = layers["mlp"]["up_proj"]["kernel"]
-    layers["mlp"]["up_proj"] = {"kernel": kernel.at[1].add(0.1 * np.outer(np.ones(kernel.shape[1]), np.ones(kernel.shape[2])))}
-    bases.save_base(tmp_path / "merged", TINY, tiny_params | {"layers": layers}, tiny_tokenizer, dtype="float32")
-    assert bases.load_base(tmp_path / "merged").fingerprint == icae_jax.load(adapter).base.fingerprint, "else this shows nothing"
-    with pytest.raises(UserError, match=r"adapter .* was made with layers \w{12}, but the base's is \w{12}: it has the same embeddings"):
-        icae_jax.load(adapter, base=tmp_path / "merged")
-
-
-def test_identity_does_not_hang_on_the_dtype(tiny_params):
-    """Breaks when a copy of a base in bfloat16 is called another base."""
-    rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16), tiny_params)
-    assert bases.layers_fingerprint(rounded) == bases.layers_fingerprint(tiny_params)
-
-
-@pytest.mark.parametrize(("file", "field", "value"), [("encoder/adapter_config.json", "lora_alpha", 16.0), ("icae.json", "rate", 8)])
-def test_a_memory_is_that_of_the_adapter_as_it_is(adapter, tmp_path, file, field, value):
-    """Breaks when a number that makes other memories is changed in an adapter's files, and its memories of before are read as its own."""
-    compressor = icae_jax.load(adapter)
-    compressor.save(tmp_path / "m.safetensors", compressor.compress(["the cat saw the dog"]))
-    other = shutil.copytree(adapter, tmp_path / "other")
-    raw = json.loads((other / file).read_text())
-    edit(other / file, **({"compression": raw["compression"] | {field: value}} if file == "icae.json" else {field: value}))
-    with pytest.raises(UserError, match=r"--memory .* has (lora_scale|segment_tokens) \S+, the adapter"):
-        icae_jax.load(other).load_memory(tmp_path / "m.safetensors")
-
-
 # -------------------------------------------------------------------------------------------------------------- indices
 
 
@@ -346,15 +251,6 @@ def test_an_id_without_a_row_is_named(beyond, adapter, tmp_path, capsys):
             call()
     with pytest.raises(UserError, match=r"^text 0: id -4, but"):
         compressor.compress_ids([[8, -4]])
-
-
-def training(base, tmp_path, **changes):
-    source = write_jsonl(tmp_path / "t.jsonl", [{"text": "the cat saw the dog " * 4}] * 2 + [{"text": "the <name> saw"}])
-    raw = {
-        "base": str(base), "batch_size": 2, "compression": {"k": 4, "rate": 4}, "lora": {"rank": 4},
-        "data": {"train": source, "context_lengths": [16], "cache_dir": str(tmp_path / "cache")},
-    }  # fmt: skip
-    return from_dict(TrainConfig, raw | changes)
 
 
 def test_training_names_a_token_without_a_row(beyond, tmp_path):
@@ -399,83 +295,6 @@ def test_a_memory_of_other_sizes_is_named(adapter):
     memory = compressor.compress(["the cat saw the dog"])
     with pytest.raises(UserError, match=r"memory has sizes \(16,\), but the base's are \(32,\)"):
         compressor.ask(memory.replace(slots=np.asarray(memory.slots)[..., :16]), "who ?")
-
-
-# ------------------------------------------------------------------------------------------------------------ templates
-
-CLOCK = (
-    "{{ bos_token }}{% if strftime_now('%d') == '28' %}cat{% else %}dog{% endif %} {% for m in messages %}{{ m['content'] }}{% endfor %}"
-)
-
-
-def on_day(monkeypatch, day):
-    """Has chat templates see a day of November 2026."""
-
-    class Day(datetime.datetime):
-        @classmethod
-        def now(cls, tz=None):
-            return datetime.datetime(2026, 11, day)
-
-    monkeypatch.setattr(chat_template_utils, "datetime", Day)
-
-
-def test_a_run_keeps_the_words_that_it_began_with(folder, tmp_path, monkeypatch):
-    """Breaks when a chat template that writes the date asks otherwise on the day that a run is continued, or its checkpoint opened."""
-    tokenizer = make_tokenizer()
-    tokenizer.chat_template = CLOCK
-    with_tokenizer(folder, tokenizer)
-    source = write_jsonl(tmp_path / "qa.jsonl", [{"context": "the cat saw", "question": "who ?", "answers": ["the cat"]}] * 2)
-    changes = {"phase": "finetune", "init_from": "scratch", "objectives": {"ae": 0.0, "lm": 0.0, "qa": 1.0, "template": "chat"}}
-    config = training(folder, tmp_path, **changes)
-    config = dataclasses.replace(config, data=dataclasses.replace(config.data, train=source))
-    workdir = tmp_path / "run"
-    workdir.mkdir()
-    on_day(monkeypatch, 28)
-    first = compressor_task.CompressorTask(config, workdir=workdir)
-    check_workdir(workdir, config, first.identity)
-    on_day(monkeypatch, 29)
-    assert targets.make_template("chat", first.base.tokenizer) != first.template, "else this shows nothing"
-    again = compressor_task.CompressorTask(config, first.base, workdir)
-    assert again.template == first.template and any("words with which the run began are kept" in note for note in again.notes())
-    assert not check_workdir(workdir, config, again.identity)
-
-    step = workdir / "checkpoints" / "step_1"
-    monkeypatch.setattr(convert_adapter.checkpoint, "read_newly", lambda path: (step, first.init()))
-    _, opened = convert_adapter._from_orbax(convert_adapter.Source("orbax", step, given=step), first.base)
-    assert opened.template == first.template and opened.base_identity == first.base.identity
-
-
-def test_a_file_of_tensors_keeps_its_template(tiny_base, tmp_path, monkeypatch):
-    """Breaks when the template of an exported file, whose ids stand beside it, is made anew on another day."""
-    tokenizer = make_tokenizer()
-    tokenizer.chat_template = CLOCK
-    base = dataclasses.replace(bases.load_base(tiny_base), tokenizer=tokenizer)
-    on_day(monkeypatch, 28)
-    template = targets.make_template("chat", tokenizer)
-    compression, lora = CompressionConfig(k=4, rate=4, layout="sequential"), LoraConfig(4, 8.0, 0.05)
-    made = adapters.Adapter(compression, lora, template, random_trained(TINY, 4), base.path, base.fingerprint)
-    path = formats.write("icae-v2", tmp_path / "out", made, TINY)
-    on_day(monkeypatch, 29)
-    assert targets.make_template("chat", tokenizer) != template, "else this shows nothing"
-    flags = dict.fromkeys(("method", "phase", "rate", "alpha", "context_length", "layout", "template"))
-    adapter, _ = convert_adapter._from_tensors(convert_adapter.recognise(path), base, argparse.Namespace(**flags, force=False))
-    assert adapter.template == template
-
-
-def test_a_run_is_bound_to_its_tokenizer(folder, tmp_path):
-    """Breaks when a workdir goes on with another tokenizer; or one that was begun before this was recorded cannot go on, or in silence."""
-    config = training(folder, tmp_path)
-    identity = {"base": "b", "data.train": "d", "tokenizer": "t1", "template": ["plain", [], [5], [6], 2]}
-    check_workdir(tmp_path / "run", config, identity)
-    with pytest.raises(UserError, match=r"identity\.tokenizer: 't1' -> 't2'"):
-        check_workdir(tmp_path / "run", config, identity | {"tokenizer": "t2"})
-    old = {name: value for name, value in identity.items() if name in ("base", "data.train")}
-    check_workdir(tmp_path / "old", config, old)
-    assert [line.partition(":")[0] for line in check_workdir(tmp_path / "old", config, identity)] == [
-        "identity.template",
-        "identity.tokenizer",
-    ]
-    assert not check_workdir(tmp_path / "old", config, identity)
 
 
 @pytest.mark.parametrize(
