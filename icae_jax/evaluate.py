@@ -182,6 +182,7 @@ def main(parser, argv):
         "adapters": {name: c.adapter.fingerprint for name, c in compressors.items()}, "icae_jax": run.versions()["icae_jax"],
         "examples": run.content(examples), **compressor.base.identity,
     }  # fmt: skip
+    identity["stop_ids"] = list(compressor.base.stop_ids)
     if options.plain_template:  # a chat template may write today's date
         identity["plain_template"] = plain.template_of(compressor, options.plain_template).as_json()
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()

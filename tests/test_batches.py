@@ -136,7 +136,7 @@ def test_questions_of_a_context():
     pairs = [[(2, 1)] * 3, [(1, 2)], []]
     examples = finetune([30, 9, 20], pairs, ("qa", "ae"), context_lengths=(10, 31), questions_per_context=2)
     assert [b.examples.tolist() for b in examples.buckets] == [[[1, 3, 4]], [[0, 0, 2], [0, 2, 3]]]
-    assert examples.weights.tolist() == [1 / 3, 2 / 3] and examples.dropped == {}
+    assert examples.weights.tolist() == [1 / 3, 2 / 3] and examples.dropped == {"texts without a question": 1}
     batch = examples.collate(1, np.asarray([1, 0]))
     assert context(batch, 0) == context(batch, 1) == [BOS, *seq(0, 0, 30)]
     assert target(batch, "qa", 0) == ([3, 300, 301, 4, 350], [350, EOS]) and target(batch, "qa", 0, 1) is None
@@ -158,7 +158,7 @@ def test_what_is_too_long_is_left_out_and_counted():
     assert target(batch, "qa", 0) == ([3, 100, 4, 150], [150, EOS]) and target(batch, "qa", 0, 1) is None
     with pytest.raises(ValueError, match="no examples for phase finetune in the data: 1 contexts longer"):
         finetune([40], [[(1, 1)]], context_lengths=(10,))
-    with pytest.raises(ValueError, match="it has none of the kind needed"):
+    with pytest.raises(ValueError, match="no examples for phase finetune in the data: 1 texts without a question"):
         finetune([5], [[]], context_lengths=(10,))
 
 

@@ -385,7 +385,7 @@ def test_bad_paths_of_the_other_verbs(trained, files, tmp_path, capsys):
     good = ["compress", "--adapter", str(trained), "--input", files["contexts"], "--output", output]
     for flag, value, message in (
         ("--adapter", str(tmp_path), "has no icae.json, so it is no adapter"),
-        ("--input", "absent.jsonl", "absent.jsonl: cannot be read: no such file"),
+        ("--input", "absent.jsonl", "absent.jsonl: no such file"),
         ("--output", str(tmp_path / "no" / "m"), "absent or cannot be written"),
         ("--base", "absent", "not a folder"),
     ):

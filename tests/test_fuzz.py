@@ -1,5 +1,6 @@
 """Whatever stands in a file: a result without NaN, or a `UserError`; never another exception."""
 
+import functools
 import json
 import math
 import shutil
@@ -28,15 +29,18 @@ from icae_jax.models import llama
 FEW, MANY = 150, 2000  # examples of each kind, in every run and in nightly ones
 
 
-def examples(test):
-    """Runs a test of hypothesis with a few examples, the same ones every time, and with many, marked `nightly`."""
+def examples(**strategies):
+    """Has a test run with a few examples, the same ones every time, and with many, marked `nightly`. strategies: of its arguments."""
+    return functools.partial(_runs, strategies)
 
+
+def _runs(strategies, test):
     @pytest.mark.parametrize("count", [FEW, pytest.param(MANY, marks=pytest.mark.nightly)])
     def run(request, count):
         settings = hypothesis.settings(
             max_examples=count, derandomize=count == FEW, deadline=None, database=None, suppress_health_check=list(hypothesis.HealthCheck)
         )
-        settings(test)(request.getfixturevalue)
+        settings(hypothesis.given(**strategies)(test))(request.getfixturevalue)
 
     run.__name__, run.__doc__ = test.__name__, test.__doc__
     return run
@@ -81,8 +85,7 @@ ROPES = st.fixed_dictionaries(
 )
 
 
-@examples
-@hypothesis.given(
+@examples(
     raw=changed(
         CONFIG, ("sliding_window", "layer_types", "attention_bias", "quantization_config", "num_experts", "rope_scaling", "auto_map")
     ),
@@ -140,8 +143,7 @@ PEFT_MORE = (
 )  # fmt: skip
 
 
-@examples
-@hypothesis.given(raw=changed(PEFT, PEFT_MORE) | VALUES)
+@examples(raw=changed(PEFT, PEFT_MORE) | VALUES)
 def test_any_adapter_config_json(fixture, raw):
     """Breaks when a field of adapter_config.json of any value is a traceback, or makes a LoRA of NaN."""
     loaded = load_with(fixture, "encoder/adapter_config.json", raw)
@@ -151,8 +153,7 @@ def test_any_adapter_config_json(fixture, raw):
             assert all(np.isfinite(np.asarray(x)).all() for pair in of.values() for x in pair.values())
 
 
-@examples
-@hypothesis.given(data=st.data())
+@examples(data=st.data())
 def test_any_icae_json(fixture, data):
     """Breaks when a field of icae.json, or of its groups, of any value is a traceback."""
     valid = json.loads((fixture("adapter")[0] / "icae.json").read_text())
@@ -182,8 +183,7 @@ def tokenizer_folder(tiny_base, tmp_path_factory):
     return shutil.copytree(tiny_base, tmp_path_factory.mktemp("tokenizer") / "base", ignore=shutil.ignore_patterns("*.safetensors"))
 
 
-@examples
-@hypothesis.given(raw=changed(TOKENIZER, TOKENIZER_MORE) | VALUES)
+@examples(raw=changed(TOKENIZER, TOKENIZER_MORE) | VALUES)
 def test_any_tokenizer_config_json(fixture, raw):
     """Breaks when a field of tokenizer_config.json of any value is a traceback, or makes other ids of a text than tokenizer.json does."""
     folder = fixture("tokenizer_folder")
@@ -216,8 +216,7 @@ CONTENT = st.one_of(
 SUFFIXES = [".jsonl", ".json", ".csv", ".tsv", ".txt", ".parquet", ".arrow", ".jsonl.gz", ".json.zst", ".csv.xz", ".txt.bz2", "", ".pdf"]
 
 
-@examples
-@hypothesis.given(content=CONTENT, suffix=st.sampled_from(SUFFIXES))
+@examples(content=CONTENT, suffix=st.sampled_from(SUFFIXES))
 def test_any_rows(fixture, content, suffix):
     """Breaks when a data file of any content and name is a traceback, or gives a row that is no text or cannot be written."""
     path = fixture("tmp_path_factory").getbasetemp() / f"rows{suffix}"
@@ -270,8 +269,7 @@ def tables(draw):
     return bytes(changes.get(i, byte) for i, byte in enumerate(content)), suffix
 
 
-@examples
-@hypothesis.given(table=tables())
+@examples(table=tables())
 def test_any_table(fixture, table):
     """Breaks when a column of a type that Python has not, a value of another type than is expected, or a damaged byte is a traceback."""
     content, suffix = table
@@ -300,8 +298,7 @@ def rebuilt(content, header):
     return struct.pack("<Q", len(data)) + data + content[8 + length :]
 
 
-@examples
-@hypothesis.given(data=st.data())
+@examples(data=st.data())
 def test_any_memory_file(fixture, data):
     """Breaks when a memory file with another header, other metadata or other bytes is a traceback, or is read as NaN."""
     content = fixture("memory_file")

@@ -1,8 +1,9 @@
-"""What an adapter, a memory and a run are known by: layers, tokenizer, template, scale; and what is done where they do not say."""
+"""What an adapter, a memory and a run are known by: weights, tokenizer, template, scale; and what is done where they do not say."""
 
 import argparse
 import dataclasses
 import datetime
+import functools
 import json
 import shutil
 
@@ -10,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import TINY, WORDS, edit, make_tokenizer, random_trained, training, with_tokenizer, write_adapter, write_jsonl
+from conftest import TINY, WORDS, edit, eight_devices, make_tokenizer, random_trained, training, with_tokenizer, write_adapter, write_jsonl
 from tokenizers import AddedToken, processors
 from transformers.utils import chat_template_utils
 
@@ -24,7 +25,7 @@ from icae_jax.interop import formats
 from icae_jax.interop import tokenizer as reading
 from icae_jax.models.lora import LoraConfig
 from icae_jax.objectives import targets
-from icae_jax.training import compressor_task
+from icae_jax.training import compressor_task, sharding
 from icae_jax.training.config import check_workdir
 
 
@@ -81,7 +82,7 @@ def test_adapters_and_memories_know_their_tokenizer(folder, adapter, tmp_path, c
     unsaid = shutil.copytree(adapter, tmp_path / "unsaid")
     edit(unsaid / "icae.json", base_identity={})
     other = icae_jax.load(unsaid, base=folder)
-    assert "does not say with which layers and tokenizer it was made" in capsys.readouterr().err
+    assert "does not say with which weights and tokenizer it was made" in capsys.readouterr().err
     with pytest.raises(UserError, match=r"--memory .* was made with tokenizer"):
         other.load_memory(path)
 
@@ -93,14 +94,44 @@ def test_a_fine_tune_of_the_base_is_another_base(tiny_params, tiny_tokenizer, ad
     layers["mlp"]["up_proj"] = {"kernel": kernel.at[1].add(0.1 * np.outer(np.ones(kernel.shape[1]), np.ones(kernel.shape[2])))}
     bases.save_base(tmp_path / "merged", TINY, tiny_params | {"layers": layers}, tiny_tokenizer, dtype="float32")
     assert bases.load_base(tmp_path / "merged").fingerprint == icae_jax.load(adapter).base.fingerprint, "else this shows nothing"
-    with pytest.raises(UserError, match=r"adapter .* was made with layers \w{12}, but the base's is \w{12}: it has the same embeddings"):
+    with pytest.raises(UserError, match=r"adapter .* was made with weights \w{12}, but the base's is \w{12}: it has other weights"):
         icae_jax.load(adapter, base=tmp_path / "merged")
+
+
+@pytest.mark.parametrize("name", ["embed", "lm_head", "layers.self_attn.v_proj.kernel", "norm.scale"])
+def test_any_weight_is_part_of_the_identity(tiny_params, name):
+    """Breaks when a base with one other value anywhere, as in the row of a rare token or in its head, is the same base."""
+    own = bases.weights_fingerprint(tiny_params)
+    *groups, last = name.split(".")
+    changed = jax.tree.map(lambda x: x, tiny_params)
+    leaf = functools.reduce(lambda tree, group: tree[group], groups, changed)
+    at = tuple(n - 2 for n in leaf[last].shape)
+    leaf[last] = leaf[last].at[at].multiply(1.1)
+    assert bases.weights_fingerprint(changed) != own
+    if leaf[last].ndim > 1:  # the same values in another order
+        leaf[last] = leaf[last].at[..., [3, 4]].set(tiny_leaf(tiny_params, name)[..., [4, 3]])
+        assert bases.weights_fingerprint(changed) != own
+    leaf[last] = leaf[last].at[at].set(np.nan)
+    with pytest.raises(UserError, match=rf"base b: {name} holds numbers that are not finite"):
+        bases.weights_fingerprint(changed, "b")
+
+
+def tiny_leaf(tree, name):
+    return functools.reduce(lambda node, key: node[key], name.split("."), tree)
+
+
+def test_identity_does_not_hang_on_the_devices(tiny_params):
+    """Breaks when weights that are split over devices have another identity than on one."""
+    with eight_devices():
+        placement = sharding.Placement(sharding.make_mesh(sharding.MeshConfig(data=1, fsdp=4, tensor=2)), TINY)
+        split = jax.device_put(tiny_params, placement.tree(tiny_params))
+        assert bases.weights_fingerprint(split) == bases.weights_fingerprint(jax.device_get(tiny_params))
 
 
 def test_identity_does_not_hang_on_the_dtype(tiny_params):
     """Breaks when a copy of a base in bfloat16 is called another base."""
     rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16), tiny_params)
-    assert bases.layers_fingerprint(rounded) == bases.layers_fingerprint(tiny_params)
+    assert bases.weights_fingerprint(rounded) == bases.weights_fingerprint(tiny_params)
 
 
 @pytest.mark.parametrize(("file", "field", "value"), [("encoder/adapter_config.json", "lora_alpha", 16.0), ("icae.json", "rate", 8)])

@@ -288,3 +288,10 @@ def test_which_names_are_sets():
     """Breaks when a URL of the hub's files is taken for a set of its library."""
     assert places.is_set("hf:org/name") and places.is_set("tfds:x:train")
     assert not places.is_set("hf://datasets/org/name/a.jsonl") and not places.is_set("hf.jsonl")
+
+
+def test_a_pipe_is_no_data_file(tmp_path):
+    """Breaks when a pipe, which gives its rows once, is waited for without end or read as prose."""
+    os.mkfifo(tmp_path / "rows.jsonl")
+    with pytest.raises(UserError, match=r"rows\.jsonl: no plain file, which is read twice; save it as one"):
+        sources.read_texts(str(tmp_path / "rows.jsonl"), "--input")

@@ -31,6 +31,7 @@ QUESTION = {"context": "c", "question": "q"}
         (QUESTION | {"answer": "a"}, ("c", "q", ("a",), "w", "0", "")),
         (QUESTION | {"answer": "a", "answers": None}, ("c", "q", ("a",), "w", "0", "")),
         ({"document": "c", "question": "q", "answer": "a"}, ("c", "q", ("a",), "w", "0", "")),
+        ({"context": "c"}, ("c", None, None, "w", "0", "")),
         ({"text": "c", "question": "q", "answer": "a"}, ("c", "q", ("a",), "w", "0", "")),
         ({"text": "t", "instruction": "q", "input": "c", "output": "a"}, ("c", "q", ("a",), "w", "0", "")),
         ({"text": "t"} | QUESTION | {"answer": "a"}, ("c", "q", ("a",), "w", "0", "")),
@@ -49,7 +50,8 @@ def test_rows_of_every_form(raw, row):
     [
         ([1], "a JSON list, expected an object"),
         ({}, "fields none; expected text"),
-        ({"context": "c"}, "fields context; expected text"),
+        ({"context": "c", "title": "t", "document": "d"}, "fields context, document, title: both document and context of"),
+        (QUESTION | {"answers": ["a"], "is_impossible": "perhaps"}, "is_impossible is 'perhaps'; expected true or false"),
         ({"text": 3}, "text is int, expected text; write a number in quotes"),
         ({"input": "c", "prompt": ["p"], "answer": "a"}, "prompt is list, expected text"),
         (QUESTION | {"answers": ["a", 3]}, r"answers is \['a', 3\], expected a list"),
@@ -101,14 +103,14 @@ def test_squad_as_it_is_published():
     assert list(sources.with_ids(made)) == ["i", "0.1.0.0", "0.1.1"]
 
 
-@pytest.mark.parametrize("impossible", [True, "true", "True", False, "false", None])
+@pytest.mark.parametrize("impossible", [True, "true", "TRUE", "1", 1, "yes", False, "false", "0", 0.0, "No", "", None])
 def test_an_impossible_question_has_no_answer(impossible):
     """Breaks when an answer that stands beside is_impossible is trained on, or a text that says false counts as true."""
     beside = {"answers": ["a"], "is_impossible": impossible}
     nested = {"context": "c", "qas": [{"question": "q"} | beside]}
     for raw in (QUESTION | beside, nested):
         (row,) = rows.parse(raw, "w", "0")
-        assert row[:3] == ("c", "q", () if impossible in (True, "true", "True") else ("a",))
+        assert row[:3] == ("c", "q", () if str(impossible).lower() in ("true", "1", "yes") else ("a",))
 
 
 def chat(*turns):

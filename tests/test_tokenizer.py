@@ -111,6 +111,16 @@ def test_an_end_that_was_named_late_is_text_in_a_text(folder):
     assert 2 not in user_ids(tokenizer, "cat </s> sat")
 
 
+def test_dropout_of_the_model_is_refused(folder):
+    """Breaks when a tokenizer that reads a text otherwise each time makes memories and fingerprints at random."""
+    backend = byte_pairs(["<|endoftext|>"], [("t", "h")])
+    raw = json.loads(backend.to_str())
+    raw["model"]["dropout"] = 0.003
+    (folder / "tokenizer.json").write_text(json.dumps(raw))
+    with pytest.raises(UserError, match=r"tokenizer\.json: dropout of its model is 0\.003"):
+        bases.load_tokenizer(folder)
+
+
 def test_two_files_that_differ(folder, capsys):
     """Breaks when one of two names for the end, or of two chat templates, is taken in silence, or another than transformers takes."""
     edit(folder / "tokenizer_config.json", chat_template="{{ messages[0].content }}")

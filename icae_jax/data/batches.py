@@ -170,6 +170,7 @@ class Examples:
         offsets, group = self.tokens.question_offsets, self.config.questions_per_context
         asked, lengths = np.diff(offsets), np.diff(self.tokens.text_offsets) + len(self.framing.start)
         bucket = np.where(asked > 0, np.searchsorted(self.config.context_lengths, lengths), -1)
+        self._drop("texts without a question", asked == 0)
         self._drop("contexts longer than the largest of data.context_lengths", bucket == len(self.config.context_lengths))
         prompts, answers = np.diff(self.tokens.prompt_offsets), np.diff(self.tokens.answer_offsets)
         inputs, labels = self.template.target_sizes(prompts, answers)

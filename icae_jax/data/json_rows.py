@@ -34,7 +34,7 @@ def decode_line(line: bytes) -> object:
     except UserError:
         raise
     except UnicodeDecodeError as error:
-        raise UserError(f"not UTF-8 ({error})") from error
+        raise UserError(f"not UTF-8 ({error}); save it as UTF-8") from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"not valid JSON ({error})") from error
 
@@ -119,7 +119,7 @@ class _Text:
             self.buffer = self.buffer[self.at :] + self._decoder.decode(block, final)
         except UnicodeDecodeError as error:
             line = self.line + self.buffer.count("\n", self.at) + error.object[: error.start].count(b"\n")
-            raise UserError(f"{self.path}:{line}: not UTF-8 ({error})") from error
+            raise UserError(f"{self.path}:{line}: not UTF-8 ({error}); save it as UTF-8") from error
         self.at = 0
 
     def more(self):

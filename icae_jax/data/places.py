@@ -147,5 +147,6 @@ def check_file(path: str) -> None:
 
     with reading.naming(path):
         if not errors.retrying(there, f"looking for {path}"):
-            raise UserError(f"data file {path}: no such file")
+            pipe = not reading.is_remote(path) and os.path.exists(path)
+            raise UserError(f"data file {path}: {'no plain file, which is read twice; save it as one' if pipe else 'no such file'}")
     formats.kind(path)

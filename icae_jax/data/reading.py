@@ -214,7 +214,8 @@ def naming(path: str | os.PathLike) -> Iterator[None]:
         with errors.naming(what):
             yield
     except (EOFError, UnicodeDecodeError, zlib.error, zstandard.ZstdError, lzma.LZMAError) as error:
-        raise UserError(f"{what} ({error})") from error
+        remedy = "save it as UTF-8" if isinstance(error, UnicodeDecodeError) else "copy or download it again"
+        raise UserError(f"{what} ({error}); {remedy}") from error
     except UserError:
         raise
     except Exception as error:
@@ -255,7 +256,7 @@ def read_text(path: str | os.PathLike, most: int = MAX_ROW_BYTES) -> str:
             text = data.decode("utf-8")
         except UnicodeDecodeError as error:
             line = data.count(b"\n", 0, error.start) + 1
-            raise UserError(f"data file {path}: cannot be read (line {line} is not UTF-8: {error})") from error
+            raise UserError(f"data file {path}: cannot be read (line {line} is not UTF-8: {error}); save it as UTF-8") from error
         if "\0" in text:
             raise UserError(f"data file {path}: no text: it holds zero bytes, the first at character {text.index(chr(0)):,}")
         return text.replace("\r\n", "\n").replace("\r", "\n")

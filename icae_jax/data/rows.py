@@ -23,8 +23,8 @@ QUESTION_FORMS = (  # the fields of the text, of the question and of its answer
     ("context", "instruction", "response"),  # Dolly
 )
 CONTEXTS = ("context", "passage", "document")  # names of the text that `question` is about
-TEXTS = ("document", "content")  # of a text alone, where it is the only one
-IMPOSSIBLE = (True, "true", "True")  # values of is_impossible, in tables texts
+TEXTS = ("document", "content", "context", "passage")  # of a text alone, where it is the only one
+IMPOSSIBLE = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False, "": False}  # is_impossible, as tables write it
 MOST_NAMES = 20  # in an error
 CHATS = ("messages", "conversations")
 ROLES = {
@@ -250,7 +250,7 @@ def answers_of(raw: dict) -> tuple[str, ...]:
 
     A question that is said to be impossible has none, whatever stands there, as SQuAD's readers have it.
     """
-    if raw.get("is_impossible") in IMPOSSIBLE:
+    if _is_impossible(raw):
         return ()
     field = "answer" if _absent(raw.get("answers")) and "answer" in raw else "answers"
     value = raw.get(field)
@@ -271,6 +271,14 @@ def _answer_text(answer):
     """What an object that is an answer, or several, has as its text, None where it is empty; anything else, such as an object of other
     fields, as it is."""
     return answer.get("text") if isinstance(answer, dict) and ("text" in answer or not answer) else answer
+
+
+def _is_impossible(raw):
+    value = raw.get("is_impossible")
+    word = "" if _absent(value) else str(value).strip().lower().removesuffix(".0")
+    if word not in IMPOSSIBLE:
+        raise UserError(f"is_impossible is {str(value)[:80]!r}; expected true or false")
+    return IMPOSSIBLE[word]
 
 
 def paragraph(raw: dict, where: str, default_id: str, subset: str = "") -> Iterator[Row]:

@@ -126,6 +126,7 @@ def read_texts(source: str, flag: str, strict: str = "") -> list[Row]:
 
     strict: as for `Sieve`. UserError as for `read_rows`, and where no text is left.
     """
+    check_present(source)
     sieve = Sieve(strict, questions=False)
     rows = read_all(source, sieve=sieve)
     sieve.check_some(rows, f"{flag} {source}")

@@ -89,7 +89,7 @@ class _Lines:
         try:
             return line.decode("utf-8")
         except UnicodeDecodeError as error:
-            raise UserError(f"{self._path}:{self._number}: not UTF-8 ({error})") from error
+            raise UserError(f"{self._path}:{self._number}: not UTF-8 ({error}); save it as UTF-8") from error
 
 
 def _delimiter(line, fields):
@@ -243,7 +243,7 @@ def plain(value: object) -> object:
         try:
             return value.decode("utf-8")
         except UnicodeDecodeError as error:
-            raise UserError(f"not UTF-8 ({error})") from error
+            raise UserError(f"not UTF-8 ({error}); save it as UTF-8") from error
     if hasattr(value, "tolist"):
         return plain(value.tolist())
     if isinstance(value, list):

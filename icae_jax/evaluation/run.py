@@ -86,7 +86,7 @@ def _complete_lines(path):
     return lines
 
 
-LATER = {"tokenizer", "layers", "plain_template"}  # which earlier versions did not record
+LATER = {"tokenizer", "weights", "stop_ids", "plain_template"}  # which earlier versions did not record
 
 
 def check_identity(path, found, wanted, part=""):

@@ -99,31 +99,54 @@ def _fingerprint(config, norm, rows):
 
 
 @jax.jit
-def _rows_of_layers(layers):
-    """Some rows of every parameter of the layers: `[L, rows, out]` of kernels, the whole of norms and biases."""
-    return jax.tree.map(lambda x: x if x.ndim < 3 else x[:, np.linspace(0, x.shape[1] - 1, 4).astype(int)], layers)
+def _checksums(params):
+    """Two checksums of every parameter (of stacked ones two a layer), and whether it is finite; of its values in bfloat16.
+
+    Sums of whole numbers, in which every value counts with a factor of its place's own: the same whatever the devices, and the order.
+    """
+
+    def mixed(x):  # spreads the bits of a place's number over all of the factor's (constants of the lowbias32 hash)
+        x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D)
+        x = (x ^ (x >> 15)) * jnp.uint32(0x846CA68B)
+        return x ^ (x >> 16)
+
+    def checksums(x):
+        bits = jax.lax.bitcast_convert_type(x.astype(jnp.bfloat16), jnp.uint16).astype(jnp.uint32)
+        place = jnp.zeros(x.shape, jnp.uint32)
+        for axis, n in enumerate(x.shape):
+            place = place * jnp.uint32(n) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+        axes = tuple(range(x.ndim == 3, x.ndim))
+        sums = [jnp.sum((bits + 1) * mixed(place + jnp.uint32(salt)), axes, dtype=jnp.uint32) for salt in (1, 0x9E3779B9)]
+        return *sums, jnp.isfinite(x).all()
+
+    return jax.tree.map(checksums, params)
 
 
-def layers_fingerprint(params) -> str:
-    """Identity of a base's layers: sha256 over four rows of every kernel of every layer, their norms and biases, in bfloat16.
+def weights_fingerprint(params, source="") -> str:
+    """Identity of all of a base's weights, rounded to bfloat16: sha256 over checksums of every one of them.
 
-    A fine-tune whose LoRA was merged has its base's embeddings and final norm, which are all that `fingerprint` looks at.
+    `fingerprint` looks at some rows of the embeddings and the final norm alone, which a fine-tune may share with the base that it is of.
+    UserError where a weight is not a finite number. source: the base, to name it.
     """
     digest = hashlib.sha256()
-    for path, value in jax.tree_util.tree_leaves_with_path(on_host(_rows_of_layers(params["layers"]))):
-        digest.update(jax.tree_util.keystr(path).encode())
-        digest.update(np.asarray(value, np.float32).astype(ml_dtypes.bfloat16).tobytes())
+    for path, (*sums, finite) in jax.tree_util.tree_leaves_with_path(on_host(_checksums(params)), is_leaf=lambda x: isinstance(x, tuple)):
+        name = ".".join(key.key for key in path)
+        if not finite:
+            raise UserError(f"base {source}: {name} holds numbers that are not finite; the weights are damaged, download them again")
+        digest.update(name.encode())
+        for value in sums:
+            digest.update(np.asarray(value, np.uint32).tobytes())
     return digest.hexdigest()
 
 
 _DIFFERS = {
     "tokenizer": "makes other ids of a text; give the base with the tokenizer that it was made with",
-    "layers": "has the same embeddings and other layers, as a fine-tune has; give the base that it was made with",
+    "weights": "has other weights, as a fine-tune of that base has; give the base that it was made with",
 }
 
 
 def check_identity(what: str, stated: dict[str, str], have: dict[str, str]) -> None:
-    """UserError where an adapter or a memory was made with another tokenizer or other layers; says so where it does not tell, as those of
+    """UserError where an adapter or a memory was made with another tokenizer or other weights; says so where it does not tell, as those of
     earlier versions do not. what: names it. stated: what it carries. have: `Base.identity`.
     """
     for name, own in have.items():
@@ -150,8 +173,8 @@ class Base:
 
     @functools.cached_property
     def identity(self) -> dict[str, str]:
-        """What changes results beside what `fingerprint` holds, each by a fingerprint of its own: "layers", and "tokenizer" with one."""
-        own = {"layers": layers_fingerprint(self.params)}
+        """What changes results beside what `fingerprint` holds, each by a fingerprint of its own: "weights", and "tokenizer" with one."""
+        own = {"weights": weights_fingerprint(self.params, self.path)}
         return own if self.tokenizer is None else own | {"tokenizer": tokenizers.fingerprint(self.tokenizer)}
 
 

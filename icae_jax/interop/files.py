@@ -184,7 +184,7 @@ def read_safetensors(path: str | os.PathLike, read: Callable[[str | os.PathLike]
     except safetensors.SafetensorError as error:
         if errors.transient(error):
             raise
-        raise UserError(f"{path}: not a readable {kind} file ({error})") from error
+        raise UserError(f"{path}: not a readable {kind} file ({error}); it may be cut short: download or make it again") from error
     except AttributeError as error:  # how safetensors says that numpy has no such type
         if "'numpy'" not in str(error):
             raise

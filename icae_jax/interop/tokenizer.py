@@ -96,6 +96,8 @@ def _own_reading(path):
         with errors.naming(f"{path}: cannot be read"):
             data = errors.retrying(path.read_bytes, f"reading {path}")
         backend = tokenizers.Tokenizer.from_str(data.decode("utf-8"))
+        if getattr(backend.model, "dropout", None):
+            raise UserError(f"{path}: dropout of its model is {backend.model.dropout:g}, so a text is read anew each time; set it to null")
         backend.no_truncation()
         backend.no_padding()
         backend.encode_special_tokens = True

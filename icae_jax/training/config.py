@@ -233,7 +233,7 @@ FREE_FIELDS |= {"mesh.data", "mesh.fsdp", "mesh.tensor"}  # the devices may chan
 PATH_FIELDS = {"base", "init_from", "data.train", "data.eval", "data.cache_dir", "data.tfds_dir"}  # `identity` has their content
 FREE_FIELDS |= PATH_FIELDS | {"data.max_row_bytes", "data.strict"}
 # What earlier workdirs do not record: there it is taken as it is found.
-LATER_IDENTITY = {"identity.tokenizer", "identity.layers", "identity.template"}
+LATER_IDENTITY = {"identity.tokenizer", "identity.weights", "identity.template"}
 
 
 def _flat(value, prefix=""):
