@@ -115,11 +115,12 @@ def _checksums(params):
         place = jnp.zeros(x.shape, jnp.uint32)
         for axis, n in enumerate(x.shape):
             place = place * jnp.uint32(n) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
-        axes = tuple(range(x.ndim == 3, x.ndim))
-        sums = [jnp.sum((bits + 1) * mixed(place + jnp.uint32(salt)), axes, dtype=jnp.uint32) for salt in (1, 0x9E3779B9)]
+        sums = [jnp.sum((bits + 1) * mixed(place + jnp.uint32(salt)), dtype=jnp.uint32) for salt in (1, 0x9E3779B9)]
         return *sums, jnp.isfinite(x).all()
 
-    return jax.tree.map(checksums, params)
+    # Layer by layer, since on CPUs the places' factors are arrays as large as what they are of.
+    layers = jax.tree.map(lambda x: jax.lax.map(checksums, x), params["layers"])
+    return jax.tree.map(checksums, {name: of for name, of in params.items() if name != "layers"}) | {"layers": layers}
 
 
 def weights_fingerprint(params, source="") -> str:
@@ -131,7 +132,7 @@ def weights_fingerprint(params, source="") -> str:
     digest = hashlib.sha256()
     for path, (*sums, finite) in jax.tree_util.tree_leaves_with_path(on_host(_checksums(params)), is_leaf=lambda x: isinstance(x, tuple)):
         name = ".".join(key.key for key in path)
-        if not finite:
+        if not np.all(finite):
             raise UserError(f"base {source}: {name} holds numbers that are not finite; the weights are damaged, download them again")
         digest.update(name.encode())
         for value in sums:
