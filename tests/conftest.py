@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import os
 import pathlib
+import shutil
 import socket
 
 # Compiling is most of the tests' time; without optimisation, and in one piece, it takes less than a fifth. Read when jax first touches a
@@ -35,6 +36,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 
 from icae_jax.compression.encoder import SPECIAL_ROWS, CompressionConfig
 from icae_jax.interop import adapter as adapters
@@ -122,6 +124,11 @@ def close(got, want, bound=1e-5):
     got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
     assert got.shape == want.shape and np.abs(want).max() > 0
     assert np.abs(got - want).max() <= bound * np.abs(want).max()
+
+
+def same(got, want):
+    """The same tree of arrays, value for value."""
+    jax.tree.map(np.testing.assert_array_equal, got, want)
 
 
 def free_port():
@@ -229,3 +236,15 @@ def tiny_base(tmp_path_factory, tiny_params, tiny_tokenizer):
     folder = tmp_path_factory.mktemp("tiny") / "base"
     bases.save_base(folder, TINY, tiny_params, tiny_tokenizer, dtype="float32")
     return folder
+
+
+@pytest.fixture
+def folder(tiny_base, tmp_path):
+    """A copy of the tiny base that a test may spoil."""
+    return shutil.copytree(tiny_base, tmp_path / "base")
+
+
+@pytest.fixture
+def tensors(folder):
+    """Those of `folder`, by their names on the hub."""
+    return safetensors.numpy.load_file(folder / "model.safetensors")

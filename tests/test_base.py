@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import re
-import shutil
 
 import huggingface_hub
 import jax
@@ -12,7 +11,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import transformers
-from conftest import ROOT, TINY, close, random_params
+from conftest import ROOT, TINY, close, random_params, same
 
 from icae_jax import convert_base, errors
 from icae_jax.interop import base as bases
@@ -21,16 +20,6 @@ from icae_jax.models import llama, rope
 from icae_jax.quickstart import SHIPPED_BASE
 
 LLAMA3 = rope.Llama3Scaling(8.0, 1.0, 4.0, 64)
-
-
-def same(got, want):
-    jax.tree.map(np.testing.assert_array_equal, got, want)
-
-
-@pytest.fixture
-def folder(tiny_base, tmp_path):
-    """A copy of the tiny base that a test may spoil."""
-    return shutil.copytree(tiny_base, tmp_path / "base")
 
 
 def test_bfloat16_round_trip_through_transformers(tmp_path, tiny_params, tiny_tokenizer):

@@ -3,6 +3,8 @@
 import errno
 import json
 import os
+import pathlib
+import platform
 import tempfile
 import time
 
@@ -297,3 +299,20 @@ def test_the_verb(root, monkeypatch, capsys):
     assert cli.main(["cache", "prune", "--all"]) == 0 and left(root) == []
     assert cli.main(["cache", "prune", "--max_gib", "x"]) == 2 and "--max_gib is 'x'" in capsys.readouterr().err
     assert cli.main(["cache", "list", "--cache_dir", str(root / "no")]) == 2 and "no such folder" in capsys.readouterr().err
+
+
+def test_compiled_programs_are_kept_where_the_user_says(monkeypatch, tmp_path):
+    """Breaks when a user's own folder, or choice to keep nothing, is overruled, or machines of other processors would share programs."""
+    monkeypatch.setenv("ICAE_CACHE", str(tmp_path))
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_MAX_SIZE", "")  # so that it is put back
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_MAX_SIZE")
+    cli.keep_compiled()
+    assert os.environ["JAX_COMPILATION_CACHE_MAX_SIZE"] == str(5 << 30)
+    kept = pathlib.Path(os.environ["JAX_COMPILATION_CACHE_DIR"])
+    assert kept.parent == tmp_path / "compiled" and kept.name.startswith(platform.machine())
+    monkeypatch.setattr(cli.platform, "machine", lambda: "another")
+    for own in ("", "/elsewhere"):
+        monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", own)
+        cli.keep_compiled()
+        assert os.environ["JAX_COMPILATION_CACHE_DIR"] == own

@@ -4,7 +4,6 @@ import csv
 import json
 import os
 import pathlib
-import platform
 import re
 import shutil
 import subprocess
@@ -230,23 +229,6 @@ def test_the_command_starts_over_once_with_huge_pages(monkeypatch, capsys):
     assert cli.main() == 0 and not started
     assert cli.command() == 0 and cli.command() == 0
     assert started == [((sys.executable, [sys.executable, "/bin/icae", "--help"]), "glibc.malloc.hugetlb=1")]
-
-
-def test_compiled_programs_are_kept_where_the_user_says(monkeypatch, tmp_path):
-    """Breaks when a user's own folder, or choice to keep nothing, is overruled, or machines of other processors would share programs."""
-    monkeypatch.setenv("ICAE_CACHE", str(tmp_path))
-    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_MAX_SIZE", "")  # so that it is put back
-    monkeypatch.delenv("JAX_COMPILATION_CACHE_MAX_SIZE")
-    cli.keep_compiled()
-    assert os.environ["JAX_COMPILATION_CACHE_MAX_SIZE"] == str(5 << 30)
-    kept = pathlib.Path(os.environ["JAX_COMPILATION_CACHE_DIR"])
-    assert kept.parent == tmp_path / "compiled" and kept.name.startswith(platform.machine())
-    monkeypatch.setattr(cli.platform, "machine", lambda: "another")
-    for own in ("", "/elsewhere"):
-        monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", own)
-        cli.keep_compiled()
-        assert os.environ["JAX_COMPILATION_CACHE_DIR"] == own
 
 
 def test_help_of_the_train_verbs(capsys):

@@ -9,15 +9,11 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from conftest import TINY
+from conftest import TINY, same
 
 from icae_jax import convert_base
 from icae_jax.interop import base as bases
 from icae_jax.interop import weights
-
-
-def same(got, want):
-    jax.tree.map(np.testing.assert_array_equal, got, want)
 
 
 def convert(*argv):

@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
-from conftest import TINY, random_trained
+from conftest import TINY, random_trained, same
 
 from icae_jax.interop import base as bases
 from icae_jax.interop import formats, weights
@@ -38,10 +38,6 @@ def make(base, method="icae", layout="sequential", seed=0):
         trained["memory_table"] = trained["memory_table"].at[4:].set(0)
     template = targets.make_template("none", None, 2)
     return formats.make_adapter(trained, base, template, method=method, alpha=32, context_length=12, layout=layout)
-
-
-def same(got, want):
-    jax.tree.map(np.testing.assert_array_equal, got, want)
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS, ids=lambda s: f"{s[0]}-{s[1]}")

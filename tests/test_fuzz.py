@@ -29,6 +29,9 @@ from icae_jax.models import llama
 FEW, MANY = 150, 2000  # examples of each kind, in every run and in nightly ones
 
 
+READ = []  # what the running test's examples gave where they were not refused: with none at all it would show nothing
+
+
 def examples(**strategies):
     """Has a test run with a few examples, the same ones every time, and with many, marked `nightly`. strategies: of its arguments."""
     return functools.partial(_runs, strategies)
@@ -40,7 +43,10 @@ def _runs(strategies, test):
         settings = hypothesis.settings(
             max_examples=count, derandomize=count == FEW, deadline=None, database=None, suppress_health_check=list(hypothesis.HealthCheck)
         )
+        READ.clear()
         settings(hypothesis.given(**strategies)(test))(request.getfixturevalue)
+        print(f"{test.__name__}: {count} examples gave {len(READ)} results, the others were refused")
+        assert READ
 
     run.__name__, run.__doc__ = test.__name__, test.__doc__
     return run
@@ -100,6 +106,7 @@ def test_any_config_json(fixture, raw, architecture, rope):
     except UserError as error:
         assert str(error).startswith("config.json: ") or "of the model" in str(error) or "num_heads" in str(error)
         return
+    READ.append(1)
     assert all(type(n) is int and n > 0 for n in (config.vocab_size, config.num_layers, config.head_dim, config.hidden_size))
     scaling = vars(config.rope_scaling).values() if config.rope_scaling else ()
     assert finite([config.rms_norm_eps, config.rope_theta, *scaling])
@@ -148,6 +155,7 @@ def test_any_adapter_config_json(fixture, raw):
     """Breaks when a field of adapter_config.json of any value is a traceback, or makes a LoRA of NaN."""
     loaded = load_with(fixture, "encoder/adapter_config.json", raw)
     if loaded is not None:
+        READ.append(1)
         assert finite([loaded.lora.scale, loaded.lora.dropout]) and loaded.lora.rank >= 1
         for of in loaded.trained["lora"]["layers"].values():
             assert all(np.isfinite(np.asarray(x)).all() for pair in of.values() for x in pair.values())
@@ -161,6 +169,7 @@ def test_any_icae_json(fixture, data):
     raw = data.draw(changed(valid, ("origin",))) if group is None else valid | {group: data.draw(changed(valid[group]) | VALUES)}
     loaded = load_with(fixture, "icae.json", raw)
     if loaded is not None:
+        READ.append(1)
         assert finite([loaded.compression.rate]) and loaded.compression.k == 4
 
 
@@ -193,6 +202,7 @@ def test_any_tokenizer_config_json(fixture, raw):
     except UserError as error:
         assert str(folder) in str(error)
         return
+    READ.append(1)
     assert user_ids(tokenizer, "the cat saw 2024") == [8, 9, 17, 0] and tokenizers.fingerprint(tokenizer)
 
 
@@ -231,6 +241,7 @@ def check_rows(path):
     except UserError as error:
         assert str(path) in str(error) and "\n" not in str(error)
         return
+    READ.extend(rows)
     for row in rows:
         texts = [row.text, row.id, row.subset, *([] if row.question is None else [row.question, *row.answers])]
         assert all(isinstance(text, str) and text.encode() is not None for text in texts)
@@ -326,4 +337,5 @@ def test_any_memory_file(fixture, data):
     except UserError as error:
         assert str(path) in str(error)
         return
+    READ.append(1)
     assert len(ids) == len(memory) and all(np.isfinite(x).all() for x in memory.contents.values())

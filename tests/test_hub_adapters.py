@@ -7,13 +7,12 @@ import shutil
 
 import hub_server
 import huggingface_hub
-import jax
 import numpy as np
 import pytest
 import restoring
 import safetensors
 import yaml
-from conftest import WORDS, write_jsonl
+from conftest import WORDS, same, write_jsonl
 from etils import epath
 from huggingface_hub import constants
 from restoring import CONTEXT, K
@@ -52,10 +51,6 @@ def hub(world, tmp_path, monkeypatch):
         files = {p.relative_to(world / "adapter").as_posix(): p.read_bytes() for p in (world / "adapter").rglob("*") if p.is_file()}
         hub.commit("org/adapter", files | dict.fromkeys(OTHER_FILES, b"x"))
         yield hub
-
-
-def same(got, want):
-    jax.tree.map(np.testing.assert_array_equal, got, want)
 
 
 def run(*argv):

@@ -28,13 +28,6 @@ from icae_jax.objectives import targets
 from icae_jax.training import compressor_task, sharding
 from icae_jax.training.config import check_workdir
 
-
-@pytest.fixture
-def folder(tiny_base, tmp_path):
-    """A copy of the tiny base that a test may spoil."""
-    return shutil.copytree(tiny_base, tmp_path / "base")
-
-
 # ------------------------------------------------------------------------------------------------------------- identity
 
 

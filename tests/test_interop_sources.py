@@ -410,23 +410,6 @@ def test_where_tensorstore_looks():
     assert weights._store(epath.Path("s3://b/params")) == {"driver": "s3", "bucket": "b", "path": "params/"}
 
 
-@pytest.mark.parametrize(
-    ("url", "message"),
-    [
-        ("https://huggingface.co/org/name", "https:// is not read; give a folder, the hub id org/name, or gs://"),
-        ("https://hf.co/org/name/tree/v1.0/adapter", "give a folder, the hub id org/name@v1.0, or gs://"),
-        ("http://host/base", "http:// is not read; give a folder, the hub id org/name, or gs://"),
-        ("file:///data/base", "file:// is not read; give the path alone, /data/base"),
-    ],
-)
-def test_a_url_that_is_no_storages(url, message):
-    """Breaks when a repository's page, or a URL of any other sort, ends in a traceback, or its remedy is not named."""
-    for ask, kind in ((sources.local_folder, "base"), (sources.local_adapter, "adapter")):
-        with pytest.raises(errors.UserError) as error:
-            ask(url)
-        assert str(error.value).startswith(f"{kind} {url!r}: ") and message in str(error.value)
-
-
 def test_the_hubs_own_urls_offline(monkeypatch):
     """Breaks when hf://… without a network is taken for an outage, after which launchers start again and again."""
 

@@ -9,25 +9,10 @@ import jax
 import numpy as np
 import pytest
 import safetensors.numpy
-from conftest import TINY
+from conftest import TINY, same
 
 from icae_jax import errors
 from icae_jax.interop import files, stored, weights
-
-
-def same(got, want):
-    jax.tree.map(np.testing.assert_array_equal, got, want)
-
-
-@pytest.fixture
-def folder(tiny_base, tmp_path):
-    """A copy of the tiny base that a test may spoil."""
-    return shutil.copytree(tiny_base, tmp_path / "base")
-
-
-@pytest.fixture
-def tensors(folder):
-    return safetensors.numpy.load_file(folder / "model.safetensors")
 
 
 def shards(folder, tensors, **moved):

@@ -46,12 +46,6 @@ def numbers(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def folder(tiny_base, tmp_path):
-    """A copy of the tiny base that a test may spoil."""
-    return shutil.copytree(tiny_base, tmp_path / "base")
-
-
 @pytest.fixture(scope="module")
 def adapter(tiny_base, tmp_path_factory):
     """An adapter folder that says with which tokenizer it was made."""

@@ -3,7 +3,6 @@
 import dataclasses
 import errno
 import json
-import shutil
 
 import jax
 import jax.numpy as jnp
@@ -12,26 +11,11 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import tqdm
-from conftest import TINY, eight_devices, random_params
+from conftest import TINY, eight_devices, random_params, same
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from icae_jax import errors
 from icae_jax.interop import weights
-
-
-def same(got, want):
-    jax.tree.map(np.testing.assert_array_equal, got, want)
-
-
-@pytest.fixture
-def folder(tiny_base, tmp_path):
-    """A copy of the tiny base that a test may spoil."""
-    return shutil.copytree(tiny_base, tmp_path / "base")
-
-
-@pytest.fixture
-def tensors(folder):
-    return safetensors.numpy.load_file(folder / "model.safetensors")
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ import json
 import os
 import pathlib
 import re
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +42,7 @@ def check_output(path):
         raise UserError(f"--output {path}: folder {parent} is absent or cannot be written")
 
 
-def check_finite(memory, name_of) -> None:
+def check_finite(memory: memories.Memory, name_of: Callable[[int], str]) -> None:
     """UserError where a memory holds a number that is not finite: whoever reads it gets nothing but such numbers. name_of: names a text."""
     for contents in memory.contents.values():
         texts = np.moveaxis(np.asarray(contents), memory.TEXT_AXIS, 0)

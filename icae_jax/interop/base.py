@@ -123,7 +123,7 @@ def _checksums(params):
     return jax.tree.map(checksums, {name: of for name, of in params.items() if name != "layers"}) | {"layers": layers}
 
 
-def weights_fingerprint(params, source="") -> str:
+def weights_fingerprint(params: dict, source: str = "") -> str:
     """Identity of all of a base's weights, rounded to bfloat16: sha256 over checksums of every one of them.
 
     `fingerprint` looks at some rows of the embeddings and the final norm alone, which a fine-tune may share with the base that it is of.

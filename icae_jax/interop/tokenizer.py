@@ -37,7 +37,7 @@ def has_tokenizer(folder: str | pathlib.Path) -> bool:
 # ------------------------------------------------------------------------------------------------------------- reading
 
 
-def load_tokenizer(folder):
+def load_tokenizer(folder: str | pathlib.Path):
     """The tokenizer of a folder, a hub id or a URL, as transformers' object. No code of the base's own is run, nor is anybody asked.
 
     UserError names the file that cannot be read, and why; and a tokenizer that reads the probe text otherwise than its file says.
@@ -250,7 +250,7 @@ def _compare(path, tokenizer, own):
     )
 
 
-def read_alike(folder) -> bool:
+def read_alike(folder: pathlib.Path) -> bool:
     """Whether transformers' `AutoTokenizer` reads the probe text of a folder that was written here as its tokenizer.json says."""
     if files.read_json(folder / "config.json", "the base model's configuration")["model_type"] == "llama":
         return True  # there it takes the class that tokenizer_config.json names; to ask takes seconds of importing
