@@ -35,10 +35,18 @@ setup(
     ],
     extras_require={
         # libtpu compiles for TPUs on any machine; another version of ruff may format otherwise
-        "test": ["pytest", "pytest-xdist", "hypothesis", "ruff>=0.17,<0.18", "torch==2.13.0", "peft", "jax[tpu]"],
-        "bench": ["torch==2.13.0", "peft"],  # the PyTorch baseline of launch/bench
+        "test": [
+            "pytest",
+            "pytest-xdist",
+            "hypothesis",
+            "ruff>=0.17,<0.18",
+            "torch==2.13.0",
+            "peft",
+            "jax[tpu]",
+        ],
+        "bench": ["torch==2.13.0", "peft"],  # the PyTorch baseline of launch/benchmarks
         "tpu": ["jax[tpu]"],
         "gpu": ["jax[cuda13]"],
     },
-    entry_points={"console_scripts": ["icae=icae_jax.cli:command"]},
+    entry_points={"console_scripts": ["icae=icae_jax.cli.main:command"]},
 )

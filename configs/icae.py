@@ -33,9 +33,14 @@ BASES = {
 def get_config(arg="pretrain"):
     """arg: words joined by "-": the phase, pretrain (AE + LM; the default) or finetune (QA), and a base of BASES, or none."""
     words = [word for word in arg.split("-") if word]
-    phases, bases = [w for w in words if w in ("pretrain", "finetune")], [w for w in words if w in BASES]
+    phases, bases = (
+        [w for w in words if w in ("pretrain", "finetune")],
+        [w for w in words if w in BASES],
+    )
     if len(phases) > 1 or len(bases) > 1 or len(phases) + len(bases) < len(words):
-        raise ValueError(f"configs/icae.py:{arg}: choose :pretrain or :finetune, or with a base :pretrain-BASE, of {', '.join(BASES)}")
+        raise ValueError(
+            f"configs/icae.py:{arg}: choose :pretrain or :finetune, or with a base :pretrain-BASE, of {', '.join(BASES)}"
+        )
     finetune = phases == ["finetune"]
     config = ConfigDict()
     config.phase = "finetune" if finetune else "pretrain"
@@ -107,7 +112,9 @@ def get_config(arg="pretrain"):
     config.data.max_row_bytes = 64 << 20  # that a line of a file may hold, unpacked
     config.data.cache_dir = ""
     config.data.tfds_dir = ""
-    config.data.no_answer = ""  # what questions without an answer are answered with; "" leaves them out, counted
+    config.data.no_answer = (
+        ""  # what questions without an answer are answered with; "" leaves them out, counted
+    )
     config.data.strict = False  # an error in place of empty rows that are left out
 
     if bases:

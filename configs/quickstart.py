@@ -13,8 +13,15 @@ from ml_collections import ConfigDict
 def get_config(arg="pretrain-icae"):
     """arg: the phase, pretrain (AE) or finetune (AE + QA), the method, icae (the default) or x500, and perhaps 4x: that ratio alone."""
     phase, method, only = (*arg.split("-"), "", "")[:3]
-    if phase not in ("pretrain", "finetune") or method not in ("", "icae", "x500") or only not in ("", "4x") or arg.count("-") > 2:
-        raise ValueError(f"configs/quickstart.py:{arg}: choose :pretrain-METHOD[-4x] or :finetune-METHOD[-4x] with METHOD icae or x500")
+    if (
+        phase not in ("pretrain", "finetune")
+        or method not in ("", "icae", "x500")
+        or only not in ("", "4x")
+        or arg.count("-") > 2
+    ):
+        raise ValueError(
+            f"configs/quickstart.py:{arg}: choose :pretrain-METHOD[-4x] or :finetune-METHOD[-4x] with METHOD icae or x500"
+        )
     finetune = phase == "finetune"
     config = ConfigDict()
     config.phase = phase
@@ -22,7 +29,9 @@ def get_config(arg="pretrain-icae"):
     config.init_from = ""
     config.draw_k = ("finetune",)  # phases that draw k from compression.k_choices
     config.seed = 0
-    config.steps = 180 if finetune else 120 if method == "x500" else 340  # K/V learn to restore much sooner
+    config.steps = (
+        180 if finetune else 120 if method == "x500" else 340
+    )  # K/V learn to restore much sooner
     config.batch_size = 32
     config.accumulate = 1
     config.dtype = "float32"
@@ -55,7 +64,15 @@ def get_config(arg="pretrain-icae"):
     config.lora.rank = 32
     config.lora.scale = 2.0
     config.lora.dropout = 0.0
-    config.lora.targets = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    config.lora.targets = (
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+        "gate_proj",
+        "up_proj",
+        "down_proj",
+    )
 
     config.objectives = ConfigDict()
     config.objectives.ae = 0.6 if finetune else 1.0
@@ -86,7 +103,9 @@ def get_config(arg="pretrain-icae"):
     config.data.max_row_bytes = 64 << 20  # that a line of a file may hold, unpacked
     config.data.cache_dir = ""
     config.data.tfds_dir = ""
-    config.data.no_answer = ""  # what questions without an answer are answered with; "" leaves them out, counted
+    config.data.no_answer = (
+        ""  # what questions without an answer are answered with; "" leaves them out, counted
+    )
     config.data.strict = False  # an error in place of empty rows that are left out
     if only:
         one_ratio(config, finetune)

@@ -34,7 +34,10 @@ def get_config(arg="pretrain-16"):
     default), 4 or 1, and a base of BASES, or none.
     """
     words = [word for word in arg.split("-") if word]
-    phases, ks = [w for w in words if w in ("pretrain", "finetune")], [w for w in words if w in ("16", "4", "1")]
+    phases, ks = (
+        [w for w in words if w in ("pretrain", "finetune")],
+        [w for w in words if w in ("16", "4", "1")],
+    )
     bases = [w for w in words if w in BASES]
     if max(map(len, (phases, ks, bases))) > 1 or len(phases) + len(ks) + len(bases) < len(words):
         raise ValueError(
@@ -48,7 +51,9 @@ def get_config(arg="pretrain-16"):
     config.init_from = ""
     config.draw_k = ("finetune",)
     config.seed = 0
-    config.steps = 78_000 if finetune else 220_000  # 10 epochs of 250,000 questions, 3 of 2.35 million abstracts
+    config.steps = (
+        78_000 if finetune else 220_000
+    )  # 10 epochs of 250,000 questions, 3 of 2.35 million abstracts
     config.batch_size = 32
     config.accumulate = 1
     config.dtype = "bfloat16"
@@ -112,7 +117,9 @@ def get_config(arg="pretrain-16"):
     config.data.max_row_bytes = 64 << 20  # that a line of a file may hold, unpacked
     config.data.cache_dir = ""
     config.data.tfds_dir = ""
-    config.data.no_answer = ""  # what questions without an answer are answered with; "" leaves them out, counted
+    config.data.no_answer = (
+        ""  # what questions without an answer are answered with; "" leaves them out, counted
+    )
     config.data.strict = False  # an error in place of empty rows that are left out
     return config
 
@@ -126,7 +133,13 @@ def sweep_k(add):
 def sweep_rate(add):
     """Ever longer texts in 16 memory tokens."""
     for length in (125, 250, 500, 1000):
-        add(**{"compression.k": 16, "compression.rate": length / 16, "data.context_lengths": (length,)})
+        add(
+            **{
+                "compression.k": 16,
+                "compression.rate": length / 16,
+                "data.context_lengths": (length,),
+            }
+        )
 
 
 def sweep_rank(add):

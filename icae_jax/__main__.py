@@ -1,5 +1,5 @@
 import sys
 
-from icae_jax.cli import command
+from icae_jax.cli.main import command
 
 sys.exit(command())

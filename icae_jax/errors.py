@@ -36,7 +36,10 @@ _NETWORK_PACKAGES = (
     "gcsfs", "fsspec",
 )  # fmt: skip
 # How tensorstore begins, and what the hub's own downloader says.
-_TRANSIENT_WORDS = re.compile(r"\b(UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED): |\b(server error|service error) \(?5\d\d\b", re.IGNORECASE)
+_TRANSIENT_WORDS = re.compile(
+    r"\b(UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED): |\b(server error|service error) \(?5\d\d\b",
+    re.IGNORECASE,
+)
 _OFFLINE = "OfflineModeIsEnabled"  # the hub's client, told not to ask: a ConnectionError that does not pass
 _ASKED_LATER = (408, 425, 429)  # HTTP statuses below 500 that pass
 
@@ -84,12 +87,16 @@ def transient(error: BaseException) -> bool:
             return False
         if isinstance(e, ConnectionError | TimeoutError) or _errno(e) in _TRANSIENT:
             return True
-        if isinstance(e, socket.gaierror):  # a name server that does not answer; one that says no is the user's
+        if isinstance(
+            e, socket.gaierror
+        ):  # a name server that does not answer; one that says no is the user's
             return e.errno == socket.EAI_AGAIN
         status = _status(e)
         if status is not None:
             return status in _ASKED_LATER or status >= 500
-        if type(e).__module__.split(".")[0] in _NETWORK_PACKAGES and _TRANSIENT_TYPES.search(type(e).__name__):
+        if type(e).__module__.split(".")[0] in _NETWORK_PACKAGES and _TRANSIENT_TYPES.search(
+            type(e).__name__
+        ):
             return True
         if _TRANSIENT_WORDS.search(str(e)):
             return True
@@ -102,7 +109,11 @@ def _status(error: BaseException) -> int | None:
     if isinstance(response, dict):
         told = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
     else:
-        told = getattr(response, "status_code", None) or getattr(error, "code", None) or getattr(error, "status", None)
+        told = (
+            getattr(response, "status_code", None)
+            or getattr(error, "code", None)
+            or getattr(error, "status", None)
+        )
     return int(told) if isinstance(told, int) and 100 <= told < 600 else None
 
 
@@ -116,12 +127,16 @@ _NO = (
 def answered_no(error: BaseException) -> bool:
     """Whether a server answered that there is no such thing, or not for this user; or the id cannot be one, or its client is absent."""
     for link in causes(error):
-        status = getattr(getattr(link, "response", None), "status_code", getattr(link, "code", None))
+        status = getattr(
+            getattr(link, "response", None), "status_code", getattr(link, "code", None)
+        )
         if status in (400, 401, 403, 404, 410, 451):
             return True
         if type(link).__name__ in _NO:
             return True
-    return isinstance(error, FileNotFoundError | NotADirectoryError | PermissionError | ImportError) and not transient(error)
+    return isinstance(
+        error, FileNotFoundError | NotADirectoryError | PermissionError | ImportError
+    ) and not transient(error)
 
 
 def retrying(function: Callable[[], T], what: str) -> T:
@@ -140,7 +155,10 @@ def retrying(function: Callable[[], T], what: str) -> T:
                 raise
             delay = FIRST_DELAY * 2 ** (tried - 1)
             reason = (str(error).strip().splitlines() or [repr(error)])[0][:200]
-            print(f"{what}: {type(error).__name__}: {reason}; trying again in {delay:g} s ({tried} of {TRIES - 1})", file=sys.stderr)
+            print(
+                f"{what}: {type(error).__name__}: {reason}; trying again in {delay:g} s ({tried} of {TRIES - 1})",
+                file=sys.stderr,
+            )
             time.sleep(delay)
     raise AssertionError("unreachable")
 

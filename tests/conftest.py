@@ -19,7 +19,10 @@ os.environ.setdefault(
 )
 
 # What one test compiled another need not, nor the next run: the processes that tests start keep programs too. Small ones take some KiB.
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(__file__).resolve().parents[1] / ".cache" / "compiled"))
+os.environ.setdefault(
+    "JAX_COMPILATION_CACHE_DIR",
+    str(pathlib.Path(__file__).resolve().parents[1] / ".cache" / "compiled"),
+)
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
 # PyTorch's threads wait for each other longer than such small models take.
@@ -28,7 +31,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Tests run in several processes, which must share an accelerator's memory where there is one.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
-from icae_jax import platforms
+from icae_jax.runtime import platforms
 
 os.environ.update(platforms.without_absent_tpus())
 
@@ -39,15 +42,17 @@ import pytest
 import safetensors.numpy
 
 from icae_jax.compression.encoder import SPECIAL_ROWS, CompressionConfig
-from icae_jax.interop import adapter as adapters
-from icae_jax.interop import base as bases
-from icae_jax.interop import tokenizer as tokenizers
+from icae_jax.interop.adapters import folder as adapters
+from icae_jax.interop.hub import base as bases
+from icae_jax.interop.hub import tokenizer as tokenizers
 from icae_jax.models import llama, lora
 from icae_jax.objectives import targets
 from icae_jax.training.config import TrainConfig, from_dict
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
-jax.config.update("jax_num_cpu_devices", 8)  # not by XLA_FLAGS, which the processes that tests start would take over
+jax.config.update(
+    "jax_num_cpu_devices", 8
+)  # not by XLA_FLAGS, which the processes that tests start would take over
 EVERY_DEVICE = {name: getattr(jax, name) for name in ("devices", "local_devices")}
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -90,7 +95,9 @@ def _forget_compiled():
     """Every compiled program holds a few memory maps, of which a process may have 65,530 on Linux: all tests together make more."""
     yield
     maps = pathlib.Path("/proc/self/maps")
-    if maps.exists() and maps.read_bytes().count(b"\n") > 30_000:  # not sooner: what modules share would be compiled again
+    if (
+        maps.exists() and maps.read_bytes().count(b"\n") > 30_000
+    ):  # not sooner: what modules share would be compiled again
         jax.clear_caches()
 
 
@@ -99,7 +106,11 @@ def seen_devices(count, **backend):
     """Within it JAX shows only so many devices, of the default backend or that named by `backend`."""
     with pytest.MonkeyPatch.context() as patch:
         for name, every in EVERY_DEVICE.items():
-            patch.setattr(jax, name, lambda *args, every=every, **named: every(*args, **backend | named)[:count])
+            patch.setattr(
+                jax,
+                name,
+                lambda *args, every=every, **named: every(*args, **backend | named)[:count],
+            )
         patch.setattr(jax, "device_count", lambda: len(jax.devices()))
         patch.setattr(jax, "local_device_count", lambda: len(jax.local_devices()))
         yield
@@ -108,7 +119,10 @@ def seen_devices(count, **backend):
 @contextlib.contextmanager
 def eight_devices():
     """Eight CPU devices, also beside an accelerator."""
-    with seen_devices(8, backend="cpu"), jax.default_device(None if jax.default_backend() == "cpu" else jax.devices("cpu")[0]):
+    with (
+        seen_devices(8, backend="cpu"),
+        jax.default_device(None if jax.default_backend() == "cpu" else jax.devices("cpu")[0]),
+    ):
         yield
 
 
@@ -164,7 +178,10 @@ def with_tokenizer(folder, tokenizer):
 
 def training(base, tmp_path, **changes):
     """The configuration of a small training on a base; its last text holds a name."""
-    source = write_jsonl(tmp_path / "t.jsonl", [{"text": "the cat saw the dog " * 4}] * 2 + [{"text": "the <name> saw"}])
+    source = write_jsonl(
+        tmp_path / "t.jsonl",
+        [{"text": "the cat saw the dog " * 4}] * 2 + [{"text": "the <name> saw"}],
+    )
     raw = {
         "base": str(base), "batch_size": 2, "compression": {"k": 4, "rate": 4}, "lora": {"rank": 4},
         "data": {"train": source, "context_lengths": [16], "cache_dir": str(tmp_path / "cache")},
@@ -186,13 +203,17 @@ def random_params(config, seed=0):
 def random_lora(config, rank=4, targets=("q_proj", "v_proj"), seed=0):
     """A LoRA tree with A and B both random, as after some training."""
     rng = np.random.default_rng([seed, 1])
-    like = jax.eval_shape(lambda: lora.init_lora(jax.random.key(0), config, lora.LoraConfig(rank, targets=targets)))
+    like = jax.eval_shape(
+        lambda: lora.init_lora(jax.random.key(0), config, lora.LoraConfig(rank, targets=targets))
+    )
     return jax.tree.map(lambda x: jnp.asarray(np.float32(0.2 * rng.standard_normal(x.shape))), like)
 
 
 def random_trained(config, k, seed=0):
     """The trained tree of a compressor with k memory tokens."""
-    table = 0.2 * np.random.default_rng([seed, 2]).standard_normal((k + SPECIAL_ROWS, config.hidden_size))
+    table = 0.2 * np.random.default_rng([seed, 2]).standard_normal(
+        (k + SPECIAL_ROWS, config.hidden_size)
+    )
     return {"lora": random_lora(config, seed=seed), "memory_table": jnp.asarray(np.float32(table))}
 
 
@@ -200,7 +221,13 @@ def write_adapter(path, base):
     """Writes an adapter of random numbers for a loaded base of the `TINY` sizes; returns the path."""
     template = targets.make_template("plain", base.tokenizer)
     identity = {"base_fingerprint": base.fingerprint, "base_identity": base.identity}
-    made = (CompressionConfig(k=4, rate=4), lora.LoraConfig(4, 2.0, 0.0), template, random_trained(TINY, 4), base.path)
+    made = (
+        CompressionConfig(k=4, rate=4),
+        lora.LoraConfig(4, 2.0, 0.0),
+        template,
+        random_trained(TINY, 4),
+        base.path,
+    )
     adapters.save_adapter(path, adapters.Adapter(*made, **identity))
     return path
 
@@ -210,13 +237,23 @@ def make_tokenizer(words=WORDS):
     import transformers
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", words.index("<s>"))])
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>", clean_up_tokenization_spaces=False
+    backend = Tokenizer(
+        models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>")
     )
-    tokenizer.chat_template = "{{ bos_token }}{% for m in messages %}[INST] {{ m['content'] }} [/INST]{% endfor %}"
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    backend.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", words.index("<s>"))]
+    )
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        clean_up_tokenization_spaces=False,
+    )
+    tokenizer.chat_template = (
+        "{{ bos_token }}{% for m in messages %}[INST] {{ m['content'] }} [/INST]{% endfor %}"
+    )
     return tokenizer
 
 

@@ -167,7 +167,7 @@ MUTANTS = [
         "_up(max(longest)), _up(labels)", "_up(max(longest)), _up(max(longest))", "test_compressor.py -k head_runs",
     ),
     Mutant(
-        "attention is timed for every compressor", "training/attention.py",
+        "attention is timed for every compressor", "runtime/attention_choice.py",
         "if key not in _MEASURED:", "if True:", "test_training_attention.py -k once",
     ),
     Mutant(
@@ -210,15 +210,15 @@ MUTANTS = [
     ),
     # ------------------------------------------------------------------------------------------------- what is on disk
     Mutant(
-        "PEFT's matrices lie untransposed", "interop/adapter.py",
+        "PEFT's matrices lie untransposed", "interop/adapters/folder.py",
         "np.ascontiguousarray(layer.T)", "np.ascontiguousarray(layer)", "test_adapter.py",
     ),
     Mutant(
-        "PEFT's alpha is the scale", "interop/adapter.py",
+        "PEFT's alpha is the scale", "interop/adapters/folder.py",
         '"lora_alpha": adapter.lora.scale * adapter.lora.rank', '"lora_alpha": adapter.lora.scale', "test_adapter.py",
     ),
     Mutant(
-        "another base's memories are read", "inference/store.py",
+        "another base's memories are read", "inference/memory_file.py",
         "if wrote != have:", 'if wrote != have and kind != "base":', "test_store.py -k another_base",
     ),
     # ------------------------------------------------------------------------------------------------------- decoding
@@ -257,7 +257,7 @@ MUTANTS = [
         "{r['set']} {r['cluster']}", "{r['set']} {r['key']}", "test_run.py -k scores_of_all",
     ),
     Mutant(
-        "a loop's body counts once", "planning/hlo.py",
+        "a loop's body counts once", "performance/hlo.py",
         'self._run(instruction.called("body"), times * turns)', 'self._run(instruction.called("body"), times)', "test_hlo.py",
     ),
     Mutant(
@@ -270,7 +270,7 @@ MUTANTS = [
         '"o_proj": ("heads", "embed")', '"o_proj": ("embed", "heads")', "test_sharding.py -k 'split_as_the_rules'",
     ),
     Mutant(
-        "batches are copied to every device", "training/sharding.py",
+        "batches are copied to every device", "runtime/sharding.py",
         "PartitionSpec(*[None] * axis, BATCH)", "PartitionSpec()", "test_sharding.py -k 'any_axis or split_as_the_rules'",
     ),
     # ------------------------------------------------------------------------------------- readers, exit codes, and agreement
@@ -312,11 +312,11 @@ MUTANTS = [
         "test_train.py -k in_microbatches",
     ),
     Mutant(
-        "processes that differ train on", "training/distributed.py", "    if lines:\n        shown", "    if False:\n        shown",
+        "processes that differ train on", "runtime/distributed.py", "    if lines:\n        shown", "    if False:\n        shown",
         "test_joining.py -k two_processes",
     ),
     Mutant(
-        "an allocation's shell is one of several processes", "training/distributed.py",
+        "an allocation's shell is one of several processes", "runtime/distributed.py",
         'os.environ.get("SLURM_STEP_NUM_TASKS") or os.environ.get("SLURM_NTASKS", "")', 'os.environ.get("SLURM_NTASKS", "")',
         "test_joining.py -k slurm",
     ),
@@ -325,9 +325,9 @@ MUTANTS = [
         'numbers = before.get("numbers") or', "numbers =", "test_sweep.py -k keeps_its_point",
     ),
     # ---------------------------------------------------------------------------------------- what users and strangers wrote
-    Mutant("a spelled token is read by its letters", "interop/text.py", "split_special_tokens=True, ", "", "test_text.py"),
+    Mutant("a spelled token is read by its letters", "interop/hub/text.py", "split_special_tokens=True, ", "", "test_text.py"),
     Mutant(
-        "a word or piece that is a control token is the token", "interop/text.py", "spelled = _control_tokens(tokenizer)", "spelled = {}",
+        "a word or piece that is a control token is the token", "interop/hub/text.py", "spelled = _control_tokens(tokenizer)", "spelled = {}",
         "test_text.py",
     ),
     Mutant(
@@ -340,22 +340,22 @@ MUTANTS = [
         "test_sources.py -k bounded",
     ),
     Mutant(
-        "an index names files elsewhere", "interop/stored.py",
+        "an index names files elsewhere", "interop/hub/stored.py",
         r"""if not isinstance(file, str) or not re.fullmatch(r"[^/\\\0]+\.safetensors", file):""", "if not isinstance(file, str):",
         "test_stored.py -k files_of_its_folder",
     ),
     Mutant(
-        "a tokenizer's code may run", "interop/tokenizer.py",
+        "a tokenizer's code may run", "interop/hub/tokenizer.py",
         "local_files_only=True, trust_remote_code=False)", "local_files_only=True, trust_remote_code=True)", "test_base.py -k code",
     ),
     Mutant(
-        "what is replaced becomes open to all", "interop/files.py",
+        "what is replaced becomes open to all", "files.py",
         "mode = stat.S_IMODE((before or tmp.stat()).st_mode)", "mode = 0o644", "test_files.py",
     ),
     Mutant(
-        "what was used last goes first", "interop/cache.py", "(not e.outdated, e.used)", "(not e.outdated, -e.used)", "test_cache.py",
+        "what was used last goes first", "cache.py", "(not e.outdated, e.used)", "(not e.outdated, -e.used)", "test_cache.py",
     ),
     Mutant(
-        "what a process uses goes", "interop/cache.py", "not everything) or entry.in_use():", "not everything):", "test_cache.py",
+        "what a process uses goes", "cache.py", "not everything) or entry.in_use():", "not everything):", "test_cache.py",
     ),
 ]  # fmt: skip

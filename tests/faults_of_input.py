@@ -5,19 +5,19 @@ from faults import Mutant
 MUTANTS = [
     # -------------------------------------------------------------------------------------------------------- base models
     Mutant(
-        "a field of config.json that is false counts as null", "interop/config_fields.py",
+        "a field of config.json that is false counts as null", "models/families/config_fields.py",
         "if value is None or field in harmless", "if not value or field in harmless", "test_config_json.py -k refused_by_field",
     ),
     Mutant(
-        "tensors of the model's own parts are left out", "interop/stored.py",
+        "tensors of the model's own parts are left out", "interop/hub/stored.py",
         "(unread if own or _OTHER_WEIGHTS.fullmatch(name) else other).append(name)", "other.append(name)", "test_stored.py -k announce",
     ),
     Mutant(
-        "an old index comes before the one file", "interop/stored.py",
+        "an old index comes before the one file", "interop/hub/stored.py",
         "if whole.exists() and WHOLE not in held.values():", "if False:", "test_stored.py -k before_shards",
     ),
     Mutant(
-        "a tied base's own head is dropped", "interop/stored.py",
+        "a tied base's own head is dropped", "interop/hub/stored.py",
         "if tied_head is not None and not _equal(stored[TABLE][1], tied_head[1]):", "if False:", "test_stored.py -k tied",
     ),
     Mutant(
@@ -25,30 +25,30 @@ MUTANTS = [
     ),
     # ------------------------------------------------------------------------------------------------------- tokenizers, ids
     Mutant(
-        "transformers decides how a text is read", "interop/tokenizer.py",
+        "transformers decides how a text is read", "interop/hub/tokenizer.py",
         "tokenizer = _reading(folder, _as_the_file_says)", "tokenizer = _reading(folder, _by_its_class)",
         "test_tokenizer.py -k file_decides",
     ),
     Mutant(
-        "a tokenizer that contradicts its file is taken", "interop/tokenizer.py", "    if ids == own:", "    if True:",
+        "a tokenizer that contradicts its file is taken", "interop/hub/tokenizer.py", "    if ids == own:", "    if True:",
         "test_tokenizer.py -k contradicts",
     ),
     Mutant(
-        "another tokenizer is not noticed", "interop/base.py",
+        "another tokenizer is not noticed", "interop/hub/base.py",
         'if stated.get(name) not in (None, "", own):', 'if name == "weights" and stated.get(name) not in (None, "", own):',
         "test_identity.py -k know_their",
     ),
     Mutant(
-        "a fine-tune is taken for its base", "interop/base.py",
+        "a fine-tune is taken for its base", "interop/hub/base.py",
         'if stated.get(name) not in (None, "", own):', 'if name == "tokenizer" and stated.get(name) not in (None, "", own):',
         "test_identity.py -k fine_tune",
     ),
     Mutant(
-        "an id without a row reaches JAX", "interop/tokenizer.py",
+        "an id without a row reaches JAX", "interop/hub/tokenizer.py",
         "if len(ids) and not (-special_rows <= min(ids) and max(ids) < table_rows):", "if False:", "test_tokenizer.py -k without_a_row",
     ),
     Mutant(
-        "a memory that is not finite is kept", "inference/store.py", "        if not whole.all():", "        if False:",
+        "a memory that is not finite is kept", "inference/memory_file.py", "        if not whole.all():", "        if False:",
         "test_tokenizer.py -k not_finite",
     ),
     Mutant(
@@ -57,19 +57,19 @@ MUTANTS = [
     ),
     # ------------------------------------------------------------------------------------------------------------- adapters
     Mutant(
-        "a LoRA's tensors that are not read are passed over", "interop/adapter.py",
+        "a LoRA's tensors that are not read are passed over", "interop/adapters/folder.py",
         "    if unread:\n        shown", "    if False:\n        shown", "test_peft_config.py -k every_tensor",
     ),
     Mutant(
-        "an unknown field of adapter_config.json is passed over", "interop/peft_config.py",
+        "an unknown field of adapter_config.json is passed over", "interop/adapters/peft_config.py",
         "if name not in COMPUTED | HARMLESS | REFUSED and value is not None:", "if False:", "test_peft_config.py -k by_name",
     ),
     Mutant(
-        "another module's scale is not folded into B", "interop/adapter.py",
+        "another module's scale is not folded into B", "interop/adapters/folder.py",
         "stated.scale_of(module(i, name)) / stated.scale", "1.0", "test_peft_config.py -k peft_computes",
     ),
     Mutant(
-        "a memory names no commit of the hub", "interop/sources.py",
+        "a memory names no commit of the hub", "interop/hub/locations.py",
         '@{commit}" if commit else text', '@{commit}" if not commit else text', "test_hub_adapters.py -k from_compressing",
     ),
     Mutant(
@@ -100,9 +100,9 @@ MUTANTS = [
         "test_places.py -k 'folder or glob'",
     ),
     # -------------------------------------------------------------------------------------- one writer, half-set machines
-    Mutant("a second run is let in", "interop/lock.py", "alive = not free", "alive = False", "test_lock.py -k refused"),
+    Mutant("a second run is let in", "lock.py", "alive = not free", "alive = False", "test_lock.py -k refused"),
     Mutant(
-        "a lock that another took is freed", "interop/lock.py", "if self.held and self._is_mine():", "if self.held:",
+        "a lock that another took is freed", "lock.py", "if self.held and self._is_mine():", "if self.held:",
         "test_lock.py -k passed_over",
     ),
     Mutant(
@@ -110,7 +110,7 @@ MUTANTS = [
         "test_checkpoint.py -k without_a_whole",
     ),
     Mutant(
-        "another user's folder serves as the cache", "interop/files.py", " or there.st_mode & 0o022", "", "test_cache.py -k another_users",
+        "another user's folder serves as the cache", "files.py", " or there.st_mode & 0o022", "", "test_cache.py -k another_users",
     ),
     Mutant(
         "a flag that stops XLA is not looked for", "platforms.py", "if tried.returncode and wrong:", "if False:",
@@ -118,27 +118,27 @@ MUTANTS = [
     ),
     # ------------------------------------------------------------------------------------------------- of a second reading
     Mutant(
-        "a word added to a tokenizer is not noticed", "interop/tokenizer.py", "        if not token.special:", "        if False:",
+        "a word added to a tokenizer is not noticed", "interop/hub/tokenizer.py", "        if not token.special:", "        if False:",
         "test_identity.py -k fingerprint",
     ),
     Mutant(
-        "an end that is named late is no control", "interop/text.py", "if _SPELLED.get(tokenizer, (None,))[0] != special:",
+        "an end that is named late is no control", "interop/hub/text.py", "if _SPELLED.get(tokenizer, (None,))[0] != special:",
         "if tokenizer not in _SPELLED:", "test_tokenizer.py -k named_late",
     ),
     Mutant(
-        "a text spells what ends texts by the base alone", "interop/text.py", "for i in (*tokenizer.all_special_ids, *ends)",
+        "a text spells what ends texts by the base alone", "interop/hub/text.py", "for i in (*tokenizer.all_special_ids, *ends)",
         "for i in tokenizer.all_special_ids", "test_tokenizer.py -k whatever_the_tokenizer",
     ),
     Mutant(
-        "ids that are numbers are not found", "inference/store.py", "names = [str(one) for one in ids]", "names = list(ids)",
+        "ids that are numbers are not found", "inference/memory_file.py", "names = [str(one) for one in ids]", "names = list(ids)",
         "test_cli.py -k ask",
     ),
     Mutant(
-        "an offline address of the hub is an outage", "interop/sources.py", "if _not_in_cache(error) and is_offline():",
+        "an offline address of the hub is an outage", "interop/hub/locations.py", "if _not_in_cache(error) and is_offline():",
         "if at_hub and _not_in_cache(error) and is_offline():", "test_interop_sources.py -k hubs_own_urls",
     ),
     Mutant(
-        "what stands beside a file may be junk", "interop/formats.py", "    files.check_fields(told, READING_FIELDS, beside)\n", "",
+        "what stands beside a file may be junk", "interop/adapters/formats.py", "    files.check_fields(told, READING_FIELDS, beside)\n", "",
         "test_formats.py -k of_its_type",
     ),
     Mutant(
@@ -153,7 +153,7 @@ MUTANTS = [
         "damaged tokens end every run", "data/tokens.py", "        _arrays(folder)\n    except", "    except", "test_tokens.py -k damaged",
     ),
     Mutant(
-        "a folder takes its place before it is on the disk", "interop/files.py", "        flush(tmp)\n        for within",
+        "a folder takes its place before it is on the disk", "files.py", "        flush(tmp)\n        for within",
         "        for within", "test_files.py -k on_the_disk",
     ),
     Mutant(

@@ -45,7 +45,9 @@ class Hub:
 
 class _Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True  # headers and body go in two pieces, the second of which would wait 40 ms
+    disable_nagle_algorithm = (
+        True  # headers and body go in two pieces, the second of which would wait 40 ms
+    )
 
     def log_message(self, *_):
         pass
@@ -83,7 +85,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             return self.create(json.loads(body))
         if path == "/api/validate-yaml":
             return self.answer(200, {"errors": [], "warnings": []})
-        found = re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/(revision|tree|preupload|commit|paths-info)/([^/]+)(?:/(.*))?)?", path)
+        found = re.fullmatch(
+            r"/api/models/([^/]+/[^/]+)(?:/(revision|tree|preupload|commit|paths-info)/([^/]+)(?:/(.*))?)?",
+            path,
+        )
         if found:
             return self.api(*found.groups(), body)
         found = re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.*)", path)
@@ -94,12 +99,25 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     def create(self, wanted):
         if not self.may_write():
             return None
-        name = f"{wanted['organization']}/{wanted['name']}" if wanted.get("organization") else wanted["name"]
+        name = (
+            f"{wanted['organization']}/{wanted['name']}"
+            if wanted.get("organization")
+            else wanted["name"]
+        )
         hub = self.server.hub
         if name.startswith("others/"):
-            return self.answer(403, {"error": "You don't have the rights to create a model under the namespace others"})
+            return self.answer(
+                403,
+                {"error": "You don't have the rights to create a model under the namespace others"},
+            )
         if name in hub.repositories:
-            return self.answer(409, {"error": "You already created this model repo", "url": f"{self.server.url}/{name}"})
+            return self.answer(
+                409,
+                {
+                    "error": "You already created this model repo",
+                    "url": f"{self.server.url}/{name}",
+                },
+            )
         hub.repositories[name] = []
         if wanted.get("private"):
             hub.private.add(name)
@@ -125,10 +143,23 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             if not self.may_write():
                 return None
             if name in hub.forbidden:
-                return self.answer(403, {"error": "You have read access but not the required permissions for this operation"})
+                return self.answer(
+                    403,
+                    {
+                        "error": "You have read access but not the required permissions for this operation"
+                    },
+                )
             if kind == "preupload":
                 wanted = [f["path"] for f in json.loads(body)["files"]]
-                return self.answer(200, {"files": [{"path": p, "uploadMode": "regular", "shouldIgnore": False} for p in wanted]})
+                return self.answer(
+                    200,
+                    {
+                        "files": [
+                            {"path": p, "uploadMode": "regular", "shouldIgnore": False}
+                            for p in wanted
+                        ]
+                    },
+                )
             files = dict(hub.find(name, "main")[1]) if hub.repositories[name] else {}
             for line in map(json.loads, body.splitlines()):
                 value = line["value"]
@@ -137,9 +168,18 @@ class _Handler(http.server.BaseHTTPRequestHandler):
                 elif line["key"] == "deletedFile":
                     files.pop(value["path"])
             sha = hub.commit(name, files)
-            return self.answer(200, {"commitUrl": f"{self.server.url}/{name}/commit/{sha}", "commitOid": sha, "hookOutput": ""})
+            return self.answer(
+                200,
+                {
+                    "commitUrl": f"{self.server.url}/{name}/commit/{sha}",
+                    "commitOid": sha,
+                    "hookOutput": "",
+                },
+            )
         if not kind and not hub.repositories.get(name, True):  # new, without a commit
-            return self.answer(200, {"id": name, "private": name in hub.private, "siblings": [], "tags": []})
+            return self.answer(
+                200, {"id": name, "private": name in hub.private, "siblings": [], "tags": []}
+            )
         if kind == "tree" and not hub.repositories.get(name, True):
             return self.answer(200, [])
         found = self.readable(name, revision or "main")
@@ -153,11 +193,26 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             wanted = urllib.parse.parse_qs(body.decode()).get("paths", [])
             return self.answer(200, [e for e in entries if e["path"] in wanted])
         siblings = [{"rfilename": path} for path in files]
-        return self.answer(200, {"id": name, "modelId": name, "sha": sha, "private": name in hub.private, "siblings": siblings, "tags": []})
+        return self.answer(
+            200,
+            {
+                "id": name,
+                "modelId": name,
+                "sha": sha,
+                "private": name in hub.private,
+                "siblings": siblings,
+                "tags": [],
+            },
+        )
 
     @staticmethod
     def entry(path, content):
-        return {"type": "file", "path": path, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
+        return {
+            "type": "file",
+            "path": path,
+            "size": len(content),
+            "oid": hashlib.sha1(content).hexdigest(),
+        }
 
     def file(self, name, revision, path):
         found = self.readable(name, revision)
@@ -165,12 +220,22 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             return None
         sha, files = found
         if path not in files:
-            return self.answer(404, {"error": "Entry not found"}, X_Error_Code="EntryNotFound", X_Repo_Commit=sha)
-        content, headers = files[path], {"ETag": f'"{hashlib.sha1(files[path]).hexdigest()}"', "X_Repo_Commit": sha}
+            return self.answer(
+                404, {"error": "Entry not found"}, X_Error_Code="EntryNotFound", X_Repo_Commit=sha
+            )
+        content, headers = (
+            files[path],
+            {"ETag": f'"{hashlib.sha1(files[path]).hexdigest()}"', "X_Repo_Commit": sha},
+        )
         ranged = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
         if ranged:
             first, last = int(ranged[1]), int(ranged[2] or len(content) - 1)
-            return self.answer(206, content[first : last + 1], Content_Range=f"bytes {first}-{last}/{len(content)}", **headers)
+            return self.answer(
+                206,
+                content[first : last + 1],
+                Content_Range=f"bytes {first}-{last}/{len(content)}",
+                **headers,
+            )
         return self.answer(200, content, Accept_Ranges="bytes", **headers)
 
 
@@ -179,7 +244,9 @@ def serving(cache, monkeypatch):
     """A `Hub`, which the hub's client asks within, keeping what it fetches in `cache`."""
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
     server.hub, server.url = Hub(), f"http://127.0.0.1:{server.server_port}"
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
+    thread = threading.Thread(
+        target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True
+    )
     thread.start()
     for name, value in (
         ("ENDPOINT", server.url), ("HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}"),

@@ -32,7 +32,9 @@ def copied(source, folder):
     tree = pathlib.Path(tempfile.mkdtemp(dir=folder))
     for name in COPIED:
         if (source / name).is_dir():
-            shutil.copytree(source / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
+            shutil.copytree(
+                source / name, tree / name, ignore=shutil.ignore_patterns("__pycache__")
+            )
         elif (source / name).exists():
             shutil.copy(source / name, tree / name)
     return tree
@@ -45,7 +47,9 @@ def plant(mutant, tree):
     path = tree / "icae_jax" / mutant.file
     whole = path.read_text(encoding="utf-8")
     if whole.count(mutant.text) != 1:
-        raise ValueError(f"{mutant.file} holds {whole.count(mutant.text)} times, not once: {mutant.text}")
+        raise ValueError(
+            f"{mutant.file} holds {whole.count(mutant.text)} times, not once: {mutant.text}"
+        )
     path.write_text(whole.replace(mutant.text, mutant.fault), encoding="utf-8")
 
 
@@ -53,7 +57,10 @@ def arguments(tests):
     """Pytest's arguments: files of tests/, and what else is said."""
     import shlex
 
-    return [f"tests/{word}" if word.startswith("test_") and ".py" in word else word for word in shlex.split(tests)]
+    return [
+        f"tests/{word}" if word.startswith("test_") and ".py" in word else word
+        for word in shlex.split(tests)
+    ]
 
 
 def run(mutant, tree):
@@ -75,20 +82,36 @@ def outcome(status, control):
     """Caught or survived, of a control passed or failed, or an error, in a word."""
     ended = "FAILED WITHOUT A FAULT" if control else "caught"
     if os.WIFSIGNALED(status):
-        return ended if os.WTERMSIG(status) == signal.SIGALRM else f"killed by signal {os.WTERMSIG(status)}"
+        return (
+            ended
+            if os.WTERMSIG(status) == signal.SIGALRM
+            else f"killed by signal {os.WTERMSIG(status)}"
+        )
     code = os.WEXITSTATUS(status)
-    return {0: "passed" if control else "SURVIVED", 1: ended, NO_TESTS: "no such tests"}.get(code, f"pytest ended with {code}")
+    return {0: "passed" if control else "SURVIVED", 1: ended, NO_TESTS: "no such tests"}.get(
+        code, f"pytest ended with {code}"
+    )
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", default="", help="only faults whose description or file holds this word")
+    parser.add_argument(
+        "--only", default="", help="only faults whose description or file holds this word"
+    )
     parser.add_argument("--jobs", type=int, default=2, help="how many are tried at once")
-    parser.add_argument("--tree", type=pathlib.Path, default=ROOT, help="another checkout, whose own tests are run")
+    parser.add_argument(
+        "--tree", type=pathlib.Path, default=ROOT, help="another checkout, whose own tests are run"
+    )
     args = parser.parse_args()
-    chosen = [m for m in faults.MUTANTS + faults_of_input.MUTANTS if args.only in m.what or args.only in m.file]
+    chosen = [
+        m
+        for m in faults.MUTANTS + faults_of_input.MUTANTS
+        if args.only in m.what or args.only in m.file
+    ]
 
-    sys.dont_write_bytecode = True  # what was compiled of a file before the fault must not be taken for it
+    sys.dont_write_bytecode = (
+        True  # what was compiled of a file before the fault must not be taken for it
+    )
     os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
     os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "compiled"))
@@ -100,7 +123,9 @@ def main():
     import pytest  # noqa: F401
     import transformers  # noqa: F401
 
-    controls = [Mutant(UNCHANGED, "", "", "", tests) for tests in dict.fromkeys(m.tests for m in chosen)]
+    controls = [
+        Mutant(UNCHANGED, "", "", "", tests) for tests in dict.fromkeys(m.tests for m in chosen)
+    ]
     found, running, waiting = {}, {}, controls + chosen
     with tempfile.TemporaryDirectory() as folder:
         while waiting or running:

@@ -14,7 +14,7 @@ import unittest.mock
 import numpy as np
 from conftest import TINY, WORDS, make_tokenizer, random_params, seen_devices, write_jsonl
 
-from icae_jax.interop import base as bases
+from icae_jax.interop.hub import base as bases
 from icae_jax.training.compressor_task import CompressorTask
 from icae_jax.training.config import TrainConfig, from_dict
 from icae_jax.training.train import train
@@ -29,7 +29,10 @@ def make_base(folder):
     """The base and the sentences, in a folder."""
     bases.save_base(folder / "base", TINY, random_params(TINY), make_tokenizer(), dtype="float32")
     rng = np.random.default_rng(0)
-    write_jsonl(folder / "texts.jsonl", [{"text": " ".join(rng.choice(WORDS[8:], size=8))} for _ in range(2)])
+    write_jsonl(
+        folder / "texts.jsonl",
+        [{"text": " ".join(rng.choice(WORDS[8:], size=8))} for _ in range(2)],
+    )
 
 
 def run(folder, method, **changes):
@@ -52,7 +55,11 @@ def idle_step(task, *_):
 
     def step(state, frozen, batch):
         of_batch = {"counts": task.counts(batch), "tokens": task.tokens(batch)}
-        return state | {"step": state["step"] + 1}, of_batch | {"sums": of_batch["counts"], "grad_norm": 0.0, "param_norm": 0.0}
+        return state | {"step": state["step"] + 1}, of_batch | {
+            "sums": of_batch["counts"],
+            "grad_norm": 0.0,
+            "param_norm": 0.0,
+        }
 
     return step
 
@@ -60,7 +67,11 @@ def idle_step(task, *_):
 def make_world(folder):
     """The base, the sentences, and each method's workdir, after a step that leaves the trained adapter as it was."""
     make_base(folder)
-    data = {"train": str(folder / "texts.jsonl"), "context_lengths": [CONTEXT], "cache_dir": str(folder / "cache")}
+    data = {
+        "train": str(folder / "texts.jsonl"),
+        "context_lengths": [CONTEXT],
+        "cache_dir": str(folder / "cache"),
+    }
     with unittest.mock.patch("icae_jax.training.step.make_train_step", idle_step):
         for method in RECIPES:
             run(folder, method, steps=1, init_from=str(TRAINED / method), data=data)
@@ -75,7 +86,13 @@ def main():
             shutil.rmtree(TRAINED / method, ignore_errors=True)
             shutil.copytree(folder / method / "adapter", TRAINED / method)
             config = TRAINED / method / "encoder" / "adapter_config.json"
-            config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": "restoring"}, indent=2) + "\n")
+            config.write_text(
+                json.dumps(
+                    json.loads(config.read_text()) | {"base_model_name_or_path": "restoring"},
+                    indent=2,
+                )
+                + "\n"
+            )
 
 
 if __name__ == "__main__":

@@ -10,8 +10,8 @@ from conftest import WORDS, random_trained
 from icae_jax.compression.encoder import CompressionConfig
 from icae_jax.evaluation import examples as drawn
 from icae_jax.inference.compressor import Compressor
-from icae_jax.interop import adapter as adapters
-from icae_jax.interop import base as bases
+from icae_jax.interop.adapters import folder as adapters
+from icae_jax.interop.hub import base as bases
 from icae_jax.models.lora import LoraConfig
 from icae_jax.objectives import targets
 
@@ -30,12 +30,28 @@ class InEights(Compressor):
 
 
 @functools.cache
-def compressor(path, method="icae", template="plain", layout="", k_choices=(2, 4), seed=0, trigger_token=""):
+def compressor(
+    path, method="icae", template="plain", layout="", k_choices=(2, 4), seed=0, trigger_token=""
+):
     """A random compressor of segments of 16 tokens; the same object for the same arguments, so that it compiles once."""
     base, k = load_base(path), k_choices[-1]
-    config = CompressionConfig(method=method, k=k, rate=16 / k, k_choices=k_choices, layout=layout, trigger_token=trigger_token)
+    config = CompressionConfig(
+        method=method,
+        k=k,
+        rate=16 / k,
+        k_choices=k_choices,
+        layout=layout,
+        trigger_token=trigger_token,
+    )
     trained = random_trained(base.config, k, seed)
-    adapter = adapters.Adapter(config, LoraConfig(4), targets.make_template(template, base.tokenizer), trained, str(path), base.fingerprint)
+    adapter = adapters.Adapter(
+        config,
+        LoraConfig(4),
+        targets.make_template(template, base.tokenizer),
+        trained,
+        str(path),
+        base.fingerprint,
+    )
     return InEights(base, adapter, path)
 
 
@@ -92,10 +108,18 @@ def same(got, want, only=None):
     for key, of in want.items():
         assert len(got[key]) == len(of)
         for a, b in zip(got[key], of, strict=True):
-            assert {n: a[n] for n in ("id", "cluster", "set", "group")} == {n: b[n] for n in ("id", "cluster", "set", "group")}
-            assert a["sums"].keys() == b["sums"].keys() and a["texts"].keys() == b["texts"].keys() and a["ties"].keys() == b["ties"].keys()
+            assert {n: a[n] for n in ("id", "cluster", "set", "group")} == {
+                n: b[n] for n in ("id", "cluster", "set", "group")
+            }
+            assert (
+                a["sums"].keys() == b["sums"].keys()
+                and a["texts"].keys() == b["texts"].keys()
+                and a["ties"].keys() == b["ties"].keys()
+            )
             tied = {arm for one in (a, b) for arm, count in one["ties"].items() if count}
-            assert {n: t for n, t in a["texts"].items() if n not in tied} == {n: t for n, t in b["texts"].items() if n not in tied}
+            assert {n: t for n, t in a["texts"].items() if n not in tied} == {
+                n: t for n, t in b["texts"].items() if n not in tied
+            }
             for metric, arms in b["sums"].items():
                 assert list(a["sums"][metric]) == list(arms)
                 for arm, numbers in arms.items():
@@ -103,7 +127,9 @@ def same(got, want, only=None):
                     if tied & {arm} and not loss:
                         continue
                     mine = a["sums"][metric][arm]
-                    assert mine[1:] == numbers[1:] and abs(mine[0] - numbers[0]) <= (BOUND * abs(numbers[0]) if loss else 0)
+                    assert mine[1:] == numbers[1:] and abs(mine[0] - numbers[0]) <= (
+                        BOUND * abs(numbers[0]) if loss else 0
+                    )
                     compared += 1
     return compared
 
@@ -112,7 +138,11 @@ def near(numbers, *want, bound=2e-5):
     """That summed numbers are those of some `Score`s or (nats, labels): labels exactly, nats within `bound`."""
     want = [(-w.log_prob, w.tokens) if hasattr(w, "log_prob") else w for w in want]
     nats, labels = (sum(part) for part in zip(*want, strict=True))
-    assert numbers[1] == labels and abs(numbers[0] - nats) <= bound * abs(nats), (numbers, nats, labels)
+    assert numbers[1] == labels and abs(numbers[0] - nats) <= bound * abs(nats), (
+        numbers,
+        nats,
+        labels,
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------- transformers
@@ -121,7 +151,9 @@ def near(numbers, *want, bound=2e-5):
 @functools.cache
 def _model(path):
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
-    return transformers.AutoModelForCausalLM.from_pretrained(pathlib.Path(path), dtype=torch.float32).eval()
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        pathlib.Path(path), dtype=torch.float32
+    ).eval()
 
 
 def reference_nats(path, ids, first):
@@ -139,7 +171,12 @@ def reference_answer(path, prompt, limit, stops):
 
     prompt = torch.tensor([list(prompt)])
     out = _model(path).generate(
-        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=limit, do_sample=False, pad_token_id=0, eos_token_id=list(stops)
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        max_new_tokens=limit,
+        do_sample=False,
+        pad_token_id=0,
+        eos_token_id=list(stops),
     )
     new = out[0, prompt.shape[1] :].tolist()
     return new[:-1] if new[-1] in stops else new

@@ -11,8 +11,8 @@ from conftest import TINY, close, random_lora, random_params, random_trained
 
 from icae_jax.compression.encoder import CompressionConfig
 from icae_jax.errors import UserError
-from icae_jax.interop import adapter as adapters
-from icae_jax.interop import base as bases
+from icae_jax.interop.adapters import folder as adapters
+from icae_jax.interop.hub import base as bases
 from icae_jax.models import lora
 from icae_jax.objectives.targets import Template
 
@@ -58,7 +58,10 @@ def test_round_trip(folder, adapter, base):
     assert dataclasses.replace(loaded, trained=None) == dataclasses.replace(adapter, trained=None)
     assert loaded.fingerprint == adapter.fingerprint
     table = adapter.trained["memory_table"].at[0, 0].add(1)
-    assert dataclasses.replace(adapter, trained=adapter.trained | {"memory_table": table}).fingerprint != adapter.fingerprint
+    assert (
+        dataclasses.replace(adapter, trained=adapter.trained | {"memory_table": table}).fingerprint
+        != adapter.fingerprint
+    )
 
 
 def test_workdir_stands_for_its_adapter(folder):
@@ -71,14 +74,20 @@ def test_peft_merges_what_we_compute(folder, adapter, tiny_base):
     torch, transformers, peft = (pytest.importorskip(m) for m in ("torch", "transformers", "peft"))
     model = transformers.AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32)
     before = {name: value.clone().numpy() for name, value in model.state_dict().items()}
-    merged = peft.PeftModel.from_pretrained(model, folder / "encoder").merge_and_unload().state_dict()
+    merged = (
+        peft.PeftModel.from_pretrained(model, folder / "encoder").merge_and_unload().state_dict()
+    )
     assert merged.keys() == before.keys()
     changed = 0
     for module, projections in adapter.trained["lora"]["layers"].items():
         for name, pair in projections.items():
             for i in range(TINY.num_layers):
                 key = f"model.layers.{i}.{module}.{name}.weight"
-                close(merged[key].numpy(), before[key] + 1.5 * np.asarray(pair["a"][i] @ pair["b"][i]).T, 1e-6)
+                close(
+                    merged[key].numpy(),
+                    before[key] + 1.5 * np.asarray(pair["a"][i] @ pair["b"][i]).T,
+                    1e-6,
+                )
                 assert np.abs(merged[key].numpy() - before[key]).max() > 0.01
                 changed += 1
     assert changed == 7 * TINY.num_layers
@@ -87,7 +96,9 @@ def test_peft_merges_what_we_compute(folder, adapter, tiny_base):
 
 def test_wrong_base_is_refused_with_both_named(folder, base):
     """Breaks when a compressor runs on a base that it was not trained on."""
-    other = dataclasses.replace(base, fingerprint=bases.fingerprint(TINY, random_params(TINY, 1)), path="somewhere/else")
+    other = dataclasses.replace(
+        base, fingerprint=bases.fingerprint(TINY, random_params(TINY, 1)), path="somewhere/else"
+    )
     with pytest.raises(ValueError, match="give the right base") as error:
         adapters.load_adapter(folder, other)
     for part in (base.fingerprint[:12], other.fingerprint[:12], base.path, other.path, str(folder)):
@@ -98,8 +109,14 @@ def test_names_of_the_reference_are_read():
     """Breaks when tensors of the released checkpoints, with `icae.` in front and `.default` inside, are not found."""
     tree = random_lora(TINY)
     tensors = adapters.lora_to_hub(tree, prefix="icae.base_model.model.", infix=".default")
-    assert tensors["icae.base_model.model.model.layers.1.self_attn.q_proj.lora_A.default.weight"].shape == (4, 32)
-    jax.tree.map(np.testing.assert_array_equal, adapters.lora_from_hub(tensors | {"other.weight": np.zeros(3)}, TINY), tree)
+    assert tensors[
+        "icae.base_model.model.model.layers.1.self_attn.q_proj.lora_A.default.weight"
+    ].shape == (4, 32)
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        adapters.lora_from_hub(tensors | {"other.weight": np.zeros(3)}, TINY),
+        tree,
+    )
 
 
 Q_A, Q_B = (f"base_model.model.model.layers.1.self_attn.q_proj.lora_{x}.weight" for x in "AB")
@@ -110,10 +127,22 @@ Q_A, Q_B = (f"base_model.model.model.layers.1.self_attn.q_proj.lora_{x}.weight" 
     [
         (lambda t: t.clear(), ["no LoRA tensors"]),
         (lambda t: [t.pop(Q_A), t.pop(Q_B)], [f"missing {Q_A} (4, 32)", f"missing {Q_B} (32, 4)"]),
-        (lambda t: t.update({Q_A.replace("layers.1", "layers.2"): t[Q_A]}), ["unexpected", "layers.2", "the base has 2 layers"]),
-        (lambda t: t.update({Q_A: np.zeros((4, 31), np.float32)}), [f"mis-shaped {Q_A}: (4, 31), with this base it is (4, 32)"]),
-        (lambda t: t.update({Q_B: t[Q_B][:, :3]}), [f"mis-shaped {Q_B}: (32, 3), with this base it is (32, 4)"]),
-        (lambda t: t.update({Q_A.replace("q_proj", "qkv"): t[Q_A]}), ["unexpected", "self_attn.qkv is not a projection"]),
+        (
+            lambda t: t.update({Q_A.replace("layers.1", "layers.2"): t[Q_A]}),
+            ["unexpected", "layers.2", "the base has 2 layers"],
+        ),
+        (
+            lambda t: t.update({Q_A: np.zeros((4, 31), np.float32)}),
+            [f"mis-shaped {Q_A}: (4, 31), with this base it is (4, 32)"],
+        ),
+        (
+            lambda t: t.update({Q_B: t[Q_B][:, :3]}),
+            [f"mis-shaped {Q_B}: (32, 3), with this base it is (32, 4)"],
+        ),
+        (
+            lambda t: t.update({Q_A.replace("q_proj", "qkv"): t[Q_A]}),
+            ["unexpected", "self_attn.qkv is not a projection"],
+        ),
         (
             lambda t: t.update({Q_B: t[Q_B][:3], Q_A.replace("layers.1", "layers.7"): t.pop(Q_A)}),
             [f"missing {Q_A}", f"mis-shaped {Q_B}", "unexpected base_model.model.model.layers.7"],
@@ -133,16 +162,46 @@ def test_every_tensor_that_does_not_fit_is_listed(change, messages):
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda f: edit(f / "icae.json", format_version=99), "format_version is 99, this version reads 1"),
-        (lambda f: edit(f / "icae.json", compression={"k": 3}), "compression: fields layout, .* unknown or missing"),
-        (lambda f: edit(f / "icae.json", compression={"k": 3, "size": 1}), "compression: fields layout, .*size, .* unknown or missing"),
-        (lambda f: (f / "encoder" / "adapter_config.json").write_text("{}"), "r, lora_alpha, .* missing"),
-        (lambda f: edit(f / "icae.json", compression=[]), r"icae\.json: compression is \[\], which is not an object"),
-        (lambda f: edit_within(f / "icae.json", "compression", k="3"), "compression: k is '3', which is not a whole number"),
-        (lambda f: edit_within(f / "icae.json", "compression", k_choices=["a"]), r"k_choices is \['a'\], which are not whole numbers"),
-        (lambda f: edit_within(f / "icae.json", "template", stop=None), "template: stop is None, which is not a whole number"),
-        (lambda f: edit(f / "icae.json", format_version=True), "format_version is True, this version reads 1"),
-        (lambda f: edit_within(f / "icae.json", "compression", rate=float("nan")), "compression: rate is nan, which is no number of a"),
+        (
+            lambda f: edit(f / "icae.json", format_version=99),
+            "format_version is 99, this version reads 1",
+        ),
+        (
+            lambda f: edit(f / "icae.json", compression={"k": 3}),
+            "compression: fields layout, .* unknown or missing",
+        ),
+        (
+            lambda f: edit(f / "icae.json", compression={"k": 3, "size": 1}),
+            "compression: fields layout, .*size, .* unknown or missing",
+        ),
+        (
+            lambda f: (f / "encoder" / "adapter_config.json").write_text("{}"),
+            "r, lora_alpha, .* missing",
+        ),
+        (
+            lambda f: edit(f / "icae.json", compression=[]),
+            r"icae\.json: compression is \[\], which is not an object",
+        ),
+        (
+            lambda f: edit_within(f / "icae.json", "compression", k="3"),
+            "compression: k is '3', which is not a whole number",
+        ),
+        (
+            lambda f: edit_within(f / "icae.json", "compression", k_choices=["a"]),
+            r"k_choices is \['a'\], which are not whole numbers",
+        ),
+        (
+            lambda f: edit_within(f / "icae.json", "template", stop=None),
+            "template: stop is None, which is not a whole number",
+        ),
+        (
+            lambda f: edit(f / "icae.json", format_version=True),
+            "format_version is True, this version reads 1",
+        ),
+        (
+            lambda f: edit_within(f / "icae.json", "compression", rate=float("nan")),
+            "compression: rate is nan, which is no number of a",
+        ),
         (
             lambda f: edit_within(f / "icae.json", "compression", rate=10**400),
             r"compression: rate is 10+, which is no number of a sensible",
@@ -151,8 +210,14 @@ def test_every_tensor_that_does_not_fit_is_listed(change, messages):
             lambda f: edit_within(f / "icae.json", "compression", k=-3),
             r"icae\.json: compression: compression\.k is -3; it must be positive",
         ),
-        (lambda f: edit_within(f / "icae.json", "compression", method=["icae"]), r"method is \['icae'\], which is not a text"),
-        (lambda f: edit_within(f / "icae.json", "template", head=[[1]]), r"template: head is \[\[1\]\], which are not whole numbers"),
+        (
+            lambda f: edit_within(f / "icae.json", "compression", method=["icae"]),
+            r"method is \['icae'\], which is not a text",
+        ),
+        (
+            lambda f: edit_within(f / "icae.json", "template", head=[[1]]),
+            r"template: head is \[\[1\]\], which are not whole numbers",
+        ),
         (
             lambda f: edit_within(f / "icae.json", "template", before=[64]),
             "template before: id 64, but the base's embedding table has 64 rows",
@@ -161,22 +226,45 @@ def test_every_tensor_that_does_not_fit_is_listed(change, messages):
             lambda f: edit_within(f / "icae.json", "template", after=[-4]),
             "template after: id -4, but the base's embedding table has 64 rows",
         ),
-        (lambda f: edit_within(f / "icae.json", "template", stop=-1), "template stop: id -1, but the base's embedding table has 64 rows"),
+        (
+            lambda f: edit_within(f / "icae.json", "template", stop=-1),
+            "template stop: id -1, but the base's embedding table has 64 rows",
+        ),
         (lambda f: edit(f / "icae.json", origin="x"), "origin is 'x', which is not an object"),
-        (lambda f: (f / "icae.json").write_text('{"format_version": 1}'), r"icae\.json: base_fingerprint, compression, .* missing"),
+        (
+            lambda f: (f / "icae.json").write_text('{"format_version": 1}'),
+            r"icae\.json: base_fingerprint, compression, .* missing",
+        ),
         (lambda f: (f / "icae.json").write_text("[]"), r"icae\.json: not an object"),
-        (lambda f: edit(f / "encoder" / "adapter_config.json", lora_alpha="x"), "lora_alpha is 'x', which is not a number"),
-        (lambda f: edit(f / "encoder" / "adapter_config.json", r=0), r"adapter_config\.json: r is 0"),
-        (lambda f: edit(f / "encoder" / "adapter_config.json", target_modules=[[]]), "which is neither a text nor a list of texts"),
+        (
+            lambda f: edit(f / "encoder" / "adapter_config.json", lora_alpha="x"),
+            "lora_alpha is 'x', which is not a number",
+        ),
+        (
+            lambda f: edit(f / "encoder" / "adapter_config.json", r=0),
+            r"adapter_config\.json: r is 0",
+        ),
+        (
+            lambda f: edit(f / "encoder" / "adapter_config.json", target_modules=[[]]),
+            "which is neither a text nor a list of texts",
+        ),
         (lambda f: (f / "icae.json").unlink(), r"has no icae\.json, so it is no adapter"),
         (lambda f: (f / "memory.safetensors").unlink(), r"memory\.safetensors: no such file"),
-        (lambda f: (f / "memory.safetensors").write_bytes(b"x" * 20), "not a readable safetensors file"),
         (
-            lambda f: edit_tensors(f / "memory.safetensors", lambda t: t.update({adapters.MEMORY_TABLE: np.zeros((5, 32), np.float32)})),
+            lambda f: (f / "memory.safetensors").write_bytes(b"x" * 20),
+            "not a readable safetensors file",
+        ),
+        (
+            lambda f: edit_tensors(
+                f / "memory.safetensors",
+                lambda t: t.update({adapters.MEMORY_TABLE: np.zeros((5, 32), np.float32)}),
+            ),
             r"memory_token_embed.weight is \(5, 32\), expected \(6, 32\)",
         ),
         (
-            lambda f: edit_tensors(f / "memory.safetensors", lambda t: t.update(other=t.pop(adapters.MEMORY_TABLE))),
+            lambda f: edit_tensors(
+                f / "memory.safetensors", lambda t: t.update(other=t.pop(adapters.MEMORY_TABLE))
+            ),
             r"memory_token_embed.weight is None, expected \(6, 32\)",
         ),
     ],

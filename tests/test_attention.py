@@ -16,7 +16,7 @@ from jax._src.cudnn import fused_attention_stablehlo
 from jax.sharding import AbstractMesh, AxisType
 
 from icae_jax.models import attention
-from icae_jax.training import sharding
+from icae_jax.runtime import sharding
 
 KERNELS = attention.splash_attention_kernel
 RULES = (("batch", ("data", "fsdp")), ("heads", "tensor"), ("kv_heads", "tensor"))
@@ -24,7 +24,9 @@ RULES = (("batch", ("data", "fsdp")), ("heads", "tensor"), ("kv_heads", "tensor"
 
 def on_cpu(monkeypatch):
     """Runs the kernels' own arithmetic here: splash interpreted, and in cuDNN's place XLA, called as cuDNN is."""
-    monkeypatch.setattr(KERNELS, "make_splash_mha", functools.partial(KERNELS.make_splash_mha, interpret=True))
+    monkeypatch.setattr(
+        KERNELS, "make_splash_mha", functools.partial(KERNELS.make_splash_mha, interpret=True)
+    )
     monkeypatch.setattr(attention, "_cudnn", functools.partial(attention._cudnn, inner="xla"))
 
 
@@ -34,7 +36,10 @@ class Case:
     def __init__(self, B, S, N, K, H, P=0, Bp=1, at=None):
         rng = np.random.default_rng(B * S + H)
         T = S if at is None else len(at)
-        q, k, v, self.weights = (rng.normal(size=s).astype(np.float32) for s in ((B, T, N, H), (B, S, K, H), (B, S, K, H), (B, T, N * H)))
+        q, k, v, self.weights = (
+            rng.normal(size=s).astype(np.float32)
+            for s in ((B, T, N, H), (B, S, K, H), (B, S, K, H), (B, T, N * H))
+        )
         self.real, self.at = np.ones((B, S), bool), at
         for b in range(B):
             self.real[b, S // 4 : S // 4 + 3 * b] = False
@@ -42,14 +47,18 @@ class Case:
         self.prefix_mask = np.arange(P)[None] < P - 4 * np.arange(Bp)[:, None] if P else None
         if P:
             self.arrays += [rng.normal(size=(Bp, P, K, H)).astype(np.float32) for _ in range(2)]
-        self.weights *= self.real[:, np.arange(S) if at is None else at][..., None]  # nothing reads what padding gives
+        self.weights *= self.real[:, np.arange(S) if at is None else at][
+            ..., None
+        ]  # nothing reads what padding gives
 
     def out(self, implementation, arrays, mask=None):
         """`attend`, with zeros where a query is padding."""
         q, k, v, *prefix = arrays
         prefix = (*prefix, self.prefix_mask) if prefix else None
         mask = self.real if mask is None else mask
-        return attention.attend(q, k, v, mask, prefix, at=self.at, implementation=implementation) * (self.weights != 0)
+        return attention.attend(
+            q, k, v, mask, prefix, at=self.at, implementation=implementation
+        ) * (self.weights != 0)
 
     def both(self, implementation):
         """The output and the gradients of q, k, v and of the prefix's k and v."""
@@ -72,10 +81,15 @@ class Case:
         out = np.zeros(q.shape)
         for b, t, n in np.ndindex(q.shape[:3]):
             kv_head, time = n // (q.shape[2] // k.shape[2]), t if self.at is None else self.at[t]
-            sees = [(k[b, s, kv_head], v[b, s, kv_head]) for s in range(time + 1) if self.real[b, s]]
+            sees = [
+                (k[b, s, kv_head], v[b, s, kv_head]) for s in range(time + 1) if self.real[b, s]
+            ]
             if prefix:
                 of = b // (q.shape[0] // len(prefix[0]))
-                sees += [(prefix[0][of, p, kv_head], prefix[1][of, p, kv_head]) for p in np.flatnonzero(self.prefix_mask[of])]
+                sees += [
+                    (prefix[0][of, p, kv_head], prefix[1][of, p, kv_head])
+                    for p in np.flatnonzero(self.prefix_mask[of])
+                ]
             if sees:
                 scores = np.array([q[b, t, n] @ key for key, _ in sees]) / np.sqrt(q.shape[3])
                 scores = np.exp(scores - scores.max())
@@ -100,7 +114,9 @@ def test_plain_against_the_definition(name):
 
 
 @pytest.mark.parametrize(
-    ("scores", "unroll"), [(1, False), (2 * 4 * 24 * 45, False), (1, True)], ids=["a text", "two texts", "a text, unrolled"]
+    ("scores", "unroll"),
+    [(1, False), (2 * 4 * 24 * 45, False), (1, True)],
+    ids=["a text", "two texts", "a text, unrolled"],
 )
 def test_texts_in_turns(monkeypatch, scores, unroll):
     """Breaks when texts that are computed one after another get each other's keys, masks or gradients, or their order changes."""
@@ -115,11 +131,16 @@ def test_texts_in_turns(monkeypatch, scores, unroll):
     lowered = traced.lower()
     assert str(traced.jaxpr).count("scan[") == 1
     assert ("stablehlo.while" in lowered.as_text()) is not unroll
-    close(lowered.compile()(*case.arrays[:3]), jax.jit(attention.attend)(*case.arrays[:3], np.repeat(of_all, 4, axis=0)))
+    close(
+        lowered.compile()(*case.arrays[:3]),
+        jax.jit(attention.attend)(*case.arrays[:3], np.repeat(of_all, 4, axis=0)),
+    )
 
 
 @pytest.mark.parametrize("implementation", ["cudnn", "splash"])
-@pytest.mark.parametrize("name", [name for name in CASES if name != "the last times"])  # to kernels they are as those within
+@pytest.mark.parametrize(
+    "name", [name for name in CASES if name != "the last times"]
+)  # to kernels they are as those within
 def test_kernels_against_plain(monkeypatch, name, implementation):
     """Breaks when a kernel's padding is seen, its queries stand at other times, or a shared prefix misses some of its rows' gradients."""
     on_cpu(monkeypatch)
@@ -139,7 +160,14 @@ def test_several_blocks(monkeypatch, fused):
 
 @pytest.mark.parametrize(
     ("length", "blocks"),
-    [(1, (128, 128)), (128, (128, 128)), (576, (640, 640)), (641, (768, 384)), (900, (1024, 512)), (1280, (1280, 640))],
+    [
+        (1, (128, 128)),
+        (128, (128, 128)),
+        (576, (640, 640)),
+        (641, (768, 384)),
+        (900, (1024, 512)),
+        (1280, (1280, 640)),
+    ],
 )
 def test_blocks(length, blocks):
     """Breaks when blocks are not multiples of what splash takes, do not hold the length, or are so small that starting them is the cost."""
@@ -188,7 +216,11 @@ def test_times_of_each_row_and_times_told_late(monkeypatch):
     def attend(implementation, own, late):
         attend = functools.partial(attention.attend, implementation=implementation)
         known = np.arange(4, 9, 2)
-        return attend(some, k, v, real, at=own), attend(q[:, known], k, v, real, at=known), attend(q[:, 20:], k, v, real, at=late)
+        return (
+            attend(some, k, v, real, at=own),
+            attend(q[:, known], k, v, real, at=known),
+            attend(q[:, 20:], k, v, real, at=late),
+        )
 
     every = np.asarray(jax.jit(attention.attend)(q, k, v, real))
     want = np.take_along_axis(every, own[..., None], axis=1), every[:, 4:9:2], every[:, 20:]
@@ -206,7 +238,10 @@ def test_queries_that_are_padding(monkeypatch, implementation):
     real[0, :5], real[1] = False, False
 
     def total(arrays):
-        return jnp.sum(jnp.square(attention.attend(*arrays, real, implementation=implementation)) * ~real[..., None])
+        return jnp.sum(
+            jnp.square(attention.attend(*arrays, real, implementation=implementation))
+            * ~real[..., None]
+        )
 
     value, gradients = jax.jit(jax.value_and_grad(total))([q, k, v])
     assert np.isfinite(value) and all(np.isfinite(g).all() for g in gradients)
@@ -219,8 +254,14 @@ def test_queries_that_are_padding(monkeypatch, implementation):
     [
         ({"implementation": "flash"}, "attention is 'flash'; choose from xla, cudnn, splash"),
         ({"mask": np.ones((1, 24, 24), bool)}, "choose xla or cudnn"),
-        ({"prefix": (np.zeros((2, 3, 2, 8)),) * 2 + (np.ones((2, 24, 3), bool),)}, "choose xla or cudnn"),
-        ({"implementation": "xla", "k_BSKH": np.zeros((2, 30, 2, 8))}, "24 queries of 30 keys, and at is None"),
+        (
+            {"prefix": (np.zeros((2, 3, 2, 8)),) * 2 + (np.ones((2, 24, 3), bool),)},
+            "choose xla or cudnn",
+        ),
+        (
+            {"implementation": "xla", "k_BSKH": np.zeros((2, 30, 2, 8))},
+            "24 queries of 30 keys, and at is None",
+        ),
         ({"at": np.arange(3)}, r"24 queries of 24 keys, and at is \(3,\)"),
     ],
     ids=["name", "mask", "mask of the prefix", "no times", "too few times"],
@@ -228,7 +269,13 @@ def test_queries_that_are_padding(monkeypatch, implementation):
 def test_what_cannot_be_computed(changed, said):
     """Breaks when a call is computed with another mask than the one given."""
     q, k, v = CASES["grouped heads"].arrays
-    given = {"q_BTNH": q, "k_BSKH": k, "v_BSKH": v, "mask": np.ones((1, 24), bool), "implementation": "splash"} | changed
+    given = {
+        "q_BTNH": q,
+        "k_BSKH": k,
+        "v_BSKH": v,
+        "mask": np.ones((1, 24), bool),
+        "implementation": "splash",
+    } | changed
     with pytest.raises(ValueError, match=said):
         attention.attend(**given)
 
@@ -249,7 +296,12 @@ def test_what_cannot_be_computed(changed, said):
         ("splash", "cpu", {}, "needs a tpu; the device is a cpu"),
         ("splash", "tpu", {"dtype": jnp.float16}, "the dtype is float16"),
         ("splash", "tpu", {"windows": True}, "windows"),
-        ("splash", "tpu", {"tensor": 4}, "8 query heads are split over 4 devices, 2 key/value heads"),
+        (
+            "splash",
+            "tpu",
+            {"tensor": 4},
+            "8 query heads are split over 4 devices, 2 key/value heads",
+        ),
         ("splash", "tpu", {"tensor": 16}, None),
     ],
 )
@@ -272,7 +324,11 @@ def test_fastest_is_measured(monkeypatch):
         left = list(times)
 
         def seconds(step, arguments):
-            assert [g.shape for g in jax.eval_shape(step, *arguments)] == [(2, 16, 4, 8), (2, 16, 2, 8), (2, 16, 2, 8)]
+            assert [g.shape for g in jax.eval_shape(step, *arguments)] == [
+                (2, 16, 4, 8),
+                (2, 16, 2, 8),
+                (2, 16, 2, 8),
+            ]
             taken = left.pop(0)
             if isinstance(taken, Exception):
                 raise taken
@@ -281,8 +337,18 @@ def test_fastest_is_measured(monkeypatch):
         return seconds
 
     choose = functools.partial(attention.fastest, **SIZES, dtype=jnp.float32)
-    assert choose(seconds=timer(3.0, 1.0, 2.0)) == ("cudnn", {"xla": 3.0, "cudnn": 1.0, "splash": 2.0}, {})
-    got = choose(seconds=timer(3.0, NotImplementedError("no such\nhead"), jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED")))
+    assert choose(seconds=timer(3.0, 1.0, 2.0)) == (
+        "cudnn",
+        {"xla": 3.0, "cudnn": 1.0, "splash": 2.0},
+        {},
+    )
+    got = choose(
+        seconds=timer(
+            3.0,
+            NotImplementedError("no such\nhead"),
+            jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED"),
+        )
+    )
     assert got == ("xla", {"xla": 3.0}, {"cudnn": "no such", "splash": "RESOURCE_EXHAUSTED"})
     got = choose(seconds=timer(ValueError("a"), ValueError(), ValueError("c")))
     assert got == ("xla", {}, {"xla": "a", "cudnn": "ValueError()", "splash": "c"})
@@ -293,10 +359,18 @@ def test_fastest_of_what_this_machine_has(monkeypatch):
     if jax.devices()[0].platform != "cpu":
         pytest.skip("needs a machine without accelerators")
     choice = attention.fastest(**SIZES, dtype=jnp.bfloat16, seconds=None)
-    assert choice.implementation == "xla" and choice.seconds == {} and sorted(choice.refused) == ["cudnn", "splash"]
+    assert (
+        choice.implementation == "xla"
+        and choice.seconds == {}
+        and sorted(choice.refused) == ["cudnn", "splash"]
+    )
     monkeypatch.setattr(attention, "supported", lambda *_, **__: None)
     choice = attention.fastest(**SIZES, dtype=jnp.bfloat16)
-    assert choice.implementation == "xla" and 0 < choice.seconds["xla"] < 60 and all(choice.refused[name] for name in ("cudnn", "splash"))
+    assert (
+        choice.implementation == "xla"
+        and 0 < choice.seconds["xla"] < 60
+        and all(choice.refused[name] for name in ("cudnn", "splash"))
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------- devices
@@ -307,24 +381,46 @@ def test_lowered_for_cuda(monkeypatch, mesh):
     """Breaks when what is passed to cuDNN is not what it takes (lengths, heads, dtypes), or the mesh's parts are not the devices' own."""
     monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
     monkeypatch.setattr(fused_attention_stablehlo, "check_compute_capability", lambda _: True)
-    monkeypatch.setattr(fused_attention_stablehlo, "is_cuda_compute_capability_equal", lambda _: False)
+    monkeypatch.setattr(
+        fused_attention_stablehlo, "is_cuda_compute_capability_equal", lambda _: False
+    )
 
     def like(*shape, dtype=jnp.bfloat16):
         return jax.ShapeDtypeStruct(shape, dtype)
 
     def total(q, k, v, pk, pv, mask, p_mask):
-        return jnp.sum(jnp.square(attention.attend(q, k, v, mask, (pk, pv, p_mask), implementation="cudnn").astype(jnp.float32)))
+        return jnp.sum(
+            jnp.square(
+                attention.attend(q, k, v, mask, (pk, pv, p_mask), implementation="cudnn").astype(
+                    jnp.float32
+                )
+            )
+        )
 
-    given = like(4, 37, 8, 64), like(4, 37, 2, 64), like(4, 37, 2, 64), like(2, 31, 2, 64), like(2, 31, 2, 64)
+    given = (
+        like(4, 37, 8, 64),
+        like(4, 37, 2, 64),
+        like(4, 37, 2, 64),
+        like(2, 31, 2, 64),
+        like(2, 31, 2, 64),
+    )
     masks = like(4, 37, dtype=bool), like(2, 31, dtype=bool)
     devices = AbstractMesh((1, 2, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
     with jax.sharding.use_abstract_mesh(devices), nn.logical_axis_rules(RULES if mesh else ()):
-        lowered = jax.jit(jax.grad(total, range(5))).trace(*given, *masks).lower(lowering_platforms=("cuda",)).as_text()
+        lowered = (
+            jax.jit(jax.grad(total, range(5)))
+            .trace(*given, *masks)
+            .lower(lowering_platforms=("cuda",))
+            .as_text()
+        )
     calls = [line for line in lowered.splitlines() if "@__cudnn$fmha" in line]
     B, N, K = (2, 4, 1) if mesh else (4, 8, 2)
     assert len(calls) == 2 and "fmhaScaleBiasSoftmaxBackward" in calls[1]
     for call in calls:
-        assert f"tensor<{B}x64x{N}x64xbf16>, tensor<{B}x128x{K}x64xbf16>, tensor<{B}x128x{K}x64xbf16>" in call  # q, k, v
+        assert (
+            f"tensor<{B}x64x{N}x64xbf16>, tensor<{B}x128x{K}x64xbf16>, tensor<{B}x128x{K}x64xbf16>"
+            in call
+        )  # q, k, v
         assert f"tensor<{B}x1x64x128xbf16>" in call  # the mask
         assert "bmm" in call and "\\22fmha_scale\\22: 0.125" in call
 
@@ -334,8 +430,15 @@ def test_rematerialised(kept, kernels):
     """Breaks when a policy that keeps what attention gave runs the forward kernel twice all the same."""
     case = CASES["grouped heads"]
     kept = jax.checkpoint_policies.save_only_these_names(*kept)
-    total = jax.checkpoint(lambda arrays: jnp.sum(jnp.square(case.out("splash", arrays))), policy=kept)
-    lowered = jax.jit(jax.value_and_grad(total)).trace(case.arrays).lower(lowering_platforms=("tpu",)).as_text()
+    total = jax.checkpoint(
+        lambda arrays: jnp.sum(jnp.square(case.out("splash", arrays))), policy=kept
+    )
+    lowered = (
+        jax.jit(jax.value_and_grad(total))
+        .trace(case.arrays)
+        .lower(lowering_platforms=("tpu",))
+        .as_text()
+    )
     assert lowered.count("custom_call @tpu_custom_call") == kernels
 
 
@@ -355,7 +458,10 @@ def test_on_a_mesh(monkeypatch):
             grouped = case.arrays[1].shape[2] == 2
             rules = RULES if grouped else RULES[:1]  # one key/value head: none are split
             for implementation in implementations:
-                with jax.set_mesh(sharding.make_mesh(sharding.MeshConfig(1, 2, 2))), nn.logical_axis_rules(rules):
+                with (
+                    jax.set_mesh(sharding.make_mesh(sharding.MeshConfig(1, 2, 2))),
+                    nn.logical_axis_rules(rules),
+                ):
                     got = case.both(implementation)
                 for x, y in zip(got, want, strict=True):
                     close(x, y)
@@ -363,23 +469,39 @@ def test_on_a_mesh(monkeypatch):
                     continue  # the compiler splits it, where what it is given is split
                 parts = got[1].sharding.shard_shape(got[1].shape)
                 B, T, N, H = got[1].shape
-                assert parts == (B // (2 if B > 1 else 1), T, N // (2 if grouped else 1), H), (parts, got[1].shape)
-        mesh, message = sharding.make_mesh(sharding.MeshConfig(1, 2, 2)), "4 query heads are split over 2 devices, 1 key/value heads"
-        with jax.set_mesh(mesh), nn.logical_axis_rules(RULES[:2]), pytest.raises(ValueError, match=message):
+                assert parts == (B // (2 if B > 1 else 1), T, N // (2 if grouped else 1), H), (
+                    parts,
+                    got[1].shape,
+                )
+        mesh, message = (
+            sharding.make_mesh(sharding.MeshConfig(1, 2, 2)),
+            "4 query heads are split over 2 devices, 1 key/value heads",
+        )
+        with (
+            jax.set_mesh(mesh),
+            nn.logical_axis_rules(RULES[:2]),
+            pytest.raises(ValueError, match=message),
+        ):
             CASES["a prefix for two rows"].both("splash")
         where = jax.NamedSharding(mesh, jax.P(("data", "fsdp"), None, "tensor"))
         with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
             split = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where) for x in case.arrays]
-            step = jax.jit(lambda arrays: jax.grad(lambda a: case.out("xla", a).sum())(arrays)).lower(split)
+            step = jax.jit(
+                lambda arrays: jax.grad(lambda a: case.out("xla", a).sum())(arrays)
+            ).lower(split)
             loops, compiled = step.as_text().count("stablehlo.while"), step.compile().as_text()
-            assert loops == 2 and not [line for line in compiled.splitlines() if " all-" in line or "permute" in line]
+            assert loops == 2 and not [
+                line for line in compiled.splitlines() if " all-" in line or "permute" in line
+            ]
 
 
 def child(code, **environment):
     """What a process of its own prints, which is not the accelerator's."""
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": paths} | environment
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 

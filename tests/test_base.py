@@ -13,11 +13,12 @@ import pytest
 import transformers
 from conftest import ROOT, TINY, close, random_params, same
 
-from icae_jax import convert_base, errors
-from icae_jax.interop import base as bases
-from icae_jax.interop import weights
+from icae_jax import errors
+from icae_jax.interop.hub import base as bases
+from icae_jax.interop.hub import weights
 from icae_jax.models import llama, rope
-from icae_jax.quickstart import SHIPPED_BASE
+from icae_jax.workflows import convert_base
+from icae_jax.workflows.quickstart import SHIPPED_BASE
 
 LLAMA3 = rope.Llama3Scaling(8.0, 1.0, 4.0, 64)
 
@@ -30,16 +31,24 @@ def test_bfloat16_round_trip_through_transformers(tmp_path, tiny_params, tiny_to
     same(weights.load_params(tmp_path / "saved", TINY, jnp.bfloat16), rounded)
     base = bases.load_base(tmp_path / "saved")
     same(base.params, jax.tree.map(lambda x: x.astype(np.float32), rounded))
-    assert base.config == TINY and base.tokenizer("the cat")["input_ids"] == [1, 8, 9] and bases.bos_id(base.tokenizer) == 1
+    assert (
+        base.config == TINY
+        and base.tokenizer("the cat")["input_ids"] == [1, 8, 9]
+        and bases.bos_id(base.tokenizer) == 1
+    )
 
     ids = np.random.default_rng(0).integers(0, 64, (1, 12))
-    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.float32)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "saved", dtype=torch.float32
+    )
     with torch.no_grad():
         want = model(torch.from_numpy(ids)).logits.numpy()
 
     @jax.jit
     def logits(params, ids):
-        hidden, _ = llama.Llama(TINY).apply({"params": params}, ids, jnp.arange(12)[None], llama.causal_mask(12))
+        hidden, _ = llama.Llama(TINY).apply(
+            {"params": params}, ids, jnp.arange(12)[None], llama.causal_mask(12)
+        )
         return hidden @ llama.head_kernel(params)
 
     close(logits(base.params, jnp.asarray(ids)), want, 1e-4)
@@ -69,7 +78,9 @@ def test_the_shipped_tokenizer_is_found_without_looking_for_its_class(monkeypatc
     instead is another tokenizer.
     """
     found = transformers.AutoTokenizer.from_pretrained(str(SHIPPED_BASE), local_files_only=True)
-    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda *_, **__: pytest.fail("looked for"))
+    monkeypatch.setattr(
+        transformers.AutoTokenizer, "from_pretrained", lambda *_, **__: pytest.fail("looked for")
+    )
     ours = bases.load_tokenizer(SHIPPED_BASE)
     assert type(ours) is type(found) and ours.init_kwargs == found.init_kwargs
     assert ours.backend_tokenizer.to_str() == found.backend_tokenizer.to_str()
@@ -88,8 +99,14 @@ def own_code(folder, name="tokenizer_config.json", tokenizer_class="X"):
     ran = folder / "RAN"
     (folder / "tokenization_x.py").write_text(CODE.format(ran=str(ran)))
     path = folder / name
-    told = json.loads(path.read_text()) | {"auto_map": {"AutoTokenizer": ["tokenization_x.X", "tokenization_x.X"]}}
-    path.write_text(json.dumps(told | ({"tokenizer_class": tokenizer_class} if name == "tokenizer_config.json" else {})))
+    told = json.loads(path.read_text()) | {
+        "auto_map": {"AutoTokenizer": ["tokenization_x.X", "tokenization_x.X"]}
+    }
+    path.write_text(
+        json.dumps(
+            told | ({"tokenizer_class": tokenizer_class} if name == "tokenizer_config.json" else {})
+        )
+    )
     return ran
 
 
@@ -102,7 +119,9 @@ def test_a_tokenizers_own_code_is_never_run(folder, monkeypatch, tmp_path, name)
     if name == "config.json":  # transformers knows a Llama's tokenizer without
         assert bases.load_base(folder).tokenizer("the cat")["input_ids"] == [1, 8, 9]
     else:
-        with pytest.raises(errors.UserError, match=r"auto_map: tokenization_x\.X\), which is never run here") as caught:
+        with pytest.raises(
+            errors.UserError, match=r"auto_map: tokenization_x\.X\), which is never run here"
+        ) as caught:
             bases.load_base(folder)
         assert "\n" not in str(caught.value)
     assert not asked and not ran.exists()
@@ -112,15 +131,27 @@ def test_a_tokenizer_of_transformers_needs_no_code_of_its_own(folder, monkeypatc
     """Breaks when a base that names code beside a class that transformers has is refused, or the code is run or carried on."""
     ran = own_code(folder, tokenizer_class="PreTrainedTokenizerFast")
     monkeypatch.setattr("builtins.input", lambda *prompt: pytest.fail("asked"))
-    assert bases.load_base(folder).tokenizer("the cat")["input_ids"] == [1, 8, 9] and not ran.exists()
+    assert (
+        bases.load_base(folder).tokenizer("the cat")["input_ids"] == [1, 8, 9] and not ran.exists()
+    )
     convert_base.convert(folder, tmp_path / "to")
-    assert not list((tmp_path / "to").glob("*.py")) and (tmp_path / "to" / "tokenizer.json").exists()
+    assert (
+        not list((tmp_path / "to").glob("*.py")) and (tmp_path / "to" / "tokenizer.json").exists()
+    )
 
 
 def test_nothing_that_is_loaded_by_transformers_may_run_code():
     """Breaks when one of the package's or the launchers' calls, or one in the code that it writes for others, trusts what it loads."""
-    sources = [path.read_text() for folder in ("icae_jax", "launch") for path in sorted((ROOT / folder).rglob("*.py"))]
-    calls = [call for text in sources for call in re.findall(r"\.Auto\w+\.from_pretrained\(([^()]*(?:\([^()]*\)[^()]*)*)\)", text)]
+    sources = [
+        path.read_text()
+        for folder in ("icae_jax", "launch")
+        for path in sorted((ROOT / folder).rglob("*.py"))
+    ]
+    calls = [
+        call
+        for text in sources
+        for call in re.findall(r"\.Auto\w+\.from_pretrained\(([^()]*(?:\([^()]*\)[^()]*)*)\)", text)
+    ]
     assert len(calls) >= 4 and all("trust_remote_code=False" in call for call in calls)
 
 
@@ -143,11 +174,21 @@ def test_stop_ids_without_a_tokenizer(folder):
     assert bases.stop_ids(folder) == (4, 9)
     for damaged in ('"x"', "[2, {}]", "true"):
         (folder / "generation_config.json").write_text(f'{{"eos_token_id": {damaged}}}')
-        with pytest.raises(errors.UserError, match=r"generation_config\.json: eos_token_id is .*, which is not a whole number or a list"):
+        with pytest.raises(
+            errors.UserError,
+            match=r"generation_config\.json: eos_token_id is .*, which is not a whole number or a list",
+        ):
             bases.stop_ids(folder)
 
 
-@pytest.mark.parametrize("damaged", ['{"auto_map": "x"}', '{"auto_map": {"AutoTokenizer": [3, "y"]}, "tokenizer_class": "X"}', "[]"])
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        '{"auto_map": "x"}',
+        '{"auto_map": {"AutoTokenizer": [3, "y"]}, "tokenizer_class": "X"}',
+        "[]",
+    ],
+)
 def test_a_damaged_tokenizer_config_is_named(folder, damaged):
     """Breaks when a field of another type than it should have ends in a traceback from within the handling of an error."""
     (folder / "tokenizer_config.json").write_text(damaged)
@@ -160,15 +201,22 @@ def test_base_from_the_hub(folder, monkeypatch):
     """Breaks when a base of the hub is not what the folder holds, or its path becomes that of a cache."""
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: str(folder))
     base, here = bases.load_base("org/tiny"), bases.load_base(folder)
-    assert (base.path, here.path) == ("org/tiny", str(folder)) and base.fingerprint == here.fingerprint
+    assert (base.path, here.path) == (
+        "org/tiny",
+        str(folder),
+    ) and base.fingerprint == here.fingerprint
     same(base.params, here.params)
 
 
 def test_sharding_and_dtype_reach_the_weights(folder):
     """Breaks when a base is loaded whole onto one device, though it was to be split."""
-    where = jax.sharding.NamedSharding(jax.sharding.Mesh(np.asarray(jax.devices()), ("x",)), jax.sharding.PartitionSpec())
+    where = jax.sharding.NamedSharding(
+        jax.sharding.Mesh(np.asarray(jax.devices()), ("x",)), jax.sharding.PartitionSpec()
+    )
     base = bases.load_base(folder, jnp.bfloat16, sharding=lambda path, shape: where, progress=True)
-    assert {x.sharding for x in jax.tree.leaves(base.params)} == {where} and base.params["embed"].dtype == jnp.bfloat16
+    assert {x.sharding for x in jax.tree.leaves(base.params)} == {where} and base.params[
+        "embed"
+    ].dtype == jnp.bfloat16
 
 
 def test_base_without_a_tokenizer(folder):
@@ -185,11 +233,21 @@ def test_base_without_a_tokenizer(folder):
 def test_fingerprint(tiny_params):
     """Breaks when one base has two fingerprints (by dtype), or two bases have one."""
     own = bases.fingerprint(TINY, tiny_params)
-    assert bases.fingerprint(TINY, jax.tree.map(lambda x: np.asarray(x).astype(ml_dtypes.bfloat16), tiny_params)) == own
-    assert bases.fingerprint(dataclasses.replace(TINY, max_position_embeddings=999), tiny_params) == own
+    assert (
+        bases.fingerprint(
+            TINY, jax.tree.map(lambda x: np.asarray(x).astype(ml_dtypes.bfloat16), tiny_params)
+        )
+        == own
+    )
+    assert (
+        bases.fingerprint(dataclasses.replace(TINY, max_position_embeddings=999), tiny_params)
+        == own
+    )
     others = [
         bases.fingerprint(TINY, random_params(TINY, seed=1)),
-        bases.fingerprint(TINY, tiny_params | {"norm": {"scale": tiny_params["norm"]["scale"] * 1.1}}),
+        bases.fingerprint(
+            TINY, tiny_params | {"norm": {"scale": tiny_params["norm"]["scale"] * 1.1}}
+        ),
         bases.fingerprint(TINY, tiny_params | {"embed": tiny_params["embed"].at[40].multiply(1.1)}),
         bases.fingerprint(dataclasses.replace(TINY, rope_theta=5e5), tiny_params),
         bases.fingerprint(dataclasses.replace(TINY, rms_norm_eps=1e-6), tiny_params),
@@ -205,7 +263,10 @@ def test_fingerprint(tiny_params):
 
 def test_fingerprint_stays_what_it_was():
     """Breaks when a new field of the model's configuration changes the identity of bases that adapters were trained on before it."""
-    params = {"norm": {"scale": np.ones(32, np.float32)}, "embed": np.arange(64 * 32, dtype=np.float32).reshape(64, 32)}
+    params = {
+        "norm": {"scale": np.ones(32, np.float32)},
+        "embed": np.arange(64 * 32, dtype=np.float32).reshape(64, 32),
+    }
     assert bases.fingerprint(TINY, params).startswith("924c04442c26")
 
 

@@ -7,12 +7,12 @@ import pytest
 from conftest import ROOT
 
 from icae_jax.data import synthetic
-from icae_jax.interop import base as bases
-from icae_jax.quickstart import get_config
+from icae_jax.interop.hub import base as bases
 from icae_jax.training import metrics
 from icae_jax.training.base_task import BASE, BaseTask, parse_mixture
 from icae_jax.training.config import BaseConfig, from_dict
 from icae_jax.training.train import DONE, train
+from icae_jax.workflows.quickstart import get_config
 
 RAW = {
     "steps": 6, "batch_size": 4, "log_every": 1, "eval_every": 3, "checkpoint_every": 3, "eval_examples": 4,
@@ -33,10 +33,16 @@ def workdir(tmp_path_factory):
 def test_it_learns_and_writes_a_base_that_loads(workdir):
     lines = metrics.read(workdir / "metrics.jsonl")
     evals = [line["eval"] for line in lines if "eval" in line]
-    assert set(evals[0]) == {"notes", "repeat"} and evals[-1]["repeat"]["lm"] < evals[0]["repeat"]["lm"]
+    assert (
+        set(evals[0]) == {"notes", "repeat"}
+        and evals[-1]["repeat"]["lm"] < evals[0]["repeat"]["lm"]
+    )
     base = bases.load_base(workdir / BASE)
     assert base.config.hidden_size == 32 and base.config.tie_word_embeddings
-    assert base.stop_ids == (base.tokenizer.eos_token_id,) and bases.bos_id(base.tokenizer) == base.tokenizer.bos_token_id
+    assert (
+        base.stop_ids == (base.tokenizer.eos_token_id,)
+        and bases.bos_id(base.tokenizer) == base.tokenizer.bos_token_id
+    )
 
 
 def test_batches_follow_the_stages_and_the_seed():
@@ -63,7 +69,9 @@ def test_labels_are_the_next_tokens_with_their_weights():
     assert batch["weights"].tolist() == [[0.0, 1.0, 0.5, 0.0, 0.0, 0.0]]
 
 
-@pytest.mark.parametrize("line", ["500", "x pairs=1", "500 pairs", "500 odd=1", "500 pairs=0", "500 pairs=many"])
+@pytest.mark.parametrize(
+    "line", ["500", "x pairs=1", "500 pairs", "500 odd=1", "500 pairs=0", "500 pairs=many"]
+)
 def test_bad_mixtures_name_the_line(line):
     with pytest.raises(ValueError, match=f"mixture line '{line}'"):
         parse_mixture([line])

@@ -25,7 +25,9 @@ SHARES = ([0, 3], [1, 2])  # rows of a batch of four that two processes make
 
 
 def flat(pieces):
-    return np.concatenate([np.zeros(0, np.int32), *(np.asarray(p, np.int32) for p in pieces)]), np.cumsum([0, *map(len, pieces)])
+    return np.concatenate(
+        [np.zeros(0, np.int32), *(np.asarray(p, np.int32) for p in pieces)]
+    ), np.cumsum([0, *map(len, pieces)])
 
 
 def make_tokens(lengths, questions=()):
@@ -33,18 +35,42 @@ def make_tokens(lengths, questions=()):
     questions = [*questions, *[[]] * (len(lengths) - len(questions))]
     pairs = [pair for group in questions for pair in group]
     texts = flat([range(1000 * (i + 1), 1000 * (i + 1) + n) for i, n in enumerate(lengths)])
-    prompts, answers = (flat([range(100 * (q + 1) + 50 * j, 100 * (q + 1) + 50 * j + p[j]) for q, p in enumerate(pairs)]) for j in (0, 1))
+    prompts, answers = (
+        flat(
+            [
+                range(100 * (q + 1) + 50 * j, 100 * (q + 1) + 50 * j + p[j])
+                for q, p in enumerate(pairs)
+            ]
+        )
+        for j in (0, 1)
+    )
     return Tokens(*texts, *prompts, *answers, np.cumsum([0, *map(len, questions)]), "key")
 
 
 def pretrain(lengths, objectives=("ae", "lm"), bos=(BOS,), **config):
     data = make_tokens(lengths)
-    return batches.Examples(data, DataConfig(**config), COMPRESSION, "pretrain", objectives, TEMPLATE, Framing(bos, AE, EOS))
+    return batches.Examples(
+        data,
+        DataConfig(**config),
+        COMPRESSION,
+        "pretrain",
+        objectives,
+        TEMPLATE,
+        Framing(bos, AE, EOS),
+    )
 
 
 def finetune(lengths, questions, objectives=("qa",), **config):
     data = make_tokens(lengths, questions)
-    return batches.Examples(data, DataConfig(**config), COMPRESSION, "finetune", objectives, TEMPLATE, Framing((BOS,), AE, EOS))
+    return batches.Examples(
+        data,
+        DataConfig(**config),
+        COMPRESSION,
+        "finetune",
+        objectives,
+        TEMPLATE,
+        Framing((BOS,), AE, EOS),
+    )
 
 
 def target(batch, objective, b, g=0):
@@ -56,7 +82,11 @@ def target(batch, objective, b, g=0):
 
 
 def context(batch, b):
-    return [t for ids, n in zip(batch["context"][b], batch["lengths"][b], strict=True) for t in ids[:n].tolist()]
+    return [
+        t
+        for ids, n in zip(batch["context"][b], batch["lengths"][b], strict=True)
+        for t in ids[:n].tolist()
+    ]
 
 
 def seq(text, start, stop):
@@ -78,27 +108,46 @@ def test_windows_and_the_windows_after_them():
         [4, 0, 10, 10],
     ]  # fmt: skip
     batch = examples.collate(0, np.asarray([2, 4, 7, -1]))
-    assert batch["context"].shape == (4, 2, 40) and batch["lengths"].tolist() == [[40, 40], [40, 40], [11, 0], [0, 0]]
+    assert batch["context"].shape == (4, 2, 40) and batch["lengths"].tolist() == [
+        [40, 40],
+        [40, 40],
+        [11, 0],
+        [0, 0],
+    ]
     assert context(batch, 0) == [BOS, *seq(1, 0, 79)] and context(batch, 2) == [BOS, *seq(4, 0, 10)]
     assert target(batch, "ae", 0) == ([AE, BOS, *seq(1, 0, 79)], [BOS, *seq(1, 0, 79), EOS])
     assert target(batch, "lm", 0) == (seq(1, 79, 143), seq(1, 87, 144))
-    assert target(batch, "lm", 1) is None and target(batch, "ae", 2) == ([AE, BOS, *seq(4, 0, 10)], [BOS, *seq(4, 0, 10), EOS])
+    assert target(batch, "lm", 1) is None and target(batch, "ae", 2) == (
+        [AE, BOS, *seq(4, 0, 10)],
+        [BOS, *seq(4, 0, 10), EOS],
+    )
     assert target(batch, "ae", 3) is None and target(batch, "lm", 3) is None
-    assert batch["targets"]["ae"]["ids"].shape == batch["targets"]["lm"]["ids"].shape, "one shape, so that both run in one call"
+    assert batch["targets"]["ae"]["ids"].shape == batch["targets"]["lm"]["ids"].shape, (
+        "one shape, so that both run in one call"
+    )
 
 
 def test_windows_shorter_than_the_minimum_still_make_language_modelling():
     """Breaks when small context lengths leave LM without any target: there, a whole window after the window is enough."""
     examples = pretrain([20 + 20 + 19], bos=(), context_lengths=(20,))
-    assert examples.buckets[0].examples.tolist() == [[0, 0, 20, 40], [0, 20, 40, 40], [0, 40, 59, 59]]
+    assert examples.buckets[0].examples.tolist() == [
+        [0, 0, 20, 40],
+        [0, 20, 40, 40],
+        [0, 40, 59, 59],
+    ]
 
 
 @pytest.mark.parametrize("length", [2, 4, 6, 7, 8, 9])
 def test_windows_without_labels_for_language_modelling_are_refused(length):
     """Breaks when a length whose continuations are all within the unlabelled tokens ends in a traceback, or trains no LM in silence."""
-    with pytest.raises(UserError, match=f"^data.context_lengths holds {length}, too short for objectives.lm.*give at least 10"):
+    with pytest.raises(
+        UserError,
+        match=f"^data.context_lengths holds {length}, too short for objectives.lm.*give at least 10",
+    ):
         pretrain([100], context_lengths=(length, 64))
-    assert pretrain([100], ("ae",), context_lengths=(length,)).collate(0, np.asarray([0]))["lengths"].tolist() == [[length]]
+    assert pretrain([100], ("ae",), context_lengths=(length,)).collate(0, np.asarray([0]))[
+        "lengths"
+    ].tolist() == [[length]]
 
 
 def test_the_shortest_windows_of_language_modelling_have_labels():
@@ -134,31 +183,50 @@ def test_bucket_weights():
 def test_questions_of_a_context():
     """Breaks when questions go to another context or bucket, groups overlap, or an answer loses its stop."""
     pairs = [[(2, 1)] * 3, [(1, 2)], []]
-    examples = finetune([30, 9, 20], pairs, ("qa", "ae"), context_lengths=(10, 31), questions_per_context=2)
+    examples = finetune(
+        [30, 9, 20], pairs, ("qa", "ae"), context_lengths=(10, 31), questions_per_context=2
+    )
     assert [b.examples.tolist() for b in examples.buckets] == [[[1, 3, 4]], [[0, 0, 2], [0, 2, 3]]]
-    assert examples.weights.tolist() == [1 / 3, 2 / 3] and examples.dropped == {"texts without a question": 1}
+    assert examples.weights.tolist() == [1 / 3, 2 / 3] and examples.dropped == {
+        "texts without a question": 1
+    }
     batch = examples.collate(1, np.asarray([1, 0]))
     assert context(batch, 0) == context(batch, 1) == [BOS, *seq(0, 0, 30)]
-    assert target(batch, "qa", 0) == ([3, 300, 301, 4, 350], [350, EOS]) and target(batch, "qa", 0, 1) is None
+    assert (
+        target(batch, "qa", 0) == ([3, 300, 301, 4, 350], [350, EOS])
+        and target(batch, "qa", 0, 1) is None
+    )
     assert [target(batch, "qa", 1, g)[1] for g in range(2)] == [[150, EOS], [250, EOS]]
     assert target(batch, "ae", 0) == ([AE, BOS, *seq(0, 0, 30)], [BOS, *seq(0, 0, 30), EOS])
-    assert target(examples.collate(0, np.asarray([0])), "qa", 0) == ([3, 400, 4, 450, 451], [450, 451, EOS])
+    assert target(examples.collate(0, np.asarray([0])), "qa", 0) == (
+        [3, 400, 4, 450, 451],
+        [450, 451, EOS],
+    )
 
 
 def test_what_is_too_long_is_left_out_and_counted():
     """Breaks when a text or question is cut or dropped silently, or an example without any target left stays."""
     pairs = [[(1, 1), (1, 9), (8, 1)], [(9, 9)], [(1, 1), (1, 1)]]
-    examples = finetune([9, 9, 10], pairs, context_lengths=(10,), questions_per_context=2, max_target_tokens=10)
+    examples = finetune(
+        [9, 9, 10], pairs, context_lengths=(10,), questions_per_context=2, max_target_tokens=10
+    )
     assert examples.dropped == {
         "contexts longer than the largest of data.context_lengths": 1,
         "questions longer than data.max_target_tokens": 3,
     }
     assert examples.buckets[0].examples.tolist() == [[0, 0, 2]]
     batch = examples.collate(0, np.asarray([0]))
-    assert target(batch, "qa", 0) == ([3, 100, 4, 150], [150, EOS]) and target(batch, "qa", 0, 1) is None
-    with pytest.raises(ValueError, match="no examples for phase finetune in the data: 1 contexts longer"):
+    assert (
+        target(batch, "qa", 0) == ([3, 100, 4, 150], [150, EOS])
+        and target(batch, "qa", 0, 1) is None
+    )
+    with pytest.raises(
+        ValueError, match="no examples for phase finetune in the data: 1 contexts longer"
+    ):
         finetune([40], [[(1, 1)]], context_lengths=(10,))
-    with pytest.raises(ValueError, match="no examples for phase finetune in the data: 1 texts without a question"):
+    with pytest.raises(
+        ValueError, match="no examples for phase finetune in the data: 1 texts without a question"
+    ):
         finetune([5], [[]], context_lengths=(10,))
 
 
@@ -169,7 +237,13 @@ def test_questions_take_no_memory_until_they_are_drawn():
     tracemalloc.start()
     try:
         examples = batches.Examples(
-            data, DataConfig(context_lengths=(10,)), COMPRESSION, "finetune", ("qa",), TEMPLATE, Framing((BOS,), AE, EOS)
+            data,
+            DataConfig(context_lengths=(10,)),
+            COMPRESSION,
+            "finetune",
+            ("qa",),
+            TEMPLATE,
+            Framing((BOS,), AE, EOS),
         )
         kept, _ = tracemalloc.get_traced_memory()
     finally:
@@ -206,7 +280,10 @@ def test_process_shares_make_up_the_global_batch():
     examples = pretrain([70] * 9, context_lengths=(16, 32))
 
     def contexts(start, *rows):
-        return [batch["context"] for batch in batches.train_batches(examples, 5, 4, start, 8, (5,), *rows)]
+        return [
+            batch["context"]
+            for batch in batches.train_batches(examples, 5, 4, start, 8, (5,), *rows)
+        ]
 
     every, shares = contexts(0), [contexts(0, np.asarray(rows)) for rows in SHARES]
     assert len(every) == 8 and all(len(b) == 4 for b in every)
@@ -221,14 +298,25 @@ def test_k_is_drawn_from_seed_and_step_alone():
     examples = pretrain([70] * 9, context_lengths=(16,))
 
     def drawn(start, *rows):
-        return [batch["k"] for batch in batches.train_batches(examples, 5, 4, start, 40, (1, 4, 16), *rows)]
+        return [
+            batch["k"]
+            for batch in batches.train_batches(examples, 5, 4, start, 40, (1, 4, 16), *rows)
+        ]
 
     every = drawn(0)
-    assert set(every) == {1, 4, 16} and every[20:] == drawn(20) and every == drawn(0, np.asarray(SHARES[1]))
+    assert (
+        set(every) == {1, 4, 16}
+        and every[20:] == drawn(20)
+        and every == drawn(0, np.asarray(SHARES[1]))
+    )
     assert [batches.draw_k(6, step, (1, 4, 16)) for step in range(40)] != every
     traced = []
     jitted = jax.jit(lambda batch: traced.append(batch["k"]) or jnp.arange(batch["k"]))
-    assert [len(jitted({"k": batches.StaticInt(k)})) for k in (4, 1, 4)] == [4, 1, 4] and traced == [4, 1]
+    assert [len(jitted({"k": batches.StaticInt(k)})) for k in (4, 1, 4)] == [
+        4,
+        1,
+        4,
+    ] and traced == [4, 1]
 
 
 def test_labels_on_the_padding_where_asked_for():
@@ -237,11 +325,19 @@ def test_labels_on_the_padding_where_asked_for():
     framing = Framing((), BOS, EOS)
     for pad, behind in ((True, 40 - 7), (False, 0)):
         config = DataConfig(context_lengths=(20,))
-        examples = batches.Examples(make_tokens([7]), config, compression, "pretrain", ("ae",), TEMPLATE, framing, pad)
+        examples = batches.Examples(
+            make_tokens([7]), config, compression, "pretrain", ("ae",), TEMPLATE, framing, pad
+        )
         batch = examples.collate(0, np.asarray([0]))
-        assert batch["context"].shape == (1, 1, 40) and batch["context"][0, 0].tolist() == seq(0, 0, 7) + [EOS] * 33
+        assert (
+            batch["context"].shape == (1, 1, 40)
+            and batch["context"][0, 0].tolist() == seq(0, 0, 7) + [EOS] * 33
+        )
         ids, labels = target(batch, "ae", 0)
-        assert labels == seq(0, 0, 7) + [EOS] * (behind + 1) and ids[: 1 + 7] == [BOS, *seq(0, 0, 7)]
+        assert labels == seq(0, 0, 7) + [EOS] * (behind + 1) and ids[: 1 + 7] == [
+            BOS,
+            *seq(0, 0, 7),
+        ]
 
 
 def test_held_out_examples_come_once_with_blank_rows():
@@ -261,7 +357,9 @@ def digest(examples):
     result = hashlib.sha256()
     for batch in batches.train_batches(examples, 7, 4, 0, 12, (1, 5)):
         for leaf in jax.tree.leaves(batch):
-            result.update(str((leaf.dtype, leaf.shape)).encode() + np.ascontiguousarray(leaf).tobytes())
+            result.update(
+                str((leaf.dtype, leaf.shape)).encode() + np.ascontiguousarray(leaf).tobytes()
+            )
         result.update(str(int(batch["k"])).encode())
     return result.hexdigest()
 
@@ -269,26 +367,37 @@ def digest(examples):
 def test_batches_without_weights_are_those_of_earlier_versions():
     """Breaks when a run that was started with an earlier version would see other batches after it is continued: the values are those of
     the code before sources could be weighted."""
-    examples = pretrain([70, 158, 33, 9, 120], context_lengths=(16, 32, 80), context_weights=(1, 2, 1))
+    examples = pretrain(
+        [70, 158, 33, 9, 120], context_lengths=(16, 32, 80), context_weights=(1, 2, 1)
+    )
     assert [(b, r.tolist()) for b, r in (examples.draw(7, step, 4) for step in range(3))] == [
         (1, [9, 2, 6, 1]), (2, [6, 0, 4, 0]), (0, [25, 20, 24, 1]),
     ]  # fmt: skip
     assert digest(examples) == "f46183f7414ce4f1602d6a149aa3bc68f997b7e2855f1c2ceeeffc31bf7e5b6d"
     pairs = [[(2, 1)] * 3, [(1, 2)], [(3, 2)] * 5, [(1, 1)]]
-    examples = finetune([30, 9, 20, 15], pairs, ("qa", "ae"), context_lengths=(10, 31), questions_per_context=2)
+    examples = finetune(
+        [30, 9, 20, 15], pairs, ("qa", "ae"), context_lengths=(10, 31), questions_per_context=2
+    )
     assert digest(examples) == "86807be5733d7aa0706f8f4dd2af89b894e83276074bc83726ce50bf1e737d4f"
 
 
 # -------------------------------------------------------------------------------------------------------------- mixtures
 
 
-@pytest.mark.parametrize("shares", [(1,), (3, 1), (1, 3), (1, 0, 1), (50, 30, 20), (1, 1, 1, 1, 1), (997, 2, 1), (0, 7, 31, 11)])
+@pytest.mark.parametrize(
+    "shares",
+    [(1,), (3, 1), (1, 3), (1, 0, 1), (50, 30, 20), (1, 1, 1, 1, 1), (997, 2, 1), (0, 7, 31, 11)],
+)
 def test_interleaving_is_exact_over_any_stretch(shares):
     """Breaks when a share comes too seldom or too often anywhere, a position of a source is left out or doubled, or 0 is drawn."""
     row = [interleave(i, shares) for i in range(3000)]
     for number, share in enumerate(shares):
-        assert [before for chosen, before in row if chosen == number] == list(range(sum(chosen == number for chosen, _ in row)))
-        surplus = np.cumsum([0, *(chosen == number for chosen, _ in row)]) - np.arange(3001) * share / sum(shares)
+        assert [before for chosen, before in row if chosen == number] == list(
+            range(sum(chosen == number for chosen, _ in row))
+        )
+        surplus = np.cumsum([0, *(chosen == number for chosen, _ in row)]) - np.arange(
+            3001
+        ) * share / sum(shares)
         assert surplus.max() - surplus.min() < 2
     far = 10**12
     assert interleave(far, shares) == interleave(far, shares) and sum(interleave(far + i, shares)[0] == 0 for i in range(sum(shares))) in (
@@ -298,7 +407,11 @@ def test_interleaving_is_exact_over_any_stretch(shares):
 
 def tagged(examples, number):
     """Examples whose texts can be told from those of other sources."""
-    examples.tokens = dataclasses.replace(examples.tokens, text_ids=examples.tokens.text_ids + 100_000 * (number + 1), key=f"key{number}")
+    examples.tokens = dataclasses.replace(
+        examples.tokens,
+        text_ids=examples.tokens.text_ids + 100_000 * (number + 1),
+        key=f"key{number}",
+    )
     return examples
 
 
@@ -308,11 +421,20 @@ def sources_of(batch):
 
 
 def mixed(weights, made):
-    return Mixture({n: (tagged(examples, n), w) for n, (examples, w) in enumerate(zip(made, weights, strict=True))})
+    return Mixture(
+        {
+            n: (tagged(examples, n), w)
+            for n, (examples, w) in enumerate(zip(made, weights, strict=True))
+        }
+    )
 
 
 def drawn(mixture, steps, size=8):
-    return collections.Counter(s for batch in batches.train_batches(mixture, 5, size, 0, steps, (5,)) for s in sources_of(batch))
+    return collections.Counter(
+        s
+        for batch in batches.train_batches(mixture, 5, size, 0, steps, (5,))
+        for s in sources_of(batch)
+    )
 
 
 def test_sources_are_drawn_by_their_weights():
@@ -324,7 +446,9 @@ def test_sources_are_drawn_by_their_weights():
     rows = np.concatenate([one.draw(5, step, 8)[1] for step in range(8)])
     for source, count in enumerate((4, 5, 7)):
         of_source = rows[rows[:, 0] == source, 1]
-        assert sorted(of_source[:count]) == list(range(count)) and sorted(of_source[count : 2 * count]) == list(range(count))
+        assert sorted(of_source[:count]) == list(range(count)) and sorted(
+            of_source[count : 2 * count]
+        ) == list(range(count))
 
 
 def test_fine_tuning_keeps_the_weights_over_buckets():
@@ -338,8 +462,14 @@ def test_fine_tuning_keeps_the_weights_over_buckets():
     np.testing.assert_allclose(mixture.weights, [2 / 3 * 3 / 4, 2 / 3 / 4 + 1 / 4, 1 / 3 / 4])
     count = drawn(mixture, 1200)
     assert abs(count[0] / (8 * 1200) - 2 / 3) < 0.02
-    longest = [b for b in batches.train_batches(mixture, 5, 8, 0, 300, (5,)) if b["context"].shape[1:] == made[0].buckets[2].shape]
-    assert longest and all(set(sources_of(b)) == {1} for b in longest), "the first source has no context of this length"
+    longest = [
+        b
+        for b in batches.train_batches(mixture, 5, 8, 0, 300, (5,))
+        if b["context"].shape[1:] == made[0].buckets[2].shape
+    ]
+    assert longest and all(set(sources_of(b)) == {1} for b in longest), (
+        "the first source has no context of this length"
+    )
 
 
 def test_a_mixture_is_a_function_of_seed_and_step():
@@ -348,15 +478,26 @@ def test_a_mixture_is_a_function_of_seed_and_step():
     mixture = mixed((1, 2), [pretrain([70] * 9, **config), pretrain([70] * 9, **config)])
 
     def contexts(start, *rows):
-        return [batch["context"] for batch in batches.train_batches(mixture, 5, 4, start, 8, (5,), *rows)]
+        return [
+            batch["context"]
+            for batch in batches.train_batches(mixture, 5, 4, start, 8, (5,), *rows)
+        ]
 
-    every, shares, later = contexts(0), [contexts(0, np.asarray(rows)) for rows in SHARES], contexts(5)
+    every, shares, later = (
+        contexts(0),
+        [contexts(0, np.asarray(rows)) for rows in SHARES],
+        contexts(5),
+    )
     for step, (whole, *parts) in enumerate(zip(every, *shares, strict=True)):
         np.testing.assert_array_equal(whole[np.concatenate(SHARES)], np.concatenate(parts))
         if step >= 5:
             np.testing.assert_array_equal(whole, later[step - 5])
-    assert any(mixture.draw(6, s, 4)[1].tolist() != mixture.draw(5, s, 4)[1].tolist() for s in range(8))
-    assert [batches.in_order(5, 0, i, 9, 0) for i in range(9)] != [batches.in_order(5, 0, i, 9, 1) for i in range(9)]
+    assert any(
+        mixture.draw(6, s, 4)[1].tolist() != mixture.draw(5, s, 4)[1].tolist() for s in range(8)
+    )
+    assert [batches.in_order(5, 0, i, 9, 0) for i in range(9)] != [
+        batches.in_order(5, 0, i, 9, 1) for i in range(9)
+    ]
 
 
 def test_questions_of_several_sources_have_one_shape():
@@ -367,20 +508,31 @@ def test_questions_of_several_sources_have_one_shape():
     ]
     shapes = [examples.qa_shape for examples in made]
     mixture = mixed((1, 1), made)
-    assert mixture.qa_shape == tuple(map(max, *shapes)) and shapes[0] != shapes[1] and shapes[0] != mixture.qa_shape != shapes[1]
+    assert (
+        mixture.qa_shape == tuple(map(max, *shapes))
+        and shapes[0] != shapes[1]
+        and shapes[0] != mixture.qa_shape != shapes[1]
+    )
     assert mixture.key == "key0,key1"
     assert mixture.dropped == {
         "questions longer than data.max_target_tokens": 1, "contexts longer than the largest of data.context_lengths": 1,
     }  # fmt: skip
     batch = mixture.collate(0, np.asarray([[1, 0], [0, 0]]))
-    assert sources_of(batch) == [1, 0] and target(batch, "qa", 0)[1] == [150, EOS] and target(batch, "qa", 1)[1] == [150, EOS]
+    assert (
+        sources_of(batch) == [1, 0]
+        and target(batch, "qa", 0)[1] == [150, EOS]
+        and target(batch, "qa", 1)[1] == [150, EOS]
+    )
     assert target(batch, "qa", 1, 1) == ([3, 200, 4, 250, 251, 252], [250, 251, 252, EOS])
 
 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"train": "a,b", "train_weights": (1.0,)}, r"weights \(1\.0,\) must hold a weight >= 0 for each source of data\.train, a, b"),
+        (
+            {"train": "a,b", "train_weights": (1.0,)},
+            r"weights \(1\.0,\) must hold a weight >= 0 for each source of data\.train, a, b",
+        ),
         ({"train": "a,b", "train_weights": (1.0, -1.0)}, "must hold a weight >= 0"),
         ({"train": "a,b", "train_weights": (1.0, float("nan"))}, "must hold a weight >= 0"),
         ({"train": "a,b", "train_weights": (1.0, float("inf"))}, "must hold a weight >= 0"),

@@ -8,15 +8,25 @@ import jax
 import pytest
 from conftest import ROOT, TINY
 
-from icae_jax import bench, cli
-from icae_jax.benchmarking import steps
-from icae_jax.planning import programs
+from icae_jax.cli import main as cli
+from icae_jax.performance import bench, programs, steps
 from icae_jax.training.config import TrainConfig, from_dict
 
 
 def command(folder, *more, phase="pretrain", **changes):
-    values = {"base": folder, "compression.k": 4, "data.context_lengths": "(16,)", "data.context_weights": "()", "batch_size": 4}
-    values |= {"lora.rank": 4, "data.max_target_tokens": 12, "dtype": "float32", "remat": "none"} | changes
+    values = {
+        "base": folder,
+        "compression.k": 4,
+        "data.context_lengths": "(16,)",
+        "data.context_weights": "()",
+        "batch_size": 4,
+    }
+    values |= {
+        "lora.rank": 4,
+        "data.max_target_tokens": 12,
+        "dtype": "float32",
+        "remat": "none",
+    } | changes
     config = [f"--config.{name}={value}" for name, value in values.items() if value is not None]
     return ["bench", "train", "--config", f"{ROOT / 'configs' / 'icae.py'}:{phase}", *config, *more]
 
@@ -27,10 +37,21 @@ def saved(tiny_base, tmp_path_factory):
     folder = tmp_path_factory.mktemp("bench")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(steps, "matmul_rate", lambda dtype: 1e12)
-        patch.setattr(steps, "xla_flops", lambda spec, mesh: 1.25 * programs.least(spec) * mesh.size)  # counted in tests of steps
+        patch.setattr(
+            steps, "xla_flops", lambda spec, mesh: 1.25 * programs.least(spec) * mesh.size
+        )  # counted in tests of steps
         told = []
         patch.setattr("builtins.print", lambda *args, **_: told.append(" ".join(map(str, args))))
-        flags = ["--steps", "2", "--repeats", "3", "--save", str(folder / "saved.json"), "--profile", str(folder / "trace")]
+        flags = [
+            "--steps",
+            "2",
+            "--repeats",
+            "3",
+            "--save",
+            str(folder / "saved.json"),
+            "--profile",
+            str(folder / "trace"),
+        ]
         assert cli.main(command(str(tiny_base), *flags)) == 0
     return folder / "saved.json", "\n".join(told)
 
@@ -41,19 +62,51 @@ BAD = {
     "no base": ({"base": None}, [], "base is not set; name it, --config.base=NAME"),
     "unknown base": ({"base": "nobody/none"}, [], "the sizes of 'nobody/none' are not known"),
     "a field": ({"compression.k": -1}, [], "compression.k is -1"),
-    "contexts": ({"accumulate": 2}, ["--contexts", "3"], "--contexts is 3; give a multiple of accumulate x mesh.data x mesh.fsdp, 2 x 1"),
+    "contexts": (
+        {"accumulate": 2},
+        ["--contexts", "3"],
+        "--contexts is 3; give a multiple of accumulate x mesh.data x mesh.fsdp, 2 x 1",
+    ),
     "no contexts": ({}, ["--contexts", "0"], "--contexts is 0; give a multiple"),
-    "short contexts": ({}, ["--context_length", "1"], "--context_length is 1; give at least 2 tokens"),
-    "long contexts": ({}, ["--context_length", "250"], "contexts of 250 tokens need 315 positions, the base has 256"),
+    "short contexts": (
+        {},
+        ["--context_length", "1"],
+        "--context_length is 1; give at least 2 tokens",
+    ),
+    "long contexts": (
+        {},
+        ["--context_length", "250"],
+        "contexts of 250 tokens need 315 positions, the base has 256",
+    ),
     "steps": ({}, ["--steps", "0"], "--steps is 0; give a positive number"),
     "repeats": ({}, ["--repeats", "-1"], "--repeats is -1; give a positive number"),
-    "growth": ({}, ["--growth", "1,x"], "--growth is '1,x'; give some positive whole numbers, such as 1,2,4,8"),
-    "growth over microbatches": ({"accumulate": 4}, ["--growth", "4,6"], "--growth is 6; give a multiple of accumulate"),
+    "growth": (
+        {},
+        ["--growth", "1,x"],
+        "--growth is '1,x'; give some positive whole numbers, such as 1,2,4,8",
+    ),
+    "growth over microbatches": (
+        {"accumulate": 4},
+        ["--growth", "4,6"],
+        "--growth is 6; give a multiple of accumulate",
+    ),
     "no qa": ({}, ["--qa_tokens", "8,2"], "--qa_tokens is 8,2, but objectives.qa is 0"),
-    "one number": ({}, ["--qa_tokens", "8"], "--qa_tokens is '8'; give 2 positive whole numbers, such as 24,8"),
-    "mesh": ({"mesh.fsdp": 3}, [], "mesh is data 1, fsdp 3, tensor 1, which does not make 1 devices"),
+    "one number": (
+        {},
+        ["--qa_tokens", "8"],
+        "--qa_tokens is '8'; give 2 positive whole numbers, such as 24,8",
+    ),
+    "mesh": (
+        {"mesh.fsdp": 3},
+        [],
+        "mesh is data 1, fsdp 3, tensor 1, which does not make 1 devices",
+    ),
     "no such flag": ({}, ["--sav", "x"], "flag 'sav'"),
-    "no file": ({}, ["--compare", "nowhere.json"], "nowhere.json: no such file; it should hold what icae bench train --save wrote"),
+    "no file": (
+        {},
+        ["--compare", "nowhere.json"],
+        "nowhere.json: no such file; it should hold what icae bench train --save wrote",
+    ),
     "a folder": ({}, ["--save", "."], "--save . is a folder; give another path"),
 }
 
@@ -74,13 +127,18 @@ def test_questions_longer_than_training_takes(tiny_base, capsys):
 
 def test_without_a_kind(capsys):
     assert cli.main(["bench"]) == 2 and "usage: icae bench KIND" in capsys.readouterr().err
-    assert cli.main(["bench", "--help"]) == 0 and "  train    a training step" in capsys.readouterr().out
+    assert (
+        cli.main(["bench", "--help"]) == 0
+        and "  train    a training step" in capsys.readouterr().out
+    )
     with pytest.raises(SystemExit, match="0"):
         cli.main(["bench", "train", "--help"])
     assert "--growth" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"bench": "decode"}', '{"bench": "train", "config": []}'])
+@pytest.mark.parametrize(
+    "content", ["{", "[]", '{"bench": "decode"}', '{"bench": "train", "config": []}']
+)
 def test_a_file_that_is_no_result(content, tiny_base, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(bench, "measure", lambda *_: pytest.fail("something was measured"))
     (tmp_path / "f.json").write_text(content)
@@ -94,25 +152,45 @@ def test_a_file_that_is_no_result(content, tiny_base, tmp_path, monkeypatch, cap
 def test_the_fields_of_a_report_fit_each_other(saved):
     """Breaks when a figure is of a context where it should be of a step, a median is none, or rates are not of the same time."""
     r = json.loads(saved[0].read_text())
-    assert (r["contexts"], r["context_tokens"], r["label_tokens"]) == (4, 64, 4 * 2 * 17) and (r["steps"], r["repeats"]) == (2, 3)
+    assert (r["contexts"], r["context_tokens"], r["label_tokens"]) == (4, 64, 4 * 2 * 17) and (
+        r["steps"],
+        r["repeats"],
+    ) == (2, 3)
     seconds = r["seconds"]["median"]
     for name in ("seconds", "seconds_per_context", "cpu_seconds_per_context"):
         assert 0 < r[name]["min"] <= r[name]["median"] <= r[name]["max"]
     assert r["seconds_per_context"]["median"] * 4 == pytest.approx(seconds)
     assert r["seconds_per_label_token"] * r["label_tokens"] == pytest.approx(seconds)
-    assert r["contexts_per_second"] * seconds == pytest.approx(4) and r["context_tokens_per_second"] * seconds == pytest.approx(64)
-    assert r["flops_per_second"] * seconds == pytest.approx(r["least_flops"]) and r["xla_flops"] == 1.25 * r["least_flops"]
+    assert r["contexts_per_second"] * seconds == pytest.approx(4) and r[
+        "context_tokens_per_second"
+    ] * seconds == pytest.approx(64)
+    assert (
+        r["flops_per_second"] * seconds == pytest.approx(r["least_flops"])
+        and r["xla_flops"] == 1.25 * r["least_flops"]
+    )
     assert r["matmul_share"] == pytest.approx(r["flops_per_second"] / 1e12) and r["mfu"] is None
-    assert r["seconds_to_first_step"] > r["trace_seconds"] + r["compile_seconds"] and isinstance(r["cache_hit"], bool)
-    assert r["peak_bytes"] == r["memory"]["process_peak_bytes"] > 0 and not r["random_weights"] and r["attention"] == "xla"
-    assert sum(row["seconds"] for row in r["profile"]["rows"]) == pytest.approx(r["profile"]["busy_seconds"])
+    assert r["seconds_to_first_step"] > r["trace_seconds"] + r["compile_seconds"] and isinstance(
+        r["cache_hit"], bool
+    )
+    assert (
+        r["peak_bytes"] == r["memory"]["process_peak_bytes"] > 0
+        and not r["random_weights"]
+        and r["attention"] == "xla"
+    )
+    assert sum(row["seconds"] for row in r["profile"]["rows"]) == pytest.approx(
+        r["profile"]["busy_seconds"]
+    )
 
 
 def test_what_is_printed(saved):
     """Breaks when the text lacks what the JSON has, or does not say where the trace is and how it is opened."""
     path, told = saved
     assert "1 x cpu, mesh data 1, fsdp 1, tensor 1" in told and "its own weights, float32" in told
-    assert "4 contexts of 16 tokens in 1 microbatches, 136 labels" in told and "compiled in" in told and "cross_entropy" in told
+    assert (
+        "4 contexts of 16 tokens in 1 microbatches, 136 labels" in told
+        and "compiled in" in told
+        and "cross_entropy" in told
+    )
     assert f"xprof {path.parent / 'trace'}" in told
     assert list((path.parent / "trace").glob("plugins/profile/*/*.xplane.pb"))
 
@@ -125,27 +203,51 @@ def test_the_same_again(saved, tiny_base, tmp_path, monkeypatch, capsys):
     before |= {"compile_seconds": 8.0, "matmul_share": 0.2, "peak_bytes": None}
     before["config"].pop("attention")  # saved before there was such a field
     (tmp_path / "old.json").write_text(json.dumps(before))
-    monkeypatch.setattr(bench, "measure", lambda args, spec, params: (now, steps.TrainingStep(spec, params)))
+    monkeypatch.setattr(
+        bench, "measure", lambda args, spec, params: (now, steps.TrainingStep(spec, params))
+    )
     assert cli.main(command(str(tiny_base), "--compare", str(tmp_path / "old.json"), "--json")) == 0
     (line,) = capsys.readouterr().out.splitlines()
     compared = json.loads(line)["compared"]
-    assert compared["compile_seconds"] == {"now": 2.0, "saved": 8.0, "ratio": 0.25} and "peak_bytes" not in compared
-    assert compared["matmul_share"]["ratio"] == pytest.approx(1.5) and compared["seconds_per_context.median"]["ratio"] == 1
-    assert "s to compile" in bench.text(json.loads(line)) and "0.250" in bench.text(json.loads(line))
+    assert (
+        compared["compile_seconds"] == {"now": 2.0, "saved": 8.0, "ratio": 0.25}
+        and "peak_bytes" not in compared
+    )
+    assert (
+        compared["matmul_share"]["ratio"] == pytest.approx(1.5)
+        and compared["seconds_per_context.median"]["ratio"] == 1
+    )
+    assert "s to compile" in bench.text(json.loads(line)) and "0.250" in bench.text(
+        json.loads(line)
+    )
 
 
 def test_unlike_results_are_refused(saved, tiny_base, tmp_path, monkeypatch, capsys):
     """Breaks when two configurations, or two devices, are held against each other."""
     monkeypatch.setattr(bench, "measure", lambda *_: pytest.fail("something was measured"))
-    assert cli.main(command(str(tiny_base), "--compare", str(saved[0]), "--contexts", "8", remat="full")) == 2
+    assert (
+        cli.main(
+            command(str(tiny_base), "--compare", str(saved[0]), "--contexts", "8", remat="full")
+        )
+        == 2
+    )
     told = capsys.readouterr().err
-    assert "config.contexts: 8 here, 4 there" in told and "config.remat: 'full' here, 'none' there" in told and "config.k" not in told
+    assert (
+        "config.contexts: 8 here, 4 there" in told
+        and "config.remat: 'full' here, 'none' there" in told
+        and "config.k" not in told
+    )
     other = json.loads(saved[0].read_text())
-    for changes, wanted in (({"devices": 2}, "devices: 1 here, 2 there"), ({"device": "TPU v4"}, "device: 'cpu' here, 'TPU v4' there")):
+    for changes, wanted in (
+        ({"devices": 2}, "devices: 1 here, 2 there"),
+        ({"device": "TPU v4"}, "device: 'cpu' here, 'TPU v4' there"),
+    ):
         (tmp_path / "other.json").write_text(json.dumps(other | changes))
         assert cli.main(command(str(tiny_base), "--compare", str(tmp_path / "other.json"))) == 2
         assert wanted in capsys.readouterr().err
-    (tmp_path / "other.json").write_text(json.dumps({name: value for name, value in other.items() if name != "matmul_share"}))
+    (tmp_path / "other.json").write_text(
+        json.dumps({name: value for name, value in other.items() if name != "matmul_share"})
+    )
     assert cli.main(command(str(tiny_base), "--compare", str(tmp_path / "other.json"))) == 2
     assert "lacks matmul_share; make it anew" in capsys.readouterr().err
 
@@ -176,10 +278,23 @@ def test_growth(monkeypatch):
     monkeypatch.setattr(steps, "TrainingStep", Fake)
     config = from_dict(TrainConfig, {"base": "b", "data": {"train": "-"}})
     args = argparse.Namespace(steps=3, repeats=2)
-    specs = [programs.Spec("train", dataclasses.replace(config, batch_size=n), TINY, n, 16) for n in (2, 4, 8)]
+    specs = [
+        programs.Spec("train", dataclasses.replace(config, batch_size=n), TINY, n, 16)
+        for n in (2, 4, 8)
+    ]
     table = bench.growth(args, specs, None)
-    assert table[0] == {"contexts": 2, "seconds": 1.5, "to_first": 1.0, "to_linear": {"median": 1.0, "min": 1.0, "max": 1.0}}
-    assert table[1] == {"contexts": 4, "seconds": 2.25, "to_first": 1.5, "to_linear": {"median": 0.75, "min": 0.75, "max": 0.75}}
+    assert table[0] == {
+        "contexts": 2,
+        "seconds": 1.5,
+        "to_first": 1.0,
+        "to_linear": {"median": 1.0, "min": 1.0, "max": 1.0},
+    }
+    assert table[1] == {
+        "contexts": 4,
+        "seconds": 2.25,
+        "to_first": 1.5,
+        "to_linear": {"median": 0.75, "min": 0.75, "max": 0.75},
+    }
     assert table[2] == {"contexts": 8, "seconds": None, "to_first": None, "to_linear": None}
     assert bench.growth(args, specs[2:], None) == table[2:]
 
@@ -191,5 +306,10 @@ def test_growth(monkeypatch):
     monkeypatch.setattr(Fake, "run", run)
     table = bench.growth(argparse.Namespace(steps=1, repeats=2), specs, None)
     assert [row["seconds"] for row in table] == [1.0, None, None]
-    with pytest.raises(ValueError, match=r"8 contexts of 16 tokens in 1 .* do not fit.*fewer --contexts"), bench._fitting(specs[2]):
+    with (
+        pytest.raises(
+            ValueError, match=r"8 contexts of 16 tokens in 1 .* do not fit.*fewer --contexts"
+        ),
+        bench._fitting(specs[2]),
+    ):
         Fake(specs[2], None)

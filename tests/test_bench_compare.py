@@ -1,4 +1,4 @@
-"""The PyTorch baseline of launch/bench computes what this package computes, and the comparison tells what it measured."""
+"""The PyTorch baseline of launch/benchmarks computes what this package computes, and the comparison tells what it measured."""
 
 import dataclasses
 import functools
@@ -17,16 +17,18 @@ from conftest import ROOT, TINY, close, random_trained
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
 
-from icae_jax.interop import adapter as adapters  # noqa: E402
+from icae_jax.interop.adapters import folder as adapters  # noqa: E402
 from icae_jax.training.compressor_task import CompressorLosses  # noqa: E402
 
-BENCH = ROOT / "launch" / "bench"
+BENCH = ROOT / "launch" / "benchmarks"
 K, RANK = 4, 4
 SIZES = {
     "seed": 0, "tokens": 16, "memory": K, "lora_rank": RANK, "questions": 3, "prompt": 4, "answer": 3, "batch": 2, "dtype": "float32",
 }  # fmt: skip
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc and sets the cores of processes")
+pytestmark = pytest.mark.skipif(
+    sys.platform != "linux", reason="reads /proc and sets the cores of processes"
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -40,7 +42,7 @@ def _one_thread():
 
 @pytest.fixture
 def bench(monkeypatch):
-    """A module of launch/bench by name."""
+    """A module of launch/benchmarks by name."""
     monkeypatch.syspath_prepend(BENCH)
     return lambda name: __import__(name)
 
@@ -49,7 +51,9 @@ def bench(monkeypatch):
 def arrays():
     rng = np.random.default_rng(0)
     shapes = {"context": (2, 16), "continuation": (2, 13), "prompt": (2, 3, 4), "answer": (2, 3, 3)}
-    return {name: rng.integers(3, TINY.vocab_size, shape, np.int32) for name, shape in shapes.items()}
+    return {
+        name: rng.integers(3, TINY.vocab_size, shape, np.int32) for name, shape in shapes.items()
+    }
 
 
 @functools.cache
@@ -61,16 +65,29 @@ def trained():
 def ours(sides, params, case):
     """`{objective: (loss, gradient of the trained tree)}` of both contexts on our side, without dropout."""
     config = dataclasses.replace(sides.train_config(case, SIZES, 2), remat="none")
-    task, batch = CompressorLosses(config, TINY, config.compression), sides.training_batch(config, arrays(), 2)
+    task, batch = (
+        CompressorLosses(config, TINY, config.compression),
+        sides.training_batch(config, arrays(), 2),
+    )
 
     @jax.jit
     def all_of(tree):
-        losses, pull = jax.vjp(lambda tree: {o: s / n for o, (s, n) in task.losses(tree, params.tree, batch, None).items()}, tree)
-        alone = np.eye(len(losses), dtype=np.float32)  # a row weighs one objective and none of the others
+        losses, pull = jax.vjp(
+            lambda tree: {
+                o: s / n for o, (s, n) in task.losses(tree, params.tree, batch, None).items()
+            },
+            tree,
+        )
+        alone = np.eye(
+            len(losses), dtype=np.float32
+        )  # a row weighs one objective and none of the others
         return losses, jax.vmap(pull)(dict(zip(losses, alone.T, strict=True)))[0]
 
     losses, gradients = jax.device_get(all_of(trained()))
-    return {o: (loss, jax.tree.map(lambda x, i=i: x[i], gradients)) for i, (o, loss) in enumerate(losses.items())}
+    return {
+        o: (loss, jax.tree.map(lambda x, i=i: x[i], gradients))
+        for i, (o, loss) in enumerate(losses.items())
+    }
 
 
 class Hashable:
@@ -88,8 +105,13 @@ def torch_side(bench, tiny_base):
     """A function that makes a recipe on the tiny base, with random adapters and without dropout."""
 
     def make(recipe, dtype="float32"):
-        model = bench("torch_icae").TorchICAE(tiny_base, recipe, K, RANK, bench("sides").ALPHA, dropout=0.0, dtype=dtype)
-        lora = {name: torch.tensor(np.asarray(x)) for name, x in adapters.lora_to_hub(trained()["lora"]).items()}
+        model = bench("torch_icae").TorchICAE(
+            tiny_base, recipe, K, RANK, bench("sides").ALPHA, dropout=0.0, dtype=dtype
+        )
+        lora = {
+            name: torch.tensor(np.asarray(x))
+            for name, x in adapters.lora_to_hub(trained()["lora"]).items()
+        }
         missing = peft.set_peft_model_state_dict(model.encoder, lora)
         assert not missing.unexpected_keys
         with torch.no_grad():
@@ -119,7 +141,11 @@ def test_losses_and_gradients_agree(bench, torch_side, params, recipe, objective
     losses = [model.loss(*rows) for rows in turns]
     sum(losses).div(len(turns)).backward()
     assert abs(sum(losses).item() / len(turns) - float(want)) <= 1e-5 * float(want)
-    got = {name.replace(".default", ""): p.grad for name, p in model.encoder.named_parameters() if p.requires_grad}
+    got = {
+        name.replace(".default", ""): p.grad
+        for name, p in model.encoder.named_parameters()
+        if p.requires_grad
+    }
     for name, grad in adapters.lora_to_hub(grads["lora"]).items():
         close(got.pop(name), grad, 1e-4)
     assert not got  # nothing else is trained
@@ -142,29 +168,48 @@ def test_the_reference_decoder_is_a_frozen_copy_that_recomputes(bench, torch_sid
     model = torch_side("reference")
     inner = {"encoder": model.encoder.get_base_model(), "decoder": model.decoder}
     pointers = [{p.data_ptr() for p in module.parameters()} for module in inner.values()]
-    assert not pointers[0] & pointers[1] and not any(p.requires_grad for p in model.decoder.parameters())
+    assert not pointers[0] & pointers[1] and not any(
+        p.requires_grad for p in model.decoder.parameters()
+    )
     assert not any("lora" in name for name, _ in model.decoder.named_parameters())
     runs = dict.fromkeys(inner, 0)
-    for name, module in inner.items():  # recomputing stops within the MLP, at its last matmul: what starts is counted
-        module.model.layers[0].mlp.register_forward_pre_hook(lambda *_, name=name: runs.update({name: runs[name] + 1}))
-    before = {name: p.clone() for name, p in [*model.encoder.named_parameters(), *model.decoder.named_parameters()]}
+    for (
+        name,
+        module,
+    ) in (
+        inner.items()
+    ):  # recomputing stops within the MLP, at its last matmul: what starts is counted
+        module.model.layers[0].mlp.register_forward_pre_hook(
+            lambda *_, name=name: runs.update({name: runs[name] + 1})
+        )
+    before = {
+        name: p.clone()
+        for name, p in [*model.encoder.named_parameters(), *model.decoder.named_parameters()]
+    }
     table = model.table.weight.clone()
     rows = passes(bench, model, "ae")[0]
     assert model.step(*rows) > 0 and runs == {"encoder": 1, "decoder": 2}
     after = dict([*model.encoder.named_parameters(), *model.decoder.named_parameters()])
     changed = {name for name in before if not torch.equal(before[name], after[name])}
-    assert changed == {name for name in before if "lora" in name} and not torch.equal(model.table.weight, table)
+    assert changed == {name for name in before if "lora" in name} and not torch.equal(
+        model.table.weight, table
+    )
 
 
 def test_the_stronger_recipe_has_one_base_and_recomputes_nothing(bench, torch_side):
     """Breaks when the stronger baseline holds a second base, runs a layer more than twice, or leaves its adapters off."""
     model = torch_side("stronger")
     runs = []
-    model.encoder.get_base_model().model.layers[0].mlp.register_forward_pre_hook(lambda *_: runs.append(1))
+    model.encoder.get_base_model().model.layers[0].mlp.register_forward_pre_hook(
+        lambda *_: runs.append(1)
+    )
     before = [p.clone() for p in model.trained]
     model.step(*passes(bench, model, "qa")[0])
     assert model.decoder is model.encoder and len(runs) == 2
-    assert all(p.requires_grad and not torch.equal(p, old) for p, old in zip(model.trained, before, strict=True))
+    assert all(
+        p.requires_grad and not torch.equal(p, old)
+        for p, old in zip(model.trained, before, strict=True)
+    )
 
 
 @pytest.mark.parametrize("recipe", ["reference", "stronger"])
@@ -193,7 +238,9 @@ def test_flops_of_the_baseline_count_attention_and_what_is_recomputed(bench, tor
         want = block * (2 * written + passes_read * read) + 3 * adapters_of * written
         want += 4 * c.num_layers * h * (3 * written**2 + (passes_read + 1) * read**2)
         want += 2 * c.hidden_size * c.vocab_size * (written + 2 * read)
-        if recipe == "reference":  # recomputing stops at a block's last matmul, of which a frozen weight's gradient chain needs nothing
+        if (
+            recipe == "reference"
+        ):  # recomputing stops at a block's last matmul, of which a frozen weight's gradient chain needs nothing
             want -= 2 * c.num_layers * c.hidden_size * c.intermediate_size * read
         assert model.flops(*rows) == B * want
         assert all(p.grad is None for p in model.trained)
@@ -216,7 +263,10 @@ class Fake:
 @pytest.mark.parametrize("loss, fine", [(2.001, True), (2.005, False), (math.nan, False)])
 def test_sides_that_disagree_are_not_measured(bench, loss, fine):
     """Breaks when two sides train different things and one is called faster, or when a loss that is no number agrees with any."""
-    compare, group = bench("compare"), [Fake("ours", 2.0), Fake("reference", 2.0), Fake("stronger", loss)]
+    compare, group = (
+        bench("compare"),
+        [Fake("ours", 2.0), Fake("reference", 2.0), Fake("stronger", loss)],
+    )
     if fine:
         assert compare.check(group, ["ae+lm"], 1e-3)["ae+lm"]["ours"] == {"ae": 1.0, "lm": 2.0}
         return
@@ -243,7 +293,11 @@ def test_every_second_round_is_reversed(bench):
 
 def test_a_side_that_ends_is_named(bench, tmp_path, capfd):
     """Breaks when a side that runs out of memory leaves the others waiting for ever, or does not say which it was."""
-    side = bench("compare").Side("stronger", tmp_path, {"batch": 2, "contexts": 2, "one_by_one": 1, "threads": 1, "device": "cpu"})
+    side = bench("compare").Side(
+        "stronger",
+        tmp_path,
+        {"batch": 2, "contexts": 2, "one_by_one": 1, "threads": 1, "device": "cpu"},
+    )
     try:
         with pytest.raises(ChildProcessError, match="side stronger ended with exit code 1"):
             side.ask("train", "ae", 2)
@@ -274,7 +328,9 @@ def test_bad_flags_are_named(bench, tmp_path, capsys, flags, message):
     """Breaks when a mistyped flag is found out by a process that has loaded a model."""
     with pytest.raises(SystemExit) as out:
         bench("compare").flags(["--workdir", str(tmp_path / "w"), *flags])
-    assert out.value.code == 2 and message in capsys.readouterr().err and not (tmp_path / "w").exists()
+    assert (
+        out.value.code == 2 and message in capsys.readouterr().err and not (tmp_path / "w").exists()
+    )
 
 
 def test_a_folder_of_other_sizes_is_refused(bench, tmp_path):
@@ -296,16 +352,34 @@ def test_a_comparison(tmp_path):
     }  # fmt: skip
     command = [sys.executable, str(BENCH / "compare.py"), "--workdir", str(tmp_path / "w")]
     command += [word for name, value in sizes.items() for word in (f"--{name}", str(value))]
-    out = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"JAX_PLATFORMS": "cpu"})
+    out = subprocess.run(
+        command, capture_output=True, text=True, env=os.environ | {"JAX_PLATFORMS": "cpu"}
+    )
     assert out.returncode == 0, out.stderr
     told = json.loads((tmp_path / "w" / "compare.json").read_text())
-    assert told["machine"]["cores"] == len(os.sched_getaffinity(0)) and told["machine"]["versions"]["torch"] == torch.__version__
-    assert told["machine"]["environment"]["OMP_WAIT_POLICY"] == os.environ.get("OMP_WAIT_POLICY", "PASSIVE")
+    assert (
+        told["machine"]["cores"] == len(os.sched_getaffinity(0))
+        and told["machine"]["versions"]["torch"] == torch.__version__
+    )
+    assert told["machine"]["environment"]["OMP_WAIT_POLICY"] == os.environ.get(
+        "OMP_WAIT_POLICY", "PASSIVE"
+    )
     assert len(told["rounds"]) == 2 and told["peak_bytes"].keys() == {"ours", "reference"}
     for measure in ("cpu_seconds", "wall_seconds"):
-        seconds = {side: [turn["ae+lm"][side][measure] for turn in told["rounds"]] for side in ("ours", "reference")}
-        summary, ratios = told["summary"]["ae+lm"], [b / a for a, b in zip(*seconds.values(), strict=True)]
-        want = {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios), "rounds": ratios}
+        seconds = {
+            side: [turn["ae+lm"][side][measure] for turn in told["rounds"]]
+            for side in ("ours", "reference")
+        }
+        summary, ratios = (
+            told["summary"]["ae+lm"],
+            [b / a for a, b in zip(*seconds.values(), strict=True)],
+        )
+        want = {
+            "median": statistics.median(ratios),
+            "min": min(ratios),
+            "max": max(ratios),
+            "rounds": ratios,
+        }
         assert summary["reference"]["ratios"]["ours"][measure] == want
         for side, values in seconds.items():
             assert summary[side][measure] == statistics.median(values) > 0
@@ -315,6 +389,15 @@ def test_a_comparison(tmp_path):
     assert reference["flops_to_ours"] == flops["reference"]["flops"] / flops["ours"]["flops"] > 1
     losses = told["losses"]["ae+lm"]
     for objective in ("ae", "lm"):
-        assert abs(losses["ours"][objective] - losses["reference on 2"][objective]) < 1e-3 * losses["ours"][objective]
-        assert told["rounds"][-1]["ae+lm"]["reference"]["losses"][objective] < losses["ours"][objective] + 0.1
-    assert [line.split()[:2] for line in out.stdout.splitlines()[3:5]] == [["ae+lm", "ours"], ["ae+lm", "reference"]]
+        assert (
+            abs(losses["ours"][objective] - losses["reference on 2"][objective])
+            < 1e-3 * losses["ours"][objective]
+        )
+        assert (
+            told["rounds"][-1]["ae+lm"]["reference"]["losses"][objective]
+            < losses["ours"][objective] + 0.1
+        )
+    assert [line.split()[:2] for line in out.stdout.splitlines()[3:5]] == [
+        ["ae+lm", "ours"],
+        ["ae+lm", "reference"],
+    ]

@@ -17,14 +17,18 @@ from icae_jax.data.builders import shards
 from icae_jax.data.builders.arxiv_abstracts import arxiv_abstracts_dataset_builder as arxiv
 from icae_jax.data.builders.inputs import Request
 from icae_jax.data.builders.mrqa import mrqa_dataset_builder as mrqa
-from icae_jax.prepare import prepare
+from icae_jax.workflows.prepare import prepare
 
 
 def write(path, lines):
     """Writes lines (objects as JSON, text as it is), packed as the name says, and returns the path as text."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    raw = "".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines).encode()
-    pack = {".gz": gzip.compress, ".zst": zstandard.ZstdCompressor().compress}.get(path.suffix, bytes)
+    raw = "".join(
+        (line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines
+    ).encode()
+    pack = {".gz": gzip.compress, ".zst": zstandard.ZstdCompressor().compress}.get(
+        path.suffix, bytes
+    )
     path.write_bytes(pack(raw))
     return str(path)
 
@@ -46,7 +50,10 @@ def nothing_left(tmp_path, name):
 
 # ------------------------------------------------------------------------------------------------------------------ PwC
 
-PWC = [{"input": f"context {i} œ\nsecond line", "prompt": f"prompt {i}", "answer": f"answer {i}"} for i in range(5)]
+PWC = [
+    {"input": f"context {i} œ\nsecond line", "prompt": f"prompt {i}", "answer": f"answer {i}"}
+    for i in range(5)
+]
 
 
 def test_pwc(tmp_path):
@@ -54,9 +61,14 @@ def test_pwc(tmp_path):
     write(tmp_path / "in/PwC_train.jsonl", PWC)
     write(tmp_path / "in/deep/PwC_test.jsonl.zst", PWC[:2])
     builder = made(tmp_path, "pwc", tmp_path / "in")
-    assert {name: split.num_examples for name, split in builder.info.splits.items()} == {"train": 5, "test": 2}
+    assert {name: split.num_examples for name, split in builder.info.splits.items()} == {
+        "train": 5,
+        "test": 2,
+    }
     got = [row[:3] for row in rows(tmp_path, "tfds:pwc:train")]
-    assert got == [(f"context {i} œ\nsecond line", f"prompt {i}", (f"answer {i}",)) for i in range(5)]
+    assert got == [
+        (f"context {i} œ\nsecond line", f"prompt {i}", (f"answer {i}",)) for i in range(5)
+    ]
     assert [row.id for row in rows(tmp_path, "tfds:pwc:test")] == ["0", "1"]
 
 
@@ -65,26 +77,38 @@ def test_links_go_by_their_own_names(tmp_path):
     (tmp_path / "in").mkdir()
     os.rename(write(tmp_path / "x.jsonl", PWC), tmp_path / "0f3a")
     (tmp_path / "in/PwC_train.jsonl").symlink_to(tmp_path / "0f3a")
-    assert made(tmp_path, "pwc", tmp_path / "in", only=("train",)).info.splits["train"].num_examples == 5
+    assert (
+        made(tmp_path, "pwc", tmp_path / "in", only=("train",)).info.splits["train"].num_examples
+        == 5
+    )
 
 
 def test_absent_files_are_named_with_where_they_are_found(tmp_path):
     """Breaks when half a set is prepared unasked, or the user is not told what to fetch and how to go on without it."""
     train = write(tmp_path / "PwC_train.jsonl.gz", PWC)
-    with pytest.raises(ValueError, match=r"1 file\(s\) absent.*--only train\n  PwC_test\.jsonl .*hub data set sggetao/PwC"):
+    with pytest.raises(
+        ValueError,
+        match=r"1 file\(s\) absent.*--only train\n  PwC_test\.jsonl .*hub data set sggetao/PwC",
+    ):
         made(tmp_path, "pwc", train)
     assert not (tmp_path / "sets").exists()
     assert list(made(tmp_path, "pwc", train, only=("train",)).info.splits) == ["train"]
-    with pytest.raises(ValueError, match="--only valid: not a part of this set; its parts are train, test"):
+    with pytest.raises(
+        ValueError, match="--only valid: not a part of this set; its parts are train, test"
+    ):
         made(tmp_path, "pwc", train, only=("valid",))
     with pytest.raises(ValueError, match=r"--from .*/nowhere: no such file or folder"):
         made(tmp_path, "pwc", tmp_path / "nowhere")
-    with pytest.raises(ValueError, match=r"data file .*/notes\.pdf: \.pdf is no format that is read"):
+    with pytest.raises(
+        ValueError, match=r"data file .*/notes\.pdf: \.pdf is no format that is read"
+    ):
         made(tmp_path, "pwc", write(tmp_path / "notes.pdf", ["x"]))
     with pytest.raises(ValueError, match="--from is not given"):
         made(tmp_path, "pwc")
     again = write(tmp_path / "copy/PwC_train.jsonl", PWC)
-    with pytest.raises(ValueError, match=r"both .*PwC_train\.jsonl\.gz and .*copy/PwC_train\.jsonl are PwC_train"):
+    with pytest.raises(
+        ValueError, match=r"both .*PwC_train\.jsonl\.gz and .*copy/PwC_train\.jsonl are PwC_train"
+    ):
         made(tmp_path, "pwc", train, again, only=("train",))
 
 
@@ -111,7 +135,10 @@ def test_a_bad_line_is_named_and_nothing_is_left(tmp_path, monkeypatch, line, me
 def test_a_truncated_file_is_named(tmp_path):
     """Breaks when a download that was cut short is prepared as if it were whole."""
     for name in ("PwC_train.jsonl.gz", "PwC_train.jsonl.zst"):
-        path = write(tmp_path / name, [{"input": os.urandom(99).hex(), "prompt": "p", "answer": "a"} for _ in range(2000)])
+        path = write(
+            tmp_path / name,
+            [{"input": os.urandom(99).hex(), "prompt": "p", "answer": "a"} for _ in range(2000)],
+        )
         os.truncate(path, os.path.getsize(path) - 50)
         with pytest.raises(ValueError, match=f"data file {path}: cannot be read"):
             made(tmp_path, "pwc", path, only=("train",))
@@ -133,11 +160,18 @@ def mrqa_file(dataset, split, contexts=2, questions=2):
                 "question": f"question {q}?",
                 "question_tokens": [["question", 0], [str(q), 9], ["?", 10]],
                 "answers": [f"answer {q}", "another"],
-                "detected_answers": [{"text": f"answer {q}", "char_spans": [[6, 13]], "token_spans": [[1, 2]]}],
+                "detected_answers": [
+                    {"text": f"answer {q}", "char_spans": [[6, 13]], "token_spans": [[1, 2]]}
+                ],
             }
             for q in range(questions)
         ]
-        yield {"id": "", "context": f"[PAR] {dataset} {split} {c} [SEP] œ", "qas": qas, "context_tokens": [["[PAR]", 0]]}
+        yield {
+            "id": "",
+            "context": f"[PAR] {dataset} {split} {c} [SEP] œ",
+            "qas": qas,
+            "context_tokens": [["[PAR]", 0]],
+        }
 
 
 def test_mrqa(tmp_path):
@@ -149,14 +183,25 @@ def test_mrqa(tmp_path):
         name = part.names[-1]  # the shorter names of the task's own scripts
         write(tmp_path / f"in/{folder}/{name}.jsonl.gz", mrqa_file(part.subset, folder))
     builder = made(tmp_path, "mrqa", tmp_path / "in")
-    assert {name: split.num_examples for name, split in builder.info.splits.items()} == {"train": 24, "validation": 24, "test": 24}
+    assert {name: split.num_examples for name, split in builder.info.splits.items()} == {
+        "train": 24,
+        "validation": 24,
+        "test": 24,
+    }
     got = rows(tmp_path, "tfds:mrqa:validation")
     assert sorted({row.subset for row in got}) == [
         "HotpotQA", "NaturalQuestionsShort", "NewsQA", "SQuAD", "SearchQA", "TriviaQA-web",
     ]  # fmt: skip
-    assert got[1][:3] == ("[PAR] SQuAD dev 0 [SEP] œ", "question 1?", ("answer 1", "another")) and got[1].id == "SQuADdev01"
+    assert (
+        got[1][:3] == ("[PAR] SQuAD dev 0 [SEP] œ", "question 1?", ("answer 1", "another"))
+        and got[1].id == "SQuADdev01"
+    )
     assert all("train" in row.text for row in rows(tmp_path, "tfds:mrqa:train"))
-    assert {row.subset for row in rows(tmp_path, "tfds:mrqa:test")} >= {"BioASQ", "DuoRC.ParaphraseRC", "TextbookQA"}
+    assert {row.subset for row in rows(tmp_path, "tfds:mrqa:test")} >= {
+        "BioASQ",
+        "DuoRC.ParaphraseRC",
+        "TextbookQA",
+    }
 
 
 def test_only_some_subsets_of_mrqa(tmp_path):
@@ -164,7 +209,9 @@ def test_only_some_subsets_of_mrqa(tmp_path):
     for folder in ("train", "dev"):
         write(tmp_path / f"in/{folder}/SQuAD.jsonl.gz", mrqa_file("SQuAD", folder))
     write(tmp_path / "in/dev/RACE.jsonl", mrqa_file("RACE", "dev"))
-    with pytest.raises(ValueError, match=r"15 file\(s\) absent; .*--only train/SQuAD,validation/SQuAD,test/RACE") as error:
+    with pytest.raises(
+        ValueError, match=r"15 file\(s\) absent; .*--only train/SQuAD,validation/SQuAD,test/RACE"
+    ) as error:
         made(tmp_path, "mrqa", tmp_path / "in")
     for line in (
         "  train/TriviaQA-web.jsonl (or .jsonl.gz, .jsonl.zst): https://s3.us-east-2.amazonaws.com/mrqa/release/v2/train/TriviaQA-web.jsonl.gz",
@@ -173,9 +220,15 @@ def test_only_some_subsets_of_mrqa(tmp_path):
     ):
         assert line in str(error.value).splitlines()
     both = made(tmp_path, "mrqa", tmp_path / "in", only=("SQuAD",), label="squad")
-    assert list(both.info.splits) == ["train", "validation"] and len(rows(tmp_path, "tfds:mrqa/squad:train")) == 4
+    assert (
+        list(both.info.splits) == ["train", "validation"]
+        and len(rows(tmp_path, "tfds:mrqa/squad:train")) == 4
+    )
     one = made(tmp_path, "mrqa", tmp_path / "in", only=("train/SQuAD", "test/RACE"), label="some")
-    assert set(one.info.splits) == {"test", "train"} and rows(tmp_path, "tfds:mrqa/some:test")[0].subset == "RACE"
+    assert (
+        set(one.info.splits) == {"test", "train"}
+        and rows(tmp_path, "tfds:mrqa/some:test")[0].subset == "RACE"
+    )
 
 
 @pytest.mark.parametrize(
@@ -184,7 +237,10 @@ def test_only_some_subsets_of_mrqa(tmp_path):
         ({"qas": None}, "qas is None, expected a list of questions"),
         ({"qas": ["q"]}, "qas holds 'q', expected an object"),
         ({"qas": [{"qid": "1", "question": "q"}]}, "answers is missing in a question of qas"),
-        ({"qas": [{"qid": "1", "question": "q", "answers": ["a", 3]}]}, "answers is \\['a', 3\\], expected a list of texts"),
+        (
+            {"qas": [{"qid": "1", "question": "q", "answers": ["a", 3]}]},
+            "answers is \\['a', 3\\], expected a list of texts",
+        ),
         ({"qas": [{"question": "q", "answers": ["a"]}]}, "no field qid"),
         ({"context": 3}, "context is int, expected text"),
     ],
@@ -202,17 +258,43 @@ def test_bad_rows_of_mrqa_are_named(tmp_path, change, message):
 
 def paper(arxiv_id, created, text="  A text\nin lines.\n"):
     """A line of the dump."""
-    versions = [{"version": "v1", "created": created}, {"version": "v2", "created": "Tue, 24 Jul 2018 20:10:27 GMT"}]
-    fields = {"submitter": "A B", "authors": "A. B\nand C. D", "title": "T", "comments": None, "journal-ref": None, "doi": None}
-    more = {"report-no": None, "categories": "hep-ph", "license": None, "abstract": text, "versions": versions}
-    return {"id": arxiv_id, **fields, **more, "update_date": "2018-11-26", "authors_parsed": [["B", "A.", ""], ["D", "C.", ""]]}
+    versions = [
+        {"version": "v1", "created": created},
+        {"version": "v2", "created": "Tue, 24 Jul 2018 20:10:27 GMT"},
+    ]
+    fields = {
+        "submitter": "A B",
+        "authors": "A. B\nand C. D",
+        "title": "T",
+        "comments": None,
+        "journal-ref": None,
+        "doi": None,
+    }
+    more = {
+        "report-no": None,
+        "categories": "hep-ph",
+        "license": None,
+        "abstract": text,
+        "versions": versions,
+    }
+    return {
+        "id": arxiv_id,
+        **fields,
+        **more,
+        "update_date": "2018-11-26",
+        "authors_parsed": [["B", "A.", ""], ["D", "C.", ""]],
+    }
 
 
 @pytest.mark.parametrize(
     ("arxiv_id", "created", "month"),
     [
         ("0704.0001", "Mon, 2 Apr 2007 19:18:42 GMT", "2007_04"),
-        ("1501.00001", "Wed, 31 Dec 2014 20:01:01 GMT", "2015_01"),  # a new month's id for the old month's last night
+        (
+            "1501.00001",
+            "Wed, 31 Dec 2014 20:01:01 GMT",
+            "2015_01",
+        ),  # a new month's id for the old month's last night
         ("2312.12345v2", "Wed, 20 Dec 2023 20:01:01 GMT", "2023_12"),
         ("hep-th/9901001", "Fri, 1 Jan 1999 19:18:42 GMT", "1999_01"),
         ("math.AG/0309136", "Sun, 7 Sep 2003 19:18:42 GMT", "2003_09"),
@@ -230,7 +312,10 @@ def test_the_month_of_a_paper(arxiv_id, created, month):
 def test_ids_at_odds_with_the_first_version_are_counted():
     """Breaks when papers whose month is in doubt go into a split without a word, or the date wins over the id."""
     counts = {arxiv.APART: 0}
-    assert arxiv.abstract(paper("hep-th/9201001", "Thu, 5 Mar 2009 10:00:00 GMT"), counts)[0] == "1992_01"
+    assert (
+        arxiv.abstract(paper("hep-th/9201001", "Thu, 5 Mar 2009 10:00:00 GMT"), counts)[0]
+        == "1992_01"
+    )
     assert counts == {arxiv.APART: 1}
     for bad in ("9913.0001", "x/9913001", "paper7"):
         with pytest.raises(ValueError, match=f"id is '{bad}', which tells no month"):
@@ -240,28 +325,53 @@ def test_ids_at_odds_with_the_first_version_are_counted():
 def test_arxiv_abstracts(tmp_path, monkeypatch):
     """Breaks when a row is lost or doubled where parts of the dump or months meet, the result depends on the number of processes, or a
     month's rows change their order."""
-    ids = [f"{year:02d}{month:02d}.{n:05d}" for n in range(3) for year in (23, 24) for month in (1, 2, 11)]
+    ids = [
+        f"{year:02d}{month:02d}.{n:05d}"
+        for n in range(3)
+        for year in (23, 24)
+        for month in (1, 2, 11)
+    ]
     lines = [paper(i, f"Mon, 2 Jan 20{i[:2]} 19:18:42 GMT") for i in ids]
-    dump = write(tmp_path / "arxiv-metadata-oai-snapshot.json", [*lines, "", paper("2401.99999", "", " \n")])
+    dump = write(
+        tmp_path / "arxiv-metadata-oai-snapshot.json", [*lines, "", paper("2401.99999", "", " \n")]
+    )
     builder = made(tmp_path, "arxiv_abstracts", dump)
-    assert list(builder.info.splits) == ["2023_01", "2023_02", "2023_11", "2024_01", "2024_02", "2024_11"]
+    assert list(builder.info.splits) == [
+        "2023_01",
+        "2023_02",
+        "2023_11",
+        "2024_01",
+        "2024_02",
+        "2024_11",
+    ]
     noted = dict(builder.info.metadata["noted"])
     assert noted == {"empty texts left out": 1, arxiv.APART: 6}  # those of November, dated January
     got = rows(tmp_path, "tfds:arxiv_abstracts:2023-11..2024-01")
     assert [row.id for row in got] == [f"{m}.{n:05d}" for m in ("2311", "2401") for n in range(3)]
-    assert got[0].text == "A text in lines." and got[3].where == "tfds:arxiv_abstracts:2024_01 row 0"
+    assert (
+        got[0].text == "A text in lines." and got[3].where == "tfds:arxiv_abstracts:2024_01 row 0"
+    )
 
     monkeypatch.setattr(shards, "PART", 1500)  # a few lines
     other = made(tmp_path, "arxiv_abstracts", dump, label="parts", processes=2)
-    one, two = (rows(tmp_path, f"tfds:{name}:..") for name in ("arxiv_abstracts", "arxiv_abstracts/parts"))
-    assert [(row.id, row.text) for row in one] == [(row.id, row.text) for row in two] and len(one) == len(ids)
+    one, two = (
+        rows(tmp_path, f"tfds:{name}:..") for name in ("arxiv_abstracts", "arxiv_abstracts/parts")
+    )
+    assert [(row.id, row.text) for row in one] == [(row.id, row.text) for row in two] and len(
+        one
+    ) == len(ids)
     assert other.info.metadata["noted"] == noted
-    assert {p.suffix for p in other.data_path.iterdir()} == {".json", ".array_record-00000-of-00001"}, "nothing in passing stays"
+    assert {p.suffix for p in other.data_path.iterdir()} == {
+        ".json",
+        ".array_record-00000-of-00001",
+    }, "nothing in passing stays"
 
 
 def test_abstracts_that_tell_no_month_are_named(tmp_path):
     """Breaks when such a row goes anywhere, or its line is not named."""
-    path = write(tmp_path / "a.jsonl", [{"id": "2401.00001", "text": "t"}, {"id": "17", "text": "t"}])
+    path = write(
+        tmp_path / "a.jsonl", [{"id": "2401.00001", "text": "t"}, {"id": "17", "text": "t"}]
+    )
     with pytest.raises(ValueError, match=f"^{path}:2: id is '17', which tells no month"):
         made(tmp_path, "arxiv_abstracts", path)
     assert nothing_left(tmp_path, "arxiv_abstracts")
@@ -271,7 +381,9 @@ def test_arxiv_abstracts_on_real_ones(tmp_path):
     """Breaks when real abstracts are lost, changed but for their white space, or held-out months reach into earlier ones."""
     paths = [shared(f"data/arxiv/{name}.jsonl.gz") for name in ("valid", "test")]
     made(tmp_path, "arxiv_abstracts", *paths)
-    want = {row.id: " ".join(row.text.split()) for path in paths for row in sources.read_rows(str(path))}
+    want = {
+        row.id: " ".join(row.text.split()) for path in paths for row in sources.read_rows(str(path))
+    }
     got = rows(tmp_path, "tfds:arxiv_abstracts:..")
     assert {row.id: row.text for row in got} == want and len(got) == 2000
     june = rows(tmp_path, "tfds:arxiv_abstracts:2026-06..")
@@ -287,8 +399,13 @@ def test_arxivqa(tmp_path):
     for split in ("train", "validation", "test"):
         write(tmp_path / f"in/{split}.jsonl", [row | {"question": split}])
     made(tmp_path, "arxivqa", tmp_path / "in")
-    assert [rows(tmp_path, f"tfds:arxivqa:{s}")[0][:3] for s in ("test", "train")] == [("c", s, ("a",)) for s in ("test", "train")]
-    with pytest.raises(ValueError, match=r"absent; (.|\n)*train\.jsonl .*: not public(.|\n)*any file of lines with context, question"):
+    assert [rows(tmp_path, f"tfds:arxivqa:{s}")[0][:3] for s in ("test", "train")] == [
+        ("c", s, ("a",)) for s in ("test", "train")
+    ]
+    with pytest.raises(
+        ValueError,
+        match=r"absent; (.|\n)*train\.jsonl .*: not public(.|\n)*any file of lines with context, question",
+    ):
         made(tmp_path, "arxivqa", write(tmp_path / "other.jsonl", [row]))
 
 
@@ -300,14 +417,26 @@ def test_json_text(tmp_path):
     write(tmp_path / "in/a.jsonl.zst", [{"content": "one", "id": 7}, {"content": " \n", "id": 8}])
     write(tmp_path / "in/b.json.gz", [{"content": "two", "meta": {"pile_set_name": "x"}}])
     write(tmp_path / "in/c.jsonl", [{"content": "three"}])
-    patterns = (("train", f"{tmp_path}/in/[ab].*"), ("train", f"{tmp_path}/in/b.*"), ("held_out", f"{tmp_path}/in/c.jsonl"))
+    patterns = (
+        ("train", f"{tmp_path}/in/[ab].*"),
+        ("train", f"{tmp_path}/in/b.*"),
+        ("held_out", f"{tmp_path}/in/c.jsonl"),
+    )
     builder = made(tmp_path, "json_text", patterns=patterns, field="content")
-    assert [(row.text, row.id) for row in rows(tmp_path, "tfds:json_text:train")] == [("one", "7"), ("two", "1")]
+    assert [(row.text, row.id) for row in rows(tmp_path, "tfds:json_text:train")] == [
+        ("one", "7"),
+        ("two", "1"),
+    ]
     assert [row.text for row in rows(tmp_path, "tfds:json_text:held_out")] == ["three"]
     assert builder.info.metadata["noted"] == {"empty texts left out": 1}
-    with pytest.raises(ValueError, match=r"b\.json\.gz:1: no field text; the fields are content, meta"):
+    with pytest.raises(
+        ValueError, match=r"b\.json\.gz:1: no field text; the fields are content, meta"
+    ):
         made(tmp_path, "json_text", tmp_path / "in/b.json.gz", label="other")
-    with pytest.raises(ValueError, match=r"no examples for split 'train': left out 1 empty texts \(the first: .*empty\.jsonl:1\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"no examples for split 'train': left out 1 empty texts \(the first: .*empty\.jsonl:1\)",
+    ):
         made(tmp_path, "json_text", write(tmp_path / "empty.jsonl", [{"text": ""}]), label="other")
 
 
@@ -341,7 +470,11 @@ def test_parts_and_shards(tmp_path, monkeypatch):
     monkeypatch.setattr(shards, "SHARD", 300)
     for part in (*range(60, 90), 1 << 20):  # every way a boundary can fall in a line
         monkeypatch.setattr(shards, "PART", part)
-        got = [raw["text"] for p in shards.parts_of(path) for raw in shards.objects(p, lambda raw, where: [raw])]
+        got = [
+            raw["text"]
+            for p in shards.parts_of(path)
+            for raw in shards.objects(p, lambda raw, where: [raw])
+        ]
         assert got == texts
     monkeypatch.setattr(shards, "PART", 2000)
     builder = made(tmp_path, "json_text", path)
@@ -362,13 +495,22 @@ def test_preparing_again(tmp_path):
     assert (first[1], again[1]) == (True, False) and list(again[0].info.splits) == ["train"]
     assert info.stat().st_mtime_ns == stamp
     for changed in ({"field": "id"}, {"paths": (write(tmp_path / "b.jsonl", [{"text": "two"}]),)}):
-        with pytest.raises(ValueError, match=r"json_text/1\.0\.0 was prepared from other files or with other options; .*--name"):
-            prepare(builders.builder("json_text"), Request(**{"paths": (path,)} | changed), tmp_path / "sets")
+        with pytest.raises(
+            ValueError,
+            match=r"json_text/1\.0\.0 was prepared from other files or with other options; .*--name",
+        ):
+            prepare(
+                builders.builder("json_text"),
+                Request(**{"paths": (path,)} | changed),
+                tmp_path / "sets",
+            )
     write(tmp_path / "a.jsonl", [{"text": "six"}])  # as long as before
     with pytest.raises(ValueError, match="other files"):
         made(tmp_path, "json_text", path)
     made(tmp_path, "json_text", path, label="second")
-    assert [row.text for row in rows(tmp_path, "tfds:json_text:train, tfds:json_text/second:train")] == ["one", "six"]
+    assert [
+        row.text for row in rows(tmp_path, "tfds:json_text:train, tfds:json_text/second:train")
+    ] == ["one", "six"]
 
 
 def test_what_a_killed_preparation_leaves_is_no_set(tmp_path):
@@ -376,10 +518,14 @@ def test_what_a_killed_preparation_leaves_is_no_set(tmp_path):
     folder = tmp_path / "sets/json_text/incomplete.ABC123_1.0.0"
     folder.mkdir(parents=True)
     (folder / "json_text-train.array_record-00000-of-00001").write_bytes(b"half")
-    with pytest.raises(ValueError, match="tfds:json_text:train: cannot be read as a prepared TFDS set"):
+    with pytest.raises(
+        ValueError, match="tfds:json_text:train: cannot be read as a prepared TFDS set"
+    ):
         rows(tmp_path, "tfds:json_text:train")
     builder = made(tmp_path, "json_text", write(tmp_path / "a.jsonl", [{"text": "one"}]))
-    assert len(rows(tmp_path, "tfds:json_text:train")) == 1 and [p.name for p in builder.left_overs()] == [folder.name]
+    assert len(rows(tmp_path, "tfds:json_text:train")) == 1 and [
+        p.name for p in builder.left_overs()
+    ] == [folder.name]
 
 
 def test_a_dying_process_is_an_error():
@@ -409,7 +555,9 @@ def ended(pid):
     return not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] == "Z"
 
 
-@pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="needs /proc to see processes end")
+@pytest.mark.skipif(
+    not os.path.exists("/proc/self/stat"), reason="needs /proc to see processes end"
+)
 def test_processes_end_with_a_killed_parent(tmp_path):
     """Breaks when killing a preparation leaves its processes behind for ever, with what they hold in memory."""
     code = (
@@ -428,5 +576,7 @@ def test_processes_end_with_a_killed_parent(tmp_path):
 
 
 def test_an_unknown_set_is_named():
-    with pytest.raises(ValueError, match="'pile' is not a set that can be prepared; choose from pwc, mrqa"):
+    with pytest.raises(
+        ValueError, match="'pile' is not a set that can be prepared; choose from pwc, mrqa"
+    ):
         builders.builder("pile")

@@ -12,10 +12,10 @@ import pytest
 from conftest import write_jsonl
 from jax._src.lru_cache import LRUCache
 
-from icae_jax import cli
+from icae_jax import cache, files
+from icae_jax.cli import main as cli
 from icae_jax.data import tokens
 from icae_jax.errors import UserError
-from icae_jax.interop import cache, files
 
 HOUR = 3600
 
@@ -35,7 +35,11 @@ def put(root, name, age, size=1000, version=tokens.CACHE_VERSION):
     folder = root / "tokens" / key(name)
     folder.mkdir(parents=True)
     (folder / "ids.npy").write_bytes(b"x" * size)
-    about = {} if version == 1 else {cache.ABOUT: json.dumps({"version": version, "source": f"{name}.jsonl"})}
+    about = (
+        {}
+        if version == 1
+        else {cache.ABOUT: json.dumps({"version": version, "source": f"{name}.jsonl"})}
+    )
     for file, content in about.items():
         (folder / file).write_text(content)
     for path in (*folder.iterdir(), folder):
@@ -54,7 +58,10 @@ def program(root, name, age, size=1000):
 
 def left(root):
     names = [p.name for p in [*root.glob("tokens/*"), *root.glob("compiled/*/*-cache")]]
-    return sorted(bytes.fromhex(name).lstrip(b"\0").decode() if name.startswith("0000") else name for name in names)
+    return sorted(
+        bytes.fromhex(name).lstrip(b"\0").decode() if name.startswith("0000") else name
+        for name in names
+    )
 
 
 def test_what_was_used_least_recently_goes_first(root):
@@ -63,7 +70,11 @@ def test_what_was_used_least_recently_goes_first(root):
         (put if age % 2 else program)(root, name, age * HOUR)
     assert cache.prune(root, 10_000, tokens.CACHE_VERSION) == []
     removed = cache.prune(root, 3300, tokens.CACHE_VERSION)
-    assert [e.used for e in removed] == sorted(e.used for e in removed) and left(root) == ["c-cache", "d", "e-cache"]
+    assert [e.used for e in removed] == sorted(e.used for e in removed) and left(root) == [
+        "c-cache",
+        "d",
+        "e-cache",
+    ]
     assert not list(root.glob("compiled/*/a-*")), "nothing of a program stays"
 
 
@@ -71,7 +82,9 @@ def test_earlier_versions_go_first(root):
     """Breaks when what nobody can read any more takes the room of what is used."""
     put(root, "new", 90 * HOUR)
     put(root, "old", 2 * HOUR, version=1)
-    assert [e.outdated for e in cache.prune(root, 1500, tokens.CACHE_VERSION)] == [True] and left(root) == ["new"]
+    assert [e.outdated for e in cache.prune(root, 1500, tokens.CACHE_VERSION)] == [True] and left(
+        root
+    ) == ["new"]
 
 
 def test_what_is_in_use_stays(root):
@@ -80,8 +93,12 @@ def test_what_is_in_use_stays(root):
     os.chmod(used, 0o755)
     held = cache.hold(used)
     os.utime(used / cache.ABOUT, (0, 0))  # only the lock tells
-    assert [e.name for e in cache.prune(root, 0, tokens.CACHE_VERSION)] == ["idle.jsonl"] and left(root) == ["now", "used"]
-    assert len(cache.prune(root, 0, tokens.CACHE_VERSION, everything=True)) == 1 and left(root) == ["used"]
+    assert [e.name for e in cache.prune(root, 0, tokens.CACHE_VERSION)] == ["idle.jsonl"] and left(
+        root
+    ) == ["now", "used"]
+    assert len(cache.prune(root, 0, tokens.CACHE_VERSION, everything=True)) == 1 and left(root) == [
+        "used"
+    ]
     held.close()
     assert len(cache.prune(root, 0, tokens.CACHE_VERSION)) == 1 and left(root) == []
     assert cache.hold(used) is None
@@ -99,7 +116,13 @@ def test_what_is_not_the_caches_stays(root, monkeypatch, capsys):
     """Breaks when a user's own files, in a folder that is also the cache, are listed or, worse, removed; or one of them breaks the list."""
     put(root, "ours", 90 * HOUR), put(root, "odd", 90 * HOUR)
     (root / "tokens" / key("odd") / cache.ABOUT).write_text("[1]")
-    names = ("tokens/corpus/shard0.bin", "tokens/thesis.txt", "tokens/.git/HEAD", "hashes/notes.md", f"tokens/{'f' * 32}")
+    names = (
+        "tokens/corpus/shard0.bin",
+        "tokens/thesis.txt",
+        "tokens/.git/HEAD",
+        "hashes/notes.md",
+        f"tokens/{'f' * 32}",
+    )
     theirs = [root / name for name in names]
     for path in theirs:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -109,23 +132,35 @@ def test_what_is_not_the_caches_stays(root, monkeypatch, capsys):
     monkeypatch.setenv("ICAE_CACHE", str(root))
     assert cli.main(["cache", "list"]) == 0
     told = capsys.readouterr().out
-    assert "ours.jsonl" in told and not any(word in told for word in ("corpus", "thesis", "git", "hashes", "fff"))
+    assert "ours.jsonl" in told and not any(
+        word in told for word in ("corpus", "thesis", "git", "hashes", "fff")
+    )
     assert cli.main(["cache", "prune", "--all"]) == 0 and "2 removed" in capsys.readouterr().out
     assert all(path.exists() for path in theirs) and not (root / "tokens" / key("ours")).exists()
     monkeypatch.setenv("ICAE_CACHE", str(theirs[0]))
-    assert cli.main(["cache", "list"]) == 2 and "shard0.bin: no such folder" in capsys.readouterr().err
+    assert (
+        cli.main(["cache", "list"]) == 2 and "shard0.bin: no such folder" in capsys.readouterr().err
+    )
 
 
 def test_tokenising_keeps_the_bound(root, tmp_path, tiny_tokenizer, monkeypatch, capsys):
     """Breaks when the cache is not pruned after something was written, nothing is said of it, or what was just made, and is used, goes."""
     monkeypatch.setenv(cache.VARIABLE, "0")
     put(root, "old", 90 * HOUR)
-    data = tokens.tokenise(write_jsonl(tmp_path / "a.jsonl", [{"text": "the cat"}]), tiny_tokenizer, str(root))
-    assert left(root) == [data.key[:32]] and data.text(0).size == 2 and "1 unused for longest removed" in capsys.readouterr().err
+    data = tokens.tokenise(
+        write_jsonl(tmp_path / "a.jsonl", [{"text": "the cat"}]), tiny_tokenizer, str(root)
+    )
+    assert (
+        left(root) == [data.key[:32]]
+        and data.text(0).size == 2
+        and "1 unused for longest removed" in capsys.readouterr().err
+    )
     assert cache.prune(root, 0, tokens.CACHE_VERSION, everything=True) == [], "it is in use"
     os.utime(root / "tokens" / data.key[:32] / cache.ABOUT, (0, 0))
     again = tokens.tokenise(str(tmp_path / "a.jsonl"), tiny_tokenizer, str(root))
-    assert time.time() - (root / "tokens" / again.key[:32] / cache.ABOUT).stat().st_mtime < 60, "its use is noted"
+    assert time.time() - (root / "tokens" / again.key[:32] / cache.ABOUT).stat().st_mtime < 60, (
+        "its use is noted"
+    )
 
 
 def test_jax_bounds_its_programs(root, monkeypatch):
@@ -149,7 +184,10 @@ def test_a_cache_that_is_no_folder_or_closed_is_named(root, monkeypatch):
     """Breaks when a cache that cannot be used ends in a traceback, which does not say what to set, or one that is empty is refused."""
     assert cache.hold(root / "tokens" / "key") is None
     root.write_text("")
-    with pytest.raises(UserError, match=rf"^cache {root}/tokens: cannot be read: not a directory .*; set data.cache_dir or \$ICAE_CACHE"):
+    with pytest.raises(
+        UserError,
+        match=rf"^cache {root}/tokens: cannot be read: not a directory .*; set data.cache_dir or \$ICAE_CACHE",
+    ):
         cache.hold(root / "tokens" / "key")
 
     def closed(path, *_):
@@ -177,12 +215,17 @@ def elsewhere(tmp_path, monkeypatch):
         ({"ICAE_CACHE": "/proc/nope"}, "cache /proc/nope: cannot be written"),
         ({"ICAE_CACHE": "{file}"}, "cache {file}: cannot be written"),
         ({"ICAE_CACHE": "{file}/within"}, "cache {file}/within: cannot be written"),
-        ({"ICAE_CACHE": "", "HOME": "/proc/nope"}, "cache /proc/nope/.cache/icae_jax: cannot be written"),
+        (
+            {"ICAE_CACHE": "", "HOME": "/proc/nope"},
+            "cache /proc/nope/.cache/icae_jax: cannot be written",
+        ),
         ({"ICAE_CACHE": "", "HOME": ""}, "cache: there is no home folder"),
         ({"ICAE_CACHE": "", "HOME": "relative"}, "cache: there is no home folder"),
     ],
 )
-def test_a_cache_that_cannot_be_written_falls_back(environment, said, elsewhere, tmp_path, tiny_tokenizer, monkeypatch, capsys):
+def test_a_cache_that_cannot_be_written_falls_back(
+    environment, said, elsewhere, tmp_path, tiny_tokenizer, monkeypatch, capsys
+):
     """Breaks when a container's or a node's home ends the run, the fallback is not said, or is said for each thing that is kept."""
     (tmp_path / "file").touch()
     fill = lambda text: text.format(file=tmp_path / "file")  # noqa: E731
@@ -192,13 +235,22 @@ def test_a_cache_that_cannot_be_written_falls_back(environment, said, elsewhere,
     data = [tokens.tokenise(source, tiny_tokenizer) for _ in range(2)]
     assert left(elsewhere) == [data[0].key[:32]] and elsewhere.stat().st_mode & 0o777 == 0o700
     err = capsys.readouterr().err
-    assert err.startswith(fill(said)) and f"{elsewhere} is used instead" in err and "$ICAE_CACHE" in err and err.count("\n") == 1
+    assert (
+        err.startswith(fill(said))
+        and f"{elsewhere} is used instead" in err
+        and "$ICAE_CACHE" in err
+        and err.count("\n") == 1
+    )
     if environment["ICAE_CACHE"] != "{file}":
-        assert cli.main(["cache", "list"]) == 0 and f"{elsewhere}: " in capsys.readouterr().out, "what is listed is what is used"
+        assert cli.main(["cache", "list"]) == 0 and f"{elsewhere}: " in capsys.readouterr().out, (
+            "what is listed is what is used"
+        )
 
 
 @pytest.mark.parametrize("planted", ["link", "file", "open"])
-def test_another_users_folder_is_not_taken_for_the_fallback(planted, elsewhere, tmp_path, monkeypatch):
+def test_another_users_folder_is_not_taken_for_the_fallback(
+    planted, elsewhere, tmp_path, monkeypatch
+):
     """Breaks when someone who plants a link or a folder in the shared temporary folder is handed, or hands out, what is kept."""
     monkeypatch.setenv("ICAE_CACHE", "/proc/nope")
     (tmp_path / "theirs").mkdir()
@@ -210,7 +262,11 @@ def test_another_users_folder_is_not_taken_for_the_fallback(planted, elsewhere, 
         elsewhere.mkdir()
         elsewhere.chmod(0o777)
     folder = files.cache_folder()
-    assert folder.parent == elsewhere.parent and folder != elsewhere and folder.stat().st_mode & 0o777 == 0o700
+    assert (
+        folder.parent == elsewhere.parent
+        and folder != elsewhere
+        and folder.stat().st_mode & 0o777 == 0o700
+    )
     assert list((tmp_path / "theirs").iterdir()) == []
 
 
@@ -218,18 +274,30 @@ def test_without_any_folder_the_variables_are_named(elsewhere, monkeypatch):
     """Breaks when a machine without a folder to write in ends in a traceback."""
     monkeypatch.setenv("ICAE_CACHE", "/proc/nope")
     monkeypatch.setattr(tempfile, "tempdir", "/proc/nope")
-    with pytest.raises(UserError, match=r"^cache /proc/nope: cannot be written, nor can a temporary folder .*set \$ICAE_CACHE .*\$TMPDIR"):
+    with pytest.raises(
+        UserError,
+        match=r"^cache /proc/nope: cannot be written, nor can a temporary folder .*set \$ICAE_CACHE .*\$TMPDIR",
+    ):
         files.cache_folder()
 
 
-def test_a_cache_that_may_only_be_read_is_read(root, elsewhere, tmp_path, tiny_tokenizer, monkeypatch, capsys):
+def test_a_cache_that_may_only_be_read_is_read(
+    root, elsewhere, tmp_path, tiny_tokenizer, monkeypatch, capsys
+):
     """Breaks when what a shared cache holds is made again since nothing can be added to it, or what it lacks ends the run."""
     monkeypatch.setenv("ICAE_CACHE", str(root))
-    sources = [write_jsonl(tmp_path / f"{name}.jsonl", [{"text": f"the {name}"}]) for name in ("cat", "dog")]
+    sources = [
+        write_jsonl(tmp_path / f"{name}.jsonl", [{"text": f"the {name}"}])
+        for name in ("cat", "dog")
+    ]
     kept = tokens.tokenise(sources[0], tiny_tokenizer).key
     monkeypatch.setattr(files, "can_write", lambda folder: not folder.is_relative_to(root))
     monkeypatch.setattr(tokens, "_write", lambda *args: pytest.fail("made again"))
-    assert tokens.tokenise(sources[0], tiny_tokenizer).key == kept and not elsewhere.exists() and capsys.readouterr().err == ""
+    assert (
+        tokens.tokenise(sources[0], tiny_tokenizer).key == kept
+        and not elsewhere.exists()
+        and capsys.readouterr().err == ""
+    )
     monkeypatch.undo()
     monkeypatch.setenv("ICAE_CACHE", str(root))
     monkeypatch.setattr(files, "can_write", lambda folder: not folder.is_relative_to(root))
@@ -240,7 +308,11 @@ def test_a_cache_that_may_only_be_read_is_read(root, elsewhere, tmp_path, tiny_t
 
 def test_programs_are_kept_only_where_they_can_be(root, elsewhere, monkeypatch, capsys):
     """Breaks when JAX is told of a folder that cannot be written, so that it warns of every program, or the command fails of it."""
-    names = ("JAX_COMPILATION_CACHE_MAX_SIZE", "JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS")
+    names = (
+        "JAX_COMPILATION_CACHE_MAX_SIZE",
+        "JAX_COMPILATION_CACHE_DIR",
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS",
+    )
     for name in names:
         monkeypatch.setenv(name, "")  # so that it is put back
         monkeypatch.delenv(name)
@@ -259,7 +331,10 @@ def test_programs_are_kept_only_where_they_can_be(root, elsewhere, monkeypatch, 
         root.mkdir(exist_ok=True)
         closed.setenv("JAX_COMPILATION_CACHE_DIR", str(root))  # the user's own, to be read
         cli.keep_compiled()
-        assert os.environ["JAX_COMPILATION_CACHE_DIR"] == str(root) and float(os.environ[names[2]]) > 1e6
+        assert (
+            os.environ["JAX_COMPILATION_CACHE_DIR"] == str(root)
+            and float(os.environ[names[2]]) > 1e6
+        )
         closed.setattr(tempfile, "tempdir", "/proc/nope")  # nowhere at all
         files._temporary_cache.cache_clear()
         os.environ.pop("JAX_COMPILATION_CACHE_DIR")
@@ -278,7 +353,12 @@ def test_a_bad_bound_is_named(value, monkeypatch):
 def test_the_verb(root, monkeypatch, capsys):
     """Breaks when the list leaves a kind out or says nothing of its size and use, or prune does not do what it says."""
     monkeypatch.setenv("ICAE_CACHE", str(root))
-    put(root, "a", 9 * HOUR), put(root, "old", 3 * HOUR, version=1), program(root, "p", 5 * HOUR), program(root, "q", 4 * HOUR)
+    (
+        put(root, "a", 9 * HOUR),
+        put(root, "old", 3 * HOUR, version=1),
+        program(root, "p", 5 * HOUR),
+        program(root, "q", 4 * HOUR),
+    )
     (root / "bases" / "gs%3A").mkdir(parents=True)
     (root / "bases" / "gs%3A" / "model").write_bytes(b"x" * 5000)
     held = cache.hold(root / "tokens" / key("a"))
@@ -290,15 +370,26 @@ def test_the_verb(root, monkeypatch, capsys):
     ]  # fmt: skip
     assert rows[2]["bytes"] == 2000 and rows[0]["used"][:3] == "202"
     assert cli.main(["cache", "list"]) == 0 and "a.jsonl (in use)" in capsys.readouterr().out
-    assert cli.main(["cache", "prune"]) == 0 and "freed 0.0 MiB (0 removed)" in capsys.readouterr().out
+    assert (
+        cli.main(["cache", "prune"]) == 0 and "freed 0.0 MiB (0 removed)" in capsys.readouterr().out
+    )
     assert cli.main(["cache", "prune", "--max_gib", str(2200 / (1 << 30)), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["removed"] == 2 and left(root) == ["a", "q-cache"]
-    assert cli.main(["cache", "prune", "--all"]) == 0 and "in use or used just now" in capsys.readouterr().out
+    assert (
+        cli.main(["cache", "prune", "--all"]) == 0
+        and "in use or used just now" in capsys.readouterr().out
+    )
     assert left(root) == ["a"] and (root / "bases" / "gs%3A" / "model").exists()
     held.close()
     assert cli.main(["cache", "prune", "--all"]) == 0 and left(root) == []
-    assert cli.main(["cache", "prune", "--max_gib", "x"]) == 2 and "--max_gib is 'x'" in capsys.readouterr().err
-    assert cli.main(["cache", "list", "--cache_dir", str(root / "no")]) == 2 and "no such folder" in capsys.readouterr().err
+    assert (
+        cli.main(["cache", "prune", "--max_gib", "x"]) == 2
+        and "--max_gib is 'x'" in capsys.readouterr().err
+    )
+    assert (
+        cli.main(["cache", "list", "--cache_dir", str(root / "no")]) == 2
+        and "no such folder" in capsys.readouterr().err
+    )
 
 
 def test_compiled_programs_are_kept_where_the_user_says(monkeypatch, tmp_path):

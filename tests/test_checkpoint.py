@@ -8,17 +8,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from icae_jax import convert_adapter, errors, inspection
-from icae_jax.interop import files
+from icae_jax import errors, files
 from icae_jax.training import checkpoint
 from icae_jax.training.checkpoint import Checkpoints
+from icae_jax.workflows import convert_adapter, inspection
 
 
 def state(value, rows=3):
     """A small train state with all that Orbax must carry: float32, bfloat16, integers, empty and nested containers."""
     x = jnp.asarray(np.random.default_rng(value).standard_normal((rows, 2)), jnp.float32)
     opt_state = ((), {"mu": x.astype(jnp.bfloat16), "count": jnp.asarray(value, jnp.int32)})
-    return {"step": jnp.asarray(value, jnp.int32), "trained": {"w": x * 1e-40, "b": x / 3}, "opt_state": opt_state}
+    return {
+        "step": jnp.asarray(value, jnp.int32),
+        "trained": {"w": x * 1e-40, "b": x / 3},
+        "opt_state": opt_state,
+    }
 
 
 def on_disk(workdir):
@@ -65,7 +69,11 @@ def failing(checkpoints, monkeypatch, error):
 
 
 @pytest.mark.parametrize(
-    "words", ["tensorstore's own words\nwriting x: No space left on device", 'UNKNOWN: Error writing "w/0.0": No space left on device']
+    "words",
+    [
+        "tensorstore's own words\nwriting x: No space left on device",
+        'UNKNOWN: Error writing "w/0.0": No space left on device',
+    ],
 )
 def test_a_save_that_fails_says_so(words, tmp_path, monkeypatch):
     """Breaks when a failed save ends in another kind of error than OSError, which the command line can report."""
@@ -81,7 +89,9 @@ def test_a_save_that_fails_says_so(words, tmp_path, monkeypatch):
 def test_a_lost_process_is_no_full_disk(kind, tmp_path, monkeypatch):
     """Breaks when the death of another process, noticed while saving, is told as a full disk, after which launchers do not start again."""
     checkpoints = Checkpoints(tmp_path)
-    failing(checkpoints, monkeypatch, kind("UNKNOWN: Gloo all-reduce failed: Connection reset by peer"))
+    failing(
+        checkpoints, monkeypatch, kind("UNKNOWN: Gloo all-reduce failed: Connection reset by peer")
+    )
     for save in (lambda: checkpoints.save(1, state(1)), checkpoints.wait):
         with pytest.raises(kind, match=r"^UNKNOWN: Gloo"):
             save()
@@ -95,16 +105,25 @@ def test_the_trained_tree_alone_is_read_from_any_of_its_paths(tmp_path):
     checkpoints.wait()
     checkpoints.close()
     best, latest = (tmp_path / "w" / "checkpoints" / f"step_{step}" for step in (1, 2))
-    assert [checkpoint.step_folder(path) for path in (tmp_path / "w", best.parent, best, latest)] == [best, best, best, latest]
+    assert [
+        checkpoint.step_folder(path) for path in (tmp_path / "w", best.parent, best, latest)
+    ] == [best, best, best, latest]
     for step, path in ((1, best), (2, latest)):
-        jax.tree.map(np.testing.assert_array_equal, checkpoint.read_trained(path), jax.device_get(state(step)["trained"]))
+        jax.tree.map(
+            np.testing.assert_array_equal,
+            checkpoint.read_trained(path),
+            jax.device_get(state(step)["trained"]),
+        )
     for other in (tmp_path, tmp_path / "absent", best / "metrics"):
         assert checkpoint.step_folder(other) is None
 
 
 def everything(folder):
     """`{path: (time of change, size)}` of all that a folder holds."""
-    return {str(p.relative_to(folder)): (p.stat().st_mtime_ns, p.stat().st_size) for p in folder.rglob("*")}
+    return {
+        str(p.relative_to(folder)): (p.stat().st_mtime_ns, p.stat().st_size)
+        for p in folder.rglob("*")
+    }
 
 
 def test_reading_changes_nothing(tmp_path):
@@ -160,7 +179,10 @@ def test_nan_is_never_the_best(tmp_path):
             checkpoints.save(step, state(step), loss)
             checkpoints.wait()
         assert on_disk(tmp_path) == [1, 3, 4] and checkpoints.best() == 1
-    assert checkpoint.best_step({1: float("nan"), 2: 0.6, 3: None}) == 2 and checkpoint.best_step({1: float("nan")}) is None
+    assert (
+        checkpoint.best_step({1: float("nan"), 2: 0.6, 3: None}) == 2
+        and checkpoint.best_step({1: float("nan")}) is None
+    )
     (tmp_path / "checkpoints" / "step_4" / "metrics" / "metrics").write_text('{"loss": NaN}')
     assert checkpoint.step_folder(tmp_path).name == "step_1"
     with Checkpoints(tmp_path) as checkpoints:
@@ -192,7 +214,9 @@ def test_a_save_that_a_network_interrupts_is_made_again(tmp_path, monkeypatch):
         def failing_finish():
             for error in failures:
                 finish()
-                shutil.rmtree(tmp_path / "checkpoints" / "step_2")  # as if it had never been finished
+                shutil.rmtree(
+                    tmp_path / "checkpoints" / "step_2"
+                )  # as if it had never been finished
                 manager.reload()
                 raise error
             return finish()
@@ -206,13 +230,19 @@ def test_a_save_that_a_network_interrupts_is_made_again(tmp_path, monkeypatch):
 
 def test_a_disk_without_room_is_told_apart(tmp_path, monkeypatch):
     """Breaks when a full disk is restarted for ever (it is the user's, exit code 2), or another failed save is not (it is not)."""
-    full = ValueError("RESOURCE_EXHAUSTED: Error writing x: Failed to write: No space left on device [os_error_code='28']")
+    full = ValueError(
+        "RESOURCE_EXHAUSTED: Error writing x: Failed to write: No space left on device [os_error_code='28']"
+    )
     for error, users in ((full, True), (ValueError("DATA_LOSS: Error writing x: checksum"), False)):
         with Checkpoints(tmp_path) as checkpoints, monkeypatch.context() as patch:
             failing(checkpoints, patch, error)
-            with pytest.raises((OSError, RuntimeError), match="Earlier checkpoints are whole") as raised:
+            with pytest.raises(
+                (OSError, RuntimeError), match="Earlier checkpoints are whole"
+            ) as raised:
                 checkpoints.save(1, state(1))
-            assert errors.is_users(raised.value) == users and "os_error_code" not in str(raised.value)
+            assert errors.is_users(raised.value) == users and "os_error_code" not in str(
+                raised.value
+            )
             patch.undo()
 
 
@@ -262,7 +292,10 @@ def gone(path):
 
 def harm(workdir, step, pattern, how):
     """Does something to the largest of a checkpoint's files, or a folder, that a pattern finds."""
-    found = sorted((workdir / "checkpoints" / f"step_{step}").glob(pattern), key=lambda path: path.stat().st_size)
+    found = sorted(
+        (workdir / "checkpoints" / f"step_{step}").glob(pattern),
+        key=lambda path: path.stat().st_size,
+    )
     how(found[-1])
 
 
@@ -287,7 +320,11 @@ DAMAGES = [
     ("default/ocdbt.process_0/d/*", gone, ""),
     ("metrics/metrics", empty, "metrics/metrics is empty"),
     ("metrics/metrics", zero, "metrics/metrics is garbled"),
-    ("metrics/metrics", lambda path: path.write_text('{"loss": null}'), "metrics/metrics holds no loss"),
+    (
+        "metrics/metrics",
+        lambda path: path.write_text('{"loss": null}'),
+        "metrics/metrics holds no loss",
+    ),
 ]
 
 
@@ -295,7 +332,11 @@ def alike(got, want):
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(got), jax.device_get(want))
 
 
-@pytest.mark.parametrize(("pattern", "how", "why"), DAMAGES, ids=[f"{pattern}-{how.__name__}" for pattern, how, _ in DAMAGES])
+@pytest.mark.parametrize(
+    ("pattern", "how", "why"),
+    DAMAGES,
+    ids=[f"{pattern}-{how.__name__}" for pattern, how, _ in DAMAGES],
+)
 def test_a_damaged_latest_checkpoint_is_gone_back_from(pattern, how, why, workdir, capsys):
     """Breaks when what a power loss left ends a run, is chosen again, is deleted, or goes unsaid; or a reader takes it or cannot do
     without it.
@@ -305,7 +346,9 @@ def test_a_damaged_latest_checkpoint_is_gone_back_from(pattern, how, why, workdi
         shutil.rmtree(workdir / "checkpoints" / f"step_{step}" / "metrics")
     folder, trained = checkpoint.read_newly(workdir)
     # What only the optimizer's state lost is none of a reader's concern.
-    assert folder.name == "step_2" or (folder.name == "step_3" and pattern == "default/ocdbt.process_0/d/*")
+    assert folder.name == "step_2" or (
+        folder.name == "step_3" and pattern == "default/ocdbt.process_0/d/*"
+    )
     assert ("step_3 is damaged" in capsys.readouterr().err) == (folder.name == "step_2")
     alike(trained, large(int(folder.name[-1]))["trained"])
 
@@ -313,9 +356,21 @@ def test_a_damaged_latest_checkpoint_is_gone_back_from(pattern, how, why, workdi
     step, restored = checkpoint.resume(workdir, jax.tree.map(jnp.zeros_like, large(0)), said.append)
     assert step == 2
     alike(restored, large(2))
-    assert len(said) == 2 and f"{workdir}/checkpoints/step_3 is damaged" in said[0] and why in said[0] and "damaged_step_3" in said[0]
-    assert said[1] == "going back from step 3 to step 2, the latest whole checkpoint: 1 steps are trained again"
-    assert sorted(p.name for p in (workdir / "checkpoints").iterdir()) == ["damaged_step_3", "step_1", "step_2"]
+    assert (
+        len(said) == 2
+        and f"{workdir}/checkpoints/step_3 is damaged" in said[0]
+        and why in said[0]
+        and "damaged_step_3" in said[0]
+    )
+    assert (
+        said[1]
+        == "going back from step 3 to step 2, the latest whole checkpoint: 1 steps are trained again"
+    )
+    assert sorted(p.name for p in (workdir / "checkpoints").iterdir()) == [
+        "damaged_step_3",
+        "step_1",
+        "step_2",
+    ]
     assert "Traceback" not in capsys.readouterr().err
     with Checkpoints(workdir) as checkpoints:
         assert checkpoints.latest() == 2
@@ -341,10 +396,14 @@ def test_without_a_whole_one_each_is_named_and_nothing_is_touched(workdir):
     harm(workdir, 2, "default/ocdbt.process_0/d/*", zero)
     harm(workdir, 3, "default", gone)
     before = everything(workdir)
-    for read in (lambda: checkpoint.resume(workdir, large(0), print), lambda: checkpoint.read_newly(workdir)):
+    for read in (
+        lambda: checkpoint.resume(workdir, large(0), print),
+        lambda: checkpoint.read_newly(workdir),
+    ):
         for _ in range(2):
             with pytest.raises(
-                errors.UserError, match=r"no checkpoint there is whole \(step_1: .* is empty; step_2: .+; step_3: "
+                errors.UserError,
+                match=r"no checkpoint there is whole \(step_1: .* is empty; step_2: .+; step_3: ",
             ) as raised:
                 read()
             assert "\n" not in str(raised.value)
@@ -352,11 +411,16 @@ def test_without_a_whole_one_each_is_named_and_nothing_is_touched(workdir):
     assert checkpoint.resume(workdir / "absent", large(0), print)[0] is None
 
 
-@pytest.mark.parametrize(("pattern", "how"), [("default/manifest.ocdbt", empty), ("default", gone), ("default/ocdbt.process_0/d/*", zero)])
+@pytest.mark.parametrize(
+    ("pattern", "how"),
+    [("default/manifest.ocdbt", empty), ("default", gone), ("default/ocdbt.process_0/d/*", zero)],
+)
 def test_a_damaged_one_that_is_asked_for_is_not_replaced(pattern, how, workdir):
     """Breaks when somebody who names a checkpoint gets another one, or a traceback."""
     harm(workdir, 2, pattern, how)
-    with pytest.raises(errors.UserError, match=r"step_2: the checkpoint is damaged \(.+\); name another"):
+    with pytest.raises(
+        errors.UserError, match=r"step_2: the checkpoint is damaged \(.+\); name another"
+    ):
         checkpoint.read_newly(workdir / "checkpoints" / "step_2")
     assert checkpoint.read_newly(workdir / "checkpoints")[0].name == "step_1"
 
@@ -364,14 +428,19 @@ def test_a_damaged_one_that_is_asked_for_is_not_replaced(pattern, how, workdir):
 def test_a_link_that_leads_nowhere_is_named(tmp_path):
     """Breaks when checkpoints that are a link to a disk which is not there are found out at the first save, in a traceback."""
     (tmp_path / "checkpoints").symlink_to(tmp_path / "absent" / "disk")
-    with pytest.raises(errors.UserError, match=f"^--workdir {tmp_path}: no folder of checkpoints can be made: .*; put in place"):
+    with pytest.raises(
+        errors.UserError,
+        match=f"^--workdir {tmp_path}: no folder of checkpoints can be made: .*; put in place",
+    ):
         Checkpoints(tmp_path)
 
 
 FAULTS = [
     OSError(errno.EIO, "Input/output error"),
     ValueError("UNAVAILABLE: Error reading x"),
-    ValueError(f"FAILED_PRECONDITION: Error reading x: Stale file handle [os_error_code='{errno.ESTALE}']"),
+    ValueError(
+        f"FAILED_PRECONDITION: Error reading x: Stale file handle [os_error_code='{errno.ESTALE}']"
+    ),
     MemoryError(),
     jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory"),
     ValueError("RESOURCE_EXHAUSTED: Error reading x: Too many open files [os_error_code='24']"),
@@ -380,7 +449,9 @@ FAULTS = [
 ]
 
 
-@pytest.mark.parametrize("fault", FAULTS, ids=[f"{type(fault).__name__}-{i}" for i, fault in enumerate(FAULTS)])
+@pytest.mark.parametrize(
+    "fault", FAULTS, ids=[f"{type(fault).__name__}-{i}" for i, fault in enumerate(FAULTS)]
+)
 def test_what_is_no_damage_is_not_taken_for_it(fault, workdir, monkeypatch):
     """Breaks when a network, a memory or a closed file costs a run its latest steps."""
     monkeypatch.setattr(errors, "FIRST_DELAY", 0.0)
@@ -397,5 +468,7 @@ def test_what_is_no_damage_is_not_taken_for_it(fault, workdir, monkeypatch):
         patch.setattr(checkpoint.ocp.StandardCheckpointHandler, "restore", failing)
         with pytest.raises(Exception, match="Encountered error") as raised:
             checkpoint.resume(workdir, large(0), print)
-    assert not errors.is_users(raised.value) and len(tried) == (errors.TRIES if errors.transient(fault) else 1)
+    assert not errors.is_users(raised.value) and len(tried) == (
+        errors.TRIES if errors.transient(fault) else 1
+    )
     assert checkpoint.resume(workdir, large(0), print)[0] == 3

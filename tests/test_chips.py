@@ -3,7 +3,7 @@
 import jax
 import pytest
 
-from icae_jax.training import chips
+from icae_jax.performance import chips
 
 
 @pytest.mark.parametrize(
@@ -25,7 +25,11 @@ def test_what_vendors_publish(kind, flops, gib, bandwidth, links):
     chip = chips.find(kind)
     assert chip.kind == kind
     assert chip.bf16_flops == pytest.approx(flops, rel=1e-3)
-    assert (chip.hbm_bytes, chip.hbm_bandwidth, chip.link_bandwidth) == (gib * 2**30, bandwidth, links)
+    assert (chip.hbm_bytes, chip.hbm_bandwidth, chip.link_bandwidth) == (
+        gib * 2**30,
+        bandwidth,
+        links,
+    )
 
 
 @pytest.mark.parametrize("chip", chips.CHIPS.values(), ids=lambda chip: chip.kind)
@@ -38,7 +42,11 @@ def test_units(chip):
 
 def test_both_names_of_a_chip_and_none_of_another():
     """Breaks when a spelling of jax's is missing, or a device that is not in the table passes for one that is."""
-    for one, other in (("TPU v5 lite", "TPU v5e"), ("TPU v5", "TPU v5p"), ("TPU v6 lite", "TPU v6e")):
+    for one, other in (
+        ("TPU v5 lite", "TPU v5e"),
+        ("TPU v5", "TPU v5p"),
+        ("TPU v6 lite", "TPU v6e"),
+    ):
         assert vars(chips.find(one)) | {"kind": other} == vars(chips.find(other))
     for kind in ("cpu", "", "TPU v5 litepod", "NVIDIA H100", jax.devices("cpu")[0].device_kind):
         assert chips.find(kind) is None

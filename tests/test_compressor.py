@@ -17,18 +17,24 @@ from icae_jax.compression.encoder import CompressionConfig, embed_with_table
 from icae_jax.compression.memory import KV, Slots
 from icae_jax.errors import UserError
 from icae_jax.inference import compressor as compressors
-from icae_jax.interop import adapter as adapters
-from icae_jax.interop import base as bases
+from icae_jax.interop.adapters import folder as adapters
+from icae_jax.interop.hub import base as bases
 from icae_jax.models import llama, rope
 from icae_jax.models.lora import LoraConfig
 from icae_jax.objectives import targets
-from icae_jax.training import sharding
+from icae_jax.runtime import sharding
 
 ROOT = pathlib.Path(__file__).parents[1]
 RNG = np.random.default_rng(7)
 # Of 2, 1, 3, 2 and 3 segments. What is read is nearly always all of these memories, or one of them: every other shape is a program more.
 TEXTS = [" ".join(RNG.choice(WORDS[8:], size=n)) for n in (30, 5, 40, 17, 35)]
-QUESTIONS = ["who saw the cat ?", "where ?", "what did the old king eat in the house ?", "when did it run", "why ?"]
+QUESTIONS = [
+    "who saw the cat ?",
+    "where ?",
+    "what did the old king eat in the house ?",
+    "when did it run",
+    "why ?",
+]
 
 
 def make_adapter(folder, tiny_base, method="icae", layout="", template="plain"):
@@ -47,7 +53,9 @@ def make_adapter(folder, tiny_base, method="icae", layout="", template="plain"):
 
 @pytest.fixture(scope="module", params=["icae", "x500"])
 def compressor(request, tiny_base, tmp_path_factory):
-    return icae_jax.load(make_adapter(tmp_path_factory.mktemp("adapter") / "a", tiny_base, request.param))
+    return icae_jax.load(
+        make_adapter(tmp_path_factory.mktemp("adapter") / "a", tiny_base, request.param)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +68,9 @@ def test_memory_sizes(compressor, memory):
     slots = compressor.config.method == "icae"
     lengths = [len(t.split()) + slots for t in TEXTS]
     segments = [-(-n // 16) for n in lengths]
-    assert memory.lengths.tolist() == lengths and memory.tokens.tolist() == [4 * s for s in segments]
+    assert memory.lengths.tolist() == lengths and memory.tokens.tolist() == [
+        4 * s for s in segments
+    ]
     numbers = TINY.hidden_size if slots else 2 * TINY.num_layers * TINY.num_kv_heads * TINY.head_dim
     assert memory.bytes.tolist() == [4 * s * numbers * 4 for s in segments]
     np.testing.assert_allclose(memory.ratio, np.asarray(lengths) / (4 * np.asarray(segments)))
@@ -69,7 +79,10 @@ def test_memory_sizes(compressor, memory):
 def contents_of(memory, row=0):
     """What was written for the real tokens of one text, texts and tokens in front."""
     axes = (memory.TEXT_AXIS, memory.TEXT_AXIS + 1)
-    return [np.moveaxis(np.asarray(x), axes, (0, 1))[row][np.asarray(memory.mask[row])] for x in memory.contents.values()]
+    return [
+        np.moveaxis(np.asarray(x), axes, (0, 1))[row][np.asarray(memory.mask[row])]
+        for x in memory.contents.values()
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -79,11 +92,17 @@ def small(compressor):
 
 def test_a_smaller_k_by_name(compressor, memory, small, tmp_path):
     """Breaks when k is not the caller's, is lost in a file, or an unknown one gets through."""
-    assert (4 * small.tokens).tolist() == memory.tokens.tolist() and (small.ratio == 4 * memory.ratio).all()
+    assert (4 * small.tokens).tolist() == memory.tokens.tolist() and (
+        small.ratio == 4 * memory.ratio
+    ).all()
     compressor.save(tmp_path / "m.safetensors", small)
     again, _ = compressor.load_memory(tmp_path / "m.safetensors")
-    assert again.tokens_per_segment == 1 and compressor.ask(again, "who ?", 6) == compressor.ask(small, "who ?", 6)
-    with pytest.raises(ValueError, match="k is 2; this compressor was trained with 1, 4 memory tokens"):
+    assert again.tokens_per_segment == 1 and compressor.ask(again, "who ?", 6) == compressor.ask(
+        small, "who ?", 6
+    )
+    with pytest.raises(
+        ValueError, match="k is 2; this compressor was trained with 1, 4 memory tokens"
+    ):
         compressor.compress(TEXTS, k=2)
 
 
@@ -94,7 +113,9 @@ def test_documents_compressed_apart_are_read_together(compressor, small):
     # The later documents have no <s> of their own here: ids, not texts, so that the segments are the same.
     ids = compressor.context_ids(" ".join(words))
     joined = compressor.join([compressor.compress_ids([ids[i : i + 14]]) for i in (0, 14, 28)])
-    assert whole.tokens.tolist() == joined.tokens.tolist() == [12] and whole.lengths.tolist() == joined.lengths.tolist() == [40]
+    assert whole.tokens.tolist() == joined.tokens.tolist() == [
+        12
+    ] and whole.lengths.tolist() == joined.lengths.tolist() == [40]
     assert compressor.restore(joined, 10) == compressor.restore(whole, 10)
     assert compressor.ask(joined, "who ?", 6) == compressor.ask(whole, "who ?", 6)
     with pytest.raises(ValueError, match="cannot be joined"):
@@ -116,8 +137,13 @@ def test_results_do_not_depend_on_the_batch(compressor, memory):
         if not answers[i][0].ties:
             assert compressor.ask(one, QUESTIONS[i], 8) == [answers[i][0].text]
         alone = compressor.score(one, TEXTS[i])[0]
-        assert alone.tokens == scores[i].tokens and abs(alone.log_prob - scores[i].log_prob) <= 1e-5 * abs(alone.log_prob)
-    ones, filled = compressor.compress(TEXTS, batch_size=1), compressor.compress([*TEXTS, TEXTS[2]], batch_size=5)
+        assert alone.tokens == scores[i].tokens and abs(
+            alone.log_prob - scores[i].log_prob
+        ) <= 1e-5 * abs(alone.log_prob)
+    ones, filled = (
+        compressor.compress(TEXTS, batch_size=1),
+        compressor.compress([*TEXTS, TEXTS[2]], batch_size=5),
+    )
     assert len(filled) == 6
     for again in (ones, filled[:5], filled[[0, 1, 5, 3, 4]]):
         for name, value in memory.contents.items():
@@ -146,24 +172,52 @@ def _pass(model, params, table, ids, contents):
         at = jnp.arange(M)[None]
         prefix = (rope.rotate_keys(model.config, k, at), v, jnp.ones((1, M), bool), at)
     positions = jnp.arange(x.shape[1]) + (0 if prefix is None else M)
-    hidden, _ = model.apply({"params": params}, x, positions[None], llama.causal_mask(x.shape[1]), prefix=prefix)
+    hidden, _ = model.apply(
+        {"params": params}, x, positions[None], llama.causal_mask(x.shape[1]), prefix=prefix
+    )
     return jax.nn.log_softmax(hidden[0, -len(ids) :] @ llama.head_kernel(params))
 
 
 def test_scores_equal_one_straight_pass(compressor, memory):
     """Breaks when scoring reads the memory at other positions, or counts other tokens, than one pass over slots and text."""
-    got = compressor.score(memory, TEXTS, QUESTIONS) + compressor.score(memory, TEXTS) + compressor.score_restoring(memory, TEXTS)
+    got = (
+        compressor.score(memory, TEXTS, QUESTIONS)
+        + compressor.score(memory, TEXTS)
+        + compressor.score_restoring(memory, TEXTS)
+    )
     params, base = compressor.base.params, compressor.base
 
-    for i in (i for i in range(3 * len(TEXTS)) if len(contents_of(memory, i % len(TEXTS))[0]) != 8):  # each length is a program
+    for i in (
+        i for i in range(3 * len(TEXTS)) if len(contents_of(memory, i % len(TEXTS))[0]) != 8
+    ):  # each length is a program
         at, kind = i % len(TEXTS), ("ask", "continue", "restore")[i // len(TEXTS)]
         answer = base.tokenizer(TEXTS[at], add_special_tokens=False)["input_ids"]
-        before = list(compressor.adapter.template.prompt(base.tokenizer(QUESTIONS[at], add_special_tokens=False)["input_ids"]))
-        whole = [compressor.framing.trigger, *compressor.context_ids(TEXTS[at]), base.tokenizer.eos_token_id]
-        ids = {"ask": [*before, *answer, base.tokenizer.eos_token_id], "continue": answer, "restore": whole}[kind]
+        before = list(
+            compressor.adapter.template.prompt(
+                base.tokenizer(QUESTIONS[at], add_special_tokens=False)["input_ids"]
+            )
+        )
+        whole = [
+            compressor.framing.trigger,
+            *compressor.context_ids(TEXTS[at]),
+            base.tokenizer.eos_token_id,
+        ]
+        ids = {
+            "ask": [*before, *answer, base.tokenizer.eos_token_id],
+            "continue": answer,
+            "restore": whole,
+        }[kind]
         first = len(before) if kind == "ask" else 1
         padded = np.pad(np.asarray(ids, np.int32), (0, 80 - len(ids)))
-        log_probs = np.asarray(_pass(compressor.model, params, compressor.trained["memory_table"], padded, contents_of(memory, at)))
+        log_probs = np.asarray(
+            _pass(
+                compressor.model,
+                params,
+                compressor.trained["memory_table"],
+                padded,
+                contents_of(memory, at),
+            )
+        )
         want = sum(float(log_probs[t - 1, ids[t]]) for t in range(first, len(ids)))
         assert got[i].tokens == len(ids) - first and abs(got[i].log_prob - want) <= 1e-4 * abs(want)
 
@@ -177,15 +231,27 @@ def assert_takes_its_positions(compressor, memory, k):
     for row, tokens in enumerate(memory.lengths.tolist()[:3]):
         needed, end = compressor.positions(tokens, k)
         n = np.asarray(memory.segment_lengths[row]).max()
-        placed = np.asarray(_placed(layout, 16 if layout.name in ("padded", "reference") else n, k, np.asarray(n)))
-        last = max(np.asarray(memory.positions[row])[np.asarray(memory.mask[row])].max(), placed.max())
+        placed = np.asarray(
+            _placed(layout, 16 if layout.name in ("padded", "reference") else n, k, np.asarray(n))
+        )
+        last = max(
+            np.asarray(memory.positions[row])[np.asarray(memory.mask[row])].max(), placed.max()
+        )
         assert end == memory.end[row] and last < needed <= max(last + 1 + k, end)
     joined = compressor.join([memory, memory])
     for row, tokens in enumerate(memory.lengths.tolist()):
-        assert compressor.positions(2 * tokens, k, 2 * np.count_nonzero(memory.segment_lengths[row]))[1] == joined.end[row]
+        assert (
+            compressor.positions(2 * tokens, k, 2 * np.count_nonzero(memory.segment_lengths[row]))[
+                1
+            ]
+            == joined.end[row]
+        )
 
 
-@pytest.mark.parametrize(("method", "layout"), [("icae", "sequential"), ("icae", "uniform"), ("x500", "reference"), ("x500", "uniform")])
+@pytest.mark.parametrize(
+    ("method", "layout"),
+    [("icae", "sequential"), ("icae", "uniform"), ("x500", "reference"), ("x500", "uniform")],
+)
 def test_other_layouts_read_and_write(tiny_base, tmp_path, method, layout):
     """Breaks when a layout's positions are lost between compressing, a file, and reading, or are others than were asked for before."""
     compressor = icae_jax.load(make_adapter(tmp_path / "a", tiny_base, method, layout))
@@ -199,7 +265,10 @@ def test_other_layouts_read_and_write(tiny_base, tmp_path, method, layout):
     assert compressor.restore(again, 6) == compressor.restore(memory, 6)
     assert compressor.ask(again, "who ?", 6) == compressor.ask(memory, "who ?", 6)
     assert_takes_its_positions(compressor, memory, 4)
-    if layout in ("sequential", "reference"):  # the fixed length, and the one without; how a text is spread is the same for each k
+    if layout in (
+        "sequential",
+        "reference",
+    ):  # the fixed length, and the one without; how a text is spread is the same for each k
         assert_takes_its_positions(compressor, compressor.compress(TEXTS, k=1), 1)
 
 
@@ -211,13 +280,22 @@ def test_positions_are_those_that_a_text_takes(compressor, memory, small):
 
 def test_a_memory_of_the_other_kind_is_refused(compressor, memory):
     """Breaks when slots are read by an adapter that writes K/V, or the other way: that gives text, and garbage."""
-    every = {name: getattr(memory, name) for name in ("mask", "positions", "end", "segment_lengths")}
+    every = {
+        name: getattr(memory, name) for name in ("mask", "positions", "end", "segment_lengths")
+    }
     M = memory.mask.shape[1]
     if compressor.config.method == "x500":
         other = Slots(np.zeros((5, M, TINY.hidden_size), np.float32), **every)
     else:
-        other = KV(*[np.zeros((TINY.num_layers, 5, M, TINY.num_kv_heads, TINY.head_dim), np.float32)] * 2, **every)
-    for read in (compressor.restore, lambda m: compressor.ask(m, "who ?"), lambda m: compressor.score(m, TEXTS)):
+        other = KV(
+            *[np.zeros((TINY.num_layers, 5, M, TINY.num_kv_heads, TINY.head_dim), np.float32)] * 2,
+            **every,
+        )
+    for read in (
+        compressor.restore,
+        lambda m: compressor.ask(m, "who ?"),
+        lambda m: compressor.score(m, TEXTS),
+    ):
         with pytest.raises(ValueError, match="but this adapter's method"):
             read(other)
 
@@ -236,7 +314,10 @@ def test_bad_input(compressor, memory, tiny_base, tmp_path):
         ):
             with pytest.raises(UserError, match=f"batch_size is {size}; it must be at least 1"):
                 use(size)
-    with pytest.raises(ValueError, match=rf"text 0: {2000 + len(compressor.framing.start)} tokens need \d+ positions, the base has 256"):
+    with pytest.raises(
+        ValueError,
+        match=rf"text 0: {2000 + len(compressor.framing.start)} tokens need \d+ positions, the base has 256",
+    ):
         compressor.compress("cat " * 2000)
     with pytest.raises(ValueError, match="max_new_tokens is -1"):
         compressor.restore(memory, -1)
@@ -251,13 +332,18 @@ def test_bad_input(compressor, memory, tiny_base, tmp_path):
     with pytest.raises(ValueError, match="absent: no such file or folder"):
         icae_jax.load(tmp_path / "absent")
     adapter = make_adapter(tmp_path / "a", tiny_base)
-    with pytest.raises(ValueError, match=r"base '.*absent' is not a folder; give a model-hub folder"):
+    with pytest.raises(
+        ValueError, match=r"base '.*absent' is not a folder; give a model-hub folder"
+    ):
         icae_jax.load(adapter, tmp_path / "absent")
     with pytest.raises(ValueError, match="texts has 1 entries for 5"):
         compressor.score_restoring(memory, ["cat sat"])
     gone = make_adapter(tmp_path / "gone", shutil.copytree(tiny_base, tmp_path / "base"))
     shutil.rmtree(tmp_path / "base")
-    with pytest.raises(ValueError, match=r"names its base as .*base, which is not a folder; give the base model with --base"):
+    with pytest.raises(
+        ValueError,
+        match=r"names its base as .*base, which is not a folder; give the base model with --base",
+    ):
         icae_jax.load(gone)
     with pytest.raises(ValueError, match="names adapter"):
         other = icae_jax.load(adapter)
@@ -278,15 +364,25 @@ def test_room_is_each_rows_own(compressor, memory, monkeypatch):
     small.base = dataclasses.replace(compressor.base, config=size)
     seen = []
     greedy = compressors.generate.greedy
-    monkeypatch.setattr(compressors.generate, "greedy", lambda *a, **kw: (seen.append(np.asarray(a[-1])), greedy(*a, **kw))[1])
+    monkeypatch.setattr(
+        compressors.generate,
+        "greedy",
+        lambda *a, **kw: (seen.append(np.asarray(a[-1])), greedy(*a, **kw))[1],
+    )
 
     asked = ["where did it eat ?", ["where ?", "what did it eat ?"], "why ?", "who ?", "why so ?"]
     answers = small.ask(memory, asked, 200, details=True)
     room = [end + 8 - int(e) for e in np.asarray(memory.end)]
     nested = [[q] if isinstance(q, str) else q for q in asked]
-    prompt = [[len(compressor.adapter.template.prompt(compressor.ids(q))) for q in row] for row in nested]
-    assert seen[0].reshape(5, 2).tolist() == [[min(200, room[i] - n) for n in (row * 2)[:2]] for i, row in enumerate(prompt)]
-    assert max(len(g.ids) for g in (answers[0], *answers[1], *answers[2:])) > room[2]  # the others go on where that has no room
+    prompt = [
+        [len(compressor.adapter.template.prompt(compressor.ids(q))) for q in row] for row in nested
+    ]
+    assert seen[0].reshape(5, 2).tolist() == [
+        [min(200, room[i] - n) for n in (row * 2)[:2]] for i, row in enumerate(prompt)
+    ]
+    assert (
+        max(len(g.ids) for g in (answers[0], *answers[1], *answers[2:])) > room[2]
+    )  # the others go on where that has no room
     assert small.ask(memory[2], asked[2], 200, details=True)[0] == answers[2]
 
     seen.clear()
@@ -299,10 +395,14 @@ def test_room_is_each_rows_own(compressor, memory, monkeypatch):
 def test_targets_of_every_kind_are_scored_together(compressor, memory):
     """Breaks when a memory's targets see each other, one is counted for another, or padding them together changes a score."""
     ids, template = compressor.ids, compressor.adapter.template
-    rows = [[template.target(ids(q), ids(t)) for q in QUESTIONS[: 1 + i]] for i, t in enumerate(TEXTS)]
+    rows = [
+        [template.target(ids(q), ids(t)) for q in QUESTIONS[: 1 + i]] for i, t in enumerate(TEXTS)
+    ]
     got = compressor.score_targets(memory, rows, "qa", batch_size=2)
     assert [len(row) for row in got] == [1, 2, 3, 4, 5]
-    alone = [compressor.score(memory, TEXTS, questions) for questions in (QUESTIONS[:1] * 5, QUESTIONS)]
+    alone = [
+        compressor.score(memory, TEXTS, questions) for questions in (QUESTIONS[:1] * 5, QUESTIONS)
+    ]
     for i, text in enumerate(TEXTS):
         for j, one in ((0, alone[0][i]), (i, alone[1][i])):
             assert got[i][j].tokens == one.tokens == len(text.split()) + 1
@@ -311,7 +411,9 @@ def test_targets_of_every_kind_are_scored_together(compressor, memory):
         compressor.score_targets(memory, [[targets.Target([9] * 300, 1)]] * 5, "lm")
 
 
-@pytest.mark.parametrize("compressor", ["icae"], indirect=True)  # the other method's memory is read by the same lines
+@pytest.mark.parametrize(
+    "compressor", ["icae"], indirect=True
+)  # the other method's memory is read by the same lines
 def test_the_head_runs_where_labels_are(compressor, memory, monkeypatch):
     """Breaks when the tokens of a question cost logits, or a score changes with how many positions the head is run at."""
     question = " ".join(QUESTIONS * 2)
@@ -328,7 +430,12 @@ def test_the_head_runs_where_labels_are(compressor, memory, monkeypatch):
     monkeypatch.setattr(compressors.target_layouts, "pack", packed)
     monkeypatch.setattr(compressors, "_losses", counted)
     for _ in range(2):
-        scores.append([s.log_prob for s in compressor.score(memory, [TEXTS[1]] * 5, [question, *QUESTIONS[1:]])])
+        scores.append(
+            [
+                s.log_prob
+                for s in compressor.score(memory, [TEXTS[1]] * 5, [question, *QUESTIONS[1:]])
+            ]
+        )
     np.testing.assert_allclose(*scores, rtol=1e-6)
     T, U = shapes[0]
     assert shapes[1] == shapes[0] and len(question.split()) <= T and U == 32 < T
@@ -336,11 +443,15 @@ def test_the_head_runs_where_labels_are(compressor, memory, monkeypatch):
     assert flops[1] - flops[0] > 5 * (min(T, 128) - U) * 2 * TINY.hidden_size * TINY.vocab_size
 
 
-@pytest.mark.parametrize("compressor", ["icae"], indirect=True)  # the other method's memory is read by the same lines
+@pytest.mark.parametrize(
+    "compressor", ["icae"], indirect=True
+)  # the other method's memory is read by the same lines
 def test_compressors_of_one_base_share_compiled_programs(compressor, memory, monkeypatch):
     """Breaks when scoring is traced and compiled anew for every compressor that is made."""
     traced, label_losses = [], compressors.loss.label_losses
-    monkeypatch.setattr(compressors.loss, "label_losses", lambda *args: (traced.append(1), label_losses(*args))[1])
+    monkeypatch.setattr(
+        compressors.loss, "label_losses", lambda *args: (traced.append(1), label_losses(*args))[1]
+    )
     scores = []
     for _ in range(2):
         another = compressors.Compressor(compressor.base, compressor.adapter, compressor.path)
@@ -350,16 +461,21 @@ def test_compressors_of_one_base_share_compiled_programs(compressor, memory, mon
 
 @pytest.mark.parametrize("method", ["icae", "x500"])
 @pytest.mark.parametrize(
-    ("dtype", "other", "bound", "template"), [("float32", "bfloat16", 1e-5, "plain"), ("bfloat16", "float32", 0.02, "mistral")]
+    ("dtype", "other", "bound", "template"),
+    [("float32", "bfloat16", 1e-5, "plain"), ("bfloat16", "float32", 0.02, "mistral")],
 )
 def test_a_memory_of_another_dtype(tiny_base, tmp_path, method, dtype, other, bound, template):
     """Breaks when a memory of another dtype than the base's cannot be decoded behind, or makes the base compute in its own: it is read as
     if it had been cast before, also behind a head, which would be of the wider type.
     """
-    reader = icae_jax.load(make_adapter(tmp_path / "a", tiny_base, method, template=template), dtype=dtype)
+    reader = icae_jax.load(
+        make_adapter(tmp_path / "a", tiny_base, method, template=template), dtype=dtype
+    )
 
     def cast(memory, to):
-        return memory.replace(**{name: np.asarray(x).astype(jnp.dtype(to)) for name, x in memory.contents.items()})
+        return memory.replace(
+            **{name: np.asarray(x).astype(jnp.dtype(to)) for name, x in memory.contents.items()}
+        )
 
     written = reader.compress(TEXTS)
     assert {x.dtype for x in written.contents.values()} == {jnp.dtype(dtype)}
@@ -368,15 +484,24 @@ def test_a_memory_of_another_dtype(tiny_base, tmp_path, method, dtype, other, bo
     np.testing.assert_allclose(*scores, rtol=bound)
     texts = [reader.restore(m, 3) for m in pair]
     if dtype == "float32":
-        assert texts[0] == texts[1] and reader.ask(pair[0], "who ?", 3) == reader.ask(pair[1], "who ?", 3)
+        assert texts[0] == texts[1] and reader.ask(pair[0], "who ?", 3) == reader.ask(
+            pair[1], "who ?", 3
+        )
 
 
-@pytest.mark.parametrize("compressor", ["icae"], indirect=True)  # the other method's memory is read by the same lines
+@pytest.mark.parametrize(
+    "compressor", ["icae"], indirect=True
+)  # the other method's memory is read by the same lines
 def test_questions_without_a_token(compressor, memory, tiny_base, tmp_path):
     """Breaks when padding is read where a prompt is empty; a template with words of its own can ask with nothing between them."""
-    bare = icae_jax.load(make_adapter(tmp_path / "a", tiny_base, compressor.config.method, template="none"))
+    bare = icae_jax.load(
+        make_adapter(tmp_path / "a", tiny_base, compressor.config.method, template="none")
+    )
     for asked in (["", ""], ["who ?", ["why ?", " "]]):
-        with pytest.raises(UserError, match=r"text [01]: the question ' ?' has no tokens, and template none puts no words round it"):
+        with pytest.raises(
+            UserError,
+            match=r"text [01]: the question ' ?' has no tokens, and template none puts no words round it",
+        ):
             bare.ask(memory[:2], asked, 4)
     with pytest.raises(UserError, match="target 1: the question '' has no tokens"):
         bare.score(memory[:2], ["the cat", "the dog"], ["who ?", ""])
@@ -392,8 +517,19 @@ def test_questions_without_a_token(compressor, memory, tiny_base, tmp_path):
 def test_no_texts(compressor, memory):
     """Breaks when a memory of no texts, such as what a filter leaves, is a traceback of NumPy's."""
     none = memory[[]]
-    assert len(none) == 0 and compressor.restore(none) == compressor.ask(none, "who ?") == compressor.ask(none, []) == []
-    assert compressor.score(none, []) == compressor.score(none, [], []) == compressor.score_restoring(none, []) == []
+    assert (
+        len(none) == 0
+        and compressor.restore(none)
+        == compressor.ask(none, "who ?")
+        == compressor.ask(none, [])
+        == []
+    )
+    assert (
+        compressor.score(none, [])
+        == compressor.score(none, [], [])
+        == compressor.score_restoring(none, [])
+        == []
+    )
     for questions in ([], [[]]):
         with pytest.raises(UserError, match="give at least one question a text"):
             compressor.ask(memory[:1], questions)
@@ -401,21 +537,35 @@ def test_no_texts(compressor, memory):
         compressor.compress_ids([])
 
 
-@pytest.mark.parametrize("compressor", ["x500"], indirect=True)  # whose texts are not the first axis
+@pytest.mark.parametrize(
+    "compressor", ["x500"], indirect=True
+)  # whose texts are not the first axis
 def test_a_mesh_of_one_device_changes_nothing(compressor, memory):
     """Breaks when the path over devices makes other memories, texts or scores than the path without."""
-    over = compressors.Compressor(compressor.base, compressor.adapter, compressor.path, mesh=sharding.local_mesh())
-    assert over.rows(5) == 5 * (1 if jax.local_device_count() == 1 else jax.local_device_count() / 5)
+    over = compressors.Compressor(
+        compressor.base, compressor.adapter, compressor.path, mesh=sharding.local_mesh()
+    )
+    assert over.rows(5) == 5 * (
+        1 if jax.local_device_count() == 1 else jax.local_device_count() / 5
+    )
     again = over.compress(TEXTS, batch_size=3)
     for name, value in memory.contents.items():
         np.testing.assert_allclose(again.contents[name], value, atol=2e-5 * np.abs(value).max())
     scores, wanted = over.score(again, TEXTS, batch_size=3), compressor.score(memory, TEXTS)
-    np.testing.assert_allclose([s.log_prob for s in scores], [s.log_prob for s in wanted], rtol=1e-5)
-    for one, want in zip(over.ask(again, QUESTIONS, 4, 3, True), compressor.ask(memory, QUESTIONS, 4, details=True), strict=True):
+    np.testing.assert_allclose(
+        [s.log_prob for s in scores], [s.log_prob for s in wanted], rtol=1e-5
+    )
+    for one, want in zip(
+        over.ask(again, QUESTIONS, 4, 3, True),
+        compressor.ask(memory, QUESTIONS, 4, details=True),
+        strict=True,
+    ):
         assert want.ties or one.ids == want.ids
     spread = over.put_memory(memory)
     for name in memory.CONTENTS:
-        assert getattr(spread, name).sharding.spec == jax.sharding.PartitionSpec(*[None] * memory.TEXT_AXIS, sharding.BATCH)
+        assert getattr(spread, name).sharding.spec == jax.sharding.PartitionSpec(
+            *[None] * memory.TEXT_AXIS, sharding.BATCH
+        )
     assert all(x.sharding.is_fully_replicated for x in jax.tree.leaves(over.trained))
 
 
@@ -423,13 +573,22 @@ def test_a_mesh_of_one_device_changes_nothing(compressor, memory):
 def test_a_mesh_of_eight_devices(compressor, memory):
     """Breaks when a base, a cache or a batch that is split over devices gives other memories, scores or answers, or is not split."""
     with eight_devices():
-        over = icae_jax.load(compressor.path, mesh=sharding.local_mesh(sharding.parse("tensor=2,fsdp=2")))  # and two copies
+        over = icae_jax.load(
+            compressor.path, mesh=sharding.local_mesh(sharding.parse("tensor=2,fsdp=2"))
+        )  # and two copies
         found = over.compress(TEXTS, batch_size=3)
-        answers, scores = over.ask(found, QUESTIONS, 4, 3, True), over.score(found, TEXTS, batch_size=3)
+        answers, scores = (
+            over.ask(found, QUESTIONS, 4, 3, True),
+            over.score(found, TEXTS, batch_size=3),
+        )
         kernel = over.base.params["layers"]["mlp"]["down_proj"]["kernel"]
         assert kernel.size // kernel.addressable_shards[0].data.size == 4
     wanted = compressor.ask(memory, QUESTIONS, 4, details=True)
     for name, value in memory.contents.items():
         np.testing.assert_allclose(found.contents[name], value, atol=2e-5 * np.abs(value).max())
-    np.testing.assert_allclose([s.log_prob for s in scores], [s.log_prob for s in compressor.score(memory, TEXTS)], rtol=1e-5)
+    np.testing.assert_allclose(
+        [s.log_prob for s in scores],
+        [s.log_prob for s in compressor.score(memory, TEXTS)],
+        rtol=1e-5,
+    )
     assert all(want.ties or got.ids == want.ids for got, want in zip(answers, wanted, strict=True))

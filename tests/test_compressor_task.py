@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from conftest import TINY, WORDS, write_jsonl
 
-from icae_jax import sweep_results
-from icae_jax.interop import base as bases
+from icae_jax.interop.hub import base as bases
 from icae_jax.objectives import targets
 from icae_jax.training import compressor_task, step, train
 from icae_jax.training.compressor_task import CompressorTask
 from icae_jax.training.config import TrainConfig, from_dict
+from icae_jax.workflows import sweep_results
 
 
 @pytest.fixture(scope="module")
@@ -33,19 +33,28 @@ def raw(tiny_base, tmp_path_factory):
         "eval_examples": 9,
         "compression": {"k": 4, "rate": 4},
         "lora": {"rank": 4},
-        "data": {"train": source, "eval": source, "context_lengths": [32], "cache_dir": str(folder / "cache")},
+        "data": {
+            "train": source,
+            "eval": source,
+            "context_lengths": [32],
+            "cache_dir": str(folder / "cache"),
+        },
         "qa": write_jsonl(folder / "qa.jsonl", qa),
     }
 
 
 def task(raw, **changes):
-    return CompressorTask(from_dict(TrainConfig, {k: v for k, v in raw.items() if k != "qa"} | changes))
+    return CompressorTask(
+        from_dict(TrainConfig, {k: v for k, v in raw.items() if k != "qa"} | changes)
+    )
 
 
 def contexts(batch):
     """The ids of each row's context, without padding."""
     ids, lengths = batch["context"], batch["lengths"]
-    return [x[n[:, None] > np.arange(x.shape[1])].tolist() for x, n in zip(ids, lengths, strict=True)]
+    return [
+        x[n[:, None] > np.arange(x.shape[1])].tolist() for x, n in zip(ids, lengths, strict=True)
+    ]
 
 
 def shapes(batch):
@@ -54,13 +63,19 @@ def shapes(batch):
 
 def of_two_lengths(raw, tmp_path, examples):
     """A task that fine-tunes with contexts of up to 12 and up to 32 tokens. examples: (words of a context, questions on it)."""
-    words = [" ".join(WORDS[8 + i % 40] for i in range(at, at + n)) for at, (n, _) in enumerate(examples)]
+    words = [
+        " ".join(WORDS[8 + i % 40] for i in range(at, at + n)) for at, (n, _) in enumerate(examples)
+    ]
     rows = [
         {"context": text, "question": f"who {WORDS[9 + q]} ?", "answers": ["the cat"]}
         for text, (_, questions) in zip(words, examples, strict=True)
         for q in range(questions)
     ]
-    data = raw["data"] | {"train": write_jsonl(tmp_path / "qa.jsonl", rows), "context_lengths": [12, 32], "questions_per_context": 1}
+    data = raw["data"] | {
+        "train": write_jsonl(tmp_path / "qa.jsonl", rows),
+        "context_lengths": [12, 32],
+        "questions_per_context": 1,
+    }
     both = {"objectives": {"ae": 0.5, "lm": 0.0, "qa": 0.5}, "eval_examples": 40}
     return task(raw, **finetuning(raw, tmp_path / "w", data=data | {"eval": data["train"]}) | both)
 
@@ -71,20 +86,36 @@ def test_the_control_reads_another_text_s_memory(raw, tmp_path, batch_size):
     same text once more, or where no other text has its length; when examples are left out, or the two programs are not one.
     """
     windows = task(raw, batch_size=batch_size)
-    twice = write_jsonl(tmp_path / "twice.jsonl", [{"text": text} for text in ["the cat sat on the mat"] * 3 + ["a big dog ate"]])
+    twice = write_jsonl(
+        tmp_path / "twice.jsonl",
+        [{"text": text} for text in ["the cat sat on the mat"] * 3 + ["a big dog ate"]],
+    )
     same = task(raw, batch_size=batch_size, data=raw["data"] | {"eval": twice})
-    questions = of_two_lengths(raw | {"batch_size": batch_size}, tmp_path, [(8, 1), (20, 5), (24, 5)])
+    questions = of_two_lengths(
+        raw | {"batch_size": batch_size}, tmp_path, [(8, 1), (20, 5), (24, 5)]
+    )
     for made, count in ((windows, 9), (same, 4), (questions, 11)):
         seen = 0
         for kinds in made.eval_batches():
-            assert list(kinds) == ["memory", "wrong_memory"] and shapes(kinds["memory"]) == shapes(kinds["wrong_memory"])
+            assert list(kinds) == ["memory", "wrong_memory"] and shapes(kinds["memory"]) == shapes(
+                kinds["wrong_memory"]
+            )
             jax.tree.map(np.testing.assert_array_equal, *(kinds[kind]["targets"] for kind in kinds))
             for own, other in zip(*map(contexts, kinds.values()), strict=True):
                 own, other = (ids[len(made.framing.start) :] for ids in (own, other))
-                assert bool(own) == bool(other) and (not own or own[: len(other)] != other[: len(own)])
+                assert bool(own) == bool(other) and (
+                    not own or own[: len(other)] != other[: len(own)]
+                )
                 seen += bool(own)
         assert seen == count
-        halves = [list(made.eval_batches(slice(at, at + batch_size // 2))) for at in (0, batch_size // 2)] if batch_size > 1 else []
+        halves = (
+            [
+                list(made.eval_batches(slice(at, at + batch_size // 2)))
+                for at in (0, batch_size // 2)
+            ]
+            if batch_size > 1
+            else []
+        )
         for whole, *parts in zip(made.eval_batches(), *halves, strict=bool(halves)):
             for kind in whole if halves else ():
                 joined = np.concatenate([part[kind]["context"] for part in parts])
@@ -103,9 +134,21 @@ def test_one_text_has_no_control(raw, tmp_path):
     losses = train.evaluate(one, eval_step, None, None, np.arange(2), 2)
     assert losses == {"memory": {"ae": 2.0, "qa": 2.0}} and one.held_out_loss(losses) == 2.0
     line = {"step": 1, "eval": losses, "eval_loss": 1.0}
-    point = {"point": "a", "state": "done", "steps": 1, "train": {}, "held_out": line["eval"], "eval_loss": 1.0, "best": None}
+    point = {
+        "point": "a",
+        "state": "done",
+        "steps": 1,
+        "train": {},
+        "held_out": line["eval"],
+        "eval_loss": 1.0,
+        "best": None,
+    }
     header, (row,) = sweep_results.table({"points": [point | {"tokens_per_second": None}]})
-    assert "AE, memory" in header and not any("wrong" in cell for cell in header) and len(row) == len(header)
+    assert (
+        "AE, memory" in header
+        and not any("wrong" in cell for cell in header)
+        and len(row) == len(header)
+    )
 
 
 def test_the_control_differs_from_the_memory_at_batch_size_1(raw):
@@ -113,7 +156,9 @@ def test_the_control_differs_from_the_memory_at_batch_size_1(raw):
     made = task(raw, batch_size=1, objectives={"ae": 1.0, "lm": 0.0})
     trained = jax.tree.map(lambda x: x + 0.1, made.init())
     with made.placement.active():
-        losses = train.evaluate(made, step.make_eval_step(made), trained, made.frozen, np.arange(1), 1)
+        losses = train.evaluate(
+            made, step.make_eval_step(made), trained, made.frozen, np.arange(1), 1
+        )
     assert abs(losses["memory"]["ae"] - losses["wrong_memory"]["ae"]) > 1e-4
 
 
@@ -123,21 +168,32 @@ def losses_of_one_row(raw):
     gradients by the encoder's embeddings and by the trained tree)`), of a task of k 1 or 4, with k 1.
     """
     compression = {"k": 4, "rate": 4, "k_choices": [1, 4]}
-    made = task(raw, compression=compression, draw_k=["pretrain"], objectives={"ae": 0.5, "lm": 0.5})
+    made = task(
+        raw, compression=compression, draw_k=["pretrain"], objectives={"ae": 0.5, "lm": 0.5}
+    )
     batch, compress = next(iter(made.eval_batches()))["memory_k1"], compressor_task.methods.compress
-    rolled, trained = batch | {"context": np.roll(batch["context"], 1, axis=0)}, jax.tree.map(lambda x: np.asarray(x) + 0.1, made.init())
+    rolled, trained = (
+        batch | {"context": np.roll(batch["context"], 1, axis=0)},
+        jax.tree.map(lambda x: np.asarray(x) + 0.1, made.init()),
+    )
 
     def loss(embeddings, trained, batch, cut):
-        def cuttable(model, base, *rest):  # the encoder alone reads `embeddings`; the decoder's copy of the base is held apart
+        def cuttable(
+            model, base, *rest
+        ):  # the encoder alone reads `embeddings`; the decoder's copy of the base is held apart
             memory = compress(model, base | {"embed": embeddings}, *rest)
-            return memory.replace(slots=jnp.where(cut, jax.lax.stop_gradient(memory.slots), memory.slots))
+            return memory.replace(
+                slots=jnp.where(cut, jax.lax.stop_gradient(memory.slots), memory.slots)
+            )
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(compressor_task.methods, "compress", cuttable)
             return sum(s for s, _ in made.losses(trained, made.frozen, batch, None).values())
 
     run = jax.jit(jax.value_and_grad(loss, (0, 1)))
-    return lambda cut=False, roll=False: jax.device_get(run(made.frozen["embed"], trained, rolled if roll else batch, cut))
+    return lambda cut=False, roll=False: jax.device_get(
+        run(made.frozen["embed"], trained, rolled if roll else batch, cut)
+    )
 
 
 def test_the_decoder_sees_the_context_through_the_memory_alone(losses_of_one_row):
@@ -153,12 +209,19 @@ def test_fine_tuning_starts_from_the_adapter_and_checks_it(raw, tmp_path):
     first = task(raw)
     trained = jax.tree.map(lambda x: x + 0.5, first.init())
     first.export(tmp_path, trained)
-    qa = {"phase": "finetune", "init_from": str(tmp_path), "objectives": {"ae": 0.0, "lm": 0.0, "qa": 1.0}}
+    qa = {
+        "phase": "finetune",
+        "init_from": str(tmp_path),
+        "objectives": {"ae": 0.0, "lm": 0.0, "qa": 1.0},
+    }
     qa["data"] = raw["data"] | {"train": raw["qa"], "eval": raw["qa"]}
     second = task(raw, **qa)
     for a, b in zip(jax.tree.leaves(second.init()), jax.tree.leaves(trained), strict=True):
         np.testing.assert_array_equal(a, b)
-    with pytest.raises(ValueError, match=r"compression\.k is 8, but init_from .* was trained with 4; give --config\.compression\.k=4"):
+    with pytest.raises(
+        ValueError,
+        match=r"compression\.k is 8, but init_from .* was trained with 4; give --config\.compression\.k=4",
+    ):
         task(raw, **qa | {"compression": {"k": 8, "rate": 4}})
     with pytest.raises(ValueError, match=r"lora\.targets is \('k_proj',\)"):
         task(raw, **qa | {"lora": {"rank": 4, "targets": ["k_proj"]}})
@@ -168,7 +231,11 @@ def test_fine_tuning_starts_from_the_adapter_and_checks_it(raw, tmp_path):
 
 def finetuning(raw, folder, **changes):
     task(raw).export(folder, task(raw).init())
-    qa = {"phase": "finetune", "init_from": str(folder), "objectives": {"ae": 0.0, "lm": 0.0, "qa": 1.0}}
+    qa = {
+        "phase": "finetune",
+        "init_from": str(folder),
+        "objectives": {"ae": 0.0, "lm": 0.0, "qa": 1.0},
+    }
     return qa | {"data": raw["data"] | {"train": raw["qa"], "eval": raw["qa"]}} | changes
 
 
@@ -178,15 +245,23 @@ def test_weighted_sources(raw, tmp_path):
     cats = write_jsonl(tmp_path / "cats.jsonl", [{"text": "cat " * 30}])
     data = raw["data"] | {"train": f"{raw['data']['train']}, {cats}", "train_weights": [1, 3]}
     made = task(raw, data=data)
-    contexts = [row for batch in made.train_batches(0, 4) for row in batch["context"].reshape(4, -1)]
+    contexts = [
+        row for batch in made.train_batches(0, 4) for row in batch["context"].reshape(4, -1)
+    ]
     assert sum(WORDS.index("cat") == np.median(row) for row in contexts) == 12
     plain = task(raw).identity["data.train"]
     for mixed, alone in zip(made.identity["data.train"], plain, strict=True):
         assert mixed.split(",")[0] == alone and len(mixed) == 2 * len(alone) + 1
     assert task(raw, data=data | {"train_weights": [1, 0]}).identity["data.train"] == plain
-    with pytest.raises(ValueError, match=rf"data\.train source {cats}, of weight 3: no examples for phase finetune in the data"):
+    with pytest.raises(
+        ValueError,
+        match=rf"data\.train source {cats}, of weight 3: no examples for phase finetune in the data",
+    ):
         task(raw, **finetuning(raw, tmp_path / "w", data=data | {"train": f"{raw['qa']},{cats}"}))
-    with pytest.raises(ValueError, match=r"data\.train source absent\.jsonl, of weight 1: data file absent\.jsonl: no such file"):
+    with pytest.raises(
+        ValueError,
+        match=r"data\.train source absent\.jsonl, of weight 1: data file absent\.jsonl: no such file",
+    ):
         task(raw, data=data | {"train": f"absent.jsonl,{cats}"})
 
 
@@ -202,15 +277,23 @@ def test_k_is_drawn_in_fine_tuning_unless_asked_for_in_pretraining(raw, tmp_path
         made = task(raw, **changes)
         batches = list(made.train_batches(0, 12))
         assert {batch["k"] for batch in batches} == set(choices) == set(made.compression.choices)
-        assert [made.describe(b) for b in batches] == [{"k": b["k"]} if len(choices) > 1 else {} for b in batches]
+        assert [made.describe(b) for b in batches] == [
+            {"k": b["k"]} if len(choices) > 1 else {} for b in batches
+        ]
         kinds = next(iter(made.eval_batches()))
-        assert {kind: batch["k"] for kind, batch in kinds.items()} == {"memory": 4, "wrong_memory": 4} | (
-            {"memory_k1": 1, "wrong_memory_k1": 1} if len(choices) > 1 else {}
-        )
+        assert {kind: batch["k"] for kind, batch in kinds.items()} == {
+            "memory": 4,
+            "wrong_memory": 4,
+        } | ({"memory_k1": 1, "wrong_memory_k1": 1} if len(choices) > 1 else {})
         made.export(tmp_path / "out", made.init())
         info = json.loads((tmp_path / "out" / "adapter" / "icae.json").read_text())
         assert tuple(info["compression"]["k_choices"]) == (choices if len(choices) > 1 else ())
-    losses = {"memory": {"qa": 1.0}, "wrong_memory": {"qa": 9.0}, "memory_k1": {"qa": 3.0}, "wrong_memory_k1": {"qa": 9.0}}
+    losses = {
+        "memory": {"qa": 1.0},
+        "wrong_memory": {"qa": 9.0},
+        "memory_k1": {"qa": 3.0},
+        "wrong_memory_k1": {"qa": 9.0},
+    }
     assert task(raw, **finetuning(raw, tmp_path)).held_out_loss(losses) == 2.0
 
 
@@ -221,9 +304,14 @@ def test_losses_of_a_k_depend_on_its_rows_alone(losses_of_one_row):
     assert rows[0] > 0 and not rows[1:4].any() and rows[4] > 0
 
 
-def test_a_base_without_bos_gets_a_trained_trigger_and_says_so(raw, tmp_path, tiny_params, tiny_tokenizer):
+def test_a_base_without_bos_gets_a_trained_trigger_and_says_so(
+    raw, tmp_path, tiny_params, tiny_tokenizer
+):
     """Breaks when 500xCompressor cannot be trained on a base without <s>, or its adapter claims to be triggered by one."""
-    x500 = {"compression": {"method": "x500", "k": 4, "rate": 4}, "objectives": {"ae": 1.0, "lm": 0.0}}
+    x500 = {
+        "compression": {"method": "x500", "k": 4, "rate": 4},
+        "objectives": {"ae": 1.0, "lm": 0.0},
+    }
     made = task(raw, **x500)
     assert made.framing.trigger == 1 and made.compression.trigger == "bos" and not made.notes()
     bare = copy.deepcopy(tiny_tokenizer)
@@ -232,14 +320,21 @@ def test_a_base_without_bos_gets_a_trained_trigger_and_says_so(raw, tmp_path, ti
     made = task(raw, **x500, base=str(tmp_path / "base"))
     assert made.framing.trigger == targets.AE and made.compression.trigger == "trained"
     assert "has no bos token; a trained one asks" in made.notes()[0]
-    with pytest.raises(ValueError, match=r"compression\.method is 'x500', but init_from .* was trained with 'icae'"):
-        task(raw, **finetuning(raw, tmp_path / "w", compression={"method": "x500", "k": 4, "rate": 4}))
+    with pytest.raises(
+        ValueError, match=r"compression\.method is 'x500', but init_from .* was trained with 'icae'"
+    ):
+        task(
+            raw,
+            **finetuning(raw, tmp_path / "w", compression={"method": "x500", "k": 4, "rate": 4}),
+        )
 
 
 def test_room_for_the_positions_of_the_reference_layout(raw):
     """Breaks when a fixed length that the base has no positions for is found out while compiling, or later."""
     reference = {"method": "x500", "k": 4, "layout": "reference"}
-    assert task(raw, compression=reference | {"rate": 62.0}).framing.start == ()  # 248 + 4 + 4 = 256
+    assert (
+        task(raw, compression=reference | {"rate": 62.0}).framing.start == ()
+    )  # 248 + 4 + 4 = 256
     with pytest.raises(ValueError, match=r"needs 260 positions .* the base has 256"):
         task(raw, compression=reference | {"rate": 64.0})
 

@@ -27,7 +27,10 @@ IDENTITY = {"base": "b1", "data.train": "d1"}
 
 def test_conversion():
     """Breaks when nested fields, lists or whole numbers for floats are not converted."""
-    config = from_dict(TrainConfig, RAW | {"lora": {"rank": 4, "scale": 2, "targets": ["k_proj"]}, "optimizer": {"clip": 1}})
+    config = from_dict(
+        TrainConfig,
+        RAW | {"lora": {"rank": 4, "scale": 2, "targets": ["k_proj"]}, "optimizer": {"clip": 1}},
+    )
     assert config.data.context_lengths == (16, 32) and config.lora.targets == ("k_proj",)
     assert isinstance(config.lora.scale, float) and isinstance(config.optimizer.clip, float)
     assert dataclasses.replace(config, lora=CONFIG.lora, optimizer=CONFIG.optimizer) == CONFIG
@@ -43,11 +46,26 @@ def test_conversion():
         ({"steps": 9.0}, r"config\.steps is 9\.0; expected int"),
         ({"steps": True}, r"config\.steps is True; expected int"),
         ({"lora": {"scale": None}}, r"config\.lora\.scale is None; expected float"),
-        ({"data": {"context_lengths": 16}}, r"config\.data\.context_lengths is 16; expected a tuple of int"),
-        ({"data": {"context_lengths": [16, "32"]}}, r"config\.data\.context_lengths is '32'; expected int"),
-        ({"data": {"train": "a,b", "train_weights": [1, "2"]}}, r"config\.data\.train_weights is '2'; expected float"),
-        ({"data": {"train": "a,b", "train_weights": [1]}}, r"data\.train_weights \(1\.0,\) must hold a weight >= 0 for each source"),
-        ({"lora": {"targets": "q_proj"}}, r"config\.lora\.targets is 'q_proj'; expected a tuple of str"),
+        (
+            {"data": {"context_lengths": 16}},
+            r"config\.data\.context_lengths is 16; expected a tuple of int",
+        ),
+        (
+            {"data": {"context_lengths": [16, "32"]}},
+            r"config\.data\.context_lengths is '32'; expected int",
+        ),
+        (
+            {"data": {"train": "a,b", "train_weights": [1, "2"]}},
+            r"config\.data\.train_weights is '2'; expected float",
+        ),
+        (
+            {"data": {"train": "a,b", "train_weights": [1]}},
+            r"data\.train_weights \(1\.0,\) must hold a weight >= 0 for each source",
+        ),
+        (
+            {"lora": {"targets": "q_proj"}},
+            r"config\.lora\.targets is 'q_proj'; expected a tuple of str",
+        ),
     ],
 )
 def test_wrong_fields_and_types_are_named(change, message):
@@ -68,10 +86,18 @@ def test_wrong_fields_and_types_are_named(change, message):
         (LoopConfig, {"steps": 0}, "steps is 0"),
         (LoopConfig, {"loss_chunk": -1}, "loss_chunk is -1"),
         (LoopConfig, {"eval_examples": -1}, "eval_examples is -1"),
-        (LoopConfig, {"batch_size": 6, "accumulate": 4}, "batch_size 6 is not a multiple of accumulate 4"),
+        (
+            LoopConfig,
+            {"batch_size": 6, "accumulate": 4},
+            "batch_size 6 is not a multiple of accumulate 4",
+        ),
         (LoopConfig, {"dtype": "float16"}, "dtype is 'float16'"),
         (LoopConfig, {"remat": "some"}, "remat is 'some'"),
-        (LoopConfig, {"attention": "flash"}, "attention is 'flash'; choose from auto, xla, cudnn, splash"),
+        (
+            LoopConfig,
+            {"attention": "flash"},
+            "attention is 'flash'; choose from auto, xla, cudnn, splash",
+        ),
     ],
 )
 def test_bad_values_are_named(kind, fields, message):
@@ -85,7 +111,10 @@ def test_bad_values_are_named(kind, fields, message):
     [
         ({"base": ""}, "base is not set"),
         ({"phase": "both"}, "phase is 'both'"),
-        ({"phase": "finetune", "objectives": ObjectivesConfig(0.0, 0.0, 1.0)}, "init_from is not set"),
+        (
+            {"phase": "finetune", "objectives": ObjectivesConfig(0.0, 0.0, 1.0)},
+            "init_from is not set",
+        ),
         ({"phase": "finetune", "init_from": "x"}, "objectives.lm is 0.5 in phase finetune"),
         ({"objectives": ObjectivesConfig(0.5, 0.5, 0.1)}, "objectives.qa is 0.1 in phase pretrain"),
         ({"objectives": ObjectivesConfig(0.0, 0.0, 0.0)}, "at least one of them positive"),
@@ -107,25 +136,59 @@ def changed(**fields):
     config = CONFIG
     for name, value in fields.items():
         outer, _, inner = name.partition("__")
-        config = dataclasses.replace(config, **{outer: dataclasses.replace(getattr(config, outer), **{inner: value}) if inner else value})
+        config = dataclasses.replace(
+            config,
+            **{
+                outer: dataclasses.replace(getattr(config, outer), **{inner: value})
+                if inner
+                else value
+            },
+        )
     return config
 
 
 def test_what_done_tells(tmp_path):
     """Breaks when a DONE that was damaged ends in a traceback, or counts as the end of training."""
     assert steps_done(tmp_path) == 0
-    for content, steps in ((b"12\n", 12), (b"", 0), (b"half\n", 0), (b"\xff\x00", 0), (b"-3", 0), (b"1.5", 0)):
+    for content, steps in (
+        (b"12\n", 12),
+        (b"", 0),
+        (b"half\n", 0),
+        (b"\xff\x00", 0),
+        (b"-3", 0),
+        (b"1.5", 0),
+    ):
         (tmp_path / "DONE").write_bytes(content)
         assert steps_done(tmp_path) == steps
 
 
 def test_a_continued_workdir_may_change_what_is_no_mathematics(tmp_path):
     """Breaks when a harmless change is refused, is not recorded, or an unchanged configuration counts as changed."""
-    assert check_workdir(tmp_path, CONFIG, IDENTITY) == [] and check_workdir(tmp_path, CONFIG, IDENTITY) == []
-    now = changed(log_every=3, eval_every=7, checkpoint_every=9, remat="full", steps=200, data__cache_dir="elsewhere", base="moved/base")
+    assert (
+        check_workdir(tmp_path, CONFIG, IDENTITY) == []
+        and check_workdir(tmp_path, CONFIG, IDENTITY) == []
+    )
+    now = changed(
+        log_every=3,
+        eval_every=7,
+        checkpoint_every=9,
+        remat="full",
+        steps=200,
+        data__cache_dir="elsewhere",
+        base="moved/base",
+    )
     now = dataclasses.replace(now, data=dataclasses.replace(now.data, strict=True))
     lines = check_workdir(tmp_path, now, IDENTITY)
-    names = ["base", "checkpoint_every", "data.cache_dir", "data.strict", "eval_every", "log_every", "remat", "steps"]
+    names = [
+        "base",
+        "checkpoint_every",
+        "data.cache_dir",
+        "data.strict",
+        "eval_every",
+        "log_every",
+        "remat",
+        "steps",
+    ]
     assert [line.split(":")[0] for line in lines] == names and lines[-1] == "steps: 100 -> 200"
     assert check_workdir(tmp_path, now, IDENTITY) == []
 
@@ -133,7 +196,11 @@ def test_a_continued_workdir_may_change_what_is_no_mathematics(tmp_path):
 @pytest.mark.parametrize(
     ("config", "identity", "names"),
     [
-        (changed(seed=1, optimizer__clip=1.0, lora__rank=4), {}, ["lora.rank", "optimizer.clip", "seed"]),
+        (
+            changed(seed=1, optimizer__clip=1.0, lora__rank=4),
+            {},
+            ["lora.rank", "optimizer.clip", "seed"],
+        ),
         (changed(data__context_lengths=(16, 64)), {}, ["data.context_lengths"]),
         (changed(data__train_weights=(1.0,)), {}, ["data.train_weights"]),
         (changed(data__no_answer="none"), {}, ["data.no_answer"]),
@@ -159,11 +226,18 @@ def test_a_workdir_from_before_a_field_goes_on_with_its_default(tmp_path):
     """Breaks when a run that an earlier version started cannot be continued, or may be with another value of what came since."""
     check_workdir(tmp_path, CONFIG, IDENTITY)
     path = tmp_path / "config.json"
-    older = {name: value for name, value in json.loads(path.read_text()).items() if name not in ("data.train_weights", "draw_k")}
+    older = {
+        name: value
+        for name, value in json.loads(path.read_text()).items()
+        if name not in ("data.train_weights", "draw_k")
+    }
     path.write_text(json.dumps(older))
     with pytest.raises(ValueError, match=r"data\.train_weights: \[\] -> \[1\.0\]"):
         check_workdir(tmp_path, changed(data__train_weights=(1.0,)), IDENTITY)
-    assert check_workdir(tmp_path, CONFIG, IDENTITY) == [] and json.loads(path.read_text())["data.train_weights"] == []
+    assert (
+        check_workdir(tmp_path, CONFIG, IDENTITY) == []
+        and json.loads(path.read_text())["data.train_weights"] == []
+    )
 
 
 def test_an_identity_of_an_earlier_version_counts_as_the_same(tmp_path):
@@ -172,8 +246,15 @@ def test_an_identity_of_an_earlier_version_counts_as_the_same(tmp_path):
     with pytest.raises(ValueError, match=r"identity\.data\.train: 'by time' -> 'other'"):
         check_workdir(tmp_path, CONFIG, IDENTITY | {"data.train": ("other", "by another time")})
     now = IDENTITY | {"data.train": ("by content", "by time")}
-    assert check_workdir(tmp_path, CONFIG, now) == ["identity.data.train: 'by time' -> 'by content'"]
-    assert check_workdir(tmp_path, CONFIG, IDENTITY | {"data.train": ("by content", "by another time")}) == []
+    assert check_workdir(tmp_path, CONFIG, now) == [
+        "identity.data.train: 'by time' -> 'by content'"
+    ]
+    assert (
+        check_workdir(
+            tmp_path, CONFIG, IDENTITY | {"data.train": ("by content", "by another time")}
+        )
+        == []
+    )
     assert json.loads((tmp_path / "config.json").read_text())["identity.data.train"] == "by content"
 
 
@@ -185,7 +266,9 @@ def test_a_cosine_run_may_go_on_only_where_its_decay_is_fixed(tmp_path):
         check_workdir(tmp_path / "to_the_end", dataclasses.replace(cosine, steps=200), IDENTITY)
     fixed = changed(optimizer__schedule="cosine", optimizer__decay_steps=500)
     check_workdir(tmp_path / "fixed", fixed, IDENTITY)
-    assert check_workdir(tmp_path / "fixed", dataclasses.replace(fixed, steps=200), IDENTITY) == ["steps: 100 -> 200"]
+    assert check_workdir(tmp_path / "fixed", dataclasses.replace(fixed, steps=200), IDENTITY) == [
+        "steps: 100 -> 200"
+    ]
 
 
 @pytest.mark.parametrize(

@@ -9,11 +9,12 @@ import pytest
 
 from icae_jax.compression import encoder, layout
 from icae_jax.data.batches import StaticInt
-from icae_jax.models import llama, lora, sizes
+from icae_jax.models import llama, lora
+from icae_jax.models.families import sizes
 from icae_jax.objectives import targets
-from icae_jax.quickstart import get_config
 from icae_jax.training.compressor_task import CompressorLosses
 from icae_jax.training.config import BaseConfig, TrainConfig, from_dict
+from icae_jax.workflows.quickstart import get_config
 
 PHASES = ("pretrain", "finetune")
 BASES = {
@@ -38,7 +39,9 @@ def filled(name, arg):
     return from_dict(TrainConfig, raw)
 
 
-@pytest.mark.parametrize(("name", "arg"), [(name, arg) for name, args in ARGS.items() for arg in args])
+@pytest.mark.parametrize(
+    ("name", "arg"), [(name, arg) for name, args in ARGS.items() for arg in args]
+)
 def test_every_argument_gives_a_configuration(name, arg):
     """Breaks when a file lacks a field, misspells one, or both phases get the same objectives."""
     config = filled(name, arg)
@@ -46,22 +49,56 @@ def test_every_argument_gives_a_configuration(name, arg):
     assert config.phase == phase and ("qa" in config.objectives.weights) == (phase == "finetune")
     raw = get_config(name, arg)
     names = {field for group in raw.values() if isinstance(group, dict) for field in group}
-    assert {"k_choices", "layout", "trigger", "targets", "template", "schedule", "context_lengths", "train_weights"} <= names
+    assert {
+        "k_choices",
+        "layout",
+        "trigger",
+        "targets",
+        "template",
+        "schedule",
+        "context_lengths",
+        "train_weights",
+    } <= names
     assert raw["mesh"] == {"data": 1, "fsdp": -1, "tensor": 1} and raw["remat_decoder"] == ""
 
 
 def test_papers_sizes():
     """Breaks when a configuration strays from the published sizes (arXiv 2307.06945, section 3; arXiv 2408.03094, section 4)."""
     icae = filled("icae", "pretrain")
-    assert (icae.compression.k, icae.compression.segment_tokens, icae.lora.rank, icae.lora.targets) == (128, 512, 128, ("q_proj", "v_proj"))
-    assert (icae.batch_size, icae.remat, icae.data.context_lengths) == (32, "frozen", (512, 1024, 2048))
+    assert (
+        icae.compression.k,
+        icae.compression.segment_tokens,
+        icae.lora.rank,
+        icae.lora.targets,
+    ) == (128, 512, 128, ("q_proj", "v_proj"))
+    assert (icae.batch_size, icae.remat, icae.data.context_lengths) == (
+        32,
+        "frozen",
+        (512, 1024, 2048),
+    )
     for k in (16, 4, 1):
         for phase, rate in (("pretrain", 1e-4), ("finetune", 5e-5)):
             x500 = filled("x500", f"{phase}-{k}")
             c = x500.compression
-            assert (c.method, c.k, c.segment_tokens, c.layout, c.trigger, c.memory_init) == ("x500", k, 500, "clean", "bos", "normal")
-            assert (x500.lora.rank, x500.lora.scale, x500.lora.dropout, x500.lora.targets) == (64, 0.5, 0.05, ("q_proj", "v_proj"))
-            assert (x500.optimizer.learning_rate, x500.optimizer.warmup_steps, x500.optimizer.schedule) == (rate, 300, "constant")
+            assert (c.method, c.k, c.segment_tokens, c.layout, c.trigger, c.memory_init) == (
+                "x500",
+                k,
+                500,
+                "clean",
+                "bos",
+                "normal",
+            )
+            assert (x500.lora.rank, x500.lora.scale, x500.lora.dropout, x500.lora.targets) == (
+                64,
+                0.5,
+                0.05,
+                ("q_proj", "v_proj"),
+            )
+            assert (
+                x500.optimizer.learning_rate,
+                x500.optimizer.warmup_steps,
+                x500.optimizer.schedule,
+            ) == (rate, 300, "constant")
             assert x500.objectives.template == "plain" and x500.data.context_lengths == (500,)
     assert filled("x500", "pretrain") == filled("x500", "pretrain-16") == filled("x500", "16")
 
@@ -70,18 +107,32 @@ def test_papers_sizes():
 def test_papers_recipes_on_named_bases(base, phase):
     """Breaks when a named base is another model, or is not trained as the papers train (arXiv 2307.06945; arXiv 2408.03094)."""
     icae, x500 = filled("icae", f"{phase}-{base}"), filled("x500", f"{phase}-{base}")
-    assert icae.base == BASES[base] and x500.base == BASES[base].replace("Llama-3-8B", "Llama-3-8B-Instruct")
+    assert icae.base == BASES[base] and x500.base == BASES[base].replace(
+        "Llama-3-8B", "Llama-3-8B-Instruct"
+    )
     assert icae.remat == x500.remat == "full" and icae.dtype == x500.dtype == "bfloat16"
     o = icae.optimizer
     assert (icae.batch_size, o.name, o.warmup_steps, o.clip) == (256, "adamw", 300, 2.0)
-    assert (icae.steps, o.learning_rate) == ((200_000, 1e-4) if phase == "pretrain" else (30_000, 5e-5))
+    assert (icae.steps, o.learning_rate) == (
+        (200_000, 1e-4) if phase == "pretrain" else (30_000, 5e-5)
+    )
     assert (icae.compression.k, icae.compression.segment_tokens) == (128, 512)
     if phase == "pretrain":
-        assert icae.objectives.weights == {"ae": 0.5, "lm": 0.5} and x500.objectives.weights == {"ae": 1.0}
+        assert icae.objectives.weights == {"ae": 0.5, "lm": 0.5} and x500.objectives.weights == {
+            "ae": 1.0
+        }
     if base == "mistral_7b":  # the second version: ten segments at most
-        assert icae.lora.rank == 512 and icae.data.context_lengths == (512, 1024, 2048, 5120) and icae.objectives.template == "mistral"
+        assert (
+            icae.lora.rank == 512
+            and icae.data.context_lengths == (512, 1024, 2048, 5120)
+            and icae.objectives.template == "mistral"
+        )
     else:
-        assert icae.lora.rank == 128 and icae.data.context_lengths == (512,) and icae.objectives.template == "plain"
+        assert (
+            icae.lora.rank == 128
+            and icae.data.context_lengths == (512,)
+            and icae.objectives.template == "plain"
+        )
     assert x500 == from_dict(TrainConfig, get_config("x500", phase) | {
         "base": x500.base, "remat": "full", "init_from": "before", "data": get_config("x500", phase)["data"] | {"train": "train.jsonl"},
     })  # fmt: skip
@@ -109,14 +160,18 @@ def test_the_base_of_the_quickstart():
 # --------------------------------------------------------------------------------------------- named bases, without weights
 
 FRAMING = {"icae": targets.Framing((1,), targets.AE, 2), "x500": targets.Framing((), 1, 2)}
-TEMPLATE = targets.Template("plain", (1, 3), (4,), (5,), 2)  # with a head before the memory, as the longest templates have
+TEMPLATE = targets.Template(
+    "plain", (1, 3), (4,), (5,), 2
+)  # with a head before the memory, as the longest templates have
 
 
 def longest_batch(config):
     """Two examples of the longest contexts, with all the targets that the phase has."""
     method, length = config.compression.method, max(config.data.context_lengths)
     framing, rows = FRAMING[method], {}
-    contexts = [[*framing.start, *range(10, 10 + length - len(framing.start) - short)] for short in (0, 7)]
+    contexts = [
+        [*framing.start, *range(10, 10 + length - len(framing.start) - short)] for short in (0, 7)
+    ]
     ids, lengths = encoder.segment_contexts(contexts, config.compression)
     if "ae" in config.objectives.weights:
         rows["ae"] = [[targets.ae_target(context, framing)] for context in contexts]
@@ -124,18 +179,30 @@ def longest_batch(config):
         rows["lm"] = [[targets.lm_target(context)] for context in contexts]
     if "qa" in config.objectives.weights:
         answer = [6] * (config.data.max_target_tokens - 5)
-        rows["qa"] = [[TEMPLATE.target([7, 8, 9], answer)] * config.data.questions_per_context for _ in contexts]
+        rows["qa"] = [
+            [TEMPLATE.target([7, 8, 9], answer)] * config.data.questions_per_context
+            for _ in contexts
+        ]
     T = max(len(t.ids) for row in rows.values() for ts in row for t in ts) - 1
     packed = {o: targets.pack(row, len(row[0]), T, T) for o, row in rows.items()}
-    return {"context": ids, "lengths": lengths, "targets": packed, "k": StaticInt(config.compression.k)}
+    return {
+        "context": ids,
+        "lengths": lengths,
+        "targets": packed,
+        "k": StaticInt(config.compression.k),
+    }
 
 
-BACKWARD = ("mistral_7b", "qwen3_8b")  # of a forward pass that fits, JAX makes the backward one: seen once for each method
+BACKWARD = (
+    "mistral_7b",
+    "qwen3_8b",
+)  # of a forward pass that fits, JAX makes the backward one: seen once for each method
 METHODS_PHASES = tuple(itertools.product(("icae", "x500"), PHASES))
 
 
 @pytest.mark.parametrize(
-    ("name", "phase", "base"), [(*METHODS_PHASES[i % len(METHODS_PHASES)], base) for i, base in enumerate(BASES)]
+    ("name", "phase", "base"),
+    [(*METHODS_PHASES[i % len(METHODS_PHASES)], base) for i, base in enumerate(BASES)],
 )  # every base, every method in every phase: what a step's shapes hang on, the method and the phase, does not hang on the base
 def test_a_training_step_on_a_named_base_fits(name, phase, base):
     """Breaks when a shape of the step does not hold on an architecture."""
@@ -152,25 +219,38 @@ def test_a_training_step_on_a_named_base_fits(name, phase, base):
         sums, counts = losses.losses(trained, frozen, batch, key), losses.counts(batch)
         return sum(losses.weights[o] * s / counts[o] for o, (s, _) in sums.items())
 
-    frozen = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), llama.param_shapes(model_config))
+    frozen = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), llama.param_shapes(model_config)
+    )
     trained = jax.eval_shape(init, frozen)
     loss = jax.eval_shape(weighted, trained, frozen, batch, jax.random.key(2))
     assert loss.shape == () and loss.dtype == jnp.float32
     if base in BACKWARD:
         gradient = jax.eval_shape(jax.grad(weighted), trained, frozen, batch, jax.random.key(2))
-        assert jax.tree.map(lambda x: (x.shape, x.dtype), gradient) == jax.tree.map(lambda x: (x.shape, x.dtype), trained)
+        assert jax.tree.map(lambda x: (x.shape, x.dtype), gradient) == jax.tree.map(
+            lambda x: (x.shape, x.dtype), trained
+        )
     assert trained["memory_table"].shape == (c.k + encoder.SPECIAL_ROWS, model_config.hidden_size)
-    assert set(batch["targets"]) == ({"qa"} if phase == "finetune" else {"ae", "lm"} if name == "icae" else {"ae"})
+    assert set(batch["targets"]) == (
+        {"qa"} if phase == "finetune" else {"ae", "lm"} if name == "icae" else {"ae"}
+    )
 
 
-@pytest.mark.parametrize(("name", "base", "phase"), itertools.product(("icae", "x500"), BASES, PHASES))
+@pytest.mark.parametrize(
+    ("name", "base", "phase"), itertools.product(("icae", "x500"), BASES, PHASES)
+)
 def test_a_named_base_has_positions_enough(name, base, phase):
     """Breaks when a position of the longest example lies past the base's last."""
     config = filled(name, f"{phase}-{base}")
     c, model_config, batch = config.compression, sizes.find(config.base), longest_batch(config)
     segments, size = batch["context"].shape[1:]
     longest = max(config.data.context_lengths)
-    written, memory, start = layout.positions_needed(layout.get(c.layout), longest, segments, size, c.k, c.segment_tokens)
+    written, memory, start = layout.positions_needed(
+        layout.get(c.layout), longest, segments, size, c.k, c.segment_tokens
+    )
     behind = max(t["ids"].shape[2] for t in batch["targets"].values())
-    assert max(written, len(TEMPLATE.head) + max(memory, start + behind)) <= model_config.max_position_embeddings
+    assert (
+        max(written, len(TEMPLATE.head) + max(memory, start + behind))
+        <= model_config.max_position_embeddings
+    )
     assert np.sum(batch["lengths"]) == 2 * longest - 7

@@ -11,14 +11,15 @@ import restoring
 from conftest import TINY, random_params, write_jsonl
 from restoring import CONTEXT, K
 
-from icae_jax import cli, convert_adapter
+from icae_jax.cli import main as cli
 from icae_jax.inference.compressor import load
-from icae_jax.interop import adapter as adapters
-from icae_jax.interop import base as bases
-from icae_jax.interop import formats
+from icae_jax.interop.adapters import folder as adapters
+from icae_jax.interop.adapters import formats
+from icae_jax.interop.hub import base as bases
 from icae_jax.training.compressor_task import CompressorTask
 from icae_jax.training.config import TrainConfig, from_dict
 from icae_jax.training.train import train
+from icae_jax.workflows import convert_adapter
 
 pytest.importorskip("torch")
 
@@ -38,7 +39,20 @@ def convert(world, tmp_path, capsys):
     def run(source, to, *flags, base=world / "base", texts=world / "texts.jsonl"):
         capsys.readouterr()
         text = ["--text", str(texts)] if texts else []
-        code = cli.main(["convert", "adapter", "--from", str(source), "--base", str(base), "--to", str(to), *text, *flags])
+        code = cli.main(
+            [
+                "convert",
+                "adapter",
+                "--from",
+                str(source),
+                "--base",
+                str(base),
+                "--to",
+                str(to),
+                *text,
+                *flags,
+            ]
+        )
         return (code, *capsys.readouterr())
 
     return run
@@ -59,17 +73,23 @@ def assert_equal_adapters(folder, want, base):
     got, want = adapters.load_adapter(folder, base), adapters.load_adapter(want, base)
     jax.tree.map(np.testing.assert_array_equal, got.trained["lora"], want.trained["lora"])
     rows = K if got.compression.method == "x500" else K + 3
-    np.testing.assert_array_equal(got.trained["memory_table"][:rows], want.trained["memory_table"][:rows])
+    np.testing.assert_array_equal(
+        got.trained["memory_table"][:rows], want.trained["memory_table"][:rows]
+    )
     assert (got.lora.scale, got.lora.targets) == (want.lora.scale, want.lora.targets)
     fields = ("method", "k", "segment_tokens", "layout", "trigger")
-    assert [getattr(got.compression, f) for f in fields] == [getattr(want.compression, f) for f in fields]
+    assert [getattr(got.compression, f) for f in fields] == [
+        getattr(want.compression, f) for f in fields
+    ]
 
 
 # --------------------------------------------------------------------------------------------------------- there and back
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("method", "form"), [("icae", "icae-v1"), ("icae", "icae-v2"), ("x500", "x500")])
+@pytest.mark.parametrize(
+    ("method", "form"), [("icae", "icae-v1"), ("icae", "icae-v2"), ("x500", "x500")]
+)
 def test_out_and_in_again(world, convert, tmp_path, method, form):
     """Breaks when anything is lost on the way out and back: told beside the file, by flags without that, and tensor for tensor.
 
@@ -88,7 +108,9 @@ def test_out_and_in_again(world, convert, tmp_path, method, form):
     alone = shutil.copy(file, tmp_path / "renamed")  # without its neighbour, under another name
     flags = ["--context_length", str(CONTEXT), "--method", method]
     code, out, err = convert(alone, tmp_path / "plain", *flags)
-    assert code == 0 and f"alpha 32 (default of {form})" in out and f"context_length {CONTEXT}," in out, err
+    assert (
+        code == 0 and f"alpha 32 (default of {form})" in out and f"context_length {CONTEXT}," in out
+    ), err
     assert_equal_adapters(tmp_path / "plain", world / method / "adapter", base)
     origin = json.loads((tmp_path / "plain" / "icae.json").read_text())["origin"]
     assert origin["format"] == form and not origin["forced"] and origin["restoring"]["bleu"] > 99
@@ -96,34 +118,73 @@ def test_out_and_in_again(world, convert, tmp_path, method, form):
     assert_same(tensors_of(tmp_path / "again" / formats.NAMES[form]), tensors_of(file))
 
     code, out, err = convert(alone, tmp_path / "wrong", *flags, "--alpha", "3")
-    assert code == 2 and "far from restoring" in err and "is the" not in out and not (tmp_path / "wrong").exists()
+    assert (
+        code == 2
+        and "far from restoring" in err
+        and "is the" not in out
+        and not (tmp_path / "wrong").exists()
+    )
 
 
 def test_the_wrong_base_is_found_by_restoring(world, convert, tmp_path, tiny_tokenizer):
     """Breaks when a base of the same shape, with other weights, gets an adapter with its fingerprint in it."""
     assert convert(world / "icae", tmp_path / "out", "--format", "icae-v2")[0] == 0
     file = shutil.copy(tmp_path / "out" / "icae.safetensors", tmp_path / "alone")
-    bases.save_base(tmp_path / "other", TINY, random_params(TINY, seed=1), tiny_tokenizer, dtype="float32")
+    bases.save_base(
+        tmp_path / "other", TINY, random_params(TINY, seed=1), tiny_tokenizer, dtype="float32"
+    )
     flags = ["--context_length", str(CONTEXT)]
     code, out, err = convert(file, tmp_path / "to", *flags, base=tmp_path / "other")
     assert code == 2 and not (tmp_path / "to").exists()
     assert "restores: AE loss" in out and "is the base" not in out
-    assert "far from restoring" in err and "the base it was trained on" in err and "nothing was written; --force" in err
+    assert (
+        "far from restoring" in err
+        and "the base it was trained on" in err
+        and "nothing was written; --force" in err
+    )
     code, _, err = convert(file, tmp_path / "to", *flags, "--force", base=tmp_path / "other")
     assert code == 0 and "far from restoring" in err
     assert json.loads((tmp_path / "to" / "icae.json").read_text())["origin"]["forced"]
     # What was forced stays so: neither its folder nor what is exported from it counts as known to fit.
-    other = ["--from", str(tmp_path / "to"), "--base", str(tmp_path / "other"), "--text", str(world / "texts.jsonl")]
-    assert cli.main(["convert", "adapter", *other, "--to", str(tmp_path / "to3")]) == 2 and not (tmp_path / "to3").exists()
-    assert cli.main(["convert", "adapter", *other, "--to", str(tmp_path / "to3"), "--format", "icae-v2", "--force"]) == 0
+    other = [
+        "--from",
+        str(tmp_path / "to"),
+        "--base",
+        str(tmp_path / "other"),
+        "--text",
+        str(world / "texts.jsonl"),
+    ]
+    assert (
+        cli.main(["convert", "adapter", *other, "--to", str(tmp_path / "to3")]) == 2
+        and not (tmp_path / "to3").exists()
+    )
+    assert (
+        cli.main(
+            [
+                "convert",
+                "adapter",
+                *other,
+                "--to",
+                str(tmp_path / "to3"),
+                "--format",
+                "icae-v2",
+                "--force",
+            ]
+        )
+        == 0
+    )
     code, _, err = convert(tmp_path / "to3", tmp_path / "to4", base=tmp_path / "other")
     assert code == 2 and "far from restoring" in err and not (tmp_path / "to4").exists()
     # Told beside the file what it was trained on, it is refused before anything is run.
     code, _, err = convert(tmp_path / "out", tmp_path / "to2", "--force", base=tmp_path / "other")
     assert code == 2 and "give the right base" in err
-    code, _, err = convert(world / "icae" / "adapter", tmp_path / "to2", "--force", base=tmp_path / "other")
+    code, _, err = convert(
+        world / "icae" / "adapter", tmp_path / "to2", "--force", base=tmp_path / "other"
+    )
     assert code == 2 and "give the right base" in err
-    code, _, err = convert(world / "icae" / "checkpoints", tmp_path / "to2", "--force", base=tmp_path / "other")
+    code, _, err = convert(
+        world / "icae" / "checkpoints", tmp_path / "to2", "--force", base=tmp_path / "other"
+    )
     assert code == 2 and "give the right base" in err and not (tmp_path / "to2").exists()
 
 
@@ -136,7 +197,10 @@ def test_native_forms(world, convert, tmp_path):
         code, out, err = convert(source, tmp_path / f"{i}")
         assert code == 0 and "restores: AE loss" in out, err
         assert_equal_adapters(tmp_path / f"{i}", work / "adapter", base)
-        assert adapters.load_adapter(tmp_path / f"{i}", base).fingerprint == adapters.load_adapter(work / "adapter", base).fingerprint
+        assert (
+            adapters.load_adapter(tmp_path / f"{i}", base).fingerprint
+            == adapters.load_adapter(work / "adapter", base).fingerprint
+        )
     assert "checkpoint step_1" in convert(work / "checkpoints", tmp_path / "c")[1]
     assert convert(work, tmp_path / "peft", "--format", "peft")[0] == 0
     assert (tmp_path / "peft" / "adapter_config.json").exists()
@@ -155,7 +219,9 @@ def test_a_converted_adapter_is_trained_on(world, convert, tmp_path):
     """Breaks when what was converted is no start for fine-tuning: released weights on one's own questions."""
     assert convert(world / "icae", tmp_path / "out", "--format", "icae-v2")[0] == 0
     assert convert(tmp_path / "out", tmp_path / "in")[0] == 0
-    rows = [{"context": "the cat sat on a mat", "question": "who sat ?", "answers": ["the cat"]}] * 2
+    rows = [
+        {"context": "the cat sat on a mat", "question": "who sat ?", "answers": ["the cat"]}
+    ] * 2
     raw = {
         "phase": "finetune", "init_from": str(tmp_path / "in"), "base": str(world / "base"), "steps": 2, "batch_size": 1,
         "compression": {"k": K, "rate": CONTEXT / K, "layout": "sequential"}, "lora": {"rank": 16},
@@ -164,7 +230,11 @@ def test_a_converted_adapter_is_trained_on(world, convert, tmp_path):
     }  # fmt: skip
     config = from_dict(TrainConfig, raw)
     task = CompressorTask(config)
-    jax.tree.map(np.testing.assert_array_equal, task.init(), adapters.load_adapter(world / "icae" / "adapter", task.base).trained)
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        task.init(),
+        adapters.load_adapter(world / "icae" / "adapter", task.base).trained,
+    )
     assert train(config, task, tmp_path / "w") == 0
 
 
@@ -177,7 +247,9 @@ def exported(world, convert, tmp_path):
     made = {}
     for method, form in (("icae", "icae-v2"), ("x500", "x500")):
         assert convert(world / method, tmp_path / form, "--format", form)[0] == 0
-        made[method] = shutil.copy(tmp_path / form / formats.NAMES[form], tmp_path / f"{method}_file")
+        made[method] = shutil.copy(
+            tmp_path / form / formats.NAMES[form], tmp_path / f"{method}_file"
+        )
     return made
 
 
@@ -190,15 +262,52 @@ def test_bad_input_is_named(world, convert, tmp_path, exported):
         shutil.copy(exported["icae"], tmp_path / "two" / name)
     memory = tmp_path / "memory.safetensors"
     adapter = str(world / "icae" / "adapter")
-    assert cli.main(["compress", "--adapter", adapter, "--input", str(world / "texts.jsonl"), "--output", str(memory)]) == 0
+    assert (
+        cli.main(
+            [
+                "compress",
+                "--adapter",
+                adapter,
+                "--input",
+                str(world / "texts.jsonl"),
+                "--output",
+                str(memory),
+            ]
+        )
+        == 0
+    )
     for source, flags, message in (
-        (exported["x500"], [], "500xCompressor and the ICAE of its repository save the same tensors; say which"),
-        (exported["x500"], ["--method", "x500", "--rate", "4", "--context_length", "17"], "--rate 4.0 with k 4 is --context_length 16"),
-        (exported["icae"], ["--method", "x500"], "--method is x500, but .* is of format icae-v2, method icae"),
+        (
+            exported["x500"],
+            [],
+            "500xCompressor and the ICAE of its repository save the same tensors; say which",
+        ),
+        (
+            exported["x500"],
+            ["--method", "x500", "--rate", "4", "--context_length", "17"],
+            "--rate 4.0 with k 4 is --context_length 16",
+        ),
+        (
+            exported["icae"],
+            ["--method", "x500"],
+            "--method is x500, but .* is of format icae-v2, method icae",
+        ),
         (exported["icae"], ["--alpha", "0"], "--alpha is 0.0; it must be positive"),
-        (exported["icae"], ["--layout", "clean", "--context_length", "16"], "layout is 'clean', not one of method icae"),
-        (world / "icae", ["--alpha", "3", "--phase", "pretrain"], "--alpha, --phase: .* says that itself"),
-        (world / "icae", ["--format", "x500"], "--format x500: its implementation would misread this: it reads layout padded"),
+        (
+            exported["icae"],
+            ["--layout", "clean", "--context_length", "16"],
+            "layout is 'clean', not one of method icae",
+        ),
+        (
+            world / "icae",
+            ["--alpha", "3", "--phase", "pretrain"],
+            "--alpha, --phase: .* says that itself",
+        ),
+        (
+            world / "icae",
+            ["--format", "x500"],
+            "--format x500: its implementation would misread this: it reads layout padded",
+        ),
         (world / "x500", ["--format", "icae-v1"], "cannot hold an adapter of method x500"),
         (memory, [], "no trained compressor, its 2 tensors are lengths, slots"),
         (tmp_path / "two", [], "holds several trained compressors: a, b; name one"),
@@ -209,7 +318,11 @@ def test_bad_input_is_named(world, convert, tmp_path, exported):
         assert code == 2 and re.search(message, err), (message, err)
         assert not (tmp_path / "to").exists()
     code, _, err = convert(world / "icae", tmp_path / "taken")
-    assert code == 2 and "is not an empty folder" in err and (tmp_path / "taken" / "mine").read_text() == "keep"
+    assert (
+        code == 2
+        and "is not an empty folder" in err
+        and (tmp_path / "taken" / "mine").read_text() == "keep"
+    )
 
 
 def test_bases_without_a_tokenizer(world, convert, tmp_path, exported):
@@ -220,13 +333,27 @@ def test_bases_without_a_tokenizer(world, convert, tmp_path, exported):
     flags = ["--context_length", str(CONTEXT)]
     code, _, err = convert(exported["icae"], tmp_path / "to", *flags, base=bare)
     assert code == 2 and "no tokenizer, of whose tokens template mistral is made" in err
-    code, out, err = convert(exported["icae"], tmp_path / "to", *flags, "--phase", "pretrain", base=bare)
+    code, out, err = convert(
+        exported["icae"], tmp_path / "to", *flags, "--phase", "pretrain", base=bare
+    )
     assert code == 2 and "has no tokenizer, so no text can be restored" in err
     code, out, err = convert(exported["icae"], tmp_path / "to", *flags, "--force", base=bare)
-    assert code == 0 and "template none in place of mistral" in out and "no text can be restored" in err
-    code, out, err = convert(exported["icae"], tmp_path / "v1", *flags, "--template", "v1", "--force", base=bare)
+    assert (
+        code == 0
+        and "template none in place of mistral" in out
+        and "no text can be restored" in err
+    )
+    code, out, err = convert(
+        exported["icae"], tmp_path / "v1", *flags, "--template", "v1", "--force", base=bare
+    )
     template = json.loads((tmp_path / "v1" / "icae.json").read_text())["template"]
-    assert code == 0 and template == {"name": "v1", "head": [], "before": [-1], "after": [-1], "stop": 1}
+    assert code == 0 and template == {
+        "name": "v1",
+        "head": [],
+        "before": [-1],
+        "after": [-1],
+        "stop": 1,
+    }
 
 
 # -------------------------------------------------------------------------------------------------------------- the check
@@ -237,7 +364,10 @@ def test_bases_without_a_tokenizer(world, convert, tmp_path, exported):
     [
         ((0.01, 4.0, 99.0, 4.0), False),
         ((0.1, 4.0, 65.0, 4.0), True),  # at 4x the text must come back
-        ((1.5, 4.0, 30.0, 120.0), False),  # in one token of 120 it need not, but the memory tells much
+        (
+            (1.5, 4.0, 30.0, 120.0),
+            False,
+        ),  # in one token of 120 it need not, but the memory tells much
         ((2.5, 4.0, 30.0, 120.0), True),
         ((3.9, 4.0, 0.1, 4.0), True),
         ((float("nan"), 4.0, 99.0, 4.0), True),
@@ -252,7 +382,10 @@ def test_built_in_paragraphs():
     """Breaks when the texts of the check are of other lengths than compressors are trained on, or alike."""
     texts = (convert_adapter.PARAGRAPH, convert_adapter.ANOTHER)
     one, other = (set(text.lower().split()) for text in texts)
-    assert all(90 <= len(text.split()) <= 120 for text in texts) and len(one & other) / len(one | other) < 0.25
+    assert (
+        all(90 <= len(text.split()) <= 120 for text in texts)
+        and len(one & other) / len(one | other) < 0.25
+    )
 
 
 def test_a_single_text_is_held_against_the_built_in_one(world):

@@ -17,7 +17,7 @@ from icae_jax.data import formats, json_rows, reading, sources, tables
 from icae_jax.data.builders import builder
 from icae_jax.data.builders.inputs import Request
 from icae_jax.errors import UserError
-from icae_jax.prepare import prepare
+from icae_jax.workflows.prepare import prepare
 
 TEXTS = ["one é", 'two, "quoted"\nover lines', "three 😀"]
 ROWS = [{"text": text, "id": f"r{i}"} for i, text in enumerate(TEXTS)]
@@ -99,7 +99,9 @@ def test_one_reader_of_every_format(tmp_path, name):
     made = list(sources.read_rows(path))
     assert [(row.text, row.id) for row in made] == [(row["text"], row["id"]) for row in ROWS]
     assert made[1].where == path + where
-    assert [(row.text, row.id) for row in prepared(tmp_path, path)] == [(row["text"], row["id"]) for row in ROWS]
+    assert [(row.text, row.id) for row in prepared(tmp_path, path)] == [
+        (row["text"], row["id"]) for row in ROWS
+    ]
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 7, 64])
@@ -107,7 +109,11 @@ def test_json_at_the_seams_of_pieces(tmp_path, monkeypatch, chunk):
     """Breaks when a text, number, literal, escape or character that a piece of the file ends within is malformed, or cut short."""
     monkeypatch.setattr(reading, "CHUNK", chunk)
     values = [{"text": "é😀\"\\", "n": [12, -1.5e3, True, None]}, 1234567, "x", {"a": {}}, []]  # fmt: skip
-    for text in (json.dumps(values), json.dumps(values, indent=1, ensure_ascii=False), f"  {json.dumps(values)}\n{json.dumps(values)}"):
+    for text in (
+        json.dumps(values),
+        json.dumps(values, indent=1, ensure_ascii=False),
+        f"  {json.dumps(values)}\n{json.dumps(values)}",
+    ):
         path = write(tmp_path, "a.json", text.encode())
         with open(path, "rb") as raw:
             made = [value for value, _, _ in json_rows._values(json_rows._Text(raw, path, 1000, 1))]
@@ -119,11 +125,19 @@ def test_memory_holds_a_row_at_a_time(tmp_path, monkeypatch):
     monkeypatch.setattr(reading, "CHUNK", 1000)
     monkeypatch.setattr(tables, "BATCH_BYTES", 2000)
     held, append = [], json_rows._Text._append
-    monkeypatch.setattr(json_rows._Text, "_append", lambda self, *args: (append(self, *args), held.append(len(self.buffer)))[0])
+    monkeypatch.setattr(
+        json_rows._Text,
+        "_append",
+        lambda self, *args: (append(self, *args), held.append(len(self.buffer)))[0],
+    )
     rows = [{"text": f"{i} " + "x" * 700} for i in range(300)]
     array = write(tmp_path, "a.json", json.dumps(rows))
     assert sum(1 for _ in sources.read_rows(array)) == 300 and max(held) < 4000
-    table = write(tmp_path, "a.parquet", parquet(pa.table({"text": [row["text"] for row in rows]}), use_dictionary=False))
+    table = write(
+        tmp_path,
+        "a.parquet",
+        parquet(pa.table({"text": [row["text"] for row in rows]}), use_dictionary=False),
+    )
     sizes, of_batches = [], tables._rows
 
     def counted(batches, *args):
@@ -168,7 +182,9 @@ SQUAD_ANSWERS = pa.array(
 )
 def test_answers_in_columns_of_every_type(tmp_path, answers, want):
     """Breaks when SQuAD as the hub has it (a column of structs, some empty or null) is not read, or ends a run."""
-    table = pa.table({"context": ["c"] * 3, "question": ["q"] * 3, "answers": answers, "image": [b"\xff"] * 3})
+    table = pa.table(
+        {"context": ["c"] * 3, "question": ["q"] * 3, "answers": answers, "image": [b"\xff"] * 3}
+    )
     path = write(tmp_path, "a.parquet", parquet(table))
     sieve = sources.Sieve()
     assert [row.answers for row in sources.read_rows(path, sieve=sieve)] == want
@@ -177,7 +193,9 @@ def test_answers_in_columns_of_every_type(tmp_path, answers, want):
 
 def test_cells_of_a_csv_are_texts(tmp_path):
     """Breaks when a year becomes a number or a list of answers a text with brackets, or an empty cell ends the run."""
-    path = write(tmp_path, "a.csv", 'context,question,answers,\nc,q,1984,\nc,q,"[""a"", ""b""]",\nc,q,,\n')
+    path = write(
+        tmp_path, "a.csv", 'context,question,answers,\nc,q,1984,\nc,q,"[""a"", ""b""]",\nc,q,,\n'
+    )
     assert [row.answers for row in sources.read_rows(path)] == [("1984",), ("a", "b"), ()]
     write(tmp_path, "a.csv", "context,question,answers\nc,q,\"{'text': array(['a'])}\"\n")
     with pytest.raises(UserError, match=f"^{path}:2: answers is .*neither a text nor JSON"):
@@ -195,9 +213,18 @@ def test_cells_of_a_csv_are_texts(tmp_path):
 )
 def test_times_as_ids(tmp_path, kind, value, want):
     """Breaks when an id that is a time which Python cannot hold ends in a traceback."""
-    path = write(tmp_path, "a.parquet", parquet(pa.table({"text": ["a"], "id": pa.array([value], kind)})))
+    path = write(
+        tmp_path, "a.parquet", parquet(pa.table({"text": ["a"], "id": pa.array([value], kind)}))
+    )
     assert [row.id for row in sources.read_rows(path)] == [want]
-    nested = pa.table({"context": ["c"], "question": ["q"], "answers": [{"text": ["a"]}], "id": pa.array([[value]], pa.list_(kind))})
+    nested = pa.table(
+        {
+            "context": ["c"],
+            "question": ["q"],
+            "answers": [{"text": ["a"]}],
+            "id": pa.array([[value]], pa.list_(kind)),
+        }
+    )
     write(tmp_path, "a.parquet", parquet(nested))
     try:
         assert len(list(sources.read_rows(path))) == 1
@@ -206,30 +233,86 @@ def test_times_as_ids(tmp_path, kind, value, want):
 
 
 MALFORMED = {  # a file's name, its content, what is said of it behind its path
-    "cut array": ("a.json", '[\n{"text": "a"}\n', r":3: not valid JSON \(the file ends within an array\)"),
-    "cut within a row": ("a.json", '[\n{"text": "a"},\n{"text": "b', r":3: not valid JSON \(Unterminated"),
+    "cut array": (
+        "a.json",
+        '[\n{"text": "a"}\n',
+        r":3: not valid JSON \(the file ends within an array\)",
+    ),
+    "cut within a row": (
+        "a.json",
+        '[\n{"text": "a"},\n{"text": "b',
+        r":3: not valid JSON \(Unterminated",
+    ),
     "comma too many": ("a.json", '[{"text": "a"},\n]', ":2: not valid JSON"),
-    "comma missing": ("a.json", '[{"text": "a"}\n{"text": "b"}]', ":2: not valid JSON .'{', expected , or ]"),
-    "malformed first line": ("a.jsonl", '{"text": \n{"text": "b"}\n', r":1: not valid JSON .*; nor is there an object over several lines"),
+    "comma missing": (
+        "a.json",
+        '[{"text": "a"}\n{"text": "b"}]',
+        ":2: not valid JSON .'{', expected , or ]",
+    ),
+    "malformed first line": (
+        "a.jsonl",
+        '{"text": \n{"text": "b"}\n',
+        r":1: not valid JSON .*; nor is there an object over several lines",
+    ),
     "cut last line": ("a.jsonl", '{"text": "a"}\n{"text": "b', ":2: not valid JSON"),
-    "malformed over lines": ("a.json", '{\n"text": "a",\n"id" 3}', ":1: not valid JSON .*a.json:3: not valid JSON .Expecting ':'"),
-    "field twice": ("a.jsonl", '{"text": "a", "text": "b"}', ":1: field 'text' stands in one object twice, with two values; remove one$"),
-    "field twice in an array": ("a.json", '[\n{"text": "a", "text": "b"}]', ":2: field 'text' stands in one object twice"),
-    "number of too many digits": ("a.json", f'[{{"n": {"1" * 5000}}}]', ":1: not valid JSON .*digits"),
+    "malformed over lines": (
+        "a.json",
+        '{\n"text": "a",\n"id" 3}',
+        ":1: not valid JSON .*a.json:3: not valid JSON .Expecting ':'",
+    ),
+    "field twice": (
+        "a.jsonl",
+        '{"text": "a", "text": "b"}',
+        ":1: field 'text' stands in one object twice, with two values; remove one$",
+    ),
+    "field twice in an array": (
+        "a.json",
+        '[\n{"text": "a", "text": "b"}]',
+        ":2: field 'text' stands in one object twice",
+    ),
+    "number of too many digits": (
+        "a.json",
+        f'[{{"n": {"1" * 5000}}}]',
+        ":1: not valid JSON .*digits",
+    ),
     "nested": ("a.json", "[" * 100 + "]" * 100, ":1: a JSON list, expected an object"),
     "number": ("a.jsonl", '{"text": "a"}\n3\n', ":2: a JSON int, expected an object"),
-    "too many cells": ("a.csv", "id,text\n1,a\n2,b,c\n", ":3: 3 cells, but the first line names 2 columns: id, text"),
+    "too many cells": (
+        "a.csv",
+        "id,text\n1,a\n2,b,c\n",
+        ":3: 3 cells, but the first line names 2 columns: id, text",
+    ),
     "too few cells": ("a.csv", "id,text\n1\n", ":2: 1 cell, but"),
     "open quote": ("a.csv", 'id,text\n1,"a\n2,b\n', ":2: not valid csv .*quote a cell"),
     "stray quote": ("a.tsv", 'id\ttext\n1\t"a" b\n', ":2: not valid csv"),
-    "lines of an old Mac": ("a.csv", "id,text\r1,a\r", r":1: not valid csv .a line ends with .r alone.; save it"),
+    "lines of an old Mac": (
+        "a.csv",
+        "id,text\r1,a\r",
+        r":1: not valid csv .a line ends with .r alone.; save it",
+    ),
     "no header": ("a.csv", "the cat,sat\n", ":1: columns the cat, sat; expected text"),
     "column twice": ("a.csv", "text,text\n", ":1: two columns are named 'text'"),
-    "other encoding": ("a.jsonl", '{"text": "a"}\n{"text": "é"}\n'.encode("latin-1"), ":2: not UTF-8"),
-    "array of another encoding": ("a.json", '[{"text": "a"},\n{"text": "é"}]'.encode("latin-1"), ":2: not UTF-8"),
+    "other encoding": (
+        "a.jsonl",
+        '{"text": "a"}\n{"text": "é"}\n'.encode("latin-1"),
+        ":2: not UTF-8",
+    ),
+    "array of another encoding": (
+        "a.json",
+        '[{"text": "a"},\n{"text": "é"}]'.encode("latin-1"),
+        ":2: not UTF-8",
+    ),
     "csv of another encoding": ("a.csv", "text\né\n".encode("latin-1"), ":2: not UTF-8"),
-    "bytes that are no text": ("a.parquet", parquet(pa.table({"text": [b"a", b"\xff"]})), " row 1: not UTF-8"),
-    "number as text": ("a.parquet", parquet(pa.table({"text": [3]})), " row 0: text is int, expected text; write a number in quotes"),
+    "bytes that are no text": (
+        "a.parquet",
+        parquet(pa.table({"text": [b"a", b"\xff"]})),
+        " row 1: not UTF-8",
+    ),
+    "number as text": (
+        "a.parquet",
+        parquet(pa.table({"text": [3]})),
+        " row 0: text is int, expected text; write a number in quotes",
+    ),
 }
 
 
@@ -308,9 +391,15 @@ def test_names_without_a_suffix_are_texts(tmp_path, capsys):
     """Breaks when a text is refused for a point in its name, or JSON lines pass for prose without a word."""
     for name in ("notes", "Dr. Smith", "chapter.1", "a.md", "a.TXT"):
         assert formats.kind(name) == formats.TEXT
-    assert next(sources.read_rows(write(tmp_path, "notes", "a text"))).text == "a text" and not capsys.readouterr().err
+    assert (
+        next(sources.read_rows(write(tmp_path, "notes", "a text"))).text == "a text"
+        and not capsys.readouterr().err
+    )
     assert next(sources.read_rows(write(tmp_path, "a.txt", LINES))).text == LINES
-    assert "a.txt: read as one text, though its lines are JSON; name it .jsonl" in capsys.readouterr().err
+    assert (
+        "a.txt: read as one text, though its lines are JSON; name it .jsonl"
+        in capsys.readouterr().err
+    )
 
 
 def test_a_mark_is_no_part_of_a_text_and_makes_other_data_of_it(tmp_path):
@@ -319,7 +408,12 @@ def test_a_mark_is_no_part_of_a_text_and_makes_other_data_of_it(tmp_path):
     assert next(sources.read_rows(path)).text == "a text" and sources.identity(path)[0][0] != "text"
 
 
-IN_PARTS = {"a.jsonl": LINES, "b.jsonl": json.dumps(ROWS, indent=1), "c.json": LINES.encode("utf-16"), "d.jsonl": b"\xef\xbb\xbf{}\n"}
+IN_PARTS = {
+    "a.jsonl": LINES,
+    "b.jsonl": json.dumps(ROWS, indent=1),
+    "c.json": LINES.encode("utf-16"),
+    "d.jsonl": b"\xef\xbb\xbf{}\n",
+}
 IN_PARTS |= {"e.json": json.dumps({"data": ROWS}), "f.json": "{"}
 
 
@@ -328,4 +422,6 @@ def test_which_files_are_read_in_parts(tmp_path, name):
     """Breaks when preparing cuts a file between lines that are no rows by themselves, or reads plain JSON lines in one process alone."""
     path = write(tmp_path, name, IN_PARTS[name])
     assert formats.is_json_lines(path) == (name == "a.jsonl")
-    assert not formats.is_json_lines(write(tmp_path, f"{name}.gz", gzip.compress(pathlib.Path(path).read_bytes())))
+    assert not formats.is_json_lines(
+        write(tmp_path, f"{name}.gz", gzip.compress(pathlib.Path(path).read_bytes()))
+    )

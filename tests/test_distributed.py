@@ -20,8 +20,9 @@ import pytest
 import safetensors.numpy
 from conftest import ROOT, WORDS, close, eight_devices, free_port, write_jsonl
 
-from icae_jax import cli
-from icae_jax.training import metrics, sharding
+from icae_jax.cli import main as cli
+from icae_jax.runtime import sharding
+from icae_jax.training import metrics
 from icae_jax.training.checkpoint import Checkpoints
 from icae_jax.training.train import DIVERGED, DONE, PREEMPTED
 
@@ -75,7 +76,10 @@ def folder(tiny_base, tmp_path_factory):
     folder, rng = tmp_path_factory.mktemp("distributed"), np.random.default_rng(0)
 
     def texts(count):
-        return [{"text": " ".join(rng.choice(WORDS[8:11], size=int(rng.integers(90, 140))))} for _ in range(count)]
+        return [
+            {"text": " ".join(rng.choice(WORDS[8:11], size=int(rng.integers(90, 140))))}
+            for _ in range(count)
+        ]
 
     raw = {
         "base": str(tiny_base),
@@ -117,16 +121,42 @@ class Run:
 
     def __init__(self, workdir, processes, devices, *flags, only=None, slow=0.0):
         self.workdir, self.children = workdir, []
-        number, together = next(self.numbers), ["--coordinator", f"127.0.0.1:{free_port()}", "--processes", str(processes), "--process"]
-        command = [sys.executable, "-c", CHILD, "train", "--config", str(workdir.parent / "config.py"), "--workdir", str(workdir)]
+        number, together = (
+            next(self.numbers),
+            [
+                "--coordinator",
+                f"127.0.0.1:{free_port()}",
+                "--processes",
+                str(processes),
+                "--process",
+            ],
+        )
+        command = [
+            sys.executable,
+            "-c",
+            CHILD,
+            "train",
+            "--config",
+            str(workdir.parent / "config.py"),
+            "--workdir",
+            str(workdir),
+        ]
         xla = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
         self.logs = [workdir.parent / f"{workdir.name}-{number}-{i}" for i in range(processes)]
         for i, log in enumerate(self.logs):
             env = os.environ | {"XLA_FLAGS": xla, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
             env |= {"NOTES": f"{log}.jsonl", "SLOW": str(slow)}
-            own = [*flags, *(only or {}).get(i, ()), *([*together, str(i)] if processes > 1 else [])]
+            own = [
+                *flags,
+                *(only or {}).get(i, ()),
+                *([*together, str(i)] if processes > 1 else []),
+            ]
             with open(f"{log}.err", "w") as err:
-                self.children.append(subprocess.Popen([*command, *own], env=env, stderr=err, stdout=subprocess.DEVNULL))
+                self.children.append(
+                    subprocess.Popen(
+                        [*command, *own], env=env, stderr=err, stdout=subprocess.DEVNULL
+                    )
+                )
 
     def __enter__(self):
         return self
@@ -143,7 +173,9 @@ class Run:
     def made(self):
         """Of each process: `{step: (bucket, example numbers)}` that it made."""
         lines = [pathlib.Path(f"{log}.jsonl").read_text().splitlines() for log in self.logs]
-        return [{step: (bucket, rows) for step, bucket, rows in map(json.loads, of)} for of in lines]
+        return [
+            {step: (bucket, rows) for step, bucket, rows in map(json.loads, of)} for of in lines
+        ]
 
     def codes(self, seconds=240):
         """The exit code of each process; fails where one does not end."""
@@ -152,18 +184,25 @@ class Run:
             try:
                 child.wait(max(0.1, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
-                pytest.fail(f"{err.name} still runs after {seconds} s: {pathlib.Path(f'{err}.err').read_text()[-2000:]}")
+                pytest.fail(
+                    f"{err.name} still runs after {seconds} s: {pathlib.Path(f'{err}.err').read_text()[-2000:]}"
+                )
         return [child.returncode for child in self.children]
 
     def done(self):
         """Waits for the end, which must be a good one."""
-        assert self.codes() == [DONE] * len(self.children), "\n".join(err[-3000:] for err in self.errors())
+        assert self.codes() == [DONE] * len(self.children), "\n".join(
+            err[-3000:] for err in self.errors()
+        )
         return self
 
     def wait_for_step(self, step):
         path, deadline = self.workdir / "metrics.jsonl", time.monotonic() + 180
         while time.monotonic() < deadline and all(child.poll() is None for child in self.children):
-            if path.exists() and max((line["step"] for line in metrics.read(path)), default=0) >= step:
+            if (
+                path.exists()
+                and max((line["step"] for line in metrics.read(path)), default=0) >= step
+            ):
                 return
             time.sleep(0.02)
         pytest.fail(f"no step {step}: {[err[-2000:] for err in self.errors()]}")
@@ -175,7 +214,10 @@ def finished(workdir, *args, **more):
 
 
 def without_clocks(workdir):
-    return [{k: v for k, v in line.items() if k not in metrics.WALL_CLOCK} for line in metrics.read(workdir / "metrics.jsonl")]
+    return [
+        {k: v for k, v in line.items() if k not in metrics.WALL_CLOCK}
+        for line in metrics.read(workdir / "metrics.jsonl")
+    ]
 
 
 def numbers(line):
@@ -188,13 +230,19 @@ def result(workdir):
     """Every tensor of the exported adapter."""
     files = sorted((workdir / "adapter").rglob("*.safetensors"))
     assert len(files) == 2
-    return {f"{file.name} {name}": x for file in files for name, x in safetensors.numpy.load_file(file).items()}
+    return {
+        f"{file.name} {name}": x
+        for file in files
+        for name, x in safetensors.numpy.load_file(file).items()
+    }
 
 
 def alike(workdir, want):
     """The same steps, each once, with the same losses, and the same result, within reduction error."""
     got, wanted = without_clocks(workdir), without_clocks(want)
-    assert [(line["step"], line.keys()) for line in got] == [(line["step"], line.keys()) for line in wanted]
+    assert [(line["step"], line.keys()) for line in got] == [
+        (line["step"], line.keys()) for line in wanted
+    ]
     for a, b in zip(got, wanted, strict=True):
         np.testing.assert_allclose(numbers(a), numbers(b), rtol=LOSS_BOUND, err_msg=str((a, b)))
     got, wanted = result(workdir), result(want)
@@ -209,7 +257,9 @@ def whole_batches(run, alone, steps):
     for step in steps:
         parts = [made[step] for made in shares]
         bucket, rows = want[step]
-        assert {b for b, _ in parts} == {bucket} and all(len(part) == len(rows) // len(shares) for _, part in parts)
+        assert {b for b, _ in parts} == {bucket} and all(
+            len(part) == len(rows) // len(shares) for _, part in parts
+        )
         assert sorted(row for _, part in parts for row in part) == sorted(rows)
 
 
@@ -230,7 +280,12 @@ def test_devices_do_not_change_the_run(folder):
     """Breaks when losses, gradients or held-out losses on eight devices miss rows, count some twice, or end as another adapter; also where
     these recompute what one device keeps.
     """
-    flags = ["--config.steps=3", "--config.eval_every=3", "--config.checkpoint_every=3", "--config.accumulate=1"]
+    flags = [
+        "--config.steps=3",
+        "--config.eval_every=3",
+        "--config.checkpoint_every=3",
+        "--config.accumulate=1",
+    ]
     more = ["--config.remat=dots", *[f"--config.mesh.{axis}=2" for axis in sharding.AXES]]
     command = ["train", "--config", str(folder / "config.py"), "--workdir"]
     assert cli.main([*command, str(folder / "one"), *flags]) == DONE
@@ -300,8 +355,15 @@ def test_a_killed_process_ends_the_others_and_the_run_continues(folder, alone, p
             run.wait_for_step(at)
             run.children[killed].send_signal(signal.SIGKILL)
             codes, errors = run.codes(DEADLINE), run.errors()
-        assert codes[killed] == -signal.SIGKILL and codes[1 - killed] not in (DONE, 2, DIVERGED, PREEMPTED)
-        assert re.search(r"another process died|Terminating process because", errors[1 - killed]), errors[1 - killed][-3000:]
+        assert codes[killed] == -signal.SIGKILL and codes[1 - killed] not in (
+            DONE,
+            2,
+            DIVERGED,
+            PREEMPTED,
+        )
+        assert re.search(r"another process died|Terminating process because", errors[1 - killed]), (
+            errors[1 - killed][-3000:]
+        )
         assert not (workdir / "DONE").exists() and step <= resumed_step(run)
         step = resumed_step(run)
         whole_batches(run, alone, range(step, at))
@@ -312,36 +374,52 @@ def test_a_killed_process_ends_the_others_and_the_run_continues(folder, alone, p
     names = [sorted(p.name for p in w.iterdir()) for w in (run.workdir, alone.workdir)]
     assert names[0] == names[1]
     first, *others = run.errors()
-    assert f"done: {STEPS} steps" in first and not any("done" in err or "step" in err for err in others)
+    assert f"done: {STEPS} steps" in first and not any(
+        "done" in err or "step" in err for err in others
+    )
 
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("wrong", [0, 1])
 def test_bad_input_of_one_process_ends_all(wrong, folder):
     """Breaks when the others wait for one that cannot start, or that one's own message is lost."""
-    with Run(folder / f"wrong{wrong}", 2, 1, only={wrong: ["--config.data.train=absent.jsonl"]}) as run:
+    with Run(
+        folder / f"wrong{wrong}", 2, 1, only={wrong: ["--config.data.train=absent.jsonl"]}
+    ) as run:
         codes, errors = run.codes(DEADLINE), run.errors()
-    assert codes[wrong] == 2 and codes[1 - wrong] not in (DONE, 2, DIVERGED, PREEMPTED), (codes, errors)
+    assert codes[wrong] == 2 and codes[1 - wrong] not in (DONE, 2, DIVERGED, PREEMPTED), (
+        codes,
+        errors,
+    )
     assert f"process {wrong} of 2: data file absent.jsonl: no such file" in errors[wrong]
     assert not (folder / f"wrong{wrong}" / "config.json").exists()
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize(("flag", "named"), [("data.train={other}", "identity.data.train"), ("seed=1", "seed: 0 in process 0, 1 in")])
+@pytest.mark.parametrize(
+    ("flag", "named"),
+    [("data.train={other}", "identity.data.train"), ("seed=1", "seed: 0 in process 0, 1 in")],
+)
 def test_processes_that_mean_different_runs_end_before_the_first_step(flag, named, folder):
     """Breaks when hosts with other copies of the data, or another configuration, train on to a result that is nobody's."""
     other = write_jsonl(folder / "other.jsonl", [{"text": " ".join(WORDS[8:11] * 40)}] * 5)
     workdir = folder / f"apart-{flag.partition('=')[0]}"
     with Run(workdir, 2, 1, only={1: [f"--config.{flag.format(other=other)}"]}) as run:
         codes, errors = run.codes(DEADLINE), run.errors()
-    assert codes == [2, 2] and all(named in err and "differ in what must be alike" in err for err in errors), (codes, errors)
+    assert codes == [2, 2] and all(
+        named in err and "differ in what must be alike" in err for err in errors
+    ), (codes, errors)
     assert not (workdir / "config.json").exists() and not (workdir / "metrics.jsonl").exists()
 
 
 @pytest.mark.nightly
 def test_divergence_ends_all_with_its_code(folder):
     """Breaks when a launcher would restart a run that diverges again."""
-    flags = ["--config.optimizer.learning_rate=1e30", "--config.optimizer.warmup_steps=0", "--config.eval_examples=0"]
+    flags = [
+        "--config.optimizer.learning_rate=1e30",
+        "--config.optimizer.warmup_steps=0",
+        "--config.eval_examples=0",
+    ]
     with Run(folder / "diverged", 2, 1, *flags) as run:
         assert run.codes() == [DIVERGED, DIVERGED], "\n".join(err[-3000:] for err in run.errors())
     assert "not finite" in run.errors()[0]

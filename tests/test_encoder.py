@@ -16,7 +16,16 @@ TEXTS = [RNG.integers(3, 64, n).tolist() for n in (5, 12, 13, 25, 17)]
 
 
 @pytest.mark.parametrize(
-    ("tokens", "shape"), [(1, (1, 1)), (11, (1, 11)), (12, (1, 12)), (13, (2, 7)), (24, (2, 12)), (25, (3, 9)), (120, (10, 12))]
+    ("tokens", "shape"),
+    [
+        (1, (1, 1)),
+        (11, (1, 11)),
+        (12, (1, 12)),
+        (13, (2, 7)),
+        (24, (2, 12)),
+        (25, (3, 9)),
+        (120, (10, 12)),
+    ],
 )
 def test_segment_shape(tokens, shape):
     """Breaks when segments are cut full, full, rest; when k x rate tokens need two; or when a rounding is the other way."""
@@ -45,7 +54,10 @@ def test_fixed_length_pads_to_the_whole_segment_with_the_given_id():
     """Breaks when the reference layout's texts are padded to the batch, or with another id than eos."""
     config = encoder.CompressionConfig(method="x500", layout="reference", k=3, rate=4)
     ids, lengths = encoder.segment_contexts([[5, 6, 7], [8]], config, pad_id=2)
-    assert ids.tolist() == [[[5, 6, 7] + [2] * 9], [[8] + [2] * 11]] and lengths.tolist() == [[3], [1]]
+    assert ids.tolist() == [[[5, 6, 7] + [2] * 9], [[8] + [2] * 11]] and lengths.tolist() == [
+        [3],
+        [1],
+    ]
     assert encoder.segment_contexts([[5]], config, (2, 3), 2)[0].shape == (1, 2, 12)
 
 
@@ -68,12 +80,24 @@ def test_segments_may_hold_any_number_of_tokens(k, rate):
 
 def test_choosing_k():
     """Breaks when an unknown k gets through, or none does not mean the largest."""
-    one, many = encoder.CompressionConfig(k=16), encoder.CompressionConfig(k=16, k_choices=(1, 4, 16))
-    assert (one.choose(), one.choose(16), many.choose(), many.choose(np.int64(1))) == (16, 16, 16, 1)
+    one, many = (
+        encoder.CompressionConfig(k=16),
+        encoder.CompressionConfig(k=16, k_choices=(1, 4, 16)),
+    )
+    assert (one.choose(), one.choose(16), many.choose(), many.choose(np.int64(1))) == (
+        16,
+        16,
+        16,
+        1,
+    )
     assert many.segment_tokens == one.segment_tokens == 64
-    with pytest.raises(ValueError, match="k is 4; this compressor was trained with 16 memory tokens"):
+    with pytest.raises(
+        ValueError, match="k is 4; this compressor was trained with 16 memory tokens"
+    ):
         one.choose(4)
-    with pytest.raises(ValueError, match="k is 2; this compressor was trained with 1, 4, 16 memory tokens"):
+    with pytest.raises(
+        ValueError, match="k is 2; this compressor was trained with 1, 4, 16 memory tokens"
+    ):
         many.choose(2)
 
 
@@ -88,18 +112,28 @@ def test_memory_table_starts_like_token_embeddings():
     assert table.shape == (4003, 4) and table.dtype == jnp.float32
     np.testing.assert_allclose(table.mean(0), embeddings.mean(0), atol=0.03)
     np.testing.assert_allclose(table.std(0), embeddings.std(0), rtol=0.05)
-    np.testing.assert_array_equal(table[4000 + targets.AE + 3], np.asarray(params["embed"], np.float32)[7])
-    normal = encoder.init_memory_table(key, params, encoder.CompressionConfig(k=4000, memory_init="normal"))
+    np.testing.assert_array_equal(
+        table[4000 + targets.AE + 3], np.asarray(params["embed"], np.float32)[7]
+    )
+    normal = encoder.init_memory_table(
+        key, params, encoder.CompressionConfig(k=4000, memory_init="normal")
+    )
     np.testing.assert_allclose(normal.mean(0), np.zeros(4), atol=0.06)
     np.testing.assert_allclose(normal.std(0), np.ones(4), rtol=0.05)
 
 
 def test_negative_ids_are_rows_of_the_table_from_its_end():
     """Breaks when [AE], [LM], [FT] take each other's rows or a memory token's, or id 0 is taken for one of them."""
-    base, table = {"embed": np.arange(10.0, dtype=np.float32).reshape(5, 2)}, 100 + np.arange(12.0, dtype=np.float32).reshape(6, 2)
+    base, table = (
+        {"embed": np.arange(10.0, dtype=np.float32).reshape(5, 2)},
+        100 + np.arange(12.0, dtype=np.float32).reshape(6, 2),
+    )
     ids = np.asarray([[targets.AE, 0], [targets.LM, 4], [targets.FT, 1]])
     out = np.asarray(jax.jit(encoder.embed_with_table)(base, table, ids))
-    assert out[:, 0].tolist() == table[3:].tolist() and out[:, 1].tolist() == base["embed"][[0, 4, 1]].tolist()
+    assert (
+        out[:, 0].tolist() == table[3:].tolist()
+        and out[:, 1].tolist() == base["embed"][[0, 4, 1]].tolist()
+    )
 
 
 @pytest.mark.parametrize(
@@ -110,8 +144,14 @@ def test_negative_ids_are_rows_of_the_table_from_its_end():
         ({"rate": -1}, "compression.rate is -1"),
         ({"memory_init": "zero"}, "compression.memory_init is 'zero'"),
         ({"layout": "spiral"}, "layout is 'spiral'; choose from sequential, uniform, servable"),
-        ({"layout": "clean"}, "layout is 'clean', not one of method icae; choose from servable, sequential, uniform"),
-        ({"method": "x500", "layout": "servable"}, "not one of method x500; choose from clean, sequential, reference, uniform"),
+        (
+            {"layout": "clean"},
+            "layout is 'clean', not one of method icae; choose from servable, sequential, uniform",
+        ),
+        (
+            {"method": "x500", "layout": "servable"},
+            "not one of method x500; choose from clean, sequential, reference, uniform",
+        ),
         ({"k_choices": (1, 4)}, "k_choices is \\(1, 4\\); .* the last of them k \\(128\\)"),
         ({"k_choices": (4, 1, 128)}, "k_choices is .* rising"),
         ({"k_choices": (0, 128)}, "k_choices is .* from 1 on"),

@@ -6,8 +6,9 @@ import socket
 import jax
 import pytest
 
-from icae_jax import cli, errors
-from icae_jax.training import distributed
+from icae_jax import errors
+from icae_jax.cli import main as cli
+from icae_jax.runtime import distributed
 
 
 class HTTPStatusError(Exception):
@@ -32,7 +33,9 @@ USERS = {
     "bad input": errors.UserError("--k is 0"),
     "a full disk": OSError(errno.ENOSPC, "No space left on device", "w/x"),
     "a full quota": OSError(errno.EDQUOT, "Disk quota exceeded"),
-    "a full disk, told by a library": caused_by(ValueError("RESOURCE_EXHAUSTED: Error writing x: failed [os_error_code='28']")),
+    "a full disk, told by a library": caused_by(
+        ValueError("RESOURCE_EXHAUSTED: Error writing x: failed [os_error_code='28']")
+    ),
 }
 NOT_USERS = {
     "a connection": ConnectionResetError(errno.ECONNRESET, "Connection reset by peer"),
@@ -65,7 +68,9 @@ def test_what_nobody_can_change_keeps_its_traceback(name, monkeypatch):
         raise NOT_USERS[name]
 
     monkeypatch.setitem(cli.VERBS, "inspect", (verb, "x"))
-    with pytest.raises(type(NOT_USERS[name])):  # which Python turns into its traceback and exit code 1
+    with pytest.raises(
+        type(NOT_USERS[name])
+    ):  # which Python turns into its traceback and exit code 1
         cli.main(["inspect"])
 
 
@@ -96,7 +101,9 @@ PASSING = {
     "aiohttp, payload": of("aiohttp", "ClientPayloadError"),
     "botocore": of("botocore", "EndpointConnectionError"),
     "botocore, time": of("botocore", "ReadTimeoutError"),
-    "botocore, 503": of("botocore", "ClientError", response={"ResponseMetadata": {"HTTPStatusCode": 503}}),
+    "botocore, 503": of(
+        "botocore", "ClientError", response={"ResponseMetadata": {"HTTPStatusCode": 503}}
+    ),
     "urllib3": of("urllib3", "MaxRetryError"),
     "gcsfs": of("gcsfs", "HttpError", code=503),
     "google": of("google", "BadGateway", code=502),
@@ -114,9 +121,13 @@ PASSING = {
     "tensorstore, local": ValueError("INTERNAL: Error reading x: failed [os_error_code='116']"),
 }
 STAYING = {
-    "input, because of a network": caused_by(ConnectionResetError(errno.ECONNRESET, "reset"), errors.UserError),
+    "input, because of a network": caused_by(
+        ConnectionResetError(errno.ECONNRESET, "reset"), errors.UserError
+    ),
     "gcsfs, 404": of("gcsfs", "HttpError", code=404),
-    "botocore, 403": of("botocore", "ClientError", response={"ResponseMetadata": {"HTTPStatusCode": 403}}),
+    "botocore, 403": of(
+        "botocore", "ClientError", response={"ResponseMetadata": {"HTTPStatusCode": 403}}
+    ),
     "404": HTTPStatusError(404),
     "hub, told not to ask": of("huggingface_hub", "OfflineModeIsEnabled", ConnectionError),
     "absent": FileNotFoundError(errno.ENOENT, "No such file"),
@@ -148,7 +159,11 @@ def test_a_passing_failure_is_tried_again_and_then_raised_as_it_is(name, monkeyp
     calls.clear()
     with pytest.raises(type(PASSING[name])) as raised:
         errors.retrying(never, "reading x")
-    assert raised.value is PASSING[name] and len(calls) == errors.TRIES and not errors.is_users(raised.value)
+    assert (
+        raised.value is PASSING[name]
+        and len(calls) == errors.TRIES
+        and not errors.is_users(raised.value)
+    )
 
 
 def test_tries_within_tries_do_not_multiply(monkeypatch):
@@ -177,7 +192,10 @@ def test_a_path_of_the_users_is_named(tmp_path):
     """Breaks when a workdir below a file is a traceback, or a filesystem's fault is called the user's."""
     (tmp_path / "file").write_text("")
     named = errors.naming("--workdir w", "give a folder")
-    with pytest.raises(errors.UserError, match=r"--workdir w: not a directory .*; give a folder"), named:
+    with (
+        pytest.raises(errors.UserError, match=r"--workdir w: not a directory .*; give a folder"),
+        named,
+    ):
         (tmp_path / "file" / "w").mkdir()
     with pytest.raises(OSError, match="Stale") as raised, errors.naming("--workdir w"):
         raise OSError(errno.ESTALE, "Stale file handle")

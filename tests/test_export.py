@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from conftest import TINY, WORDS, random_trained
 
-from icae_jax import export
+from icae_jax.cli import export
 from icae_jax.compression.encoder import CompressionConfig
 from icae_jax.inference import compressor as compressors
-from icae_jax.interop import adapter as adapters
-from icae_jax.interop import base as bases
+from icae_jax.interop.adapters import folder as adapters
+from icae_jax.interop.hub import base as bases
 from icae_jax.models.lora import LoraConfig
 from icae_jax.objectives import targets
 
@@ -33,7 +33,14 @@ def memory_file(request, tiny_base, tmp_path_factory):
     base = bases.load_base(tiny_base)
     compression = CompressionConfig(method=request.param, k=4, rate=4)
     template = targets.make_template("plain", base.tokenizer)
-    adapter = adapters.Adapter(compression, LoraConfig(4, 2.0, 0.0), template, random_trained(TINY, 4), str(tiny_base), base.fingerprint)
+    adapter = adapters.Adapter(
+        compression,
+        LoraConfig(4, 2.0, 0.0),
+        template,
+        random_trained(TINY, 4),
+        str(tiny_base),
+        base.fingerprint,
+    )
     adapters.save_adapter(folder / "adapter", adapter)
     compressor = compressors.load(folder / "adapter")
     compressor.save(folder / "m.safetensors", compressor.compress(TEXTS), ["a", "b", "c"])
@@ -43,8 +50,30 @@ def memory_file(request, tiny_base, tmp_path_factory):
 def test_prompt_embeds(memory_file, tmp_path, capsys):
     """Breaks when a flag is lost on the way, K/V get through, or a user is not told that a chat is framed otherwise than trained."""
     path, method = memory_file
-    argv = ["prompt-embeds", "--memory", path, "--to", tmp_path / "out", "--question", "who ?", "--question", "why ?", "--restore"]
-    argv += ["--id", "c", "--id", "a", "--dtype", "float16", "--model", "tiny", "--url", "http://example:1"]
+    argv = [
+        "prompt-embeds",
+        "--memory",
+        path,
+        "--to",
+        tmp_path / "out",
+        "--question",
+        "who ?",
+        "--question",
+        "why ?",
+        "--restore",
+    ]
+    argv += [
+        "--id",
+        "c",
+        "--id",
+        "a",
+        "--dtype",
+        "float16",
+        "--model",
+        "tiny",
+        "--url",
+        "http://example:1",
+    ]
     if method == "x500":
         with pytest.raises(ValueError, match="icae export hf-cache"):
             run(*argv)
@@ -53,9 +82,19 @@ def test_prompt_embeds(memory_file, tmp_path, capsys):
     assert run(*argv) == 0
     printed = capsys.readouterr().out
     assert "trained with template plain" in printed and "10 requests of 2 texts" in printed
-    requests = [json.loads(line) for line in (tmp_path / "out" / "requests.jsonl").read_text().splitlines()]
-    want = [("chat", "who ?"), ("chat", "why ?"), ("ask", "who ?"), ("ask", "why ?"), ("restore", None)]
-    assert [(r["id"], r["kind"], r["question"]) for r in requests] == [(name, *rest) for name in "ac" for rest in want]
+    requests = [
+        json.loads(line) for line in (tmp_path / "out" / "requests.jsonl").read_text().splitlines()
+    ]
+    want = [
+        ("chat", "who ?"),
+        ("chat", "why ?"),
+        ("ask", "who ?"),
+        ("ask", "why ?"),
+        ("restore", None),
+    ]
+    assert [(r["id"], r["kind"], r["question"]) for r in requests] == [
+        (name, *rest) for name in "ac" for rest in want
+    ]
     assert {r["body"]["model"] for r in requests} == {"tiny"}
     assert torch.load(tmp_path / "out" / "memory-0.pt", weights_only=True).dtype == torch.float16
     assert "http://example:1" in (tmp_path / "out" / "request.py").read_text()
@@ -67,13 +106,36 @@ def test_hf_cache(memory_file, tmp_path, capsys):
 
     path, method = memory_file
     assert run("hf-cache", "--memory", path, "--to", tmp_path / "ask") == 0
-    assert run("hf-cache", "--memory", path, "--to", tmp_path / "out", "--for", "restore", "--id", "b", "--dtype", "bfloat16") == 0
+    assert (
+        run(
+            "hf-cache",
+            "--memory",
+            path,
+            "--to",
+            tmp_path / "out",
+            "--for",
+            "restore",
+            "--id",
+            "b",
+            "--dtype",
+            "bfloat16",
+        )
+        == 0
+    )
     assert "the cache of 1 texts, to restore" in capsys.readouterr().out
-    for folder, objective, ids, dtype in (("ask", "ask", ["a", "b", "c"], "float32"), ("out", "restore", ["b"], "bfloat16")):
+    for folder, objective, ids, dtype in (
+        ("ask", "ask", ["a", "b", "c"], "float32"),
+        ("out", "restore", ["b"], "bfloat16"),
+    ):
         with safetensors.safe_open(tmp_path / folder / "cache.safetensors", "pt") as f:
             info = {name: json.loads(text) for name, text in f.metadata().items()}
             key = f.get_tensor("key")
-        assert (info["objective"], info["ids"], info["dtype"], info["method"]) == (objective, ids, dtype, method)
+        assert (info["objective"], info["ids"], info["dtype"], info["method"]) == (
+            objective,
+            ids,
+            dtype,
+            method,
+        )
         assert key.dtype == getattr(torch, dtype) and key.shape[1] == len(ids)
         assert (tmp_path / folder / "use_cache.py").exists()
 
@@ -86,10 +148,17 @@ def test_bad_input_is_named_before_anything_is_written(memory_file, tmp_path, mo
             run(kind, "--memory", path, "--to", tmp_path / "out", "--id", "x")
         with pytest.raises(ValueError, match="no such file; `icae compress` writes"):
             run(kind, "--memory", tmp_path / "absent", "--to", tmp_path / "out")
-        monkeypatch.setattr(compressors, "load_with_memory", lambda *args: pytest.fail("loaded a model first"))
+        monkeypatch.setattr(
+            compressors, "load_with_memory", lambda *args: pytest.fail("loaded a model first")
+        )
         with pytest.raises(ValueError, match="is not an empty folder; give a new one"):
             run(kind, "--memory", path, "--to", path.parent)
-        for wrong in ([], [kind], ["gguf"], [kind, "--memory", path, "--to", tmp_path / "out", "--dtype", "int8"]):
+        for wrong in (
+            [],
+            [kind],
+            ["gguf"],
+            [kind, "--memory", path, "--to", tmp_path / "out", "--dtype", "int8"],
+        ):
             with pytest.raises(SystemExit, match="2"):
                 run(*wrong)
         monkeypatch.undo()
@@ -105,5 +174,16 @@ def test_help_lists_both_kinds(capsys):
         with pytest.raises(SystemExit, match="0"):
             run(*argv)
     printed = capsys.readouterr().out
-    for word in ("prompt-embeds", "hf-cache", "--question", "--restore", "--for", "--memory", "--adapter", "--base", "--id", "--dtype"):
+    for word in (
+        "prompt-embeds",
+        "hf-cache",
+        "--question",
+        "--restore",
+        "--for",
+        "--memory",
+        "--adapter",
+        "--base",
+        "--id",
+        "--dtype",
+    ):
         assert word in printed

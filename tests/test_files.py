@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from icae_jax import errors
+from icae_jax import errors, files
 from icae_jax.data import rows, tokens
-from icae_jax.interop import adapter, files, formats
+from icae_jax.interop.adapters import folder as adapter
+from icae_jax.interop.adapters import formats
 
 
 def test_file_is_replaced_only_when_whole(tmp_path):
@@ -54,7 +55,11 @@ def test_folder_is_replaced_only_when_whole(tmp_path):
 def test_what_takes_a_place_is_on_the_disk_before(tmp_path, monkeypatch):
     """Breaks when a power loss soon after writing leaves empty files of the right names."""
     calls, fsync, rename, replace = [], os.fsync, os.rename, os.replace
-    monkeypatch.setattr(os, "fsync", lambda f: calls.append(os.path.basename(os.readlink(f"/proc/self/fd/{f}"))) or fsync(f))
+    monkeypatch.setattr(
+        os,
+        "fsync",
+        lambda f: calls.append(os.path.basename(os.readlink(f"/proc/self/fd/{f}"))) or fsync(f),
+    )
     monkeypatch.setattr(os, "rename", lambda *paths: calls.append("renamed") or rename(*paths))
     monkeypatch.setattr(os, "replace", lambda *paths: calls.append("renamed") or replace(*paths))
     with files.replacing_folder(tmp_path / "adapter") as tmp:
@@ -86,7 +91,10 @@ def test_old_folder_comes_back_when_the_new_one_cannot_take_its_place(tmp_path, 
 
 def modes(folder):
     """{path within the folder, "." for itself: mode} of all that is in it."""
-    return {str(p.relative_to(folder)): stat.S_IMODE(p.stat().st_mode) for p in (folder, *folder.rglob("*"))}
+    return {
+        str(p.relative_to(folder)): stat.S_IMODE(p.stat().st_mode)
+        for p in (folder, *folder.rglob("*"))
+    }
 
 
 @pytest.fixture(params=[0o022, 0o077, 0o002], ids=oct)
@@ -100,7 +108,9 @@ def write_tensors(folder):
     """As adapters are written: safetensors makes its files readable by their owner alone."""
     with files.replacing_folder(folder) as tmp:
         (tmp / "encoder").mkdir()
-        safetensors.numpy.save_file({"a": np.zeros(2, np.float32)}, tmp / "encoder" / "a.safetensors")
+        safetensors.numpy.save_file(
+            {"a": np.zeros(2, np.float32)}, tmp / "encoder" / "a.safetensors"
+        )
         files.write_json(tmp / "icae.json", {})
 
 
@@ -111,16 +121,23 @@ def test_new_files_follow_the_umask(tmp_path, umask):
     files.write_json(file, {})
     with files.replacing_file(memory) as tmp:
         safetensors.numpy.save_file({"a": np.zeros(2, np.float32)}, tmp)
-    assert stat.S_IMODE(file.stat().st_mode) == stat.S_IMODE(memory.stat().st_mode) == 0o666 & ~umask
+    assert (
+        stat.S_IMODE(file.stat().st_mode) == stat.S_IMODE(memory.stat().st_mode) == 0o666 & ~umask
+    )
     wanted = {".": 0o777, "encoder": 0o777, "encoder/a.safetensors": 0o666, "icae.json": 0o666}
     assert modes(folder) == {name: mode & ~umask for name, mode in wanted.items()}
 
 
 def test_a_shared_cache_of_tokens_follows_the_umask(tmp_path, umask, monkeypatch):
     """Breaks when a cache that several users share can be read by the one alone who came first, or by more than the umask says."""
-    monkeypatch.setattr(tokens, "_build", lambda folder, *_: np.save(folder / "ids.npy", np.zeros(2)))
+    monkeypatch.setattr(
+        tokens, "_build", lambda folder, *_: np.save(folder / "ids.npy", np.zeros(2))
+    )
     tokens._write(tmp_path / "key", "train.jsonl", None, "", 0, rows.Sieve(), "")
-    assert modes(tmp_path / "key")["."] == 0o777 & ~umask and modes(tmp_path / "key")["ids.npy"] == 0o666 & ~umask
+    assert (
+        modes(tmp_path / "key")["."] == 0o777 & ~umask
+        and modes(tmp_path / "key")["ids.npy"] == 0o666 & ~umask
+    )
     assert os.listdir(tmp_path) == ["key"]
 
 
@@ -136,7 +153,11 @@ def test_what_is_replaced_hands_its_mode_on(tmp_path, umask):
         file.chmod(within)
         write_tensors(folder)
         files.write_json(file, {"new": 1})
-        assert stat.S_IMODE(file.stat().st_mode) == within and modes(folder)["."] == mode and modes(folder)["icae.json"] == within
+        assert (
+            stat.S_IMODE(file.stat().st_mode) == within
+            and modes(folder)["."] == mode
+            and modes(folder)["icae.json"] == within
+        )
         assert modes(folder)["encoder"] == mode and files.read_json(file, "a test") == {"new": 1}
 
 
@@ -145,8 +166,14 @@ def test_nobody_reads_a_private_file_while_it_is_written(tmp_path):
     (tmp_path / "a").write_text("")
     (tmp_path / "a").chmod(0o600)
     (tmp_path / "folder").mkdir(0o700)
-    with files.replacing_file(tmp_path / "a") as file, files.replacing_folder(tmp_path / "folder") as folder:
-        assert (stat.S_IMODE(file.stat().st_mode), stat.S_IMODE(folder.stat().st_mode)) == (0o600, 0o700)
+    with (
+        files.replacing_file(tmp_path / "a") as file,
+        files.replacing_folder(tmp_path / "folder") as folder,
+    ):
+        assert (stat.S_IMODE(file.stat().st_mode), stat.S_IMODE(folder.stat().st_mode)) == (
+            0o600,
+            0o700,
+        )
 
 
 def test_links_stay_links(tmp_path):
@@ -160,13 +187,17 @@ def test_links_stay_links(tmp_path):
         assert files.read_json(tmp_path / "disk" / "a.json", "a test", str) == content
         assert os.listdir(tmp_path / "disk" / "adapter") == [f"{content}.txt"]
     assert (tmp_path / "a.json").is_symlink() and (tmp_path / "adapter").is_symlink()
-    assert sorted(os.listdir(tmp_path)) == ["a.json", "adapter", "disk"] and sorted(os.listdir(tmp_path / "disk")) == ["a.json", "adapter"]
+    assert sorted(os.listdir(tmp_path)) == ["a.json", "adapter", "disk"] and sorted(
+        os.listdir(tmp_path / "disk")
+    ) == ["a.json", "adapter"]
 
 
 def test_a_file_is_not_replaced_by_a_folder(tmp_path):
     """Breaks when an adapter that is saved under a file's name takes the file away."""
     (tmp_path / "notes").write_text("mine")
-    with pytest.raises(errors.UserError, match="notes is a file, and a folder is to be written there"):
+    with pytest.raises(
+        errors.UserError, match="notes is a file, and a folder is to be written there"
+    ):
         write_folder(tmp_path / "notes", "one")
     assert (tmp_path / "notes").read_text() == "mine" and os.listdir(tmp_path) == ["notes"]
 
@@ -206,7 +237,10 @@ def test_tensors_that_a_network_loses_for_a_moment_are_read_again(tmp_path, monk
     monkeypatch.setattr(errors, "FIRST_DELAY", 0)
     path = tmp_path / "a.safetensors"
     safetensors.numpy.save_file({"a": np.ones(2, np.float32)}, path)
-    hiccups = [OSError(errno.ESTALE, "Stale file handle"), safetensors.SafetensorError("I/O error: Input/output error (os error 5)")]
+    hiccups = [
+        OSError(errno.ESTALE, "Stale file handle"),
+        safetensors.SafetensorError("I/O error: Input/output error (os error 5)"),
+    ]
 
     def read(path):
         if left:
@@ -225,13 +259,17 @@ def test_tensors_that_a_network_loses_for_a_moment_are_read_again(tmp_path, monk
         files.read_safetensors(path, read)
     path.write_bytes(b"half")
     for damaged in (lambda: files.read_safetensors(path, read), lambda: adapter._tensors(path)):
-        with pytest.raises(errors.UserError, match=r"a\.safetensors: not a readable safetensors file"):
+        with pytest.raises(
+            errors.UserError, match=r"a\.safetensors: not a readable safetensors file"
+        ):
             damaged()
 
 
 def test_unreadable_json_is_named(tmp_path):
     """Breaks when the error does not say which file, or what it should hold."""
-    with pytest.raises(ValueError, match=f"^{tmp_path}/a.json: no such file; it should hold the plan$"):
+    with pytest.raises(
+        ValueError, match=f"^{tmp_path}/a.json: no such file; it should hold the plan$"
+    ):
         files.read_json(tmp_path / "a.json", "the plan")
     (tmp_path / "a.json").write_text("{")
     with pytest.raises(ValueError, match=f"^{tmp_path}/a.json: not valid JSON"):
@@ -239,13 +277,17 @@ def test_unreadable_json_is_named(tmp_path):
     with pytest.raises(ValueError, match=f"^{tmp_path}: cannot be read"):
         files.read_json(tmp_path, "the plan")
     (tmp_path / "a.json").write_text("[]")
-    with pytest.raises(errors.UserError, match=f"^{tmp_path}/a.json: not an object; it should hold the plan$"):
+    with pytest.raises(
+        errors.UserError, match=f"^{tmp_path}/a.json: not an object; it should hold the plan$"
+    ):
         files.read_json(tmp_path / "a.json", "the plan")
 
 
 def test_fields_are_of_their_types():
     """Breaks when a field of another type than it should have passes, or a whole number is not taken where any number is."""
-    files.check_fields({"a": 1, "b": 2, "c": "x", "more": None}, {"a": int, "b": float, "c": str}, "a.json")
+    files.check_fields(
+        {"a": 1, "b": 2, "c": "x", "more": None}, {"a": int, "b": float, "c": str}, "a.json"
+    )
     for raw, message in (
         ({"a": True}, "a.json: a is True, which is not a whole number"),
         ({"a": 1.0}, "a.json: a is 1.0, which is not a whole number"),
@@ -273,7 +315,9 @@ def test_only_new_folders_are_written(tmp_path):
     for free in ("empty", "new", "new/deeper"):
         files.check_new_folder(tmp_path / free)
     for taken in ("taken", "taken/x"):
-        with pytest.raises(ValueError, match=r"--to .* exists and is not an empty folder; give a new one"):
+        with pytest.raises(
+            ValueError, match=r"--to .* exists and is not an empty folder; give a new one"
+        ):
             files.check_new_folder(tmp_path / taken)
 
 
@@ -297,11 +341,17 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path):
 
 PLACEHOLDERS = {
     "empty": (b"", "empty"),
-    "pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 268\n", "Git LFS pointer"),
+    "pointer": (
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 268\n",
+        "Git LFS pointer",
+    ),
     "page": (b"\xef\xbb\xbf\n<!DOCTYPE html><html><head><title>429</title>", "page of HTML"),
     "annex": (b"/annex/objects/SHA256E-s3--4d7a.jsonl\n", "pointer of git-annex"),
     "GitHub's answer": (b"404: Not Found", "a server said"),
-    "a bucket's answer": (b"<?xml version='1.0' encoding='UTF-8'?>\n<Error><Code>AccessDenied</Code>", "a server said"),
+    "a bucket's answer": (
+        b"<?xml version='1.0' encoding='UTF-8'?>\n<Error><Code>AccessDenied</Code>",
+        "a server said",
+    ),
     "page in capitals": (b"<HTML><BODY>Not found", "page of HTML"),
 }
 

@@ -12,7 +12,7 @@ import pytest
 from icae_jax.compression import encoder, methods
 from icae_jax.models import attention, llama, lora
 from icae_jax.objectives import loss
-from icae_jax.training import flops
+from icae_jax.performance import flops
 
 SMALL = llama.ModelConfig(
     vocab_size=1000,
@@ -44,7 +44,12 @@ def shapes(B, S, N, k, targets):
         return jax.ShapeDtypeStruct(shape, jnp.int32)
 
     packed = {
-        o: {"ids": ints(B, G, T), "label_at": ints(B, G, U), "labels": ints(B, G, U), "label_mask": jax.ShapeDtypeStruct((B, G, U), bool)}
+        o: {
+            "ids": ints(B, G, T),
+            "label_at": ints(B, G, U),
+            "labels": ints(B, G, U),
+            "label_mask": jax.ShapeDtypeStruct((B, G, U), bool),
+        }
         for o, (G, T, U) in targets.items()
     }
     return {"context": ints(B, S, N), "lengths": ints(B, S), "targets": packed, "k": k}
@@ -52,9 +57,15 @@ def shapes(B, S, N, k, targets):
 
 def program(compression):
     """(model, base parameters, trained tree) of shapes alone; the layers unrolled, so that each is counted."""
-    table = jax.ShapeDtypeStruct((compression.k + encoder.SPECIAL_ROWS, SMALL.hidden_size), jnp.float32)
+    table = jax.ShapeDtypeStruct(
+        (compression.k + encoder.SPECIAL_ROWS, SMALL.hidden_size), jnp.float32
+    )
     tree = jax.eval_shape(lambda: lora.init_lora(jax.random.key(0), SMALL, LORA))
-    return llama.Llama(SMALL, unroll=SMALL.num_layers), llama.param_shapes(SMALL), {"lora": tree, "memory_table": table}
+    return (
+        llama.Llama(SMALL, unroll=SMALL.num_layers),
+        llama.param_shapes(SMALL),
+        {"lora": tree, "memory_table": table},
+    )
 
 
 def counted(function, *args):
@@ -87,7 +98,12 @@ DAILY = {("icae", "ae+lm"), ("x500", "qa")}  # every objective, both methods, se
 @pytest.mark.parametrize(
     ("method", "targets", "segments", "k"),
     [
-        pytest.param(method, *step, id=f"{name}-{method}", marks=[] if (method, name) in DAILY else [pytest.mark.nightly])
+        pytest.param(
+            method,
+            *step,
+            id=f"{name}-{method}",
+            marks=[] if (method, name) in DAILY else [pytest.mark.nightly],
+        )
         for name, step in STEPS.items()
         for method in ("icae", "x500")
     ],
@@ -100,13 +116,19 @@ def test_a_training_step_as_xla_counts_it(method, targets, segments, k):
     heads = {o: HEADS.get(o, ()) for o in targets}
 
     def step(trained, params, batch):
-        memory = methods.compress(model, params, trained, batch["context"], batch["lengths"], compression, k)
-        losses = loss.label_losses(model, params, trained, memory, batch["targets"], heads, compression.layout, 256)
+        memory = methods.compress(
+            model, params, trained, batch["context"], batch["lengths"], compression, k
+        )
+        losses = loss.label_losses(
+            model, params, trained, memory, batch["targets"], heads, compression.layout, 256
+        )
         return sum(total for total, _ in loss.objective_sums(losses, batch["targets"]).values())
 
     least = flops.least(SMALL, LORA, compression, batch, heads)
     # Attention's backward pass makes the scores anew: of its six matmuls one more.
-    ratio = counted(jax.value_and_grad(step), trained, params, arrays(batch)) / (least.total + least.attention / 6)
+    ratio = counted(jax.value_and_grad(step), trained, params, arrays(batch)) / (
+        least.total + least.attention / 6
+    )
     assert 1.0 <= ratio < 1.015
 
 
@@ -124,7 +146,9 @@ def test_keys_behind_a_chunk_are_not_looked_at(monkeypatch):
     whole = count(real)
     monkeypatch.setattr(attention, "CHUNK", 128)
     assert count(real) / whole == pytest.approx(0.6, abs=0.01)
-    assert count(attention.seen(real)) / whole == pytest.approx(1.0, abs=0.01)  # a mask of any kind hides nothing before it runs
+    assert count(attention.seen(real)) / whole == pytest.approx(
+        1.0, abs=0.01
+    )  # a mask of any kind hides nothing before it runs
 
 
 def test_the_forward_passes_as_xla_counts_them():
@@ -134,7 +158,9 @@ def test_the_forward_passes_as_xla_counts_them():
     batch = shapes(3, 2, 128, 32, {})
 
     def write(trained, params, batch):
-        return methods.compress(model, params, trained, batch["context"], batch["lengths"], compression).slots
+        return methods.compress(
+            model, params, trained, batch["context"], batch["lengths"], compression
+        ).slots
 
     of_write = flops.compress(SMALL, LORA, batch["context"].shape, 32, "icae")
     assert 1.0 <= counted(write, trained, params, arrays(batch)) / of_write.total < 1.015
@@ -143,14 +169,20 @@ def test_the_forward_passes_as_xla_counts_them():
 
     def step(params, ids, at, k, v, mask, positions):
         one = jnp.ones((1, 1), bool)
-        hidden, _ = model.apply({"params": params}, ids, at, one, prefix=(k, v, mask, positions), return_kv=True)
+        hidden, _ = model.apply(
+            {"params": params}, ids, at, one, prefix=(k, v, mask, positions), return_kv=True
+        )
         return jnp.einsum("btd,dv->btv", hidden, llama.head_kernel(params))
 
     def like(dtype, *shape):
         return jax.ShapeDtypeStruct(shape, dtype)
 
     kv = like(jnp.float32, SMALL.num_layers, rows, cache, SMALL.num_kv_heads, SMALL.head_dim)
-    ids, mask, positions = like(jnp.int32, rows, 1), like(jnp.bool_, rows, cache), like(jnp.int32, rows, cache)
+    ids, mask, positions = (
+        like(jnp.int32, rows, 1),
+        like(jnp.bool_, rows, cache),
+        like(jnp.int32, rows, cache),
+    )
     of_step = flops.decode(SMALL, rows, cache + 1)
     assert 1.0 <= counted(step, params, ids, ids, kv, kv, mask, positions) / of_step.total < 1.015
 
@@ -160,7 +192,11 @@ def test_the_forward_passes_as_xla_counts_them():
     [
         ({"ae": (1, 513, 513)}, 0, 34.9),
         ({"ae": (1, 513, 513), "lm": (1, 513, 513)}, 0, 49.0),
-        ({"qa": (8, 1 + 32 + 4 + 32, 33)}, 4, 35.5),  # with the tokens of template mistral round memory, question and answer
+        (
+            {"qa": (8, 1 + 32 + 4 + 32, 33)},
+            4,
+            35.5,
+        ),  # with the tokens of template mistral round memory, question and answer
     ],
     ids=["ae", "ae+lm", "qa"],
 )
@@ -173,7 +209,9 @@ def test_llama_2_7b_with_a_memory_of_128_tokens(targets, head, tera):
 
     def least(layers):
         config = dataclasses.replace(LLAMA_2_7B, num_layers=layers)
-        return flops.least(config, lora.LoraConfig(), compression, shapes(1, 1, 512, 128, targets), heads)
+        return flops.least(
+            config, lora.LoraConfig(), compression, shapes(1, 1, 512, 128, targets), heads
+        )
 
     got, layer = least(32), least(33).total - least(32).total
     assert (32 * layer + got.logits) / 1e12 == pytest.approx(tera, abs=0.06)
@@ -184,17 +222,28 @@ def test_llama_2_7b_with_a_memory_of_128_tokens(targets, head, tera):
 def test_parts():
     """Breaks when FLOPs are booked under another part, or padding of the batch's rows is not work."""
     compression = encoder.CompressionConfig(k=32, rate=4.0)
-    one, two = (flops.least(SMALL, LORA, compression, shapes(B, 1, 128, 32, {"ae": AE})) for B in (1, 2))
+    one, two = (
+        flops.least(SMALL, LORA, compression, shapes(B, 1, 128, 32, {"ae": AE})) for B in (1, 2)
+    )
     assert [2 * part for part in one] == list(two)
     kv, rest = 2 * 256 * 2 * 96, 2 * 256 * 4 * 96 + 3 * 256 * 688  # of a block
     block = kv + rest
     v_adapter, others = 32 * (256 + 2 * 96), 32 * (256 + 4 * 96 + 688 + 256)
-    assert one.encoder == 4 * (block * 160 + kv * 160 + rest * 32)  # the second layer is the last: all but K/V at the memory tokens alone
+    assert one.encoder == 4 * (
+        block * 160 + kv * 160 + rest * 32
+    )  # the second layer is the last: all but K/V at the memory tokens alone
     assert one.memory == 4 * (block + kv) * 32 and one.targets == 4 * (2 * block) * 129
-    assert one.lora == 6 * ((v_adapter + others) * 160 + v_adapter * 160 + others * 32) and one.logits == 4 * 256 * 1000 * 129
+    assert (
+        one.lora == 6 * ((v_adapter + others) * 160 + v_adapter * 160 + others * 32)
+        and one.logits == 4 * 256 * 1000 * 129
+    )
     assert one.attention == 12 * 4 * 96 * (160**2 + 32 * 160 + 32**2 + 2 * 129 * (32 + 129))
-    x500 = flops.least(SMALL, LORA, encoder.CompressionConfig("x500", k=32), shapes(1, 1, 128, 32, {"ae": AE}))
-    assert x500.encoder == 4 * (block * 160 + kv * 32) and x500.lora == 6 * ((v_adapter + others) * 160 + v_adapter * 32)
+    x500 = flops.least(
+        SMALL, LORA, encoder.CompressionConfig("x500", k=32), shapes(1, 1, 128, 32, {"ae": AE})
+    )
+    assert x500.encoder == 4 * (block * 160 + kv * 32) and x500.lora == 6 * (
+        (v_adapter + others) * 160 + v_adapter * 32
+    )
     assert x500.attention == 12 * 4 * 96 * (160**2 + 2 * 129 * (32 + 129))
     assert (x500.memory, x500.targets, x500.logits) == (0, one.targets, one.logits)
     qa = flops.least(SMALL, LORA, compression, shapes(1, 1, 128, 32, {"qa": QA}))
@@ -206,6 +255,10 @@ def test_an_unknown_k_is_refused_and_the_largest_is_the_default():
     """Breaks when a batch of another number of memory tokens is counted as one of this compressor's."""
     compression = encoder.CompressionConfig(k=32, k_choices=(8, 32))
     batch = shapes(1, 1, 128, 32, {"ae": AE})
-    assert flops.least(SMALL, LORA, compression, arrays(batch)) == flops.least(SMALL, LORA, compression, batch)
-    with pytest.raises(ValueError, match="k is 16; this compressor was trained with 8, 32 memory tokens"):
+    assert flops.least(SMALL, LORA, compression, arrays(batch)) == flops.least(
+        SMALL, LORA, compression, batch
+    )
+    with pytest.raises(
+        ValueError, match="k is 16; this compressor was trained with 8, 32 memory tokens"
+    ):
         flops.least(SMALL, LORA, compression, batch | {"k": 16})

@@ -10,8 +10,9 @@ import pytest
 import safetensors.numpy
 from conftest import TINY, random_trained, same
 
-from icae_jax.interop import base as bases
-from icae_jax.interop import formats, weights
+from icae_jax.interop.adapters import formats
+from icae_jax.interop.hub import base as bases
+from icae_jax.interop.hub import weights
 from icae_jax.objectives import targets
 
 torch = pytest.importorskip("torch")
@@ -37,7 +38,9 @@ def make(base, method="icae", layout="sequential", seed=0):
     if layout == "padded":
         trained["memory_table"] = trained["memory_table"].at[4:].set(0)
     template = targets.make_template("none", None, 2)
-    return formats.make_adapter(trained, base, template, method=method, alpha=32, context_length=12, layout=layout)
+    return formats.make_adapter(
+        trained, base, template, method=method, alpha=32, context_length=12, layout=layout
+    )
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS, ids=lambda s: f"{s[0]}-{s[1]}")
@@ -58,16 +61,22 @@ def test_placeholders_of_the_first_version(base):
     """Breaks when icae-v1 lacks a placeholder: one for each tensor of the base and each layer's inv_freq (323 for Llama-2-7B)."""
     tensors = formats.tensors_of("icae-v1", make(base), TINY)
     zeros = [name for name, value in tensors.items() if value.shape == ()]
-    assert len(zeros) == 9 * TINY.num_layers + 3 + TINY.num_layers and not any(tensors[name] for name in zeros)
+    assert len(zeros) == 9 * TINY.num_layers + 3 + TINY.num_layers and not any(
+        tensors[name] for name in zeros
+    )
     assert 9 * 32 + 3 + 32 == 323
 
 
 def test_what_shared_keys_may_be(base):
     """Breaks when a file that 500xCompressor and its ICAE save alike passes for one of them."""
     x500 = formats.tensors_of("x500", make(base, "x500", "reference"), TINY)
-    assert formats.methods_of("x500", x500) == ("x500", "icae") and formats.methods_of("x500", x500, "pretrain") == ("x500",)
+    assert formats.methods_of("x500", x500) == ("x500", "icae") and formats.methods_of(
+        "x500", x500, "pretrain"
+    ) == ("x500",)
     icae = formats.tensors_of("x500", make(base, "icae", "padded"), TINY)
-    assert icae["ae_embedding"].shape == (1, 1, 32) and formats.methods_of("x500", icae) == ("icae",)
+    assert icae["ae_embedding"].shape == (1, 1, 32) and formats.methods_of("x500", icae) == (
+        "icae",
+    )
 
 
 def test_other_tensors_are_not_recognised(base):
@@ -90,7 +99,10 @@ class Trap:
     [
         ({"a": Trap()}, "refused, a pickle with more in it than tensors"),
         ([torch.zeros(2)], "refused, it holds a list"),
-        ({"a": torch.zeros(2), "b": {"c": torch.zeros(2)}}, r"refused, a flat dict .* holds 'b': dict"),
+        (
+            {"a": torch.zeros(2), "b": {"c": torch.zeros(2)}},
+            r"refused, a flat dict .* holds 'b': dict",
+        ),
         ({"a": "text"}, "refused, a flat dict .* holds 'a': str"),
     ],
 )
@@ -123,7 +135,9 @@ def test_pickles_need_torch(monkeypatch, base, tmp_path):
     """Breaks when a missing PyTorch ends in a traceback, or is asked for where it is not needed."""
     monkeypatch.setitem(__import__("sys").modules, "torch", None)
     formats.write("icae-v2", tmp_path / "v2", make(base), TINY)
-    with pytest.raises(ValueError, match=r"format icae-v1, a pickle, needs PyTorch.*pip install torch"):
+    with pytest.raises(
+        ValueError, match=r"format icae-v1, a pickle, needs PyTorch.*pip install torch"
+    ):
         formats.write("icae-v1", tmp_path / "v1", make(base), TINY)
     assert not (tmp_path / "v1").exists()
 
@@ -132,11 +146,17 @@ def test_pickles_need_torch(monkeypatch, base, tmp_path):
 def test_any_dtype_is_read(dtype, base, tmp_path):
     """Breaks when a file in half precision is refused, or read as other numbers."""
     adapter = make(base)
-    rounded = jax.tree.map(lambda x: np.asarray(x).astype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype), adapter.trained)
+    rounded = jax.tree.map(
+        lambda x: np.asarray(x).astype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype),
+        adapter.trained,
+    )
     for form in ("icae-v1", "icae-v2"):
         path = formats.write(form, tmp_path / form, adapter, TINY, dtype)
         tensors, _ = formats.open_tensors(path)
-        same(formats.read_trained(form, tensors, base, path), jax.tree.map(lambda x: x.astype(np.float32), rounded))
+        same(
+            formats.read_trained(form, tensors, base, path),
+            jax.tree.map(lambda x: x.astype(np.float32), rounded),
+        )
 
 
 # ----------------------------------------------------------------------------------------------------- what does not fit
@@ -151,8 +171,14 @@ def full_save(base, adapter):
             value = value[key]
         value = np.asarray(value if layer is None else value[layer])
         value = np.ascontiguousarray(value.T if transposed else value)
-        grown = np.concatenate([value, np.ones((4, 32), np.float32)]) if name in ("lm_head.weight", "model.embed_tokens.weight") else value
-        wrapped = name.replace("q_proj.", "q_proj.base_layer.").replace("v_proj.", "v_proj.base_layer.")
+        grown = (
+            np.concatenate([value, np.ones((4, 32), np.float32)])
+            if name in ("lm_head.weight", "model.embed_tokens.weight")
+            else value
+        )
+        wrapped = name.replace("q_proj.", "q_proj.base_layer.").replace(
+            "v_proj.", "v_proj.base_layer."
+        )
         tensors |= {f"icae.base_model.model.{wrapped}": grown, f"decoder.{name}": value}
     return tensors
 
@@ -163,9 +189,15 @@ def test_a_full_training_save_is_held_against_the_base(base):
     tensors = full_save(base, adapter)
     assert formats.recognise(tensors) == "icae-v2"
     same(formats.read_trained("icae-v2", tensors, base, "x"), adapter.trained)
-    for name in ("decoder.model.embed_tokens.weight", "icae.base_model.model.model.embed_tokens.weight"):
+    for name in (
+        "decoder.model.embed_tokens.weight",
+        "icae.base_model.model.model.embed_tokens.weight",
+    ):
         other = tensors | {name: tensors[name] + 0.5}
-        with pytest.raises(ValueError, match=r"x carries a base with fingerprint \w{12}, but .* has \w{12}; give the right base"):
+        with pytest.raises(
+            ValueError,
+            match=r"x carries a base with fingerprint \w{12}, but .* has \w{12}; give the right base",
+        ):
             formats.read_trained("icae-v2", other, base, "x")
 
 
@@ -193,16 +225,35 @@ def test_every_fault_is_listed(base):
     ):
         assert line in str(error.value)
     assert str(error.value).startswith("file.pt")
-    x500 = formats.tensors_of("x500", make(base, "x500", "reference"), TINY) | {"memory_embeddings": np.zeros(32)}
-    with pytest.raises(ValueError, match=r"mis-shaped memory_embeddings: \(32,\), with this base it is \(1, 0, 32\)"):
+    x500 = formats.tensors_of("x500", make(base, "x500", "reference"), TINY) | {
+        "memory_embeddings": np.zeros(32)
+    }
+    with pytest.raises(
+        ValueError,
+        match=r"mis-shaped memory_embeddings: \(32,\), with this base it is \(1, 0, 32\)",
+    ):
         formats.read_trained("x500", x500, base, "file")
 
 
 @pytest.mark.parametrize(
     ("form", "method", "layout", "name", "value", "message"),
     [
-        ("icae-v2", "icae", "sequential", "memory_token_embed.weight", np.nan, "unreadable memory_token_embed.weight: it holds NaN"),
-        ("x500", "x500", "reference", "memory_embeddings", np.inf, "unreadable memory_embeddings: it holds NaN or infinity"),
+        (
+            "icae-v2",
+            "icae",
+            "sequential",
+            "memory_token_embed.weight",
+            np.nan,
+            "unreadable memory_token_embed.weight: it holds NaN",
+        ),
+        (
+            "x500",
+            "x500",
+            "reference",
+            "memory_embeddings",
+            np.inf,
+            "unreadable memory_embeddings: it holds NaN or infinity",
+        ),
         ("x500", "icae", "padded", "ae_embedding", 1, "unreadable ae_embedding: of type int64"),
     ],
 )
@@ -216,12 +267,19 @@ def test_tensors_that_are_no_numbers(form, method, layout, name, value, message,
 
 def test_what_an_implementation_would_misread(base):
     """Breaks when an adapter is written for an implementation that reads it with another layout, or holds what the format cannot."""
-    assert formats.misreadings("icae-v2", make(base)) == [] == formats.misreadings("x500", make(base, "x500", "reference"))
+    assert (
+        formats.misreadings("icae-v2", make(base))
+        == []
+        == formats.misreadings("x500", make(base, "x500", "reference"))
+    )
     assert formats.misreadings("icae-v2", make(base, layout="servable")) == [
         "it reads layout sequential, the adapter was trained with servable"
     ]
     assert len(formats.misreadings("x500", make(base, "x500", "clean"))) == 1
-    with pytest.raises(ValueError, match="--format icae-v1 cannot hold an adapter of method x500; choose native, peft or x500"):
+    with pytest.raises(
+        ValueError,
+        match="--format icae-v1 cannot hold an adapter of method x500; choose native, peft or x500",
+    ):
         formats.misreadings("icae-v1", make(base, "x500", "reference"))
 
 
@@ -229,7 +287,13 @@ def test_a_file_says_beside_itself_how_it_is_read(base, tmp_path):
     """Breaks when alpha, context length, layout, the template or the base of an exported file are lost, or may be junk."""
     path = formats.write("icae-v2", tmp_path / "out", make(base), TINY)
     told = formats.read_reading(path)
-    want = {"alpha": 32, "context_length": 12, "layout": "sequential", "method": "icae", "template": "none"}
+    want = {
+        "alpha": 32,
+        "context_length": 12,
+        "layout": "sequential",
+        "method": "icae",
+        "template": "none",
+    }
     assert told == want | {
         "base": base.path, "base_fingerprint": base.fingerprint, "base_identity": base.identity, "template_ids": ["none", [], [], [], 2],
         "forced": False,
@@ -239,7 +303,10 @@ def test_a_file_says_beside_itself_how_it_is_read(base, tmp_path):
         with pytest.raises(ValueError, match=rf"reading\.json: {field} is .*, which is not"):
             formats.read_reading(path)
     (path.parent / formats.READING).write_text('{"alpha": 3}')
-    with pytest.raises(ValueError, match=r"reading\.json: base, base_fingerprint, .* missing; move it away if .* icae\.safetensors"):
+    with pytest.raises(
+        ValueError,
+        match=r"reading\.json: base, base_fingerprint, .* missing; move it away if .* icae\.safetensors",
+    ):
         formats.read_reading(path)
     assert formats.read_reading(tmp_path / "elsewhere") is None
 
@@ -252,14 +319,21 @@ def test_a_file_says_beside_itself_how_it_is_read(base, tmp_path):
 def test_what_stands_beside_a_file_is_of_its_type(base, tmp_path, field, value):
     """Breaks when a value of another type beside a file of tensors ends in a traceback, or is taken as it is."""
     path = formats.write("icae-v2", tmp_path / "out", make(base), TINY)
-    (path.parent / formats.READING).write_text(json.dumps(formats.read_reading(path) | {field: value}))
+    (path.parent / formats.READING).write_text(
+        json.dumps(formats.read_reading(path) | {field: value})
+    )
     with pytest.raises(ValueError, match=rf"reading\.json: {field} is .*, which is no"):
         formats.read_reading(path)
 
 
 def test_tensors_are_read_when_asked_for(tmp_path, monkeypatch):
     """Breaks when opening a save with two copies of a base reads all of it."""
-    safetensors.numpy.save_file({"a": np.ones((2, 3), np.float32), "b": np.zeros(4, np.float16)}, tmp_path / "x")
+    safetensors.numpy.save_file(
+        {"a": np.ones((2, 3), np.float32), "b": np.zeros(4, np.float16)}, tmp_path / "x"
+    )
     monkeypatch.setattr(formats, "_reader", lambda path, name: pytest.fail)
     tensors, _ = formats.open_tensors(tmp_path / "x")
-    assert {n: (t.shape, t.dtype) for n, t in tensors.items()} == {"a": ((2, 3), "F32"), "b": ((4,), "F16")}
+    assert {n: (t.shape, t.dtype) for n, t in tensors.items()} == {
+        "a": ((2, 3), "F32"),
+        "b": ((4,), "F16"),
+    }

@@ -18,13 +18,13 @@ from icae_jax.compression import encoder
 from icae_jax.compression import memory as memories
 from icae_jax.data import sources
 from icae_jax.errors import UserError
-from icae_jax.inference import store
-from icae_jax.interop import adapter as adapters
-from icae_jax.interop import base as bases
-from icae_jax.interop import config_json
-from icae_jax.interop import tokenizer as tokenizers
-from icae_jax.interop.text import user_ids
+from icae_jax.inference import memory_file
+from icae_jax.interop.adapters import folder as adapters
+from icae_jax.interop.hub import base as bases
+from icae_jax.interop.hub import tokenizer as tokenizers
+from icae_jax.interop.hub.text import user_ids
 from icae_jax.models import llama
+from icae_jax.models.families import config_json
 
 FEW, MANY = 150, 2000  # examples of each kind, in every run and in nightly ones
 
@@ -41,25 +41,73 @@ def _runs(strategies, test):
     @pytest.mark.parametrize("count", [FEW, pytest.param(MANY, marks=pytest.mark.nightly)])
     def run(request, count):
         settings = hypothesis.settings(
-            max_examples=count, derandomize=count == FEW, deadline=None, database=None, suppress_health_check=list(hypothesis.HealthCheck)
+            max_examples=count,
+            derandomize=count == FEW,
+            deadline=None,
+            database=None,
+            suppress_health_check=list(hypothesis.HealthCheck),
         )
         READ.clear()
         settings(hypothesis.given(**strategies)(test))(request.getfixturevalue)
-        print(f"{test.__name__}: {count} examples gave {len(READ)} results, the others were refused")
+        print(
+            f"{test.__name__}: {count} examples gave {len(READ)} results, the others were refused"
+        )
         assert READ
 
     run.__name__, run.__doc__ = test.__name__, test.__doc__
     return run
 
 
-ODD_TEXTS = ["", "8", "8.0", "1e-05", "nan", "inf", "null", "silu", "linear", "yarn", "\ud83d", "\x00", "../x", "a" * 300]
-ODD_NUMBERS = [0, -1, 1, 2, 3, 8, 2**31, 2**63, 10**400, -0.0, 0.5, 8.0, 1e-9, 1e308, math.nan, math.inf, -math.inf]
+ODD_TEXTS = [
+    "",
+    "8",
+    "8.0",
+    "1e-05",
+    "nan",
+    "inf",
+    "null",
+    "silu",
+    "linear",
+    "yarn",
+    "\ud83d",
+    "\x00",
+    "../x",
+    "a" * 300,
+]
+ODD_NUMBERS = [
+    0,
+    -1,
+    1,
+    2,
+    3,
+    8,
+    2**31,
+    2**63,
+    10**400,
+    -0.0,
+    0.5,
+    8.0,
+    1e-9,
+    1e308,
+    math.nan,
+    math.inf,
+    -math.inf,
+]
 SCALARS = st.one_of(
-    st.none(), st.booleans(), st.sampled_from(ODD_NUMBERS), st.integers(), st.floats(), st.sampled_from(ODD_TEXTS), st.text(max_size=8)
+    st.none(),
+    st.booleans(),
+    st.sampled_from(ODD_NUMBERS),
+    st.integers(),
+    st.floats(),
+    st.sampled_from(ODD_TEXTS),
+    st.text(max_size=8),
 )
 VALUES = st.recursive(
     SCALARS,
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from(ODD_TEXTS) | st.text(max_size=8), inner, max_size=4),
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.dictionaries(st.sampled_from(ODD_TEXTS) | st.text(max_size=8), inner, max_size=4)
+    ),
 )
 
 
@@ -70,11 +118,19 @@ def changed(valid, more=()):
     def change(removed, fields):
         return {name: value for name, value in valid.items() if name not in removed} | fields
 
-    return st.builds(change, st.sets(st.sampled_from(list(valid)), max_size=2), st.dictionaries(names, VALUES, max_size=3))
+    return st.builds(
+        change,
+        st.sets(st.sampled_from(list(valid)), max_size=2),
+        st.dictionaries(names, VALUES, max_size=3),
+    )
 
 
 def finite(values):
-    return all(math.isfinite(value) for value in values if isinstance(value, int | float) and abs(value) < 10**300)
+    return all(
+        math.isfinite(value)
+        for value in values
+        if isinstance(value, int | float) and abs(value) < 10**300
+    )
 
 
 # --------------------------------------------------------------------------------------------------------- configurations
@@ -85,29 +141,55 @@ ROPES = st.fixed_dictionaries(
     optional={
         "rope_type": st.sampled_from(["default", "linear", "llama3", "yarn", "dynamic"]) | VALUES,
         "type": st.sampled_from(["linear", "yarn"]) | VALUES,
-        **{name: st.sampled_from(ODD_NUMBERS) | VALUES for name in ("factor", "low_freq_factor", "high_freq_factor", "rope_theta")},
-        **{name: st.sampled_from(ODD_NUMBERS) | VALUES for name in ("original_max_position_embeddings", "attention_factor", "beta_fast")},
+        **{
+            name: st.sampled_from(ODD_NUMBERS) | VALUES
+            for name in ("factor", "low_freq_factor", "high_freq_factor", "rope_theta")
+        },
+        **{
+            name: st.sampled_from(ODD_NUMBERS) | VALUES
+            for name in ("original_max_position_embeddings", "attention_factor", "beta_fast")
+        },
     },
 )
 
 
 @examples(
     raw=changed(
-        CONFIG, ("sliding_window", "layer_types", "attention_bias", "quantization_config", "num_experts", "rope_scaling", "auto_map")
+        CONFIG,
+        (
+            "sliding_window",
+            "layer_types",
+            "attention_bias",
+            "quantization_config",
+            "num_experts",
+            "rope_scaling",
+            "auto_map",
+        ),
     ),
     architecture=st.sampled_from([*config_json.FAMILIES, ""]) | VALUES,
     rope=st.none() | ROPES,
 )
 def test_any_config_json(fixture, raw, architecture, rope):
     """Breaks when a field of config.json of any value is a traceback, or gives sizes or constants that are no numbers."""
-    raw = raw | ({"architectures": [architecture]} if architecture != "" else {}) | ({"rope_parameters": rope} if rope is not None else {})
+    raw = (
+        raw
+        | ({"architectures": [architecture]} if architecture != "" else {})
+        | ({"rope_parameters": rope} if rope is not None else {})
+    )
     try:
         config = config_json.parse_config(raw)
     except UserError as error:
-        assert str(error).startswith("config.json: ") or "of the model" in str(error) or "num_heads" in str(error)
+        assert (
+            str(error).startswith("config.json: ")
+            or "of the model" in str(error)
+            or "num_heads" in str(error)
+        )
         return
     READ.append(1)
-    assert all(type(n) is int and n > 0 for n in (config.vocab_size, config.num_layers, config.head_dim, config.hidden_size))
+    assert all(
+        type(n) is int and n > 0
+        for n in (config.vocab_size, config.num_layers, config.head_dim, config.hidden_size)
+    )
     scaling = vars(config.rope_scaling).values() if config.rope_scaling else ()
     assert finite([config.rms_norm_eps, config.rope_theta, *scaling])
     if config.num_layers < 100:
@@ -158,7 +240,9 @@ def test_any_adapter_config_json(fixture, raw):
         READ.append(1)
         assert finite([loaded.lora.scale, loaded.lora.dropout]) and loaded.lora.rank >= 1
         for of in loaded.trained["lora"]["layers"].values():
-            assert all(np.isfinite(np.asarray(x)).all() for pair in of.values() for x in pair.values())
+            assert all(
+                np.isfinite(np.asarray(x)).all() for pair in of.values() for x in pair.values()
+            )
 
 
 @examples(data=st.data())
@@ -166,7 +250,11 @@ def test_any_icae_json(fixture, data):
     """Breaks when a field of icae.json, or of its groups, of any value is a traceback."""
     valid = json.loads((fixture("adapter")[0] / "icae.json").read_text())
     group = data.draw(st.sampled_from([None, "compression", "template"]))
-    raw = data.draw(changed(valid, ("origin",))) if group is None else valid | {group: data.draw(changed(valid[group]) | VALUES)}
+    raw = (
+        data.draw(changed(valid, ("origin",)))
+        if group is None
+        else valid | {group: data.draw(changed(valid[group]) | VALUES)}
+    )
     loaded = load_with(fixture, "icae.json", raw)
     if loaded is not None:
         READ.append(1)
@@ -189,7 +277,11 @@ TOKENIZER_MORE = (
 
 @pytest.fixture(scope="module")
 def tokenizer_folder(tiny_base, tmp_path_factory):
-    return shutil.copytree(tiny_base, tmp_path_factory.mktemp("tokenizer") / "base", ignore=shutil.ignore_patterns("*.safetensors"))
+    return shutil.copytree(
+        tiny_base,
+        tmp_path_factory.mktemp("tokenizer") / "base",
+        ignore=shutil.ignore_patterns("*.safetensors"),
+    )
 
 
 @examples(raw=changed(TOKENIZER, TOKENIZER_MORE) | VALUES)
@@ -203,27 +295,61 @@ def test_any_tokenizer_config_json(fixture, raw):
         assert str(folder) in str(error)
         return
     READ.append(1)
-    assert user_ids(tokenizer, "the cat saw 2024") == [8, 9, 17, 0] and tokenizers.fingerprint(tokenizer)
+    assert user_ids(tokenizer, "the cat saw 2024") == [8, 9, 17, 0] and tokenizers.fingerprint(
+        tokenizer
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------------ rows
 
 ROW = {"text": "the cat", "id": "a", "subset": "s"}
 QUESTION = {"context": "the cat", "question": "who ?", "answers": ["the cat"], "id": 3}
-FIELDS = ("input", "prompt", "answer", "instruction", "output", "messages", "title", "is_impossible")
+FIELDS = (
+    "input",
+    "prompt",
+    "answer",
+    "instruction",
+    "output",
+    "messages",
+    "title",
+    "is_impossible",
+)
 CONTENT = st.one_of(
     st.lists(changed(ROW, FIELDS) | changed(QUESTION, FIELDS) | VALUES, max_size=3).map(
         lambda rows: "\n".join(map(json.dumps, rows)).encode()
     ),
-    st.lists(changed(QUESTION, FIELDS) | VALUES, max_size=3).map(lambda rows: json.dumps(rows, indent=1).encode()),
+    st.lists(changed(QUESTION, FIELDS) | VALUES, max_size=3).map(
+        lambda rows: json.dumps(rows, indent=1).encode()
+    ),
     st.lists(changed(QUESTION, FIELDS), max_size=2).map(
-        lambda qas: json.dumps({"version": "v2.0", "data": [{"title": "t", "paragraphs": [{"context": "the cat", "qas": qas}]}]}).encode()
+        lambda qas: json.dumps(
+            {
+                "version": "v2.0",
+                "data": [{"title": "t", "paragraphs": [{"context": "the cat", "qas": qas}]}],
+            }
+        ).encode()
     ),
     st.text(max_size=60).map(lambda text: text.encode("utf-8", "surrogatepass")),
-    st.sampled_from(["utf-8-sig", "utf-16", "utf-16-le", "latin-1"]).map(lambda code: 'text,id\n"thé, cat",1\n'.encode(code)),
+    st.sampled_from(["utf-8-sig", "utf-16", "utf-16-le", "latin-1"]).map(
+        lambda code: 'text,id\n"thé, cat",1\n'.encode(code)
+    ),
     st.binary(max_size=60),
 )
-SUFFIXES = [".jsonl", ".json", ".csv", ".tsv", ".txt", ".parquet", ".arrow", ".jsonl.gz", ".json.zst", ".csv.xz", ".txt.bz2", "", ".pdf"]
+SUFFIXES = [
+    ".jsonl",
+    ".json",
+    ".csv",
+    ".tsv",
+    ".txt",
+    ".parquet",
+    ".arrow",
+    ".jsonl.gz",
+    ".json.zst",
+    ".csv.xz",
+    ".txt.bz2",
+    "",
+    ".pdf",
+]
 
 
 @examples(content=CONTENT, suffix=st.sampled_from(SUFFIXES))
@@ -243,7 +369,12 @@ def check_rows(path):
         return
     READ.extend(rows)
     for row in rows:
-        texts = [row.text, row.id, row.subset, *([] if row.question is None else [row.question, *row.answers])]
+        texts = [
+            row.text,
+            row.id,
+            row.subset,
+            *([] if row.question is None else [row.question, *row.answers]),
+        ]
         assert all(isinstance(text, str) and text.encode() is not None for text in texts)
 
 
@@ -265,18 +396,35 @@ def tables(draw):
     """The bytes of a table as Parquet or Arrow, of fields that are read with values of any type, some of them damaged; and its suffix."""
     columns = {}
     for name in draw(
-        st.sampled_from([("text", "id"), ("context", "question", "answers", "id"), ("messages", "system"), ("context", "qas")])
+        st.sampled_from(
+            [
+                ("text", "id"),
+                ("context", "question", "answers", "id"),
+                ("messages", "system"),
+                ("context", "qas"),
+            ]
+        )
     ):
         kind = draw(st.sampled_from([pa.string(), *COLUMNS]))
-        columns[name] = pa.array(draw(st.lists(st.none() | COLUMNS[kind], min_size=2, max_size=2)), kind)
-    sink, suffix, table = pa.BufferOutputStream(), draw(st.sampled_from([".parquet", ".arrow"])), pa.table(columns)
+        columns[name] = pa.array(
+            draw(st.lists(st.none() | COLUMNS[kind], min_size=2, max_size=2)), kind
+        )
+    sink, suffix, table = (
+        pa.BufferOutputStream(),
+        draw(st.sampled_from([".parquet", ".arrow"])),
+        pa.table(columns),
+    )
     if suffix == ".parquet":
         pa.parquet.write_table(table, sink)
     else:
-        with draw(st.sampled_from([pa.ipc.new_file, pa.ipc.new_stream]))(sink, table.schema) as writer:
+        with draw(st.sampled_from([pa.ipc.new_file, pa.ipc.new_stream]))(
+            sink, table.schema
+        ) as writer:
             writer.write_table(table)
     content = sink.getvalue().to_pybytes()
-    changes = draw(st.dictionaries(st.integers(0, len(content) - 1), st.integers(0, 255), max_size=3))
+    changes = draw(
+        st.dictionaries(st.integers(0, len(content) - 1), st.integers(0, 255), max_size=3)
+    )
     return bytes(changes.get(i, byte) for i, byte in enumerate(content)), suffix
 
 
@@ -299,7 +447,7 @@ def memory_file(tmp_path_factory):
     path = tmp_path_factory.mktemp("memory") / "m.safetensors"
     slots = np.random.default_rng(0).standard_normal((2, 4, 8)).astype(np.float32)
     memory = memories.place(memories.Slots, {"slots": slots}, np.asarray([[8, 3], [5, 0]]), SMALL)
-    store.save(path, memory, SMALL, ["a", "b"], "b" * 64, "a" * 64, path.parent)
+    memory_file.save(path, memory, SMALL, ["a", "b"], "b" * 64, "a" * 64, path.parent)
     return path.read_bytes()
 
 
@@ -318,7 +466,9 @@ def test_any_memory_file(fixture, data):
     kind = data.draw(st.sampled_from(["metadata", "tensor", "header", "bytes", "cut"]))
     if kind == "metadata":
         texts = st.sampled_from(ODD_TEXTS[:10]) | st.text(max_size=8) | VALUES.map(json.dumps)
-        fields = data.draw(st.dictionaries(st.sampled_from(list(header["__metadata__"])), texts, max_size=2))
+        fields = data.draw(
+            st.dictionaries(st.sampled_from(list(header["__metadata__"])), texts, max_size=2)
+        )
         content = rebuilt(content, header | {"__metadata__": header["__metadata__"] | fields})
     elif kind == "tensor":
         name = data.draw(st.sampled_from(["slots", "lengths"]))
@@ -326,14 +476,18 @@ def test_any_memory_file(fixture, data):
     elif kind == "header":
         content = rebuilt(content, data.draw(changed(header, ("k", "v"))))
     elif kind == "bytes":
-        changes = data.draw(st.dictionaries(st.integers(0, len(content) - 1), st.integers(0, 255), min_size=1, max_size=6))
+        changes = data.draw(
+            st.dictionaries(
+                st.integers(0, len(content) - 1), st.integers(0, 255), min_size=1, max_size=6
+            )
+        )
         content = bytes(changes.get(i, byte) for i, byte in enumerate(content))
     else:
         content = content[: data.draw(st.integers(0, len(content)))]
     path = fixture("tmp_path_factory").getbasetemp() / "m.safetensors"
     path.write_bytes(content)
     try:
-        memory, ids = store.load(path, SMALL, "b" * 64, "a" * 64)
+        memory, ids = memory_file.load(path, SMALL, "b" * 64, "a" * 64)
     except UserError as error:
         assert str(path) in str(error)
         return

@@ -26,7 +26,9 @@ LONGEST = 24
 @functools.partial(jax.jit, static_argnums=2)
 def full_pass(params, ids, model):
     """The best next token behind every position of one padded sequence (the causal mask hides the padding)."""
-    hidden, _ = model.apply({"params": params}, ids[None], jnp.arange(LONGEST)[None], llama.causal_mask(LONGEST))
+    hidden, _ = model.apply(
+        {"params": params}, ids[None], jnp.arange(LONGEST)[None], llama.causal_mask(LONGEST)
+    )
     return jnp.argmax(hidden[0] @ llama.head_kernel(params), -1)
 
 
@@ -46,7 +48,10 @@ def prompts(seed=0):
 
 
 def padded(rows, width=8):
-    ids, lengths = np.zeros((len(rows), width), np.int32), np.asarray([len(r) for r in rows], np.int32)
+    ids, lengths = (
+        np.zeros((len(rows), width), np.int32),
+        np.asarray([len(r) for r in rows], np.int32),
+    )
     for row, to in zip(rows, ids, strict=True):
         to[: len(row)] = row
     return ids, lengths
@@ -77,14 +82,20 @@ def test_decoding_behind_a_prefix_shared_by_rows(model, tiny_params):
 
     @jax.jit
     def kv():
-        _, (k, v) = model.apply({"params": tiny_params}, heads, positions[:1], llama.causal_mask(5), return_kv=True)
+        _, (k, v) = model.apply(
+            {"params": tiny_params}, heads, positions[:1], llama.causal_mask(5), return_kv=True
+        )
         return rope.rotate_keys(TINY, k, positions), v
 
     prefix = Prefix(*kv(), np.arange(5) < lengths[:, None], positions, lengths)
     rows = [*prompts(2), prompts(3)[0]]
     out = run(tiny_params, prefix, np.repeat(lengths, 2), rows, model, stop_ids=(-1,))
     want = {
-        m: [slow_greedy(tiny_params, [*heads[i // 2, : lengths[i // 2]], *row], m) for i, row in enumerate(rows)] for m in (MODEL, WINDOWED)
+        m: [
+            slow_greedy(tiny_params, [*heads[i // 2, : lengths[i // 2]], *row], m)
+            for i, row in enumerate(rows)
+        ]
+        for m in (MODEL, WINDOWED)
     }
     assert out.ids.tolist() == want[model] and want[MODEL] != want[WINDOWED]
 
@@ -100,11 +111,29 @@ def seven(tiny_params):
 def in_one_batch(params, seven, limits):
     rows, _, stops = seven
     start = np.zeros(len(rows), np.int32)
-    return jax.device_get(run(params, no_prefix(TINY, len(rows)), start, rows, stop_ids=stops, limits=np.asarray(limits)))
+    return jax.device_get(
+        run(
+            params,
+            no_prefix(TINY, len(rows)),
+            start,
+            rows,
+            stop_ids=stops,
+            limits=np.asarray(limits),
+        )
+    )
 
 
 def alone(params, seven, i, limit):
-    return jax.device_get(run(params, no_prefix(TINY, 1), np.zeros(1, np.int32), [seven[0][i]], stop_ids=seven[2], max_new_tokens=limit))
+    return jax.device_get(
+        run(
+            params,
+            no_prefix(TINY, 1),
+            np.zeros(1, np.int32),
+            [seven[0][i]],
+            stop_ids=seven[2],
+            max_new_tokens=limit,
+        )
+    )
 
 
 def test_stops_at_any_stop_id_and_leaves_it_out(tiny_params, seven):
@@ -126,7 +155,13 @@ def test_ties_are_counted(tiny_params):
     assert plain.ties.tolist() == [0, 0, 0]
     best, head = int(plain.ids[0, 0]), np.array(tiny_params["lm_head"])
     head[:, 5 if best != 5 else 6] = head[:, best]
-    tied = run(tiny_params | {"lm_head": head}, no_prefix(TINY, 3), np.zeros(3, np.int32), rows, stop_ids=(-1,))
+    tied = run(
+        tiny_params | {"lm_head": head},
+        no_prefix(TINY, 3),
+        np.zeros(3, np.int32),
+        rows,
+        stop_ids=(-1,),
+    )
     assert tied.ties[0] >= 1
 
 
@@ -134,7 +169,9 @@ def test_one_row_and_many_rows_agree(tiny_params, seven):
     many = in_one_batch(tiny_params, seven, [NEW] * 7)
     for i in range(7):
         one = alone(tiny_params, seven, i, NEW)
-        assert jax.tree.map(lambda x: x[0].tolist(), one) == jax.tree.map(lambda x, i=i: x[i].tolist(), many)
+        assert jax.tree.map(lambda x: x[0].tolist(), one) == jax.tree.map(
+            lambda x, i=i: x[i].tolist(), many
+        )
 
 
 def test_each_row_ends_by_its_own_limit(tiny_params, seven):
@@ -144,12 +181,18 @@ def test_each_row_ends_by_its_own_limit(tiny_params, seven):
     # Twins of one stop and of what a row repeats: two equal best logits wherever these are chosen.
     head = np.array(tiny_params["lm_head"])
     head[:, 60], head[:, 63] = head[:, stops[0]], head[:, free[2][0]]
-    assert stops[0] < 60 and free[2][0] < 63 and not {60, 63} & {token for row in free for token in row}
+    assert (
+        stops[0] < 60
+        and free[2][0] < 63
+        and not {60, 63} & {token for row in free for token in row}
+    )
     for params in (tiny_params, tiny_params | {"lm_head": head}):
         out = in_one_batch(params, seven, limits)
         for i, limit in enumerate(limits):
             one = alone(params, seven, i, limit)
-            assert out.ids[i, :limit].tolist() == one.ids[0].tolist() and not out.ids[i, limit:].any()
+            assert (
+                out.ids[i, :limit].tolist() == one.ids[0].tolist() and not out.ids[i, limit:].any()
+            )
             for name in ("lengths", "stopped", "ties"):
                 assert getattr(out, name)[i] == getattr(one, name)[0], name
         assert out.lengths.tolist() == [2, 1, 2, NEW, 3, 0, 2]

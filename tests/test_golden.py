@@ -15,16 +15,21 @@ from conftest import GOLDEN
 
 from icae_jax.compression import encoder, methods
 from icae_jax.inference import generate
-from icae_jax.interop import adapter as adapters
-from icae_jax.interop import config_json, weights
+from icae_jax.interop.adapters import folder as adapters
+from icae_jax.interop.hub import weights
 from icae_jax.models import llama
+from icae_jax.models.families import config_json
 from icae_jax.objectives import loss, targets
 
 
 def cases(pattern):
     """The case folders of one method; one skipped parameter where there are none."""
     found = sorted(p.name for p in GOLDEN.glob(pattern) if (p / "meta.json").exists())
-    return found or [pytest.param("", marks=pytest.mark.skip(reason=f"no reference outputs {pattern} under {GOLDEN}"))]
+    return found or [
+        pytest.param(
+            "", marks=pytest.mark.skip(reason=f"no reference outputs {pattern} under {GOLDEN}")
+        )
+    ]
 
 
 NIGHTLY = pytest.mark.nightly
@@ -48,9 +53,13 @@ class Case:
         tensors = safetensors.numpy.load_file(self.folder / "icae.safetensors")
         table = jnp.asarray(tensors["memory_token_embed.weight"])
         self.trained = {"lora": adapters.lora_from_hub(tensors, self.config), "memory_table": table}
-        self.model = llama.Llama(self.config, lora_scale=self.meta["lora_alpha"] / self.meta["lora_r"])
+        self.model = llama.Llama(
+            self.config, lora_scale=self.meta["lora_alpha"] / self.meta["lora_r"]
+        )
         rate = self.meta["mean_compression_rate"]
-        self.compression = encoder.CompressionConfig(k=self.meta["mem_size"], rate=rate, layout="sequential")
+        self.compression = encoder.CompressionConfig(
+            k=self.meta["mem_size"], rate=rate, layout="sequential"
+        )
 
     def compress(self, trained, base, input_ids):
         ids, lengths = encoder.segment_contexts([input_ids], self.compression)
@@ -64,7 +73,9 @@ class Case:
         start, stop = np.flatnonzero(slot)[[0, -1]]
         rest = sequence[stop + 1 :]
         special = rest >= first_slot + k
-        return tuple(sequence[:start].tolist()), np.where(special, rest - (first_slot + k) - encoder.SPECIAL_ROWS, rest)
+        return tuple(sequence[:start].tolist()), np.where(
+            special, rest - (first_slot + k) - encoder.SPECIAL_ROWS, rest
+        )
 
 
 # --------------------------------------------------------------------------------------------------------------- ICAE
@@ -83,9 +94,13 @@ def loss_and_logits(trained, base, segments, packed, ids, *, model, compression,
     memory = methods.compress(model, base, trained, *segments, compression)
     losses = loss.label_losses(model, base, trained, memory, batch, {"any": head}, "sequential", 7)
     total, count = loss.objective_sums(losses, batch)["any"]
-    fixed, memory = jax.lax.stop_gradient((trained, memory))  # nothing of the logits is wanted but themselves
+    fixed, memory = jax.lax.stop_gradient(
+        (trained, memory)
+    )  # nothing of the logits is wanted but themselves
     prefix = methods.read(model, base, memory, head)
-    hidden = loss.label_hidden(model, base, fixed, prefix, prefix.end, ids, jnp.arange(PADDED)[None, None])
+    hidden = loss.label_hidden(
+        model, base, fixed, prefix, prefix.end, ids, jnp.arange(PADDED)[None, None]
+    )
     return total / count, hidden @ llama.head_kernel(base)
 
 
@@ -96,7 +111,11 @@ def test_loss_logits_and_gradients(case, objective):
 
 
 # A head is the same tokens behind the same base whatever the memory's sizes: one case a day, the others by night.
-@pytest.mark.parametrize("case", [pytest.param(c, marks=NIGHTLY) if "v2_mistral" not in c else c for c in cases("icae_*")], indirect=True)
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(c, marks=NIGHTLY) if "v2_mistral" not in c else c for c in cases("icae_*")],
+    indirect=True,
+)
 def test_loss_logits_and_gradients_behind_a_head(case):
     assert_equal_to_reference(case, "ft")
 
@@ -114,11 +133,20 @@ def assert_equal_to_reference(case, objective):
     segments = encoder.segment_contexts([golden["input_ids"][0]], case.compression)
     ids = np.pad(rest, (0, PADDED - len(rest))).astype(np.int32)[None, None]
     (value, logits), gradient = loss_and_logits(
-        case.trained, case.base, segments, packed, ids, model=case.model, compression=case.compression, head=head
+        case.trained,
+        case.base,
+        segments,
+        packed,
+        ids,
+        model=case.model,
+        compression=case.compression,
+        head=head,
     )
     close(value, golden["loss"])
 
-    names = adapters.lora_to_hub(gradient["lora"], prefix="icae.base_model.model.", infix=".default")
+    names = adapters.lora_to_hub(
+        gradient["lora"], prefix="icae.base_model.model.", infix=".default"
+    )
     names["memory_token_embed.weight"] = gradient["memory_table"]
     want = {k.removeprefix("grad/"): golden[k] for k in golden if k.startswith("grad/")}
     assert len(want) > 1 and set(want) == set(names)
@@ -167,20 +195,31 @@ class X500Case:
         self.base = weights.load_params(self.folder / "base", self.config)
         tensors = safetensors.numpy.load_file(self.folder / "lora_params.safetensors")
         k, length = self.meta["num_mem"], self.meta["max_length"]
-        self.compression = encoder.CompressionConfig(method="x500", k=k, rate=length / k, layout="reference")
+        self.compression = encoder.CompressionConfig(
+            method="x500", k=k, rate=length / k, layout="reference"
+        )
         assert self.compression.segment_tokens == length
         table = np.zeros((k + encoder.SPECIAL_ROWS, self.config.hidden_size), np.float32)
         table[:k] = tensors["memory_embeddings"][0]
-        self.trained = {"lora": adapters.lora_from_hub(tensors, self.config), "memory_table": jnp.asarray(table)}
-        self.model = llama.Llama(self.config, lora_scale=self.meta["lora_alpha"] / self.meta["lora_r"])
+        self.trained = {
+            "lora": adapters.lora_from_hub(tensors, self.config),
+            "memory_table": jnp.asarray(table),
+        }
+        self.model = llama.Llama(
+            self.config, lora_scale=self.meta["lora_alpha"] / self.meta["lora_r"]
+        )
         self.golden = np.load(self.folder / "ae.npz")
         # The texts as they were before padding.
         eos = self.meta["eos"]
-        self.texts = [row[: np.flatnonzero(row != eos)[-1] + 1].tolist() for row in self.golden["input_ids"]]
+        self.texts = [
+            row[: np.flatnonzero(row != eos)[-1] + 1].tolist() for row in self.golden["input_ids"]
+        ]
         self.framing = targets.Framing((), self.meta["bos"], eos)
 
     def compress(self, trained, base):
-        ids, lengths = encoder.segment_contexts(self.texts, self.compression, pad_id=self.meta["eos"])
+        ids, lengths = encoder.segment_contexts(
+            self.texts, self.compression, pad_id=self.meta["eos"]
+        )
         assert ids[:, 0].tolist() == self.golden["input_ids"].tolist()
         return methods.compress(self.model, base, trained, ids, lengths, self.compression)
 
@@ -195,24 +234,34 @@ def test_x500_loss_logits_and_gradients(x500_case):
     case, golden, length = x500_case, x500_case.golden, x500_case.meta["max_length"]
     rows = [[targets.ae_target(text, case.framing, padded_to=length)] for text in case.texts]
     packed = targets.pack(rows, 1, length + 1, length + 1)
-    assert packed["labels"][:, 0].tolist() == golden["labels"].tolist() and packed["label_mask"].all()
+    assert (
+        packed["labels"][:, 0].tolist() == golden["labels"].tolist() and packed["label_mask"].all()
+    )
     batch = {"ae": packed}
 
     def loss_of(trained, base, batch):
         memory = case.compress(trained, base)
-        losses = loss.label_losses(case.model, base, trained, memory, batch, {"ae": ()}, "reference", 7)
+        losses = loss.label_losses(
+            case.model, base, trained, memory, batch, {"ae": ()}, "reference", 7
+        )
         total, count = loss.objective_sums(losses, batch)["ae"]
         fixed, memory = jax.lax.stop_gradient((trained, memory))
         prefix = methods.read(case.model, base, memory)
         every = jnp.broadcast_to(jnp.arange(length + 1), (len(case.texts), 1, length + 1))
-        hidden = loss.label_hidden(case.model, base, fixed, prefix, prefix.end, batch["ae"]["ids"], every)
+        hidden = loss.label_hidden(
+            case.model, base, fixed, prefix, prefix.end, batch["ae"]["ids"], every
+        )
         return total / count, hidden @ llama.head_kernel(base)
 
-    (value, logits), gradient = jax.jit(jax.value_and_grad(loss_of, has_aux=True))(case.trained, case.base, batch)
+    (value, logits), gradient = jax.jit(jax.value_and_grad(loss_of, has_aux=True))(
+        case.trained, case.base, batch
+    )
     close(value, golden["loss"])
     close(logits, golden["logits"])
 
-    names = adapters.lora_to_hub(gradient["lora"], prefix="llama.base_model.model.", infix=".default")
+    names = adapters.lora_to_hub(
+        gradient["lora"], prefix="llama.base_model.model.", infix=".default"
+    )
     names["memory_embeddings"] = gradient["memory_table"][None, : case.compression.k]
     want = {k.removeprefix("grad/"): golden[k] for k in golden if k.startswith("grad/")}
     assert sum(np.abs(value).max() > 0 for value in want.values()) > 1 and set(want) <= set(names)
@@ -225,7 +274,9 @@ def test_x500_loss_logits_and_gradients(x500_case):
 def test_x500_memory_and_greedy_regeneration(x500_case):
     """Breaks when K is kept or rotated for other positions, or decoding starts elsewhere than at m."""
     case, golden = x500_case, x500_case.golden
-    prefix = jax.jit(lambda trained, base: methods.read(case.model, base, case.compress(trained, base)))(case.trained, case.base)
+    prefix = jax.jit(
+        lambda trained, base: methods.read(case.model, base, case.compress(trained, base))
+    )(case.trained, case.base)
     close(np.transpose(prefix.k, (0, 1, 3, 2, 4)), golden["memory_k"])
     close(np.transpose(prefix.v, (0, 1, 3, 2, 4)), golden["memory_v"])
 
@@ -234,6 +285,8 @@ def test_x500_memory_and_greedy_regeneration(x500_case):
         case.model, case.base, case.trained["memory_table"], prefix, prefix.end, np.full((B, 1), case.framing.trigger, np.int32),
         np.ones(B, np.int32), max_new_tokens=want.shape[1], stop_ids=(case.framing.eos,),
     )  # fmt: skip
-    for row, got, length in zip(want.tolist(), np.asarray(out.ids), np.asarray(out.lengths), strict=True):
+    for row, got, length in zip(
+        want.tolist(), np.asarray(out.ids), np.asarray(out.lengths), strict=True
+    ):
         row = row[: row.index(case.framing.eos)] if case.framing.eos in row else row
         assert len(row) > 0 and got[:length].tolist() == row

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from icae_jax.planning import hlo
+from icae_jax.performance import hlo
 
 SUM = "%sum (a: f32[], b: f32[]) -> f32[] {\n  %a = f32[] parameter(0)\n  %b = f32[] parameter(1)\n  ROOT %c = f32[] add(%a, %b)\n}\n"
 
@@ -12,8 +12,12 @@ SUM = "%sum (a: f32[], b: f32[]) -> f32[] {\n  %a = f32[] parameter(0)\n  %b = f
 def program(entry, *computations):
     """The `Program` of an entry's lines and of other computations, `(head, lines)`."""
     blocks = [("ENTRY %main (p: f32[8]) -> f32[8]", entry), *computations]
-    text = "\n\n".join(f"{head} {{\n" + "".join(f"  {line}\n" for line in lines) + "}" for head, lines in blocks)
-    return hlo.Program(f"HloModule jit_f, entry_computation_layout={{(f32[8]{{0}})->f32[8]{{0}}}}\n\n{SUM}\n{text}\n")
+    text = "\n\n".join(
+        f"{head} {{\n" + "".join(f"  {line}\n" for line in lines) + "}" for head, lines in blocks
+    )
+    return hlo.Program(
+        f"HloModule jit_f, entry_computation_layout={{(f32[8]{{0}})->f32[8]{{0}}}}\n\n{SUM}\n{text}\n"
+    )
 
 
 def traffic(*lines, computations=()):
@@ -37,16 +41,28 @@ BODY = (
 BOUND = ["%s2 = (s32[], f32[8]{0}) parameter(0)", "%j = s32[] get-tuple-element(%s2), index=0"]
 CONDITION = "%condition (s2: (s32[], f32[8])) -> pred[]"
 NOT_KNOWN = [*BOUND, 'ROOT %go = pred[] custom-call(%j), custom_call_target="f"']
-CONSTANT = [*BOUND, "%n = s32[]{:T(128)} constant(7)", "ROOT %go = pred[] compare(%j, %n), direction=LT"]
+CONSTANT = [
+    *BOUND,
+    "%n = s32[]{:T(128)} constant(7)",
+    "ROOT %go = pred[] compare(%j, %n), direction=LT",
+]
 FUSED = [*BOUND, "ROOT %go = pred[]{:T(512)} fusion(%j), kind=kLoop, calls=%fused"]
 FUSED_BODY = (
     "%fused (q: s32[]) -> pred[]",
-    ["%q = s32[] parameter(0)", "%n = s32[]{:T(128)} constant(7)", "ROOT %go2 = pred[] compare(%q, %n), direction=LT"],
+    [
+        "%q = s32[] parameter(0)",
+        "%n = s32[]{:T(128)} constant(7)",
+        "ROOT %go2 = pred[] compare(%q, %n), direction=LT",
+    ],
 )
 
 
 def loop(condition, attributes="", *more):
-    lines = ["%p = f32[8]{0} parameter(0)", "%z = s32[] constant(0)", f"%start = {STATE} tuple(%z, %p)"]
+    lines = [
+        "%p = f32[8]{0} parameter(0)",
+        "%z = s32[] constant(0)",
+        f"%start = {STATE} tuple(%z, %p)",
+    ]
     lines += [f"ROOT %w = {STATE} while(%start), condition=%condition, body=%body{attributes}"]
     return program(lines, BODY, (CONDITION, condition), *more)
 
@@ -54,7 +70,11 @@ def loop(condition, attributes="", *more):
 @pytest.mark.parametrize(
     ("condition", "attributes", "turns"),
     [
-        (CONSTANT, ', metadata={op_name="jit(f)/while"}, backend_config={"known_trip_count":{"n":"5"},"known_init_step":{"init":"0"}}', 5),
+        (
+            CONSTANT,
+            ', metadata={op_name="jit(f)/while"}, backend_config={"known_trip_count":{"n":"5"},"known_init_step":{"init":"0"}}',
+            5,
+        ),
         (CONSTANT, ', metadata={op_name="jit(f)/while" source_line=99}', 7),
         (FUSED, "", 7),
         (NOT_KNOWN, "", 1),
@@ -87,7 +107,13 @@ def test_nested_loops_and_calls_multiply():
 def test_every_branch_of_a_conditional_counts():
     """Breaks when what only one branch does is left out."""
     branch = "%b{0} (x{0}: f32[8]) -> f32[8]"
-    branches = [(branch.format(n), [f"%x{n} = f32[8]{{0}} parameter(0)", f"ROOT %y{n} = f32[8]{{0}} negate(%x{n})"]) for n in (0, 1)]
+    branches = [
+        (
+            branch.format(n),
+            [f"%x{n} = f32[8]{{0}} parameter(0)", f"ROOT %y{n} = f32[8]{{0}} negate(%x{n})"],
+        )
+        for n in (0, 1)
+    ]
     lines = [
         "%p = f32[8]{0} parameter(0)",
         "%which = s32[] constant(1)",
@@ -102,10 +128,22 @@ def test_every_branch_of_a_conditional_counts():
 @pytest.mark.parametrize(
     ("line", "wanted"),
     [
-        ("%g = bf16[32]{0} all-gather(%p), channel_id=1, dimensions={0}", ("all-gather", 64, 1, "bf16[32]")),
-        ("%g = (bf16[8]{0}, bf16[32]{0}) all-gather-start(%p), channel_id=1, dimensions={0}", ("all-gather", 64, 1, "bf16[32]")),
-        ("%g = bf16[2]{0} reduce-scatter(%p), channel_id=1, to_apply=%sum", ("reduce-scatter", 16, 1, "bf16[8]")),
-        ("%g = bf16[8]{0} all-reduce-start(%p), channel_id=1, to_apply=%sum", ("all-reduce", 16, 1, "bf16[8]")),
+        (
+            "%g = bf16[32]{0} all-gather(%p), channel_id=1, dimensions={0}",
+            ("all-gather", 64, 1, "bf16[32]"),
+        ),
+        (
+            "%g = (bf16[8]{0}, bf16[32]{0}) all-gather-start(%p), channel_id=1, dimensions={0}",
+            ("all-gather", 64, 1, "bf16[32]"),
+        ),
+        (
+            "%g = bf16[2]{0} reduce-scatter(%p), channel_id=1, to_apply=%sum",
+            ("reduce-scatter", 16, 1, "bf16[8]"),
+        ),
+        (
+            "%g = bf16[8]{0} all-reduce-start(%p), channel_id=1, to_apply=%sum",
+            ("all-reduce", 16, 1, "bf16[8]"),
+        ),
         (
             "%g = (bf16[8]{0}, bf16[8]{0}, u32[], u32[]) collective-permute-start(%p), channel_id=1, source_target_pairs={{0,1}}",
             ("collective-permute", 16, 1, "bf16[8]"),
@@ -114,15 +152,36 @@ def test_every_branch_of_a_conditional_counts():
             "%g = ((bf16[8]{0}, s8[4]{0}), (bf16[32]{0}, /*index=1*/s8[16]{0})) all-gather-start(%p, %q), channel_id=1, dimensions={0}",
             ("all-gather", 80, 1, "bf16[32], s8[16]"),
         ),
-        ("%g = (bf16[8]{0}, s8[4]{0}) all-to-all(%p, %q), channel_id=1", ("all-to-all", 20, 1, "bf16[8], s8[4]")),
+        (
+            "%g = (bf16[8]{0}, s8[4]{0}) all-to-all(%p, %q), channel_id=1",
+            ("all-to-all", 20, 1, "bf16[8], s8[4]"),
+        ),
     ],
-    ids=["plain", "start", "reduce-scatter", "all-reduce-start", "permute", "several at once", "tuple"],
+    ids=[
+        "plain",
+        "start",
+        "reduce-scatter",
+        "all-reduce-start",
+        "permute",
+        "several at once",
+        "tuple",
+    ],
 )
 def test_kinds_of_collectives(line, wanted):
     """Breaks when -start and -done count as two, an operand within a -start's result counts, or the smaller side of one is taken."""
     kind = line.split("(%")[0].split(" ")[-1]
-    done = [f"%d = bf16[32]{{0}} {kind.removesuffix('-start')}-done(%g), channel_id=1"] if kind.endswith("-start") else []
-    lines = ["%p = bf16[8]{0} parameter(0)", "%q = s8[4]{0} parameter(1)", line, *done, "ROOT %r = (f32[]) tuple()"]
+    done = (
+        [f"%d = bf16[32]{{0}} {kind.removesuffix('-start')}-done(%g), channel_id=1"]
+        if kind.endswith("-start")
+        else []
+    )
+    lines = [
+        "%p = bf16[8]{0} parameter(0)",
+        "%q = s8[4]{0} parameter(1)",
+        line,
+        *done,
+        "ROOT %r = (f32[]) tuple()",
+    ]
     assert program(lines).collectives() == [wanted]
 
 
@@ -184,11 +243,19 @@ def test_traffic_of_an_instruction(line, wanted):
     """Breaks when a slice counts as what it is taken of, an update as all that it is put into, what lies on the chip as main memory, or
     a name for the same bytes as a copy.
     """
-    given = ["%p = f32[8]{0} parameter(0)", "%fast = f32[8]{0:T(128)S(1)} parameter(1)", "%i = s32[] parameter(2)"]
+    given = [
+        "%p = f32[8]{0} parameter(0)",
+        "%fast = f32[8]{0:T(128)S(1)} parameter(1)",
+        "%i = s32[] parameter(2)",
+    ]
     assert traffic(*given, "%two = f32[2]{0} parameter(3)", line, "ROOT %r = () tuple()") == wanted
 
 
-STACK = ["%stack = f32[32,8]{1,0} parameter(0)", "%at = s32[] parameter(1)", "%one = f32[1,8]{1,0} parameter(2)"]
+STACK = [
+    "%stack = f32[32,8]{1,0} parameter(0)",
+    "%at = s32[] parameter(1)",
+    "%one = f32[1,8]{1,0} parameter(2)",
+]
 
 
 @pytest.mark.parametrize(
@@ -233,11 +300,16 @@ STACK = ["%stack = f32[32,8]{1,0} parameter(0)", "%at = s32[] parameter(1)", "%o
 def test_fusions_count_what_they_touch(inner, result, wanted):
     """Breaks when a layer's turn of a scan counts the weights of all layers, or the whole of what it adds its own result to."""
     lines = [*STACK, f"ROOT %f = {result} fusion(%stack, %at, %one), kind=kLoop, calls=%fused"]
-    assert traffic(*lines, computations=[("%fused (a: f32[32,8]) -> f32[1,8]", [*STACK, *inner])]) == wanted + 4  # and the index
+    assert (
+        traffic(*lines, computations=[("%fused (a: f32[32,8]) -> f32[1,8]", [*STACK, *inner])])
+        == wanted + 4
+    )  # and the index
 
 
 def test_what_is_no_program_is_refused():
-    with pytest.raises(ValueError, match="no entry computation; give the text of a compiled module"):
+    with pytest.raises(
+        ValueError, match="no entry computation; give the text of a compiled module"
+    ):
         hlo.Program("HloModule m\n\n%f (x: f32[]) -> f32[] {\n  ROOT %x = f32[] parameter(0)\n}\n")
 
 
@@ -245,7 +317,9 @@ def test_what_is_no_program_is_refused():
 
 
 def compiled(function, *shapes):
-    return jax.jit(function).lower(*(jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes)).compile()
+    return (
+        jax.jit(function).lower(*(jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes)).compile()
+    )
 
 
 def layer(x, w):
@@ -254,19 +328,30 @@ def layer(x, w):
 
 @pytest.mark.parametrize(
     ("function", "shapes"),
-    [(layer, [(256, 512), (512, 512)]), (lambda x, w: jax.grad(lambda x: layer(layer(x, w), w).sum())(x), [(256, 512), (512, 512)])],
+    [
+        (layer, [(256, 512), (512, 512)]),
+        (lambda x, w: jax.grad(lambda x: layer(layer(x, w), w).sum())(x), [(256, 512), (512, 512)]),
+    ],
     ids=["forward", "gradient"],
 )
 def test_a_program_without_loops_as_xla_counts_it(function, shapes):
     """Breaks when instructions of a real program are not read, or operands not found."""
     of = compiled(function, *shapes)
-    assert hlo.Program(of.as_text()).bytes_accessed() == pytest.approx(of.cost_analysis()["bytes accessed"], rel=0.02)
+    assert hlo.Program(of.as_text()).bytes_accessed() == pytest.approx(
+        of.cost_analysis()["bytes accessed"], rel=0.02
+    )
 
 
 def test_a_scan_moves_its_body_s_bytes_every_turn():
     """Breaks when a loop of a real program counts once, as in XLA's own count, or the stack of weights at every turn."""
     one = hlo.Program(compiled(layer, (256, 512), (512, 512)).as_text()).bytes_accessed()
-    scan = compiled(lambda x, ws: jax.lax.scan(lambda x, w: (layer(x, w), None), x, ws)[0], (256, 512), (12, 512, 512))
+    scan = compiled(
+        lambda x, ws: jax.lax.scan(lambda x, w: (layer(x, w), None), x, ws)[0],
+        (256, 512),
+        (12, 512, 512),
+    )
     assert scan.cost_analysis()["bytes accessed"] < 4 * one
     sliced = 2 * 4 * 512 * 512  # a turn's weights are read from the stack and written
-    assert hlo.Program(scan.as_text()).bytes_accessed() == pytest.approx(12 * (one + sliced), rel=0.05)
+    assert hlo.Program(scan.as_text()).bytes_accessed() == pytest.approx(
+        12 * (one + sliced), rel=0.05
+    )

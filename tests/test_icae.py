@@ -45,10 +45,16 @@ def test_batch_neighbours_and_padding_do_not_change_slots(tiny_params, batch):
     for b in (0, 2, 4):
         alone = jax.device_get(compress(tiny_params, TRAINED, *segments([TEXTS[b]])))
         M = alone.slots.shape[1]
-        assert bool(alone.mask.all()) and alone.mask.shape == (1, 3 * encoder.segment_shape(len(TEXTS[b]), CONFIG)[0])
+        assert bool(alone.mask.all()) and alone.mask.shape == (
+            1,
+            3 * encoder.segment_shape(len(TEXTS[b]), CONFIG)[0],
+        )
         assert np.asarray(memory.mask[b]).tolist() == [True] * M + [False] * (9 - M)
         close(memory.slots[b, :M], alone.slots[0])
-        assert memory.positions[b, :M].tolist() == alone.positions[0].tolist() and memory.end[b] == alone.end[0]
+        assert (
+            memory.positions[b, :M].tolist() == alone.positions[0].tolist()
+            and memory.end[b] == alone.end[0]
+        )
 
 
 def test_content_of_padding_never_matters(tiny_params, batch):
@@ -92,7 +98,9 @@ def decoder_loss(params, trained, ids, lengths, packed, cut, visible):
     memory = methods.compress(MODEL, params, trained, ids, lengths, CONFIG)
     slots = memory.slots * (1 - cut) + jax.lax.stop_gradient(memory.slots) * cut
     memory = memory.replace(slots=slots, mask=memory.mask & visible)
-    losses = loss.label_losses(MODEL, params, trained, memory, {"ae": packed}, {"ae": ()}, CONFIG.layout, 8)
+    losses = loss.label_losses(
+        MODEL, params, trained, memory, {"ae": packed}, {"ae": ()}, CONFIG.layout, 8
+    )
     total, count = loss.objective_sums(losses, {"ae": packed})["ae"]
     return total / count
 
@@ -105,13 +113,22 @@ def test_decoder_learns_of_the_context_through_memory_alone(tiny_params):
 
     def run(context, cut, visible):
         value, gradient = decoder_loss(tiny_params, TRAINED, *context, packed, cut, visible)
-        lora = max(float(np.abs(x).max()) for x in jax.tree.leaves(jax.device_get(gradient["lora"])))
+        lora = max(
+            float(np.abs(x).max()) for x in jax.tree.leaves(jax.device_get(gradient["lora"]))
+        )
         return float(value), lora, np.abs(np.asarray(gradient["memory_table"])).max(1)
 
     value, lora, table = run(one, 0.0, True)
-    assert lora > 1e-4 and (table[:4] > 1e-4).all() and not table[4:].any()  # k memory tokens and [AE]; no [LM], no [FT]
+    assert (
+        lora > 1e-4 and (table[:4] > 1e-4).all() and not table[4:].any()
+    )  # k memory tokens and [AE]; no [LM], no [FT]
     cut_value, cut_lora, cut_table = run(one, 1.0, True)
-    assert cut_value == pytest.approx(value, abs=1e-6) and cut_lora == 0 and not cut_table[:3].any() and cut_table[3] > 1e-4
+    assert (
+        cut_value == pytest.approx(value, abs=1e-6)
+        and cut_lora == 0
+        and not cut_table[:3].any()
+        and cut_table[3] > 1e-4
+    )
     assert abs(run(other, 0.0, True)[0] - value) > 1e-3
     assert run(other, 0.0, False)[0] == run(one, 0.0, False)[0] != value
     assert run(one, 0.0, False)[1] == 0
@@ -122,7 +139,9 @@ def test_head_runs_in_front_of_the_memory(tiny_params):
     head, lengths = (1, 3), jnp.asarray([[5], [9]])
     slots = jnp.asarray(RNG.standard_normal((2, 3, 32)), jnp.float32)
     memory = memories.place(memories.Slots, {"slots": slots}, lengths, CONFIG)
-    memory = memory.replace(mask=memory.mask.at[1, 1].set(False), positions=memory.positions + 1)  # holes and gaps, to see them
+    memory = memory.replace(
+        mask=memory.mask.at[1, 1].set(False), positions=memory.positions + 1
+    )  # holes and gaps, to see them
     in_front = jnp.broadcast_to(tiny_params["embed"][jnp.asarray(head)], (2, 2, 32))
     joined = memory.replace(
         slots=jnp.concatenate([in_front, slots], 1),
@@ -131,10 +150,15 @@ def test_head_runs_in_front_of_the_memory(tiny_params):
     )
     read = jax.jit(functools.partial(methods.read, MODEL), static_argnums=2)
     got, want = read(tiny_params, memory, head), read(tiny_params, joined, ())
-    assert got.mask.tolist() == [[True] * 5, [True, True, True, False, True]] and got.end.tolist() == [5, 5]
+    assert got.mask.tolist() == [
+        [True] * 5,
+        [True, True, True, False, True],
+    ] and got.end.tolist() == [5, 5]
     assert got.k.shape == (2, 2, 5, 2, 8)
     close(got.k, want.k)
     close(got.v, want.v)
     # What is masked does not reach what stands behind it.
     other = read(tiny_params, memory.replace(slots=slots.at[1, 1].add(9.0)), head)
-    np.testing.assert_array_equal(np.delete(other.v[:, 1], 3, axis=1), np.delete(got.v[:, 1], 3, axis=1))
+    np.testing.assert_array_equal(
+        np.delete(other.v[:, 1], 3, axis=1), np.delete(got.v[:, 1], 3, axis=1)
+    )

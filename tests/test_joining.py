@@ -10,8 +10,9 @@ import pytest
 from conftest import ROOT, free_port
 from jax._src import clusters
 
-from icae_jax import cli, errors, platforms
-from icae_jax.training import distributed
+from icae_jax import errors
+from icae_jax.cli import main as cli
+from icae_jax.runtime import distributed, platforms
 
 # ------------------------------------------------------------------------------------------------ how they find each other
 
@@ -23,7 +24,9 @@ def joined(monkeypatch):
     monkeypatch.setattr(jax.distributed, "initialize", lambda *args, **more: calls.append(args))
     monkeypatch.setattr(platforms.glob, "glob", lambda pattern: [])
     for name in os.environ:
-        if name.startswith(("SLURM_", "JAX_PLATFORMS", "JAX_COORDINATOR", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")):
+        if name.startswith(
+            ("SLURM_", "JAX_PLATFORMS", "JAX_COORDINATOR", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+        ):
             monkeypatch.delenv(name)
     return calls
 
@@ -48,7 +51,11 @@ def test_what_is_recognised_and_what_is_told(joined, monkeypatch):
     assert joined.pop() == ("host:1", 3, 2)
     monkeypatch.setattr(distributed.importlib.util, "find_spec", lambda name: "installed")
     for chips in ("/dev/accel0", "/dev/vfio/0"):
-        monkeypatch.setattr(platforms.glob, "glob", lambda pattern, chips=chips: [chips] if pattern[:8] == chips[:8] else [])
+        monkeypatch.setattr(
+            platforms.glob,
+            "glob",
+            lambda pattern, chips=chips: [chips] if pattern[:8] == chips[:8] else [],
+        )
         distributed.start()
         assert joined.pop() == (None, None, None)
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
@@ -65,12 +72,21 @@ def test_what_is_recognised_and_what_is_told(joined, monkeypatch):
 @pytest.mark.parametrize(
     ("told", "tasks"),
     [
-        ({"NTASKS": "4", "STEP_NUM_TASKS": "1", "STEP_NODELIST": "n1"}, None),  # an interactive step in an allocation of four
-        ({"NTASKS": "2", "NNODES": "2", "JOB_NODELIST": "n[1-2]"}, None),  # the shell of salloc -N2 -n2
+        (
+            {"NTASKS": "4", "STEP_NUM_TASKS": "1", "STEP_NODELIST": "n1"},
+            None,
+        ),  # an interactive step in an allocation of four
+        (
+            {"NTASKS": "2", "NNODES": "2", "JOB_NODELIST": "n[1-2]"},
+            None,
+        ),  # the shell of salloc -N2 -n2
         ({"NTASKS": "", "STEP_NUM_TASKS": "", "STEP_NODELIST": "n1"}, None),
         ({"NTASKS": "many", "STEP_NODELIST": "n1"}, None),
         ({"NTASKS": "2(x2)", "STEP_NUM_TASKS": "-1", "STEP_NODELIST": "n1"}, None),
-        ({"NTASKS": "8", "STEP_NUM_TASKS": "2", "STEP_NODELIST": "n[1-2]"}, 2),  # srun -n2 in an allocation of eight
+        (
+            {"NTASKS": "8", "STEP_NUM_TASKS": "2", "STEP_NODELIST": "n[1-2]"},
+            2,
+        ),  # srun -n2 in an allocation of eight
         ({"NTASKS": "1", "STEP_NUM_TASKS": "2", "STEP_NODELIST": "n[1-2]"}, 2),
         ({"NTASKS": "", "STEP_NUM_TASKS": "4", "STEP_NODELIST": "n[1-2]"}, 4),
         ({"STEP_NUM_TASKS": "4", "STEP_NODELIST": "n[1-2]"}, 4),
@@ -90,16 +106,30 @@ def test_a_slurm_steps_own_count_decides(told, tasks, monkeypatch):
     monkeypatch.setenv("OMPI_MCA_orte_hnp_uri", "")
     monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "")
     started = []
-    monkeypatch.setattr(jax.distributed, "initialize", lambda *args, **kw: started.append(resolved(*args, **kw)))
+    monkeypatch.setattr(
+        jax.distributed, "initialize", lambda *args, **kw: started.append(resolved(*args, **kw))
+    )
     distributed.start()
     assert "JAX_COORDINATOR_ADDRESS" not in os.environ
     assert started == ([("n1:61517", tasks, 1, [0])] if tasks else [])
 
 
-def resolved(coordinator_address=None, num_processes=None, process_id=None, local_device_ids=None, cluster_detection_method=None, **_):
+def resolved(
+    coordinator_address=None,
+    num_processes=None,
+    process_id=None,
+    local_device_ids=None,
+    cluster_detection_method=None,
+    **_,
+):
     """What JAX makes of what it is told, by its own reading of Slurm's variables."""
     return clusters.ClusterEnv.auto_detect_unset_distributed_params(
-        coordinator_address, num_processes, process_id, local_device_ids, cluster_detection_method, 1
+        coordinator_address,
+        num_processes,
+        process_id,
+        local_device_ids,
+        cluster_detection_method,
+        1,
     )
 
 
@@ -113,7 +143,10 @@ def resolved(coordinator_address=None, num_processes=None, process_id=None, loca
 )
 def test_what_slurm_has_wrong_is_named(told, named, joined, monkeypatch):
     """Breaks when a half-set or contradictory environment ends in a traceback, or the variable is not named."""
-    for name, value in ({"NTASKS": "2", "STEP_NODELIST": "n[1-2]", "JOB_ID": "7", "PROCID": "0", "LOCALID": "0"} | told).items():
+    for name, value in (
+        {"NTASKS": "2", "STEP_NODELIST": "n[1-2]", "JOB_ID": "7", "PROCID": "0", "LOCALID": "0"}
+        | told
+    ).items():
         monkeypatch.setenv(f"SLURM_{name}", value)
     with pytest.raises(errors.UserError, match=f"^Slurm: this step has 2 tasks, and {named}"):
         distributed.start()
@@ -128,7 +161,10 @@ def test_jax_s_own_variables_count_together(joined, monkeypatch):
     assert joined == []
     for name, value in (("JAX_NUM_PROCESSES", "3"), ("JAX_PROCESS_ID", "")):
         monkeypatch.setenv(name, value)
-    with pytest.raises(errors.UserError, match=r"'host:1', \$JAX_NUM_PROCESSES is '3', \$JAX_PROCESS_ID is ''; set all three"):
+    with pytest.raises(
+        errors.UserError,
+        match=r"'host:1', \$JAX_NUM_PROCESSES is '3', \$JAX_PROCESS_ID is ''; set all three",
+    ):
         distributed.start()
     monkeypatch.setenv("JAX_PROCESS_ID", "2")
     distributed.start()
@@ -143,11 +179,23 @@ def test_jax_s_own_variables_count_together(joined, monkeypatch):
     ("flags", "named"),
     [
         (["--processes", "2"], "--coordinator, --processes and --process go together"),
-        (["--coordinator", "host:1", "--process", "0"], "--coordinator, --processes and --process go together"),
-        (["--coordinator", "host", "--processes", "2", "--process", "0"], "--coordinator host --processes 2 --process 0: give HOST:PORT"),
-        (["--coordinator", "host:port", "--processes", "2", "--process", "0"], "--coordinator host:port"),
+        (
+            ["--coordinator", "host:1", "--process", "0"],
+            "--coordinator, --processes and --process go together",
+        ),
+        (
+            ["--coordinator", "host", "--processes", "2", "--process", "0"],
+            "--coordinator host --processes 2 --process 0: give HOST:PORT",
+        ),
+        (
+            ["--coordinator", "host:port", "--processes", "2", "--process", "0"],
+            "--coordinator host:port",
+        ),
         (["--coordinator", ":1", "--processes", "2", "--process", "0"], "--coordinator :1"),
-        (["--coordinator", "host:1", "--processes", "2", "--process", "2"], "--process 2: give .* a number from 0 below"),
+        (
+            ["--coordinator", "host:1", "--processes", "2", "--process", "2"],
+            "--process 2: give .* a number from 0 below",
+        ),
         (["--coordinator", "host:1", "--processes", "2", "--process", "-1"], "--process -1"),
         (["--coordinator", "host:1", "--processes", "0", "--process", "0"], "--processes 0"),
     ],
@@ -155,9 +203,27 @@ def test_jax_s_own_variables_count_together(joined, monkeypatch):
 def test_flags_that_do_not_go_together(flags, named, joined, tmp_path, capsys):
     """Breaks when a wrong start waits for processes that never come, or reads a base first."""
     absent = ["--config.base=absent", "--config.data.train=absent"]
-    assert cli.main(["train", "--config", str(ROOT / "configs" / "icae.py"), "--workdir", str(tmp_path / "w"), *absent, *flags]) == 2
+    assert (
+        cli.main(
+            [
+                "train",
+                "--config",
+                str(ROOT / "configs" / "icae.py"),
+                "--workdir",
+                str(tmp_path / "w"),
+                *absent,
+                *flags,
+            ]
+        )
+        == 2
+    )
     err = capsys.readouterr().err
-    assert re.search(named, err) and err.count("\n") == 1 and joined == [] and not (tmp_path / "w").exists()
+    assert (
+        re.search(named, err)
+        and err.count("\n") == 1
+        and joined == []
+        and not (tmp_path / "w").exists()
+    )
 
 
 def test_jax_s_refusals_say_what_to_do(joined, monkeypatch):
@@ -170,15 +236,23 @@ def test_jax_s_refusals_say_what_to_do(joined, monkeypatch):
         monkeypatch.setattr(jax.distributed, "initialize", initialize)
 
     fail(jax.errors.JaxRuntimeError("address in use"))
-    with pytest.raises(SystemExit, match="process 0 of 2: cannot join the others at host:1: address in use; is another run"):
+    with pytest.raises(
+        SystemExit,
+        match="process 0 of 2: cannot join the others at host:1: address in use; is another run",
+    ):
         distributed.start("host:1", 2, 0)
     fail(ValueError("no coordinator"))
     monkeypatch.setenv("SLURM_NTASKS", "2")
     monkeypatch.setenv("SLURM_STEP_NODELIST", "n[1-2]")
-    with pytest.raises(ValueError, match=r"Slurm: JAX cannot tell the processes \(no coordinator\); give --coordinator HOST:PORT"):
+    with pytest.raises(
+        ValueError,
+        match=r"Slurm: JAX cannot tell the processes \(no coordinator\); give --coordinator HOST:PORT",
+    ):
         distributed.start()
     fail(KeyError("SOME_VARIABLE"))  # half of what a cluster sets
-    with pytest.raises(errors.UserError, match=r"cannot tell the processes \('SOME_VARIABLE'\); give --coordinator"):
+    with pytest.raises(
+        errors.UserError, match=r"cannot tell the processes \('SOME_VARIABLE'\); give --coordinator"
+    ):
         distributed.start()
 
 
@@ -187,7 +261,11 @@ def test_jax_s_refusals_say_what_to_do(joined, monkeypatch):
 
 def test_a_process_alone_agrees_with_itself(tmp_path):
     """Breaks when a process alone waits for others or leaves marks."""
-    assert distributed.agreed(7) == 7 and distributed.agreed(False) is False and distributed.main_after_all()
+    assert (
+        distributed.agreed(7) == 7
+        and distributed.agreed(False) is False
+        and distributed.main_after_all()
+    )
     distributed.check_shared(tmp_path / "absent")
     assert distributed.gathered([1]) == [[1]] and distributed.from_main(lambda: 3) == 3
     assert list(tmp_path.iterdir()) == []
@@ -275,9 +353,15 @@ with distributed.ending_together(2):
 
 def pair(code, *args):
     """(exit code, stderr) of two processes that run some code, given where to meet and which each is."""
-    where, env = f"127.0.0.1:{free_port()}", os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    where, env = (
+        f"127.0.0.1:{free_port()}",
+        os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)},
+    )
     command = [sys.executable, "-c", code, where]
-    children = [subprocess.Popen([*command, str(i), *args], env=env, stderr=subprocess.PIPE, text=True) for i in range(2)]
+    children = [
+        subprocess.Popen([*command, str(i), *args], env=env, stderr=subprocess.PIPE, text=True)
+        for i in range(2)
+    ]
     try:
         errors = [child.communicate(timeout=120)[1] for child in children]
     finally:
@@ -294,7 +378,10 @@ def test_two_processes_agree_and_notice_that_their_folders_differ(tmp_path):
         (tmp_path / name).mkdir()
     ends = pair(AGREE, str(tmp_path))
     for i, (_, err) in enumerate(ends):
-        assert f"process {i} of 2: {tmp_path / str(i)} is not the same folder in processes 0 and 1; give one on a filesystem" in err
+        assert (
+            f"process {i} of 2: {tmp_path / str(i)} is not the same folder in processes 0 and 1; give one on a filesystem"
+            in err
+        )
     assert [code for code, _ in ends] == [2, 2] and list((tmp_path / "0").iterdir()) == []
 
 
@@ -308,7 +395,9 @@ def test_a_lost_process_is_no_bad_input():
     """Breaks when a launcher gives up a run of which one host died: JAX tells so by ValueError where it runs a program that is compiled."""
     (code, err), (other, _) = pair(LOST)
     assert other == 9 and code == distributed.CRASHED, err
-    assert re.search(r"process 0 of 2: \w+Error\. If another process died, its output says why", err)
+    assert re.search(
+        r"process 0 of 2: \w+Error\. If another process died, its output says why", err
+    )
 
 
 def test_an_error_of_a_process_alone_is_python_s():

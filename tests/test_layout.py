@@ -15,7 +15,10 @@ decoder_positions = jax.jit(layout.decoder_positions, static_argnums=(0, 1, 3))
 
 def test_unknown_layout_is_named():
     """Breaks when a misspelt layout falls back to another one."""
-    with pytest.raises(ValueError, match="layout is 'uniformly'; choose from sequential, uniform, servable, clean, reference, padded"):
+    with pytest.raises(
+        ValueError,
+        match="layout is 'uniformly'; choose from sequential, uniform, servable, clean, reference, padded",
+    ):
         layout.get("uniformly")
 
 
@@ -31,11 +34,17 @@ def test_spread():
 @pytest.mark.parametrize(
     ("name", "want"),
     [
-        ("sequential", [[0, 1, 2, 3, 4, 4, 5], [0, 1, 2, 3, 4, 2, 3]]),  # memory follows the text, not the padding
+        (
+            "sequential",
+            [[0, 1, 2, 3, 4, 4, 5], [0, 1, 2, 3, 4, 2, 3]],
+        ),  # memory follows the text, not the padding
         ("uniform", [[1, 2, 3, 4, 5, 2, 4], [1, 2, 3, 4, 5, 1, 2]]),
         ("servable", [[1, 2, 3, 4, 5, 2, 4], [1, 2, 3, 4, 5, 1, 2]]),
         ("clean", [[1, 2, 3, 4, 5, 2, 4], [1, 2, 3, 4, 5, 1, 2]]),
-        ("reference", [[0, 1, 2, 3, 4, 4, 5], [0, 1, 2, 3, 4, 2, 3]]),  # its callers give the padded length
+        (
+            "reference",
+            [[0, 1, 2, 3, 4, 4, 5], [0, 1, 2, 3, 4, 2, 3]],
+        ),  # its callers give the padded length
         ("padded", [[0, 1, 2, 3, 4, 4, 5], [0, 1, 2, 3, 4, 2, 3]]),
     ],
 )
@@ -50,9 +59,17 @@ def test_encoder_positions(name, want):
         ("sequential", [[0, 1, 2, 3], [0, 1]], [4, 2]),
         ("servable", [[0, 1, 2, 3], [0, 1]], [4, 2]),
         ("clean", [[0, 1, 2, 3], [0, 1]], [4, 2]),
-        ("reference", [[10, 11, 12, 13], [10, 11]], [4, 2]),  # behind the fixed length, in the future of every target
+        (
+            "reference",
+            [[10, 11, 12, 13], [10, 11]],
+            [4, 2],
+        ),  # behind the fixed length, in the future of every target
         ("padded", [[0, 1, 2, 3], [0, 1]], [4, 2]),
-        ("uniform", [[2, 4, 6, 8], [1, 3]], [9, 4]),  # text ids 1 … 8 and 1 … 3, running over the segments
+        (
+            "uniform",
+            [[2, 4, 6, 8], [1, 3]],
+            [9, 4],
+        ),  # text ids 1 … 8 and 1 … 3, running over the segments
     ],
 )
 def test_decoder_positions(name, positions, end):
@@ -66,7 +83,9 @@ def test_decoder_positions(name, positions, end):
 def test_target_starts(name):
     """Breaks when anything but uniform's AE starts elsewhere than behind the memory."""
     prefix = Prefix(None, None, None, None, np.asarray([9, 4]))
-    starts = {o: layout.target_starts(layout.get(name), o, prefix).tolist() for o in ("ae", "lm", "qa")}
+    starts = {
+        o: layout.target_starts(layout.get(name), o, prefix).tolist() for o in ("ae", "lm", "qa")
+    }
     assert starts == {"ae": [0, 0] if name == "uniform" else [9, 4], "lm": [9, 4], "qa": [9, 4]}
 
 
@@ -75,7 +94,9 @@ def test_a_missing_segment_takes_no_positions_wherever_it_is(name):
     """Breaks when a gap is left before a segment that follows a missing one."""
     where = layout.get(name)
     got, end = map(np.asarray, decoder_positions(where, 2, np.asarray([[4, 0, 3]], np.int32), 10))
-    want, want_end = map(np.asarray, decoder_positions(where, 2, np.asarray([[4, 3]] * 2, np.int32), 10))
+    want, want_end = map(
+        np.asarray, decoder_positions(where, 2, np.asarray([[4, 3]] * 2, np.int32), 10)
+    )
     assert got[0, [0, 1, 4, 5]].tolist() == want[0].tolist() and end[0] == want_end[0]
 
 

@@ -11,9 +11,10 @@ import pytest
 from conftest import TINY, close, random_lora, shared
 from test_attention import on_cpu
 
-from icae_jax.interop import base as bases
-from icae_jax.interop import config_json, weights
+from icae_jax.interop.hub import base as bases
+from icae_jax.interop.hub import weights
 from icae_jax.models import llama, rope
+from icae_jax.models.families import config_json
 
 IDS = np.random.default_rng(0).integers(0, 64, (2, 24))
 MODEL = llama.Llama(TINY)
@@ -32,13 +33,21 @@ def positions(start, stop):
 @functools.partial(jax.jit, static_argnums=0)
 def logits(config, params, ids):
     T = ids.shape[1]
-    hidden, _ = llama.Llama(config).apply({"params": params}, ids, positions(0, T), llama.causal_mask(T))
+    hidden, _ = llama.Llama(config).apply(
+        {"params": params}, ids, positions(0, T), llama.causal_mask(T)
+    )
     return hidden @ llama.head_kernel(params)
 
 
 # ---------------------------------------------------------------------------------------------------- transformers' own
 
-SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
 LLAMA3 = {
     "rope_type": "llama3",
     "factor": 8.0,
@@ -83,7 +92,11 @@ OPTIONS = {
 }  # fmt: skip
 
 
-TURNED = ("llama_linear", "llama_yarn", "llama_yarn_options")  # differ from others in how far they turn queries and keys
+TURNED = (
+    "llama_linear",
+    "llama_yarn",
+    "llama_yarn_options",
+)  # differ from others in how far they turn queries and keys
 UNSEEN = "{} changes nothing here, so the comparison shows nothing of it"
 
 
@@ -115,7 +128,9 @@ def test_logits_equal_transformers(option, tmp_path, tiny_tokenizer, monkeypatch
     """
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     kind = option.split("_")[0].capitalize()
-    hub_config = getattr(transformers, f"{kind}Config")(**SIZES, **OPTIONS[option], max_position_embeddings=64, initializer_range=0.2)
+    hub_config = getattr(transformers, f"{kind}Config")(
+        **SIZES, **OPTIONS[option], max_position_embeddings=64, initializer_range=0.2
+    )
     torch.manual_seed(0)
     model = getattr(transformers, f"{kind}ForCausalLM")(hub_config).eval()
     with torch.no_grad():
@@ -133,7 +148,9 @@ def test_logits_equal_transformers(option, tmp_path, tiny_tokenizer, monkeypatch
     turned = jax.device_get(rope.tables(config, np.arange(24)))
     for field, plain in (("rope_scaling", None), ("rope_theta", 10000.0)):
         other = rope.tables(dataclasses.replace(config, **{field: plain}), np.arange(24))
-        assert getattr(config, field) == plain or np.abs(np.subtract(turned, other)).max() > 0.1, UNSEEN.format(field)
+        assert getattr(config, field) == plain or np.abs(np.subtract(turned, other)).max() > 0.1, (
+            UNSEEN.format(field)
+        )
     if option in TURNED:  # all else is as in another option
         hub = model.model.rotary_emb
         angles = np.arange(24)[:, None] * hub.inv_freq.numpy()
@@ -141,15 +158,25 @@ def test_logits_equal_transformers(option, tmp_path, tiny_tokenizer, monkeypatch
     else:
         got = np.asarray(logits(config, params, IDS))
         close(got, want, 1e-4)
-        without = ["windows"] * bool(config.windows) + ["norm.scale"] * config.qk_norm + [f"{name}.bias" for name in config.biased]
+        without = (
+            ["windows"] * bool(config.windows)
+            + ["norm.scale"] * config.qk_norm
+            + [f"{name}.bias" for name in config.biased]
+        )
         for what in without:
             plain = dataclasses.replace(config, windows=()) if what == "windows" else config
-            assert np.abs(logits(plain, blank(params, what), IDS) - got).max() > 0.01, UNSEEN.format(what)
+            assert np.abs(logits(plain, blank(params, what), IDS) - got).max() > 0.01, (
+                UNSEEN.format(what)
+            )
 
-    monkeypatch.setattr(bases.tokenizers, "read_alike", lambda folder: True)  # of the architecture that it is, whatever its tokenizer
+    monkeypatch.setattr(
+        bases.tokenizers, "read_alike", lambda folder: True
+    )  # of the architecture that it is, whatever its tokenizer
     bases.save_base(tmp_path / "ours", config, params, tiny_tokenizer, dtype="float32")
     assert config_json.read_config(tmp_path / "ours") == config
-    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours", dtype=torch.float32)
+    again = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "ours", dtype=torch.float32
+    )
     with torch.no_grad():
         close(again(torch.from_numpy(IDS)).logits.numpy(), want, 1e-5)
 
@@ -159,10 +186,16 @@ def test_real_model_equals_transformers():
     folder = shared("data/stories260K")
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     ids = np.asarray(
-        [transformers.AutoTokenizer.from_pretrained(folder)("Once upon a time there was a little dog named Spot.")["input_ids"]]
+        [
+            transformers.AutoTokenizer.from_pretrained(folder)(
+                "Once upon a time there was a little dog named Spot."
+            )["input_ids"]
+        ]
     )
     with torch.no_grad():
-        want = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(torch.from_numpy(ids)).logits.numpy()
+        want = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(
+            torch.from_numpy(ids)
+        ).logits.numpy()
     config = config_json.read_config(folder)
     got = logits(config, weights.load_params(folder, config), ids)
     close(got, want, 1e-4)
@@ -174,7 +207,9 @@ def test_real_model_equals_transformers():
 
 @functools.partial(jax.jit, static_argnames="return_kv")
 def run(params, x, at, mask, prefix=None, keep=None, return_kv=False):
-    return MODEL.apply({"params": params}, x, at, mask, prefix=prefix, return_kv=return_kv, keep=keep)
+    return MODEL.apply(
+        {"params": params}, x, at, mask, prefix=prefix, return_kv=return_kv, keep=keep
+    )
 
 
 @pytest.fixture(scope="module")
@@ -186,7 +221,10 @@ def whole(tiny_params):
 def test_prefix_equals_the_tokens_in_front(tiny_params, whole):
     """Breaks when prefix keys are rotated wrongly, the prefix mask is ignored, or the causal mask is aligned with the prefix."""
     hidden, (k, v) = whole
-    padded = [np.pad(t[:, :, :10], ((0, 0), (0, 0), (0, 3), (0, 0), (0, 0)), constant_values=9.0) for t in (k, v)]
+    padded = [
+        np.pad(t[:, :, :10], ((0, 0), (0, 0), (0, 3), (0, 0), (0, 0)), constant_values=9.0)
+        for t in (k, v)
+    ]
     at = np.tile(np.pad(positions(0, 10), ((0, 0), (0, 3))), (2, 1))
     prefix = (rotate_keys(TINY, padded[0], at), padded[1], np.tile(np.arange(13) < 10, (2, 1)), at)
     got, kv = run(tiny_params, IDS[:, 10:], positions(10, 24), causal(14), prefix)
@@ -202,8 +240,14 @@ def test_shared_prefix_equals_a_repeated_one(tiny_params, whole):
     real[1, 4] = False
     prefix = (np.asarray(rotate_keys(TINY, k, at)), v, real, at)
     rows = np.random.default_rng(1).integers(0, 64, (6, 5))
-    repeated = (*(np.repeat(t, 3, axis=1) for t in prefix[:2]), *(np.repeat(t, 3, axis=0) for t in prefix[2:]))
-    got, want = (np.asarray(run(tiny_params, rows, positions(10, 15), causal(5), p)[0]) for p in (prefix, repeated))
+    repeated = (
+        *(np.repeat(t, 3, axis=1) for t in prefix[:2]),
+        *(np.repeat(t, 3, axis=0) for t in prefix[2:]),
+    )
+    got, want = (
+        np.asarray(run(tiny_params, rows, positions(10, 15), causal(5), p)[0])
+        for p in (prefix, repeated)
+    )
     close(got, want)
     assert np.abs(got[:3] - got[3:]).max() > 1e-3
 
@@ -218,12 +262,16 @@ def test_windows_reach_into_the_prefix(tiny_params, whole):
     @functools.partial(jax.jit, static_argnums=0)
     def apply(config, x, at, mask, prefix=None):
         variables = {"params": tiny_params}
-        return llama.Llama(config).apply(variables, x, at, mask, prefix=prefix, return_kv=prefix is None)
+        return llama.Llama(config).apply(
+            variables, x, at, mask, prefix=prefix, return_kv=prefix is None
+        )
 
     hidden, (k, v) = jax.device_get(apply(config, ids, positions(0, 16), causal(16)))
     prefix = (rotate_keys(config, k[:, :, :10], first), v[:, :, :10], np.ones((2, 10), bool), first)
     for rows in (1, 2):
-        got, _ = apply(config, np.repeat(ids[:, 10:], rows, axis=0), positions(10, 16), causal(6), prefix)
+        got, _ = apply(
+            config, np.repeat(ids[:, 10:], rows, axis=0), positions(10, 16), causal(6), prefix
+        )
         close(got, np.repeat(hidden[:, 10:], rows, axis=0))
     alike, _ = apply(dataclasses.replace(config, windows=(5, 5)), ids, positions(0, 16), causal(16))
     for other in (whole[0][:, :16], alike):  # no window, and the same in both layers
@@ -234,7 +282,9 @@ def test_kept_positions_are_those_asked_for(tiny_params, whole):
     """Breaks when `keep` means the last ones, or is sorted."""
     keep = np.asarray([7, 0, 23])
     hidden, kv = run(tiny_params, IDS, positions(0, 24), causal(24), keep=keep, return_kv=True)
-    for got, every in zip((hidden, *kv), (whole[0], *(t[:, :, keep] for t in whole[1])), strict=True):
+    for got, every in zip(
+        (hidden, *kv), (whole[0], *(t[:, :, keep] for t in whole[1])), strict=True
+    ):
         close(got, every)
     assert kv[0].shape == (2, 2, 3, 2, 8)
 
@@ -249,7 +299,9 @@ def at_some(config, params, adapters, at=None, weights=None, known=None):
 
     def of(x, adapters):
         variables = {"params": params, "lora": adapters}
-        hidden, kv = model.apply(variables, x, positions(0, 24), real, return_kv=True, keep=np.asarray([1, 22]), **given)
+        hidden, kv = model.apply(
+            variables, x, positions(0, 24), real, return_kv=True, keep=np.asarray([1, 22]), **given
+        )
         one = jnp.sin(hidden) if weights is None else jnp.sin(hidden) * weights[..., None]
         return jnp.sum(one) + sum(jnp.sum(jnp.cos(t)) for t in kv), (hidden, kv)
 
@@ -271,11 +323,18 @@ def test_hidden_states_at_some_positions(at, windows, tiny_params):
     """Breaks when what is left out of the last layer is read after all, by hidden states, K/V or a gradient, or queries stand at the wrong
     position: masks, windows and RoPE go by it.
     """
-    config, asked = dataclasses.replace(TINY, windows=windows), np.broadcast_to(at, (2, at.shape[-1]))
+    config, asked = (
+        dataclasses.replace(TINY, windows=windows),
+        np.broadcast_to(at, (2, at.shape[-1])),
+    )
     run = functools.partial(at_some, config, tiny_params, random_lora(config))
-    weights = np.stack([np.bincount(row, minlength=24) for row in asked])  # how often each one is asked for
+    weights = np.stack(
+        [np.bincount(row, minlength=24) for row in asked]
+    )  # how often each one is asked for
     (want, every), all_gradient = jax.device_get(run(weights=weights))
-    (value, found), gradient = jax.device_get(run(at) if at.ndim == 2 else run(known=tuple(at.tolist())))
+    (value, found), gradient = jax.device_get(
+        run(at) if at.ndim == 2 else run(known=tuple(at.tolist()))
+    )
     close(value, want)
     assert found[0].shape == (2, at.shape[-1], 32)
     jax.tree.map(close, found[1], every[1])
@@ -287,8 +346,12 @@ def test_hidden_states_at_some_positions(at, windows, tiny_params):
 
 
 # Behind a mask with a line for each query, splash is computed as xla is; a window is part of the mask.
-@pytest.mark.parametrize(("implementation", "window"), [("xla", None), ("xla", 5), ("cudnn", 5), ("splash", None)])
-def test_a_block_s_queries_at_some_positions_behind_any_mask(implementation, window, tiny_params, monkeypatch):
+@pytest.mark.parametrize(
+    ("implementation", "window"), [("xla", None), ("xla", 5), ("cudnn", 5), ("splash", None)]
+)
+def test_a_block_s_queries_at_some_positions_behind_any_mask(
+    implementation, window, tiny_params, monkeypatch
+):
     """Breaks when queries at some positions see what those at the first ones see: each has a row of the mask of its own, wherever it
     stands and however that is told, with and without a prefix and a window.
     """
@@ -306,7 +369,9 @@ def test_a_block_s_queries_at_some_positions_behind_any_mask(implementation, win
         x, cos_sin = llama.embed(tiny_params, IDS), rope.tables(TINY, at)
 
         def hidden(mask, before, at=None):
-            return block.apply({"params": params}, x, before, window, cos_sin, positions(6, 30), mask, at)[0]
+            return block.apply(
+                {"params": params}, x, before, window, cos_sin, positions(6, 30), mask, at
+            )[0]
 
         return [
             (hidden(*seen), [hidden(*seen, at) for at in (*ats[:2], *told)])
@@ -323,7 +388,9 @@ def test_hidden_states_at_some_positions_behind_a_mask_of_rows(tiny_params, whol
     """Breaks when the last layer's queries see what the first positions see, where their positions are known when the program is traced."""
 
     at = np.asarray([4, 6])
-    got = jax.jit(lambda: MODEL.apply({"params": tiny_params}, IDS, positions(0, 24), causal(24), at=at)[0])()
+    got = jax.jit(
+        lambda: MODEL.apply({"params": tiny_params}, IDS, positions(0, 24), causal(24), at=at)[0]
+    )()
     close(got, whole[0][:, at])
 
 
@@ -336,7 +403,10 @@ def test_embeddings_equal_ids(tiny_params, whole):
 def test_masked_keys_do_not_matter(tiny_params, whole):
     """Breaks when the mask's axes are swapped: with key 3 hidden, later tokens change, and do not depend on its content."""
     mask = causal(24) & (np.arange(24) != 3)
-    one, other = (np.asarray(run(tiny_params, ids, positions(0, 24), mask)[0]) for ids in (IDS, np.where(np.arange(24) == 3, 5, IDS)))
+    one, other = (
+        np.asarray(run(tiny_params, ids, positions(0, 24), mask)[0])
+        for ids in (IDS, np.where(np.arange(24) == 3, 5, IDS))
+    )
     assert np.abs(one - whole[0])[:, 4:].max() > 1e-3
     np.testing.assert_array_equal(np.delete(one, 3, axis=1), np.delete(other, 3, axis=1))
 
@@ -345,7 +415,11 @@ def test_no_token_depends_on_later_ones(tiny_params):
     """Breaks when the mask lets the future through: the gradient of token 4 reaches tokens 0 … 4 and no other."""
     x = np.asarray(tiny_params["embed"])[IDS[:1, :9]]
     hidden = lambda x: MODEL.apply({"params": tiny_params}, x, positions(0, 9), causal(9))[0]  # noqa: E731
-    reach = np.abs(np.asarray(jax.jit(jax.grad(lambda x: jnp.sum(hidden(x)[:, 4] ** 2 * jnp.arange(32.0)[None])))(x))).max(-1)[0]
+    reach = np.abs(
+        np.asarray(
+            jax.jit(jax.grad(lambda x: jnp.sum(hidden(x)[:, 4] ** 2 * jnp.arange(32.0)[None])))(x)
+        )
+    ).max(-1)[0]
     assert (reach[:5] > 1e-4).all() and not reach[5:].any()
 
 
@@ -362,13 +436,24 @@ def test_rematerialised_and_unrolled_layers_compute_the_same(tiny_params):
 
         return jax.value_and_grad(loss)
 
-    programs = {how: jax.jit(program(*how)).trace(tiny_params) for how in (("none", 1), ("frozen", 1), ("dots", 1), ("full", 2))}
+    programs = {
+        how: jax.jit(program(*how)).trace(tiny_params)
+        for how in (("none", 1), ("frozen", 1), ("dots", 1), ("full", 2))
+    }
     texts = {how: str(traced.jaxpr) for how, traced in programs.items()}
     matmuls = [t.count("dot_general[") for t in texts.values()]
     # Frozen recomputes no matmul, but the two norms, whose scaling is written as one.
-    assert matmuls[0] + 2 == matmuls[1] < matmuls[2] < matmuls[3], "full takes all matmuls anew, dots those of attention"
-    assert "unroll=2" in texts["full", 2] and "unroll=2" not in texts["dots", 1] and "prevent_cse=True" in texts["full", 2]
-    (value, gradient), *others = (traced.lower().compile()(tiny_params) for traced in programs.values())
+    assert matmuls[0] + 2 == matmuls[1] < matmuls[2] < matmuls[3], (
+        "full takes all matmuls anew, dots those of attention"
+    )
+    assert (
+        "unroll=2" in texts["full", 2]
+        and "unroll=2" not in texts["dots", 1]
+        and "prevent_cse=True" in texts["full", 2]
+    )
+    (value, gradient), *others = (
+        traced.lower().compile()(tiny_params) for traced in programs.values()
+    )
     for got_value, got_gradient in others:
         close(got_value, value)
         jax.tree.map(close, got_gradient, gradient)
@@ -383,7 +468,11 @@ def test_impossible_sizes_are_refused():
         ("num_layers", 0, "num_layers of the model is 0"),
         ("num_kv_heads", 3, "num_heads 4 is not a multiple of num_kv_heads 3"),
         ("head_dim", 7, "head_dim is 7"),
-        ("windows", (4,), r"windows of the model are \(4,\); give one >= 0 for each of the 2 layers"),
+        (
+            "windows",
+            (4,),
+            r"windows of the model are \(4,\); give one >= 0 for each of the 2 layers",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             dataclasses.replace(TINY, **{field: value})
@@ -391,7 +480,9 @@ def test_impossible_sizes_are_refused():
 
 def test_initial_parameters():
     """Breaks when tied models get a head, or output projections are not scaled down by 1/sqrt(2 L)."""
-    params = jax.jit(llama.init_params, static_argnums=1)(jax.random.key(0), dataclasses.replace(TINY, num_layers=8))
+    params = jax.jit(llama.init_params, static_argnums=1)(
+        jax.random.key(0), dataclasses.replace(TINY, num_layers=8)
+    )
     assert params["lm_head"].shape == (32, 64)
     assert "lm_head" not in llama.param_shapes(dataclasses.replace(TINY, tie_word_embeddings=True))
     stds = {p: float(params["layers"]["mlp"][p]["kernel"].std()) for p in ("up_proj", "down_proj")}

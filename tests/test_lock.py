@@ -13,8 +13,8 @@ import time
 import pytest
 from conftest import ROOT
 
+from icae_jax import lock
 from icae_jax.errors import UserError
-from icae_jax.interop import lock
 
 HOLDER = """
 import contextlib, os, sys, time
@@ -36,9 +36,16 @@ def holders():
     with contextlib.ExitStack() as stack:
 
         def start(folder, *how):
-            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "bufsize": 1}
+            pipes = {
+                "stdin": subprocess.PIPE,
+                "stdout": subprocess.PIPE,
+                "text": True,
+                "bufsize": 1,
+            }
             command = [sys.executable, "-c", HOLDER, str(folder), *how]
-            process = stack.enter_context(subprocess.Popen(command, **pipes, env=os.environ | {"PYTHONPATH": str(ROOT)}))
+            process = stack.enter_context(
+                subprocess.Popen(command, **pipes, env=os.environ | {"PYTHONPATH": str(ROOT)})
+            )
             stack.callback(process.kill)
             process.stdout.readline()
             return process
@@ -49,7 +56,14 @@ def holders():
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     """Times for tests."""
-    for name, seconds in {"BEAT": 0.05, "STALE": 0.6, "LEAVING": 20.0, "ENDING": 0.1, "SETTLING": 0.01, "POLL": 0.02}.items():
+    for name, seconds in {
+        "BEAT": 0.05,
+        "STALE": 0.6,
+        "LEAVING": 20.0,
+        "ENDING": 0.1,
+        "SETTLING": 0.01,
+        "POLL": 0.02,
+    }.items():
         monkeypatch.setattr(lock, f"{name}_SECONDS", seconds)
 
 
@@ -81,8 +95,15 @@ def test_another_process_is_refused_and_told_who_has_it(how, holders, tmp_path, 
     holder = holders(tmp_path, how)
     before = os.listdir(tmp_path)
     message = refused(tmp_path)
-    assert re.search(rf"--workdir {tmp_path} is in use: process {holder.pid} on \S+, since 2\S+ \S+ \(-c .*\), is writing there", message)
-    assert f"kill {holder.pid} on" in message and "\n" not in message and os.listdir(tmp_path) == before
+    assert re.search(
+        rf"--workdir {tmp_path} is in use: process {holder.pid} on \S+, since 2\S+ \S+ \(-c .*\), is writing there",
+        message,
+    )
+    assert (
+        f"kill {holder.pid} on" in message
+        and "\n" not in message
+        and os.listdir(tmp_path) == before
+    )
     holder.stdin.close()
     holder.wait()
     assert os.listdir(tmp_path) == [], "the lock's file goes with the lock"
@@ -110,10 +131,16 @@ def test_the_dead_of_another_host_are_waited_for_and_passed_over(holders, tmp_pa
     began = time.monotonic()
     assert take(tmp_path)["pid"] == os.getpid() and time.monotonic() - began >= lock.STALE_SECONDS
     first, second = capsys.readouterr().err.splitlines()
-    assert f"process {holder.pid} on" in first and "waiting up to 0.6 s" in first and "is dead: nothing was heard of it" in second
+    assert (
+        f"process {holder.pid} on" in first
+        and "waiting up to 0.6 s" in first
+        and "is dead: nothing was heard of it" in second
+    )
 
 
-def test_the_dead_of_this_host_are_not_waited_for_on_a_shared_disk(holders, tmp_path, monkeypatch, capsys):
+def test_the_dead_of_this_host_are_not_waited_for_on_a_shared_disk(
+    holders, tmp_path, monkeypatch, capsys
+):
     """Breaks when a job that starts again on its node waits for its own former process."""
     monkeypatch.setattr(lock, "_is_local", lambda folder: False)
     holder = holders(tmp_path, "shared")
@@ -133,7 +160,10 @@ def test_whoever_leaves_is_waited_for(how, holders, tmp_path, request, capsys):
         time.sleep(0.01)
     threading.Timer(1.0, holder.stdin.close).start()
     assert take(tmp_path)["pid"] == os.getpid() and holder.wait() == 0
-    assert f"process {holder.pid} on" in (err := capsys.readouterr().err) and "has been told to end, and saves" in err
+    assert (
+        f"process {holder.pid} on" in (err := capsys.readouterr().err)
+        and "has been told to end, and saves" in err
+    )
 
 
 def test_one_who_never_leaves_is_not_waited_for_for_ever(holders, tmp_path, monkeypatch):
@@ -159,7 +189,9 @@ def test_a_process_that_was_passed_over_stops(holders, tmp_path, shared):
         assert held.path.exists(), "what is another's is not removed"
 
 
-@pytest.mark.parametrize("content", ["", "{", "[1]", '{"pid": 1}', "garbage " * 999, "\0" * 99, "[" * 10**5])
+@pytest.mark.parametrize(
+    "content", ["", "{", "[1]", '{"pid": 1}', "garbage " * 999, "\0" * 99, "[" * 10**5]
+)
 def test_what_a_crash_left_is_no_lock(content, tmp_path, capsys):
     """Breaks when an empty, cut or unknown file of the lock's name keeps a run from starting, or outlives the next record."""
     (tmp_path / lock.NAME).write_text(content)
@@ -226,7 +258,10 @@ def test_two_who_take_it_at_once(tmp_path, shared, monkeypatch):
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     """Breaks when a lock that cannot be made ends in a traceback."""
     (tmp_path / lock.NAME).mkdir()
-    assert re.match(rf"--workdir {tmp_path}: is a directory \({tmp_path}/.lock\); give a folder", refused(tmp_path))
+    assert re.match(
+        rf"--workdir {tmp_path}: is a directory \({tmp_path}/.lock\); give a folder",
+        refused(tmp_path),
+    )
     (tmp_path / "file").touch()
     assert "--workdir" in refused(tmp_path / "file")
 
@@ -238,5 +273,11 @@ def test_what_is_a_local_disk(monkeypatch, tmp_path):
         "25 22 0:4 / /gcs rw - fuse.gcsfuse bucket rw\n"
     )
     monkeypatch.setattr(lock, "_read", lambda path: mounts)
-    kinds = {"/home/w": True, "/data/w": False, "/data/my disk/w": True, "/gcs/w": False, "/database/w": True}
+    kinds = {
+        "/home/w": True,
+        "/data/w": False,
+        "/data/my disk/w": True,
+        "/gcs/w": False,
+        "/database/w": True,
+    }
     assert {path: lock._is_local(lock.pathlib.Path(path)) for path in kinds} == kinds

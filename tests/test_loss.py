@@ -55,7 +55,9 @@ def test_frozen_head_losses_are_softmax_cross_entropy(chunk):
     logits = np.einsum("bud,dv->buv", np.asarray(H, np.float64), np.asarray(W, np.float64))
     p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
     onehot = np.eye(17)[LABELS]
-    (_, losses), (d_h, d_w) = jax.jit(jax.value_and_grad(chunked, (0, 1), has_aux=True), static_argnums=2)(H, W, chunk)
+    (_, losses), (d_h, d_w) = jax.jit(
+        jax.value_and_grad(chunked, (0, 1), has_aux=True), static_argnums=2
+    )(H, W, chunk)
     close(losses, -np.log((p * onehot).sum(-1)))
     close(d_h, np.einsum("buv,dv->bud", (p - onehot) * WEIGHTS[..., None], W))
     assert not np.asarray(d_w).any(), "the frozen head got a gradient"
@@ -72,40 +74,74 @@ def test_logits_of_all_positions_never_live():
 
 def written(kind, segments, seed):
     """The contents of a memory of texts with so many segments each, at most two; the first text's are always the same."""
-    axes = {memories.Slots: (TINY.hidden_size,), memories.KV: (TINY.num_kv_heads, TINY.head_dim)}[kind]
+    axes = {memories.Slots: (TINY.hidden_size,), memories.KV: (TINY.num_kv_heads, TINY.head_dim)}[
+        kind
+    ]
     layers = (TINY.num_layers,) * kind.TEXT_AXIS
     first, others = (np.random.default_rng(s) for s in (0, seed))
-    each = [(others if text else first).standard_normal((len(kind.CONTENTS), *layers, 2 * K, *axes)) for text in range(len(segments))]
-    return dict(zip(kind.CONTENTS, np.stack(each, kind.TEXT_AXIS + 1).astype(np.float32), strict=True))
+    each = [
+        (others if text else first).standard_normal((len(kind.CONTENTS), *layers, 2 * K, *axes))
+        for text in range(len(segments))
+    ]
+    return dict(
+        zip(kind.CONTENTS, np.stack(each, kind.TEXT_AXIS + 1).astype(np.float32), strict=True)
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["icae", "x500"])
 def test_packed_target_has_the_loss_and_gradient_it_has_alone(tiny_params, method):
     """Breaks when a target sees its neighbours or padding, starts elsewhere, or a row reads another row's memory."""
-    target, c, kind = continuation(15, 1), encoder.CompressionConfig(method=method, k=K, rate=4), methods.KINDS[method]
+    target, c, kind = (
+        continuation(15, 1),
+        encoder.CompressionConfig(method=method, k=K, rate=4),
+        methods.KINDS[method],
+    )
 
     @jax.jit
     @jax.value_and_grad
     def run(contents, lengths, packed, here):
         memory = memories.place(kind, contents, lengths, c)
-        losses = loss.label_losses(MODEL, tiny_params, TRAINED, memory, {"lm": packed}, {"lm": HEAD}, c.layout, 4)["lm"]
+        losses = loss.label_losses(
+            MODEL, tiny_params, TRAINED, memory, {"lm": packed}, {"lm": HEAD}, c.layout, 4
+        )["lm"]
         return jnp.sum(jnp.where(packed["label_mask"], losses, 0)[*here])
 
     def loss_and_gradients(contents, lengths, rows, pack_shape, here):
-        value, gradients = run(contents, np.asarray(lengths, np.int32), targets.pack(rows, *pack_shape), here)
-        return [value, *({name: np.moveaxis(x, kind.TEXT_AXIS, 0) for name, x in gradients.items()}[name] for name in kind.CONTENTS)]
+        value, gradients = run(
+            contents, np.asarray(lengths, np.int32), targets.pack(rows, *pack_shape), here
+        )
+        return [
+            value,
+            *(
+                {name: np.moveaxis(x, kind.TEXT_AXIS, 0) for name, x in gradients.items()}[name]
+                for name in kind.CONTENTS
+            ),
+        ]
 
-    only = {name: np.take(x, range(K), kind.TEXT_AXIS + 1) for name, x in written(kind, [1], 1).items()}
+    only = {
+        name: np.take(x, range(K), kind.TEXT_AXIS + 1) for name, x in written(kind, [1], 1).items()
+    }
     alone = loss_and_gradients(only, [[9]], [[target]], (1, 14, 11), (0, 0))
-    rows = [[question(9, 2), target], [continuation(17, 3)], [None, question(5, 4), continuation(8, 5)]]
+    rows = [
+        [question(9, 2), target],
+        [continuation(17, 3)],
+        [None, question(5, 4), continuation(8, 5)],
+    ]
     other_rows = [[None, target, continuation(20, 6)], [question(9, 7), None, question(18, 8)], []]
-    for seed, lengths, packed_rows in ((1, [[9, 0], [12, 12], [7, 7]], rows), (2, [[9, 0], [9, 8], [5, 0]], other_rows)):
-        got = loss_and_gradients(written(kind, lengths, seed), lengths, packed_rows, (3, 19, 17), (0, 1))
+    for seed, lengths, packed_rows in (
+        (1, [[9, 0], [12, 12], [7, 7]], rows),
+        (2, [[9, 0], [9, 8], [5, 0]], other_rows),
+    ):
+        got = loss_and_gradients(
+            written(kind, lengths, seed), lengths, packed_rows, (3, 19, 17), (0, 1)
+        )
         close(got[0], alone[0])
         for mine, want in zip(got[1:], alone[1:], strict=True):
             close(np.take(mine[0], range(K), kind.TEXT_AXIS), want[0])
-            assert not np.take(mine[0], range(K, 2 * K), kind.TEXT_AXIS).any() and not mine[1:].any()
+            assert (
+                not np.take(mine[0], range(K, 2 * K), kind.TEXT_AXIS).any() and not mine[1:].any()
+            )
 
 
 # ------------------------------------------------------------------------------------- several objectives in one call
@@ -121,22 +157,32 @@ PACKED = {
 
 def memory_in(layout):
     _, lengths = encoder.segment_contexts(CONTEXTS, compression())
-    place = jax.jit(lambda contents, lengths: memories.place(memories.Slots, contents, lengths, compression(layout)))
+    place = jax.jit(
+        lambda contents, lengths: memories.place(
+            memories.Slots, contents, lengths, compression(layout)
+        )
+    )
     return jax.device_get(place(written(memories.Slots, [1, 2, 2], 4), lengths))
 
 
 @functools.partial(jax.jit, static_argnums=2)
 def in_one_call(params, memory, layout, packed):
     heads = {"ae": (), "lm": (), "qa": HEAD}
-    return loss.label_losses(MODEL, params, TRAINED, memory, packed, {o: heads[o] for o in packed}, layout, 8)
+    return loss.label_losses(
+        MODEL, params, TRAINED, memory, packed, {o: heads[o] for o in packed}, layout, 8
+    )
 
 
 @functools.partial(jax.jit, static_argnums=2)
 def by_itself(params, memory, head, starts, packed):
     prefix = methods.read(MODEL, params, memory, head)
-    hidden = loss.label_hidden(MODEL, params, TRAINED, prefix, starts, packed["ids"], packed["label_at"])
+    hidden = loss.label_hidden(
+        MODEL, params, TRAINED, prefix, starts, packed["ids"], packed["label_at"]
+    )
     labels = packed["labels"].reshape(len(hidden), -1, 1)
-    return -jnp.take_along_axis(jax.nn.log_softmax(hidden @ llama.head_kernel(params)), labels, -1).reshape(packed["labels"].shape)
+    return -jnp.take_along_axis(
+        jax.nn.log_softmax(hidden @ llama.head_kernel(params)), labels, -1
+    ).reshape(packed["labels"].shape)
 
 
 def at_labels(losses, objective):
@@ -149,8 +195,13 @@ def test_objectives_in_one_call_equal_separate_calls(tiny_params):
     got = in_one_call(tiny_params, memory, "servable", PACKED)
     assert set(got) == {"ae", "lm", "qa"}
     for o, head in (("ae", ()), ("lm", ()), ("qa", HEAD)):
-        starts = np.asarray([len(head) + K, len(head) + 2 * K, len(head) + 2 * K])  # one, two and two segments
-        close(at_labels(got[o], o), at_labels(by_itself(tiny_params, memory, head, starts, PACKED[o]), o))
+        starts = np.asarray(
+            [len(head) + K, len(head) + 2 * K, len(head) + 2 * K]
+        )  # one, two and two segments
+        close(
+            at_labels(got[o], o),
+            at_labels(by_itself(tiny_params, memory, head, starts, PACKED[o]), o),
+        )
 
 
 def test_uniform_layout_restarts_autoencoding_at_zero_only(tiny_params):
@@ -159,9 +210,13 @@ def test_uniform_layout_restarts_autoencoding_at_zero_only(tiny_params):
     got = in_one_call(tiny_params, memory, "uniform", {o: PACKED[o] for o in ("ae", "lm")})
     zero, after = np.zeros(3, int), np.asarray(LENGTHS) + 1
     for o, starts, wrong in (("ae", zero, after), ("lm", after, zero)):
-        right, other = (at_labels(by_itself(tiny_params, memory, (), s, PACKED[o]), o) for s in (starts, wrong))
+        right, other = (
+            at_labels(by_itself(tiny_params, memory, (), s, PACKED[o]), o) for s in (starts, wrong)
+        )
         close(at_labels(got[o], o), right)
-        assert np.abs(right - other).max() > 1e-3, "this target does not depend on its start, so the test shows nothing"
+        assert np.abs(right - other).max() > 1e-3, (
+            "this target does not depend on its start, so the test shows nothing"
+        )
 
 
 def test_sums_count_labels_only():

@@ -25,7 +25,14 @@ choose = jax.jit(lambda memory, rows: memory[rows])
 @pytest.mark.parametrize("memory", [SLOTS, KVS], ids=["slots", "kv"])
 @pytest.mark.parametrize(
     ("rows", "want"),
-    [(1, [1]), (-1, [2]), (slice(1, None), [1, 2]), ([2, 0], [2, 0]), (np.asarray([0]), [0]), (jnp.asarray([1, 1]), [1, 1])],
+    [
+        (1, [1]),
+        (-1, [2]),
+        (slice(1, None), [1, 2]),
+        ([2, 0], [2, 0]),
+        (np.asarray([0]), [0]),
+        (jnp.asarray([1, 1]), [1, 1]),
+    ],
 )
 def test_choosing_rows(memory, rows, want):
     """Breaks when a single row loses its batch axis, a field is left behind, or K/V are cut along their layers."""
@@ -44,14 +51,23 @@ def test_sizes():
     for memory, size in ((SLOTS, 20), (KVS, 80)):
         assert memory.lengths.tolist() == [13, 5, 16] and memory.tokens.tolist() == [4, 2, 4]
         assert memory.ratio.tolist() == [3.25, 2.5, 4.0] and memory.tokens_per_segment == 2
-        assert memory.bytes_per_token == size and memory.bytes.tolist() == [4 * size, 2 * size, 4 * size]
-        half = memory.replace(**{name: x.astype(jnp.bfloat16) for name, x in memory.contents.items()})
+        assert memory.bytes_per_token == size and memory.bytes.tolist() == [
+            4 * size,
+            2 * size,
+            4 * size,
+        ]
+        half = memory.replace(
+            **{name: x.astype(jnp.bfloat16) for name, x in memory.contents.items()}
+        )
         assert half.bytes.tolist() == [2 * size, size, 2 * size]
 
 
 def test_what_cannot_be_joined():
     """Breaks when memories that no decoder could read together are put behind each other."""
     config = CompressionConfig(k=2, rate=4)
-    for memories, message in (([], "no memories to join"), ([SLOTS, KVS], "memories of Slots, KV kind cannot be joined")):
+    for memories, message in (
+        ([], "no memories to join"),
+        ([SLOTS, KVS], "memories of Slots, KV kind cannot be joined"),
+    ):
         with pytest.raises(ValueError, match=message):
             join(memories, config)

@@ -13,11 +13,19 @@ from icae_jax.models import llama
 from icae_jax.objectives import loss, targets
 
 # Every layout with one method, each method with several: a layout is positions and padding, a method what is taken of the encoder's pass.
-EVERY = [("icae", "servable"), ("icae", "sequential"), ("icae", "padded"), ("x500", "reference"), ("x500", "uniform")]
+EVERY = [
+    ("icae", "servable"),
+    ("icae", "sequential"),
+    ("icae", "padded"),
+    ("x500", "reference"),
+    ("x500", "uniform"),
+]
 MODEL = llama.Llama(TINY, lora_scale=0.5)
 TRAINED = random_trained(TINY, 4)
 RNG = np.random.default_rng(0)
-TEXTS = [RNG.integers(3, 64, n).tolist() for n in (24, 7, 12)]  # two equal segments, one short, one full
+TEXTS = [
+    RNG.integers(3, 64, n).tolist() for n in (24, 7, 12)
+]  # two equal segments, one short, one full
 
 
 @pytest.fixture(params=EVERY, ids=lambda p: "-".join(p))
@@ -42,12 +50,20 @@ def first_segment(memory):
     k, axis = memory.tokens_per_segment, memory.TEXT_AXIS + 1
     assert not memory.mask[:, k:].any()
     cut = {name: np.take(x, range(k), axis) for name, x in memory.contents.items()}
-    return memory.replace(**cut, mask=memory.mask[:, :k], positions=memory.positions[:, :k], segment_lengths=memory.segment_lengths[:, :1])
+    return memory.replace(
+        **cut,
+        mask=memory.mask[:, :k],
+        positions=memory.positions[:, :k],
+        segment_lengths=memory.segment_lengths[:, :1],
+    )
 
 
 def tokens_of(memory):
     """`{field: [B, M, …]}` of what was written, texts and tokens in front."""
-    return {name: np.moveaxis(np.asarray(x), (memory.TEXT_AXIS, memory.TEXT_AXIS + 1), (0, 1)) for name, x in memory.contents.items()}
+    return {
+        name: np.moveaxis(np.asarray(x), (memory.TEXT_AXIS, memory.TEXT_AXIS + 1), (0, 1))
+        for name, x in memory.contents.items()
+    }
 
 
 def assert_same(got, want):
@@ -63,21 +79,32 @@ def assert_same(got, want):
 
 def test_every_layout_is_tried():
     """Breaks when a layout is added that nothing here runs, or one of them goes to a method that does not know it."""
-    assert {layout for _, layout in EVERY} | {"clean"} == {layout for layouts in encoder.METHOD_LAYOUTS.values() for layout in layouts}
+    assert {layout for _, layout in EVERY} | {"clean"} == {
+        layout for layouts in encoder.METHOD_LAYOUTS.values() for layout in layouts
+    }
     assert all(layout in encoder.METHOD_LAYOUTS[method] for method, layout in EVERY)
 
 
 def test_the_configuration_decides_the_kind(tiny_params, config):
     memory = compress(tiny_params, TEXTS, config)
     assert type(memory) is methods.KINDS[config.method]
-    assert memory.tokens.tolist() == [8, 4, 4] and memory.tokens_per_segment == 4 and memory.lengths.tolist() == [24, 7, 12]
+    assert (
+        memory.tokens.tolist() == [8, 4, 4]
+        and memory.tokens_per_segment == 4
+        and memory.lengths.tolist() == [24, 7, 12]
+    )
 
 
 def test_a_chosen_k_equals_a_model_of_that_k(tiny_params, config):
     """Breaks when a smaller k uses other rows, cuts the text into other segments, or keeps positions or masks of the larger one."""
     small = encoder.CompressionConfig(method=config.method, layout=config.layout, k=2, rate=6)
     rows = np.asarray([0, 1, 4, 5, 6])  # two memory tokens, and the special rows
-    alone = compress(tiny_params, TEXTS, small, trained=TRAINED | {"memory_table": np.asarray(TRAINED["memory_table"])[rows]})
+    alone = compress(
+        tiny_params,
+        TEXTS,
+        small,
+        trained=TRAINED | {"memory_table": np.asarray(TRAINED["memory_table"])[rows]},
+    )
     chosen, largest = compress(tiny_params, TEXTS, config, 2), compress(tiny_params, TEXTS, config)
     assert_same(chosen, alone)
     assert chosen.tokens.tolist() == [4, 2, 2] and largest.tokens.tolist() == [8, 4, 4]
@@ -88,17 +115,23 @@ def test_a_chosen_k_equals_a_model_of_that_k(tiny_params, config):
 
 
 def test_an_unknown_k_is_refused(tiny_params, config):
-    with pytest.raises(ValueError, match="k is 3; this compressor was trained with 2, 4 memory tokens"):
+    with pytest.raises(
+        ValueError, match="k is 3; this compressor was trained with 2, 4 memory tokens"
+    ):
         compress(tiny_params, TEXTS, config, 3)
 
 
 def test_joined_memories_equal_segments_compressed_at_once(tiny_params, config):
     """Breaks when a joined memory's positions, order or masks differ from those of one text of two segments."""
     every = compress(tiny_params, TEXTS, config)
-    parts = compress(tiny_params, [TEXTS[0][:12], TEXTS[0][12:], TEXTS[2]], config, shape=(2, 12))  # the same program
+    parts = compress(
+        tiny_params, [TEXTS[0][:12], TEXTS[0][12:], TEXTS[2]], config, shape=(2, 12)
+    )  # the same program
     halves = [first_segment(parts[b]) for b in (0, 1)]
     assert_same(memories.join(halves, config), every[0])
-    with pytest.raises(ValueError, match=r"memories of 4, 2 memory tokens a segment cannot be joined"):
+    with pytest.raises(
+        ValueError, match=r"memories of 4, 2 memory tokens a segment cannot be joined"
+    ):
         memories.join([halves[0], compress(tiny_params, TEXTS, config, 2)[0]], config)
     with pytest.raises(ValueError, match=r"memories of 1, 3 texts cannot be joined"):
         memories.join([halves[0], every], config)
@@ -117,7 +150,10 @@ def test_a_missing_segment_in_the_middle_takes_no_positions(tiny_params, config)
 
 def test_neighbours_and_padding_do_not_change_a_memory(tiny_params, config):
     """Breaks when a text's memory depends on the batch that it was compressed in: its rows, segments or (but for fixed layouts) tokens."""
-    assert_same(first_segment(compress(tiny_params, TEXTS, config)[1]), compress(tiny_params, [TEXTS[1]], config))
+    assert_same(
+        first_segment(compress(tiny_params, TEXTS, config)[1]),
+        compress(tiny_params, [TEXTS[1]], config),
+    )
 
 
 @functools.partial(jax.jit, static_argnames="config")
@@ -126,27 +162,51 @@ def _loss(params, trained, ids, lengths, packed, scale, config):
 
     def of(embeddings, trained):
         # The encoder reads a copy of the embeddings, so that a gradient there is one of the context.
-        memory = methods.compress(MODEL, params | {"embed": embeddings}, trained, ids, lengths, config)
-        contents = {name: scale * x + (1 - scale) * jax.lax.stop_gradient(x) for name, x in memory.contents.items()}
-        losses = loss.label_losses(MODEL, params, trained, memory.replace(**contents), {"ae": packed}, {"ae": ()}, config.layout, 8)
+        memory = methods.compress(
+            MODEL, params | {"embed": embeddings}, trained, ids, lengths, config
+        )
+        contents = {
+            name: scale * x + (1 - scale) * jax.lax.stop_gradient(x)
+            for name, x in memory.contents.items()
+        }
+        losses = loss.label_losses(
+            MODEL,
+            params,
+            trained,
+            memory.replace(**contents),
+            {"ae": packed},
+            {"ae": ()},
+            config.layout,
+            8,
+        )
         total, count = loss.objective_sums(losses, {"ae": packed})["ae"]
         return total / count
 
     return jax.value_and_grad(of, argnums=(0, 1))(params["embed"], trained)
 
 
-@pytest.mark.parametrize("config", [("icae", "padded"), ("x500", "uniform")], indirect=True, ids="-".join)
+@pytest.mark.parametrize(
+    "config", [("icae", "padded"), ("x500", "uniform")], indirect=True, ids="-".join
+)
 def test_the_decoder_learns_of_the_context_through_what_was_written_alone(tiny_params, config):
     """Breaks when context, LoRA or memory rows reach the loss past the memory's contents."""
     ids, lengths = encoder.segment_contexts(TEXTS, config, pad_id=2)
     packed = targets.pack([[targets.ae_target(t, FRAMING)] for t in TEXTS], 1, 25, 25)
-    values, gradients = zip(*(_loss(tiny_params, TRAINED, ids, lengths, packed, scale, config=config) for scale in (1.0, 0.0)), strict=True)
+    values, gradients = zip(
+        *(
+            _loss(tiny_params, TRAINED, ids, lengths, packed, scale, config=config)
+            for scale in (1.0, 0.0)
+        ),
+        strict=True,
+    )
     assert float(values[0]) == pytest.approx(float(values[1]), abs=1e-5)
     for gradient, cut in zip(jax.device_get(gradients), (False, True), strict=True):
         context, trained = gradient
         table = np.abs(np.asarray(trained["memory_table"])).max(1)
         lora = max(float(np.abs(x).max()) for x in jax.tree.leaves(trained["lora"]))
-        assert table[4] > 1e-5 and not table[5:].any()  # [AE] is used in the decoder; [LM] and [FT] are not
+        assert (
+            table[4] > 1e-5 and not table[5:].any()
+        )  # [AE] is used in the decoder; [LM] and [FT] are not
         if cut:
             assert not np.any(context) and lora == 0 and not table[:4].any()
         else:

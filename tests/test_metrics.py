@@ -8,12 +8,34 @@ import types
 
 import pytest
 
-from icae_jax.training import chips, metrics
+from icae_jax.performance import chips
+from icae_jax.training import metrics
 
 LINES = [
-    {"step": 0, "eval": {"memory": {"ae": 4.0, "lm": 5.0}, "wrong_memory_k1": {"ae": 6.0}}, "eval_loss": 4.5},
-    {"step": 2, "k": 4, "train": {"ae": 3.5}, "grad_norm": 1.25, "learning_rate": 1e-3, "seconds": 2, "tokens_per_second": 64, "mfu": 0.5},
-    {"step": 4, "train": {"ae": 3.0}, "grad_norm": 1.5, "learning_rate": 1e-3, "seconds": 0.5, "tokens_per_second": 128.0, "mfu": None},
+    {
+        "step": 0,
+        "eval": {"memory": {"ae": 4.0, "lm": 5.0}, "wrong_memory_k1": {"ae": 6.0}},
+        "eval_loss": 4.5,
+    },
+    {
+        "step": 2,
+        "k": 4,
+        "train": {"ae": 3.5},
+        "grad_norm": 1.25,
+        "learning_rate": 1e-3,
+        "seconds": 2,
+        "tokens_per_second": 64,
+        "mfu": 0.5,
+    },
+    {
+        "step": 4,
+        "train": {"ae": 3.0},
+        "grad_norm": 1.5,
+        "learning_rate": 1e-3,
+        "seconds": 0.5,
+        "tokens_per_second": 128.0,
+        "mfu": None,
+    },
 ]
 
 
@@ -77,10 +99,29 @@ def test_lines_are_scalars_of_tensorboard_as_soon_as_they_are_written(tmp_path):
             file.write(line)
         found = shown(tmp_path)
     assert file.path.read_text() == "".join(json.dumps(line) + "\n" for line in LINES)
-    train = {"k": 4, "train/ae": 3.5, "grad_norm": 1.25, "learning_rate": 1e-3, "seconds": 2, "tokens_per_second": 64, "mfu": 0.5}
-    want = {("eval/memory/ae", 0): 4, ("eval/memory/lm", 0): 5, ("eval/wrong_memory_k1/ae", 0): 6, ("eval_loss", 0): 4.5}
+    train = {
+        "k": 4,
+        "train/ae": 3.5,
+        "grad_norm": 1.25,
+        "learning_rate": 1e-3,
+        "seconds": 2,
+        "tokens_per_second": 64,
+        "mfu": 0.5,
+    }
+    want = {
+        ("eval/memory/ae", 0): 4,
+        ("eval/memory/lm", 0): 5,
+        ("eval/wrong_memory_k1/ae", 0): 6,
+        ("eval_loss", 0): 4.5,
+    }
     want |= {(tag, 2): value for tag, value in train.items()}
-    want |= {("train/ae", 4): 3, ("grad_norm", 4): 1.5, ("learning_rate", 4): 1e-3, ("seconds", 4): 0.5, ("tokens_per_second", 4): 128}
+    want |= {
+        ("train/ae", 4): 3,
+        ("grad_norm", 4): 1.5,
+        ("learning_rate", 4): 1e-3,
+        ("seconds", 4): 0.5,
+        ("tokens_per_second", 4): 128,
+    }
     assert found == pytest.approx(want)
 
 
@@ -97,15 +138,28 @@ def test_a_resumed_run_shows_no_step_twice(tmp_path):
 
 def test_no_import_of_tensorboard_before_it_is_needed():
     """Breaks when a command that trains nothing waits for it to load."""
-    subprocess.run([sys.executable, "-c", "import sys, icae_jax.training.metrics; sys.exit('tensorboardX' in sys.modules)"], check=True)
+    subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "import sys, icae_jax.training.metrics; sys.exit('tensorboardX' in sys.modules)",
+        ],
+        check=True,
+    )
 
 
 def test_writing_metrics_imports_no_torch(tmp_path, monkeypatch):
     """Breaks when a training waits seconds for PyTorch, of which tensorboardX needs nothing here, or hides it from what comes after."""
-    for name in [name for name in sys.modules if name.partition(".")[0] in ("tensorboardX", "torch")]:
+    for name in [
+        name for name in sys.modules if name.partition(".")[0] in ("tensorboardX", "torch")
+    ]:
         monkeypatch.delitem(sys.modules, name)
     tried = []
-    monkeypatch.setattr(sys, "meta_path", [types.SimpleNamespace(find_spec=lambda name, *_: tried.append(name)), *sys.meta_path])
+    monkeypatch.setattr(
+        sys,
+        "meta_path",
+        [types.SimpleNamespace(find_spec=lambda name, *_: tried.append(name)), *sys.meta_path],
+    )
     metrics.MetricsFile(tmp_path, -1).close()
     assert "tensorboardX" in tried and "torch" not in tried and "torch" not in sys.modules
 

@@ -13,9 +13,9 @@ from conftest import TINY, random_trained
 
 from icae_jax import errors
 from icae_jax.compression.encoder import CompressionConfig
-from icae_jax.interop import adapter as adapters
-from icae_jax.interop import base as bases
-from icae_jax.interop import peft_config, peft_folder
+from icae_jax.interop.adapters import folder as adapters
+from icae_jax.interop.adapters import peft_config, peft_folder
+from icae_jax.interop.hub import base as bases
 from icae_jax.models import lora
 from icae_jax.models.lora import LoraConfig
 from icae_jax.objectives.targets import Template
@@ -23,7 +23,11 @@ from icae_jax.objectives.targets import Template
 PLAIN = {
     "peft_type": "LORA", "base_model_name_or_path": "base", "r": 4, "lora_alpha": 6.0, "target_modules": ["q_proj", "v_proj"],
 }  # fmt: skip
-MODULES = [f"model.layers.{i}.{lora.module_of(name)}.{name}" for i in range(TINY.num_layers) for name in lora.PROJECTIONS]
+MODULES = [
+    f"model.layers.{i}.{lora.module_of(name)}.{name}"
+    for i in range(TINY.num_layers)
+    for name in lora.PROJECTIONS
+]
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +40,14 @@ def plain(base, tmp_path_factory):
     """A PEFT folder of an adapter of rank 4 on q_proj and v_proj."""
     folder = tmp_path_factory.mktemp("peft") / "plain"
     compression, template = CompressionConfig(k=3, rate=5), Template("plain", (), (5,), (6,), 2)
-    adapter = adapters.Adapter(compression, LoraConfig(4, 1.5, 0.1), template, random_trained(TINY, 3), str(base.path), base.fingerprint)
+    adapter = adapters.Adapter(
+        compression,
+        LoraConfig(4, 1.5, 0.1),
+        template,
+        random_trained(TINY, 3),
+        str(base.path),
+        base.fingerprint,
+    )
     peft_folder.save(folder, adapter, TINY)
     return folder
 
@@ -49,7 +60,9 @@ def folder(plain, tmp_path):
 def read(tmp_path, **fields):
     """adapter_config.json of a plain LoRA with these fields, `...` for one that is left out."""
     path = tmp_path / "adapter_config.json"
-    path.write_text(json.dumps({name: value for name, value in (PLAIN | fields).items() if value is not ...}))
+    path.write_text(
+        json.dumps({name: value for name, value in (PLAIN | fields).items() if value is not ...})
+    )
     return peft_config.read(path)
 
 
@@ -82,8 +95,15 @@ COMPUTED = {
 
 def deltas(model):
     """What PEFT adds to each module's weight, `{module: [out, in]}`."""
-    found = {name: module.get_delta_weight("default") for name, module in model.named_modules() if hasattr(module, "get_delta_weight")}
-    return {name.removeprefix("base_model.model."): np.asarray(delta.detach()) for name, delta in found.items()}
+    found = {
+        name: module.get_delta_weight("default")
+        for name, module in model.named_modules()
+        if hasattr(module, "get_delta_weight")
+    }
+    return {
+        name.removeprefix("base_model.model."): np.asarray(delta.detach())
+        for name, delta in found.items()
+    }
 
 
 def ours(adapter):
@@ -117,9 +137,14 @@ def test_what_peft_computes(name, base, tiny_base, folder, tmp_path):
     adapters.save_adapter(tmp_path / "native", adapter)
     peft_folder.save(tmp_path / "peft", adapter, TINY)
     again = peft.PeftModel.from_pretrained(
-        transformers.AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32), tmp_path / "peft"
+        transformers.AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32),
+        tmp_path / "peft",
     )
-    every = [ours(adapter), *(ours(adapters.load_adapter(tmp_path / form, base)) for form in ("native", "peft")), deltas(again)]
+    every = [
+        ours(adapter),
+        *(ours(adapters.load_adapter(tmp_path / form, base)) for form in ("native", "peft")),
+        deltas(again),
+    ]
     for got in every:
         assert set(want) == {module for module, delta in got.items() if delta.any()}
         for module, delta in want.items():
@@ -128,24 +153,48 @@ def test_what_peft_computes(name, base, tiny_base, folder, tmp_path):
 
 def test_modules_are_matched_as_peft_does(tmp_path):
     """Breaks when a name or pattern matches other modules than in PEFT: the head, an end within a word, a nested number."""
-    utils, others = pytest.importorskip("peft.tuners.tuners_utils"), pytest.importorskip("peft.utils.other")
+    utils, others = (
+        pytest.importorskip("peft.tuners.tuners_utils"),
+        pytest.importorskip("peft.utils.other"),
+    )
     peft = pytest.importorskip("peft")
-    odd = ["lm_head", "model.embed_tokens", "layers.1.self_attn.q_proj", "model.layers.1.self_attn.my_q_proj", "a.h.1.layers.0.q_proj"]
+    odd = [
+        "lm_head",
+        "model.embed_tokens",
+        "layers.1.self_attn.q_proj",
+        "model.layers.1.self_attn.my_q_proj",
+        "a.h.1.layers.0.q_proj",
+    ]
     more = [
         {"target_modules": ["lm_head", "proj", "j"]},
         {"target_modules": "q_proj"},
-        {"target_modules": ["q_proj"], "layers_to_transform": [1], "layers_pattern": ["h", "layers"]},
+        {
+            "target_modules": ["q_proj"],
+            "layers_to_transform": [1],
+            "layers_pattern": ["h", "layers"],
+        },
     ]
     for fields in [*COMPUTED.values(), *more]:
         if fields["target_modules"] == "all-linear":  # which PEFT spells out by the model
             continue
-        stated, config = read(tmp_path, **fields), peft.LoraConfig(**{"r": 4, "lora_alpha": 6} | fields)
+        stated, config = (
+            read(tmp_path, **fields),
+            peft.LoraConfig(**{"r": 4, "lora_alpha": 6} | fields),
+        )
         for module in [*MODULES, *odd]:
-            assert stated.has_lora(module) == bool(utils.check_target_module_exists(config, module)), (fields, module)
-            rank = config.rank_pattern.get(others.get_pattern_key(config.rank_pattern, module), config.r)
+            assert stated.has_lora(module) == bool(
+                utils.check_target_module_exists(config, module)
+            ), (fields, module)
+            rank = config.rank_pattern.get(
+                others.get_pattern_key(config.rank_pattern, module), config.r
+            )
             assert stated.rank_of(module) == rank
-            alpha = config.alpha_pattern.get(others.get_pattern_key(config.alpha_pattern, module), config.lora_alpha)
-            assert stated.scale_of(module) == pytest.approx(alpha / rank**0.5 if config.use_rslora else alpha / rank)
+            alpha = config.alpha_pattern.get(
+                others.get_pattern_key(config.alpha_pattern, module), config.lora_alpha
+            )
+            assert stated.scale_of(module) == pytest.approx(
+                alpha / rank**0.5 if config.use_rslora else alpha / rank
+            )
 
 
 def test_every_field_of_peft_is_known(tmp_path):
@@ -154,7 +203,13 @@ def test_every_field_of_peft_is_known(tmp_path):
     fields = {field.name for field in dataclasses.fields(peft.LoraConfig)}
     assert fields <= peft_config.COMPUTED | peft_config.HARMLESS | peft_config.REFUSED
     defaults = peft.LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj"]).to_dict()
-    read(tmp_path, **{name: list(value) if isinstance(value, set) else value for name, value in defaults.items()})
+    read(
+        tmp_path,
+        **{
+            name: list(value) if isinstance(value, set) else value
+            for name, value in defaults.items()
+        },
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------------- refused
@@ -202,9 +257,16 @@ def test_harmless_values(tmp_path):
         auto_mapping={"parent_library": "transformers"}, runtime_config={"ephemeral_gpu_offload": False}, peft_version="9.9",
         revision=None, base_model_name_or_path=None, megatron_core="megatron.core", qalora_group_size=16, ensure_weight_tying=True,
     )  # fmt: skip
-    assert (stated.rank, stated.scale, stated.dropout, stated.base) == (8, 2.0, 0.0, "") and stated.rank_of(MODULES[0]) == 8
+    assert (stated.rank, stated.scale, stated.dropout, stated.base) == (
+        8,
+        2.0,
+        0.0,
+        "",
+    ) and stated.rank_of(MODULES[0]) == 8
     assert read(tmp_path, base_model_name_or_path="org/base", revision="v2").base == "org/base@v2"
-    assert read(tmp_path, base_model_name_or_path=str(tmp_path), revision="v2").base == str(tmp_path)
+    assert read(tmp_path, base_model_name_or_path=str(tmp_path), revision="v2").base == str(
+        tmp_path
+    )
 
 
 def edit(folder, **changes):
@@ -215,16 +277,34 @@ def edit(folder, **changes):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"r": 8}, r"lora_A\.weight: \(4, 32\), with this base and r 8 in adapter_config\.json it is \(8, 32\)"),
-        ({"rank_pattern": {"q_proj": 2}}, r"q_proj\.lora_A\.weight: \(4, 32\), .* r 2 .*it is \(2, 32\)"),
-        ({"target_modules": ["q_proj", "v_proj", "k_proj"]}, r"missing base_model\.model\.model\.layers\.0\.self_attn\.k_proj\.lora_A"),
-        ({"target_modules": ["q_proj"]}, r"unexpected .*v_proj\.lora_A\.weight: by adapter_config\.json .*v_proj has no LoRA"),
+        (
+            {"r": 8},
+            r"lora_A\.weight: \(4, 32\), with this base and r 8 in adapter_config\.json it is \(8, 32\)",
+        ),
+        (
+            {"rank_pattern": {"q_proj": 2}},
+            r"q_proj\.lora_A\.weight: \(4, 32\), .* r 2 .*it is \(2, 32\)",
+        ),
+        (
+            {"target_modules": ["q_proj", "v_proj", "k_proj"]},
+            r"missing base_model\.model\.model\.layers\.0\.self_attn\.k_proj\.lora_A",
+        ),
+        (
+            {"target_modules": ["q_proj"]},
+            r"unexpected .*v_proj\.lora_A\.weight: by adapter_config\.json .*v_proj has no LoRA",
+        ),
         ({"target_modules": "all-linear"}, r"missing .*mlp\.up_proj\.lora_A\.weight"),
-        ({"target_modules": ["q_proj", "v_proj", "lm_head"]}, "missing lm_head: adapter_config.json gives it LoRA"),
+        (
+            {"target_modules": ["q_proj", "v_proj", "lm_head"]},
+            "missing lm_head: adapter_config.json gives it LoRA",
+        ),
         ({"target_modules": ["query"]}, "unexpected .*q_proj has no LoRA"),
         ({"layers_to_transform": [1]}, r"unexpected .*layers\.0\.self_attn\.q_proj has no LoRA"),
         ({"exclude_modules": ["q_proj"]}, r"unexpected .*q_proj has no LoRA"),
-        ({"alpha_pattern": {"q_proj": 1e300}}, "alpha_pattern gives q_proj scales beyond what float32 holds"),
+        (
+            {"alpha_pattern": {"q_proj": 1e300}},
+            "alpha_pattern gives q_proj scales beyond what float32 holds",
+        ),
     ],
 )
 def test_configuration_and_tensors_disagree(changes, message, folder, base):
@@ -254,8 +334,12 @@ Q_A = f"{PREFIX}layers.0.self_attn.q_proj.lora_A.weight"
 def test_every_tensor_is_read_or_named(name, folder, base):
     """Breaks when a tensor that changes what PEFT computes is left out in silence, though no field of the configuration tells of it."""
     path = folder / "adapter_model.safetensors"
-    safetensors.numpy.save_file(safetensors.numpy.load_file(path) | {name: np.ones((4, 32), np.float32)}, path)
-    with pytest.raises(errors.UserError, match=r"adapter_model\.safetensors: .* would not be read") as error:
+    safetensors.numpy.save_file(
+        safetensors.numpy.load_file(path) | {name: np.ones((4, 32), np.float32)}, path
+    )
+    with pytest.raises(
+        errors.UserError, match=r"adapter_model\.safetensors: .* would not be read"
+    ) as error:
         adapters.load_adapter(folder, base)
     assert name in str(error.value)
 
@@ -271,17 +355,29 @@ TABLE = adapters.MEMORY_TABLE
         ("memory", TABLE, lambda x: x.astype(np.int32), f"unreadable {TABLE}: of type int32"),
         ("memory", TABLE, lambda x: x[None], "expected"),
         ("adapter_model", Q_A, lambda x: x * np.inf, f"unreadable {Q_A}: it holds NaN or infinity"),
-        ("adapter_model", Q_A, lambda x: x.astype(np.float64) * 1e300, f"unreadable {Q_A}: it holds NaN or infinity"),
+        (
+            "adapter_model",
+            Q_A,
+            lambda x: x.astype(np.float64) * 1e300,
+            f"unreadable {Q_A}: it holds NaN or infinity",
+        ),
         ("adapter_model", Q_A, lambda x: x > 0, f"unreadable {Q_A}: of type bool"),
         ("adapter_model", Q_A, lambda x: x[0], f"mis-shaped {Q_A}"),
-        ("adapter_model", Q_A.replace(".weight", ".default.weight"), lambda x: x, "is the same tensor of the same layer"),
+        (
+            "adapter_model",
+            Q_A.replace(".weight", ".default.weight"),
+            lambda x: x,
+            "is the same tensor of the same layer",
+        ),
     ],
 )
 def test_tensors_that_are_no_numbers(file, name, change, message, folder, base):
     """Breaks when NaN, integers, two copies of a tensor, or a tensor beside the table, get as far as a memory."""
     path = folder / f"{file}.safetensors"
     tensors = safetensors.numpy.load_file(path)
-    tensors[name] = np.ascontiguousarray(change(tensors.get(name, tensors[Q_A if file == "adapter_model" else TABLE])))
+    tensors[name] = np.ascontiguousarray(
+        change(tensors.get(name, tensors[Q_A if file == "adapter_model" else TABLE]))
+    )
     safetensors.numpy.save_file(tensors, path)
     with pytest.raises(errors.UserError, match=message):
         adapters.load_adapter(folder, base)
@@ -291,19 +387,31 @@ def test_spellings_of_names(plain, folder, base):
     """Breaks when tensors that PEFT trained on the inner model (AutoModel), or that carry an adapter's name, are not read."""
     want = adapters.load_adapter(plain, base).trained
     tensors = safetensors.numpy.load_file(plain / "adapter_model.safetensors")
-    for old, new in ((PREFIX, "base_model.model."), (PREFIX, "model."), (".weight", ".default.weight")):
+    for old, new in (
+        (PREFIX, "base_model.model."),
+        (PREFIX, "model."),
+        (".weight", ".default.weight"),
+    ):
         renamed = {name.replace(old, new): tensor for name, tensor in tensors.items()}
         safetensors.numpy.save_file(renamed, folder / "adapter_model.safetensors")
-        jax.tree.map(np.testing.assert_array_equal, adapters.load_adapter(folder, base).trained, want)
+        jax.tree.map(
+            np.testing.assert_array_equal, adapters.load_adapter(folder, base).trained, want
+        )
 
 
 def test_files_that_are_there_otherwise(folder, base, capsys):
     """Breaks when a pickle is read or passed over without a word, safetensors do not come first, or one of two configurations is taken."""
     (folder / "adapter_model.bin").write_bytes(b"never read")
     adapters.load_adapter(folder, base)
-    assert "adapter_model.safetensors is read, as by peft; adapter_model.bin beside it is not" in capsys.readouterr().err
+    assert (
+        "adapter_model.safetensors is read, as by peft; adapter_model.bin beside it is not"
+        in capsys.readouterr().err
+    )
     kept = (folder / "adapter_model.safetensors").rename(folder / "kept")
-    with pytest.raises(errors.UserError, match=r"no such file, and adapter_model\.bin beside it is a pickle, which is never read here"):
+    with pytest.raises(
+        errors.UserError,
+        match=r"no such file, and adapter_model\.bin beside it is a pickle, which is never read here",
+    ):
         adapters.load_adapter(folder, base)
     kept.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
     kept.rename(folder / "adapter_model.safetensors")
@@ -311,13 +419,21 @@ def test_files_that_are_there_otherwise(folder, base, capsys):
         adapters.load_adapter(folder, base)
     (folder / "encoder").mkdir()
     shutil.copy(folder / "adapter_config.json", folder / "encoder")
-    with pytest.raises(errors.UserError, match=r"holds adapter_config\.json twice, in itself and in encoder/"):
+    with pytest.raises(
+        errors.UserError, match=r"holds adapter_config\.json twice, in itself and in encoder/"
+    ):
         adapters.load_adapter(folder, base)
     shutil.copytree(folder, folder / "adapter")
-    with pytest.raises(errors.UserError, match=r"holds icae\.json twice, in itself and in adapter/; name that folder, or move it away"):
+    with pytest.raises(
+        errors.UserError,
+        match=r"holds icae\.json twice, in itself and in adapter/; name that folder, or move it away",
+    ):
         adapters.locate(folder)
     (folder / "icae.json").unlink()
-    with pytest.raises(errors.UserError, match=r"has no icae\.json, so it is an ordinary PEFT adapter, without memory tokens"):
+    with pytest.raises(
+        errors.UserError,
+        match=r"has no icae\.json, so it is an ordinary PEFT adapter, without memory tokens",
+    ):
         adapters.load_adapter(folder, base)
 
 
@@ -329,8 +445,15 @@ def test_nonsense_is_never_a_traceback(folder, base):
     for file in ("adapter_config.json", "icae.json"):
         path = folder / file
         whole = json.loads(path.read_text())
-        known = peft_config.COMPUTED | {"use_dora", "task_type"} if file == "adapter_config.json" else set()
-        groups = [(whole, sorted({*whole, *known})), *((value, sorted(value)) for value in whole.values() if isinstance(value, dict))]
+        known = (
+            peft_config.COMPUTED | {"use_dora", "task_type"}
+            if file == "adapter_config.json"
+            else set()
+        )
+        groups = [
+            (whole, sorted({*whole, *known})),
+            *((value, sorted(value)) for value in whole.values() if isinstance(value, dict)),
+        ]
         for group, names in groups:
             for name in names:
                 absent, before = name not in group, group.get(name)

@@ -15,9 +15,9 @@ from conftest import TINY, WORDS, close, random_trained
 from icae_jax.compression import layout as layouts
 from icae_jax.compression.encoder import METHOD_LAYOUTS, CompressionConfig
 from icae_jax.inference.compressor import Compressor
-from icae_jax.interop import adapter as adapters
-from icae_jax.interop import base as bases
-from icae_jax.interop import peft_folder
+from icae_jax.interop.adapters import folder as adapters
+from icae_jax.interop.adapters import peft_folder
+from icae_jax.interop.hub import base as bases
 from icae_jax.models import rope
 from icae_jax.models.lora import LoraConfig
 from icae_jax.objectives.targets import Template
@@ -56,7 +56,10 @@ def code_of(folder):
     return code
 
 
-@pytest.mark.parametrize(("method", "layout"), [(method, layout) for method, names in METHOD_LAYOUTS.items() for layout in names])
+@pytest.mark.parametrize(
+    ("method", "layout"),
+    [(method, layout) for method, names in METHOD_LAYOUTS.items() for layout in names],
+)
 def test_the_readme_makes_our_memory(base, tmp_path, monkeypatch, method, layout):
     """Breaks when the code in README.md cuts, frames, pads or places a text otherwise than we do, or keeps another state."""
     adapter = make_adapter(base, method, layout)
@@ -89,26 +92,42 @@ def test_peft_merges_what_we_compute(base, tiny_base, tmp_path):
     adapter = make_adapter(base)
     peft_folder.save(tmp_path / "out", adapter, TINY)
     written = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
-    assert (written["r"], written["lora_alpha"], written["target_modules"]) == (4, 6.0, ["q_proj", "v_proj"])
+    assert (written["r"], written["lora_alpha"], written["target_modules"]) == (
+        4,
+        6.0,
+        ["q_proj", "v_proj"],
+    )
     model = transformers.AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32)
     before = {name: value.clone().numpy() for name, value in model.state_dict().items()}
     merged = peft.PeftModel.from_pretrained(model, tmp_path / "out").merge_and_unload().state_dict()
     assert merged.keys() == before.keys()
     changed = {name for name in before if not np.array_equal(merged[name].numpy(), before[name])}
-    names = {f"model.layers.{i}.self_attn.{p}.weight": (i, p) for i in range(TINY.num_layers) for p in ("q_proj", "v_proj")}
+    names = {
+        f"model.layers.{i}.self_attn.{p}.weight": (i, p)
+        for i in range(TINY.num_layers)
+        for p in ("q_proj", "v_proj")
+    }
     assert changed == set(names)
     for name, (i, projection) in names.items():
         pair = adapter.trained["lora"]["layers"]["self_attn"][projection]
-        close(merged[name].numpy(), before[name] + 1.5 * np.asarray(pair["a"][i] @ pair["b"][i]).T, 1e-6)
+        close(
+            merged[name].numpy(),
+            before[name] + 1.5 * np.asarray(pair["a"][i] @ pair["b"][i]).T,
+            1e-6,
+        )
 
 
 def test_nothing_else_is_lost(base, tmp_path):
     """Breaks when the memory table, or how the adapter is read, does not travel with the LoRA; or a dtype is not the one asked for."""
     adapter = make_adapter(base)
     peft_folder.save(tmp_path / "out", adapter, TINY)
-    table = safetensors.numpy.load_file(tmp_path / "out" / "memory.safetensors")[adapters.MEMORY_TABLE]
+    table = safetensors.numpy.load_file(tmp_path / "out" / "memory.safetensors")[
+        adapters.MEMORY_TABLE
+    ]
     np.testing.assert_array_equal(table, adapter.trained["memory_table"])
-    assert json.loads((tmp_path / "out" / "icae.json").read_text()) == json.loads(json.dumps(adapters.icae_info(adapter)))
+    assert json.loads((tmp_path / "out" / "icae.json").read_text()) == json.loads(
+        json.dumps(adapters.icae_info(adapter))
+    )
     peft_folder.save(tmp_path / "half", adapter, TINY, "bfloat16")
     for name in ("adapter_model.safetensors", "memory.safetensors"):
         for full, value in safetensors.numpy.load_file(tmp_path / "out" / name).items():
@@ -126,7 +145,9 @@ def test_bad_input(base, tmp_path):
     with pytest.raises(ValueError, match="dtype is int8; choose float32, bfloat16 or float16"):
         peft_folder.save(tmp_path / "out", make_adapter(base), TINY, "int8")
     narrow, wide = (dataclasses.replace(TINY, windows=(0, w)) for w in (17, 18))
-    with pytest.raises(ValueError, match=r"layout is servable.* windows of 17, .* \(18 tokens\) fit"):
+    with pytest.raises(
+        ValueError, match=r"layout is servable.* windows of 17, .* \(18 tokens\) fit"
+    ):
         peft_folder.save(tmp_path / "out", make_adapter(base), narrow)
     assert not (tmp_path / "out").exists()
     peft_folder.save(tmp_path / "out", make_adapter(base), wide)

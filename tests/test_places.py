@@ -41,11 +41,23 @@ def corpus(tmp_path):
 def test_a_folder_is_its_files_of_rows(corpus, tmp_path, capsys):
     """Breaks when a file of a folder is lost or comes in another order, or what is no data is read; or goes unread without a word."""
     rows = list(sources.read_rows(str(corpus)))
-    assert [(row.text, row.id) for row in rows] == [("a", "a.jsonl.gz:0"), ("b", "b.jsonl:0"), ("c", "b.jsonl:1"), ("d", "a.csv:0")]
-    assert f"data {corpus}: 3 files are read; 3 others are not, such as {corpus}/README.md" in capsys.readouterr().err
+    assert [(row.text, row.id) for row in rows] == [
+        ("a", "a.jsonl.gz:0"),
+        ("b", "b.jsonl:0"),
+        ("c", "b.jsonl:1"),
+        ("d", "a.csv:0"),
+    ]
+    assert (
+        f"data {corpus}: 3 files are read; 3 others are not, such as {corpus}/README.md"
+        in capsys.readouterr().err
+    )
     sources.check_present(str(corpus))
     every = [f"{corpus}/a.jsonl.gz", f"{corpus}/b.jsonl", f"{corpus}/deep/deeper/a.csv"]
-    assert sources.identity(str(corpus)) == sources.identity(",".join(every)) == sources.identity(f"{corpus}/")
+    assert (
+        sources.identity(str(corpus))
+        == sources.identity(",".join(every))
+        == sources.identity(f"{corpus}/")
+    )
     shutil.copytree(corpus, tmp_path / "elsewhere")
     assert sources.identity(str(tmp_path / "elsewhere")) == sources.identity(str(corpus))
     write_jsonl(corpus / "b2.jsonl", [{"text": "new"}])
@@ -88,7 +100,10 @@ def test_globs(corpus):
         ("empty", "data .*empty: no files; expected files of JSON"),
         ("corpus/*.xyz", r"data .*\*\.xyz: no files; expected"),
         ("corpus/*.pdf", "data .*pdf: none of its 1 files is data; expected"),
-        ("https://host/a.jsonl", "data file https://host/a.jsonl: https:// is not read; expected gs://"),
+        (
+            "https://host/a.jsonl",
+            "data file https://host/a.jsonl: https:// is not read; expected gs://",
+        ),
         ("hf:a b", "hf:a b: not the name of a data set on the hub"),
         (" , ", "the data source is empty"),
     ],
@@ -116,8 +131,15 @@ def test_names_with_commas_and_spaces(tmp_path, monkeypatch):
     for name in ("a, b.jsonl", "a", "c.jsonl", "x=y, z.jsonl"):
         write_jsonl(tmp_path / name, [{"text": name}])
     assert sources.split_source("a, b.jsonl,c.jsonl") == ["a, b.jsonl", "c.jsonl"]
-    assert sources.split_source("c.jsonl, a, b.jsonl ,tfds:x:train") == ["c.jsonl", "a, b.jsonl", "tfds:x:train"]
-    assert sources.split_source("a, no.jsonl") == ["a", "no.jsonl"] and sources.split_source("gs://b/a, b.jsonl")[1] == "b.jsonl"
+    assert sources.split_source("c.jsonl, a, b.jsonl ,tfds:x:train") == [
+        "c.jsonl",
+        "a, b.jsonl",
+        "tfds:x:train",
+    ]
+    assert (
+        sources.split_source("a, no.jsonl") == ["a", "no.jsonl"]
+        and sources.split_source("gs://b/a, b.jsonl")[1] == "b.jsonl"
+    )
     from icae_jax.evaluation import examples
 
     assert examples.named_sources("x=a, b.jsonl,c.jsonl") == {"x": "a, b.jsonl", "c": "c.jsonl"}
@@ -138,22 +160,32 @@ def bucket(corpus, tmp_path):
         return original(os.fspath(path).replace("gs://bucket", str(root)), *args, **kw)
 
     def globbed(original, path):
-        return [match.replace(str(root), "gs://bucket") for match in glob.glob(os.fspath(path).replace("gs://bucket", str(root)))]
+        return [
+            match.replace(str(root), "gs://bucket")
+            for match in glob.glob(os.fspath(path).replace("gs://bucket", str(root)))
+        ]
 
-    with epath.testing.mock_epath(open=mapped, isdir=mapped, listdir=mapped, stat=mapped, exists=mapped, glob=globbed):
+    with epath.testing.mock_epath(
+        open=mapped, isdir=mapped, listdir=mapped, stat=mapped, exists=mapped, glob=globbed
+    ):
         yield root
 
 
 def test_object_storage(bucket, corpus, tmp_path, tiny_tokenizer):
     """Breaks when a file, folder or glob of a bucket is not read, in another order than here, or counts as other data than a copy here."""
-    assert texts("gs://bucket/corpus") == ["a", "b", "c", "d"] and texts("gs://bucket/corpus/*.jsonl*") == ["a", "b", "c"]
+    assert texts("gs://bucket/corpus") == ["a", "b", "c", "d"] and texts(
+        "gs://bucket/corpus/*.jsonl*"
+    ) == ["a", "b", "c"]
     assert texts("gs://bucket/p.parquet, gs://bucket/corpus/b.jsonl") == ["p", "b", "c"]
     assert next(sources.read_rows("gs://bucket/p.parquet")).where == "gs://bucket/p.parquet row 0"
     sources.check_present("gs://bucket/corpus")
     os.rename(bucket / "corpus" / "deep", bucket / "corpus" / "deep.en")  # a folder with a suffix
     assert texts("gs://bucket/corpus") == ["a", "b", "c", "d"]
     assert sources.identity("gs://bucket/corpus") == sources.identity(str(corpus))
-    remote, here = (tokens.tokenise(source, tiny_tokenizer, str(tmp_path / "cache")) for source in ("gs://bucket/corpus", str(corpus)))
+    remote, here = (
+        tokens.tokenise(source, tiny_tokenizer, str(tmp_path / "cache"))
+        for source in ("gs://bucket/corpus", str(corpus))
+    )
     assert remote.key == here.key
 
 
@@ -161,7 +193,9 @@ def test_the_hash_of_a_large_remote_file_is_kept(bucket, tmp_path, monkeypatch):
     """Breaks when gigabytes of a bucket are read at each start, or the hash is kept after the file changed."""
     monkeypatch.setattr(tokens, "REMEMBERED", 10)
     hashed, content_hash = [], tokens.reading.content_hash
-    monkeypatch.setattr(tokens.reading, "content_hash", lambda path: hashed.append(path) or content_hash(path))
+    monkeypatch.setattr(
+        tokens.reading, "content_hash", lambda path: hashed.append(path) or content_hash(path)
+    )
     for change in (1, 2):
         os.utime(bucket / "p.parquet", (change, change))
         assert len({tokens._hash_once(tmp_path, "gs://bucket/p.parquet") for _ in range(3)}) == 1
@@ -174,8 +208,14 @@ def test_the_hash_of_a_large_remote_file_is_kept(bucket, tmp_path, monkeypatch):
         ("gs://bucket/corpus/no.jsonl", "data file gs://bucket/corpus/no.jsonl: no such file"),
         ("gs://bucket/no", "data file gs://bucket/no: no such file"),
         ("gs://bucket/corpus/*.xyz", r"data gs://bucket/corpus/\*\.xyz: no files"),
-        ("gs://bucket/**/*.jsonl", r"data gs://bucket/\*\*/\*\.jsonl: \*\* is not read there; give the folder"),
-        ("gs://bucket/corpus/paper.pdf", r"data file gs://bucket/corpus/paper\.pdf: \.pdf is no format"),
+        (
+            "gs://bucket/**/*.jsonl",
+            r"data gs://bucket/\*\*/\*\.jsonl: \*\* is not read there; give the folder",
+        ),
+        (
+            "gs://bucket/corpus/paper.pdf",
+            r"data file gs://bucket/corpus/paper\.pdf: \.pdf is no format",
+        ),
     ],
 )
 def test_what_a_bucket_has_not(bucket, source, message):
@@ -201,9 +241,18 @@ def test_what_a_storage_answers(monkeypatch):
         sources.read_all("gs://bucket/a.jsonl")
     forbidden = Exception("no access")
     forbidden.code = 403
-    answers = (forbidden, "no access"), (ImportError("gcsfs"), "pip install gcsfs for gs://"), (FileNotFoundError("gone"), "gone")
+    answers = (
+        (forbidden, "no access"),
+        (ImportError("gcsfs"), "pip install gcsfs for gs://"),
+        (FileNotFoundError("gone"), "gone"),
+    )
     for error, said in answers:
-        with failing(error), pytest.raises(UserError, match=f"^data file gs://bucket/a.jsonl: cannot be read .*{said}"):
+        with (
+            failing(error),
+            pytest.raises(
+                UserError, match=f"^data file gs://bucket/a.jsonl: cannot be read .*{said}"
+            ),
+        ):
             sources.read_all("gs://bucket/a.jsonl")
 
 
@@ -229,7 +278,14 @@ class FakeSet:
         return FakeSet({name: self.columns[name] for name in names})
 
 
-SET = FakeSet({"context": ["c", "d"], "question": ["q", "r"], "answers": [{"text": ["a"]}, {"text": []}], "image": [b"\xff", b"\xff"]})
+SET = FakeSet(
+    {
+        "context": ["c", "d"],
+        "question": ["q", "r"],
+        "answers": [{"text": ["a"]}, {"text": []}],
+        "image": [b"\xff", b"\xff"],
+    }
+)
 
 
 @pytest.fixture
@@ -244,7 +300,9 @@ def library(monkeypatch):
         return SET
 
     config = types.SimpleNamespace(HF_HUB_OFFLINE=False)
-    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset, config=config))
+    monkeypatch.setitem(
+        sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset, config=config)
+    )
     monkeypatch.setattr(errors, "FIRST_DELAY", 0.0)
     return asked, raised, config
 
@@ -254,7 +312,10 @@ def library(monkeypatch):
     [
         ("hf:squad", ("squad", None, "train", None)),
         ("hf:org/squad_v2:validation", ("org/squad_v2", None, "validation", None)),
-        ("hf:org/wiki/text-2-v1@main:train[:10%]", ("org/wiki", "text-2-v1", "train[:10%]", "main")),
+        (
+            "hf:org/wiki/text-2-v1@main:train[:10%]",
+            ("org/wiki", "text-2-v1", "train[:10%]", "main"),
+        ),
     ],
 )
 def test_sets_of_the_hub(library, monkeypatch, spec, asked):
@@ -263,15 +324,24 @@ def test_sets_of_the_hub(library, monkeypatch, spec, asked):
     sieve = sources.Sieve()
     rows = list(sources.read_rows(spec, sieve=sieve))
     assert library[0] == [asked] and library[2].HF_DATASETS_TRUST_REMOTE_CODE is False
-    assert [row[:5] for row in rows] == [("c", "q", ("a",), f"{spec} row 0", "0"), ("d", "r", (), f"{spec} row 1", "1")]
-    assert sieve.left_out and sources.identity(spec) == [["hf", "f0", 2]] and not sources.earlier_identity(spec)
+    assert [row[:5] for row in rows] == [
+        ("c", "q", ("a",), f"{spec} row 0", "0"),
+        ("d", "r", (), f"{spec} row 1", "1"),
+    ]
+    assert (
+        sieve.left_out
+        and sources.identity(spec) == [["hf", "f0", 2]]
+        and not sources.earlier_identity(spec)
+    )
 
 
 def test_sets_of_the_hub_that_cannot_be_read(library, monkeypatch):
     """Breaks when a wrong name, no network with HF_HUB_OFFLINE, or the absent library is no one line for the user; or an outage is one."""
     _, raised, config = library
     raised[:] = [FileNotFoundError("no such\nset")]
-    with pytest.raises(UserError, match=r"^hf:org/no:train: cannot be read as a data set of the hub .no such set.$"):
+    with pytest.raises(
+        UserError, match=r"^hf:org/no:train: cannot be read as a data set of the hub .no such set.$"
+    ):
         texts("hf:org/no:train")
     raised[:] = [ConnectionError("Couldn't reach the hub")]
     with pytest.raises(ConnectionError):
@@ -280,7 +350,10 @@ def test_sets_of_the_hub_that_cannot_be_read(library, monkeypatch):
     with pytest.raises(UserError, match="HF_HUB_OFFLINE is set"):
         texts("hf:org/no:train")
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(UserError, match=r"^hf:org/no: a data set of the hub needs the datasets library: pip install datasets"):
+    with pytest.raises(
+        UserError,
+        match=r"^hf:org/no: a data set of the hub needs the datasets library: pip install datasets",
+    ):
         texts("hf:org/no")
 
 
@@ -293,5 +366,7 @@ def test_which_names_are_sets():
 def test_a_pipe_is_no_data_file(tmp_path):
     """Breaks when a pipe, which gives its rows once, is waited for without end or read as prose."""
     os.mkfifo(tmp_path / "rows.jsonl")
-    with pytest.raises(UserError, match=r"rows\.jsonl: no plain file, which is read twice; save it as one"):
+    with pytest.raises(
+        UserError, match=r"rows\.jsonl: no plain file, which is read twice; save it as one"
+    ):
         sources.read_texts(str(tmp_path / "rows.jsonl"), "--input")

@@ -9,14 +9,16 @@ import jax
 import pytest
 from conftest import ROOT, TINY
 
-from icae_jax import cli, plan
-from icae_jax.planning import programs
-from icae_jax.training import chips, sharding
+from icae_jax.cli import main as cli
+from icae_jax.performance import chips, plan, programs
+from icae_jax.runtime import sharding
 from icae_jax.training.config import TrainConfig, from_dict
 
 GIB = plan.GIB
 V5E = chips.find("TPU v5e")
-needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu, which is not installed")
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="needs libtpu, which is not installed"
+)
 
 
 def base_folder(folder, **changes):
@@ -32,14 +34,32 @@ def base_folder(folder, **changes):
 
 
 def command(base, *more, topology="v5e:2x2", changes=()):
-    values = {"base": base, "compression.k": 4, "data.context_lengths": "(32,)", "data.context_weights": "()", "batch_size": 8}
+    values = {
+        "base": base,
+        "compression.k": 4,
+        "data.context_lengths": "(32,)",
+        "data.context_weights": "()",
+        "batch_size": 8,
+    }
     values |= {"lora.rank": 4, "data.max_target_tokens": 8} | dict(changes)
     config = [f"--config.{name}={value}" for name, value in values.items() if value is not None]
-    return ["plan", "--config", str(ROOT / "configs" / "icae.py"), "--topology", topology, *config, *more]
+    return [
+        "plan",
+        "--config",
+        str(ROOT / "configs" / "icae.py"),
+        "--topology",
+        topology,
+        *config,
+        *more,
+    ]
 
 
 def make_spec(what="train", contexts=4, **changes):
-    raw = {"base": "b", "data": {"train": "-"}, "batch_size": contexts * changes.get("accumulate", 1)} | changes
+    raw = {
+        "base": "b",
+        "data": {"train": "-"},
+        "batch_size": contexts * changes.get("accumulate", 1),
+    } | changes
     return programs.Spec(what, from_dict(TrainConfig, raw), TINY, contexts, 512)
 
 
@@ -47,18 +67,62 @@ def make_spec(what="train", contexts=4, **changes):
 
 NO_COMPILATION = {"kind": "TPU v5 lite", "chips": 16}
 BAD = {
-    "no base": ({"base": None}, [], "base is not set; name it, --config.base=NAME.*meta-llama/Llama-2-7b-hf"),
-    "unknown base": ({"base": "nobody/none"}, [], "the sizes of 'nobody/none' are not known; known: meta-llama/Llama-2-7b-hf"),
+    "no base": (
+        {"base": None},
+        [],
+        "base is not set; name it, --config.base=NAME.*meta-llama/Llama-2-7b-hf",
+    ),
+    "unknown base": (
+        {"base": "nobody/none"},
+        [],
+        "the sizes of 'nobody/none' are not known; known: meta-llama/Llama-2-7b-hf",
+    ),
     "a field": ({"compression.k": -1}, [], r"compression\.k is -1"),
-    "both": ({}, ["--contexts_per_chip", "2", "--search"], "--contexts_per_chip and --search exclude each other"),
-    "uneven batch": ({"batch_size": 24}, [], "24 contexts do not divide over mesh.data x mesh.fsdp, 16: give --contexts_per_chip"),
-    "uneven contexts": ({"mesh.tensor": 2}, ["--contexts_per_chip", "0.3"], "5 contexts do not divide .* 8: .*multiple of 0.5"),
-    "no contexts": ({}, ["--contexts_per_chip", "0"], "--contexts_per_chip is 0; give a positive number"),
-    "infinite contexts": ({}, ["--contexts_per_chip", "inf"], "--contexts_per_chip is inf; give a positive number"),
-    "short contexts": ({}, ["--context_length", "1"], "--context_length is 1; give at least 2 tokens"),
-    "no such context": ({}, ["--context_length", "0"], "--context_length is 0; give at least 2 tokens"),
-    "long contexts": ({"batch_size": 16}, ["--context_length", "250"], "contexts of 250 tokens need 315 positions, the base has 256"),
-    "mesh": ({"mesh.fsdp": 3}, [], "mesh is data 1, fsdp 3, tensor 1, which does not make 16 devices"),
+    "both": (
+        {},
+        ["--contexts_per_chip", "2", "--search"],
+        "--contexts_per_chip and --search exclude each other",
+    ),
+    "uneven batch": (
+        {"batch_size": 24},
+        [],
+        "24 contexts do not divide over mesh.data x mesh.fsdp, 16: give --contexts_per_chip",
+    ),
+    "uneven contexts": (
+        {"mesh.tensor": 2},
+        ["--contexts_per_chip", "0.3"],
+        "5 contexts do not divide .* 8: .*multiple of 0.5",
+    ),
+    "no contexts": (
+        {},
+        ["--contexts_per_chip", "0"],
+        "--contexts_per_chip is 0; give a positive number",
+    ),
+    "infinite contexts": (
+        {},
+        ["--contexts_per_chip", "inf"],
+        "--contexts_per_chip is inf; give a positive number",
+    ),
+    "short contexts": (
+        {},
+        ["--context_length", "1"],
+        "--context_length is 1; give at least 2 tokens",
+    ),
+    "no such context": (
+        {},
+        ["--context_length", "0"],
+        "--context_length is 0; give at least 2 tokens",
+    ),
+    "long contexts": (
+        {"batch_size": 16},
+        ["--context_length", "250"],
+        "contexts of 250 tokens need 315 positions, the base has 256",
+    ),
+    "mesh": (
+        {"mesh.fsdp": 3},
+        [],
+        "mesh is data 1, fsdp 3, tensor 1, which does not make 16 devices",
+    ),
     "no such flag": ({}, ["--serch"], "serch"),
 }
 
@@ -83,7 +147,10 @@ def test_chips_without_published_peaks_and_no_libtpu(tiny_base, monkeypatch, cap
     """Breaks when a plan fails by an import error, or divides by what is not known of a chip."""
     monkeypatch.setattr(plan.importlib.util, "find_spec", lambda name: None)
     assert cli.main(command(str(tiny_base))) == 2
-    assert "icae plan needs libtpu" in (told := capsys.readouterr().err) and "pip install 'icae_jax[tpu]'" in told
+    assert (
+        "icae plan needs libtpu" in (told := capsys.readouterr().err)
+        and "pip install 'icae_jax[tpu]'" in told
+    )
     monkeypatch.setattr(plan.importlib.util, "find_spec", lambda name: name)
     monkeypatch.setattr(plan.worker, "ask", lambda request: {"kind": "TPU v9", "chips": 4})
     assert cli.main(command(str(tiny_base), topology="v9:2x2")) == 2
@@ -127,7 +194,11 @@ def test_search_finds_the_most_that_fit(name, told, monkeypatch):
         n = spec.contexts // 4
         asked.append(n)
         fits = peak(n) <= ROOM
-        return {"fits": fits, "peak_bytes": peak(n) * GIB if fits or told else None, "kind": "TPU v5 lite"}
+        return {
+            "fits": fits,
+            "peak_bytes": peak(n) * GIB if fits or told else None,
+            "kind": "TPU v5 lite",
+        }
 
     monkeypatch.setattr(plan, "compile_for", compile_for)
     spec, found = plan.search(make_spec(contexts=4), "v5e:2x2", False, said.append)
@@ -182,11 +253,18 @@ def test_advice_names_the_cheapest_change_first():
         "activations over more chips too: --config.mesh.fsdp=2 --config.mesh.tensor=2",
         "a larger slice",
     ]
-    assert plan.advice(make_spec(contexts=24, batch_size=100), shape)[1].endswith("--contexts_per_chip=1")
-    assert plan.advice(make_spec(remat_decoder="dots", remat="full"), shape)[0] == "--config.remat=full --config.remat_decoder=full"
+    assert plan.advice(make_spec(contexts=24, batch_size=100), shape)[1].endswith(
+        "--contexts_per_chip=1"
+    )
+    assert (
+        plan.advice(make_spec(remat_decoder="dots", remat="full"), shape)[0]
+        == "--config.remat=full --config.remat_decoder=full"
+    )
     nothing_left = {"data": 1, "fsdp": 4, "tensor": 2}
     assert plan.advice(make_spec(remat="full"), nothing_left)[-1:] == ["a larger slice"]
-    assert plan.advice(make_spec("compress"), nothing_left | {"fsdp": 1, "data": 4})[0].startswith("the base over more chips")
+    assert plan.advice(make_spec("compress"), nothing_left | {"fsdp": 1, "data": 4})[0].startswith(
+        "the base over more chips"
+    )
 
 
 FOUND = {
@@ -207,24 +285,53 @@ def test_the_estimate(monkeypatch):
     recomputed.
     """
     got = summary(monkeypatch, FOUND)
-    assert got["collectives"]["all-gather"] == {"times": 31, "bytes": 63e9, "largest_bytes": 3e9, "largest": "bf16[9,9]"}
-    assert got["estimated_parts"] == pytest.approx({"compute": 5e14 / 197e12, "memory": 1.0, "links": (63e9 + 2 * 2e9) / 200e9})
-    assert got["estimated_seconds"] == pytest.approx(5e14 / 197e12) and got["estimated_mfu"] == pytest.approx(0.8)
-    assert got["flops_ratio"] == pytest.approx(1.25) and got["contexts_per_chip"] == 2 and got["accumulate"] == 2
+    assert got["collectives"]["all-gather"] == {
+        "times": 31,
+        "bytes": 63e9,
+        "largest_bytes": 3e9,
+        "largest": "bf16[9,9]",
+    }
+    assert got["estimated_parts"] == pytest.approx(
+        {"compute": 5e14 / 197e12, "memory": 1.0, "links": (63e9 + 2 * 2e9) / 200e9}
+    )
+    assert got["estimated_seconds"] == pytest.approx(5e14 / 197e12) and got[
+        "estimated_mfu"
+    ] == pytest.approx(0.8)
+    assert (
+        got["flops_ratio"] == pytest.approx(1.25)
+        and got["contexts_per_chip"] == 2
+        and got["accumulate"] == 2
+    )
     links = summary(monkeypatch, FOUND, flops=1e12)
     assert links["estimated_seconds"] == links["estimated_parts"]["memory"] == pytest.approx(1.0)
     lines = plan.text(got)
-    assert "2 a chip, 8 at once, 512 tokens each" in lines and "yes: peak 12.00 GiB of 16 GiB a chip" in lines
-    assert "1.250 of the least possible" in lines and "6.3 contexts/s, MFU 80 %" in lines and lines.endswith("\na note")
+    assert (
+        "2 a chip, 8 at once, 512 tokens each" in lines
+        and "yes: peak 12.00 GiB of 16 GiB a chip" in lines
+    )
+    assert (
+        "1.250 of the least possible" in lines
+        and "6.3 contexts/s, MFU 80 %" in lines
+        and lines.endswith("\na note")
+    )
 
 
 def test_what_is_told_of_a_program_that_does_not_fit(monkeypatch):
     """Breaks when a plan that does not fit gives a time, or no way out."""
-    got = summary(monkeypatch, {"fits": False, "peak_bytes": None, "message": "RESOURCE_EXHAUSTED: why"})
-    assert got["estimated_seconds"] is None is got["estimated_mfu"] and json.loads(json.dumps(got)) == got
+    got = summary(
+        monkeypatch, {"fits": False, "peak_bytes": None, "message": "RESOURCE_EXHAUSTED: why"}
+    )
+    assert (
+        got["estimated_seconds"] is None is got["estimated_mfu"]
+        and json.loads(json.dumps(got)) == got
+    )
     lines = plan.text(got).splitlines()
     assert any(line.startswith("fits") and "no: peak unknown of 16 GiB" in line for line in lines)
-    assert "RESOURCE_EXHAUSTED: why" in lines and lines[-1] == "to make it fit: a larger slice" and "estimate" not in plan.text(got)
+    assert (
+        "RESOURCE_EXHAUSTED: why" in lines
+        and lines[-1] == "to make it fit: a larger slice"
+        and "estimate" not in plan.text(got)
+    )
 
 
 def test_decoding_says_how_much_is_read_and_written(monkeypatch):
@@ -249,17 +356,29 @@ def test_a_training_step_gathers_one_layer_at_a_time(tmp_path, monkeypatch, caps
     base = base_folder(tmp_path / "base")
     # FLOPs are counted in processes of their own, and the evaluation compiled in one: what is planned below has all of it.
     monkeypatch.setattr(plan, "count_flops", lambda *_: (4e9, {"data": 1, "fsdp": 4, "tensor": 1}))
-    restoring = ["--config.objectives.ae=1.0", "--config.objectives.lm=0.0", "--config.eval_examples=0"]
+    restoring = [
+        "--config.objectives.ae=1.0",
+        "--config.objectives.lm=0.0",
+        "--config.eval_examples=0",
+    ]
     assert cli.main(command(base, "--json", *restoring)) == 0
     got = json.loads(capsys.readouterr().out)
-    assert got.keys() >= KEYS and got["fits"] and got["chips"] == 4 and got["contexts_per_chip"] == 2
+    assert (
+        got.keys() >= KEYS and got["fits"] and got["chips"] == 4 and got["contexts_per_chip"] == 2
+    )
     widest = 2 * 128 * 256  # bytes of an MLP kernel, and of the embedding table
     gathers = got["collectives"]["all-gather"]
     assert gathers["largest_bytes"] == widest and gathers["times"] > 7 * 4
     parameters = 2 * (2 * 256 * 128 + 4 * (4 * 128 * 128 + 3 * 128 * 256))
     assert 1 < got["argument_bytes_per_chip"] / (parameters / 4) < 1.3
     assert got["argument_bytes_per_chip"] < got["peak_hbm_bytes_per_chip"] < 16e6
-    assert got["estimated_seconds"] == max(got["estimated_parts"].values()) > 0 < got["estimated_mfu"] < 1
+    assert (
+        got["estimated_seconds"]
+        == max(got["estimated_parts"].values())
+        > 0
+        < got["estimated_mfu"]
+        < 1
+    )
 
 
 @needs_libtpu
@@ -267,22 +386,48 @@ def test_a_training_step_gathers_one_layer_at_a_time(tmp_path, monkeypatch, caps
 @pytest.mark.parametrize("what", programs.WHATS)
 def test_every_program(what, tiny_base, capsys):
     """Breaks when training with its evaluation, writing or reading memories cannot be planned."""
-    assert cli.main(command(str(tiny_base), "--what", what, "--contexts_per_chip", "1", "--config.data.eval=-")) == 0
+    assert (
+        cli.main(
+            command(
+                str(tiny_base), "--what", what, "--contexts_per_chip", "1", "--config.data.eval=-"
+            )
+        )
+        == 0
+    )
     told = capsys.readouterr().out
-    assert "1 a chip, 4 at once, 32 tokens each" in told and "fits         yes" in told and ("evaluation" in told) == (what == "train")
-    assert "4 x TPU v5 lite (v5e:2x2), mesh data 1, fsdp 4, tensor 1" in told and "a roofline from published peaks" in told
+    assert (
+        "1 a chip, 4 at once, 32 tokens each" in told
+        and "fits         yes" in told
+        and ("evaluation" in told) == (what == "train")
+    )
+    assert (
+        "4 x TPU v5 lite (v5e:2x2), mesh data 1, fsdp 4, tensor 1" in told
+        and "a roofline from published peaks" in told
+    )
 
 
 @needs_libtpu
 @pytest.mark.nightly
 def test_a_program_that_really_does_not_fit(tmp_path, capsys):
     """Breaks when the compiler's refusal is not recognised, or what it says it wanted is misread."""
-    broad = base_folder(tmp_path / "base", hidden_size=1024, intermediate_size=2**21 + 2**20, num_hidden_layers=2)
+    broad = base_folder(
+        tmp_path / "base", hidden_size=1024, intermediate_size=2**21 + 2**20, num_hidden_layers=2
+    )
     assert cli.main(command(broad, "--what", "compress", "--json")) == 1
     got = json.loads(capsys.readouterr().out)
-    layer = 3 * 2 * 1024 * 3 * 2**20  # bytes of one layer's MLP: a quarter of each of two is held, and kernels are gathered
-    assert got.keys() >= KEYS and not got["fits"] and got["estimated_seconds"] is None and got["message"].startswith("RESOURCE_EXHAUSTED")
-    assert layer < got["peak_hbm_bytes_per_chip"] < 1.5 * layer and got["peak_hbm_bytes_per_chip"] > got["chip_hbm_bytes"]
+    layer = (
+        3 * 2 * 1024 * 3 * 2**20
+    )  # bytes of one layer's MLP: a quarter of each of two is held, and kernels are gathered
+    assert (
+        got.keys() >= KEYS
+        and not got["fits"]
+        and got["estimated_seconds"] is None
+        and got["message"].startswith("RESOURCE_EXHAUSTED")
+    )
+    assert (
+        layer < got["peak_hbm_bytes_per_chip"] < 1.5 * layer
+        and got["peak_hbm_bytes_per_chip"] > got["chip_hbm_bytes"]
+    )
     assert got["advice"][-1] == "a larger slice"
 
 
@@ -293,12 +438,20 @@ def test_a_training_s_evaluation_is_planned_too(evaluation, fits, peak, monkeypa
 
     def compile_for(spec, topology, exact):
         asked.append((spec.what, topology, exact))
-        return {"fits": True, "peak_bytes": evaluation} if evaluation else {"fits": False, "peak_bytes": 9.0, "message": "why"}
+        return (
+            {"fits": True, "peak_bytes": evaluation}
+            if evaluation
+            else {"fits": False, "peak_bytes": 9.0, "message": "why"}
+        )
 
     monkeypatch.setattr(plan, "compile_for", compile_for)
     found = plan.with_evaluation(make_spec(), {"fits": True, "peak_bytes": 2.0}, "v5e:2x2", True)
     assert asked == [("evaluate", "v5e:2x2", True)]
-    assert (found["fits"], found["peak_bytes"], found["evaluation_peak_bytes"]) == (fits, peak, evaluation or 9.0)
+    assert (found["fits"], found["peak_bytes"], found["evaluation_peak_bytes"]) == (
+        fits,
+        peak,
+        evaluation or 9.0,
+    )
     for spec, compiled in (
         (make_spec(what="decode"), {"fits": True}), (make_spec(eval_examples=0), {"fits": True}), (make_spec(), {"fits": False}),
     ):  # fmt: skip
@@ -311,6 +464,10 @@ def test_the_evaluation_that_is_planned_is_the_one_that_runs():
     spec = dataclasses.replace(make_spec(accumulate=2), what=plan.programs.EVALUATE)
     mesh = sharding.make_mesh(spec.config.mesh, jax.devices()[:1])
     text = plan.programs.lower(spec, mesh).as_text()
-    alone = plan.programs.lower(dataclasses.replace(spec, config=dataclasses.replace(spec.config, accumulate=1)), mesh).as_text()
+    alone = plan.programs.lower(
+        dataclasses.replace(spec, config=dataclasses.replace(spec.config, accumulate=1)), mesh
+    ).as_text()
     assert text.count("stablehlo.while") > alone.count("stablehlo.while")
-    assert len(plan.programs.lower(dataclasses.replace(spec, what="train"), mesh).as_text()) > 1.5 * len(text)
+    assert len(
+        plan.programs.lower(dataclasses.replace(spec, what="train"), mesh).as_text()
+    ) > 1.5 * len(text)

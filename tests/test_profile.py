@@ -7,29 +7,49 @@ import numpy as np
 import pytest
 from conftest import TINY
 
-from icae_jax.benchmarking import profile, steps
 from icae_jax.models import llama
-from icae_jax.planning import programs
+from icae_jax.performance import profile, programs, steps
 from icae_jax.training.config import TrainConfig, from_dict
 
 
 @pytest.mark.parametrize(
     ("op_name", "wanted"),
     [
-        ("jit(step)/jvp(encoder)/Llama/while/body/closed_call/layers/mlp/up_proj/...i,io->...o/dot_general", ("encoder", "mlp", "forward")),
-        ("jit(step)/jvp(encoder)/Llama/while/body/layers/self_attn/q_proj/random_bits", ("encoder", "dropout", "forward")),
-        ("jit(step)/transpose(jvp(decoder))/Llama/layers/self_attn/o_proj/dot_general", ("decoder", "projections", "backward")),
+        (
+            "jit(step)/jvp(encoder)/Llama/while/body/closed_call/layers/mlp/up_proj/...i,io->...o/dot_general",
+            ("encoder", "mlp", "forward"),
+        ),
+        (
+            "jit(step)/jvp(encoder)/Llama/while/body/layers/self_attn/q_proj/random_bits",
+            ("encoder", "dropout", "forward"),
+        ),
+        (
+            "jit(step)/transpose(jvp(decoder))/Llama/layers/self_attn/o_proj/dot_general",
+            ("decoder", "projections", "backward"),
+        ),
         (
             "jit(step)/transpose(jvp(decoder))/Llama/while/body/checkpoint/rematted_computation/layers/self_attn/attention/div",
             ("decoder", "attention", "recomputed"),
         ),
         ("jit(step)/jvp(memory_prefix)/Llama/norm/mul", ("memory_prefix", "norms", "forward")),
-        ("jit(step)/while/body/jvp(memory_prefix)/Llama/layers/post_attention_layernorm/mul", ("memory_prefix", "norms", "forward")),
-        ("jit(step)/jvp(encoder)/Llama/while/body/jit(dynamic_index_in_dim)/dynamic_slice", ("encoder", "rest", "forward")),
-        ("jit(step)/jvp(cross_entropy)/while/body/closed_call/bud,dv->buv/dot_general", ("cross_entropy", "", "forward")),
+        (
+            "jit(step)/while/body/jvp(memory_prefix)/Llama/layers/post_attention_layernorm/mul",
+            ("memory_prefix", "norms", "forward"),
+        ),
+        (
+            "jit(step)/jvp(encoder)/Llama/while/body/jit(dynamic_index_in_dim)/dynamic_slice",
+            ("encoder", "rest", "forward"),
+        ),
+        (
+            "jit(step)/jvp(cross_entropy)/while/body/closed_call/bud,dv->buv/dot_general",
+            ("cross_entropy", "", "forward"),
+        ),
         ("jit(step)/optimizer/mul", ("optimizer", "", "forward")),
         ("jit(step)/transpose(jvp(jit(_take)))/scatter-add", ("other", "", "backward")),
-        (r"frozen[\\'layers\\'][\\'mlp\\'][\\'up_proj\\'][\\'kernel\\']", ("arguments", "", "forward")),
+        (
+            r"frozen[\\'layers\\'][\\'mlp\\'][\\'up_proj\\'][\\'kernel\\']",
+            ("arguments", "", "forward"),
+        ),
         ("", ("other", "", "forward")),
     ],
 )
@@ -41,10 +61,19 @@ def test_where_an_instruction_belongs(op_name, wanted):
 def traced(tmp_path_factory):
     """(the profile of a step whose vocabulary is most of its work, seconds of wall and CPU a step)."""
     model = dataclasses.replace(TINY, vocab_size=16384)
-    raw = {"base": "b", "data": {"train": "-"}, "lora": {"rank": 4}, "compression": {"k": 4, "rate": 4.0}, "remat": "full"}
+    raw = {
+        "base": "b",
+        "data": {"train": "-"},
+        "lora": {"rank": 4},
+        "compression": {"k": 4, "rate": 4.0},
+        "remat": "full",
+    }
     config = from_dict(TrainConfig, raw | {"objectives": {"ae": 1.0, "lm": 0.0}})
     rng = np.random.default_rng(0)
-    params = jax.tree.map(lambda x: np.asarray(0.02 * rng.standard_normal(x.shape), np.float32), llama.param_shapes(model))
+    params = jax.tree.map(
+        lambda x: np.asarray(0.02 * rng.standard_normal(x.shape), np.float32),
+        llama.param_shapes(model),
+    )
     step = steps.TrainingStep(programs.Spec("train", config, model, 8, 32), params)
     step.run(2)
     folder = tmp_path_factory.mktemp("trace")
@@ -67,11 +96,21 @@ def test_a_real_step_sums_to_its_total(traced):
 def test_the_part_that_was_made_slow_is_the_longest(traced):
     """Breaks when instructions are put down to the wrong part: a fusion without a name of its own, a copy, a loop's body."""
     found, _ = traced
-    parts = {part: sum(row.seconds for row in found.rows if row.part == part) for part in profile.PARTS}
-    assert max(parts, key=parts.get) == "cross_entropy" and parts["cross_entropy"] > 0.5 * found.busy_seconds
+    parts = {
+        part: sum(row.seconds for row in found.rows if row.part == part) for part in profile.PARTS
+    }
+    assert (
+        max(parts, key=parts.get) == "cross_entropy"
+        and parts["cross_entropy"] > 0.5 * found.busy_seconds
+    )
     assert min(parts[part] for part in ("encoder", "memory_prefix", "decoder", "optimizer")) > 0
     assert {row.direction for row in found.rows if row.part == "encoder"} == set(profile.PASSES)
-    assert {row.piece for row in found.rows if row.part == "decoder"} >= {"attention", "projections", "mlp", "norms"}
+    assert {row.piece for row in found.rows if row.part == "decoder"} >= {
+        "attention",
+        "projections",
+        "mlp",
+        "norms",
+    }
     lines = found.text().splitlines()
     assert lines[-2].endswith("100.0 %") and lines[-1].startswith("idle, or without a name")
 
@@ -124,7 +163,11 @@ def read(*planes, steps=1):
     return profile.read(jax.profiler.ProfileData.from_text_proto("".join(planes)), HLO, steps)
 
 
-WANTED = {("encoder", "mlp", "forward"): 4e-6, ("decoder", "rest", "backward"): 1e-6, ("optimizer", "", "forward"): 3e-6}
+WANTED = {
+    ("encoder", "mlp", "forward"): 4e-6,
+    ("decoder", "rest", "backward"): 1e-6,
+    ("optimizer", "", "forward"): 3e-6,
+}
 
 
 def seconds(found):
@@ -133,14 +176,23 @@ def seconds(found):
 
 def test_a_gpu_s_streams():
     """Breaks when a kernel of a loop counts once, a copy is nobody's, idle time counts, or the host's plane is counted too."""
-    compute = ("Stream #13(Compute)", [("plain", 0, 2), ("plain", 4, 2), ("copy.1", 6, 1), ("adam", 7, 3)])
+    compute = (
+        "Stream #13(Compute)",
+        [("plain", 0, 2), ("plain", 4, 2), ("copy.1", 6, 1), ("adam", 7, 3)],
+    )
     host = plane("/host:CPU", [("python", [("adam", 0, 900)])])
     found = read(host, plane("/device:GPU:0", [compute]))
-    assert seconds(found) == WANTED and found.busy_seconds == pytest.approx(8e-6) and found.idle_seconds == pytest.approx(2e-6)
+    assert (
+        seconds(found) == WANTED
+        and found.busy_seconds == pytest.approx(8e-6)
+        and found.idle_seconds == pytest.approx(2e-6)
+    )
     two = read(host, plane("/device:GPU:0", [compute]), plane("/device:GPU:1", [compute]), steps=4)
     assert two.busy_seconds == pytest.approx(2e-6) and two.rows[0].share == pytest.approx(0.5)
     within = ("Stream #13(Compute)", [("adam", 0, 3), ("copy.1", 1, 1)])
-    assert [row.seconds for row in read(plane("/device:GPU:0", [within])).rows] == pytest.approx([2e-6, 1e-6])
+    assert [row.seconds for row in read(plane("/device:GPU:0", [within])).rows] == pytest.approx(
+        [2e-6, 1e-6]
+    )
     beside = ("Stream #14(Memcpy)", [("copy.1", 1, 4)])
     assert read(plane("/device:GPU:0", [compute, beside])).busy_seconds == pytest.approx(12e-6)
 
@@ -148,8 +200,15 @@ def test_a_gpu_s_streams():
 def test_a_tpu_s_line_of_operations():
     """Breaks when a loop counts beside what it holds, or the lines of whole steps and modules beside that of operations."""
     whole = ("XLA Modules", [("jit_step", 0, 10)])
-    events = [("%while.1 = f32[4] while(%x)", 0, 7), ("%plain = f32[4] fusion(%a)", 0, 2), ("%plain = f32[4] fusion(%a)", 4, 2)]
-    ops = ("XLA Ops", [*events, ("%copy.1 = f32[4] copy(%a)", 6, 1), ("%adam = f32[4] add(%while.1, %x)", 7, 3)])
+    events = [
+        ("%while.1 = f32[4] while(%x)", 0, 7),
+        ("%plain = f32[4] fusion(%a)", 0, 2),
+        ("%plain = f32[4] fusion(%a)", 4, 2),
+    ]
+    ops = (
+        "XLA Ops",
+        [*events, ("%copy.1 = f32[4] copy(%a)", 6, 1), ("%adam = f32[4] add(%while.1, %x)", 7, 3)],
+    )
     found = read(plane("/device:TPU:0", [whole, ops], stat="none"))
     assert seconds(found) == WANTED and found.idle_seconds == pytest.approx(2e-6)
 
@@ -157,5 +216,7 @@ def test_a_tpu_s_line_of_operations():
 def test_traces_without_the_program(tmp_path):
     with pytest.raises(ValueError, match="the trace holds no instruction of the program"):
         read(plane("/host:CPU", [("python", [("f", 0, 1)])], stat="none"))
-    with pytest.raises(ValueError, match=r"no trace .* in it; make one with icae bench train --profile"):
+    with pytest.raises(
+        ValueError, match=r"no trace .* in it; make one with icae bench train --profile"
+    ):
         profile.newest(tmp_path)

@@ -7,13 +7,12 @@ import numpy as np
 import pytest
 from conftest import TINY, WORDS, seen_devices, write_jsonl
 
-from icae_jax import plan
 from icae_jax.models import llama
-from icae_jax.planning import programs, worker
-from icae_jax.training import flops, sharding
+from icae_jax.performance import flops, plan, programs, worker
+from icae_jax.runtime import sharding
+from icae_jax.runtime.sharding import MeshConfig
 from icae_jax.training.compressor_task import CompressorTask
 from icae_jax.training.config import TrainConfig, from_dict
-from icae_jax.training.sharding import MeshConfig
 
 X500 = {"method": "x500", "k": 4, "rate": 4.0}
 PADDED = {"ae": 1.0, "lm": 0.0, "pad_labels": True}
@@ -39,9 +38,18 @@ def sources(tiny_base, tmp_path_factory):
 
 
 def config_of(sources, **changes):
-    data = {"train": sources[changes.get("phase", "pretrain")], "context_lengths": [32], "cache_dir": sources["cache"]}
+    data = {
+        "train": sources[changes.get("phase", "pretrain")],
+        "context_lengths": [32],
+        "cache_dir": sources["cache"],
+    }
     data["max_target_tokens"] = 12
-    raw = {"base": sources["base"], "batch_size": 4, "compression": {"k": 4, "rate": 4.0}, "lora": {"rank": 4}}
+    raw = {
+        "base": sources["base"],
+        "batch_size": 4,
+        "compression": {"k": 4, "rate": 4.0},
+        "lora": {"rank": 4},
+    }
     return from_dict(TrainConfig, raw | {"data": data | changes.pop("data", {})} | changes)
 
 
@@ -57,29 +65,62 @@ def as_shapes(batch):
     [
         {},
         {"compression": X500},
-        {"compression": {"k": 4, "rate": 4.0, "layout": "sequential"}, "data": {"context_lengths": [40]}},
-        {"compression": X500 | {"layout": "reference"}, "objectives": PADDED, "data": {"context_lengths": [12]}},
+        {
+            "compression": {"k": 4, "rate": 4.0, "layout": "sequential"},
+            "data": {"context_lengths": [40]},
+        },
+        {
+            "compression": X500 | {"layout": "reference"},
+            "objectives": PADDED,
+            "data": {"context_lengths": [12]},
+        },
         {"compression": {"k": 8, "rate": 8.0}, "data": {"context_lengths": [20]}},
         {"batch_size": 8, "accumulate": 2},
         QA,
-        QA | {"objectives": {"ae": 0.5, "lm": 0.0, "qa": 0.5}, "data": {"questions_per_context": 2}},
+        QA
+        | {"objectives": {"ae": 0.5, "lm": 0.0, "qa": 0.5}, "data": {"questions_per_context": 2}},
         QA | {"compression": {"k": 4, "rate": 4.0, "k_choices": [2, 4]}},
     ],
-    ids=["segments", "x500", "uneven segments", "reference", "short", "accumulate", "qa", "qa and ae", "k drawn"],
+    ids=[
+        "segments",
+        "x500",
+        "uneven segments",
+        "reference",
+        "short",
+        "accumulate",
+        "qa",
+        "qa and ae",
+        "k drawn",
+    ],
 )
 def test_batches_have_the_shapes_of_real_ones(sources, changes):
     """Breaks when what is planned is another batch than a run's: a segment, a question, a microbatch, or the padding of a layout."""
     config = config_of(sources, **dict(changes))
     task = CompressorTask(config)
     real = next(iter(task.train_batches(0, 1)))
-    planned = programs.batch(programs.Spec("train", config, TINY, config.batch_size // config.accumulate, max(config.data.context_lengths)))
-    real["k"] = planned["k"] = type(real["k"])(int(max(real["k"], planned["k"])))  # planned is the largest k, a run draws one
-    if "qa" in real["targets"]:  # the longest that the configuration allows; a run takes the longest that its data hold
+    planned = programs.batch(
+        programs.Spec(
+            "train",
+            config,
+            TINY,
+            config.batch_size // config.accumulate,
+            max(config.data.context_lengths),
+        )
+    )
+    real["k"] = planned["k"] = type(real["k"])(
+        int(max(real["k"], planned["k"]))
+    )  # planned is the largest k, a run draws one
+    if (
+        "qa" in real["targets"]
+    ):  # the longest that the configuration allows; a run takes the longest that its data hold
         at = planned["targets"]["qa"]
         longest, shorter = at["ids"].shape[2], real["targets"]["qa"]["ids"].shape[2]
-        assert longest == config.data.max_target_tokens >= shorter and at["labels"].shape[2] == longest
+        assert (
+            longest == config.data.max_target_tokens >= shorter and at["labels"].shape[2] == longest
+        )
         assert as_shapes({n: x[:, :, 0] for n, x in real["targets"].pop("qa").items()}) == {
-            n: ((*x.shape[:2],), np.dtype(x.dtype).kind) for n, x in planned["targets"].pop("qa").items()
+            n: ((*x.shape[:2],), np.dtype(x.dtype).kind)
+            for n, x in planned["targets"].pop("qa").items()
         }
     assert as_shapes(real) == as_shapes(planned)
     assert planned["k"] == config.compression.k
@@ -89,16 +130,22 @@ def test_batches_have_the_shapes_of_real_ones(sources, changes):
 @pytest.mark.parametrize("what", programs.WHATS)
 def test_programs_lower(sources, method, what):
     """Breaks when a program cannot be traced from shapes, does not take what the real one takes, or holds the base as constants."""
-    config = config_of(sources, compression={"method": method, "k": 4, "rate": 4.0}, batch_size=4, accumulate=2)
+    config = config_of(
+        sources, compression={"method": method, "k": 4, "rate": 4.0}, batch_size=4, accumulate=2
+    )
     spec = programs.Spec(what, config, TINY, 2, 32)
     lowered = programs.lower(spec, sharding.make_mesh(MeshConfig(), jax.devices()[:1]))
     arguments = jax.tree.leaves(lowered.in_avals)
     base = sum(x.size for x in jax.tree.leaves(llama.param_shapes(TINY)))
-    assert sum(x.size for x in arguments) > 0.9 * base  # K/V memories are written without the output head
+    assert (
+        sum(x.size for x in arguments) > 0.9 * base
+    )  # K/V memories are written without the output head
     rows = {"train": 4, "compress": 2, "decode": 2}[what]
     assert any(x.shape[:1] == (rows,) for x in arguments)
     memory = (2, 8, 32) if method == "icae" else (2, 2, 8, 2, 8)
-    assert {"train": (7, 32), "compress": memory, "decode": (2, 12)}[what] in {x.shape for x in jax.tree.leaves(lowered.out_info)}
+    assert {"train": (7, 32), "compress": memory, "decode": (2, 12)}[what] in {
+        x.shape for x in jax.tree.leaves(lowered.out_info)
+    }
 
 
 def test_the_least_flops_are_those_of_the_training_metrics(sources):
@@ -124,13 +171,24 @@ def test_the_least_flops_are_those_of_the_training_metrics(sources):
 
 # Wide enough that what is not a matmul is little, of four heads to split.
 WIDE = dataclasses.replace(
-    TINY, vocab_size=512, hidden_size=512, intermediate_size=1024, num_layers=4, num_heads=4, num_kv_heads=4, head_dim=128
+    TINY,
+    vocab_size=512,
+    hidden_size=512,
+    intermediate_size=1024,
+    num_layers=4,
+    num_heads=4,
+    num_kv_heads=4,
+    head_dim=128,
 )
 FSDP = {"data": 1, "fsdp": 4, "tensor": 1}
 
 
 def wide(sources, what="train", contexts=4, **changes):
-    changes |= {"compression": {"k": 16, "rate": 4.0}, "data": {"context_lengths": [64]}, "objectives": {"ae": 1.0, "lm": 0.0}}
+    changes |= {
+        "compression": {"k": 16, "rate": 4.0},
+        "data": {"context_lengths": [64]},
+        "objectives": {"ae": 1.0, "lm": 0.0},
+    }
     return programs.Spec(what, config_of(sources, **changes), WIDE, contexts, 64)
 
 
@@ -146,7 +204,10 @@ def ask(request, devices):
 def count(spec, mesh):
     key = spec.what, spec.config.remat, *mesh.values()
     if key not in counted:
-        with pytest.MonkeyPatch.context() as patch, seen_devices(plan.shape_size(mesh), backend="cpu"):
+        with (
+            pytest.MonkeyPatch.context() as patch,
+            seen_devices(plan.shape_size(mesh), backend="cpu"),
+        ):
             patch.setattr(plan.worker, "ask", ask)
             counted[key], on = plan.count_flops(spec, mesh)
         assert on == mesh
@@ -159,9 +220,17 @@ def ratio(spec, mesh):
 
 def test_devices_share_a_step_s_work():
     """Breaks when devices repeat one another's work, on a mesh that splits rows, weights and heads."""
-    raw = {"base": "b", "data": {"train": "-"}, "lora": {"rank": 4}, "compression": {"k": 16, "rate": 4.0}}
+    raw = {
+        "base": "b",
+        "data": {"train": "-"},
+        "lora": {"rank": 4},
+        "compression": {"k": 16, "rate": 4.0},
+    }
     config = from_dict(TrainConfig, raw | {"objectives": {"ae": 1.0, "lm": 0.0}})
-    spec, mesh = programs.few_layers(programs.Spec("train", config, WIDE, 4, 64), 2), MeshConfig(2, 2, 2)
+    spec, mesh = (
+        programs.few_layers(programs.Spec("train", config, WIDE, 4, 64), 2),
+        MeshConfig(2, 2, 2),
+    )
     with seen_devices(8, backend="cpu"):
         (part,) = ask({"kind": "host", "specs": [spec], "mesh": mesh}, 8)["flops"]
     assert 1.0 <= 8 * part / programs.least(spec) <= 1.05
@@ -181,7 +250,9 @@ def test_a_chip_s_flops_stay_with_more_chips(sources):
     for chips in (4, 8):
         spec = programs.few_layers(wide(sources, contexts=chips), 2)
         with seen_devices(chips, backend="cpu"):
-            (flops[chips],) = ask({"kind": "host", "specs": [spec], "mesh": MeshConfig(1, chips, 1)}, chips)["flops"]
+            (flops[chips],) = ask(
+                {"kind": "host", "specs": [spec], "mesh": MeshConfig(1, chips, 1)}, chips
+            )["flops"]
     assert 0.98 < flops[8] / flops[4] < 1.05
 
 
@@ -189,7 +260,9 @@ def test_a_chip_s_flops_stay_with_more_chips(sources):
 def test_layers_continue_a_straight_line(sources):
     """Breaks when the count of a deep base, from two and three layers, is another than that of the base itself."""
     spec, mesh = wide(sources), FSDP
-    (direct,) = worker.ask({"kind": "host", "specs": [programs.few_layers(spec, 4)], "mesh": MeshConfig(**mesh)}, 4)["flops"]
+    (direct,) = worker.ask(
+        {"kind": "host", "specs": [programs.few_layers(spec, 4)], "mesh": MeshConfig(**mesh)}, 4
+    )["flops"]
     assert count(spec, mesh) == pytest.approx(direct, rel=0.01)
 
 
@@ -209,13 +282,24 @@ def test_microbatches_and_a_smaller_mesh_to_count_on(monkeypatch):
         return {"flops": [10.0, 13.0]}
 
     monkeypatch.setattr(plan.worker, "ask", ask)
-    config = from_dict(TrainConfig, {"base": "b", "data": {"train": "-"}, "batch_size": 4096, "accumulate": 4})
+    config = from_dict(
+        TrainConfig, {"base": "b", "data": {"train": "-"}, "batch_size": 4096, "accumulate": 4}
+    )
     model = dataclasses.replace(TINY, num_layers=32)
     spec = programs.Spec("train", config, model, 1024, 512)
     got, on = plan.count_flops(spec, {"data": 4, "fsdp": 256, "tensor": 1})
     assert got == 4 * (10 + 30 * 3) and on == {"data": 4, "fsdp": 64, "tensor": 1}
     ((request, devices),) = asked
-    assert devices == 256 and request["mesh"] == MeshConfig(4, 64, 1) and [s.contexts for s in request["specs"]] == [256, 256]
-    assert [(s.model.num_layers, s.config.unroll, s.config.accumulate) for s in request["specs"]] == [(2, 2, 1), (3, 3, 1)]
-    with pytest.raises(ValueError, match=r"mesh is .*'fsdp': 257.*too large to count FLOPs on 256 host devices; use even sizes"):
+    assert (
+        devices == 256
+        and request["mesh"] == MeshConfig(4, 64, 1)
+        and [s.contexts for s in request["specs"]] == [256, 256]
+    )
+    assert [
+        (s.model.num_layers, s.config.unroll, s.config.accumulate) for s in request["specs"]
+    ] == [(2, 2, 1), (3, 3, 1)]
+    with pytest.raises(
+        ValueError,
+        match=r"mesh is .*'fsdp': 257.*too large to count FLOPs on 256 host devices; use even sizes",
+    ):
         plan.counting_mesh({"data": 1, "fsdp": 257, "tensor": 1})

@@ -12,7 +12,9 @@ SETS = ["ArxivQA", "SQuAD", "RelationExtraction", "HotpotQA", "RACE"]
 
 def value(**fields):
     """The one record with these fields."""
-    found = [r.value for r in published.RECORDS if all(getattr(r, k) == v for k, v in fields.items())]
+    found = [
+        r.value for r in published.RECORDS if all(getattr(r, k) == v for k, v in fields.items())
+    ]
     assert len(found) == 1, (fields, found)
     return found[0]
 
@@ -30,8 +32,14 @@ def test_spot_values():
     assert value(suite="continue", tokens=256, arm="full context") == 9.45
     assert value(suite="memorise", data="completely random text", metric="BLEU-4 (%)") == 0.2
     assert value(suite="qa", base="Llama-2-7b-chat", memory=256) == 77.8
-    assert x500("F1 (%)", "ICAE", 4, "RelationExtraction") == 67.28 and x500("exact match (%)", "500x", 1, "RACE") == 7.56
-    assert x500("F1 (%)", "full context", None, "SQuAD") == 70.65 and x500("exact match (%)", "no context", None, "ArxivQA") == 0.04
+    assert (
+        x500("F1 (%)", "ICAE", 4, "RelationExtraction") == 67.28
+        and x500("exact match (%)", "500x", 1, "RACE") == 7.56
+    )
+    assert (
+        x500("F1 (%)", "full context", None, "SQuAD") == 70.65
+        and x500("exact match (%)", "no context", None, "ArxivQA") == 0.04
+    )
     assert value(source=published.FLEXCOMP, arm="SAC", ratio=51, data="MRQA, out of domain") == 32.3
     assert value(source=published.BENCHPRESS, arm="mean pooling", ratio=16) == 71.4
     assert value(source=published.ARC, base="Mistral") == 58.8
@@ -42,16 +50,28 @@ def test_spot_values():
 @pytest.mark.parametrize(("memory", "headline"), [(16, 72.89), (4, 67.12), (1, 62.26)])
 def test_retention_is_the_papers_headline(memory, headline):
     """Breaks when an F1 of the table is copied wrongly, or when our retention is another formula than the paper's."""
-    pairs = {s: (x500("F1 (%)", "500x", memory, s), x500("F1 (%)", "full context", None, s)) for s in SETS}
+    pairs = {
+        s: (x500("F1 (%)", "500x", memory, s), x500("F1 (%)", "full context", None, s))
+        for s in SETS
+    }
     assert round(100 * np.mean([a / f for a, f in pairs.values()]), 2) == headline
-    got, left_out = statistics.retention({s: ([a], [f], np.ones((1, 1), np.uint8)) for s, (a, f) in pairs.items()})
-    assert round(got.mean, 2) == headline == x500("F1 kept (%)", "500x", memory, "average of the five") and not left_out
+    got, left_out = statistics.retention(
+        {s: ([a], [f], np.ones((1, 1), np.uint8)) for s, (a, f) in pairs.items()}
+    )
+    assert (
+        round(got.mean, 2) == headline == x500("F1 kept (%)", "500x", memory, "average of the five")
+        and not left_out
+    )
 
 
 @pytest.mark.parametrize("metric", ["F1 (%)", "exact match (%)"])
 def test_averages_are_of_their_rows(metric):
     """Breaks when a number of the 500x tables is copied wrongly: each row's average is published beside it."""
-    arms = {(r.arm, r.memory) for r in published.RECORDS if r.source == published.X500 and r.metric == metric}
+    arms = {
+        (r.arm, r.memory)
+        for r in published.RECORDS
+        if r.source == published.X500 and r.metric == metric
+    }
     assert len(arms) == 8
     for arm, memory in arms:
         mean = np.mean([x500(metric, arm, memory, s) for s in SETS])
@@ -70,12 +90,19 @@ def test_records_are_complete():
     """Breaks when a record cannot be told from another or does not say where it is from and what it measures."""
     assert {r.suite for r in published.RECORDS} == set(published.SUITES)
     for record in published.RECORDS:
-        assert all(isinstance(x, str) and x for x in (record.source, record.base, record.data, record.arm, record.metric))
+        assert all(
+            isinstance(x, str) and x
+            for x in (record.source, record.base, record.data, record.arm, record.metric)
+        )
         assert math.isfinite(record.value) and record.value >= 0
         assert record.memory is None or record.ratio is None
         assert "%" not in record.metric or record.value <= 100
-    assert len({r[:-1] for r in published.RECORDS}) >= len(published.RECORDS) - 2  # one perplexity pair stands in two tables of its paper
-    assert len({(r[:-1], r.value) for r in published.RECORDS}) == len({r[:-1] for r in published.RECORDS})  # where they must agree
+    assert (
+        len({r[:-1] for r in published.RECORDS}) >= len(published.RECORDS) - 2
+    )  # one perplexity pair stands in two tables of its paper
+    assert len({(r[:-1], r.value) for r in published.RECORDS}) == len(
+        {r[:-1] for r in published.RECORDS}
+    )  # where they must agree
 
 
 @pytest.mark.parametrize("suite", published.SUITES)
@@ -83,12 +110,18 @@ def test_tables_can_be_shown(suite):
     """Breaks when a table loses a record, has a ragged row, or does not warn that bases and data differ."""
     shown = 0
     for caption, header, rows in published.tables(suite):
-        assert "bases, data and training differ" in caption and any(x in caption for x in ("arXiv", "FlexComp", "UPL"))
-        assert {len(row) for row in rows} == {len(header)} and all(isinstance(x, str) for row in rows for x in (*header, *row))
+        assert "bases, data and training differ" in caption and any(
+            x in caption for x in ("arXiv", "FlexComp", "UPL")
+        )
+        assert {len(row) for row in rows} == {len(header)} and all(
+            isinstance(x, str) for row in rows for x in (*header, *row)
+        )
         assert len(set(map(tuple, rows))) == len(rows)
         report.table(header, rows)
         report.text_table(header, rows)
-        keys = sum(x in ("", "base", "tokens", "memory tokens", "tokens per memory token") for x in header)
+        keys = sum(
+            x in ("", "base", "tokens", "memory tokens", "tokens per memory token") for x in header
+        )
         shown += sum(x != "–" for row in rows for x in row[keys:])
     assert shown == sum(r.suite == suite for r in published.RECORDS)
 

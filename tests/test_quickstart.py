@@ -7,8 +7,9 @@ import re
 
 import pytest
 
-from icae_jax import cli, quickstart
+from icae_jax.cli import main as cli
 from icae_jax.data import synthetic
+from icae_jax.workflows import quickstart
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +21,10 @@ def ran(tmp_path_factory):
     monkeypatch.setattr(quickstart, "BATCH", 6)
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        assert cli.main(["quickstart", "--workdir", str(workdir), "--steps", "3", "--held_out", "6"]) == 0
+        assert (
+            cli.main(["quickstart", "--workdir", str(workdir), "--steps", "3", "--held_out", "6"])
+            == 0
+        )
     yield workdir, out.getvalue(), err.getvalue()
     monkeypatch.undo()
 
@@ -40,15 +44,39 @@ def test_results_report_and_next_commands(ran, capsys):
         assert list(m["qa_exact_match"]) == ["memory", "wrong memory", "untrained memory"]
         assert m["steps"] == [3, 3] and m["memory_tokens"] == m["k"] and m["ratio"] > 40 / m["k"]
         assert m["qa_exact_match"]["memory"] < base["full context"]
-        assert set(m["ae_loss"]) == {"memory", "wrong memory"} and set(m["bleu"]) == {"memory", "untrained memory"}
+        assert set(m["ae_loss"]) == {"memory", "wrong memory"} and set(m["bleu"]) == {
+            "memory",
+            "untrained memory",
+        }
     assert len({m["ae_loss"]["memory"] for m in memories}) == 2, "two compressors were measured"
 
     page = (ran / "report.html").read_text()
-    for part in ("QA exact match, full context", "untrained memory", "<svg", "<del>", "icae ask --memory", "BLEU-4", "500x, 11 tokens"):
+    for part in (
+        "QA exact match, full context",
+        "untrained memory",
+        "<svg",
+        "<del>",
+        "icae ask --memory",
+        "BLEU-4",
+        "500x, 11 tokens",
+    ):
         assert part in page
 
     adapter, memory = ran / "icae" / "finetune" / "adapter", ran / "memory.safetensors"
-    assert cli.main(["compress", "--adapter", str(adapter), "--input", str(ran / "data" / "example.jsonl"), "--output", str(memory)]) == 0
+    assert (
+        cli.main(
+            [
+                "compress",
+                "--adapter",
+                str(adapter),
+                "--input",
+                str(ran / "data" / "example.jsonl"),
+                "--output",
+                str(memory),
+            ]
+        )
+        == 0
+    )
     question = synthetic.passages(quickstart.HELD_OUT_SEED, 1)[0]["questions"][1]["question"]
     capsys.readouterr()
     assert cli.main(["ask", "--memory", str(memory), "--question", question, "--json"]) == 0
@@ -67,8 +95,12 @@ def test_what_is_on_the_screen(ran):
     lines = [line for part in rest.replace("\r", "\n").split("\n") if (line := part.strip())]
     bars = ("500x, restoring", "500x, answering", "ICAE, restoring", "ICAE, answering")
     shown = [line for line in lines if not line.startswith(bars)]
-    assert len(shown) == 4 and all(re.fullmatch(r"step +2 .+ → .*\(0 of 6 passages came back whole\)", line) for line in shown), shown
-    assert all(any(line.startswith(bar) for line in lines) for bar in bars) and "parameters" not in err
+    assert len(shown) == 4 and all(
+        re.fullmatch(r"step +2 .+ → .*\(0 of 6 passages came back whole\)", line) for line in shown
+    ), shown
+    assert (
+        all(any(line.startswith(bar) for line in lines) for bar in bars) and "parameters" not in err
+    )
     row = synthetic.passages(quickstart.HELD_OUT_SEED, 1)[0]
     first = out.partition("passages of about")[0]
     for part in (
@@ -113,7 +145,9 @@ def test_full_is_both_ratios_in_a_folder_of_its_own(full, tmp_path, monkeypatch,
         return 3
 
     monkeypatch.setattr(quickstart, "train", stop)
-    assert cli.main(["quickstart", "--held_out", "2", *(["--full", "--verbose"] if full else [])]) == 3
+    assert (
+        cli.main(["quickstart", "--held_out", "2", *(["--full", "--verbose"] if full else [])]) == 3
+    )
     folder, choices = ("quickstart_full", (2, 11)) if full else ("quickstart", (11,))
     assert seen == [(choices, f"{folder}/x500/pretrain", "500x, restoring", 2 if full else 0)]
     plan = capsys.readouterr().err
@@ -135,12 +169,35 @@ def test_from_scratch_trains_its_own_base_first(tmp_path, monkeypatch, capsys):
         config = whole(name, arg)
         if name == "tiny_base":
             config["model"] |= {"hidden_size": 40, "intermediate_size": 48, "num_layers": 2}
-            config |= {"steps": 2, "batch_size": 4, "eval_examples": 4, "unroll": 1, "mixture": ("0 questions=1",)}
+            config |= {
+                "steps": 2,
+                "batch_size": 4,
+                "eval_examples": 4,
+                "unroll": 1,
+                "mixture": ("0 questions=1",),
+            }
         return config
 
     monkeypatch.setattr(quickstart, "get_config", small)
     monkeypatch.setattr(quickstart, "TRAIN_PASSAGES", 100)
-    assert cli.main(["quickstart", "--workdir", str(tmp_path), "--from-scratch", "--steps", "2", "--held_out", "4"]) == 0
+    assert (
+        cli.main(
+            [
+                "quickstart",
+                "--workdir",
+                str(tmp_path),
+                "--from-scratch",
+                "--steps",
+                "2",
+                "--held_out",
+                "4",
+            ]
+        )
+        == 0
+    )
     encoder = tmp_path / "icae" / "finetune" / "adapter" / "encoder"
     named = json.loads((encoder / "adapter_config.json").read_text())["base_model_name_or_path"]
-    assert named == str((tmp_path / "base_training" / "base").resolve()) and "QA exact match" in capsys.readouterr().out
+    assert (
+        named == str((tmp_path / "base_training" / "base").resolve())
+        and "QA exact match" in capsys.readouterr().out
+    )

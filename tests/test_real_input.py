@@ -3,7 +3,7 @@
 import pytest
 from conftest import ROOT, shared
 
-from icae_jax import cli
+from icae_jax.cli import main as cli
 from icae_jax.training import metrics
 
 CONFIG = str(ROOT / "configs" / "icae.py")
@@ -17,7 +17,14 @@ def flags(phase, workdir, base, data, **changes):
         "data.train": data / "train.jsonl.gz", "data.eval": data / "valid.jsonl.gz", "data.cache_dir": workdir.parent / "cache",
         "optimizer.learning_rate": 5e-3, "optimizer.warmup_steps": 10, "eval_examples": 32, "log_every": 50, "data.max_target_tokens": 64,
     } | changes  # fmt: skip
-    return ["train", "--config", f"{CONFIG}:{phase}", "--workdir", str(workdir), *[f"--config.{k}={v}" for k, v in values.items()]]
+    return [
+        "train",
+        "--config",
+        f"{CONFIG}:{phase}",
+        "--workdir",
+        str(workdir),
+        *[f"--config.{k}={v}" for k, v in values.items()],
+    ]
 
 
 @pytest.mark.nightly
@@ -25,13 +32,27 @@ def test_stories_and_questions(tmp_path):
     """Breaks when nothing is learned, or when what is learned does not come from the memory."""
     base = shared("data/stories260K")
     steps = {"steps": 100, "eval_every": 100, "data.context_lengths": "(16,)"}
-    assert cli.main(flags("pretrain", tmp_path / "a", base, shared("data/tinystories"), **steps)) == 0
-    first, last = [line["eval"] for line in metrics.read(tmp_path / "a" / "metrics.jsonl") if "eval" in line]
+    assert (
+        cli.main(flags("pretrain", tmp_path / "a", base, shared("data/tinystories"), **steps)) == 0
+    )
+    first, last = [
+        line["eval"] for line in metrics.read(tmp_path / "a" / "metrics.jsonl") if "eval" in line
+    ]
     assert last["memory"]["ae"] < first["memory"]["ae"] - 0.5
     assert all(last["memory"][o] < last["wrong_memory"][o] - 0.03 for o in ("ae", "lm"))
 
-    steps = {"steps": 4, "eval_every": 4, "data.context_lengths": "(256,)", "init_from": tmp_path / "a", "batch_size": 4}
+    steps = {
+        "steps": 4,
+        "eval_every": 4,
+        "data.context_lengths": "(256,)",
+        "init_from": tmp_path / "a",
+        "batch_size": 4,
+    }
     steps |= {"eval_examples": 8, "optimizer.warmup_steps": 0}
-    assert cli.main(flags("finetune", tmp_path / "b", base, shared("data/fairytaleqa"), **steps)) == 0
-    first, last = [line["eval"] for line in metrics.read(tmp_path / "b" / "metrics.jsonl") if "eval" in line]
+    assert (
+        cli.main(flags("finetune", tmp_path / "b", base, shared("data/fairytaleqa"), **steps)) == 0
+    )
+    first, last = [
+        line["eval"] for line in metrics.read(tmp_path / "b" / "metrics.jsonl") if "eval" in line
+    ]
     assert last["memory"]["qa"] < first["memory"]["qa"]

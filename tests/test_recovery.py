@@ -9,17 +9,20 @@ import pytest
 import test_train
 from test_train import DIVERGING, arrays, run, run_until, without_clocks
 
-from icae_jax import cli, errors, inspection
-from icae_jax.interop import lock
+from icae_jax import errors, lock
+from icae_jax.cli import main as cli
 from icae_jax.training import metrics, step
 from icae_jax.training import train as loop
 from icae_jax.training.train import DIVERGED, DONE, PREEMPTED
+from icae_jax.workflows import inspection
 
 raw, uninterrupted = test_train.raw, test_train.uninterrupted
 _each_step_is_compiled_once = test_train._each_step_is_compiled_once
 
 
-def test_a_second_run_is_refused_before_it_touches_anything(raw, uninterrupted, tmp_path, monkeypatch, capsys):
+def test_a_second_run_is_refused_before_it_touches_anything(
+    raw, uninterrupted, tmp_path, monkeypatch, capsys
+):
     """Breaks when the same command twice at once mixes checkpoints or loses metrics, or the second one loads a base to find out."""
     workdir = tmp_path / "w"
     shutil.copytree(uninterrupted[0], workdir)
@@ -27,15 +30,22 @@ def test_a_second_run_is_refused_before_it_touches_anything(raw, uninterrupted, 
     before = {p: p.read_bytes() for p in workdir.rglob("*") if p.is_file()}
     with lock.only_writer(workdir, "--workdir"):
         for steps in (12, 20):
-            with pytest.raises(errors.UserError, match=rf"--workdir {workdir} is in use: process {os.getpid()} on .* since"):
+            with pytest.raises(
+                errors.UserError,
+                match=rf"--workdir {workdir} is in use: process {os.getpid()} on .* since",
+            ):
                 run(raw, workdir, steps=steps)
         config = tmp_path / "config.py"
         text = "import json, ml_collections\n\ndef get_config():\n    return ml_collections.ConfigDict(json.loads({!r}))\n"
         config.write_text(text.format(json.dumps(raw | {"base": str(tmp_path / "absent")})))
         assert cli.main(["train", "--config", str(config), "--workdir", str(workdir)]) == 2
         assert "is in use: process" in capsys.readouterr().err
-        assert inspection.describe(workdir / "checkpoints")["what"].startswith("checkpoint"), "readers need no lock"
-        assert {p: p.read_bytes() for p in workdir.rglob("*") if p.is_file() and p.name != lock.NAME} == before
+        assert inspection.describe(workdir / "checkpoints")["what"].startswith("checkpoint"), (
+            "readers need no lock"
+        )
+        assert {
+            p: p.read_bytes() for p in workdir.rglob("*") if p.is_file() and p.name != lock.NAME
+        } == before
     assert run(raw, workdir)[0] == DONE and not (workdir / lock.NAME).exists()
 
 
@@ -62,7 +72,11 @@ def test_a_damaged_checkpoint_costs_its_steps_alone(raw, uninterrupted, tmp_path
     for path in (workdir / "checkpoints" / "step_12").rglob("d/*"):
         path.write_bytes(b"")
     code, lines = run(raw, workdir)
-    assert code == DONE and "resumed at step 9" in lines and any("step_12 is damaged" in line for line in lines)
+    assert (
+        code == DONE
+        and "resumed at step 9" in lines
+        and any("step_12 is damaged" in line for line in lines)
+    )
     assert without_clocks(workdir) == without_clocks(uninterrupted[0])
     got, want = arrays(workdir), arrays(uninterrupted[0])
     for name, value in want.items():
@@ -88,11 +102,19 @@ def test_a_start_that_trained_nothing_binds_no_workdir(raw, uninterrupted, tmp_p
     are some may be replaced.
     """
     with monkeypatch.context() as patch, pytest.raises(MemoryError):
-        patch.setattr(step, "make_train_step", lambda *_: lambda *_: (_ for _ in ()).throw(MemoryError()))
+        patch.setattr(
+            step, "make_train_step", lambda *_: lambda *_: (_ for _ in ()).throw(MemoryError())
+        )
         run(raw, tmp_path, seed=1)
-    assert (tmp_path / "config.json").exists() and {line["step"] for line in metrics.read(tmp_path / "metrics.jsonl")} == {0}
+    assert (tmp_path / "config.json").exists() and {
+        line["step"] for line in metrics.read(tmp_path / "metrics.jsonl")
+    } == {0}
     code, lines = run(raw, tmp_path)
-    assert code == DONE and any("nothing has been trained" in line for line in lines) and "changed: seed: 1 -> 0" in lines
+    assert (
+        code == DONE
+        and any("nothing has been trained" in line for line in lines)
+        and "changed: seed: 1 -> 0" in lines
+    )
     assert without_clocks(tmp_path) == without_clocks(uninterrupted[0])
     (tmp_path / "DONE").unlink()
     shutil.rmtree(tmp_path / "checkpoints")

@@ -53,7 +53,9 @@ def test_scores_know_distances_alone(name):
 
     @jax.jit
     def scores(there, here):
-        turned = (rope.rotate(x, rope.tables(config, position)) for x, position in ((q, there), (k, here)))
+        turned = (
+            rope.rotate(x, rope.tables(config, position)) for x, position in ((q, there), (k, here))
+        )
         return jnp.einsum("btnh,btnh->n", *turned)
 
     def at(*positions):

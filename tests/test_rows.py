@@ -22,18 +22,36 @@ QUESTION = {"context": "c", "question": "q"}
         ({"document": "t", "summary": "s"}, ("t", None, None, "w", "0", "")),
         ({"input": "c", "prompt": "q", "answer": "a"}, ("c", "q", ("a",), "w", "0", "")),
         ({"instruction": "q", "input": "c", "output": "a"}, ("c", "q", ("a",), "w", "0", "")),
-        ({"instruction": "q", "context": "c", "response": "a", "category": "x"}, ("c", "q", ("a",), "w", "0", "")),
-        (QUESTION | {"answers": ["a", "b"], "id": "x", "subset": "s"}, ("c", "q", ("a", "b"), "w", "x", "s")),
-        (QUESTION | {"answers": {"text": ["a", "b"], "answer_start": [3]}}, ("c", "q", ("a", "b"), "w", "0", "")),
-        (QUESTION | {"answers": [{"text": "a", "answer_start": 3}, {"text": "b"}]}, ("c", "q", ("a", "b"), "w", "0", "")),
-        (QUESTION | {"answers": [{}, {"text": "a"}, {"text": None}]}, ("c", "q", ("a",), "w", "0", "")),
+        (
+            {"instruction": "q", "context": "c", "response": "a", "category": "x"},
+            ("c", "q", ("a",), "w", "0", ""),
+        ),
+        (
+            QUESTION | {"answers": ["a", "b"], "id": "x", "subset": "s"},
+            ("c", "q", ("a", "b"), "w", "x", "s"),
+        ),
+        (
+            QUESTION | {"answers": {"text": ["a", "b"], "answer_start": [3]}},
+            ("c", "q", ("a", "b"), "w", "0", ""),
+        ),
+        (
+            QUESTION | {"answers": [{"text": "a", "answer_start": 3}, {"text": "b"}]},
+            ("c", "q", ("a", "b"), "w", "0", ""),
+        ),
+        (
+            QUESTION | {"answers": [{}, {"text": "a"}, {"text": None}]},
+            ("c", "q", ("a",), "w", "0", ""),
+        ),
         (QUESTION | {"answers": ["a", None]}, ("c", "q", ("a",), "w", "0", "")),
         (QUESTION | {"answer": "a"}, ("c", "q", ("a",), "w", "0", "")),
         (QUESTION | {"answer": "a", "answers": None}, ("c", "q", ("a",), "w", "0", "")),
         ({"document": "c", "question": "q", "answer": "a"}, ("c", "q", ("a",), "w", "0", "")),
         ({"context": "c"}, ("c", None, None, "w", "0", "")),
         ({"text": "c", "question": "q", "answer": "a"}, ("c", "q", ("a",), "w", "0", "")),
-        ({"text": "t", "instruction": "q", "input": "c", "output": "a"}, ("c", "q", ("a",), "w", "0", "")),
+        (
+            {"text": "t", "instruction": "q", "input": "c", "output": "a"},
+            ("c", "q", ("a",), "w", "0", ""),
+        ),
         ({"text": "t"} | QUESTION | {"answer": "a"}, ("c", "q", ("a",), "w", "0", "")),
         ({"text": "t", "question": "q"}, ("t", None, None, "w", "0", "")),
     ],
@@ -50,28 +68,64 @@ def test_rows_of_every_form(raw, row):
     [
         ([1], "a JSON list, expected an object"),
         ({}, "fields none; expected text"),
-        ({"context": "c", "title": "t", "document": "d"}, "fields context, document, title: both document and context of"),
-        (QUESTION | {"answers": ["a"], "is_impossible": "perhaps"}, "is_impossible is 'perhaps'; expected true or false"),
+        (
+            {"context": "c", "title": "t", "document": "d"},
+            "fields context, document, title: both document and context of",
+        ),
+        (
+            QUESTION | {"answers": ["a"], "is_impossible": "perhaps"},
+            "is_impossible is 'perhaps'; expected true or false",
+        ),
         ({"text": 3}, "text is int, expected text; write a number in quotes"),
         ({"input": "c", "prompt": ["p"], "answer": "a"}, "prompt is list, expected text"),
         (QUESTION | {"answers": ["a", 3]}, r"answers is \['a', 3\], expected a list"),
-        (QUESTION | {"answer": {"value": "a", "aliases": ["b"]}}, r"answer is .'value': 'a', .*, expected a list of texts"),
-        (QUESTION | {"answers": [{"answer": "a"}]}, r"answers is ..'answer': 'a'.., expected a list"),
-        (QUESTION | {"answer": 1984}, "answer is 1984, expected a list of texts, or a text .a number in quotes"),
-        (QUESTION | {"document": "d", "answer": "a"}, "fields answer, context, document, question: both context and document"),
+        (
+            QUESTION | {"answer": {"value": "a", "aliases": ["b"]}},
+            r"answer is .'value': 'a', .*, expected a list of texts",
+        ),
+        (
+            QUESTION | {"answers": [{"answer": "a"}]},
+            r"answers is ..'answer': 'a'.., expected a list",
+        ),
+        (
+            QUESTION | {"answer": 1984},
+            "answer is 1984, expected a list of texts, or a text .a number in quotes",
+        ),
+        (
+            QUESTION | {"document": "d", "answer": "a"},
+            "fields answer, context, document, question: both context and document",
+        ),
         ({"document": "d", "content": "c"}, "fields content, document: both document and content"),
         ({"document": "d", "question": "q"}, "fields document, question; expected text"),
-        ({"context": "c", "qas": [{"question": "q"}]}, "answers is missing in a question of qas; its fields are question"),
+        (
+            {"context": "c", "qas": [{"question": "q"}]},
+            "answers is missing in a question of qas; its fields are question",
+        ),
         ({"context": "c", "qas": ["q"]}, "qas holds 'q', expected an object"),
         ({f"key\n{i}": {} for i in range(10000)}, r"fields key 0, key 1, .*, …; expected text"),
-        ({"messages": [{"role": ["user"], "content": "x"}]}, r"messages holds a message of role .*user"),
-        ({"messages": [{"role": "user", "content": [{"type": ["text"]}]}]}, "messages holds a part of type"),
-        ({"messages": [{"role": "user", "content": ["x"]}]}, "messages holds a part of type 'str'; only text"),
+        (
+            {"messages": [{"role": ["user"], "content": "x"}]},
+            r"messages holds a message of role .*user",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": ["text"]}]}]},
+            "messages holds a part of type",
+        ),
+        (
+            {"messages": [{"role": "user", "content": ["x"]}]},
+            "messages holds a part of type 'str'; only text",
+        ),
         ({"messages": '[{"role":\n "user"}]'}, "messages is .*, expected a list of messages"),
         ({"context": "c", "qas": "a\nb"}, "qas is .*, expected a list of questions"),
         ({"paragraphs": [{"text": "t"}, {"words": 1}]}, "paragraph 2: fields words; expected"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, "messages holds a message of role 'tool'; expected system"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages holds a part of type 'image_url'; only text"),
+        (
+            {"messages": [{"role": "tool", "content": "x"}]},
+            "messages holds a message of role 'tool'; expected system",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+            "messages holds a part of type 'image_url'; only text",
+        ),
         ({"conversations": ["x"]}, r"conversations is \['x'\], expected a list of messages"),
     ],
 )
@@ -98,19 +152,32 @@ def test_squad_as_it_is_published():
     """Breaks when the nested form of SQuAD is not read, plausible answers count as right, a text of many questions makes many memories, or
     the place of a question is lost."""
     made = [row for raw in rows.unwrapped(SQUAD, "w", "0") for row in rows.parse(*raw)]
-    assert [row[:3] for row in made] == [("c", "q", ("a",)), ("c", "r", ()), ("d", "s", ()), ("e", None, None)]
-    assert [row.id for row in made] == ["i", "j", "0.1.0.0", "0.1.1"] and made[2].where == "w: item 2: paragraph 1"
+    assert [row[:3] for row in made] == [
+        ("c", "q", ("a",)),
+        ("c", "r", ()),
+        ("d", "s", ()),
+        ("e", None, None),
+    ]
+    assert [row.id for row in made] == ["i", "j", "0.1.0.0", "0.1.1"] and made[
+        2
+    ].where == "w: item 2: paragraph 1"
     assert list(sources.with_ids(made)) == ["i", "0.1.0.0", "0.1.1"]
 
 
-@pytest.mark.parametrize("impossible", [True, "true", "TRUE", "1", 1, "yes", False, "false", "0", 0.0, "No", "", None])
+@pytest.mark.parametrize(
+    "impossible", [True, "true", "TRUE", "1", 1, "yes", False, "false", "0", 0.0, "No", "", None]
+)
 def test_an_impossible_question_has_no_answer(impossible):
     """Breaks when an answer that stands beside is_impossible is trained on, or a text that says false counts as true."""
     beside = {"answers": ["a"], "is_impossible": impossible}
     nested = {"context": "c", "qas": [{"question": "q"} | beside]}
     for raw in (QUESTION | beside, nested):
         (row,) = rows.parse(raw, "w", "0")
-        assert row[:3] == ("c", "q", () if str(impossible).lower() in ("true", "1", "yes") else ("a",))
+        assert row[:3] == (
+            "c",
+            "q",
+            () if str(impossible).lower() in ("true", "1", "yes") else ("a",),
+        )
 
 
 def chat(*turns):
@@ -120,9 +187,20 @@ def chat(*turns):
 @pytest.mark.parametrize(
     ("raw", "row"),
     [
-        ({"messages": chat(("system", "text"), ("user", "q"), ("assistant", "a"))}, ("text", "q", ("a",))),
         (
-            {"messages": chat(("user", "h"), ("assistant", "b"), ("user", "q"), ("assistant", "a"), ("user", "bye"))},
+            {"messages": chat(("system", "text"), ("user", "q"), ("assistant", "a"))},
+            ("text", "q", ("a",)),
+        ),
+        (
+            {
+                "messages": chat(
+                    ("user", "h"),
+                    ("assistant", "b"),
+                    ("user", "q"),
+                    ("assistant", "a"),
+                    ("user", "bye"),
+                )
+            },
             ("user: h\nassistant: b", "q", ("a",)),
         ),
         ({"messages": chat(("user", "q"), ("assistant", "a"))}, ("", "q", ("a",))),
@@ -130,16 +208,35 @@ def chat(*turns):
         ({"messages": chat(("assistant", "a"))}, ("assistant: a", None, None)),
         ({"messages": []}, ("", None, None)),
         ({"messages": None}, ("", None, None)),
-        ({"messages": chat(("System", "text"), ("User", "q"), ("Assistant", None))}, ("text", "q", ("",))),
         (
-            {"messages": chat(("system", [{"type": "text", "text": "te"}, {"type": "text", "text": "xt"}]), ("user", "q"))},
+            {"messages": chat(("System", "text"), ("User", "q"), ("Assistant", None))},
+            ("text", "q", ("",)),
+        ),
+        (
+            {
+                "messages": chat(
+                    ("system", [{"type": "text", "text": "te"}, {"type": "text", "text": "xt"}]),
+                    ("user", "q"),
+                )
+            },
             ("text", "q", ()),
         ),
         (
-            {"system": float("nan"), "messages": chat(("user", "h"), ("assistant", "b"), ("user", "q"), ("assistant", "a"))},
+            {
+                "system": float("nan"),
+                "messages": chat(
+                    ("user", "h"), ("assistant", "b"), ("user", "q"), ("assistant", "a")
+                ),
+            },
             ("user: h\nassistant: b", "q", ("a",)),
         ),
-        ({"system": "s", "conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}, ("s", "q", ("a",))),
+        (
+            {
+                "system": "s",
+                "conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}],
+            },
+            ("s", "q", ("a",)),
+        ),
     ],
 )
 def test_chats(raw, row):
@@ -202,9 +299,12 @@ def test_an_answer_of_ones_own():
     """Breaks when it replaces answers that are there, or answers a question that is empty."""
     sieve = rows.Sieve(no_answer="none")
     made = [
-        sieve.take(rows.parse(QUESTION | more, "w", "0")[0]) for more in ({"answers": []}, {"answer": "a"}, {"question": "", "answer": ""})
+        sieve.take(rows.parse(QUESTION | more, "w", "0")[0])
+        for more in ({"answers": []}, {"answer": "a"}, {"question": "", "answer": ""})
     ]
-    assert [row.answers for row in made] == [("none",), ("a",), ()] and list(sieve.left_out) == [rows.EMPTY_QUESTION]
+    assert [row.answers for row in made] == [("none",), ("a",), ()] and list(sieve.left_out) == [
+        rows.EMPTY_QUESTION
+    ]
     for bad in (" ", "\ud83d"):
         with pytest.raises(UserError, match=r"^--no_answer is"):
             rows.check_no_answer(bad, "--no_answer")

@@ -9,7 +9,22 @@ from rouge_score import rouge_scorer
 
 from icae_jax.evaluation import scores
 
-WORDS = ["the", "a", "memory", "of", "tokens", "holds", ",", "what", "text", "said", ".", "Zoë's", "3.5", "well-known"]
+WORDS = [
+    "the",
+    "a",
+    "memory",
+    "of",
+    "tokens",
+    "holds",
+    ",",
+    "what",
+    "text",
+    "said",
+    ".",
+    "Zoë's",
+    "3.5",
+    "well-known",
+]
 
 
 def texts(rng, count, longest=12):
@@ -21,8 +36,12 @@ def test_bleu():
     """Breaks when the order of arguments or the scale is off: precision punishes what is added, not what is missing."""
     assert scores.bleu(["a b c d e"], ["a b c d e"]) == pytest.approx(100)
     # 4 of 5 words, 3 of 4, 2 of 3, 1 of 2 n-grams are right.
-    assert scores.bleu(["a b c d x"], ["a b c d e"]) == pytest.approx(100 * math.prod((4 / 5, 3 / 4, 2 / 3, 1 / 2)) ** 0.25)
-    assert scores.bleu(["a b c d e"], ["a b c d e f g h i j"]) == pytest.approx(100 * math.exp(1 - 2))
+    assert scores.bleu(["a b c d x"], ["a b c d e"]) == pytest.approx(
+        100 * math.prod((4 / 5, 3 / 4, 2 / 3, 1 / 2)) ** 0.25
+    )
+    assert scores.bleu(["a b c d e"], ["a b c d e f g h i j"]) == pytest.approx(
+        100 * math.exp(1 - 2)
+    )
 
 
 def test_exact_match():
@@ -51,9 +70,19 @@ def test_unequal_or_empty_lists_are_refused():
         ("“Paris”", ["Paris"], 0, 0),  # only ASCII punctuation goes
         ("the“Paris”", ["“Paris”"], 100, 100),  # yet it ends a word, so "the" is an article
         ("x–the–y", ["x– –y"], 100, 100),  # and it leaves a space
-        ("in Paris", ["Rome", "Paris", "in Lyon"], 0, 200 / 3),  # the best answer: 1 of 2 words, 1 of 1
+        (
+            "in Paris",
+            ["Rome", "Paris", "in Lyon"],
+            0,
+            200 / 3,
+        ),  # the best answer: 1 of 2 words, 1 of 1
         ("Rome", ["Lyon", "Rome"], 100, 100),
-        ("x x y", ["x y y"], 0, 200 / 3),  # shared words are counted as often as both hold them: x, y
+        (
+            "x x y",
+            ["x y y"],
+            0,
+            200 / 3,
+        ),  # shared words are counted as often as both hold them: x, y
         ("x", ["x x x"], 0, 50),  # precision 1, recall 1/3
         ("  in   Paris\n", ["in\tParis"], 100, 100),
         ("", ["Paris"], 0, 0),
@@ -78,14 +107,20 @@ def test_one_answer_as_text_is_refused():
 def test_rouge():
     """Breaks when argument order, scale, stemming or the choice among references changes."""
     got = scores.rouge("cats ran home", ["no", "cat runs home today"])
-    assert got == pytest.approx({"rouge1": 200 / 7, "rouge2": 0, "rougeL": 200 / 7})  # a stemmer would match "cats" with "cat"
+    assert got == pytest.approx(
+        {"rouge1": 200 / 7, "rouge2": 0, "rougeL": 200 / 7}
+    )  # a stemmer would match "cats" with "cat"
     # Each kind has its own best reference: the first shares a bigram, the second more words.
-    assert scores.rouge("a b c d", ["a b x x x", "d c b a"]) == pytest.approx({"rouge1": 100, "rouge2": 200 / 7, "rougeL": 400 / 9})
+    assert scores.rouge("a b c d", ["a b x x x", "d c b a"]) == pytest.approx(
+        {"rouge1": 100, "rouge2": 200 / 7, "rougeL": 400 / 9}
+    )
     rng = np.random.default_rng(0)
     direct = rouge_scorer.RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=False)
     for prediction, reference in zip(texts(rng, 30), texts(rng, 30), strict=True):
         expected = direct.score(reference, prediction)
-        assert scores.rouge(prediction, [reference]) == pytest.approx({k: 100 * v.fmeasure for k, v in expected.items()})
+        assert scores.rouge(prediction, [reference]) == pytest.approx(
+            {k: 100 * v.fmeasure for k, v in expected.items()}
+        )
 
 
 def test_prefix_match():
@@ -127,9 +162,13 @@ def test_bleu_from_counts_is_corpus_bleu():
         result = sacrebleu.corpus_bleu(hypotheses, [references])
         smoothed += result.score > 0 and 0 in result.counts
         expected.append(result.score)
-        sums.append(sum(scores.bleu_counts(h, r) for h, r in zip(hypotheses, references, strict=True)))
+        sums.append(
+            sum(scores.bleu_counts(h, r) for h, r in zip(hypotheses, references, strict=True))
+        )
     assert expected.count(0) > 20 and smoothed > 20  # the cases are there
-    np.testing.assert_allclose(scores.bleu_from_counts(np.reshape(sums, (20, 10, 10))).ravel(), expected, rtol=1e-12)
+    np.testing.assert_allclose(
+        scores.bleu_from_counts(np.reshape(sums, (20, 10, 10))).ravel(), expected, rtol=1e-12
+    )
     for of, score in zip(sums, expected, strict=True):
         assert scores.bleu_from_counts(of) == pytest.approx(score, rel=1e-12)
 
@@ -141,8 +180,12 @@ def test_bleu_from_random_counts():
         total = np.sort(rng.integers(0, 9, size=4))[::-1]
         correct = [int(rng.integers(t + 1)) * int(rng.integers(2)) for t in total]
         lengths = [int(total[0]), int(rng.integers(1, 30))]
-        expected = sacrebleu.BLEU.compute_bleu(list(correct), total.tolist(), *lengths, smooth_method="exp").score
-        assert scores.bleu_from_counts([*correct, *total, *lengths]) == pytest.approx(expected, rel=1e-12)
+        expected = sacrebleu.BLEU.compute_bleu(
+            list(correct), total.tolist(), *lengths, smooth_method="exp"
+        ).score
+        assert scores.bleu_from_counts([*correct, *total, *lengths]) == pytest.approx(
+            expected, rel=1e-12
+        )
     with pytest.raises(ValueError, match="last axis"):
         scores.bleu_from_counts(np.zeros((10, 3)))
 
@@ -151,7 +194,18 @@ def test_a_text_against_itself_scores_100():
     """Breaks when a score is not in percent or misses its greatest value."""
     text = "Anna was born in Paris, in 1931. It's well-known!"
     ids = [3, 1, 2]
-    assert scores.bleu([text], [text]) == pytest.approx(100) == scores.sentence_bleu(scores.bleu_counts(text, text))
+    assert (
+        scores.bleu([text], [text])
+        == pytest.approx(100)
+        == scores.sentence_bleu(scores.bleu_counts(text, text))
+    )
     assert scores.bleu_from_counts(scores.bleu_counts(text, text)) == pytest.approx(100)
-    assert scores.exact_match([text], [text]) == scores.squad_em(text, [text]) == scores.squad_f1(text, [text]) == 100
-    assert set(scores.rouge(text, [text]).values()) == {100} and scores.prefix_match(ids, ids) == 100
+    assert (
+        scores.exact_match([text], [text])
+        == scores.squad_em(text, [text])
+        == scores.squad_f1(text, [text])
+        == 100
+    )
+    assert (
+        set(scores.rouge(text, [text]).values()) == {100} and scores.prefix_match(ids, ids) == 100
+    )

@@ -14,7 +14,8 @@ from icae_jax.compression import encoder, methods
 from icae_jax.data.batches import StaticInt
 from icae_jax.models import llama, lora
 from icae_jax.objectives import loss, targets
-from icae_jax.training import sharding, step
+from icae_jax.runtime import sharding
+from icae_jax.training import step
 from icae_jax.training.config import OptimizerConfig
 
 
@@ -25,7 +26,9 @@ class Autoencoding:
 
     def __init__(self, method, remat):
         self.model = llama.Llama(TINY, lora_scale=0.5, remat=remat)
-        self.compression = encoder.CompressionConfig(method=method, k=3, rate=8 / 3, k_choices=(2, 3))
+        self.compression = encoder.CompressionConfig(
+            method=method, k=3, rate=8 / 3, k_choices=(2, 3)
+        )
 
     def counts(self, batch):
         return {"ae": jnp.sum(batch["targets"]["label_mask"]).astype(jnp.float32)}
@@ -35,14 +38,21 @@ class Autoencoding:
 
     def losses(self, trained, frozen, batch, key):
         c = self.compression
-        memory = methods.compress(self.model, frozen, trained, batch["context"], batch["lengths"], c, batch["k"])
-        losses = loss.label_losses(self.model, frozen, trained, memory, {"ae": batch["targets"]}, {"ae": ()}, c.layout, 5)
+        memory = methods.compress(
+            self.model, frozen, trained, batch["context"], batch["lengths"], c, batch["k"]
+        )
+        losses = loss.label_losses(
+            self.model, frozen, trained, memory, {"ae": batch["targets"]}, {"ae": ()}, c.layout, 5
+        )
         return loss.objective_sums(losses, {"ae": batch["targets"]})
 
 
 def spec(x):
     """Of each dimension the mesh axes that it is split over, as text."""
-    return ["+".join([axes] if isinstance(axes, str) else axes or ()) for axes in (*x.sharding.spec, *[None] * x.ndim)[: x.ndim]]
+    return [
+        "+".join([axes] if isinstance(axes, str) else axes or ())
+        for axes in (*x.sharding.spec, *[None] * x.ndim)[: x.ndim]
+    ]
 
 
 def train(method, mesh_config, remat):
@@ -50,7 +60,9 @@ def train(method, mesh_config, remat):
     task, mesh = Autoencoding(method, remat), sharding.make_mesh(mesh_config)
     placement = sharding.Placement(mesh, TINY)
     rng = np.random.default_rng(0)
-    texts = [rng.integers(3, 64, n).tolist() for n in (5, 8, 3, 4, 7, 6, 2, 8, 8, 1, 3, 5, 6, 6, 7, 2)]
+    texts = [
+        rng.integers(3, 64, n).tolist() for n in (5, 8, 3, 4, 7, 6, 2, 8, 8, 1, 3, 5, 6, 6, 7, 2)
+    ]
     ids, lengths = encoder.segment_contexts(texts, task.compression)
     packed = targets.pack([[targets.ae_target(t, FRAMING)] for t in texts], 1, 9, 9)
     batch = {"context": ids, "lengths": lengths, "targets": packed, "k": StaticInt(2)}
@@ -60,16 +72,31 @@ def train(method, mesh_config, remat):
     with placement.active():
         batch = sharding.put_batch(mesh, batch, sharding.local_rows(mesh, len(texts)), len(texts))
         params, state = sharding.put(params, placement.tree(params)), sharding.put(state, shardings)
-        state, metrics = step.make_train_step(task, optimizer, 0, 2, shardings)(state, params, batch)
+        state, metrics = step.make_train_step(task, optimizer, 0, 2, shardings)(
+            state, params, batch
+        )
         kv = keys(task.model, params, batch["context"]) if mesh_config == KV else None
-    leaves = {jax.tree_util.keystr(p): x for p, x in jax.tree_util.tree_leaves_with_path({"base": params, "state": state})}
+    leaves = {
+        jax.tree_util.keystr(p): x
+        for p, x in jax.tree_util.tree_leaves_with_path({"base": params, "state": state})
+    }
     return {
         "loss": float(metrics["sums"]["ae"]),
         "grad_norm": float(metrics["grad_norm"]),
-        "trained": {name: np.asarray(x).ravel().tolist() for name, x in leaves.items() if "trained" in name},
-        "gradient": {name: np.asarray(x).ravel().tolist() for name, x in leaves.items() if ".mu" in name},
-        "split": {name: [list(x.shape), list(x.addressable_shards[0].data.shape), spec(x)] for name, x in leaves.items()},
-        "batch": [sorted(s.index[0].start or 0 for s in x.addressable_shards) for x in (batch["context"], batch["targets"]["ids"])],
+        "trained": {
+            name: np.asarray(x).ravel().tolist() for name, x in leaves.items() if "trained" in name
+        },
+        "gradient": {
+            name: np.asarray(x).ravel().tolist() for name, x in leaves.items() if ".mu" in name
+        },
+        "split": {
+            name: [list(x.shape), list(x.addressable_shards[0].data.shape), spec(x)]
+            for name, x in leaves.items()
+        },
+        "batch": [
+            sorted(s.index[0].start or 0 for s in x.addressable_shards)
+            for x in (batch["context"], batch["targets"]["ids"])
+        ],
         "kv": None if kv is None else [list(kv.shape), list(kv.addressable_shards[0].data.shape)],
     }
 
@@ -78,7 +105,13 @@ def train(method, mesh_config, remat):
 def keys(model, params, context_BSN):
     """The keys `[L, B, T, K, H]` that a first segment leaves."""
     T = context_BSN.shape[2]
-    return model.apply({"params": params}, context_BSN[:, 0], jnp.arange(T)[None], llama.causal_mask(T), return_kv=True)[1][0]
+    return model.apply(
+        {"params": params},
+        context_BSN[:, 0],
+        jnp.arange(T)[None],
+        llama.causal_mask(T),
+        return_kv=True,
+    )[1][0]
 
 
 # One axis, and all of them; of the policies, none is that of one device, and dots that of test_distributed's run on eight.
@@ -91,7 +124,9 @@ def runs():
     """`{case: result}` on eight devices, and `{method: result}` on one, where nothing is recomputed."""
     alone = {method: train(method, sharding.MeshConfig(), "none") for method in ("icae", "x500")}
     with eight_devices():
-        return {case: train(case[0], sharding.MeshConfig(*case[1]), case[2]) for case in CASES}, alone
+        return {
+            case: train(case[0], sharding.MeshConfig(*case[1]), case[2]) for case in CASES
+        }, alone
 
 
 def test_biases_on_eight_devices():
@@ -102,7 +137,9 @@ def test_biases_on_eight_devices():
 
     def hidden(params, adapter):
         variables = {"params": params, "lora": adapter}
-        return llama.Llama(config).apply(variables, ids, jnp.arange(8)[None], np.ones((1, 8), bool))[0]
+        return llama.Llama(config).apply(
+            variables, ids, jnp.arange(8)[None], np.ones((1, 8), bool)
+        )[0]
 
     want = jax.jit(hidden)(params, adapter)
     without = jax.tree_util.tree_map_with_path(lambda path, x: x * (path[-1].key != "bias"), params)
@@ -113,8 +150,16 @@ def test_biases_on_eight_devices():
             split = sharding.put(params, placement.tree(params))
             got = jax.jit(hidden)(split, sharding.put(adapter, placement.tree(adapter)))
         layers = split["layers"]
-        assert spec(layers["self_attn"]["q_proj"]["bias"]) == spec(layers["mlp"]["up_proj"]["bias"]) == ["", "tensor"]
-        assert spec(layers["self_attn"]["o_proj"]["bias"]) == spec(layers["mlp"]["down_proj"]["bias"]) == ["", "fsdp"]
+        assert (
+            spec(layers["self_attn"]["q_proj"]["bias"])
+            == spec(layers["mlp"]["up_proj"]["bias"])
+            == ["", "tensor"]
+        )
+        assert (
+            spec(layers["self_attn"]["o_proj"]["bias"])
+            == spec(layers["mlp"]["down_proj"]["bias"])
+            == ["", "fsdp"]
+        )
         close(got, want)
 
 
@@ -140,22 +185,46 @@ def test_arrays_are_split_as_the_rules_say(case, runs):
     (data, fsdp, tensor), got = case[1], runs[0][case]
     parts = dict(data=data, fsdp=fsdp, tensor=tensor)
     for name, (shape, shard, axes) in got["split"].items():
-        split = [np.prod([parts[axis] for axis in axis.split("+") if axis], dtype=int) for axis in axes]
+        split = [
+            np.prod([parts[axis] for axis in axis.split("+") if axis], dtype=int) for axis in axes
+        ]
         assert [n // by for n, by in zip(shape, split, strict=True)] == shard, name
-    in_base = {name: axes for name, (*_, axes) in got["split"].items() if name.startswith("['base']") and "kernel" in name}
-    assert len(in_base) == 7 and all(sorted(axes) == ["", "fsdp", "tensor"] for axes in in_base.values())
+    in_base = {
+        name: axes
+        for name, (*_, axes) in got["split"].items()
+        if name.startswith("['base']") and "kernel" in name
+    }
+    assert len(in_base) == 7 and all(
+        sorted(axes) == ["", "fsdp", "tensor"] for axes in in_base.values()
+    )
     shards = {name: shard for name, (_, shard, _) in got["split"].items()}
-    assert shards["['base']['layers']['self_attn']['q_proj']['kernel']"] == [2, 32 // fsdp, 32 // tensor]
-    assert shards["['base']['layers']['self_attn']['o_proj']['kernel']"] == [2, 32 // tensor, 32 // fsdp]
+    assert shards["['base']['layers']['self_attn']['q_proj']['kernel']"] == [
+        2,
+        32 // fsdp,
+        32 // tensor,
+    ]
+    assert shards["['base']['layers']['self_attn']['o_proj']['kernel']"] == [
+        2,
+        32 // tensor,
+        32 // fsdp,
+    ]
     assert shards["['base']['layers']['mlp']['up_proj']['kernel']"] == [2, 32 // fsdp, 48 // tensor]
-    assert shards["['base']['layers']['mlp']['down_proj']['kernel']"] == [2, 48 // tensor, 32 // fsdp]
+    assert shards["['base']['layers']['mlp']['down_proj']['kernel']"] == [
+        2,
+        48 // tensor,
+        32 // fsdp,
+    ]
     assert shards["['base']['embed']"] == [64 // tensor, 32 // fsdp]
-    first_moments = {name[-5:]: shard for name, shard in shards.items() if ".mu" in name and "q_proj" in name}
+    first_moments = {
+        name[-5:]: shard for name, shard in shards.items() if ".mu" in name and "q_proj" in name
+    }
     rank = 4 if 4 % fsdp else 4 // fsdp  # four does not divide over eight
     assert first_moments == {"['a']": [2, 32 // fsdp, 4], "['b']": [2, rank, 32 // tensor]}
     rows = data * fsdp
     assert got["batch"] == [sorted(tensor * list(range(0, 16, 16 // rows)))] * 2
-    assert got["kv"] == ([[2, 16, 8, 2, 8], [2, 16 // rows, 8, 2 // tensor, 8]] if KV.sizes == case[1] else None)
+    assert got["kv"] == (
+        [[2, 16, 8, 2, 8], [2, 16 // rows, 8, 2 // tensor, 8]] if KV.sizes == case[1] else None
+    )
 
 
 def test_what_the_mesh_cannot_divide_stays_whole_and_is_named():
@@ -163,39 +232,61 @@ def test_what_the_mesh_cannot_divide_stays_whole_and_is_named():
     mesh = AbstractMesh((1, 5, 4), sharding.AXES)
     placement = sharding.Placement(mesh, TINY)
     assert placement.whole == ["embed", "kv_heads"]
-    assert placement.notes() == ["mesh: embed, kv_heads of the base cannot be split evenly and stay whole"]
+    assert placement.notes() == [
+        "mesh: embed, kv_heads of the base cannot be split evenly and stay whole"
+    ]
     kernel = jax.ShapeDtypeStruct((2, 32, 32), jnp.float32)
     path = ("layers", "self_attn", "q_proj", "kernel")
-    assert placement.parameter(path, kernel).spec == jax.sharding.PartitionSpec(None, None, "tensor")
+    assert placement.parameter(path, kernel).spec == jax.sharding.PartitionSpec(
+        None, None, "tensor"
+    )
     assert sharding.Placement(AbstractMesh((8, 1, 1), sharding.AXES), TINY).notes() == []
 
 
 @pytest.mark.parametrize(
     ("text", "sizes"),
-    [("fsdp=4,tensor=2", (-1, 4, 2)), ("tensor=2", (-1, 1, 2)), ("data=1,fsdp=-1", (1, -1, 1)), ("", (-1, 1, 1)), ("data=2", (2, 1, 1))],
+    [
+        ("fsdp=4,tensor=2", (-1, 4, 2)),
+        ("tensor=2", (-1, 1, 2)),
+        ("data=1,fsdp=-1", (1, -1, 1)),
+        ("", (-1, 1, 1)),
+        ("data=2", (2, 1, 1)),
+    ],
 )
 def test_meshes_as_flags(text, sizes):
     """Breaks when a flag's axes mean others than it names, or devices are left over."""
     assert sharding.parse(text).sizes == sizes
 
 
-@pytest.mark.parametrize("text", ["fsdp", "fsdp=", "fsdp=x", "heads=2", "fsdp=2,fsdp=2", "fsdp=2;tensor=2"])
+@pytest.mark.parametrize(
+    "text", ["fsdp", "fsdp=", "fsdp=x", "heads=2", "fsdp=2,fsdp=2", "fsdp=2;tensor=2"]
+)
 def test_bad_flags_name_the_axes(text):
-    with pytest.raises(ValueError, match=f"--mesh {text}: write AXIS=SIZE,… with the axes data, fsdp, tensor"):
+    with pytest.raises(
+        ValueError, match=f"--mesh {text}: write AXIS=SIZE,… with the axes data, fsdp, tensor"
+    ):
         sharding.parse(text)
 
 
 @pytest.mark.parametrize("sizes", [(0, 1, 1), (1, -2, 1), (-1, -1, 1)])
 def test_bad_sizes_are_named(sizes):
-    with pytest.raises(ValueError, match=f"mesh is data {sizes[0]}, fsdp {sizes[1]}, tensor {sizes[2]}; give positive sizes"):
+    with pytest.raises(
+        ValueError,
+        match=f"mesh is data {sizes[0]}, fsdp {sizes[1]}, tensor {sizes[2]}; give positive sizes",
+    ):
         sharding.MeshConfig(*sizes)
 
 
 def test_meshes_take_all_devices_or_say_so():
     """Breaks when devices idle, or a mesh that does not fit them is found out by JAX."""
-    assert sharding.MeshConfig(2, -1, 2).shape(8) == (2, 2, 2) and sharding.MeshConfig(1, 8, 1).shape(8) == (1, 8, 1)
+    assert sharding.MeshConfig(2, -1, 2).shape(8) == (2, 2, 2) and sharding.MeshConfig(
+        1, 8, 1
+    ).shape(8) == (1, 8, 1)
     for sizes in ((1, 4, 1), (1, -1, 3), (2, 8, 1)):
-        with pytest.raises(ValueError, match=r"mesh is .*, which does not make 8 devices; set one of its axes to -1"):
+        with pytest.raises(
+            ValueError,
+            match=r"mesh is .*, which does not make 8 devices; set one of its axes to -1",
+        ):
             sharding.MeshConfig(*sizes).shape(8)
 
 
@@ -203,14 +294,21 @@ def test_microbatches_must_divide_over_the_devices():
     """Breaks when a batch that cannot be split is only found by a sharding error."""
     mesh = AbstractMesh((2, 4, 2), sharding.AXES)
     sharding.check_batch_size(mesh, 16, 2)
-    with pytest.raises(ValueError, match=r"batch_size / accumulate is 4; it must be a multiple of mesh.data x mesh.fsdp, 8"):
+    with pytest.raises(
+        ValueError,
+        match=r"batch_size / accumulate is 4; it must be a multiple of mesh.data x mesh.fsdp, 8",
+    ):
         sharding.check_batch_size(mesh, 8, 2)
 
 
 def test_host_arrays_are_split_along_any_axis():
     """Breaks when an axis other than the first is not the one that is split, or a mesh takes in other processes' devices."""
     mesh = sharding.local_mesh()
-    assert mesh.devices.ravel().tolist() == jax.local_devices() and mesh.axis_names == ("data", "fsdp", "tensor")
+    assert mesh.devices.ravel().tolist() == jax.local_devices() and mesh.axis_names == (
+        "data",
+        "fsdp",
+        "tensor",
+    )
     x = np.arange(2 * 8 * 3).reshape(2, 8, 3)
     for axis in range(3):
         y = sharding.split(mesh, np.swapaxes(x, 1, axis), axis)

@@ -5,8 +5,8 @@ import math
 import jax
 import pytest
 
-from icae_jax.interop import config_json
-from icae_jax.models import llama, rope, sizes
+from icae_jax.models import llama, rope
+from icae_jax.models.families import config_json, sizes
 
 COUNTS = {
     "meta-llama/Llama-2-7b-hf": 6_738_415_616,
@@ -31,7 +31,14 @@ CONSTANTS = {
     "meta-llama/Llama-2-70b-hf": (64, 4096, 1e4, None, 1e-5, ()),
     "meta-llama/Meta-Llama-3-8B": (32, 8192, 5e5, None, 1e-5, ()),
     "meta-llama/Llama-3.1-8B": (32, 131072, 5e5, rope.Llama3Scaling(8.0, 1.0, 4.0, 8192), 1e-5, ()),
-    "meta-llama/Llama-3.2-1B": (32, 131072, 5e5, rope.Llama3Scaling(32.0, 1.0, 4.0, 8192), 1e-5, ()),
+    "meta-llama/Llama-3.2-1B": (
+        32,
+        131072,
+        5e5,
+        rope.Llama3Scaling(32.0, 1.0, 4.0, 8192),
+        1e-5,
+        (),
+    ),
     "mistralai/Mistral-7B-v0.1": (32, 32768, 1e4, None, 1e-5, (4096,) * 32),
     "mistralai/Mistral-7B-Instruct-v0.2": (32, 32768, 1e6, None, 1e-5, ()),
     "Qwen/Qwen2.5-0.5B": (14, 32768, 1e6, None, 1e-6, ()),
@@ -42,13 +49,23 @@ CONSTANTS = {
 @pytest.mark.parametrize("name", sizes.NAMED)
 def test_parameter_counts(name):
     """Breaks when a width, a number of layers or heads, a bias, a norm or the tying of the head is not the published model's."""
-    assert sum(math.prod(x.shape) for x in jax.tree.leaves(llama.param_shapes(sizes.find(name)))) == COUNTS[name]
+    assert (
+        sum(math.prod(x.shape) for x in jax.tree.leaves(llama.param_shapes(sizes.find(name))))
+        == COUNTS[name]
+    )
 
 
 @pytest.mark.parametrize("name", CONSTANTS)
 def test_constants_that_no_count_shows(name):
     c = sizes.find(name)
-    assert (c.num_heads, c.max_position_embeddings, c.rope_theta, c.rope_scaling, c.rms_norm_eps, c.windows) == CONSTANTS[name]
+    assert (
+        c.num_heads,
+        c.max_position_embeddings,
+        c.rope_theta,
+        c.rope_scaling,
+        c.rms_norm_eps,
+        c.windows,
+    ) == CONSTANTS[name]
 
 
 @pytest.mark.parametrize("name", sizes.NAMED)
@@ -56,10 +73,18 @@ def test_through_config_json(name):
     """Breaks when a base has what no architecture of the hub computes, or a field is lost on the way."""
     raw = config_json.hub_config(sizes.find(name), "bfloat16", {})
     assert config_json.parse_config(raw) == sizes.find(name)
-    families = {"Qwen/Qwen3": "qwen3", "Qwen/Qwen2.5": "qwen2", "mistralai/Mistral-7B-v0.1": "mistral"}
-    assert raw["model_type"] == next((kind for start, kind in families.items() if name.startswith(start)), "llama")
+    families = {
+        "Qwen/Qwen3": "qwen3",
+        "Qwen/Qwen2.5": "qwen2",
+        "mistralai/Mistral-7B-v0.1": "mistral",
+    }
+    assert raw["model_type"] == next(
+        (kind for start, kind in families.items() if name.startswith(start)), "llama"
+    )
 
 
 def test_an_unknown_name_is_refused_with_the_known_ones():
-    with pytest.raises(ValueError, match=r"sizes of 'llama3_8b' are not known; known: .*Llama-2-7b-hf.*Qwen3-8B"):
+    with pytest.raises(
+        ValueError, match=r"sizes of 'llama3_8b' are not known; known: .*Llama-2-7b-hf.*Qwen3-8B"
+    ):
         sizes.find("llama3_8b")

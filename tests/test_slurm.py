@@ -14,16 +14,25 @@ def slurm(tmp_path):
     """A function that runs slurm.sbatch as a job whose step exits with a code: (finished process, words of srun, words of scontrol)."""
     stubs = {name: f'printf "%s\\0" "$@" >"{tmp_path}/{name}"' for name in ("srun", "scontrol")}
     stubs["srun"] += '; echo trained; echo -ne "50 %\\r$said" >&2; exit "$STEP"'
-    clean = {key: value for key, value in write_stubs(tmp_path / "bin", stubs).items() if not key.startswith(("SLURM_", "MAX_RESTARTS"))}
+    clean = {
+        key: value
+        for key, value in write_stubs(tmp_path / "bin", stubs).items()
+        if not key.startswith(("SLURM_", "MAX_RESTARTS"))
+    }
 
     def run(*arguments, **environment):
         command = ["bash", ROOT / "launch" / "slurm.sbatch", *arguments]
         (tmp_path / "err").write_text("before the requeue\n")
         with open(tmp_path / "err", "a") as err:  # as Slurm does by --open-mode=append
             environment = clean | {"SLURM_JOB_ID": "7", "STEP": "0"} | environment
-            out = subprocess.run(command, stdout=subprocess.PIPE, stderr=err, text=True, env=environment)
+            out = subprocess.run(
+                command, stdout=subprocess.PIPE, stderr=err, text=True, env=environment
+            )
         out.stderr = (tmp_path / "err").read_text()
-        said = [(tmp_path / name).read_text().split("\0")[:-1] if (tmp_path / name).exists() else [] for name in stubs]
+        said = [
+            (tmp_path / name).read_text().split("\0")[:-1] if (tmp_path / name).exists() else []
+            for name in stubs
+        ]
         return out, *said
 
     return run
@@ -41,13 +50,23 @@ def slurm(tmp_path):
 )  # fmt: skip
 def test_a_slurm_job_is_requeued_until_it_is_done(slurm, code, environment, requeued):
     """Breaks when a saved or crashed job is not taken up, one that cannot succeed is, for ever, or a whole array goes with one job."""
-    out, step, requeue = slurm(*COMMAND[1:], STEP=str(code), SLURM_GPUS_ON_NODE="8", SLURM_NTASKS_PER_NODE="8", **environment)
+    out, step, requeue = slurm(
+        *COMMAND[1:],
+        STEP=str(code),
+        SLURM_GPUS_ON_NODE="8",
+        SLURM_NTASKS_PER_NODE="8",
+        **environment,
+    )
     assert out.returncode == code and requeue == (["requeue", requeued] if requeued else [])
-    assert step[-len(COMMAND) :] == COMMAND and {"--kill-on-bad-exit=0", "--gpu-bind=none"} <= set(step)
+    assert step[-len(COMMAND) :] == COMMAND and {"--kill-on-bad-exit=0", "--gpu-bind=none"} <= set(
+        step
+    )
     assert out.stdout == "trained\n" and out.stderr.startswith("before the requeue\n50 %\n")
 
 
-@pytest.mark.parametrize("said, final", [("task 5: {} 2", 2), ("tasks 0-3,9: {} 3", 3), ("task 0: {} 255", 134)])
+@pytest.mark.parametrize(
+    "said, final", [("task 5: {} 2", 2), ("tasks 0-3,9: {} 3", 3), ("task 0: {} 255", 134)]
+)
 def test_a_slurm_job_tells_bad_input_from_what_it_broke(slurm, said, final):
     """Breaks when one process's bad input or divergence is run again, as the crash of those that lost that process."""
     said = said.format("Exited with exit code")
@@ -65,10 +84,18 @@ UNABLE = "srun: error: Unable to create step for job 7: "
         (UNABLE + "Invalid generic resource (gres) specification", 1, 2),
         (UNABLE + "More processors requested than permitted", 1, 2),
         (UNABLE + "Memory required by task is not available", 1, 2),
-        ("srun: fatal: SLURM_MEM_PER_CPU, SLURM_MEM_PER_GPU, and SLURM_MEM_PER_NODE are mutually exclusive.", 1, 2),
+        (
+            "srun: fatal: SLURM_MEM_PER_CPU, SLURM_MEM_PER_GPU, and SLURM_MEM_PER_NODE are mutually exclusive.",
+            1,
+            2,
+        ),
         ('srun: error: Invalid numeric value "x" for --cpus-per-task.', 255, 2),
         ("srun: unrecognized option '--gpu-bindd=none'", 1, 2),
-        ("slurmstepd: error: execve(): icae: Permission denied\nsrun: error: n: task 0: Exited with exit code 13", 13, 2),
+        (
+            "slurmstepd: error: execve(): icae: Permission denied\nsrun: error: n: task 0: Exited with exit code 13",
+            13,
+            2,
+        ),
         (UNABLE + "Requested nodes are busy", 1, 1),
         (UNABLE + "Socket timed out on send/recv operation", 1, 1),
         (UNABLE + "Unable to contact slurm controller (connect failure)", 1, 1),
@@ -79,8 +106,16 @@ UNABLE = "srun: error: Unable to create step for job 7: "
         (UNABLE + "Unspecified error", 1, 1),
         ("srun: fatal: Could not establish a configuration source", 1, 1),
         (UNABLE + "Requested node configuration is not available", 1, 2),
-        ("srun: Job 7 step creation temporarily disabled, retrying (Requested nodes are busy)", 134, 134),
-        ("srun: error: Node failure on n3\nsrun: Job step aborted: Waiting up to 32 seconds for job step to finish.", 137, 137),
+        (
+            "srun: Job 7 step creation temporarily disabled, retrying (Requested nodes are busy)",
+            134,
+            134,
+        ),
+        (
+            "srun: error: Node failure on n3\nsrun: Job step aborted: Waiting up to 32 seconds for job step to finish.",
+            137,
+            137,
+        ),
         ("srun: error: n3: task 3: Segmentation fault", 139, 139),
         (UNABLE + "Invalid generic resource (gres) specification", 0, 0),
     ],
@@ -110,14 +145,24 @@ def test_a_slurm_job_has_a_process_for_each_gpu(slurm):
     """Breaks when GPUs stay idle, or two processes want one: JAX gives each process under Slurm one GPU."""
     text = (ROOT / "launch" / "slurm.sbatch").read_text()
     lines = dict(re.findall(r"^#SBATCH (--[a-z-]+)=(\S+)$", text, re.MULTILINE))
-    assert lines["--ntasks-per-node"] == lines["--gpus-per-node"] and lines["--signal"].startswith("TERM@")
+    assert lines["--ntasks-per-node"] == lines["--gpus-per-node"] and lines["--signal"].startswith(
+        "TERM@"
+    )
     out, step, _ = slurm("train", SLURM_GPUS_ON_NODE="4", SLURM_NTASKS_PER_NODE="8")
-    assert out.returncode == 2 and "--gpus-per-node is 4 and --ntasks-per-node 8" in out.stderr and not step
+    assert (
+        out.returncode == 2
+        and "--gpus-per-node is 4 and --ntasks-per-node 8" in out.stderr
+        and not step
+    )
 
 
 def test_a_dry_run_of_a_slurm_job(slurm):
     """Breaks when the printed commands do not survive a shell, or are run."""
     out, *run = slurm("--dry_run", *COMMAND[1:])
     assert out.returncode == 0 and run == [[], []]
-    step, requeue = (shlex.split(line) for line in out.stdout.splitlines() if line.startswith(("srun", "scontrol")))
+    step, requeue = (
+        shlex.split(line)
+        for line in out.stdout.splitlines()
+        if line.startswith(("srun", "scontrol"))
+    )
     assert step[-len(COMMAND) :] == COMMAND and requeue == ["scontrol", "requeue", "7"]

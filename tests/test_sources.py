@@ -17,7 +17,7 @@ from icae_jax.data import reading, sources
 from icae_jax.data.builders import builder, shards
 from icae_jax.data.builders.inputs import Request
 from icae_jax.errors import UserError
-from icae_jax.prepare import prepare
+from icae_jax.workflows.prepare import prepare
 
 
 def test_json_lines_plain_text_and_several_paths(tmp_path):
@@ -31,27 +31,48 @@ def test_json_lines_plain_text_and_several_paths(tmp_path):
     assert [r.text for r in rows] == ["first", "third", "a whole\nfile, œ\n"]
     assert [r.where for r in rows] == [f"{one}:1", f"{one}:3", str(two)]
     assert [r.id for r in rows] == ["one.jsonl.gz:0", "one.jsonl.gz:2", "two.txt"]
-    assert [r.id for r in sources.read_rows(str(one))] == ["0", "2"] and not any(r.own_id for r in rows)
+    assert [r.id for r in sources.read_rows(str(one))] == ["0", "2"] and not any(
+        r.own_id for r in rows
+    )
 
 
 def test_default_ids_of_joined_files_differ(tmp_path):
     """Breaks when rows of two files get one id, so that one of them cannot be asked for: also where the files have one name."""
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
-        write_jsonl(tmp_path / folder / "x.jsonl", [{"text": folder}, {"text": folder * 2, "id": "own"}])
+        write_jsonl(
+            tmp_path / folder / "x.jsonl", [{"text": folder}, {"text": folder * 2, "id": "own"}]
+        )
     rows = list(sources.read_rows(f"{tmp_path}/a/x.jsonl,{tmp_path}/b/x.jsonl"))
-    assert [r.id for r in rows] == ["a/x.jsonl:0", "own", "b/x.jsonl:0", "own"] and [r.own_id for r in rows] == [False, True] * 2
+    assert [r.id for r in rows] == ["a/x.jsonl:0", "own", "b/x.jsonl:0", "own"] and [
+        r.own_id for r in rows
+    ] == [False, True] * 2
 
 
 def row(text, where, own=None, question=None):
-    return sources.Row(text, question, question and ("a",), where, own or where, "", own is not None)
+    return sources.Row(
+        text, question, question and ("a",), where, own or where, "", own is not None
+    )
 
 
 def test_no_id_is_lost_or_stands_for_two_texts():
     """Breaks when two rows of one text keep one id alone, a context with many questions becomes many memories, a row's number takes the id
     that another row has of its own, or one id stands for two texts."""
-    rows = [row("x", "0"), row("y", "1", "a"), row("y", "2", "b"), row("z", "3", "0"), row("y", "4"), row("y", "5", "a"), row("x", "6")]
-    assert {name: r.text for name, r in sources.with_ids(rows).items()} == {"0#2": "x", "a": "y", "b": "y", "0": "z"}
+    rows = [
+        row("x", "0"),
+        row("y", "1", "a"),
+        row("y", "2", "b"),
+        row("z", "3", "0"),
+        row("y", "4"),
+        row("y", "5", "a"),
+        row("x", "6"),
+    ]
+    assert {name: r.text for name, r in sources.with_ids(rows).items()} == {
+        "0#2": "x",
+        "a": "y",
+        "b": "y",
+        "0": "z",
+    }
     asked = [row("c", str(i), question=f"q{i}") for i in range(5)]
     assert list(sources.with_ids(asked)) == ["0"]
     with pytest.raises(UserError, match=r"^7: id 'a' is that of another text too \(1\)"):
@@ -68,10 +89,21 @@ def test_zst_is_read_as_gz_is(tmp_path):
         return packer.compress(content) + packer.flush()
 
     path = tmp_path / "a.jsonl.zst"
-    cut = ["\n".join(lines[:4])[:-2], "\n".join(lines[:4])[-2:] + "\n\n", "\n".join(lines[4:])]  # the first frame ends within a line
-    path.write_bytes(b"".join(pack(part.encode()) for pack, part in zip((zstandard.compress, wide, wide), cut, strict=True)))
+    cut = [
+        "\n".join(lines[:4])[:-2],
+        "\n".join(lines[:4])[-2:] + "\n\n",
+        "\n".join(lines[4:]),
+    ]  # the first frame ends within a line
+    path.write_bytes(
+        b"".join(
+            pack(part.encode())
+            for pack, part in zip((zstandard.compress, wide, wide), cut, strict=True)
+        )
+    )
     rows = list(sources.read_rows(str(path)))
-    assert [r.text for r in rows] == [f"text {i} œ" for i in range(9)] and rows[8].where == f"{path}:10"
+    assert [r.text for r in rows] == [f"text {i} œ" for i in range(9)] and rows[
+        8
+    ].where == f"{path}:10"
     (tmp_path / "b.txt.zst").write_bytes(wide("a whole\nfile, œ\n".encode() * 9999))
     assert next(sources.read_rows(f"{tmp_path}/b.txt.zst")).text == "a whole\nfile, œ\n" * 9999
 
@@ -103,9 +135,14 @@ def test_a_line_is_bounded(tmp_path, monkeypatch, name, suffix):
     where = f"{path}:2" if name == "a.jsonl" else str(path)
     if name == "a.jsonl":
         assert next(rows).text == "fine"
-    with pytest.raises(UserError, match=f"^{where}: longer than 100,000 bytes, .*; split it \\(in training, data.max_row_bytes"):
+    with pytest.raises(
+        UserError,
+        match=f"^{where}: longer than 100,000 bytes, .*; split it \\(in training, data.max_row_bytes",
+    ):
         next(rows)
-    assert (suffix == ".zst") == bool(sizes) and sum(sizes) <= 100_000 + 2 * reading.CHUNK + len(fine)
+    assert (suffix == ".zst") == bool(sizes) and sum(sizes) <= 100_000 + 2 * reading.CHUNK + len(
+        fine
+    )
     path.write_bytes(pack(fine))
     assert [len(row.text) for row in sources.read_rows(str(path), max_row_bytes=len(fine))]
 
@@ -127,7 +164,13 @@ def test_frames_that_tools_write(tmp_path):
     path = tmp_path / "a.jsonl.zst"
     skipped = (0x184D2A53).to_bytes(4, "little") + (200_000).to_bytes(4, "little") + b"x" * 200_000
     repeated = b'{"text": "' + b"a" * 1_000_000 + b'"}\n'
-    path.write_bytes(skipped + checked.compress(noise) + skipped + checked.compress(b"") + zstandard.compress(repeated))
+    path.write_bytes(
+        skipped
+        + checked.compress(noise)
+        + skipped
+        + checked.compress(b"")
+        + zstandard.compress(repeated)
+    )
     assert [len(row.text) for row in sources.read_rows(str(path))] == [600_000, 1_000_000]
     path.write_bytes(path.read_bytes() + skipped[:-1])
     with pytest.raises(UserError, match="ends within a compressed frame"):
@@ -140,7 +183,14 @@ def test_ends_of_lines_in_a_text(tmp_path):
     assert next(sources.read_rows(str(tmp_path / "a.txt"))).text == "one\ntwo\nthree\n"
 
 
-@pytest.mark.parametrize("error", [OSError(errno.EIO, "I/O error"), OSError(errno.ESTALE, "stale"), ConnectionResetError("reset")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.EIO, "I/O error"),
+        OSError(errno.ESTALE, "stale"),
+        ConnectionResetError("reset"),
+    ],
+)
 def test_faults_that_pass_are_no_bad_input(tmp_path, monkeypatch, error):
     """Breaks when a network file system's fault ends a run for good (exit code 2), or is not tried again."""
     path, tried = write_jsonl(tmp_path / "a.jsonl", [{"text": "fine"}]), []
@@ -182,7 +232,10 @@ def test_deep_json_names_file_and_line(tmp_path):
     """Breaks when a line of brackets ends in a RecursionError."""
     path = tmp_path / "a.jsonl"
     path.write_text("[" * 1_000_000)
-    for read in (lambda: list(sources.read_rows(str(path))), lambda: list(shards.objects(shards.Part(str(path)), None))):
+    for read in (
+        lambda: list(sources.read_rows(str(path))),
+        lambda: list(shards.objects(shards.Part(str(path)), None)),
+    ):
         with pytest.raises(UserError, match=f"^{path}:1: not valid JSON"):
             read()
 
@@ -199,7 +252,11 @@ def test_malformed_json_names_file_and_line(tmp_path):
 
 def truncated_gzip(tmp_path):
     path = tmp_path / "a.jsonl.gz"
-    path.write_bytes(gzip.compress("\n".join(json.dumps({"text": str(i) * 50}) for i in range(500)).encode())[:-20])
+    path.write_bytes(
+        gzip.compress("\n".join(json.dumps({"text": str(i) * 50}) for i in range(500)).encode())[
+            :-20
+        ]
+    )
     return path
 
 
@@ -222,7 +279,10 @@ def not_gzip(tmp_path):
     return path
 
 
-@pytest.mark.parametrize("make", [truncated_gzip, truncated_zst, not_gzip, not_zst, lambda tmp_path: tmp_path / "absent.jsonl"])
+@pytest.mark.parametrize(
+    "make",
+    [truncated_gzip, truncated_zst, not_gzip, not_zst, lambda tmp_path: tmp_path / "absent.jsonl"],
+)
 def test_unreadable_files_are_named(make, tmp_path):
     """Breaks when a broken file ends quietly (a truncated gz would train on half the data) or with a traceback."""
     path = make(tmp_path)
@@ -237,7 +297,10 @@ def test_missing_and_empty_sources(tmp_path):
     with pytest.raises(ValueError, match="the data source is empty"):
         sources.split_source(" , ")
     for read in (sources.identity, lambda *args: list(sources.read_rows(*args))):
-        with pytest.raises(ValueError, match=r"tfds:nothing:train: cannot be read as a prepared TFDS set in data.tfds_dir"):
+        with pytest.raises(
+            ValueError,
+            match=r"tfds:nothing:train: cannot be read as a prepared TFDS set in data.tfds_dir",
+        ):
             read("tfds:nothing:train", str(tmp_path))
 
 
@@ -253,7 +316,15 @@ def test_identity_is_the_content_of_files(tmp_path):
     assert before == sources.identity(str(path)) == sources.identity(copy) and json.dumps(before)
     as_text = str(shutil.copy(path, tmp_path / "a.txt"))
     write_jsonl(path, [{"text": "two"}])
-    assert len({json.dumps(x) for x in (before, sources.identity(str(path)), sources.identity(as_text))}) == 3
+    assert (
+        len(
+            {
+                json.dumps(x)
+                for x in (before, sources.identity(str(path)), sources.identity(as_text))
+            }
+        )
+        == 3
+    )
 
 
 def test_identity_of_a_large_file_is_sampled(tmp_path, monkeypatch):
@@ -309,21 +380,33 @@ def test_prepared_tfds_set(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     from tiny_qa import tiny_qa_dataset_builder
 
-    tiny_qa_dataset_builder.TinyQa(data_dir=tmp_path / "sets", file_format="array_record").download_and_prepare()
+    tiny_qa_dataset_builder.TinyQa(
+        data_dir=tmp_path / "sets", file_format="array_record"
+    ).download_and_prepare()
     rows = list(sources.read_rows("tfds:tiny_qa:train", str(tmp_path / "sets")))
-    assert sorted(r[:3] for r in rows) == [("the œ text", f"question {i}", (f"answer {i}", "another")) for i in range(2)]
+    assert sorted(r[:3] for r in rows) == [
+        ("the œ text", f"question {i}", (f"answer {i}", "another")) for i in range(2)
+    ]
     assert {r.id for r in rows} == {"row0", "row1"} and rows[1].where == "tfds:tiny_qa:train row 1"
     assert len(list(sources.read_rows("tfds:tiny_qa:validation", str(tmp_path / "sets")))) == 1
-    with pytest.raises(ValueError, match="tfds:tiny_qa:other: cannot be read as a prepared TFDS set"):
+    with pytest.raises(
+        ValueError, match="tfds:tiny_qa:other: cannot be read as a prepared TFDS set"
+    ):
         list(sources.read_rows("tfds:tiny_qa:other", str(tmp_path / "sets")))
-    with pytest.raises(ValueError, match=r"tfds:tiny_qa:2024-01: the set has no months; its splits are .*validation"):
+    with pytest.raises(
+        ValueError,
+        match=r"tfds:tiny_qa:2024-01: the set has no months; its splits are .*validation",
+    ):
         list(sources.read_rows("tfds:tiny_qa:2024-01", str(tmp_path / "sets")))
 
 
 def months(folder, texts=("2401", "2402", "2411")):
     """A set with a split for each of some months, prepared in folder; what it reads by its name."""
     folder.mkdir(exist_ok=True)
-    path = write_jsonl(folder / "abstracts.jsonl", [{"id": f"{m}.0000{n}", "text": f"{m} {n}"} for m in texts for n in range(2)])
+    path = write_jsonl(
+        folder / "abstracts.jsonl",
+        [{"id": f"{m}.0000{n}", "text": f"{m} {n}"} for m in texts for n in range(2)],
+    )
     prepare(builder("arxiv_abstracts"), Request(paths=(path,)), folder / "sets", processes=1)
     return str(folder / "sets")
 
@@ -337,22 +420,34 @@ def test_months_of_a_set(tmp_path):
 
     every = ["2401 0", "2401 1", "2402 0", "2402 1", "2411 0", "2411 1"]
     assert read("..") == every and read("2024_02") == read("2024-02") == every[2:4]
-    assert read("..2024-02") == read("2024-01..2024-10") == every[:4] and read("2024-02..") == every[2:]
+    assert (
+        read("..2024-02") == read("2024-01..2024-10") == every[:4]
+        and read("2024-02..") == every[2:]
+    )
     rows = list(sources.read_rows("tfds:arxiv_abstracts:2024-02..2024-11", tfds_dir))
     assert rows[2].where == "tfds:arxiv_abstracts:2024_11 row 0" and rows[2].id == "2411.00000"
     for split, message in (
-        ("2024-03..2024-10", "no month of the set is in this range; it has 3, from 2024-01 to 2024-11"),
+        (
+            "2024-03..2024-10",
+            "no month of the set is in this range; it has 3, from 2024-01 to 2024-11",
+        ),
         ("2024-11..2024-01", "no month of the set is in this range"),
         ("2024-12", "no month of the set is in this range"),
         ("2024-012024-02", "two months without .. between them"),
     ):
-        with pytest.raises(ValueError, match=f"^tfds:arxiv_abstracts:{split}: {re.escape(message)}"):
+        with pytest.raises(
+            ValueError, match=f"^tfds:arxiv_abstracts:{split}: {re.escape(message)}"
+        ):
             read(split)
 
 
 def test_identity_of_a_prepared_set_is_its_content(tmp_path):
     """Breaks when a set that was prepared anew passes for the old one, or a moved folder counts as other data (no run could resume)."""
-    one, same, other = months(tmp_path / "one"), months(tmp_path / "same"), months(tmp_path / "other", ("2401", "2402", "2412"))
+    one, same, other = (
+        months(tmp_path / "one"),
+        months(tmp_path / "same"),
+        months(tmp_path / "other", ("2401", "2402", "2412")),
+    )
     kept = sources.identity("tfds:arxiv_abstracts:..2024-02", one)
     assert kept == sources.identity("tfds:arxiv_abstracts:..2024-02", same) and json.dumps(kept)
     assert kept != sources.identity("tfds:arxiv_abstracts:..2024-02", other)

@@ -30,7 +30,9 @@ def test_same_seed_same_weights_whatever_the_order():
     clusters, values = rng.integers(20, size=60), rng.normal(size=60)
     weights = statistics.resample(clusters, 7)
     assert (weights == statistics.resample(clusters, 7)).all()
-    assert (weights != statistics.resample(clusters, 8)).any() and (weights != statistics.resample(clusters, (7, 1))).any()
+    assert (weights != statistics.resample(clusters, 8)).any() and (
+        weights != statistics.resample(clusters, (7, 1))
+    ).any()
     order = rng.permutation(60)
     assert (statistics.resample(clusters[order], 7) == weights[:, order]).all()
     one = statistics.estimate(counted(values), statistics.ratio, weights)
@@ -40,12 +42,18 @@ def test_same_seed_same_weights_whatever_the_order():
 
 def test_aggregates():
     """Breaks when a mean or a perplexity is taken over examples where it should be over tokens."""
-    assert statistics.ratio([[6, 3], [1, 4]]).tolist() == [2, 0.25] and np.isnan(statistics.ratio([0, 0]))
+    assert statistics.ratio([[6, 3], [1, 4]]).tolist() == [2, 0.25] and np.isnan(
+        statistics.ratio([0, 0])
+    )
     nll = np.array([[4.0, 2], [1.0, 8]])  # nats, labelled tokens
-    assert statistics.perplexity(nll.sum(0)) == pytest.approx(math.exp(0.5))  # not the mean of exp(2) and exp(1/8)
+    assert statistics.perplexity(nll.sum(0)) == pytest.approx(
+        math.exp(0.5)
+    )  # not the mean of exp(2) and exp(1/8)
     hypotheses, references = ["a b c d e", "x y z"], ["a b c d f", "x y"]
     counts = sum(scores.bleu_counts(h, r) for h, r in zip(hypotheses, references, strict=True))
-    assert statistics.corpus_bleu(counts) == pytest.approx(sacrebleu.corpus_bleu(hypotheses, [references]).score)
+    assert statistics.corpus_bleu(counts) == pytest.approx(
+        sacrebleu.corpus_bleu(hypotheses, [references]).score
+    )
 
 
 def test_estimate_by_hand():
@@ -70,7 +78,9 @@ def test_corpus_bleu_estimate():
     """Breaks when BLEU is averaged over texts instead of made of summed counts."""
     hypotheses = ["a b c d e f", "a b c x e f", "b c d", "q"]
     references = ["a b c d e f", "a b c d e f", "a b c d", "a b c d e"]
-    counts = np.stack([scores.bleu_counts(h, r) for h, r in zip(hypotheses, references, strict=True)])
+    counts = np.stack(
+        [scores.bleu_counts(h, r) for h, r in zip(hypotheses, references, strict=True)]
+    )
     got = statistics.estimate(counts, statistics.corpus_bleu, statistics.resample(range(4), 0))
     assert got.mean == pytest.approx(sacrebleu.corpus_bleu(hypotheses, [references]).score)
     assert 0 <= got.low < got.mean < got.high <= 100 + 1e-9
@@ -81,7 +91,10 @@ def test_intervals_cover_the_truth():
     rng, inside = np.random.default_rng(3), {"apart": 0, "clustered": 0}
     clusters = np.repeat(np.arange(40), 3)
     for case in range(300):
-        values = {"apart": rng.exponential(size=60), "clustered": np.repeat(rng.normal(1, 1, 40), 3) + rng.normal(0, 0.3, 120)}
+        values = {
+            "apart": rng.exponential(size=60),
+            "clustered": np.repeat(rng.normal(1, 1, 40), 3) + rng.normal(0, 0.3, 120),
+        }
         for name, ids in (("apart", np.arange(60)), ("clustered", clusters)):
             weights = statistics.resample(ids, case, replicates=200)
             got = statistics.estimate(counted(values[name]), statistics.ratio, weights)
@@ -98,7 +111,10 @@ def test_copies_are_no_evidence():
         got = statistics.estimate(vectors, statistics.ratio, statistics.resample(clusters, 0))
         return got.high - got.low
 
-    once, clustered = width(counted(values), np.arange(50)), width(four, np.repeat(np.arange(50), 4))
+    once, clustered = (
+        width(counted(values), np.arange(50)),
+        width(four, np.repeat(np.arange(50), 4)),
+    )
     assert clustered == pytest.approx(once) and width(four, np.arange(200)) < 0.7 * once
 
 
@@ -122,11 +138,22 @@ def test_difference_is_paired():
 
 def test_retention_by_hand():
     """Breaks when sets are weighed by their sizes, or ratios are taken example by example."""
-    w1, w2, w3 = np.array([[1, 1], [2, 0], [0, 2]]), np.array([[1, 1, 1], [1, 1, 1], [3, 0, 0]]), np.ones((3, 1))
-    per_set = {"one": ([40, 20], [80, 40], w1), "two": ([90, 0, 0], [90, 60, 30], w2), "three": ([30], [40], w3)}
+    w1, w2, w3 = (
+        np.array([[1, 1], [2, 0], [0, 2]]),
+        np.array([[1, 1, 1], [1, 1, 1], [3, 0, 0]]),
+        np.ones((3, 1)),
+    )
+    per_set = {
+        "one": ([40, 20], [80, 40], w1),
+        "two": ([90, 0, 0], [90, 60, 30], w2),
+        "three": ([30], [40], w3),
+    }
     got, left_out = statistics.retention(per_set)
     # one: 50 in every replicate; two: 90/180 = 50, 50, and 100 from its first example alone; three: 75. Means: 175/3, 175/3, 75.
-    assert got == pytest.approx((175 / 3, 175 / 3, 175 / 3 + 0.95 * (75 - 175 / 3), 6)) and left_out == []
+    assert (
+        got == pytest.approx((175 / 3, 175 / 3, 175 / 3 + 0.95 * (75 - 175 / 3), 6))
+        and left_out == []
+    )
     got, left_out = statistics.retention(per_set | {"empty": ([5, 5], [0, 0], w1)})
     assert got.n == 6 and got.mean == pytest.approx(175 / 3) and left_out == ["empty"]
 

@@ -34,8 +34,14 @@ class Toy:
         shift = self.noise * jax.random.normal(key, (3,)) if self.noise else jnp.zeros(3)
         out = {}
         for o in self.weights:
-            error = jnp.einsum("btd,d->bt", batch[o]["x"], trained["w"] * frozen["scale"] + shift) - batch[o]["y"]
-            out[o] = (jnp.sum(jnp.where(batch[o]["mask"], error**2, 0)), batch[o]["mask"].sum().astype(jnp.float32))
+            error = (
+                jnp.einsum("btd,d->bt", batch[o]["x"], trained["w"] * frozen["scale"] + shift)
+                - batch[o]["y"]
+            )
+            out[o] = (
+                jnp.sum(jnp.where(batch[o]["mask"], error**2, 0)),
+                batch[o]["mask"].sum().astype(jnp.float32),
+            )
         return out
 
 
@@ -95,7 +101,12 @@ def test_first_step_by_hand():
     for o, weight in Toy().weights.items():
         t = batch[o]
         error = np.where(t["mask"], t["x"] @ (w * FROZEN["scale"]) - t["y"], 0)
-        gradient += weight * np.einsum("bt,btd->d", 2 * error, t["x"]) * np.asarray(FROZEN["scale"]) / t["mask"].sum()
+        gradient += (
+            weight
+            * np.einsum("bt,btd->d", 2 * error, t["x"])
+            * np.asarray(FROZEN["scale"])
+            / t["mask"].sum()
+        )
     (after,), (metrics,) = run(config=config, steps=1)
     close(metrics["grad_norm"], np.linalg.norm(gradient))
     close(after, w - 0.1 * (np.sign(gradient) + 0.2 * w), 1e-4)
@@ -103,7 +114,11 @@ def test_first_step_by_hand():
 
 def test_clipping_bounds_what_a_huge_batch_does():
     """Breaks when gradients are not clipped: an outlier would then outweigh, in Adam's moments, the steps round it."""
-    moments, gradient, zero = [], {"w": np.asarray([30.0, 40.0], np.float32)}, {"w": np.zeros(2, np.float32)}
+    moments, gradient, zero = (
+        [],
+        {"w": np.asarray([30.0, 40.0], np.float32)},
+        {"w": np.zeros(2, np.float32)},
+    )
     for clip in (0.5, 1e9):
         optimizer, _ = step.make_optimizer(dataclasses.replace(OPTIMIZER, clip=clip), 100)
         _, state = jax.jit(lambda of: optimizer.update(gradient, optimizer.init(of), of))(zero)  # noqa: B023
@@ -113,7 +128,10 @@ def test_clipping_bounds_what_a_huge_batch_does():
 
 def test_randomness_is_a_function_of_seed_and_step():
     """Breaks when dropout repeats in every step or microbatch, ignores the seed, or differs when a run is repeated."""
-    noisy = [run(accumulate, task=Toy(0.5), seed=seed) for accumulate, seed in ((1, 0), (1, 0), (1, 1), (2, 0))]
+    noisy = [
+        run(accumulate, task=Toy(0.5), seed=seed)
+        for accumulate, seed in ((1, 0), (1, 0), (1, 1), (2, 0))
+    ]
     first = [np.stack(parameters) for parameters, _ in noisy]
     np.testing.assert_array_equal(first[0], first[1])
     assert not np.allclose(first[0], first[2]) and not np.allclose(first[0], first[3])
@@ -135,7 +153,11 @@ def test_an_objective_without_labels_counts_nothing():
     batch["lm"]["mask"] = np.zeros((8, 5), bool)
     state = step.init_state({"w": jnp.asarray([0.5, -0.5, 1.0])}, optimizer)
     state, metrics = step.make_train_step(Toy(), optimizer, 0, 2)(state, FROZEN, batch)
-    assert np.isfinite(state["trained"]["w"]).all() and metrics["counts"]["lm"] == 0 and metrics["grad_norm"] > 0
+    assert (
+        np.isfinite(state["trained"]["w"]).all()
+        and metrics["counts"]["lm"] == 0
+        and metrics["grad_norm"] > 0
+    )
 
 
 def test_learning_rate():
@@ -147,7 +169,9 @@ def test_learning_rate():
     assert [float(rate(i)) for i in (0, 9)] == [8, 8]
     _, rate = step.make_optimizer(dataclasses.replace(config, schedule="cosine"), 24)
     assert [float(rate(i)) for i in (0, 3, 13, 23)] == pytest.approx([2, 8, 4, 0], abs=1e-5)
-    _, rate = step.make_optimizer(dataclasses.replace(config, schedule="cosine", decay_steps=44), 24)
+    _, rate = step.make_optimizer(
+        dataclasses.replace(config, schedule="cosine", decay_steps=44), 24
+    )
     assert [float(rate(i)) for i in (3, 23, 43)] == pytest.approx([8, 4, 0], abs=1e-5)
 
 
@@ -163,7 +187,12 @@ def test_bfloat16_stays_near_float32(tiny_params):
     config = encoder.CompressionConfig(k=4, rate=4)
     contexts = np.random.default_rng(0).integers(3, 64, (3, 16)).tolist()
     ids, lengths = map(jnp.asarray, encoder.segment_contexts(contexts, config))
-    packed = {"ae": jax.tree.map(jnp.asarray, targets.pack([[targets.ae_target(c, FRAMING)] for c in contexts], 1, 17, 17))}
+    packed = {
+        "ae": jax.tree.map(
+            jnp.asarray,
+            targets.pack([[targets.ae_target(c, FRAMING)] for c in contexts], 1, 17, 17),
+        )
+    }
     trained = random_trained(TINY, 4)
 
     def loss_and_gradient(dtype):
@@ -172,7 +201,9 @@ def test_bfloat16_stays_near_float32(tiny_params):
 
         def of(trained, params):
             memory = methods.compress(model, params, trained, ids, lengths, config)
-            losses = loss.label_losses(model, params, trained, memory, packed, {"ae": ()}, config.layout, 8)["ae"]
+            losses = loss.label_losses(
+                model, params, trained, memory, packed, {"ae": ()}, config.layout, 8
+            )["ae"]
             assert losses.dtype == jnp.float32
             return jnp.mean(losses)
 
@@ -180,6 +211,9 @@ def test_bfloat16_stays_near_float32(tiny_params):
         assert {x.dtype for x in jax.tree.leaves(gradient)} == {jnp.dtype("float32")}
         return float(value), np.concatenate([np.ravel(x) for x in jax.tree.leaves(gradient)])
 
-    (value, gradient), (want, want_gradient) = loss_and_gradient(jnp.bfloat16), loss_and_gradient(jnp.float32)
+    (value, gradient), (want, want_gradient) = (
+        loss_and_gradient(jnp.bfloat16),
+        loss_and_gradient(jnp.float32),
+    )
     assert value != want and value == pytest.approx(want, rel=0.005)
     assert np.linalg.norm(gradient - want_gradient) < 0.12 * np.linalg.norm(want_gradient)

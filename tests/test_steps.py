@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from conftest import TINY, WORDS, close, write_jsonl
 
-from icae_jax.benchmarking import steps
-from icae_jax.models import llama, sizes
-from icae_jax.planning import programs
-from icae_jax.training import metrics, sharding
+from icae_jax.models import llama
+from icae_jax.models.families import sizes
+from icae_jax.performance import programs, steps
+from icae_jax.runtime import sharding
+from icae_jax.training import metrics
 from icae_jax.training import step as training_step
 from icae_jax.training.compressor_task import CompressorTask
 from icae_jax.training.config import TrainConfig, from_dict
@@ -22,15 +23,25 @@ QA = {"phase": "finetune", "init_from": "scratch", "objectives": {"ae": 0.5, "lm
 
 
 def make_spec(model=TINY, contexts=4, length=32, qa=None, **changes):
-    raw = {"base": "b", "data": {"train": "-", "max_target_tokens": 12}, "lora": {"rank": 4}, "compression": {"k": 4, "rate": 4.0}}
-    return programs.Spec("train", from_dict(TrainConfig, raw | changes), model, contexts, length, qa)
+    raw = {
+        "base": "b",
+        "data": {"train": "-", "max_target_tokens": 12},
+        "lora": {"rank": 4},
+        "compression": {"k": 4, "rate": 4.0},
+    }
+    return programs.Spec(
+        "train", from_dict(TrainConfig, raw | changes), model, contexts, length, qa
+    )
 
 
 @pytest.fixture(scope="module")
 def raw(tiny_base, tmp_path_factory):
     folder = tmp_path_factory.mktemp("steps")
     rng = np.random.default_rng(0)
-    source = write_jsonl(folder / "text.jsonl", [{"text": " ".join(rng.choice(WORDS[8:], size=64))} for _ in range(8)])
+    source = write_jsonl(
+        folder / "text.jsonl",
+        [{"text": " ".join(rng.choice(WORDS[8:], size=64))} for _ in range(8)],
+    )
     data = {"train": source, "context_lengths": [32], "cache_dir": str(folder / "cache")}
     lora = {"rank": 4, "dropout": 0.1}
     optimizer = {"warmup_steps": 1, "learning_rate": 0.01}
@@ -49,38 +60,62 @@ def test_the_step_is_training_s(raw):
     spec = programs.Spec("train", config, TINY, 2, 32)
     timed = steps.TrainingStep(spec, task.frozen, batches[0], trained)
     optimizer, _ = training_step.make_optimizer(config.optimizer, config.steps)
-    train, state = training_step.make_train_step(task, optimizer, config.seed, 2), training_step.init_state(trained, optimizer)
+    train, state = (
+        training_step.make_train_step(task, optimizer, config.seed, 2),
+        training_step.init_state(trained, optimizer),
+    )
     state = sharding.put(state, task.placement.tree(state))
     for batch in batches:
         with task.placement.active():
-            state, told = train(state, task.frozen, sharding.put_batch(timed.mesh, batch, np.arange(4), 4))
+            state, told = train(
+                state, task.frozen, sharding.put_batch(timed.mesh, batch, np.arange(4), 4)
+            )
         timed.batch = sharding.put_batch(timed.mesh, batch, np.arange(4), 4)
-        assert timed.run(1).losses == pytest.approx(metrics.means(told["sums"], told["counts"]), rel=1e-6)
+        assert timed.run(1).losses == pytest.approx(
+            metrics.means(told["sums"], told["counts"]), rel=1e-6
+        )
     for ours, theirs in zip(jax.tree.leaves(timed.state), jax.tree.leaves(state), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-6)
-    assert timed.label_tokens == sum(int(t["label_mask"].sum()) for t in batches[0]["targets"].values())
+    assert timed.label_tokens == sum(
+        int(t["label_mask"].sum()) for t in batches[0]["targets"].values()
+    )
     assert timed.context_tokens == batches[0]["lengths"].sum()
 
 
 def test_what_steps_took(raw):
     """Breaks when losses are those of a later step, a caller's arrays are consumed, or steps do not go on from one another."""
-    params = steps.random_params(TINY, sharding.Placement(sharding.local_mesh(), TINY), "float32", seed=1)
-    spec = programs.Spec("train", from_dict(TrainConfig, raw), TINY, 2, 32)  # that of the test before: one program
+    params = steps.random_params(
+        TINY, sharding.Placement(sharding.local_mesh(), TINY), "float32", seed=1
+    )
+    spec = programs.Spec(
+        "train", from_dict(TrainConfig, raw), TINY, 2, 32
+    )  # that of the test before: one program
     trained = jax.device_put(steps.initial(spec, params), jax.local_devices()[0])
     step = steps.TrainingStep(spec, params, trained=trained)
     assert step.contexts == 4 and step.context_tokens == 4 * 32 and step.label_tokens == 4 * 2 * 33
     assert step.least_flops == programs.least(spec) and step.compiled is None
     told = step.compile()
-    assert isinstance(told["cache_hit"], bool) and told["trace_seconds"] > 0 < told["compile_seconds"]
-    start, shardings = jax.tree.map(np.array, step.state), jax.tree.map(lambda x: x.sharding, step.state)
+    assert (
+        isinstance(told["cache_hit"], bool) and told["trace_seconds"] > 0 < told["compile_seconds"]
+    )
+    start, shardings = (
+        jax.tree.map(np.array, step.state),
+        jax.tree.map(lambda x: x.sharding, step.state),
+    )
     first, second = step.run(1), step.run(2)
     step.state = sharding.put(start, shardings)
     again = step.run(2)
     assert first.losses == again.losses != second.losses and int(step.state["step"]) == 2
-    assert first.losses == {o: pytest.approx(math.log(64), rel=0.01) for o in ("ae", "lm")} and again.wall_seconds > 0 < again.cpu_seconds
+    assert (
+        first.losses == {o: pytest.approx(math.log(64), rel=0.01) for o in ("ae", "lm")}
+        and again.wall_seconds > 0 < again.cpu_seconds
+    )
     close(trained["memory_table"], steps.initial(spec, params)["memory_table"])
     memory = step.memory()
-    assert memory["argument_bytes"] > 8 * sum(x.size for x in jax.tree.leaves(trained)) and memory["temporary_bytes"] > 0
+    assert (
+        memory["argument_bytes"] > 8 * sum(x.size for x in jax.tree.leaves(trained))
+        and memory["temporary_bytes"] > 0
+    )
     assert memory["process_peak_bytes"] > 1e8 and memory["device_peak_bytes"] is None  # on a CPU
 
 
@@ -100,25 +135,40 @@ def test_a_step_that_was_compiled_before_is_read_from_the_cache():
     assert first["cache_hit"] is False and second["cache_hit"] is True
 
 
-@pytest.mark.parametrize("changes", [{}, QA | {"qa": (9, 3)}, {"length": 40}, {"compression": {"method": "x500", "k": 4, "rate": 4.0}}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        QA | {"qa": (9, 3)},
+        {"length": 40},
+        {"compression": {"method": "x500", "k": 4, "rate": 4.0}},
+    ],
+)
 def test_random_batches_are_full(changes):
     """Breaks when a context or target has padding that real ones of this length have not, or a label is predicted from another place."""
     spec = make_spec(**changes)
     batch = steps.random_batch(spec)
     steps._check_batch(spec, batch)
-    assert (batch["lengths"].sum(1) == spec.length).all() and batch["context"].max() < TINY.vocab_size
+    assert (batch["lengths"].sum(1) == spec.length).all() and batch[
+        "context"
+    ].max() < TINY.vocab_size
     for of in batch["targets"].values():
         T, U = of["ids"].shape[2], of["labels"].shape[2]
         assert of["label_mask"].all() and (of["label_at"] == np.arange(T - U, T)).all()
         assert (of["labels"][..., :-1] == of["ids"][..., T - U + 1 :]).all()
     if spec.qa:
-        assert batch["targets"]["qa"]["ids"].shape[2:] == (9,) and batch["targets"]["qa"]["labels"].shape[2:] == (3,)
+        assert batch["targets"]["qa"]["ids"].shape[2:] == (9,) and batch["targets"]["qa"][
+            "labels"
+        ].shape[2:] == (3,)
 
 
 def test_a_batch_of_another_shape_is_refused():
     spec = make_spec()
     longer = steps.random_batch(make_spec(length=16))
-    with pytest.raises(ValueError, match=r"batch context has shape \(4, 1, 16\), the specification's is \(4, 2, 16\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"batch context has shape \(4, 1, 16\), the specification's is \(4, 2, 16\)",
+    ):
         steps.TrainingStep(spec, batch=longer)
     with pytest.raises(ValueError, match=r"batch k is 2, the specification's is 4"):
         steps.TrainingStep(spec, batch=steps.random_batch(spec) | {"k": 2})
@@ -127,13 +177,17 @@ def test_a_batch_of_another_shape_is_refused():
 def test_random_parameters_start_as_bases_do():
     """Breaks when random weights give numbers that a step is slow or wrong with: all alike, infinite, norms of nothing; or B is not 0."""
     model = dataclasses.replace(TINY, qkv_bias=True)
-    params = steps.random_params(model, sharding.Placement(sharding.local_mesh(), model), "bfloat16")
+    params = steps.random_params(
+        model, sharding.Placement(sharding.local_mesh(), model), "bfloat16"
+    )
     assert jax.tree.map(np.shape, params) == jax.tree.map(np.shape, llama.param_shapes(model))
     params = jax.tree.map(np.asarray, params)
     for path, x in jax.tree_util.tree_leaves_with_path(params):
         assert x.dtype == "bfloat16"
         wanted = {"scale": (1, 0), "bias": (0, 0)}.get(path[-1].key, (0, 0.02))
-        assert (np.mean(x, dtype=float), np.std(np.asarray(x, float))) == pytest.approx(wanted, abs=0.002)
+        assert (np.mean(x, dtype=float), np.std(np.asarray(x, float))) == pytest.approx(
+            wanted, abs=0.002
+        )
     rows = np.asarray(params["layers"]["mlp"]["up_proj"]["kernel"], float)
     assert abs(np.corrcoef(rows[0].ravel(), rows[1].ravel())[0, 1]) < 0.1  # layers are drawn apart
     trained = jax.tree.map(np.asarray, steps.initial(make_spec(model), params))
@@ -151,7 +205,11 @@ def test_a_large_base_is_made_layer_by_layer():
 
     def made(jaxpr):
         for equation in jaxpr.eqns:
-            yield from ((v.aval.dtype.name, v.aval.size) for v in equation.outvars if hasattr(v.aval, "dtype"))
+            yield from (
+                (v.aval.dtype.name, v.aval.size)
+                for v in equation.outvars
+                if hasattr(v.aval, "dtype")
+            )
             for inner in jax.core.jaxprs_in_params(equation.params):
                 yield from made(inner)
 
@@ -159,11 +217,21 @@ def test_a_large_base_is_made_layer_by_layer():
     for dtype, size in made(traced.jaxpr):
         largest[dtype] = max(size, largest.get(dtype, 0))
     assert largest["bfloat16"] == 32 * 4096 * 11008 and largest.get("float32", 0) <= 1
-    assert max(size for dtype, size in largest.items() if "int" in dtype) <= 32000 * 4096  # of the embeddings, which are no stack
+    assert (
+        max(size for dtype, size in largest.items() if "int" in dtype) <= 32000 * 4096
+    )  # of the embeddings, which are no stack
     assert {x.dtype.name for x in traced.out_avals} == {"bfloat16"}
 
 
-WIDE = dataclasses.replace(TINY, vocab_size=512, hidden_size=512, intermediate_size=1024, num_layers=4, num_heads=4, head_dim=128)
+WIDE = dataclasses.replace(
+    TINY,
+    vocab_size=512,
+    hidden_size=512,
+    intermediate_size=1024,
+    num_layers=4,
+    num_heads=4,
+    head_dim=128,
+)
 
 
 def test_two_and_three_layers_are_continued_to_all(monkeypatch):
@@ -174,13 +242,17 @@ def test_two_and_three_layers_are_continued_to_all(monkeypatch):
 
     class Lowered:
         def __init__(self, spec, mesh, platforms):
-            lowered.append((spec.model.num_layers, spec.config.unroll, spec.config.attention, platforms))
+            lowered.append(
+                (spec.model.num_layers, spec.config.unroll, spec.config.attention, platforms)
+            )
 
         def cost_analysis(self):
             return {"flops": {2: 10.0, 3: 13.0}[lowered[-1][0]]}
 
     monkeypatch.setattr(steps.programs, "lower", Lowered)
-    spec = make_spec(dataclasses.replace(WIDE, num_layers=7), attention="splash", accumulate=2, batch_size=8)
+    spec = make_spec(
+        dataclasses.replace(WIDE, num_layers=7), attention="splash", accumulate=2, batch_size=8
+    )
     assert steps.xla_flops(spec, None) == 2 * (10 + 5 * 3)
     assert lowered == [(2, 2, "xla", ("cpu",)), (3, 3, "xla", ("cpu",))]
     monkeypatch.setattr(Lowered, "cost_analysis", lambda self: None)
@@ -188,10 +260,17 @@ def test_two_and_three_layers_are_continued_to_all(monkeypatch):
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize(("changes", "low", "high"), [({}, 1.0, 1.06), ({"remat": "full"}, 1.2, 1.5)])
+@pytest.mark.parametrize(
+    ("changes", "low", "high"), [({}, 1.0, 1.06), ({"remat": "full"}, 1.2, 1.5)]
+)
 def test_xla_counts_what_the_mathematics_asks_for(changes, low, high):
     """Breaks when layers beyond the third are left out, microbatches are not multiplied in, or recomputation is not seen."""
-    wide = {"compression": {"k": 16, "rate": 4.0}, "objectives": {"ae": 1.0, "lm": 0.0}, "batch_size": 4, "accumulate": 2}
+    wide = {
+        "compression": {"k": 16, "rate": 4.0},
+        "objectives": {"ae": 1.0, "lm": 0.0},
+        "batch_size": 4,
+        "accumulate": 2,
+    }
     spec = make_spec(WIDE, 2, 64, **wide | changes)
     assert low <= steps.xla_flops(spec, sharding.local_mesh()) / programs.least(spec) <= high
 
@@ -212,7 +291,10 @@ def test_the_rate_of_large_matmuls(monkeypatch):
     def jit(f):
         square = jax.ShapeDtypeStruct((2048, 2048), jnp.float32)
         (product,) = jax.make_jaxpr(f)(square, square).eqns
-        assert product.primitive.name == "dot_general" and product.outvars[0].aval.shape == (2048, 2048)
+        assert product.primitive.name == "dot_general" and product.outvars[0].aval.shape == (
+            2048,
+            2048,
+        )
 
         def multiply(x, w):
             nonlocal asked
@@ -222,7 +304,9 @@ def test_the_rate_of_large_matmuls(monkeypatch):
 
         return multiply
 
-    monkeypatch.setattr(steps.jax.random, "normal", lambda key, shape, dtype: jnp.zeros(shape, dtype))
+    monkeypatch.setattr(
+        steps.jax.random, "normal", lambda key, shape, dtype: jnp.zeros(shape, dtype)
+    )
     monkeypatch.setattr(steps.jax, "jit", jit)
     monkeypatch.setattr(steps.time, "perf_counter", lambda: clock)
     assert steps.matmul_rate("float32") == 2 * 2048**3 * 8

@@ -11,7 +11,7 @@ import safetensors.numpy
 from icae_jax.compression import encoder
 from icae_jax.compression import memory as memories
 from icae_jax.errors import UserError
-from icae_jax.inference import store
+from icae_jax.inference import memory_file
 
 CONFIG = encoder.CompressionConfig(k=2, rate=4)
 
@@ -30,19 +30,24 @@ def kv_memory():
 
 
 def save(path, **changes):
-    values = {"ids": ["a", "b"], "base_fingerprint": "b" * 64, "adapter_fingerprint": "a" * 64, "adapter_path": path.parent}
-    store.save(path, memory(), CONFIG, *(values | changes).values())
+    values = {
+        "ids": ["a", "b"],
+        "base_fingerprint": "b" * 64,
+        "adapter_fingerprint": "a" * 64,
+        "adapter_path": path.parent,
+    }
+    memory_file.save(path, memory(), CONFIG, *(values | changes).values())
     return path
 
 
 def test_round_trip_with_metadata(tmp_path):
     path = save(tmp_path / "m.safetensors")
-    again, ids = store.load(path, CONFIG, "b" * 64, "a" * 64)
+    again, ids = memory_file.load(path, CONFIG, "b" * 64, "a" * 64)
     assert ids == ["a", "b"]
     np.testing.assert_array_equal(again.slots, memory().slots)
     np.testing.assert_array_equal(again.mask, [[True] * 4, [True, True, False, False]])
     np.testing.assert_array_equal(again.segment_lengths, [[8, 3], [5, 0]])
-    metadata = store.read_metadata(path)
+    metadata = memory_file.read_metadata(path)
     assert (metadata["method"], metadata["layout"], metadata["k"]) == ("icae", "servable", "2")
     assert json.loads(metadata["ids"]) == ids and metadata["adapter"] == str(tmp_path.resolve())
 
@@ -55,19 +60,24 @@ def spoiled(path, about=(), **changed):
     return path
 
 
-@pytest.mark.parametrize("lengths", [[[8, -3], [5, 0]], [[9, 3], [5, 0]], [[8, 3], [0, 0]], [[8, 3], [0, 5]]])
+@pytest.mark.parametrize(
+    "lengths", [[[8, -3], [5, 0]], [[9, 3], [5, 0]], [[8, 3], [0, 0]], [[8, 3], [0, 5]]]
+)
 def test_lengths_are_those_of_segments(tmp_path, lengths):
     """Breaks when a memory says of a segment that it holds less than nothing or more than one holds, or stands behind an absent one."""
     path = spoiled(tmp_path / "m.safetensors", lengths=np.asarray(lengths, np.int32))
-    with pytest.raises(UserError, match=r"lengths are not those of segments of 1 to 8 tokens; compress the texts again"):
-        store.load(path, CONFIG, "b" * 64, "a" * 64)
+    with pytest.raises(
+        UserError,
+        match=r"lengths are not those of segments of 1 to 8 tokens; compress the texts again",
+    ):
+        memory_file.load(path, CONFIG, "b" * 64, "a" * 64)
 
 
 def test_a_memory_of_whole_numbers_is_none(tmp_path):
     """Breaks when integers in a memory's place are read as embeddings."""
     path = spoiled(tmp_path / "m.safetensors", slots=np.ones((2, 4, 8), np.int32))
     with pytest.raises(UserError, match=r"slots does not hold"):
-        store.load(path, CONFIG, "b" * 64, "a" * 64)
+        memory_file.load(path, CONFIG, "b" * 64, "a" * 64)
 
 
 def test_an_id_stands_for_one_memory(tmp_path):
@@ -85,7 +95,7 @@ def test_an_id_may_be_a_number_and_must_be_whole(tmp_path):
         save(path, ids=["a", "\ud83d"])
     assert not path.exists()
     save(path, ids=[1, 2])
-    assert store.load(path, CONFIG, "b" * 64, "a" * 64)[1] == [1, 2]
+    assert memory_file.load(path, CONFIG, "b" * 64, "a" * 64)[1] == [1, 2]
 
 
 @pytest.mark.parametrize("ids", [[{"a": 1}, "b"], [["a"], "b"], [None, "b"], [True, "b"]])
@@ -93,61 +103,82 @@ def test_an_id_is_a_text_or_a_number(tmp_path, ids):
     """Breaks when a memory's ids are of another kind, on which `ask --id` ends in a traceback; or such ones are saved."""
     with pytest.raises(UserError, match=r"the id .* is neither a text nor a number"):
         save(tmp_path / "m.safetensors", ids=ids)
-    with pytest.raises(UserError, match=r"ids in its metadata are .*, which is not a list of texts or numbers; compress the texts again"):
-        store.load(spoiled(tmp_path / "m.safetensors", {"ids": json.dumps(ids)}), CONFIG, "b" * 64, "a" * 64)
+    with pytest.raises(
+        UserError,
+        match=r"ids in its metadata are .*, which is not a list of texts or numbers; compress the texts again",
+    ):
+        memory_file.load(
+            spoiled(tmp_path / "m.safetensors", {"ids": json.dumps(ids)}),
+            CONFIG,
+            "b" * 64,
+            "a" * 64,
+        )
 
 
 def test_types_that_numpy_has_not(tmp_path):
     """Breaks when tensors in eight bits, which safetensors holds and numpy has not, end in a traceback."""
-    path = spoiled(tmp_path / "m.safetensors", slots=np.ones((2, 4, 8)).astype(ml_dtypes.float8_e4m3fn))
-    with pytest.raises(UserError, match=r"m\.safetensors: it holds tensors of a type that is not read \(.*float8_e4m3fn"):
-        store.load(path, CONFIG, "b" * 64, "a" * 64)
+    path = spoiled(
+        tmp_path / "m.safetensors", slots=np.ones((2, 4, 8)).astype(ml_dtypes.float8_e4m3fn)
+    )
+    with pytest.raises(
+        UserError,
+        match=r"m\.safetensors: it holds tensors of a type that is not read \(.*float8_e4m3fn",
+    ):
+        memory_file.load(path, CONFIG, "b" * 64, "a" * 64)
 
 
 def test_key_value_memories(tmp_path):
     """Breaks when K/V are stored under other names, or read back as slots, or an adapter of the other method or layout reads them."""
     path = tmp_path / "m.safetensors"
-    store.save(path, kv_memory(), X500, ["a", "b"], "b" * 64, "a" * 64, tmp_path)
-    again, ids = store.load(path, X500, "b" * 64, "a" * 64)
+    memory_file.save(path, kv_memory(), X500, ["a", "b"], "b" * 64, "a" * 64, tmp_path)
+    again, ids = memory_file.load(path, X500, "b" * 64, "a" * 64)
     assert ids == ["a", "b"] and type(again) is memories.KV
     for name, value in vars(kv_memory()).items():
         np.testing.assert_array_equal(getattr(again, name), value)
     with safetensors.safe_open(path, framework="numpy") as f:
-        assert set(f.keys()) == {"k", "v", "lengths"} and (f.metadata()["method"], f.metadata()["k"]) == ("x500", "2")
+        assert set(f.keys()) == {"k", "v", "lengths"} and (
+            f.metadata()["method"],
+            f.metadata()["k"],
+        ) == ("x500", "2")
     with pytest.raises(ValueError, match="has method x500, the adapter icae"):
-        store.load(path, CONFIG, "b" * 64, "a" * 64)
+        memory_file.load(path, CONFIG, "b" * 64, "a" * 64)
     with pytest.raises(ValueError, match="has layout clean, the adapter uniform"):
-        store.load(path, encoder.CompressionConfig(method="x500", k=2, rate=4, layout="uniform"), "b" * 64, "a" * 64)
+        memory_file.load(
+            path,
+            encoder.CompressionConfig(method="x500", k=2, rate=4, layout="uniform"),
+            "b" * 64,
+            "a" * 64,
+        )
     with safetensors.safe_open(path, framework="numpy") as f:
         metadata = f.metadata()
     safetensors.numpy.save_file({"k": np.zeros((1, 2, 4, 1, 2))}, path, metadata)
     with pytest.raises(ValueError, match="tensors v, lengths missing"):
-        store.load(path, X500, "b" * 64, "a" * 64)
+        memory_file.load(path, X500, "b" * 64, "a" * 64)
 
 
 def test_another_base_or_adapter_is_refused_and_named(tmp_path):
     path = save(tmp_path / "m.safetensors")
     with pytest.raises(ValueError, match="base bbbbbbbbbbbb, but cccccccccccc"):
-        store.load(path, CONFIG, "c" * 64, "a" * 64)
+        memory_file.load(path, CONFIG, "c" * 64, "a" * 64)
     with pytest.raises(ValueError, match="adapter aaaaaaaaaaaa, but cccccccccccc"):
-        store.load(path, CONFIG, "b" * 64, "c" * 64)
+        memory_file.load(path, CONFIG, "b" * 64, "c" * 64)
 
 
 def test_bad_files(tmp_path):
     with pytest.raises(ValueError, match="no such file"):
-        store.read_metadata(tmp_path / "absent")
+        memory_file.read_metadata(tmp_path / "absent")
     (tmp_path / "broken").write_bytes(b"not a safetensors file")
     with pytest.raises(ValueError, match="not a readable memory file"):
-        store.read_metadata(tmp_path / "broken")
+        memory_file.read_metadata(tmp_path / "broken")
     safetensors.numpy.save_file({"x": np.zeros(1)}, tmp_path / "other")
     with pytest.raises(ValueError, match="format_version"):
-        store.read_metadata(tmp_path / "other")
+        memory_file.read_metadata(tmp_path / "other")
     with pytest.raises(ValueError, match="1 ids for 2"):
         save(tmp_path / "m", ids=["a"])
     with pytest.raises(ValueError, match="is a folder"):
-        store.check_output(tmp_path)
+        memory_file.check_output(tmp_path)
     with pytest.raises(ValueError, match="absent or cannot be written"):
-        store.check_output(tmp_path / "absent" / "m")
+        memory_file.check_output(tmp_path / "absent" / "m")
 
 
 def rewrite(path, metadata=(), **tensors):
@@ -155,18 +186,26 @@ def rewrite(path, metadata=(), **tensors):
     with safetensors.safe_open(path, framework="numpy") as f:
         told = f.metadata() | dict(metadata)
     tensors = safetensors.numpy.load_file(path) | tensors
-    safetensors.numpy.save_file(tensors, path, {name: value for name, value in told.items() if value is not None})
+    safetensors.numpy.save_file(
+        tensors, path, {name: value for name, value in told.items() if value is not None}
+    )
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"metadata": {"ids": '["a'}}, "ids in its metadata are .* not a list of texts or numbers"),
-        ({"metadata": {"ids": "3"}}, "ids in its metadata are '3', which is not a list of texts or numbers"),
+        (
+            {"metadata": {"ids": "3"}},
+            "ids in its metadata are '3', which is not a list of texts or numbers",
+        ),
         ({"metadata": {"ids": None, "adapter": None}}, "adapter, ids missing in its metadata"),
         ({"metadata": {"k": "two"}}, "k is 'two' in its metadata"),
         ({"metadata": {"ids": '["a"]'}}, "lengths does not hold 1 texts"),
-        ({"metadata": {"k": "4"}}, r"slots does not hold 2 texts of segments of k 4 \(slots \[2, 4, 8\], lengths \[2, 2\]\)"),
+        (
+            {"metadata": {"k": "4"}},
+            r"slots does not hold 2 texts of segments of k 4 \(slots \[2, 4, 8\], lengths \[2, 2\]\)",
+        ),
         ({"lengths": np.ones((3, 2), np.int32)}, "lengths does not hold 2 texts"),
         ({"lengths": np.ones(2, np.int32)}, "lengths does not hold 2 texts"),
         ({"lengths": np.ones((2, 0), np.int32)}, "lengths does not hold 2 texts"),
@@ -180,16 +219,16 @@ def test_damaged_files_are_named(changes, message, tmp_path):
     path = save(tmp_path / "m.safetensors")
     rewrite(path, **changes)
     with pytest.raises(UserError, match=f"^--memory {path}: {message}"):
-        store.load(path, CONFIG, "b" * 64, "a" * 64)
+        memory_file.load(path, CONFIG, "b" * 64, "a" * 64)
 
 
 def test_keys_and_values_are_of_one_shape(tmp_path):
     """Breaks when a file of which half was replaced is read."""
     path = tmp_path / "m.safetensors"
-    store.save(path, kv_memory(), X500, ["a", "b"], "b" * 64, "a" * 64, tmp_path)
+    memory_file.save(path, kv_memory(), X500, ["a", "b"], "b" * 64, "a" * 64, tmp_path)
     rewrite(path, v=np.ones((3, 2, 4, 1, 5), np.float32))
     with pytest.raises(UserError, match="v does not hold 2 texts"):
-        store.load(path, X500, "b" * 64, "a" * 64)
+        memory_file.load(path, X500, "b" * 64, "a" * 64)
 
 
 def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):

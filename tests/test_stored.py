@@ -11,8 +11,8 @@ import pytest
 import safetensors.numpy
 from conftest import TINY, same
 
-from icae_jax import errors
-from icae_jax.interop import files, stored, weights
+from icae_jax import errors, files
+from icae_jax.interop.hub import stored, weights
 
 
 def shards(folder, tensors, **moved):
@@ -54,7 +54,8 @@ def test_a_tied_head_is_the_embeddings(folder, tensors, tiny_params, capsys):
         safetensors.numpy.save_file(tensors | {"lm_head.weight": head}, path)
         for only in ((), (("norm", "scale"),)):
             with pytest.raises(
-                errors.UserError, match=r"lm_head\.weight differs from .*; set tie_word_embeddings to false in config\.json"
+                errors.UserError,
+                match=r"lm_head\.weight differs from .*; set tie_word_embeddings to false in config\.json",
             ):
                 weights.load_params(folder, TIED, only=only)
     rest = {k: v for k, v in tensors.items() if k != "model.embed_tokens.weight"}
@@ -69,7 +70,9 @@ def test_large_tables_are_compared_to_their_end(folder, tensors, monkeypatch):
     for row in (63, 60, 0):
         head = tensors["model.embed_tokens.weight"].copy()
         head[row, 0] += 1
-        safetensors.numpy.save_file(tensors | {"lm_head.weight": head}, folder / "model.safetensors")
+        safetensors.numpy.save_file(
+            tensors | {"lm_head.weight": head}, folder / "model.safetensors"
+        )
         with pytest.raises(errors.UserError, match="differs from"):
             weights.load_params(folder, TIED)
 
@@ -80,7 +83,10 @@ LAYER, VECTOR = "model.layers.0.", np.zeros(8, np.float32)
 @pytest.mark.parametrize(
     ("name", "remedy"),
     [
-        (LAYER + "self_attn.q_proj.bias", "attention_bias and mlp_bias of config.json say which projections have biases"),
+        (
+            LAYER + "self_attn.q_proj.bias",
+            "attention_bias and mlp_bias of config.json say which projections have biases",
+        ),
         (LAYER + "mlp.down_proj.bias", "attention_bias and mlp_bias of config.json"),
         (LAYER + "self_attn.q_norm.weight", ""),
         (LAYER + "pre_feedforward_layernorm.weight", ""),
@@ -88,21 +94,31 @@ LAYER, VECTOR = "model.layers.0.", np.zeros(8, np.float32)
         ("model.norm.bias", ""),
         ("lm_head.bias", ""),
         ("model.embed_tokens.lora_embedding_A", "merge LoRA into its base"),
-        ("base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight", "merge LoRA into its base"),
+        (
+            "base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight",
+            "merge LoRA into its base",
+        ),
         ("lm_head.weight_scale", "take weights that are not quantised"),
         (LAYER + "mlp.up_proj.SCB", "take weights that are not quantised"),
         (LAYER + "mlp.up_proj.qweight", "take weights that are not quantised"),
-        (LAYER + "mlp.up_proj.weight.quant_state.bitsandbytes__nf4", "take weights that are not quantised"),
+        (
+            LAYER + "mlp.up_proj.weight.quant_state.bitsandbytes__nf4",
+            "take weights that are not quantised",
+        ),
         ("somewhere.input_scale", "take weights that are not quantised"),
     ],
 )
-def test_tensors_that_config_json_does_not_announce_are_refused(folder, tensors, monkeypatch, name, remedy):
+def test_tensors_that_config_json_does_not_announce_are_refused(
+    folder, tensors, monkeypatch, name, remedy
+):
     """Breaks when a base is read without a part of it: the model would be another."""
     monkeypatch.setattr(weights, "_read", lambda *args: pytest.fail("read"))
     safetensors.numpy.save_file(tensors | {name: VECTOR}, folder / "model.safetensors")
     with pytest.raises(errors.UserError) as caught:
         weights.load_params(folder, TINY)
-    before, _, after = str(caught.value).partition(f"{folder}: 1 tensor not in the model of config.json: {name}")
+    before, _, after = str(caught.value).partition(
+        f"{folder}: 1 tensor not in the model of config.json: {name}"
+    )
     assert not before and remedy in after and bool(after) == bool(remedy)
 
 
@@ -111,33 +127,66 @@ def test_tensors_beside_the_model_are_named(folder, tensors, tiny_params, capsys
     what is computed anew by everybody is named.
     """
     said(capsys)
-    harmless = {LAYER + "self_attn.rotary_emb.inv_freq": VECTOR, "model.rotary_emb.inv_freq": VECTOR}
+    harmless = {
+        LAYER + "self_attn.rotary_emb.inv_freq": VECTOR,
+        "model.rotary_emb.inv_freq": VECTOR,
+    }
     safetensors.numpy.save_file(tensors | harmless, folder / "model.safetensors")
     same(weights.load_params(folder, TINY), tiny_params)
     assert not said(capsys)
-    others = ["ema.model.layers.0.x", "model.vision_tower.layers.0.weight", "mtp.layers.0.weight", "score.weight", "step", "v_head.weight"]
-    safetensors.numpy.save_file(tensors | dict.fromkeys(others, VECTOR), folder / "model.safetensors")
+    others = [
+        "ema.model.layers.0.x",
+        "model.vision_tower.layers.0.weight",
+        "mtp.layers.0.weight",
+        "score.weight",
+        "step",
+        "v_head.weight",
+    ]
+    safetensors.numpy.save_file(
+        tensors | dict.fromkeys(others, VECTOR), folder / "model.safetensors"
+    )
     same(weights.load_params(folder, TINY), tiny_params)
     told = said(capsys)
-    assert f"{folder}: not of this model and not read: 6 tensors ({', '.join(others[:5])}, …)" in told and told.count("\n") == 1
+    assert (
+        f"{folder}: not of this model and not read: 6 tensors ({', '.join(others[:5])}, …)" in told
+        and told.count("\n") == 1
+    )
 
 
 def test_what_config_json_announces_is_there(folder, tensors):
     """Breaks when a head or biases that the files lack are made up, or nobody says which field announced them."""
-    safetensors.numpy.save_file({k: v for k, v in tensors.items() if k != "lm_head.weight"}, folder / "model.safetensors")
-    with pytest.raises(errors.UserError, match=r"1 tensor missing: lm_head\.weight; where the head is .* set tie_word_embeddings to true"):
+    safetensors.numpy.save_file(
+        {k: v for k, v in tensors.items() if k != "lm_head.weight"}, folder / "model.safetensors"
+    )
+    with pytest.raises(
+        errors.UserError,
+        match=r"1 tensor missing: lm_head\.weight; where the head is .* set tie_word_embeddings to true",
+    ):
         weights.load_params(folder, TINY)
-    with pytest.raises(errors.UserError, match=r"6 tensors missing: model\.layers\.0\.mlp\.down_proj\.bias.*; attention_bias and mlp_bias"):
+    with pytest.raises(
+        errors.UserError,
+        match=r"6 tensors missing: model\.layers\.0\.mlp\.down_proj\.bias.*; attention_bias and mlp_bias",
+    ):
         weights.load_params(folder, dataclasses.replace(TIED, mlp_bias=True))
-    safetensors.numpy.save_file({f"module.{name}": value for name, value in tensors.items()}, folder / "model.safetensors")
-    with pytest.raises(errors.UserError, match=r"21 tensors missing: .*; 21 tensors not in the model of config\.json: module\.lm_head"):
+    safetensors.numpy.save_file(
+        {f"module.{name}": value for name, value in tensors.items()}, folder / "model.safetensors"
+    )
+    with pytest.raises(
+        errors.UserError,
+        match=r"21 tensors missing: .*; 21 tensors not in the model of config\.json: module\.lm_head",
+    ):
         weights.load_params(folder, TINY)
 
 
 def test_a_table_of_fewer_rows_is_named(folder):
     """Breaks when the identity of a base elsewhere is read from beyond a table that is shorter than config.json says."""
-    with pytest.raises(errors.UserError, match=r"model\.embed_tokens\.weight has 64 rows, config\.json implies 80 or more"):
-        weights.read_rows(folder, lambda name: io.FileIO(folder / name), "model.embed_tokens.weight", [0, 79])
+    with pytest.raises(
+        errors.UserError,
+        match=r"model\.embed_tokens\.weight has 64 rows, config\.json implies 80 or more",
+    ):
+        weights.read_rows(
+            folder, lambda name: io.FileIO(folder / name), "model.embed_tokens.weight", [0, 79]
+        )
 
 
 # ------------------------------------------------------------------------------------------------- two copies of one thing
@@ -145,7 +194,17 @@ def test_a_table_of_fewer_rows_is_named(folder):
 
 @pytest.mark.parametrize(
     "name",
-    ["../other/model.safetensors", "/x/m.safetensors", "sub/m.safetensors", "C:\\m.safetensors", "x\0.safetensors", "..", "", 3, "a.bin"],
+    [
+        "../other/model.safetensors",
+        "/x/m.safetensors",
+        "sub/m.safetensors",
+        "C:\\m.safetensors",
+        "x\0.safetensors",
+        "..",
+        "",
+        3,
+        "a.bin",
+    ],
 )
 def test_an_index_names_files_of_its_folder_alone(folder, tensors, name):
     """Breaks when a base that was downloaded has files read from elsewhere on this machine."""
@@ -153,16 +212,27 @@ def test_an_index_names_files_of_its_folder_alone(folder, tensors, name):
     shutil.copyfile(folder / "model.safetensors", folder.parent / "other" / "model.safetensors")
     held = dict.fromkeys(tensors, "model.safetensors") | {"model.norm.weight": name}
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": held}))
-    for read in (stored.weight_files, weights.has_weights, lambda folder: weights.load_params(folder, TINY)):
-        with pytest.raises(errors.UserError, match=r"weight_map has model\.norm\.weight in .*; only .* of the folder itself"):
+    for read in (
+        stored.weight_files,
+        weights.has_weights,
+        lambda folder: weights.load_params(folder, TINY),
+    ):
+        with pytest.raises(
+            errors.UserError,
+            match=r"weight_map has model\.norm\.weight in .*; only .* of the folder itself",
+        ):
             read(folder)
 
 
-@pytest.mark.parametrize("content", ["[]", "{}", '{"weight_map": []}', '{"weight_map": {}}', '{"weight_map": null}'])
+@pytest.mark.parametrize(
+    "content", ["[]", "{}", '{"weight_map": []}', '{"weight_map": {}}', '{"weight_map": null}']
+)
 def test_an_index_without_a_map_is_named(folder, content):
     """Breaks when half an index ends in a traceback, or counts as a base without weights."""
     (folder / "model.safetensors.index.json").write_text(content)
-    with pytest.raises(errors.UserError, match=r"model\.safetensors\.index\.json: (no weight_map|not an object)"):
+    with pytest.raises(
+        errors.UserError, match=r"model\.safetensors\.index\.json: (no weight_map|not an object)"
+    ):
         weights.load_params(folder, TINY)
 
 
@@ -173,10 +243,15 @@ def test_one_file_comes_before_shards(folder, tensors, tiny_params, capsys):
     said(capsys)
     shards(folder, {name: -value for name, value in tensors.items()})
     safetensors.numpy.save_file(tensors, folder / "model.safetensors")
-    assert stored.weight_files(folder) == [folder / "model.safetensors"] and weights.has_weights(folder)
+    assert stored.weight_files(folder) == [folder / "model.safetensors"] and weights.has_weights(
+        folder
+    )
     same(weights.load_params(folder, TINY), tiny_params)
     told = said(capsys)
-    assert f"{folder / 'model.safetensors'} is read, as by transformers; model.safetensors.index.json and the 2 files" in told
+    assert (
+        f"{folder / 'model.safetensors'} is read, as by transformers; model.safetensors.index.json and the 2 files"
+        in told
+    )
     assert told.count("\n") == 1
     opened = []
 
@@ -187,7 +262,9 @@ def test_one_file_comes_before_shards(folder, tensors, tiny_params, capsys):
     (folder / "elsewhere").mkdir()  # the index alone is here
     shutil.copy(folder / "model.safetensors.index.json", folder / "elsewhere")
     rows = weights.read_rows(folder / "elsewhere", open_file, "model.embed_tokens.weight", [5])
-    assert (rows == tensors["model.embed_tokens.weight"][[5]]).all() and set(opened) == {"model.safetensors"}
+    assert (rows == tensors["model.embed_tokens.weight"][[5]]).all() and set(opened) == {
+        "model.safetensors"
+    }
     (folder / "model.safetensors").unlink()
     rows = weights.read_rows(folder / "elsewhere", open_file, "model.embed_tokens.weight", [5])
     assert (rows == -tensors["model.embed_tokens.weight"][[5]]).all()
@@ -197,7 +274,9 @@ def test_one_file_comes_before_shards(folder, tensors, tiny_params, capsys):
 def test_an_index_may_name_the_one_file(folder, tensors, tiny_params, capsys):
     """Breaks when a base of one file that has an index all the same, or of which one shard has that name, is read for another."""
     said(capsys)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": dict.fromkeys(tensors, "model.safetensors")}))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": dict.fromkeys(tensors, "model.safetensors")})
+    )
     same(weights.load_params(folder, TINY), tiny_params)
     assert not said(capsys)
 
@@ -211,14 +290,26 @@ def test_the_index_says_which_file_holds_a_tensor(folder, tensors, tiny_params, 
     wrong = {"two": {names[0]: -tensors[names[0]]}, "one": {names[1]: -tensors[names[1]]}}
     held = shards(folder, tensors, **wrong)
     same(weights.load_params(folder, TINY), tiny_params)
-    assert f"read from that which model.safetensors.index.json names: 2 tensors ({names[0]}, {names[1]})" in said(capsys)
+    assert (
+        f"read from that which model.safetensors.index.json names: 2 tensors ({names[0]}, {names[1]})"
+        in said(capsys)
+    )
     shards(folder, tensors)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": held | {names[0]: "two.safetensors"}}))
-    with pytest.raises(errors.UserError, match=rf"1 tensor not where model\.safetensors\.index\.json has them: {names[0]} .in two\.safe"):
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": held | {names[0]: "two.safetensors"}})
+    )
+    with pytest.raises(
+        errors.UserError,
+        match=rf"1 tensor not where model\.safetensors\.index\.json has them: {names[0]} .in two\.safe",
+    ):
         weights.load_params(folder, TINY)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {k: v for k, v in held.items() if k != names[0]}}))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {k: v for k, v in held.items() if k != names[0]}})
+    )
     same(weights.load_params(folder, TINY), tiny_params)
-    with pytest.raises(errors.UserError, match=rf"index\.json: weight_map does not have {names[0]}"):
+    with pytest.raises(
+        errors.UserError, match=rf"index\.json: weight_map does not have {names[0]}"
+    ):
         weights.read_rows(folder, lambda name: io.FileIO(folder / name), names[0])
 
 
@@ -229,7 +320,9 @@ def test_other_copies_are_named(folder, tiny_params, capsys):
     weights.save_orbax(folder, tiny_params)
     same(weights.load_params(folder, TINY), tiny_params)
     assert f"{folder}: safetensors is read, not params/ and pytorch_model.bin" in said(capsys)
-    (folder / "model.safetensors").rename(folder / "consolidated.safetensors")  # in another format, which is no copy that counts
+    (folder / "model.safetensors").rename(
+        folder / "consolidated.safetensors"
+    )  # in another format, which is no copy that counts
     assert weights.is_orbax(folder)
     same(weights.load_params(folder, TINY), tiny_params)
     (folder / "adapter_config.json").write_text("{}")
@@ -242,7 +335,12 @@ POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
 
 
 @pytest.mark.parametrize(
-    ("text", "message"), [(POINTER, "a Git LFS pointer"), ("", "the file is empty"), ("<!doctype html><html>", "a page of HTML")]
+    ("text", "message"),
+    [
+        (POINTER, "a Git LFS pointer"),
+        ("", "the file is empty"),
+        ("<!doctype html><html>", "a page of HTML"),
+    ],
 )
 def test_what_stands_in_a_files_place_is_named(folder, tensors, text, message):
     """Breaks when a clone without its large files, or a server's error page, counts as a damaged file."""
@@ -251,7 +349,9 @@ def test_what_stands_in_a_files_place_is_named(folder, tensors, text, message):
     with pytest.raises(errors.UserError, match=rf"two\.safetensors: {message}"):
         weights.load_params(folder, TINY)
     with pytest.raises(errors.UserError, match=rf"two\.safetensors: {message}"):
-        weights.read_rows(folder, lambda name: io.FileIO(folder / name), "model.embed_tokens.weight")
+        weights.read_rows(
+            folder, lambda name: io.FileIO(folder / name), "model.embed_tokens.weight"
+        )
     (folder / "model.safetensors.index.json").write_text(text)
     with pytest.raises(errors.UserError, match=rf"index\.json: {message}"):
         weights.load_params(folder, TINY)
@@ -267,8 +367,14 @@ def test_what_stands_in_a_files_place_is_named(folder, tensors, text, message):
         ("consolidated.00.pth", r"consolidated\.00\.pth: pickled weights"),
         ("consolidated.safetensors", "in their maker's own format"),
         ("model.gguf", r"model\.gguf: GGUF files are not read"),
-        ("adapter_model.safetensors", r"a LoRA adapter and not a base; merge it into its base first"),
-        ("model-00001-of-00001.safetensors", r"which of them holds which tensor says model\.safetensors\.index\.json, which is not there"),
+        (
+            "adapter_model.safetensors",
+            r"a LoRA adapter and not a base; merge it into its base first",
+        ),
+        (
+            "model-00001-of-00001.safetensors",
+            r"which of them holds which tensor says model\.safetensors\.index\.json, which is not there",
+        ),
         ("notes.md", "no Orbax copy$"),
     ],
 )

@@ -1,4 +1,4 @@
-"""The memory that loading a base takes beside the parameters, measured by launch/streamed_load.py at a small size."""
+"""The memory that loading a base takes beside the parameters, measured by launch/benchmarks/streamed_load.py at a small size."""
 
 import os
 import runpy
@@ -9,13 +9,18 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-SCRIPT = ROOT / "launch" / "streamed_load.py"
+SCRIPT = ROOT / "launch" / "benchmarks" / "streamed_load.py"
 
-pytestmark = [pytest.mark.nightly, pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")]
+pytestmark = [
+    pytest.mark.nightly,
+    pytest.mark.skipif(sys.platform != "linux", reason="reads /proc"),
+]
 
 
 def measure(workdir, *flags):
-    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"PYTHONPATH": str(ROOT)}
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {
+        "PYTHONPATH": str(ROOT)
+    }
     command = [sys.executable, str(SCRIPT), "--workdir", str(workdir), *flags]
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
 
@@ -51,7 +56,10 @@ def test_a_copy_that_is_dropped_is_seen():
 def test_bad_arguments_are_named(tmp_path):
     """Breaks when a folder with something in it is written to, or an impossible size ends in a traceback."""
     (tmp_path / "dear.txt").write_text("dear")
-    for flags, message in (((), "is not empty; give a new folder"), (("--gib", "0"), "--gib is 0.0; it must be positive")):
+    for flags, message in (
+        ((), "is not empty; give a new folder"),
+        (("--gib", "0"), "--gib is 0.0; it must be positive"),
+    ):
         out = measure(tmp_path, *flags)
         assert out.returncode == 2 and message in out.stderr and "Traceback" not in out.stderr
     assert [p.name for p in tmp_path.iterdir()] == ["dear.txt"]

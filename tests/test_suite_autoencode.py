@@ -3,7 +3,16 @@
 import pathlib
 
 import pytest
-from suite_helpers import arms_of_k, by_example, compressor, made, measured, near, reference_nats, text
+from suite_helpers import (
+    arms_of_k,
+    by_example,
+    compressor,
+    made,
+    measured,
+    near,
+    reference_nats,
+    text,
+)
 
 import icae_jax
 from icae_jax.data import synthetic
@@ -20,7 +29,9 @@ def test_losses_are_the_librarys(tiny_base, method):
     """Breaks when an arm has another k or memory, labels are not the text and its end, or the restored text is not `restore`'s."""
     one, ks = compressor(tiny_base, method), arms_of_k(method)
     examples, records = measured(Autoencode(one, Options(k=tuple(ks.values()))), *TEXTS)
-    assert [len(e.ids) for e in examples] == [4, 15, 16 - len(one.framing.start)], "a longer text is cut to one segment"
+    assert [len(e.ids) for e in examples] == [4, 15, 16 - len(one.framing.start)], (
+        "a longer text is cut to one segment"
+    )
     every = [one.base.tokenizer.decode(e.ids) for e in examples]
     memories = {arm: one.compress(every, k=k) for arm, k in ks.items()}
     memories[SHUFFLED] = one.compress_ids([one.framed(e.partner[: len(e.ids)]) for e in examples])
@@ -36,7 +47,11 @@ def test_losses_are_the_librarys(tiny_base, method):
         for arm, of in losses.items():
             near(r["sums"]["ae_loss"][arm], of[i])
         assert len({round(v[0], 3) for v in r["sums"]["ae_loss"].values()}) == len(memories)
-        assert SHUFFLED not in r["sums"]["bleu"] and SHUFFLED not in r["texts"] and FULL not in r["sums"]["ae_loss"]
+        assert (
+            SHUFFLED not in r["sums"]["bleu"]
+            and SHUFFLED not in r["texts"]
+            and FULL not in r["sums"]["ae_loss"]
+        )
         assert {n for _, n in r["sums"]["ae_loss"].values()} == {len(one.framed(e.ids)) + 1}
 
 
@@ -47,7 +62,11 @@ def test_a_perfect_copy_scores_100(tiny_base, method, monkeypatch):
 
     def restore(self, memory, batch_size, details):
         ids = [*(self.framing.start if with_start else ()), *said]
-        return [Generation(self.base.tokenizer.decode(ids, skip_special_tokens=True), ids[:stop], True, 0)]
+        return [
+            Generation(
+                self.base.tokenizer.decode(ids, skip_special_tokens=True), ids[:stop], True, 0
+            )
+        ]
 
     monkeypatch.setattr(Compressor, "restore", restore)
     one = compressor(tiny_base, method)
@@ -59,7 +78,9 @@ def test_a_perfect_copy_scores_100(tiny_base, method, monkeypatch):
             stop = None
             _, [[r]] = measured(suite, context)
             found = run.summarise(suite, [r], 0)["scores"]
-            assert [found[metric][MEMORY]["mean"] for metric in TEXT_METRICS] == pytest.approx([100] * 4)
+            assert [found[metric][MEMORY]["mean"] for metric in TEXT_METRICS] == pytest.approx(
+                [100] * 4
+            )
             stop = len(one.framing.start) * with_start + 3
             _, [[r]] = measured(suite, context)
             assert r["sums"]["prefix_match"][MEMORY] == [100 * 3 / len(said), 1]
@@ -72,12 +93,20 @@ def test_the_shipped_base_copies_behind_its_token():
     texts = [text(0, i, content=passage) for i, passage in enumerate(passages)]
     for method in ("icae", "x500"):
         one = compressor(path, method, k_choices=(4,), trigger_token="<repeat>")
-        whole = Autoencode(one, Options(context_lengths=tuple({len(one.ids(p)) for p in passages}), arms=(FULL,)))
+        whole = Autoencode(
+            one, Options(context_lengths=tuple({len(one.ids(p)) for p in passages}), arms=(FULL,))
+        )
         examples, _ = made(whole, *texts)
-        full = [e for e in examples if len(e.ids) == max(len(o.ids) for o in examples if o.cluster == e.cluster)]
+        full = [
+            e
+            for e in examples
+            if len(e.ids) == max(len(o.ids) for o in examples if o.cluster == e.cluster)
+        ]
         records = [of[0] for of in by_example(whole, full).values()]
         found = run.summarise(whole, records, 0)["scores"]
-        assert len(full) == 4 and [found[metric][FULL]["mean"] for metric in TEXT_METRICS] == pytest.approx([100] * 4)
+        assert len(full) == 4 and [
+            found[metric][FULL]["mean"] for metric in TEXT_METRICS
+        ] == pytest.approx([100] * 4)
         assert found["ae_loss"][FULL]["mean"] < 0.05
         copy = one.base.tokenizer.convert_tokens_to_ids("<repeat>")
         for e, r in zip(full, records, strict=True):
@@ -96,11 +125,18 @@ def test_lengths_are_cut_and_grouped(tiny_base):
     ]  # fmt: skip
     assert left_out == {"texts shorter than the shortest of --context_lengths, 8 tokens": 1}
     ids = one.ids(text(33, 2).text)
-    assert all(list(e.ids) == ids[: len(e.ids)] for e in examples if e.id == "33-2") and len({e.key for e in examples}) == 5
+    assert (
+        all(list(e.ids) == ids[: len(e.ids)] for e in examples if e.id == "33-2")
+        and len({e.key for e in examples}) == 5
+    )
     wide = Autoencode(compressor(tiny_base, k_choices=(1,), method="x500"), Options())
     assert [e.group["tokens"] for n in (1, 16) for e in wide.examples(text(n, 1))] == ["1-100"] * 2
     wide.segment = 300
-    assert [e.group["tokens"] for n in (100, 101, 200) for e in wide.examples(text(n, 1))] == ["1-100", "101-200", "101-200"]
+    assert [e.group["tokens"] for n in (100, 101, 200) for e in wide.examples(text(n, 1))] == [
+        "1-100",
+        "101-200",
+        "101-200",
+    ]
     assert suite.examples(text(0, content=" ")) == "texts without a token"
     with pytest.raises(ValueError, match="--arms 'full context' is no arm of suite autoencode"):
         Autoencode(one, Options(arms=(FULL,)))  # this base was never taught to copy

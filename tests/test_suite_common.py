@@ -29,7 +29,9 @@ def suite_of(name, path, method, options):
 
 
 # By day each suite with one method, in turn: what batches a suite makes hangs on the suite, how a memory is put into them on the method.
-DAILY = {(name, ("icae", "x500")[number % 2]) for number, name in enumerate(SUITES) if name != "ablate"} | {("ablate", "icae")}
+DAILY = {
+    (name, ("icae", "x500")[number % 2]) for number, name in enumerate(SUITES) if name != "ablate"
+} | {("ablate", "icae")}
 
 
 @pytest.mark.parametrize(
@@ -45,7 +47,11 @@ def test_batches_and_order_change_no_score(tiny_base, name, method):
     """Breaks when padding or a neighbour reaches a score, a partner depends on the batch, or results come back in another order."""
     whole = suite_of(name, tiny_base, method, dataclasses.replace(QUICK, batch_size=16))
     examples, _ = made(whole, *TEXTS)
-    assert len(examples) >= 2 and len({(len(e.ids), len(e.continuation), len(e.questions)) for e in examples}) >= (name != "span") + 1
+    assert (
+        len(examples) >= 2
+        and len({(len(e.ids), len(e.continuation), len(e.questions)) for e in examples})
+        >= (name != "span") + 1
+    )
     want = by_example(whole, examples)
     turned = by_example(whole, examples[::-1])
     assert same(turned, want) == same(want, want) > len(examples)
@@ -81,7 +87,9 @@ def test_options_that_make_no_sense(given, message):
 @pytest.mark.parametrize("name", [n for n in SUITES if n not in ("ablate", "tokens")])
 def test_unknown_arms_and_k(tiny_base, name):
     """Breaks when a misspelt arm or a k that the adapter does not know measures nothing, silently."""
-    with pytest.raises(ValueError, match=f"--arms 'memroy' is no arm of suite {name}; choose from "):
+    with pytest.raises(
+        ValueError, match=f"--arms 'memroy' is no arm of suite {name}; choose from "
+    ):
         SUITES[name](compressor(tiny_base), Options(arms=("memroy",)))
     with pytest.raises(ValueError, match="k is 3; this compressor was trained with 2, 4"):
         SUITES[name](compressor(tiny_base), Options(k=(3,)))
@@ -91,36 +99,69 @@ def test_memory_tokens_and_arms_by_k(tiny_base):
     """Breaks when k's arms are not named after k, the most first, or <s> is not counted in a segment."""
     for method, start in (("icae", 1), ("x500", 0)):
         suite = SUITES["qa"](compressor(tiny_base, method), Options())
-        assert suite.choices == [4, 2] and [suite.arm_of(k) for k in suite.choices] == ["memory", "memory k=2"]
+        assert suite.choices == [4, 2] and [suite.arm_of(k) for k in suite.choices] == [
+            "memory",
+            "memory k=2",
+        ]
         assert suite.segment == 16 - start
-        assert [suite.memory_tokens(n) for n in (1, 15, 16, 31, 32)] == [4, 4, 4 + 4 * start, 8, 8 + 4 * start]
+        assert [suite.memory_tokens(n) for n in (1, 15, 16, 31, 32)] == [
+            4,
+            4,
+            4 + 4 * start,
+            8,
+            8 + 4 * start,
+        ]
         small = SUITES["qa"](compressor(tiny_base, method), Options(k=(2,)))
         assert small.choices == [2] and small.arm_of(2) == "memory" and small.memory_tokens(17) == 4
 
 
 def test_buckets():
-    assert [common.bucket(n) for n in (1, 100, 101, 200, 512)] == ["1-100", "1-100", "101-200", "101-200", "501-600"]
+    assert [common.bucket(n) for n in (1, 100, 101, 200, 512)] == [
+        "1-100",
+        "1-100",
+        "101-200",
+        "101-200",
+        "501-600",
+    ]
 
 
 def test_own_scores():
     """Breaks when an example's own score is not that of its numbers alone: BLEU of a short text with effective order."""
-    for made_text, truth in (("the cat", "the cat"), ("the cat sat on a mat", "a cat sat on the mat"), ("", "the cat"), ("so", "the cat")):
+    for made_text, truth in (
+        ("the cat", "the cat"),
+        ("the cat sat on a mat", "a cat sat on the mat"),
+        ("", "the cat"),
+        ("so", "the cat"),
+    ):
         own = common.own_score("bleu", list(scores.bleu_counts(made_text, truth)))
         assert own == sacrebleu.sentence_bleu(made_text, [truth]).score
-    assert common.own_score("perplexity", [6.0, 3]) == pytest.approx(math.exp(2)) and common.own_score("f1", [50.0, 1.0]) == 50
+    assert (
+        common.own_score("perplexity", [6.0, 3]) == pytest.approx(math.exp(2))
+        and common.own_score("f1", [50.0, 1.0]) == 50
+    )
 
 
 def test_one_text_alone_has_no_shuffled_memory(tiny_base):
     """Breaks when a text is its own partner: all its examples are of one text."""
-    options = Options(context_lengths=(8, 16), continuation_tokens=18, arms=("shuffled memory", "no context"))
+    options = Options(
+        context_lengths=(8, 16), continuation_tokens=18, arms=("shuffled memory", "no context")
+    )
     suite = SUITES["continue"](compressor(tiny_base), options)
     examples, _ = made(suite, text(40, 1))
     assert len(examples) == 2 and [e.partner for e in examples] == [(), ()]
     for of in by_example(suite, examples).values():
         assert list(of[0]["sums"]["perplexity"]) == ["no context"]
     two, _ = made(suite, text(40, 1), text(41, 2))
-    assert all(e.partner and e.partner not in [o.ids for o in two if o.cluster == e.cluster] for e in two)
+    assert all(
+        e.partner and e.partner not in [o.ids for o in two if o.cluster == e.cluster] for e in two
+    )
     found = by_example(suite, two)
-    assert all(list(of[0]["sums"]["perplexity"]) == ["no context", "shuffled memory"] for of in found.values())
+    assert all(
+        list(of[0]["sums"]["perplexity"]) == ["no context", "shuffled memory"]
+        for of in found.values()
+    )
     for e in two:
-        near(found[e.key][0]["sums"]["perplexity"]["no context"], reference_nats(tiny_base, [1, *e.continuation], 2))
+        near(
+            found[e.key][0]["sums"]["perplexity"]["no context"],
+            reference_nats(tiny_base, [1, *e.continuation], 2),
+        )

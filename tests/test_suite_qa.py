@@ -3,7 +3,19 @@
 import dataclasses
 
 import pytest
-from suite_helpers import arms_of_k, by_example, compressor, made, measured, near, question, reference_answer, reference_nats, same, text
+from suite_helpers import (
+    arms_of_k,
+    by_example,
+    compressor,
+    made,
+    measured,
+    near,
+    question,
+    reference_answer,
+    reference_nats,
+    same,
+    text,
+)
 
 from icae_jax.evaluation import plain, statistics
 from icae_jax.evaluation.examples import QUESTIONS_AT_ONCE
@@ -20,7 +32,9 @@ TEXTS = [text(30, 1, [question(1), question(2, n=5)]), text(7, 2, [question(3, [
 def test_questions_without_a_token(tiny_base, suite):
     """Breaks when padding is read where nothing stands behind the memory that could ask."""
     nothing = text(9, 4, [question(1), question(2, n=0)])
-    _, left_out = made(suite(compressor(tiny_base, template="none"), Options()), text(9, 5, [question(3)]), nothing)
+    _, left_out = made(
+        suite(compressor(tiny_base, template="none"), Options()), text(9, 5, [question(3)]), nothing
+    )
     assert left_out == {EMPTY_QUESTION: 1}
     examples, left_out = made(suite(compressor(tiny_base), Options()), nothing)
     assert len(examples) == 1 and not left_out, "a template with words of its own asks"
@@ -40,7 +54,12 @@ def calls(monkeypatch):
 
 
 # Ids of the tokenizer in conftest: <s> 1, </s> 2, [INST] 3, [/INST] 4, Question: 5, Answer: 6.
-AROUND = {"plain": ([1], [5], [6], 2), "mistral": ([1, 3], [], [4], 2), "v1": ([1], [], [], 1), "none": ([1], [], [], 2)}
+AROUND = {
+    "plain": ([1], [5], [6], 2),
+    "mistral": ([1, 3], [], [4], 2),
+    "v1": ([1], [], [], 1),
+    "none": ([1], [], [], 2),
+}
 
 
 NIGHTLY = pytest.mark.nightly
@@ -48,17 +67,32 @@ NIGHTLY = pytest.mark.nightly
 
 @pytest.mark.parametrize(
     ("template", "asked_in"),
-    [("plain", ""), pytest.param("mistral", "", marks=NIGHTLY), pytest.param("v1", "", marks=NIGHTLY), ("mistral", "plain")],
+    [
+        ("plain", ""),
+        pytest.param("mistral", "", marks=NIGHTLY),
+        pytest.param("v1", "", marks=NIGHTLY),
+        ("mistral", "plain"),
+    ],
 )
 def test_the_controls_are_transformers_on_the_same_prompt(tiny_base, calls, template, asked_in):
     """Breaks when a control sees more or less than it should, a trained token, or another template; or its answer or loss is not the
     base's own. cut context: as many tokens as the memory has, 8 of the 30 and 4 of the 7."""
     one = compressor(tiny_base, template=template)
-    examples, records = measured(Qa(one, dataclasses.replace(ALONE, plain_template=asked_in)), *TEXTS)
+    examples, records = measured(
+        Qa(one, dataclasses.replace(ALONE, plain_template=asked_in)), *TEXTS
+    )
     assert [len(e.ids) for e in examples] == [7, 30]
     head, before, after, stop = AROUND[asked_in or template]
-    parts = {FULL: lambda e: list(e.ids), CUT: lambda e: list(e.ids[: {7: 4, 30: 8}[len(e.ids)]]), NONE: lambda e: []}
-    every = [(e, q, r) for e, of in zip(examples, records, strict=True) for q, r in zip(e.questions, of, strict=True)]
+    parts = {
+        FULL: lambda e: list(e.ids),
+        CUT: lambda e: list(e.ids[: {7: 4, 30: 8}[len(e.ids)]]),
+        NONE: lambda e: [],
+    }
+    every = [
+        (e, q, r)
+        for e, of in zip(examples, records, strict=True)
+        for q, r in zip(e.questions, of, strict=True)
+    ]
     assert len(calls) == 3 and len(every) == 3
     answers = set()
     for (arm, part), (prompts, limits, given) in zip(parts.items(), calls, strict=True):
@@ -69,9 +103,14 @@ def test_the_controls_are_transformers_on_the_same_prompt(tiny_base, calls, temp
             assert got.ties == record["ties"][arm] == 0 and got.ids == want
             assert record["texts"][arm] == one.base.tokenizer.decode(want, skip_special_tokens=True)
             truth = [*one.ids(q.answers[0]), stop]
-            near(record["sums"]["answer_loss"][arm], reference_nats(tiny_base, [*prompt, *truth], len(prompt)))
+            near(
+                record["sums"]["answer_loss"][arm],
+                reference_nats(tiny_base, [*prompt, *truth], len(prompt)),
+            )
             answers.add((arm, *want))
-            assert record["texts"]["question"] == q.text and record["texts"]["answers"] == list(q.answers)
+            assert record["texts"]["question"] == q.text and record["texts"]["answers"] == list(
+                q.answers
+            )
     assert len(answers) > 3
 
 
@@ -86,25 +125,50 @@ def test_without_context_the_context_changes_nothing(tiny_base):
     assert found[0][0] == found[1][0] and found[0][1] != found[1][1]
 
 
-@pytest.mark.parametrize(("method", "template", "longest"), [("icae", "plain", 30), ("x500", "mistral", 14)])
+@pytest.mark.parametrize(
+    ("method", "template", "longest"), [("icae", "plain", 30), ("x500", "mistral", 14)]
+)
 def test_the_memory_is_asked_as_the_library_asks(tiny_base, method, template, longest):
     """Breaks when an arm reads another memory, another k, or another question; `shuffled memory` is the partner's, no longer than the
     text itself."""
     one, ks = compressor(tiny_base, method, template), arms_of_k(method)
     options = Options(k=tuple(ks.values()), max_new_tokens=5, arms=(*ks, SHUFFLED))
-    examples, records = measured(Qa(one, options), *(text(n, n, [question(n)]) for n in (longest, 7, 12)))
+    examples, records = measured(
+        Qa(one, options), *(text(n, n, [question(n)]) for n in (longest, 7, 12))
+    )
     assert all(e.partner and e.partner != e.ids for e in examples)
-    framed, partners = [one.framed(e.ids) for e in examples], [one.framed(e.partner[: len(e.ids)]) for e in examples]
-    memories = {arm: one.compress_ids(framed, k=k) for arm, k in ks.items()} | {SHUFFLED: one.compress_ids(partners)}
-    every = [(i, q, r) for i, of in enumerate(records) for q, r in zip(examples[i].questions, of, strict=True)]
+    framed, partners = (
+        [one.framed(e.ids) for e in examples],
+        [one.framed(e.partner[: len(e.ids)]) for e in examples],
+    )
+    memories = {arm: one.compress_ids(framed, k=k) for arm, k in ks.items()} | {
+        SHUFFLED: one.compress_ids(partners)
+    }
+    every = [
+        (i, q, r)
+        for i, of in enumerate(records)
+        for q, r in zip(examples[i].questions, of, strict=True)
+    ]
     for arm, memory in memories.items():
-        answers = [got for of in one.ask(memory, [[q.text for q in e.questions] for e in examples], 5, details=True) for got in of]
-        losses = one.score(memory[[i for i, _, _ in every]], [q.answers[0] for _, q, _ in every], [q.text for _, q, _ in every])
+        answers = [
+            got
+            for of in one.ask(
+                memory, [[q.text for q in e.questions] for e in examples], 5, details=True
+            )
+            for got in of
+        ]
+        losses = one.score(
+            memory[[i for i, _, _ in every]],
+            [q.answers[0] for _, q, _ in every],
+            [q.text for _, q, _ in every],
+        )
         for (_, _, r), got, loss in zip(every, answers, losses, strict=True):
             assert got.ties or r["ties"][arm] or r["texts"][arm] == got.text
             near(r["sums"]["answer_loss"][arm], loss)
     for _, _, r in every:
-        assert set(r["sums"]["f1"]) == set(memories) and len({nats for nats, _ in r["sums"]["answer_loss"].values()}) == len(memories)
+        assert set(r["sums"]["f1"]) == set(memories) and len(
+            {nats for nats, _ in r["sums"]["answer_loss"].values()}
+        ) == len(memories)
 
 
 def test_many_questions_are_split_and_change_nothing(tiny_base):
@@ -114,10 +178,18 @@ def test_many_questions_are_split_and_change_nothing(tiny_base):
     suite = Qa(compressor(tiny_base), Options(k=(4,), max_new_tokens=4, arms=(MEMORY,)))
     examples, records = measured(suite, text(14, 1, questions))
     assert [len(e.questions) for e in examples] == [2, 8] and len({e.key for e in examples}) == 2
-    assert {e.cluster for e in examples} == {examples[0].cluster} and examples[0].ids == examples[1].ids
+    assert {e.cluster for e in examples} == {examples[0].cluster} and examples[0].ids == examples[
+        1
+    ].ids
     found = {r["id"]: r for of in records for r in of}
     assert sorted(found) == sorted(q.id for q in questions)
-    pairs, _ = made(suite, *[dataclasses.replace(text(14, 1, [q]), key=examples[0].cluster, id=q.id) for q in questions])
+    pairs, _ = made(
+        suite,
+        *[
+            dataclasses.replace(text(14, 1, [q]), key=examples[0].cluster, id=q.id)
+            for q in questions
+        ],
+    )
     alone = [dataclasses.replace(e, key=e.questions[0].id) for e in pairs]
     assert same({i: [r] for i, r in found.items()}, by_example(suite, alone, 5)) >= count
 
@@ -128,15 +200,25 @@ def test_every_reference_answer_counts_the_loss_is_the_firsts(tiny_base):
     (context,) = [text(14, 3, [question(1, ["zebra"])])]
     _, [[first]] = measured(Qa(one, options), context)
     said = first["texts"][MEMORY]
-    assert said and all(first["sums"][m][MEMORY] == [0, 1] for m in ("f1", "em", "rouge1", "rougeL"))
+    assert said and all(
+        first["sums"][m][MEMORY] == [0, 1] for m in ("f1", "em", "rouge1", "rougeL")
+    )
     short, long = "cat", "bread and milk and sea"
     sums = {}
     for answers in ((short, said, long), (long, said, short)):
         context = text(14, 3, [question(1, answers)])
         _, [[found]] = measured(Qa(one, options), context)
-        assert found["sums"]["f1"][MEMORY] == found["sums"]["em"][MEMORY] == found["sums"]["rouge1"][MEMORY] == [100, 1]
+        assert (
+            found["sums"]["f1"][MEMORY]
+            == found["sums"]["em"][MEMORY]
+            == found["sums"]["rouge1"][MEMORY]
+            == [100, 1]
+        )
         memory = one.compress(context.text)
-        near(found["sums"]["answer_loss"][MEMORY], one.score(memory, [answers[0]], [context.questions[0].text])[0])
+        near(
+            found["sums"]["answer_loss"][MEMORY],
+            one.score(memory, [answers[0]], [context.questions[0].text])[0],
+        )
         sums[answers] = found["sums"]["answer_loss"]
     assert [v[FULL][1] for v in sums.values()] == [2, 6]
 
@@ -148,12 +230,21 @@ def test_answers_end_at_the_limit_and_where_positions_end(tiny_base, calls):
     # <s>, the text, Question:, three tokens, Answer:, then the longest reference of three tokens and </s>
     most = 256 - 1 - 5 - 4
     suite = Qa(one, Options(k=(4,), max_new_tokens=10))
-    examples, left_out = made(suite, text(most + 1, 1, [asked]), text(most, 2, [asked]), text(9, 3, [asked]), text(9, 4))
-    assert left_out == {"texts that need more than the base's 256 positions": 1, "texts without a question": 1}
+    examples, left_out = made(
+        suite, text(most + 1, 1, [asked]), text(most, 2, [asked]), text(9, 3, [asked]), text(9, 4)
+    )
+    assert left_out == {
+        "texts that need more than the base's 256 positions": 1,
+        "texts without a question": 1,
+    }
     assert [len(e.ids) for e in examples] == [9, most]
     found = by_example(suite, examples)
     assert [limits for _, limits, _ in calls] == [[10, 4], [10, 10], [10, 10]]
-    assert all(set(r["sums"]["f1"]) == {MEMORY, FULL, CUT, NONE, SHUFFLED} for of in found.values() for r in of)
+    assert all(
+        set(r["sums"]["f1"]) == {MEMORY, FULL, CUT, NONE, SHUFFLED}
+        for of in found.values()
+        for r in of
+    )
     memory_only = Qa(one, Options(k=(4,), max_new_tokens=3, arms=(MEMORY, NONE)))
     examples, left_out = made(memory_only, text(most + 1, 1, [asked]))
     assert not left_out, "without the full context a longer text has room"
@@ -177,7 +268,11 @@ def test_a_longer_plain_template_is_given_room(tiny_base):
 
 
 def record(name, full, memory):
-    return {**common.record(made_example(name)), "set": name[0], "sums": {"f1": {FULL: [full, 1.0], MEMORY: [memory, 1.0]}}}
+    return {
+        **common.record(made_example(name)),
+        "set": name[0],
+        "sums": {"f1": {FULL: [full, 1.0], MEMORY: [memory, 1.0]}},
+    }
 
 
 def made_example(name):
@@ -191,12 +286,25 @@ def made_example(name):
 
 def test_retention_is_the_mean_over_sets(tiny_base):
     """Breaks when sets weigh by their examples, the full context is compared with itself, or a set without a score gives a ratio."""
-    records = [record("a1", 80, 40), record("a2", 20, 10), record("b1", 50, 50), record("c1", 0, 10)]
+    records = [
+        record("a1", 80, 40),
+        record("a2", 20, 10),
+        record("b1", 50, 50),
+        record("c1", 0, 10),
+    ]
 
     def weights(of, i):
         return statistics.resample([r["cluster"] for r in of], [0, i])
 
     found, without = retention(records, weights)
-    assert list(found) == [MEMORY] and found[MEMORY].mean == pytest.approx((50 + 100) / 2) and found[MEMORY].n == 3 and without == ["c"]
+    assert (
+        list(found) == [MEMORY]
+        and found[MEMORY].mean == pytest.approx((50 + 100) / 2)
+        and found[MEMORY].n == 3
+        and without == ["c"]
+    )
     assert retention(records[3:], weights) == ({}, ["c"])
-    assert retention([{**r, "sums": {"f1": {MEMORY: [1.0, 1.0]}}} for r in records], weights) == ({}, [])
+    assert retention([{**r, "sums": {"f1": {MEMORY: [1.0, 1.0]}}} for r in records], weights) == (
+        {},
+        [],
+    )

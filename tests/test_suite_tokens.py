@@ -11,7 +11,10 @@ from icae_jax.objectives import targets
 TEXTS = [text(14, 1, [question(1), question(2, ["bread"])]), text(9, 2), text(30, 3, [question(3)])]
 
 
-@pytest.mark.parametrize(("method", "layout"), [pytest.param("icae", "", marks=pytest.mark.nightly), ("x500", "reference")])
+@pytest.mark.parametrize(
+    ("method", "layout"),
+    [pytest.param("icae", "", marks=pytest.mark.nightly), ("x500", "reference")],
+)
 def test_a_hidden_token_is_one_that_is_not_there(tiny_base, method, layout):
     """Breaks when another token is hidden, the others move, or nothing is hidden at all: an arm is scored by hand, token j taken out of
     the arrays and all else left where it was."""
@@ -19,13 +22,20 @@ def test_a_hidden_token_is_one_that_is_not_there(tiny_base, method, layout):
     suite = Tokens(one, Options())
     examples, records = measured(suite, *TEXTS)
     arms = {"memory": [0, 1, 2, 3]}
-    arms |= {f"without token {j}": [i for i in range(4) if i != j] for j in range(4)} | {f"first {j}": [*range(j)] for j in (1, 2, 3)}
-    assert [len(e.questions) for e in sorted(examples, key=lambda e: len(e.ids))] == [0, 2, 0], "a text that is cut has no questions"
+    arms |= {f"without token {j}": [i for i in range(4) if i != j] for j in range(4)} | {
+        f"first {j}": [*range(j)] for j in (1, 2, 3)
+    }
+    assert [len(e.questions) for e in sorted(examples, key=lambda e: len(e.ids))] == [0, 2, 0], (
+        "a text that is cut has no questions"
+    )
     memory = one.compress_ids([one.framed(e.ids) for e in examples])
     restore = [[targets.ae_target(one.framed(e.ids), one.framing)] for e in examples]
     asked = [i for i, e in enumerate(examples) if e.questions]
     target = one.adapter.template.target
-    answers = [[target(one.ids(q.text), one.ids(q.answers[0])) for q in examples[i].questions] for i in asked]
+    answers = [
+        [target(one.ids(q.text), one.ids(q.answers[0])) for q in examples[i].questions]
+        for i in asked
+    ]
     for arm, seen in arms.items():
         part = memory.replace(
             mask=memory.mask[:, seen], positions=memory.positions[:, seen],
@@ -37,11 +47,15 @@ def test_a_hidden_token_is_one_that_is_not_there(tiny_base, method, layout):
             for i, found in zip(asked, one.score_targets(part[asked], answers, "qa"), strict=True):
                 near(records[i][0]["sums"]["answer_loss"][arm], *found)
     for e, [r] in zip(examples, records, strict=True):
-        assert list(r["sums"]["ae_loss"]) == list(arms) and ("answer_loss" in r["sums"]) == bool(e.questions)
+        assert list(r["sums"]["ae_loss"]) == list(arms) and ("answer_loss" in r["sums"]) == bool(
+            e.questions
+        )
         losses = [nats for nats, _ in r["sums"]["ae_loss"].values()]
         # Without the last token is the same as the first three.
         assert r["sums"]["ae_loss"]["without token 3"] == r["sums"]["ae_loss"]["first 3"]
-        assert len({round(nats, 3) for nats in losses}) == len(arms) - 1, "every other arm sees something else"
+        assert len({round(nats, 3) for nats in losses}) == len(arms) - 1, (
+            "every other arm sees something else"
+        )
 
 
 @pytest.mark.parametrize("method", ["icae", pytest.param("x500", marks=pytest.mark.nightly)])
@@ -51,8 +65,13 @@ def test_one_token(tiny_base, method):
     examples, _ = made(suite, text(8, 1), text(8, 2))
     found = by_example(suite, examples)
     for [r] in found.values():
-        assert list(r["sums"]["ae_loss"]) == [MEMORY, "without token 0"] and np.isfinite(list(r["sums"]["ae_loss"].values())).all()
-        assert abs(r["sums"]["ae_loss"][MEMORY][0] - r["sums"]["ae_loss"]["without token 0"][0]) > 1e-3
+        assert (
+            list(r["sums"]["ae_loss"]) == [MEMORY, "without token 0"]
+            and np.isfinite(list(r["sums"]["ae_loss"].values())).all()
+        )
+        assert (
+            abs(r["sums"]["ae_loss"][MEMORY][0] - r["sums"]["ae_loss"]["without token 0"][0]) > 1e-3
+        )
     one = suite.compressor
     rows = [[targets.Target([targets.AE, 9, 10, 2], 1)]] * 2
     memory = one.compress_ids([one.framed(e.ids) for e in examples])
@@ -65,7 +84,12 @@ def test_many_tokens_and_options(tiny_base):
     """Breaks when a large k has an arm for every token, the first or last of them is left out, or an option is not minded."""
     one = compressor(tiny_base, k_choices=(100,))
     suite = Tokens(one, Options())
-    assert len(suite.hidden) == 32 and suite.hidden[0] == 0 and suite.hidden[-1] == 99 and len(set(suite.hidden)) == 32
+    assert (
+        len(suite.hidden) == 32
+        and suite.hidden[0] == 0
+        and suite.hidden[-1] == 99
+        and len(set(suite.hidden)) == 32
+    )
     assert suite.kept == [j + 1 for j in suite.hidden[:-1]] and max(np.diff(suite.hidden)) <= 4
     small = Tokens(compressor(tiny_base), Options(k=(2,), context_lengths=(5,)))
     _, [[r]] = measured(small, text(9, 1))

@@ -4,14 +4,22 @@ import json
 
 import pytest
 
-from icae_jax import sweep, sweep_results
 from icae_jax.training.config import TrainConfig, from_dict
+from icae_jax.workflows import sweep, sweep_results
 
-RAW = {"base": "base", "steps": 4, "objectives": {"ae": 0.5, "lm": 0.5}, "data": {"train": "train.jsonl", "eval": "eval.jsonl"}}
+RAW = {
+    "base": "base",
+    "steps": 4,
+    "objectives": {"ae": 0.5, "lm": 0.5},
+    "data": {"train": "train.jsonl", "eval": "eval.jsonl"},
+}
 
 
 def losses(value, k=""):
-    return {f"memory{k}": {"ae": value, "lm": value + 1}, f"wrong_memory{k}": {"ae": value + 2, "lm": value + 3}}
+    return {
+        f"memory{k}": {"ae": value, "lm": value + 1},
+        f"wrong_memory{k}": {"ae": value + 2, "lm": value + 3},
+    }
 
 
 @pytest.fixture
@@ -37,12 +45,19 @@ def made(tmp_path):
                     {"step": 4, "train": {"ae": 7.0, "lm": 6.0}, "tokens_per_second": 70.0},
                     {"step": 4, "eval": held_out, "eval_loss": held_out["memory"]["ae"]},
                 ]
-                (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+                (folder / "metrics.jsonl").write_text(
+                    "".join(json.dumps(line) + "\n" for line in lines)
+                )
                 if done:
                     (folder / "DONE").write_text("4\n")
             listed.append(sweep.Point(folder, changes, from_dict(TrainConfig, raw), []))
         fields = sweep.varied([p.changes for p in listed])
-        return sweep_results.collect({"config": "a.py", "sweep": "s", "overrides": {"seed": "<1>"}}, fields, listed, dict(codes))
+        return sweep_results.collect(
+            {"config": "a.py", "sweep": "s", "overrides": {"seed": "<1>"}},
+            fields,
+            listed,
+            dict(codes),
+        )
 
     return make
 
@@ -53,29 +68,65 @@ def ranks(*values):
 
 def test_what_a_point_came_to(made, tmp_path):
     """Breaks when a state, the last or the best loss, or the speed (without the first, which compiles) is another."""
-    points = [*ranks(2, 4), ({"lora.rank": 8}, losses(2.0), False), ({"lora.rank": 16}, None, False)]
+    points = [
+        *ranks(2, 4),
+        ({"lora.rank": 8}, losses(2.0), False),
+        ({"lora.rank": 16}, None, False),
+    ]
     results = made(*points, codes={"p2": -9})
     assert [(p["state"], p["exit_code"], p["steps"]) for p in results["points"]] == [
         ("done", 0, 4), ("done", 0, 4), ("failed", -9, 4), ("not started", None, 0),
     ]  # fmt: skip
     first = results["points"][0]
-    assert first["held_out"] == losses(0.5) and first["train"] == {"ae": 7.0, "lm": 6.0} and first["tokens_per_second"] == 60.0
+    assert (
+        first["held_out"] == losses(0.5)
+        and first["train"] == {"ae": 7.0, "lm": 6.0}
+        and first["tokens_per_second"] == 60.0
+    )
     assert first["best"] == {"eval_loss": 0.25, "step": 3} and first["eval_loss"] == 0.5
     header, rows = sweep_results.table(results)
-    assert header[3:9] == ["AE, train", "LM, train", "AE, memory", "LM, memory", "AE, wrong memory", "LM, wrong memory"]
-    assert rows[0] == ["p0", "done", 4, "7.0000", "6.0000", "0.5000", "1.5000", "2.5000", "3.5000", "0.5000", "0.2500 (3)", "60"]
+    assert header[3:9] == [
+        "AE, train",
+        "LM, train",
+        "AE, memory",
+        "LM, memory",
+        "AE, wrong memory",
+        "LM, wrong memory",
+    ]
+    assert rows[0] == [
+        "p0",
+        "done",
+        4,
+        "7.0000",
+        "6.0000",
+        "0.5000",
+        "1.5000",
+        "2.5000",
+        "3.5000",
+        "0.5000",
+        "0.2500 (3)",
+        "60",
+    ]
     assert rows[3] == ["p3", "not started", 0, *["–"] * 9]
     (tmp_path / "p2" / sweep.NOTE).write_text("")
     point = sweep.Point(tmp_path / "p2", {}, from_dict(TrainConfig, RAW), [])
-    assert sweep_results._point(point, None, [])["state"] == "diverged" and sweep_results._point(point, None, [])["exit_code"] == 3
+    assert (
+        sweep_results._point(point, None, [])["state"] == "diverged"
+        and sweep_results._point(point, None, [])["exit_code"] == 3
+    )
 
 
 def test_a_loss_that_is_no_number_is_never_the_best(made, tmp_path):
     """Breaks when a held-out loss of NaN, with which no comparison holds, hides the best one by coming first."""
     made(*ranks(2))
-    lines = [{"step": step, "eval": {}, "eval_loss": loss} for step, loss in enumerate((float("nan"), 2.0, 1.0, float("inf")))]
+    lines = [
+        {"step": step, "eval": {}, "eval_loss": loss}
+        for step, loss in enumerate((float("nan"), 2.0, 1.0, float("inf")))
+    ]
     for count, best in ((4, {"eval_loss": 1.0, "step": 2}), (1, None)):
-        (tmp_path / "p0" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines[:count]))
+        (tmp_path / "p0" / "metrics.jsonl").write_text(
+            "".join(json.dumps(line) + "\n" for line in lines[:count])
+        )
         point = sweep.Point(tmp_path / "p0", {}, from_dict(TrainConfig, RAW), [])
         assert sweep_results._point(point, None, [])["best"] == best
 
@@ -83,9 +134,17 @@ def test_a_loss_that_is_no_number_is_never_the_best(made, tmp_path):
 def test_numeric_axis(made):
     """Breaks when a line joins points out of order, leaves out a kind of loss, or an axis over a decade is linear."""
     left, right = sweep_results.figure(made(*ranks(8, 2, 4))).axes
-    assert left.get_xlabel() == "lora.rank" and left.get_xscale() == "linear" and list(left.get_xticks()) == [8, 2, 4]
+    assert (
+        left.get_xlabel() == "lora.rank"
+        and left.get_xscale() == "linear"
+        and list(left.get_xticks()) == [8, 2, 4]
+    )
     drawn = {line.get_label(): line.get_xydata().tolist() for line in left.get_lines()}
-    assert drawn["AE, memory"] == [[2, 0.5], [4, 1.0], [8, 2.0]] and drawn["LM, wrong memory"] == [[2, 3.5], [4, 4.0], [8, 5.0]]
+    assert drawn["AE, memory"] == [[2, 0.5], [4, 1.0], [8, 2.0]] and drawn["LM, wrong memory"] == [
+        [2, 3.5],
+        [4, 4.0],
+        [8, 5.0],
+    ]
     assert len(drawn) == 4
     curves = {line.get_label(): line.get_xydata().tolist() for line in right.get_lines()}
     assert curves["p1"] == [[0, 5.5], [3, 0.25], [4, 0.5]] and len(curves) == 3
@@ -94,44 +153,76 @@ def test_numeric_axis(made):
 
 def test_wide_axis_several_k_and_missing_losses(made):
     """Breaks when values over a decade are not on a log axis, or one point without some losses takes the figure down."""
-    rates = [({"optimizer.learning_rate": r}, losses(1.0) | losses(2.0, "_k2"), True) for r in (1e-4, 1e-3)]
-    alone = ({"optimizer.learning_rate": 2e-4}, {"memory": {"ae": 1.0}, "wrong_memory": {"ae": 2.0}}, True)
-    left, _ = sweep_results.figure(made(*rates, alone, ({"optimizer.learning_rate": 3e-4}, None, False))).axes
+    rates = [
+        ({"optimizer.learning_rate": r}, losses(1.0) | losses(2.0, "_k2"), True)
+        for r in (1e-4, 1e-3)
+    ]
+    alone = (
+        {"optimizer.learning_rate": 2e-4},
+        {"memory": {"ae": 1.0}, "wrong_memory": {"ae": 2.0}},
+        True,
+    )
+    left, _ = sweep_results.figure(
+        made(*rates, alone, ({"optimizer.learning_rate": 3e-4}, None, False))
+    ).axes
     assert left.get_xscale() == "log"
     drawn = {line.get_label(): line.get_xydata().tolist() for line in left.get_lines()}
-    assert [x for x, _ in drawn["AE, memory"]] == [1e-4, 2e-4, 1e-3] and [x for x, _ in drawn["AE k 2, memory"]] == [1e-4, 1e-3]
+    assert [x for x, _ in drawn["AE, memory"]] == [1e-4, 2e-4, 1e-3] and [
+        x for x, _ in drawn["AE k 2, memory"]
+    ] == [1e-4, 1e-3]
 
 
 def test_names_and_grids_are_categories(made):
     """Breaks when values that are no numbers, or that several points share, are drawn as positions on a numeric axis."""
     methods = [({"compression.method": m}, losses(1.0), True) for m in ("icae", "x500")]
     left, _ = sweep_results.figure(made(*methods)).axes
-    assert [t.get_text() for t in left.get_xticklabels()] == ["icae", "x500"] and left.get_xlabel() == "compression.method"
+    assert [t.get_text() for t in left.get_xticklabels()] == [
+        "icae",
+        "x500",
+    ] and left.get_xlabel() == "compression.method"
     assert {line.get_linestyle() for line in left.get_lines()} == {"None"}
 
 
 def test_values_stand_in_the_figure_as_they_are(made, tmp_path):
     """Breaks when a value such as a file's name is set as a formula, or fails as one when all points are trained."""
-    results = made(*(({"data.eval": name}, losses(1.0), True) for name in ("5$_a_$6.jsonl", "$\\undefined$")))
+    results = made(
+        *(({"data.eval": name}, losses(1.0), True) for name in ("5$_a_$6.jsonl", "$\\undefined$"))
+    )
     sweep_results.write(tmp_path, results)
     left, _ = (figure := sweep_results.figure(results)).axes
     figure.draw_without_rendering()
-    assert [t.get_text().replace(r"\$", "$") for t in left.get_xticklabels()] == ["5$_a_$6.jsonl", "$\\undefined$"]
+    assert [t.get_text().replace(r"\$", "$") for t in left.get_xticklabels()] == [
+        "5$_a_$6.jsonl",
+        "$\\undefined$",
+    ]
 
 
 def test_grid(made):
-    grid = [({"lora.rank": r, "lora.scale": s}, losses(1.0), True) for r in (2, 4) for s in (1.0, 2.0)]
+    grid = [
+        ({"lora.rank": r, "lora.scale": s}, losses(1.0), True) for r in (2, 4) for s in (1.0, 2.0)
+    ]
     left, _ = sweep_results.figure(made(*grid)).axes
-    assert [t.get_text() for t in left.get_xticklabels()] == ["p0", "p1", "p2", "p3"] and left.get_xlabel() == "lora.rank, lora.scale"
+    assert [t.get_text() for t in left.get_xticklabels()] == [
+        "p0",
+        "p1",
+        "p2",
+        "p3",
+    ] and left.get_xlabel() == "lora.rank, lora.scale"
 
 
 def test_files(made, tmp_path):
     """Breaks when the page is not self-contained or unescaped, or weights that differ are not said so."""
     text = sweep_results.write(tmp_path, made(*ranks(2, 4)))
     page = (tmp_path / "report.html").read_text()
-    assert 'src="data:image/png;base64,iVBOR' in page and "--config.seed=&lt;1&gt;" in page and "0.2500 (3)" in page
+    assert (
+        'src="data:image/png;base64,iVBOR' in page
+        and "--config.seed=&lt;1&gt;" in page
+        and "0.2500 (3)" in page
+    )
     assert "weigh their objectives differently" not in text and "sweep.png" in text
-    assert json.loads((tmp_path / "results.json").read_text())["points"][1]["at"] == {"lora.rank": 4}
+    assert json.loads((tmp_path / "results.json").read_text())["points"][1]["at"] == {
+        "lora.rank": 4
+    }
 
 
 def test_weights_that_differ_are_said(made, tmp_path):
@@ -141,5 +232,9 @@ def test_weights_that_differ_are_said(made, tmp_path):
 
 def test_without_held_out_losses_there_is_no_figure(made, tmp_path):
     text = sweep_results.write(tmp_path, made(({"lora.rank": 2}, None, False)))
-    assert not (tmp_path / "sweep.png").exists() and "sweep.png" not in text and (tmp_path / "report.html").exists()
+    assert (
+        not (tmp_path / "sweep.png").exists()
+        and "sweep.png" not in text
+        and (tmp_path / "report.html").exists()
+    )
     assert len(json.loads((tmp_path / "results.json").read_text())["points"]) == 1

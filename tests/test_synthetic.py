@@ -12,7 +12,9 @@ ROWS = synthetic.passages(3, 200)
 
 def test_passages_are_a_function_of_the_seed_and_differ():
     assert synthetic.passages(3, 5) == ROWS[:5]
-    contexts = {row["context"] for row in ROWS} | {row["context"] for row in synthetic.passages(4, 200)}
+    contexts = {row["context"] for row in ROWS} | {
+        row["context"] for row in synthetic.passages(4, 200)
+    }
     assert len(contexts) == 400
 
 
@@ -25,7 +27,9 @@ def test_every_answer_stands_beside_its_person_and_needs_the_name():
         for item in row["questions"]:
             kind, name = re.fullmatch(r"What is the (.+) of (\w+)\?", item["question"]).groups()
             (answer,) = item["answers"]
-            assert any(name in s.rstrip(".").split() and answer in s.rstrip(".").split() for s in sentences)
+            assert any(
+                name in s.rstrip(".").split() and answer in s.rstrip(".").split() for s in sentences
+            )
             asked[kind].add((name, answer))
         assert len(row["questions"]) == 2 * (synthetic.FACTS + 1)
         both = [kind for kind, pairs in asked.items() if len(pairs) == 2]
@@ -51,15 +55,24 @@ def test_bits_of_a_passage():
 
 def test_the_tokenizer_loses_nothing():
     tokenizer = synthetic.build_tokenizer()
-    texts = [row["context"] for row in ROWS] + [q["question"] for row in ROWS for q in row["questions"]]
+    texts = [row["context"] for row in ROWS] + [
+        q["question"] for row in ROWS for q in row["questions"]
+    ]
     for text in texts:
         ids = tokenizer(text)["input_ids"]
         assert ids[0] == tokenizer.bos_token_id and tokenizer.unk_token_id not in ids
         assert tokenizer.decode(ids, skip_special_tokens=True) == text
     one, two = texts[0], texts[1]
-    assert tokenizer(one + " " + two)["input_ids"] == tokenizer(one)["input_ids"] + tokenizer(two, add_special_tokens=False)["input_ids"]
+    assert (
+        tokenizer(one + " " + two)["input_ids"]
+        == tokenizer(one)["input_ids"] + tokenizer(two, add_special_tokens=False)["input_ids"]
+    )
     ids = tokenizer(f"{one} {synthetic.REPEAT} {one}")["input_ids"]
-    assert ids == [*tokenizer(one)["input_ids"], tokenizer.convert_tokens_to_ids(synthetic.REPEAT), *tokenizer(one)["input_ids"][1:]]
+    assert ids == [
+        *tokenizer(one)["input_ids"],
+        tokenizer.convert_tokens_to_ids(synthetic.REPEAT),
+        *tokenizer(one)["input_ids"][1:],
+    ]
 
 
 def _names(text):
@@ -71,10 +84,14 @@ def test_base_documents(kind):
     """Breaks when what cannot be known has full weight, or what can be known has not."""
     tokenizer = synthetic.build_tokenizer()
     documents = [synthetic.base_document(i, kind) for i in range(50)]
-    assert documents[7] == synthetic.base_document(7, kind) and len({str(d) for d in documents}) == 50
+    assert (
+        documents[7] == synthetic.base_document(7, kind) and len({str(d) for d in documents}) == 50
+    )
     for parts in documents:
         full = [(i, text) for i, (text, weight) in enumerate(parts) if weight == synthetic.WEIGHT]
-        assert full and all(tokenizer.unk_token_id not in tokenizer(text)["input_ids"] for text, _ in parts)
+        assert full and all(
+            tokenizer.unk_token_id not in tokenizer(text)["input_ids"] for text, _ in parts
+        )
         for i, text in full:
             before = " ".join(t for t, _ in parts[:i])
             if kind in ("repeat", "notes"):

@@ -32,14 +32,19 @@ def test_autoencoding():
 )
 def test_framing(tiny_tokenizer, fields, framing):
     """Breaks when 500xCompressor's encoder reads <s>, ICAE's does not, or another token asks for the text back."""
-    assert dataclasses.astuple(targets.make_framing(CompressionConfig(**fields), tiny_tokenizer, 1)) == framing
+    assert (
+        dataclasses.astuple(targets.make_framing(CompressionConfig(**fields), tiny_tokenizer, 1))
+        == framing
+    )
 
 
 def test_framing_without_the_tokens_it_needs(tiny_tokenizer):
     """Breaks when a missing <s> or </s> becomes a None among the ids."""
     bare = copy.deepcopy(tiny_tokenizer)
     bare.bos_token = None
-    with pytest.raises(ValueError, match=r"compression\.trigger is bos, but .* no bos token; choose trained"):
+    with pytest.raises(
+        ValueError, match=r"compression\.trigger is bos, but .* no bos token; choose trained"
+    ):
         targets.make_framing(CompressionConfig(method="x500"), bare, None)
     assert targets.make_framing(CompressionConfig(), bare, None).start == ()
     assert targets.make_framing(CompressionConfig(), bare, 1).start == (1,)
@@ -51,7 +56,10 @@ def test_framing_without_the_tokens_it_needs(tiny_tokenizer):
 
 def test_padded_autoencoding():
     """Breaks when the reference's padded labels are miscounted: the text and padding to 5 tokens, then the final eos."""
-    assert targets.ae_target([9, 10], targets.Framing((), 1, 2), padded_to=5) == ([1, 9, 10, 2, 2, 2, 2], 1)
+    assert targets.ae_target([9, 10], targets.Framing((), 1, 2), padded_to=5) == (
+        [1, 9, 10, 2, 2, 2, 2],
+        1,
+    )
 
 
 def test_language_modelling():
@@ -98,12 +106,18 @@ def test_impossible_templates_are_refused(tiny_tokenizer):
 
 def test_pack():
     """Breaks when a label is predicted from another place than the token before it, or padding counts as labels."""
-    batch = targets.pack([[targets.Target([5, 6, 7, 8], 2), None], [None, targets.Target([9, 10], 1)], []], 2, 4, 3)
+    batch = targets.pack(
+        [[targets.Target([5, 6, 7, 8], 2), None], [None, targets.Target([9, 10], 1)], []], 2, 4, 3
+    )
     assert {k: v.shape for k, v in batch.items()} == {
         "ids": (3, 2, 4), "label_at": (3, 2, 3), "labels": (3, 2, 3), "label_mask": (3, 2, 3),
     }  # fmt: skip
     assert batch["ids"][:2].tolist() == [[[5, 6, 7, 0], [0] * 4], [[0] * 4, [9, 0, 0, 0]]]
-    assert batch["label_at"][0, 0].tolist() == [1, 2, 0] and batch["labels"][0, 0].tolist() == [7, 8, 0]
+    assert batch["label_at"][0, 0].tolist() == [1, 2, 0] and batch["labels"][0, 0].tolist() == [
+        7,
+        8,
+        0,
+    ]
     assert batch["label_at"][1, 1, 0] == 0 and batch["labels"][1, 1, 0] == 10
     assert np.argwhere(batch["label_mask"]).tolist() == [[0, 0, 0], [0, 0, 1], [1, 1, 0]]
 

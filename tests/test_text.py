@@ -7,8 +7,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from icae_jax.data import synthetic
 from icae_jax.errors import UserError
-from icae_jax.interop import base as bases
-from icae_jax.interop.text import user_ids
+from icae_jax.interop.hub import base as bases
+from icae_jax.interop.hub.text import user_ids
 from icae_jax.objectives import targets
 
 SPELLED = "the <s>cat</s> sat <s> on </s>"
@@ -16,24 +16,36 @@ SPELLED = "the <s>cat</s> sat <s> on </s>"
 
 def pieces():
     """A tokenizer of pieces by probability, in whose vocabulary control tokens stand among the pieces, as sentencepiece's do."""
-    vocabulary = [("<unk>", 0.0), ("<s>", 0.0), ("</s>", 0.0), *((piece, -3.0) for piece in "▁</>sthecaon")]
+    vocabulary = [
+        ("<unk>", 0.0),
+        ("<s>", 0.0),
+        ("</s>", 0.0),
+        *((piece, -3.0) for piece in "▁</>sthecaon"),
+    ]
     backend = Tokenizer(models.Unigram(vocabulary, unk_id=0))
     backend.pre_tokenizer = pre_tokenizers.Metaspace()
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    )
 
 
 def byte_pairs():
     """The model of the tokenizer below alone: bytes, and one pair of them, with which a control token's name begins."""
     vocabulary = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "<s"]
     backend = Tokenizer(models.BPE({piece: i for i, piece in enumerate(vocabulary)}, [("<", "s")]))
-    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False), decoders.ByteLevel()
+    backend.pre_tokenizer, backend.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        decoders.ByteLevel(),
+    )
     return backend
 
 
 def bytes_alone():
     """A tokenizer of bytes, whose control tokens are added ones, one of them both the end and what is unknown, as GPT-2's."""
     backend = byte_pairs()
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="</s>", bos_token="<s>", eos_token="</s>")
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend, unk_token="</s>", bos_token="<s>", eos_token="</s>"
+    )
 
 
 @pytest.mark.parametrize("make", [pieces, bytes_alone, synthetic.build_tokenizer])
@@ -42,11 +54,19 @@ def test_no_text_spells_a_control_token(make):
     among its pieces or words. Also when the next call, for our own frames, does not find control tokens any more."""
     tokenizer = make()
     control = {tokenizer.bos_token_id, tokenizer.eos_token_id}
-    assert control <= set(tokenizer(SPELLED, add_special_tokens=False)["input_ids"]), "else this shows nothing"
+    assert control <= set(tokenizer(SPELLED, add_special_tokens=False)["input_ids"]), (
+        "else this shows nothing"
+    )
     ids = user_ids(tokenizer, SPELLED)
     assert ids and not control & set(ids)
-    assert user_ids(tokenizer, [SPELLED, "the cat", ""]) == [ids, user_ids(tokenizer, "the cat"), []] and user_ids(tokenizer, []) == []
-    assert user_ids(tokenizer, "the cat") == tokenizer("the cat", add_special_tokens=False)["input_ids"]
+    assert (
+        user_ids(tokenizer, [SPELLED, "the cat", ""]) == [ids, user_ids(tokenizer, "the cat"), []]
+        and user_ids(tokenizer, []) == []
+    )
+    assert (
+        user_ids(tokenizer, "the cat")
+        == tokenizer("the cat", add_special_tokens=False)["input_ids"]
+    )
     assert control <= set(tokenizer(SPELLED, add_special_tokens=False)["input_ids"])
 
 
@@ -59,15 +79,24 @@ def test_a_spelled_token_is_read_as_its_characters():
 
 def test_a_spelled_token_is_read_in_the_pieces_of_any_other_text():
     """Breaks when the tokenizer finds it and it is spelled anew, character by character, as the model was never trained to read it."""
-    assert user_ids(bytes_alone(), SPELLED) == byte_pairs().encode(SPELLED).ids != [byte_pairs().encode(c).ids[0] for c in SPELLED]
+    assert (
+        user_ids(bytes_alone(), SPELLED)
+        == byte_pairs().encode(SPELLED).ids
+        != [byte_pairs().encode(c).ids[0] for c in SPELLED]
+    )
 
 
 def test_a_text_without_spelled_tokens_is_what_it_was(tiny_tokenizer):
     """Breaks when texts that hold no control token's name get other ids than in earlier versions: adapters would read them otherwise. The
     words of templates are none: they are what the tokenizer makes of them."""
-    assert user_ids(tiny_tokenizer, "the cat [INST] nothing") == [WORDS.index(w) for w in ("the", "cat", "[INST]", "<unk>")]
+    assert user_ids(tiny_tokenizer, "the cat [INST] nothing") == [
+        WORDS.index(w) for w in ("the", "cat", "[INST]", "<unk>")
+    ]
     assert bases.bos_id(tiny_tokenizer) == WORDS.index("<s>")
-    assert targets.make_template("mistral", tiny_tokenizer).head == (WORDS.index("<s>"), WORDS.index("[INST]"))
+    assert targets.make_template("mistral", tiny_tokenizer).head == (
+        WORDS.index("<s>"),
+        WORDS.index("[INST]"),
+    )
     assert targets.make_template("chat", tiny_tokenizer).head[0] == WORDS.index("<s>")
 
 
@@ -79,7 +108,7 @@ def test_half_a_surrogate_pair_is_the_user_s(tiny_tokenizer):
 
 
 OWN_FRAMES = {  # files that tokenise what we wrote, and how often
-    "interop/tokenizer.py": 2, "interop/peft_folder.py": 1, "objectives/targets.py": 1, "quickstart.py": 1,
+    "interop/hub/tokenizer.py": 2, "interop/adapters/peft_folder.py": 1, "objectives/targets.py": 1, "quickstart.py": 1,
     "training/base_task.py": 1,
 }  # fmt: skip
 
@@ -95,7 +124,11 @@ def test_only_our_own_frames_are_tokenised_otherwise():
     """Breaks when new code, or a script that we write for others, tokenises what a user wrote and lets it spell control tokens."""
     found = {}
     for path in sorted((ROOT / "icae_jax").rglob("*.py")):
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if "tokenizer(" in line and '["input_ids"]' in line]
+        lines = [
+            line
+            for line in path.read_text(encoding="utf-8").splitlines()
+            if "tokenizer(" in line and '["input_ids"]' in line
+        ]
         unguarded = [line for line in lines if "split_special_tokens=True" not in line]
         found[str(path.relative_to(ROOT / "icae_jax"))] = len(unguarded)
     assert {name: count for name, count in found.items() if count} == OWN_FRAMES

@@ -17,7 +17,7 @@ from conftest import WORDS, make_tokenizer, write_jsonl
 from icae_jax import errors
 from icae_jax.data import sources, tokens
 from icae_jax.errors import UserError
-from icae_jax.interop import base as bases
+from icae_jax.interop.hub import base as bases
 
 
 def words(ids):
@@ -35,9 +35,21 @@ def qa(context, question, answer):
 
 def test_questions_are_grouped_by_context(tmp_path, cache, tiny_tokenizer):
     """Breaks when questions are counted to another context, special tokens get in, or equal plain texts are merged."""
-    rows = [qa("the cat sat", "who", "cat"), {"text": "the dog"}, qa("a bird", "what", "a bird"), qa("the cat sat", "did", "sat")]
-    data = tokens.tokenise(write_jsonl(tmp_path / "a.jsonl", [*rows, {"text": "the dog"}]), tiny_tokenizer, cache)
-    assert [words(data.text(i)) for i in range(len(data.text_offsets) - 1)] == ["the cat sat", "the dog", "a bird", "the dog"]
+    rows = [
+        qa("the cat sat", "who", "cat"),
+        {"text": "the dog"},
+        qa("a bird", "what", "a bird"),
+        qa("the cat sat", "did", "sat"),
+    ]
+    data = tokens.tokenise(
+        write_jsonl(tmp_path / "a.jsonl", [*rows, {"text": "the dog"}]), tiny_tokenizer, cache
+    )
+    assert [words(data.text(i)) for i in range(len(data.text_offsets) - 1)] == [
+        "the cat sat",
+        "the dog",
+        "a bird",
+        "the dog",
+    ]
     assert data.question_offsets.tolist() == [0, 2, 2, 3, 3]
     assert [(words(data.prompt(q)), words(data.answer(q))) for q in range(3)] == [
         ("who", "cat"),
@@ -46,7 +58,9 @@ def test_questions_are_grouped_by_context(tmp_path, cache, tiny_tokenizer):
     ]
 
 
-def test_cache_is_used_until_source_or_tokenizer_change(tmp_path, cache, tiny_tokenizer, monkeypatch):
+def test_cache_is_used_until_source_or_tokenizer_change(
+    tmp_path, cache, tiny_tokenizer, monkeypatch
+):
     """Breaks when tokens are made again every time, or stale ones are used after the data or the tokenizer changed."""
     path = tmp_path / "a.jsonl"
     write_jsonl(path, [{"text": "the cat"}])
@@ -54,10 +68,20 @@ def test_cache_is_used_until_source_or_tokenizer_change(tmp_path, cache, tiny_to
     monkeypatch.setattr(tokens, "_build", lambda *args: builds.append(args) or build(*args))
     first = tokens.tokenise(str(path), tiny_tokenizer, cache)
     again = tokens.tokenise(str(path), tiny_tokenizer, cache)
-    assert len(builds) == 1 and again.key == first.key and again.text(0).tolist() == first.text(0).tolist()
+    assert (
+        len(builds) == 1
+        and again.key == first.key
+        and again.text(0).tolist() == first.text(0).tolist()
+    )
 
-    other = tokens.tokenise(str(path), make_tokenizer([*WORDS[:8], "cat", "the", *WORDS[10:]]), cache)
-    assert len(builds) == 2 and other.key != first.key and other.text(0).tolist() != first.text(0).tolist()
+    other = tokens.tokenise(
+        str(path), make_tokenizer([*WORDS[:8], "cat", "the", *WORDS[10:]]), cache
+    )
+    assert (
+        len(builds) == 2
+        and other.key != first.key
+        and other.text(0).tolist() != first.text(0).tolist()
+    )
 
     os.utime(path, ns=(1, 1))
     assert tokens.tokenise(str(path), tiny_tokenizer, cache).key == first.key and len(builds) == 2
@@ -93,7 +117,11 @@ def test_the_first_version_s_key_is_still_known(tmp_path, cache, tiny_tokenizer)
     write_jsonl(path, [{"text": "the cat"}])
     content, stat = path.read_bytes(), path.stat()
     ends = hashlib.sha256(content + content).hexdigest()
-    identity = [1, tiny_tokenizer.backend_tokenizer.to_str(), [["a.jsonl", stat.st_size, stat.st_mtime_ns, ends]]]
+    identity = [
+        1,
+        tiny_tokenizer.backend_tokenizer.to_str(),
+        [["a.jsonl", stat.st_size, stat.st_mtime_ns, ends]],
+    ]
     made = tokens.tokenise(str(path), tiny_tokenizer, cache)
     assert made.earlier_key == hashlib.sha256(json.dumps(identity).encode()).hexdigest() != made.key
 
@@ -114,13 +142,17 @@ def test_questions_of_rows_that_stand_apart(tmp_path, cache, tiny_tokenizer, mon
             texts.append(row.get("text") or row["context"])
             questions.append([])
         if "text" not in row:
-            questions[at].append((row["question"], row["answers"][0] if "answers" in row else row["answer"]))
+            questions[at].append(
+                (row["question"], row["answers"][0] if "answers" in row else row["answer"])
+            )
     monkeypatch.setattr(tokens, "BATCH", 7)
     monkeypatch.setattr(tokens, "GATHERED", 11)
     data = tokens.tokenise(write_jsonl(tmp_path / "a.jsonl", rows), tiny_tokenizer, cache)
     assert [words(data.text(i)) for i in range(len(data.text_offsets) - 1)] == texts
     assert data.question_offsets.tolist() == np.cumsum([0, *map(len, questions)]).tolist()
-    made = [(words(data.prompt(q)), words(data.answer(q))) for q in range(len(data.prompt_offsets) - 1)]
+    made = [
+        (words(data.prompt(q)), words(data.answer(q))) for q in range(len(data.prompt_offsets) - 1)
+    ]
     assert made == [pair for of_text in questions for pair in of_text]
     assert {name: getattr(data, name).dtype for name in tokens.ARRAYS} == {
         name: np.dtype(np.int32 if name.endswith("_ids") else np.int64) for name in tokens.ARRAYS
@@ -132,7 +164,9 @@ def test_rows_are_read_as_they_are_tokenised(tmp_path, cache, tiny_tokenizer, mo
     monkeypatch.setattr(tokens, "BATCH", 10)
     monkeypatch.setattr(tokens, "BATCH_CHARACTERS", 60)
     read, seen, made = sources.read_rows, [], tokens.user_ids
-    monkeypatch.setattr(sources, "read_rows", lambda *args: (seen.append(row) or row for row in read(*args)))
+    monkeypatch.setattr(
+        sources, "read_rows", lambda *args: (seen.append(row) or row for row in read(*args))
+    )
     at_once = []
 
     def user_ids(tokenizer, texts):
@@ -140,12 +174,30 @@ def test_rows_are_read_as_they_are_tokenised(tmp_path, cache, tiny_tokenizer, mo
         return made(tokenizer, texts)
 
     monkeypatch.setattr(tokens, "user_ids", user_ids)
-    rows = [{"text": "the cat"}] * 30 + [{"text": "the cat sat on the mat , very big and very old ."}] * 4
-    assert len(tokens.tokenise(write_jsonl(tmp_path / "a.jsonl", rows), tiny_tokenizer, cache).text_offsets) == 35
-    assert [call for call in at_once if call[1]] == [(9, 9), (18, 9), (27, 9), (31, 4), (33, 2), (34, 1)]
+    rows = [{"text": "the cat"}] * 30 + [
+        {"text": "the cat sat on the mat , very big and very old ."}
+    ] * 4
+    assert (
+        len(
+            tokens.tokenise(
+                write_jsonl(tmp_path / "a.jsonl", rows), tiny_tokenizer, cache
+            ).text_offsets
+        )
+        == 35
+    )
+    assert [call for call in at_once if call[1]] == [
+        (9, 9),
+        (18, 9),
+        (27, 9),
+        (31, 4),
+        (33, 2),
+        (34, 1),
+    ]
 
 
-def test_one_process_tokenises_and_the_others_wait(tmp_path, cache, tiny_tokenizer, monkeypatch, capsys):
+def test_one_process_tokenises_and_the_others_wait(
+    tmp_path, cache, tiny_tokenizer, monkeypatch, capsys
+):
     """Breaks when every process of a host tokenises the same source, at once; or one that died leaves the others waiting."""
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": "the cat"}])
     builds, build, begun, go_on = [], tokens._build, threading.Event(), threading.Event()
@@ -159,7 +211,9 @@ def test_one_process_tokenises_and_the_others_wait(tmp_path, cache, tiny_tokeniz
         build(*args)
 
     monkeypatch.setattr(tokens, "_build", slow)
-    with concurrent.futures.ThreadPoolExecutor(3) as pool:  # threads lock as processes do: each opens the file for itself
+    with concurrent.futures.ThreadPoolExecutor(
+        3
+    ) as pool:  # threads lock as processes do: each opens the file for itself
         made = [pool.submit(tokens.tokenise, path, tiny_tokenizer, cache)]
         assert begun.wait(30)
         made += [pool.submit(tokens.tokenise, path, tiny_tokenizer, cache) for _ in range(2)]
@@ -173,10 +227,14 @@ def test_one_process_tokenises_and_the_others_wait(tmp_path, cache, tiny_tokeniz
         with pytest.raises(MemoryError):
             made[0].result()
         assert [words(m.result().text(0)) for m in made[1:]] == ["the cat"] * 2 and len(builds) == 2
-    assert [name for name in os.listdir(os.path.join(cache, "tokens")) if name.startswith(".")] == []
+    assert [
+        name for name in os.listdir(os.path.join(cache, "tokens")) if name.startswith(".")
+    ] == []
 
 
-def test_a_source_is_read_again_after_a_fault_that_passes(tmp_path, cache, tiny_tokenizer, monkeypatch):
+def test_a_source_is_read_again_after_a_fault_that_passes(
+    tmp_path, cache, tiny_tokenizer, monkeypatch
+):
     """Breaks when a stale file handle in the middle of a corpus ends a run, or rows that were read before it count twice."""
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": "the cat"}, {"text": "a dog"}])
     read, failed = sources.read_rows, []
@@ -192,7 +250,10 @@ def test_a_source_is_read_again_after_a_fault_that_passes(tmp_path, cache, tiny_
     monkeypatch.setattr(errors, "FIRST_DELAY", 0.0)
     monkeypatch.setattr(tokens, "BATCH", 1)
     data = tokens.tokenise(path, tiny_tokenizer, cache)
-    assert failed and [words(data.text(i)) for i in range(len(data.text_offsets) - 1)] == ["the cat", "a dog"]
+    assert failed and [words(data.text(i)) for i in range(len(data.text_offsets) - 1)] == [
+        "the cat",
+        "a dog",
+    ]
 
 
 def test_what_a_text_spells_is_no_control_token(tmp_path, cache, tiny_tokenizer):
@@ -202,14 +263,18 @@ def test_what_a_text_spells_is_no_control_token(tmp_path, cache, tiny_tokenizer)
     control = {WORDS.index(word) for word in ("<s>", "</s>")}
     for ids in (data.text_ids, data.prompt_ids, data.answer_ids):
         assert len(ids) and not control & set(ids.tolist())
-    assert words(data.text(0)).split()[:2] == ["the", "cat"] and bases.bos_id(tiny_tokenizer) == WORDS.index("<s>")
+    assert words(data.text(0)).split()[:2] == ["the", "cat"] and bases.bos_id(
+        tiny_tokenizer
+    ) == WORDS.index("<s>")
 
 
 def test_the_hash_of_a_large_file_is_kept(tmp_path, monkeypatch):
     """Breaks when a huge file is hashed at each start, or a hash is kept after the file changed, or while it may still be changing."""
     monkeypatch.setattr(tokens, "REMEMBERED", 10)
     path, hashed, content_hash = tmp_path / "a.jsonl", [], tokens.reading.content_hash
-    monkeypatch.setattr(tokens.reading, "content_hash", lambda p: hashed.append(p) or content_hash(p))
+    monkeypatch.setattr(
+        tokens.reading, "content_hash", lambda p: hashed.append(p) or content_hash(p)
+    )
     write_jsonl(path, [{"text": "the cat"}])
     young = [tokens._hash_once(tmp_path, path) for _ in range(2)]
     os.utime(path, ns=(1, 1))
@@ -224,7 +289,10 @@ def test_the_hash_of_a_large_file_is_kept(tmp_path, monkeypatch):
 def test_a_cache_that_cannot_be_written_is_named(tmp_path, tiny_tokenizer):
     """Breaks when the error does not say what the folder is for, or how to name another; or a cache that is there needs to be written."""
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": "the cat"}])
-    with pytest.raises(UserError, match=r"^cache /proc/nope/tokens: cannot be written: .*; set data\.cache_dir or \$ICAE_CACHE"):
+    with pytest.raises(
+        UserError,
+        match=r"^cache /proc/nope/tokens: cannot be written: .*; set data\.cache_dir or \$ICAE_CACHE",
+    ):
         tokens.tokenise(path, tiny_tokenizer, "/proc/nope")
 
 
@@ -232,7 +300,9 @@ def test_long_sources_are_encoded_in_batches(tmp_path, cache, tiny_tokenizer, mo
     """Breaks when texts at the seams of the tokenizer's batches are lost."""
     monkeypatch.setattr(tokens, "BATCH", 2)
     texts = ["the cat", "a dog", "bird", "the fish sat", "a"]
-    data = tokens.tokenise(write_jsonl(tmp_path / "a.jsonl", [{"text": t} for t in texts]), tiny_tokenizer, cache)
+    data = tokens.tokenise(
+        write_jsonl(tmp_path / "a.jsonl", [{"text": t} for t in texts]), tiny_tokenizer, cache
+    )
     assert [words(data.text(i)) for i in range(5)] == texts
 
 
@@ -253,16 +323,27 @@ WITHOUT_TOKENS = [
 
 
 @pytest.mark.parametrize("batch", [1, 3, 1000])
-def test_what_has_no_tokens_is_left_out_and_counted(tmp_path, cache, tiny_tokenizer, monkeypatch, batch):
+def test_what_has_no_tokens_is_left_out_and_counted(
+    tmp_path, cache, tiny_tokenizer, monkeypatch, batch
+):
     """Breaks when one empty row ends a run, gets into training, goes without a word, or moves another row's question to another text;
     or when the count is lost with the next start, which reads the cache."""
     monkeypatch.setattr(tokens, "BATCH", batch)
     path = write_jsonl(tmp_path / "a.jsonl", WITHOUT_TOKENS)
     for _ in range(2):
         data = tokens.tokenise(path, tiny_tokenizer, cache)
-        assert [words(data.text(i)) for i in range(len(data.text_offsets) - 1)] == ["the cat", "a dog", "a", "a bird"]
+        assert [words(data.text(i)) for i in range(len(data.text_offsets) - 1)] == [
+            "the cat",
+            "a dog",
+            "a",
+            "a bird",
+        ]
         assert data.question_offsets.tolist() == [0, 0, 2, 2, 3]
-        assert [(words(data.prompt(q)), words(data.answer(q))) for q in range(3)] == [("who", "dog"), ("did", "a"), ("what", "bird")]
+        assert [(words(data.prompt(q)), words(data.answer(q))) for q in range(3)] == [
+            ("who", "dog"),
+            ("did", "a"),
+            ("what", "bird"),
+        ]
         assert data.left_out == {
             f"texts without tokens (the first: {path}:2)": 3,
             f"questions without tokens (the first: {path}:4)": 1,
@@ -276,31 +357,52 @@ def test_strict_data_are_refused_whatever_the_cache_holds(tmp_path, cache, tiny_
     """Breaks when data.strict lets an empty row pass, changes what data are known by, or is not heeded once they are in the cache."""
     path = write_jsonl(tmp_path / "a.jsonl", WITHOUT_TOKENS[:2])
     for _ in range(2):
-        with pytest.raises(UserError, match=f"^{path}:2: the text has no tokens; .* without data.strict"):
+        with pytest.raises(
+            UserError, match=f"^{path}:2: the text has no tokens; .* without data.strict"
+        ):
             tokens.tokenise(path, tiny_tokenizer, cache, strict="data.strict")
         lenient = tokens.tokenise(path, tiny_tokenizer, cache)
     write_jsonl(tmp_path / "a.jsonl", WITHOUT_TOKENS[:1])
     whole = tokens.tokenise(path, tiny_tokenizer, cache)
-    assert tokens.tokenise(path, tiny_tokenizer, cache, strict="data.strict").key == whole.key != lenient.key
+    assert (
+        tokens.tokenise(path, tiny_tokenizer, cache, strict="data.strict").key
+        == whole.key
+        != lenient.key
+    )
 
 
 def test_an_answer_of_ones_own_is_part_of_the_key(tmp_path, cache, tiny_tokenizer):
     """Breaks when data.no_answer trains nothing, takes the tokens that were made without it, or changes the key of all other data."""
-    path = write_jsonl(tmp_path / "a.jsonl", [qa("the cat", "who", "cat"), {"context": "the cat", "question": "what", "answers": []}])
+    path = write_jsonl(
+        tmp_path / "a.jsonl",
+        [qa("the cat", "who", "cat"), {"context": "the cat", "question": "what", "answers": []}],
+    )
     plain = tokens.tokenise(path, tiny_tokenizer, cache)
     own = tokens.tokenise(path, tiny_tokenizer, cache, no_answer="so .")
     assert [words(own.answer(q)) for q in range(2)] == ["cat", "so ."] and not own.left_out
-    assert len(plain.prompt_offsets) == 2 and own.key != plain.key == tokens.tokenise(path, tiny_tokenizer, cache, no_answer="").key
+    assert (
+        len(plain.prompt_offsets) == 2
+        and own.key != plain.key == tokens.tokenise(path, tiny_tokenizer, cache, no_answer="").key
+    )
 
 
 def test_the_key_of_sources_read_as_before(tmp_path, cache, tiny_tokenizer):
     """Breaks when tokens that were made before there were tables, folders and other packings are not found again."""
-    for name, how, packed in (("a.jsonl", "json lines", ""), ("a.txt", "text", ""), ("a.jsonl.gz", "json lines", ".gz")):
-        (tmp_path / name).write_bytes(gzip.compress(b'{"text": "the cat"}') if packed else b'{"text": "the cat"}')
+    for name, how, packed in (
+        ("a.jsonl", "json lines", ""),
+        ("a.txt", "text", ""),
+        ("a.jsonl.gz", "json lines", ".gz"),
+    ):
+        (tmp_path / name).write_bytes(
+            gzip.compress(b'{"text": "the cat"}') if packed else b'{"text": "the cat"}'
+        )
         content = (tmp_path / name).read_bytes()
         hashed = hashlib.sha256(f"{len(content)} ".encode() + content).hexdigest()
         known = json.dumps([2, tiny_tokenizer.backend_tokenizer.to_str(), [[how, packed, hashed]]])
-        assert tokens.tokenise(str(tmp_path / name), tiny_tokenizer, cache).key == hashlib.sha256(known.encode()).hexdigest()
+        assert (
+            tokens.tokenise(str(tmp_path / name), tiny_tokenizer, cache).key
+            == hashlib.sha256(known.encode()).hexdigest()
+        )
 
 
 def test_a_cache_without_counts_is_read(tmp_path, cache, tiny_tokenizer):
@@ -315,7 +417,10 @@ def test_a_cache_without_counts_is_read(tmp_path, cache, tiny_tokenizer):
 @pytest.mark.parametrize("content", [b"", bytes(400), None], ids=["empty", "zeros", "gone"])
 def test_a_damaged_cache_is_made_anew(tmp_path, cache, tiny_tokenizer, content, capfd):
     """Breaks when what a power loss left in the cache ends every later run, or is trained on."""
-    path = write_jsonl(tmp_path / "a.jsonl", [{"context": "the cat saw", "question": "who", "answers": ["the cat"]}])
+    path = write_jsonl(
+        tmp_path / "a.jsonl",
+        [{"context": "the cat saw", "question": "who", "answers": ["the cat"]}],
+    )
     whole = tokens.tokenise(path, tiny_tokenizer, cache)
     arrays = {name: np.array(getattr(whole, name)) for name in tokens.ARRAYS}
     for name in (tokens.cache.ABOUT, *(f"{name}.npy" for name in tokens.ARRAYS)):
@@ -326,7 +431,9 @@ def test_a_damaged_cache_is_made_anew(tmp_path, cache, tiny_tokenizer, content, 
         for array, value in arrays.items():
             np.testing.assert_array_equal(getattr(again, array), value)
         told = capfd.readouterr().err
-        assert (name == tokens.cache.ABOUT and content is None) or ("its files are damaged" in told and told.count("\n") == 1)
+        assert (name == tokens.cache.ABOUT and content is None) or (
+            "its files are damaged" in told and told.count("\n") == 1
+        )
 
 
 def test_arrays_of_another_length_are_no_cache(tmp_path, cache, tiny_tokenizer):
@@ -341,7 +448,10 @@ def test_arrays_of_another_length_are_no_cache(tmp_path, cache, tiny_tokenizer):
     ("rows", "message"),
     [
         ([{}], "data source .*a.jsonl: no rows; the data set is empty"),
-        ([{"text": " "}, {"text": ""}], r"no rows; all were left out: 1 empty texts \(the first: .*:2\); 1 texts without tokens \(.*:1\)"),
+        (
+            [{"text": " "}, {"text": ""}],
+            r"no rows; all were left out: 1 empty texts \(the first: .*:2\); 1 texts without tokens \(.*:1\)",
+        ),
     ],
 )
 def test_a_source_without_texts_is_refused(tmp_path, cache, tiny_tokenizer, rows, message):

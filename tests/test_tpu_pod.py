@@ -100,15 +100,30 @@ def cloud(tmp_path, checkout):
     """A function that runs tpu_pod.sh in a cloud of its own: (finished process, calls of gcloud, the cloud's folder)."""
     folder = tmp_path / "cloud"
     (tmp_path / "gcloud.py").write_text(GCLOUD)
-    environment = write_stubs(folder / "bin", STUBS | {"icae": ICAE, "gcloud": f'exec "{sys.executable}" -SE "{tmp_path}/gcloud.py" "$@"'})
+    environment = write_stubs(
+        folder / "bin",
+        STUBS
+        | {"icae": ICAE, "gcloud": f'exec "{sys.executable}" -SE "{tmp_path}/gcloud.py" "$@"'},
+    )
 
     def run(*flags, plan="0", faults=(), interrupt=False, command=COMMAND):
         (folder / "plan").write_text(plan + "\n")
         for name in faults:
             (folder / name).touch()
-        command = ["bash", checkout / "launch" / "tpu_pod.sh", *SLICE, "--poll", "0.01", *flags, "--", *command]
+        command = [
+            "bash",
+            checkout / "launch" / "tpu_pod.sh",
+            *SLICE,
+            "--poll",
+            "0.01",
+            *flags,
+            "--",
+            *command,
+        ]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        with subprocess.Popen(command, env=environment | {"CLOUD": str(folder)}, **pipes) as process:
+        with subprocess.Popen(
+            command, env=environment | {"CLOUD": str(folder)}, **pipes
+        ) as process:
             while interrupt and not (folder / "attempts-1").exists():
                 time.sleep(0.02)
             if interrupt:
@@ -143,23 +158,57 @@ INSTALL, START = ["scp", "install"], ["stop", "mount", "start"]
 
 def check_slices(calls, queued):
     """All slices are the same, as the flags say, and each is deleted as it was made."""
-    made, gone = ([(kind, rest) for kind, verb, rest in calls if verb == which] for which in ("create", "delete"))
+    made, gone = (
+        [(kind, rest) for kind, verb, rest in calls if verb == which]
+        for which in ("create", "delete")
+    )
     flags = {"icae", "--spot", "--zone=us-west4-a", "--accelerator-type=v5litepod-16"}
-    flags |= {"--runtime-version=v2-alpha-tpuv5-lite", "--node-id=icae"} if queued else {"--version=v2-alpha-tpuv5-lite"}
-    assert len(made) == len(gone) and {kind for kind, _ in made + gone} == {"queued-resources" if queued else "tpu-vm"}
-    assert all(set(rest) == flags for _, rest in made) and all(("--force" in rest) == queued for _, rest in gone)
+    flags |= (
+        {"--runtime-version=v2-alpha-tpuv5-lite", "--node-id=icae"}
+        if queued
+        else {"--version=v2-alpha-tpuv5-lite"}
+    )
+    assert len(made) == len(gone) and {kind for kind, _ in made + gone} == {
+        "queued-resources" if queued else "tpu-vm"
+    }
+    assert all(set(rest) == flags for _, rest in made) and all(
+        ("--force" in rest) == queued for _, rest in gone
+    )
 
 
 @pytest.mark.parametrize("queued", [False, True], ids=["on demand", "queued"])
 def test_a_pod_is_restarted_recreated_and_deleted(cloud, queued):
     """Breaks when a saved run or a crash is not taken up, a preempted slice not replaced, an argument changed, or a slice left behind."""
-    out, calls, folder = cloud("--spot", "--mount", "gs://bucket:/mnt/runs", *["--queued"] * queued, plan="75 preempt 0,134 0")
+    out, calls, folder = cloud(
+        "--spot",
+        "--mount",
+        "gs://bucket:/mnt/runs",
+        *["--queued"] * queued,
+        plan="75 preempt 0,134 0",
+    )
     assert out.returncode == 0, out.stderr
-    assert words(calls) == ["create", *INSTALL, *START, *START, "delete", "create", *INSTALL, *START, *START, "delete"]
+    assert words(calls) == [
+        "create",
+        *INSTALL,
+        *START,
+        *START,
+        "delete",
+        "create",
+        *INSTALL,
+        *START,
+        *START,
+        "delete",
+    ]
     check_slices(calls, queued)
     assert not (folder / "slice").exists()
-    assert all((folder / f"argv-{worker}").read_text().split("\0")[:-1] == COMMAND for worker in "01")
-    assert re.findall("^attempt [^2].*", out.stdout, re.MULTILINE) == ["attempt 1: 75", "attempt 3: 0", "attempt 4: 0"]
+    assert all(
+        (folder / f"argv-{worker}").read_text().split("\0")[:-1] == COMMAND for worker in "01"
+    )
+    assert re.findall("^attempt [^2].*", out.stdout, re.MULTILINE) == [
+        "attempt 1: 75",
+        "attempt 3: 0",
+        "attempt 4: 0",
+    ]
 
 
 @pytest.mark.parametrize("queued", [False, True], ids=["on demand", "queued"])
@@ -169,11 +218,28 @@ def test_a_dry_run_shows_the_commands_of_a_run(tmp_path, queued):
     flags = ["--spot", "--mount", "bucket:/mnt/runs", *["--queued"] * queued]
     command = ["bash", ROOT / "launch" / "tpu_pod.sh", *SLICE, *flags, "--dry_run", "--", *COMMAND]
     shown = subprocess.run(command, capture_output=True, text=True, env=nothing, check=True).stdout
-    assert "ran\n" not in shown and shown.index("exit code 75") < shown.index("is LOST") < shown.index("exit code 0")
+    assert "ran\n" not in shown and shown.index("exit code 75") < shown.index(
+        "is LOST"
+    ) < shown.index("exit code 0")
     stubs = "git() { :; }; sleep() { :; }; gcloud() { printf '%s\\0' \"$@\"; echo; }\n"
-    read = subprocess.run(["bash", "-c", stubs + shown], capture_output=True, text=True, check=True).stdout
-    calls = [(kind, verb, rest) for _, _, kind, verb, *rest in (line.split("\0")[:-1] for line in read.splitlines())]
-    assert words(calls) == ["create", *INSTALL, *START, *START, "delete", "create", *INSTALL, *START, "delete"]
+    read = subprocess.run(
+        ["bash", "-c", stubs + shown], capture_output=True, text=True, check=True
+    ).stdout
+    calls = [
+        (kind, verb, rest)
+        for _, _, kind, verb, *rest in (line.split("\0")[:-1] for line in read.splitlines())
+    ]
+    assert words(calls) == [
+        "create",
+        *INSTALL,
+        *START,
+        *START,
+        "delete",
+        "create",
+        *INSTALL,
+        *START,
+        "delete",
+    ]
     check_slices(calls, queued)
     started = [remote(rest) for _, verb, rest in calls if verb == "ssh"]
     assert [argv for argv in started if argv[0] == "start"] == 3 * [["start", *COMMAND]]
@@ -183,25 +249,57 @@ def test_a_dry_run_shows_the_commands_of_a_run(tmp_path, queued):
 def test_a_pod_does_not_repeat_what_cannot_succeed(cloud, code):
     """Breaks when bad input or divergence on any worker is run again, or its exit code is lost behind another worker's crash."""
     out, calls, folder = cloud(plan=f"{code},134 0")
-    assert out.returncode == code and words(calls) == ["create", *INSTALL, "stop", "start", "delete"] and not (folder / "slice").exists()
+    assert (
+        out.returncode == code
+        and words(calls) == ["create", *INSTALL, "stop", "start", "delete"]
+        and not (folder / "slice").exists()
+    )
 
 
-@pytest.mark.parametrize("code, starts", [(0, 1), (2, 1), (3, 1), (75, 2), (1, 2), (137, 2), (134, 2)])
+@pytest.mark.parametrize(
+    "code, starts", [(0, 1), (2, 1), (3, 1), (75, 2), (1, 2), (137, 2), (134, 2)]
+)
 def test_what_a_pod_makes_of_each_exit_code(cloud, code, starts):
     """Breaks when a run that can go on is not started again, one that cannot is, or its slice stays and costs money."""
     out, calls, folder = cloud(plan=f"{code} 0")
     assert out.returncode == (code if starts == 1 else 0) and words(calls).count("start") == starts
-    assert words(calls)[0] == "create" and words(calls)[-1] == "delete" and words(calls).count("delete") == 1
+    assert (
+        words(calls)[0] == "create"
+        and words(calls)[-1] == "delete"
+        and words(calls).count("delete") == 1
+    )
     assert not (folder / "slice").exists() and f"exit code {out.returncode}" in out.stderr
 
 
-SECRETS = ["HF_TOKEN=hf_S3CRET one", "WANDB_API_KEY=S3CRET; two", "NAME=S3CRET=three", "Q='S3CRET' \"four\""]
+SECRETS = [
+    "HF_TOKEN=hf_S3CRET one",
+    "WANDB_API_KEY=S3CRET; two",
+    "NAME=S3CRET=three",
+    "Q='S3CRET' \"four\"",
+]
 
 
-@pytest.mark.parametrize("way", ["done", "failed", "interrupted", "dry run", "without env", "before the command", "within"])
+@pytest.mark.parametrize(
+    "way",
+    ["done", "failed", "interrupted", "dry run", "without env", "before the command", "within"],
+)
 def test_what_a_command_is_given_in_secret_is_not_shown(cloud, way):
     """Breaks when the launcher prints the value of a variable, or of a flag for a secret, or it does not reach the command as it is."""
-    flags, code, told = [], 0, {"command": ["env", *SECRETS, *COMMAND, "--hub_token", "S3CRET", "--api-key=S3CRET", "--steps=7"]}
+    flags, code, told = (
+        [],
+        0,
+        {
+            "command": [
+                "env",
+                *SECRETS,
+                *COMMAND,
+                "--hub_token",
+                "S3CRET",
+                "--api-key=S3CRET",
+                "--steps=7",
+            ]
+        },
+    )
     if way == "failed":
         flags, code, told["plan"] = ["--max_restarts", "1"], 1, "1 1"
     elif way == "interrupted":
@@ -213,16 +311,28 @@ def test_what_a_command_is_given_in_secret_is_not_shown(cloud, way):
     elif way == "before the command":
         flags, code = [SECRETS[0]], 2
     elif way == "within":
-        told = {"command": ["bash", "-c", "export HF_TOKEN='S3CRET' LOGIN=https://me:S3CRET@host; icae train"]}
+        told = {
+            "command": [
+                "bash",
+                "-c",
+                "export HF_TOKEN='S3CRET' LOGIN=https://me:S3CRET@host; icae train",
+            ]
+        }
     out, calls, folder = cloud(*flags, **told)
     said = out.stdout + out.stderr
     assert out.returncode == code and "S3CRET" not in said, said
     if code != 2:
         assert "HIDDEN" in said and (way == "within" or "--steps=7" in said)
-    started = [remote(rest)[1:] for _, verb, rest in calls if verb == "ssh" and remote(rest)[0] == "start"]
-    assert started == [told["command"]] * {"failed": 2, "dry run": 0}.get(way, 0 if code == 2 else 1)
+    started = [
+        remote(rest)[1:] for _, verb, rest in calls if verb == "ssh" and remote(rest)[0] == "start"
+    ]
+    assert started == [told["command"]] * {"failed": 2, "dry run": 0}.get(
+        way, 0 if code == 2 else 1
+    )
     if way in ("done", "failed"):
-        assert (folder / "argv-1").read_text().split("\0")[:-1] == told["command"][1 + len(SECRETS) :]
+        assert (folder / "argv-1").read_text().split("\0")[:-1] == told["command"][
+            1 + len(SECRETS) :
+        ]
     for home in ("w0", "w1"):  # which ends what still runs
         shutil.rmtree(folder / home, ignore_errors=True)
 
@@ -234,7 +344,9 @@ def test_what_a_worker_says_of_each_exit_code(tmp_path):
     def run(code, *arguments):
         (tmp_path / str(code)).mkdir(exist_ok=True)
         environment = os.environ | {"HOME": str(tmp_path / str(code))}
-        return subprocess.run([*worker, *arguments], env=environment, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(
+            [*worker, *arguments], env=environment, capture_output=True, text=True, check=True
+        ).stdout.strip()
 
     codes = (0, 2, 3, 75, 1, 137, 134)
     for code in codes:
@@ -243,25 +355,47 @@ def test_what_a_worker_says_of_each_exit_code(tmp_path):
     assert run("killed", "status") == "running"
     os.killpg(int((tmp_path / "killed" / "icae_run" / "group").read_text()), 9)
     want, deadline = [*map(str, codes), "137"], time.monotonic() + 30
-    while (told := [run(code, "status") for code in (*codes, "killed")]) != want and time.monotonic() < deadline:
+    while (
+        told := [run(code, "status") for code in (*codes, "killed")]
+    ) != want and time.monotonic() < deadline:
         time.sleep(0.05)
     assert told == want
 
 
-@pytest.mark.parametrize("flags, attempts, why", [(["--max_restarts", "1"], 2, "--max_restarts"), ([], 6, "six failures")])
+@pytest.mark.parametrize(
+    "flags, attempts, why",
+    [(["--max_restarts", "1"], 2, "--max_restarts"), ([], 6, "six failures")],
+)
 def test_a_pod_is_given_up_after_many_crashes(cloud, flags, attempts, why):
     """Breaks when a run that crashes at once costs its slice for ever, or the last code is not handed on."""
     out, calls, _ = cloud(*flags, plan="1 " * 9)
-    assert out.returncode == 1 and why in out.stderr and words(calls).count("start") == attempts and words(calls)[-1] == "delete"
+    assert (
+        out.returncode == 1
+        and why in out.stderr
+        and words(calls).count("start") == attempts
+        and words(calls)[-1] == "delete"
+    )
     assert out.stdout.count(f": attempt {attempts}: 1") == 2  # every worker's last lines
 
 
 def test_a_worker_left_behind_is_stopped_before_the_restart(cloud):
     """Breaks when a process that outlives another worker's crash keeps the TPU, or is killed before it could save."""
     out, calls, folder = cloud("--grace", "1", "--keep", plan="134,hang late")
-    assert out.returncode == 0 and words(calls) == ["create", *INSTALL, *["stop", "start"] * 2, "stop"]
-    assert (folder / "saved-1").exists() and (folder / "slice").read_text() == "READY" and "delete icae" in out.stderr
-    assert re.findall("^attempt .*", out.stdout, re.MULTILINE) == ["attempt 1: 134", "attempt 2: late"]
+    assert out.returncode == 0 and words(calls) == [
+        "create",
+        *INSTALL,
+        *["stop", "start"] * 2,
+        "stop",
+    ]
+    assert (
+        (folder / "saved-1").exists()
+        and (folder / "slice").read_text() == "READY"
+        and "delete icae" in out.stderr
+    )
+    assert re.findall("^attempt .*", out.stdout, re.MULTILINE) == [
+        "attempt 1: 134",
+        "attempt 2: late",
+    ]
 
 
 def test_a_slice_stays_until_its_last_worker_is_done(cloud):
@@ -274,13 +408,19 @@ def test_a_slice_stays_until_its_last_worker_is_done(cloud):
 def test_an_interrupted_launcher_says_what_stays(cloud):
     """Breaks when Ctrl-C ends the run itself, or leaves a slice that costs money without a word."""
     out, calls, folder = cloud("--zone=us-east5-b", plan="hang", interrupt=True)
-    assert out.returncode == 130 and "gcloud compute tpus tpu-vm delete icae --zone=us-east5-b" in out.stderr
+    assert (
+        out.returncode == 130
+        and "gcloud compute tpus tpu-vm delete icae --zone=us-east5-b" in out.stderr
+    )
     assert words(calls)[-1] == "start" and (folder / "slice").exists()
     shutil.rmtree(folder / "w0")  # which ends what still runs
     shutil.rmtree(folder / "w1")
 
 
-@pytest.mark.parametrize("fault, message, done", [("no_capacity", "RESOURCE_EXHAUSTED", ["create"] * 3), ("offline", "UNAVAILABLE", [])])
+@pytest.mark.parametrize(
+    "fault, message, done",
+    [("no_capacity", "RESOURCE_EXHAUSTED", ["create"] * 3), ("offline", "UNAVAILABLE", [])],
+)
 def test_a_slice_that_cannot_be_had(cloud, fault, message, done):
     """Breaks when a wrong zone or type is asked for for ever, or a slice that gcloud cannot describe is taken for a missing one."""
     out, calls, _ = cloud(faults=[fault])
@@ -293,7 +433,11 @@ def test_a_pod_gets_committed_code_alone(cloud, checkout):
     text = script.read_text()
     script.write_text(text + "#\n")
     try:
-        out = subprocess.run(["bash", checkout / "launch" / "tpu_pod.sh", *SLICE, "--", "true"], capture_output=True, text=True)
+        out = subprocess.run(
+            ["bash", checkout / "launch" / "tpu_pod.sh", *SLICE, "--", "true"],
+            capture_output=True,
+            text=True,
+        )
     finally:
         script.write_text(text)
     assert out.returncode == 2 and "not committed" in out.stderr
@@ -319,5 +463,7 @@ def test_a_pod_gets_committed_code_alone(cloud, checkout):
 )
 def test_bad_arguments_of_a_pod_are_named(flags, message):
     """Breaks when a mistyped flag is found out on a slice that costs money."""
-    out = subprocess.run(["bash", ROOT / "launch" / "tpu_pod.sh", *flags], capture_output=True, text=True)
+    out = subprocess.run(
+        ["bash", ROOT / "launch" / "tpu_pod.sh", *flags], capture_output=True, text=True
+    )
     assert out.returncode == 2 and message in out.stderr and not out.stdout

@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 from conftest import ROOT, WORDS, write_jsonl
 
-from icae_jax import cli, errors
-from icae_jax.interop import adapter as adapters
-from icae_jax.interop import base as bases
+from icae_jax import errors
+from icae_jax.cli import main as cli
+from icae_jax.interop.adapters import folder as adapters
+from icae_jax.interop.hub import base as bases
 from icae_jax.training import metrics, step
 from icae_jax.training import train as loop
 from icae_jax.training.checkpoint import Checkpoints
@@ -28,7 +29,10 @@ from icae_jax.training.train import DIVERGED, DONE, PREEMPTED, train
 
 def _texts(count, seed):
     rng = np.random.default_rng(seed)
-    return [{"text": " ".join(rng.choice(WORDS[8:11], size=int(rng.integers(90, 140))))} for _ in range(count)]
+    return [
+        {"text": " ".join(rng.choice(WORDS[8:11], size=int(rng.integers(90, 140))))}
+        for _ in range(count)
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +70,15 @@ def _each_step_is_compiled_once():
             if "losses" in vars(task):  # a test's own
                 return make(task, *args)
             c = task.config
-            key = (make, c.optimizer, c.lora, c.compression, c.seed, c.batch_size, *(x for x in args if isinstance(x, int)))
+            key = (
+                make,
+                c.optimizer,
+                c.lora,
+                c.compression,
+                c.seed,
+                c.batch_size,
+                *(x for x in args if isinstance(x, int)),
+            )
             return made.setdefault(key, make(task, *args))
 
         return shared
@@ -129,17 +141,24 @@ def child(raw, workdir, *, limit=None):
         command = ["bash", "-c", f'ulimit -f {limit // 1024}; exec "$@"', "bash", *command]
     else:
         command.append("slow")
-    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    return subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)}
+    )
 
 
 def wait_for_step(process, workdir, at_least):
     path = pathlib.Path(workdir) / "metrics.jsonl"
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None:
-        if path.exists() and max((line["step"] for line in metrics.read(path)), default=0) >= at_least:
+        if (
+            path.exists()
+            and max((line["step"] for line in metrics.read(path)), default=0) >= at_least
+        ):
             return
         time.sleep(0.02)
-    raise AssertionError(f"no step {at_least}; exit code {process.poll()}: {process.stderr.read()[-2000:]}")
+    raise AssertionError(
+        f"no step {at_least}; exit code {process.poll()}: {process.stderr.read()[-2000:]}"
+    )
 
 
 @pytest.mark.nightly
@@ -173,7 +192,10 @@ def test_sigterm_saves_and_exits_75(raw, uninterrupted, tmp_path):
     saved = Checkpoints(tmp_path).latest()
     assert saved >= 5 and f"saved step {saved}" in err
     assert run(raw, tmp_path)[0] == DONE
-    np.testing.assert_array_equal(arrays(tmp_path)["['trained']['memory_table']"], arrays(uninterrupted[0])["['trained']['memory_table']"])
+    np.testing.assert_array_equal(
+        arrays(tmp_path)["['trained']['memory_table']"],
+        arrays(uninterrupted[0])["['trained']['memory_table']"],
+    )
 
 
 @pytest.mark.slow
@@ -182,7 +204,11 @@ def test_a_finished_run_stays_finished_and_can_be_made_longer(raw, uninterrupted
     workdir, _ = uninterrupted
     before = (workdir / "metrics.jsonl").read_bytes()
     code, lines = run(raw, workdir)
-    assert code == DONE and "done already" in lines[-1] and (workdir / "metrics.jsonl").read_bytes() == before
+    assert (
+        code == DONE
+        and "done already" in lines[-1]
+        and (workdir / "metrics.jsonl").read_bytes() == before
+    )
 
     (workdir / "DONE").unlink()  # as after a kill between the last checkpoint and the end
     adapter = (workdir / "adapter" / "memory.safetensors").read_bytes()
@@ -193,20 +219,35 @@ def test_a_finished_run_stays_finished_and_can_be_made_longer(raw, uninterrupted
     assert run(raw, tmp_path, steps=6)[0] == DONE
     code, lines = run(raw, tmp_path)
     assert code == DONE and "changed: steps: 6 -> 12" in lines and "resumed at step 6" in lines
-    np.testing.assert_array_equal(arrays(tmp_path)["['trained']['memory_table']"], arrays(workdir)["['trained']['memory_table']"])
+    np.testing.assert_array_equal(
+        arrays(tmp_path)["['trained']['memory_table']"],
+        arrays(workdir)["['trained']['memory_table']"],
+    )
 
 
 def test_training_learns_and_the_base_does_not_change(raw, uninterrupted):
     """Breaks when the loss does not fall, or a frozen weight moves."""
     workdir, _ = uninterrupted
     evaluated = [line["eval"]["memory"] for line in without_clocks(workdir) if "eval" in line]
-    assert len(evaluated) == 3 and evaluated[-1]["ae"] < evaluated[0]["ae"] and evaluated[-1]["lm"] < evaluated[0]["lm"]
+    assert (
+        len(evaluated) == 3
+        and evaluated[-1]["ae"] < evaluated[0]["ae"]
+        and evaluated[-1]["lm"] < evaluated[0]["lm"]
+    )
     config = from_dict(TrainConfig, raw)
     task = CompressorTask(config)
     assert task.base.fingerprint == bases.load_base(raw["base"]).fingerprint
     before = jax.tree.map(np.array, task.frozen)
     task_lines = []
-    assert train(from_dict(TrainConfig, raw | {"steps": 2}), task, workdir.parent / "frozen", log=task_lines.append) == DONE
+    assert (
+        train(
+            from_dict(TrainConfig, raw | {"steps": 2}),
+            task,
+            workdir.parent / "frozen",
+            log=task_lines.append,
+        )
+        == DONE
+    )
     jax.tree.map(np.testing.assert_array_equal, task.frozen, before)
 
 
@@ -215,13 +256,25 @@ def test_a_run_says_one_line_of_its_parameters_and_can_be_watched(raw, uninterru
     those that are exported.
     """
     said = [line for line in uninterrupted[1] if "parameters" in line]
-    assert len(said) == 1 and said[0].startswith("trains ") and not any("\n" in line for line in uninterrupted[1])
-    seen, norm = [], lambda tree: float(np.sqrt(sum(np.sum(np.square(x)) for x in jax.tree.leaves(tree))))
+    assert (
+        len(said) == 1
+        and said[0].startswith("trains ")
+        and not any("\n" in line for line in uninterrupted[1])
+    )
+    seen, norm = (
+        [],
+        lambda tree: float(np.sqrt(sum(np.sum(np.square(x)) for x in jax.tree.leaves(tree)))),
+    )
     for verbosity, folder in ((loop.QUIET, "quiet"), (loop.VERBOSE, "verbose")):
         config, lines = from_dict(TrainConfig, raw | {"steps": 2}), []
         task = CompressorTask(config)
         watch = lambda at, trained: seen.append((at, norm(trained)))  # noqa: E731
-        assert train(config, task, tmp_path / folder, log=lines.append, verbosity=verbosity, watch=watch) == DONE
+        assert (
+            train(
+                config, task, tmp_path / folder, log=lines.append, verbosity=verbosity, watch=watch
+            )
+            == DONE
+        )
         table = [line for line in lines if "frozen layers/" in line]
         assert (lines == []) if verbosity == loop.QUIET else len(table) == 1
     assert [at for at, _ in seen] == [1, 2, 1, 2] and seen[:2] == seen[2:]
@@ -263,7 +316,9 @@ def test_a_full_disk_is_one_error_and_loses_nothing(raw, tmp_path):
     """Breaks when a failed save takes the earlier checkpoint with it, or shows a traceback."""
     assert run(raw, tmp_path, steps=3)[0] == DONE
     before = arrays(tmp_path)
-    process = child(raw, tmp_path, limit=10 * 1024)  # no file may grow past this: writing a checkpoint fails as on a full disk
+    process = child(
+        raw, tmp_path, limit=10 * 1024
+    )  # no file may grow past this: writing a checkpoint fails as on a full disk
     _, err = process.communicate(timeout=180)
     assert process.returncode not in (DONE, PREEMPTED, DIVERGED)
     assert "failed" in err and "Earlier checkpoints are whole" in err
@@ -275,7 +330,9 @@ def test_a_full_disk_is_one_error_and_loses_nothing(raw, tmp_path):
 def test_batches_are_on_the_devices_a_step_ahead(monkeypatch):
     """Breaks when a batch's transfer waits until it is needed, one is left out, or the order changes."""
     seen = []
-    monkeypatch.setattr(loop.sharding, "put_batch", lambda mesh, batch, rows, size: seen.append(batch) or -batch)
+    monkeypatch.setattr(
+        loop.sharding, "put_batch", lambda mesh, batch, rows, size: seen.append(batch) or -batch
+    )
     ahead = loop.put_ahead(None, iter(range(1, 4)), None, 8)
     assert next(ahead) == (1, -1) and seen == [1, 2]
     assert list(ahead) == [(2, -2), (3, -3)] and seen == [1, 2, 3]
@@ -286,10 +343,24 @@ def test_a_trace_of_a_few_steps(raw, tmp_path):
     """Breaks when --profile writes no trace, traces compilation too, or never ends where the run is shorter than what it traces."""
     config = from_dict(TrainConfig, raw | {"steps": 4, "eval_examples": 0})
     lines = []
-    assert train(config, CompressorTask(config), tmp_path / "run", log=lines.append, profile=str(tmp_path / "trace")) == DONE
+    assert (
+        train(
+            config,
+            CompressorTask(config),
+            tmp_path / "run",
+            log=lines.append,
+            profile=str(tmp_path / "trace"),
+        )
+        == DONE
+    )
     assert f"traced 2 steps; look at them with: xprof {tmp_path / 'trace'}" in lines
     (trace,) = (tmp_path / "trace").glob("plugins/profile/*/*.xplane.pb")
-    names = {e.name for p in jax.profiler.ProfileData.from_file(str(trace)).planes for line in p.lines for e in line.events}
+    names = {
+        e.name
+        for p in jax.profiler.ProfileData.from_file(str(trace)).planes
+        for line in p.lines
+        for e in line.events
+    }
     assert names & {"while.1"} or any("fusion" in name or name.startswith("dot") for name in names)
     assert not any("backend_compile" in name for name in names)
 
@@ -299,13 +370,26 @@ def test_a_run_that_is_stopped_ends_its_trace(raw, tmp_path, monkeypatch):
     asked = iter([False, False, True])
     monkeypatch.setattr(loop.distributed.Preemption, "asked", lambda self: next(asked))
     config = from_dict(TrainConfig, raw | {"eval_examples": 0})  # so that it is asked once a step
-    assert train(config, CompressorTask(config), tmp_path / "run", log=list, profile=str(tmp_path / "trace")) == PREEMPTED
+    assert (
+        train(
+            config,
+            CompressorTask(config),
+            tmp_path / "run",
+            log=list,
+            profile=str(tmp_path / "trace"),
+        )
+        == PREEMPTED
+    )
     assert list((tmp_path / "trace").glob("plugins/profile/*/*.xplane.pb"))
     jax.profiler.start_trace(tmp_path / "next")
     jax.profiler.stop_trace()
 
 
-DIVERGING = {"optimizer": {"learning_rate": 1e30, "warmup_steps": 0}, "eval_every": 1, "checkpoint_every": 1}
+DIVERGING = {
+    "optimizer": {"learning_rate": 1e30, "warmup_steps": 0},
+    "eval_every": 1,
+    "checkpoint_every": 1,
+}
 
 
 @pytest.mark.parametrize(("steps", "held_out"), [(1, 0), (3, 4)])
@@ -315,7 +399,11 @@ def test_parameters_that_an_update_broke_are_not_saved(raw, tmp_path, steps, hel
     """
     code, lines = run(raw, tmp_path, steps=steps, eval_examples=held_out, **DIVERGING)
     assert code == DIVERGED and "step 1" in lines[-1] and "last good checkpoint: none" in lines[-1]
-    assert not (tmp_path / "DONE").exists() and not (tmp_path / "adapter").exists() and Checkpoints(tmp_path).latest() is None
+    assert (
+        not (tmp_path / "DONE").exists()
+        and not (tmp_path / "adapter").exists()
+        and Checkpoints(tmp_path).latest() is None
+    )
 
 
 def test_a_held_out_loss_that_is_not_finite_ends_the_run(raw, tmp_path, monkeypatch):
@@ -324,13 +412,19 @@ def test_a_held_out_loss_that_is_not_finite_ends_the_run(raw, tmp_path, monkeypa
 
     def evaluated(*args):
         losses = evaluate(*args)
-        return losses | {"wrong_memory": losses["memory"] | {"lm": float("nan")}} if next(bad) else losses
+        return (
+            losses | {"wrong_memory": losses["memory"] | {"lm": float("nan")}}
+            if next(bad)
+            else losses
+        )
 
     monkeypatch.setattr(loop, "evaluate", evaluated)
     code, lines = run(raw, tmp_path)
     assert code == DIVERGED and "step 12" in lines[-1] and "step 9" in lines[-1]
     assert Checkpoints(tmp_path).latest() == 9 and not (tmp_path / "DONE").exists()
-    assert all(np.isfinite(line["eval_loss"]) for line in without_clocks(tmp_path) if "eval" in line)
+    assert all(
+        np.isfinite(line["eval_loss"]) for line in without_clocks(tmp_path) if "eval" in line
+    )
 
 
 def run_until(raw, workdir, monkeypatch, step, **changes):
@@ -347,7 +441,9 @@ def test_a_notice_to_leave_saves_before_anything_else(raw, uninterrupted, tmp_pa
     evaluate, evaluated = loop.evaluate, []
     monkeypatch.setattr(loop, "evaluate", lambda *args: evaluated.append(1) or evaluate(*args))
     code, lines = run_until(raw, tmp_path, monkeypatch, 6)
-    assert code == PREEMPTED and "saved step 6" in lines[-1] and len(evaluated) == 1  # step 0's; step 6 is one that evaluates
+    assert (
+        code == PREEMPTED and "saved step 6" in lines[-1] and len(evaluated) == 1
+    )  # step 0's; step 6 is one that evaluates
     assert run(raw, tmp_path)[0] == DONE
     assert without_clocks(tmp_path) == without_clocks(uninterrupted[0])
     got, want = arrays(tmp_path), arrays(uninterrupted[0])
@@ -355,15 +451,22 @@ def test_a_notice_to_leave_saves_before_anything_else(raw, uninterrupted, tmp_pa
         np.testing.assert_array_equal(got[name], value, err_msg=name)
 
 
-def test_a_finished_run_says_so_before_it_loads_anything(raw, uninterrupted, tmp_path, monkeypatch, capsys):
+def test_a_finished_run_says_so_before_it_loads_anything(
+    raw, uninterrupted, tmp_path, monkeypatch, capsys
+):
     """Breaks when a restarted launcher loads 13 GiB to find that there is nothing to do, or a wrong configuration passes for done."""
     workdir, _ = uninterrupted
     config = tmp_path / "config.py"
     text = "import json, ml_collections\n\ndef get_config():\n    return ml_collections.ConfigDict(json.loads({!r}))\n"
     config.write_text(text.format(json.dumps(raw | {"seed": 0, "base": str(tmp_path / "absent")})))
     command = ["train", "--config", str(config), "--workdir", str(workdir)]
-    assert cli.main(command) == DONE and f"{workdir} is done already (12 steps)" in capsys.readouterr().err
-    assert cli.main([*command, "--config.seed=1"]) == 2 and "seed: 0 -> 1" in capsys.readouterr().err
+    assert (
+        cli.main(command) == DONE
+        and f"{workdir} is done already (12 steps)" in capsys.readouterr().err
+    )
+    assert (
+        cli.main([*command, "--config.seed=1"]) == 2 and "seed: 0 -> 1" in capsys.readouterr().err
+    )
 
 
 def test_held_out_losses_are_computed_in_microbatches(raw):
@@ -372,8 +475,13 @@ def test_held_out_losses_are_computed_in_microbatches(raw):
     task = CompressorTask(config)
     trained = task.init()
     (batches, *_) = task.eval_batches()
-    whole, cut = (step.make_eval_step(task, n).lower(trained, task.frozen, batches["memory"]).compile() for n in (1, 8))
-    assert cut.memory_analysis().temp_size_in_bytes < 0.5 * whole.memory_analysis().temp_size_in_bytes
+    whole, cut = (
+        step.make_eval_step(task, n).lower(trained, task.frozen, batches["memory"]).compile()
+        for n in (1, 8)
+    )
+    assert (
+        cut.memory_analysis().temp_size_in_bytes < 0.5 * whole.memory_analysis().temp_size_in_bytes
+    )
     want, got = (jax.device_get(f(trained, task.frozen, batches["memory"])) for f in (whole, cut))
     assert want.keys() == got.keys() == {"ae", "lm"}
     for name in want:
@@ -415,10 +523,15 @@ print(looked)
 def test_a_run_trains_while_another_process_inspects_it(raw, tmp_path):
     """Breaks when whoever looks at a workdir takes away the checkpoint that is just being written: the training then fails."""
     with subprocess.Popen(
-        [sys.executable, "-c", READER, str(tmp_path)], stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)}
+        [sys.executable, "-c", READER, str(tmp_path)],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
     ) as reader:
         try:
-            code, lines = run(raw, tmp_path, steps=80, checkpoint_every=1, eval_examples=0, log_every=50)
+            code, lines = run(
+                raw, tmp_path, steps=80, checkpoint_every=1, eval_examples=0, log_every=50
+            )
             out, _ = reader.communicate(timeout=60)
         finally:
             reader.kill()
@@ -441,7 +554,12 @@ def test_a_notice_while_it_evaluates_does_not_wait_for_the_end(raw, tmp_path, mo
         patch.setattr(CompressorTask, "eval_batches", eval_batches)
         patch.setattr(loop.distributed.Preemption, "asked", lambda self: bool(noticed))
         code = train(config, CompressorTask(config), tmp_path, log=lines.append)
-    assert code == PREEMPTED and "saved step 3" in lines[-1] and not (tmp_path / "DONE").exists() and len(made) == 3
+    assert (
+        code == PREEMPTED
+        and "saved step 3" in lines[-1]
+        and not (tmp_path / "DONE").exists()
+        and len(made) == 3
+    )
     assert run(raw, tmp_path, steps=3, eval_every=3)[0] == DONE
     assert [line["step"] for line in without_clocks(tmp_path) if "eval" in line] == [0, 3]
     assert (tmp_path / "adapter" / "memory.safetensors").exists()

@@ -8,7 +8,7 @@ import pytest
 from conftest import TINY
 
 from icae_jax.models import attention as kernels
-from icae_jax.training import attention, sharding
+from icae_jax.runtime import attention_choice, sharding
 
 
 def on(platform, tensor=1, devices=1):
@@ -24,12 +24,14 @@ def _nothing_measured(monkeypatch):
 
 
 def choose(asked, mesh, dtype=jnp.bfloat16, model=TINY):
-    return attention.choose(asked, model, mesh, rows=8, length=20, dtype=dtype)
+    return attention_choice.choose(asked, model, mesh, rows=8, length=20, dtype=dtype)
 
 
 def test_a_cpu_has_one_and_measures_nothing(monkeypatch):
     monkeypatch.setattr(kernels, "fastest", None)
-    assert choose("auto", sharding.make_mesh()) == choose("xla", sharding.make_mesh()) == ("xla", [])
+    assert (
+        choose("auto", sharding.make_mesh()) == choose("xla", sharding.make_mesh()) == ("xla", [])
+    )
 
 
 def test_auto_takes_the_fastest_of_one_device_s_share(monkeypatch):
@@ -38,11 +40,18 @@ def test_auto_takes_the_fastest_of_one_device_s_share(monkeypatch):
 
     def fastest(**sizes):
         asked.update(sizes)
-        return kernels.Choice("cudnn", {"xla": 2e-3, "cudnn": 5e-4}, {"splash": "splash needs a tpu; the device is a gpu"})
+        return kernels.Choice(
+            "cudnn",
+            {"xla": 2e-3, "cudnn": 5e-4},
+            {"splash": "splash needs a tpu; the device is a gpu"},
+        )
 
     monkeypatch.setattr(kernels, "fastest", fastest)
     name, (line,) = choose("auto", on("gpu", tensor=2, devices=8))
-    assert name == "cudnn" and line == "attention: cudnn; a layer, forward and backward: xla 2.00 ms, cudnn 0.50 ms"
+    assert (
+        name == "cudnn"
+        and line == "attention: cudnn; a layer, forward and backward: xla 2.00 ms, cudnn 0.50 ms"
+    )
     assert (asked["rows"], asked["heads"], asked["kv_heads"], asked["length"]) == (2, 2, 1, 20)
     assert asked["dtype"] == jnp.bfloat16 and not asked["windows"]
 
@@ -57,15 +66,26 @@ def test_the_same_sizes_are_timed_once(monkeypatch):
 
     monkeypatch.setattr(kernels, "fastest", fastest)
     first = choose("auto", on("gpu"))
-    assert choose("auto", on("gpu")) == choose("auto", on("gpu"), "bfloat16") == first and len(asked) == 1
-    for other in ({"mesh": on("gpu", devices=2)}, {"dtype": jnp.float16}, {"model": dataclasses.replace(TINY, windows=(5, 0))}):
+    assert (
+        choose("auto", on("gpu")) == choose("auto", on("gpu"), "bfloat16") == first
+        and len(asked) == 1
+    )
+    for other in (
+        {"mesh": on("gpu", devices=2)},
+        {"dtype": jnp.float16},
+        {"model": dataclasses.replace(TINY, windows=(5, 0))},
+    ):
         assert choose("auto", **{"mesh": on("gpu"), **other}) == first
     assert len(asked) == 4
 
 
 def test_auto_tells_what_the_device_refused(monkeypatch):
     """Breaks when a kernel that fails to compile looks like one that was slower."""
-    monkeypatch.setattr(kernels, "fastest", lambda **_: kernels.Choice("xla", {"xla": 1e-3}, {"cudnn": "cuDNN is not detected"}))
+    monkeypatch.setattr(
+        kernels,
+        "fastest",
+        lambda **_: kernels.Choice("xla", {"xla": 1e-3}, {"cudnn": "cuDNN is not detected"}),
+    )
     name, (line,) = choose("auto", on("gpu"))
     assert name == "xla" and line.endswith("xla 1.00 ms, cudnn: cuDNN is not detected")
 
@@ -73,9 +93,19 @@ def test_auto_tells_what_the_device_refused(monkeypatch):
 @pytest.mark.parametrize(
     ("asked", "mesh", "dtype", "message"),
     [
-        ("cudnn", on("cpu"), jnp.bfloat16, "attention is 'cudnn', but cudnn needs a gpu; the device is a cpu; choose xla, or auto"),
+        (
+            "cudnn",
+            on("cpu"),
+            jnp.bfloat16,
+            "attention is 'cudnn', but cudnn needs a gpu; the device is a cpu; choose xla, or auto",
+        ),
         ("cudnn", on("gpu"), jnp.float32, "the dtype is float32"),
-        ("splash", on("tpu", tensor=4, devices=4), jnp.bfloat16, "4 query heads are split over 4 devices, 2 key/value heads cannot be"),
+        (
+            "splash",
+            on("tpu", tensor=4, devices=4),
+            jnp.bfloat16,
+            "4 query heads are split over 4 devices, 2 key/value heads cannot be",
+        ),
     ],
     ids=["cpu", "dtype", "heads"],
 )

@@ -15,7 +15,7 @@ from conftest import TINY, eight_devices, random_params, same
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from icae_jax import errors
-from icae_jax.interop import weights
+from icae_jax.interop.hub import weights
 
 
 @pytest.fixture
@@ -28,7 +28,10 @@ def orbax(tmp_path, tiny_params):
 def test_sharded_weights(folder, tensors, tiny_params):
     """Breaks when only one of several files is read, or the index is ignored."""
     names = sorted(tensors)
-    parts = {"model-00001-of-00002.safetensors": names[::2], "model-00002-of-00002.safetensors": names[1::2]}
+    parts = {
+        "model-00001-of-00002.safetensors": names[::2],
+        "model-00002-of-00002.safetensors": names[1::2],
+    }
     for file, held in parts.items():
         safetensors.numpy.save_file({name: tensors[name] for name in held}, folder / file)
     (folder / "model.safetensors").unlink()
@@ -36,15 +39,22 @@ def test_sharded_weights(folder, tensors, tiny_params):
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     same(weights.load_params(folder, TINY), tiny_params)
     (folder / "model-00002-of-00002.safetensors").unlink()
-    with pytest.raises(ValueError, match=r"model-00002-of-00002\.safetensors: named in the weight index but not there"):
+    with pytest.raises(
+        ValueError,
+        match=r"model-00002-of-00002\.safetensors: named in the weight index but not there",
+    ):
         weights.load_params(folder, TINY)
 
 
-@pytest.mark.parametrize("url", ["../other/params", "/elsewhere/params", "file:///elsewhere/params", ""])
+@pytest.mark.parametrize(
+    "url", ["../other/params", "/elsewhere/params", "file:///elsewhere/params", ""]
+)
 def test_an_orbax_copy_elsewhere_is_in_a_bucket(tmp_path, url):
     """Breaks when a base that was downloaded has other folders of this machine read."""
     (tmp_path / weights.ORBAX_URL).write_text(url)
-    with pytest.raises(errors.UserError, match=r"params\.url: .* is not where a bucket has an Orbax copy"):
+    with pytest.raises(
+        errors.UserError, match=r"params\.url: .* is not where a bucket has an Orbax copy"
+    ):
         weights.load_params(tmp_path, TINY)
 
 
@@ -68,10 +78,18 @@ def test_a_network_filesystem_that_comes_back(folder, orbax, tiny_params, monkey
             return self.array[index]
 
     safe_open, cast = weights.safetensors.safe_open, tensorstore.cast
-    monkeypatch.setattr(weights.safetensors, "safe_open", lambda *args, **kw: failing() or safe_open(*args, **kw))
+    monkeypatch.setattr(
+        weights.safetensors, "safe_open", lambda *args, **kw: failing() or safe_open(*args, **kw)
+    )
     monkeypatch.setattr(tensorstore, "cast", lambda *args: Array(cast(*args)))
-    stale = safetensors.SafetensorError("Error while deserializing header: I/O error: Stale file handle (os error 116)")
-    for source, error in ((folder, stale), (folder, OSError(errno.EIO, "Input/output error")), (orbax, ValueError("UNAVAILABLE: later"))):
+    stale = safetensors.SafetensorError(
+        "Error while deserializing header: I/O error: Stale file handle (os error 116)"
+    )
+    for source, error in (
+        (folder, stale),
+        (folder, OSError(errno.EIO, "Input/output error")),
+        (orbax, ValueError("UNAVAILABLE: later")),
+    ):
         left.append(error)
         same(weights.load_params(source, TINY), tiny_params)
         assert not left
@@ -85,7 +103,9 @@ def test_a_network_filesystem_that_comes_back(folder, orbax, tiny_params, monkey
 def test_every_dtype_into_every_other(folder, tensors, stored, monkeypatch):
     """Breaks when a value is rounded otherwise than by one conversion, or a block's edge is lost."""
     monkeypatch.setattr(weights, "BLOCK_BYTES", 200)  # a few rows
-    safetensors.numpy.save_file({k: v.astype(stored) for k, v in tensors.items()}, folder / "model.safetensors")
+    safetensors.numpy.save_file(
+        {k: v.astype(stored) for k, v in tensors.items()}, folder / "model.safetensors"
+    )
     for dtype in (jnp.float32, jnp.bfloat16, jnp.float16):
         params = weights.load_params(folder, TINY, dtype)
         for name, (path, layer, transposed) in weights.tensor_names(TINY).items():
@@ -93,7 +113,9 @@ def test_every_dtype_into_every_other(folder, tensors, stored, monkeypatch):
             for key in path:
                 leaf = leaf[key]
             want = tensors[name].astype(stored).astype(dtype)
-            np.testing.assert_array_equal(leaf if layer is None else np.asarray(leaf)[layer], want.T if transposed else want)
+            np.testing.assert_array_equal(
+                leaf if layer is None else np.asarray(leaf)[layer], want.T if transposed else want
+            )
             assert leaf.dtype == dtype
 
 
@@ -132,7 +154,10 @@ def test_progress(folder, orbax, capsys, monkeypatch):
                 patch.setattr(weights.tqdm, "tqdm", lambda **kw: bar(**kw | {"delay": 0}))
                 weights.load_params(source, TINY, progress=progress)
             shown = capsys.readouterr().err.strip().split("\r")[-1]
-            assert not shown or (shown.startswith("base weights: 100%") and f"{size / 1000:.1f}k/{size / 1000:.1f}k" in shown)
+            assert not shown or (
+                shown.startswith("base weights: 100%")
+                and f"{size / 1000:.1f}k/{size / 1000:.1f}k" in shown
+            )
             assert bool(shown) == progress
 
 
@@ -146,7 +171,9 @@ def loaded_on_eight_devices(folder):
 
     def split(mesh, *spec):
         """Kernels by the spec's last axes, the rest replicated."""
-        return lambda path, shape: NamedSharding(mesh, PartitionSpec(*spec) if path[-1] == "kernel" else PartitionSpec())
+        return lambda path, shape: NamedSharding(
+            mesh, PartitionSpec(*spec) if path[-1] == "kernel" else PartitionSpec()
+        )
 
     rules = {
         "replicated": NamedSharding(mesh, PartitionSpec()),
@@ -160,10 +187,20 @@ def loaded_on_eight_devices(folder):
         parts = []
         weights._read = lambda *args, parts=parts: parts.append(read(*args)) or parts[-1]
         params = weights.load_params(folder, TINY, sharding=rule)
-        equal = all(jax.tree.leaves(jax.tree.map(lambda a, b: bool((np.asarray(a) == np.asarray(b)).all()), params, host)))
+        equal = all(
+            jax.tree.leaves(
+                jax.tree.map(
+                    lambda a, b: bool((np.asarray(a) == np.asarray(b)).all()), params, host
+                )
+            )
+        )
         kernel, table = params["layers"]["mlp"]["down_proj"]["kernel"], params["embed"]
         want = rule if name == "replicated" else rule(("kernel",), None)
-        placed = kernel.sharding == want and table.sharding.is_fully_replicated and len(table.sharding.device_set) == 8
+        placed = (
+            kernel.sharding == want
+            and table.sharding.is_fully_replicated
+            and len(table.sharding.device_set) == 8
+        )
         result[name] = [equal, placed, len(parts), sum(p.nbytes for p in parts)]
     weights._read = read
     try:
@@ -178,9 +215,16 @@ def test_eight_devices(folder, orbax):
     with eight_devices():
         hub, copy = (loaded_on_eight_devices(f) for f in (folder, orbax))
     params = random_params(TINY)
-    size, kernels, others = sum(x.nbytes for x in jax.tree.leaves(params)), 7, 5  # the embedding, the head and three norms
+    size, kernels, others = (
+        sum(x.nbytes for x in jax.tree.leaves(params)),
+        7,
+        5,
+    )  # the embedding, the head and three norms
     parts = {"replicated": 1, "outputs": 8, "inputs": 8, "both": 8, "layers and inputs": 8}
-    assert hub["error"].startswith("parameter layers.input_layernorm.scale (2, 32) cannot be split by") and copy["error"] == hub["error"]
+    assert (
+        hub["error"].startswith("parameter layers.input_layernorm.scale (2, 32) cannot be split by")
+        and copy["error"] == hub["error"]
+    )
     for name, number in parts.items():
         assert hub[name] == [True, True, kernels * number + others, size], name
         assert copy[name][:2] == [True, True], name
@@ -195,9 +239,14 @@ def test_missing_and_misshapen_tensors_are_named(folder, tensors):
     absent = ["lm_head.weight", "model.layers.1.mlp.up_proj.weight"]
     rest = {k: v for k, v in tensors.items() if k not in absent}
     safetensors.numpy.save_file(rest, path)
-    with pytest.raises(ValueError, match=r"2 tensors missing: lm_head.weight, model.layers.1.mlp.up_proj.weight$"):
+    with pytest.raises(
+        ValueError, match=r"2 tensors missing: lm_head.weight, model.layers.1.mlp.up_proj.weight$"
+    ):
         weights.load_params(folder, TINY)
-    wrong = {"model.layers.1.self_attn.k_proj.weight": np.zeros((32, 16), np.float32), "model.norm.weight": np.zeros(32, np.int32)}
+    wrong = {
+        "model.layers.1.self_attn.k_proj.weight": np.zeros((32, 16), np.float32),
+        "model.norm.weight": np.zeros(32, np.int32),
+    }
     safetensors.numpy.save_file(rest | wrong, path)
     with pytest.raises(ValueError) as error:
         weights.load_params(folder, TINY)
@@ -243,7 +292,12 @@ def test_orbax_copy(orbax, tiny_params):
     assert weights.is_orbax(orbax)
     same(weights.load_params(orbax, TINY), tiny_params)
     with ocp.StandardCheckpointer() as checkpointer:
-        same(checkpointer.restore(orbax / "params", jax.tree.map(ocp.utils.to_shape_dtype_struct, tiny_params)), tiny_params)
+        same(
+            checkpointer.restore(
+                orbax / "params", jax.tree.map(ocp.utils.to_shape_dtype_struct, tiny_params)
+            ),
+            tiny_params,
+        )
     rounded = weights.load_params(orbax, TINY, jnp.bfloat16)
     same(rounded, jax.tree.map(lambda x: np.asarray(x).astype(ml_dtypes.bfloat16), tiny_params))
     assert rounded["embed"].dtype == jnp.bfloat16
@@ -258,12 +312,17 @@ def test_biases_in_both_formats(tmp_path):
     weights.save_params(tmp_path, config, params, "float32")
     stored = safetensors.numpy.load_file(tmp_path / "model.safetensors")
     assert sum(name.endswith(".bias") for name in stored) == 2 * 7
-    np.testing.assert_array_equal(stored["model.layers.1.mlp.down_proj.bias"], params["layers"]["mlp"]["down_proj"]["bias"][1])
+    np.testing.assert_array_equal(
+        stored["model.layers.1.mlp.down_proj.bias"], params["layers"]["mlp"]["down_proj"]["bias"][1]
+    )
     same(weights.load_params(tmp_path, config), params)
     (tmp_path / "orbax").mkdir()
     weights.save_orbax(tmp_path / "orbax", params)
     same(weights.load_params(tmp_path / "orbax", config), params)
-    with pytest.raises(errors.UserError, match=r"params: 7 tensors not in the model of config\.json: layers\.mlp\.down_proj\.bias"):
+    with pytest.raises(
+        errors.UserError,
+        match=r"params: 7 tensors not in the model of config\.json: layers\.mlp\.down_proj\.bias",
+    ):
         weights.load_params(tmp_path / "orbax", TINY)
 
 
@@ -314,13 +373,20 @@ def test_saved_in_several_files(tmp_path, tiny_params, monkeypatch):
     """Breaks when a file exceeds the limit, the index leaves a tensor out, or more than one file's tensors are held at a time."""
     held, save = [], safetensors.numpy.save_file
     monkeypatch.setattr(
-        weights.safetensors.numpy, "save_file", lambda t, *a, **k: held.append(sum(x.nbytes for x in t.values())) or save(t, *a, **k)
+        weights.safetensors.numpy,
+        "save_file",
+        lambda t, *a, **k: held.append(sum(x.nbytes for x in t.values())) or save(t, *a, **k),
     )
     weights.save_params(tmp_path, TINY, tiny_params, "float32", max_file_bytes=20_000)
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     written = sorted(p.name for p in tmp_path.glob("*.safetensors"))
-    assert written == [f"model-{i:05}-of-{len(held):05}.safetensors" for i in range(1, len(held) + 1)] and len(held) > 3
-    assert max(held) <= 20_000 and sum(held) == index["metadata"]["total_size"] == sum(x.nbytes for x in jax.tree.leaves(tiny_params))
+    assert (
+        written == [f"model-{i:05}-of-{len(held):05}.safetensors" for i in range(1, len(held) + 1)]
+        and len(held) > 3
+    )
+    assert max(held) <= 20_000 and sum(held) == index["metadata"]["total_size"] == sum(
+        x.nbytes for x in jax.tree.leaves(tiny_params)
+    )
     assert index["weight_map"].keys() == weights.tensor_names(TINY).keys()
     same(weights.load_params(tmp_path, TINY), tiny_params)
 

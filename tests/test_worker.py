@@ -10,14 +10,16 @@ import time
 import pytest
 
 from icae_jax import errors
-from icae_jax.planning import worker
+from icae_jax.performance import worker
 
 RUN = subprocess.run
 
 
 def made_of(monkeypatch, code):
     """Has `worker.ask` run this code in the worker's place; its output is the worker's."""
-    monkeypatch.setattr(worker.subprocess, "run", lambda command, **given: RUN([command[0], "-c", code], **given))
+    monkeypatch.setattr(
+        worker.subprocess, "run", lambda command, **given: RUN([command[0], "-c", code], **given)
+    )
 
 
 def test_an_answer_among_other_output(monkeypatch):
@@ -30,15 +32,27 @@ def test_an_answer_among_other_output(monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "--of_the_caller")
     answer = worker.ask({"kind": "host", "n": 3}, 12)
     assert answer["n"] == 3 and answer["env"]["JAX_PLATFORMS"] == "cpu"
-    assert "device_count=12" in answer["env"]["XLA_FLAGS"] and "of_the_caller" not in answer["env"]["XLA_FLAGS"]
+    assert (
+        "device_count=12" in answer["env"]["XLA_FLAGS"]
+        and "of_the_caller" not in answer["env"]["XLA_FLAGS"]
+    )
 
 
 @pytest.mark.parametrize(
     ("code", "said"),
     [
-        ("import os; os.kill(os.getpid(), 9)", r"compiling failed \(SIGKILL, as a rule for want of this machine's memory\): $"),
-        ("import os, sys; print('bad fold', file=sys.stderr); os.abort()", r"compiling failed \(SIGABRT\): bad fold"),
-        ("import sys; sys.stderr.write('x' * 9000 + 'the end'); sys.exit(4)", r"compiling failed \(exit code 4\): x{1993}the end$"),
+        (
+            "import os; os.kill(os.getpid(), 9)",
+            r"compiling failed \(SIGKILL, as a rule for want of this machine's memory\): $",
+        ),
+        (
+            "import os, sys; print('bad fold', file=sys.stderr); os.abort()",
+            r"compiling failed \(SIGABRT\): bad fold",
+        ),
+        (
+            "import sys; sys.stderr.write('x' * 9000 + 'the end'); sys.exit(4)",
+            r"compiling failed \(exit code 4\): x{1993}the end$",
+        ),
         ("print('no answer')", r"compiling failed \(exit code 0\)"),
     ],
     ids=["killed", "aborted", "much output", "no answer"],
@@ -72,7 +86,10 @@ def gone(pid):
     return not pathlib.Path(f"/proc/{pid}").exists()
 
 
-@pytest.mark.skipif(not pathlib.Path("/proc/self/status").exists(), reason="processes are looked for in /proc, which is not here")
+@pytest.mark.skipif(
+    not pathlib.Path("/proc/self/status").exists(),
+    reason="processes are looked for in /proc, which is not here",
+)
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL], ids=["interrupted", "killed"])
 def test_no_worker_outlives_its_caller(number, tmp_path):
     """Breaks when Ctrl-C or a job's end leaves a compilation behind that goes on for minutes."""
@@ -88,7 +105,9 @@ def test_no_worker_outlives_its_caller(number, tmp_path):
         f"worker.subprocess.run = lambda command, **given: run([command[0], '-c', {busy!r}], **given)\n"
         "worker.ask({'kind': 'topology', 'topology': 'v5e:2x2'})"
     )
-    process = subprocess.Popen([sys.executable, "-c", caller], stderr=subprocess.PIPE, start_new_session=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", caller], stderr=subprocess.PIPE, start_new_session=True
+    )
     try:
         for _ in range(300):
             if (tmp_path / "pid").exists() and (tmp_path / "pid").read_text():
@@ -115,8 +134,16 @@ def test_no_worker_outlives_its_caller(number, tmp_path):
 def test_topologies(monkeypatch):
     """Breaks when a topology that does not exist is not refused by name, or the devices of one are cores instead of chips."""
     pytest.importorskip("libtpu", reason="needs libtpu, which is not installed")
-    assert worker.ask({"kind": "topology", "topology": "v5e:2x4"}) == {"kind": "TPU v5 lite", "chips": 8}
-    bad = {"v5e": "invalid", "v9z:2x2": "Invalid TPU", "v5e:3x5": "not divisible", "v3:2x2": "single cores"}
+    assert worker.ask({"kind": "topology", "topology": "v5e:2x4"}) == {
+        "kind": "TPU v5 lite",
+        "chips": 8,
+    }
+    bad = {
+        "v5e": "invalid",
+        "v9z:2x2": "Invalid TPU",
+        "v5e:3x5": "not divisible",
+        "v3:2x2": "single cores",
+    }
     with pytest.raises(ValueError, match=r"^--topology v3:2x2: .*single cores"):
         worker.ask({"kind": "topology", "topology": "v3:2x2"})
     made_of(  # all in one process
@@ -125,5 +152,8 @@ def test_topologies(monkeypatch):
         f"print(worker.MARK + json.dumps({{name: worker.KINDS['topology'](name) for name in {list(bad)!r}}}))",
     )
     for name, answer in worker.ask({}).items():
-        assert re.search(rf"^--topology {name}: .*{bad.pop(name)}", answer["error"]) and "\n" not in answer["error"]
+        assert (
+            re.search(rf"^--topology {name}: .*{bad.pop(name)}", answer["error"])
+            and "\n" not in answer["error"]
+        )
     assert not bad

@@ -21,7 +21,9 @@ BEHIND = RNG.integers(3, 64, (2, 1, 6)).astype(np.int32)
 
 
 def config(layout="clean", **fields):
-    return encoder.CompressionConfig(**{"method": "x500", "k": 3, "rate": 4, "layout": layout} | fields)
+    return encoder.CompressionConfig(
+        **{"method": "x500", "k": 3, "rate": 4, "layout": layout} | fields
+    )
 
 
 @functools.partial(jax.jit, static_argnames=("config", "k"))
@@ -38,7 +40,9 @@ def logits_behind(params, memory, ids, head=()):
     """Logits `[B, T, V]` of ids `[B, 1, T]` behind head and memory."""
     prefix = x500.read(MODEL, params, memory, head)
     every = jnp.broadcast_to(jnp.arange(ids.shape[2]), ids.shape)
-    return loss.label_hidden(MODEL, params, TRAINED, prefix, prefix.end, ids, every) @ llama.head_kernel(params)
+    return loss.label_hidden(
+        MODEL, params, TRAINED, prefix, prefix.end, ids, every
+    ) @ llama.head_kernel(params)
 
 
 @jax.jit
@@ -56,14 +60,26 @@ def test_a_prefix_of_real_tokens_equals_running_them_in_front(tiny_params, head)
     """Breaks when K is rotated twice or to other positions, the prefix is masked wrongly, or targets start elsewhere."""
     m, h, T = 7, len(head), BEHIND.shape[2]
     ids = RNG.integers(3, 64, (2, m)).astype(np.int32)
-    in_front = np.concatenate([np.broadcast_to(np.asarray(head, np.int32), (2, h)), ids, BEHIND[:, 0]], 1)
+    in_front = np.concatenate(
+        [np.broadcast_to(np.asarray(head, np.int32), (2, h)), ids, BEHIND[:, 0]], 1
+    )
     at = np.arange(h + m + T)
-    want, (k, v) = jax.device_get(straight(tiny_params, in_front, at[None], (at[:, None] >= at)[None]))
-    memory = memories.place(memories.KV, {"k": k[:, :, h : h + m], "v": v[:, :, h : h + m]}, np.full((2, 1), 20), config())
+    want, (k, v) = jax.device_get(
+        straight(tiny_params, in_front, at[None], (at[:, None] >= at)[None])
+    )
+    memory = memories.place(
+        memories.KV,
+        {"k": k[:, :, h : h + m], "v": v[:, :, h : h + m]},
+        np.full((2, 1), 20),
+        config(),
+    )
     assert memory.positions.tolist() == [list(range(m))] * 2
     close(logits_behind(tiny_params, memory, BEHIND, head), want[:, h + m :])
     moved = memory.replace(positions=memory.positions + np.asarray([3] + [0] * (m - 1), np.int32))
-    assert np.abs(np.asarray(logits_behind(tiny_params, moved, BEHIND, head)) - want[:, h + m :]).max() > 1e-3
+    assert (
+        np.abs(np.asarray(logits_behind(tiny_params, moved, BEHIND, head)) - want[:, h + m :]).max()
+        > 1e-3
+    )
 
 
 def test_without_lora_memory_tokens_are_tokens_behind_the_text(tiny_params):
@@ -90,7 +106,12 @@ def test_shapes_and_bytes(tiny_params):
     memory = compress(tiny_params, TRAINED, *segments(TEXTS, config()), config=config())
     assert memory.k.shape == memory.v.shape == (2, 4, 9, 2, 8)  # L, B, M, K, H
     assert memory.tokens.tolist() == [3, 3, 6, 9] and memory.bytes_per_token == 2 * 2 * 2 * 8 * 4
-    assert memory.bytes.tolist() == [3 * 256, 3 * 256, 6 * 256, 9 * 256] and memory.ratio.tolist() == [5 / 3, 4, 13 / 6, 25 / 9]
+    assert memory.bytes.tolist() == [
+        3 * 256,
+        3 * 256,
+        6 * 256,
+        9 * 256,
+    ] and memory.ratio.tolist() == [5 / 3, 4, 13 / 6, 25 / 9]
 
 
 @pytest.mark.parametrize("layout", encoder.METHOD_LAYOUTS["x500"])
@@ -106,10 +127,30 @@ def test_padding_counts_in_the_reference_layout_alone(tiny_params, layout):
 
 def test_reference_positions(tiny_params):
     """Breaks when the memory is read elsewhere than behind the padded text, or the decoder starts elsewhere than at the memory's count."""
-    memory = compress(tiny_params, TRAINED, *segments(TEXTS, config("reference")), config=config("reference"))
-    assert np.asarray(memory.positions)[2, :6].tolist() == [12, 13, 14, 15, 16, 17] and memory.end.tolist() == [3, 3, 6, 9]
-    with pytest.raises(ValueError, match="segments of layout reference are 12 tokens, padding included; these are 9"):
-        x500.compress(MODEL, tiny_params, TRAINED, jnp.zeros((1, 1, 9), int), jnp.ones((1, 1), int), config("reference"), 3)
+    memory = compress(
+        tiny_params, TRAINED, *segments(TEXTS, config("reference")), config=config("reference")
+    )
+    assert np.asarray(memory.positions)[2, :6].tolist() == [
+        12,
+        13,
+        14,
+        15,
+        16,
+        17,
+    ] and memory.end.tolist() == [3, 3, 6, 9]
+    with pytest.raises(
+        ValueError,
+        match="segments of layout reference are 12 tokens, padding included; these are 9",
+    ):
+        x500.compress(
+            MODEL,
+            tiny_params,
+            TRAINED,
+            jnp.zeros((1, 1, 9), int),
+            jnp.ones((1, 1), int),
+            config("reference"),
+            3,
+        )
 
 
 def test_memory_is_in_the_compute_dtype(tiny_params):
@@ -122,6 +163,8 @@ def test_memory_is_in_the_compute_dtype(tiny_params):
         return memory, x500.read(model, tiny_params, memory, (1, 3))
 
     memory, prefix = jax.eval_shape(written_and_read)
-    memory = memory.replace(k=np.zeros(memory.k.shape, memory.k.dtype), v=np.zeros(memory.v.shape, memory.v.dtype))
+    memory = memory.replace(
+        k=np.zeros(memory.k.shape, memory.k.dtype), v=np.zeros(memory.v.shape, memory.v.dtype)
+    )
     assert memory.k.dtype == memory.v.dtype == jnp.bfloat16 and memory.bytes_per_token == 128
     assert prefix.k.dtype == prefix.v.dtype == jnp.bfloat16 and prefix.k.shape == (2, 4, 11, 2, 8)

@@ -13,7 +13,10 @@ from icae_jax.models import llama
 
 SPECIAL_ROWS = 3  # [AE], [LM], [FT]: the last rows of the memory table
 # The default first.
-METHOD_LAYOUTS = {"icae": ("servable", "sequential", "uniform", "padded"), "x500": ("clean", "sequential", "reference", "uniform")}
+METHOD_LAYOUTS = {
+    "icae": ("servable", "sequential", "uniform", "padded"),
+    "x500": ("clean", "sequential", "reference", "uniform"),
+}
 METHOD_TRIGGERS = {"icae": "trained", "x500": "bos"}
 
 
@@ -43,17 +46,27 @@ class CompressionConfig:
 
     def __post_init__(self):
         if self.method not in METHOD_LAYOUTS:
-            raise UserError(f"compression.method is {self.method!r}; choose from {', '.join(METHOD_LAYOUTS)}")
+            raise UserError(
+                f"compression.method is {self.method!r}; choose from {', '.join(METHOD_LAYOUTS)}"
+            )
         for name in ("k", "rate"):
             if getattr(self, name) <= 0:
                 raise UserError(f"compression.{name} is {getattr(self, name)}; it must be positive")
         if self.segment_tokens < 1:
-            raise UserError(f"compression.rate is {self.rate} with compression.k {self.k}: a segment holds no token; raise one of them")
+            raise UserError(
+                f"compression.rate is {self.rate} with compression.k {self.k}: a segment holds no token; raise one of them"
+            )
         choices = self.k_choices
-        if choices and (min(choices) < 1 or list(choices) != sorted(set(choices)) or choices[-1] != self.k):
-            raise UserError(f"compression.k_choices is {choices}; give rising numbers from 1 on, the last of them k ({self.k})")
+        if choices and (
+            min(choices) < 1 or list(choices) != sorted(set(choices)) or choices[-1] != self.k
+        ):
+            raise UserError(
+                f"compression.k_choices is {choices}; give rising numbers from 1 on, the last of them k ({self.k})"
+            )
         if self.memory_init not in ("embedding", "normal"):
-            raise UserError(f"compression.memory_init is {self.memory_init!r}; choose embedding or normal")
+            raise UserError(
+                f"compression.memory_init is {self.memory_init!r}; choose embedding or normal"
+            )
         if self.trigger not in ("", "trained", "bos"):
             raise UserError(f"compression.trigger is {self.trigger!r}; choose trained or bos")
         allowed = METHOD_LAYOUTS[self.method]
@@ -61,7 +74,9 @@ class CompressionConfig:
         object.__setattr__(self, "trigger", self.trigger or METHOD_TRIGGERS[self.method])
         layouts.get(self.layout)
         if self.layout not in allowed:
-            raise UserError(f"compression.layout is {self.layout!r}, not one of method {self.method}; choose from {', '.join(allowed)}")
+            raise UserError(
+                f"compression.layout is {self.layout!r}, not one of method {self.method}; choose from {', '.join(allowed)}"
+            )
 
     @property
     def segment_tokens(self):
@@ -79,7 +94,9 @@ class CompressionConfig:
             return self.k
         if k not in self.choices:
             known = ", ".join(map(str, self.choices))
-            raise UserError(f"k is {k}; this compressor was trained with {known} memory tokens a segment; choose one of these")
+            raise UserError(
+                f"k is {k}; this compressor was trained with {known} memory tokens a segment; choose one of these"
+            )
         return int(k)
 
 
@@ -150,13 +167,20 @@ def encode(model, base_params, trained, ids_BSN, lengths_BS, config, k, kind, dr
     lengths = lengths_BS.reshape(B * S)
     if layout.fixed_length:
         if config.segment_tokens != N:
-            raise ValueError(f"segments of layout {layout.name} are {config.segment_tokens} tokens, padding included; these are {N}")
+            raise ValueError(
+                f"segments of layout {layout.name} are {config.segment_tokens} tokens, padding included; these are {N}"
+            )
         lengths = jnp.full_like(lengths, N)
     tokens = llama.embed(base_params, ids_BSN.reshape(B * S, N)).astype(model.dtype)
-    memory = jnp.broadcast_to(trained["memory_table"][:k].astype(model.dtype), (B * S, k, tokens.shape[-1]))
+    memory = jnp.broadcast_to(
+        trained["memory_table"][:k].astype(model.dtype), (B * S, k, tokens.shape[-1])
+    )
     real = jnp.concatenate([jnp.arange(N)[None] < lengths[:, None], jnp.ones((B * S, k), bool)], 1)
     memory_at = np.arange(N, N + k)
-    wanted = {"hidden": {"at": memory_at}, "kv": {"at": llama.NOWHERE, "return_kv": True, "keep": memory_at}}[kind]
+    wanted = {
+        "hidden": {"at": memory_at},
+        "kv": {"at": llama.NOWHERE, "return_kv": True, "keep": memory_at},
+    }[kind]
     with jax.named_scope("encoder"):
         hidden, kv = model.apply(
             {"params": base_params, "lora": trained["lora"]},

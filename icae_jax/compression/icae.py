@@ -11,7 +11,9 @@ from icae_jax.models import llama, rope
 def compress(model, base_params, trained, ids_BSN, lengths_BS, config, k, dropout_key=None):
     """`Slots`: the encoder's last hidden states at the memory tokens (section 2.2.1). Arguments as `encoder.encode` has them."""
     B, S, _ = ids_BSN.shape
-    hidden = encode(model, base_params, trained, ids_BSN, lengths_BS, config, k, "hidden", dropout_key)
+    hidden = encode(
+        model, base_params, trained, ids_BSN, lengths_BS, config, k, "hidden", dropout_key
+    )
     return place(Slots, {"slots": hidden.reshape(B, S * k, -1)}, lengths_BS, config)
 
 
@@ -26,5 +28,7 @@ def read(model, base_params, memory, head=()):
     positions = jnp.concatenate([jnp.broadcast_to(jnp.arange(h), (B, h)), h + memory.positions], 1)
     real = jnp.concatenate([jnp.ones((B, h), bool), memory.mask], 1)
     with jax.named_scope("memory_prefix"):
-        _, (k, v) = model.apply({"params": base_params}, x, positions, real, at=llama.NOWHERE, return_kv=True)
+        _, (k, v) = model.apply(
+            {"params": base_params}, x, positions, real, at=llama.NOWHERE, return_kv=True
+        )
     return Prefix(rope.rotate_keys(model.config, k, positions), v, real, positions, h + memory.end)

@@ -88,7 +88,9 @@ def decoder_positions(layout, k, lengths_BS, fixed_length):
         return positions.reshape(B, S * k), ends[:, -1] + 1
     real = (lengths_BS > 0).astype(jnp.int32)
     ends = k * xp.cumsum(real, axis=1, dtype=jnp.int32)
-    positions = (ends - k * real)[..., None] + xp.broadcast_to(xp.arange(k, dtype=jnp.int32), (B, S, k))
+    positions = (ends - k * real)[..., None] + xp.broadcast_to(
+        xp.arange(k, dtype=jnp.int32), (B, S, k)
+    )
     return positions.reshape(B, S * k) + (fixed_length if layout.read_in_place else 0), ends[:, -1]
 
 

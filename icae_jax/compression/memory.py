@@ -34,9 +34,17 @@ class Memory:
         """The memories of some texts: a number, a slice, or row numbers (a list or an array)."""
         rows = [rows] if isinstance(rows, int | np.integer) else rows
         if not isinstance(rows, slice | jax.Array):
-            rows = np.asarray(rows) if len(rows) else np.zeros(0, int)  # an empty list would be an array of floats
+            rows = (
+                np.asarray(rows) if len(rows) else np.zeros(0, int)
+            )  # an empty list would be an array of floats
         every = {name: x[rows] for name, x in vars(self).items() if name not in self.CONTENTS}
-        return self.replace(**every, **{name: x[(slice(None),) * self.TEXT_AXIS + (rows,)] for name, x in self.contents.items()})
+        return self.replace(
+            **every,
+            **{
+                name: x[(slice(None),) * self.TEXT_AXIS + (rows,)]
+                for name, x in self.contents.items()
+            },
+        )
 
     @property
     def contents(self):
@@ -111,7 +119,9 @@ def place(kind, contents, lengths_BS, config):
     """The memory of S segments a text, `Slots` or `KV` as `kind` says: which tokens are real, and where the decoder reads them."""
     token_axis = kind.TEXT_AXIS + 1
     k = next(iter(contents.values())).shape[token_axis] // lengths_BS.shape[1]
-    positions, end = layouts.decoder_positions(layouts.get(config.layout), k, lengths_BS, config.segment_tokens)
+    positions, end = layouts.decoder_positions(
+        layouts.get(config.layout), k, lengths_BS, config.segment_tokens
+    )
     mask = lengths_BS.__array_namespace__().repeat(lengths_BS > 0, k, axis=1)
     return kind(**contents, mask=mask, positions=positions, end=end, segment_lengths=lengths_BS)
 
@@ -130,10 +140,15 @@ def join(memories, config):
     }
     for what, values in alike.items():
         if len(set(values)) != 1:
-            raise UserError(f"memories of {', '.join(map(str, values))} {what} cannot be joined; compress them alike")
+            raise UserError(
+                f"memories of {', '.join(map(str, values))} {what} cannot be joined; compress them alike"
+            )
     kind = type(memories[0])
     xp = memories[0].segment_lengths.__array_namespace__()
-    contents = {name: xp.concatenate([m.contents[name] for m in memories], kind.TEXT_AXIS + 1) for name in kind.CONTENTS}
+    contents = {
+        name: xp.concatenate([m.contents[name] for m in memories], kind.TEXT_AXIS + 1)
+        for name in kind.CONTENTS
+    }
     return place(kind, contents, xp.concatenate([m.segment_lengths for m in memories], 1), config)
 
 

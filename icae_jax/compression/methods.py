@@ -14,7 +14,9 @@ def compress(model, base_params, trained, ids_BSN, lengths_BS, config, k=None, d
     ids `[B, S, N]`, lengths `[B, S]` as `encoder.segment_contexts` makes them. UserError where the configuration does not know k.
     """
     write = {"icae": icae.compress, "x500": x500.compress}[config.method]
-    return write(model, base_params, trained, ids_BSN, lengths_BS, config, config.choose(k), dropout_key)
+    return write(
+        model, base_params, trained, ids_BSN, lengths_BS, config, config.choose(k), dropout_key
+    )
 
 
 def read(model, base_params, memory, head=()):
@@ -22,5 +24,7 @@ def read(model, base_params, memory, head=()):
 
     A memory may be of another one, such as that of the base that wrote it: what decodes behind it shares one cache with it.
     """
-    memory = memory.replace(**{name: jnp.asarray(x, model.dtype) for name, x in memory.contents.items()})
+    memory = memory.replace(
+        **{name: jnp.asarray(x, model.dtype) for name, x in memory.contents.items()}
+    )
     return (x500 if isinstance(memory, KV) else icae).read(model, base_params, memory, head)

@@ -18,7 +18,10 @@ def compress(model, base_params, trained, ids_BSN, lengths_BS, config, k, dropou
     """
     B, S, _ = ids_BSN.shape
     kv = encode(model, base_params, trained, ids_BSN, lengths_BS, config, k, "kv", dropout_key)
-    contents = {name: x.reshape(x.shape[0], B, S * k, *x.shape[3:]) for name, x in zip(KV.CONTENTS, kv, strict=True)}
+    contents = {
+        name: x.reshape(x.shape[0], B, S * k, *x.shape[3:])
+        for name, x in zip(KV.CONTENTS, kv, strict=True)
+    }
     return place(KV, contents, lengths_BS, config)
 
 
@@ -37,12 +40,20 @@ def read(model, base_params, memory, head=()):
         with jax.named_scope("memory_prefix"):
             ids = jnp.asarray(head, jnp.int32)[None]
             real_head = jnp.ones((1, h), bool)
-            _, (k_head, v_head) = model.apply({"params": base_params}, ids, positions, real_head, at=llama.NOWHERE, return_kv=True)
+            _, (k_head, v_head) = model.apply(
+                {"params": base_params}, ids, positions, real_head, at=llama.NOWHERE, return_kv=True
+            )
         k_head = rope.rotate_keys(model.config, k_head, positions)
 
         def behind(head_kv, memory_kv):
             shape = (head_kv.shape[0], B, *head_kv.shape[2:])
-            return jnp.concatenate([jnp.broadcast_to(head_kv, shape).astype(memory_kv.dtype), memory_kv], 2)
+            return jnp.concatenate(
+                [jnp.broadcast_to(head_kv, shape).astype(memory_kv.dtype), memory_kv], 2
+            )
 
-        k, v, real = behind(k_head, k), behind(v_head, v), jnp.concatenate([jnp.ones((B, h), bool), real], 1)
+        k, v, real = (
+            behind(k_head, k),
+            behind(v_head, v),
+            jnp.concatenate([jnp.ones((B, h), bool), real], 1),
+        )
     return Prefix(k, v, real, at, h + memory.end)

@@ -48,17 +48,29 @@ class DataConfig:
         check_no_answer(self.no_answer, "data.no_answer")
         lengths = self.context_lengths
         if not lengths or min(lengths) < 2 or list(lengths) != sorted(set(lengths)):
-            raise UserError(f"data.context_lengths is {lengths}; give rising lengths of at least 2 tokens, such as (256, 512)")
-        if self.context_weights and (len(self.context_weights) != len(self.context_lengths) or min(self.context_weights) < 0):
-            raise UserError(f"data.context_weights {self.context_weights} must give one weight >= 0 for each of data.context_lengths")
+            raise UserError(
+                f"data.context_lengths is {lengths}; give rising lengths of at least 2 tokens, such as (256, 512)"
+            )
+        if self.context_weights and (
+            len(self.context_weights) != len(self.context_lengths) or min(self.context_weights) < 0
+        ):
+            raise UserError(
+                f"data.context_weights {self.context_weights} must give one weight >= 0 for each of data.context_lengths"
+            )
         if self.context_weights and not sum(self.context_weights) > 0:
-            raise UserError(f"data.context_weights {self.context_weights} are all zero; give at least one a positive weight")
+            raise UserError(
+                f"data.context_weights {self.context_weights} are all zero; give at least one a positive weight"
+            )
         if self.train_weights:
             weights, named = self.train_weights, sources.split_source(self.train)
             if len(weights) != len(named) or not all(0 <= w < math.inf for w in weights):
-                raise UserError(f"data.train_weights {weights} must hold a weight >= 0 for each source of data.train, {', '.join(named)}")
+                raise UserError(
+                    f"data.train_weights {weights} must hold a weight >= 0 for each source of data.train, {', '.join(named)}"
+                )
             if not sum(weights) > 0:
-                raise UserError(f"data.train_weights {weights} are all zero; give at least one a positive weight")
+                raise UserError(
+                    f"data.train_weights {weights} are all zero; give at least one a positive weight"
+                )
         for name in ("questions_per_context", "max_target_tokens", "max_row_bytes"):
             if getattr(self, name) <= 0:
                 raise UserError(f"data.{name} is {getattr(self, name)}; it must be positive")
@@ -82,8 +94,15 @@ def segment_shape(length, compression):
 
 def target_shapes(config, compression, objectives, length, qa_shape, pad_labels):
     """`{objective: (G, T, U)}` of a bucket's targets, see `objectives.targets.pack`. qa_shape: (T, U) of questions with their answers."""
-    size = 1 + (encoder.segment_shape(length, compression)[0] * compression.segment_tokens if pad_labels else length)
-    return {o: (config.questions_per_context, *qa_shape) if o == "qa" else (1, size, size) for o in objectives}
+    size = 1 + (
+        encoder.segment_shape(length, compression)[0] * compression.segment_tokens
+        if pad_labels
+        else length
+    )
+    return {
+        o: (config.questions_per_context, *qa_shape) if o == "qa" else (1, size, size)
+        for o in objectives
+    }
 
 
 @functools.lru_cache(maxsize=32)
@@ -110,9 +129,16 @@ class Examples:
     answer, None without questions. UserError where nothing is left.
     """
 
-    def __init__(self, tokens, config, compression, phase, objectives, template, framing, pad_labels=False):
+    def __init__(
+        self, tokens, config, compression, phase, objectives, template, framing, pad_labels=False
+    ):
         self.tokens, self.config, self.compression = tokens, config, compression
-        self.objectives, self.template, self.framing, self.pad_labels = objectives, template, framing, pad_labels
+        self.objectives, self.template, self.framing, self.pad_labels = (
+            objectives,
+            template,
+            framing,
+            pad_labels,
+        )
         self.dropped, self.qa_shape = dict(tokens.left_out), None
         if phase == "pretrain":
             self._check_lm()
@@ -122,12 +148,18 @@ class Examples:
             examples = self._questions()
             weights = np.asarray([len(e) for e in examples], float)
         self.buckets = [
-            Bucket(length, segment_shape(length, compression), e) for length, e in zip(config.context_lengths, examples, strict=True)
+            Bucket(length, segment_shape(length, compression), e)
+            for length, e in zip(config.context_lengths, examples, strict=True)
         ]
         weights = weights * [len(e) > 0 for e in examples]
         if not weights.sum() > 0:
-            why = "; ".join(f"{count} {reason}" for reason, count in self.dropped.items()) or "it has none of the kind needed"
-            raise UserError(f"no examples for phase {phase} in the data: {why} (data.context_lengths is {config.context_lengths})")
+            why = (
+                "; ".join(f"{count} {reason}" for reason, count in self.dropped.items())
+                or "it has none of the kind needed"
+            )
+            raise UserError(
+                f"no examples for phase {phase} in the data: {why} (data.context_lengths is {config.context_lengths})"
+            )
         self.weights = weights / weights.sum()
 
     @property
@@ -141,7 +173,10 @@ class Examples:
         return self.tokens.earlier_key
 
     def _check_lm(self):
-        shortest, alone = self.config.context_lengths[0], len(self.framing.start) + layouts.LM_UNLABELLED
+        shortest, alone = (
+            self.config.context_lengths[0],
+            len(self.framing.start) + layouts.LM_UNLABELLED,
+        )
         if "lm" in self.objectives and shortest <= alone:
             raise UserError(
                 f"data.context_lengths holds {shortest}, too short for objectives.lm: the first {layouts.LM_UNLABELLED} tokens of a "
@@ -168,10 +203,16 @@ class Examples:
     def _questions(self):
         """(text, first question, last + 1) for every bucket."""
         offsets, group = self.tokens.question_offsets, self.config.questions_per_context
-        asked, lengths = np.diff(offsets), np.diff(self.tokens.text_offsets) + len(self.framing.start)
+        asked, lengths = (
+            np.diff(offsets),
+            np.diff(self.tokens.text_offsets) + len(self.framing.start),
+        )
         bucket = np.where(asked > 0, np.searchsorted(self.config.context_lengths, lengths), -1)
         self._drop("texts without a question", asked == 0)
-        self._drop("contexts longer than the largest of data.context_lengths", bucket == len(self.config.context_lengths))
+        self._drop(
+            "contexts longer than the largest of data.context_lengths",
+            bucket == len(self.config.context_lengths),
+        )
         prompts, answers = np.diff(self.tokens.prompt_offsets), np.diff(self.tokens.answer_offsets)
         inputs, labels = self.template.target_sizes(prompts, answers)
         self._fits = inputs <= self.config.max_target_tokens
@@ -179,12 +220,16 @@ class Examples:
         self.qa_shape = tuple(int(sizes[self._fits].max(initial=1)) for sizes in (inputs, labels))
         fitting_before = np.concatenate([[0], np.cumsum(self._fits)])
         result = []
-        for chosen in (np.flatnonzero(bucket == number) for number in range(len(self.config.context_lengths))):
+        for chosen in (
+            np.flatnonzero(bucket == number) for number in range(len(self.config.context_lengths))
+        ):
             at, number = _spread(-(-asked[chosen] // group))
             text = chosen[at]
             first = offsets[text] + number * group
             last = np.minimum(first + group, offsets[text + 1])
-            result.append(np.stack([text, first, last], 1)[fitting_before[last] > fitting_before[first]])
+            result.append(
+                np.stack([text, first, last], 1)[fitting_before[last] > fitting_before[first]]
+            )
         return result
 
     def _drop(self, reason, which):
@@ -193,7 +238,11 @@ class Examples:
 
     def _question(self, q):
         """The `Target` of a question, None where it is too long."""
-        return self.template.target(self.tokens.prompt(q).tolist(), self.tokens.answer(q).tolist()) if self._fits[q] else None
+        return (
+            self.template.target(self.tokens.prompt(q).tolist(), self.tokens.answer(q).tolist())
+            if self._fits[q]
+            else None
+        )
 
     # ------------------------------------------------------------------------------------------------- which examples
 
@@ -203,7 +252,9 @@ class Examples:
         A bucket's order is indexed by the global step, whether or not earlier steps drew that bucket: with one bucket an epoch is
         each example once; with several, each epoch takes a random part of every bucket, in exchange for needing no history.
         """
-        bucket = int(np.random.default_rng([seed, 0, step]).choice(len(self.buckets), p=self.weights))
+        bucket = int(
+            np.random.default_rng([seed, 0, step]).choice(len(self.buckets), p=self.weights)
+        )
         count = len(self.buckets[bucket].examples)
         at = np.arange(step * batch_size, (step + 1) * batch_size)
         return bucket, np.asarray([in_order(seed, bucket, i, count) for i in at])
@@ -214,7 +265,10 @@ class Examples:
         Yields (bucket number, example numbers, -1 for blank rows).
         """
         for number, bucket in enumerate(self.buckets):
-            count = min(len(bucket.examples), max(1, int(most * self.weights[number])) if self.weights[number] > 0 else 0)
+            count = min(
+                len(bucket.examples),
+                max(1, int(most * self.weights[number])) if self.weights[number] > 0 else 0,
+            )
             chosen = np.random.default_rng([0, 2]).permutation(len(bucket.examples))[:count]
             for start in range(0, count, batch_size):
                 rows = np.full(batch_size, -1)
@@ -230,11 +284,19 @@ class Examples:
         own = self.buckets[bucket].examples[row][0]
         ids = self.tokens.text(own)
         for number in sorted(range(len(self.buckets)), key=lambda n: n != bucket):
-            texts, distinct = self.buckets[number].examples[:, 0], self._distinct_texts[number]  # both rising
+            texts, distinct = (
+                self.buckets[number].examples[:, 0],
+                self._distinct_texts[number],
+            )  # both rising
             for text in np.roll(distinct, -np.searchsorted(distinct, own, side="right")):
                 if not np.array_equal(self.tokens.text(text), ids):
-                    first, end = np.searchsorted(texts, text), np.searchsorted(texts, text, side="right")
-                    return number, int(first + row % (end - first))  # not only the beginnings of texts
+                    first, end = (
+                        np.searchsorted(texts, text),
+                        np.searchsorted(texts, text, side="right"),
+                    )
+                    return number, int(
+                        first + row % (end - first)
+                    )  # not only the beginnings of texts
         return None
 
     @functools.cached_property
@@ -253,7 +315,9 @@ class Examples:
             _, start, stop, after = example
             context, targets = [*self.framing.start, *text[start:stop].tolist()], {}
             if "lm" in self.objectives:
-                targets["lm"] = [layouts.lm_target(text[stop:after].tolist()) if after > stop else None]
+                targets["lm"] = [
+                    layouts.lm_target(text[stop:after].tolist()) if after > stop else None
+                ]
         else:
             _, first, last = example
             context, targets = [*self.framing.start, *text.tolist()], {}
@@ -262,7 +326,10 @@ class Examples:
         if "ae" in self.objectives:
             padded_to = 0
             if self.pad_labels:
-                padded_to = encoder.segment_shape(len(context), self.compression)[0] * self.compression.segment_tokens
+                padded_to = (
+                    encoder.segment_shape(len(context), self.compression)[0]
+                    * self.compression.segment_tokens
+                )
             targets["ae"] = [layouts.ae_target(context, self.framing, padded_to)]
         return context, targets
 
@@ -280,23 +347,36 @@ class Examples:
         """
         if not self._several_texts:
             return None
-        contexts = [[] if row < 0 else self.targets(*self.of_another_text(bucket, row))[0] for row in rows]
+        contexts = [
+            [] if row < 0 else self.targets(*self.of_another_text(bucket, row))[0] for row in rows
+        ]
         length = self.buckets[bucket].length  # one from another bucket may be longer
         return self._segments(bucket, [context[:length] for context in contexts])
 
     @functools.cached_property
     def _several_texts(self):
-        return self.of_another_text(next(i for i, bucket in enumerate(self.buckets) if len(bucket.examples)), 0) is not None
+        return (
+            self.of_another_text(
+                next(i for i, bucket in enumerate(self.buckets) if len(bucket.examples)), 0
+            )
+            is not None
+        )
 
     def _segments(self, bucket, contexts):
-        ids, lengths = encoder.segment_contexts(contexts, self.compression, self.buckets[bucket].shape, self.framing.eos)
+        ids, lengths = encoder.segment_contexts(
+            contexts, self.compression, self.buckets[bucket].shape, self.framing.eos
+        )
         return {"context": ids, "lengths": lengths}
 
     def pack(self, bucket, made, qa_shape=None):
         """The same, of examples that `targets` made. qa_shape: that of questions, where those of other sources are among them."""
         length, qa_shape = self.buckets[bucket].length, qa_shape or self.qa_shape
-        shapes = target_shapes(self.config, self.compression, self.objectives, length, qa_shape, self.pad_labels)
-        targets = {o: layouts.pack([t.get(o, []) for _, t in made], *shape) for o, shape in shapes.items()}
+        shapes = target_shapes(
+            self.config, self.compression, self.objectives, length, qa_shape, self.pad_labels
+        )
+        targets = {
+            o: layouts.pack([t.get(o, []) for _, t in made], *shape) for o, shape in shapes.items()
+        }
         return self._segments(bucket, [context for context, _ in made]) | {"targets": targets}
 
 

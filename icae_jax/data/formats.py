@@ -47,7 +47,9 @@ def kind(path: str) -> str:
     return found
 
 
-def raw_rows(path: str, most: int = reading.MAX_ROW_BYTES, fields: frozenset[str] = rows.FIELDS) -> Iterator[tuple[object, str, str | int]]:
+def raw_rows(
+    path: str, most: int = reading.MAX_ROW_BYTES, fields: frozenset[str] = rows.FIELDS
+) -> Iterator[tuple[object, str, str | int]]:
     """Yields (raw row, where it stands, its number in the file) in order, of a text file one row `{"text": …}`.
 
     most: bytes of a row. fields: the columns that are wanted of a table. UserError names the file, and where in it what is wrong stands.
@@ -70,7 +72,9 @@ def raw_rows(path: str, most: int = reading.MAX_ROW_BYTES, fields: frozenset[str
                     for value, line, number in json_rows.read(file, path, most):
                         yield from rows.unwrapped(value, f"{path}:{line}", str(number))
                 else:
-                    yield from tables.read_csv(file, path, most, fields, "\t" if found == TSV else "")
+                    yield from tables.read_csv(
+                        file, path, most, fields, "\t" if found == TSV else ""
+                    )
 
 
 def is_json_lines(path: str) -> bool:

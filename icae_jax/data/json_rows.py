@@ -19,7 +19,9 @@ def _object(pairs):
     if len(made) < len(pairs):
         for name, value in pairs:
             if value != made[name] and value == value:
-                raise UserError(f"field {name!r} stands in one object twice, with two values; remove one")
+                raise UserError(
+                    f"field {name!r} stands in one object twice, with two values; remove one"
+                )
     return made
 
 
@@ -99,7 +101,11 @@ def _from_first_line(file, path, most, line, number, error):
         first = next(values)
     except UserError as other:
         here = f"{path}:{number}: "
-        also = "" if str(other).startswith(here) else f"; nor is there an object over several lines: {other}"
+        also = (
+            ""
+            if str(other).startswith(here)
+            else f"; nor is there an object over several lines: {other}"
+        )
         raise UserError(f"{here}{error}{also}") from other
     yield first
     yield from values
@@ -118,7 +124,11 @@ class _Text:
         try:
             self.buffer = self.buffer[self.at :] + self._decoder.decode(block, final)
         except UnicodeDecodeError as error:
-            line = self.line + self.buffer.count("\n", self.at) + error.object[: error.start].count(b"\n")
+            line = (
+                self.line
+                + self.buffer.count("\n", self.at)
+                + error.object[: error.start].count(b"\n")
+            )
             raise UserError(f"{self.path}:{line}: not UTF-8 ({error}); save it as UTF-8") from error
         self.at = 0
 
@@ -152,7 +162,10 @@ class _Text:
             try:
                 value, end = _DECODER.raw_decode(self.buffer, self.at)
             except json.JSONDecodeError as error:
-                cut = error.msg.startswith("Unterminated string") or error.pos >= len(self.buffer) - LITERAL
+                cut = (
+                    error.msg.startswith("Unterminated string")
+                    or error.pos >= len(self.buffer) - LITERAL
+                )
                 if self.ended or not cut:
                     wrong = self.line + self.buffer.count("\n", self.at, error.pos)
                     raise UserError(f"{self.path}:{wrong}: not valid JSON ({error.msg})") from error
@@ -161,7 +174,9 @@ class _Text:
             except (ValueError, RecursionError) as error:
                 raise UserError(f"{self.path}:{line}: not valid JSON ({error})") from error
             else:
-                cut = end == len(self.buffer) and not isinstance(value, dict | list | str)  # such as 12 of 123
+                cut = end == len(self.buffer) and not isinstance(
+                    value, dict | list | str
+                )  # such as 12 of 123
                 if self.ended or not cut:
                     reading.check_size(end - self.at, f"{self.path}:{line}", self.most)
                     self._advance(end)
@@ -186,7 +201,11 @@ def _values(text):
             yield value, line, next(numbers)
             character = text.next()
             if character not in (",", "]"):
-                what = f"{character!r}, expected , or ]" if character else "the file ends within an array"
+                what = (
+                    f"{character!r}, expected , or ]"
+                    if character
+                    else "the file ends within an array"
+                )
                 raise UserError(f"{text.path}:{text.line}: not valid JSON ({what})")
             text.skip()
             if character == "]":

@@ -36,13 +36,27 @@ class Mixture:
         self.numbers = list(parts)
         self.parts = [examples for examples, _ in parts.values()]
         weights = np.asarray([weight for _, weight in parts.values()], float)
-        joint = (weights / weights.sum())[:, None] * np.stack([examples.weights for examples in self.parts])
+        joint = (weights / weights.sum())[:, None] * np.stack(
+            [examples.weights for examples in self.parts]
+        )
         self.weights = joint.sum(0)
-        self.shares = [[round(self.SCALE * share) for share in of_bucket.tolist()] for of_bucket in joint.T]
-        self.key, self.earlier_key = (",".join(keys) for keys in zip(*((e.key, e.earlier_key) for e in self.parts), strict=True))
-        self.dropped = dict(sum((collections.Counter(examples.dropped) for examples in self.parts), collections.Counter()))
+        self.shares = [
+            [round(self.SCALE * share) for share in of_bucket.tolist()] for of_bucket in joint.T
+        ]
+        self.key, self.earlier_key = (
+            ",".join(keys)
+            for keys in zip(*((e.key, e.earlier_key) for e in self.parts), strict=True)
+        )
+        self.dropped = dict(
+            sum(
+                (collections.Counter(examples.dropped) for examples in self.parts),
+                collections.Counter(),
+            )
+        )
         shapes = [examples.qa_shape for examples in self.parts if examples.qa_shape]
-        self.qa_shape = tuple(map(max, *shapes, (1, 1))) if shapes else None  # one for all, so that they can be packed together
+        self.qa_shape = (
+            tuple(map(max, *shapes, (1, 1))) if shapes else None
+        )  # one for all, so that they can be packed together
 
     @property
     def shapes(self):
@@ -51,14 +65,20 @@ class Mixture:
 
     def draw(self, seed, step, batch_size):
         """The global batch of a step: (bucket number, (source, example) numbers `[batch_size, 2]`), see `Examples.draw`."""
-        bucket = int(np.random.default_rng([seed, 0, step]).choice(len(self.weights), p=self.weights))
+        bucket = int(
+            np.random.default_rng([seed, 0, step]).choice(len(self.weights), p=self.weights)
+        )
         rows = []
         for at in range(step * batch_size, (step + 1) * batch_size):
             source, position = interleave(at, self.shares[bucket])
             count = len(self.parts[source].buckets[bucket].examples)
-            rows.append((source, batches.in_order(seed, bucket, position, count, self.numbers[source])))
+            rows.append(
+                (source, batches.in_order(seed, bucket, position, count, self.numbers[source]))
+            )
         return bucket, np.asarray(rows)
 
     def collate(self, bucket, rows):
         """Arrays of the given examples of one bucket, see `Examples.collate`."""
-        return self.parts[0].pack(bucket, [self.parts[source].targets(bucket, row) for source, row in rows], self.qa_shape)
+        return self.parts[0].pack(
+            bucket, [self.parts[source].targets(bucket, row) for source, row in rows], self.qa_shape
+        )

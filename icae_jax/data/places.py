@@ -12,13 +12,24 @@ from icae_jax import errors
 from icae_jax.data import formats, reading
 from icae_jax.errors import UserError
 
-SETS = ("tfds:", "hf:")  # how the names of prepared sets, and of the hub's, begin; the slashes of hf:// make a URL of it
+SETS = (
+    "tfds:",
+    "hf:",
+)  # how the names of prepared sets, and of the hub's, begin; the slashes of hf:// make a URL of it
 SCHEMES = ("gs", "s3", "az", "hf")  # of URLs that `etils.epath` reads
 MOST_COMMAS = 8  # in the name of one file
 _MAGIC = re.compile(r"[*?[]")
 # Files beside data: what stands in repositories of the hub, and what libraries write of their sets.
-_ABOUT = re.compile(r"(readme|license|licence|notice|changelog|citation|contributing|authors)(\..*)?", re.IGNORECASE)
-_ABOUT_JSON = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "features.json"}
+_ABOUT = re.compile(
+    r"(readme|license|licence|notice|changelog|citation|contributing|authors)(\..*)?", re.IGNORECASE
+)
+_ABOUT_JSON = {
+    "dataset_info.json",
+    "dataset_infos.json",
+    "dataset_dict.json",
+    "state.json",
+    "features.json",
+}
 
 
 def is_set(path: str) -> bool:
@@ -33,13 +44,19 @@ def split_source(source: str, bare: Callable[[str], str] = str) -> list[str]:
     """
     parts, paths = source.split(","), []
     while parts:
-        counts = [] if is_set(parts[0].strip()) or reading.is_remote(parts[0]) else range(min(len(parts), MOST_COMMAS + 1), 1, -1)
+        counts = (
+            []
+            if is_set(parts[0].strip()) or reading.is_remote(parts[0])
+            else range(min(len(parts), MOST_COMMAS + 1), 1, -1)
+        )
         count = next((n for n in counts if os.path.exists(bare(",".join(parts[:n]).strip()))), 1)
         paths.append(",".join(parts[:count]).strip())
         parts = parts[count:]
     paths = [path for path in paths if path]
     if not paths:
-        raise UserError("the data source is empty; give a file of rows or text, a folder or glob of them, or a set such as tfds:NAME:SPLIT")
+        raise UserError(
+            "the data source is empty; give a file of rows or text, a folder or glob of them, or a set such as tfds:NAME:SPLIT"
+        )
     return paths
 
 
@@ -57,7 +74,9 @@ def files_of(path: str, told: bool = False) -> list[str]:
         return [path]
     with reading.naming(path):
         matches = glob.glob(path, recursive=True)
-        found = [f for match in matches for f in (_walk(match) if os.path.isdir(match) else [match])]
+        found = [
+            f for match in matches for f in (_walk(match) if os.path.isdir(match) else [match])
+        ]
     return _data_files(path, found, told)
 
 
@@ -70,8 +89,14 @@ def _walk(folder):
     found, entered = [], {os.path.realpath(folder)}
     with reading.naming(folder):
         for at, folders, names in os.walk(folder, onerror=closed, followlinks=True):
-            real = {name: os.path.realpath(os.path.join(at, name)) for name in folders if not name.startswith(".")}
-            folders[:] = [name for name in real if real[name] not in entered]  # a link may lead back
+            real = {
+                name: os.path.realpath(os.path.join(at, name))
+                for name in folders
+                if not name.startswith(".")
+            }
+            folders[:] = [
+                name for name in real if real[name] not in entered
+            ]  # a link may lead back
             entered.update(real.values())
             found += [os.path.join(at, name) for name in names if not name.startswith(".")]
     return found
@@ -87,7 +112,11 @@ def _data_files(path, found, told):
         raise UserError(f"data {path}: {what}; expected files of {formats.LISTED}")
     left = [f for f in found if f not in set(chosen)]
     if left and told:
-        print(f"data {path}: {len(chosen)} files are read; {len(left)} others are not, such as {left[0]}", file=sys.stderr, flush=True)
+        print(
+            f"data {path}: {len(chosen)} files are read; {len(left)} others are not, such as {left[0]}",
+            file=sys.stderr,
+            flush=True,
+        )
     return chosen
 
 
@@ -123,9 +152,14 @@ def _remote(url, told):
         with reading.naming(url):
             magic = _MAGIC.search(url)
             if magic:
-                base, pattern = url[: magic.start()].rpartition("/")[0], url[url.rindex("/", 0, magic.start()) + 1 :]
+                base, pattern = (
+                    url[: magic.start()].rpartition("/")[0],
+                    url[url.rindex("/", 0, magic.start()) + 1 :],
+                )
                 if "**" in pattern:
-                    raise UserError(f"data {url}: ** is not read there; give the folder, of which all files are read at any depth")
+                    raise UserError(
+                        f"data {url}: ** is not read there; give the folder, of which all files are read at any depth"
+                    )
                 return [os.fspath(match) for match in epath.Path(base).glob(pattern)]
             if _kind_in_folder(url) or not epath.Path(url).is_dir():
                 return None
@@ -148,5 +182,7 @@ def check_file(path: str) -> None:
     with reading.naming(path):
         if not errors.retrying(there, f"looking for {path}"):
             pipe = not reading.is_remote(path) and os.path.exists(path)
-            raise UserError(f"data file {path}: {'no plain file, which is read twice; save it as one' if pipe else 'no such file'}")
+            raise UserError(
+                f"data file {path}: {'no plain file, which is read twice; save it as one' if pipe else 'no such file'}"
+            )
     formats.kind(path)

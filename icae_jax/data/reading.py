@@ -19,12 +19,13 @@ from typing import BinaryIO
 
 import zstandard
 
-from icae_jax import errors
+from icae_jax import errors, files
 from icae_jax.errors import UserError
-from icae_jax.interop import files
 
 CHUNK = 1 << 17  # bytes
-MAX_ROW_BYTES = 64 << 20  # of one line, or of a text file, unpacked: a file of kilobytes may hold gigabytes without a line's end
+MAX_ROW_BYTES = (
+    64 << 20
+)  # of one line, or of a text file, unpacked: a file of kilobytes may hold gigabytes without a line's end
 _SKIPPED = 0x184D2A50  # the first of the 16 numbers that begin a frame to be skipped (RFC 8878)
 _REPEATED = 1  # a block of one byte, repeated
 
@@ -90,7 +91,12 @@ class _ZstdFile(io.RawIOBase):
         return count
 
 
-_UNPACKERS = {".gz": lambda file: gzip.GzipFile(fileobj=file), ".zst": _ZstdFile, ".bz2": bz2.BZ2File, ".xz": lzma.LZMAFile}
+_UNPACKERS = {
+    ".gz": lambda file: gzip.GzipFile(fileobj=file),
+    ".zst": _ZstdFile,
+    ".bz2": bz2.BZ2File,
+    ".xz": lzma.LZMAFile,
+}
 COMPRESSED = tuple(_UNPACKERS)
 
 
@@ -161,7 +167,9 @@ def binary_kind(start: bytes) -> str:
     if start[257:262] == b"ustar":
         return "a tar archive"
     known = next((what for beginning, what in _BEGINNINGS if start.startswith(beginning)), "")
-    return known or ("no text (it holds zero bytes; UTF-16 needs its byte order mark)" if b"\0" in start else "")
+    return known or (
+        "no text (it holds zero bytes; UTF-16 needs its byte order mark)" if b"\0" in start else ""
+    )
 
 
 def check_start(start: bytes, path: str | os.PathLike) -> None:
@@ -214,18 +222,33 @@ def naming(path: str | os.PathLike) -> Iterator[None]:
         with errors.naming(what):
             yield
     except (EOFError, UnicodeDecodeError, zlib.error, zstandard.ZstdError, lzma.LZMAError) as error:
-        remedy = "save it as UTF-8" if isinstance(error, UnicodeDecodeError) else "copy or download it again"
+        remedy = (
+            "save it as UTF-8"
+            if isinstance(error, UnicodeDecodeError)
+            else "copy or download it again"
+        )
         raise UserError(f"{what} ({error}); {remedy}") from error
     except UserError:
         raise
     except Exception as error:
-        packed_wrongly = isinstance(error, OSError) and error.errno is None and packing(path) and not errors.transient(error)
+        packed_wrongly = (
+            isinstance(error, OSError)
+            and error.errno is None
+            and packing(path)
+            and not errors.transient(error)
+        )
         if packed_wrongly and not is_remote(path):  # as gzip and bzip2 say it
             raise UserError(f"{what} ({error})") from error
         if not is_remote(path) or not errors.answered_no(error):
             raise
-        remedy = " (pip install gcsfs for gs://, s3fs for s3://)" if isinstance(error, ImportError) else ""
-        raise UserError(f"{what} ({type(error).__name__}: {' '.join(str(error).split())[:300]}){remedy}") from error
+        remedy = (
+            " (pip install gcsfs for gs://, s3fs for s3://)"
+            if isinstance(error, ImportError)
+            else ""
+        )
+        raise UserError(
+            f"{what} ({type(error).__name__}: {' '.join(str(error).split())[:300]}){remedy}"
+        ) from error
 
 
 def check_size(size: int, where: str, most: int) -> None:
@@ -237,7 +260,9 @@ def check_size(size: int, where: str, most: int) -> None:
         )
 
 
-def numbered_lines(f: BinaryIO, path: str | os.PathLike, most: int = MAX_ROW_BYTES, first: int = 1) -> Iterator[tuple[int, bytes]]:
+def numbered_lines(
+    f: BinaryIO, path: str | os.PathLike, most: int = MAX_ROW_BYTES, first: int = 1
+) -> Iterator[tuple[int, bytes]]:
     """Yields (its number, a line) of an open file. UserError as for `check_size`. first: the next line's number."""
     for number in itertools.count(first):
         line = f.readline(most + 1)
@@ -256,9 +281,13 @@ def read_text(path: str | os.PathLike, most: int = MAX_ROW_BYTES) -> str:
             text = data.decode("utf-8")
         except UnicodeDecodeError as error:
             line = data.count(b"\n", 0, error.start) + 1
-            raise UserError(f"data file {path}: cannot be read (line {line} is not UTF-8: {error}); save it as UTF-8") from error
+            raise UserError(
+                f"data file {path}: cannot be read (line {line} is not UTF-8: {error}); save it as UTF-8"
+            ) from error
         if "\0" in text:
-            raise UserError(f"data file {path}: no text: it holds zero bytes, the first at character {text.index(chr(0)):,}")
+            raise UserError(
+                f"data file {path}: no text: it holds zero bytes, the first at character {text.index(chr(0)):,}"
+            )
         return text.replace("\r\n", "\n").replace("\r", "\n")
 
 

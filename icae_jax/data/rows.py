@@ -10,8 +10,8 @@ import typing
 from collections.abc import Iterable, Iterator
 
 from icae_jax.errors import UserError
-from icae_jax.interop.files import shown
-from icae_jax.interop.text import check_encodable
+from icae_jax.files import shown
+from icae_jax.interop.hub.text import check_encodable
 
 EXPECTED = (
     "expected text, or context, question and answers, or input, prompt and answer (README.md, Data, lists the other forms; a table's "
@@ -24,7 +24,15 @@ QUESTION_FORMS = (  # the fields of the text, of the question and of its answer
 )
 CONTEXTS = ("context", "passage", "document")  # names of the text that `question` is about
 TEXTS = ("document", "content", "context", "passage")  # of a text alone, where it is the only one
-IMPOSSIBLE = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False, "": False}  # is_impossible, as tables write it
+IMPOSSIBLE = {
+    "true": True,
+    "1": True,
+    "yes": True,
+    "false": False,
+    "0": False,
+    "no": False,
+    "": False,
+}  # is_impossible, as tables write it
 MOST_NAMES = 20  # in an error
 CHATS = ("messages", "conversations")
 ROLES = {
@@ -33,7 +41,19 @@ ROLES = {
 }  # fmt: skip
 # Every field that is read, of tables whose other columns need not be.
 FIELDS = frozenset(
-    {"text", "id", "subset", "question", "answer", "answers", "is_impossible", "qas", "paragraphs", "data", "system"}
+    {
+        "text",
+        "id",
+        "subset",
+        "question",
+        "answer",
+        "answers",
+        "is_impossible",
+        "qas",
+        "paragraphs",
+        "data",
+        "system",
+    }
     | {name for form in QUESTION_FORMS for name in form}
     | {*CONTEXTS, *TEXTS, *CHATS}
 )
@@ -72,8 +92,14 @@ def placed(where: str) -> Iterator[None]:
 
 # ------------------------------------------------------------------------------------------------------------- left out
 
-EMPTY_TEXT, EMPTY_QUESTION, NO_ANSWER = "empty texts", "empty questions", "questions without an answer"
-TEXT_WITHOUT_TOKENS, QUESTION_WITHOUT_TOKENS, ANSWER_WITHOUT_TOKENS = (f"{w} without tokens" for w in ("texts", "questions", "answers"))
+EMPTY_TEXT, EMPTY_QUESTION, NO_ANSWER = (
+    "empty texts",
+    "empty questions",
+    "questions without an answer",
+)
+TEXT_WITHOUT_TOKENS, QUESTION_WITHOUT_TOKENS, ANSWER_WITHOUT_TOKENS = (
+    f"{w} without tokens" for w in ("texts", "questions", "answers")
+)
 _SINGLE = {
     EMPTY_TEXT: "the text is empty",
     EMPTY_QUESTION: "the question is empty",
@@ -107,7 +133,9 @@ class Sieve:
         """Counts what is left out. UserError where the user asked for it."""
         if self.strict:
             place = f"{where}: " if where else ""
-            raise UserError(f"{place}{_SINGLE[reason]}; mend or remove it, or leave such rows out, without {self.strict}")
+            raise UserError(
+                f"{place}{_SINGLE[reason]}; mend or remove it, or leave such rows out, without {self.strict}"
+            )
         before, first = self.left_out.get(reason, (0, where))
         self.left_out[reason] = (before + count, first)
 
@@ -126,7 +154,9 @@ class Sieve:
             return None
         if row.question is None or not self.questions:
             return row._replace(question=None, answers=None)
-        answers = tuple(a for a in row.answers if not self._empty(a)) or ((self.no_answer,) if self.no_answer else ())
+        answers = tuple(a for a in row.answers if not self._empty(a)) or (
+            (self.no_answer,) if self.no_answer else ()
+        )
         if self._empty(row.question):
             self.count(EMPTY_QUESTION, row.where)
             answers = ()
@@ -137,7 +167,10 @@ class Sieve:
     @property
     def counts(self) -> dict[str, int]:
         """`{reason, with the first place: how many}`."""
-        return {f"{reason} (the first: {where})": count for reason, (count, where) in self.left_out.items()}
+        return {
+            f"{reason} (the first: {where})": count
+            for reason, (count, where) in self.left_out.items()
+        }
 
     def __str__(self) -> str:
         return "; ".join(f"{count} {reason}" for reason, count in self.counts.items())
@@ -145,13 +178,17 @@ class Sieve:
     def check_some(self, rows: object, what: str) -> None:
         """UserError where no rows (or a count of none) are left, which says why. what: the source, as the user named it."""
         if not rows:
-            raise UserError(f"{what}: no rows; {f'all were left out: {self}' if self.left_out else 'the data set is empty'}")
+            raise UserError(
+                f"{what}: no rows; {f'all were left out: {self}' if self.left_out else 'the data set is empty'}"
+            )
 
 
 def check_no_answer(text: str, flag: str) -> None:
     """UserError where the answer of questions that have none is no text. flag: what sets it; "" sets none."""
     if text and not text.strip():
-        raise UserError(f"{flag} is {text!r}; give words such as 'unanswerable', or nothing to leave such questions out")
+        raise UserError(
+            f"{flag} is {text!r}; give words such as 'unanswerable', or nothing to leave such questions out"
+        )
     check_encodable(text, flag)
 
 
@@ -160,7 +197,11 @@ def check_no_answer(text: str, flag: str) -> None:
 
 def is_wrapper(raw: object) -> bool:
     """Whether a JSON value is no row, but holds rows as its `data`."""
-    return isinstance(raw, dict) and isinstance(raw.get("data"), list) and not raw.keys() & (FIELDS - {"data", "id"})
+    return (
+        isinstance(raw, dict)
+        and isinstance(raw.get("data"), list)
+        and not raw.keys() & (FIELDS - {"data", "id"})
+    )
 
 
 def unwrapped(raw: object, where: str, number: str) -> Iterator[tuple[object, str, str]]:
@@ -180,7 +221,9 @@ def parse(raw: object, where: str, default_id: str) -> list[Row]:
 
 def _parse(raw, where, default_id, subset):
     if not isinstance(raw, dict):
-        raise UserError(f"a JSON {type(raw).__name__}, expected an object with text, or context, question and answers")
+        raise UserError(
+            f"a JSON {type(raw).__name__}, expected an object with text, or context, question and answers"
+        )
     own, subset = name_of(raw, "id"), name_of(raw, "subset") or subset
     tail = (where, own or default_id, subset, bool(own))
     for text, question, answer in QUESTION_FORMS:
@@ -197,7 +240,9 @@ def _parse(raw, where, default_id, subset):
     elif isinstance(raw.get("paragraphs"), list):
         for number, item in enumerate(raw["paragraphs"]):
             with placed(f"paragraph {number + 1}"):
-                yield from _parse(item, f"{where}: paragraph {number + 1}", f"{default_id}.{number}", subset)
+                yield from _parse(
+                    item, f"{where}: paragraph {number + 1}", f"{default_id}.{number}", subset
+                )
     elif chat := next((field for field in CHATS if field in raw), None):
         yield Row(*_chat(raw, chat), *tail)
     elif raw.keys() & set(TEXTS) and not raw.keys() & {"question", "answer", "answers"}:
@@ -261,7 +306,9 @@ def answers_of(raw: dict) -> tuple[str, ...]:
     if isinstance(answers, list):
         answers = [a for a in map(_answer_text, answers) if not _absent(a)]
     if not isinstance(answers, list) or not all(isinstance(a, str) for a in answers):
-        raise UserError(f"{field} is {shown(value)}, expected a list of texts, or a text (a number in quotes)")
+        raise UserError(
+            f"{field} is {shown(value)}, expected a list of texts, or a text (a number in quotes)"
+        )
     for answer in answers:
         check_encodable(answer, field)
     return tuple(answers)
@@ -270,7 +317,11 @@ def answers_of(raw: dict) -> tuple[str, ...]:
 def _answer_text(answer):
     """What an object that is an answer, or several, has as its text, None where it is empty; anything else, such as an object of other
     fields, as it is."""
-    return answer.get("text") if isinstance(answer, dict) and ("text" in answer or not answer) else answer
+    return (
+        answer.get("text")
+        if isinstance(answer, dict) and ("text" in answer or not answer)
+        else answer
+    )
 
 
 def _is_impossible(raw):
@@ -288,12 +339,23 @@ def paragraph(raw: dict, where: str, default_id: str, subset: str = "") -> Itera
         raise UserError(f"qas is {shown(questions)}, expected a list of questions")
     for number, question in enumerate(questions):
         if not isinstance(question, dict):
-            raise UserError(f"qas holds {shown(question)}, expected an object with question and answers")
+            raise UserError(
+                f"qas holds {shown(question)}, expected an object with question and answers"
+            )
         if not question.keys() & {"answers", "answer", "is_impossible"}:
-            raise UserError(f"answers is missing in a question of qas; its fields are {listed(question)}")
+            raise UserError(
+                f"answers is missing in a question of qas; its fields are {listed(question)}"
+            )
         own = name_of(question, "id") if "qid" not in question else name_of(question, "qid")
         # The id is the question's: the text is one, whatever is asked of it.
-        yield Row(text, text_of(question, "question"), answers_of(question), where, own or f"{default_id}.{number}", subset)
+        yield Row(
+            text,
+            text_of(question, "question"),
+            answers_of(question),
+            where,
+            own or f"{default_id}.{number}",
+            subset,
+        )
     if not questions:
         yield Row(text, None, None, where, default_id, subset)
 
@@ -304,7 +366,9 @@ def _chat(raw, field):
     """
     messages = [] if _absent(raw[field]) else raw[field]
     if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
-        raise UserError(f"{field} is {shown(messages)}, expected a list of messages with role and content")
+        raise UserError(
+            f"{field} is {shown(messages)}, expected a list of messages with role and content"
+        )
     system = text_of(raw, "system")
     turns = [("system", system)] if system else []
     turns += [(_role(m, field), _content(m, field)) for m in messages]
@@ -321,7 +385,9 @@ def _role(message, field):
     role = message.get("role", message.get("from"))
     known = ROLES.get(role.lower()) if isinstance(role, str) else None
     if known is None:
-        raise UserError(f"{field} holds a message of role {shown(role)}; expected {', '.join(ROLES)}")
+        raise UserError(
+            f"{field} holds a message of role {shown(role)}; expected {', '.join(ROLES)}"
+        )
     return known
 
 

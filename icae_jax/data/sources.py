@@ -30,7 +30,11 @@ __all__ = [
 
 def _parts(source, told=False):
     """The sets and files of a source, in order."""
-    return [p for path in split_source(source) for p in ([path] if places.is_set(path) else places.files_of(path, told))]
+    return [
+        p
+        for path in split_source(source)
+        for p in ([path] if places.is_set(path) else places.files_of(path, told))
+    ]
 
 
 def check_present(source: str, tfds_dir: str | None = None) -> None:
@@ -44,7 +48,9 @@ def check_present(source: str, tfds_dir: str | None = None) -> None:
             places.check_file(part)
 
 
-def identity(source: str, tfds_dir: str | None = None, content_hash=reading.content_hash, no_answer: str = "") -> list:
+def identity(
+    source: str, tfds_dir: str | None = None, content_hash=reading.content_hash, no_answer: str = ""
+) -> list:
     """What a source is known by: how its files are read and what is in them, wherever they lie; what a set says of itself.
 
     content_hash: of a file; one that remembers, where large files are asked for again and again. no_answer: as for `read_rows`.
@@ -73,7 +79,9 @@ def earlier_identity(source: str, tfds_dir: str | None = None) -> list:
             result.append(tfds_sets.identity(str(path), tfds_dir))
         elif path.is_file():  # it knew no folders, nor what is elsewhere
             stat = path.stat()
-            result.append([path.name, stat.st_size, stat.st_mtime_ns, reading.ends(path, stat.st_size)])
+            result.append(
+                [path.name, stat.st_size, stat.st_mtime_ns, reading.ends(path, stat.st_size)]
+            )
     return result
 
 
@@ -84,7 +92,10 @@ def _raw_rows(part, name, prefix, tfds_dir, max_row_bytes):
     elif places.is_set(part):
         found = hub_sets.read(part)
     elif formats.kind(part) == formats.TEXT:
-        found, prefix = ((raw, where, name) for raw, where, _ in formats.raw_rows(part, max_row_bytes)), ""
+        found, prefix = (
+            ((raw, where, name) for raw, where, _ in formats.raw_rows(part, max_row_bytes)),
+            "",
+        )
     else:
         found = formats.raw_rows(part, max_row_bytes)
     for raw, where, number in found:
@@ -92,7 +103,10 @@ def _raw_rows(part, name, prefix, tfds_dir, max_row_bytes):
 
 
 def read_rows(
-    source: str, tfds_dir: str | None = None, max_row_bytes: int = reading.MAX_ROW_BYTES, sieve: Sieve | None = None
+    source: str,
+    tfds_dir: str | None = None,
+    max_row_bytes: int = reading.MAX_ROW_BYTES,
+    sieve: Sieve | None = None,
 ) -> Iterator[Row]:
     """Yields the `Row`s of a source in order that can be used, as the sieve says, which counts the others.
 
@@ -146,7 +160,9 @@ def with_ids(rows: list[Row]) -> dict[str, Row]:
         if row.own_id:
             first = own.setdefault(row.id, row)
             if first.text != row.text:
-                raise UserError(f"{row.where}: id {row.id!r} is that of another text too ({first.where}); give each text an id of its own")
+                raise UserError(
+                    f"{row.where}: id {row.id!r} is that of another text too ({first.where}); give each text an id of its own"
+                )
             named.add(row.text)
     found = {}
     for row in rows:

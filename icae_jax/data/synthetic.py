@@ -22,8 +22,12 @@ def _words(text):
     return tuple(text.split())
 
 
-FIRST_NAMES = _words("Anna Boris Clara David Elena Felix Greta Hugo Irene Jonas Karin Louis Maria Nils Olga Pavel")
-LAST_NAMES = _words("Abbott Baker Carter Dunn Ellis Fisher Grant Hayes Irwin Jensen Keller Lambert Mason Novak Olsen Parker")
+FIRST_NAMES = _words(
+    "Anna Boris Clara David Elena Felix Greta Hugo Irene Jonas Karin Louis Maria Nils Olga Pavel"
+)
+LAST_NAMES = _words(
+    "Abbott Baker Carter Dunn Ellis Fisher Grant Hayes Irwin Jensen Keller Lambert Mason Novak Olsen Parker"
+)
 
 # How a person is brought in, with the full name; every other sentence has the first name alone.
 OPENINGS = ("Meet {first} {last}.", "Here comes {first} {last}.")
@@ -34,23 +38,33 @@ OPENINGS = ("Meet {first} {last}.", "Here comes {first} {last}.")
 KINDS = {
     "birthplace": (
         ("{name} was born in {value}.", "{name} grew up in {value}."),
-        _words("Paris London Rome Madrid Vienna Oslo Cairo Lima Tokyo Delhi Athens Dublin Lisbon Prague Warsaw Berlin"),
+        _words(
+            "Paris London Rome Madrid Vienna Oslo Cairo Lima Tokyo Delhi Athens Dublin Lisbon Prague Warsaw Berlin"
+        ),
     ),
     "trade": (
         ("{name} works as a {value}.", "{name} trained as a {value}."),
-        _words("tailor doctor painter lawyer farmer teacher nurse pilot judge cook miner sailor plumber singer writer banker"),
+        _words(
+            "tailor doctor painter lawyer farmer teacher nurse pilot judge cook miner sailor plumber singer writer banker"
+        ),
     ),
     "pet": (
         ("{name} looks after a {value}.", "{name} lives with a {value}."),
-        _words("dog cat parrot rabbit hamster turtle goat pony lizard ferret snake hen duck donkey lamb pigeon"),
+        _words(
+            "dog cat parrot rabbit hamster turtle goat pony lizard ferret snake hen duck donkey lamb pigeon"
+        ),
     ),
     "instrument": (
         ("{name} practises on the {value}.", "{name} performs on the {value}."),
-        _words("violin piano flute cello harp drums guitar trumpet clarinet organ banjo oboe viola tuba lute horn"),
+        _words(
+            "violin piano flute cello harp drums guitar trumpet clarinet organ banjo oboe viola tuba lute horn"
+        ),
     ),
     "favourite dish": (
         ("{name} likes to eat {value}.", "{name} loves to cook {value}."),
-        _words("rice soup bread cheese salad pasta beans fish pancakes mushrooms lentils noodles carrots eggs potatoes plums"),
+        _words(
+            "rice soup bread cheese salad pasta beans fish pancakes mushrooms lentils noodles carrots eggs potatoes plums"
+        ),
     ),
     "arrival year": (
         ("{name} came here in {value}.", "{name} moved here in {value}."),
@@ -85,7 +99,9 @@ def _draw(rng, facts, people=2, fewest_shared=None):
         own = []
         for kind in kinds:
             phrasings, values = KINDS[kind]
-            value = rng.choice([v for v in values if v not in taken[kind]])  # never another person's value
+            value = rng.choice(
+                [v for v in values if v not in taken[kind]]
+            )  # never another person's value
             taken[kind].add(value)
             own.append((kind, value, rng.randrange(len(phrasings))))
         told.append((first, last, rng.randrange(len(OPENINGS)), own))
@@ -97,7 +113,10 @@ def _sentences(people):
     out = []
     for first, last, opening, own in people:
         out.append((OPENINGS[opening].format(first=first, last=last), (first, last)))
-        out += [(KINDS[kind][0][phrasing].format(name=first, value=value), (value,)) for kind, value, phrasing in own]
+        out += [
+            (KINDS[kind][0][phrasing].format(name=first, value=value), (value,))
+            for kind, value, phrasing in own
+        ]
     return out
 
 
@@ -134,7 +153,9 @@ def passage_bits():
             continue
         told = math.prod(len(KINDS[kind][0]) * len(KINDS[kind][1]) for kind in one)
         # The second person's value differs from the first person's where they share the kind.
-        told *= math.prod(len(KINDS[kind][0]) * (len(KINDS[kind][1]) - (kind in one)) for kind in two)
+        told *= math.prod(
+            len(KINDS[kind][0]) * (len(KINDS[kind][1]) - (kind in one)) for kind in two
+        )
         choices += told
     names = math.perm(len(FIRST_NAMES), 2) * math.perm(len(LAST_NAMES), 2)
     return math.log2(choices * names * math.factorial(FACTS) ** 2 * len(OPENINGS) ** 2)
@@ -166,18 +187,28 @@ def build_tokenizer():
     for piece in _pieces():
         (words if piece.isalnum() else marks).append(piece)
     vocabulary = [UNK, BOS, EOS, REPEAT, *marks, *("▁" + word for word in words)]
-    tokenizer = Tokenizer(models.WordLevel({piece: i for i, piece in enumerate(vocabulary)}, unk_token=UNK))
+    tokenizer = Tokenizer(
+        models.WordLevel({piece: i for i, piece in enumerate(vocabulary)}, unk_token=UNK)
+    )
     # A part that begins with a mark has no space to carry: the sign for one is taken away again.
     no_space = pre_tokenizers.Split(Regex(r"▁(?=[^\w▁])"), "removed")
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Metaspace(prepend_scheme="always"), no_space, _marks()])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Metaspace(prepend_scheme="always"), no_space, _marks()]
+    )
     tokenizer.decoder = decoders.Metaspace(prepend_scheme="always")
     # The spaces round <repeat> belong to it; they would otherwise come out as words of their own.
-    tokenizer.add_special_tokens([UNK, BOS, EOS, AddedToken(REPEAT, lstrip=True, rstrip=True, special=True)])
+    tokenizer.add_special_tokens(
+        [UNK, BOS, EOS, AddedToken(REPEAT, lstrip=True, rstrip=True, special=True)]
+    )
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{BOS} $A", pair=f"{BOS} $A $B", special_tokens=[(BOS, vocabulary.index(BOS))]
     )
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token=UNK, bos_token=BOS, eos_token=EOS, clean_up_tokenization_spaces=False
+        tokenizer_object=tokenizer,
+        unk_token=UNK,
+        bos_token=BOS,
+        eos_token=EOS,
+        clean_up_tokenization_spaces=False,
     )
 
 
@@ -212,10 +243,18 @@ def _mentions(rng, people, forms, words):
             start = f"{first} {kind}"
         elif form == "statement":
             phrasings = OPENINGS if kind == LAST_NAME else KINDS[kind][0]
-            start = rng.choice(phrasings).format(first=first, name=first, last="", value="").removesuffix(" .")
+            start = (
+                rng.choice(phrasings)
+                .format(first=first, name=first, last="", value="")
+                .removesuffix(" .")
+            )
         else:
             start, end = TEMPLATE.format(question=QUESTION.format(kind=kind, name=first)), EOS
-        parts += [(start, LITTLE), (value, WEIGHT if (first, kind) in told else LITTLE), (end, LITTLE)]
+        parts += [
+            (start, LITTLE),
+            (value, WEIGHT if (first, kind) in told else LITTLE),
+            (end, LITTLE),
+        ]
         told.add((first, kind))
         words -= len(start.split()) + 2
     return parts
@@ -233,14 +272,18 @@ def _facts(rng):
 
 def _quiz(rng):
     facts, people = rng.choice(((1, 3), (1, 4), (2, 2), (2, 3), (3, 2)))
-    return _mentions(rng, _draw(rng, facts, people), {"short": 0.4, "statement": 0.35, "question": 0.25}, 110)
+    return _mentions(
+        rng, _draw(rng, facts, people), {"short": 0.4, "statement": 0.35, "question": 0.25}, 110
+    )
 
 
 def _passage_questions(rng):
     people = _draw(rng, *rng.choice(((3, 2), (3, 2), (2, 2), (1, 3))), fewest_shared=FEWEST_SHARED)
     questions = _questions(people)
     parts = [(_text(people), LITTLE)]
-    for question, answer in rng.sample(questions, 4):  # few, so that answers can hardly be told from earlier ones
+    for question, answer in rng.sample(
+        questions, 4
+    ):  # few, so that answers can hardly be told from earlier ones
         parts += [(TEMPLATE.format(question=question), LITTLE), (answer, WEIGHT), (EOS, LITTLE)]
     return parts
 

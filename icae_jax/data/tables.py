@@ -13,7 +13,12 @@ from icae_jax.errors import UserError
 
 BATCH = 1000  # rows of a Parquet or Arrow file made Python's at once, at most
 BATCH_BYTES = 32 << 20  # and about so many bytes of them
-DELIMITERS = (",", ";", "\t", "|")  # of a csv; where several fit its first line alike, the first of them
+DELIMITERS = (
+    ",",
+    ";",
+    "\t",
+    "|",
+)  # of a csv; where several fit its first line alike, the first of them
 LISTS = ("answers", "messages", "conversations")  # columns whose cells may be JSON in a csv
 
 
@@ -21,7 +26,11 @@ LISTS = ("answers", "messages", "conversations")  # columns whose cells may be J
 
 
 def read_csv(
-    file: io.BufferedReader, path: str, most: int, fields: frozenset[str] = rows.FIELDS, delimiter: str = ""
+    file: io.BufferedReader,
+    path: str,
+    most: int,
+    fields: frozenset[str] = rows.FIELDS,
+    delimiter: str = "",
 ) -> Iterator[tuple[dict, str, int]]:
     """Yields (row, where it begins, its number). Every cell is a text. delimiter: "" to tell it by the first line.
 
@@ -54,7 +63,9 @@ def read_csv(
             continue
         if len(cells) != len(names):
             what = "cell" if len(cells) == 1 else "cells"
-            raise UserError(f"{path}:{began}: {len(cells)} {what}, but the first line names {len(names)} columns: {rows.listed(names)}")
+            raise UserError(
+                f"{path}:{began}: {len(cells)} {what}, but the first line names {len(names)} columns: {rows.listed(names)}"
+            )
         with rows.placed(f"{path}:{began}"):
             raw = {name: _cell(name, cell) for name, cell in zip(names, cells, strict=True)}
         yield raw, f"{path}:{began}", number
@@ -89,7 +100,9 @@ class _Lines:
         try:
             return line.decode("utf-8")
         except UnicodeDecodeError as error:
-            raise UserError(f"{self._path}:{self._number}: not UTF-8 ({error}); save it as UTF-8") from error
+            raise UserError(
+                f"{self._path}:{self._number}: not UTF-8 ({error}); save it as UTF-8"
+            ) from error
 
 
 def _delimiter(line, fields):
@@ -138,22 +151,41 @@ def _naming(path):
     except (pa.ArrowException, OSError) as error:
         if isinstance(error, OSError) and (error.errno is not None or errors.transient(error)):
             raise
-        raise UserError(f"data file {path}: cannot be read ({' '.join(str(error).split())[:300]}); is it whole?") from error
+        raise UserError(
+            f"data file {path}: cannot be read ({' '.join(str(error).split())[:300]}); is it whole?"
+        ) from error
 
 
-def read_parquet(path: str, most: int, fields: frozenset[str] = rows.FIELDS) -> Iterator[tuple[dict, str, int]]:
+def read_parquet(
+    path: str, most: int, fields: frozenset[str] = rows.FIELDS
+) -> Iterator[tuple[dict, str, int]]:
     """Yields (row, where, its number) of a Parquet file, those columns alone that `fields` names."""
     import pyarrow.parquet
 
-    with _naming(path), _open_table(path, (b"PAR1",)) as source, pyarrow.parquet.ParquetFile(source, pre_buffer=False) as file:
+    with (
+        _naming(path),
+        _open_table(path, (b"PAR1",)) as source,
+        pyarrow.parquet.ParquetFile(source, pre_buffer=False) as file,
+    ):
         names = wanted(file.schema_arrow.names, fields, f"data file {path}")
-        size = max((file.metadata.row_group(i).total_byte_size for i in range(file.metadata.num_row_groups)), default=0)
-        count = max((file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups)), default=0)
+        size = max(
+            (
+                file.metadata.row_group(i).total_byte_size
+                for i in range(file.metadata.num_row_groups)
+            ),
+            default=0,
+        )
+        count = max(
+            (file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups)),
+            default=0,
+        )
         batches = file.iter_batches(batch_size=_batch(size, count), columns=names)
         yield from _rows(batches, path, most)
 
 
-def read_arrow(path: str, most: int, fields: frozenset[str] = rows.FIELDS) -> Iterator[tuple[dict, str, int]]:
+def read_arrow(
+    path: str, most: int, fields: frozenset[str] = rows.FIELDS
+) -> Iterator[tuple[dict, str, int]]:
     """The same of an Arrow (Feather) file, or of a stream as the `datasets` library writes it."""
     import pyarrow as pa
 
@@ -178,14 +210,22 @@ def _open_table(path, beginnings):
     import pyarrow as pa
 
     if reading.packing(path):
-        raise UserError(f"data file {path}: such a table is packed by itself, and cannot be read through another packing; unpack it")
+        raise UserError(
+            f"data file {path}: such a table is packed by itself, and cannot be read through another packing; unpack it"
+        )
     with reading.open_file(path) as file:
         start = file.read(reading.CHUNK)
         reading.check_start(start, path)
         if not start.startswith(beginnings):
-            raise UserError(f"data file {path}: {reading.binary_kind(start) or 'text'}, not what its name says")
+            raise UserError(
+                f"data file {path}: {reading.binary_kind(start) or 'text'}, not what its name says"
+            )
         file.seek(0)
-        with pa.PythonFile(file, mode="r") if reading.is_remote(path) else pa.OSFile(str(path)) as source:
+        with (
+            pa.PythonFile(file, mode="r")
+            if reading.is_remote(path)
+            else pa.OSFile(str(path)) as source
+        ):
             yield source
 
 
@@ -212,15 +252,22 @@ def _rows(batches, path, most):
         for start in range(0, batch.num_rows, step):
             try:
                 raw_rows = _times_as_text(batch.slice(start, step)).to_pylist()
-            except (ValueError, ArithmeticError) as error:  # of values that Arrow has and Python has not
+            except (
+                ValueError,
+                ArithmeticError,
+            ) as error:  # of values that Arrow has and Python has not
                 if isinstance(error, UnicodeDecodeError):
                     raise
-                raise UserError(f"{path} row {number} or one of the next {step}: cannot be read ({error})") from error
+                raise UserError(
+                    f"{path} row {number} or one of the next {step}: cannot be read ({error})"
+                ) from error
             for raw in raw_rows:
                 where = f"{path} row {number}"
                 with rows.placed(where):
                     raw = plain(raw)
-                reading.check_size(sum(len(value) for value in raw.values() if isinstance(value, str)), where, most)
+                reading.check_size(
+                    sum(len(value) for value in raw.values() if isinstance(value, str)), where, most
+                )
                 yield raw, where, number
                 number += 1
 

@@ -31,7 +31,9 @@ def open_set(spec, tfds_dir=None):
 
 
 def _unreadable(spec, tfds_dir, error):
-    why = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)  # TFDS goes on to list all sets there are
+    why = next(
+        (line for line in str(error).splitlines() if line.strip()), type(error).__name__
+    )  # TFDS goes on to list all sets there are
     return f"{spec}: cannot be read as a prepared TFDS set in data.tfds_dir {tfds_dir!r} ({why}); icae prepare makes some"
 
 
@@ -42,14 +44,18 @@ def _splits(spec, split, present):
         return [split or "train"]
     first, dots, last = match.groups()
     if not dots and last:
-        raise UserError(f"{spec}: two months without .. between them; write FIRST..LAST, such as 2024-01..2024-04")
+        raise UserError(
+            f"{spec}: two months without .. between them; write FIRST..LAST, such as 2024-01..2024-04"
+        )
     first, last = (first or "0000-00"), (last or "9999-99") if dots else first
     months = sorted(s.replace("_", "-") for s in present if SPLIT_OF_MONTH.fullmatch(s))
     if not months:
         raise UserError(f"{spec}: the set has no months; its splits are {', '.join(present)}")
     chosen = [m.replace("-", "_") for m in months if first <= m <= last]
     if not chosen:
-        raise UserError(f"{spec}: no month of the set is in this range; it has {len(months)}, from {months[0]} to {months[-1]}")
+        raise UserError(
+            f"{spec}: no month of the set is in this range; it has {len(months)}, from {months[0]} to {months[-1]}"
+        )
     return chosen
 
 
@@ -57,7 +63,11 @@ def identity(spec, tfds_dir=None):
     """What tells a source's content from another's: its name, its splits, and what the set's own description says of its data."""
     builder, splits = open_set(spec, tfds_dir)
     told = [(builder.data_path / name) for name in ("dataset_info.json", "metadata.json")]
-    return [builder.info.full_name, splits, *(hashlib.sha256(p.read_bytes()).hexdigest() for p in told if p.exists())]
+    return [
+        builder.info.full_name,
+        splits,
+        *(hashlib.sha256(p.read_bytes()).hexdigest() for p in told if p.exists()),
+    ]
 
 
 def read(spec, tfds_dir=None):
@@ -73,7 +83,9 @@ def read(spec, tfds_dir=None):
             raise UserError(_unreadable(spec, tfds_dir, error)) from error
         where = f"{PREFIX}{spec.removeprefix(PREFIX).partition(':')[0]}:{split}"
         for start in range(0, len(source), BATCH):
-            for at, raw in enumerate(source.__getitems__(list(range(start, min(start + BATCH, len(source))))), start):
+            for at, raw in enumerate(
+                source.__getitems__(list(range(start, min(start + BATCH, len(source))))), start
+            ):
                 with rows.placed(f"{where} row {at}"):
                     plain = tables.plain(raw)
                 yield plain, f"{where} row {at}", str(number)

@@ -17,15 +17,16 @@ from typing import BinaryIO
 
 import numpy as np
 
-from icae_jax import errors
+from icae_jax import cache, errors, files
 from icae_jax.data import reading, rows, sources
-from icae_jax.interop import cache, files
-from icae_jax.interop import tokenizer as tokenizers
-from icae_jax.interop.text import user_ids
+from icae_jax.interop.hub import tokenizer as tokenizers
+from icae_jax.interop.hub.text import user_ids
 
 CACHE_VERSION = 2  # 1 made control tokens of what texts spelled, and knew files by their times
 BATCH = 1000  # rows handed to the tokenizer at once
-BATCH_CHARACTERS = 1 << 21  # and no more characters than these, but for a single row's; a token takes a hundred bytes meanwhile
+BATCH_CHARACTERS = (
+    1 << 21
+)  # and no more characters than these, but for a single row's; a token takes a hundred bytes meanwhile
 REMEMBERED = 1 << 20  # bytes from which on a file's hash is kept
 SETTLED = 2.0  # seconds after which a change of a file shows in its time
 GATHERED = 1 << 16  # questions put in order at once
@@ -70,11 +71,17 @@ class Tokens:
 
 def _tokenizer_identity(tokenizer):
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    return backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    return (
+        backend.to_str()
+        if backend is not None
+        else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    )
 
 
 def _key(version, tokenizer, source_identity):
-    return hashlib.sha256(json.dumps([version, _tokenizer_identity(tokenizer), source_identity]).encode()).hexdigest()
+    return hashlib.sha256(
+        json.dumps([version, _tokenizer_identity(tokenizer), source_identity]).encode()
+    ).hexdigest()
 
 
 def _hash_once(cache_dir, path):
@@ -93,7 +100,9 @@ def _hash_once(cache_dir, path):
                 os.utime(note)
             return noted["hash"]
     content = reading.content_hash(path)
-    if reading.stamp(path) == before and time.time() - changed / 1e9 > SETTLED:  # else another change could go by unseen
+    if (
+        reading.stamp(path) == before and time.time() - changed / 1e9 > SETTLED
+    ):  # else another change could go by unseen
         with contextlib.suppress(OSError):  # it can be hashed again
             files.write_json(note, known | {"hash": content})
     return content
@@ -110,8 +119,14 @@ class _Column:
         self._file = open(path, "wb")  # noqa: SIM115 - `close` closes it
         self._write_header()
 
-    def _write_header(self):  # numpy leaves room in it, so that it takes as many bytes whatever the count
-        header = {"descr": np.lib.format.dtype_to_descr(self.dtype), "fortran_order": False, "shape": (self.count,)}
+    def _write_header(
+        self,
+    ):  # numpy leaves room in it, so that it takes as many bytes whatever the count
+        header = {
+            "descr": np.lib.format.dtype_to_descr(self.dtype),
+            "fortran_order": False,
+            "shape": (self.count,),
+        }
         np.lib.format.write_array_header_1_0(self._file, header)
 
     def extend(self, values):
@@ -133,13 +148,18 @@ class _Pieces:
     """Many short arrays in one `_Column`, and where each ends in another."""
 
     def __init__(self, folder, name):
-        self.ids, self.offsets = _Column(folder / f"{name}_ids.npy", np.int32), _Column(folder / f"{name}_offsets.npy", np.int64)
+        self.ids, self.offsets = (
+            _Column(folder / f"{name}_ids.npy", np.int32),
+            _Column(folder / f"{name}_offsets.npy", np.int64),
+        )
         self.offsets.extend([0])
 
     def extend(self, pieces):
         lengths = np.fromiter(map(len, pieces), np.int64, len(pieces))
         self.offsets.extend(self.ids.count + np.cumsum(lengths))
-        self.ids.extend(np.fromiter(itertools.chain.from_iterable(pieces), np.int32, int(lengths.sum())))
+        self.ids.extend(
+            np.fromiter(itertools.chain.from_iterable(pieces), np.int32, int(lengths.sum()))
+        )
 
     def close(self):
         self.ids.close()
@@ -160,7 +180,11 @@ def _batches(rows: Iterable[sources.Row]) -> Iterator[list[sources.Row]]:
 
 def _digest(row):
     """A hash of a text that has questions, None of another, which stands as often as it comes."""
-    return None if row.question is None else hashlib.blake2b(row.text.encode(), digest_size=16).digest()
+    return (
+        None
+        if row.question is None
+        else hashlib.blake2b(row.text.encode(), digest_size=16).digest()
+    )
 
 
 def _build(folder, source, tokenizer, tfds_dir, max_row_bytes, sieve):
@@ -172,7 +196,9 @@ def _build(folder, source, tokenizer, tfds_dir, max_row_bytes, sieve):
     numbers = {}  # of texts with questions, by their hash; None for one without tokens
     with contextlib.ExitStack() as stack:
         texts, prompts, answers = (_Pieces(folder, name) for name in ("text", "prompt", "answer"))
-        owners = _Column(folder / "owners.npy", np.int64)  # the text of each question, in the order of the rows
+        owners = _Column(
+            folder / "owners.npy", np.int64
+        )  # the text of each question, in the order of the rows
         for column in (texts, prompts, answers, owners):
             stack.callback(column.close)
         for batch in _batches(sources.read_rows(source, tfds_dir, max_row_bytes, sieve)):
@@ -183,7 +209,10 @@ def _build(folder, source, tokenizer, tfds_dir, max_row_bytes, sieve):
                     new.setdefault(digest or at, row.text)
             pieces = dict(zip(new, user_ids(tokenizer, list(new.values())), strict=True))
             count = texts.offsets.count - 1
-            fresh = {name: count + i for i, name in enumerate(name for name, ids in pieces.items() if ids)}
+            fresh = {
+                name: count + i
+                for i, name in enumerate(name for name, ids in pieces.items() if ids)
+            }
             texts.extend([ids for ids in pieces.values() if ids])
             asked = []
             for at, (row, digest) in enumerate(zip(batch, digests, strict=True)):
@@ -193,14 +222,22 @@ def _build(folder, source, tokenizer, tfds_dir, max_row_bytes, sieve):
                 elif row.answers:
                     asked.append((number, row))
             numbers |= {digest: fresh.get(digest) for digest in new if isinstance(digest, bytes)}
-            fields = [user_ids(tokenizer, [getattr(row, field) for _, row in asked]) for field in ("question", "answer")]
+            fields = [
+                user_ids(tokenizer, [getattr(row, field) for _, row in asked])
+                for field in ("question", "answer")
+            ]
             whole = []
             for (number, row), prompt, answer in zip(asked, *fields, strict=True):
                 if prompt and answer:
                     whole.append((number, prompt, answer))
                 else:
-                    sieve.count(rows.ANSWER_WITHOUT_TOKENS if prompt else rows.QUESTION_WITHOUT_TOKENS, row.where)
-            for column, values in zip((owners, prompts, answers), zip(*whole, strict=True), strict=False):
+                    sieve.count(
+                        rows.ANSWER_WITHOUT_TOKENS if prompt else rows.QUESTION_WITHOUT_TOKENS,
+                        row.where,
+                    )
+            for column, values in zip(
+                (owners, prompts, answers), zip(*whole, strict=True), strict=False
+            ):
                 column.extend(values)
     count = texts.offsets.count - 1
     sieve.check_some(count, f"data source {source}")
@@ -231,14 +268,27 @@ def _reorder(folder, name, order):
         os.replace(folder / f"sorted_{path.name}", path)
 
 
-def tokenise(source, tokenizer, cache_dir="", tfds_dir=None, max_row_bytes=reading.MAX_ROW_BYTES, no_answer="", strict="") -> Tokens:
+def tokenise(
+    source,
+    tokenizer,
+    cache_dir="",
+    tfds_dir=None,
+    max_row_bytes=reading.MAX_ROW_BYTES,
+    no_answer="",
+    strict="",
+) -> Tokens:
     """`Tokens` of a source, from the cache where the same tokenizer and content were tokenised before, else by one process of the host.
 
     no_answer, strict: as for `rows.Sieve`. UserError names the file and line of malformed rows, or an empty data set. A fault that passes
     is tried again.
     """
     what = f"tokenising {source}"
-    found = errors.retrying(lambda: sources.identity(source, tfds_dir, functools.partial(_hash_once, cache_dir), no_answer), what)
+    found = errors.retrying(
+        lambda: sources.identity(
+            source, tfds_dir, functools.partial(_hash_once, cache_dir), no_answer
+        ),
+        what,
+    )
     earlier = errors.retrying(lambda: sources.earlier_identity(source, tfds_dir), what)
     key, earlier_key = _key(CACHE_VERSION, tokenizer, found), _key(1, tokenizer, earlier)
     root = files.cache_folder(cache_dir, pathlib.Path("tokens") / key[:32] / cache.ABOUT)
@@ -249,7 +299,12 @@ def tokenise(source, tokenizer, cache_dir="", tfds_dir=None, max_row_bytes=readi
     while (held := _held(folder, made_by)) is None:
         with cache.alone(folder, what):
             if not (folder / cache.ABOUT).exists():
-                errors.retrying(lambda: _write(folder, source, tokenizer, tfds_dir, max_row_bytes, sieve.fresh(), made_by), what)
+                errors.retrying(
+                    lambda: _write(
+                        folder, source, tokenizer, tfds_dir, max_row_bytes, sieve.fresh(), made_by
+                    ),
+                    what,
+                )
         most = cache.bound()
         with contextlib.suppress(OSError):  # what cannot be removed takes room, and does no harm
             removed = cache.prune(root, most, CACHE_VERSION)
@@ -258,7 +313,9 @@ def tokenise(source, tokenizer, cache_dir="", tfds_dir=None, max_row_bytes=readi
                 told = f"{len(removed)} unused for longest removed, {freed:,.2f} GiB (${cache.VARIABLE})"
                 print(f"cache {root}: {told}", file=sys.stderr, flush=True)
     sieve.add(_about(folder).get("left_out", {}))  # absent where nothing could be left out yet
-    return Tokens(**_arrays(folder), key=key, earlier_key=earlier_key, left_out=sieve.counts, held=held)
+    return Tokens(
+        **_arrays(folder), key=key, earlier_key=earlier_key, left_out=sieve.counts, held=held
+    )
 
 
 def _held(folder, made_by):
@@ -284,7 +341,10 @@ def _held(folder, made_by):
 
 
 def _remove(folder):
-    with errors.naming(f"cache {folder}: cannot be made anew"), contextlib.suppress(FileNotFoundError):  # another process may be at it, too
+    with (
+        errors.naming(f"cache {folder}: cannot be made anew"),
+        contextlib.suppress(FileNotFoundError),
+    ):  # another process may be at it, too
         gone = folder.with_name(f".gone.{secrets.token_hex(8)}")
         os.rename(folder, gone)
         shutil.rmtree(gone, ignore_errors=True)
@@ -314,14 +374,24 @@ def _write(folder, source, tokenizer, tfds_dir, max_row_bytes, sieve, made_by):
     tmp.mkdir()  # as open as the umask says: others may share the cache
     try:
         _build(tmp, source, tokenizer, tfds_dir, max_row_bytes, sieve)
-        files.write_json(tmp / cache.ABOUT, {"version": CACHE_VERSION, "source": source, "left_out": sieve.left_out, "tokenizer": made_by})
+        files.write_json(
+            tmp / cache.ABOUT,
+            {
+                "version": CACHE_VERSION,
+                "source": source,
+                "left_out": sieve.left_out,
+                "tokenizer": made_by,
+            },
+        )
         files.flush(tmp)
         if folder.exists() and not (folder / cache.ABOUT).exists():  # damaged, or in part removed
             _remove(folder)
         try:
             os.rename(tmp, folder)
         except OSError:
-            if not (folder / cache.ABOUT).exists():  # else another process was first where the filesystem has no locks, with the same
+            if not (
+                folder / cache.ABOUT
+            ).exists():  # else another process was first where the filesystem has no locks, with the same
                 raise
     finally:
         shutil.rmtree(tmp, ignore_errors=True)

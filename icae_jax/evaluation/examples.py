@@ -7,7 +7,9 @@ import pathlib
 from icae_jax.data import places, sources
 from icae_jax.errors import UserError
 
-QUESTIONS_AT_ONCE = 8  # of one context; more of them make several examples, so that a batch stays small
+QUESTIONS_AT_ONCE = (
+    8  # of one context; more of them make several examples, so that a batch stays small
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,8 +63,13 @@ def _hash(*parts):
 
 def named_sources(data):
     """`{name: source}` of comma-joined sources: `NAME=SOURCE`, or by default the file's name (with its folder's, where two are alike)."""
-    given = sources.split_source(data, lambda item: item if pathlib.Path(item).exists() else item.partition("=")[2])
-    named = [item.partition("=")[::2] if "=" in item and not pathlib.Path(item).exists() else ("", item) for item in given]
+    given = sources.split_source(
+        data, lambda item: item if pathlib.Path(item).exists() else item.partition("=")[2]
+    )
+    named = [
+        item.partition("=")[::2] if "=" in item and not pathlib.Path(item).exists() else ("", item)
+        for item in given
+    ]
 
     def default(source, parts):
         if places.is_set(source):
@@ -77,7 +84,9 @@ def named_sources(data):
         names = [name or default(source, parts) for name, source in named]
         if len(set(names)) == len(names):
             return dict(zip(names, (source for _, source in named), strict=True))
-    raise UserError(f"--data {data}: two sources have one name; give names, as in NAME=FILE,NAME=FILE")
+    raise UserError(
+        f"--data {data}: two sources have one name; give names, as in NAME=FILE,NAME=FILE"
+    )
 
 
 def read(data, tfds_dir, limit, seed, sieve=None):
@@ -88,7 +97,9 @@ def read(data, tfds_dir, limit, seed, sieve=None):
     a source is empty or malformed.
     """
     if limit < 0:
-        raise UserError(f"--limit is {limit}; give how many texts of each set to take, or 0 for all")
+        raise UserError(
+            f"--limit is {limit}; give how many texts of each set to take, or 0 for all"
+        )
     found, seen = {}, {}  # seen: the ids of a set's texts, and of its questions
     for name, source in named_sources(data).items():
         own = sieve.fresh() if sieve else sources.Sieve()
@@ -100,12 +111,20 @@ def read(data, tfds_dir, limit, seed, sieve=None):
             where = f"{name}/{row.subset}" if row.subset else name
             _, questions = found.setdefault((where, row.text), (row.id, []))
             if row.answers:
-                questions.append(Question(_unused(seen.setdefault((where, "questions"), {}), row.id), row.question, row.answers))
+                questions.append(
+                    Question(
+                        _unused(seen.setdefault((where, "questions"), {}), row.id),
+                        row.question,
+                        row.answers,
+                    )
+                )
     sets = {}
     for (where, text), (row_id, questions) in found.items():
         questions.sort(key=lambda q: (q.text, q.answers, q.id))  # whatever the order of the lines
         key = _hash(text, *((q.text, q.answers) for q in questions))
-        row_id = _unused(seen.setdefault((where, "texts"), {}), questions[0].id if questions else row_id)
+        row_id = _unused(
+            seen.setdefault((where, "texts"), {}), questions[0].id if questions else row_id
+        )
         sets.setdefault(where, []).append(Text(key, row_id, where, text, tuple(questions)))
     return {where: sorted(texts, key=lambda t: _hash(seed, t.key)) for where, texts in sets.items()}
 
@@ -145,7 +164,15 @@ def make(sets, limit, suite):
 
 def example(text, ids, part="", **rest):
     """An `Example` of a text. part: what tells it from others of the same text."""
-    return Example(_hash(text.key, text.set, part), text.key, text.id, text.set, tuple(ids), text=_hash(text.text), **rest)
+    return Example(
+        _hash(text.key, text.set, part),
+        text.key,
+        text.id,
+        text.set,
+        tuple(ids),
+        text=_hash(text.text),
+        **rest,
+    )
 
 
 def with_partners(examples):

@@ -10,8 +10,8 @@ from icae_jax.compression.memory import Prefix
 from icae_jax.errors import UserError
 from icae_jax.inference import generate as decoding
 from icae_jax.inference.compressor import Score, batches
-from icae_jax.interop import base as bases
-from icae_jax.interop import tokenizer as tokenizers
+from icae_jax.interop.hub import base as bases
+from icae_jax.interop.hub import tokenizer as tokenizers
 from icae_jax.models import llama
 from icae_jax.objectives import loss, targets
 
@@ -26,7 +26,13 @@ def _up(n, step=STEP):
 def no_prefix(config, rows, dtype=jnp.float32):
     """A prefix of no positions: the decoder starts at position 0."""
     empty = np.zeros((config.num_layers, rows, 0, config.num_kv_heads, config.head_dim), dtype)
-    return Prefix(empty, empty, np.zeros((rows, 0), bool), np.zeros((rows, 0), np.int32), np.zeros(rows, np.int32))
+    return Prefix(
+        empty,
+        empty,
+        np.zeros((rows, 0), bool),
+        np.zeros((rows, 0), np.int32),
+        np.zeros(rows, np.int32),
+    )
 
 
 def start_ids(compressor):
@@ -40,8 +46,15 @@ def template_of(compressor, name=None):
 
     name: another of `objectives.targets.TEMPLATES`.
     """
-    template = targets.make_template(name, compressor.base.tokenizer) if name else compressor.adapter.template
-    plain = {part: tuple(i for i in getattr(template, part) if i >= 0) for part in ("head", "before", "after")}
+    template = (
+        targets.make_template(name, compressor.base.tokenizer)
+        if name
+        else compressor.adapter.template
+    )
+    plain = {
+        part: tuple(i for i in getattr(template, part) if i >= 0)
+        for part in ("head", "before", "after")
+    }
     return targets.Template(template.name, *plain.values(), template.stop)
 
 
@@ -61,7 +74,9 @@ def generate(compressor, prompts, limits, batch_size=32, stop=None):
     """
     base, result = compressor.base, []
     if not all(map(len, prompts)):
-        raise UserError("a prompt without a memory has no tokens; the base has nothing to go on from")
+        raise UserError(
+            "a prompt without a memory has no tokens; the base has nothing to go on from"
+        )
     tokenizers.check_ids(prompts, base.config.vocab_size, lambda i: f"prompt {i}", base.tokenizer)
     _check([len(p) + n for p, n in zip(prompts, limits, strict=True)], base.config)
     for at in batches(len(prompts), batch_size):
@@ -98,13 +113,18 @@ def score(compressor, rows, batch_size=32):
     UserError where a target leaves the base's positions.
     """
     base = compressor.base
-    tokenizers.check_ids([row.ids for row in rows], base.config.vocab_size, lambda i: f"target {i}", base.tokenizer)
+    tokenizers.check_ids(
+        [row.ids for row in rows], base.config.vocab_size, lambda i: f"target {i}", base.tokenizer
+    )
     _check([len(row.ids) - 1 for row in rows], base.config)
     scores = []
     for at in batches(len(rows), batch_size):
         part = rows[at : at + batch_size]
         size = compressor.rows(batch_size if at else len(part))
-        T, U = (_up(max(n)) for n in ([len(r.ids) - 1 for r in part], [len(r.ids) - r.label_start for r in part]))
+        T, U = (
+            _up(max(n))
+            for n in ([len(r.ids) - 1 for r in part], [len(r.ids) - r.label_start for r in part])
+        )
         batch = targets.pack([[row] for row in part] + [[]] * (size - len(part)), 1, T, U)
         batch = {name: x[:, 0] for name, x in batch.items()}
         placed = compressor.put((batch["ids"], batch["label_at"], batch["labels"]))
@@ -125,11 +145,15 @@ def answer(compressor, questions, contexts=None, max_new_tokens=32, batch_size=3
     for i, row in enumerate(questions):
         context = compressor.ids(contexts[i]) if contexts else []
         prompts += [prompt(compressor, template, context, compressor.ids(q)) for q in row]
-    made = iter(generate(compressor, prompts, [max_new_tokens] * len(prompts), batch_size, template.stop))
+    made = iter(
+        generate(compressor, prompts, [max_new_tokens] * len(prompts), batch_size, template.stop)
+    )
     return [[next(made).text for _ in row] for row in questions]
 
 
 def _check(needed, config):
     over = [n for n in needed if n > config.max_position_embeddings]
     if over:
-        raise UserError(f"{over[0]} tokens without a memory exceed the base's {config.max_position_embeddings} positions")
+        raise UserError(
+            f"{over[0]} tokens without a memory exceed the base's {config.max_position_embeddings} positions"
+        )

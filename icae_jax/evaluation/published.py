@@ -26,7 +26,9 @@ class Record(NamedTuple):
     base: str
     data: str  # the set or the kind of text
     tokens: int | None  # of the context, at most; None where it is not told
-    memory: int | None  # memory tokens; None where only the ratio is told, or where there is no memory
+    memory: (
+        int | None
+    )  # memory tokens; None where only the ratio is told, or where there is no memory
     ratio: int | None  # tokens for each memory token, where it is told instead
     arm: str
     metric: str  # with its unit
@@ -42,7 +44,14 @@ class _Table(NamedTuple):
 
 def _table(caption, source, suite, rows, columns, header, body, **fixed):
     """header: the values of the fields `columns`, for each column. body: `{values of the fields rows: values, None where none is told}`."""
-    fixed = {"source": source, "suite": suite, "base": NOT_STATED, "tokens": None, "memory": None, "ratio": None} | fixed
+    fixed = {
+        "source": source,
+        "suite": suite,
+        "base": NOT_STATED,
+        "tokens": None,
+        "memory": None,
+        "ratio": None,
+    } | fixed
     rows, columns, records = rows.split(), columns.split(), []
     for row, values in body.items():
         for column, value in zip(header, values, strict=True):
@@ -52,7 +61,14 @@ def _table(caption, source, suite, rows, columns, header, body, **fixed):
     return _Table(caption, tuple(rows), tuple(columns), tuple(records))
 
 
-_QA_SETS = [("ArxivQA",), ("SQuAD",), ("RelationExtraction",), ("HotpotQA",), ("RACE",), ("average of the five",)]
+_QA_SETS = [
+    ("ArxivQA",),
+    ("SQuAD",),
+    ("RelationExtraction",),
+    ("HotpotQA",),
+    ("RACE",),
+    ("average of the five",),
+]
 _QA_OF_500X = {"base": "Llama-3-8B-Instruct", "tokens": 500}
 _MRQA = [("MRQA, in domain",), ("MRQA, out of domain",)]
 
@@ -284,7 +300,13 @@ TABLES = (
 )  # fmt: skip
 RECORDS = tuple(record for table in TABLES for record in table.records)
 
-_NAMES = {"memory": "memory tokens", "ratio": "tokens per memory token", "data": "", "arm": "", "metric": ""}
+_NAMES = {
+    "memory": "memory tokens",
+    "ratio": "tokens per memory token",
+    "data": "",
+    "arm": "",
+    "metric": "",
+}
 
 
 def tables(suite):
@@ -311,10 +333,17 @@ def _text(table):
     record = table.records[0]
     shared = [
         value
-        for field, value in (("base", f"base {record.base}"), ("data", record.data), ("metric", record.metric))
+        for field, value in (
+            ("base", f"base {record.base}"),
+            ("data", record.data),
+            ("metric", record.metric),
+        )
         if field not in table.rows + table.columns
     ]
-    header = [*(_NAMES.get(field, field) for field in table.rows), *(", ".join(map(_cell, column)) for column in columns)]
+    header = [
+        *(_NAMES.get(field, field) for field in table.rows),
+        *(", ".join(map(_cell, column)) for column in columns),
+    ]
     return f"{table.caption}; {', '.join(shared)}. {record.source}. {DIFFERS}", header, cells
 
 

@@ -11,7 +11,7 @@ import zlib
 
 import numpy as np
 
-from icae_jax.interop import files
+from icae_jax import files
 
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #1b1f24; }
@@ -27,7 +27,17 @@ figure { margin: 1.2rem 0; } figcaption { color: #57606a; } svg { max-width: 100
 DIFFERENCE_LEGEND = "<p><del>lost</del> <ins>made up</ins> (⏎ stands for a line break)</p>"
 
 # Paul Tol's "muted" colours, which remain apart for colour-blind readers. The controls without a memory are in black and grey everywhere.
-COLOURS = ("#CC6677", "#332288", "#999933", "#117733", "#88CCEE", "#882255", "#44AA99", "#DDCC77", "#AA4499")
+COLOURS = (
+    "#CC6677",
+    "#332288",
+    "#999933",
+    "#117733",
+    "#88CCEE",
+    "#882255",
+    "#44AA99",
+    "#DDCC77",
+    "#AA4499",
+)
 CONTROLS = {"full context": "#000000", "no context": "#999999"}
 MARKERS = "osD^vP*Xp<>"  # the second sign of an arm, for who sees no colours
 MOST_LABELS = 16  # along the x axis
@@ -47,7 +57,12 @@ def text_table(header, rows):
     widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
     lines = []
     for row in rows:
-        lines.append("  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))))
+        lines.append(
+            "  ".join(
+                c.ljust(w) if i == 0 else c.rjust(w)
+                for i, (c, w) in enumerate(zip(row, widths, strict=True))
+            )
+        )
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
@@ -100,12 +115,22 @@ def _read_back(text):
     return text.removeprefix(_NO_WIDTH).replace(r"\$", "$")
 
 
-def curves(series, xlabel="step", ylabel="loss (nats per token)", log=False, title=None, caption=None, colours=None):
+def curves(
+    series,
+    xlabel="step",
+    ylabel="loss (nats per token)",
+    log=False,
+    title=None,
+    caption=None,
+    colours=None,
+):
     """A line chart as SVG. series: `{name: (xs, ys, dashed)}`. The rest: as `lines`."""
     figure, axes = _axes(xlabel, ylabel, title, [x for xs, *_ in series.values() for x in xs])
     colours = colours or palette(series)
     for name, (xs, ys, dashed) in series.items():
-        axes.plot(xs, ys, "--" if dashed else "-", label=literal(name), linewidth=1.6, color=colours[name])
+        axes.plot(
+            xs, ys, "--" if dashed else "-", label=literal(name), linewidth=1.6, color=colours[name]
+        )
     return _svg(figure, axes, log, caption)
 
 
@@ -118,15 +143,29 @@ def lines(series, xlabel, ylabel, log=False, title=None, caption=None, colours=N
     """
     for name, (xs, estimates) in series.items():
         if len(xs) != len(estimates) or not len(xs):
-            raise ValueError(f"{name}: {len(xs)} positions and {len(estimates)} values; give one value for each, and at least one")
+            raise ValueError(
+                f"{name}: {len(xs)} positions and {len(estimates)} values; give one value for each, and at least one"
+            )
     positions = [x for xs, _ in series.values() for x in xs]
     if len(set(positions)) == 1:
-        return bars([f"{positions[0]:g}"], {name: e for name, (_, e) in series.items()}, ylabel, xlabel, title, caption, colours)
+        return bars(
+            [f"{positions[0]:g}"],
+            {name: e for name, (_, e) in series.items()},
+            ylabel,
+            xlabel,
+            title,
+            caption,
+            colours,
+        )
     figure, axes = _axes(xlabel, ylabel, title, positions)
     colours = colours or palette(series)
     for i, (name, (xs, estimates)) in enumerate(series.items()):
         mean, low, high = np.array([e[:3] for e in estimates], float).T
-        mark = {"marker": MARKERS[i % len(MARKERS)], "markersize": 4.5, "markevery": math.ceil(len(xs) / 20)}
+        mark = {
+            "marker": MARKERS[i % len(MARKERS)],
+            "markersize": 4.5,
+            "markevery": math.ceil(len(xs) / 20),
+        }
         axes.plot(xs, mean, label=literal(name), linewidth=1.6, color=colours[name], **mark)
         if len(xs) == 1:  # a band over one position has no width
             _error_bars(axes, xs, mean, low, high, colours[name])
@@ -145,12 +184,16 @@ def bars(groups, series, ylabel, xlabel="", title=None, caption=None, colours=No
     width = 0.84 / max(len(series), 1)
     for i, (arm, estimates) in enumerate(series.items()):
         if len(estimates) != len(groups):
-            raise ValueError(f"{arm}: {len(estimates)} values for {len(groups)} groups; give one for each, or None")
+            raise ValueError(
+                f"{arm}: {len(estimates)} values for {len(groups)} groups; give one for each, or None"
+            )
         at = np.flatnonzero([e is not None for e in estimates])
         mean, low, high = np.array([estimates[j][:3] for j in at], float).reshape(-1, 3).T
         xs = at + (i - (len(series) - 1) / 2) * width
         axes.bar(xs, mean, width * 0.94, label=literal(arm), color=colours[arm])
-        if len(groups) * len(series) <= 60:  # wide enough for a white rim, which is seen on dark bars
+        if (
+            len(groups) * len(series) <= 60
+        ):  # wide enough for a white rim, which is seen on dark bars
             _error_bars(axes, xs, mean, low, high, "#ffffff", 3)
         _error_bars(axes, xs, mean, low, high, "#000000")
     every = math.ceil(len(groups) / MOST_LABELS)
@@ -166,12 +209,16 @@ def bars(groups, series, ylabel, xlabel="", title=None, caption=None, colours=No
 
 
 def _error_bars(axes, xs, mean, low, high, colour, width=1.2):
-    ends = np.stack([mean - low, high - mean]).clip(0)  # a percentile interval may leave its mean outside
+    ends = np.stack([mean - low, high - mean]).clip(
+        0
+    )  # a percentile interval may leave its mean outside
     axes.errorbar(xs, mean, ends, fmt="none", ecolor=colour, elinewidth=width)
 
 
 def _axes(xlabel, ylabel, title, positions=()):
-    from matplotlib.figure import Figure  # without pyplot there is no global state, and no backend to choose
+    from matplotlib.figure import (
+        Figure,  # without pyplot there is no global state, and no backend to choose
+    )
 
     figure = Figure(figsize=(8, 4))
     axes = figure.subplots()
@@ -194,19 +241,36 @@ def _svg(figure, axes, log, caption):
         axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter(ticker.NullFormatter())
-    axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.01, 1))  # beside the data, never on them
+    axes.legend(
+        frameon=False, loc="upper left", bbox_to_anchor=(1.01, 1)
+    )  # beside the data, never on them
     buffer = io.StringIO()
     # Text stays text: small, found by a search, in the reader's font. The fixed salt and no metadata: the same bytes every time.
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": "icae"}), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from font")  # the reader's font has it
-        figure.savefig(buffer, format="svg", bbox_inches="tight", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+        figure.savefig(
+            buffer,
+            format="svg",
+            bbox_inches="tight",
+            metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")),
+        )
     svg = buffer.getvalue()
-    svg = re.sub(r'<g id="[^"]*"', "<g", svg[svg.index("<svg") :])  # "axes_1" of every figure would stand in one page
-    title, ylabel, xlabel = map(_read_back, (axes.get_title(), axes.get_ylabel(), axes.get_xlabel()))
+    svg = re.sub(
+        r'<g id="[^"]*"', "<g", svg[svg.index("<svg") :]
+    )  # "axes_1" of every figure would stand in one page
+    title, ylabel, xlabel = map(
+        _read_back, (axes.get_title(), axes.get_ylabel(), axes.get_xlabel())
+    )
     names = [_read_back(name) for name in axes.get_legend_handles_labels()[1]]
     what = " ".join(t for t in (title, ylabel, xlabel and f"by {xlabel}") if t)
-    svg = svg.replace("<svg ", f'<svg role="img" aria-label="{html.escape(what)}: {html.escape(", ".join(names))}" ', 1)
-    return f"<figure>{svg}<figcaption>{html.escape(caption)}</figcaption></figure>" if caption else svg
+    svg = svg.replace(
+        "<svg ",
+        f'<svg role="img" aria-label="{html.escape(what)}: {html.escape(", ".join(names))}" ',
+        1,
+    )
+    return (
+        f"<figure>{svg}<figcaption>{html.escape(caption)}</figcaption></figure>" if caption else svg
+    )
 
 
 def write(path, title, parts):
@@ -214,4 +278,6 @@ def write(path, title, parts):
     body = "\n".join(parts)
     page = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title><style>{STYLE}</style>'
     with files.replacing_file(path) as tmp:
-        tmp.write_text(f"{page}<body><h1>{html.escape(title)}</h1>\n{body}\n</body></html>\n", encoding="utf-8")
+        tmp.write_text(
+            f"{page}<body><h1>{html.escape(title)}</h1>\n{body}\n</body></html>\n", encoding="utf-8"
+        )

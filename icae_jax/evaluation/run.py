@@ -14,10 +14,10 @@ import numpy as np
 from tqdm import tqdm
 
 import icae_jax
+from icae_jax import files
 from icae_jax.errors import UserError
 from icae_jax.evaluation import statistics
 from icae_jax.evaluation.suites import ablate, common, qa
-from icae_jax.interop import files
 
 PACKAGES = ("jax", "jaxlib", "numpy", "transformers", "sacrebleu", "rouge-score")
 
@@ -55,7 +55,9 @@ class Progress:
             self.done |= {line["key"]: line["records"] for line in lines[1:]}
         lines = _complete_lines(self.path) if self.path.exists() else []
         with files.replacing_file(self.path) as tmp:
-            tmp.write_text("".join(json.dumps(line) + "\n" for line in lines or [identity]), encoding="utf-8")
+            tmp.write_text(
+                "".join(json.dumps(line) + "\n" for line in lines or [identity]), encoding="utf-8"
+            )
 
     def add(self, examples, records):
         """Keeps the records of some examples, flushed to disk."""
@@ -86,7 +88,12 @@ def _complete_lines(path):
     return lines
 
 
-LATER = {"tokenizer", "weights", "stop_ids", "plain_template"}  # which earlier versions did not record
+LATER = {
+    "tokenizer",
+    "weights",
+    "stop_ids",
+    "plain_template",
+}  # which earlier versions did not record
 
 
 def check_identity(path, found, wanted, part=""):
@@ -98,7 +105,11 @@ def check_identity(path, found, wanted, part=""):
         if isinstance(there, dict) and isinstance(here, dict):
             check_identity(path, there, here, f"{part}{name} ")
         elif there != here:
-            what = "the examples differ (the data, --limit, or what fits)" if name == "examples" else ""
+            what = (
+                "the examples differ (the data, --limit, or what fits)"
+                if name == "examples"
+                else ""
+            )
             what = what or f"{part}{name} is {there!r} there and {here!r} here"
             raise UserError(f"{path} belongs to another run: {what}; give another --out")
 
@@ -112,7 +123,14 @@ def measure(suite, examples, batch_size, progress):
     mine = batches[jax.process_index() :: jax.process_count()]
     todo = [[e for e in batch if e.key not in progress.done] for batch in mine]
     total, left = sum(map(len, mine)), sum(map(len, todo))
-    with tqdm(total=total, initial=total - left, unit="example", desc=suite.name, disable=jax.process_index() > 0, file=sys.stderr) as bar:
+    with tqdm(
+        total=total,
+        initial=total - left,
+        unit="example",
+        desc=suite.name,
+        disable=jax.process_index() > 0,
+        file=sys.stderr,
+    ) as bar:
         for batch in todo:
             if batch:
                 records = suite.measure(batch)
@@ -128,7 +146,9 @@ def _check_finite(records):
         for metric, arms in record["sums"].items():
             for arm, numbers in arms.items():
                 if not all(map(math.isfinite, numbers)):
-                    raise UserError(f"{metric} of {arm} is not finite on example {record['id']}: the adapter or --base_dtype is broken")
+                    raise UserError(
+                        f"{metric} of {arm} is not finite on example {record['id']}: the adapter or --base_dtype is broken"
+                    )
 
 
 def gather(done):
@@ -158,13 +178,17 @@ class Weights:
     def __call__(self, records, *more):
         key = (*(id(r) for r in records), *more)
         if key not in self._known:
-            self._known[key] = statistics.resample([f"{r['set']} {r['cluster']}" for r in records], [self.seed, *more])
+            self._known[key] = statistics.resample(
+                [f"{r['set']} {r['cluster']}" for r in records], [self.seed, *more]
+            )
         return self._known[key]
 
 
 def _plain(found):
     """An `Estimate` as JSON has it: None for an end without a bound, as where the full context scores 0 in many replicates."""
-    return {name: value if math.isfinite(value) else None for name, value in found._asdict().items()}
+    return {
+        name: value if math.isfinite(value) else None for name, value in found._asdict().items()
+    }
 
 
 def _estimates(records, metrics, weights):
@@ -187,11 +211,15 @@ def summarise(suite, records, seed):
     for kind in dict.fromkeys(kind for r in records for kind in r["group"]):
         values = sorted({r["group"][kind] for r in records if kind in r["group"]}, key=_natural)
         of = {value: [r for r in records if r["group"].get(kind) == value] for value in values}
-        groups[kind] = {value: _estimates(part, suite.METRICS, weights) for value, part in of.items()}
+        groups[kind] = {
+            value: _estimates(part, suite.METRICS, weights) for value, part in of.items()
+        }
     result = {"scores": _estimates(suite.main(records), suite.METRICS, weights), "groups": groups}
     if suite.name == "qa":
         kept, without = qa.retention(records, weights)
-        result["scores"] |= {"retention": {arm: _plain(found) for arm, found in kept.items()}} if kept else {}
+        result["scores"] |= (
+            {"retention": {arm: _plain(found) for arm, found in kept.items()}} if kept else {}
+        )
         result["sets_without_retention"] = without
     if suite.name == "ablate":
         result["pairs"] = _pairs(records, suite.METRICS, weights)
@@ -224,8 +252,15 @@ def _pairs(records, metrics, weights):
     result = {}
     for metric in metrics:
         for (one, other), (a, b, rows) in ablate.pairs(records, metric).items():
-            found = statistics.difference(np.asarray(a), np.asarray(b), common.METRICS[metric].aggregate, weights(rows))
-            marks = statistics.win_lose_tie(*([ablate.better(metric, v) for v in side] for side in (a, b)))
+            found = statistics.difference(
+                np.asarray(a), np.asarray(b), common.METRICS[metric].aggregate, weights(rows)
+            )
+            marks = statistics.win_lose_tie(
+                *([ablate.better(metric, v) for v in side] for side in (a, b))
+            )
             win_lose_tie = dict(zip(("win", "lose", "tie"), marks, strict=True))
-            result.setdefault(metric, {})[f"{one} against {other}"] = {"difference": _plain(found), **win_lose_tie}
+            result.setdefault(metric, {})[f"{one} against {other}"] = {
+                "difference": _plain(found),
+                **win_lose_tie,
+            }
     return result

@@ -25,7 +25,11 @@ def bleu(hypotheses, references):
 def exact_match(hypotheses, references):
     """Share of texts, in percent, that equal their reference but for spaces at the ends."""
     _same_length(hypotheses, references)
-    return 100 * sum(h.strip() == r.strip() for h, r in zip(hypotheses, references, strict=True)) / len(references)
+    return (
+        100
+        * sum(h.strip() == r.strip() for h, r in zip(hypotheses, references, strict=True))
+        / len(references)
+    )
 
 
 # ------------------------------------------------------------------------------------------------- answers to questions
@@ -68,7 +72,9 @@ def prefix_match(predicted_ids, reference_ids):
     reference.
     """
     if len(reference_ids) == 0:
-        raise ValueError("reference_ids is empty; a prefix of nothing has no share, so leave such texts out")
+        raise ValueError(
+            "reference_ids is empty; a prefix of nothing has no share, so leave such texts out"
+        )
     same = 0
     for predicted, reference in zip(predicted_ids, reference_ids, strict=False):
         if predicted != reference:
@@ -92,7 +98,9 @@ def sentence_bleu(counts):
     Effective order: a text under four words is scored on the n-grams that it has. An empty text scores 0.
     """
     right, made = ([int(n) for n in part] for part in (counts[:_ORDERS], counts[_ORDERS:-2]))
-    return BLEU.compute_bleu(right, made, int(counts[-2]), int(counts[-1]), smooth_method="exp", effective_order=True).score
+    return BLEU.compute_bleu(
+        right, made, int(counts[-2]), int(counts[-1]), smooth_method="exp", effective_order=True
+    ).score
 
 
 def bleu_from_counts(sums):
@@ -102,10 +110,19 @@ def bleu_from_counts(sums):
     """
     sums = np.asarray(sums, np.float64)
     if sums.shape[-1:] != (2 * _ORDERS + 2,):
-        raise ValueError(f"sums has the shape {sums.shape}; its last axis must be the 10 numbers of bleu_counts")
-    right, made, length, wanted = sums[..., :_ORDERS], sums[..., _ORDERS:-2], sums[..., -2], sums[..., -1]
+        raise ValueError(
+            f"sums has the shape {sums.shape}; its last axis must be the 10 numbers of bleu_counts"
+        )
+    right, made, length, wanted = (
+        sums[..., :_ORDERS],
+        sums[..., _ORDERS:-2],
+        sums[..., -2],
+        sums[..., -1],
+    )
     none = right == 0
-    right_or_smoothed = np.where(none, 0.5 ** np.cumsum(none, -1), right)  # the first order without a match counts 1/2, the next 1/4, …
+    right_or_smoothed = np.where(
+        none, 0.5 ** np.cumsum(none, -1), right
+    )  # the first order without a match counts 1/2, the next 1/4, …
     precision = right_or_smoothed / np.maximum(made, 1)
     brevity = np.minimum(0, 1 - wanted / np.maximum(length, 1))
     score = 100 * np.exp(brevity + np.log(precision).mean(-1))
@@ -131,7 +148,9 @@ def _several(answers):
 
 @functools.cache
 def _rouge_scorer():
-    from rouge_score import rouge_scorer  # it imports nltk, which takes a second, so only who asks for ROUGE pays for it
+    from rouge_score import (
+        rouge_scorer,  # it imports nltk, which takes a second, so only who asks for ROUGE pays for it
+    )
 
     return rouge_scorer.RougeScorer(list(ROUGE), use_stemmer=False)
 
@@ -147,4 +166,6 @@ def _sentence_metric():
 
 def _same_length(hypotheses, references):
     if len(hypotheses) != len(references) or not references:
-        raise ValueError(f"{len(hypotheses)} texts against {len(references)} references; give one each, and at least one")
+        raise ValueError(
+            f"{len(hypotheses)} texts against {len(references)} references; give one each, and at least one"
+        )

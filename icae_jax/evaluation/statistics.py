@@ -38,7 +38,9 @@ def resample(clusters, seed, replicates=REPLICATES):
         raise ValueError(f"clusters has the shape {member.shape}; give one id for each example")
     count = member.max() + 1
     rng = np.random.default_rng(seed)
-    weights = np.empty((replicates, len(member)), np.uint8)  # a cluster drawn over 255 times: odds of 1 in 10**500
+    weights = np.empty(
+        (replicates, len(member)), np.uint8
+    )  # a cluster drawn over 255 times: odds of 1 in 10**500
     for replicate in weights:
         replicate[:] = np.bincount(rng.integers(count, size=count), minlength=count)[member]
     return weights
@@ -70,7 +72,9 @@ def estimate(vectors, aggregate, weights):
     weights: [replicates, n] of `resample`. Replicates without a value (nan: 0 tokens drawn) are left out of the interval. Raises ValueError
     if there is no example, if shapes differ, if a vector is not finite, or if the plain sum has no value.
     """
-    return _estimate(*(aggregate(sums) for sums in _sums("vectors", vectors, weights)), len(vectors))
+    return _estimate(
+        *(aggregate(sums) for sums in _sums("vectors", vectors, weights)), len(vectors)
+    )
 
 
 def difference(vectors_a, vectors_b, aggregate, weights):
@@ -79,7 +83,9 @@ def difference(vectors_a, vectors_b, aggregate, weights):
     vectors_a, vectors_b: [n, d] of the same examples in the same order. An interval without 0 tells the arms apart. The rest: `estimate`.
     """
     a, b = _sums("vectors_a", vectors_a, weights), _sums("vectors_b", vectors_b, weights)
-    return _estimate(*(aggregate(x) - aggregate(y) for x, y in zip(a, b, strict=True)), len(vectors_a))
+    return _estimate(
+        *(aggregate(x) - aggregate(y) for x, y in zip(a, b, strict=True)), len(vectors_a)
+    )
 
 
 def retention(per_set):
@@ -94,18 +100,28 @@ def retention(per_set):
     points, spreads, left_out, n = [], [], [], 0
     for name, (arm, full, weights) in per_set.items():
         if len(arm) != len(full):
-            raise ValueError(f"{name}: {len(arm)} scores against {len(full)} of the full context; give both for the same examples")
-        point, spread = (100 * ratio(sums) for sums in _sums(name, np.stack([arm, full], -1), weights))
+            raise ValueError(
+                f"{name}: {len(arm)} scores against {len(full)} of the full context; give both for the same examples"
+            )
+        point, spread = (
+            100 * ratio(sums) for sums in _sums(name, np.stack([arm, full], -1), weights)
+        )
         if not np.any(full):
             left_out.append(name)
             continue
         points.append(point)
-        spreads.append(np.where(np.isfinite(spread), spread, np.nan))  # a draw in which the full context scores 0 has no share
+        spreads.append(
+            np.where(np.isfinite(spread), spread, np.nan)
+        )  # a draw in which the full context scores 0 has no share
         n += len(arm)
     if not points:
-        raise ValueError(f"no set of {list(per_set)} has a full context that scores above 0; there is nothing to retain")
+        raise ValueError(
+            f"no set of {list(per_set)} has a full context that scores above 0; there is nothing to retain"
+        )
     if len({len(spread) for spread in spreads}) > 1:
-        raise ValueError(f"sets have {[len(spread) for spread in spreads]} replicates; resample all of them as often")
+        raise ValueError(
+            f"sets have {[len(spread) for spread in spreads]} replicates; resample all of them as often"
+        )
     return _estimate(np.mean(points), np.mean(spreads, 0), n), left_out
 
 
@@ -116,9 +132,13 @@ def win_lose_tie(scores_a, scores_b):
     """
     a, b = np.asarray(scores_a, np.float64), np.asarray(scores_b, np.float64)
     if a.shape != b.shape or a.ndim != 1 or not a.size:
-        raise ValueError(f"scores have the shapes {a.shape} and {b.shape}; give one of each arm for the same examples, and at least one")
+        raise ValueError(
+            f"scores have the shapes {a.shape} and {b.shape}; give one of each arm for the same examples, and at least one"
+        )
     if not (np.isfinite(a).all() and np.isfinite(b).all()):
-        raise ValueError("scores hold values that are not finite; leave out those examples in both arms")
+        raise ValueError(
+            "scores hold values that are not finite; leave out those examples in both arms"
+        )
     return tuple(float(100 * np.mean(of)) for of in (a > b, a < b, a == b))
 
 
@@ -126,18 +146,29 @@ def _sums(name, vectors, weights):
     """(plain sum [d], resampled sums [replicates, d]) of checked vectors."""
     vectors = np.asarray(vectors, np.float64)
     if vectors.ndim != 2 or not len(vectors):
-        raise ValueError(f"{name} has the shape {vectors.shape}; give [examples, numbers] of at least one example")
+        raise ValueError(
+            f"{name} has the shape {vectors.shape}; give [examples, numbers] of at least one example"
+        )
     if np.ndim(weights) != 2 or not len(weights) or weights.shape[1] != len(vectors):
-        raise ValueError(f"weights has the shape {np.shape(weights)} for {len(vectors)} examples in {name}; resample those examples")
+        raise ValueError(
+            f"weights has the shape {np.shape(weights)} for {len(vectors)} examples in {name}; resample those examples"
+        )
     bad = np.flatnonzero(~np.isfinite(vectors).all(-1))
     if bad.size:
-        raise ValueError(f"{name}[{bad[0]}] is {vectors[bad[0]].tolist()}; every number must be finite ({bad.size} examples are not)")
-    chunks = [weights[at : at + _CHUNK].astype(np.float64) @ vectors for at in range(0, len(weights), _CHUNK)]
+        raise ValueError(
+            f"{name}[{bad[0]}] is {vectors[bad[0]].tolist()}; every number must be finite ({bad.size} examples are not)"
+        )
+    chunks = [
+        weights[at : at + _CHUNK].astype(np.float64) @ vectors
+        for at in range(0, len(weights), _CHUNK)
+    ]
     return vectors.sum(0), np.concatenate(chunks)
 
 
 def _estimate(point, replicates, n):
     if np.isnan(point):
-        raise ValueError("the sums have no value (0 / 0); give examples of which at least one counts, such as one with a labelled token")
+        raise ValueError(
+            "the sums have no value (0 / 0); give examples of which at least one counts, such as one with a labelled token"
+        )
     low, high = np.nanquantile(replicates, LEVELS)
     return Estimate(float(point), float(low), float(high), n)

@@ -14,16 +14,16 @@ from icae_jax.compression import memory as memories
 from icae_jax.compression.encoder import SPECIAL_ROWS
 from icae_jax.compression.memory import KV
 from icae_jax.errors import UserError
-from icae_jax.inference import generate, store
-from icae_jax.interop import adapter as adapters
-from icae_jax.interop import base as bases
-from icae_jax.interop import sources
-from icae_jax.interop import tokenizer as tokenizers
-from icae_jax.interop.text import user_ids
+from icae_jax.inference import generate, memory_file
+from icae_jax.interop.adapters import folder as adapters
+from icae_jax.interop.hub import base as bases
+from icae_jax.interop.hub import locations
+from icae_jax.interop.hub import tokenizer as tokenizers
+from icae_jax.interop.hub.text import user_ids
 from icae_jax.models import llama
 from icae_jax.objectives import loss
 from icae_jax.objectives import targets as target_layouts
-from icae_jax.training import attention, sharding
+from icae_jax.runtime import attention_choice, sharding
 
 SPARE = 16  # tokens that a restored text may be longer than the original
 ROWS = 16  # texts compressed at once
@@ -39,7 +39,9 @@ _read = jax.jit(methods.read, static_argnames=("model", "head"))
 @functools.partial(jax.jit, static_argnames=("model", "objective", "head", "layout"))
 def _losses(model, params, trained, memory, targets, *, objective, head, layout):
     """Losses of the labels of one objective's packed targets, `[B, G, U]` nats."""
-    return loss.label_losses(model, params, trained, memory, {objective: targets}, {objective: head}, layout, LOSS_CHUNK)[objective]
+    return loss.label_losses(
+        model, params, trained, memory, {objective: targets}, {objective: head}, layout, LOSS_CHUNK
+    )[objective]
 
 
 class Generation(typing.NamedTuple):
@@ -72,27 +74,33 @@ def batches(count: int, batch_size: int) -> range:
 def load_base(source, dtype="float32", mesh=None):
     """A base as a `Compressor` with that mesh holds it: split over its devices, by default on one. source: folder, hub id or URL."""
     placement = mesh and sharding.Placement(mesh, bases.sizes(source))
-    return bases.load_base(source, jnp.dtype(dtype), mesh and placement.parameter, progress=jax.process_index() == 0)
+    return bases.load_base(
+        source, jnp.dtype(dtype), mesh and placement.parameter, progress=jax.process_index() == 0
+    )
 
 
 def load(adapter, base=None, *, dtype="float32", mesh=None):
     """Loads a `Compressor`. adapter: adapter folder, training workdir, hub id `org/name[@revision]`, or URL (gs://…). base: model-hub
     folder, hub id or URL; by default the adapter's own.
 
-    dtype: "float32" or "bfloat16", of base and activations. mesh: devices (`training.sharding`) to split base and batches over, by
+    dtype: "float32" or "bfloat16", of base and activations. mesh: devices (`runtime.sharding`) to split base and batches over, by
     default one device alone. UserError where the base is not the one the adapter was trained on.
     """
     folder, name = adapters.locate(adapter)
-    _, stated = adapters.read_adapter_info(folder, name)  # before the base is loaded, which takes minutes
+    _, stated = adapters.read_adapter_info(
+        folder, name
+    )  # before the base is loaded, which takes minutes
     loaded = load_base(base or adapters.check_base(stated.base, name), dtype, mesh)
     return Compressor(loaded, adapters.load_adapter(folder, loaded), name, dtype, mesh)
 
 
 def load_with_memory(memory_path, adapter=None, base=None, dtype="float32", mesh=None):
     """(`Compressor`, memory, ids) of a memory file, by default with the adapter that it names."""
-    adapter = adapter or store.read_metadata(memory_path)["adapter"]
-    if not pathlib.Path(adapter).is_dir() and not sources.is_remote(adapter):
-        raise UserError(f"--memory {memory_path} names adapter {adapter}, which is not here; give the adapter's folder with --adapter")
+    adapter = adapter or memory_file.read_metadata(memory_path)["adapter"]
+    if not pathlib.Path(adapter).is_dir() and not locations.is_remote(adapter):
+        raise UserError(
+            f"--memory {memory_path} names adapter {adapter}, which is not here; give the adapter's folder with --adapter"
+        )
     compressor = load(adapter, base, dtype=dtype, mesh=mesh)
     memory, ids = compressor.load_memory(memory_path)
     return compressor, memory, ids
@@ -105,15 +113,30 @@ class Compressor:
         self.base, self.adapter, self.path, self.mesh = base, adapter, path, mesh
         self.config = adapter.compression
         self.placement = mesh and sharding.Placement(mesh, base.config)
-        self.trained = jax.device_put(adapter.trained, mesh and self.placement.tree(adapter.trained))
+        self.trained = jax.device_put(
+            adapter.trained, mesh and self.placement.tree(adapter.trained)
+        )
         self.model = llama.Llama(base.config, lora_scale=adapter.lora.scale, dtype=jnp.dtype(dtype))
         devices = mesh or sharding.make_mesh(devices=jax.local_devices()[:1])
-        fastest, _ = attention.choose(
-            attention.AUTO, base.config, devices, rows=ROWS, length=self.config.segment_tokens + self.config.k, dtype=dtype
+        fastest, _ = attention_choice.choose(
+            attention_choice.AUTO,
+            base.config,
+            devices,
+            rows=ROWS,
+            length=self.config.segment_tokens + self.config.k,
+            dtype=dtype,
         )
-        self.writer = self.model.clone(attention=fastest)  # reading stays plain: a new token's one query is no work for a kernel
-        self.framing = target_layouts.make_framing(self.config, base.tokenizer, bases.bos_id(base.tokenizer))
-        self._check_ids([[*self.framing.start, self.framing.trigger, self.framing.eos]], lambda _: "what stands round a text", SPECIAL_ROWS)
+        self.writer = self.model.clone(
+            attention=fastest
+        )  # reading stays plain: a new token's one query is no work for a kernel
+        self.framing = target_layouts.make_framing(
+            self.config, base.tokenizer, bases.bos_id(base.tokenizer)
+        )
+        self._check_ids(
+            [[*self.framing.start, self.framing.trigger, self.framing.eos]],
+            lambda _: "what stands round a text",
+            SPECIAL_ROWS,
+        )
 
     # -------------------------------------------------------------------------------------------------------- write
 
@@ -142,7 +165,9 @@ class Compressor:
             written, start = self.positions(len(context), k)
             needed = max(written, start + 2)
             if needed > most:
-                raise UserError(f"{name}: {len(context)} tokens need {needed} positions, the base has {most}; compress it in several parts")
+                raise UserError(
+                    f"{name}: {len(context)} tokens need {needed} positions, the base has {most}; compress it in several parts"
+                )
         return self.compress_ids(contexts, batch_size, k, where)
 
     def positions(self, tokens, k=None, segments=None):
@@ -153,7 +178,9 @@ class Compressor:
         segments = segments or encoder.segment_shape(tokens, self.config)[0]
         size = -(-tokens // segments)
         where = layout.get(self.config.layout)
-        written, memory, start = layout.positions_needed(where, tokens, segments, size, self.config.choose(k), self.config.segment_tokens)
+        written, memory, start = layout.positions_needed(
+            where, tokens, segments, size, self.config.choose(k), self.config.segment_tokens
+        )
         return max(written, memory), start
 
     def compress_ids(self, contexts, batch_size=ROWS, k=None, where=None):
@@ -165,11 +192,24 @@ class Compressor:
         for start in batches(len(contexts), batch_size):
             part = contexts[start : start + batch_size]
             shapes = [encoder.segment_shape(len(c), self.config) for c in part]
-            shape = (max(s for s, _ in shapes), min(_up(max(n for _, n in shapes)), self.config.segment_tokens))
+            shape = (
+                max(s for s, _ in shapes),
+                min(_up(max(n for _, n in shapes)), self.config.segment_tokens),
+            )
             filled = _fill(part, self.rows(batch_size if parts else len(part)), [])
-            ids, lengths = self.put(encoder.segment_contexts(filled, self.config, shape, self.framing.eos))
+            ids, lengths = self.put(
+                encoder.segment_contexts(filled, self.config, shape, self.framing.eos)
+            )
             with self.on_devices():
-                memory = _compress(self.writer, self.base.params, self.trained, ids, lengths, config=self.config, k=k)
+                memory = _compress(
+                    self.writer,
+                    self.base.params,
+                    self.trained,
+                    ids,
+                    lengths,
+                    config=self.config,
+                    k=k,
+                )
             parts.append(jax.device_get(memory)[: len(part)])
         return _stack(parts, self.config)
 
@@ -183,13 +223,24 @@ class Compressor:
     def save(self, path, memory, ids=None):
         """Writes a memory file. ids: names of the texts, by default their numbers."""
         ids = [str(i) for i in range(len(memory))] if ids is None else ids
-        identity = self.base.fingerprint, self.adapter.fingerprint, self.path, self.base.identity, self.adapter.lora.scale
-        store.save(path, memory, self.config, ids, *identity)
+        identity = (
+            self.base.fingerprint,
+            self.adapter.fingerprint,
+            self.path,
+            self.base.identity,
+            self.adapter.lora.scale,
+        )
+        memory_file.save(path, memory, self.config, ids, *identity)
 
     def load_memory(self, path):
         """(memory, ids) of a memory file; UserError where another base, tokenizer or adapter wrote it."""
-        identity = self.base.fingerprint, self.adapter.fingerprint, self.base.identity, self.adapter.lora.scale
-        memory, ids = store.load(path, self.config, *identity)
+        identity = (
+            self.base.fingerprint,
+            self.adapter.fingerprint,
+            self.base.identity,
+            self.adapter.lora.scale,
+        )
+        memory, ids = memory_file.load(path, self.config, *identity)
         self._check_kind(memory)
         return memory, ids
 
@@ -200,9 +251,15 @@ class Compressor:
 
         max_new_tokens: of each text; by default the length that the memory tells of it, and some to spare.
         """
-        most = [max_new_tokens] * len(memory) if max_new_tokens is not None else (memory.lengths + SPARE).tolist()
+        most = (
+            [max_new_tokens] * len(memory)
+            if max_new_tokens is not None
+            else (memory.lengths + SPARE).tolist()
+        )
         needed = [1 if max_new_tokens is not None else n + 1 for n in memory.lengths.tolist()]
-        rows = self._generate(memory, [[[self.framing.trigger]]] * len(memory), "ae", (), most, needed, batch_size)
+        rows = self._generate(
+            memory, [[[self.framing.trigger]]] * len(memory), "ae", (), most, needed, batch_size
+        )
         return [row[0] if details else row[0].text for row in rows]
 
     def ask(self, memory, questions, max_new_tokens=None, batch_size=16, details=False):
@@ -214,17 +271,36 @@ class Compressor:
         if isinstance(questions, str):
             questions = [questions] * len(memory)
         single = len(memory) == 1 and len(questions) != 1
-        nested = [list(questions)] if single else [[q] if isinstance(q, str) else list(q) for q in questions]
+        nested = (
+            [list(questions)]
+            if single
+            else [[q] if isinstance(q, str) else list(q) for q in questions]
+        )
         if len(nested) != len(memory) or not all(nested):
-            raise UserError(f"questions has {len(nested)} entries for {len(memory)} texts; give at least one question a text")
+            raise UserError(
+                f"questions has {len(nested)} entries for {len(memory)} texts; give at least one question a text"
+            )
         template = self.adapter.template
-        prompts = [[template.prompt(self.question_ids(q, f"text {i}: ")) for q in row] for i, row in enumerate(nested)]
+        prompts = [
+            [template.prompt(self.question_ids(q, f"text {i}: ")) for q in row]
+            for i, row in enumerate(nested)
+        ]
         most = 128 if max_new_tokens is None else max_new_tokens
-        rows = self._generate(memory, prompts, "qa", template.head, [most] * len(memory), [1] * len(memory), batch_size)
+        rows = self._generate(
+            memory,
+            prompts,
+            "qa",
+            template.head,
+            [most] * len(memory),
+            [1] * len(memory),
+            batch_size,
+        )
         rows = [[g if details else g.text for g in row] for row in rows]
         if single:
             return rows[0]
-        return [row[0] if isinstance(q, str) else row for q, row in zip(questions, rows, strict=True)]
+        return [
+            row[0] if isinstance(q, str) else row for q, row in zip(questions, rows, strict=True)
+        ]
 
     def score(self, memory, targets, questions=None, batch_size=16):
         """Log-probability of a target behind each memory: `Score`s.
@@ -236,7 +312,9 @@ class Compressor:
         questions = [questions] if isinstance(questions, str) else questions
         for name, value in (("targets", targets), ("questions", questions)):
             if value is not None and len(value) != len(memory):
-                raise UserError(f"{name} has {len(value)} entries for {len(memory)} memories; give one each")
+                raise UserError(
+                    f"{name} has {len(value)} entries for {len(memory)} memories; give one each"
+                )
         if questions is None:
             rows, objective = [target_layouts.Target(self.ids(t), 1) for t in targets], "lm"
         else:
@@ -245,13 +323,20 @@ class Compressor:
             rows = [template.target(q, self.ids(t)) for q, t in zip(asked, targets, strict=True)]
         short = [i for i, row in enumerate(rows) if len(row.ids) < 2]
         if short:
-            raise UserError(f"target {short[0]} has fewer than 2 tokens; there is nothing to score in it")
-        return [row[0] for row in self.score_targets(memory, [[row] for row in rows], objective, batch_size)]
+            raise UserError(
+                f"target {short[0]} has fewer than 2 tokens; there is nothing to score in it"
+            )
+        return [
+            row[0]
+            for row in self.score_targets(memory, [[row] for row in rows], objective, batch_size)
+        ]
 
     def score_restoring(self, memory, texts, batch_size=16):
         """Log-probability of each text, its end included, behind its memory and the trigger: `Score`s (the AE loss, summed and negated)."""
         if len(texts) != len(memory):
-            raise UserError(f"texts has {len(texts)} entries for {len(memory)} memories; give one each")
+            raise UserError(
+                f"texts has {len(texts)} entries for {len(memory)} memories; give one each"
+            )
         rows = [[target_layouts.ae_target(self.context_ids(text), self.framing)] for text in texts]
         return [row[0] for row in self.score_targets(memory, rows, "ae", batch_size)]
 
@@ -264,7 +349,9 @@ class Compressor:
         if not rows:
             return []
         for i, row in enumerate(rows):
-            self._check_ids([t.ids for t in row], lambda j, i=i: f"text {i}: target {j}", SPECIAL_ROWS)
+            self._check_ids(
+                [t.ids for t in row], lambda j, i=i: f"text {i}: target {j}", SPECIAL_ROWS
+            )
         head = self.adapter.template.head if objective == "qa" else ()
         longest = [max(len(t.ids) - 1 for t in row) for row in rows]
         self._room(memory, objective, len(head), longest)
@@ -282,13 +369,16 @@ class Compressor:
                 )  # fmt: skip
             sums = np.where(batch["label_mask"], np.asarray(losses), 0).sum(2)
             counts = batch["label_mask"].sum(2)
-            scores += [[Score(-float(sums[b, g]), int(counts[b, g])) for g in range(len(row))] for b, row in enumerate(part)]
+            scores += [
+                [Score(-float(sums[b, g]), int(counts[b, g])) for g in range(len(row))]
+                for b, row in enumerate(part)
+            ]
         return scores
 
     # ----------------------------------------------------------------------------------------------------- on devices
 
     def on_devices(self):
-        """A context in which what is compiled splits over the mesh as `training.sharding` says."""
+        """A context in which what is compiled splits over the mesh as `runtime.sharding` says."""
         return self.placement.active() if self.mesh else contextlib.nullcontext()
 
     def rows(self, count):
@@ -304,7 +394,12 @@ class Compressor:
         if self.mesh is None:
             return memory
         every = {name: memory.TEXT_AXIS if name in memory.CONTENTS else 0 for name in vars(memory)}
-        return memory.replace(**{name: sharding.split(self.mesh, getattr(memory, name), axis) for name, axis in every.items()})
+        return memory.replace(
+            **{
+                name: sharding.split(self.mesh, getattr(memory, name), axis)
+                for name, axis in every.items()
+            }
+        )
 
     # ------------------------------------------------------------------------------------------------------ inside
 
@@ -324,17 +419,27 @@ class Compressor:
 
     def _check_ids(self, rows, what, special_rows=0):
         """UserError where an id has no row: JAX would make NaN of it without a word. what: names the row of a number."""
-        tokenizers.check_ids(rows, self.base.config.vocab_size, what, self.base.tokenizer, special_rows)
+        tokenizers.check_ids(
+            rows, self.base.config.vocab_size, what, self.base.tokenizer, special_rows
+        )
 
     def _check_kind(self, memory):
         """UserError where another method made the memory, or its sizes are not this base's."""
         kind, c = methods.KINDS[self.config.method], self.base.config
         if not isinstance(memory, kind):
-            raise UserError(f"memory is {type(memory).__name__}, but this adapter's method {self.config.method} reads {kind.__name__}")
+            raise UserError(
+                f"memory is {type(memory).__name__}, but this adapter's method {self.config.method} reads {kind.__name__}"
+            )
         shape = next(iter(memory.contents.values())).shape
-        sizes, have = ((c.num_layers, c.num_kv_heads, c.head_dim), shape[:1] + shape[3:]) if kind is KV else ((c.hidden_size,), shape[2:])
+        sizes, have = (
+            ((c.num_layers, c.num_kv_heads, c.head_dim), shape[:1] + shape[3:])
+            if kind is KV
+            else ((c.hidden_size,), shape[2:])
+        )
         if have != sizes:
-            raise UserError(f"memory has sizes {have}, but the base's are {sizes}; give the base and adapter that it was made with")
+            raise UserError(
+                f"memory has sizes {have}, but the base's are {sizes}; give the base and adapter that it was made with"
+            )
 
     def _room(self, memory, objective, head, needed):
         """Positions left behind each memory, `[B]`; UserError where a row's `needed` do not fit, or the memory is none of this base."""
@@ -345,7 +450,9 @@ class Compressor:
         over = np.flatnonzero(np.asarray(needed) > most - start)
         if len(over):
             i = over[0]
-            raise UserError(f"{needed[i]} tokens behind a memory that ends at position {start[i]} exceed the base's {most} positions")
+            raise UserError(
+                f"{needed[i]} tokens behind a memory that ends at position {start[i]} exceed the base's {most} positions"
+            )
         return most - start
 
     def _generate(self, memory, prompts, objective, head, most, needed, batch_size):
@@ -364,21 +471,34 @@ class Compressor:
         longest = [max(map(len, row)) for row in prompts]
         room = self._room(memory, objective, len(head), np.add(longest, needed))
         width = T if T == 1 else _up(T, 16)
-        stops = tuple(sorted({*self.base.stop_ids, *([self.adapter.template.stop] if objective == "qa" else [])}))
+        stops = tuple(
+            sorted(
+                {*self.base.stop_ids, *([self.adapter.template.stop] if objective == "qa" else [])}
+            )
+        )
         result = []
         for start in batches(len(prompts), batch_size):
             rows = prompts[start : start + batch_size]
-            at = np.resize(np.arange(start, start + len(rows)), self.rows(batch_size if start else len(rows)))
+            at = np.resize(
+                np.arange(start, start + len(rows)), self.rows(batch_size if start else len(rows))
+            )
             part = self.put_memory(memory[at])
             ids = np.zeros((len(at) * G, width), np.int32)
             lengths, limits = np.zeros(len(at) * G, np.int32), np.zeros(len(at) * G, np.int32)
-            every = [(n, prompt) for n in at for prompt in (prompts[n] * G)[:G]]  # absent questions repeat others
+            every = [
+                (n, prompt) for n in at for prompt in (prompts[n] * G)[:G]
+            ]  # absent questions repeat others
             for i, (n, prompt) in enumerate(every):
                 ids[i, : len(prompt)], lengths[i] = prompt, len(prompt)
                 limits[i] = min(most[n], room[n] - len(prompt))
             with self.on_devices():
                 prefix = _read(self.model, self.base.params, part, head=tuple(head))
-                starts = np.repeat(np.asarray(layout.target_starts(layout.get(self.config.layout), objective, prefix)), G)
+                starts = np.repeat(
+                    np.asarray(
+                        layout.target_starts(layout.get(self.config.layout), objective, prefix)
+                    ),
+                    G,
+                )
                 out = generate.greedy(
                     self.model, self.base.params, self.trained["memory_table"], prefix, *self.put((starts, ids, lengths, limits)),
                     max_new_tokens=_up(int(limits.max())), stop_ids=stops,
@@ -391,7 +511,9 @@ class Compressor:
     def generation(self, out, i):
         """`Generation` of one row of what `generate.greedy` gave."""
         ids = out.ids[i, : out.lengths[i]].tolist()
-        text = self.base.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        text = self.base.tokenizer.decode(
+            ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
         return Generation(text, ids, bool(out.stopped[i]), int(out.ties[i]))
 
 
@@ -403,19 +525,37 @@ def _stack(parts, config):
     """Memories of several batches as one of all their texts, padded to the most segments."""
     memory = parts[0] if len(parts) == 1 else _placed(parts, config)
     axis, contents = memory.TEXT_AXIS, memory.contents
-    real = [np.expand_dims(memory.mask, (*range(axis), *range(axis + 2, x.ndim))) for x in contents.values()]
+    real = [
+        np.expand_dims(memory.mask, (*range(axis), *range(axis + 2, x.ndim)))
+        for x in contents.values()
+    ]
     # No trace of a batch's shape is left.
-    return memory.replace(**{name: np.where(r, x, 0) for r, (name, x) in zip(real, contents.items(), strict=True)})
+    return memory.replace(
+        **{name: np.where(r, x, 0) for r, (name, x) in zip(real, contents.items(), strict=True)}
+    )
 
 
 def _placed(parts, config):
     """Memories of several batches joined text by text, each padded to the most segments, and placed anew for so many."""
-    kind, k, S = type(parts[0]), parts[0].tokens_per_segment, max(p.segment_lengths.shape[1] for p in parts)
+    kind, k, S = (
+        type(parts[0]),
+        parts[0].tokens_per_segment,
+        max(p.segment_lengths.shape[1] for p in parts),
+    )
 
     def stacked(arrays, axis, size):
         """Joined along the axis of texts, the one behind it padded to `size`."""
-        return np.concatenate([np.pad(x, [(0, size - n if i == axis + 1 else 0) for i, n in enumerate(x.shape)]) for x in arrays], axis)
+        return np.concatenate(
+            [
+                np.pad(x, [(0, size - n if i == axis + 1 else 0) for i, n in enumerate(x.shape)])
+                for x in arrays
+            ],
+            axis,
+        )
 
     lengths = stacked([p.segment_lengths for p in parts], 0, S)
-    contents = {name: stacked([p.contents[name] for p in parts], kind.TEXT_AXIS, S * k) for name in kind.CONTENTS}
+    contents = {
+        name: stacked([p.contents[name] for p in parts], kind.TEXT_AXIS, S * k)
+        for name in kind.CONTENTS
+    }
     return jax.device_get(memories.place(kind, contents, lengths, config))

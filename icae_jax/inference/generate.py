@@ -25,7 +25,19 @@ class Generated(typing.NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnames=("model", "max_new_tokens", "stop_ids"))
-def greedy(model, base_params, table, prefix, starts, prompt_ids, prompt_lengths, limits=None, *, max_new_tokens, stop_ids):
+def greedy(
+    model,
+    base_params,
+    table,
+    prefix,
+    starts,
+    prompt_ids,
+    prompt_lengths,
+    limits=None,
+    *,
+    max_new_tokens,
+    stop_ids,
+):
     """Decodes greedily behind `prefix` and a prompt; argmax over the base's vocabulary alone.
 
     prompt_ids `[B, T]`, right-padded, at least one real token a row (negative ids: rows of the memory table). prompt_lengths
@@ -41,25 +53,36 @@ def greedy(model, base_params, table, prefix, starts, prompt_ids, prompt_lengths
     params = {"params": base_params}
 
     def choose(hidden_BD):
-        logits = jnp.einsum("bd,dv->bv", hidden_BD, head.astype(hidden_BD.dtype), preferred_element_type=jnp.float32)
+        logits = jnp.einsum(
+            "bd,dv->bv", hidden_BD, head.astype(hidden_BD.dtype), preferred_element_type=jnp.float32
+        )
         best, ids = jax.lax.top_k(logits, 2)
         return ids[:, 0].astype(jnp.int32), best[:, 0] - best[:, 1] < TIE
 
     # Prompt: behind the shared prefix; its K/V start the rows' own cache, [prefix | prompt | new tokens].
     x = encoder.embed_with_table(base_params, table, prompt_ids)
     positions = starts[:, None] + jnp.arange(T)[None]
-    hidden, (k, v) = model.apply(params, x, positions, jnp.ones((1, T), bool), prefix=prefix.seen, return_kv=True)
+    hidden, (k, v) = model.apply(
+        params, x, positions, jnp.ones((1, T), bool), prefix=prefix.seen, return_kv=True
+    )
     last = jnp.take_along_axis(hidden, (prompt_lengths - 1)[:, None, None], axis=1)[:, 0]
     first, first_tie = choose(last)
 
     def cache_of(shared, own):
         room = jnp.zeros((L, B, n, K, H), own.dtype)
-        return llama.constrain(jnp.concatenate([jnp.repeat(shared, B // Bp, axis=1), own, room], axis=2), *llama.KV_AXES)
+        return llama.constrain(
+            jnp.concatenate([jnp.repeat(shared, B // Bp, axis=1), own, room], axis=2),
+            *llama.KV_AXES,
+        )
 
     cache = (cache_of(prefix.k, rope.rotate_keys(config, k, positions)), cache_of(prefix.v, v))
-    seen = jnp.concatenate([jnp.repeat(prefix.mask, B // Bp, axis=0), jnp.arange(T)[None] < prompt_lengths[:, None]], 1)
+    seen = jnp.concatenate(
+        [jnp.repeat(prefix.mask, B // Bp, axis=0), jnp.arange(T)[None] < prompt_lengths[:, None]], 1
+    )
     new_positions = (starts + prompt_lengths)[:, None] + jnp.arange(n)[None]
-    cache_positions = jnp.concatenate([jnp.repeat(prefix.positions, B // Bp, axis=0), positions, new_positions], 1)
+    cache_positions = jnp.concatenate(
+        [jnp.repeat(prefix.positions, B // Bp, axis=0), positions, new_positions], 1
+    )
     stops = jnp.asarray(stop_ids, jnp.int32)
 
     def is_stop(ids):
@@ -76,10 +99,18 @@ def greedy(model, base_params, table, prefix, starts, prompt_ids, prompt_lengths
         at = starts + prompt_lengths + i
         mask = jnp.concatenate([seen, jnp.broadcast_to(jnp.arange(n) < i, (B, n))], 1)
         hidden, (k, v) = model.apply(
-            params, token[:, None], at[:, None], jnp.ones((1, 1), bool), prefix=(*state["cache"], mask, cache_positions), return_kv=True
+            params,
+            token[:, None],
+            at[:, None],
+            jnp.ones((1, 1), bool),
+            prefix=(*state["cache"], mask, cache_positions),
+            return_kv=True,
         )
         k = rope.rotate_keys(config, k, at[:, None])
-        cache = tuple(jax.lax.dynamic_update_slice_in_dim(c, new, P + T + i, 2) for c, new in zip(state["cache"], (k, v), strict=True))
+        cache = tuple(
+            jax.lax.dynamic_update_slice_in_dim(c, new, P + T + i, 2)
+            for c, new in zip(state["cache"], (k, v), strict=True)
+        )
         cache = tuple(llama.constrain(c, *llama.KV_AXES) for c in cache)
         token, tie = choose(hidden[:, 0])
         ends = is_stop(token)

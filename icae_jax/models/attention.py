@@ -21,21 +21,34 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
+from jax.experimental.pallas.ops.tpu.splash_attention import (
+    splash_attention_kernel,
+    splash_attention_mask,
+)
 from jax.sharding import PartitionSpec
 
 from icae_jax.errors import UserError
 
 IMPLEMENTATIONS = ("xla", "cudnn", "splash")
 CHUNK = 128  # plain attention's queries at a time: long enough for matmuls, short enough that a CPU's cache holds their scores
-SCORES = 1 << 20  # of a chunk, up to which plain attention takes several texts at a time: 4 MiB, for the same reason
+SCORES = (
+    1 << 20
+)  # of a chunk, up to which plain attention takes several texts at a time: 4 MiB, for the same reason
 CUDNN_MULTIPLE = 64  # beside a mask, cuDNN needs even numbers of queries and of keys; 64 also aligns the mask's rows
 LANES = 128  # splash takes lengths in multiples of this
-BLOCKS = (640, 512, 384)  # splash's, of queries and of keys: each costs a start, and its float32 scores (1.6 MB for 640) lie in VMEM
-MOST_FUSED = 4  # blocks of keys up to which one kernel makes all gradients: it writes q's once a block
+BLOCKS = (
+    640,
+    512,
+    384,
+)  # splash's, of queries and of keys: each costs a start, and its float32 scores (1.6 MB for 640) lie in VMEM
+MOST_FUSED = (
+    4  # blocks of keys up to which one kernel makes all gradients: it writes q's once a block
+)
 
 
-def attend(q_BTNH, k_BSKH, v_BSKH, mask, prefix=None, *, at=None, implementation="xla", unroll=False):
+def attend(
+    q_BTNH, k_BSKH, v_BSKH, mask, prefix=None, *, at=None, implementation="xla", unroll=False
+):
     """Attention of T queries over a shared prefix of P keys and their own sequence of S keys; softmax in float32.
 
     mask: bool. `[B or 1, S]`, which keys are real: a query at time t sees the real ones up to t. Or `[B or 1, T, S]`, what each query sees.
@@ -48,17 +61,21 @@ def attend(q_BTNH, k_BSKH, v_BSKH, mask, prefix=None, *, at=None, implementation
     splash: masks must be 2-D. A query that is itself padding gets something finite, and gives no gradient to what is real. Where `at` is
     not a numpy array `[T]` that rises by one, and so known when the program is traced, the call is computed as xla does.
 
-    Where a mesh's rules are active, the flash kernels run on each device's rows and heads (`training.sharding`).
+    Where a mesh's rules are active, the flash kernels run on each device's rows and heads (`runtime.sharding`).
     Returns `[B, T, N * H]`. UserError where the mask, the mesh or the name is not for this implementation.
     """
     B, T, N, H = q_BTNH.shape
     S = k_BSKH.shape[1]
     _check(implementation)
     if mask.ndim == 2 and (S if at is None else at.shape[-1]) != T:
-        raise ValueError(f"{T} queries of {S} keys, and at is {at if at is None else at.shape}; give the time of every query")
+        raise ValueError(
+            f"{T} queries of {S} keys, and at is {at if at is None else at.shape}; give the time of every query"
+        )
     if implementation == "splash":
         if mask.ndim != 2 or (prefix is not None and prefix[2].ndim != 2):
-            raise UserError("attention splash: the mask says for each query what it sees, and splash is causal; choose xla or cudnn")
+            raise UserError(
+                "attention splash: the mask says for each query what it sees, and splash is causal; choose xla or cudnn"
+            )
         first = 0 if at is None else _first(at)
         if first is not None:
             return _splash(q_BTNH, k_BSKH, v_BSKH, mask, prefix, first).reshape(B, T, N * H)
@@ -71,7 +88,9 @@ def attend(q_BTNH, k_BSKH, v_BSKH, mask, prefix=None, *, at=None, implementation
 
 def _check(implementation):
     if implementation not in IMPLEMENTATIONS:
-        raise UserError(f"attention is {implementation!r}; choose from {', '.join(IMPLEMENTATIONS)}")
+        raise UserError(
+            f"attention is {implementation!r}; choose from {', '.join(IMPLEMENTATIONS)}"
+        )
 
 
 def seen(real_BS, at=None):
@@ -81,7 +100,9 @@ def seen(real_BS, at=None):
     return real_BS[:, None] & (jnp.arange(S)[None, None] <= times[:, :, None])
 
 
-def supported(implementation, platform, *, dtype, head_dim, heads=1, kv_heads=1, windows=False, tensor=1):
+def supported(
+    implementation, platform, *, dtype, head_dim, heads=1, kv_heads=1, windows=False, tensor=1
+):
     """None where an implementation can compute such a model's attention, or the reason why not, as text.
 
     platform: a device's, "cpu", "gpu" or "tpu". windows: whether layers see a window only. tensor: devices that heads are split over.
@@ -90,7 +111,10 @@ def supported(implementation, platform, *, dtype, head_dim, heads=1, kv_heads=1,
     _check(implementation)
     if implementation == "xla":
         return None
-    needs, dtypes = {"cudnn": ("gpu", (jnp.bfloat16, jnp.float16)), "splash": ("tpu", (jnp.bfloat16, jnp.float32))}[implementation]
+    needs, dtypes = {
+        "cudnn": ("gpu", (jnp.bfloat16, jnp.float16)),
+        "splash": ("tpu", (jnp.bfloat16, jnp.float32)),
+    }[implementation]
     if {"cuda": "gpu"}.get(platform, platform) != needs:
         return f"{implementation} needs a {needs}; the device is a {platform}"
     if jnp.dtype(dtype) not in map(jnp.dtype, dtypes):
@@ -132,7 +156,9 @@ def _letters(k):
 def _scores(q, k, mask):
     """Scores in float32, far below all others where the mask is false."""
     lowered = jnp.where(mask, np.float32(0), jnp.finfo(jnp.float32).min / 2)
-    return _product(("bkgqth", q), (_letters(k), k), "bkgqts") + jnp.broadcast_to(lowered, (*q.shape[:5], k.shape[-3]))
+    return _product(("bkgqth", q), (_letters(k), k), "bkgqts") + jnp.broadcast_to(
+        lowered, (*q.shape[:5], k.shape[-3])
+    )
 
 
 def _chunks(sources, ends, T):
@@ -141,7 +167,10 @@ def _chunks(sources, ends, T):
         at = slice(number * CHUNK, min(T, (number + 1) * CHUNK))
         (k, v, mask), *shared = sources
         visible = [(k[..., :end, :, :], v[..., :end, :, :], mask[..., :end]), *shared]
-        yield at, [(k, v, mask if mask.shape[4] == 1 else mask[..., at, :]) for k, v, mask in visible]
+        yield (
+            at,
+            [(k, v, mask if mask.shape[4] == 1 else mask[..., at, :]) for k, v, mask in visible],
+        )
 
 
 class _How(NamedTuple):
@@ -171,7 +200,9 @@ def _in_turns(how, function, *trees):
 
     def turn(_, xs):
         xs = iter(xs)
-        return None, function(*jax.tree.unflatten(tree, [x if len(x) == 1 else next(xs) for x in leaves]))
+        return None, function(
+            *jax.tree.unflatten(tree, [x if len(x) == 1 else next(xs) for x in leaves])
+        )
 
     _, out = jax.lax.scan(turn, None, [cut(x) for x in leaves if len(x) > 1], unroll=how.unroll)
     return jax.tree.map(joined, out)
@@ -187,7 +218,10 @@ def _plain(q, sources, how):
 
 @functools.partial(jax.jit, static_argnums=2)
 def _plain_fwd(q, sources, how):
-    out, logs = (checkpoint_name(x, "attention") for x in _in_turns(how, functools.partial(_forward, how.ends), q, sources))
+    out, logs = (
+        checkpoint_name(x, "attention")
+        for x in _in_turns(how, functools.partial(_forward, how.ends), q, sources)
+    )
     return out, (q, sources, out, logs)
 
 
@@ -209,7 +243,10 @@ def _forward(ends, q, sources):
         weights = [jnp.exp(s - top) for s in scores]
         total = sum(w.sum(-1, keepdims=True) for w in weights)
         values = [(_letters(v), v) for _, v, _ in visible]
-        read = sum(_product(("bkgqts", w.astype(v[1].dtype)), v, "bkgqth") for w, v in zip(weights, values, strict=True))
+        read = sum(
+            _product(("bkgqts", w.astype(v[1].dtype)), v, "bkgqth")
+            for w, v in zip(weights, values, strict=True)
+        )
         outs.append((read / total).astype(q.dtype))
         logs.append(top + jnp.log(total))
     return jnp.concatenate(outs, 4), jnp.concatenate(logs, 4)
@@ -217,7 +254,9 @@ def _forward(ends, q, sources):
 
 def _backward(ends, q, sources, out, logs, g):
     """The gradients of the queries, and of every source's keys and values."""
-    mean = jnp.sum(g.astype(jnp.float32) * out.astype(jnp.float32), -1, keepdims=True)  # of the weights' gradients, by their weights
+    mean = jnp.sum(
+        g.astype(jnp.float32) * out.astype(jnp.float32), -1, keepdims=True
+    )  # of the weights' gradients, by their weights
     d_q, d_kv = [], [[jnp.zeros(x.shape, jnp.float32) for x in (k, v)] for k, v, _ in sources]
     for at, visible in _chunks(sources, ends, q.shape[4]):
         q_at, g_at, logs_at, mean_at = (x[..., at, :] for x in (q, g, logs, mean))
@@ -225,12 +264,21 @@ def _backward(ends, q, sources, out, logs, g):
         for (k, v, mask), d in zip(visible, d_kv, strict=True):
             kv = _letters(k)
             weights = jnp.exp(_scores(q_at, k, mask) - logs_at)
-            d_scores = (weights * (_product(("bkgqth", g_at), (kv, v), "bkgqts") - mean_at)).astype(q.dtype)
+            d_scores = (weights * (_product(("bkgqth", g_at), (kv, v), "bkgqts") - mean_at)).astype(
+                q.dtype
+            )
             d_q_at += _product(("bkgqts", d_scores), (kv, k), "bkgqth")
             for i, (of, by) in enumerate(((d_scores, q_at), (weights.astype(g.dtype), g_at))):
-                d[i] = d[i].at[..., : k.shape[-3], :, :].add(_product(("bkgqts", of), ("bkgqth", by), kv))
+                d[i] = (
+                    d[i]
+                    .at[..., : k.shape[-3], :, :]
+                    .add(_product(("bkgqts", of), ("bkgqth", by), kv))
+                )
         d_q.append(d_q_at.astype(q.dtype))
-    return jnp.concatenate(d_q, 4), [(dk.astype(k.dtype), dv.astype(v.dtype)) for (k, v, _), (dk, dv) in zip(sources, d_kv, strict=True)]
+    return jnp.concatenate(d_q, 4), [
+        (dk.astype(k.dtype), dv.astype(v.dtype))
+        for (k, v, _), (dk, dv) in zip(sources, d_kv, strict=True)
+    ]
 
 
 def _xla(q_BTNH, k_BSKH, v_BSKH, mask, prefix, at, unroll):
@@ -239,7 +287,9 @@ def _xla(q_BTNH, k_BSKH, v_BSKH, mask, prefix, at, unroll):
     S, K = k_BSKH.shape[1:3]
     ends = [S] * -(-T // CHUNK)
     if mask.ndim == 2:
-        if at is None or (isinstance(at, np.ndarray) and at.ndim == 1):  # else times are not known yet
+        if at is None or (
+            isinstance(at, np.ndarray) and at.ndim == 1
+        ):  # else times are not known yet
             times = np.arange(S) if at is None else at
             ends = [int(times[start : start + CHUNK].max()) + 1 for start in range(0, T, CHUNK)]
         mask = seen(mask, at)
@@ -250,15 +300,23 @@ def _xla(q_BTNH, k_BSKH, v_BSKH, mask, prefix, at, unroll):
         """`[1 or b or B; T or 1; S]`, as sources have them."""
         return mask.reshape(min(len(mask), b), 1, -1, 1, *mask.shape[1:])
 
-    q = (q_BTNH * jnp.asarray(H**-0.5, q_BTNH.dtype)).reshape(b, B // b, T, K, N // K, H).transpose(0, 3, 1, 4, 2, 5)
+    q = (
+        (q_BTNH * jnp.asarray(H**-0.5, q_BTNH.dtype))
+        .reshape(b, B // b, T, K, N // K, H)
+        .transpose(0, 3, 1, 4, 2, 5)
+    )
     sources = ((*(x.reshape(b, B // b, S, K, H) for x in (k_BSKH, v_BSKH)), laid_out(mask)),)
     if prefix is not None:
         pk, pv, p_mask = prefix
         sources += ((pk, pv, laid_out(p_mask[:, None] if p_mask.ndim == 2 else p_mask)),)
     _, devices = _split("batch", b)
-    most = max(1, SCORES // (B // b * N * min(T, CHUNK) * sum(mask.shape[-1] for _, _, mask in sources)))
+    most = max(
+        1, SCORES // (B // b * N * min(T, CHUNK) * sum(mask.shape[-1] for _, _, mask in sources))
+    )
     texts = b // devices
-    turns = next(turns for turns in range(1, texts + 1) if texts % turns == 0 and texts // turns <= most)
+    turns = next(
+        turns for turns in range(1, texts + 1) if texts % turns == 0 and texts // turns <= most
+    )
     out = _plain(q, sources, _How(tuple(ends), turns, devices, unroll))
     return out.transpose(0, 2, 4, 1, 3, 5).reshape(B, T, N, H)
 
@@ -287,13 +345,21 @@ def _on_devices(kernel, q_BTNH, k_BSKH, v_BSKH, *masks):
     if not nn.get_logical_axis_rules():
         return kernel(q_BTNH, k_BSKH, v_BSKH, *masks)
     B, N, K = q_BTNH.shape[0], q_BTNH.shape[2], k_BSKH.shape[2]
-    (rows, _), (heads, parts), (kv_heads, _) = _split("batch", B), _split("heads", N), _split("kv_heads", K)
+    (rows, _), (heads, parts), (kv_heads, _) = (
+        _split("batch", B),
+        _split("heads", N),
+        _split("kv_heads", K),
+    )
     if heads != kv_heads:
-        raise UserError(f"attention: {N} query heads are split over {parts} devices, {K} key/value heads are not; choose xla")
+        raise UserError(
+            f"attention: {N} query heads are split over {parts} devices, {K} key/value heads are not; choose xla"
+        )
     of_heads = PartitionSpec(rows, None, heads, None)
     of_masks = tuple(PartitionSpec(rows if mask.shape[0] == B else None) for mask in masks)
     # check_vma: neither kernel says which of its results differ between devices.
-    on_each = jax.shard_map(kernel, in_specs=(of_heads,) * 3 + of_masks, out_specs=of_heads, check_vma=False)
+    on_each = jax.shard_map(
+        kernel, in_specs=(of_heads,) * 3 + of_masks, out_specs=of_heads, check_vma=False
+    )
     return on_each(q_BTNH, k_BSKH, v_BSKH, *masks)
 
 
@@ -308,14 +374,18 @@ def _cudnn(q_BTNH, k_BSKH, v_BSKH, mask_BTS, prefix, inner="cudnn"):
         p_mask = prefix[2]
         if p_mask.ndim == 2:
             p_mask = jnp.repeat(p_mask, B // p_mask.shape[0], axis=0)[:, None]
-        mask_BTS = jnp.concatenate([jnp.broadcast_to(m, (B, T, m.shape[2])) for m in (p_mask, mask_BTS)], 2)
+        mask_BTS = jnp.concatenate(
+            [jnp.broadcast_to(m, (B, T, m.shape[2])) for m in (p_mask, mask_BTS)], 2
+        )
     to, key_to = (-(-n // CUDNN_MULTIPLE) * CUDNN_MULTIPLE for n in (T, k.shape[1]))
     mask = _padded(_padded(mask_BTS, 1, to), 2, key_to)[:, None]
 
     def kernel(q, k, v, mask):
         return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation=inner)
 
-    return _on_devices(kernel, _padded(q_BTNH, 1, to), _padded(k, 1, key_to), _padded(v, 1, key_to), mask)[:, :T]
+    return _on_devices(
+        kernel, _padded(q_BTNH, 1, to), _padded(k, 1, key_to), _padded(v, 1, key_to), mask
+    )[:, :T]
 
 
 # ------------------------------------------------------------------------------------------------------- splash
@@ -332,7 +402,9 @@ def _blocks(length):
     whole = -(-length // LANES) * LANES
     if whole <= BLOCKS[0]:
         return whole, whole
-    return min(((-(-length // block) * block, block) for block in BLOCKS), key=lambda found: found[0])
+    return min(
+        ((-(-length // block) * block, block) for block in BLOCKS), key=lambda found: found[0]
+    )
 
 
 def _splash(q_BTNH, k_BSKH, v_BSKH, real_BS, prefix, first):
@@ -391,7 +463,9 @@ def _seconds(step, arguments, repeats=5):
     return statistics.median(taken)
 
 
-def fastest(*, rows, length, heads, kv_heads, head_dim, dtype, windows=False, device=None, seconds=_seconds):
+def fastest(
+    *, rows, length, heads, kv_heads, head_dim, dtype, windows=False, device=None, seconds=_seconds
+):
     """The `Choice` for one device, by default the first: forward and backward pass of one layer are timed on random numbers.
 
     rows, heads, kv_heads: of one device. windows: whether layers see a window only. seconds: takes a jitted function and its arguments
@@ -399,7 +473,13 @@ def fastest(*, rows, length, heads, kv_heads, head_dim, dtype, windows=False, de
     Call it where no mesh is active. Processes may measure different winners: all must take one's.
     """
     device = device or jax.local_devices()[0]
-    sizes = {"dtype": dtype, "head_dim": head_dim, "heads": heads, "kv_heads": kv_heads, "windows": windows}
+    sizes = {
+        "dtype": dtype,
+        "head_dim": head_dim,
+        "heads": heads,
+        "kv_heads": kv_heads,
+        "windows": windows,
+    }
     why_not = {name: supported(name, device.platform, **sizes) for name in IMPLEMENTATIONS}
     refused = {name: why for name, why in why_not.items() if why}
     names = [name for name in IMPLEMENTATIONS if name not in refused]
@@ -409,17 +489,24 @@ def fastest(*, rows, length, heads, kv_heads, head_dim, dtype, windows=False, de
     with jax.default_device(device):
         q, k, v = (
             jax.random.normal(key, (rows, length, n, head_dim), dtype)
-            for key, n in zip(jax.random.split(jax.random.key(0), 3), (heads, kv_heads, kv_heads), strict=True)
+            for key, n in zip(
+                jax.random.split(jax.random.key(0), 3), (heads, kv_heads, kv_heads), strict=True
+            )
         )
         mask = jnp.ones((1, length), bool)
         mask = jnp.tril(jnp.ones((1, length, length), bool)) if windows else mask
         for name in names:
 
             def loss(q, k, v, name=name):
-                return jnp.sum(jnp.square(attend(q, k, v, mask, implementation=name).astype(jnp.float32)))
+                return jnp.sum(
+                    jnp.square(attend(q, k, v, mask, implementation=name).astype(jnp.float32))
+                )
 
             try:
                 measured[name] = seconds(jax.jit(jax.grad(loss, (0, 1, 2))), (q, k, v))
-            except (RuntimeError, ValueError) as error:  # JaxRuntimeError and NotImplementedError are RuntimeErrors
+            except (
+                RuntimeError,
+                ValueError,
+            ) as error:  # JaxRuntimeError and NotImplementedError are RuntimeErrors
                 refused[name] = (str(error).strip().splitlines() or [repr(error)])[0]
     return Choice(min(measured, key=measured.get, default="xla"), measured, refused)

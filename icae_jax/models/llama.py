@@ -70,11 +70,15 @@ class ModelConfig:
             if field.type in (int, float) and not 0 < value < math.inf:
                 raise UserError(f"{field.name} of the model is {value}; it must be positive")
         if self.num_heads % self.num_kv_heads:
-            raise UserError(f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}")
+            raise UserError(
+                f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}"
+            )
         if self.head_dim % 2:
             raise UserError(f"head_dim is {self.head_dim}; rotary positions need an even one")
         if self.windows and (len(self.windows) != self.num_layers or min(self.windows) < 0):
-            raise UserError(f"windows of the model are {self.windows}; give one >= 0 for each of the {self.num_layers} layers")
+            raise UserError(
+                f"windows of the model are {self.windows}; give one >= 0 for each of the {self.num_layers} layers"
+            )
 
     @property
     def biased(self) -> tuple[str, ...]:
@@ -89,7 +93,7 @@ class ModelConfig:
 
 # ------------------------------------------------------------------------------------------------------- logical axes
 
-# The axes of the parameters by names that the mesh's rules know (`training.sharding`): (input, output) of each kernel.
+# The axes of the parameters by names that the mesh's rules know (`runtime.sharding`): (input, output) of each kernel.
 PROJECTION_AXES = {
     "q_proj": ("embed", "heads"),
     "k_proj": ("embed", "kv_heads"),
@@ -101,7 +105,13 @@ PROJECTION_AXES = {
 }
 NOWHERE = np.zeros(0, np.int32)  # as `at` of `Llama`: no hidden states are wanted
 STORED_ONLY = ("embed", "rank")  # split where parameters are kept, whole where they are used
-KV_AXES = ("layers", "batch", None, "kv_heads", None)  # of stacked keys or values, `[L, B, T, K, H]`
+KV_AXES = (
+    "layers",
+    "batch",
+    None,
+    "kv_heads",
+    None,
+)  # of stacked keys or values, `[L, B, T, K, H]`
 
 
 def logical_axes(path):
@@ -112,7 +122,12 @@ def logical_axes(path):
     name, parent = path[-1] if path else "", path[-2] if len(path) > 1 else ""
     if parent in PROJECTION_AXES:
         d_in, d_out = PROJECTION_AXES[parent]
-        return ("layers", *{"kernel": (d_in, d_out), "bias": (d_out,), "a": (d_in, "rank"), "b": ("rank", d_out)}[name])
+        return (
+            "layers",
+            *{"kernel": (d_in, d_out), "bias": (d_out,), "a": (d_in, "rank"), "b": ("rank", d_out)}[
+                name
+            ],
+        )
     return {"embed": ("vocab", "embed"), "lm_head": ("embed", "vocab")}.get(name, ())
 
 
@@ -126,7 +141,9 @@ def constrain(x, *names):
     sizes = jax.sharding.get_abstract_mesh().shape
     spec = []
     for axes, n in zip(nn.logical_to_mesh_axes(names), x.shape, strict=True):
-        parts = math.prod(sizes[axis] for axis in ((axes,) if isinstance(axes, str) else axes or ()))
+        parts = math.prod(
+            sizes[axis] for axis in ((axes,) if isinstance(axes, str) else axes or ())
+        )
         spec.append(None if n % parts else axes)
     return jax.lax.with_sharding_constraint(x, jax.sharding.PartitionSpec(*spec))
 
@@ -163,11 +180,19 @@ class Projection(nn.Module):
         if self.has_variable("lora", "a"):
             # Cast first, so that only half the bytes are gathered where the base is bfloat16.
             a, b = (self.get_variable("lora", name).astype(x.dtype) for name in "ab")
-            if self.has_rng("dropout") and self.lora_dropout > 0:  # the caller gives this stream in training only
-                bits = jax.random.bits(self.make_rng("dropout"), x.shape, jnp.uint16)  # half of what `bernoulli` draws
-                x = jnp.where(bits >= round(self.lora_dropout * 2**16), x / (1 - self.lora_dropout), 0).astype(x.dtype)
+            if (
+                self.has_rng("dropout") and self.lora_dropout > 0
+            ):  # the caller gives this stream in training only
+                bits = jax.random.bits(
+                    self.make_rng("dropout"), x.shape, jnp.uint16
+                )  # half of what `bernoulli` draws
+                x = jnp.where(
+                    bits >= round(self.lora_dropout * 2**16), x / (1 - self.lora_dropout), 0
+                ).astype(x.dtype)
             inner = checkpoint_name(linear(x, gathered(a, (d_in, "rank"))), "lora")
-            y = y + linear(inner, gathered(b, ("rank", d_out))) * jnp.asarray(self.lora_scale, x.dtype)
+            y = y + linear(inner, gathered(b, ("rank", d_out))) * jnp.asarray(
+                self.lora_scale, x.dtype
+            )
         return checkpoint_name(y, "projection")
 
 
@@ -203,27 +228,49 @@ class Attention(nn.Module):
 
     def _project(self, name, heads, x):
         c = self.config
-        y = Projection(heads * c.head_dim, self.lora_scale, self.lora_dropout, name in c.biased, name=name)(x)
-        y = constrain(y.reshape(*y.shape[:2], heads, c.head_dim), "batch", None, PROJECTION_AXES[name][1], None)
-        return RMSNorm(c.rms_norm_eps, name=f"{name[0]}_norm")(y) if c.qk_norm and name != "v_proj" else y
+        y = Projection(
+            heads * c.head_dim, self.lora_scale, self.lora_dropout, name in c.biased, name=name
+        )(x)
+        y = constrain(
+            y.reshape(*y.shape[:2], heads, c.head_dim),
+            "batch",
+            None,
+            PROJECTION_AXES[name][1],
+            None,
+        )
+        return (
+            RMSNorm(c.rms_norm_eps, name=f"{name[0]}_norm")(y)
+            if c.qk_norm and name != "v_proj"
+            else y
+        )
 
     @nn.compact
     def __call__(self, x_BTD, cos_sin, mask, prefix, at):
         """The queries at `at` alone, of keys everywhere: ([B, U or T, D], (k before RoPE, v))."""
-        kv = k, v = tuple(self._project(name, self.config.num_kv_heads, x_BTD) for name in ("k_proj", "v_proj"))
+        kv = k, v = tuple(
+            self._project(name, self.config.num_kv_heads, x_BTD) for name in ("k_proj", "v_proj")
+        )
         q = self._project("q_proj", self.config.num_heads, rows(x_BTD, at))
         with jax.named_scope("attention"):
             rotated = rope.rotate(q, tuple(rows(t, at) for t in cos_sin)), rope.rotate(k, cos_sin)
             # Splash knows no queries at times that are told while it runs: the last layer's, where labels are.
-            implementation = "xla" if self.implementation == "splash" and mask.ndim == 3 else self.implementation
+            implementation = (
+                "xla" if self.implementation == "splash" and mask.ndim == 3 else self.implementation
+            )
             at = at if mask.ndim == 2 else None
-            out = attend(*rotated, v, mask, prefix, at=at, implementation=implementation, unroll=self.unroll)
-        return Projection(x_BTD.shape[-1], self.lora_scale, self.lora_dropout, self.config.o_bias, name="o_proj")(out), kv
+            out = attend(
+                *rotated, v, mask, prefix, at=at, implementation=implementation, unroll=self.unroll
+            )
+        return Projection(
+            x_BTD.shape[-1], self.lora_scale, self.lora_dropout, self.config.o_bias, name="o_proj"
+        )(out), kv
 
     @nn.compact
     def keys_and_values(self, x_BTD):
         """(k before RoPE, v) alone."""
-        return tuple(self._project(name, self.config.num_kv_heads, x_BTD) for name in ("k_proj", "v_proj"))
+        return tuple(
+            self._project(name, self.config.num_kv_heads, x_BTD) for name in ("k_proj", "v_proj")
+        )
 
 
 class MLP(nn.Module):
@@ -234,7 +281,9 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, x):
         def projection(name, features):
-            return Projection(features, self.lora_scale, self.lora_dropout, self.config.mlp_bias, name=name)
+            return Projection(
+                features, self.lora_scale, self.lora_dropout, self.config.mlp_bias, name=name
+            )
 
         gate = projection("gate_proj", self.config.intermediate_size)(x)
         up = projection("up_proj", self.config.intermediate_size)(x)
@@ -263,7 +312,9 @@ class Block(nn.Module):
             k, v, prefix_mask, prefix_positions = prefix
             prefix = k, v, jax.lax.optimization_barrier(prefix_mask)
         if mask.ndim == 3:
-            mask = mask if mask.shape[1] == 1 else rows(mask, at)  # a single row is what every query sees
+            mask = (
+                mask if mask.shape[1] == 1 else rows(mask, at)
+            )  # a single row is what every query sees
         elif window is not None or isinstance(at, jax.Array):
             mask = seen(mask, at)
         if window is not None:
@@ -275,9 +326,13 @@ class Block(nn.Module):
                 prefix = k, v, jnp.repeat(prefix[2], copies, axis=0)[:, None] & near
         h, kv = attention(normed, cos_sin, mask, prefix, at)
         x = constrain(rows(x, at) + h, "batch", None, None)
-        x = x + MLP(c, *lora, name="mlp")(RMSNorm(c.rms_norm_eps, name="post_attention_layernorm")(x))
+        x = x + MLP(c, *lora, name="mlp")(
+            RMSNorm(c.rms_norm_eps, name="post_attention_layernorm")(x)
+        )
         # K/V sliced here, inside the scan, so that those of all positions of all layers never live at once.
-        return constrain(x, "batch", None, None), tuple(rows(t, keep) for t in kv) if self.return_kv else None
+        return constrain(x, "batch", None, None), tuple(
+            rows(t, keep) for t in kv
+        ) if self.return_kv else None
 
 
 class Llama(nn.Module):
@@ -315,7 +370,9 @@ class Llama(nn.Module):
             table = self.param("embed", nn.initializers.normal(0.02), (c.vocab_size, c.hidden_size))
             x = jnp.take(gathered(table, ("vocab", "embed")), x, axis=0)
         x = constrain(x.astype(self.dtype), "batch", None, None)
-        block = functools.partial(Block, c, self.lora_scale, self.lora_dropout, self.attention, self.unroll > 1, return_kv)
+        block = functools.partial(
+            Block, c, self.lora_scale, self.lora_dropout, self.attention, self.unroll > 1, return_kv
+        )
         shared = rope.tables(c, positions), positions, mask
         if self.is_initializing():  # makes the parameters, of all layers in one array each
             stacked = nn.scan(
@@ -326,9 +383,19 @@ class Llama(nn.Module):
             return RMSNorm(c.rms_norm_eps, name="norm")(x), None
 
         # What differs between layers is scanned over, so that they stay one program.
-        params, adapters = (self.variables.get(kind, {}).get("layers") for kind in ("params", "lora"))
-        windows = jnp.asarray([w or jnp.iinfo(jnp.int32).max for w in c.windows], jnp.int32) if c.windows else None
-        keys = jax.random.split(self.make_rng("dropout"), c.num_layers) if self.has_rng("dropout") else None
+        params, adapters = (
+            self.variables.get(kind, {}).get("layers") for kind in ("params", "lora")
+        )
+        windows = (
+            jnp.asarray([w or jnp.iinfo(jnp.int32).max for w in c.windows], jnp.int32)
+            if c.windows
+            else None
+        )
+        keys = (
+            jax.random.split(self.make_rng("dropout"), c.num_layers)
+            if self.has_rng("dropout")
+            else None
+        )
         scanned = adapters, None if prefix is None else prefix[:2], windows, keys
         # Where the last layer is another program, the others' slice of the frozen parameters would be a copy: they are sliced one by one.
         whole = at is None
@@ -337,7 +404,9 @@ class Llama(nn.Module):
         def layer(x, xs, at=None):
             of, (adapters, prefix_kv, window, key) = xs
             if not whole:
-                of = jax.tree.map(lambda w: jax.lax.dynamic_index_in_dim(w, of, keepdims=False), params)
+                of = jax.tree.map(
+                    lambda w: jax.lax.dynamic_index_in_dim(w, of, keepdims=False), params
+                )
             return block(parent=None).apply(
                 {"params": of} if adapters is None else {"params": of, "lora": adapters},
                 x, None if prefix is None else (*prefix_kv, *prefix[2:]), window, *shared, at, keep,
@@ -351,11 +420,20 @@ class Llama(nn.Module):
         if self.remat != "none" or not whole or nn.get_logical_axis_rules():
             one = saving(self.remat, layer, prevent_cse=self.unroll > 1)
         first = jax.tree.map(lambda t: t[:count], scanned)
-        x, kv = jax.lax.scan(one, x, (params if whole else jnp.arange(count), first), unroll=max(1, min(self.unroll, count)))
+        x, kv = jax.lax.scan(
+            one,
+            x,
+            (params if whole else jnp.arange(count), first),
+            unroll=max(1, min(self.unroll, count)),
+        )
         if not whole:  # never rematerialised: of the decoder's, the backward pass comes at once
             last = jax.tree.map(lambda t: t[count], scanned)
-            x, last_kv = saving("none", functools.partial(layer, at=at))(x, (jnp.asarray(count), last))
-            kv = kv and tuple(jnp.concatenate([t, end[None]]) for t, end in zip(kv, last_kv, strict=True))
+            x, last_kv = saving("none", functools.partial(layer, at=at))(
+                x, (jnp.asarray(count), last)
+            )
+            kv = kv and tuple(
+                jnp.concatenate([t, end[None]]) for t, end in zip(kv, last_kv, strict=True)
+            )
         kv = kv and tuple(constrain(t, *KV_AXES) for t in kv)
         return RMSNorm(c.rms_norm_eps, name="norm")(x), kv
 
@@ -380,17 +458,23 @@ def causal_mask(length):
     return jnp.tril(jnp.ones((1, length, length), bool))
 
 
-@functools.partial(jax.jit, static_argnames="config")  # one program, not one for every array's shape; what it makes is traced once
+@functools.partial(
+    jax.jit, static_argnames="config"
+)  # one program, not one for every array's shape; what it makes is traced once
 def init_params(key, config):
     """Random float32 parameters: normal(0.02), output projections of each block scaled by 1/sqrt(2 L) (GPT-2's rule)."""
     key, head_key = jax.random.split(key)
     ids = jnp.zeros((1, 2), jnp.int32)
-    with nn.logical_axis_rules(()):  # also where a mesh is active they are made on one device, for the caller to place
+    with nn.logical_axis_rules(
+        ()
+    ):  # also where a mesh is active they are made on one device, for the caller to place
         params = Llama(config).init(key, ids, jnp.arange(2)[None], causal_mask(2))["params"]
     for module, name in (("self_attn", "o_proj"), ("mlp", "down_proj")):
         params["layers"][module][name]["kernel"] *= (2 * config.num_layers) ** -0.5
     if not config.tie_word_embeddings:
-        params["lm_head"] = 0.02 * jax.random.normal(head_key, (config.hidden_size, config.vocab_size))
+        params["lm_head"] = 0.02 * jax.random.normal(
+            head_key, (config.hidden_size, config.vocab_size)
+        )
     return params
 
 

@@ -34,7 +34,9 @@ class LoraConfig:
             raise UserError(f"lora.dropout is {self.dropout}; it must lie in [0, 1)")
         unknown = [t for t in self.targets if t not in PROJECTIONS]
         if unknown or not self.targets:
-            raise UserError(f"lora.targets holds {unknown or 'nothing'}; choose from {', '.join(PROJECTIONS)}")
+            raise UserError(
+                f"lora.targets holds {unknown or 'nothing'}; choose from {', '.join(PROJECTIONS)}"
+            )
 
 
 def projection_shape(model_config, name):
@@ -67,7 +69,9 @@ def init_lora(key, model_config, config):
         d_in, d_out = projection_shape(model_config, name)
         layers = model_config.num_layers
         bound = 1.0 / math.sqrt(d_in)
-        a = jax.random.uniform(jax.random.fold_in(key, i), (layers, d_in, config.rank), jnp.float32, -bound, bound)
+        a = jax.random.uniform(
+            jax.random.fold_in(key, i), (layers, d_in, config.rank), jnp.float32, -bound, bound
+        )
         b = jnp.zeros((layers, config.rank, d_out), jnp.float32)
         tree.setdefault(module_of(name), {})[name] = {"a": a, "b": b}
     return {"layers": tree}

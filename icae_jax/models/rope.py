@@ -57,7 +57,11 @@ class YarnScaling:
 
         def index_of(rotations):
             """The (fractional) index of the frequency that turns so many times over the original context."""
-            return half * math.log(self.original_max_position_embeddings / (rotations * 2 * math.pi)) / math.log(rope_theta)
+            return (
+                half
+                * math.log(self.original_max_position_embeddings / (rotations * 2 * math.pi))
+                / math.log(rope_theta)
+            )
 
         low, high = index_of(self.beta_fast), index_of(self.beta_slow)
         if self.truncate:
@@ -74,12 +78,18 @@ def frequencies(config):
     """Angular frequencies in radians per position, `[H / 2]`, float64 numpy."""
     half = config.head_dim // 2
     freqs = config.rope_theta ** (-np.arange(half, dtype=np.float64) / half)
-    return freqs if config.rope_scaling is None else config.rope_scaling.stretch(freqs, config.rope_theta)
+    return (
+        freqs
+        if config.rope_scaling is None
+        else config.rope_scaling.stretch(freqs, config.rope_theta)
+    )
 
 
 def tables(config, positions):
     """cos and sin of every position's angles, each `[..., H / 2]` float32, for integer positions `[...]`."""
-    angles = jnp.einsum("...,h->...h", positions.astype(jnp.float32), jnp.asarray(frequencies(config), jnp.float32))
+    angles = jnp.einsum(
+        "...,h->...h", positions.astype(jnp.float32), jnp.asarray(frequencies(config), jnp.float32)
+    )
     magnitude = getattr(config.rope_scaling, "attention_factor", 1.0)
     return magnitude * jnp.cos(angles), magnitude * jnp.sin(angles)
 

@@ -32,7 +32,9 @@ def _logits(h, head):
 
 def _losses_of_chunk(h, head, labels):
     logits = _logits(h, head)
-    return jax.nn.logsumexp(logits, -1) - jnp.take_along_axis(logits, labels[..., None], -1)[..., 0], logits
+    return jax.nn.logsumexp(logits, -1) - jnp.take_along_axis(logits, labels[..., None], -1)[
+        ..., 0
+    ], logits
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -42,7 +44,10 @@ def frozen_head_losses(h_BUD, head_DV, labels_BU, chunk):
     The head is frozen: it gets no gradient, and the gradient of `h` is formed in the forward pass, which takes two head
     matmuls and no recomputation.
     """
-    losses = jax.lax.map(lambda x: _losses_of_chunk(x[0], head_DV, x[1])[0], (_chunks(h_BUD, chunk), _chunks(labels_BU, chunk)))
+    losses = jax.lax.map(
+        lambda x: _losses_of_chunk(x[0], head_DV, x[1])[0],
+        (_chunks(h_BUD, chunk), _chunks(labels_BU, chunk)),
+    )
     return _join(losses, h_BUD.shape[1])
 
 
@@ -72,12 +77,21 @@ frozen_head_losses.defvjp(_frozen_head_fwd, _frozen_head_bwd)
 def label_hidden(model, base_params, trained, prefix, starts_B, ids_BGT, label_at_BGU):
     """The decoder's hidden states at label positions, `[B * G, U, D]`: every target sees head, memory and itself."""
     B, G, T = ids_BGT.shape
-    x = encoder.embed_with_table(base_params, trained["memory_table"], ids_BGT).reshape(B * G, T, -1)
+    x = encoder.embed_with_table(base_params, trained["memory_table"], ids_BGT).reshape(
+        B * G, T, -1
+    )
     positions = jnp.repeat(starts_B, G)[:, None] + jnp.arange(T)[None]
     with jax.named_scope("decoder"):
         # Targets are padded on the right only, so causal attention already hides the padding from every real token.
         real = jnp.ones((1, T), bool)
-        hidden, _ = model.apply({"params": base_params}, x, positions, real, prefix=prefix.seen, at=label_at_BGU.reshape(B * G, -1))
+        hidden, _ = model.apply(
+            {"params": base_params},
+            x,
+            positions,
+            real,
+            prefix=prefix.seen,
+            at=label_at_BGU.reshape(B * G, -1),
+        )
     return hidden
 
 
@@ -91,18 +105,34 @@ def label_losses(model, base_params, trained, memory, targets, heads, layout, ch
     for head in dict.fromkeys(heads[o] for o in targets):
         prefix = methods.read(model, base_params, memory, head)
         behind = [o for o in targets if heads[o] == head]
-        for shape in dict.fromkeys((targets[o]["ids"].shape[2], targets[o]["labels"].shape[2]) for o in behind):
-            alike = [o for o in behind if (targets[o]["ids"].shape[2], targets[o]["labels"].shape[2]) == shape]
+        for shape in dict.fromkeys(
+            (targets[o]["ids"].shape[2], targets[o]["labels"].shape[2]) for o in behind
+        ):
+            alike = [
+                o
+                for o in behind
+                if (targets[o]["ids"].shape[2], targets[o]["labels"].shape[2]) == shape
+            ]
             calls = [alike]
             if len({layouts.get(layout).ae_restarts and o == "ae" for o in alike}) > 1:
                 calls = [[o] for o in alike]  # they start at different positions
             for call in calls:
-                joined = {key: jnp.concatenate([targets[o][key] for o in call], 1) for key in targets[call[0]]}
+                joined = {
+                    key: jnp.concatenate([targets[o][key] for o in call], 1)
+                    for key in targets[call[0]]
+                }
                 starts = layouts.target_starts(layouts.get(layout), call[0], prefix)
-                hidden = label_hidden(model, base_params, trained, prefix, starts, joined["ids"], joined["label_at"])
+                hidden = label_hidden(
+                    model, base_params, trained, prefix, starts, joined["ids"], joined["label_at"]
+                )
                 B, G, U = joined["labels"].shape
                 with jax.named_scope("cross_entropy"):
-                    flat = frozen_head_losses(hidden, llama.head_kernel(base_params), joined["labels"].reshape(B * G, U), chunk)
+                    flat = frozen_head_losses(
+                        hidden,
+                        llama.head_kernel(base_params),
+                        joined["labels"].reshape(B * G, U),
+                        chunk,
+                    )
                 at = 0
                 for o in call:
                     width = targets[o]["labels"].shape[1]
@@ -114,6 +144,9 @@ def label_losses(model, base_params, trained, memory, targets, heads, layout, ch
 def objective_sums(losses, targets):
     """`{objective: (sum of losses in nats, number of labels)}`."""
     return {
-        o: (jnp.sum(jnp.where(targets[o]["label_mask"], losses[o], 0.0)), jnp.sum(targets[o]["label_mask"]).astype(jnp.float32))
+        o: (
+            jnp.sum(jnp.where(targets[o]["label_mask"], losses[o], 0.0)),
+            jnp.sum(targets[o]["label_mask"]).astype(jnp.float32),
+        )
         for o in losses
     }

@@ -49,10 +49,16 @@ def make_framing(compression, tokenizer, bos_id):
     if tokenizer.eos_token_id is None:
         raise UserError("the tokenizer has no eos token; set one in tokenizer_config.json")
     if compression.trigger == "bos" and tokenizer.bos_token_id is None:
-        raise UserError("compression.trigger is bos, but the base's tokenizer has no bos token; choose trained")
+        raise UserError(
+            "compression.trigger is bos, but the base's tokenizer has no bos token; choose trained"
+        )
     alone = compression.method == "x500" or compression.layout == "padded"
     start = () if alone or bos_id is None else (bos_id,)
-    return Framing(start, tokenizer.bos_token_id if compression.trigger == "bos" else AE, tokenizer.eos_token_id)
+    return Framing(
+        start,
+        tokenizer.bos_token_id if compression.trigger == "bos" else AE,
+        tokenizer.eos_token_id,
+    )
 
 
 def ae_target(context, framing, padded_to=0):
@@ -60,7 +66,9 @@ def ae_target(context, framing, padded_to=0):
 
     padded_to: a number of tokens up to which the context is filled with eos, all of them labels, as the reference 500xCompressor trains.
     """
-    return Target([framing.trigger, *context, *[framing.eos] * (padded_to - len(context)), framing.eos], 1)
+    return Target(
+        [framing.trigger, *context, *[framing.eos] * (padded_to - len(context)), framing.eos], 1
+    )
 
 
 def lm_target(continuation, trigger=False):
@@ -86,8 +94,15 @@ class Template:
     @classmethod
     def from_json(cls, kept, source) -> "Template":
         """The template that `as_json` gave. UserError where it is none. source: the file, to name it."""
-        fits = isinstance(kept, list) and len(kept) == 5 and isinstance(kept[0], str) and type(kept[4]) is int
-        if not fits or not all(isinstance(ids, list) and all(type(i) is int for i in ids) for ids in kept[1:4]):
+        fits = (
+            isinstance(kept, list)
+            and len(kept) == 5
+            and isinstance(kept[0], str)
+            and type(kept[4]) is int
+        )
+        if not fits or not all(
+            isinstance(ids, list) and all(type(i) is int for i in ids) for ids in kept[1:4]
+        ):
             raise UserError(f"{source}: {kept!r} is no template of ids; take another workdir")
         return cls(kept[0], *map(tuple, kept[1:4]), kept[4])
 
@@ -128,12 +143,16 @@ def make_template(name, tokenizer, eos=None):
         return Template(name, (), (), (), eos)
     if name == "mistral":
         bos = () if tokenizer.bos_token_id is None else (tokenizer.bos_token_id,)
-        return Template(name, (*bos, *_ids(tokenizer, "[INST]")), (FT,), _ids(tokenizer, "[/INST]"), eos)
+        return Template(
+            name, (*bos, *_ids(tokenizer, "[INST]")), (FT,), _ids(tokenizer, "[/INST]"), eos
+        )
     if name == "plain":
         return Template(name, (), _ids(tokenizer, "Question:"), _ids(tokenizer, "Answer:"), eos)
     if name == "chat":
         if not tokenizer.chat_template:
-            raise UserError("objectives.template is chat, but the tokenizer has no chat template; choose mistral, v1 or plain")
+            raise UserError(
+                "objectives.template is chat, but the tokenizer has no chat template; choose mistral, v1 or plain"
+            )
         memory, prompt = "<<MEMORY>>", "<<PROMPT>>"
         turns = [{"role": "user", "content": f"{memory}\n{prompt}"}]
         try:
@@ -144,8 +163,14 @@ def make_template(name, tokenizer, eos=None):
                 "objectives.template is chat, but the tokenizer's chat template does not take a single user's turn "
                 f"({type(error).__name__}: {' '.join(str(error).split())}); choose mistral, v1 or plain"
             ) from error
-        if text.count(memory) != 1 or text.count(prompt) != 1 or text.index(prompt) < text.index(memory):
-            raise UserError("the tokenizer's chat template does not show the user's turn exactly once; choose another template")
+        if (
+            text.count(memory) != 1
+            or text.count(prompt) != 1
+            or text.index(prompt) < text.index(memory)
+        ):
+            raise UserError(
+                "the tokenizer's chat template does not show the user's turn exactly once; choose another template"
+            )
         head, rest = text.split(memory)
         before, after = rest.split(prompt)
         return Template(name, *(_ids(tokenizer, part) for part in (head, before, after)), eos)
@@ -174,9 +199,13 @@ def pack(rows, G, T, U):
                 continue
             inputs, labels = len(target.ids) - 1, len(target.ids) - target.label_start
             if target.label_start < 1:
-                raise ValueError("a target's first token is a label; nothing stands before it that could predict it")
+                raise ValueError(
+                    "a target's first token is a label; nothing stands before it that could predict it"
+                )
             if inputs > T or labels > U or len(targets) > G:
-                raise ValueError(f"a target of {inputs} inputs and {labels} labels does not fit in [{G}, {T}] with {U} labels")
+                raise ValueError(
+                    f"a target of {inputs} inputs and {labels} labels does not fit in [{G}, {T}] with {U} labels"
+                )
             batch["ids"][b, g, :inputs] = target.ids[:-1]
             batch["label_at"][b, g, :labels] = np.arange(target.label_start - 1, inputs)
             batch["labels"][b, g, :labels] = target.ids[target.label_start :]

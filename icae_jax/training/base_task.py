@@ -10,9 +10,9 @@ import optax
 
 from icae_jax.data import batches, synthetic
 from icae_jax.errors import UserError
-from icae_jax.interop import base as bases
+from icae_jax.interop.hub import base as bases
 from icae_jax.models import llama
-from icae_jax.training import attention, sharding
+from icae_jax.runtime import attention_choice, sharding
 from icae_jax.training.config import BaseConfig
 
 BASE = "base"  # the folder in a workdir that training writes
@@ -43,11 +43,25 @@ class BaseTask:
         self.stages = parse_mixture(config.mixture)
         self.identity, self._ids, self._lengths = {}, {}, {}
         self.placement = sharding.Placement(sharding.make_mesh(config.mesh), self.model_config)
-        length, rows = max(map(self._length, self.stages[-1][1])), config.batch_size // config.accumulate
-        name, self._notes = attention.choose(
-            config.attention, self.model_config, self.placement.mesh, rows=rows, length=length, dtype=config.jnp_dtype
+        length, rows = (
+            max(map(self._length, self.stages[-1][1])),
+            config.batch_size // config.accumulate,
         )
-        self.model = llama.Llama(self.model_config, dtype=config.jnp_dtype, remat=config.remat, unroll=config.unroll, attention=name)
+        name, self._notes = attention_choice.choose(
+            config.attention,
+            self.model_config,
+            self.placement.mesh,
+            rows=rows,
+            length=length,
+            dtype=config.jnp_dtype,
+        )
+        self.model = llama.Llama(
+            self.model_config,
+            dtype=config.jnp_dtype,
+            remat=config.remat,
+            unroll=config.unroll,
+            attention=name,
+        )
 
     def shared_by_processes(self) -> dict[str, object]:
         """What all processes must have alike, beside the configuration: nothing, its data are made of that."""
@@ -89,7 +103,10 @@ class BaseTask:
 
     def _stage(self, step):
         """The shares of document kinds that hold at a step, `{kind: share}`."""
-        return next((kinds for until, kinds in self.stages if until == 0 or step < until), self.stages[-1][1])
+        return next(
+            (kinds for until, kinds in self.stages if until == 0 or step < until),
+            self.stages[-1][1],
+        )
 
     def _length(self, kind):
         """Tokens of the longest of a sample of documents, rounded up. A rare longer document loses its end."""
@@ -102,20 +119,34 @@ class BaseTask:
     def batch(self, step):
         """Documents of the kinds of that stage: `ids [B, T]`, `labels [B, T]`, `weights [B, T]`."""
         kinds = self._stage(step)
-        drawn = random.Random(f"{self.config.seed} {step}").choices(list(kinds), list(kinds.values()), k=self.config.batch_size)
-        documents = [synthetic.base_document(f"{self.config.seed} {step} {i}", kind) for i, kind in enumerate(drawn)]
+        drawn = random.Random(f"{self.config.seed} {step}").choices(
+            list(kinds), list(kinds.values()), k=self.config.batch_size
+        )
+        documents = [
+            synthetic.base_document(f"{self.config.seed} {step} {i}", kind)
+            for i, kind in enumerate(drawn)
+        ]
         return self._collate(documents, max(map(self._length, kinds)))
 
     def train_batches(self, start, stop, rows=slice(None)):
         """Batches of steps start … stop - 1. rows: those that are made, by default all."""
-        return batches.ahead(lambda step: jax.tree.map(lambda x: x[rows], self.batch(step)), start, stop)
+        return batches.ahead(
+            lambda step: jax.tree.map(lambda x: x[rows], self.batch(step)), start, stop
+        )
 
     def eval_batches(self, rows=slice(None)):
         """Held-out documents of every kind of the last stage; losses are named by kind. rows: as for `train_batches`."""
         for kind in self.stages[-1][1]:
             for start in range(0, self.config.eval_examples, self.config.batch_size):
-                documents = [synthetic.base_document(f"held out {start + i}", kind) for i in range(self.config.batch_size)]
-                yield {kind: jax.tree.map(lambda x: x[rows], self._collate(documents, self._length(kind)))}
+                documents = [
+                    synthetic.base_document(f"held out {start + i}", kind)
+                    for i in range(self.config.batch_size)
+                ]
+                yield {
+                    kind: jax.tree.map(
+                        lambda x: x[rows], self._collate(documents, self._length(kind))
+                    )
+                }
 
     def describe(self, batch):
         """What a line of metrics should say of a batch: nothing."""
@@ -140,8 +171,12 @@ class BaseTask:
     def losses(self, trained, frozen, batch, dropout_key):
         """`{"lm": (weighted sum of token losses, sum of weights)}`."""
         T = batch["ids"].shape[1]
-        hidden, _ = self.model.apply({"params": trained}, batch["ids"], jnp.arange(T)[None], jnp.ones((1, T), bool))
-        logits = jnp.einsum("btd,dv->btv", hidden, llama.head_kernel(trained), preferred_element_type=jnp.float32)
+        hidden, _ = self.model.apply(
+            {"params": trained}, batch["ids"], jnp.arange(T)[None], jnp.ones((1, T), bool)
+        )
+        logits = jnp.einsum(
+            "btd,dv->btv", hidden, llama.head_kernel(trained), preferred_element_type=jnp.float32
+        )
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["labels"])
         return {"lm": (jnp.sum(losses * batch["weights"]), jnp.sum(batch["weights"]))}
 
@@ -163,11 +198,18 @@ def parse_mixture(lines):
     for line in lines:
         try:
             until, *kinds = line.split()
-            stage = (int(until), {kind: float(share) for kind, share in (item.split("=") for item in kinds)})
-            if not stage[1] or not all(kind in synthetic.DOCUMENTS and share > 0 for kind, share in stage[1].items()):
+            stage = (
+                int(until),
+                {kind: float(share) for kind, share in (item.split("=") for item in kinds)},
+            )
+            if not stage[1] or not all(
+                kind in synthetic.DOCUMENTS and share > 0 for kind, share in stage[1].items()
+            ):
                 raise UserError(f"kinds are {', '.join(synthetic.DOCUMENTS)}, shares positive")
         except ValueError as error:
-            raise UserError(f"mixture line {line!r}: {error}; write 'STEPS KIND=SHARE …'") from error
+            raise UserError(
+                f"mixture line {line!r}: {error}; write 'STEPS KIND=SHARE …'"
+            ) from error
         stages.append(stage)
     if not stages:
         raise UserError("mixture is empty; give at least one stage, such as '0 questions=1'")

@@ -19,10 +19,9 @@ import orbax.checkpoint as ocp
 import tensorstore
 from orbax.checkpoint import checkpoint_managers as managers
 
-from icae_jax import errors
+from icae_jax import errors, files
 from icae_jax.errors import UserError
-from icae_jax.interop import files
-from icae_jax.training import distributed
+from icae_jax.runtime import distributed
 
 
 class DiskFullError(OSError):
@@ -41,7 +40,9 @@ def _saving(what):
     try:
         yield
     except (OSError, ValueError, RuntimeError) as error:
-        if distributed.program_failed(error):  # of what was to be saved, or of waiting for another process, which is dead
+        if distributed.program_failed(
+            error
+        ):  # of what was to be saved, or of waiting for another process, which is dead
             raise
         cause = re.sub(r" \[\w+='\d+'\]", "", str(error).strip().splitlines()[-1].split(": ")[-1])
         message = f"{what} failed: {cause}. Earlier checkpoints are whole; "
@@ -70,12 +71,24 @@ def flaw(folder) -> str:
         for path in sorted(folder.rglob("*")):
             if path.is_file() and not path.name.startswith(".") and not path.stat().st_size:
                 return f"{path.relative_to(folder)} is empty"
-        for path in (folder / "default" / "_METADATA", folder / "metrics" / "metrics", *folder.glob("default/array_metadatas/*")):
-            if path.exists() and not isinstance(_json(path), dict):  # without metrics it was saved without being evaluated
+        for path in (
+            folder / "default" / "_METADATA",
+            folder / "metrics" / "metrics",
+            *folder.glob("default/array_metadatas/*"),
+        ):
+            if path.exists() and not isinstance(
+                _json(path), dict
+            ):  # without metrics it was saved without being evaluated
                 return f"{path.relative_to(folder)} is garbled"
-        if (folder / "metrics" / "metrics").exists() and not files.is_kind(_json(folder / "metrics" / "metrics").get("loss"), float):
+        if (folder / "metrics" / "metrics").exists() and not files.is_kind(
+            _json(folder / "metrics" / "metrics").get("loss"), float
+        ):
             return "metrics/metrics holds no loss"
-        return _index_flaw(folder / "default") if _json(folder / "default" / "_METADATA").get("use_ocdbt") else ""
+        return (
+            _index_flaw(folder / "default")
+            if _json(folder / "default" / "_METADATA").get("use_ocdbt")
+            else ""
+        )
     except FileNotFoundError as error:  # it is just being deleted
         return f"{error.filename} is missing"
 
@@ -108,15 +121,31 @@ def _damage(error) -> str:
     if errors.transient(error):
         return ""
     for e in errors.causes(error):
-        if isinstance(e, MemoryError | jax.errors.JaxRuntimeError | PermissionError | KeyboardInterrupt):
+        if isinstance(
+            e, MemoryError | jax.errors.JaxRuntimeError | PermissionError | KeyboardInterrupt
+        ):
             return ""
         status = _DAMAGE.search(str(e))
         if status or isinstance(
-            e, FileNotFoundError | NotADirectoryError | EOFError | KeyError | json.JSONDecodeError | UnicodeDecodeError
+            e,
+            FileNotFoundError
+            | NotADirectoryError
+            | EOFError
+            | KeyError
+            | json.JSONDecodeError
+            | UnicodeDecodeError,
         ):
-            text = str(e).split(" [tensorstore_spec")[0].split(" [source locations")[0].strip().splitlines()
+            text = (
+                str(e)
+                .split(" [tensorstore_spec")[0]
+                .split(" [source locations")[0]
+                .strip()
+                .splitlines()
+            )
             return re.sub(r"^.{200,}(?=.{200}$)", "… ", text[0]) if text else type(e).__name__
-        if "structure" in str(e) and isinstance(e, ValueError):  # of the tree: its metadata are missing
+        if "structure" in str(e) and isinstance(
+            e, ValueError
+        ):  # of the tree: its metadata are missing
             return str(e).strip().splitlines()[0]
     return ""
 
@@ -154,7 +183,10 @@ def _say_once(text):
 
 def _step_folders(workdir) -> dict[int, pathlib.Path]:
     """`{step: folder}` of the checkpoints of a workdir, whole or not, rising."""
-    found = {folder: _STEP.fullmatch(folder.name) for folder in pathlib.Path(workdir).glob("checkpoints/step_*")}
+    found = {
+        folder: _STEP.fullmatch(folder.name)
+        for folder in pathlib.Path(workdir).glob("checkpoints/step_*")
+    }
     return dict(sorted((int(name[1]), folder) for folder, name in found.items() if name))
 
 
@@ -165,7 +197,9 @@ def saved_steps(workdir) -> dict[int, float | None]:
         if flaw(folder):
             continue
         told = folder / "metrics" / "metrics"
-        steps[step] = (_json(told) or {}).get("loss") if told.exists() else None  # None: it was saved without being evaluated
+        steps[step] = (
+            (_json(told) or {}).get("loss") if told.exists() else None
+        )  # None: it was saved without being evaluated
     return steps
 
 
@@ -176,14 +210,18 @@ def is_whole(folder) -> bool:
 
 def best_step(steps: dict[int, float | None]) -> int | None:
     """Of `{step: held-out loss or None}` the one with the lowest loss, the earlier of two; None where none has a finite one."""
-    ranked = [(loss, step) for step, loss in steps.items() if loss is not None and math.isfinite(loss)]
+    ranked = [
+        (loss, step) for step, loss in steps.items() if loss is not None and math.isfinite(loss)
+    ]
     return min(ranked)[1] if ranked else None
 
 
 def _all_damaged(where, damaged):
     """The error that says of damaged checkpoints, `{name: what is wrong}`, that there is no other."""
     told = "; ".join(f"{name}: {why}" for name, why in damaged.items())
-    return UserError(f"{where}: no checkpoint there is whole ({told}); put copies in their place, or delete them to begin anew")
+    return UserError(
+        f"{where}: no checkpoint there is whole ({told}); put copies in their place, or delete them to begin anew"
+    )
 
 
 def step_folder(path, without: dict[str, str] | None = None) -> pathlib.Path | None:
@@ -194,16 +232,26 @@ def step_folder(path, without: dict[str, str] | None = None) -> pathlib.Path | N
     where it is the one that is asked for, or there is no other.
     """
     path, without = pathlib.Path(path), without or {}
-    if is_whole(path) or (_STEP.fullmatch(path.name) and path.parent.name == "checkpoints" and path.is_dir()):
+    if is_whole(path) or (
+        _STEP.fullmatch(path.name) and path.parent.name == "checkpoints" and path.is_dir()
+    ):
         if why := flaw(path):
-            raise UserError(f"{path}: the checkpoint is damaged ({why}); name another, or the workdir for its best that is whole")
+            raise UserError(
+                f"{path}: the checkpoint is damaged ({why}); name another, or the workdir for its best that is whole"
+            )
         return path
     workdir = path if (path / "checkpoints").is_dir() else path.parent
     if path not in (workdir, workdir / "checkpoints"):
         return None
-    steps = {step: loss for step, loss in saved_steps(workdir).items() if f"step_{step}" not in without}
+    steps = {
+        step: loss for step, loss in saved_steps(workdir).items() if f"step_{step}" not in without
+    }
     # What lacks its metadata may be one that a running training is just deleting, unless it is the latest.
-    flaws = {f.name: flaw(f) for s, f in _step_folders(workdir).items() if s not in steps and (is_whole(f) or s > max(steps, default=-1))}
+    flaws = {
+        f.name: flaw(f)
+        for s, f in _step_folders(workdir).items()
+        if s not in steps and (is_whole(f) or s > max(steps, default=-1))
+    }
     damaged = {name: why for name, why in flaws.items() if why}
     if not steps:
         if damaged or without:
@@ -212,7 +260,9 @@ def step_folder(path, without: dict[str, str] | None = None) -> pathlib.Path | N
     best = best_step(steps)
     chosen = workdir / "checkpoints" / f"step_{max(steps) if best is None else best}"
     for name, why in damaged.items():
-        _say_once(f"{workdir}/checkpoints/{name} is damaged ({why}) and passed over; {chosen.name} is read")
+        _say_once(
+            f"{workdir}/checkpoints/{name} is damaged ({why}) and passed over; {chosen.name} is read"
+        )
     return chosen
 
 
@@ -233,7 +283,9 @@ def read_newly(path):
             if not why:
                 raise
             if folder == pathlib.Path(path):
-                raise UserError(f"{path}: the checkpoint is damaged ({why}); name another, or the workdir for its best") from error
+                raise UserError(
+                    f"{path}: the checkpoint is damaged ({why}); name another, or the workdir for its best"
+                ) from error
             damaged[folder.name] = why
             _say_once(f"{folder} is damaged ({why}) and passed over")
     return None
@@ -247,7 +299,9 @@ def read_trained(step_folder):
     want = {"trained": jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), stored)}
     how = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), want)
     with _one_error(), ocp.Checkpointer(handler) as checkpointer:
-        return checkpointer.restore(folder, args=ocp.args.PyTreeRestore(want, how, partial_restore=True))["trained"]
+        return checkpointer.restore(
+            folder, args=ocp.args.PyTreeRestore(want, how, partial_restore=True)
+        )["trained"]
 
 
 # ------------------------------------------------------------------------------------------------------------ resuming
@@ -257,7 +311,9 @@ def restore(folder, like):
     """The state saved in a step's folder, with the shapes, dtypes and shardings of `like`. Waits for no other process."""
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
     reading = functools.partial(
-        ocp.StandardCheckpointHandler().restore, pathlib.Path(folder).resolve() / "default", args=ocp.args.StandardRestore(abstract)
+        ocp.StandardCheckpointHandler().restore,
+        pathlib.Path(folder).resolve() / "default",
+        args=ocp.args.StandardRestore(abstract),
     )
     with _one_error():
         return errors.retrying(reading, f"reading {folder}")
@@ -270,7 +326,11 @@ def resume(workdir, like, say):
     where all are damaged; they stay as they are. To be called before `Checkpoints` is made, by whoever alone writes there.
     """
     folders = _step_folders(workdir)
-    flaws = distributed.from_main(lambda: {str(s): errors.retrying(lambda f=f: flaw(f), f"reading {f}") for s, f in folders.items()})
+    flaws = distributed.from_main(
+        lambda: {
+            str(s): errors.retrying(lambda f=f: flaw(f), f"reading {f}") for s, f in folders.items()
+        }
+    )
     damaged, state, found = {int(step): why for step, why in flaws.items() if why}, like, None
     for step in sorted(map(int, flaws), reverse=True):
         if step in damaged:
@@ -290,7 +350,9 @@ def resume(workdir, like, say):
     if damaged and found is None:
         raise _all_damaged(workdir, {f"step_{step}": damaged[step] for step in sorted(damaged)})
     for step in sorted(damaged):
-        there, to = (pathlib.Path(workdir) / "checkpoints" / f"{prefix}step_{step}" for prefix in ("", ASIDE))
+        there, to = (
+            pathlib.Path(workdir) / "checkpoints" / f"{prefix}step_{step}" for prefix in ("", ASIDE)
+        )
         if distributed.main_after_all():
             tried = itertools.count(2)
             while to.exists():
@@ -300,7 +362,9 @@ def resume(workdir, like, say):
     distributed.main_after_all()
     if damaged and max(damaged) > found:
         lost = max(damaged) - found
-        say(f"going back from step {max(damaged)} to step {found}, the latest whole checkpoint: {lost} steps are trained again")
+        say(
+            f"going back from step {max(damaged)} to step {found}, the latest whole checkpoint: {lost} steps are trained again"
+        )
     return found, state
 
 
@@ -349,7 +413,8 @@ class Checkpoints:
         )
         self._workdir = pathlib.Path(workdir).resolve()
         with errors.naming(
-            f"--workdir {workdir}: no folder of checkpoints can be made", "put in place what a link leads to, or give another folder"
+            f"--workdir {workdir}: no folder of checkpoints can be made",
+            "put in place what a link leads to, or give another folder",
         ):
             (self._workdir / "checkpoints").mkdir(parents=True, exist_ok=True)
         self._manager = _Manager(self._workdir / "checkpoints", options=options)

@@ -10,16 +10,19 @@ import numpy as np
 from icae_jax.compression import encoder, layout, methods
 from icae_jax.data import batches, mixture, sources, tokens
 from icae_jax.errors import UserError
-from icae_jax.interop import adapter as adapters
-from icae_jax.interop import base as bases
-from icae_jax.interop import tokenizer as tokenizers
+from icae_jax.interop.adapters import folder as adapters
+from icae_jax.interop.hub import base as bases
+from icae_jax.interop.hub import tokenizer as tokenizers
 from icae_jax.models import llama, lora
 from icae_jax.objectives import loss, targets
-from icae_jax.training import attention, flops, sharding
+from icae_jax.performance import flops
+from icae_jax.runtime import attention_choice, sharding
 from icae_jax.training.config import SCRATCH, recorded
 
 CHECKED = 1 << 22  # ids looked through at once
-_init_lora = jax.jit(lora.init_lora, static_argnums=(1, 2))  # one program, not one for every array's shape
+_init_lora = jax.jit(
+    lora.init_lora, static_argnums=(1, 2)
+)  # one program, not one for every array's shape
 
 
 def compression_on(config, tokenizer):
@@ -45,38 +48,67 @@ class CompressorLosses:
         self.heads = {o: head if o == "qa" else () for o in self.weights}
         self.model = llama.Llama(
             model_config, lora_scale=c.lora.scale, lora_dropout=c.lora.dropout, dtype=c.jnp_dtype, remat=c.remat, unroll=c.unroll,
-            attention="xla" if c.attention == attention.AUTO else c.attention,
+            attention="xla" if c.attention == attention_choice.AUTO else c.attention,
         )  # fmt: skip
         self.decoder = self.model.clone(remat=c.remat_decoder or c.remat)
 
     def counts(self, batch):
         """Label tokens by objective."""
-        return {o: jnp.sum(t["label_mask"]).astype(jnp.float32) for o, t in batch["targets"].items()}
+        return {
+            o: jnp.sum(t["label_mask"]).astype(jnp.float32) for o, t in batch["targets"].items()
+        }
 
     def tokens(self, batch):
         """Context tokens encoded and label tokens predicted."""
         return jnp.sum(batch["lengths"]).astype(jnp.float32) + sum(self.counts(batch).values())
 
     def least_flops(self, batch):
-        """The fewest FLOPs that a step on a batch of these shapes takes (`training.flops`)."""
-        return flops.least(self.model.config, self.config.lora, self.compression, batch, self.heads).total
+        """The fewest FLOPs that a step on a batch of these shapes takes (`performance.flops`)."""
+        return flops.least(
+            self.model.config, self.config.lora, self.compression, batch, self.heads
+        ).total
 
     def losses(self, trained, frozen, batch, dropout_key):
         """`{objective: (sum, count)}`. The decoder sees a context through its memory alone."""
         c = self.compression
-        memory = methods.compress(self.model, frozen, trained, batch["context"], batch["lengths"], c, batch["k"], dropout_key)
-        losses = loss.label_losses(self.decoder, frozen, trained, memory, batch["targets"], self.heads, c.layout, self.config.loss_chunk)
+        memory = methods.compress(
+            self.model,
+            frozen,
+            trained,
+            batch["context"],
+            batch["lengths"],
+            c,
+            batch["k"],
+            dropout_key,
+        )
+        losses = loss.label_losses(
+            self.decoder,
+            frozen,
+            trained,
+            memory,
+            batch["targets"],
+            self.heads,
+            c.layout,
+            self.config.loss_chunk,
+        )
         return loss.objective_sums(losses, batch["targets"])
 
 
 def with_attention(config, model_config, compression, mesh, length):
-    """(the configuration with the attention that is computed on a mesh, lines on how it was found), see `training.attention`.
+    """(the configuration with the attention that is computed on a mesh, lines on how it was found), see `runtime.attention_choice`.
 
     length: tokens of the contexts that most of the work is for.
     """
     segments, size = batches.segment_shape(length, compression)
     rows = config.batch_size // config.accumulate * segments
-    name, notes = attention.choose(config.attention, model_config, mesh, rows=rows, length=size + compression.k, dtype=config.jnp_dtype)
+    name, notes = attention_choice.choose(
+        config.attention,
+        model_config,
+        mesh,
+        rows=rows,
+        length=size + compression.k,
+        dtype=config.jnp_dtype,
+    )
     return dataclasses.replace(config, attention=name), notes
 
 
@@ -89,7 +121,9 @@ def positions(objectives, pad_labels, compression, longest, qa=0, head=0):
     restored = (segments * compression.segment_tokens if pad_labels else longest) + 1
     behind = max(qa, restored if {"ae", "lm"} & set(objectives) else 0)
     where = layout.get(compression.layout)
-    written, memory, start = layout.positions_needed(where, longest, segments, size, compression.k, compression.segment_tokens)
+    written, memory, start = layout.positions_needed(
+        where, longest, segments, size, compression.k, compression.segment_tokens
+    )
     return max(written, head + memory, head + start + behind)
 
 
@@ -105,12 +139,18 @@ class CompressorTask(CompressorLosses):
         start = None
         if c.init_from and c.init_from != SCRATCH:
             start = adapters.locate(c.init_from, progress=jax.process_index() == 0).folder
-            adapters.read_adapter_info(start, c.init_from)  # before the base is loaded, which takes minutes
+            adapters.read_adapter_info(
+                start, c.init_from
+            )  # before the base is loaded, which takes minutes
         self.placement = sharding.Placement(sharding.make_mesh(c.mesh), bases.sizes(c.base))
-        self.base = base or bases.load_base(c.base, c.jnp_dtype, self.placement.parameter, progress=jax.process_index() == 0)
+        self.base = base or bases.load_base(
+            c.base, c.jnp_dtype, self.placement.parameter, progress=jax.process_index() == 0
+        )
         tokenizer = self.base.tokenizer
         compression, self._notes = compression_on(c, tokenizer)
-        c, notes = with_attention(c, self.base.config, compression, self.placement.mesh, max(c.data.context_lengths))
+        c, notes = with_attention(
+            c, self.base.config, compression, self.placement.mesh, max(c.data.context_lengths)
+        )
         self._notes += notes
         self.template = self._template(c.objectives.template, workdir)
         super().__init__(c, self.base.config, compression, self.template.head)
@@ -121,11 +161,20 @@ class CompressorTask(CompressorLosses):
             self.start_from = adapters.load_adapter(start, self.base)
             self._check_start()
         self.frozen = self.base.params
-        self.train_examples = self._mixture() if c.data.train_weights else self._examples(c.data.train)
-        self.eval_examples = self._examples(c.data.eval) if c.data.eval and c.eval_examples else None
+        self.train_examples = (
+            self._mixture() if c.data.train_weights else self._examples(c.data.train)
+        )
+        self.eval_examples = (
+            self._examples(c.data.eval) if c.data.eval and c.eval_examples else None
+        )
         self._check_positions()
         data = (self.train_examples.key, self.train_examples.earlier_key)
-        self.identity = {"base": self.base.fingerprint, "data.train": data, "template": self.template.as_json(), **self.base.identity}
+        self.identity = {
+            "base": self.base.fingerprint,
+            "data.train": data,
+            "template": self.template.as_json(),
+            **self.base.identity,
+        }
         if self.start_from:
             self.identity["init_from"] = self.start_from.fingerprint
 
@@ -148,13 +197,30 @@ class CompressorTask(CompressorLosses):
         rows, tokenizer = self.base.config.vocab_size, self.base.tokenizer
         adapters.check_template(self.template, self.base, "objectives.template")
         around = [*self.framing.start, self.framing.trigger, self.framing.eos]
-        tokenizers.check_ids([around], rows, lambda _: "what stands round a text (bos, eos)", tokenizer, encoder.SPECIAL_ROWS)
+        tokenizers.check_ids(
+            [around],
+            rows,
+            lambda _: "what stands round a text (bos, eos)",
+            tokenizer,
+            encoder.SPECIAL_ROWS,
+        )
 
     def _check_positions(self):
         c, most = self.config, self.base.config.max_position_embeddings
         longest = max(c.data.context_lengths)
-        qa = max(e.qa_shape[0] for e in (self.train_examples, self.eval_examples) if e) if "qa" in self.weights else 0
-        needed = positions(self.weights, c.objectives.pad_labels, self.compression, longest, qa, len(self.template.head))
+        qa = (
+            max(e.qa_shape[0] for e in (self.train_examples, self.eval_examples) if e)
+            if "qa" in self.weights
+            else 0
+        )
+        needed = positions(
+            self.weights,
+            c.objectives.pad_labels,
+            self.compression,
+            longest,
+            qa,
+            len(self.template.head),
+        )
         if needed > most:
             raise UserError(
                 f"data.context_lengths holds {longest}, which needs {needed} positions with compression.k {c.compression.k}; "
@@ -163,12 +229,22 @@ class CompressorTask(CompressorLosses):
 
     def _check_start(self):
         for name in ("compression", "lora"):
-            old, new = getattr(self.start_from, name), {"compression": self.compression, "lora": self.config.lora}[name]
-            fields = {"compression": ("method", "k", "layout", "trigger"), "lora": ("rank", "scale", "targets")}[name]
+            old, new = (
+                getattr(self.start_from, name),
+                {"compression": self.compression, "lora": self.config.lora}[name],
+            )
+            fields = {
+                "compression": ("method", "k", "layout", "trigger"),
+                "lora": ("rank", "scale", "targets"),
+            }[name]
             if name == "compression" and layout.get(new.layout).fixed_length:
                 fields += ("rate",)  # there it fixes the memory's positions
             for field in fields:
-                unlike = set(old.targets) != set(new.targets) if field == "targets" else getattr(old, field) != getattr(new, field)
+                unlike = (
+                    set(old.targets) != set(new.targets)
+                    if field == "targets"
+                    else getattr(old, field) != getattr(new, field)
+                )
                 if unlike:  # the order of targets counts only where they are drawn
                     raise UserError(
                         f"{name}.{field} is {getattr(new, field)!r}, but init_from {self.config.init_from} was trained with "
@@ -178,10 +254,25 @@ class CompressorTask(CompressorLosses):
     def _examples(self, source):
         c, tokenizer = self.config, self.base.tokenizer
         strict = "data.strict" if c.data.strict else ""
-        data = tokens.tokenise(source, tokenizer, c.data.cache_dir, c.data.tfds_dir or None, c.data.max_row_bytes, c.data.no_answer, strict)
+        data = tokens.tokenise(
+            source,
+            tokenizer,
+            c.data.cache_dir,
+            c.data.tfds_dir or None,
+            c.data.max_row_bytes,
+            c.data.no_answer,
+            strict,
+        )
         self._check_ids(source, data)
         return batches.Examples(
-            data, c.data, self.compression, c.phase, tuple(self.weights), self.template, self.framing, c.objectives.pad_labels
+            data,
+            c.data,
+            self.compression,
+            c.phase,
+            tuple(self.weights),
+            self.template,
+            self.framing,
+            c.objectives.pad_labels,
         )
 
     def _check_ids(self, source, data):
@@ -197,23 +288,34 @@ class CompressorTask(CompressorLosses):
                     at = start + int(beyond[0])
                     number = np.searchsorted(offsets, at, side="right") - 1
                     named = f"data source {source}: {kind} {number} (from 0)"
-                    tokenizers.check_ids([ids[at : at + 1]], rows, lambda _, named=named: named, tokenizer)
+                    tokenizers.check_ids(
+                        [ids[at : at + 1]], rows, lambda _, named=named: named, tokenizer
+                    )
 
     def _mixture(self):
-        weighted = zip(sources.split_source(self.config.data.train), self.config.data.train_weights, strict=True)
+        weighted = zip(
+            sources.split_source(self.config.data.train),
+            self.config.data.train_weights,
+            strict=True,
+        )
         parts = {}
         for number, (source, weight) in enumerate(weighted):
             if weight > 0:
                 try:
                     parts[number] = self._examples(source), weight
                 except UserError as error:
-                    raise UserError(f"data.train source {source}, of weight {weight:g}: {error}") from error
+                    raise UserError(
+                        f"data.train source {source}, of weight {weight:g}: {error}"
+                    ) from error
         return mixture.Mixture(parts)
 
     def shared_by_processes(self) -> dict[str, object]:
         """What all processes must have alike, beside the configuration: what its paths stand for, and the shapes of the batches."""
         found = {f"identity.{name}": value for name, value in self.identity.items()}
-        for name, examples in (("data.train", self.train_examples), ("data.eval", self.eval_examples)):
+        for name, examples in (
+            ("data.train", self.train_examples),
+            ("data.eval", self.eval_examples),
+        ):
             if examples:
                 found |= {f"identity.{name}": examples.key, f"shapes of {name}": examples.shapes}
         return found
@@ -221,7 +323,12 @@ class CompressorTask(CompressorLosses):
     def notes(self):
         """Lines worth saying before training: what is done otherwise than asked, what was left out of the data."""
         named = (("data.train", self.train_examples), ("data.eval", self.eval_examples))
-        left_out = [f"{name}: left out {count} {reason}" for name, e in named if e for reason, count in e.dropped.items()]
+        left_out = [
+            f"{name}: left out {count} {reason}"
+            for name, e in named
+            if e
+            for reason, count in e.dropped.items()
+        ]
         return self.placement.notes() + self._notes + left_out
 
     def init(self):
@@ -234,16 +341,30 @@ class CompressorTask(CompressorLosses):
         if c.compression.trigger_token:
             trigger = self.base.tokenizer.convert_tokens_to_ids(c.compression.trigger_token)
             if trigger is None or trigger == self.base.tokenizer.unk_token_id:
-                raise UserError(f"compression.trigger_token {c.compression.trigger_token!r} is not a token of the base's tokenizer")
-            tokenizers.check_ids([[trigger]], self.base.config.vocab_size, lambda _: "compression.trigger_token", self.base.tokenizer)
+                raise UserError(
+                    f"compression.trigger_token {c.compression.trigger_token!r} is not a token of the base's tokenizer"
+                )
+            tokenizers.check_ids(
+                [[trigger]],
+                self.base.config.vocab_size,
+                lambda _: "compression.trigger_token",
+                self.base.tokenizer,
+            )
         embeddings = {"embed": sharding.on_host(self.frozen["embed"])}
-        table = encoder.init_memory_table(jax.random.fold_in(key, 1), embeddings, c.compression, trigger)
-        return {"lora": _init_lora(jax.random.fold_in(key, 2), self.base.config, c.lora), "memory_table": table}
+        table = encoder.init_memory_table(
+            jax.random.fold_in(key, 1), embeddings, c.compression, trigger
+        )
+        return {
+            "lora": _init_lora(jax.random.fold_in(key, 2), self.base.config, c.lora),
+            "memory_table": table,
+        }
 
     def train_batches(self, start, stop, rows=slice(None)):
         """Batches of steps start … stop - 1. rows: those that are made, by default all."""
         c = self.config
-        return batches.train_batches(self.train_examples, c.seed, c.batch_size, start, stop, self.compression.choices, rows)
+        return batches.train_batches(
+            self.train_examples, c.seed, c.batch_size, start, stop, self.compression.choices, rows
+        )
 
     def describe(self, batch):
         """What a line of metrics should say of a batch: its k, where there are several."""
@@ -263,17 +384,27 @@ class CompressorTask(CompressorLosses):
             return
         size = self.config.batch_size
         for bucket, chosen in self.eval_examples.held_out(size, self.config.eval_examples):
-            batch, others = self.eval_examples.collate(bucket, chosen[rows]), self.eval_examples.other_contexts(bucket, chosen[rows])
-            read, kinds = {"memory": batch} | ({"wrong_memory": batch | others} if others else {}), {}
+            batch, others = (
+                self.eval_examples.collate(bucket, chosen[rows]),
+                self.eval_examples.other_contexts(bucket, chosen[rows]),
+            )
+            read, kinds = (
+                {"memory": batch} | ({"wrong_memory": batch | others} if others else {}),
+                {},
+            )
             for k in sorted(self.compression.choices, reverse=True):
                 suffix = "" if k == self.compression.k else f"_k{k}"
-                kinds |= {kind + suffix: of | {"k": batches.StaticInt(k)} for kind, of in read.items()}
+                kinds |= {
+                    kind + suffix: of | {"k": batches.StaticInt(k)} for kind, of in read.items()
+                }
             yield kinds
 
     def export(self, workdir, trained):
         """Writes the adapter folder."""
         c = self.config
         identity = {"base_fingerprint": self.base.fingerprint, "base_identity": self.base.identity}
-        adapter = adapters.Adapter(self.compression, c.lora, self.template, trained, c.base, **identity)
+        adapter = adapters.Adapter(
+            self.compression, c.lora, self.template, trained, c.base, **identity
+        )
         adapters.save_adapter(pathlib.Path(workdir) / adapters.IN_WORKDIR, adapter)
         return pathlib.Path(workdir) / adapters.IN_WORKDIR

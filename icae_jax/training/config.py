@@ -7,17 +7,17 @@ import typing
 
 import jax.numpy as jnp
 
-from icae_jax import errors
+from icae_jax import errors, files
 from icae_jax.compression import layout as layouts
 from icae_jax.compression.encoder import CompressionConfig
 from icae_jax.data.batches import DataConfig
 from icae_jax.errors import UserError
-from icae_jax.interop import files
 from icae_jax.models.llama import REMAT_POLICIES
 from icae_jax.models.lora import LoraConfig
 from icae_jax.objectives.targets import OBJECTIVES
-from icae_jax.training import attention, metrics
-from icae_jax.training.sharding import MeshConfig
+from icae_jax.runtime import attention_choice
+from icae_jax.runtime.sharding import MeshConfig
+from icae_jax.training import metrics
 
 SCRATCH = "scratch"  # init_from of fine-tuning without a pretrained compressor
 
@@ -60,7 +60,9 @@ class OptimizerConfig:
 
     def __post_init__(self):
         if not self.learning_rate > 0:
-            raise UserError(f"optimizer.learning_rate is {self.learning_rate}; it must be positive, such as 1e-4")
+            raise UserError(
+                f"optimizer.learning_rate is {self.learning_rate}; it must be positive, such as 1e-4"
+            )
         if self.name not in ("adamw", "muon"):
             raise UserError(f"optimizer.name is {self.name!r}; choose adamw or muon")
         if self.schedule not in ("constant", "cosine"):
@@ -74,8 +76,8 @@ class LoopConfig:
     """What every kind of training shares. accumulate: microbatches of one step. eval_examples: held-out examples at most.
 
     dtype: of activations and the frozen base ("float32" or "bfloat16"); trained parameters are float32. remat: see `models.llama`.
-    attention: one of `models.attention`'s implementations, or "auto" (`training.attention`).
-    mesh: how the devices are arranged (`training.sharding`).
+    attention: one of `models.attention`'s implementations, or "auto" (`runtime.attention_choice`).
+    mesh: how the devices are arranged (`runtime.sharding`).
     eval_every, checkpoint_every: in steps; checkpoints are made at evaluations too.
     """
 
@@ -85,7 +87,7 @@ class LoopConfig:
     accumulate: int = 1
     dtype: str = "float32"
     remat: str = "none"
-    attention: str = attention.AUTO
+    attention: str = attention_choice.AUTO
     unroll: int = 1
     loss_chunk: int = 128
     log_every: int = 10
@@ -96,21 +98,36 @@ class LoopConfig:
     mesh: MeshConfig = MeshConfig()
 
     def __post_init__(self):
-        for name in ("steps", "batch_size", "accumulate", "unroll", "loss_chunk", "log_every", "eval_every", "checkpoint_every"):
+        for name in (
+            "steps",
+            "batch_size",
+            "accumulate",
+            "unroll",
+            "loss_chunk",
+            "log_every",
+            "eval_every",
+            "checkpoint_every",
+        ):
             if getattr(self, name) <= 0:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be positive")
-        if not 0 <= self.seed < 2**32:  # of a larger one JAX's keys keep the last 32 bits: another seed's dropout and first parameters
+        if (
+            not 0 <= self.seed < 2**32
+        ):  # of a larger one JAX's keys keep the last 32 bits: another seed's dropout and first parameters
             raise UserError(f"seed is {self.seed}; give a whole number from 0 on, below 2**32")
         if self.eval_examples < 0:
             raise UserError(f"eval_examples is {self.eval_examples}; it must be 0 or more")
         if self.batch_size % self.accumulate:
-            raise UserError(f"batch_size {self.batch_size} is not a multiple of accumulate {self.accumulate}")
+            raise UserError(
+                f"batch_size {self.batch_size} is not a multiple of accumulate {self.accumulate}"
+            )
         if self.dtype not in ("float32", "bfloat16"):
             raise UserError(f"dtype is {self.dtype!r}; choose float32 or bfloat16")
         if self.remat not in REMAT_POLICIES:
             raise UserError(f"remat is {self.remat!r}; choose from {', '.join(REMAT_POLICIES)}")
-        if self.attention not in attention.CHOICES:
-            raise UserError(f"attention is {self.attention!r}; choose from {', '.join(attention.CHOICES)}")
+        if self.attention not in attention_choice.CHOICES:
+            raise UserError(
+                f"attention is {self.attention!r}; choose from {', '.join(attention_choice.CHOICES)}"
+            )
 
     @property
     def jnp_dtype(self):
@@ -139,20 +156,28 @@ class TrainConfig(LoopConfig):
     def __post_init__(self):
         super().__post_init__()
         if self.remat_decoder and self.remat_decoder not in REMAT_POLICIES:
-            raise UserError(f"remat_decoder is {self.remat_decoder!r}; choose from {', '.join(REMAT_POLICIES)}, or '' for that of remat")
+            raise UserError(
+                f"remat_decoder is {self.remat_decoder!r}; choose from {', '.join(REMAT_POLICIES)}, or '' for that of remat"
+            )
         for name, phases in (("phase", (self.phase,)), ("draw_k", self.draw_k)):
             unknown = [p for p in phases if p not in ("pretrain", "finetune")]
             if unknown:
                 raise UserError(f"{name} is {unknown[0]!r}; choose pretrain or finetune")
         if self.objectives.pad_labels and not layouts.get(self.compression.layout).fixed_length:
-            raise UserError(f"objectives.pad_labels is for compression.layout reference; with {self.compression.layout} padding is masked")
+            raise UserError(
+                f"objectives.pad_labels is for compression.layout reference; with {self.compression.layout} padding is masked"
+            )
         weights = [getattr(self.objectives, o) for o in OBJECTIVES]
         if min(weights) < 0 or not sum(weights) > 0:
-            raise UserError(f"objectives ae, lm, qa are {weights}; give weights >= 0, at least one of them positive")
+            raise UserError(
+                f"objectives ae, lm, qa are {weights}; give weights >= 0, at least one of them positive"
+            )
         absent = "qa" if self.phase == "pretrain" else "lm"
         if getattr(self.objectives, absent) > 0:
             weight = getattr(self.objectives, absent)
-            raise UserError(f"objectives.{absent} is {weight} in phase {self.phase}, which has no such targets; set 0")
+            raise UserError(
+                f"objectives.{absent} is {weight} in phase {self.phase}, which has no such targets; set 0"
+            )
         for name, value in (("base", self.base), ("data.train", self.data.train)):
             if not value:
                 raise UserError(f"{name} is not set; give it with --config.{name}=PATH")
@@ -165,7 +190,11 @@ class TrainConfig(LoopConfig):
     @property
     def trained_compression(self):
         """`compression` with the numbers of memory tokens that this phase trains: what its adapter can be asked for."""
-        return self.compression if self.phase in self.draw_k else dataclasses.replace(self.compression, k_choices=())
+        return (
+            self.compression
+            if self.phase in self.draw_k
+            else dataclasses.replace(self.compression, k_choices=())
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,7 +230,9 @@ def from_dict(kind, raw, path="config"):
     hints = typing.get_type_hints(kind)
     unknown = sorted(set(raw) - set(fields))
     if unknown:
-        raise UserError(f"{path}.{unknown[0]} is not a field; the fields of {path} are {', '.join(fields)}")
+        raise UserError(
+            f"{path}.{unknown[0]} is not a field; the fields of {path} are {', '.join(fields)}"
+        )
     values = {}
     for name, value in raw.items():
         hint, where = hints[name], f"{path}.{name}"
@@ -228,9 +259,29 @@ def _scalar(kind, value, where):
 # ------------------------------------------------------------------------------------------------- resuming a workdir
 
 # What may change when a workdir is continued; any other field changes the mathematics.
-FREE_FIELDS = {"log_every", "eval_every", "eval_examples", "checkpoint_every", "remat", "remat_decoder", "attention", "unroll"}
-FREE_FIELDS |= {"mesh.data", "mesh.fsdp", "mesh.tensor"}  # the devices may change: results agree within rounding
-PATH_FIELDS = {"base", "init_from", "data.train", "data.eval", "data.cache_dir", "data.tfds_dir"}  # `identity` has their content
+FREE_FIELDS = {
+    "log_every",
+    "eval_every",
+    "eval_examples",
+    "checkpoint_every",
+    "remat",
+    "remat_decoder",
+    "attention",
+    "unroll",
+}
+FREE_FIELDS |= {
+    "mesh.data",
+    "mesh.fsdp",
+    "mesh.tensor",
+}  # the devices may change: results agree within rounding
+PATH_FIELDS = {
+    "base",
+    "init_from",
+    "data.train",
+    "data.eval",
+    "data.cache_dir",
+    "data.tfds_dir",
+}  # `identity` has their content
 FREE_FIELDS |= PATH_FIELDS | {"data.max_row_bytes", "data.strict"}
 # What earlier workdirs do not record: there it is taken as it is found.
 LATER_IDENTITY = {"identity.tokenizer", "identity.weights", "identity.template"}
@@ -238,7 +289,9 @@ LATER_IDENTITY = {"identity.tokenizer", "identity.weights", "identity.template"}
 
 def _flat(value, prefix=""):
     if isinstance(value, dict):
-        return {k: v for key, item in value.items() for k, v in _flat(item, f"{prefix}{key}.").items()}
+        return {
+            k: v for key, item in value.items() for k, v in _flat(item, f"{prefix}{key}.").items()
+        }
     return {prefix[:-1]: list(value) if isinstance(value, tuple) else value}
 
 
@@ -246,14 +299,20 @@ def _defaults(kind):
     """A configuration's defaults, nested as its fields are."""
     hints = typing.get_type_hints(kind)
     return {
-        field.name: _defaults(hints[field.name]) if dataclasses.is_dataclass(hints[field.name]) else field.default
+        field.name: _defaults(hints[field.name])
+        if dataclasses.is_dataclass(hints[field.name])
+        else field.default
         for field in dataclasses.fields(kind)
     }
 
 
 def shared_fields(config: LoopConfig) -> dict[str, object]:
     """What several processes of one run must be configured alike in, `{dotted field: value}`: all but paths, which may differ by host."""
-    return {field: value for field, value in _flat(dataclasses.asdict(config)).items() if field not in PATH_FIELDS}
+    return {
+        field: value
+        for field, value in _flat(dataclasses.asdict(config)).items()
+        if field not in PATH_FIELDS
+    }
 
 
 def steps_done(workdir) -> int:
@@ -270,10 +329,14 @@ def read_run(path) -> dict[str, object]:
     flat = files.read_json(path, "the run's configuration")
     wrong = [field for field, value in flat.items() if isinstance(value, dict)]
     if wrong:
-        raise UserError(f"{path}: {wrong[0]} is {flat[wrong[0]]!r}; expected fields by their dotted names, such as compression.k")
+        raise UserError(
+            f"{path}: {wrong[0]} is {flat[wrong[0]]!r}; expected fields by their dotted names, such as compression.k"
+        )
     for field, value in flat.items():
         if field.startswith("identity.") and isinstance(value, int | float | bool):
-            raise UserError(f"{path}: {field} is {value!r}; expected a fingerprint, which is a text")
+            raise UserError(
+                f"{path}: {field} is {value!r}; expected a fingerprint, which is a text"
+            )
     return flat
 
 
@@ -286,9 +349,13 @@ def nested(flat: dict[str, object], source: object) -> dict:
         for group in groups:
             node = node.setdefault(group, {})
             if not isinstance(node, dict):
-                raise UserError(f"{source}: {name} and {group} are both there; {group} is a group of fields")
+                raise UserError(
+                    f"{source}: {name} and {group} are both there; {group} is a group of fields"
+                )
         if isinstance(node.get(last), dict):
-            raise UserError(f"{source}: {last} is {value!r}, and there are fields {name}.…; {last} is a group of fields")
+            raise UserError(
+                f"{source}: {last} is {value!r}, and there are fields {name}.…; {last} is a group of fields"
+            )
         node[last] = value
     return made
 
@@ -296,10 +363,14 @@ def nested(flat: dict[str, object], source: object) -> dict:
 def _check_types(flat, like, path):
     """UserError where a field of a workdir's file has another type than the same field of a configuration."""
     for field, value in flat.items():
-        kind = type(None if field.startswith("identity.") else like.get(field))  # a fingerprint may have had another form
+        kind = type(
+            None if field.startswith("identity.") else like.get(field)
+        )  # a fingerprint may have had another form
         fits = isinstance(value, bool) if kind is bool else files.is_kind(value, kind)
         if kind in (bool, int, float, str, list) and not fits:
-            raise UserError(f"{path}: {field} is {value!r}; expected {kind.__name__}, such as {like[field]!r}. Mend that line of the file")
+            raise UserError(
+                f"{path}: {field} is {value!r}; expected {kind.__name__}, such as {like[field]!r}. Mend that line of the file"
+            )
 
 
 def nothing_trained(workdir) -> bool:
@@ -328,24 +399,42 @@ def check_workdir(workdir, config, identity, writes=lambda: True, binding=True):
     Returns the changes to log, as text lines. UserError lists fields that change the mathematics; nothing is written then.
     """
     path = pathlib.Path(workdir) / "config.json"
-    known = {f"identity.{k}": v if isinstance(v, tuple) else (v,) for k, v in (identity or {}).items()}
-    now = _flat(dataclasses.asdict(config)) | {k: fingerprints[0] for k, fingerprints in known.items()}
+    known = {
+        f"identity.{k}": v if isinstance(v, tuple) else (v,) for k, v in (identity or {}).items()
+    }
+    now = _flat(dataclasses.asdict(config)) | {
+        k: fingerprints[0] for k, fingerprints in known.items()
+    }
     if not path.exists():
         lost = binding and not nothing_trained(workdir)
         if writes():
             errors.retrying(lambda: files.write_json(path, now), f"writing {path}")
         return (
-            [f"{path} was missing, and is now this run's: it is not known what was trained there before, nor on which base"] if lost else []
+            [
+                f"{path} was missing, and is now this run's: it is not known what was trained there before, nor on which base"
+            ]
+            if lost
+            else []
         )
     recorded = read_run(path)
     _check_types(recorded, now, path)
     before = _flat(_defaults(type(config))) | recorded
     if identity is None:
-        before = {field: value for field, value in before.items() if not field.startswith("identity.")}
+        before = {
+            field: value for field, value in before.items() if not field.startswith("identity.")
+        }
     changed = [k for k in sorted(before.keys() | now.keys()) if before.get(k) != now.get(k)]
     unsaid = LATER_IDENTITY - before.keys()
-    refused = [k for k in changed if k not in FREE_FIELDS | unsaid and before.get(k) not in known.get(k, ())]
-    if "steps" in refused and now["steps"] > before["steps"] and (now["optimizer.schedule"] == "constant" or now["optimizer.decay_steps"]):
+    refused = [
+        k
+        for k in changed
+        if k not in FREE_FIELDS | unsaid and before.get(k) not in known.get(k, ())
+    ]
+    if (
+        "steps" in refused
+        and now["steps"] > before["steps"]
+        and (now["optimizer.schedule"] == "constant" or now["optimizer.decay_steps"])
+    ):
         refused.remove("steps")
     notes = []
     if refused and not binding:

@@ -7,10 +7,13 @@ import pathlib
 import sys
 import time
 
-from icae_jax import errors
-from icae_jax.interop import files
+from icae_jax import errors, files
 
-WALL_CLOCK = ("seconds", "tokens_per_second", "mfu")  # the only fields that two equal runs may differ in
+WALL_CLOCK = (
+    "seconds",
+    "tokens_per_second",
+    "mfu",
+)  # the only fields that two equal runs may differ in
 
 
 @contextlib.contextmanager
@@ -52,7 +55,9 @@ class MetricsFile:
         self._events = EventsWriter(str(folder / "events"), f".{time.time_ns()}")
         # Every file has one, that of a new run too: TensorBoard takes the first for the start and only later ones for restarts.
         start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-        self._events.write_event(self._event(wall_time=time.time(), step=resume_step + 1, session_log=start))
+        self._events.write_event(
+            self._event(wall_time=time.time(), step=resume_step + 1, session_log=start)
+        )
         self._events.flush()
 
     def __enter__(self):
@@ -73,13 +78,23 @@ class MetricsFile:
                 os.fsync(f.fileno())
 
         errors.retrying(append, f"writing {self.path}")
-        values = [self._summary.Value(tag=tag, simple_value=number) for tag, number in _scalars(line) if tag != "step"]
-        self._events.write_event(self._event(wall_time=time.time(), step=line["step"], summary=self._summary(value=values)))
+        values = [
+            self._summary.Value(tag=tag, simple_value=number)
+            for tag, number in _scalars(line)
+            if tag != "step"
+        ]
+        self._events.write_event(
+            self._event(
+                wall_time=time.time(), step=line["step"], summary=self._summary(value=values)
+            )
+        )
         self._events.flush()
 
     def has_evaluation(self, step: int) -> bool:
         """Whether the held-out losses of a step are in the file."""
-        return self.path.exists() and any(line["step"] == step and "eval" in line for line in read(self.path))
+        return self.path.exists() and any(
+            line["step"] == step and "eval" in line for line in read(self.path)
+        )
 
     def close(self):
         self._events.close()
@@ -116,7 +131,7 @@ def means(sums, counts):
 def mfu(least_flops, seconds, chip, devices):
     """Model FLOPs utilisation (arXiv 2204.02311, appendix B): the share of the devices' peak that the mathematics' own FLOPs took.
 
-    least_flops: of all the work done in `seconds`, on all `devices` together (`training.flops`). chip: `training.chips.Chip` of each, or
+    least_flops: of all the work done in `seconds`, on all `devices` together (`performance.flops`). chip: `performance.chips.Chip` of each, or
     None where it is not known; then None.
     """
     return None if chip is None else least_flops / (seconds * devices * chip.bf16_flops)

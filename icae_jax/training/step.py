@@ -16,10 +16,15 @@ def make_optimizer(config, steps):
     """AdamW or Muon with warm-up and global-norm clipping, and its learning-rate schedule (step -> rate)."""
     c = config
     if c.schedule == "cosine":
-        schedule = optax.warmup_cosine_decay_schedule(0.0, c.learning_rate, c.warmup_steps, max(c.decay_steps or steps, c.warmup_steps + 1))
+        schedule = optax.warmup_cosine_decay_schedule(
+            0.0, c.learning_rate, c.warmup_steps, max(c.decay_steps or steps, c.warmup_steps + 1)
+        )
     else:
         schedule = optax.join_schedules(
-            [optax.linear_schedule(0.0, c.learning_rate, max(c.warmup_steps, 1)), optax.constant_schedule(c.learning_rate)],
+            [
+                optax.linear_schedule(0.0, c.learning_rate, max(c.warmup_steps, 1)),
+                optax.constant_schedule(c.learning_rate),
+            ],
             [c.warmup_steps],
         )
 
@@ -40,12 +45,18 @@ def make_optimizer(config, steps):
 def _muon_dimensions(params):
     """Muon's matrices are the blocks' kernels, one a layer; None leaves a parameter to AdamW."""
     kernel = optax.contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=2)
-    return jax.tree_util.tree_map_with_path(lambda path, _: kernel if path[-1].key == "kernel" else None, params)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: kernel if path[-1].key == "kernel" else None, params
+    )
 
 
 def init_state(trained, optimizer):
     """The train state: step, trained parameters (float32), optimizer state. The frozen base is not part of it."""
-    return {"step": jnp.zeros((), jnp.int32), "trained": trained, "opt_state": optimizer.init(trained)}
+    return {
+        "step": jnp.zeros((), jnp.int32),
+        "trained": trained,
+        "opt_state": optimizer.init(trained),
+    }
 
 
 def microbatches(batch, accumulate):
@@ -75,22 +86,33 @@ def make_train_step(task, optimizer, seed, accumulate, shardings=None):
 
         def add(carry, xs):
             micro, number = xs
-            (_, sums), grads = jax.value_and_grad(weighted, has_aux=True)(state["trained"], micro, jax.random.fold_in(key, number))
+            (_, sums), grads = jax.value_and_grad(weighted, has_aux=True)(
+                state["trained"], micro, jax.random.fold_in(key, number)
+            )
             return jax.tree.map(jnp.add, carry, (grads, sums)), None
 
         zero = (jax.tree.map(jnp.zeros_like, state["trained"]), {o: jnp.zeros(()) for o in counts})
         if accumulate == 1:
             (grads, sums), _ = add(zero, (batch, 0))
         else:
-            (grads, sums), _ = jax.lax.scan(add, zero, (microbatches(batch, accumulate), jnp.arange(accumulate)))
+            (grads, sums), _ = jax.lax.scan(
+                add, zero, (microbatches(batch, accumulate), jnp.arange(accumulate))
+            )
         with jax.named_scope("optimizer"):
             updates, opt_state = optimizer.update(grads, state["opt_state"], state["trained"])
             trained = optax.apply_updates(state["trained"], updates)
-        metrics = {"sums": sums, "counts": counts, "tokens": task.tokens(batch), "grad_norm": optax.global_norm(grads)}
+        metrics = {
+            "sums": sums,
+            "counts": counts,
+            "tokens": task.tokens(batch),
+            "grad_norm": optax.global_norm(grads),
+        }
         metrics["param_norm"] = optax.global_norm(trained)  # after the update: what would be saved
         return {"step": state["step"] + 1, "trained": trained, "opt_state": opt_state}, metrics
 
-    return jax.jit(step, donate_argnums=0, out_shardings=None if shardings is None else (shardings, None))
+    return jax.jit(
+        step, donate_argnums=0, out_shardings=None if shardings is None else (shardings, None)
+    )
 
 
 def make_eval_step(task, accumulate=1):

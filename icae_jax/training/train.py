@@ -11,17 +11,28 @@ import jax
 from absl import logging as absl_logging
 from tqdm import tqdm
 
-from icae_jax import errors
-from icae_jax.benchmarking import profile as profiles
-from icae_jax.interop import files
-from icae_jax.training import checkpoint, chips, distributed, metrics, sharding, step
+from icae_jax import errors, files
+from icae_jax.performance import chips
+from icae_jax.performance import profile as profiles
+from icae_jax.runtime import distributed, sharding
+from icae_jax.training import checkpoint, metrics, step
 from icae_jax.training.config import check_workdir, nothing_trained, shared_fields, steps_done
 
 DONE, PREEMPTED, DIVERGED = 0, 75, 3  # exit codes; 2 is bad input
 QUIET, NORMAL, VERBOSE = 0, 1, 2  # how much `train` says
 ALREADY = "{workdir} is done already ({steps} steps)"
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")  # on whose versions shapes, values or files depend
-TRACED = (3, 5)  # the first and the last step of a start that --profile traces: those before them compile
+PACKAGES = (
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "numpy",
+)  # on whose versions shapes, values or files depend
+TRACED = (
+    3,
+    5,
+)  # the first and the last step of a start that --profile traces: those before them compile
 
 
 def parameter_table(trained, frozen):
@@ -56,7 +67,10 @@ def evaluate(task, eval_step, trained, frozen, rows, batch_size, leaving=lambda:
             for o, (loss, count) in found.items():
                 loss_before, count_before = totals.setdefault(kind, {}).get(o, (0.0, 0.0))
                 totals[kind][o] = (loss_before + float(loss), count_before + float(count))
-    return {kind: {o: loss / count for o, (loss, count) in t.items() if count} for kind, t in totals.items()}
+    return {
+        kind: {o: loss / count for o, (loss, count) in t.items() if count}
+        for kind, t in totals.items()
+    }
 
 
 def put_ahead(mesh, host_batches, rows, batch_size):
@@ -83,10 +97,14 @@ def finished(config, workdir) -> bool:
 
 def shared_by_processes(config) -> dict[str, object]:
     """What all processes of a run must have alike before any of them loads anything, see `distributed.check_agreement`."""
-    return shared_fields(config) | {f"version of {name}": importlib.metadata.version(name) for name in ("icae_jax", *PACKAGES)}
+    return shared_fields(config) | {
+        f"version of {name}": importlib.metadata.version(name) for name in ("icae_jax", *PACKAGES)
+    }
 
 
-def train(config, task, workdir, *, log=None, profile=None, verbosity=NORMAL, title=None, watch=None):
+def train(
+    config, task, workdir, *, log=None, profile=None, verbosity=NORMAL, title=None, watch=None
+):
     """Trains `task` in `workdir` until `config.steps`; continues what is there. Returns an exit code.
 
     0: every step done, the result exported and `DONE` written. 75: SIGTERM came, the state is saved. 3: a loss, a gradient, an updated
@@ -103,7 +121,11 @@ def train(config, task, workdir, *, log=None, profile=None, verbosity=NORMAL, ti
     with errors.naming(f"--workdir {workdir}", "give a folder that can be written"):
         workdir.mkdir(parents=True, exist_ok=True)
     distributed.check_shared(workdir)
-    writing = contextlib.nullcontext() if finished(config, workdir) else distributed.only_writer(workdir, "--workdir")
+    writing = (
+        contextlib.nullcontext()
+        if finished(config, workdir)
+        else distributed.only_writer(workdir, "--workdir")
+    )
     with task.placement.active(), writing as lock:
         return _train(config, task, workdir, lock, log, profile, verbosity, title, watch)
 
@@ -136,12 +158,18 @@ def _train(config, task, workdir, lock, log, profile, verbosity, title, watch):
     state = sharding.put(state, shardings)
     say(parameter_table(state["trained"], frozen), VERBOSE)
     say(parameter_counts(state["trained"], frozen))
-    absl_logging.set_verbosity(absl_logging.FATAL)  # Orbax logs each thread's traceback of a failed save; the error is raised anyway
+    absl_logging.set_verbosity(
+        absl_logging.FATAL
+    )  # Orbax logs each thread's traceback of a failed save; the error is raised anyway
     saved, state = checkpoint.resume(workdir, state, lambda text: say(text, QUIET))
     first = -1 if saved is None else saved
     checkpoints = checkpoint.Checkpoints(workdir)
     if first < 0:
-        source = f"initialised from {config.init_from}" if getattr(config, "init_from", "") else "starting from scratch"
+        source = (
+            f"initialised from {config.init_from}"
+            if getattr(config, "init_from", "")
+            else "starting from scratch"
+        )
         say(source)
     else:
         say(f"resumed at step {first}")
@@ -153,7 +181,14 @@ def _train(config, task, workdir, lock, log, profile, verbosity, title, watch):
     start = max(first, 0)
     stop = config.steps
     bar = tqdm(
-        total=stop, initial=start, desc=title, unit="step", file=sys.stderr, disable=not main_process, dynamic_ncols=True, mininterval=1.0
+        total=stop,
+        initial=start,
+        desc=title,
+        unit="step",
+        file=sys.stderr,
+        disable=not main_process,
+        dynamic_ncols=True,
+        mininterval=1.0,
     )
     chip = chips.find(mesh.devices.flat[0].device_kind)
     shown, pending, clock, tokens_since, flops_since = {}, None, time.perf_counter(), 0.0, 0
@@ -168,20 +203,29 @@ def _train(config, task, workdir, lock, log, profile, verbosity, title, watch):
         losses = metrics.means(values["sums"], values["counts"])
         tokens_since += float(values["tokens"])
         flops_since += least_flops or 0
-        if not all(map(math.isfinite, [*losses.values(), float(values["grad_norm"]), float(values["param_norm"])])):
+        if not all(
+            map(
+                math.isfinite,
+                [*losses.values(), float(values["grad_norm"]), float(values["param_norm"])],
+            )
+        ):
             return False
         if at % config.log_every == 0 or at == stop:
             now = time.perf_counter()
             line = {"step": at, **about, "train": losses, "grad_norm": float(values["grad_norm"])}
             line |= {"learning_rate": float(learning_rate(at - 1))}
             line |= {"seconds": now - clock, "tokens_per_second": tokens_since / (now - clock)}
-            utilisation = metrics.mfu(flops_since, now - clock, chip, mesh.size) if flops_since else None
+            utilisation = (
+                metrics.mfu(flops_since, now - clock, chip, mesh.size) if flops_since else None
+            )
             line |= {} if utilisation is None else {"mfu": utilisation}
             clock, tokens_since, flops_since = now, 0.0, 0
             lock.check()
             if lines:
                 lines.write(line)
-            shown.update({o: f"{v:.3f}" for o, v in losses.items()}, tok_s=f"{line['tokens_per_second']:.0f}")
+            shown.update(
+                {o: f"{v:.3f}" for o, v in losses.items()}, tok_s=f"{line['tokens_per_second']:.0f}"
+            )
             bar.set_postfix(shown)
         return True
 
@@ -197,15 +241,24 @@ def _train(config, task, workdir, lock, log, profile, verbosity, title, watch):
         """Evaluates and writes the line. Returns the weighted loss: None without held-out data or where a notice to leave came meanwhile,
         NaN where any of them is not finite.
         """
-        losses = evaluate(task, eval_step, state["trained"], frozen, rows, config.batch_size, asked_to_leave)
+        losses = evaluate(
+            task, eval_step, state["trained"], frozen, rows, config.batch_size, asked_to_leave
+        )
         if not losses:
             return None
-        if not all(math.isfinite(loss) for by_objective in losses.values() for loss in by_objective.values()):
+        if not all(
+            math.isfinite(loss)
+            for by_objective in losses.values()
+            for loss in by_objective.values()
+        ):
             return math.nan
         total = task.held_out_loss(losses)
         if lines:
             lines.write({"step": at, "eval": losses, "eval_loss": total})
-        parts = [f"{kind} {', '.join(f'{o} {v:.4f}' for o, v in of.items())}" for kind, of in losses.items()]
+        parts = [
+            f"{kind} {', '.join(f'{o} {v:.4f}' for o, v in of.items())}"
+            for kind, of in losses.items()
+        ]
         say(f"step {at}: held out: {'; '.join(parts)}")
         return total
 
@@ -216,18 +269,29 @@ def _train(config, task, workdir, lock, log, profile, verbosity, title, watch):
         checkpoints.wait()
         good = checkpoints.latest()
         what = "a loss, a gradient or a parameter"
-        say(f"step {at}: {what} is not finite; last good checkpoint: {'none' if good is None else f'step {good}'}", QUIET)
+        say(
+            f"step {at}: {what} is not finite; last good checkpoint: {'none' if good is None else f'step {good}'}",
+            QUIET,
+        )
         return DIVERGED
 
     try:
-        with checkpoints, distributed.Preemption(lock.leave) as preemption, bar, contextlib.ExitStack() as tracing:
+        with (
+            checkpoints,
+            distributed.Preemption(lock.leave) as preemption,
+            bar,
+            contextlib.ExitStack() as tracing,
+        ):
             due = first > 0 and (first % config.eval_every == 0 or first == stop)
             due = due and not distributed.agreed(bool(lines and lines.has_evaluation(first)))
             # due: it was saved on a notice to leave, which left no time to evaluate it.
             if (first < 0 or due) and not is_finite(held_out(start)):
                 return diverged(start)
             if leaving:
-                say(f"SIGTERM: {'nothing to save yet' if first < 0 else f'saved step {first}'}; the same command continues", QUIET)
+                say(
+                    f"SIGTERM: {'nothing to save yet' if first < 0 else f'saved step {first}'}; the same command continues",
+                    QUIET,
+                )
                 return PREEMPTED
             ahead = put_ahead(mesh, task.train_batches(start, stop, rows), rows, config.batch_size)
             for at, (host_batch, batch) in zip(range(start + 1, stop + 1), ahead, strict=True):
@@ -238,8 +302,12 @@ def _train(config, task, workdir, lock, log, profile, verbosity, title, watch):
                 if profile and at == min(start + TRACED[1], stop) and at - start >= TRACED[0]:
                     jax.block_until_ready(state)
                     tracing.close()
-                    say(f"traced {at - start - TRACED[0] + 1} steps; look at them with: xprof {profile}")
-                if pending and not flush(pending):  # one step late: the device is already busy with the next
+                    say(
+                        f"traced {at - start - TRACED[0] + 1} steps; look at them with: xprof {profile}"
+                    )
+                if pending and not flush(
+                    pending
+                ):  # one step late: the device is already busy with the next
                     return diverged(pending[0])
                 pending = (at, device, task.describe(host_batch), task.least_flops(batch))
                 bar.update()
@@ -263,9 +331,15 @@ def _train(config, task, workdir, lock, log, profile, verbosity, title, watch):
             checkpoints.wait()
             trained, best = sharding.on_host(state["trained"]), checkpoints.best()
             if main_process:
-                folder = errors.retrying(lambda: task.export(workdir, trained), "writing the result")
-                errors.retrying(lambda: files.write_text(workdir / "DONE", f"{stop}\n"), "writing DONE")
-                say(f"done: {stop} steps{'' if best is None else f', lowest held-out loss at step {best}'}; {folder}")
+                folder = errors.retrying(
+                    lambda: task.export(workdir, trained), "writing the result"
+                )
+                errors.retrying(
+                    lambda: files.write_text(workdir / "DONE", f"{stop}\n"), "writing DONE"
+                )
+                say(
+                    f"done: {stop} steps{'' if best is None else f', lowest held-out loss at step {best}'}; {folder}"
+                )
             return DONE
     finally:
         if lines:

@@ -82,7 +82,10 @@ class LocalBuilder(tfds.core.DatasetBuilder, skip_registration=True):
 
         folder: for files of passing use.
         """
-        return {s: [[part] for i in files for part in shards.parts_of(*i)] for s, files in self.inputs.items()}, {}
+        return {
+            s: [[part] for i in files for part in shards.parts_of(*i)]
+            for s, files in self.inputs.items()
+        }, {}
 
     def columns(self):
         """The columns that are wanted of a table."""
@@ -93,7 +96,9 @@ class LocalBuilder(tfds.core.DatasetBuilder, skip_registration=True):
     @property
     def origin(self):
         """What the set is made of, as JSON: recorded with it, and compared when it is asked for again."""
-        return {split: [_fingerprint(i) for i in files] for split, files in self.inputs.items()} | {"options": self.options()}
+        return {split: [_fingerprint(i) for i in files] for split, files in self.inputs.items()} | {
+            "options": self.options()
+        }
 
     def prepare(self):
         """Prepares the set, whole or not at all. Returns whether there was anything to do.
@@ -135,28 +140,48 @@ class LocalBuilder(tfds.core.DatasetBuilder, skip_registration=True):
         for split, of_split in jobs.items():
             for number, parts in enumerate(of_split):
                 prefix = str(passing / f"{split}.{number:06d}")
-                tasks.append((parts, parse, self.info.features, prefix, self.sieve.fresh(), self.columns()))
+                tasks.append(
+                    (parts, parse, self.info.features, prefix, self.sieve.fresh(), self.columns())
+                )
                 names.append(split)
         written = collections.defaultdict(list)
-        for split, result in zip(names, shards.run(shards.write_shards, tasks, self.processes, "writing shards"), strict=True):
+        for split, result in zip(
+            names,
+            shards.run(shards.write_shards, tasks, self.processes, "writing shards"),
+            strict=True,
+        ):
             written[split] += result.shards
             self.sieve.add(result.left_out)
         empty = [split for split in jobs if not written[split]] if jobs else list(self.inputs)
         if empty:
             why = f"left out {self.sieve}" if self.sieve.left_out else "its files have no rows"
             raise UserError(f"{self.name}: no examples for split {empty[0]!r}: {why}")
-        self.info.set_splits(tfds.core.SplitDict([self._name_shards(folder, split, written[split]) for split in jobs]))
-        noted = {f"{reason} left out": count for reason, (count, _) in self.sieve.left_out.items()} | dict(noted)
+        self.info.set_splits(
+            tfds.core.SplitDict(
+                [self._name_shards(folder, split, written[split]) for split in jobs]
+            )
+        )
+        noted = {
+            f"{reason} left out": count for reason, (count, _) in self.sieve.left_out.items()
+        } | dict(noted)
         self.info.metadata.update(origin=self.origin, noted=noted, left_out=self.sieve.left_out)
         shutil.rmtree(passing)
 
     def _name_shards(self, folder, split, written):
         """Gives shards the names that TFDS reads them by, which hold their number."""
-        template = tfds.core.ShardedFileTemplate(data_dir=folder, dataset_name=self.name, split=split, filetype_suffix="array_record")
+        template = tfds.core.ShardedFileTemplate(
+            data_dir=folder, dataset_name=self.name, split=split, filetype_suffix="array_record"
+        )
         for number, (path, _, _) in enumerate(written):
-            pathlib.Path(path).rename(template.sharded_filepath(shard_index=number, num_shards=len(written)))
+            pathlib.Path(path).rename(
+                template.sharded_filepath(shard_index=number, num_shards=len(written))
+            )
         lengths, sizes = [count for _, count, _ in written], [size for _, _, size in written]
-        return tfds.core.SplitInfo(name=split, shard_lengths=lengths, num_bytes=sum(sizes), filename_template=template)
+        return tfds.core.SplitInfo(
+            name=split, shard_lengths=lengths, num_bytes=sum(sizes), filename_template=template
+        )
 
     def _as_dataset(self, *args, **kwargs):
-        raise NotImplementedError("array_record sets are read with tfds.data_source, not as a tf.data.Dataset")
+        raise NotImplementedError(
+            "array_record sets are read with tfds.data_source, not as a tf.data.Dataset"
+        )

@@ -62,7 +62,9 @@ def files_in(paths):
     none that is read.
     """
     if not paths:
-        raise UserError("--from is not given; give the files that you have, or a folder that holds them")
+        raise UserError(
+            "--from is not given; give the files that you have, or a folder that holds them"
+        )
     found = []
     for path in map(str, paths):
         if not os.path.exists(path):
@@ -80,13 +82,19 @@ def find(published, request):
     known = {name for p in published for name in (p.key, p.split, p.subset) if name}
     unknown = [name for name in request.only if name not in known]
     if unknown:
-        raise UserError(f"--only {unknown[0]}: not a part of this set; its parts are {', '.join(p.key for p in published)}")
-    wanted = [p for p in published if not request.only or {p.key, p.split, p.subset} & set(request.only)]
+        raise UserError(
+            f"--only {unknown[0]}: not a part of this set; its parts are {', '.join(p.key for p in published)}"
+        )
+    wanted = [
+        p for p in published if not request.only or {p.key, p.split, p.subset} & set(request.only)
+    ]
     files, result, absent = files_in(request.paths), {}, []
     for part in wanted:
         matches = [f for f in files if stem(f) in part.names and part.folder in ("", f.parent.name)]
         if len(matches) > 1:
-            raise UserError(f"--from: both {matches[0]} and {matches[1]} are {part.file}; give one of them")
+            raise UserError(
+                f"--from: both {matches[0]} and {matches[1]} are {part.file}; give one of them"
+            )
         if matches:
             result.setdefault(part.split, []).append(Input(str(matches[0]), part.subset))
         else:
@@ -95,5 +103,7 @@ def find(published, request):
         have = ",".join(p.key for p in wanted if p not in absent)
         lines = "\n".join(f"  {p.file}.jsonl (or .jsonl.gz, .jsonl.zst): {p.url}" for p in absent)
         remedy = f", or make the set of what there is: --only {have}" if have else ""
-        raise UserError(f"--from {' '.join(map(str, request.paths))}: {len(absent)} file(s) absent; get them{remedy}\n{lines}")
+        raise UserError(
+            f"--from {' '.join(map(str, request.paths))}: {len(absent)} file(s) absent; get them{remedy}\n{lines}"
+        )
     return result

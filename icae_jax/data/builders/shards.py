@@ -13,7 +13,9 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from icae_jax.data import formats, json_rows, reading, rows
 from icae_jax.errors import UserError
 
-PART = 256 << 20  # bytes of a plain file that one job reads; a packed file cannot be entered in the middle, and is one part
+PART = (
+    256 << 20
+)  # bytes of a plain file that one job reads; a packed file cannot be entered in the middle, and is one part
 SHARD = 256 << 20  # serialised bytes of a shard, about
 
 
@@ -37,7 +39,10 @@ def parts_of(path, subset=""):
     """A file as `Part`s that can be read in parallel."""
     if not formats.is_json_lines(path):
         return [Part(path, subset=subset)]
-    return [Part(path, start, start + PART, subset) for start in range(0, max(1, os.path.getsize(path)), PART)]
+    return [
+        Part(path, start, start + PART, subset)
+        for start in range(0, max(1, os.path.getsize(path)), PART)
+    ]
 
 
 def _lines(part):
@@ -51,11 +56,19 @@ def _lines(part):
                     break
             position = f.tell()
         for number in itertools.count():
-            line = f.readline(reading.MAX_ROW_BYTES + 1) if part.stop is None or position < part.stop else b""
+            line = (
+                f.readline(reading.MAX_ROW_BYTES + 1)
+                if part.stop is None or position < part.stop
+                else b""
+            )
             if not line:
                 return
             if len(line) > reading.MAX_ROW_BYTES:
-                reading.check_size(len(line), f"{part.path}:{_line_number(part, position, number)}", reading.MAX_ROW_BYTES)
+                reading.check_size(
+                    len(line),
+                    f"{part.path}:{_line_number(part, position, number)}",
+                    reading.MAX_ROW_BYTES,
+                )
             if not line.isspace():
                 yield position, number, line
             position += len(line)
@@ -87,9 +100,13 @@ def objects(part, handle, columns=rows.FIELDS):
         try:
             raw = json_rows.decode_line(line)
             _check_object(raw)
-            yield from handle(raw, f"{part.path} byte {position:,}" if part.start else f"{part.path}:{number + 1}")
+            yield from handle(
+                raw, f"{part.path} byte {position:,}" if part.start else f"{part.path}:{number + 1}"
+            )
         except UserError as error:
-            raise UserError(f"{part.path}:{_line_number(part, position, number)}: {error}") from error
+            raise UserError(
+                f"{part.path}:{_line_number(part, position, number)}: {error}"
+            ) from error
 
 
 def _check_object(raw):
@@ -99,8 +116,19 @@ def _check_object(raw):
 
 def _example(row, features):
     """What a set of those features keeps of a row; None where it keeps questions and the row has none that can be used."""
-    fields = {"id": row.id, "text": row.text, "context": row.text, "question": row.question, "answers": row.answers, "subset": row.subset}
-    return None if "question" in features and not row.answers else {name: fields[name] for name in features}
+    fields = {
+        "id": row.id,
+        "text": row.text,
+        "context": row.text,
+        "question": row.question,
+        "answers": row.answers,
+        "subset": row.subset,
+    }
+    return (
+        None
+        if "question" in features and not row.answers
+        else {name: fields[name] for name in features}
+    )
 
 
 def write_shards(parts, parse, features, prefix, sieve, columns=rows.FIELDS):
@@ -114,7 +142,9 @@ def write_shards(parts, parse, features, prefix, sieve, columns=rows.FIELDS):
     def serialised(part):
         def examples(raw, where):
             for row in parse(raw, part.subset):
-                row = sieve.take(row._replace(where="" if sieve.strict else where))  # `objects` puts the place before an error
+                row = sieve.take(
+                    row._replace(where="" if sieve.strict else where)
+                )  # `objects` puts the place before an error
                 example = row and _example(row, features)
                 if example:
                     yield features.serialize_example(example)
@@ -160,16 +190,26 @@ def run(function, jobs, processes, what):
     others = set(multiprocessing.active_children())
     # spawn: a forked child would inherit the threads' locks of jax or grain, where the caller has loaded them
     context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(min(processes, len(jobs)), context, _end_with_parent) as pool:
+    with concurrent.futures.ProcessPoolExecutor(
+        min(processes, len(jobs)), context, _end_with_parent
+    ) as pool:
         futures = [pool.submit(function, *job) for job in jobs]
         try:
-            for future in tqdm.tqdm(concurrent.futures.as_completed(futures), desc=what, unit="part", total=len(jobs), disable=None):
+            for future in tqdm.tqdm(
+                concurrent.futures.as_completed(futures),
+                desc=what,
+                unit="part",
+                total=len(jobs),
+                disable=None,
+            ):
                 future.result()
         except BaseException as error:
             pool.shutdown(wait=False, cancel_futures=True)
             for child in set(multiprocessing.active_children()) - others:
                 child.terminate()  # else the pool waits for what they are at, perhaps hours
             if isinstance(error, concurrent.futures.BrokenExecutor):
-                raise UserError(f"a process died while {what} (killed, or out of memory?); try fewer --processes") from error
+                raise UserError(
+                    f"a process died while {what} (killed, or out of memory?); try fewer --processes"
+                ) from error
             raise
     return [future.result() for future in futures]

@@ -20,17 +20,34 @@ class Ablate:
     """
 
     name = "ablate"
-    METRICS = ("f1", "em", "rougeL", "answer_loss", "perplexity", "ae_loss", "bleu", "exact_match", "prefix_match")
+    METRICS = (
+        "f1",
+        "em",
+        "rougeL",
+        "answer_loss",
+        "perplexity",
+        "ae_loss",
+        "bleu",
+        "exact_match",
+        "prefix_match",
+    )
     group_label = "measured on"
     KINDS = (Qa, Continue, Autoencode)
 
     def __init__(self, compressors, options):
         if len(compressors) < 2:
-            raise UserError("--adapter is given once; suite ablate compares several: --adapter NAME=DIR --adapter NAME=DIR")
+            raise UserError(
+                "--adapter is given once; suite ablate compares several: --adapter NAME=DIR --adapter NAME=DIR"
+            )
         if options.arms:
-            raise UserError(f"--arms is {options.arms}; the arms of suite ablate are its adapters, so leave it out")
+            raise UserError(
+                f"--arms is {options.arms}; the arms of suite ablate are its adapters, so leave it out"
+            )
         alone = dataclasses.replace(options, arms=(MEMORY,))
-        self.suites = {name: {kind.name: kind(c, alone) for kind in self.KINDS} for name, c in compressors.items()}
+        self.suites = {
+            name: {kind.name: kind(c, alone) for kind in self.KINDS}
+            for name, c in compressors.items()
+        }
 
     def examples(self, text):
         """What every checkpoint can be measured on; a text that one of them cannot take is left out for all."""
@@ -39,10 +56,16 @@ class Ablate:
         for kind in kinds:
             each = [suites[kind].examples(text) for suites in self.suites.values()]
             wrong = next((one for one in each if isinstance(one, str)), None)
-            if wrong is None and len({tuple((e.ids, e.continuation) for e in one) for one in each}) > 1:
+            if (
+                wrong is None
+                and len({tuple((e.ids, e.continuation) for e in one) for one in each}) > 1
+            ):
                 wrong = "texts that the adapters would cut differently (give --context_lengths)"
             if wrong is None:
-                made += [dataclasses.replace(e, key=f"{kind} {e.key}", group={"measured": kind}) for e in each[0]]
+                made += [
+                    dataclasses.replace(e, key=f"{kind} {e.key}", group={"measured": kind})
+                    for e in each[0]
+                ]
             reason = wrong or reason
         return made or reason
 
@@ -56,11 +79,16 @@ class Ablate:
             merged = None
             for name, suites in self.suites.items():
                 found = suites[kind].measure([batch[i] for i in at])
-                merged = merged or [[{**one, "sums": {}, "texts": _given(one), "ties": {}} for one in of] for of in found]
+                merged = merged or [
+                    [{**one, "sums": {}, "texts": _given(one), "ties": {}} for one in of]
+                    for of in found
+                ]
                 for of, into in zip(found, merged, strict=True):
                     for one, whole in zip(of, into, strict=True):
                         if kind == Autoencode.name:
-                            one["sums"].pop("rougeL")  # that of answers has the name here; restored texts have BLEU
+                            one["sums"].pop(
+                                "rougeL"
+                            )  # that of answers has the name here; restored texts have BLEU
                         _rename(one, whole, name)
             for i, of in zip(at, merged, strict=True):
                 result[i] = of
@@ -88,7 +116,11 @@ def pairs(records, metric):
     for i, one in enumerate(arms):
         for other in arms[i + 1 :]:
             both = [r for r in having if {one, other} <= r["sums"][metric].keys()]
-            result[one, other] = ([r["sums"][metric][one] for r in both], [r["sums"][metric][other] for r in both], both)
+            result[one, other] = (
+                [r["sums"][metric][one] for r in both],
+                [r["sums"][metric][other] for r in both],
+                both,
+            )
     return result
 
 

@@ -24,7 +24,9 @@ def text_scores(restored_text, restored_ids, text, ids):
 
 
 def decode(compressor, ids):
-    return compressor.base.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return compressor.base.tokenizer.decode(
+        list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
+    )
 
 
 class Autoencode(common.Suite):
@@ -53,13 +55,18 @@ class Autoencode(common.Suite):
         if not ids:
             return "texts without a token"
         wanted = self.options.context_lengths
-        lengths = [n for n in wanted if n <= len(ids)] or ([] if wanted else [min(len(ids), self.segment)])
+        lengths = [n for n in wanted if n <= len(ids)] or (
+            [] if wanted else [min(len(ids), self.segment)]
+        )
         if not lengths:
             return f"texts shorter than the shortest of --context_lengths, {min(wanted)} tokens"
         longest = max(lengths)
         behind = longest + len(self.compressor.framing.start) + 2
-        return self.does_not_fit(longest, behind, 2 * longest + 3 if self.copy is not None else 0) or [
-            example(text, ids[:n], n, group={"tokens": str(n) if wanted else common.bucket(n)}) for n in lengths
+        return self.does_not_fit(
+            longest, behind, 2 * longest + 3 if self.copy is not None else 0
+        ) or [
+            example(text, ids[:n], n, group={"tokens": str(n) if wanted else common.bucket(n)})
+            for n in lengths
         ]
 
     def measure(self, batch):
@@ -75,8 +82,14 @@ class Autoencode(common.Suite):
                 common.add(one, arm, ae_loss=common.nats(loss))
                 if restored:
                     start = list(compressor.framing.start)
-                    ids = restored[i].ids[len(start) :] if restored[i].ids[: len(start)] == start else restored[i].ids
-                    common.add(one, arm, **text_scores(restored[i].text, ids, texts[i], batch[i].ids))
+                    ids = (
+                        restored[i].ids[len(start) :]
+                        if restored[i].ids[: len(start)] == start
+                        else restored[i].ids
+                    )
+                    common.add(
+                        one, arm, **text_scores(restored[i].text, ids, texts[i], batch[i].ids)
+                    )
                     one["texts"][arm], one["ties"][arm] = restored[i].text, restored[i].ties
 
         for arm, memory in self.memories(contexts):
@@ -84,11 +97,25 @@ class Autoencode(common.Suite):
             note(arm, losses, compressor.restore(memory, batch_size=size, details=True))
         wrong = self.shuffled(batch)
         if wrong is not None:
-            note(SHUFFLED, [row[0] for row in compressor.score_targets(wrong, rows, "ae", size)], None)
+            note(
+                SHUFFLED,
+                [row[0] for row in compressor.score_targets(wrong, rows, "ae", size)],
+                None,
+            )
         if self.copy is not None and self.options.wants(FULL):
             start = plain.start_ids(compressor)
             prompts = [[*start, *e.ids, self.copy, *start] for e in batch]
-            labelled = [targets.Target([*p, *e.ids, compressor.framing.eos], len(p)) for p, e in zip(prompts, batch, strict=True)]
-            limits = [min(len(c) + SPARE, self.positions - len(p)) for c, p in zip(contexts, prompts, strict=True)]
-            note(FULL, plain.score(compressor, labelled, size), plain.generate(compressor, prompts, limits, size))
+            labelled = [
+                targets.Target([*p, *e.ids, compressor.framing.eos], len(p))
+                for p, e in zip(prompts, batch, strict=True)
+            ]
+            limits = [
+                min(len(c) + SPARE, self.positions - len(p))
+                for c, p in zip(contexts, prompts, strict=True)
+            ]
+            note(
+                FULL,
+                plain.score(compressor, labelled, size),
+                plain.generate(compressor, prompts, limits, size),
+            )
         return [[one] for one in records]

@@ -11,7 +11,13 @@ from icae_jax.compression import encoder
 from icae_jax.errors import UserError
 from icae_jax.evaluation import scores, statistics
 
-MEMORY, SHUFFLED, FULL, CUT, NONE = "memory", "shuffled memory", "full context", "cut context", "no context"
+MEMORY, SHUFFLED, FULL, CUT, NONE = (
+    "memory",
+    "shuffled memory",
+    "full context",
+    "cut context",
+    "no context",
+)
 BUCKET = 100  # tokens; the width of the papers' length buckets
 CONTINUATION_LEAST = 16  # tokens; a shorter rest of a text tells little of how well it is continued
 
@@ -68,7 +74,9 @@ class Options:
             if getattr(self, name) < 1:
                 raise UserError(f"--{name} is {getattr(self, name)}; it must be at least 1")
         if self.continuation_tokens < 2:
-            raise UserError("--continuation_tokens is 1; give at least 2, since the first token of a continuation is no label")
+            raise UserError(
+                "--continuation_tokens is 1; give at least 2, since the first token of a continuation is no label"
+            )
         if not self.spans:
             raise UserError("--spans is empty; give numbers of segments, such as 1,2,4")
 
@@ -87,13 +95,20 @@ class Suite:
 
     def __init__(self, compressor, options):
         self.compressor, self.options = compressor, options
-        self.choices = sorted({compressor.config.choose(k) for k in options.k or compressor.config.choices}, reverse=True)
+        self.choices = sorted(
+            {compressor.config.choose(k) for k in options.k or compressor.config.choices},
+            reverse=True,
+        )
         self.positions = compressor.base.config.max_position_embeddings
-        self.segment = max(1, compressor.config.segment_tokens - len(compressor.framing.start))  # tokens of one full segment
+        self.segment = max(
+            1, compressor.config.segment_tokens - len(compressor.framing.start)
+        )  # tokens of one full segment
         known = self.known_arms()
         unknown = [arm for arm in options.arms if arm not in known]
         if unknown:
-            raise UserError(f"--arms {unknown[0]!r} is no arm of suite {self.name}; choose from {', '.join(sorted(known))}")
+            raise UserError(
+                f"--arms {unknown[0]!r} is no arm of suite {self.name}; choose from {', '.join(sorted(known))}"
+            )
 
     def known_arms(self):
         """What --arms may name."""
@@ -102,7 +117,9 @@ class Suite:
     def one_length(self):
         """The one number of --context_lengths, by default what a segment holds. UserError where there are several."""
         if len(self.options.context_lengths) > 1:
-            raise UserError(f"--context_lengths is {self.options.context_lengths}; suite {self.name} takes one number")
+            raise UserError(
+                f"--context_lengths is {self.options.context_lengths}; suite {self.name} takes one number"
+            )
         return self.options.context_lengths[0] if self.options.context_lengths else self.segment
 
     def arm_of(self, k):
@@ -113,7 +130,10 @@ class Suite:
         """Yields (arm, memory) of contexts (framed ids) for every wanted k, the most tokens first."""
         for k in self.choices:
             if self.options.wants(self.arm_of(k)):
-                yield self.arm_of(k), self.compressor.compress_ids(contexts, self.options.batch_size, k)
+                yield (
+                    self.arm_of(k),
+                    self.compressor.compress_ids(contexts, self.options.batch_size, k),
+                )
 
     def shuffled(self, batch):
         """The memories of the examples' partners, None where a partner is missing or the arm is not wanted."""
@@ -128,7 +148,12 @@ class Suite:
 
     def memory_tokens(self, tokens):
         """Memory tokens of a context of so many tokens, with the most a segment."""
-        return encoder.segment_shape(tokens + len(self.compressor.framing.start), self.compressor.config)[0] * self.choices[0]
+        return (
+            encoder.segment_shape(
+                tokens + len(self.compressor.framing.start), self.compressor.config
+            )[0]
+            * self.choices[0]
+        )
 
     def does_not_fit(self, tokens, behind, alone=0, cut=0):
         """Why a context of so many tokens cannot be used, None where it can.
@@ -136,10 +161,18 @@ class Suite:
         behind: positions needed behind its memory, the template's head included. alone: all that the base needs where it reads the tokens
         themselves, 0 where it does not. cut: the same for the cut context, where that may take more than the memory.
         """
-        written, start = self.compressor.positions(tokens + len(self.compressor.framing.start), self.choices[0])
+        written, start = self.compressor.positions(
+            tokens + len(self.compressor.framing.start), self.choices[0]
+        )
         short = self.options.wants(CUT) or self.options.wants(NONE)
-        needed = max(written, start + behind, alone if self.options.wants(FULL) else 0, cut if short else 0)
-        return f"texts that need more than the base's {self.positions} positions" if needed > self.positions else None
+        needed = max(
+            written, start + behind, alone if self.options.wants(FULL) else 0, cut if short else 0
+        )
+        return (
+            f"texts that need more than the base's {self.positions} positions"
+            if needed > self.positions
+            else None
+        )
 
     def main(self, records):
         """The records that the scores of all are taken from; the rest stands in groups."""
@@ -163,7 +196,9 @@ def record(example, question=None, group=None):
 def add(one, arm, **numbers):
     """Writes an arm's numbers into a record: a number alone is a value to be averaged, a list is taken as it is."""
     for metric, value in numbers.items():
-        one["sums"].setdefault(metric, {})[arm] = [float(v) for v in value] if isinstance(value, list | tuple) else [float(value), 1.0]
+        one["sums"].setdefault(metric, {})[arm] = (
+            [float(v) for v in value] if isinstance(value, list | tuple) else [float(value), 1.0]
+        )
 
 
 def nats(score):
@@ -173,4 +208,8 @@ def nats(score):
 
 def own_score(metric, numbers):
     """One example's score of its own numbers."""
-    return scores.sentence_bleu(numbers) if metric == "bleu" else float(METRICS[metric].aggregate(numbers))
+    return (
+        scores.sentence_bleu(numbers)
+        if metric == "bleu"
+        else float(METRICS[metric].aggregate(numbers))
+    )

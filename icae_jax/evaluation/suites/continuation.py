@@ -18,12 +18,17 @@ def plain_arms(suite, batch, contexts, kept):
     start = plain.start_ids(compressor)
     arms = {
         FULL: contexts,
-        CUT: [c[max(0, len(c) - n) :] for c, n in zip(contexts, kept, strict=True)],  # the last ones matter most to what follows
+        CUT: [
+            c[max(0, len(c) - n) :] for c, n in zip(contexts, kept, strict=True)
+        ],  # the last ones matter most to what follows
         NONE: [()] * len(batch),
     }
     for arm, given in arms.items():
         if suite.options.wants(arm):
-            rows = [Target([*start, *c, *e.continuation], len(start) + len(c) + 1) for c, e in zip(given, batch, strict=True)]
+            rows = [
+                Target([*start, *c, *e.continuation], len(start) + len(c) + 1)
+                for c, e in zip(given, batch, strict=True)
+            ]
             yield arm, plain.score(compressor, rows, suite.options.batch_size)
 
 
@@ -37,13 +42,22 @@ class Continue(common.Suite):
 
     def examples(self, text):
         """The text's front as context, the tokens after it as continuation."""
-        ids, lengths = self.compressor.ids(text.text), self.options.context_lengths or (self.segment,)
-        longest, least = max(lengths), min(common.CONTINUATION_LEAST, self.options.continuation_tokens)
+        ids, lengths = (
+            self.compressor.ids(text.text),
+            self.options.context_lengths or (self.segment,),
+        )
+        longest, least = (
+            max(lengths),
+            min(common.CONTINUATION_LEAST, self.options.continuation_tokens),
+        )
         if len(ids) < longest + least:
             return f"texts shorter than {longest + least} tokens, a context and a continuation (see --context_lengths)"
         rest = tuple(ids[longest : longest + self.options.continuation_tokens])
         return self.does_not_fit(longest, len(rest), longest + len(rest) + 1) or [
-            example(text, ids[longest - n : longest], n, continuation=rest, group={"tokens": str(n)}) for n in lengths
+            example(
+                text, ids[longest - n : longest], n, continuation=rest, group={"tokens": str(n)}
+            )
+            for n in lengths
         ]
 
     def main(self, records):
@@ -53,7 +67,10 @@ class Continue(common.Suite):
 
     def measure(self, batch):
         compressor, size = self.compressor, self.options.batch_size
-        records, rows = [common.record(e) for e in batch], [[Target(list(e.continuation), 1)] for e in batch]
+        records, rows = (
+            [common.record(e) for e in batch],
+            [[Target(list(e.continuation), 1)] for e in batch],
+        )
 
         def note(arm, found):
             for one, score in zip(records, found, strict=True):
@@ -61,7 +78,9 @@ class Continue(common.Suite):
 
         for arm, memory in self.memories(self.framed(batch)):
             note(arm, [row[0] for row in compressor.score_targets(memory, rows, "lm", size)])
-        for arm, found in plain_arms(self, batch, [e.ids for e in batch], [self.memory_tokens(len(e.ids)) for e in batch]):
+        for arm, found in plain_arms(
+            self, batch, [e.ids for e in batch], [self.memory_tokens(len(e.ids)) for e in batch]
+        ):
             note(arm, found)
         wrong = self.shuffled(batch)
         if wrong is not None:

@@ -37,13 +37,19 @@ class Memorise(common.Suite):
         if not ids:
             return "texts without a token"
         tokens = min(len(ids), self.most)
-        return self.does_not_fit(tokens, tokens + len(self.compressor.framing.start) + 2) or [example(text, ids[:tokens], tokens)]
+        return self.does_not_fit(tokens, tokens + len(self.compressor.framing.start) + 2) or [
+            example(text, ids[:tokens], tokens)
+        ]
 
     def contents(self, one):
         """`{arm: ids}`: the text's own; each id's successor; ids drawn anew, by the text alone."""
         after = np.searchsorted(self.usual, one.ids, side="right") % len(self.usual)
         drawn = np.random.default_rng(int(one.cluster[:16], 16)).choice(self.usual, len(one.ids))
-        return {NORMAL: list(one.ids), PATTERNED: self.usual[after].tolist(), RANDOM: drawn.tolist()}
+        return {
+            NORMAL: list(one.ids),
+            PATTERNED: self.usual[after].tolist(),
+            RANDOM: drawn.tolist(),
+        }
 
     def measure(self, batch):
         compressor, size = self.compressor, self.options.batch_size
@@ -60,7 +66,13 @@ class Memorise(common.Suite):
                 start, text = list(compressor.framing.start), decode(compressor, content[arm])
                 ids = made.ids[len(start) :] if made.ids[: len(start)] == start else made.ids
                 found = text_scores(made.text, ids, text, content[arm])
-                common.add(one, arm, ae_loss=common.nats(loss[0]), bleu=found["bleu"], prefix_match=found["prefix_match"])
+                common.add(
+                    one,
+                    arm,
+                    ae_loss=common.nats(loss[0]),
+                    bleu=found["bleu"],
+                    prefix_match=found["prefix_match"],
+                )
                 one["texts"] |= {f"original, {arm}": text, arm: made.text}
                 one["ties"][arm] = made.ties
         return [[one] for one in records]

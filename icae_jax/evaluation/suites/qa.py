@@ -43,14 +43,24 @@ class Qa(common.Suite):
             return EMPTY_QUESTION
         # Room for the reference answers and their end; a longer answer is cut where the positions end.
         answers = [max(len(self.compressor.ids(a)) for a in q.answers) + 1 for q in text.questions]
-        behind = max(len(template.head) + len(template.prompt(q)) + a for q, a in zip(asked, answers, strict=True))
+        behind = max(
+            len(template.head) + len(template.prompt(q)) + a
+            for q, a in zip(asked, answers, strict=True)
+        )
         alone, cut = (
-            max(len(plain.prompt(self.compressor, self.plain, part, q)) + a for q, a in zip(asked, answers, strict=True))
+            max(
+                len(plain.prompt(self.compressor, self.plain, part, q)) + a
+                for q, a in zip(asked, answers, strict=True)
+            )
             for part in (ids, ids[: self.memory_tokens(len(ids))])
         )
-        parts = [text.questions[at : at + QUESTIONS_AT_ONCE] for at in range(0, len(text.questions), QUESTIONS_AT_ONCE)]
+        parts = [
+            text.questions[at : at + QUESTIONS_AT_ONCE]
+            for at in range(0, len(text.questions), QUESTIONS_AT_ONCE)
+        ]
         return self.does_not_fit(len(ids), behind, alone, cut) or [
-            example(text, ids, at, questions=part, group={"set": text.set}) for at, part in enumerate(parts)
+            example(text, ids, at, questions=part, group={"set": text.set})
+            for at, part in enumerate(parts)
         ]
 
     def measure(self, batch):
@@ -60,7 +70,10 @@ class Qa(common.Suite):
         texts = [[q.text for q in e.questions] for e in batch]
         asked = [[compressor.ids(q.text) for q in e.questions] for e in batch]
         truth = [[compressor.ids(q.answers[0]) for q in e.questions] for e in batch]
-        rows = [[template.target(q, a) for q, a in zip(*pair, strict=True)] for pair in zip(asked, truth, strict=True)]
+        rows = [
+            [template.target(q, a) for q, a in zip(*pair, strict=True)]
+            for pair in zip(asked, truth, strict=True)
+        ]
         for of, e in zip(records, batch, strict=True):
             for one, q in zip(of, e.questions, strict=True):
                 one["texts"] |= {"question": q.text, "answers": list(q.answers)}
@@ -68,8 +81,17 @@ class Qa(common.Suite):
         def note(arm, answers, losses):
             for of, e, given, found in zip(records, batch, answers, losses, strict=True):
                 for one, q, answer, loss in zip(of, e.questions, given, found, strict=True):
-                    numbers = {"f1": scores.squad_f1(answer.text, q.answers), "em": scores.squad_em(answer.text, q.answers)}
-                    common.add(one, arm, **numbers, **scores.rouge(answer.text, q.answers), answer_loss=common.nats(loss))
+                    numbers = {
+                        "f1": scores.squad_f1(answer.text, q.answers),
+                        "em": scores.squad_em(answer.text, q.answers),
+                    }
+                    common.add(
+                        one,
+                        arm,
+                        **numbers,
+                        **scores.rouge(answer.text, q.answers),
+                        answer_loss=common.nats(loss),
+                    )
                     one["texts"][arm], one["ties"][arm] = answer.text, answer.ties
 
         def behind(arm, memory):
@@ -78,10 +100,17 @@ class Qa(common.Suite):
 
         for arm, memory in self.memories(self.framed(batch)):
             behind(arm, memory)
-        contexts = {FULL: [e.ids for e in batch], CUT: [e.ids[: self.memory_tokens(len(e.ids))] for e in batch], NONE: [()] * len(batch)}
+        contexts = {
+            FULL: [e.ids for e in batch],
+            CUT: [e.ids[: self.memory_tokens(len(e.ids))] for e in batch],
+            NONE: [()] * len(batch),
+        }
         for arm, given in contexts.items():
             if self.options.wants(arm):
-                prompts = [[plain.prompt(compressor, self.plain, c, q) for q in of] for c, of in zip(given, asked, strict=True)]
+                prompts = [
+                    [plain.prompt(compressor, self.plain, c, q) for q in of]
+                    for c, of in zip(given, asked, strict=True)
+                ]
                 note(arm, *self._alone(prompts, truth))
         wrong = self.shuffled(batch)
         if wrong is not None:
@@ -90,12 +119,31 @@ class Qa(common.Suite):
 
     def _alone(self, prompts, truth):
         """(answers, losses) of the base alone, nested as the prompts are."""
-        flat = [(prompt, answer) for of in zip(prompts, truth, strict=True) for prompt, answer in zip(*of, strict=True)]
-        limits = [min(self.options.max_new_tokens, self.positions - len(prompt)) for prompt, _ in flat]
-        size, stop = self.options.batch_size, self.plain.stop  # each prompt holds a whole context, so no more of them than contexts
-        answers = iter(plain.generate(self.compressor, [prompt for prompt, _ in flat], limits, size, stop))
-        losses = iter(plain.score(self.compressor, [Target([*prompt, *answer, stop], len(prompt)) for prompt, answer in flat], size))
-        return [[next(answers) for _ in of] for of in prompts], [[next(losses) for _ in of] for of in prompts]
+        flat = [
+            (prompt, answer)
+            for of in zip(prompts, truth, strict=True)
+            for prompt, answer in zip(*of, strict=True)
+        ]
+        limits = [
+            min(self.options.max_new_tokens, self.positions - len(prompt)) for prompt, _ in flat
+        ]
+        size, stop = (
+            self.options.batch_size,
+            self.plain.stop,
+        )  # each prompt holds a whole context, so no more of them than contexts
+        answers = iter(
+            plain.generate(self.compressor, [prompt for prompt, _ in flat], limits, size, stop)
+        )
+        losses = iter(
+            plain.score(
+                self.compressor,
+                [Target([*prompt, *answer, stop], len(prompt)) for prompt, answer in flat],
+                size,
+            )
+        )
+        return [[next(answers) for _ in of] for of in prompts], [
+            [next(losses) for _ in of] for of in prompts
+        ]
 
 
 def retention(records, resample):

@@ -23,7 +23,9 @@ class Span(common.Suite):
         super().__init__(compressor, options)
         self.tokens = self.one_length()
         if self.tokens > self.segment:
-            raise UserError(f"--context_lengths is {self.tokens}, but one segment of this adapter holds {self.segment} tokens")
+            raise UserError(
+                f"--context_lengths is {self.tokens}, but one segment of this adapter holds {self.segment} tokens"
+            )
         self.most = max(options.spans)
 
     def examples(self, text):
@@ -33,11 +35,15 @@ class Span(common.Suite):
         if len(ids) < total + least:
             return f"texts shorter than {total + least} tokens, {self.most} segments and a continuation (see --spans, --context_lengths)"
         rest = tuple(ids[total : total + self.options.continuation_tokens])
-        segment = self.tokens + len(self.compressor.framing.start)  # each begins as a text of its own
+        segment = self.tokens + len(
+            self.compressor.framing.start
+        )  # each begins as a text of its own
         written, start = self.compressor.positions(self.most * segment, self.choices[0], self.most)
         wrong = self.does_not_fit(self.tokens, 0, total + len(rest) + 1)
         if max(written, start + len(rest)) > self.positions:
-            wrong = f"texts whose joined memories need more than the base's {self.positions} positions"
+            wrong = (
+                f"texts whose joined memories need more than the base's {self.positions} positions"
+            )
         return wrong or [example(text, ids[:total], total, continuation=rest)]
 
     def main(self, records):
@@ -48,7 +54,11 @@ class Span(common.Suite):
         compressor, size = self.compressor, self.options.batch_size
         spans, rows = sorted(self.options.spans), [[Target(list(e.continuation), 1)] for e in batch]
         records = {s: [common.record(e, group={"segments": str(s)}) for e in batch] for s in spans}
-        parts = [compressor.framed(e.ids[i * self.tokens : (i + 1) * self.tokens]) for i in range(self.most) for e in batch]
+        parts = [
+            compressor.framed(e.ids[i * self.tokens : (i + 1) * self.tokens])
+            for i in range(self.most)
+            for e in batch
+        ]
 
         def note(segments, arm, found):
             for one, score in zip(records[segments], found, strict=True):
@@ -57,7 +67,9 @@ class Span(common.Suite):
         for arm, memory in self.memories(parts):
             each = [memory[i * len(batch) : (i + 1) * len(batch)] for i in range(self.most)]
             for s in spans:
-                found = compressor.score_targets(compressor.join(each[self.most - s :]), rows, "lm", size)
+                found = compressor.score_targets(
+                    compressor.join(each[self.most - s :]), rows, "lm", size
+                )
                 note(s, arm, [row[0] for row in found])
         for s in spans:
             contexts = [e.ids[(self.most - s) * self.tokens :] for e in batch]

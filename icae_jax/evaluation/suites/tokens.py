@@ -32,7 +32,9 @@ class Tokens(common.Suite):
 
     def __init__(self, compressor, options):
         if options.arms:
-            raise UserError(f"--arms is {options.arms}; the arms of suite tokens are the memory's tokens, so leave it out")
+            raise UserError(
+                f"--arms is {options.arms}; the arms of suite tokens are the memory's tokens, so leave it out"
+            )
         super().__init__(compressor, options)
         self.most, k = self.one_length(), self.choices[0]
         self.hidden = np.unique(np.linspace(0, k - 1, min(k, MOST)).astype(int)).tolist()
@@ -47,8 +49,18 @@ class Tokens(common.Suite):
         questions = text.questions if tokens == len(ids) else ()
         if any(target.label_start < 1 for target in self._asked(questions)):
             return EMPTY_QUESTION
-        behind = max([tokens + 2, *(len(t.ids) + len(self.compressor.adapter.template.head) for t in self._asked(questions))])
-        return self.does_not_fit(tokens, behind) or [example(text, ids[:tokens], tokens, questions=questions)]
+        behind = max(
+            [
+                tokens + 2,
+                *(
+                    len(t.ids) + len(self.compressor.adapter.template.head)
+                    for t in self._asked(questions)
+                ),
+            ]
+        )
+        return self.does_not_fit(tokens, behind) or [
+            example(text, ids[:tokens], tokens, questions=questions)
+        ]
 
     def _asked(self, questions):
         template, ids = self.compressor.adapter.template, self.compressor.ids
@@ -62,14 +74,24 @@ class Tokens(common.Suite):
         memory = compressor.compress_ids(contexts, size, self.choices[0])
         token = np.arange(memory.mask.shape[1]) % self.choices[0]
         arms = {MEMORY: token >= 0}
-        arms |= {without(j): token != j for j in self.hidden} | {first(j): token < j for j in self.kept}
+        arms |= {without(j): token != j for j in self.hidden} | {
+            first(j): token < j for j in self.kept
+        }
         for arm, seen in arms.items():
             part = memory.replace(mask=np.asarray(memory.mask) & seen)
-            for one, found in zip(records, compressor.score_targets(part, restore, "ae", size), strict=True):
+            for one, found in zip(
+                records, compressor.score_targets(part, restore, "ae", size), strict=True
+            ):
                 common.add(one, arm, ae_loss=common.nats(found[0]))
             asked = [i for i, of in enumerate(answer) if of]
             if asked:
-                found = compressor.score_targets(part[asked], [answer[i] for i in asked], "qa", size)
+                found = compressor.score_targets(
+                    part[asked], [answer[i] for i in asked], "qa", size
+                )
                 for i, of in zip(asked, found, strict=True):
-                    common.add(records[i], arm, answer_loss=[sum(-s.log_prob for s in of), sum(s.tokens for s in of)])
+                    common.add(
+                        records[i],
+                        arm,
+                        answer_loss=[sum(-s.log_prob for s in of), sum(s.tokens for s in of)],
+                    )
         return [[one] for one in records]

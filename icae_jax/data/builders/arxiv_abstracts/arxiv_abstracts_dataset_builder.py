@@ -47,7 +47,9 @@ def abstract(raw, counts):
     text = common.text_of(raw, "text" if "text" in raw else "abstract")
     told, dated = month_of_id(arxiv_id), month_of_version(raw)
     if not told and not dated:
-        raise UserError(f"id is {arxiv_id!r}, which tells no month (as 0704.0001 or hep-th/9901001 do), and versions[0].created neither")
+        raise UserError(
+            f"id is {arxiv_id!r}, which tells no month (as 0704.0001 or hep-th/9901001 do), and versions[0].created neither"
+        )
     if told and dated and abs(12 * (told[0] - dated[0]) + told[1] - dated[1]) > 1:
         counts[APART] += 1
     year, month = told or dated
@@ -62,11 +64,15 @@ def sort_by_month(part, folder, number, sieve):
 
         def sort(raw, where):
             month, arxiv_id, text = abstract(raw, counts)
-            row = common.row_of(text, arxiv_id)._replace(where="" if sieve.strict else where)  # `objects` puts the place before an error
+            row = common.row_of(text, arxiv_id)._replace(
+                where="" if sieve.strict else where
+            )  # `objects` puts the place before an error
             if sieve.take(row) is None:
                 return ()
             if month not in files:
-                files[month] = stack.enter_context(open(f"{folder}/{month}.{number:06d}.jsonl", "w", encoding="utf-8"))
+                files[month] = stack.enter_context(
+                    open(f"{folder}/{month}.{number:06d}.jsonl", "w", encoding="utf-8")
+                )
             files[month].write(json.dumps({"id": arxiv_id, "text": text}) + "\n")
             return ()
 
@@ -89,9 +95,13 @@ class Builder(common.LocalBuilder, skip_registration=True):
     def jobs(self, folder):
         """One pass over the dump sorts its rows by month; every month is then a job."""
         parts = [part for i in self.inputs["months"] for part in shards.parts_of(*i)]
-        tasks = [(part, str(folder), number, self.sieve.fresh()) for number, part in enumerate(parts)]
+        tasks = [
+            (part, str(folder), number, self.sieve.fresh()) for number, part in enumerate(parts)
+        ]
         months, counts = collections.defaultdict(list), collections.Counter()
-        for number, (found, noted, left_out) in enumerate(shards.run(sort_by_month, tasks, self.processes, "sorting by month")):
+        for number, (found, noted, left_out) in enumerate(
+            shards.run(sort_by_month, tasks, self.processes, "sorting by month")
+        ):
             counts.update(noted)
             self.sieve.add(left_out)
             for month in found:

@@ -17,5 +17,7 @@ class Builder(common.LocalBuilder, skip_registration=True):
 
     @staticmethod
     def parse(raw, subset):
-        context, question, answer = (common.text_of(raw, field) for field in ("context", "question", "answer"))
+        context, question, answer = (
+            common.text_of(raw, field) for field in ("context", "question", "answer")
+        )
         yield common.row_of(context, question=question, answers=(answer,))

@@ -17,18 +17,26 @@ class Builder(common.LocalBuilder, skip_registration=True):
 
     def sources(self, request):
         if bool(request.paths) == bool(request.patterns):
-            raise UserError("give either --from FILE_OR_FOLDER (all of it is split train) or --split NAME=GLOB, one or more")
+            raise UserError(
+                "give either --from FILE_OR_FOLDER (all of it is split train) or --split NAME=GLOB, one or more"
+            )
         if request.paths:
             found = {"train": inputs.files_in(request.paths)}
         else:
             found = {}
             for split, pattern in request.patterns:
-                if not re.fullmatch(r"[A-Za-z]\w*", split) or split == "all":  # "all" means all splits to TFDS
-                    raise UserError(f"--split {split}={pattern}: a split's name is letters, digits and _, and not all")
+                if (
+                    not re.fullmatch(r"[A-Za-z]\w*", split) or split == "all"
+                ):  # "all" means all splits to TFDS
+                    raise UserError(
+                        f"--split {split}={pattern}: a split's name is letters, digits and _, and not all"
+                    )
                 paths = sorted(glob.glob(pattern, recursive=True))
                 if not paths:
                     raise UserError(f"--split {split}={pattern}: no such file")
-                found.setdefault(split, []).extend(p for p in inputs.files_in(paths) if p not in found.get(split, []))
+                found.setdefault(split, []).extend(
+                    p for p in inputs.files_in(paths) if p not in found.get(split, [])
+                )
         return {split: [inputs.Input(str(p)) for p in paths] for split, paths in found.items()}
 
     def options(self):

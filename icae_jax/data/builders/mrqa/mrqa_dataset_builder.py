@@ -10,7 +10,14 @@ RELEASE = "https://s3.us-east-2.amazonaws.com/mrqa/release/v2"
 IN_DOMAIN = (
     ("SQuAD",), ("NewsQA",), ("TriviaQA-web", "TriviaQA"), ("SearchQA",), ("HotpotQA",), ("NaturalQuestionsShort", "NaturalQuestions"),
 )  # fmt: skip
-OUT_OF_DOMAIN = (("BioASQ",), ("DROP",), ("DuoRC.ParaphraseRC", "DuoRC"), ("RACE",), ("RelationExtraction",), ("TextbookQA",))
+OUT_OF_DOMAIN = (
+    ("BioASQ",),
+    ("DROP",),
+    ("DuoRC.ParaphraseRC", "DuoRC"),
+    ("RACE",),
+    ("RelationExtraction",),
+    ("TextbookQA",),
+)
 
 
 def _published(split, names, folder, by_folder):

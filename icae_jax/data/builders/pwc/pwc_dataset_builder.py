@@ -4,7 +4,10 @@ from icae_jax.data.builders import common, inputs
 
 HUB = "https://huggingface.co/datasets/sggetao/PwC/resolve/main"
 FILES = tuple(
-    inputs.Published(split, (f"PwC_{split}",), f"{HUB}/PwC_{split}.jsonl (hub data set sggetao/PwC)") for split in ("train", "test")
+    inputs.Published(
+        split, (f"PwC_{split}",), f"{HUB}/PwC_{split}.jsonl (hub data set sggetao/PwC)"
+    )
+    for split in ("train", "test")
 )
 
 
@@ -19,5 +22,7 @@ class Builder(common.LocalBuilder, skip_registration=True):
 
     @staticmethod
     def parse(raw, subset):
-        context, question, answer = (common.text_of(raw, field) for field in ("input", "prompt", "answer"))
+        context, question, answer = (
+            common.text_of(raw, field) for field in ("input", "prompt", "answer")
+        )
         yield common.row_of(context, question=question, answers=(answer,))

@@ -1,0 +1,1 @@
+"""Trained compressors on disk: this package's adapter folder, PEFT, released checkpoints."""

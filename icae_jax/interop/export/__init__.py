@@ -1,0 +1,1 @@
+"""Memories in the form that other programs read."""

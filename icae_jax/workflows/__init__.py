@@ -1,0 +1,1 @@
+"""Whole jobs that put several parts of the package together."""

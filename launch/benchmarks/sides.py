@@ -1,0 +1,228 @@
+"""What a process of `compare.py` trains: our step, or a recipe of `torch_icae`, on the same base, memory table and tokens.
+
+A side answers `losses(case, contexts)`: `{objective: mean nats a label of the first contexts}` as it stands, `train(case, contexts)`: the
+same of training on so many contexts, done when it returns, `flops(case)`: `{"flops"}` of one context (and ours `"least"`), `peak_bytes()`.
+"""
+
+import resource
+import time
+
+import numpy as np
+import safetensors.numpy
+
+from icae_jax.errors import UserError
+
+CASES = {"ae": ("ae",), "ae+lm": ("ae", "lm"), "qa": ("qa",)}
+SIDES = ("ours", "ours-1", "reference", "stronger")
+ALPHA, DROPOUT = 32.0, 0.05  # of the reference
+EOS = 2
+
+
+def make(side, workdir, sizes):
+    """A side on what `compare.prepare` wrote into `workdir`. sizes: the command's flags by name."""
+    arrays = safetensors.numpy.load_file(workdir / "problem.safetensors")
+    if side.startswith("ours"):
+        return Ours(workdir / "base", arrays, sizes, 1 if side == "ours-1" else sizes["batch"])
+    return Torch(side, workdir / "base", arrays, sizes)
+
+
+def timed(train):
+    """(what `train()` returns once it is done, wall seconds, CPU-seconds of all threads of this process, user and system)."""
+
+    def cpu():
+        used = resource.getrusage(resource.RUSAGE_SELF)
+        return used.ru_utime + used.ru_stime
+
+    wall, used = time.perf_counter(), cpu()
+    result = train()
+    return result, time.perf_counter() - wall, cpu() - used
+
+
+class Ours:
+    """icae_jax's training step with all objectives of a case at once. batch: contexts a step; every step trains on the same ones."""
+
+    def __init__(self, folder, arrays, sizes, batch):
+        from icae_jax.interop.hub import base as bases
+
+        self.arrays, self.sizes, self.batch = arrays, sizes, batch
+        self.base = bases.load_base(folder, sizes["dtype"], need_tokenizer=False)
+        self.steps = {case: self._step(case) for case in sizes["cases"]}
+
+    def _step(self, case):
+        import jax
+
+        from icae_jax.models import lora
+        from icae_jax.performance import programs, steps
+
+        config, s = train_config(case, self.sizes, self.batch), self.sizes
+        spec = programs.Spec(
+            "train",
+            config,
+            self.base.config,
+            self.batch,
+            s["tokens"],
+            qa=(s["prompt"] + s["answer"], s["answer"] + 1),
+        )
+        trained = {
+            "lora": lora.init_lora(jax.random.key(s["seed"]), self.base.config, config.lora),
+            "memory_table": self.arrays["memory_table"],
+        }
+        return steps.TrainingStep(
+            spec, self.base.params, training_batch(config, self.arrays, self.batch), trained
+        )
+
+    def losses(self, case, contexts):
+        if contexts != self.batch:
+            raise UserError(f"contexts is {contexts}; the step's are {self.batch}")
+        return self.steps[case].run(1).losses
+
+    def train(self, case, contexts):
+        return self.steps[case].run(contexts // self.batch).losses
+
+    def flops(self, case):
+        step = self.steps[case]
+        counted = step.xla_flops()
+        return {"flops": counted and counted / self.batch, "least": step.least_flops / self.batch}
+
+    def peak_bytes(self):
+        told = next(iter(self.steps.values())).memory()
+        return told["device_peak_bytes"] or told["process_peak_bytes"]
+
+
+def train_config(case, sizes, batch):
+    """The `TrainConfig` of a case on our side."""
+    from icae_jax.training import config
+
+    s, qa = sizes, case == "qa"
+    weights = {o: 1.0 / len(CASES[case]) if o in CASES[case] else 0.0 for o in ("ae", "lm", "qa")}
+    compression = {
+        "method": "icae",
+        "k": s["memory"],
+        "rate": s["tokens"] / s["memory"],
+        "layout": "sequential",
+        "trigger": "trained",
+    }
+    fields = {
+        "phase": "finetune" if qa else "pretrain",
+        "init_from": config.SCRATCH if qa else "",
+        "base": "-",
+        "seed": s["seed"],
+        "batch_size": batch,
+        "dtype": s["dtype"],
+        "remat": "frozen",  # no matmul is computed twice
+        "loss_chunk": max(128, 1024 // batch),
+        "compression": compression,
+        "lora": {"rank": s["lora_rank"], "scale": ALPHA / s["lora_rank"], "dropout": DROPOUT},
+        "objectives": {**weights, "template": "none"},
+        "data": {
+            "train": "-",
+            "context_lengths": (s["tokens"],),
+            "questions_per_context": s["questions"],
+            "max_target_tokens": s["prompt"] + s["answer"],
+        },
+    }
+    return config.from_dict(config.TrainConfig, fields)
+
+
+def training_batch(config, arrays, batch):
+    """The first `batch` contexts as training has them (`icae_jax.data.batches`)."""
+    from icae_jax.compression import encoder
+    from icae_jax.data import batches
+    from icae_jax.objectives import targets
+
+    framing, template = (
+        targets.Framing((), targets.AE, EOS),
+        targets.make_template("none", None, eos=EOS),
+    )
+
+    def of(objective, row):
+        if objective == "ae":
+            return [targets.ae_target(row["context"], framing)]
+        if objective == "lm":
+            return [targets.lm_target(row["continuation"])]
+        return [
+            template.target(*question)
+            for question in zip(row["prompt"], row["answer"], strict=True)
+        ]
+
+    rows = [
+        {name: arrays[name][b].tolist() for name in ("context", "continuation", "prompt", "answer")}
+        for b in range(batch)
+    ]
+    objectives, (_, _, answer) = tuple(config.objectives.weights), arrays["answer"].shape
+    qa = (config.data.max_target_tokens, answer + 1)
+    shapes = batches.target_shapes(
+        config.data, config.compression, objectives, arrays["context"].shape[1], qa, False
+    )
+    ids, lengths = encoder.segment_contexts([row["context"] for row in rows], config.compression)
+    made = {o: targets.pack([of(o, row) for row in rows], *shape) for o, shape in shapes.items()}
+    return {
+        "context": ids,
+        "lengths": lengths,
+        "targets": made,
+        "k": batches.StaticInt(config.compression.k),
+    }
+
+
+class Torch:
+    """A recipe of `torch_icae`: one objective a pass, every pass a step; `reference` a row a pass, `stronger` as many as our contexts."""
+
+    def __init__(self, recipe, folder, arrays, sizes):
+        import torch
+        import torch_icae
+        import transformers
+
+        transformers.utils.logging.disable_progress_bar()
+        torch.set_num_threads(sizes["threads"])
+        torch.manual_seed(sizes["seed"])
+        self.torch, self.sizes, self.device = torch, sizes, sizes["device"]
+        self.model = torch_icae.TorchICAE(
+            folder,
+            recipe,
+            sizes["memory"],
+            sizes["lora_rank"],
+            ALPHA,
+            DROPOUT,
+            sizes["dtype"],
+            self.device,
+        )
+        with torch.no_grad():
+            self.model.table.weight.copy_(torch.from_numpy(arrays["memory_table"]))
+        self.arrays, self.rows = (
+            {**arrays, "eos": EOS},
+            1 if recipe == "reference" else sizes["batch"],
+        )
+
+    def _passes(self, objective, contexts):
+        import torch_icae
+
+        first = {name: x[:contexts] if np.ndim(x) else x for name, x in self.arrays.items()}
+        return torch_icae.passes(first, objective, self.rows, self.device)
+
+    def losses(self, case, contexts):
+        def mean(objective):
+            passes = self._passes(objective, contexts)
+            total = sum(self.model.loss(*rows).item() * len(rows[0]) for rows in passes)
+            return total / sum(len(rows[0]) for rows in passes)
+
+        with self.torch.no_grad():
+            return {objective: mean(objective) for objective in CASES[case]}
+
+    def train(self, case, contexts):
+        losses = {
+            o: self.torch.stack([self.model.step(*rows) for rows in self._passes(o, contexts)])
+            for o in CASES[case]
+        }
+        if self.device == "cuda":
+            self.torch.cuda.synchronize()
+        return {o: of.mean().item() for o, of in losses.items()}
+
+    def flops(self, case):
+        rows = [self._passes(objective, self.rows)[0] for objective in CASES[case]]
+        passes = self.sizes["questions"] if case == "qa" else 1
+        return {"flops": passes * sum(self.model.flops(*of) for of in rows) / len(rows[0][0])}
+
+    def peak_bytes(self):
+        if self.device == "cuda":
+            return self.torch.cuda.max_memory_allocated()
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
