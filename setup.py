@@ -22,6 +22,7 @@ setup(
         "importlib_resources",  # tensorflow-datasets imports it and does not ask for it
         "ml-collections>=1.1",
         "ml_dtypes",
+        "jaxtyping",
         "numpy",
         "safetensors",
         "sacrebleu",
@@ -39,6 +40,7 @@ setup(
             "pytest",
             "pytest-xdist",
             "hypothesis",
+            "beartype",
             "ruff>=0.17,<0.18",
             "torch==2.13.0",
             "peft",

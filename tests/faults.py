@@ -81,12 +81,12 @@ MUTANTS = [
     # ------------------------------------------------------------------------------------------------- the two methods
     Mutant(
         "the decoder has the LoRA", "objectives/loss.py",
-        '{"params": base_params}, x, positions, real, prefix',
+        '{"params": base_params},\n            x,\n            positions,\n            real,\n            prefix',
         '{"params": base_params, "lora": trained["lora"]}, x, positions, real, prefix', "test_icae.py -k through_memory",
     ),
     Mutant(
         "K is kept after RoPE", "models/llama.py",
-        'name="o_proj")(out), kv', 'name="o_proj")(out), (rotated[1], v)', "test_x500.py -k real_tokens",
+        'name="o_proj"\n        )(out), kv', 'name="o_proj")(out), (rotated[1], v)', "test_x500.py -k real_tokens",
     ),
     Mutant(
         "K/V are read at the head's positions", "compression/x500.py",
@@ -119,11 +119,11 @@ MUTANTS = [
     ),
     Mutant(
         "LoRA's scale is left out", "models/llama.py",
-        " * jnp.asarray(self.lora_scale, x.dtype)", "", "test_lora.py -k merged",
+        '* jnp.asarray(\n                self.lora_scale, x.dtype\n            )', "", "test_lora.py -k merged",
     ),
     Mutant(
         "dropout does not keep the mean", "models/llama.py",
-        "x / (1 - self.lora_dropout), 0)", "x, 0)", "test_lora.py -k mean",
+        'x / (1 - self.lora_dropout), 0\n                )', "x, 0)", "test_lora.py -k mean",
     ),
     Mutant(
         "the last layer keeps the keys of all positions", "models/llama.py",
@@ -261,7 +261,7 @@ MUTANTS = [
         'self._run(instruction.called("body"), times * turns)', 'self._run(instruction.called("body"), times)', "test_hlo.py",
     ),
     Mutant(
-        "points of a sweep share a folder", "sweep.py",
+        "points of a sweep share a folder", "workflows/sweep.py",
         'f"{text}-{number}" if text in made else text', "text", "test_sweep.py -k 'name or folder'",
     ),
     # ------------------------------------------------------------------------------------------------------ many devices
@@ -292,11 +292,11 @@ MUTANTS = [
     ),
     Mutant(
         "NaN is the best loss", "training/checkpoint.py",
-        "if loss is not None and math.isfinite(loss)]", "if loss is not None]", "test_checkpoint.py -k nan",
+        'if loss is not None and math.isfinite(loss)\n    ]', "if loss is not None]", "test_checkpoint.py -k nan",
     ),
     Mutant(
         "parameters that an update broke are saved", "training/train.py",
-        ', float(values["grad_norm"]), float(values["param_norm"])])', ', float(values["grad_norm"])])', "test_train.py -k update_broke",
+        ', float(values["grad_norm"]), float(values["param_norm"])],\n            )', ', float(values["grad_norm"])])', "test_train.py -k update_broke",
     ),
     Mutant(
         "a held-out loss of NaN is one", "training/train.py",
@@ -321,11 +321,11 @@ MUTANTS = [
         "test_joining.py -k slurm",
     ),
     Mutant(
-        "a sweep's points are counted anew", "sweep.py",
+        "a sweep's points are counted anew", "workflows/sweep.py",
         'numbers = before.get("numbers") or', "numbers =", "test_sweep.py -k keeps_its_point",
     ),
     # ---------------------------------------------------------------------------------------- what users and strangers wrote
-    Mutant("a spelled token is read by its letters", "interop/hub/text.py", "split_special_tokens=True, ", "", "test_text.py"),
+    Mutant("a spelled token is read by its letters", "interop/hub/text.py", 'split_special_tokens=True,', "", "test_text.py"),
     Mutant(
         "a word or piece that is a control token is the token", "interop/hub/text.py", "spelled = _control_tokens(tokenizer)", "spelled = {}",
         "test_text.py",
@@ -346,7 +346,7 @@ MUTANTS = [
     ),
     Mutant(
         "a tokenizer's code may run", "interop/hub/tokenizer.py",
-        "local_files_only=True, trust_remote_code=False)", "local_files_only=True, trust_remote_code=True)", "test_base.py -k code",
+        'local_files_only=True, trust_remote_code=False\n    )', "local_files_only=True, trust_remote_code=True)", "test_base.py -k code",
     ),
     Mutant(
         "what is replaced becomes open to all", "files.py",

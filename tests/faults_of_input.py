@@ -73,7 +73,7 @@ MUTANTS = [
         '@{commit}" if commit else text', '@{commit}" if not commit else text', "test_hub_adapters.py -k from_compressing",
     ),
     Mutant(
-        "an adapter that does not restore is pushed", "convert_adapter.py",
+        "an adapter that does not restore is pushed", "workflows/convert_adapter.py",
         "if (args.push or not settled) and not args.force:", "if not settled and not args.force:",
         "test_hub_adapters.py -k nothing_is_pushed",
     ),
@@ -92,7 +92,7 @@ MUTANTS = [
     ),
     Mutant(
         "a number ends where a piece of the file does", "data/json_rows.py",
-        "cut = end == len(self.buffer) and not isinstance(value, dict | list | str)", "cut = False", "test_data_formats.py -k seams",
+        'cut = end == len(self.buffer) and not isinstance(\n                    value, dict | list | str\n                )', "cut = False", "test_data_formats.py -k seams",
     ),
     Mutant(
         "a folder's files come in the order of the disk", "data/places.py",
@@ -113,7 +113,7 @@ MUTANTS = [
         "another user's folder serves as the cache", "files.py", " or there.st_mode & 0o022", "", "test_cache.py -k another_users",
     ),
     Mutant(
-        "a flag that stops XLA is not looked for", "platforms.py", "if tried.returncode and wrong:", "if False:",
+        "a flag that stops XLA is not looked for", "runtime/platforms.py", "if tried.returncode and wrong:", "if False:",
         "test_platforms.py -k stops_jax",
     ),
     # ------------------------------------------------------------------------------------------------- of a second reading

@@ -1,6 +1,6 @@
 """Plants deliberate faults, one at a time, in copies of the tree, and runs the tests that should fail of each.
 
-    python tests/mutants.py [--only WORD] [--jobs N] [--tree FOLDER]
+    python tests/mutants.py [--only WORD] [--jobs N] [--tree FOLDER] [--check]
 
 Not collected by pytest. Each fault of `faults.py` is one text of one file replaced by another; a text that is not there exactly once is
 an error, so that the list keeps up with the code. The same tests are run without the fault too, and must pass: else they fail of
@@ -53,6 +53,19 @@ def plant(mutant, tree):
     path.write_text(whole.replace(mutant.text, mutant.fault), encoding="utf-8")
 
 
+def check(mutants, tree):
+    """Prints the faults that cannot be planted. Returns the exit code."""
+    wrong = 0
+    for mutant in mutants:
+        path = tree / "icae_jax" / mutant.file
+        text = path.read_text(encoding="utf-8") if path.is_file() else ""
+        if text.count(mutant.text) != 1:
+            wrong += 1
+            print(f"{mutant.file} has it {text.count(mutant.text)} times: {mutant.text}")
+    print(f"{len(mutants)} faults: {wrong} cannot be planted")
+    return 2 if wrong else 0
+
+
 def arguments(tests):
     """Pytest's arguments: files of tests/, and what else is said."""
     import shlex
@@ -102,12 +115,17 @@ def main():
     parser.add_argument(
         "--tree", type=pathlib.Path, default=ROOT, help="another checkout, whose own tests are run"
     )
+    parser.add_argument(
+        "--check", action="store_true", help="only check that each fault's text is there once"
+    )
     args = parser.parse_args()
     chosen = [
         m
         for m in faults.MUTANTS + faults_of_input.MUTANTS
         if args.only in m.what or args.only in m.file
     ]
+    if args.check:
+        return check(chosen, args.tree)
 
     sys.dont_write_bytecode = (
         True  # what was compiled of a file before the fault must not be taken for it

@@ -16,6 +16,7 @@ from icae_jax import cache, files
 from icae_jax.cli import main as cli
 from icae_jax.data import tokens
 from icae_jax.errors import UserError
+from icae_jax.runtime import compiled
 
 HOUR = 3600
 
@@ -317,20 +318,20 @@ def test_programs_are_kept_only_where_they_can_be(root, elsewhere, monkeypatch, 
         monkeypatch.setenv(name, "")  # so that it is put back
         monkeypatch.delenv(name)
     monkeypatch.setenv("ICAE_CACHE", str(root))
-    cli.keep_compiled()
+    compiled.keep_compiled()
     assert os.environ.pop("JAX_COMPILATION_CACHE_DIR").startswith(str(root / "compiled"))
     cache.bound_compiled(root / "compiled")
     with monkeypatch.context() as closed:  # as on a disk that may only be read
         closed.setattr(files, "can_write", lambda folder: folder.is_relative_to(elsewhere))
-        cli.keep_compiled()
+        compiled.keep_compiled()
         assert os.environ["JAX_COMPILATION_CACHE_DIR"].startswith(str(elsewhere / "compiled"))
         closed.setenv("JAX_COMPILATION_CACHE_DIR", "/proc/nope")  # the user's own
-        cli.keep_compiled()
+        compiled.keep_compiled()
         assert os.environ["JAX_COMPILATION_CACHE_DIR"].startswith(str(elsewhere / "compiled"))
         assert "$JAX_COMPILATION_CACHE_DIR /proc/nope: cannot be written" in capsys.readouterr().err
         root.mkdir(exist_ok=True)
         closed.setenv("JAX_COMPILATION_CACHE_DIR", str(root))  # the user's own, to be read
-        cli.keep_compiled()
+        compiled.keep_compiled()
         assert (
             os.environ["JAX_COMPILATION_CACHE_DIR"] == str(root)
             and float(os.environ[names[2]]) > 1e6
@@ -338,7 +339,7 @@ def test_programs_are_kept_only_where_they_can_be(root, elsewhere, monkeypatch, 
         closed.setattr(tempfile, "tempdir", "/proc/nope")  # nowhere at all
         files._temporary_cache.cache_clear()
         os.environ.pop("JAX_COMPILATION_CACHE_DIR")
-        cli.keep_compiled()
+        compiled.keep_compiled()
         assert "JAX_COMPILATION_CACHE_DIR" not in os.environ
 
 
@@ -398,12 +399,12 @@ def test_compiled_programs_are_kept_where_the_user_says(monkeypatch, tmp_path):
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
     monkeypatch.setenv("JAX_COMPILATION_CACHE_MAX_SIZE", "")  # so that it is put back
     monkeypatch.delenv("JAX_COMPILATION_CACHE_MAX_SIZE")
-    cli.keep_compiled()
+    compiled.keep_compiled()
     assert os.environ["JAX_COMPILATION_CACHE_MAX_SIZE"] == str(5 << 30)
     kept = pathlib.Path(os.environ["JAX_COMPILATION_CACHE_DIR"])
     assert kept.parent == tmp_path / "compiled" and kept.name.startswith(platform.machine())
-    monkeypatch.setattr(cli.platform, "machine", lambda: "another")
+    monkeypatch.setattr(compiled.platform, "machine", lambda: "another")
     for own in ("", "/elsewhere"):
         monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", own)
-        cli.keep_compiled()
+        compiled.keep_compiled()
         assert os.environ["JAX_COMPILATION_CACHE_DIR"] == own

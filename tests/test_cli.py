@@ -16,7 +16,7 @@ from conftest import ROOT, WORDS, write_jsonl
 from icae_jax import lock
 from icae_jax.cli import main as cli
 from icae_jax.inference.compressor import load
-from icae_jax.training import metrics
+from icae_jax.training import config_file, metrics
 from icae_jax.training.compressor_task import CompressorTask
 from icae_jax.training.config import TrainConfig
 
@@ -189,7 +189,7 @@ def trained_x500(files):
     pretrain, finetune = files["folder"] / "x500_pretrain", files["folder"] / "x500_finetune"
     few = {"compression.rate": 4.0, "compression.k_choices": "(1,4)", "config": X500}
     task = CompressorTask(
-        cli.load_config(TrainConfig, flags("pretrain-4", files, pretrain, **few)[1:])[0]
+        config_file.load_config(TrainConfig, flags("pretrain-4", files, pretrain, **few)[1:])[0]
     )
     task.export(pretrain, task.init())
     assert (

@@ -443,7 +443,7 @@ SMALL = encoder.CompressionConfig(k=2, rate=4)
 
 
 @pytest.fixture(scope="module")
-def memory_file(tmp_path_factory):
+def memory_bytes(tmp_path_factory):
     path = tmp_path_factory.mktemp("memory") / "m.safetensors"
     slots = np.random.default_rng(0).standard_normal((2, 4, 8)).astype(np.float32)
     memory = memories.place(memories.Slots, {"slots": slots}, np.asarray([[8, 3], [5, 0]]), SMALL)
@@ -460,7 +460,7 @@ def rebuilt(content, header):
 @examples(data=st.data())
 def test_any_memory_file(fixture, data):
     """Breaks when a memory file with another header, other metadata or other bytes is a traceback, or is read as NaN."""
-    content = fixture("memory_file")
+    content = fixture("memory_bytes")
     length = int.from_bytes(content[:8], "little")
     header = json.loads(content[8 : 8 + length])
     kind = data.draw(st.sampled_from(["metadata", "tensor", "header", "bytes", "cut"]))

@@ -16,7 +16,7 @@ from conftest import ROOT, WORDS, write_jsonl
 
 from icae_jax.cli import main as cli
 from icae_jax.errors import UserError
-from icae_jax.training import metrics
+from icae_jax.training import config_file, metrics
 from icae_jax.training.checkpoint import Checkpoints
 from icae_jax.training.config import TrainConfig
 from icae_jax.training.train import DIVERGED, PREEMPTED
@@ -184,7 +184,7 @@ def test_sweeps_of_the_configurations(name, of, tmp_path):
         assert len(points) > 1
         for point in points:
             assert point.command[0] == "train" and point.folder == tmp_path / point.name
-            config, workdir = cli.load_config(TrainConfig, point.command[1:])
+            config, workdir = config_file.load_config(TrainConfig, point.command[1:])
             assert workdir == point.folder and config.init_from == (
                 "" if arg != "finetune" else f"w/{point.name}"
             )
@@ -592,7 +592,7 @@ def test_the_sweep_itself_takes_no_accelerator(tmp_path):
         str(tmp_path),
     ]
     both = [[*command, "--jobs", str(tmp_path / "jobs")], [*command, "--table"]]
-    code = f"from icae_jax import cli\nassert [cli.main(command) for command in {both!r}] == [0, 0]"
+    code = f"from icae_jax.cli import main as cli\nassert [cli.main(command) for command in {both!r}] == [0, 0]"
     environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "absent"}
     out = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env=environment

@@ -20,7 +20,7 @@ def on(platform, tensor=1, devices=1):
 
 @pytest.fixture(autouse=True)
 def _nothing_measured(monkeypatch):
-    monkeypatch.setattr(attention, "_MEASURED", {}, raising=False)
+    monkeypatch.setattr(attention_choice, "_MEASURED", {}, raising=False)
 
 
 def choose(asked, mesh, dtype=jnp.bfloat16, model=TINY):

@@ -1,10 +1,12 @@
 """`icae export`: memories in the form that other programs read."""
 
 from icae_jax import files
-from icae_jax.cli import main as cli
+from icae_jax.cli import flags
 from icae_jax.inference import compressor as compressors
 from icae_jax.inference import memory_file
 from icae_jax.interop.export import serving
+
+HELP = "write memories as servers and transformers read them"
 
 
 def prompt_embeds(args):
@@ -53,8 +55,9 @@ def _load(args):
     return compressor, memory, ids
 
 
-def main(parser, argv):
+def run(argv):
     """Runs `icae export KIND`; returns the exit code 0. UserError on bad input."""
+    parser = flags.parser("export", HELP)
     kinds = parser.add_subparsers(title="kinds", metavar="KIND", required=True)
 
     def kind(name, run, text, dtypes):
@@ -66,7 +69,7 @@ def main(parser, argv):
             "--adapter",
             help="adapter (folder, hub id or gs://…); by default the one that the memory names",
         )
-        cli.base_flags(sub)
+        flags.base_flags(sub)
         sub.add_argument(
             "--id",
             action="append",

@@ -8,10 +8,10 @@ import pathlib
 import re
 import sys
 
-from icae_jax.cli import main as cli
 from icae_jax.errors import UserError
 from icae_jax.performance import chips, programs, worker
 from icae_jax.runtime.sharding import AXES, BATCH, MeshConfig
+from icae_jax.training import config_file
 from icae_jax.training.config import SCRATCH, TrainConfig, from_dict
 
 GIB = 2**30
@@ -61,7 +61,7 @@ def base_sizes(base):
 
 def read_config(argv):
     """The `TrainConfig` of a command line, for which no data need be named. UserError also where the base is not known."""
-    raw, _ = cli.load_raw(argv, need_workdir=False)
+    raw, _ = config_file.load_raw(argv, need_workdir=False)
     base_sizes(raw.get("base"))
     if isinstance(raw.get("data"), dict) and not raw["data"].get("train"):
         raw["data"] |= {"train": "-", "train_weights": ()}

@@ -19,8 +19,8 @@ import threading
 import typing
 
 from icae_jax import files, lock
-from icae_jax.cli import main as cli
 from icae_jax.errors import UserError
+from icae_jax.training import config_file
 from icae_jax.training.config import FREE_FIELDS, TrainConfig, from_dict, steps_done
 from icae_jax.training.train import DIVERGED, DONE, PREEMPTED
 from icae_jax.workflows import sweep_results
@@ -28,6 +28,8 @@ from icae_jax.workflows import sweep_results
 FAILED = 1  # exit code where some points did not end; the same command goes on
 NOTE = "DIVERGED"  # beside a point's metrics: it is not tried again
 IN_PATHS = "{point}"  # stands for the point's name in a field of the command line
+
+BAD_INPUT = 2
 
 
 class Point(typing.NamedTuple):
@@ -124,7 +126,7 @@ def plan(config, name, workdir, overrides):
     the sweep or the command line has wrong, and the point.
     """
     flags = [f"--config.{field}={text}" for field, text in overrides.items()]
-    base, _ = cli.load_raw(["--config", config, "--workdir", str(workdir), *flags])
+    base, _ = config_file.load_raw(["--config", config, "--workdir", str(workdir), *flags])
     points = []
     listed = expand(config.partition(":")[0], name)
     for point, changes in zip(names(listed), listed, strict=True):
@@ -264,7 +266,7 @@ def train(points, call):
             (point.folder / NOTE).write_text(
                 "exit code 3; delete this folder to train the point again\n", encoding="utf-8"
             )
-        elif code in (PREEMPTED, cli.BAD_INPUT):
+        elif code in (PREEMPTED, BAD_INPUT):
             return code, codes
         elif code != DONE:
             print(f"--- point {point.name} ended with exit code {code}", file=sys.stderr)
@@ -430,7 +432,7 @@ def _run(args, workdir, points, sweep, overrides, held):
     if not args.table:
         with Trainer(held.leave) as call:
             code, codes = train(points, call)
-        if code in (PREEMPTED, cli.BAD_INPUT):
+        if code in (PREEMPTED, BAD_INPUT):
             print(
                 f"icae sweep: {'saved' if code == PREEMPTED else 'stopped'}; the same command continues",
                 file=sys.stderr,
