@@ -14,7 +14,7 @@ from icae_jax.errors import UserError
 from icae_jax.evaluation import scores
 from icae_jax.inference.compressor import Compressor
 from icae_jax.interop.adapters import folder as adapters
-from icae_jax.interop.adapters import formats, peft_folder, publishing
+from icae_jax.interop.adapters import formats, peft_folder, publishing, tensor_files
 from icae_jax.interop.hub import base as bases
 from icae_jax.interop.hub import locations
 from icae_jax.objectives import targets
@@ -73,7 +73,7 @@ def recognise(path):
     folder, name = adapters.locate(path)
     name = name if locations.is_remote(name) else str(path)
     if folder.is_file():
-        tensors, _ = formats.open_tensors(folder)
+        tensors, _ = tensor_files.open_tensors(folder)
         form = formats.recognise(tensors)
         if form is None:
             names = ", ".join(sorted(tensors)[:3])
@@ -95,9 +95,9 @@ def recognise(path):
     if step is not None:
         return Source("orbax", step, given=folder, name=name)
     found = [
-        file for file in sorted(folder.iterdir()) if file.is_file() and formats.file_kind(file)
+        file for file in sorted(folder.iterdir()) if file.is_file() and tensor_files.file_kind(file)
     ]
-    found = [file for file in found if formats.recognise(formats.open_tensors(file)[0])]
+    found = [file for file in found if formats.recognise(tensor_files.open_tensors(file)[0])]
     if len(found) == 1:
         return recognise(found[0])
     if not found and (folder / "adapter_config.json").exists():
@@ -240,7 +240,7 @@ def _from_orbax(source, base):
 def recognise_whole(path):
     """The `Source` at a path that says itself how it is read: an adapter folder, a training workdir, one of its checkpoints."""
     source = recognise(path)
-    if source.kind in formats.NAMES:
+    if source.kind in formats.FORMATS:
         raise UserError(
             f"{path} is a file of tensors ({source.kind}); make an adapter folder of it first: icae convert adapter"
         )
@@ -268,7 +268,7 @@ def open_trained(source, base):
 
 def read(source, base, args):
     """(`Adapter`, lines of what was assumed, whether a fingerprint says that the base is right: not one that --force put there)."""
-    if source.kind in formats.NAMES:
+    if source.kind in formats.FORMATS:
         adapter, lines = _from_tensors(source, base, args)
         return adapter, lines, bool(source.told) and not source.told["forced"]
     given = [f"--{name}" for name in TOLD if getattr(args, name) is not None]
@@ -439,7 +439,7 @@ def main(parser, argv):
     )
     if lines:
         print("  " + ", ".join(lines))
-    if args.format in formats.NAMES:
+    if args.format in formats.FORMATS:
         formats.need_torch_for(args.format)
         wrong = "; ".join(formats.misreadings(args.format, adapter))
         if wrong and not args.force:
@@ -466,7 +466,7 @@ def main(parser, argv):
                 file=sys.stderr,
             )
             return 2
-    if source.kind in formats.NAMES:
+    if source.kind in formats.FORMATS:
         figures = dataclasses.asdict(measured) if measured else None
         origin = {
             "format": source.kind,
@@ -503,7 +503,7 @@ def _check_output(args):
     if args.to:
         files.check_new_folder(args.to)
     if args.push:
-        if args.format in formats.NAMES:
+        if args.format in formats.FORMATS:
             raise UserError(
                 f"--push takes --format native or peft, not {args.format}, which has no place for how the adapter is read"
             )

@@ -16,6 +16,7 @@ from icae_jax import files
 from icae_jax.compression import layout as layouts
 from icae_jax.errors import UserError
 from icae_jax.interop.adapters import folder as adapters
+from icae_jax.interop.adapters import lora_tensors
 from icae_jax.objectives import targets
 
 
@@ -36,14 +37,14 @@ def save(folder, adapter, base_config, dtype="float32"):
         }
 
     with files.replacing_folder(folder) as tmp:
-        lora = adapters.lora_to_hub(adapter.trained["lora"])
+        lora = lora_tensors.lora_to_hub(adapter.trained["lora"])
         safetensors.numpy.save_file(
             stored(lora), tmp / "adapter_model.safetensors", {"format": "pt"}
         )
-        files.write_json(tmp / "adapter_config.json", adapters.peft_config(adapter))
+        files.write_json(tmp / "adapter_config.json", adapters.peft_json(adapter))
         table = {adapters.MEMORY_TABLE: adapter.trained["memory_table"]}
         safetensors.numpy.save_file(stored(table), tmp / "memory.safetensors", {"format": "pt"})
-        files.write_json(tmp / "icae.json", adapters.icae_info(adapter))
+        files.write_json(tmp / "icae.json", adapters.icae_json(adapter))
         (tmp / "README.md").write_text(text, encoding="utf-8")
 
 
@@ -71,7 +72,7 @@ def readme(adapter, base_config, folder="."):
     after = (
         f"1 + len(piece) * (2 * j + 1) // {2 * k}" if layout.spread_encoder else "len(piece) + j"
     )
-    kv, stated = compression.method == "x500", adapters.peft_config(adapter)
+    kv, stated = compression.method == "x500", adapters.peft_json(adapter)
     values = {
         "@METHOD@": METHODS[compression.method],
         "@LORA@": "" if folder == "." else f"{folder}/",
