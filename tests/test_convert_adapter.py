@@ -12,7 +12,7 @@ from conftest import TINY, random_params, write_jsonl
 from restoring import CONTEXT, K
 
 from icae_jax.cli import main as cli
-from icae_jax.inference.compressor import load
+from icae_jax.inference.loading import load
 from icae_jax.interop.adapters import folder as adapters
 from icae_jax.interop.adapters import formats, tensor_files
 from icae_jax.interop.hub import base as bases

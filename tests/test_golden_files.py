@@ -10,7 +10,7 @@ from conftest import GOLDEN, make_tokenizer
 
 from icae_jax.cli import main as cli
 from icae_jax.compression import methods
-from icae_jax.inference.compressor import load
+from icae_jax.inference.loading import load
 from icae_jax.interop.adapters import formats, tensor_files
 
 FILES = {

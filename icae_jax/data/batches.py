@@ -13,11 +13,12 @@ import grain
 import jax
 import numpy as np
 
-from icae_jax.compression import encoder
+from icae_jax.compression import segments
 from icae_jax.data import reading, sources
 from icae_jax.data.rows import check_no_answer
 from icae_jax.errors import UserError
 from icae_jax.objectives import targets as layouts
+from icae_jax.objectives.packing import pack
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,13 +90,13 @@ def segment_shape(length, compression):
     """(segments, tokens of each) of the contexts of a bucket. A shorter text may fill one whole segment, which is longer than the
     near-equal segments of the longest.
     """
-    return encoder.segment_shape(length, compression)[0], min(length, compression.segment_tokens)
+    return segments.segment_shape(length, compression)[0], min(length, compression.segment_tokens)
 
 
 def target_shapes(config, compression, objectives, length, qa_shape, pad_labels):
     """`{objective: (G, T, U)}` of a bucket's targets, see `objectives.targets.pack`. qa_shape: (T, U) of questions with their answers."""
     size = 1 + (
-        encoder.segment_shape(length, compression)[0] * compression.segment_tokens
+        segments.segment_shape(length, compression)[0] * compression.segment_tokens
         if pad_labels
         else length
     )
@@ -327,7 +328,7 @@ class Examples:
             padded_to = 0
             if self.pad_labels:
                 padded_to = (
-                    encoder.segment_shape(len(context), self.compression)[0]
+                    segments.segment_shape(len(context), self.compression)[0]
                     * self.compression.segment_tokens
                 )
             targets["ae"] = [layouts.ae_target(context, self.framing, padded_to)]
@@ -363,7 +364,7 @@ class Examples:
         )
 
     def _segments(self, bucket, contexts):
-        ids, lengths = encoder.segment_contexts(
+        ids, lengths = segments.segment_contexts(
             contexts, self.compression, self.buckets[bucket].shape, self.framing.eos
         )
         return {"context": ids, "lengths": lengths}
@@ -375,7 +376,7 @@ class Examples:
             self.config, self.compression, self.objectives, length, qa_shape, self.pad_labels
         )
         targets = {
-            o: layouts.pack([t.get(o, []) for _, t in made], *shape) for o, shape in shapes.items()
+            o: pack([t.get(o, []) for _, t in made], *shape) for o, shape in shapes.items()
         }
         return self._segments(bucket, [context for context, _ in made]) | {"targets": targets}
 

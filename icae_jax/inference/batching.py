@@ -6,7 +6,7 @@ import jax
 import numpy as np
 
 from icae_jax.compression import memory as memories
-from icae_jax.compression.encoder import CompressionConfig
+from icae_jax.compression.config import CompressionConfig
 from icae_jax.compression.memory import Memory
 from icae_jax.errors import UserError
 

@@ -25,8 +25,7 @@ import safetensors.numpy
 import icae_jax
 from icae_jax import files
 from icae_jax.compression import memory as memories
-from icae_jax.compression import methods
-from icae_jax.compression.encoder import CompressionConfig
+from icae_jax.compression.config import CompressionConfig
 from icae_jax.compression.memory import Memory
 from icae_jax.errors import UserError
 from icae_jax.interop.hub import base as bases
@@ -103,9 +102,7 @@ def _check_ids(ids: list, count: int) -> None:
         raise UserError(f"two memories have the id {repeated!r}; give each text an id of its own")
 
 
-def save(
-    path: str | os.PathLike, memory: Memory, ids: Sequence[TextId], origin: Origin
-) -> None:
+def save(path: str | os.PathLike, memory: Memory, ids: Sequence[TextId], origin: Origin) -> None:
     """Writes a memory file; an existing one is replaced only when the new one is complete.
 
     ids: of the texts, distinct.
@@ -306,7 +303,7 @@ def load(path: str | os.PathLike, origin: Origin) -> tuple[Memory, list[TextId]]
     metadata = read_metadata(path)
     _check_origin(path, metadata, origin)
     tensors = files.read_safetensors(path, safetensors.numpy.load_file, "memory")
-    kind = methods.KINDS[origin.compression.method]
+    kind = origin.compression.spec.memory
     absent = [name for name in (*kind.CONTENTS, "lengths") if name not in tensors]
     if absent:
         raise UserError(f"--memory {path}: tensors {', '.join(absent)} missing; {_REMEDY}")

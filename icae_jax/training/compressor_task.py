@@ -7,22 +7,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from icae_jax.compression import encoder, layout, methods
+from icae_jax.compression import encoder
+from icae_jax.compression import trained as trained_tree
+from icae_jax.compression.decoder import Decoder
+from icae_jax.compression.segments import Contexts, position_budget
+from icae_jax.compression.trained import SPECIAL_ROWS
 from icae_jax.data import batches, mixture, sources, tokens
 from icae_jax.errors import UserError
 from icae_jax.interop.adapters import folder as adapters
 from icae_jax.interop.hub import base as bases
 from icae_jax.interop.hub import tokenizer as tokenizers
-from icae_jax.models import llama, lora
+from icae_jax.models import llama
+from icae_jax.models.llama import FrozenModel
 from icae_jax.objectives import loss, targets
 from icae_jax.performance import flops
 from icae_jax.runtime import attention_choice, sharding
 from icae_jax.training.config import SCRATCH, recorded
 
 CHECKED = 1 << 22  # ids looked through at once
-_init_lora = jax.jit(
-    lora.init_lora, static_argnums=(1, 2)
-)  # one program, not one for every array's shape
 
 
 def compression_on(config, tokenizer):
@@ -70,28 +72,15 @@ class CompressorLosses:
 
     def losses(self, trained, frozen, batch, dropout_key):
         """`{objective: (sum, count)}`. The decoder sees a context through its memory alone."""
-        c = self.compression
-        memory = methods.compress(
-            self.model,
-            frozen,
-            trained,
-            batch["context"],
-            batch["lengths"],
-            c,
-            batch["k"],
-            dropout_key,
-        )
+        c, targets = self.compression, batch["targets"]
+        contexts = Contexts(batch["context"], batch["lengths"], int(batch["k"]))
+        base = FrozenModel(self.model, frozen)
+        memory = encoder.compress(base, trained, contexts, c, dropout_key)
+        decoder = Decoder.of(FrozenModel(self.decoder, frozen), trained, dropout_key)
         losses = loss.label_losses(
-            self.decoder,
-            frozen,
-            trained,
-            memory,
-            batch["targets"],
-            self.heads,
-            c.layout,
-            self.config.loss_chunk,
+            decoder, memory, targets, self.heads, c.position_layout, self.config.loss_chunk
         )
-        return loss.objective_sums(losses, batch["targets"])
+        return loss.objective_sums(losses, targets)
 
 
 def with_attention(config, model_config, compression, mesh, length):
@@ -112,7 +101,7 @@ def with_attention(config, model_config, compression, mesh, length):
     return dataclasses.replace(config, attention=name), notes
 
 
-def positions(objectives, pad_labels, compression, longest, qa=0, head=0):
+def base_positions(objectives, pad_labels, compression, longest, qa=0, head=0):
     """Positions of the base that contexts of so many tokens take with the objectives of these names.
 
     qa: tokens of the longest question and answer behind the memory; head: of what stands before it.
@@ -120,11 +109,10 @@ def positions(objectives, pad_labels, compression, longest, qa=0, head=0):
     segments, size = batches.segment_shape(longest, compression)
     restored = (segments * compression.segment_tokens if pad_labels else longest) + 1
     behind = max(qa, restored if {"ae", "lm"} & set(objectives) else 0)
-    where = layout.get(compression.layout)
-    written, memory, start = layout.positions_needed(
-        where, longest, segments, size, compression.k, compression.segment_tokens
+    budget = position_budget(
+        compression, longest, segments=segments, segment_tokens=size, head=head
     )
-    return max(written, head + memory, head + start + behind)
+    return budget.needed(behind)
 
 
 class CompressorTask(CompressorLosses):
@@ -202,7 +190,7 @@ class CompressorTask(CompressorLosses):
             rows,
             lambda _: "what stands round a text (bos, eos)",
             tokenizer,
-            encoder.SPECIAL_ROWS,
+            SPECIAL_ROWS,
         )
 
     def _check_positions(self):
@@ -213,7 +201,7 @@ class CompressorTask(CompressorLosses):
             if "qa" in self.weights
             else 0
         )
-        needed = positions(
+        needed = base_positions(
             self.weights,
             c.objectives.pad_labels,
             self.compression,
@@ -234,10 +222,10 @@ class CompressorTask(CompressorLosses):
                 {"compression": self.compression, "lora": self.config.lora}[name],
             )
             fields = {
-                "compression": ("method", "k", "layout", "trigger"),
+                "compression": ("method", "k", "layout", "trigger", "decoder_lora"),
                 "lora": ("rank", "scale", "targets"),
             }[name]
-            if name == "compression" and layout.get(new.layout).fixed_length:
+            if name == "compression" and new.position_layout.fixed_length:
                 fields += ("rate",)  # there it fixes the memory's positions
             for field in fields:
                 unlike = (
@@ -350,14 +338,8 @@ class CompressorTask(CompressorLosses):
                 lambda _: "compression.trigger_token",
                 self.base.tokenizer,
             )
-        embeddings = {"embed": sharding.on_host(self.frozen["embed"])}
-        table = encoder.init_memory_table(
-            jax.random.fold_in(key, 1), embeddings, c.compression, trigger
-        )
-        return {
-            "lora": _init_lora(jax.random.fold_in(key, 2), self.base.config, c.lora),
-            "memory_table": table,
-        }
+        embeddings = sharding.on_host(self.frozen["embed"])
+        return trained_tree.init(key, embeddings, self.base.config, c.lora, c.compression, trigger)
 
     def train_batches(self, start, stop, rows=slice(None)):
         """Batches of steps start … stop - 1. rows: those that are made, by default all."""

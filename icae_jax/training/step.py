@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 import optax.contrib
 
-from icae_jax.models import llama
+from icae_jax.models.axes import constrain
 
 
 def make_optimizer(config, steps):
@@ -64,7 +64,7 @@ def microbatches(batch, accumulate):
 
     def cut(x):
         x = jnp.swapaxes(x.reshape(x.shape[0] // accumulate, accumulate, *x.shape[1:]), 0, 1)
-        return llama.constrain(x, None, "batch", *[None] * (x.ndim - 2))
+        return constrain(x, None, "batch", *[None] * (x.ndim - 2))
 
     return jax.tree.map(cut, batch)
 

@@ -22,7 +22,8 @@ import safetensors.numpy
 
 import icae_jax
 from icae_jax import files
-from icae_jax.compression.encoder import SPECIAL_ROWS, CompressionConfig
+from icae_jax.compression.config import CompressionConfig
+from icae_jax.compression.trained import DECODER_LORA, SPECIAL_ROWS
 from icae_jax.errors import UserError
 from icae_jax.interop.adapters import lora_tensors, peft_config
 from icae_jax.interop.adapters.peft_config import LoraFields
@@ -39,7 +40,6 @@ MEMORY_TABLE = "memory_token_embed.weight"
 INFO = "icae.json"
 IN_WORKDIR = "adapter"  # the folder that training writes into its workdir
 ENCODER, DECODER = "encoder", "decoder"
-DECODER_LORA = "decoder_lora"  # optional: a key of `Adapter.trained`, a field of CompressionConfig
 LORA_CONFIG, LORA_TENSORS = "adapter_config.json", "adapter_model.safetensors"
 # Fields of icae.json's `compression` that earlier versions did not write.
 _LATER_FIELDS = ("k_choices", "trigger", DECODER_LORA)
@@ -350,7 +350,7 @@ def _load_decoder_lora(
 ) -> dict:
     """`{"decoder_lora": tree}` of an adapter that has one, else {}."""
     path = folder / DECODER / LORA_CONFIG
-    if not getattr(compression, DECODER_LORA, False):
+    if not compression.decoder_lora:
         if path.exists():
             raise UserError(
                 f"{path} is there, but {folder / INFO} says nothing of a decoder LoRA "

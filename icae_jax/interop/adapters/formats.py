@@ -25,7 +25,8 @@ import safetensors.numpy
 from jaxtyping import Float
 
 from icae_jax import files
-from icae_jax.compression.encoder import SPECIAL_ROWS, CompressionConfig
+from icae_jax.compression.config import CompressionConfig
+from icae_jax.compression.trained import SPECIAL_ROWS
 from icae_jax.errors import UserError
 from icae_jax.interop.adapters import folder as adapters
 from icae_jax.interop.adapters import lora_tensors
@@ -84,7 +85,7 @@ class Format:
         return self.file_name.endswith(".pt")
 
 
-ICAE, X500 = "icae", "x500"
+ICAE, X500 = "icae", "x500"  # the methods that the reference implementations are of
 FORMATS = {
     "icae-v1": Format(
         "icae.pt",

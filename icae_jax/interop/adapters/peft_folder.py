@@ -10,23 +10,19 @@ README.md                                         twenty lines of code that comp
 import dataclasses
 import os
 import pathlib
-import types
 
 import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 
 from icae_jax import files
-from icae_jax.compression import layout as layouts
-from icae_jax.compression.layout import Layout
-from icae_jax.compression.memory import KV, Slots
-from icae_jax.compression.methods import KINDS
+from icae_jax.compression.config import CompressionConfig
+from icae_jax.compression.method import PEFT
 from icae_jax.errors import UserError
 from icae_jax.interop.adapters import folder as adapters
 from icae_jax.interop.adapters import lora_tensors
 from icae_jax.interop.templates import fill_in
 from icae_jax.models.llama import ModelConfig
-from icae_jax.objectives import targets
 
 DTYPES = ("float32", "bfloat16", "float16")
 README = pathlib.Path(__file__).with_name("peft_readme.md")
@@ -34,21 +30,21 @@ README = pathlib.Path(__file__).with_name("peft_readme.md")
 
 @dataclasses.dataclass(frozen=True)
 class _Kept:
-    """The parts of README.md's code that depend on the kind of memory."""
+    """The parts of README.md that depend on what is kept of the encoder's pass."""
 
     keep: str
     result: str
     memory: str
 
 
-_KEPT = {
-    Slots: _Kept(
+_KEPT = {  # by `Method.keeps`
+    "hidden": _Kept(
         "        parts.append(out.last_hidden_state[0, -@K@:])",
         "torch.cat(parts)",
         "`compress(text)` is the memory `[M, D]`: embeddings for the decoder to read in the text's "
         "place.",
     ),
-    KV: _Kept(
+    "kv": _Kept(
         "        layers = out.past_key_values.layers\n"
         "        kv = ([getattr(x, name)[0, :, -@K@:] for x in layers] for name in "
         '("keys", "values"))\n'
@@ -96,14 +92,13 @@ def save(
         (tmp / "README.md").write_text(text, encoding="utf-8")
 
 
-def _check_windows(layout: Layout, segment: int, windows: tuple[int, ...]) -> None:
-    """Raises UserError if transformers would place a window elsewhere than the layout does.
-
-    segment: tokens of a segment and its memory.
-    """
-    if layout.spread_encoder and any(0 < window < segment for window in windows):
+def _check_windows(compression: CompressionConfig, windows: tuple[int, ...]) -> None:
+    """Raises UserError if transformers would place a window elsewhere than the layout does."""
+    segment = compression.segment_tokens + compression.k
+    spread = compression.position_layout.spread_encoder
+    if spread and any(0 < window < segment for window in windows):
         raise UserError(
-            f"compression.layout is {layout.name}, whose memory tokens sit among the text's "
+            f"compression.layout is {compression.layout}, whose memory tokens sit among the text's "
             f"positions, and the base attends to windows of {min(w for w in windows if w)}, which "
             "transformers counts by the order of tokens; train with rate and k such that a segment "
             f"and its memory ({segment} tokens) fit in a window"
@@ -117,33 +112,27 @@ def readme(adapter: adapters.Adapter, base_config: ModelConfig, folder: str = ".
     """
     adapters.refuse_decoder_lora(adapter, "a PEFT folder")
     compression = adapter.compression
-    layout, k, N = layouts.get(compression.layout), compression.k, compression.segment_tokens
-    _check_windows(layout, N + k, base_config.windows)
-    # Whether <s> stands before the text is the framing's rule: a stub tokenizer's ids show it.
-    framing = targets.make_framing(
-        compression, types.SimpleNamespace(bos_token_id=0, eos_token_id=0), 0
-    )
+    compression.spec.check_export(PEFT)
+    layout, k, N = compression.position_layout, compression.k, compression.segment_tokens
+    _check_windows(compression, base_config.windows)
     text, after = "len(piece)", "len(piece) + j"
     if layout.spread_encoder:
         text, after = "1, len(piece) + 1", f"1 + len(piece) * (2 * j + 1) // {2 * k}"
-    kept, stated = _KEPT[KINDS[compression.method]], adapters.peft_json(adapter)
+    kept, stated = _KEPT[compression.spec.keeps], adapters.peft_json(adapter)
     sizes = {"K": str(k), "N": str(N)}
     values = sizes | {
-        "METHOD": METHODS[compression.method],
+        "METHOD": compression.spec.title,
         "LORA": "" if folder == "." else f"{folder}/",
         "FOLDER": folder,
         "BASE": stated["base_model_name_or_path"],
         "REVISION": f', revision="{stated["revision"]}"' if "revision" in stated else "",
-        "BOS": _BOS if framing.start else "",
+        "BOS": _BOS if compression.bos_before_text else "",
         "PAD": fill_in(_PAD, sizes) if layout.fixed_length else "",
         "TEXT": text,
         "AFTER": after,
         "KEEP": fill_in(kept.keep, sizes),
         "RESULT": kept.result,
         "MEMORY": kept.memory,
-        "LAYOUT": layout.name,
+        "LAYOUT": compression.layout,
     }
     return fill_in(README.read_text(encoding="utf-8"), values)
-
-
-METHODS = {"icae": "ICAE", "x500": "500xCompressor"}

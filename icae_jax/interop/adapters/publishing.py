@@ -47,7 +47,7 @@ def card(
     import huggingface_hub
 
     compression = adapter.compression
-    method = peft_folder.METHODS[compression.method]
+    method = compression.spec.title
     metadata = huggingface_hub.ModelCardData(
         base_model=adapter.base_path.partition("@")[0],
         library_name="peft" if in_peft_form else "icae_jax",

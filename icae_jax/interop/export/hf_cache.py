@@ -20,20 +20,20 @@ from jaxtyping import Bool, Float, Int, Shaped
 
 import icae_jax
 from icae_jax import files
-from icae_jax.compression import encoder, methods
-from icae_jax.compression import layout as layouts
 from icae_jax.compression.memory import Memory
+from icae_jax.compression.method import HF_CACHE
+from icae_jax.compression.trained import SPECIAL_ROWS
 from icae_jax.errors import UserError
 from icae_jax.interop.adapters import folder as adapters
 from icae_jax.interop.export.reader import OBJECTIVES, NamedMemory, Reader
 from icae_jax.models import rope
-from icae_jax.models.llama import Llama, ModelConfig
+from icae_jax.models.llama import ModelConfig
 
 DTYPES = ("float32", "bfloat16")  # the default first
 FORMAT_VERSION = 1
 SCRIPT = pathlib.Path(__file__).parent / "scripts" / "use_cache.py"
 
-_read = jax.jit(methods.read, static_argnames=("model", "head"))
+_read = jax.jit(Memory.read, static_argnames="head")
 
 
 def rotate_further(
@@ -68,22 +68,23 @@ class FilledCache(NamedTuple):
     room: int
 
 
-def filled_cache(
-    memory: Memory, reader: Reader, model: Llama, objective: str = "ask"
-) -> FilledCache:
+def filled_cache(memory: Memory, reader: Reader, objective: str = "ask") -> FilledCache:
     """Runs the decoder over head and memory.
 
     objective: a key of `OBJECTIVES`. UserError if nothing fits behind the memory.
     """
     if objective not in OBJECTIVES:
         raise UserError(f"--for is {objective}; choose from {', '.join(OBJECTIVES)}")
+    compression = reader.adapter.compression
+    compression.spec.check_export(HF_CACHE)
     adapters.refuse_decoder_lora(reader.adapter, "a cache for transformers")
-    head, layout = reader.head(objective), layouts.get(reader.adapter.compression.layout)
+    head = reader.head(objective)
     keys, values, masks, starts = [], [], [], []
     # One at a time, so that many texts take no more memory on the device than one.
     for row in range(len(memory)):
-        prefix = jax.device_get(_read(model, reader.base.params, memory[[row]], head=head))
-        start = np.asarray(layouts.target_starts(layout, OBJECTIVES[objective], prefix))
+        prefix = jax.device_get(_read(memory[[row]], reader.decoder, head=head))
+        layout = compression.position_layout
+        start = np.asarray(layout.target_starts(OBJECTIVES[objective], prefix.end))
         keys.append(rotate_further(reader.base.config, prefix.k, prefix.mask.sum(1) - start))
         values.append(prefix.v)
         masks.append(prefix.mask)
@@ -117,7 +118,6 @@ def save_cache(
     folder: str | os.PathLike,
     named: NamedMemory,
     reader: Reader,
-    model: Llama,
     objective: str = "ask",
     dtype: str = DTYPES[0],
 ) -> None:
@@ -127,15 +127,15 @@ def save_cache(
 
     cache.safetensors holds `key` and `value` `[L, B, K, P, H]` (K after RoPE), `attention_mask
     [B, P]`, `special [3, D]` (embeddings of the negative ids in `before` and `after`). Its
-    metadata, each value JSON: format_version, icae_jax_version, ids, objective, method, layout, before and
-    after (ids around a prompt), stop (ids that end an answer), room (most tokens behind the
-    memory), base, base_fingerprint, base_identity, adapter_fingerprint, dtype.
+    metadata, each value JSON: format_version, icae_jax_version, ids, objective, method, layout,
+    before and after (ids around a prompt), stop (ids that end an answer), room (most tokens behind
+    the memory), base, base_fingerprint, base_identity, adapter_fingerprint, dtype.
     """
     files.check_new_folder(folder)
     if dtype not in DTYPES:
         raise UserError(f"--dtype is {dtype}; choose from {', '.join(DTYPES)}")
-    cache = filled_cache(named.memory, reader, model, objective)
-    special = reader.adapter.trained["memory_table"][-encoder.SPECIAL_ROWS :]
+    cache = filled_cache(named.memory, reader, objective)
+    special = reader.adapter.trained["memory_table"][-SPECIAL_ROWS:]
     tensors = {
         "key": _stored(np.moveaxis(cache.key, 2, 3), dtype),
         "value": _stored(np.moveaxis(cache.value, 2, 3), dtype),

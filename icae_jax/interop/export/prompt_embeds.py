@@ -16,9 +16,9 @@ import numpy as np
 from jaxtyping import Float
 
 from icae_jax import files
-from icae_jax.compression import encoder
-from icae_jax.compression import layout as layouts
-from icae_jax.compression.memory import KV, Memory, Slots
+from icae_jax.compression.decoder import Decoder
+from icae_jax.compression.memory import Slots
+from icae_jax.compression.method import PROMPT_EMBEDS
 from icae_jax.errors import UserError
 from icae_jax.interop.adapters import folder as adapters
 from icae_jax.interop.export.reader import NamedMemory, Reader
@@ -32,7 +32,7 @@ SPARE_TOKENS = 16  # how much longer than its original a restored text may be
 SCRIPT = pathlib.Path(__file__).parent / "scripts" / "request.py"
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 
-_embed = jax.jit(encoder.embed_with_table)
+_embed = jax.jit(Decoder.embed)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,24 +58,19 @@ class Requests:
             raise UserError(f"--dtype is {self.dtype}; choose from {', '.join(DTYPES)}")
 
 
-def check_readable(memory: Memory, reader: Reader) -> None:
+def check_readable(memory: Slots, reader: Reader) -> None:
     """Raises UserError if a server could not read the memory as it was trained to be read.
 
-    It must be slots, at positions 0, 1, 2, …, with the prompt right behind them.
+    It must be at positions 0, 1, 2, …, with the prompt right behind it.
     """
-    adapters.refuse_decoder_lora(reader.adapter, "a prompt embedding")
-    if isinstance(memory, KV):
-        raise UserError(
-            "this memory is K and V of every layer (x500), which prompt embeddings cannot carry; "
-            "use `icae export hf_cache`"
-        )
     mask = np.asarray(memory.mask)
     misplaced = mask & (np.asarray(memory.positions) != mask.cumsum(1) - 1)
-    layout = layouts.get(reader.adapter.compression.layout)
-    if layout.ae_restarts or misplaced.any() or (np.asarray(memory.end) != mask.sum(1)).any():
+    compression = reader.adapter.compression
+    restarts = compression.position_layout.ae_restarts
+    if restarts or misplaced.any() or (np.asarray(memory.end) != mask.sum(1)).any():
         raise UserError(
-            f"compression.layout of the adapter is {layout.name}, whose memory is not read at "
-            "positions 0, 1, 2, … as a server numbers prompt embeddings; train with layout "
+            f"compression.layout of the adapter is {compression.layout}, whose memory is not read "
+            "at positions 0, 1, 2, … as a server numbers prompt embeddings; train with layout "
             "servable, or use `icae export hf_cache`"
         )
 
@@ -100,9 +95,7 @@ def prompt_embeddings(
         behind = template.prompt(question_ids(question, tokenizer, template))
 
     def embed(ids):
-        table = reader.adapter.trained["memory_table"]
-        x = _embed(reader.base.params, table, np.asarray(ids, np.int32))
-        return np.asarray(x, np.float32)
+        return np.asarray(_embed(reader.decoder, np.asarray(ids, np.int32)), np.float32)
 
     x_TD = np.concatenate([embed(head), np.asarray(slots_MD, np.float32), embed(behind)])
     if len(x_TD) >= reader.positions:
@@ -138,6 +131,8 @@ def save_prompt_embeds(
     UserError if a server could not read the memory (see `check_readable`) or PyTorch is missing.
     """
     files.check_new_folder(folder)
+    reader.adapter.compression.spec.check_export(PROMPT_EMBEDS)
+    adapters.refuse_decoder_lora(reader.adapter, "a prompt embedding")
     check_readable(named.memory, reader)
     with files.replacing_folder(folder) as tmp:
         writer = _Writer(tmp, reader, requests)

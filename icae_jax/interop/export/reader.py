@@ -1,10 +1,11 @@
-"""What every export needs: memories with names, and the base and adapter that read them."""
+"""What every export needs: memories with names, and what reads them."""
 
 import dataclasses
 import functools
 import pathlib
 from collections.abc import Sequence
 
+from icae_jax.compression.decoder import Decoder
 from icae_jax.compression.memory import Memory
 from icae_jax.errors import UserError
 from icae_jax.interop.adapters.folder import Adapter
@@ -30,10 +31,17 @@ class NamedMemory:
 
 @dataclasses.dataclass(frozen=True)
 class Reader:
-    """A base, and the adapter that says how a memory is read with it."""
+    """What reads a memory.
+
+    Attributes:
+        base: its tokenizer, stop ids and identity.
+        adapter: the template and the position layout.
+        decoder: the base's parameters and the trained embeddings.
+    """
 
     base: bases.Base
     adapter: Adapter
+    decoder: Decoder
 
     @functools.cached_property
     def framing(self) -> targets.Framing:

@@ -38,8 +38,8 @@ def generate(model, tokenizer, questions, rows=None, max_new_tokens=128):
     length = max(map(len, prompts))
     if length >= INFO["room"]:
         raise ValueError(
-            f"a prompt takes {length} tokens, and {INFO['room']} of prompt and answer fit behind the "
-            "memory"
+            f"a prompt takes {length} tokens, and {INFO['room']} of prompt and answer fit behind "
+            "the memory"
         )
     ids = torch.tensor([[0] * (length - len(p)) + p for p in prompts], device=model.device)
     real = torch.tensor(
