@@ -1,7 +1,8 @@
-"""Two small compressors that restore two sentences, so that what checks an adapter by restoring has something to find.
+"""Two small compressors that restore two sentences, so that what checks an adapter by restoring has
+something to find.
 
-They lie trained in tests/restoring/; `python tests/restoring.py` trains them anew, in a minute, which is needed only where the format of
-adapters changes.
+They lie trained in tests/restoring/; `python tests/restoring.py` trains them anew, in a minute,
+which is needed only where the format of adapters changes.
 """
 
 import json
@@ -20,7 +21,8 @@ from icae_jax.training.config import TrainConfig, from_dict
 from icae_jax.training.train import train
 
 TRAINED = pathlib.Path(__file__).with_name("restoring")
-# method: (layout, steps). The layouts are those of the reference implementations, so that their formats can hold the result.
+# method: (layout, steps). The layouts are those of the reference implementations, so that their
+# formats can hold the result.
 RECIPES = {"icae": ("sequential", 1000), "x500": ("reference", 300)}
 K, CONTEXT = 4, 16
 
@@ -65,7 +67,9 @@ def idle_step(task, *_):
 
 
 def make_world(folder):
-    """The base, the sentences, and each method's workdir, after a step that leaves the trained adapter as it was."""
+    """The base, the sentences, and each method's workdir, after a step that leaves the trained
+    adapter as it was.
+    """
     make_base(folder)
     data = {
         "train": str(folder / "texts.jsonl"),

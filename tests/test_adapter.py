@@ -9,7 +9,7 @@ import pytest
 import safetensors.numpy
 from conftest import TINY, close, random_lora, random_params, random_trained
 
-from icae_jax.compression.encoder import CompressionConfig
+from icae_jax.compression.config import CompressionConfig
 from icae_jax.errors import UserError
 from icae_jax.interop.adapters import folder as adapters
 from icae_jax.interop.adapters import lora_tensors
@@ -71,7 +71,9 @@ def test_workdir_stands_for_its_adapter(folder):
 
 
 def test_peft_merges_what_we_compute(folder, adapter, tiny_base):
-    """Breaks when PEFT would read other names, another scale (its silent alpha = r = 8) or transposed kernels."""
+    """Breaks when PEFT would read other names, another scale (its silent alpha = r = 8) or
+    transposed kernels.
+    """
     torch, transformers, peft = (pytest.importorskip(m) for m in ("torch", "transformers", "peft"))
     model = transformers.AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32)
     before = {name: value.clone().numpy() for name, value in model.state_dict().items()}
@@ -107,7 +109,9 @@ def test_wrong_base_is_refused_with_both_named(folder, base):
 
 
 def test_names_of_the_reference_are_read():
-    """Breaks when tensors of the released checkpoints, with `icae.` in front and `.default` inside, are not found."""
+    """Breaks when tensors of the released checkpoints, with `icae.` in front and `.default` inside,
+    are not found.
+    """
     tree = random_lora(TINY)
     tensors = lora_tensors.lora_to_hub(tree, prefix="icae.base_model.model.", infix=".default")
     assert tensors[
@@ -151,7 +155,9 @@ Q_A, Q_B = (f"base_model.model.model.layers.1.self_attn.q_proj.lora_{x}.weight" 
     ],
 )
 def test_every_tensor_that_does_not_fit_is_listed(change, messages):
-    """Breaks when an adapter of another base, or half an adapter, gets as far as a shape error or runs, or only one fault is named."""
+    """Breaks when an adapter of another base, or half an adapter, gets as far as a shape error or
+    runs, or only one fault is named.
+    """
     tensors = lora_tensors.lora_to_hub(random_lora(TINY))
     lora_tensors.lora_from_hub(tensors, TINY)
     change(tensors)

@@ -1,4 +1,6 @@
-"""The reference implementations' files: recognised by content, nothing but tensors read, every fault listed, written as they were."""
+"""The reference implementations' files: recognised by content, nothing but tensors read, every
+fault listed, written as they were.
+"""
 
 import json
 import pickle
@@ -31,7 +33,9 @@ def base(tiny_base):
 
 
 def make(base, method="icae", layout="sequential", seed=0):
-    """An adapter with random tensors, k 3, r 4; of a K/V memory only the memory tokens' rows are used, and so kept."""
+    """An adapter with random tensors, k 3, r 4; of a K/V memory only the memory tokens' rows are
+    used, and so kept.
+    """
     trained = random_trained(TINY, 3, seed)
     if method == "x500":
         trained["memory_table"] = trained["memory_table"].at[3:].set(0)
@@ -45,7 +49,9 @@ def make(base, method="icae", layout="sequential", seed=0):
 
 @pytest.mark.parametrize("spelling", SPELLINGS, ids=lambda s: f"{s[0]}-{s[1]}")
 def test_what_is_written_is_recognised_and_read_back(spelling, base, tmp_path):
-    """Breaks when a format's names, shapes or placeholders are written otherwise than they are read, or the file's name decides."""
+    """Breaks when a format's names, shapes or placeholders are written otherwise than they are
+    read, or the file's name decides.
+    """
     form, method, layout = spelling
     adapter = make(base, method, layout)
     path = formats.write(form, tmp_path / "out", adapter, TINY)
@@ -58,7 +64,9 @@ def test_what_is_written_is_recognised_and_read_back(spelling, base, tmp_path):
 
 
 def test_placeholders_of_the_first_version(base):
-    """Breaks when icae-v1 lacks a placeholder: one for each tensor of the base and each layer's inv_freq (323 for Llama-2-7B)."""
+    """Breaks when icae-v1 lacks a placeholder: one for each tensor of the base and each layer's
+    inv_freq (323 for Llama-2-7B).
+    """
     tensors = formats.tensors_of("icae-v1", make(base), TINY)
     zeros = [name for name, value in tensors.items() if value.shape == ()]
     assert len(zeros) == 9 * TINY.num_layers + 3 + TINY.num_layers and not any(
@@ -86,7 +94,7 @@ def test_other_tensors_are_not_recognised(base):
     assert formats.recognise({"memory_token_embed.weight": np.zeros((6, 32))}) is None
 
 
-# ---------------------------------------------------------------------------------------------------------------- pickles
+# --- pickles ---
 
 
 class Trap:
@@ -159,11 +167,13 @@ def test_any_dtype_is_read(dtype, base, tmp_path):
         )
 
 
-# ----------------------------------------------------------------------------------------------------- what does not fit
+# --- what does not fit ---
 
 
 def full_save(base, adapter):
-    """A complete training save: trained tensors, the base inside PEFT's wrapper, a `decoder.*` copy; embeddings with 4 rows more."""
+    """A complete training save: trained tensors, the base inside PEFT's wrapper, a `decoder.*`
+    copy; embeddings with 4 rows more.
+    """
     tensors = formats.tensors_of("icae-v2", adapter, TINY)
     for name, (path, layer, transposed) in weights.tensor_names(TINY).items():
         value = base.params
@@ -184,7 +194,9 @@ def full_save(base, adapter):
 
 
 def test_a_full_training_save_is_held_against_the_base(base):
-    """Breaks when a save that carries its base is refused, or passes with another base than its own."""
+    """Breaks when a save that carries its base is refused, or passes with another base than its
+    own.
+    """
     adapter = make(base)
     tensors = full_save(base, adapter)
     assert formats.recognise(tensors) == "icae-v2"
@@ -266,7 +278,9 @@ def test_tensors_that_are_no_numbers(form, method, layout, name, value, message,
 
 
 def test_what_an_implementation_would_misread(base):
-    """Breaks when an adapter is written for an implementation that reads it with another layout, or holds what the format cannot."""
+    """Breaks when an adapter is written for an implementation that reads it with another layout, or
+    holds what the format cannot.
+    """
     assert (
         formats.misreadings("icae-v2", make(base))
         == []
@@ -284,7 +298,9 @@ def test_what_an_implementation_would_misread(base):
 
 
 def test_a_file_says_beside_itself_how_it_is_read(base, tmp_path):
-    """Breaks when alpha, context length, layout, the template or the base of an exported file are lost, or may be junk."""
+    """Breaks when alpha, context length, layout, the template or the base of an exported file are
+    lost, or may be junk.
+    """
     path = formats.write("icae-v2", tmp_path / "out", make(base), TINY)
     told = formats.read_reading(path)
     want = {
@@ -317,7 +333,9 @@ def test_a_file_says_beside_itself_how_it_is_read(base, tmp_path):
      ("layout", 5), ("method", 3), ("base_fingerprint", 5), ("forced", "no"), ("base", 3)],
 )  # fmt: skip
 def test_what_stands_beside_a_file_is_of_its_type(base, tmp_path, field, value):
-    """Breaks when a value of another type beside a file of tensors ends in a traceback, or is taken as it is."""
+    """Breaks when a value of another type beside a file of tensors ends in a traceback, or is taken
+    as it is.
+    """
     path = formats.write("icae-v2", tmp_path / "out", make(base), TINY)
     (path.parent / formats.READING).write_text(
         json.dumps(formats.read_reading(path) | {field: value})

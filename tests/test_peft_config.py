@@ -1,4 +1,6 @@
-"""adapter_config.json against PEFT itself: which modules have LoRA, of which rank and scale, and what is refused by name."""
+"""adapter_config.json against PEFT itself: which modules have LoRA, of which rank and scale, and
+what is refused by name.
+"""
 
 import contextlib
 import dataclasses
@@ -12,7 +14,7 @@ import safetensors.numpy
 from conftest import TINY, random_trained
 
 from icae_jax import errors
-from icae_jax.compression.encoder import CompressionConfig
+from icae_jax.compression.config import CompressionConfig
 from icae_jax.interop.adapters import folder as adapters
 from icae_jax.interop.adapters import peft_config, peft_folder
 from icae_jax.interop.hub import base as bases
@@ -66,7 +68,7 @@ def read(tmp_path, **fields):
     return peft_config.read(path)
 
 
-# --------------------------------------------------------------------------------------------- computed as PEFT computes it
+# --- computed as PEFT computes it ---
 
 QV = ["q_proj", "v_proj"]
 COMPUTED = {
@@ -120,7 +122,9 @@ def ours(adapter):
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 @pytest.mark.parametrize("name", COMPUTED)
 def test_what_peft_computes(name, base, tiny_base, folder, tmp_path):
-    """Breaks when a module is given LoRA that has none in PEFT, another rank, another scale, or saving the adapter changes it."""
+    """Breaks when a module is given LoRA that has none in PEFT, another rank, another scale, or
+    saving the adapter changes it.
+    """
     peft, torch, transformers = (pytest.importorskip(m) for m in ("peft", "torch", "transformers"))
     torch.manual_seed(0)
     model = peft.get_peft_model(
@@ -152,7 +156,9 @@ def test_what_peft_computes(name, base, tiny_base, folder, tmp_path):
 
 
 def test_modules_are_matched_as_peft_does(tmp_path):
-    """Breaks when a name or pattern matches other modules than in PEFT: the head, an end within a word, a nested number."""
+    """Breaks when a name or pattern matches other modules than in PEFT: the head, an end within a
+    word, a nested number.
+    """
     utils, others = (
         pytest.importorskip("peft.tuners.tuners_utils"),
         pytest.importorskip("peft.utils.other"),
@@ -212,7 +218,7 @@ def test_every_field_of_peft_is_known(tmp_path):
     )
 
 
-# ----------------------------------------------------------------------------------------------------------------- refused
+# --- refused ---
 
 REFUSED = [
     ("use_dora", True), ("lora_bias", True), ("bias", "all"), ("bias", "lora_only"), ("modules_to_save", ["norm"]),
@@ -235,7 +241,9 @@ REFUSED = [
 
 @pytest.mark.parametrize(("name", "value"), REFUSED)
 def test_what_is_not_computed_is_refused_by_name(name, value, tmp_path):
-    """Breaks when a field that changes what PEFT computes, or nobody knows, or that holds nonsense, is passed over in silence."""
+    """Breaks when a field that changes what PEFT computes, or nobody knows, or that holds nonsense,
+    is passed over in silence.
+    """
     with pytest.raises(errors.UserError, match=rf"adapter_config\.json: {name}") as error:
         read(tmp_path, **{name: value})
     assert "\n" not in str(error.value) and len(str(error.value)) < 500
@@ -249,7 +257,9 @@ def test_what_must_be_there(name, tmp_path):
 
 
 def test_harmless_values(tmp_path):
-    """Breaks when notes, floats for whole numbers, nulls, or fields of old and new versions at values that do nothing, are refused."""
+    """Breaks when notes, floats for whole numbers, nulls, or fields of old and new versions at
+    values that do nothing, are refused.
+    """
     stated = read(
         tmp_path, r=8.0, lora_alpha=16, lora_dropout=None, rank_pattern=None, alpha_pattern=None, layers_to_transform=[], use_rslora=None,
         layers_pattern="", exclude_modules=[], modules_to_save=[], use_dora=None, bias=None, a_new_field=None, merge_weights=False,
@@ -332,7 +342,9 @@ Q_A = f"{PREFIX}layers.0.self_attn.q_proj.lora_A.weight"
     ],
 )
 def test_every_tensor_is_read_or_named(name, folder, base):
-    """Breaks when a tensor that changes what PEFT computes is left out in silence, though no field of the configuration tells of it."""
+    """Breaks when a tensor that changes what PEFT computes is left out in silence, though no field
+    of the configuration tells of it.
+    """
     path = folder / "adapter_model.safetensors"
     safetensors.numpy.save_file(
         safetensors.numpy.load_file(path) | {name: np.ones((4, 32), np.float32)}, path
@@ -372,7 +384,9 @@ TABLE = adapters.MEMORY_TABLE
     ],
 )
 def test_tensors_that_are_no_numbers(file, name, change, message, folder, base):
-    """Breaks when NaN, integers, two copies of a tensor, or a tensor beside the table, get as far as a memory."""
+    """Breaks when NaN, integers, two copies of a tensor, or a tensor beside the table, get as far
+    as a memory.
+    """
     path = folder / f"{file}.safetensors"
     tensors = safetensors.numpy.load_file(path)
     tensors[name] = np.ascontiguousarray(
@@ -384,7 +398,9 @@ def test_tensors_that_are_no_numbers(file, name, change, message, folder, base):
 
 
 def test_spellings_of_names(plain, folder, base):
-    """Breaks when tensors that PEFT trained on the inner model (AutoModel), or that carry an adapter's name, are not read."""
+    """Breaks when tensors that PEFT trained on the inner model (AutoModel), or that carry an
+    adapter's name, are not read.
+    """
     want = adapters.load_adapter(plain, base).trained
     tensors = safetensors.numpy.load_file(plain / "adapter_model.safetensors")
     for old, new in (
@@ -400,7 +416,9 @@ def test_spellings_of_names(plain, folder, base):
 
 
 def test_files_that_are_there_otherwise(folder, base, capsys):
-    """Breaks when a pickle is read or passed over without a word, safetensors do not come first, or one of two configurations is taken."""
+    """Breaks when a pickle is read or passed over without a word, safetensors do not come first, or
+    one of two configurations is taken.
+    """
     (folder / "adapter_model.bin").write_bytes(b"never read")
     adapters.load_adapter(folder, base)
     assert (
