@@ -42,12 +42,28 @@ def run(folder, method, **changes):
     layout, steps = RECIPES[method]
     source, steps = str(folder / "texts.jsonl"), changes.get("steps", steps)
     raw = {
-        "base": str(folder / "base"), "steps": steps, "batch_size": 2, "eval_every": steps, "checkpoint_every": steps, "log_every": 100,
+        "base": str(folder / "base"),
+        "steps": steps,
+        "batch_size": 2,
+        "eval_every": steps,
+        "checkpoint_every": steps,
+        "log_every": 100,
         "compression": {"method": method, "k": K, "rate": CONTEXT / K, "layout": layout},
-        "lora": {"rank": 16, "dropout": 0.0}, "objectives": {"ae": 1.0, "lm": 0.0},
-        "optimizer": {"learning_rate": 0.02, "warmup_steps": 5, "weight_decay": 0.0, "schedule": "cosine"},
-        "data": {"train": source, "eval": source, "context_lengths": [CONTEXT], "cache_dir": str(folder / "cache")},
-    }  # fmt: skip
+        "lora": {"rank": 16, "dropout": 0.0},
+        "objectives": {"ae": 1.0, "lm": 0.0},
+        "optimizer": {
+            "learning_rate": 0.02,
+            "warmup_steps": 5,
+            "weight_decay": 0.0,
+            "schedule": "cosine",
+        },
+        "data": {
+            "train": source,
+            "eval": source,
+            "context_lengths": [CONTEXT],
+            "cache_dir": str(folder / "cache"),
+        },
+    }
     config = from_dict(TrainConfig, raw | changes)
     assert train(config, CompressorTask(config), folder / method) == 0
 

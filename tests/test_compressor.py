@@ -130,7 +130,7 @@ def test_documents_compressed_apart_are_read_together(compressor, small):
 
 
 def test_results_do_not_depend_on_the_batch(compressor, memory):
-    """Breaks when padding or a neighbour reaches a memory, a restored text, an answer or a score."""
+    """Breaks when padding or a neighbour reaches a memory, a text, an answer or a score."""
     restored = compressor.restore(memory, 12, details=True)
     answers = compressor.ask(memory, [[q, QUESTIONS[0]] for q in QUESTIONS], 8, details=True)
     scores = compressor.score(memory, TEXTS)
@@ -335,7 +335,7 @@ def test_bad_input(compressor, memory, tiny_base, tmp_path):
                 use(size)
     with pytest.raises(
         ValueError,
-        match=rf"text 0: {2000 + len(compressor.framing.start)} tokens need \d+ positions, the base has 256",
+        match=rf"text 0: {2000 + len(compressor.framing.start)} tokens need \d+ positions, the base",
     ):
         compressor.compress("cat " * 2000)
     with pytest.raises(ValueError, match="max_new_tokens is -1"):
@@ -527,7 +527,7 @@ def test_questions_without_a_token(compressor, memory, tiny_base, tmp_path):
     for asked in (["", ""], ["who ?", ["why ?", " "]]):
         with pytest.raises(
             UserError,
-            match=r"text [01]: the question ' ?' has no tokens, and template none puts no words round it",
+            match=r"text [01]: the question ' ?' has no tokens, and template none puts no words",
         ):
             bare.ask(memory[:2], asked, 4)
     with pytest.raises(UserError, match="target 1: the question '' has no tokens"):

@@ -102,7 +102,7 @@ def test_prompt_embeds(memory_file, tmp_path, capsys):
 
 
 def test_hf_cache(memory_file, tmp_path, capsys):
-    """Breaks when a flag is lost on the way: what the cache is for, of which texts, in which dtype."""
+    """Breaks when a flag is lost: what the cache is for, of which texts, in which dtype."""
     import safetensors
 
     path, method = memory_file

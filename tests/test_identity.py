@@ -126,7 +126,7 @@ def test_a_fine_tune_of_the_base_is_another_base(tiny_params, tiny_tokenizer, ad
     ), "else this shows nothing"
     with pytest.raises(
         UserError,
-        match=r"adapter .* was made with weights \w{12}, but the base's is \w{12}: it has other weights",
+        match=r"adapter .* was made with weights \w{12}, but the base's is \w{12}: it has other",
     ):
         icae_jax.load(adapter, base=tmp_path / "merged")
 
@@ -203,7 +203,10 @@ def test_a_memory_is_that_of_the_adapter_as_it_is(adapter, tmp_path, file, field
 
 # --- templates ---
 
-CLOCK = "{{ bos_token }}{% if strftime_now('%d') == '28' %}cat{% else %}dog{% endif %} {% for m in messages %}{{ m['content'] }}{% endfor %}"
+CLOCK = (
+    "{{ bos_token }}{% if strftime_now('%d') == '28' %}cat{% else %}dog{% endif %} "
+    "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+)
 
 
 def on_day(monkeypatch, day):

@@ -1,4 +1,4 @@
-"""How several processes find each other, and agree before they begin; what a lost one looks like."""
+"""How several processes find each other and agree before they begin; a lost one."""
 
 import os
 import re
@@ -255,7 +255,7 @@ def test_jax_s_refusals_say_what_to_do(joined, monkeypatch):
     monkeypatch.setenv("SLURM_STEP_NODELIST", "n[1-2]")
     with pytest.raises(
         ValueError,
-        match=r"Slurm: JAX cannot tell the processes \(no coordinator\); give --coordinator HOST:PORT",
+        match=r"Slurm: JAX cannot tell the processes \(no coordinator\); give --coordinator HOST:",
     ):
         distributed.start()
     fail(KeyError("SOME_VARIABLE"))  # half of what a cluster sets
@@ -310,10 +310,12 @@ with distributed.ending_together(2):
     distributed.main_after_all()
     assert not (shared / ".lock").exists()
     try:
-        distributed.check_agreement({"seed": process, "unchanged": "é" * 9, **({"shapes": [[1, 2]]} if process else {})})
+        shapes = {"shapes": [[1, 2]]} if process else {}
+    distributed.check_agreement({"seed": process, "unchanged": "é" * 9, **shapes})
         raise SystemExit("a difference went unnoticed")
     except UserError as error:
-        assert "seed: 0 in process 0, 1 in process 1; shapes: null in process 0, [[1, 2]] in process 1" in str(error), error
+        seeds = "seed: 0 in process 0, 1 in process 1"
+    assert f"{seeds}; shapes: null in process 0, [[1, 2]] in process 1" in str(error), error
         assert "unchanged" not in str(error)
     distributed.check_shared(pathlib.Path(sys.argv[3]) / str(process))
 """
@@ -327,22 +329,27 @@ from icae_jax.training import checkpoint, distributed
 
 with distributed.ending_together(2):
     distributed.start(sys.argv[1], 2, int(sys.argv[2]))
-    everywhere = jax.sharding.NamedSharding(jax.make_mesh((2,), ("data",)), jax.sharding.PartitionSpec("data"))
-    state = lambda value: {"w": jax.make_array_from_callback((4,), everywhere, lambda at: np.full(4, value, np.float32)[at])}
+    mesh, spec = jax.make_mesh((2,), ("data",)), jax.sharding.PartitionSpec("data")
+everywhere = jax.sharding.NamedSharding(mesh, spec)
+    def state(value):
+    values = np.full(4, value, np.float32)
+    return {"w": jax.make_array_from_callback((4,), everywhere, lambda index: values[index])}
     workdir, restore = pathlib.Path(sys.argv[3]), checkpoint.restore
     with checkpoint.Checkpoints(workdir) as checkpoints:
         checkpoints.save(1, state(1)), checkpoints.save(2, state(2))
     distributed.main_after_all()
 
     def damaged(folder, like):
-        if sys.argv[2] == "1" and folder.name == "step_2":  # as where one process reads a file that the other does not
+        # As if one process could read a file that the other cannot.
+    if sys.argv[2] == "1" and folder.name == "step_2":
             raise ValueError("DATA_LOSS: Error reading x")
         return restore(folder, like)
 
     checkpoint.restore = damaged
     step, got = checkpoint.resume(workdir, state(0), lambda text: print(text, file=sys.stderr))
     assert step == 1 and float(got["w"].addressable_data(0)[0]) == 1
-    assert sorted(path.name for path in (workdir / "checkpoints").iterdir()) == ["damaged_step_2", "step_1"]
+    names = sorted(path.name for path in (workdir / "checkpoints").iterdir())
+assert names == ["damaged_step_2", "step_1"]
     with checkpoint.Checkpoints(workdir) as checkpoints:
         assert checkpoints.latest() == 1
 """
@@ -390,8 +397,8 @@ def test_two_processes_agree_and_notice_that_their_folders_differ(tmp_path):
     ends = pair(AGREE, str(tmp_path))
     for i, (_, err) in enumerate(ends):
         assert (
-            f"process {i} of 2: {tmp_path / str(i)} is not the same folder in processes 0 and 1; give one on a filesystem"
-            in err
+            f"process {i} of 2: {tmp_path / str(i)} is not the same folder in processes 0 and 1; "
+            "give one on a filesystem" in err
         )
     assert [code for code, _ in ends] == [2, 2] and list((tmp_path / "0").iterdir()) == []
 

@@ -1,4 +1,4 @@
-"""The plain PEFT folder: the code in its README gives our memory, PEFT merges it as we compute it."""
+"""The plain PEFT folder: its README's code gives our memory, PEFT merges what we compute."""
 
 import dataclasses
 import functools

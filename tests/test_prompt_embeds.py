@@ -87,8 +87,14 @@ def test_prompts_read_by_transformers(base, hub_model, tmp_path, layout, templat
         torch.testing.assert_close(
             torch.load(tmp_path / "out" / request["file"], weights_only=True), x, rtol=0, atol=0
         )
-        out = hub_model.generate(inputs_embeds=x[None], attention_mask=torch.ones(1, len(x)), do_sample=False, max_new_tokens=NEW,
-                                 eos_token_id=stops, pad_token_id=0)[0].tolist()  # fmt: skip
+        out = hub_model.generate(
+            inputs_embeds=x[None],
+            attention_mask=torch.ones(1, len(x)),
+            do_sample=False,
+            max_new_tokens=NEW,
+            eos_token_id=stops,
+            pad_token_id=0,
+        )[0].tolist()
         got[request["id"], request["question"]] = out[
             : next((i for i, token in enumerate(out) if token in stops), NEW)
         ]
