@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from icae_jax.compression.encoder import CompressionConfig
+from icae_jax.compression.config import CompressionConfig
 from icae_jax.data import batches
 from icae_jax.data.batches import DataConfig
 from icae_jax.data.mixture import Mixture, interleave

@@ -126,9 +126,10 @@ def train_config(case, sizes, batch):
 
 def training_batch(config, arrays, batch):
     """The first `batch` contexts as training has them (`icae_jax.data.batches`)."""
-    from icae_jax.compression import encoder
+    from icae_jax.compression.segments import segment_contexts
     from icae_jax.data import batches
     from icae_jax.objectives import targets
+    from icae_jax.objectives.packing import pack
 
     framing, template = (
         targets.Framing((), targets.AE, EOS),
@@ -154,8 +155,8 @@ def training_batch(config, arrays, batch):
     shapes = batches.target_shapes(
         config.data, config.compression, objectives, arrays["context"].shape[1], qa, False
     )
-    ids, lengths = encoder.segment_contexts([row["context"] for row in rows], config.compression)
-    made = {o: targets.pack([of(o, row) for row in rows], *shape) for o, shape in shapes.items()}
+    ids, lengths = segment_contexts([row["context"] for row in rows], config.compression)
+    made = {o: pack([of(o, row) for row in rows], *shape) for o, shape in shapes.items()}
     return {
         "context": ids,
         "lengths": lengths,
