@@ -336,7 +336,7 @@ def held_out(source):
         step = training_config.steps_done(workdir) if source.path.name == adapters.IN_WORKDIR else 0
     file = workdir / "metrics.jsonl"
     losses = (
-        [line["eval"] for line in metrics.read(file) if line.get("step") == step and "eval" in line]
+        [line["eval"] for line in metrics.read_lines(file) if line.get("step") == step and "eval" in line]
         if step and file.exists()
         else []
     )
