@@ -74,7 +74,8 @@ MUTANTS = [
     ),
     Mutant(
         "an adapter that does not restore is pushed", "workflows/convert_adapter.py",
-        "if (args.push or not settled) and not args.force:", "if not settled and not args.force:",
+        "if (options.publication or not base_is_certain) and not options.force:",
+        "if not base_is_certain and not options.force:",
         "test_hub_adapters.py -k nothing_is_pushed",
     ),
     # ----------------------------------------------------------------------------------------------------------------- rows

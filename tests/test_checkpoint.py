@@ -11,7 +11,8 @@ import pytest
 from icae_jax import errors, files
 from icae_jax.training import checkpoint
 from icae_jax.training.checkpoint import Checkpoints
-from icae_jax.workflows import convert_adapter, inspection
+from icae_jax.training.trained import find as find_trained
+from icae_jax.workflows import inspection
 
 
 def state(value, rows=3):
@@ -139,7 +140,7 @@ def test_reading_changes_nothing(tmp_path):
     before = everything(tmp_path)
     assert checkpoint.step_folder(tmp_path).name == "step_1"
     assert checkpoint.saved_steps(tmp_path) == {1: 2.0, 2: 3.0}
-    assert convert_adapter.recognise(tmp_path).path.name == "step_1"
+    assert find_trained(tmp_path).path.name == "step_1"
     assert inspection.describe(tmp_path)["what"].endswith("step_1")
     assert checkpoint.read_newly(tmp_path)[0].name == "step_1"
     assert everything(tmp_path) == before
