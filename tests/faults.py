@@ -283,15 +283,15 @@ MUTANTS = [
         "tries within tries multiply", "errors.py", "or getattr(error, _GIVEN_UP, False) or", "or", "test_errors.py -k multiply",
     ),
     Mutant(
-        "what has a checkpoint's name is one", "training/checkpoint.py",
+        "what has a checkpoint's name is one", "training/checkpoint_files.py",
         "if flaw(folder):\n            continue", "if False:\n            continue", "test_checkpoint.py -k changes_nothing",
     ),
     Mutant(
-        "a checkpoint that goes while it is read is an error", "training/checkpoint.py",
+        "a checkpoint that goes while it is read is an error", "training/checkpoint_files.py",
         "if not is_whole(folder):\n                continue", "if False:\n                continue", "test_checkpoint.py -k goes_while",
     ),
     Mutant(
-        "NaN is the best loss", "training/checkpoint.py",
+        "NaN is the best loss", "training/checkpoint_files.py",
         'if loss is not None and math.isfinite(loss)\n    ]', "if loss is not None]", "test_checkpoint.py -k nan",
     ),
     Mutant(

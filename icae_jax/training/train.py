@@ -96,7 +96,7 @@ def evaluate(
 
 
 def put_ahead(mesh, host_batches: Iterable, rows: Rows | None, batch_size: int) -> Iterator[tuple]:
-    """Yields `(host batch, the same on the devices)`, transferring each one step ahead of its use."""
+    """Yields `(host batch, device batch)`; each is transferred one step before it is used."""
     ready = None
     for batch in host_batches:
         previous, ready = ready, (batch, sharding.put_batch(mesh, batch, rows, batch_size))
