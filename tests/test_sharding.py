@@ -22,6 +22,7 @@ from icae_jax.objectives.packing import pack
 from icae_jax.runtime import sharding
 from icae_jax.training import step
 from icae_jax.training.config import OptimizerConfig
+from icae_jax.training.optimizer import make_optimizer
 
 
 class Autoencoding:
@@ -77,7 +78,7 @@ def train(method, mesh_config, remat):
     ids, lengths = segment_contexts(texts, task.compression)
     packed = pack([[targets.ae_target(t, FRAMING)] for t in texts], 1, 9, 9)
     batch = {"context": ids, "lengths": lengths, "targets": packed, "k": StaticInt(2)}
-    optimizer, _ = step.make_optimizer(OptimizerConfig(warmup_steps=0), 1)
+    optimizer, _ = make_optimizer(OptimizerConfig(warmup_steps=0), 1)
     params, state = random_params(TINY), step.init_state(random_trained(TINY, 3), optimizer)
     shardings = placement.tree(state)
     with placement.active():

@@ -21,6 +21,7 @@ from icae_jax.runtime import attention_choice, sharding
 from icae_jax.training import step
 from icae_jax.training.compressor_task import CompressorLosses, base_positions
 from icae_jax.training.config import TrainConfig
+from icae_jax.training.optimizer import make_optimizer
 
 WHATS = ("train", "compress", "decode")
 EVALUATE = "evaluate"  # the program that computes the held-out losses of a training
@@ -137,7 +138,7 @@ def _trace(spec, mesh, placement):
     params = _placed(shapes, placement.tree(shapes), c.jnp_dtype)
     tree, given = trained.shapes(model, c.lora, spec.compression), batch(spec, mesh)
     if spec.what == "train":
-        optimizer, _ = step.make_optimizer(c.optimizer, c.steps)
+        optimizer, _ = make_optimizer(c.optimizer, c.steps)
         state = jax.eval_shape(lambda t: step.init_state(t, optimizer), tree)
         shardings = placement.tree(state)
         train = step.make_train_step(task, optimizer, c.seed, c.accumulate, shardings)
