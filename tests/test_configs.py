@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from icae_jax.compression import encoder, layout
-from icae_jax.data.batches import StaticInt
+from icae_jax.data.drawing import StaticInt
 from icae_jax.models import llama, lora
 from icae_jax.models.families import sizes
 from icae_jax.objectives import targets

@@ -11,7 +11,7 @@ from conftest import FRAMING, TINY, close, eight_devices, random_lora, random_pa
 from jax.sharding import AbstractMesh
 
 from icae_jax.compression import encoder, methods
-from icae_jax.data.batches import StaticInt
+from icae_jax.data.drawing import StaticInt
 from icae_jax.models import llama, lora
 from icae_jax.objectives import loss, targets
 from icae_jax.runtime import sharding

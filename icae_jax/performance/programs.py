@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from icae_jax.compression import encoder, layout, methods
-from icae_jax.data import batches
+from icae_jax.data.collate import bucket_shape, target_shapes
+from icae_jax.data.drawing import StaticInt
 from icae_jax.inference import generate
 from icae_jax.models import llama, lora
 from icae_jax.performance import flops
@@ -62,13 +63,13 @@ def batch(spec, mesh=None):
     def array(*shape, dtype=jnp.int32):
         return jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=where)
 
-    segments, size = batches.segment_shape(spec.length, spec.compression)
+    segments, size = bucket_shape(spec.length, spec.compression)
     size = (
         spec.compression.segment_tokens
         if layout.get(spec.compression.layout).fixed_length
         else size
     )
-    shapes = batches.target_shapes(
+    shapes = target_shapes(
         c.data,
         spec.compression,
         tuple(c.objectives.weights),
@@ -85,7 +86,7 @@ def batch(spec, mesh=None):
         }
         for o, (G, T, U) in shapes.items()
     }
-    k = batches.StaticInt(spec.compression.k)
+    k = StaticInt(spec.compression.k)
     return {
         "context": array(segments, size),
         "lengths": array(segments),

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from icae_jax.data import batches, synthetic
+from icae_jax.data import synthetic
+from icae_jax.data.prefetch import prefetch
 from icae_jax.errors import UserError
 from icae_jax.interop.hub import base as bases
 from icae_jax.models import llama
@@ -130,8 +131,8 @@ class BaseTask:
 
     def train_batches(self, start, stop, rows=slice(None)):
         """Batches of steps start … stop - 1. rows: those that are made, by default all."""
-        return batches.ahead(
-            lambda step: jax.tree.map(lambda x: x[rows], self.batch(step)), start, stop
+        return prefetch(
+            lambda step: jax.tree.map(lambda x: x[rows], self.batch(step)), range(start, stop)
         )
 
     def eval_batches(self, rows=slice(None)):

@@ -8,7 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from icae_jax.compression import encoder, layout, methods
-from icae_jax.data import batches, mixture, sources, tokens
+from icae_jax.data import mixture, prefetch, sources, tokens
+from icae_jax.data.collate import bucket_shape
+from icae_jax.data.drawing import StaticInt
+from icae_jax.data.examples import Examples
+from icae_jax.data.index import ExampleSpec
 from icae_jax.errors import UserError
 from icae_jax.interop.adapters import folder as adapters
 from icae_jax.interop.hub import base as bases
@@ -99,7 +103,7 @@ def with_attention(config, model_config, compression, mesh, length):
 
     length: tokens of the contexts that most of the work is for.
     """
-    segments, size = batches.segment_shape(length, compression)
+    segments, size = bucket_shape(length, compression)
     rows = config.batch_size // config.accumulate * segments
     name, notes = attention_choice.choose(
         config.attention,
@@ -117,7 +121,7 @@ def positions(objectives, pad_labels, compression, longest, qa=0, head=0):
 
     qa: tokens of the longest question and answer behind the memory; head: of what stands before it.
     """
-    segments, size = batches.segment_shape(longest, compression)
+    segments, size = bucket_shape(longest, compression)
     restored = (segments * compression.segment_tokens if pad_labels else longest) + 1
     behind = max(qa, restored if {"ae", "lm"} & set(objectives) else 0)
     where = layout.get(compression.layout)
@@ -264,8 +268,7 @@ class CompressorTask(CompressorLosses):
             strict,
         )
         self._check_ids(source, data)
-        return batches.Examples(
-            data,
+        spec = ExampleSpec(
             c.data,
             self.compression,
             c.phase,
@@ -274,6 +277,7 @@ class CompressorTask(CompressorLosses):
             self.framing,
             c.objectives.pad_labels,
         )
+        return Examples(data, spec)
 
     def _check_ids(self, source, data):
         """UserError where a source's tokens hold one without a row; looked for only where the tokenizer knows such tokens at all."""
@@ -362,8 +366,9 @@ class CompressorTask(CompressorLosses):
     def train_batches(self, start, stop, rows=slice(None)):
         """Batches of steps start … stop - 1. rows: those that are made, by default all."""
         c = self.config
-        return batches.train_batches(
-            self.train_examples, c.seed, c.batch_size, start, stop, self.compression.choices, rows
+        steps, choices = range(start, stop), self.compression.choices
+        return prefetch.train_batches(
+            self.train_examples, c.seed, c.batch_size, steps, choices, rows
         )
 
     def describe(self, batch):
@@ -394,9 +399,7 @@ class CompressorTask(CompressorLosses):
             )
             for k in sorted(self.compression.choices, reverse=True):
                 suffix = "" if k == self.compression.k else f"_k{k}"
-                kinds |= {
-                    kind + suffix: of | {"k": batches.StaticInt(k)} for kind, of in read.items()
-                }
+                kinds |= {kind + suffix: of | {"k": StaticInt(k)} for kind, of in read.items()}
             yield kinds
 
     def export(self, workdir, trained):

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from icae_jax import errors, files
 from icae_jax.compression import layout as layouts
 from icae_jax.compression.encoder import CompressionConfig
-from icae_jax.data.batches import DataConfig
+from icae_jax.data.config import DataConfig
 from icae_jax.errors import UserError
 from icae_jax.models.llama import REMAT_POLICIES
 from icae_jax.models.lora import LoraConfig

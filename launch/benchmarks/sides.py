@@ -125,9 +125,10 @@ def train_config(case, sizes, batch):
 
 
 def training_batch(config, arrays, batch):
-    """The first `batch` contexts as training has them (`icae_jax.data.batches`)."""
+    """The first `batch` contexts as training has them (`icae_jax.data.collate`)."""
     from icae_jax.compression import encoder
-    from icae_jax.data import batches
+    from icae_jax.data.collate import target_shapes
+    from icae_jax.data.drawing import StaticInt
     from icae_jax.objectives import targets
 
     framing, template = (
@@ -151,7 +152,7 @@ def training_batch(config, arrays, batch):
     ]
     objectives, (_, _, answer) = tuple(config.objectives.weights), arrays["answer"].shape
     qa = (config.data.max_target_tokens, answer + 1)
-    shapes = batches.target_shapes(
+    shapes = target_shapes(
         config.data, config.compression, objectives, arrays["context"].shape[1], qa, False
     )
     ids, lengths = encoder.segment_contexts([row["context"] for row in rows], config.compression)
@@ -160,7 +161,7 @@ def training_batch(config, arrays, batch):
         "context": ids,
         "lengths": lengths,
         "targets": made,
-        "k": batches.StaticInt(config.compression.k),
+        "k": StaticInt(config.compression.k),
     }
 
 
