@@ -17,7 +17,7 @@ class DataConfig:
       train, eval: sources (`data.sources`).
       train_weights: share of the training examples that each source of `train` supplies, in any
         unit. Empty: all sources form one set.
-      context_lengths: buckets; each is the most tokens of a context, the tokenizer's `<s>` included.
+      context_lengths: buckets: most tokens of a context, with the tokenizer's `<s>`.
       context_weights: how often pretraining draws each bucket. Empty: equally often.
       questions_per_context: most QA targets of one example; a context with more questions makes
         several examples.

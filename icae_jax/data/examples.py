@@ -69,7 +69,7 @@ class Bucket:
 
 
 class Examples:
-    """The examples of one source; see `TrainingExamples` for the attributes it shares with mixtures.
+    """The examples of one source. `TrainingExamples` lists what it shares with mixtures.
 
     Attributes:
       tokens: the source's tokens.

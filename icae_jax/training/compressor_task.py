@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from icae_jax.compression import encoder, layout, methods
-from icae_jax.data import mixture, prefetch, sources, tokens
+from icae_jax.data import mixture, places, prefetch, tokens
 from icae_jax.data.collate import bucket_shape
 from icae_jax.data.drawing import StaticInt
 from icae_jax.data.examples import Examples
@@ -298,7 +298,7 @@ class CompressorTask(CompressorLosses):
 
     def _mixture(self):
         weighted = zip(
-            sources.split_source(self.config.data.train),
+            places.split_source(self.config.data.train),
             self.config.data.train_weights,
             strict=True,
         )
