@@ -10,7 +10,7 @@ import pytest
 from icae_jax.compression import trained as trained_tree
 from icae_jax.compression.segments import position_budget, segment_contexts
 from icae_jax.compression.trained import SPECIAL_ROWS
-from icae_jax.data.batches import StaticInt
+from icae_jax.data.drawing import StaticInt
 from icae_jax.models import llama
 from icae_jax.models.families import sizes
 from icae_jax.objectives import targets

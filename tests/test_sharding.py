@@ -14,7 +14,7 @@ from icae_jax.compression import encoder
 from icae_jax.compression.config import CompressionConfig
 from icae_jax.compression.decoder import Decoder
 from icae_jax.compression.segments import Contexts, segment_contexts
-from icae_jax.data.batches import StaticInt
+from icae_jax.data.drawing import StaticInt
 from icae_jax.models import llama, lora
 from icae_jax.models.llama import FrozenModel
 from icae_jax.objectives import loss, targets

@@ -11,7 +11,8 @@ from icae_jax.compression import encoder, trained
 from icae_jax.compression.config import CompressionConfig
 from icae_jax.compression.decoder import Decoder
 from icae_jax.compression.segments import Contexts
-from icae_jax.data import batches
+from icae_jax.data.collate import bucket_shape, target_shapes
+from icae_jax.data.drawing import StaticInt
 from icae_jax.inference import generate
 from icae_jax.models import llama
 from icae_jax.models.axes import KV_AXES
@@ -81,10 +82,10 @@ def batch(spec: Spec, mesh: Any = None) -> dict[str, Any]:
     def array(*shape, dtype=jnp.int32):
         return jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=where)
 
-    segments, size = batches.segment_shape(spec.length, spec.compression)
+    segments, size = bucket_shape(spec.length, spec.compression)
     if spec.compression.position_layout.fixed_length:
         size = spec.compression.segment_tokens
-    shapes = batches.target_shapes(
+    shapes = target_shapes(
         c.data,
         spec.compression,
         tuple(c.objectives.weights),
@@ -105,7 +106,7 @@ def batch(spec: Spec, mesh: Any = None) -> dict[str, Any]:
         "context": array(segments, size),
         "lengths": array(segments),
         "targets": targets,
-        "k": batches.StaticInt(spec.compression.k),
+        "k": StaticInt(spec.compression.k),
     }
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from icae_jax import errors, files
 from icae_jax.compression.config import CompressionConfig
-from icae_jax.data.batches import DataConfig
+from icae_jax.data.config import DataConfig
 from icae_jax.errors import UserError
 from icae_jax.models.llama import REMAT_POLICIES
 from icae_jax.models.lora import LoraConfig
