@@ -212,7 +212,9 @@ class Compressor:
         return _stack(parts, self.config)
 
     def join(self, parts):
-        """One memory that holds several, text by text, in order: what compressing the joined segments at once would give.
+        """One memory that holds several, text by text, in order.
+
+    It is what compressing the joined segments at once would give.
 
         parts: alike in texts and k. So documents compressed one by one can be read together. UserError where they differ.
         """
