@@ -18,8 +18,6 @@ from icae_jax.compression.memory import Slots, place
 from icae_jax.errors import UserError
 from icae_jax.inference.loading import load
 from icae_jax.interop.adapters import folder as adapters
-from icae_jax.interop.adapters import peft_folder
-from icae_jax.interop.export import hf_cache, prompt_embeds
 from icae_jax.performance import flops, programs
 from icae_jax.runtime import sharding
 from icae_jax.training import train

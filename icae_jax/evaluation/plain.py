@@ -7,7 +7,8 @@ import numpy as np
 from icae_jax.compression.decoder import Decoder, Prefix
 from icae_jax.errors import UserError
 from icae_jax.inference import generate as decoding
-from icae_jax.inference.compressor import Score, batches
+from icae_jax.inference.batching import batch_starts
+from icae_jax.inference.reading import Score
 from icae_jax.interop.hub import base as bases
 from icae_jax.interop.hub import tokenizer as tokenizers
 from icae_jax.models.llama import FrozenModel
@@ -78,17 +79,17 @@ def generate(compressor, prompts, limits, batch_size=32, stop=None):
         )
     tokenizers.check_ids(prompts, base.config.vocab_size, lambda i: f"prompt {i}", base.tokenizer)
     _check([len(p) + n for p, n in zip(prompts, limits, strict=True)], base.config)
-    for at in batches(len(prompts), batch_size):
+    for at in batch_starts(len(prompts), batch_size):
         part = prompts[at : at + batch_size]
-        rows = compressor.rows(batch_size if at else len(part))
+        rows = compressor.devices.rows(batch_size if at else len(part))
         ids = np.zeros((rows, _up(max(map(len, part)))), np.int32)
         lengths, most = np.ones(rows, np.int32), np.ones(rows, np.int32)
         for i, one in enumerate(part):
             ids[i, : len(one)], lengths[i], most[i] = one, len(one), limits[at + i]
-        with compressor.on_devices():
+        with compressor.devices.active():
             out = decoding.greedy(
-                compressor.plain_decoder, no_prefix(base.config, rows, compressor.model.dtype),
-                decoding.Prompts(*compressor.put((ids, lengths, np.zeros(rows, np.int32), most))), max_new_tokens=_up(int(most.max()), 32),
+                compressor.plain_decoder, no_prefix(base.config, rows, compressor.decoder.base.dtype),
+                decoding.Prompts(*compressor.devices.put((ids, lengths, np.zeros(rows, np.int32), most))), max_new_tokens=_up(int(most.max()), 32),
                 stop_ids=tuple(sorted({*base.stop_ids, *([] if stop is None else [stop])})),
             )  # fmt: skip
         out = jax.device_get(out)
@@ -117,18 +118,18 @@ def score(compressor, rows, batch_size=32):
     )
     _check([len(row.ids) - 1 for row in rows], base.config)
     scores = []
-    for at in batches(len(rows), batch_size):
+    for at in batch_starts(len(rows), batch_size):
         part = rows[at : at + batch_size]
-        size = compressor.rows(batch_size if at else len(part))
+        size = compressor.devices.rows(batch_size if at else len(part))
         T, U = (
             _up(max(n))
             for n in ([len(r.ids) - 1 for r in part], [len(r.ids) - r.label_start for r in part])
         )
         batch = pack([[row] for row in part] + [[]] * (size - len(part)), 1, T, U)
         batch = {name: x[:, 0] for name, x in batch.items()}
-        placed = compressor.put((batch["ids"], batch["label_at"], batch["labels"]))
-        with compressor.on_devices():
-            losses = np.asarray(_losses(compressor.frozen, *placed))
+        placed = compressor.devices.put((batch["ids"], batch["label_at"], batch["labels"]))
+        with compressor.devices.active():
+            losses = np.asarray(_losses(compressor.decoder.base, *placed))
         sums, counts = np.where(batch["label_mask"], losses, 0).sum(1), batch["label_mask"].sum(1)
         scores += [Score(-float(sums[i]), int(counts[i])) for i in range(len(part))]
     return scores
