@@ -147,12 +147,12 @@ MUTANTS = [
         'jax.random.fold_in(jax.random.key(seed), state["step"])', "jax.random.key(seed)", "test_step.py -k randomness",
     ),
     Mutant(
-        "the warm-up's first step does nothing", "training/step.py",
+        "the warm-up's first step does nothing", "training/optimizer.py",
         "return schedule(step + 1)", "return schedule(step)", "test_step.py -k learning_rate",
     ),
     Mutant(
-        "the wrong memory is the right one", "data/batches.py",
-        "self.targets(*self.of_another_text(bucket, row))[0]", "self.targets(bucket, row)[0]", "test_compressor_task.py -k control",
+        "the wrong memory is the right one", "data/examples.py",
+        "self.example(*self.other_text(bucket, number))", "self.example(bucket, number)", "test_compressor_task.py -k control",
     ),
     Mutant(
         "a memory of another dtype is read in its own", "compression/methods.py",
@@ -189,15 +189,15 @@ MUTANTS = [
     ),
     # --------------------------------------------------------------------------------------------------------- data
     Mutant(
-        "every step draws the same bucket", "data/batches.py",
+        "every step draws the same bucket", "data/drawing.py",
         "default_rng([seed, 0, step])", "default_rng([seed, 0])", "test_batches.py",
     ),
     Mutant(
-        "every epoch has the same order", "data/batches.py",
+        "every epoch has the same order", "data/drawing.py",
         "default_rng([seed, 1, bucket, epoch, *source])", "default_rng([seed, 1, bucket, *source])", "test_batches.py",
     ),
     Mutant(
-        "the drawn k knows no seed", "data/batches.py",
+        "the drawn k knows no seed", "data/drawing.py",
         "default_rng([seed, 3, step])", "default_rng([3, step])", "test_batches.py",
     ),
     Mutant(
@@ -205,8 +205,8 @@ MUTANTS = [
         "after - taken_after, left - share", "after - taken_after, left", "test_batches.py",
     ),
     Mutant(
-        "continuations too short to tell are LM targets", "data/batches.py",
-        "after - stop > min(layouts.LM_MINIMUM, size - 1)", "after - stop > 0", "test_batches.py",
+        "continuations too short to tell are LM targets", "data/index.py",
+        "after - stop > min(LM_MINIMUM, size - 1)", "after - stop > 0", "test_batches.py",
     ),
     # ------------------------------------------------------------------------------------------------- what is on disk
     Mutant(
@@ -283,24 +283,24 @@ MUTANTS = [
         "tries within tries multiply", "errors.py", "or getattr(error, _GIVEN_UP, False) or", "or", "test_errors.py -k multiply",
     ),
     Mutant(
-        "what has a checkpoint's name is one", "training/checkpoint.py",
+        "what has a checkpoint's name is one", "training/checkpoint_files.py",
         "if flaw(folder):\n            continue", "if False:\n            continue", "test_checkpoint.py -k changes_nothing",
     ),
     Mutant(
-        "a checkpoint that goes while it is read is an error", "training/checkpoint.py",
+        "a checkpoint that goes while it is read is an error", "training/checkpoint_files.py",
         "if not is_whole(folder):\n                continue", "if False:\n                continue", "test_checkpoint.py -k goes_while",
     ),
     Mutant(
-        "NaN is the best loss", "training/checkpoint.py",
+        "NaN is the best loss", "training/checkpoint_files.py",
         'if loss is not None and math.isfinite(loss)\n    ]', "if loss is not None]", "test_checkpoint.py -k nan",
     ),
     Mutant(
         "parameters that an update broke are saved", "training/train.py",
-        ', float(values["grad_norm"]), float(values["param_norm"])],\n            )', ', float(values["grad_norm"])])', "test_train.py -k update_broke",
+        '*losses.values(), grad_norm, param_norm]', '*losses.values(), grad_norm]', "test_train.py -k update_broke",
     ),
     Mutant(
         "a held-out loss of NaN is one", "training/train.py",
-        "return score is None or math.isfinite(score)", "return True", "test_train.py -k not_finite",
+        "return loss is None or math.isfinite(loss)", "return True", "test_train.py -k not_finite",
     ),
     Mutant(
         "a notice to leave waits for the evaluation", "training/train.py",

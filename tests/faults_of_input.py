@@ -74,7 +74,8 @@ MUTANTS = [
     ),
     Mutant(
         "an adapter that does not restore is pushed", "workflows/convert_adapter.py",
-        "if (args.push or not settled) and not args.force:", "if not settled and not args.force:",
+        "if (options.publication or not base_is_certain) and not options.force:",
+        "if not base_is_certain and not options.force:",
         "test_hub_adapters.py -k nothing_is_pushed",
     ),
     # ----------------------------------------------------------------------------------------------------------------- rows
@@ -83,8 +84,8 @@ MUTANTS = [
         "self.count(NO_ANSWER, row.where)", "self.count(NO_ANSWER, row.where)\n            return None", "test_rows.py -k left_out",
     ),
     Mutant(
-        "texts without tokens are counted among the others", "data/tokens.py",
-        "enumerate(name for name, ids in pieces.items() if ids)", "enumerate(pieces)", "test_tokens.py -k no_tokens",
+        "texts without tokens are counted among the others", "data/tokenising.py",
+        "kept = [key for key in new if ids[key]]", "kept = list(new)", "test_tokens.py -k no_tokens",
     ),
     Mutant(
         "an answer of one's own is no part of the key", "data/sources.py",
@@ -92,11 +93,11 @@ MUTANTS = [
     ),
     Mutant(
         "a number ends where a piece of the file does", "data/json_rows.py",
-        'cut = end == len(self.buffer) and not isinstance(\n                    value, dict | list | str\n                )', "cut = False", "test_data_formats.py -k seams",
+        'cut = end == len(self.buffer) and not has_end', "cut = False", "test_data_formats.py -k seams",
     ),
     Mutant(
         "a folder's files come in the order of the disk", "data/places.py",
-        "sorted(set(found), key=lambda f: pathlib.PurePath(f).parts)", "list(dict.fromkeys(found))[::-1]",
+        "sorted(set(paths), key=lambda p: pathlib.PurePath(p).parts)", "list(dict.fromkeys(paths))[::-1]",
         "test_places.py -k 'folder or glob'",
     ),
     # -------------------------------------------------------------------------------------- one writer, half-set machines
@@ -106,7 +107,7 @@ MUTANTS = [
         "test_lock.py -k passed_over",
     ),
     Mutant(
-        "damage without a whole checkpoint is a new start", "training/checkpoint.py", "    if damaged and found is None:", "    if False:",
+        "damage without a whole checkpoint is a new start", "training/checkpoint.py", "    if damaged and resumed is None:", "    if False:",
         "test_checkpoint.py -k without_a_whole",
     ),
     Mutant(
@@ -146,7 +147,7 @@ MUTANTS = [
         "batch.slice(start, step).to_pylist()", "test_data_formats.py -k times",
     ),
     Mutant(
-        "an impossible question is answered", "data/rows.py", "if _is_impossible(raw):", "if False:",
+        "an impossible question is answered", "data/forms.py", "if _is_impossible(raw):", "if False:",
         "test_rows.py -k impossible",
     ),
     Mutant(
@@ -157,7 +158,7 @@ MUTANTS = [
         "        for within", "test_files.py -k on_the_disk",
     ),
     Mutant(
-        "a half-zeroed index is no damage", "training/checkpoint.py", r"|\bError decoding |[Cc]orrupt", "",
+        "a half-zeroed index is no damage", "training/checkpoint_files.py", r"|\bError decoding |[Cc]orrupt", "",
         "test_checkpoint.py -k half_zero",
     ),
 ]  # fmt: skip

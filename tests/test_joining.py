@@ -311,11 +311,11 @@ with distributed.ending_together(2):
     assert not (shared / ".lock").exists()
     try:
         shapes = {"shapes": [[1, 2]]} if process else {}
-    distributed.check_agreement({"seed": process, "unchanged": "é" * 9, **shapes})
+        distributed.check_agreement({"seed": process, "unchanged": "é" * 9, **shapes})
         raise SystemExit("a difference went unnoticed")
     except UserError as error:
         seeds = "seed: 0 in process 0, 1 in process 1"
-    assert f"{seeds}; shapes: null in process 0, [[1, 2]] in process 1" in str(error), error
+        assert f"{seeds}; shapes: null in process 0, [[1, 2]] in process 1" in str(error), error
         assert "unchanged" not in str(error)
     distributed.check_shared(pathlib.Path(sys.argv[3]) / str(process))
 """
@@ -325,15 +325,18 @@ RESUME = """
 import pathlib, sys
 import jax
 import numpy as np
-from icae_jax.training import checkpoint, distributed
+from icae_jax.runtime import distributed
+from icae_jax.training import checkpoint
 
 with distributed.ending_together(2):
     distributed.start(sys.argv[1], 2, int(sys.argv[2]))
     mesh, spec = jax.make_mesh((2,), ("data",)), jax.sharding.PartitionSpec("data")
-everywhere = jax.sharding.NamedSharding(mesh, spec)
+    everywhere = jax.sharding.NamedSharding(mesh, spec)
+
     def state(value):
-    values = np.full(4, value, np.float32)
-    return {"w": jax.make_array_from_callback((4,), everywhere, lambda index: values[index])}
+        values = np.full(4, value, np.float32)
+        return {"w": jax.make_array_from_callback((4,), everywhere, lambda i: values[i])}
+
     workdir, restore = pathlib.Path(sys.argv[3]), checkpoint.restore
     with checkpoint.Checkpoints(workdir) as checkpoints:
         checkpoints.save(1, state(1)), checkpoints.save(2, state(2))
@@ -349,7 +352,7 @@ everywhere = jax.sharding.NamedSharding(mesh, spec)
     step, got = checkpoint.resume(workdir, state(0), lambda text: print(text, file=sys.stderr))
     assert step == 1 and float(got["w"].addressable_data(0)[0]) == 1
     names = sorted(path.name for path in (workdir / "checkpoints").iterdir())
-assert names == ["damaged_step_2", "step_1"]
+    assert names == ["damaged_step_2", "step_1"]
     with checkpoint.Checkpoints(workdir) as checkpoints:
         assert checkpoints.latest() == 1
 """

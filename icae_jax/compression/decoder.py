@@ -35,8 +35,8 @@ class Prefix:
 class Decoder:
     """A frozen base that reads memories.
 
-    table: the memory table, whose last rows are the special tokens. lora: a LoRA tree of the decoder's own, None if it has
-    none. dropout_key: for that LoRA's dropout, in training only.
+    table: the memory table, whose last rows are the special tokens. lora: a LoRA tree of the
+    decoder's own, None if it has none. dropout_key: for that LoRA's dropout, in training only.
     """
 
     base: FrozenModel
@@ -78,8 +78,9 @@ class Decoder:
     ) -> tuple[Float[Array, "B T D"], Any]:
         """Runs tokens behind a prefix: each sees the prefix, and the tokens up to itself.
 
-        x: token ids `[B, T]` or embeddings `[B, T, D]`, padded on the right only, where no real token sees the padding.
-        prefix: `Prefix.visible`, or a longer cache of that form. at, return_kv and the result: as for `models.llama.Llama`.
+        x: token ids `[B, T]` or embeddings `[B, T, D]`, padded on the right only, where no real
+        token sees the padding. prefix: `Prefix.visible`, or a longer cache of that form. at,
+        return_kv and the result: as for `models.llama.Llama`.
         """
         real = jnp.ones((1, x.shape[1]), bool)
         return self._run(x, positions, real, 1, prefix=prefix, at=at, return_kv=return_kv)
@@ -91,7 +92,7 @@ class Decoder:
         ids_BGT: Int[Any, "B G T"],
         label_at_BGU: Int[Any, "B G U"],
     ) -> Float[Array, "BG U D"]:
-        """Hidden states at label positions of packed targets, `[B * G, U, D]`; see `objectives.packing`.
+        """Hidden states at label positions of packed targets (`objectives.packing`).
 
         Every target sees head, memory and itself, at the positions that it would have alone.
         """
@@ -106,7 +107,7 @@ class Decoder:
 def embed_with_table(
     base: FrozenModel, table: Float[Any, "rows D"], ids: Int[Any, "..."]
 ) -> Float[Array, "... D"]:
-    """Embeddings of ids, where negative ids are rows of `table` from its end (`objectives.targets.AE`, …)."""
+    """Embeddings of ids; negative ones (`objectives.targets.AE`, …) count from the table's end."""
     special = jnp.take(table, jnp.where(ids < 0, ids + table.shape[0], 0), axis=0)
     tokens = base.embed(jnp.maximum(ids, 0))
     return jnp.where(ids[..., None] < 0, special.astype(tokens.dtype), tokens)

@@ -1,4 +1,4 @@
-"""The encoder: base + LoRA reads `[segment | memory tokens]`, all segments of all contexts in one masked pass."""
+"""The encoder: base + LoRA reads `[segment | memory tokens]` of all contexts in one masked pass."""
 
 from typing import Any, Literal
 
@@ -22,8 +22,8 @@ def compress(
 ) -> Memory:
     """Writes contexts into memory by the configuration's method.
 
-    trained: as `trained.init` makes it. dropout_key: for LoRA's dropout, in training only. UserError if the configuration
-    does not know `contexts.k`.
+    trained: as `trained.init` makes it. dropout_key: for LoRA's dropout, in training only.
+    UserError if the configuration does not know `contexts.k`.
     """
     config.choose(contexts.k)
     return config.spec.write(base, trained, contexts, config, dropout_key)
@@ -40,23 +40,21 @@ def encode(
     memory_tokens: int | None = None,
     at: Any = None,
 ) -> tuple[Any, Any]:
-    """Runs base + LoRA over `[segment | memory tokens]` of every segment: the pass that methods write from.
+    """Runs base + LoRA over `[segment | memory tokens]` of every segment, for methods to keep from.
 
-    Segments do not see each other. A memory token sees its segment's text and the memory tokens before it.
+    Segments do not see each other. A memory token sees its segment's text and the memory tokens
+    before it.
 
-    Args:
-      base: the frozen base.
-      trained: `{"lora": tree, "memory_table": [config.k + 3, D], …}`; the first rows of the table are the memory tokens.
-      contexts: the segments, from `segment_contexts`.
-      config: the layout and the lengths.
-      dropout_key: for LoRA's dropout, in training only.
-      keeps: "hidden" or "kv": what to return. The last layer computes nothing else.
-      memory_tokens: how many memory tokens are appended to a segment, by default `contexts.k`.
-      at: the kept token indices in `[segment | memory tokens]`, `[U]` or `[B * S, U]`, by default the memory tokens.
+    Args: base: the frozen base. trained: `{"lora": tree, "memory_table": [config.k + 3, D], …}`;
+      the first rows of the table are the memory tokens. contexts: the segments, from
+      `segment_contexts`. config: the layout and the lengths. dropout_key: for LoRA's dropout, in
+      training only. keeps: "hidden" or "kv": what to return. The last layer computes nothing else.
+      memory_tokens: how many memory tokens are appended to a segment, by default `contexts.k`. at:
+      the kept token indices in `[segment | memory tokens]`, `[U]` or `[B * S, U]`, by default the
+      memory tokens.
 
-    Returns:
-      Hidden states after the final norm, `[B * S, U, D]`, and None; or, for "kv", None and (K before RoPE, V) of every layer,
-      each `[L, B * S, U, K, H]`.
+    Returns: Hidden states after the final norm, `[B * S, U, D]`, and None; or, for "kv", None and
+      (K before RoPE, V) of every layer, each `[L, B * S, U, K, H]`.
     """
     B, S, N = contexts.ids.shape
     k = contexts.k if memory_tokens is None else memory_tokens

@@ -1,10 +1,9 @@
 """The decoder-only Llama family in linen (Llama, Mistral, Qwen2, Qwen3).
 
-RMSNorm, rotary positions, grouped-query attention, SwiGLU. One letter per dimension, in names and comments throughout
-the package:
-    B batch, G targets per memory, T decoder time, S source time, P prefix, M memory, D model width, N query heads,
-    K key/value heads, Q queries per key/value head (N / K), H head size, F feed-forward, V vocabulary, L layers,
-    R LoRA rank, U labels.
+RMSNorm, rotary positions, grouped-query attention, SwiGLU. One letter per dimension, in names and
+comments throughout the package: B batch, G targets per memory, T decoder time, S source time, P
+prefix, M memory, D model width, N query heads, K key/value heads, Q queries per key/value head (N /
+K), H head size, F feed-forward, V vocabulary, L layers, R LoRA rank, U labels.
 """
 
 import dataclasses
@@ -42,7 +41,8 @@ def _all_but_weights(prim, *_, **__):
 REMAT_POLICIES = {
     "none": _all_but_weights,  # everything
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # all matmuls but attention's
-    # The matmul and attention outputs that gradients need while weights are frozen: no matmul runs twice.
+    # The matmul and attention outputs that gradients need while weights are frozen: no matmul runs
+    # twice.
     "frozen": jax.checkpoint_policies.save_only_these_names("projection", "lora", "attention"),
     "full": jax.checkpoint_policies.nothing_saveable,  # the block's input only
 }
@@ -52,10 +52,11 @@ REMAT_POLICIES = {
 class ModelConfig:
     """Sizes and constants that determine what a base computes.
 
-    qkv_bias: q, k and v projections have biases (Qwen2). o_bias, mlp_bias: so does attention's output projection, and
-    so do the three projections of the MLP (Llama, by its config.json). qk_norm: heads of q and k are normalised before
-    RoPE (Qwen3). windows: for each layer, how many positions back a query sees, itself included, 0 for no limit
-    (Mistral, Qwen2); () if no layer has a limit.
+    qkv_bias: q, k and v projections have biases (Qwen2). o_bias, mlp_bias: so does attention's
+    output projection, and so do the three projections of the MLP (Llama, by its config.json).
+    qk_norm: heads of q and k are normalised before RoPE (Qwen3). windows: for each layer, how many
+    positions back a query sees, itself included, 0 for no limit (Mistral, Qwen2); () if no layer
+    has a limit.
     """
 
     vocab_size: int
@@ -104,7 +105,7 @@ class ModelConfig:
         return tuple(name for has_bias, names in groups if has_bias for name in names)
 
 
-# ------------------------------------------------------------------------------------------- modules
+# ------------------------------------------------------------------------------------------ modules
 
 NOWHERE = np.zeros(0, np.int32)  # as `at` of `Llama`: no hidden states are wanted
 
@@ -167,7 +168,10 @@ class RMSNorm(nn.Module):
 
 
 def rows(x: Shaped[Array, "..."], at: Any) -> Shaped[Array, "..."]:
-    """`x [B or 1, T, …]` at time indices: `[U]` for all rows, `[B, U]` for each row, None for all times."""
+    """`x [B or 1, T, …]` at time indices.
+
+    at: `[U]` for all rows, `[B, U]` for each row, None for all times.
+    """
     if at is None:
         return x
     if at.ndim == 1:
@@ -265,8 +269,8 @@ class Block(nn.Module):
     def __call__(self, x, prefix, window, cos_sin, positions, mask, at=None, keep=None):
         """(the block's output at `at`, its K/V at `keep` or None)."""
         c, lora = self.config, (self.lora_scale, self.lora_dropout)
-        # The barrier ties the mask to the block's input; otherwise XLA would expand it for every head once, before the
-        # scan, and keep it throughout.
+        # The barrier ties the mask to the block's input; otherwise XLA would expand it for every
+        # head once, before the scan, and keep it throughout.
         x, mask = jax.lax.optimization_barrier((x, mask))
         attention = Attention(c, *lora, self.implementation, self.unroll, name="self_attn")
         normed = RMSNorm(c.rms_norm_eps, name="input_layernorm")(x)
@@ -298,8 +302,9 @@ class Block(nn.Module):
 class Llama(nn.Module):
     """The blocks and the final norm. `embed` and `head` are the two ends.
 
-    remat: what the backward pass recomputes of each block: "none" nothing, "frozen" no matmul, "dots" attention, "full"
-        everything but the block's input. The last block is not rematerialised when `at` selects positions.
+    remat: what the backward pass recomputes of each block: "none" nothing, "frozen" no matmul,
+        "dots" attention, "full" everything but the block's input. The last block is not
+        rematerialised when `at` selects positions.
     unroll: blocks per iteration of the scan; if more than one, attention has no loops either.
     attention: its implementation, see `models.attention`.
     """
@@ -326,20 +331,17 @@ class Llama(nn.Module):
     ) -> tuple[Any, Any]:
         """Runs the blocks.
 
-        Args:
-          x: token ids `[B, T]` or embeddings `[B, T, D]`.
-          positions: `[B or 1, T]` integers.
-          mask: bool. `[B or 1, T]`: real tokens; each token sees the real ones up to itself. Or `[B or 1, T or 1, T]`:
-            whether a query (axis 1; 1: all alike) sees a key (axis 2). Both within the layer's window of positions.
-          prefix: None or `(k, v, mask, positions)`: k and v `[L, Bp, P, K, H]`, k already rotated (`rope.rotate_keys`),
-            mask and the positions that windows count `[Bp, P]`; Bp divides B (see `attention.attend`).
-          at: token indices to return, `[U]` or `[B, U]`, None for all; elsewhere the last block computes only K/V.
-          return_kv: also return K/V.
-          keep: token indices `[M]` of the K/V to return, None for all.
+        Args: x: token ids `[B, T]` or embeddings `[B, T, D]`. positions: `[B or 1, T]` integers.
+          mask: bool. `[B or 1, T]`: real tokens; each token sees the real ones up to itself. Or `[B
+          or 1, T or 1, T]`: whether a query (axis 1; 1: all alike) sees a key (axis 2). Both within
+          the layer's window of positions. prefix: None or `(k, v, mask, positions)`: k and v `[L,
+          Bp, P, K, H]`, k already rotated (`rope.rotate_keys`), mask and the positions that windows
+          count `[Bp, P]`; Bp divides B (see `attention.attend`). at: token indices to return, `[U]`
+          or `[B, U]`, None for all; elsewhere the last block computes only K/V. return_kv: also
+          return K/V. keep: token indices `[M]` of the K/V to return, None for all.
 
-        Returns:
-          Hidden states after the final norm, `[B, U or T, D]`, and None or (k, v), each `[L, B, M or T, K, H]`, with k
-          **before** RoPE.
+        Returns: Hidden states after the final norm, `[B, U or T, D]`, and None or (k, v), each `[L,
+          B, M or T, K, H]`, with k **before** RoPE.
         """
         c = self.config
         if jnp.issubdtype(x.dtype, jnp.integer):
@@ -374,8 +376,8 @@ class Llama(nn.Module):
         if self.has_rng("dropout"):
             keys = jax.random.split(self.make_rng("dropout"), c.num_layers)
         scanned = adapters, None if prefix is None else prefix[:2], windows, keys
-        # If the last layer is a program of its own, slicing it off the frozen parameters would copy all the others: then
-        # each layer slices its own.
+        # If the last layer is a program of its own, slicing it off the frozen parameters would copy
+        # all the others: then each layer slices its own.
         uniform = at is None
         count = c.num_layers if uniform else c.num_layers - 1
 
@@ -417,7 +419,7 @@ class Llama(nn.Module):
         return RMSNorm(c.rms_norm_eps, name="norm")(x), kv
 
 
-# -------------------------------------------------------------------------------------- the two ends
+# ------------------------------------------------------------------------------------- the two ends
 
 
 def embed(params: Params, ids: Int[Any, "..."]) -> Float[Array, "... D"]:
@@ -495,7 +497,7 @@ class FrozenModel:
         return self.module.apply(variables, x, positions, mask, rngs=rngs, **how)
 
 
-# ---------------------------------------------------------------------------------------- parameters
+# --------------------------------------------------------------------------------------- parameters
 
 
 def causal_mask(length: int) -> Bool[Array, "1 T T"]:
@@ -506,7 +508,7 @@ def causal_mask(length: int) -> Bool[Array, "1 T T"]:
 # Jitted as one program; eagerly, every array's shape would be one.
 @functools.partial(jax.jit, static_argnames="config")
 def init_params(key: Array, config: ModelConfig) -> Params:
-    """Random float32 parameters: normal(0.02), output projections scaled by 1/sqrt(2 L) as in GPT-2."""
+    """Random float32 parameters: normal(0.02), output projections scaled by 1/sqrt(2 L) (GPT-2)."""
     key, head_key = jax.random.split(key)
     ids = jnp.zeros((1, 2), jnp.int32)
     # Also under a mesh they are made on one device, for the caller to place.

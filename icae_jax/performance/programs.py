@@ -1,4 +1,4 @@
-"""The programs of a configuration, lowered from shapes: the training step, compressing, decoding."""
+"""Programs of a configuration, lowered from shapes: the training step, compressing, decoding."""
 
 import dataclasses
 import functools
@@ -11,7 +11,8 @@ from icae_jax.compression import encoder, trained
 from icae_jax.compression.config import CompressionConfig
 from icae_jax.compression.decoder import Decoder
 from icae_jax.compression.segments import Contexts
-from icae_jax.data import batches
+from icae_jax.data.collate import bucket_shape, target_shapes
+from icae_jax.data.drawing import StaticInt
 from icae_jax.inference import generate
 from icae_jax.models import llama
 from icae_jax.models.axes import KV_AXES
@@ -21,6 +22,7 @@ from icae_jax.runtime import attention_choice, sharding
 from icae_jax.training import step
 from icae_jax.training.compressor_task import CompressorLosses, base_positions
 from icae_jax.training.config import TrainConfig
+from icae_jax.training.optimizer import make_optimizer
 
 WHATS = ("train", "compress", "decode")
 EVALUATE = "evaluate"  # the program that computes the held-out losses of a training
@@ -32,9 +34,9 @@ PROMPT = 32  # tokens of a question that is answered
 class Spec:
     """What is compiled.
 
-    what: one of `WHATS`, or `EVALUATE`. config: with the shapes of its data only. model: the base's sizes. contexts: in one
-    step, over all devices. length: most tokens of a context. qa: (inputs, labels) of a QA target, None for the most that the
-    configuration allows.
+    what: one of `WHATS`, or `EVALUATE`. config: with the shapes of its data only. model: the base's
+    sizes. contexts: in one step, over all devices. length: most tokens of a context. qa: (inputs,
+    labels) of a QA target, None for the most that the configuration allows.
     """
 
     what: str
@@ -80,10 +82,10 @@ def batch(spec: Spec, mesh: Any = None) -> dict[str, Any]:
     def array(*shape, dtype=jnp.int32):
         return jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=where)
 
-    segments, size = batches.segment_shape(spec.length, spec.compression)
+    segments, size = bucket_shape(spec.length, spec.compression)
     if spec.compression.position_layout.fixed_length:
         size = spec.compression.segment_tokens
-    shapes = batches.target_shapes(
+    shapes = target_shapes(
         c.data,
         spec.compression,
         tuple(c.objectives.weights),
@@ -104,7 +106,7 @@ def batch(spec: Spec, mesh: Any = None) -> dict[str, Any]:
         "context": array(segments, size),
         "lengths": array(segments),
         "targets": targets,
-        "k": batches.StaticInt(spec.compression.k),
+        "k": StaticInt(spec.compression.k),
     }
 
 
@@ -121,7 +123,7 @@ def positions_needed(spec: Spec) -> int:
 
 
 def lower(spec: Spec, mesh: Any, platforms: tuple[str, ...] | None = None) -> jax.stages.Lowered:
-    """The program on a mesh of devices, which may be those of a topology only. Its arguments are shapes.
+    """The program on a mesh of devices, which may be those of a topology. Its arguments are shapes.
 
     platforms: to lower for these, such as ("cpu",), in place of the devices' own.
     """
@@ -137,7 +139,7 @@ def _trace(spec, mesh, placement):
     params = _placed(shapes, placement.tree(shapes), c.jnp_dtype)
     tree, given = trained.shapes(model, c.lora, spec.compression), batch(spec, mesh)
     if spec.what == "train":
-        optimizer, _ = step.make_optimizer(c.optimizer, c.steps)
+        optimizer, _ = make_optimizer(c.optimizer, c.steps)
         state = jax.eval_shape(lambda t: step.init_state(t, optimizer), tree)
         shardings = placement.tree(state)
         train = step.make_train_step(task, optimizer, c.seed, c.accumulate, shardings)
@@ -179,8 +181,8 @@ def _trace(spec, mesh, placement):
 def least(spec: Spec, tokens: int | None = None) -> int:
     """The fewest FLOPs that the program takes over all devices.
 
-    Those of a step, of writing the memories, or of reading the prompts and decoding `tokens` for each, by default all that
-    the program may decode.
+    Those of a step, of writing the memories, or of reading the prompts and decoding `tokens` for
+    each, by default all that the program may decode.
     """
     c, given = spec.config, batch(spec)
     if spec.what == "train":
