@@ -12,7 +12,7 @@ from conftest import TINY, close, random_lora, random_params, random_trained
 from icae_jax.compression.config import CompressionConfig
 from icae_jax.errors import UserError
 from icae_jax.interop.adapters import folder as adapters
-from icae_jax.interop.adapters import lora_tensors
+from icae_jax.interop.adapters import formats, lora_tensors, peft_folder
 from icae_jax.interop.hub import base as bases
 from icae_jax.models import lora
 from icae_jax.objectives.targets import Template
@@ -287,3 +287,65 @@ def test_not_a_folder(base, tmp_path):
     """Breaks when a wrong path ends in a traceback."""
     with pytest.raises(ValueError, match="is not a folder; give the folder that training wrote"):
         adapters.load_adapter(tmp_path / "absent", base)
+
+
+# --- A decoder's LoRA ---
+
+
+@pytest.fixture
+def with_decoder(adapter):
+    compression = dataclasses.replace(adapter.compression, decoder_lora=True)
+    trained = adapter.trained | {"decoder_lora": random_lora(TINY, 4, lora.PROJECTIONS, seed=9)}
+    return dataclasses.replace(adapter, compression=compression, trained=trained)
+
+
+def test_a_decoders_lora_travels_with_the_adapter(with_decoder, adapter, base, tmp_path):
+    """Breaks when the decoder's LoRA is lost, is the encoder's, or is no part of the fingerprint."""
+    adapters.save_adapter(tmp_path / "a", with_decoder)
+    loaded = adapters.load_adapter(tmp_path / "a", base)
+    assert loaded.compression.decoder_lora and loaded.has_decoder_lora
+    jax.tree.map(np.testing.assert_array_equal, loaded.trained, with_decoder.trained)
+    assert loaded.fingerprint == with_decoder.fingerprint != adapter.fingerprint
+    read = {name: x.shape for name, x in _decoder_tensors(tmp_path / "a").items()}
+    assert read == {name: x.shape for name, x in _encoder_tensors(tmp_path / "a").items()}
+
+
+def _encoder_tensors(folder):
+    return safetensors.numpy.load_file(folder / "encoder" / "adapter_model.safetensors")
+
+
+def _decoder_tensors(folder):
+    return safetensors.numpy.load_file(folder / "decoder" / "adapter_model.safetensors")
+
+
+def test_an_adapter_without_one_is_written_as_before(folder):
+    """Breaks when earlier versions, which refuse unknown fields, can no longer read an adapter."""
+    assert "decoder_lora" not in json.loads((folder / "icae.json").read_text())["compression"]
+    assert not (folder / "decoder").exists()
+
+
+def test_half_a_decoders_lora_is_refused(with_decoder, base, tmp_path):
+    """Breaks when a decoder reads without the LoRA that it was trained with, or with another's."""
+    folder = tmp_path / "a"
+    adapters.save_adapter(folder, with_decoder)
+    edit(folder / "decoder" / "adapter_config.json", lora_alpha=1.0)
+    with pytest.raises(UserError, match=r"lora_alpha / r is 0\.25, the encoder's 1\.5"):
+        adapters.load_adapter(folder, base)
+    edit_within(folder / "icae.json", "compression", decoder_lora=False)
+    with pytest.raises(UserError, match=r"icae\.json says nothing of a decoder LoRA"):
+        adapters.load_adapter(folder, base)
+    edit_within(folder / "icae.json", "compression", decoder_lora=True)
+    (folder / "decoder" / "adapter_model.safetensors").unlink()
+    edit(folder / "decoder" / "adapter_config.json", lora_alpha=6.0)
+    with pytest.raises(UserError, match=r"decoder/adapter_model\.safetensors: no such file"):
+        adapters.load_adapter(folder, base)
+
+
+@pytest.mark.parametrize("form", formats.FORMATS)
+def test_formats_that_cannot_carry_it_refuse_it(with_decoder, tmp_path, form):
+    """Breaks when a file is written that is read without the LoRA its decoder was trained with."""
+    with pytest.raises(UserError, match=f"--format {form} cannot carry a decoder LoRA"):
+        formats.write(form, tmp_path / "out", with_decoder, TINY)
+    with pytest.raises(UserError, match="a PEFT folder cannot carry a decoder LoRA"):
+        peft_folder.save(tmp_path / "out", with_decoder, TINY)
+    assert not (tmp_path / "out").exists()

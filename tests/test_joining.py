@@ -284,7 +284,7 @@ AGREE = """
 import pathlib, sys
 import jax
 from icae_jax.errors import UserError
-from icae_jax.training import distributed
+from icae_jax.runtime import distributed
 
 process = int(sys.argv[2])
 with distributed.ending_together(2):
@@ -359,7 +359,7 @@ with distributed.ending_together(2):
 
 LOST = """
 import os, sys
-from icae_jax.training import distributed
+from icae_jax.runtime import distributed
 
 with distributed.ending_together(2):
     distributed.start(sys.argv[1], 2, int(sys.argv[2]))
