@@ -107,7 +107,7 @@ MUTANTS = [
         "test_lock.py -k passed_over",
     ),
     Mutant(
-        "damage without a whole checkpoint is a new start", "training/checkpoint.py", "    if damaged and found is None:", "    if False:",
+        "damage without a whole checkpoint is a new start", "training/checkpoint.py", "    if damaged and resumed is None:", "    if False:",
         "test_checkpoint.py -k without_a_whole",
     ),
     Mutant(
@@ -158,7 +158,7 @@ MUTANTS = [
         "        for within", "test_files.py -k on_the_disk",
     ),
     Mutant(
-        "a half-zeroed index is no damage", "training/checkpoint.py", r"|\bError decoding |[Cc]orrupt", "",
+        "a half-zeroed index is no damage", "training/checkpoint_files.py", r"|\bError decoding |[Cc]orrupt", "",
         "test_checkpoint.py -k half_zero",
     ),
 ]  # fmt: skip

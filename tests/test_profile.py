@@ -9,6 +9,7 @@ from conftest import TINY
 
 from icae_jax.models import llama
 from icae_jax.performance import profile, programs, steps
+from icae_jax.runtime import profiler
 from icae_jax.training.config import TrainConfig, from_dict
 
 
@@ -77,7 +78,7 @@ def traced(tmp_path_factory):
     step = steps.TrainingStep(programs.Spec("train", config, model, 8, 32), params)
     step.run(2)
     folder = tmp_path_factory.mktemp("trace")
-    with profile.tracing(folder):
+    with profiler.tracing(folder):
         told = step.run(3)
     return profile.read(profile.newest(folder), step.compiled.as_text(), 3), told.wall_seconds / 3
 

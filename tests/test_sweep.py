@@ -487,7 +487,7 @@ def test_a_whole_sweep(real, tmp_path, monkeypatch, capfd):
         "lora.rank"
     ]
     for point, rank in zip(results["points"], (2, 4), strict=True):
-        lines = metrics.read(tmp_path / f"rank={rank}" / "metrics.jsonl")
+        lines = metrics.read_lines(tmp_path / f"rank={rank}" / "metrics.jsonl")
         last = [line for line in lines if "eval" in line][-1]
         assert (point["point"], point["state"], point["exit_code"], point["steps"]) == (
             f"rank={rank}",
@@ -544,7 +544,7 @@ def test_sigterm_reaches_the_point_first(real, tmp_path):
     )  # fmt: skip
     path, deadline = tmp_path / "rank=2" / "metrics.jsonl", time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None:
-        if path.exists() and any(line["step"] > 0 for line in metrics.read(path)):
+        if path.exists() and any(line["step"] > 0 for line in metrics.read_lines(path)):
             break
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)

@@ -30,7 +30,7 @@ exit codes: 0 done, 2 bad input or a full disk, 3 diverged, 75 saved after SIGTE
 a process because another has failed, whose output says why). Started again, the same command continues"""
 
 
-def _train(verb, argv, kind, make_task):
+def _train(verb, argv, kind, make_task, make_meter=lambda task: None):
     """Trains what `make_task(configuration, workdir)` makes of a configuration of that kind, alone or as one of several processes."""
     from icae_jax.runtime import distributed
     from icae_jax.training import config_file
@@ -65,21 +65,28 @@ def _train(verb, argv, kind, make_task):
         distributed.check_agreement(
             shared_by_processes(config)
         )  # before what is loaded depends on it
+        task = make_task(config, workdir)
         return train(
             config,
-            make_task(config, workdir),
+            task,
             workdir,
+            meter=make_meter(task),
             profile=args.profile,
             verbosity=VERBOSE if args.verbose else NORMAL,
         )
 
 
 def run(argv):
+    from icae_jax.performance.utilisation import Meter
     from icae_jax.training.compressor_task import CompressorTask
     from icae_jax.training.config import TrainConfig
 
     return _train(
-        "train", argv, TrainConfig, lambda config, workdir: CompressorTask(config, workdir=workdir)
+        "train",
+        argv,
+        TrainConfig,
+        lambda config, workdir: CompressorTask(config, workdir=workdir),
+        Meter,
     )
 
 

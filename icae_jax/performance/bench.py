@@ -9,9 +9,8 @@ import time
 
 from icae_jax import files
 from icae_jax.errors import UserError
-from icae_jax.performance import chips, plan, programs
-from icae_jax.runtime import sharding
-from icae_jax.training import metrics
+from icae_jax.performance import chips, plan, programs, utilisation
+from icae_jax.runtime import profiler, sharding
 from icae_jax.training.config import TrainConfig
 
 GIB = plan.GIB
@@ -243,7 +242,7 @@ def measure(args, spec, params):
         "contexts_per_second": step.contexts / seconds, "context_tokens_per_second": step.context_tokens / seconds,
         "least_flops": step.least_flops, "xla_flops": xla, "flops_ratio": xla and xla / step.least_flops, "flops_per_second": achieved,
         "matmul_flops_per_second": rate, "matmul_share": achieved / (rate * devices),
-        "mfu": metrics.mfu(step.least_flops, seconds, chips.find(step.mesh.devices.flat[0].device_kind), devices),
+        "mfu": utilisation.mfu(step.least_flops, seconds, chips.find(step.mesh.devices.flat[0].device_kind), devices),
         "peak_bytes": memory["device_peak_bytes"] or memory["process_peak_bytes"], "memory": memory, **compiling,
     }, step  # fmt: skip
 
@@ -291,7 +290,7 @@ def profiled(step, folder):
     """The `profile.Profile` of some steps, traced into a folder."""
     from icae_jax.performance import profile
 
-    with profile.tracing(folder):
+    with profiler.tracing(folder):
         step.run(PROFILED)
     return profile.read(profile.newest(folder), step.compiled.as_text(), PROFILED)
 

@@ -4,7 +4,6 @@ Events name instructions of the compiled program, whose metadata (`op_name`) say
 whether from the backward pass.
 """
 
-import contextlib
 import dataclasses
 import pathlib
 import re
@@ -95,17 +94,8 @@ class Profile:
 # -------------------------------------------------------------------------------------------------------------- tracing
 
 
-@contextlib.contextmanager
-def tracing(folder):
-    """Traces what runs within it on this process's devices, into `folder`/plugins/profile/TIME, which XProf and TensorBoard open."""
-    options = jax.profiler.ProfileOptions()
-    options.python_tracer_level = 0  # Python's own calls slow the step down that is looked at
-    with jax.profiler.trace(str(folder), profiler_options=options):
-        yield
-
-
 def newest(folder):
-    """The `jax.profiler.ProfileData` that `tracing` wrote last into a folder. UserError where there is none."""
+    """The `jax.profiler.ProfileData` that `runtime.profiler.tracing` wrote last into a folder. UserError where there is none."""
     found = sorted(
         pathlib.Path(folder).glob("plugins/profile/*/*.xplane.pb"),
         key=lambda path: path.stat().st_mtime,

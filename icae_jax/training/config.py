@@ -376,7 +376,7 @@ def _check_types(flat, like, path):
 def nothing_trained(workdir) -> bool:
     """Whether a workdir holds no step of a training: no checkpoint, damaged ones included, no line of metrics after step 0, no DONE."""
     workdir = pathlib.Path(workdir)
-    lines = metrics.read(workdir / "metrics.jsonl") if (workdir / "metrics.jsonl").exists() else []
+    lines = metrics.read_lines(workdir / "metrics.jsonl")
     there = [*workdir.glob("checkpoints/*step_*"), *workdir.glob("DONE")]
     return not there and not any(line["step"] > 0 for line in lines)
 

@@ -17,7 +17,7 @@ from icae_jax.interop.adapters import formats
 from icae_jax.interop.hub import base as bases
 from icae_jax.interop.hub import locations
 from icae_jax.objectives import targets
-from icae_jax.training import checkpoint, metrics
+from icae_jax.training import checkpoint_files, metrics
 from icae_jax.training import config as training_config
 from icae_jax.training.compressor_task import compression_on
 
@@ -79,7 +79,7 @@ def find(path: str | os.PathLike) -> Trained:
         return Trained(kind, folder, name, base=lora_fields.base)
     if not folder.is_dir():
         raise UserError(f"{path}: neither a file nor a folder")
-    step = checkpoint.step_folder(folder)
+    step = checkpoint_files.step_folder(folder)
     if step is not None:
         return Trained(CHECKPOINT, step, name, given=folder)
     return _only_file(folder, path, name)
@@ -178,7 +178,7 @@ def read_checkpoint(trained: Trained, base: bases.Base) -> tuple[pathlib.Path, a
         template = targets.Template.from_json(recorded, path)
     else:
         template = targets.make_template(config.objectives.template, base.tokenizer)
-    newest = checkpoint.read_newly(trained.given)
+    newest = checkpoint_files.read_selected(trained.given)
     if newest is None:
         raise UserError(
             f"{trained.given}: the checkpoint has been deleted meanwhile; "
@@ -208,7 +208,7 @@ def held_out_losses(trained: Trained) -> dict[str, dict[str, float]]:
         return {}
     evaluations = [
         line["eval"]
-        for line in metrics.read(path)
+        for line in metrics.read_lines(path)
         if line.get("step") == trained.step and "eval" in line
     ]
     return evaluations[-1] if evaluations else {}

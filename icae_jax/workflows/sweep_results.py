@@ -30,7 +30,7 @@ def shown(value):
 def _point(point, code, fields):
     """One entry of results.json."""
     path = point.folder / "metrics.jsonl"
-    lines = metrics.read(path) if path.exists() else []
+    lines = metrics.read_lines(path) if path.exists() else []
     trained, evaluated = ([line for line in lines if key in line] for key in ("train", "eval"))
     finite = [
         line for line in evaluated if math.isfinite(line["eval_loss"])
