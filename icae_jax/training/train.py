@@ -16,7 +16,7 @@ from icae_jax.performance import chips
 from icae_jax.performance import profile as profiles
 from icae_jax.runtime import distributed, sharding
 from icae_jax.training import checkpoint, metrics, step
-from icae_jax.training.config import check_workdir, nothing_trained, shared_fields, steps_done
+from icae_jax.training.workdir import check_workdir, nothing_trained, shared_fields, steps_done
 
 DONE, PREEMPTED, DIVERGED = 0, 75, 3  # exit codes; 2 is bad input
 QUIET, NORMAL, VERBOSE = 0, 1, 2  # how much `train` says

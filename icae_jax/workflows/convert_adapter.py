@@ -19,8 +19,10 @@ from icae_jax.interop.hub import base as bases
 from icae_jax.interop.hub import locations
 from icae_jax.objectives import targets
 from icae_jax.training import checkpoint, metrics
-from icae_jax.training import config as training_config
+from icae_jax.training import config_file
 from icae_jax.training.compressor_task import compression_on
+from icae_jax.training.config import TrainConfig
+from icae_jax.training.workdir import read_run, steps_done
 
 FORMATS = ("native", "peft", "icae-v1", "icae-v2", "x500")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -195,7 +197,7 @@ def _from_orbax(source, base):
     """(step folder, `Adapter`) of a checkpoint of a training workdir, by the configuration kept there."""
     step = source.path
     path = step.parent.parent / "config.json"
-    nested = training_config.nested(training_config.read_run(path), path)
+    nested = config_file.nested(read_run(path), path)
     identity = nested.pop("identity", {})
     trained_on = identity.get("base") if isinstance(identity, dict) else None
     if trained_on is None:
@@ -211,7 +213,7 @@ def _from_orbax(source, base):
         raise UserError(
             f"base {base.path} has no tokenizer, of whose tokens the run's template is made; add the tokenizer's files to it"
         )
-    config = training_config.from_dict(training_config.TrainConfig, nested, f"{path}: config")
+    config = config_file.from_dict(TrainConfig, nested, f"{path}: config")
     compression, _ = compression_on(config, base.tokenizer)
     kept = identity.get("template")
     template = (
@@ -333,7 +335,7 @@ def held_out(source):
         workdir, step = source.path.parent.parent, int(source.path.name.removeprefix("step_"))
     else:
         workdir = source.path.parent
-        step = training_config.steps_done(workdir) if source.path.name == adapters.IN_WORKDIR else 0
+        step = steps_done(workdir) if source.path.name == adapters.IN_WORKDIR else 0
     file = workdir / "metrics.jsonl"
     losses = (
         [line["eval"] for line in metrics.read(file) if line.get("step") == step and "eval" in line]

@@ -15,7 +15,7 @@ from icae_jax.interop.hub import base as bases
 from icae_jax.interop.hub import weights
 from icae_jax.models import lora as loras
 from icae_jax.models.families import config_json
-from icae_jax.training.config import read_run
+from icae_jax.training.workdir import read_run
 from icae_jax.workflows import convert_adapter
 
 # Published bases by (layers, hidden size, width of q, width of k and v), from their config.json.
