@@ -26,9 +26,9 @@ from icae_jax.interop.hub import base as bases
 from icae_jax.models.lora import LoraConfig
 from icae_jax.objectives import targets
 from icae_jax.training import config_file
+from icae_jax.training.checkpoint import Checkpoints
 from icae_jax.training.config import TrainConfig
 from icae_jax.training.workdir import check_workdir
-from icae_jax.training.checkpoint import Checkpoints
 
 ROWS = Compressor.rows
 METHODS = ("icae", "x500")

@@ -1,4 +1,4 @@
-"""What a training run can be configured in: frozen dataclasses, whose values are checked when made."""
+"""A training run's configuration: frozen dataclasses that check their values when made."""
 
 import dataclasses
 
@@ -45,8 +45,8 @@ class OptimizerConfig:
     """The optimizer and its learning rate.
 
     Attributes:
-      name: "adamw", or "muon": orthogonalised momentum for kernels, AdamW at 0.3 of the rate for the
-        rest; small bases learn in fewer steps.
+      name: "adamw", or "muon": orthogonalised momentum for kernels, AdamW at 0.3 of the rate for
+        the rest; small bases learn in fewer steps.
       warmup_steps: linear, from 0.
       schedule: "constant", or "cosine", to 0 at decay_steps.
       decay_steps: 0 means the run's last step.

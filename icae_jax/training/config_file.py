@@ -1,7 +1,7 @@
-"""Configurations: what a file says differs from the dataclass, then overrides, as one frozen dataclass.
+"""Loads a configuration: a dataclass's defaults, a file's fields, then overrides.
 
-A configuration file defines `get_config()` or `get_config(arg)`, which returns the fields that differ
-from the dataclass's defaults, `{"compression.k": 64, …}` or nested in groups (a dict or an
+A configuration file defines `get_config()` or `get_config(arg)`, which returns the fields that
+differ from the defaults: `{"compression.k": 64, …}`, or nested in groups (a dict or an
 `ml_collections.ConfigDict`). `--config` names it as `FILE[:arg]`, or, for a file of the shipped
 `configs/`, as `NAME[:arg]`.
 """
@@ -44,7 +44,7 @@ def load(
       kind: the frozen dataclass to make.
       config: `FILE[:arg]`, or `NAME[:arg]` of a shipped file.
       overrides: `{dotted field: value}`; a text is parsed by the field's type.
-      fallbacks: `{dotted field: value}` for fields that are still unset or `""` after the overrides.
+      fallbacks: `{dotted field: value}` for fields that are unset or `""` after the overrides.
 
     Raises:
       UserError: names the file, the field or the value that is wrong.
@@ -69,7 +69,7 @@ def shipped() -> list[str]:
 
 
 def _shipped_folder() -> pathlib.Path | None:
-    """`configs/`: inside the package where it was installed from a wheel, beside it in a checkout."""
+    """`configs/`: inside the package if installed from a wheel, beside it in a checkout."""
     package = pathlib.Path(icae_jax.__file__).parent
     folders = (package / "configs", package.parent / "configs")
     return next((folder for folder in folders if folder.is_dir()), None)
@@ -164,7 +164,7 @@ def _checked(hint: Any, value: object, where: str) -> Any:
 
 
 def _parsed(text: Any, hint: Any) -> Any:
-    """A command line's text as `hint`; left as it is where it cannot be, for `from_dict` to refuse."""
+    """A command line's text as `hint`; unchanged if it does not parse, for `from_dict` to refuse."""
     if not isinstance(text, str) or hint in (str, None):
         return text
     try:
@@ -217,7 +217,9 @@ def nested(flat: Mapping[str, Any], source: object) -> dict[str, Any]:
 def field_types(kind: type) -> dict[str, Any]:
     """`{dotted field: its type}` of a configuration."""
     hints = typing.get_type_hints(kind)
-    groups = {name: field_types(h) if dataclasses.is_dataclass(h) else h for name, h in hints.items()}
+    groups = {
+        name: field_types(h) if dataclasses.is_dataclass(h) else h for name, h in hints.items()
+    }
     return flatten(groups)
 
 

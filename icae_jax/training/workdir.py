@@ -46,7 +46,7 @@ def steps_done(workdir: str | pathlib.Path) -> int:
 
 
 def nothing_trained(workdir: str | pathlib.Path) -> bool:
-    """Whether a workdir holds no trained step: no checkpoint (also no damaged one), metrics or DONE."""
+    """Whether a workdir holds no trained step: no checkpoint, even damaged, no metrics, no DONE."""
     workdir = pathlib.Path(workdir)
     if any(workdir.glob("checkpoints/*step_*")) or (workdir / "DONE").exists():
         return False
@@ -88,7 +88,7 @@ def _as_json(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def shared_fields(config: LoopConfig) -> dict[str, Any]:
-    """What all processes of a run must agree on: every field but paths, which may differ by host."""
+    """What a run's processes must agree on: every field but paths, which may differ by host."""
     fields = config_file.flatten(dataclasses.asdict(config))
     return _as_json({name: value for name, value in fields.items() if name not in PATH_FIELDS})
 
@@ -170,7 +170,9 @@ def check_workdir(
     if not path.exists():
         lost = binding and not nothing_trained(workdir)
         record()
-        note = f"{path} was missing, and is now this run's: what was trained there before is unknown"
+        note = (
+            f"{path} was missing, and is now this run's: what was trained there before is unknown"
+        )
         return [f"{note}, and so is its base"] if lost else []
     found = read_run(path)
     _check_types(found, now, path)

@@ -18,8 +18,7 @@ from icae_jax.interop.adapters import formats, peft_folder, publishing
 from icae_jax.interop.hub import base as bases
 from icae_jax.interop.hub import locations
 from icae_jax.objectives import targets
-from icae_jax.training import checkpoint, metrics
-from icae_jax.training import config_file
+from icae_jax.training import checkpoint, config_file, metrics
 from icae_jax.training.compressor_task import compression_on
 from icae_jax.training.config import TrainConfig
 from icae_jax.training.workdir import read_run, steps_done

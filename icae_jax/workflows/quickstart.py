@@ -19,10 +19,9 @@ from icae_jax.inference.compressor import Compressor
 from icae_jax.interop.adapters import folder as adapters
 from icae_jax.interop.hub import base as bases
 from icae_jax.runtime import sharding
-from icae_jax.training import metrics
+from icae_jax.training import config_file, metrics
 from icae_jax.training.base_task import BASE, BaseTask
 from icae_jax.training.compressor_task import CompressorTask
-from icae_jax.training import config_file
 from icae_jax.training.config import BaseConfig, TrainConfig
 from icae_jax.training.train import NORMAL, QUIET, VERBOSE, train
 

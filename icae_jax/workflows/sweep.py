@@ -21,8 +21,8 @@ from icae_jax import files, lock
 from icae_jax.errors import UserError
 from icae_jax.training import config_file
 from icae_jax.training.config import TrainConfig
-from icae_jax.training.workdir import FREE_FIELDS, steps_done
 from icae_jax.training.train import DIVERGED, DONE, PREEMPTED
+from icae_jax.training.workdir import FREE_FIELDS, steps_done
 from icae_jax.workflows import sweep_results
 
 FAILED = 1  # exit code where some points did not end; the same command goes on

@@ -92,7 +92,7 @@ class Ours:
 def train_config(case, sizes, batch):
     """The `TrainConfig` of a case on our side."""
     from icae_jax.training import config_file
-    from icae_jax.training.config import TrainConfig
+    from icae_jax.training.config import SCRATCH, TrainConfig
 
     s, qa = sizes, case == "qa"
     weights = {o: 1.0 / len(CASES[case]) if o in CASES[case] else 0.0 for o in ("ae", "lm", "qa")}
@@ -105,7 +105,7 @@ def train_config(case, sizes, batch):
     }
     fields = {
         "phase": "finetune" if qa else "pretrain",
-        "init_from": config.SCRATCH if qa else "",
+        "init_from": SCRATCH if qa else "",
         "base": "-",
         "seed": s["seed"],
         "batch_size": batch,
