@@ -10,7 +10,8 @@ from conftest import ROOT, TINY
 
 from icae_jax.cli import main as cli
 from icae_jax.performance import bench, programs, steps
-from icae_jax.training.config import TrainConfig, from_dict
+from icae_jax.training.config import TrainConfig
+from icae_jax.training.config_file import from_dict
 
 
 def command(folder, *more, phase="pretrain", **changes):

@@ -12,7 +12,8 @@ from conftest import ROOT, TINY
 from icae_jax.cli import main as cli
 from icae_jax.performance import chips, plan, programs
 from icae_jax.runtime import sharding
-from icae_jax.training.config import TrainConfig, from_dict
+from icae_jax.training.config import TrainConfig
+from icae_jax.training.config_file import from_dict
 
 GIB = plan.GIB
 V5E = chips.find("TPU v5e")

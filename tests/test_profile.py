@@ -10,7 +10,8 @@ from conftest import TINY
 from icae_jax.models import llama
 from icae_jax.performance import profile, programs, steps
 from icae_jax.runtime import profiler
-from icae_jax.training.config import TrainConfig, from_dict
+from icae_jax.training.config import TrainConfig
+from icae_jax.training.config_file import from_dict
 
 
 @pytest.mark.parametrize(

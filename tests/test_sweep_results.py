@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from icae_jax.training.config import TrainConfig, from_dict
+from icae_jax.training.config import TrainConfig
+from icae_jax.training.config_file import from_dict
 from icae_jax.workflows import sweep, sweep_results
 
 RAW = {

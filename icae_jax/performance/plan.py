@@ -1,5 +1,6 @@
 """`icae plan`: what a configuration takes on a TPU slice, compiled for it on any machine: memory, collectives, FLOPs, a time."""
 
+import argparse
 import dataclasses
 import importlib.util
 import json
@@ -12,7 +13,7 @@ from icae_jax.errors import UserError
 from icae_jax.performance import chips, programs, worker
 from icae_jax.runtime.sharding import AXES, BATCH, MeshConfig
 from icae_jax.training import config_file
-from icae_jax.training.config import SCRATCH, TrainConfig, from_dict
+from icae_jax.training.config import SCRATCH, TrainConfig
 
 GIB = 2**30
 MOST_HOST_DEVICES = 256  # beyond, FLOPs are counted on a smaller mesh
@@ -61,13 +62,14 @@ def base_sizes(base):
 
 def read_config(argv):
     """The `TrainConfig` of a command line, for which no data need be named. UserError also where the base is not known."""
-    raw, _ = config_file.load_raw(argv, need_workdir=False)
-    base_sizes(raw.get("base"))
-    if isinstance(raw.get("data"), dict) and not raw["data"].get("train"):
-        raw["data"] |= {"train": "-", "train_weights": ()}
-    if raw.get("phase") == "finetune":
-        raw["init_from"] = raw.get("init_from") or SCRATCH
-    return from_dict(TrainConfig, raw)
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config")
+    args, rest = parser.parse_known_args(argv)
+    overrides = config_file.overrides(rest) | {"data.train_weights": ()}  # no data are read
+    unset = {"data.train": "-", "init_from": SCRATCH}
+    config = config_file.load(TrainConfig, args.config, overrides, unset)
+    base_sizes(config.base)
+    return config
 
 
 def make_spec(args, config, chip_count):

@@ -16,7 +16,8 @@ from icae_jax.interop.hub import tokenizer as tokenizers
 from icae_jax.models import llama, lora
 from icae_jax.objectives import loss, targets
 from icae_jax.runtime import attention_choice, sharding
-from icae_jax.training.config import SCRATCH, recorded
+from icae_jax.training.config import SCRATCH
+from icae_jax.training.workdir import recorded
 
 CHECKED = 1 << 22  # ids looked through at once
 _init_lora = jax.jit(

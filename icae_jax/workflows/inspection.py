@@ -19,7 +19,7 @@ from icae_jax.models import lora as loras
 from icae_jax.models.families import config_json
 from icae_jax.models.llama import ModelConfig
 from icae_jax.training import trained as trained_compressors
-from icae_jax.training.config import read_run
+from icae_jax.training.workdir import read_run
 
 Description = dict[str, Any]  # plain values under readable names
 

@@ -5,7 +5,6 @@ Every point is a run of `icae train` in a folder of its own.
 """
 
 import contextlib
-import copy
 import json
 import os
 import pathlib
@@ -21,8 +20,9 @@ import typing
 from icae_jax import files, lock
 from icae_jax.errors import UserError
 from icae_jax.training import config_file
-from icae_jax.training.config import FREE_FIELDS, TrainConfig, from_dict, steps_done
+from icae_jax.training.config import TrainConfig
 from icae_jax.training.train import DIVERGED, DONE, PREEMPTED
+from icae_jax.training.workdir import FREE_FIELDS, steps_done
 from icae_jax.workflows import sweep_results
 
 FAILED = 1  # exit code where some points did not end; the same command goes on
@@ -108,17 +108,6 @@ def names(points):
     return made
 
 
-def _change(raw, field, value):
-    """Sets a field of nested dicts by its dotted name."""
-    *groups, leaf = field.split(".")
-    at = raw
-    for group in groups:
-        at = at.get(group) if isinstance(at, dict) else None
-    if not isinstance(at, dict) or leaf not in at or isinstance(at[leaf], dict):
-        raise UserError(f"{field} is not a field of the configuration")
-    at[leaf] = value
-
-
 def plan(config, name, workdir, overrides):
     """The `Point`s of a sweep, all of their configurations checked.
 
@@ -126,19 +115,13 @@ def plan(config, name, workdir, overrides):
     the sweep or the command line has wrong, and the point.
     """
     flags = [f"--config.{field}={text}" for field, text in overrides.items()]
-    base, _ = config_file.load_raw(["--config", config, "--workdir", str(workdir), *flags])
     points = []
-    listed = expand(config.partition(":")[0], name)
+    listed = expand(config_file.find(config)[0], name)
     for point, changes in zip(names(listed), listed, strict=True):
-        raw = copy.deepcopy(base)
         try:
-            for field, value in changes.items():
-                if field in overrides:
-                    raise UserError(
-                        f"{field} is set by the sweep itself; leave out --config.{field}"
-                    )
-                _change(raw, field, value)
-            made = from_dict(TrainConfig, raw)
+            for field in changes.keys() & overrides.keys():
+                raise UserError(f"{field} is set by the sweep itself; leave out --config.{field}")
+            made = config_file.load(TrainConfig, config, {**overrides, **changes})
             if not made.data.eval or not made.eval_examples:
                 raise UserError(
                     "data.eval or eval_examples is not set; a sweep compares held-out losses: give --config.data.eval=PATH"
@@ -338,19 +321,6 @@ def _jobs_text(jobs, folder, again):
 # ---------------------------------------------------------------------------------------------------------- command line
 
 
-def _overrides(rest):
-    """`{field: text}` of `--config.field=value …` arguments, or `--config.field value`."""
-    made, rest = {}, iter(rest)
-    for argument in rest:
-        if not argument.startswith("--config."):
-            raise UserError(
-                f"{argument} is no flag of icae sweep; fields are given as --config.field=value"
-            )
-        field, equals, text = argument.removeprefix("--config.").partition("=")
-        made[field] = text if equals else next(rest, "")
-    return made
-
-
 def main(parser, argv):
     """Runs a sweep, or writes its jobs, or sums up what there is of it. Returns the exit code."""
     parser.epilog = (
@@ -378,7 +348,7 @@ def main(parser, argv):
     instead.add_argument("--table", action="store_true", help="train nothing, sum up what is there")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args, rest = parser.parse_known_args(argv)
-    workdir, overrides = pathlib.Path(args.workdir), _overrides(rest)
+    workdir, overrides = pathlib.Path(args.workdir), config_file.overrides(rest)
     points = plan(args.config, args.sweep, workdir, overrides)
     sweep = {"config": pathlib.Path(args.config).name, "sweep": args.sweep, "overrides": overrides}
     sweep["points"] = {point.name: point.changes for point in points}
