@@ -5,6 +5,7 @@ import hashlib
 import pathlib
 
 from icae_jax.data import places, sources
+from icae_jax.data.rows import Sieve
 from icae_jax.errors import UserError
 
 QUESTIONS_AT_ONCE = (
@@ -63,7 +64,7 @@ def _hash(*parts):
 
 def named_sources(data):
     """`{name: source}` of comma-joined sources: `NAME=SOURCE`, or by default the file's name (with its folder's, where two are alike)."""
-    given = sources.split_source(
+    given = places.split_source(
         data, lambda item: item if pathlib.Path(item).exists() else item.partition("=")[2]
     )
     named = [
@@ -102,7 +103,7 @@ def read(data, tfds_dir, limit, seed, sieve=None):
         )
     found, seen = {}, {}  # seen: the ids of a set's texts, and of its questions
     for name, source in named_sources(data).items():
-        own = sieve.fresh() if sieve else sources.Sieve()
+        own = sieve.fresh() if sieve else Sieve()
         rows = sources.read_all(source, tfds_dir, own)
         own.check_some(rows, f"--data {source}")
         if sieve:

@@ -1,19 +1,18 @@
 """The controls without a memory: the same base reading plain tokens, such as the full context, a part of it, or none."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from icae_jax.compression.memory import Prefix
+from icae_jax.compression.decoder import Decoder, Prefix
 from icae_jax.errors import UserError
 from icae_jax.inference import generate as decoding
 from icae_jax.inference.compressor import Score, batches
 from icae_jax.interop.hub import base as bases
 from icae_jax.interop.hub import tokenizer as tokenizers
-from icae_jax.models import llama
+from icae_jax.models.llama import FrozenModel
 from icae_jax.objectives import loss, targets
+from icae_jax.objectives.packing import pack
 
 STEP = 64  # lengths are padded to multiples of this, so that few shapes are compiled
 LOSS_CHUNK = 128
@@ -88,8 +87,8 @@ def generate(compressor, prompts, limits, batch_size=32, stop=None):
             ids[i, : len(one)], lengths[i], most[i] = one, len(one), limits[at + i]
         with compressor.on_devices():
             out = decoding.greedy(
-                compressor.model, base.params, compressor.trained["memory_table"], no_prefix(base.config, rows, compressor.model.dtype),
-                np.zeros(rows, np.int32), *compressor.put((ids, lengths, most)), max_new_tokens=_up(int(most.max()), 32),
+                compressor.plain_decoder, no_prefix(base.config, rows, compressor.model.dtype),
+                decoding.Prompts(*compressor.put((ids, lengths, np.zeros(rows, np.int32), most))), max_new_tokens=_up(int(most.max()), 32),
                 stop_ids=tuple(sorted({*base.stop_ids, *([] if stop is None else [stop])})),
             )  # fmt: skip
         out = jax.device_get(out)
@@ -97,14 +96,14 @@ def generate(compressor, prompts, limits, batch_size=32, stop=None):
     return result
 
 
-@functools.partial(jax.jit, static_argnames="model")
-def _losses(model, params, ids_BT, label_at_BU, labels_BU):
-    B = ids_BT.shape[0]
-    hidden = loss.label_hidden(
-        model, params, {"memory_table": jnp.zeros((1, params["embed"].shape[1]))}, no_prefix(model.config, B, model.dtype),
-        jnp.zeros(B, jnp.int32), ids_BT[:, None], label_at_BU[:, None],
-    )  # fmt: skip
-    return loss.frozen_head_losses(hidden, llama.head_kernel(params), labels_BU, LOSS_CHUNK)
+@jax.jit
+def _losses(base: FrozenModel, ids_BT, label_at_BU, labels_BU):
+    B, empty = ids_BT.shape[0], no_prefix(base.config, ids_BT.shape[0], base.dtype)
+    decoder = Decoder(base, jnp.zeros((1, base.config.hidden_size)))
+    hidden = decoder.label_hidden(
+        empty, jnp.zeros(B, jnp.int32), ids_BT[:, None], label_at_BU[:, None]
+    )
+    return loss.frozen_head_losses(hidden, base.head, labels_BU, LOSS_CHUNK)
 
 
 def score(compressor, rows, batch_size=32):
@@ -125,11 +124,11 @@ def score(compressor, rows, batch_size=32):
             _up(max(n))
             for n in ([len(r.ids) - 1 for r in part], [len(r.ids) - r.label_start for r in part])
         )
-        batch = targets.pack([[row] for row in part] + [[]] * (size - len(part)), 1, T, U)
+        batch = pack([[row] for row in part] + [[]] * (size - len(part)), 1, T, U)
         batch = {name: x[:, 0] for name, x in batch.items()}
         placed = compressor.put((batch["ids"], batch["label_at"], batch["labels"]))
         with compressor.on_devices():
-            losses = np.asarray(_losses(compressor.model, compressor.base.params, *placed))
+            losses = np.asarray(_losses(compressor.frozen, *placed))
         sums, counts = np.where(batch["label_mask"], losses, 0).sum(1), batch["label_mask"].sum(1)
         scores += [Score(-float(sums[i]), int(counts[i])) for i in range(len(part))]
     return scores

@@ -100,6 +100,15 @@ def seen(real_BS, at=None):
     return real_BS[:, None] & (jnp.arange(S)[None, None] <= times[:, :, None])
 
 
+def usable(implementation, mask):
+    """The implementation that computes a call with such a mask.
+
+    Splash knows causal masks only. The last layer of targets, whose queries are labels at times known only when the
+    program runs, has a 3-D mask; there XLA's attention computes instead.
+    """
+    return "xla" if implementation == "splash" and mask.ndim == 3 else implementation
+
+
 def supported(
     implementation, platform, *, dtype, head_dim, heads=1, kv_heads=1, windows=False, tensor=1
 ):
@@ -137,7 +146,7 @@ def _split(name, n):
     return (None, 1) if parts == 1 or n % parts else (axes, parts)
 
 
-# ------------------------------------------------------------------------------------------------------- plain
+# -------------------------------------------------------------------------------------------- plain
 
 
 # Queries `[b, K, G, Q, T, H]` are those of b texts, each read by G rows (B = b * G). A source of keys is `(k, v, mask)`: k and v
@@ -321,7 +330,7 @@ def _xla(q_BTNH, k_BSKH, v_BSKH, mask, prefix, at, unroll):
     return out.transpose(0, 2, 4, 1, 3, 5).reshape(B, T, N, H)
 
 
-# ------------------------------------------------------------------------------------------- what both kernels need
+# --------------------------------------------------------------------------- what both kernels need
 
 
 def _joined(k, v, prefix, dtype, rows):
@@ -363,7 +372,7 @@ def _on_devices(kernel, q_BTNH, k_BSKH, v_BSKH, *masks):
     return on_each(q_BTNH, k_BSKH, v_BSKH, *masks)
 
 
-# ------------------------------------------------------------------------------------------------------- cuDNN
+# -------------------------------------------------------------------------------------------- cuDNN
 
 
 def _cudnn(q_BTNH, k_BSKH, v_BSKH, mask_BTS, prefix, inner="cudnn"):
@@ -388,7 +397,7 @@ def _cudnn(q_BTNH, k_BSKH, v_BSKH, mask_BTS, prefix, inner="cudnn"):
     )[:, :T]
 
 
-# ------------------------------------------------------------------------------------------------------- splash
+# ------------------------------------------------------------------------------------------- splash
 
 
 def _first(at):
@@ -441,7 +450,7 @@ def _splash(q_BTNH, k_BSKH, v_BSKH, real_BS, prefix, first):
     return _on_devices(kernel, q, _padded(k, 1, key_to), _padded(v, 1, key_to), *ids)[:, :T]
 
 
-# ------------------------------------------------------------------------------------------------- which is fastest
+# --------------------------------------------------------------------------------- which is fastest
 
 
 class Choice(NamedTuple):

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from icae_jax import files
-from icae_jax.compression.encoder import SPECIAL_ROWS
+from icae_jax.compression.trained import SPECIAL_ROWS
 from icae_jax.errors import UserError
 from icae_jax.inference import memory_file
 from icae_jax.interop.adapters import folder as adapters

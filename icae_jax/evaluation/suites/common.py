@@ -7,7 +7,7 @@ numbers are what a score is made of (`METRICS` says how): summed over examples t
 import dataclasses
 from typing import NamedTuple
 
-from icae_jax.compression import encoder
+from icae_jax.compression import segments
 from icae_jax.errors import UserError
 from icae_jax.evaluation import scores, statistics
 
@@ -149,7 +149,7 @@ class Suite:
     def memory_tokens(self, tokens):
         """Memory tokens of a context of so many tokens, with the most a segment."""
         return (
-            encoder.segment_shape(
+            segments.segment_shape(
                 tokens + len(self.compressor.framing.start), self.compressor.config
             )[0]
             * self.choices[0]
