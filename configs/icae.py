@@ -84,17 +84,19 @@ def sweep_rate(add):
 
 
 def sweep_rank(add):
+    """LoRA ranks."""
     for rank in (32, 64, 128, 256):
         add(**{"lora.rank": rank})
 
 
 def sweep_lambda(add):
-    """What AE weighs against LM in pretraining (the paper: 0.4 to 0.6 is best)."""
+    """The weight of AE against LM in pretraining (the paper: 0.4 to 0.6 is best)."""
     for weight in (0.2, 0.4, 0.5, 0.6, 0.8):
         add(**{"objectives.ae": weight, "objectives.lm": round(1 - weight, 1)})
 
 
 def sweep_learning_rate(add):
+    """Peak learning rates."""
     for rate in (2.5e-5, 5e-5, 1e-4, 2e-4, 4e-4):
         add(**{"optimizer.learning_rate": rate})
 

@@ -89,16 +89,18 @@ def one_ratio(method, phase):
 
 
 def sweep_k(add):
-    """Memory tokens of a segment of 55, one model for each."""
+    """Memory tokens of a segment of 55, one model for each number."""
     for k in (2, 4, 8, 11):
         add(**{"compression.k": k, "compression.rate": 55 / k, "compression.k_choices": ()})
 
 
 def sweep_method(add):
+    """Both methods."""
     for method in ("icae", "x500"):
         add(**{"compression.method": method})
 
 
 def sweep_learning_rate(add):
+    """Peak learning rates."""
     for rate in (3e-4, 1e-3, 3e-3, 1e-2):
         add(**{"optimizer.learning_rate": rate})

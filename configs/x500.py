@@ -16,7 +16,7 @@ draws the number of memory tokens in every step, and so does pretraining with
 
 Sizes, learning rates, epochs and initialisation are the paper's (LoRA rank 64, alpha 32 on q and
 v; N(0, 1) memory tokens; regeneration, then QA). The layout is ours; the authors' is
---config.compression.layout=reference, and their loss on padding --config.objectives.pad_labels=True.
+--config.compression.layout=reference, their loss on padding --config.objectives.pad_labels=True.
 """
 
 TEXT_TOKENS = 500
@@ -89,11 +89,13 @@ def sweep_rate(add):
 
 
 def sweep_rank(add):
+    """LoRA ranks."""
     for rank in (16, 32, 64, 128):
         add(**{"lora.rank": rank})
 
 
 def sweep_learning_rate(add):
+    """Peak learning rates."""
     for rate in (2.5e-5, 5e-5, 1e-4, 2e-4, 4e-4):
         add(**{"optimizer.learning_rate": rate})
 

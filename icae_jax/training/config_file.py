@@ -164,7 +164,7 @@ def _checked(hint: Any, value: object, where: str) -> Any:
 
 
 def _parsed(text: Any, hint: Any) -> Any:
-    """A command line's text as `hint`; unchanged if it does not parse, for `from_dict` to refuse."""
+    """A text as `hint`; unchanged if it does not parse, for `from_dict` to refuse."""
     if not isinstance(text, str) or hint in (str, None):
         return text
     try:
