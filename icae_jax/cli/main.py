@@ -74,18 +74,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = flags.normalised(sys.argv[1:] if argv is None else argv)
     if argv[:1] == ["help"]:
         argv = [*argv[1:], "--help"]
-    if not argv or argv[0] in ("-h", "--help"):
-        print(usage())
-        return 0 if argv else BAD_INPUT
-    verb = argv[0]
-    if verb not in VERBS:
+    verb = argv[0] if argv else "--help"
+    if verb not in VERBS and verb not in ("-h", "--help"):
         print(f"icae: no verb {verb!r}\n\n{usage()}", file=sys.stderr)
         return BAD_INPUT
     try:
-        set_up()
-        if verb not in WITHOUT_DEVICES:
-            platforms.check()
-        code = VERBS[verb][0](argv[1:])
+        if verb in VERBS:
+            set_up()
+            if verb not in WITHOUT_DEVICES:
+                platforms.check()
+            code = VERBS[verb][0](argv[1:])
+        else:
+            print(usage())
+            code = 0 if argv else BAD_INPUT
         if sys.stdout:  # None where the caller has closed it
             sys.stdout.flush()
         return code
