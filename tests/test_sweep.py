@@ -184,8 +184,9 @@ def test_sweeps_of_the_configurations(name, of, tmp_path):
         assert len(points) > 1
         for point in points:
             assert point.command[0] == "train" and point.folder == tmp_path / point.name
-            config, workdir = config_file.load_config(TrainConfig, point.command[1:])
-            assert workdir == point.folder and config.init_from == (
+            _, _, file, _, workdir, *fields = point.command
+            config = config_file.load(TrainConfig, file, config_file.overrides(fields))
+            assert workdir == str(point.folder) and config.init_from == (
                 "" if arg != "finetune" else f"w/{point.name}"
             )
             assert (

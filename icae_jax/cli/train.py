@@ -96,11 +96,11 @@ def _train(
         train,
     )
 
-    config = config_file.load(kind, args.config, overrides)
     if not args.workdir:
         raise UserError(
             "--workdir is not given; give a folder for checkpoints, metrics and the result"
         )
+    config = config_file.load(kind, args.config, overrides)
     workdir = pathlib.Path(args.workdir)
     if args.profile and os.path.isfile(args.profile):
         raise UserError(f"--profile {args.profile} is a file; give a folder")

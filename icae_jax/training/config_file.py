@@ -63,7 +63,7 @@ def load(
     for name in fields.keys() - known.keys():
         near = difflib.get_close_matches(name, known, 1)
         meant = f"; is {near[0]} meant?" if near else "; icae train --help lists the fields"
-        raise UserError(f"--config: config.{name} is not a field{meant}")
+        raise UserError(f"{name} is not a field of the configuration{meant}")
     merged = ConfigDict(nested(default_fields(kind), kind.__name__), type_safe=False).lock()
     merged.update_from_flattened_dict(fields)
     return from_dict(kind, merged.to_dict())
