@@ -32,7 +32,7 @@ def workdir(tmp_path_factory):
 
 
 def test_it_learns_and_writes_a_base_that_loads(workdir):
-    lines = metrics.read(workdir / "metrics.jsonl")
+    lines = metrics.read_lines(workdir / "metrics.jsonl")
     evals = [line["eval"] for line in lines if "eval" in line]
     assert (
         set(evals[0]) == {"notes", "repeat"}

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from icae_jax import errors, files
-from icae_jax.training import checkpoint
+from icae_jax.training import checkpoint, checkpoint_files
 from icae_jax.training.checkpoint import Checkpoints
-from icae_jax.workflows import convert_adapter, inspection
+from icae_jax.training.trained import find as find_trained
+from icae_jax.workflows import inspection
 
 
 def state(value, rows=3):
@@ -106,16 +107,16 @@ def test_the_trained_tree_alone_is_read_from_any_of_its_paths(tmp_path):
     checkpoints.close()
     best, latest = (tmp_path / "w" / "checkpoints" / f"step_{step}" for step in (1, 2))
     assert [
-        checkpoint.step_folder(path) for path in (tmp_path / "w", best.parent, best, latest)
+        checkpoint_files.step_folder(path) for path in (tmp_path / "w", best.parent, best, latest)
     ] == [best, best, best, latest]
     for step, path in ((1, best), (2, latest)):
         jax.tree.map(
             np.testing.assert_array_equal,
-            checkpoint.read_trained(path),
+            checkpoint_files.read_trained(path),
             jax.device_get(state(step)["trained"]),
         )
     for other in (tmp_path, tmp_path / "absent", best / "metrics"):
-        assert checkpoint.step_folder(other) is None
+        assert checkpoint_files.step_folder(other) is None
 
 
 def everything(folder):
@@ -137,11 +138,11 @@ def test_reading_changes_nothing(tmp_path):
     (tmp_path / "checkpoints" / "step_4" / "default").mkdir(parents=True)  # half deleted
     files.write_json(tmp_path / "config.json", {"compression.method": "icae", "base": "b"})
     before = everything(tmp_path)
-    assert checkpoint.step_folder(tmp_path).name == "step_1"
-    assert checkpoint.saved_steps(tmp_path) == {1: 2.0, 2: 3.0}
-    assert convert_adapter.recognise(tmp_path).path.name == "step_1"
+    assert checkpoint_files.step_folder(tmp_path).name == "step_1"
+    assert checkpoint_files.saved_steps(tmp_path) == {1: 2.0, 2: 3.0}
+    assert find_trained(tmp_path).path.name == "step_1"
     assert inspection.describe(tmp_path)["what"].endswith("step_1")
-    assert checkpoint.read_newly(tmp_path)[0].name == "step_1"
+    assert checkpoint_files.read_selected(tmp_path)[0].name == "step_1"
     assert everything(tmp_path) == before
 
 
@@ -152,24 +153,24 @@ def test_a_checkpoint_that_goes_while_it_is_read_is_chosen_anew(tmp_path, monkey
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(1, state(1), 2.0)
         checkpoints.save(2, state(2), 3.0)
-    read = checkpoint.read_trained
+    read = checkpoint_files.read_trained
 
     def losing(folder):
         if folder.name == "step_1":
             shutil.rmtree(folder)
         return read(folder)
 
-    monkeypatch.setattr(checkpoint, "read_trained", losing)
-    folder, trained = checkpoint.read_newly(tmp_path)
+    monkeypatch.setattr(checkpoint_files, "read_trained", losing)
+    folder, trained = checkpoint_files.read_selected(tmp_path)
     assert folder.name == "step_2" and capsys.readouterr().err == ""
     jax.tree.map(np.testing.assert_array_equal, trained, jax.device_get(state(2)["trained"]))
 
     def broken(folder):
         raise ValueError("not a checkpoint")
 
-    monkeypatch.setattr(checkpoint, "read_trained", broken)
+    monkeypatch.setattr(checkpoint_files, "read_trained", broken)
     with pytest.raises(ValueError, match="not a checkpoint"):
-        checkpoint.read_newly(tmp_path)
+        checkpoint_files.read_selected(tmp_path)
 
 
 def test_nan_is_never_the_best(tmp_path):
@@ -180,11 +181,11 @@ def test_nan_is_never_the_best(tmp_path):
             checkpoints.wait()
         assert on_disk(tmp_path) == [1, 3, 4] and checkpoints.best() == 1
     assert (
-        checkpoint.best_step({1: float("nan"), 2: 0.6, 3: None}) == 2
-        and checkpoint.best_step({1: float("nan")}) is None
+        checkpoint_files.best_step({1: float("nan"), 2: 0.6, 3: None}) == 2
+        and checkpoint_files.best_step({1: float("nan")}) is None
     )
     (tmp_path / "checkpoints" / "step_4" / "metrics" / "metrics").write_text('{"loss": NaN}')
-    assert checkpoint.step_folder(tmp_path).name == "step_1"
+    assert checkpoint_files.step_folder(tmp_path).name == "step_1"
     with Checkpoints(tmp_path) as checkpoints:
         assert checkpoints.best() == 1
         checkpoints.save(5, state(5), 0.9)
@@ -344,7 +345,7 @@ def test_a_damaged_latest_checkpoint_is_gone_back_from(pattern, how, why, workdi
     harm(workdir, 3, pattern, how)
     for step in (1, 2):  # else readers would take a better one
         shutil.rmtree(workdir / "checkpoints" / f"step_{step}" / "metrics")
-    folder, trained = checkpoint.read_newly(workdir)
+    folder, trained = checkpoint_files.read_selected(workdir)
     # What only the optimizer's state lost is none of a reader's concern.
     assert folder.name == "step_2" or (
         folder.name == "step_3" and pattern == "default/ocdbt.process_0/d/*"
@@ -398,7 +399,7 @@ def test_without_a_whole_one_each_is_named_and_nothing_is_touched(workdir):
     before = everything(workdir)
     for read in (
         lambda: checkpoint.resume(workdir, large(0), print),
-        lambda: checkpoint.read_newly(workdir),
+        lambda: checkpoint_files.read_selected(workdir),
     ):
         for _ in range(2):
             with pytest.raises(
@@ -421,8 +422,8 @@ def test_a_damaged_one_that_is_asked_for_is_not_replaced(pattern, how, workdir):
     with pytest.raises(
         errors.UserError, match=r"step_2: the checkpoint is damaged \(.+\); name another"
     ):
-        checkpoint.read_newly(workdir / "checkpoints" / "step_2")
-    assert checkpoint.read_newly(workdir / "checkpoints")[0].name == "step_1"
+        checkpoint_files.read_selected(workdir / "checkpoints" / "step_2")
+    assert checkpoint_files.read_selected(workdir / "checkpoints")[0].name == "step_1"
 
 
 def test_a_link_that_leads_nowhere_is_named(tmp_path):

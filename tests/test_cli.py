@@ -86,11 +86,11 @@ def trained(files):
 
 @pytest.mark.slow
 def test_both_phases_ran(trained):
-    lines = metrics.read(trained.parent / "pretrain" / "metrics.jsonl")
+    lines = metrics.read_lines(trained.parent / "pretrain" / "metrics.jsonl")
     assert (
         {"ae", "lm"} == set(lines[-1]["eval"]["memory"]) == set(lines[-1]["eval"]["wrong_memory"])
     )
-    assert {"qa"} == set(metrics.read(trained / "metrics.jsonl")[-1]["train"])
+    assert {"qa"} == set(metrics.read_lines(trained / "metrics.jsonl")[-1]["train"])
     assert (trained / "DONE").exists() and (trained / "adapter" / "icae.json").exists()
 
 
@@ -202,7 +202,7 @@ def trained_x500(files):
 
 def test_key_value_memories_end_to_end(trained_x500, files, tmp_path, capsys):
     """Breaks when a verb takes one kind of memory alone, k is not the caller's, evaluation leaves a k out, or bytes are those of slots."""
-    last = metrics.read(trained_x500 / "metrics.jsonl")
+    last = metrics.read_lines(trained_x500 / "metrics.jsonl")
     assert set(last[-1]["eval"]["memory"]) == {"qa"} and set(last[-1]["eval"]) == {
         "memory",
         "wrong_memory",

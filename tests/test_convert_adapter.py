@@ -20,7 +20,7 @@ from icae_jax.training.compressor_task import CompressorTask
 from icae_jax.training.config import TrainConfig
 from icae_jax.training.config_file import from_dict
 from icae_jax.training.train import train
-from icae_jax.workflows import convert_adapter
+from icae_jax.workflows import restoring as check
 
 pytest.importorskip("torch")
 
@@ -103,7 +103,7 @@ def test_out_and_in_again(world, convert, tmp_path, method, form):
     file = tmp_path / "out" / formats.NAMES[form]
 
     code, out, err = convert(tmp_path / "out", tmp_path / "told")
-    assert code == 0 and "alpha 32 (told)" in out, err
+    assert code == 0 and "alpha 32 (recorded)" in out, err
     assert_equal_adapters(tmp_path / "told", world / method / "adapter", base)
 
     alone = shutil.copy(file, tmp_path / "renamed")  # without its neighbour, under another name
@@ -310,7 +310,7 @@ def test_bad_input_is_named(world, convert, tmp_path, exported):
             "--format x500: its implementation would misread this: it reads layout padded",
         ),
         (world / "x500", ["--format", "icae-v1"], "cannot hold an adapter of method x500"),
-        (memory, [], "no trained compressor, its 2 tensors are lengths, slots"),
+        (memory, [], "not a trained compressor; its 2 tensors are lengths, slots"),
         (tmp_path / "two", [], "holds several trained compressors: a, b; name one"),
         (world / "base", [], "holds no trained compressor"),
         (tmp_path / "absent", [], "no such file or folder"),
@@ -333,7 +333,7 @@ def test_bases_without_a_tokenizer(world, convert, tmp_path, exported):
         file.unlink()
     flags = ["--context_length", str(CONTEXT)]
     code, _, err = convert(exported["icae"], tmp_path / "to", *flags, base=bare)
-    assert code == 2 and "no tokenizer, of whose tokens template mistral is made" in err
+    assert code == 2 and "no tokenizer, which template mistral needs" in err
     code, out, err = convert(
         exported["icae"], tmp_path / "to", *flags, "--phase", "pretrain", base=bare
     )
@@ -376,12 +376,12 @@ def test_bases_without_a_tokenizer(world, convert, tmp_path, exported):
 )
 def test_far_from_restoring(values, far):
     """Breaks when a memory that tells nothing passes, or one at a high ratio that tells much does not."""
-    assert convert_adapter.Restoring(*values).far is far
+    assert check.Restoring(*values).failed is far
 
 
 def test_built_in_paragraphs():
     """Breaks when the texts of the check are of other lengths than compressors are trained on, or alike."""
-    texts = (convert_adapter.PARAGRAPH, convert_adapter.ANOTHER)
+    texts = (check.PARAGRAPH, check.CONTROL)
     one, other = (set(text.lower().split()) for text in texts)
     assert (
         all(90 <= len(text.split()) <= 120 for text in texts)
@@ -393,5 +393,5 @@ def test_a_single_text_is_held_against_the_built_in_one(world):
     """Breaks when one text has no control, or is its own."""
     compressor = load(world / "icae")
     text = json.loads((world / "texts.jsonl").read_text().splitlines()[0])["text"]
-    measured = convert_adapter.restoring(compressor, [text])
-    assert measured.bleu > 99 and measured.control > 2 * measured.ae_loss and not measured.far
+    measured = check.measure(compressor, [text])
+    assert measured.bleu > 99 and measured.control > 2 * measured.ae_loss and not measured.failed

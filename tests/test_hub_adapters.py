@@ -23,6 +23,7 @@ from icae_jax.evaluation import evaluate
 from icae_jax.interop.adapters import folder as adapters
 from icae_jax.interop.hub import base as bases
 from icae_jax.interop.hub import locations
+from icae_jax.training import trained
 from icae_jax.training.compressor_task import CompressorTask
 from icae_jax.training.config import TrainConfig
 from icae_jax.training.config_file import from_dict
@@ -146,7 +147,7 @@ def test_the_other_verbs(world, hub, tmp_path, capsys):
     want = adapters.load_adapter(world / "adapter", base)
     same(compressor.adapter.trained, want.trained)
     same(
-        convert_adapter.open_trained(convert_adapter.recognise("org/adapter"), base).trained,
+        trained.open_adapter(trained.find("org/adapter"), base).trained,
         want.trained,
     )
     rows = [

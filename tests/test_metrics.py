@@ -8,7 +8,6 @@ import types
 
 import pytest
 
-from icae_jax.performance import chips
 from icae_jax.training import metrics
 
 LINES = [
@@ -40,7 +39,7 @@ LINES = [
 
 
 def steps(path):
-    return [line["step"] for line in metrics.read(path)]
+    return [line["step"] for line in metrics.read_lines(path)]
 
 
 def written(workdir, resume_step, *numbers):
@@ -162,11 +161,3 @@ def test_writing_metrics_imports_no_torch(tmp_path, monkeypatch):
     )
     metrics.MetricsFile(tmp_path, -1).close()
     assert "tensorboardX" in tried and "torch" not in tried and "torch" not in sys.modules
-
-
-def test_mfu():
-    """Breaks when a device too few is counted, or a chip without known peak gets a number."""
-    chip = chips.Chip("toy", bf16_flops=100.0, hbm_bytes=1, hbm_bandwidth=1.0, link_bandwidth=1.0)
-    assert metrics.mfu(600, 2.0, chip, 4) == 0.75
-    assert metrics.mfu(600, 2.0, None, 4) is None
-    assert "mfu" in metrics.WALL_CLOCK

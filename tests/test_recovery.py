@@ -107,7 +107,7 @@ def test_a_start_that_trained_nothing_binds_no_workdir(raw, uninterrupted, tmp_p
         )
         run(raw, tmp_path, seed=1)
     assert (tmp_path / "config.json").exists() and {
-        line["step"] for line in metrics.read(tmp_path / "metrics.jsonl")
+        line["step"] for line in metrics.read_lines(tmp_path / "metrics.jsonl")
     } == {0}
     code, lines = run(raw, tmp_path)
     assert (

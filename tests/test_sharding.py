@@ -17,6 +17,7 @@ from icae_jax.objectives import loss, targets
 from icae_jax.runtime import sharding
 from icae_jax.training import step
 from icae_jax.training.config import OptimizerConfig
+from icae_jax.training.optimizer import make_optimizer
 
 
 class Autoencoding:
@@ -66,7 +67,7 @@ def train(method, mesh_config, remat):
     ids, lengths = encoder.segment_contexts(texts, task.compression)
     packed = targets.pack([[targets.ae_target(t, FRAMING)] for t in texts], 1, 9, 9)
     batch = {"context": ids, "lengths": lengths, "targets": packed, "k": StaticInt(2)}
-    optimizer, _ = step.make_optimizer(OptimizerConfig(warmup_steps=0), 1)
+    optimizer, _ = make_optimizer(OptimizerConfig(warmup_steps=0), 1)
     params, state = random_params(TINY), step.init_state(random_trained(TINY, 3), optimizer)
     shardings = placement.tree(state)
     with placement.active():

@@ -14,6 +14,7 @@ from icae_jax.models import llama
 from icae_jax.objectives import loss, targets
 from icae_jax.training import step
 from icae_jax.training.config import OptimizerConfig
+from icae_jax.training.optimizer import make_optimizer
 
 OPTIMIZER = OptimizerConfig(learning_rate=0.1, warmup_steps=0, clip=0.5)
 
@@ -63,7 +64,7 @@ def toy_batch(scale=1.0):
 
 def run(accumulate=1, config=OPTIMIZER, task=None, steps=3, seed=0, scale=1.0):
     """The parameters after every step, and the metrics of every step."""
-    optimizer, _ = step.make_optimizer(config, 100)
+    optimizer, _ = make_optimizer(config, 100)
     state = step.init_state({"w": jnp.asarray([0.5, -0.5, 1.0])}, optimizer)
     train_step = step.make_train_step(task or Toy(), optimizer, seed, accumulate)
     parameters, metrics = [], []
@@ -120,7 +121,7 @@ def test_clipping_bounds_what_a_huge_batch_does():
         {"w": np.zeros(2, np.float32)},
     )
     for clip in (0.5, 1e9):
-        optimizer, _ = step.make_optimizer(dataclasses.replace(OPTIMIZER, clip=clip), 100)
+        optimizer, _ = make_optimizer(dataclasses.replace(OPTIMIZER, clip=clip), 100)
         _, state = jax.jit(lambda of: optimizer.update(gradient, optimizer.init(of), of))(zero)  # noqa: B023
         moments.append(float(np.linalg.norm(optax.tree.get(state, "mu")["w"])))
     assert moments == pytest.approx([0.1 * 0.5, 0.1 * 50])
@@ -148,7 +149,7 @@ def test_randomness_is_a_function_of_seed_and_step():
 
 def test_an_objective_without_labels_counts_nothing():
     """Breaks when a batch without LM labels divides by zero."""
-    optimizer, _ = step.make_optimizer(OPTIMIZER, 100)
+    optimizer, _ = make_optimizer(OPTIMIZER, 100)
     batch = toy_batch()
     batch["lm"]["mask"] = np.zeros((8, 5), bool)
     state = step.init_state({"w": jnp.asarray([0.5, -0.5, 1.0])}, optimizer)
@@ -163,13 +164,13 @@ def test_an_objective_without_labels_counts_nothing():
 def test_learning_rate():
     """Breaks when warm-up spends its first step on 0, does not reach the rate, or cosine ends elsewhere than at decay_steps."""
     config = OptimizerConfig(learning_rate=8.0, warmup_steps=4)
-    _, rate = step.make_optimizer(config, 10)
+    _, rate = make_optimizer(config, 10)
     assert [float(rate(i)) for i in (0, 1, 2, 3, 4, 9, 1000)] == [2, 4, 6, 8, 8, 8, 8]
-    _, rate = step.make_optimizer(dataclasses.replace(config, warmup_steps=0), 10)
+    _, rate = make_optimizer(dataclasses.replace(config, warmup_steps=0), 10)
     assert [float(rate(i)) for i in (0, 9)] == [8, 8]
-    _, rate = step.make_optimizer(dataclasses.replace(config, schedule="cosine"), 24)
+    _, rate = make_optimizer(dataclasses.replace(config, schedule="cosine"), 24)
     assert [float(rate(i)) for i in (0, 3, 13, 23)] == pytest.approx([2, 8, 4, 0], abs=1e-5)
-    _, rate = step.make_optimizer(
+    _, rate = make_optimizer(
         dataclasses.replace(config, schedule="cosine", decay_steps=44), 24
     )
     assert [float(rate(i)) for i in (3, 23, 43)] == pytest.approx([8, 4, 0], abs=1e-5)

@@ -108,7 +108,7 @@ def arrays(workdir):
 
 
 def without_clocks(workdir):
-    lines = metrics.read(pathlib.Path(workdir) / "metrics.jsonl")
+    lines = metrics.read_lines(pathlib.Path(workdir) / "metrics.jsonl")
     return [{k: v for k, v in line.items() if k not in metrics.WALL_CLOCK} for line in lines]
 
 
@@ -154,7 +154,7 @@ def wait_for_step(process, workdir, at_least):
     while time.monotonic() < deadline and process.poll() is None:
         if (
             path.exists()
-            and max((line["step"] for line in metrics.read(path)), default=0) >= at_least
+            and max((line["step"] for line in metrics.read_lines(path)), default=0) >= at_least
         ):
             return
         time.sleep(0.02)
@@ -505,7 +505,7 @@ def test_a_line_of_metrics_is_written_once_although_the_disk_stumbles(tmp_path, 
         monkeypatch.setattr(metrics.os, "fsync", stumbling)
         file.write({"step": 2, "train": {"ae": 0.5}})
         file.write({"step": 3, "train": {"ae": 0.25}})
-    assert [line["step"] for line in metrics.read(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+    assert [line["step"] for line in metrics.read_lines(tmp_path / "metrics.jsonl")] == [1, 2, 3]
 
 
 READER = """

@@ -55,16 +55,15 @@ def run(argv: list[str]) -> int:
         args, overrides = _parsed(parser(BaseConfig, base=True), argv[1:])
         return _train(args, overrides, BaseConfig, lambda config, workdir: BaseTask(config))
 
+    from icae_jax.performance.utilisation import Meter
     from icae_jax.training.compressor_task import CompressorTask
     from icae_jax.training.config import TrainConfig
 
+    def make_task(config, workdir):
+        return CompressorTask(config, workdir=workdir)
+
     args, overrides = _parsed(parser(TrainConfig, base=False), argv)
-    return _train(
-        args,
-        overrides,
-        TrainConfig,
-        lambda config, workdir: CompressorTask(config, workdir=workdir),
-    )
+    return _train(args, overrides, TrainConfig, make_task, Meter)
 
 
 def _parsed(
@@ -82,6 +81,7 @@ def _train(
     overrides: dict[str, str],
     kind: type,
     make_task: Callable[[Any, pathlib.Path], Any],
+    make_meter: Callable[[Any], Any] = lambda task: None,
 ) -> int:
     """Trains what `make_task(config, workdir)` makes, alone or as one of several processes."""
     from icae_jax.runtime import distributed
@@ -115,10 +115,12 @@ def _train(
                 pass
         # Before anything is loaded that depends on it.
         distributed.check_agreement(shared_by_processes(config))
+        task = make_task(config, workdir)
         return train(
             config,
-            make_task(config, workdir),
+            task,
             workdir,
+            meter=make_meter(task),
             profile=args.profile,
             verbosity=VERBOSE if args.verbose else NORMAL,
         )

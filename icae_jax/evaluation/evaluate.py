@@ -19,8 +19,8 @@ from icae_jax.evaluation.suites.common import Options
 from icae_jax.inference.compressor import Compressor, load_base
 from icae_jax.objectives.targets import TEMPLATES
 from icae_jax.runtime import distributed, sharding
+from icae_jax.training import trained
 from icae_jax.training.workdir import steps_done
-from icae_jax.workflows import convert_adapter
 
 RESULTS, PAGE = "results.json", "report.html"
 
@@ -155,12 +155,12 @@ def load(named, base, dtype, mesh):
     found = {}
     for name, path in named.items():  # all of them, since loading a base takes minutes
         try:
-            found[name] = convert_adapter.recognise_whole(path)
+            found[name] = trained.find_whole(path)
         except UserError as error:
             raise UserError(f"--adapter {error}") from error
-    loaded = load_base(base or convert_adapter.base_of(next(iter(found.values()))), dtype, mesh)
+    loaded = load_base(base or trained.base_of(next(iter(found.values()))), dtype, mesh)
     return {
-        name: Compressor(loaded, convert_adapter.open_trained(of, loaded), of.name, dtype, mesh)
+        name: Compressor(loaded, trained.open_adapter(of, loaded), of.name, dtype, mesh)
         for name, of in found.items()
     }
 
@@ -211,7 +211,7 @@ def _show(result, folder):
 
 
 def _trained_steps(path):
-    source = convert_adapter.recognise(path)
+    source = trained.find(path)
     if source.kind == "orbax":
         return int(source.path.name.removeprefix("step_"))
     return steps_done(path)

@@ -14,6 +14,7 @@ from icae_jax.runtime import sharding
 from icae_jax.training import step
 from icae_jax.training.compressor_task import CompressorLosses, positions
 from icae_jax.training.config import TrainConfig
+from icae_jax.training.optimizer import make_optimizer
 
 WHATS = ("train", "compress", "decode")
 EVALUATE = "evaluate"  # beside a training step: the program that a training computes its held-out losses with
@@ -130,7 +131,7 @@ def lower(spec, mesh, platforms=None):
     given = batch(spec, mesh)
     with placement.active():
         if spec.what == "train":
-            optimizer, _ = step.make_optimizer(c.optimizer, c.steps)
+            optimizer, _ = make_optimizer(c.optimizer, c.steps)
             state = jax.eval_shape(lambda t: step.init_state(t, optimizer), trained)
             shardings = placement.tree(state)
             train = step.make_train_step(task, optimizer, c.seed, c.accumulate, shardings)

@@ -19,6 +19,7 @@ from icae_jax.performance import programs
 from icae_jax.runtime import sharding
 from icae_jax.training import metrics, step
 from icae_jax.training.compressor_task import CompressorLosses, with_attention
+from icae_jax.training.optimizer import make_optimizer
 
 
 class Measured(typing.NamedTuple):
@@ -175,7 +176,7 @@ class TrainingStep:
         self.placement = sharding.Placement(self.mesh, spec.model)
         self.notes = self.placement.notes() + notes
         task = CompressorLosses(c, spec.model, spec.compression)
-        optimizer, _ = step.make_optimizer(c.optimizer, c.steps)
+        optimizer, _ = make_optimizer(c.optimizer, c.steps)
         if params is None:
             params = random_params(spec.model, self.placement, c.jnp_dtype, seed)
         self.params = jax.device_put(params, self.placement.tree(params))

@@ -15,7 +15,6 @@ from icae_jax.interop.hub import base as bases
 from icae_jax.interop.hub import tokenizer as tokenizers
 from icae_jax.models import llama, lora
 from icae_jax.objectives import loss, targets
-from icae_jax.performance import flops
 from icae_jax.runtime import attention_choice, sharding
 from icae_jax.training.config import SCRATCH
 from icae_jax.training.workdir import recorded
@@ -62,12 +61,6 @@ class CompressorLosses:
     def tokens(self, batch):
         """Context tokens encoded and label tokens predicted."""
         return jnp.sum(batch["lengths"]).astype(jnp.float32) + sum(self.counts(batch).values())
-
-    def least_flops(self, batch):
-        """The fewest FLOPs that a step on a batch of these shapes takes (`performance.flops`)."""
-        return flops.least(
-            self.model.config, self.config.lora, self.compression, batch, self.heads
-        ).total
 
     def losses(self, trained, frozen, batch, dropout_key):
         """`{objective: (sum, count)}`. The decoder sees a context through its memory alone."""

@@ -50,8 +50,7 @@ def nothing_trained(workdir: str | pathlib.Path) -> bool:
     workdir = pathlib.Path(workdir)
     if any(workdir.glob("checkpoints/*step_*")) or (workdir / "DONE").exists():
         return False
-    path = workdir / "metrics.jsonl"
-    return not path.exists() or not any(line["step"] > 0 for line in metrics.read(path))
+    return not any(line["step"] > 0 for line in metrics.read_lines(workdir / "metrics.jsonl"))
 
 
 def read_run(path: str | pathlib.Path) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from icae_jax.evaluation import plain, report, scores
 from icae_jax.inference.compressor import Compressor
 from icae_jax.interop.adapters import folder as adapters
 from icae_jax.interop.hub import base as bases
+from icae_jax.performance.utilisation import Meter
 from icae_jax.runtime import sharding
 from icae_jax.training import config_file, metrics
 from icae_jax.training.base_task import BASE, BaseTask
@@ -142,7 +143,7 @@ def _curves(workdir, largest):
         offset = 0
         for phase in PHASES:
             lines = [
-                x for x in metrics.read(workdir / method / phase / "metrics.jsonl") if "train" in x
+                x for x in metrics.read_lines(workdir / method / phase / "metrics.jsonl") if "train" in x
             ]
             for line in lines:
                 for objective, value in line["train"].items():
@@ -235,6 +236,7 @@ def train_method(
             verbosity=verbosity,
             title=f"{METHODS[method]}, {learned}",
             watch=watch,
+            meter=Meter(task),
         )
         if code:
             return code, None, untrained
@@ -252,7 +254,7 @@ def compare(trained, rows):
     memories, restored = [], {}
     for method, workdir, compressor, untrained in trained:
         steps = [
-            max(line["step"] for line in metrics.read(workdir / phase / "metrics.jsonl"))
+            max(line["step"] for line in metrics.read_lines(workdir / phase / "metrics.jsonl"))
             for phase in PHASES
         ]
         for k in compressor.config.choices:
