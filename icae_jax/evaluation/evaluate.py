@@ -21,7 +21,7 @@ from icae_jax.inference.loading import load_base
 from icae_jax.objectives.targets import TEMPLATES
 from icae_jax.runtime import distributed, sharding
 from icae_jax.training import trained
-from icae_jax.training.config import steps_done
+from icae_jax.training.workdir import steps_done
 
 RESULTS, PAGE = "results.json", "report.html"
 
