@@ -77,7 +77,7 @@ def text(n, seed=0, questions=(), group="a", content=None):
 
 def made(suite, *texts):
     """(examples, reasons of those left out)."""
-    return drawn.make({"a": list(texts)}, 0, suite)
+    return drawn.make_examples({"a": list(texts)}, 0, suite)
 
 
 def by_example(suite, examples, batch=None):

@@ -39,7 +39,7 @@ class ByWords:
 
 
 def read(data, limit=0, seed=0):
-    return drawn.read(data, None, limit, seed)
+    return drawn.read_texts(data, None, limit, seed)
 
 
 def keys(sets):
@@ -133,7 +133,7 @@ def test_unanswerable_questions_and_empty_texts(tmp_path):
         sieve = sources.Sieve(no_answer=no_answer)
         questions = {
             q.id: q.answers
-            for text in drawn.read(path, None, 0, 0, sieve)["qa"]
+            for text in drawn.read_texts(path, None, 0, 0, sieve)["qa"]
             for q in text.questions
         }
         assert (
@@ -182,7 +182,7 @@ def test_the_limit_is_of_each_set_and_unusable_texts_are_replaced(tmp_path):
         f"{write_jsonl(tmp_path / 'a.jsonl', ROWS)},{write_jsonl(tmp_path / 'b.jsonl', ROWS[:10])}",
         limit=4,
     )
-    examples, left_out = drawn.make(sets, 4, ByWords())
+    examples, left_out = drawn.make_examples(sets, 4, ByWords())
     for name, texts in sets.items():
         usable = [t for t in texts if int(t.text.split()[-1]) % 3 != 2]
         assert len(usable) > 4 and {e.id for e in examples if e.set == name} == {
@@ -194,7 +194,7 @@ def test_the_limit_is_of_each_set_and_unusable_texts_are_replaced(tmp_path):
     assert len({e.key for e in examples}) == len(examples), (
         "one text in two sets, or in two parts, is two examples"
     )
-    every, left_out = drawn.make(sets, 0, ByWords())
+    every, left_out = drawn.make_examples(sets, 0, ByWords())
     assert (
         left_out == {"texts of a number that it does not like": 6 + 3}
         and len({(e.set, e.id) for e in every}) == 14 + 7
@@ -203,7 +203,7 @@ def test_the_limit_is_of_each_set_and_unusable_texts_are_replaced(tmp_path):
         ValueError,
         match=r"--data has no text for --suite counting: 1 x texts of a number that it does not like",
     ):
-        drawn.make(read(write_jsonl(tmp_path / "c.jsonl", ROWS[2:3])), 0, ByWords())
+        drawn.make_examples(read(write_jsonl(tmp_path / "c.jsonl", ROWS[2:3])), 0, ByWords())
 
 
 def test_partners_are_of_another_text_and_stay(tmp_path):
@@ -211,7 +211,7 @@ def test_partners_are_of_another_text_and_stay(tmp_path):
     made = []
     for seed in range(2):
         rows = random.Random(seed).sample(ROWS, len(ROWS))
-        examples, _ = drawn.make(read(f"x={write_jsonl(tmp_path / 'a.jsonl', rows)}"), 0, ByWords())
+        examples, _ = drawn.make_examples(read(f"x={write_jsonl(tmp_path / 'a.jsonl', rows)}"), 0, ByWords())
         made.append({e.key: (e, e.partner) for e in examples})
         of = {}
         for e in examples:
@@ -223,7 +223,7 @@ def test_partners_are_of_another_text_and_stay(tmp_path):
         "a": [drawn.Text("k", "1", "a", "text 1", ())],
         "b": [drawn.Text("k", "1", "b", "text 1", ())],
     }
-    assert [e.partner for e in drawn.make(twice, 0, ByWords())[0]] == [
+    assert [e.partner for e in drawn.make_examples(twice, 0, ByWords())[0]] == [
         ()
     ] * 4  # the same text in two sets is no other text
     asked = [
@@ -234,7 +234,7 @@ def test_partners_are_of_another_text_and_stay(tmp_path):
         write_jsonl(tmp_path / f"{name}.jsonl", rows)
         for name, rows in (("a", asked[:1]), ("b", asked[1:]))
     ]
-    examples, _ = drawn.make(read(",".join(files)), 0, ByWords())
+    examples, _ = drawn.make_examples(read(",".join(files)), 0, ByWords())
     assert len({e.cluster for e in examples}) == 2 and not any(
         e.partner for e in examples
     )  # nor with another question on it

@@ -1,6 +1,7 @@
-"""Published figures, to stand beside ours: what the papers and their replications report, record by record.
+"""Published figures to compare with ours: what the papers and their replications report.
 
-Scores are in percent, losses in nats per token, times in seconds. Bases, data and training differ from ours and from table to table.
+Scores are in percent, losses in nats per token, times in seconds. Bases, data and training differ
+from ours and from table to table.
 """
 
 from typing import NamedTuple
@@ -22,28 +23,31 @@ class Record(NamedTuple):
     """One published number."""
 
     source: str  # the paper and its arXiv id, or where it was replicated
-    suite: str  # of ours, to which it compares: one of SUITES
+    suite: str  # of ours, to compare with: one of SUITES
     base: str
     data: str  # the set or the kind of text
-    tokens: int | None  # of the context, at most; None where it is not told
-    memory: (
-        int | None
-    )  # memory tokens; None where only the ratio is told, or where there is no memory
-    ratio: int | None  # tokens for each memory token, where it is told instead
+    tokens: int | None  # of the context, at most; None where it is not stated
+    memory: int | None  # memory tokens; None without a memory, or where only the ratio is stated
+    ratio: int | None  # tokens per memory token, where it is stated instead
     arm: str
     metric: str  # with its unit
-    value: float
+    value: float | int
 
 
 class _Table(NamedTuple):
     caption: str
-    rows: tuple  # fields of a record that tell its row
-    columns: tuple  # fields that tell its column
-    records: tuple
+    rows: tuple[str, ...]  # fields of a record that give its row
+    columns: tuple[str, ...]  # fields that give its column
+    records: tuple[Record, ...]
 
 
 def _table(caption, source, suite, rows, columns, header, body, **fixed):
-    """header: the values of the fields `columns`, for each column. body: `{values of the fields rows: values, None where none is told}`."""
+    """Makes a table's records.
+
+    rows, columns: names of fields, joined by spaces. header: for each column, the values of its
+    fields. body: by the values of a row's fields, its figures; None where none is stated. fixed:
+    fields that all records share.
+    """
     fixed = {
         "source": source,
         "suite": suite,
@@ -56,8 +60,8 @@ def _table(caption, source, suite, rows, columns, header, body, **fixed):
     for row, values in body.items():
         for column, value in zip(header, values, strict=True):
             if value is not None:
-                told = dict(zip(rows, row, strict=True)) | dict(zip(columns, column, strict=True))
-                records.append(Record(**fixed | told, value=value))
+                fields = zip(rows + columns, (*row, *column), strict=True)
+                records.append(Record(**fixed | dict(fields), value=value))
     return _Table(caption, tuple(rows), tuple(columns), tuple(records))
 
 
