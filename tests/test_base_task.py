@@ -15,11 +15,16 @@ from icae_jax.training.train import DONE, train
 from icae_jax.workflows.quickstart import get_config
 
 RAW = {
-    "steps": 6, "batch_size": 4, "log_every": 1, "eval_every": 3, "checkpoint_every": 3, "eval_examples": 4,
-    "mixture": ["4 notes=1", "0 notes=1 repeat=1"],  # documents of one length, of which one step is compiled
+    "steps": 6,
+    "batch_size": 4,
+    "log_every": 1,
+    "eval_every": 3,
+    "checkpoint_every": 3,
+    "eval_examples": 4,
+    "mixture": ["4 notes=1", "0 notes=1 repeat=1"],  # of one length: one step is compiled
     "model": {"hidden_size": 32, "intermediate_size": 48, "num_layers": 2},
     "optimizer": {"name": "muon", "learning_rate": 0.02, "warmup_steps": 1, "weight_decay": 0.0},
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")
