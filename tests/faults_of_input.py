@@ -84,8 +84,8 @@ MUTANTS = [
         "self.count(NO_ANSWER, row.where)", "self.count(NO_ANSWER, row.where)\n            return None", "test_rows.py -k left_out",
     ),
     Mutant(
-        "texts without tokens are counted among the others", "data/tokens.py",
-        "enumerate(name for name, ids in pieces.items() if ids)", "enumerate(pieces)", "test_tokens.py -k no_tokens",
+        "texts without tokens are counted among the others", "data/tokenising.py",
+        "kept = [key for key in new if ids[key]]", "kept = list(new)", "test_tokens.py -k no_tokens",
     ),
     Mutant(
         "an answer of one's own is no part of the key", "data/sources.py",
@@ -93,11 +93,11 @@ MUTANTS = [
     ),
     Mutant(
         "a number ends where a piece of the file does", "data/json_rows.py",
-        'cut = end == len(self.buffer) and not isinstance(\n                    value, dict | list | str\n                )', "cut = False", "test_data_formats.py -k seams",
+        'cut = end == len(self.buffer) and not has_end', "cut = False", "test_data_formats.py -k seams",
     ),
     Mutant(
         "a folder's files come in the order of the disk", "data/places.py",
-        "sorted(set(found), key=lambda f: pathlib.PurePath(f).parts)", "list(dict.fromkeys(found))[::-1]",
+        "sorted(set(paths), key=lambda p: pathlib.PurePath(p).parts)", "list(dict.fromkeys(paths))[::-1]",
         "test_places.py -k 'folder or glob'",
     ),
     # -------------------------------------------------------------------------------------- one writer, half-set machines
@@ -147,7 +147,7 @@ MUTANTS = [
         "batch.slice(start, step).to_pylist()", "test_data_formats.py -k times",
     ),
     Mutant(
-        "an impossible question is answered", "data/rows.py", "if _is_impossible(raw):", "if False:",
+        "an impossible question is answered", "data/forms.py", "if _is_impossible(raw):", "if False:",
         "test_rows.py -k impossible",
     ),
     Mutant(

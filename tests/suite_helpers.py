@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from conftest import WORDS, random_trained
 
-from icae_jax.compression.encoder import CompressionConfig
+from icae_jax.compression.config import CompressionConfig
 from icae_jax.evaluation import examples as drawn
 from icae_jax.inference.compressor import Compressor
 from icae_jax.interop.adapters import folder as adapters

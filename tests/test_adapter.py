@@ -9,7 +9,7 @@ import pytest
 import safetensors.numpy
 from conftest import TINY, close, random_lora, random_params, random_trained
 
-from icae_jax.compression.encoder import CompressionConfig
+from icae_jax.compression.config import CompressionConfig
 from icae_jax.errors import UserError
 from icae_jax.interop.adapters import folder as adapters
 from icae_jax.interop.hub import base as bases

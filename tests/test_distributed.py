@@ -47,10 +47,10 @@ CHILD = """
 import json, os, sys, threading, time
 sys.modules["torch"] = None  # transformers would spend seconds on importing it
 from icae_jax import cli
-from icae_jax.data import batches
+from icae_jax.data.examples import Examples
 from icae_jax.training.compressor_task import CompressorTask
 
-drawn, draw, collate, train_batches = threading.local(), batches.Examples.draw, batches.Examples.collate, CompressorTask.train_batches
+drawn, draw, collate, train_batches = threading.local(), Examples.draw, Examples.collate, CompressorTask.train_batches
 
 def noted_draw(self, seed, step, batch_size):
     drawn.step = step
@@ -65,7 +65,7 @@ def noted_collate(self, bucket, rows):
 def slow_batches(self, *which):
     return (time.sleep(float(os.environ["SLOW"])) or batch for batch in train_batches(self, *which))
 
-batches.Examples.draw, batches.Examples.collate, CompressorTask.train_batches = noted_draw, noted_collate, slow_batches
+Examples.draw, Examples.collate, CompressorTask.train_batches = noted_draw, noted_collate, slow_batches
 sys.exit(cli.main(sys.argv[1:]))
 """
 

@@ -18,7 +18,7 @@ from conftest import ROOT, TINY, WORDS, eight_devices, free_port, random_trained
 from suite_helpers import in_eights
 
 from icae_jax.cli import main as cli
-from icae_jax.compression.encoder import CompressionConfig
+from icae_jax.compression.config import CompressionConfig
 from icae_jax.evaluation import evaluate
 from icae_jax.evaluation.suites import SUITES, common
 from icae_jax.inference.compressor import Compressor

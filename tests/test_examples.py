@@ -7,7 +7,7 @@ import random
 import pytest
 from conftest import write_jsonl
 
-from icae_jax.data import sources
+from icae_jax.data.rows import Sieve
 from icae_jax.evaluation import examples as drawn
 
 ROWS = [{"id": f"t{i}", "text": f"text {i}"} for i in range(20)]
@@ -141,7 +141,7 @@ def test_unanswerable_questions_and_empty_texts(tmp_path):
     rows = [*QA[:3], {**QA[1], "id": "none", "question": "what ?", "answers": []}, {"text": " "}]
     path = write_jsonl(tmp_path / "qa.jsonl", rows)
     for no_answer in ("", "unanswerable"):
-        sieve = sources.Sieve(no_answer=no_answer)
+        sieve = Sieve(no_answer=no_answer)
         questions = {
             q.id: q.answers
             for text in drawn.read_texts(path, None, 0, 0, sieve)["qa"]

@@ -14,8 +14,8 @@ import pytest
 from conftest import TINY, write_adapter
 from hypothesis import strategies as st
 
-from icae_jax.compression import encoder
 from icae_jax.compression import memory as memories
+from icae_jax.compression.config import CompressionConfig
 from icae_jax.data import sources
 from icae_jax.errors import UserError
 from icae_jax.inference import memory_file
@@ -439,7 +439,7 @@ def test_any_table(fixture, table):
 
 # -------------------------------------------------------------------------------------------------------------- memory files
 
-SMALL = encoder.CompressionConfig(k=2, rate=4)
+SMALL = CompressionConfig(k=2, rate=4)
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,7 @@ from tokenizers import AddedToken, processors
 from transformers.utils import chat_template_utils
 
 import icae_jax
-from icae_jax.compression.encoder import CompressionConfig
+from icae_jax.compression.config import CompressionConfig
 from icae_jax.errors import UserError
 from icae_jax.interop.adapters import folder as adapters
 from icae_jax.interop.adapters import formats

@@ -5,7 +5,7 @@ import pytest
 from conftest import TINY, random_trained
 from suite_helpers import BOUND, load_base, near, reference_answer, reference_nats
 
-from icae_jax.compression.encoder import CompressionConfig
+from icae_jax.compression.config import CompressionConfig
 from icae_jax.errors import UserError
 from icae_jax.evaluation import plain
 from icae_jax.inference.compressor import Compressor

@@ -9,9 +9,14 @@ import optax
 import pytest
 from conftest import FRAMING, TINY, close, random_trained
 
-from icae_jax.compression import encoder, methods
+from icae_jax.compression import encoder
+from icae_jax.compression.config import CompressionConfig
+from icae_jax.compression.decoder import Decoder
+from icae_jax.compression.segments import Contexts, segment_contexts
 from icae_jax.models import llama
+from icae_jax.models.llama import FrozenModel
 from icae_jax.objectives import loss, targets
+from icae_jax.objectives.packing import pack
 from icae_jax.training import step
 from icae_jax.training.config import OptimizerConfig
 from icae_jax.training.optimizer import make_optimizer
@@ -196,13 +201,13 @@ def test_bfloat16_stays_near_float32(tiny_params):
     """Breaks when bfloat16 changes the loss by over 0.5 % or the gradient by over 12 %, or trained
     parameters leave float32.
     """
-    config = encoder.CompressionConfig(k=4, rate=4)
+    config = CompressionConfig(k=4, rate=4)
     contexts = np.random.default_rng(0).integers(3, 64, (3, 16)).tolist()
-    ids, lengths = map(jnp.asarray, encoder.segment_contexts(contexts, config))
+    ids, lengths = map(jnp.asarray, segment_contexts(contexts, config))
     packed = {
         "ae": jax.tree.map(
             jnp.asarray,
-            targets.pack([[targets.ae_target(c, FRAMING)] for c in contexts], 1, 17, 17),
+            pack([[targets.ae_target(c, FRAMING)] for c in contexts], 1, 17, 17),
         )
     }
     trained = random_trained(TINY, 4)
@@ -212,9 +217,16 @@ def test_bfloat16_stays_near_float32(tiny_params):
         params = jax.tree.map(lambda x: np.asarray(x).astype(dtype), tiny_params)
 
         def of(trained, params):
-            memory = methods.compress(model, params, trained, ids, lengths, config)
+            memory = encoder.compress(
+                FrozenModel(model, params), trained, Contexts(ids, lengths, config.k), config
+            )
             losses = loss.label_losses(
-                model, params, trained, memory, packed, {"ae": ()}, config.layout, 8
+                Decoder.of(FrozenModel(model, params), trained),
+                memory,
+                packed,
+                {"ae": ()},
+                config.position_layout,
+                8,
             )["ae"]
             assert losses.dtype == jnp.float32
             return jnp.mean(losses)

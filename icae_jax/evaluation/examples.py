@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from icae_jax.data import places, sources
+from icae_jax.data.rows import Sieve
 from icae_jax.errors import UserError
 
 QUESTIONS_AT_ONCE = 8  # of one context; more become several examples, so that batches stay small
@@ -81,7 +82,7 @@ def named_sources(data: str) -> dict[str, str]:
 
     The default name is the file's, preceded by its folders' where two would be alike.
     """
-    items = sources.split_source(
+    items = places.split_source(
         data, lambda item: item if pathlib.Path(item).exists() else item.partition("=")[2]
     )
     named = [
@@ -108,7 +109,7 @@ def named_sources(data: str) -> dict[str, str]:
 
 
 def read_texts(
-    data: str, tfds_dir: str | None, limit: int, seed: int, sieve: Any = None
+    data: str, tfds_dir: str | None, limit: int, seed: int, sieve: Sieve | None = None
 ) -> dict[str, list[Text]]:
     """All texts of each set, in an order that depends on the seed and the texts alone.
 
@@ -122,7 +123,7 @@ def read_texts(
         )
     questions_of, seen_ids = {}, {}  # by (set, text), and by (set, kind of id)
     for name, source in named_sources(data).items():
-        own_sieve = sieve.fresh() if sieve else sources.Sieve()
+        own_sieve = sieve.fresh() if sieve else Sieve()
         rows = sources.read_all(source, tfds_dir, own_sieve)
         own_sieve.check_some(rows, f"--data {source}")
         if sieve:

@@ -1,20 +1,20 @@
 """Controls without a memory: the same base reads plain tokens, such as the full context or none."""
 
-import functools
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from icae_jax.compression.memory import Prefix
+from icae_jax.compression.decoder import Decoder, Prefix
 from icae_jax.errors import UserError
 from icae_jax.inference import generate as decoding
 from icae_jax.inference.compressor import Compressor, Generation, Score, batches
 from icae_jax.interop.hub import base as bases
 from icae_jax.interop.hub import tokenizer as tokenizers
-from icae_jax.models import llama
+from icae_jax.models.llama import FrozenModel, ModelConfig
 from icae_jax.objectives import loss, targets
+from icae_jax.objectives.packing import pack
 
 Ids = Sequence[int]
 
@@ -26,7 +26,7 @@ def _round_up(n: int, step: int = STEP) -> int:
     return -(-n // step) * step
 
 
-def no_prefix(config: llama.ModelConfig, rows: int, dtype=jnp.float32) -> Prefix:
+def no_prefix(config: ModelConfig, rows: int, dtype=jnp.float32) -> Prefix:
     """A prefix of no positions: the decoder starts at position 0."""
     empty = np.zeros((config.num_layers, rows, 0, config.num_kv_heads, config.head_dim), dtype)
     return Prefix(
@@ -99,12 +99,9 @@ def generate(
             ids[i, : len(row)], lengths[i], most[i] = row, len(row), limits[start + i]
         with compressor.on_devices():
             out = decoding.greedy(
-                compressor.model,
-                base.params,
-                compressor.trained["memory_table"],
+                compressor.plain_decoder,
                 no_prefix(base.config, rows, compressor.model.dtype),
-                np.zeros(rows, np.int32),
-                *compressor.put((ids, lengths, most)),
+                decoding.Prompts(*compressor.put((ids, lengths, np.zeros(rows, np.int32), most))),
                 max_new_tokens=_round_up(int(most.max()), 32),
                 stop_ids=stop_ids,
             )
@@ -113,19 +110,13 @@ def generate(
     return generations
 
 
-@functools.partial(jax.jit, static_argnames="model")
-def _losses(model, params, ids_BT, label_at_BU, labels_BU):
+@jax.jit
+def _losses(base: FrozenModel, ids_BT, label_at_BU, labels_BU):
     B = ids_BT.shape[0]
-    hidden = loss.label_hidden(
-        model,
-        params,
-        {"memory_table": jnp.zeros((1, params["embed"].shape[1]))},
-        no_prefix(model.config, B, model.dtype),
-        jnp.zeros(B, jnp.int32),
-        ids_BT[:, None],
-        label_at_BU[:, None],
-    )
-    return loss.frozen_head_losses(hidden, llama.head_kernel(params), labels_BU, LOSS_CHUNK)
+    decoder = Decoder(base, jnp.zeros((1, base.config.hidden_size)))  # without special rows
+    prefix, starts = no_prefix(base.config, B, base.dtype), jnp.zeros(B, jnp.int32)
+    hidden = decoder.label_hidden(prefix, starts, ids_BT[:, None], label_at_BU[:, None])
+    return loss.frozen_head_losses(hidden, base.head, labels_BU, LOSS_CHUNK)
 
 
 def score(
@@ -146,11 +137,11 @@ def score(
         size = compressor.rows(batch_size if start else len(chunk))
         T = _round_up(max(len(row.ids) - 1 for row in chunk))
         U = _round_up(max(len(row.ids) - row.label_start for row in chunk))
-        packed = targets.pack([[row] for row in chunk] + [[]] * (size - len(chunk)), 1, T, U)
+        packed = pack([[row] for row in chunk] + [[]] * (size - len(chunk)), 1, T, U)
         batch = {name: x[:, 0] for name, x in packed.items()}
         placed = compressor.put((batch["ids"], batch["label_at"], batch["labels"]))
         with compressor.on_devices():
-            losses = np.asarray(_losses(compressor.model, base.params, *placed))
+            losses = np.asarray(_losses(compressor.frozen, *placed))
         sums, counts = np.where(batch["label_mask"], losses, 0).sum(1), batch["label_mask"].sum(1)
         scores += [Score(-float(sums[i]), int(counts[i])) for i in range(len(chunk))]
     return scores
@@ -177,7 +168,7 @@ def answer(
     return [[next(answers).text for _ in row] for row in questions]
 
 
-def _check(needed: Sequence[int], config: llama.ModelConfig) -> None:
+def _check(needed: Sequence[int], config: ModelConfig) -> None:
     over = [n for n in needed if n > config.max_position_embeddings]
     if over:
         raise UserError(

@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from icae_jax.compression import encoder, layout, methods
+from icae_jax.compression import encoder, segments
 from icae_jax.compression import memory as memories
-from icae_jax.compression.encoder import SPECIAL_ROWS
-from icae_jax.compression.memory import KV
+from icae_jax.compression.decoder import Decoder
+from icae_jax.compression.segments import Contexts, position_budget
+from icae_jax.compression.trained import SPECIAL_ROWS
 from icae_jax.errors import UserError
 from icae_jax.inference import generate, memory_file
 from icae_jax.interop.adapters import folder as adapters
@@ -21,8 +22,10 @@ from icae_jax.interop.hub import locations
 from icae_jax.interop.hub import tokenizer as tokenizers
 from icae_jax.interop.hub.text import user_ids
 from icae_jax.models import llama
+from icae_jax.models.llama import FrozenModel
 from icae_jax.objectives import loss
 from icae_jax.objectives import targets as target_layouts
+from icae_jax.objectives.packing import pack
 from icae_jax.runtime import attention_choice, sharding
 
 SPARE = 16  # tokens that a restored text may be longer than the original
@@ -32,15 +35,15 @@ SHAPE_STEP = 32  # lengths are padded to multiples of this, so that few shapes a
 
 
 # Compiled once for all compressors of one base and configuration.
-_compress = jax.jit(methods.compress, static_argnames=("model", "config", "k"))
-_read = jax.jit(methods.read, static_argnames=("model", "head"))
+_compress = jax.jit(encoder.compress, static_argnames="config")
+_read = jax.jit(memories.Memory.read, static_argnames="head")
 
 
-@functools.partial(jax.jit, static_argnames=("model", "objective", "head", "layout"))
-def _losses(model, params, trained, memory, targets, *, objective, head, layout):
+@functools.partial(jax.jit, static_argnames=("objective", "head", "layout"))
+def _losses(decoder, memory, targets, *, objective, head, layout):
     """Losses of the labels of one objective's packed targets, `[B, G, U]` nats."""
     return loss.label_losses(
-        model, params, trained, memory, {objective: targets}, {objective: head}, layout, LOSS_CHUNK
+        decoder, memory, {objective: targets}, {objective: head}, layout, LOSS_CHUNK
     )[objective]
 
 
@@ -129,6 +132,9 @@ class Compressor:
         self.writer = self.model.clone(
             attention=fastest
         )  # reading stays plain: a new token's one query is no work for a kernel
+        self.frozen = FrozenModel(self.model, base.params)
+        self.decoder = Decoder.of(self.frozen, self.trained)
+        self.plain_decoder = Decoder(self.frozen, self.trained["memory_table"])
         self.framing = target_layouts.make_framing(
             self.config, base.tokenizer, bases.bos_id(base.tokenizer)
         )
@@ -175,13 +181,8 @@ class Compressor:
 
         segments: how many the text is cut into, by default as few as hold it.
         """
-        segments = segments or encoder.segment_shape(tokens, self.config)[0]
-        size = -(-tokens // segments)
-        where = layout.get(self.config.layout)
-        written, memory, start = layout.positions_needed(
-            where, tokens, segments, size, self.config.choose(k), self.config.segment_tokens
-        )
-        return max(written, memory), start
+        budget = position_budget(self.config, tokens, k=k, segments=segments)
+        return budget.needed(), budget.start
 
     def compress_ids(self, contexts, batch_size=ROWS, k=None, where=None):
         """Memory of each list of token ids, as `context_ids` gives them. k, where: as for `compress`."""
@@ -191,24 +192,21 @@ class Compressor:
         k, parts = self.config.choose(k), []
         for start in batches(len(contexts), batch_size):
             part = contexts[start : start + batch_size]
-            shapes = [encoder.segment_shape(len(c), self.config) for c in part]
+            shapes = [segments.segment_shape(len(c), self.config) for c in part]
             shape = (
                 max(s for s, _ in shapes),
                 min(_up(max(n for _, n in shapes)), self.config.segment_tokens),
             )
             filled = _fill(part, self.rows(batch_size if parts else len(part)), [])
             ids, lengths = self.put(
-                encoder.segment_contexts(filled, self.config, shape, self.framing.eos)
+                segments.segment_contexts(filled, self.config, shape, self.framing.eos)
             )
             with self.on_devices():
                 memory = _compress(
-                    self.writer,
-                    self.base.params,
+                    FrozenModel(self.writer, self.base.params),
                     self.trained,
-                    ids,
-                    lengths,
+                    Contexts(ids, lengths, k),
                     config=self.config,
-                    k=k,
                 )
             parts.append(jax.device_get(memory)[: len(part)])
         return _stack(parts, self.config)
@@ -360,12 +358,12 @@ class Compressor:
         for start in batches(len(memory), batch_size):
             part = rows[start : start + batch_size]
             size = self.rows(batch_size if start else len(part))
-            batch = target_layouts.pack(_fill(part, size, []), *shape)
+            batch = pack(_fill(part, size, []), *shape)
             filled = self.put_memory(memory[np.resize(np.arange(start, start + len(part)), size)])
             with self.on_devices():
                 losses = _losses(
-                    self.model, self.base.params, self.trained, filled, self.put(batch),
-                    objective=objective, head=tuple(head), layout=self.config.layout,
+                    self.decoder, filled, self.put(batch),
+                    objective=objective, head=tuple(head), layout=self.config.position_layout,
                 )  # fmt: skip
             sums = np.where(batch["label_mask"], np.asarray(losses), 0).sum(2)
             counts = batch["label_mask"].sum(2)
@@ -425,17 +423,14 @@ class Compressor:
 
     def _check_kind(self, memory):
         """UserError where another method made the memory, or its sizes are not this base's."""
-        kind, c = methods.KINDS[self.config.method], self.base.config
+        kind, c = self.config.spec.memory, self.base.config
         if not isinstance(memory, kind):
             raise UserError(
                 f"memory is {type(memory).__name__}, but this adapter's method {self.config.method} reads {kind.__name__}"
             )
         shape = next(iter(memory.contents.values())).shape
-        sizes, have = (
-            ((c.num_layers, c.num_kv_heads, c.head_dim), shape[:1] + shape[3:])
-            if kind is KV
-            else ((c.hidden_size,), shape[2:])
-        )
+        sizes = kind.sizes(c)
+        have = shape[: kind.TEXT_AXIS] + shape[kind.TEXT_AXIS + 2 :]
         if have != sizes:
             raise UserError(
                 f"memory has sizes {have}, but the base's are {sizes}; give the base and adapter that it was made with"
@@ -444,7 +439,7 @@ class Compressor:
     def _room(self, memory, objective, head, needed):
         """Positions left behind each memory, `[B]`; UserError where a row's `needed` do not fit, or the memory is none of this base."""
         self._check_kind(memory)
-        restarts = objective == "ae" and layout.get(self.config.layout).ae_restarts
+        restarts = self.config.position_layout.restarts(objective)
         start = np.zeros(len(memory), int) if restarts else head + np.asarray(memory.end)
         most = self.base.config.max_position_embeddings
         over = np.flatnonzero(np.asarray(needed) > most - start)
@@ -492,15 +487,15 @@ class Compressor:
                 ids[i, : len(prompt)], lengths[i] = prompt, len(prompt)
                 limits[i] = min(most[n], room[n] - len(prompt))
             with self.on_devices():
-                prefix = _read(self.model, self.base.params, part, head=tuple(head))
+                prefix = _read(part, self.decoder, head=tuple(head))
                 starts = np.repeat(
                     np.asarray(
-                        layout.target_starts(layout.get(self.config.layout), objective, prefix)
+                        self.config.position_layout.target_starts(objective, prefix.end)
                     ),
                     G,
                 )
                 out = generate.greedy(
-                    self.model, self.base.params, self.trained["memory_table"], prefix, *self.put((starts, ids, lengths, limits)),
+                    self.decoder, prefix, generate.Prompts(*self.put((ids, lengths, starts, limits))),
                     max_new_tokens=_up(int(limits.max())), stop_ids=stops,
                 )  # fmt: skip
             out = jax.device_get(out)

@@ -22,7 +22,6 @@ import safetensors.numpy
 import icae_jax
 from icae_jax import files
 from icae_jax.compression import memory as memories
-from icae_jax.compression import methods
 from icae_jax.errors import UserError
 from icae_jax.interop.hub import base as bases
 from icae_jax.interop.hub import locations
@@ -252,7 +251,7 @@ def load(
                 f"--memory {path} has {field} {metadata[field]}, the adapter {have}; give the adapter as it was, or {_AGAIN}"
             )
     tensors = files.read_safetensors(path, safetensors.numpy.load_file, "memory")
-    kind = methods.KINDS[compression.method]
+    kind = compression.spec.memory
     absent = [name for name in (*kind.CONTENTS, "lengths") if name not in tensors]
     if absent:
         raise UserError(f"--memory {path}: tensors {', '.join(absent)} missing; {_AGAIN}")

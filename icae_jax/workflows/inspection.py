@@ -6,7 +6,7 @@ import math
 import pathlib
 
 from icae_jax import files
-from icae_jax.compression.encoder import SPECIAL_ROWS
+from icae_jax.compression.trained import SPECIAL_ROWS
 from icae_jax.errors import UserError
 from icae_jax.inference import memory_file
 from icae_jax.interop.adapters import folder as adapters

@@ -19,8 +19,8 @@ from icae_jax.evaluation import plain, report, scores
 from icae_jax.inference.compressor import Compressor
 from icae_jax.interop.adapters import folder as adapters
 from icae_jax.interop.hub import base as bases
-from icae_jax.runtime import sharding
 from icae_jax.performance.utilisation import Meter
+from icae_jax.runtime import sharding
 from icae_jax.training import metrics
 from icae_jax.training.base_task import BASE, BaseTask
 from icae_jax.training.compressor_task import CompressorTask

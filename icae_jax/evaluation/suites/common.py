@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
-from icae_jax.compression import encoder
+from icae_jax.compression import segments
 from icae_jax.compression.memory import Memory
 from icae_jax.errors import UserError
 from icae_jax.evaluation import scores, statistics
@@ -191,7 +191,7 @@ class Suite:
     def memory_tokens(self, tokens: int) -> int:
         """The memory tokens of a context of so many tokens, at the largest k."""
         framed = tokens + len(self.compressor.framing.start)
-        return encoder.segment_shape(framed, self.compressor.config)[0] * self.choices[0]
+        return segments.segment_shape(framed, self.compressor.config)[0] * self.choices[0]
 
     def does_not_fit(self, tokens: int, behind: int, alone: int = 0, cut: int = 0) -> str | None:
         """Why a context cannot be used, or None.

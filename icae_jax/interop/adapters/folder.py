@@ -19,7 +19,8 @@ import safetensors.numpy
 
 import icae_jax
 from icae_jax import files
-from icae_jax.compression.encoder import SPECIAL_ROWS, CompressionConfig
+from icae_jax.compression.config import CompressionConfig
+from icae_jax.compression.trained import SPECIAL_ROWS
 from icae_jax.errors import UserError
 from icae_jax.interop.adapters import peft_config as peft_configs
 from icae_jax.interop.hub import base as bases

@@ -18,7 +18,8 @@ import safetensors
 import safetensors.numpy
 
 from icae_jax import errors, files
-from icae_jax.compression.encoder import SPECIAL_ROWS, CompressionConfig
+from icae_jax.compression.config import CompressionConfig
+from icae_jax.compression.trained import SPECIAL_ROWS
 from icae_jax.errors import UserError
 from icae_jax.interop.adapters import folder as adapters
 from icae_jax.interop.hub import base as bases

@@ -13,7 +13,6 @@ import numpy as np
 import safetensors.numpy
 
 from icae_jax import files
-from icae_jax.compression import layout as layouts
 from icae_jax.errors import UserError
 from icae_jax.interop.adapters import folder as adapters
 from icae_jax.objectives import targets
@@ -53,11 +52,11 @@ def readme(adapter, base_config, folder="."):
     folder: where in it PEFT's two files lie. UserError where transformers would compute another memory than we do.
     """
     compression = adapter.compression
-    layout, k, N = layouts.get(compression.layout), compression.k, compression.segment_tokens
+    layout, k, N = compression.position_layout, compression.k, compression.segment_tokens
     reach = N + k
     if layout.spread_encoder and any(0 < window < reach for window in base_config.windows):
         raise UserError(
-            f"compression.layout is {layout.name}, whose memory tokens sit among the text's positions, and the base attends to windows of "
+            f"compression.layout is {compression.layout}, whose memory tokens sit among the text's positions, and the base attends to windows of "
             f"{min(w for w in base_config.windows if w)}, which transformers counts by the order of tokens; train with rate and k "
             f"such that a segment and its memory ({reach} tokens) fit in a window"
         )
@@ -71,9 +70,9 @@ def readme(adapter, base_config, folder="."):
     after = (
         f"1 + len(piece) * (2 * j + 1) // {2 * k}" if layout.spread_encoder else "len(piece) + j"
     )
-    kv, stated = compression.method == "x500", adapters.peft_config(adapter)
+    kv, stated = compression.spec.keeps == "kv", adapters.peft_config(adapter)
     values = {
-        "@METHOD@": METHODS[compression.method],
+        "@METHOD@": compression.spec.title,
         "@LORA@": "" if folder == "." else f"{folder}/",
         "@FOLDER@": folder,
         "@BASE@": stated["base_model_name_or_path"],
@@ -87,7 +86,7 @@ def readme(adapter, base_config, folder="."):
         "@KEEP@": (KEEP_KV if kv else KEEP_SLOTS).replace("@K@", str(k)),
         "@RESULT@": RESULT_KV if kv else RESULT_SLOTS,
         "@MEMORY@": MEMORY_KV if kv else MEMORY_SLOTS,
-        "@LAYOUT@": layout.name,
+        "@LAYOUT@": compression.layout,
     }
     text = README
     for name, value in values.items():
@@ -95,7 +94,6 @@ def readme(adapter, base_config, folder="."):
     return text
 
 
-METHODS = {"icae": "ICAE", "x500": "500xCompressor"}
 README = """# @METHOD@ adapter in PEFT's format
 
 Base: `@BASE@`. A text of up to @N@ tokens becomes @K@ memory tokens, a longer one @K@ for each of its near-equal segments.

@@ -42,7 +42,7 @@ def card(
     import huggingface_hub
 
     c = adapter.compression
-    method = peft_folder.METHODS[c.method]
+    method = c.spec.title
     metadata = huggingface_hub.ModelCardData(
         base_model=adapter.base_path.partition("@")[0],
         library_name="peft" if in_peft_form else "icae_jax",

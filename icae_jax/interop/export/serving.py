@@ -20,9 +20,9 @@ import safetensors.numpy
 
 import icae_jax
 from icae_jax import files
-from icae_jax.compression import encoder, methods
-from icae_jax.compression import layout as layouts
-from icae_jax.compression.memory import KV
+from icae_jax.compression.decoder import embed_with_table
+from icae_jax.compression.memory import KV, Memory
+from icae_jax.compression.trained import SPECIAL_ROWS
 from icae_jax.errors import UserError
 from icae_jax.models import rope
 
@@ -33,8 +33,8 @@ URL = "http://localhost:8000"
 ANSWER_TOKENS = 128  # most tokens of an answer, as `Compressor.ask` has it
 FORMAT_VERSION = 1
 
-_read = jax.jit(methods.read, static_argnames=("model", "head"))
-_embed = jax.jit(encoder.embed_with_table)
+_read = jax.jit(Memory.read, static_argnames="head")
+_embed = jax.jit(embed_with_table)
 
 
 def _head(compressor, objective):
@@ -68,10 +68,10 @@ def check_servable(compressor, memory):
         )
     real = np.asarray(memory.mask)
     wrong = real & (np.asarray(memory.positions) != real.cumsum(1) - 1)
-    layout = layouts.get(compressor.config.layout)
+    layout = compressor.config.position_layout
     if layout.ae_restarts or wrong.any() or (np.asarray(memory.end) != real.sum(1)).any():
         raise UserError(
-            f"compression.layout of the adapter is {layout.name}, whose memory is not read at positions 0, 1, 2, … as a server numbers "
+            f"compression.layout of the adapter is {compressor.config.layout}, whose memory is not read at positions 0, 1, 2, … as a server numbers "
             "prompt embeddings; train with layout servable, or use `icae export hf-cache`"
         )
 
@@ -97,7 +97,7 @@ def prompt_embeddings(compressor, memory, row, question=None):
     def embed(ids):
         return np.asarray(
             _embed(
-                compressor.base.params,
+                compressor.frozen,
                 compressor.trained["memory_table"],
                 np.asarray(ids, np.int32),
             ),
@@ -294,15 +294,15 @@ def filled_cache(compressor, memory, objective="ask"):
     """
     if objective not in OBJECTIVES:
         raise UserError(f"--for is {objective}; choose from {', '.join(OBJECTIVES)}")
-    head, layout = _head(compressor, objective), layouts.get(compressor.config.layout)
+    head, layout = _head(compressor, objective), compressor.config.position_layout
     keys, values, masks, starts = [], [], [], []
     for row in range(
         len(memory)
     ):  # one at a time, so that many texts need no more room on the device than one
         prefix = jax.device_get(
-            _read(compressor.model, compressor.base.params, memory[[row]], head=head)
+            _read(memory[[row]], compressor.decoder, head=head)
         )
-        start = np.asarray(layouts.target_starts(layout, OBJECTIVES[objective], prefix))
+        start = np.asarray(layout.target_starts(OBJECTIVES[objective], prefix.end))
         keys.append(turn_keys(compressor.base.config, prefix.k, prefix.mask.sum(1) - start))
         values.append(prefix.v)
         masks.append(prefix.mask)
@@ -374,7 +374,7 @@ def save_cache(folder, compressor, memory, ids, objective="ask", dtype=CACHE_DTY
         "key": stored(np.moveaxis(key, 2, 3)),
         "value": stored(np.moveaxis(value, 2, 3)),
         "attention_mask": stored(mask, "int32"),
-        "special": stored(compressor.trained["memory_table"][-encoder.SPECIAL_ROWS :]),
+        "special": stored(compressor.trained["memory_table"][-SPECIAL_ROWS :]),
     }
     texts = {name: json.dumps(x, ensure_ascii=False) for name, x in metadata.items()}
     with files.replacing_folder(folder) as tmp:
