@@ -7,7 +7,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["icae_jax", "icae_jax.*"]),
-    package_data={"icae_jax": ["data/tiny_base/*"]},
+    package_data={"icae_jax": ["data/tiny_base/*", "interop/*/*.md", "interop/export/scripts/*"]},
     install_requires=[
         "jax>=0.10",
         "flax>=0.12",

@@ -21,14 +21,18 @@ load_base = functools.cache(bases.load_base)
 
 
 def in_eights(self, count):
-    """`Compressor.rows` as on eight devices that each take a row: other numbers of texts then need
+    """`Devices.rows` as on eight devices that each take a row: other numbers of texts then need
     no other programs.
     """
     return -(-count // 8) * 8
 
 
 class InEights(Compressor):
-    rows = in_eights
+    """A compressor whose batches are padded to multiples of eight."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.devices.rows = functools.partial(in_eights, self.devices)
 
 
 @functools.cache

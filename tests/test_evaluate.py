@@ -21,7 +21,7 @@ from icae_jax.cli import main as cli
 from icae_jax.compression.config import CompressionConfig
 from icae_jax.evaluation import evaluate
 from icae_jax.evaluation.suites import SUITES, common
-from icae_jax.inference.compressor import Compressor
+from icae_jax.inference.devices import Devices
 from icae_jax.interop.adapters import folder as adapters
 from icae_jax.interop.hub import base as bases
 from icae_jax.models.lora import LoraConfig
@@ -29,7 +29,7 @@ from icae_jax.objectives import targets
 from icae_jax.training import config as configs
 from icae_jax.training.checkpoint import Checkpoints
 
-ROWS = Compressor.rows
+ROWS = Devices.rows
 METHODS = ("icae", "x500")
 SMALL = {  # the flags with which a suite compiles little
     "autoencode": ["--k", "4", "--arms", "memory,shuffled memory"],
@@ -53,7 +53,7 @@ SMALL = {  # the flags with which a suite compiles little
 def _in_eights():
     """Batches of all sizes run through the same programs."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Compressor, "rows", in_eights)
+        patch.setattr(Devices, "rows", in_eights)
         yield
 
 
@@ -377,7 +377,7 @@ def test_devices_and_processes_change_no_score(world, restored, tmp_path, monkey
         for at in range(2)
     ]
     try:
-        monkeypatch.setattr(Compressor, "rows", ROWS)
+        monkeypatch.setattr(Devices, "rows", ROWS)
         with eight_devices():
             assert (
                 cli.main(

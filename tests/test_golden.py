@@ -20,7 +20,7 @@ from icae_jax.compression.decoder import Decoder
 from icae_jax.compression.segments import Contexts, segment_contexts, segment_shape
 from icae_jax.compression.trained import SPECIAL_ROWS
 from icae_jax.inference import generate
-from icae_jax.interop.adapters import folder as adapters
+from icae_jax.interop.adapters import lora_tensors
 from icae_jax.interop.hub import weights
 from icae_jax.models import llama
 from icae_jax.models.families import config_json
@@ -59,7 +59,7 @@ class Case:
         self.base = weights.load_params(self.folder / "base", self.config)
         tensors = safetensors.numpy.load_file(self.folder / "icae.safetensors")
         table = jnp.asarray(tensors["memory_token_embed.weight"])
-        self.trained = {"lora": adapters.lora_from_hub(tensors, self.config), "memory_table": table}
+        self.trained = {"lora": lora_tensors.lora_from_hub(tensors, self.config), "memory_table": table}
         self.model = llama.Llama(
             self.config, lora_scale=self.meta["lora_alpha"] / self.meta["lora_r"]
         )
@@ -165,7 +165,7 @@ def assert_equal_to_reference(case, objective):
     )
     close(value, golden["loss"])
 
-    names = adapters.lora_to_hub(
+    names = lora_tensors.lora_to_hub(
         gradient["lora"], prefix="icae.base_model.model.", infix=".default"
     )
     names["memory_token_embed.weight"] = gradient["memory_table"]
@@ -226,7 +226,7 @@ class X500Case:
         table = np.zeros((k + SPECIAL_ROWS, self.config.hidden_size), np.float32)
         table[:k] = tensors["memory_embeddings"][0]
         self.trained = {
-            "lora": adapters.lora_from_hub(tensors, self.config),
+            "lora": lora_tensors.lora_from_hub(tensors, self.config),
             "memory_table": jnp.asarray(table),
         }
         self.model = llama.Llama(
@@ -291,7 +291,7 @@ def test_x500_loss_logits_and_gradients(x500_case):
     close(value, golden["loss"])
     close(logits, golden["logits"])
 
-    names = adapters.lora_to_hub(
+    names = lora_tensors.lora_to_hub(
         gradient["lora"], prefix="llama.base_model.model.", infix=".default"
     )
     names["memory_embeddings"] = gradient["memory_table"][None, : case.compression.k]

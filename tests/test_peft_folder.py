@@ -127,7 +127,7 @@ def test_nothing_else_is_lost(base, tmp_path):
     ]
     np.testing.assert_array_equal(table, adapter.trained["memory_table"])
     assert json.loads((tmp_path / "out" / "icae.json").read_text()) == json.loads(
-        json.dumps(adapters.icae_info(adapter))
+        json.dumps(adapters.icae_json(adapter))
     )
     peft_folder.save(tmp_path / "half", adapter, TINY, "bfloat16")
     for name in ("adapter_model.safetensors", "memory.safetensors"):

@@ -21,7 +21,8 @@ from icae_jax.data import synthetic
 from icae_jax.evaluation import run, scores
 from icae_jax.evaluation.suites.autoencode import TEXT_METRICS, Autoencode
 from icae_jax.evaluation.suites.common import FULL, MEMORY, SHUFFLED, Options
-from icae_jax.inference.compressor import Compressor, Generation
+from icae_jax.inference.compressor import Compressor
+from icae_jax.inference.reading import Generation
 
 TEXTS = [text(4, 1), text(15, 2), text(40, 3)]
 

@@ -16,7 +16,8 @@ from icae_jax.evaluation import examples as suite_examples
 from icae_jax.evaluation import page, plain, run
 from icae_jax.evaluation.suites import SUITES
 from icae_jax.evaluation.suites.common import Options
-from icae_jax.inference.compressor import Compressor, load_base
+from icae_jax.inference.compressor import Compressor
+from icae_jax.inference.loading import load_base
 from icae_jax.runtime import distributed, sharding
 from icae_jax.training import trained
 from icae_jax.training.trained import Trained

@@ -9,7 +9,9 @@ import numpy as np
 from icae_jax.compression.decoder import Decoder, Prefix
 from icae_jax.errors import UserError
 from icae_jax.inference import generate as decoding
-from icae_jax.inference.compressor import Compressor, Generation, Score, batches
+from icae_jax.inference.batching import batch_starts
+from icae_jax.inference.compressor import Compressor
+from icae_jax.inference.reading import Generation, Score
 from icae_jax.interop.hub import base as bases
 from icae_jax.interop.hub import tokenizer as tokenizers
 from icae_jax.models.llama import FrozenModel, ModelConfig
@@ -90,18 +92,20 @@ def generate(
     tokenizers.check_ids(prompts, base.config.vocab_size, lambda i: f"prompt {i}", base.tokenizer)
     _check([len(p) + n for p, n in zip(prompts, limits, strict=True)], base.config)
     stop_ids = tuple(sorted({*base.stop_ids, *([] if stop is None else [stop])}))
-    for start in batches(len(prompts), batch_size):
+    for start in batch_starts(len(prompts), batch_size):
         chunk = prompts[start : start + batch_size]
-        rows = compressor.rows(batch_size if start else len(chunk))
+        rows = compressor.devices.rows(batch_size if start else len(chunk))
         ids = np.zeros((rows, _round_up(max(map(len, chunk)))), np.int32)
         lengths, most = np.ones(rows, np.int32), np.ones(rows, np.int32)
         for i, row in enumerate(chunk):
             ids[i, : len(row)], lengths[i], most[i] = row, len(row), limits[start + i]
-        with compressor.on_devices():
+        with compressor.devices.active():
             out = decoding.greedy(
                 compressor.plain_decoder,
-                no_prefix(base.config, rows, compressor.model.dtype),
-                decoding.Prompts(*compressor.put((ids, lengths, np.zeros(rows, np.int32), most))),
+                no_prefix(base.config, rows, compressor.plain_decoder.base.dtype),
+                decoding.Prompts(
+                    *compressor.devices.put((ids, lengths, np.zeros(rows, np.int32), most))
+                ),
                 max_new_tokens=_round_up(int(most.max()), 32),
                 stop_ids=stop_ids,
             )
@@ -132,16 +136,16 @@ def score(
     )
     _check([len(row.ids) - 1 for row in rows], base.config)
     scores = []
-    for start in batches(len(rows), batch_size):
+    for start in batch_starts(len(rows), batch_size):
         chunk = rows[start : start + batch_size]
-        size = compressor.rows(batch_size if start else len(chunk))
+        size = compressor.devices.rows(batch_size if start else len(chunk))
         T = _round_up(max(len(row.ids) - 1 for row in chunk))
         U = _round_up(max(len(row.ids) - row.label_start for row in chunk))
         packed = pack([[row] for row in chunk] + [[]] * (size - len(chunk)), 1, T, U)
         batch = {name: x[:, 0] for name, x in packed.items()}
-        placed = compressor.put((batch["ids"], batch["label_at"], batch["labels"]))
-        with compressor.on_devices():
-            losses = np.asarray(_losses(compressor.frozen, *placed))
+        placed = compressor.devices.put((batch["ids"], batch["label_at"], batch["labels"]))
+        with compressor.devices.active():
+            losses = np.asarray(_losses(compressor.plain_decoder.base, *placed))
         sums, counts = np.where(batch["label_mask"], losses, 0).sum(1), batch["label_mask"].sum(1)
         scores += [Score(-float(sums[i]), int(counts[i])) for i in range(len(chunk))]
     return scores

@@ -6,11 +6,10 @@ import math
 import pathlib
 
 from icae_jax import files
-from icae_jax.compression.trained import SPECIAL_ROWS
 from icae_jax.errors import UserError
 from icae_jax.inference import memory_file
 from icae_jax.interop.adapters import folder as adapters
-from icae_jax.interop.adapters import formats
+from icae_jax.interop.adapters import formats, lora_tensors, tensor_files
 from icae_jax.interop.hub import base as bases
 from icae_jax.interop.hub import weights
 from icae_jax.models import lora as loras
@@ -47,7 +46,7 @@ def _lora_sizes(tensors):
     """What the LoRA tensors tell: layers, rank, targets, and the widths that they imply of a base."""
     layers, ranks, widths = set(), set(), {}
     for name, tensor in tensors.items():
-        match = adapters.parse_lora_name(name)
+        match = lora_tensors.parse_lora_name(name)
         if match and len(tensor.shape) == 2:
             layer, _, projection, letter = match
             layers.add(layer)
@@ -95,7 +94,7 @@ def _count(tensors):
 
 def _trained_file(path, tensors):
     form = formats.recognise(tensors)
-    trained = {n: t for n, t in tensors.items() if adapters.is_lora(n) or formats.is_table(n)}
+    trained = {n: t for n, t in tensors.items() if lora_tensors.is_lora(n) or formats.is_table(n)}
     about = {
         "what": f"trained compressor, format {form}",
         "method": " or ".join(formats.methods_of(form, tensors)),
@@ -103,7 +102,7 @@ def _trained_file(path, tensors):
     table = next(
         t for n, t in trained.items() if formats.is_table(n) and not n.endswith("ae_embedding")
     )
-    about["k"] = max(0, formats.rows(table) - (0 if form == "x500" else SPECIAL_ROWS))
+    about["k"] = formats.memory_tokens(form, table)
     about |= _lora_sizes(tensors)
     about |= {
         "trained_parameters": _count(trained),
@@ -124,8 +123,8 @@ def _trained_file(path, tensors):
 def _adapter(folder):
     info, stated = adapters.read_adapter_info(folder)
     inner = stated.source.parent
-    tensors, _ = formats.open_tensors(inner / "adapter_model.safetensors")
-    table, _ = formats.open_tensors(pathlib.Path(folder) / "memory.safetensors")
+    tensors, _ = tensor_files.open_tensors(inner / "adapter_model.safetensors")
+    table, _ = tensor_files.open_tensors(pathlib.Path(folder) / "memory.safetensors")
     compression = info["compression"]
     return {
         "what": "adapter folder"
@@ -182,7 +181,7 @@ def _base(folder):
 
 def _memory(path):
     metadata = memory_file.read_metadata(path)
-    tensors, _ = formats.open_tensors(path)
+    tensors, _ = tensor_files.open_tensors(path)
     ids = memory_file.read_ids(path, metadata)
     about = {
         "what": "memory file",
@@ -209,8 +208,8 @@ def describe(path):
     )
     if "architectures" in stated or "model_type" in stated:
         return _base(path)
-    if path.is_file() and formats.file_kind(path):
-        tensors, metadata = formats.open_tensors(path)
+    if path.is_file() and tensor_files.file_kind(path):
+        tensors, metadata = tensor_files.open_tensors(path)
         if {"format_version", "method", "ids"} <= set(metadata):
             return _memory(path)
         if formats.recognise(tensors):

@@ -9,7 +9,8 @@ from icae_jax.evaluation import plain, scores
 from icae_jax.evaluation.examples import Example, Text, example
 from icae_jax.evaluation.suites import common
 from icae_jax.evaluation.suites.common import FULL, SHUFFLED
-from icae_jax.inference.compressor import SPARE, Compressor, Generation
+from icae_jax.inference.compressor import SPARE, Compressor
+from icae_jax.inference.reading import Generation
 from icae_jax.objectives import targets
 
 TEXT_METRICS = ("bleu", "rougeL", "exact_match", "prefix_match")

@@ -9,7 +9,8 @@ from icae_jax.compression.memory import Memory
 from icae_jax.errors import UserError
 from icae_jax.evaluation import scores, statistics
 from icae_jax.evaluation.examples import Example, Question, Text
-from icae_jax.inference.compressor import Compressor, Score
+from icae_jax.inference.compressor import Compressor
+from icae_jax.inference.reading import Score
 
 MEMORY, SHUFFLED = "memory", "shuffled memory"
 FULL, CUT, NONE = "full context", "cut context", "no context"

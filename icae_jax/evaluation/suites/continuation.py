@@ -11,7 +11,7 @@ from icae_jax.evaluation import plain
 from icae_jax.evaluation.examples import Example, Text, example
 from icae_jax.evaluation.suites import common
 from icae_jax.evaluation.suites.common import CUT, FULL, NONE, SHUFFLED
-from icae_jax.inference.compressor import Score
+from icae_jax.inference.reading import Score
 from icae_jax.objectives.targets import Target
 
 
