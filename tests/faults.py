@@ -261,8 +261,8 @@ MUTANTS = [
         'self._run(instruction.called("body"), times * turns)', 'self._run(instruction.called("body"), times)', "test_hlo.py",
     ),
     Mutant(
-        "points of a sweep share a folder", "workflows/sweep.py",
-        'f"{text}-{number}" if text in made else text', "text", "test_sweep.py -k 'name or folder'",
+        "points of a sweep share a folder", "workflows/sweep_points.py",
+        'f"{name}-{number}" if name in names else name', "name", "test_sweep.py -k 'name or folder'",
     ),
     # ------------------------------------------------------------------------------------------------------ many devices
     Mutant(
@@ -322,7 +322,7 @@ MUTANTS = [
     ),
     Mutant(
         "a sweep's points are counted anew", "workflows/sweep.py",
-        'numbers = before.get("numbers") or', "numbers =", "test_sweep.py -k keeps_its_point",
+        'numbers = recorded.get("numbers") or', "numbers =", "test_sweep.py -k keeps_its_point",
     ),
     # ---------------------------------------------------------------------------------------- what users and strangers wrote
     Mutant("a spelled token is read by its letters", "interop/hub/text.py", 'split_special_tokens=True,', "", "test_text.py"),

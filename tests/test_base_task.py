@@ -10,7 +10,8 @@ from icae_jax.data import synthetic
 from icae_jax.interop.hub import base as bases
 from icae_jax.training import metrics
 from icae_jax.training.base_task import BASE, BaseTask, parse_mixture
-from icae_jax.training.config import BaseConfig, from_dict
+from icae_jax.training.config import BaseConfig
+from icae_jax.training.config_file import from_dict
 from icae_jax.training.train import DONE, train
 from icae_jax.workflows.quickstart import get_config
 

@@ -8,17 +8,9 @@ import pytest
 
 from icae_jax.errors import UserError
 from icae_jax.training import config as configs
-from icae_jax.training.config import (
-    LoopConfig,
-    ObjectivesConfig,
-    OptimizerConfig,
-    TrainConfig,
-    check_workdir,
-    from_dict,
-    nested,
-    nothing_trained,
-    steps_done,
-)
+from icae_jax.training.config import LoopConfig, ObjectivesConfig, OptimizerConfig, TrainConfig
+from icae_jax.training.config_file import from_dict, nested
+from icae_jax.training.workdir import check_workdir, nothing_trained, steps_done
 
 RAW = {"base": "base", "data": {"train": "a.jsonl", "context_lengths": [16, 32]}, "steps": 100}
 CONFIG = from_dict(TrainConfig, RAW)

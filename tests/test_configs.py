@@ -16,7 +16,8 @@ from icae_jax.models.families import sizes
 from icae_jax.objectives import targets
 from icae_jax.objectives.packing import pack
 from icae_jax.training.compressor_task import CompressorLosses
-from icae_jax.training.config import BaseConfig, TrainConfig, from_dict
+from icae_jax.training.config import BaseConfig, TrainConfig
+from icae_jax.training.config_file import from_dict
 from icae_jax.workflows.quickstart import get_config
 
 PHASES = ("pretrain", "finetune")

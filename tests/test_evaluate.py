@@ -26,8 +26,10 @@ from icae_jax.interop.adapters import folder as adapters
 from icae_jax.interop.hub import base as bases
 from icae_jax.models.lora import LoraConfig
 from icae_jax.objectives import targets
-from icae_jax.training import config as configs
+from icae_jax.training import config_file
 from icae_jax.training.checkpoint import Checkpoints
+from icae_jax.training.config import TrainConfig
+from icae_jax.training.workdir import check_workdir
 
 ROWS = Devices.rows
 METHODS = ("icae", "x500")
@@ -93,11 +95,11 @@ def world(tmp_path_factory, tiny_base):
         "objectives": {"template": "plain", "ae": 0.0, "lm": 0.0, "qa": 1.0},
         "data": {"train": "x", "eval": "x"},
     }
-    config = configs.from_dict(configs.TrainConfig, raw)
+    config = config_file.from_dict(TrainConfig, raw)
     for name, seed in (("workdir", 5), ("unfinished", 0)):  # the latter has no adapter/ yet
         with Checkpoints(folder / name) as kept:
             kept.save(6, {"trained": random_trained(TINY, 4, seed)})
-        configs.check_workdir(folder / name, config, {"base": base.fingerprint})
+        check_workdir(folder / name, config, {"base": base.fingerprint})
 
     def words(n):
         return " ".join(rng.choice(WORDS[8:], size=n))

@@ -25,7 +25,8 @@ from icae_jax.interop.hub import base as bases
 from icae_jax.interop.hub import locations
 from icae_jax.training import trained
 from icae_jax.training.compressor_task import CompressorTask
-from icae_jax.training.config import TrainConfig, from_dict
+from icae_jax.training.config import TrainConfig
+from icae_jax.training.config_file import from_dict
 from icae_jax.workflows import convert_adapter
 
 TOKEN = "hf_good"

@@ -36,7 +36,7 @@ from icae_jax.models.lora import LoraConfig
 from icae_jax.objectives import targets
 from icae_jax.runtime import sharding
 from icae_jax.training import compressor_task, trained
-from icae_jax.training.config import check_workdir
+from icae_jax.training.workdir import check_workdir
 from icae_jax.workflows import released
 
 # ------------------------------------------------------------------------------------------------------------- identity

@@ -23,7 +23,8 @@ from icae_jax.training import metrics, step
 from icae_jax.training import train as loop
 from icae_jax.training.checkpoint import Checkpoints
 from icae_jax.training.compressor_task import CompressorTask
-from icae_jax.training.config import TrainConfig, from_dict
+from icae_jax.training.config import TrainConfig
+from icae_jax.training.config_file import from_dict
 from icae_jax.training.train import DIVERGED, DONE, PREEMPTED, train
 
 
@@ -121,7 +122,8 @@ def uninterrupted(raw, tmp_path_factory):
 
 CHILD = """
 import json, sys
-from icae_jax.training.config import TrainConfig, from_dict
+from icae_jax.training.config import TrainConfig
+from icae_jax.training.config_file import from_dict
 from icae_jax.training.compressor_task import CompressorTask
 from icae_jax.training.train import train
 config = from_dict(TrainConfig, json.loads(sys.argv[1]))
