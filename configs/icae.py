@@ -15,17 +15,18 @@ and v); optimizer, initial memory table, LoRA scale 2 and AE + LM in every step 
 recipe that is known to converge.
 """
 
+from ml_collections import ConfigDict
+
 # On any named base: the paper's batches and contexts.
 NAMED_BASE = {
     "batch_size": 256,
-    "data.context_lengths": (512,),
-    "data.context_weights": (),
     "remat": "full",
+    "data": {"context_lengths": (512,), "context_weights": ()},
 }
 MISTRAL = {  # the second release, with at most ten segments
-    "lora.rank": 512,
-    "objectives.template": "mistral",
-    "data.context_lengths": (512, 1024, 2048, 5120),
+    "lora": {"rank": 512},
+    "objectives": {"template": "mistral"},
+    "data": {"context_lengths": (512, 1024, 2048, 5120)},
 }
 
 
@@ -40,33 +41,33 @@ def get_config(arg="pretrain"):
     if phase in words:
         words.remove(phase)
     base = "-".join(words)
-    config = {
-        "phase": phase,
-        "base": base,
-        "steps": 200_000,
-        "batch_size": 32,
-        "dtype": "bfloat16",
-        "remat": "frozen",
-        "eval_every": 1000,
-        "eval_examples": 256,
-        "checkpoint_every": 1000,
-        "compression.layout": "servable",
-        "compression.trigger": "trained",
-        "data.context_lengths": (512, 1024, 2048),  # one, two and four segments
-        "data.context_weights": (0.5, 0.25, 0.25),
-    }
+    config = ConfigDict()
+    config.phase = phase
+    config.base = base
+    config.steps = 200_000
+    config.batch_size = 32
+    config.dtype = "bfloat16"
+    config.remat = "frozen"
+    config.eval_every = 1000
+    config.eval_examples = 256
+    config.checkpoint_every = 1000
+
+    config.compression = ConfigDict()
+    config.compression.layout = "servable"
+    config.compression.trigger = "trained"
+
+    config.data = ConfigDict()
+    config.data.context_lengths = (512, 1024, 2048)  # one, two and four segments
+    config.data.context_weights = (0.5, 0.25, 0.25)
+
     if phase == "finetune":
-        config |= {
-            "steps": 30_000,
-            "objectives.ae": 0.0,
-            "objectives.lm": 0.0,
-            "objectives.qa": 1.0,
-            "optimizer.learning_rate": 5e-5,
-        }
+        config.steps = 30_000
+        config.objectives = ConfigDict({"ae": 0.0, "lm": 0.0, "qa": 1.0})
+        config.optimizer = ConfigDict({"learning_rate": 5e-5})
     if base:
-        config |= NAMED_BASE
+        config.update(NAMED_BASE)
     if base == "mistral_7b":
-        config |= MISTRAL
+        config.update(MISTRAL)
     return config
 
 
@@ -84,17 +85,19 @@ def sweep_rate(add):
 
 
 def sweep_rank(add):
+    """LoRA ranks."""
     for rank in (32, 64, 128, 256):
         add(**{"lora.rank": rank})
 
 
 def sweep_lambda(add):
-    """What AE weighs against LM in pretraining (the paper: 0.4 to 0.6 is best)."""
+    """The weight of AE against LM in pretraining (the paper: 0.4 to 0.6 is best)."""
     for weight in (0.2, 0.4, 0.5, 0.6, 0.8):
         add(**{"objectives.ae": weight, "objectives.lm": round(1 - weight, 1)})
 
 
 def sweep_learning_rate(add):
+    """Peak learning rates."""
     for rate in (2.5e-5, 5e-5, 1e-4, 2e-4, 4e-4):
         add(**{"optimizer.learning_rate": rate})
 

@@ -16,8 +16,10 @@ draws the number of memory tokens in every step, and so does pretraining with
 
 Sizes, learning rates, epochs and initialisation are the paper's (LoRA rank 64, alpha 32 on q and
 v; N(0, 1) memory tokens; regeneration, then QA). The layout is ours; the authors' is
---config.compression.layout=reference, and their loss on padding --config.objectives.pad_labels=True.
+--config.compression.layout=reference, their loss on padding --config.objectives.pad_labels=True.
 """
+
+from ml_collections import ConfigDict
 
 TEXT_TOKENS = 500
 
@@ -36,37 +38,35 @@ def get_config(arg="pretrain-16"):
         if word in words:
             words.remove(word)
     base = "-".join(words)
-    config = {
-        "phase": phase,
-        "base": "llama3_8b_instruct" if base == "llama3_8b" else base,
-        "steps": 220_000,  # 3 epochs of 2.35 million abstracts
-        "batch_size": 32,
-        "dtype": "bfloat16",
-        "remat": "full" if base else "frozen",
-        "eval_every": 1000,
-        "eval_examples": 256,
-        "checkpoint_every": 1000,
-        "compression.method": "x500",
-        "compression.k": int(k),
-        "compression.rate": TEXT_TOKENS / int(k),
-        "compression.layout": "clean",
-        "compression.memory_init": "normal",
-        "compression.trigger": "bos",
-        "lora.rank": 64,
-        "lora.scale": 0.5,
-        "objectives.ae": 1.0,
-        "objectives.lm": 0.0,
-        "optimizer.b2": 0.999,
-        "optimizer.weight_decay": 0.01,
-        "data.context_lengths": (TEXT_TOKENS,),
-    }
+    config = ConfigDict()
+    config.phase = phase
+    config.base = "llama3_8b_instruct" if base == "llama3_8b" else base
+    config.steps = 220_000  # 3 epochs of 2.35 million abstracts
+    config.batch_size = 32
+    config.dtype = "bfloat16"
+    config.remat = "full" if base else "frozen"
+    config.eval_every = 1000
+    config.eval_examples = 256
+    config.checkpoint_every = 1000
+
+    config.compression = ConfigDict()
+    config.compression.method = "x500"
+    config.compression.k = int(k)
+    config.compression.rate = TEXT_TOKENS / int(k)
+    config.compression.layout = "clean"
+    config.compression.memory_init = "normal"
+    config.compression.trigger = "bos"
+
+    config.lora = ConfigDict({"rank": 64, "scale": 0.5})
+    config.objectives = ConfigDict({"ae": 1.0, "lm": 0.0})
+    config.optimizer = ConfigDict({"b2": 0.999, "weight_decay": 0.01})
+    config.data = ConfigDict({"context_lengths": (TEXT_TOKENS,)})
+
     if phase == "finetune":
-        config |= {
-            "steps": 78_000,  # 10 epochs of 250,000 questions
-            "objectives.ae": 0.0,
-            "objectives.qa": 1.0,
-            "optimizer.learning_rate": 5e-5,
-        }
+        config.steps = 78_000  # 10 epochs of 250,000 questions
+        config.objectives.ae = 0.0
+        config.objectives.qa = 1.0
+        config.optimizer.learning_rate = 5e-5
     return config
 
 
@@ -89,11 +89,13 @@ def sweep_rate(add):
 
 
 def sweep_rank(add):
+    """LoRA ranks."""
     for rank in (16, 32, 64, 128):
         add(**{"lora.rank": rank})
 
 
 def sweep_learning_rate(add):
+    """Peak learning rates."""
     for rate in (2.5e-5, 5e-5, 1e-4, 2e-4, 4e-4):
         add(**{"optimizer.learning_rate": rate})
 

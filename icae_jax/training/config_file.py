@@ -1,9 +1,8 @@
 """Loads a configuration: a dataclass's defaults, a file's fields, then overrides.
 
 A configuration file defines `get_config()` or `get_config(arg)`, which returns the fields that
-differ from the defaults: `{"compression.k": 64, …}`, or nested in groups (a dict or an
-`ml_collections.ConfigDict`). `--config` names it as `FILE[:arg]`, or, for a file of the shipped
-`configs/`, as `NAME[:arg]`.
+differ from the defaults, as an `ml_collections.ConfigDict` or a dict. `--config` names it as
+`FILE[:arg]`, or, for a file of the shipped `configs/`, as `NAME[:arg]`.
 """
 
 import ast
@@ -18,6 +17,8 @@ import types
 import typing
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
+
+from ml_collections import ConfigDict
 
 import icae_jax
 from icae_jax import errors
@@ -59,7 +60,13 @@ def load(
     fields = _named_base(_fields_of_file(path, arg), config, arg)
     fields |= {name: _parsed(text, known.get(name)) for name, text in overrides.items()}
     fields |= {name: value for name, value in fallbacks.items() if fields.get(name, "") == ""}
-    return from_dict(kind, nested(fields, "--config"))
+    for name in fields.keys() - known.keys():
+        near = difflib.get_close_matches(name, known, 1)
+        meant = f"; is {near[0]} meant?" if near else "; icae train --help lists the fields"
+        raise UserError(f"{name} is not a field of the configuration{meant}")
+    merged = ConfigDict(nested(default_fields(kind), kind.__name__), type_safe=False).lock()
+    merged.update_from_flattened_dict(fields)
+    return from_dict(kind, merged.to_dict())
 
 
 def shipped() -> list[str]:
@@ -136,11 +143,9 @@ def from_dict(kind: type[Config], raw: object, path: str = "config") -> Config:
     if not isinstance(raw, dict):
         raise UserError(f"{path} is {raw!r}; expected a group of fields")
     hints = typing.get_type_hints(kind)
-    for name in sorted(set(raw) - {f.name for f in dataclasses.fields(kind)}):
-        near = difflib.get_close_matches(name, hints, 1)
-        meant = f"is {near[0]} meant? T" if near else "t"
+    for name in sorted(raw.keys() - hints.keys()):
         raise UserError(
-            f"{path}.{name} is not a field; {meant}he fields of {path} are {', '.join(hints)}"
+            f"{path}.{name} is not a field; the fields of {path} are {', '.join(hints)}"
         )
     return kind(
         **{name: _checked(hints[name], value, f"{path}.{name}") for name, value in raw.items()}
@@ -164,7 +169,7 @@ def _checked(hint: Any, value: object, where: str) -> Any:
 
 
 def _parsed(text: Any, hint: Any) -> Any:
-    """A command line's text as `hint`; unchanged if it does not parse, for `from_dict` to refuse."""
+    """A text as `hint`; unchanged if it does not parse, for `from_dict` to refuse."""
     if not isinstance(text, str) or hint in (str, None):
         return text
     try:
