@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import json
 import pathlib
 import sys
 
@@ -11,7 +10,7 @@ from icae_jax.cli import flags
 HELP = "measure a compressor by one of the papers' suites, with intervals and a report"
 
 
-def _numbers(text):
+def _numbers(text: str) -> tuple[int, ...]:
     try:
         return tuple(int(number) for number in text.split(",") if number)
     except ValueError as error:
@@ -20,11 +19,11 @@ def _numbers(text):
         ) from error
 
 
-def _words(text):
+def _words(text: str) -> tuple[str, ...]:
     return tuple(word.strip() for word in text.split(",") if word.strip())
 
 
-def _parser():
+def _parser() -> argparse.ArgumentParser:
     from icae_jax.evaluation.suites import SUITES
     from icae_jax.evaluation.suites.common import Options
     from icae_jax.objectives.targets import TEMPLATES
@@ -50,7 +49,7 @@ def _parser():
     add("--seed", type=int, default=0, help="draws the texts and the bootstrap replicates")
     help_text = "folder of results.json and report.html; the same command continues what is there"
     add("--out", type=pathlib.Path, help=help_text)
-    add("--json", action="store_true", help="print what results.json holds")
+    flags.json_flag(parser, "print what results.json holds")
 
     add = parser.add_argument_group("settings; each suite takes what concerns it").add_argument
     help_text = "contexts at once; changes no score (default: %(default)s)"
@@ -72,7 +71,7 @@ def _parser():
     return parser
 
 
-def run(argv):
+def run(argv: list[str]) -> int:
     """Runs one suite and prints its scores. Returns the exit code."""
     import jax
 
@@ -98,9 +97,8 @@ def run(argv):
         distributed.start(args.coordinator, args.processes, args.process)
         done = evaluate.evaluate(request, say)
         if jax.process_index() == 0:
-            if args.json:
-                print(json.dumps(done.result, ensure_ascii=False))
-            else:
-                print(f"{page.summary(done.result)}\n\nresults   {done.folder / evaluate.RESULTS}")
-                print(f"report    {(done.folder / evaluate.PAGE).resolve()}")
+            results, report = done.folder / evaluate.RESULTS, done.folder / evaluate.PAGE
+            text = page.summary(done.result)
+            text += f"\n\nresults   {results}\nreport    {report.resolve()}"
+            flags.print_result(done.result, args.json, text)
         return 0
