@@ -234,19 +234,19 @@ def bars(
                 f"{arm}: {len(estimates)} values for {len(groups)} groups; "
                 "give one for each, or None"
             )
-        at = np.flatnonzero([e is not None for e in estimates])
-        mean, low, high = np.array([estimates[j][:3] for j in at], float).reshape(-1, 3).T
-        xs = at + (i - (len(series) - 1) / 2) * width
+        shown_groups = np.flatnonzero([e is not None for e in estimates])
+        mean, low, high = np.array([estimates[j][:3] for j in shown_groups], float).reshape(-1, 3).T
+        xs = shown_groups + (i - (len(series) - 1) / 2) * width
         axes.bar(xs, mean, width * 0.94, label=literal(arm), color=colours[arm])
         if len(groups) * len(series) <= 60:  # wide enough for a white rim, seen on dark bars
             _error_bars(axes, xs, mean, low, high, "#ffffff", 3.0)
         _error_bars(axes, xs, mean, low, high, "#000000")
-    every = math.ceil(len(groups) / MOST_LABELS)
-    shown = [str(g) for g in groups[::every]]
+    stride = math.ceil(len(groups) / MOST_LABELS)
+    shown = [str(g) for g in groups[::stride]]
     # Some 77 characters fit side by side; neighbours share their two places.
     crowded = any((len(a) + len(b)) / 2 + 2 > 77 / len(shown) for a, b in itertools.pairwise(shown))
     turned = {"rotation": 30, "ha": "right"} if crowded else {}
-    axes.set_xticks(range(0, len(groups), every), [literal(name) for name in shown], **turned)
+    axes.set_xticks(range(0, len(groups), stride), [literal(name) for name in shown], **turned)
     axes.set_xlim(-0.6, len(groups) - 0.4)
     axes.grid(visible=False, axis="x")
     axes.axhline(0, color="#000000", linewidth=0.8)

@@ -12,6 +12,7 @@ from jaxtyping import Float
 from sacrebleu.metrics import BLEU
 
 ROUGE = ("rouge1", "rouge2", "rougeL")
+Ids = Sequence[int] | np.ndarray
 _ORDERS = 4  # BLEU-4: n-grams of one to four words
 _ARTICLES = re.compile(r"\b(?:a|an|the)\b")
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -71,7 +72,7 @@ def rouge(prediction: str, answers: Sequence[str]) -> dict[str, float]:
 # ---------------------------------------------------------------------------------- restored texts
 
 
-def prefix_match(predicted_ids: Sequence, reference_ids: Sequence) -> float:
+def prefix_match(predicted_ids: Ids, reference_ids: Ids) -> float:
     """Length of the matching prefix over that of the reference: ICAE's "EM".
 
     Source: arXiv 2307.06945, section 3. Tokens after a complete reference cost nothing.
