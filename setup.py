@@ -33,7 +33,7 @@ setup(
         "icae_jax": [
             "py.typed",
             "data/tiny_base/*",
-            "interop/adapters/*.md",  # filled in and written for others, as the scripts are
+            "interop/*/*.md",
             "interop/export/scripts/*",
         ],
         "icae_jax.configs": ["README.md"],

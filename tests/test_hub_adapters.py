@@ -151,7 +151,9 @@ def test_the_other_verbs(world, hub, tmp_path, capsys):
     assert run("inspect", "org/adapter", "--base", "org/base", "--json") == 0
     told = json.loads(capsys.readouterr().out)
     assert told["base"] == "org/base" and told["fits"] == {"org/base": True} and told["k"] == K
-    (compressor,) = evaluate.load({"adapter": "org/adapter"}, None, "float32", None).values()
+    (compressor,) = evaluate.load(
+        evaluate.find({"adapter": "org/adapter"}), None, "float32", None
+    ).values()
     assert compressor.path == f"org/adapter@{hub.find('org/adapter', 'main')[0]}"
     base = bases.load_base(world / "base")
     want = adapters.load_adapter(world / "adapter", base)

@@ -253,7 +253,9 @@ def test_a_run_keeps_the_words_that_it_began_with(folder, tmp_path, monkeypatch)
     assert not check_workdir(workdir, config, again.identity)
 
     step = workdir / "checkpoints" / "step_1"
-    monkeypatch.setattr(trained.checkpoint_files, "read_selected", lambda path: (step, first.init()))
+    monkeypatch.setattr(
+        trained.checkpoint_files, "read_selected", lambda path: (step, first.init())
+    )
     _, opened = trained.read_checkpoint(trained.Trained("orbax", step, given=step), first.base)
     assert opened.template == first.template and opened.base_identity == first.base.identity
 
