@@ -207,11 +207,11 @@ def test_every_tensor_that_does_not_fit_is_listed(change, messages):
         ),
         (
             lambda f: edit_within(f / "icae.json", "compression", rate=float("nan")),
-            "compression: rate is nan, which is no number of a",
+            "compression: rate is nan, which is not a number of",
         ),
         (
             lambda f: edit_within(f / "icae.json", "compression", rate=10**400),
-            r"compression: rate is 10+, which is no number of a sensible",
+            r"compression: rate is 10+, which is not a number of",
         ),
         (
             lambda f: edit_within(f / "icae.json", "compression", k=-3),

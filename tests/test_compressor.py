@@ -558,7 +558,7 @@ def test_no_texts(compressor, memory):
         == []
     )
     for questions in ([], [[]]):
-        with pytest.raises(UserError, match="give at least one question a text"):
+        with pytest.raises(UserError, match="give at least one question per text"):
             compressor.ask(memory[:1], questions)
     with pytest.raises(UserError, match="texts is empty"):
         compressor.compress_ids([])
