@@ -135,7 +135,7 @@ MUTANTS = [
     ),
     Mutant(
         "an offline address of the hub is an outage", "interop/hub/locations.py", "if _not_in_cache(error) and is_offline():",
-        "if at_hub and _not_in_cache(error) and is_offline():", "test_interop_sources.py -k hubs_own_urls",
+        "if at_hub and _not_in_cache(error) and is_offline():", "test_locations.py -k hubs_own_urls",
     ),
     Mutant(
         "what stands beside a file may be junk", "interop/adapters/formats.py", "    files.check_fields(told, READING_FIELDS, beside)\n", "",

@@ -15,6 +15,7 @@ from conftest import ROOT, TINY, close, random_params, same
 
 from icae_jax import errors
 from icae_jax.interop.hub import base as bases
+from icae_jax.interop.hub import tokenizer as tokenizers
 from icae_jax.interop.hub import weights
 from icae_jax.models import llama, rope
 from icae_jax.workflows import convert_base
@@ -34,7 +35,7 @@ def test_bfloat16_round_trip_through_transformers(tmp_path, tiny_params, tiny_to
     assert (
         base.config == TINY
         and base.tokenizer("the cat")["input_ids"] == [1, 8, 9]
-        and bases.bos_id(base.tokenizer) == 1
+        and tokenizers.bos_id(base.tokenizer) == 1
     )
 
     ids = np.random.default_rng(0).integers(0, 64, (1, 12))
@@ -274,6 +275,6 @@ def test_identity_without_the_weights(tiny_base, monkeypatch):
     """Breaks when a base has another identity than when it is loaded, or all of it is read for that."""
     whole = bases.load_base(tiny_base)
     read = []
-    monkeypatch.setattr(weights, "_read", lambda *args, f=weights._read: read.append(1) or f(*args))
+    monkeypatch.setattr(weights, "_read_shard", lambda *args, f=weights._read_shard: read.append(1) or f(*args))
     assert bases.identify(str(tiny_base)) == (whole.config, whole.fingerprint)
     assert len(read) == 2

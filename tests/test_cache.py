@@ -204,10 +204,10 @@ def elsewhere(tmp_path, monkeypatch):
     """The temporary folder of this test's own, and nothing known of which folders can be written."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
     (tmp_path / "temporary").mkdir()
-    for known in (files.can_write, files._temporary_cache):
+    for known in (cache.can_write, cache._temporary_folder):
         known.cache_clear()
     yield tmp_path / "temporary" / f"icae_jax-{os.getuid()}"
-    files._temporary_cache.cache_clear()
+    cache._temporary_folder.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -262,7 +262,7 @@ def test_another_users_folder_is_not_taken_for_the_fallback(
     else:
         elsewhere.mkdir()
         elsewhere.chmod(0o777)
-    folder = files.cache_folder()
+    folder = cache.folder()
     assert (
         folder.parent == elsewhere.parent
         and folder != elsewhere
@@ -279,7 +279,7 @@ def test_without_any_folder_the_variables_are_named(elsewhere, monkeypatch):
         UserError,
         match=r"^cache /proc/nope: cannot be written, nor can a temporary folder .*set \$ICAE_CACHE .*\$TMPDIR",
     ):
-        files.cache_folder()
+        cache.folder()
 
 
 def test_a_cache_that_may_only_be_read_is_read(
@@ -337,7 +337,7 @@ def test_programs_are_kept_only_where_they_can_be(root, elsewhere, monkeypatch, 
             and float(os.environ[names[2]]) > 1e6
         )
         closed.setattr(tempfile, "tempdir", "/proc/nope")  # nowhere at all
-        files._temporary_cache.cache_clear()
+        cache._temporary_folder.cache_clear()
         os.environ.pop("JAX_COMPILATION_CACHE_DIR")
         compiled.keep_compiled()
         assert "JAX_COMPILATION_CACHE_DIR" not in os.environ
@@ -348,7 +348,7 @@ def test_a_bad_bound_is_named(value, monkeypatch):
     """Breaks when a bound that is none is taken for one, such as nothing, or for no bound."""
     monkeypatch.setenv(cache.VARIABLE, value)
     with pytest.raises(UserError, match=f"^ICAE_CACHE_GIB is '{value}'"):
-        cache.bound()
+        cache.limit()
 
 
 def test_the_verb(root, monkeypatch, capsys):

@@ -7,7 +7,7 @@ import re
 import pytest
 from conftest import TINY
 
-from icae_jax import files
+from icae_jax import errors
 from icae_jax.errors import UserError
 from icae_jax.models import rope
 from icae_jax.models.families import config_json
@@ -385,7 +385,7 @@ def test_every_field_that_transformers_writes_is_known():
 )
 def test_of_two_spellings_the_one_that_counts_is_said(change, said, expected, capsys):
     """Breaks when what transformers takes of a contradiction is another than we take, or nobody hears of it."""
-    files.say.cache_clear()
+    errors.say.cache_clear()
     for _ in range(2):
         assert config_json.parse_config(RAW | change) == dataclasses.replace(TINY, **expected)
     told = capsys.readouterr().err
@@ -405,7 +405,7 @@ def test_both_spellings_of_rope_may_agree():
 
 def test_the_dtype_of_two_spellings(capsys):
     """Breaks when the old name of a dtype counts where the new one is set, or a placeholder counts as a dtype."""
-    files.say.cache_clear()
+    errors.say.cache_clear()
     assert (
         config_json.stored_dtype({"dtype": None, "torch_dtype": "float16"}) == "float16"
         and config_json.stored_dtype({}) is None

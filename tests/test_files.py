@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from icae_jax import errors, files
+from icae_jax import cache, errors, files
 from icae_jax.data import rows, tokens
 from icae_jax.interop.adapters import folder as adapter
 from icae_jax.interop.adapters import formats
@@ -304,7 +304,7 @@ def test_torch_is_named_where_it_is_missing(monkeypatch):
     """Breaks when the missing package ends in a traceback."""
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(ValueError, match="the export needs PyTorch: pip install torch"):
-        files.need_torch("the export")
+        errors.need_torch("the export")
 
 
 def test_only_new_folders_are_written(tmp_path):
@@ -324,9 +324,9 @@ def test_only_new_folders_are_written(tmp_path):
 def test_cache_folder(monkeypatch):
     """Breaks when the configured folder does not win over $ICAE_CACHE, or that over the home folder."""
     monkeypatch.setenv("ICAE_CACHE", "/somewhere")
-    assert (str(files.cache_folder("/mine")), str(files.cache_folder())) == ("/mine", "/somewhere")
+    assert (str(cache.folder("/mine")), str(cache.folder())) == ("/mine", "/somewhere")
     monkeypatch.delenv("ICAE_CACHE")
-    assert files.cache_folder().parts[-2:] == (".cache", "icae_jax")
+    assert cache.folder().parts[-2:] == (".cache", "icae_jax")
 
 
 def test_a_place_that_cannot_be_written_is_named(tmp_path):

@@ -18,7 +18,7 @@ from icae_jax.errors import UserError
 
 HOLDER = """
 import contextlib, os, sys, time
-from icae_jax.interop import lock
+from icae_jax import lock
 
 lock.BEAT_SECONDS, lock.SETTLING_SECONDS = 0.05, 0.01
 if "shared" in sys.argv:
@@ -134,7 +134,7 @@ def test_the_dead_of_another_host_are_waited_for_and_passed_over(holders, tmp_pa
     assert (
         f"process {holder.pid} on" in first
         and "waiting up to 0.6 s" in first
-        and "is dead: nothing was heard of it" in second
+        and "is dead: no heartbeat" in second
     )
 
 
@@ -162,7 +162,7 @@ def test_whoever_leaves_is_waited_for(how, holders, tmp_path, request, capsys):
     assert take(tmp_path)["pid"] == os.getpid() and holder.wait() == 0
     assert (
         f"process {holder.pid} on" in (err := capsys.readouterr().err)
-        and "has been told to end, and saves" in err
+        and "has been told to end, and is saving" in err
     )
 
 

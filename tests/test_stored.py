@@ -11,8 +11,8 @@ import pytest
 import safetensors.numpy
 from conftest import TINY, same
 
-from icae_jax import errors, files
-from icae_jax.interop.hub import stored, weights
+from icae_jax import errors
+from icae_jax.interop.hub import orbax_copy, remote_rows, stored, weights
 
 
 def shards(folder, tensors, **moved):
@@ -30,7 +30,7 @@ def shards(folder, tensors, **moved):
 
 def said(capsys):
     """What was said on stderr since the last call; it is said anew afterwards."""
-    files.say.cache_clear()
+    errors.say.cache_clear()
     return capsys.readouterr().err
 
 
@@ -184,7 +184,7 @@ def test_a_table_of_fewer_rows_is_named(folder):
         errors.UserError,
         match=r"model\.embed_tokens\.weight has 64 rows, config\.json implies 80 or more",
     ):
-        weights.read_rows(
+        remote_rows.read_rows(
             folder, lambda name: io.FileIO(folder / name), "model.embed_tokens.weight", [0, 79]
         )
 
@@ -261,12 +261,12 @@ def test_one_file_comes_before_shards(folder, tensors, tiny_params, capsys):
 
     (folder / "elsewhere").mkdir()  # the index alone is here
     shutil.copy(folder / "model.safetensors.index.json", folder / "elsewhere")
-    rows = weights.read_rows(folder / "elsewhere", open_file, "model.embed_tokens.weight", [5])
+    rows = remote_rows.read_rows(folder / "elsewhere", open_file, "model.embed_tokens.weight", [5])
     assert (rows == tensors["model.embed_tokens.weight"][[5]]).all() and set(opened) == {
         "model.safetensors"
     }
     (folder / "model.safetensors").unlink()
-    rows = weights.read_rows(folder / "elsewhere", open_file, "model.embed_tokens.weight", [5])
+    rows = remote_rows.read_rows(folder / "elsewhere", open_file, "model.embed_tokens.weight", [5])
     assert (rows == -tensors["model.embed_tokens.weight"][[5]]).all()
     same(weights.load_params(folder, TINY), jax.tree.map(lambda x: -x, tiny_params))
 
@@ -310,20 +310,20 @@ def test_the_index_says_which_file_holds_a_tensor(folder, tensors, tiny_params, 
     with pytest.raises(
         errors.UserError, match=rf"index\.json: weight_map does not have {names[0]}"
     ):
-        weights.read_rows(folder, lambda name: io.FileIO(folder / name), names[0])
+        remote_rows.read_rows(folder, lambda name: io.FileIO(folder / name), names[0])
 
 
 def test_other_copies_are_named(folder, tiny_params, capsys):
     """Breaks when a folder holds the weights twice, and nobody hears which of them is read."""
     said(capsys)
     (folder / "pytorch_model.bin").write_bytes(b"x")
-    weights.save_orbax(folder, tiny_params)
+    orbax_copy.save_orbax(folder, tiny_params)
     same(weights.load_params(folder, TINY), tiny_params)
     assert f"{folder}: safetensors is read, not params/ and pytorch_model.bin" in said(capsys)
     (folder / "model.safetensors").rename(
         folder / "consolidated.safetensors"
     )  # in another format, which is no copy that counts
-    assert weights.is_orbax(folder)
+    assert orbax_copy.is_orbax(folder)
     same(weights.load_params(folder, TINY), tiny_params)
     (folder / "adapter_config.json").write_text("{}")
     assert f"{folder}: the Orbax copy in params/ is read, not pytorch_model.bin" in said(capsys)
@@ -349,7 +349,7 @@ def test_what_stands_in_a_files_place_is_named(folder, tensors, text, message):
     with pytest.raises(errors.UserError, match=rf"two\.safetensors: {message}"):
         weights.load_params(folder, TINY)
     with pytest.raises(errors.UserError, match=rf"two\.safetensors: {message}"):
-        weights.read_rows(
+        remote_rows.read_rows(
             folder, lambda name: io.FileIO(folder / name), "model.embed_tokens.weight"
         )
     (folder / "model.safetensors.index.json").write_text(text)

@@ -7,7 +7,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from icae_jax.data import synthetic
 from icae_jax.errors import UserError
-from icae_jax.interop.hub import base as bases
+from icae_jax.interop.hub import tokenizer as tokenizers
 from icae_jax.interop.hub.text import user_ids
 from icae_jax.objectives import targets
 
@@ -92,7 +92,7 @@ def test_a_text_without_spelled_tokens_is_what_it_was(tiny_tokenizer):
     assert user_ids(tiny_tokenizer, "the cat [INST] nothing") == [
         WORDS.index(w) for w in ("the", "cat", "[INST]", "<unk>")
     ]
-    assert bases.bos_id(tiny_tokenizer) == WORDS.index("<s>")
+    assert tokenizers.bos_id(tiny_tokenizer) == WORDS.index("<s>")
     assert targets.make_template("mistral", tiny_tokenizer).head == (
         WORDS.index("<s>"),
         WORDS.index("[INST]"),

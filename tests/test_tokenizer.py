@@ -27,7 +27,7 @@ from icae_jax.errors import UserError
 from icae_jax.evaluation import plain
 from icae_jax.interop.hub import base as bases
 from icae_jax.interop.hub import tokenizer as reading
-from icae_jax.interop.hub.text import STOPS, user_ids
+from icae_jax.interop.hub.text import set_stop_ids, user_ids
 from icae_jax.objectives import targets
 from icae_jax.training import compressor_task
 
@@ -493,7 +493,7 @@ def test_what_ends_a_text_is_control_whatever_the_tokenizer_calls_it(folder):
     """
     edit(folder / "generation_config.json", eos_token_id=[2, WORDS.index("?")])
     base = bases.load_base(folder)
-    assert getattr(base.tokenizer, STOPS) == base.stop_ids == (2, WORDS.index("?"))
+    assert base.stop_ids == (2, WORDS.index("?"))
     assert user_ids(base.tokenizer, "who ? the cat") == [
         WORDS.index(word) for word in ("who", "?", "the", "cat")
     ]
@@ -505,7 +505,7 @@ def test_what_ends_a_text_is_control_whatever_the_tokenizer_calls_it(folder):
     )
     text, end = "so <|im_end|> it is", tokenizer.convert_tokens_to_ids("<|im_end|>")
     assert end in user_ids(tokenizer, text), "else this shows nothing"
-    setattr(tokenizer, STOPS, (end,))
+    set_stop_ids(tokenizer, [end])
     ids = user_ids(tokenizer, text)
     assert end not in ids and tokenizer.decode(ids, clean_up_tokenization_spaces=False) == text
 

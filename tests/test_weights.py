@@ -15,13 +15,14 @@ from conftest import TINY, eight_devices, random_params, same
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from icae_jax import errors
-from icae_jax.interop.hub import weights
+from icae_jax.interop.hub import orbax_copy, weights
+from icae_jax.models.families import tensor_names
 
 
 @pytest.fixture
 def orbax(tmp_path, tiny_params):
     """A folder with an Orbax copy of the tiny base's weights."""
-    weights.save_orbax(tmp_path / "orbax", tiny_params)
+    orbax_copy.save_orbax(tmp_path / "orbax", tiny_params)
     return tmp_path / "orbax"
 
 
@@ -51,7 +52,7 @@ def test_sharded_weights(folder, tensors, tiny_params):
 )
 def test_an_orbax_copy_elsewhere_is_in_a_bucket(tmp_path, url):
     """Breaks when a base that was downloaded has other folders of this machine read."""
-    (tmp_path / weights.ORBAX_URL).write_text(url)
+    (tmp_path / orbax_copy.ORBAX_URL).write_text(url)
     with pytest.raises(
         errors.UserError, match=r"params\.url: .* is not where a bucket has an Orbax copy"
     ):
@@ -108,7 +109,7 @@ def test_every_dtype_into_every_other(folder, tensors, stored, monkeypatch):
     )
     for dtype in (jnp.float32, jnp.bfloat16, jnp.float16):
         params = weights.load_params(folder, TINY, dtype)
-        for name, (path, layer, transposed) in weights.tensor_names(TINY).items():
+        for name, (path, layer, transposed) in tensor_names.tensor_names(TINY).items():
             leaf = params
             for key in path:
                 leaf = leaf[key]
@@ -182,10 +183,10 @@ def loaded_on_eight_devices(folder):
         "both": split(square, None, "b", "a"),
         "layers and inputs": split(square, "b", "a"),
     }
-    host, read, result = weights.load_params(folder, TINY), weights._read, {}
+    host, read, result = weights.load_params(folder, TINY), weights._read_shard, {}
     for name, rule in rules.items():
         parts = []
-        weights._read = lambda *args, parts=parts: parts.append(read(*args)) or parts[-1]
+        weights._read_shard = lambda *args, parts=parts: parts.append(read(*args)) or parts[-1]
         params = weights.load_params(folder, TINY, sharding=rule)
         equal = all(
             jax.tree.leaves(
@@ -202,7 +203,7 @@ def loaded_on_eight_devices(folder):
             and len(table.sharding.device_set) == 8
         )
         result[name] = [equal, placed, len(parts), sum(p.nbytes for p in parts)]
-    weights._read = read
+    weights._read_shard = read
     try:
         weights.load_params(folder, TINY, sharding=NamedSharding(mesh, PartitionSpec("x")))
     except ValueError as error:
@@ -289,7 +290,7 @@ def test_orbax_copy(orbax, tiny_params):
     """Breaks when an Orbax copy is not Orbax's, gives other values or dtypes than the weights it was made of, or is written over."""
     import orbax.checkpoint as ocp
 
-    assert weights.is_orbax(orbax)
+    assert orbax_copy.is_orbax(orbax)
     same(weights.load_params(orbax, TINY), tiny_params)
     with ocp.StandardCheckpointer() as checkpointer:
         same(
@@ -302,7 +303,7 @@ def test_orbax_copy(orbax, tiny_params):
     same(rounded, jax.tree.map(lambda x: np.asarray(x).astype(ml_dtypes.bfloat16), tiny_params))
     assert rounded["embed"].dtype == jnp.bfloat16
     with pytest.raises(ValueError, match="already exists"):
-        weights.save_orbax(orbax, rounded)
+        orbax_copy.save_orbax(orbax, rounded)
 
 
 def test_biases_in_both_formats(tmp_path):
@@ -317,7 +318,7 @@ def test_biases_in_both_formats(tmp_path):
     )
     same(weights.load_params(tmp_path, config), params)
     (tmp_path / "orbax").mkdir()
-    weights.save_orbax(tmp_path / "orbax", params)
+    orbax_copy.save_orbax(tmp_path / "orbax", params)
     same(weights.load_params(tmp_path / "orbax", config), params)
     with pytest.raises(
         errors.UserError,
@@ -330,8 +331,8 @@ def test_orbax_copy_is_stored_in_small_chunks(tmp_path, tiny_params, monkeypatch
     """Breaks when a process must read a whole parameter to get its part of it."""
     import orbax.checkpoint as ocp
 
-    monkeypatch.setattr(weights, "CHUNK_BYTES", 1024)
-    weights.save_orbax(tmp_path, tiny_params)
+    monkeypatch.setattr(orbax_copy, "CHUNK_BYTES", 1024)
+    orbax_copy.save_orbax(tmp_path, tiny_params)
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         tree = checkpointer.metadata(tmp_path / "params").item_metadata.tree
     assert all(np.prod(x.storage.chunk_shape) * 4 <= 1024 for x in jax.tree.leaves(tree))
@@ -340,15 +341,15 @@ def test_orbax_copy_is_stored_in_small_chunks(tmp_path, tiny_params, monkeypatch
 
 def test_safetensors_come_before_an_orbax_copy(folder, tiny_params):
     """Breaks when a folder with both is read from the copy, which may be older."""
-    weights.save_orbax(folder, jax.tree.map(np.zeros_like, jax.device_get(tiny_params)))
-    assert not weights.is_orbax(folder)
+    orbax_copy.save_orbax(folder, jax.tree.map(np.zeros_like, jax.device_get(tiny_params)))
+    assert not orbax_copy.is_orbax(folder)
     same(weights.load_params(folder, TINY), tiny_params)
 
 
 def test_orbax_copy_of_another_model_is_named(tmp_path, tiny_params):
     """Breaks when Orbax pads, truncates or leaves out what does not fit config.json."""
     params = {k: v for k, v in tiny_params.items() if k != "lm_head"}
-    weights.save_orbax(tmp_path, params | {"norm": {"scale": jnp.ones(16), "bias": jnp.ones(16)}})
+    orbax_copy.save_orbax(tmp_path, params | {"norm": {"scale": jnp.ones(16), "bias": jnp.ones(16)}})
     with pytest.raises(ValueError) as error:
         weights.load_params(tmp_path, TINY)
     for part in (
@@ -387,7 +388,7 @@ def test_saved_in_several_files(tmp_path, tiny_params, monkeypatch):
     assert max(held) <= 20_000 and sum(held) == index["metadata"]["total_size"] == sum(
         x.nbytes for x in jax.tree.leaves(tiny_params)
     )
-    assert index["weight_map"].keys() == weights.tensor_names(TINY).keys()
+    assert index["weight_map"].keys() == tensor_names.tensor_names(TINY).keys()
     same(weights.load_params(tmp_path, TINY), tiny_params)
 
 

@@ -1,6 +1,6 @@
 """`icae export`: memories in the form that other programs read."""
 
-from icae_jax import files
+from icae_jax import errors, files
 from icae_jax.cli import flags
 from icae_jax.inference import compressor as compressors
 from icae_jax.inference import memory_file
@@ -11,7 +11,7 @@ HELP = "write memories as servers and transformers read them"
 
 def prompt_embeds(args):
     """Prompt embeddings for a vLLM server."""
-    files.need_torch("prompt-embeds")
+    errors.need_torch("prompt-embeds")
     compressor, memory, ids = _load(args)
     count = serving.save_prompt_embeds(
         args.to,

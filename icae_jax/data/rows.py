@@ -9,8 +9,7 @@ import dataclasses
 import typing
 from collections.abc import Iterable, Iterator
 
-from icae_jax.errors import UserError
-from icae_jax.files import shown
+from icae_jax.errors import UserError, shown
 from icae_jax.interop.hub.text import check_encodable
 
 EXPECTED = (

@@ -91,7 +91,7 @@ def _hash_once(cache_dir, path):
     if size < REMEMBERED or not changed:
         return reading.content_hash(path)
     within = pathlib.Path("hashes") / f"{hashlib.sha256(str(path).encode()).hexdigest()[:32]}.json"
-    note = files.cache_folder(cache_dir, within) / within
+    note = cache.folder(cache_dir, within) / within
     known = {"path": str(path), "size": size, "mtime_ns": changed}
     with contextlib.suppress(OSError, ValueError):
         noted = json.loads(note.read_text(encoding="utf-8"))
@@ -291,7 +291,7 @@ def tokenise(
     )
     earlier = errors.retrying(lambda: sources.earlier_identity(source, tfds_dir), what)
     key, earlier_key = _key(CACHE_VERSION, tokenizer, found), _key(1, tokenizer, earlier)
-    root = files.cache_folder(cache_dir, pathlib.Path("tokens") / key[:32] / cache.ABOUT)
+    root = cache.folder(cache_dir, pathlib.Path("tokens") / key[:32] / cache.ABOUT)
     folder = root / "tokens" / key[:32]
     # Texts of white space have tokens with most tokenizers, and are trained on then.
     sieve = rows.Sieve(strict, no_answer, blank=False)
@@ -305,7 +305,7 @@ def tokenise(
                     ),
                     what,
                 )
-        most = cache.bound()
+        most = cache.limit()
         with contextlib.suppress(OSError):  # what cannot be removed takes room, and does no harm
             removed = cache.prune(root, most, CACHE_VERSION)
             if removed:
@@ -334,7 +334,7 @@ def _held(folder, made_by):
         why = f"its files are damaged ({error})"
     if not why:
         return held
-    files.say(f"cache {folder}: {why}; made anew")
+    errors.say(f"cache {folder}: {why}; made anew")
     held.close()
     _remove(folder)
     return None

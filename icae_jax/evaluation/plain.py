@@ -10,7 +10,6 @@ from icae_jax.compression.memory import Prefix
 from icae_jax.errors import UserError
 from icae_jax.inference import generate as decoding
 from icae_jax.inference.compressor import Score, batches
-from icae_jax.interop.hub import base as bases
 from icae_jax.interop.hub import tokenizer as tokenizers
 from icae_jax.models import llama
 from icae_jax.objectives import loss, targets
@@ -37,7 +36,7 @@ def no_prefix(config, rows, dtype=jnp.float32):
 
 def start_ids(compressor):
     """The ids that the tokenizer sets in front of a text: `<s>`, or nothing."""
-    bos = bases.bos_id(compressor.base.tokenizer)
+    bos = tokenizers.bos_id(compressor.base.tokenizer)
     return () if bos is None else (bos,)
 
 

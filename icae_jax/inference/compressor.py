@@ -130,7 +130,7 @@ class Compressor:
             attention=fastest
         )  # reading stays plain: a new token's one query is no work for a kernel
         self.framing = target_layouts.make_framing(
-            self.config, base.tokenizer, bases.bos_id(base.tokenizer)
+            self.config, base.tokenizer, tokenizers.bos_id(base.tokenizer)
         )
         self._check_ids(
             [[*self.framing.start, self.framing.trigger, self.framing.eos]],

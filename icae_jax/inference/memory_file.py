@@ -20,7 +20,7 @@ import safetensors
 import safetensors.numpy
 
 import icae_jax
-from icae_jax import files
+from icae_jax import errors, files
 from icae_jax.compression import memory as memories
 from icae_jax.compression import methods
 from icae_jax.errors import UserError
@@ -73,7 +73,7 @@ def save(
     for one in ids:
         if not _is_id(one):
             raise UserError(
-                f"the id {files.shown(one)} is neither a text nor a number; give each text one that is"
+                f"the id {errors.shown(one)} is neither a text nor a number; give each text one that is"
             )
         check_encodable(str(one), f"the id {one!r}")
     names = collections.Counter(map(str, ids))  # by which `--id` finds them

@@ -9,6 +9,7 @@ import time
 
 from icae_jax import files
 from icae_jax.errors import UserError
+from icae_jax.interop.hub import orbax_copy
 from icae_jax.performance import chips, plan, programs
 from icae_jax.runtime import sharding
 from icae_jax.training import metrics
@@ -176,10 +177,10 @@ def read_saved(path, now):
 
 def _load(spec):
     """The base's parameters where its folder holds them, else None."""
-    from icae_jax.interop.hub import base, weights
+    from icae_jax.interop.hub import base
 
     folder = pathlib.Path(spec.config.base)
-    if not (folder.is_dir() and (weights.is_orbax(folder) or any(folder.glob("*.safetensors*")))):
+    if not (folder.is_dir() and (orbax_copy.is_orbax(folder) or any(folder.glob("*.safetensors*")))):
         return None
     import jax
 

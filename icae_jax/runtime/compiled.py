@@ -7,13 +7,13 @@ import platform
 import sys
 import zlib
 
-from icae_jax import cache, files
+from icae_jax import cache
 from icae_jax.errors import UserError
 from icae_jax.runtime import platforms
 
 
 def keep_compiled():
-    """Lets JAX keep compiled programs on disk, so that a command started again compiles nothing: in `files.cache_folder`/compiled, a folder
+    """Lets JAX keep compiled programs on disk, so that a command started again compiles nothing: in `cache.folder`/compiled, a folder
     for each kind of processor, whose instructions a program for CPUs is made of.
 
     JAX_COMPILATION_CACHE_DIR of the user's own is left alone, empty too, which keeps nothing; but JAX would warn of every program where it
@@ -37,11 +37,11 @@ def keep_compiled():
     if own is None:
         folder = None
         with contextlib.suppress(UserError):  # no folder can be written: nothing is kept
-            folder = files.cache_folder().absolute() / "compiled" / kind
-        if folder and files.can_write(folder):
+            folder = cache.folder().absolute() / "compiled" / kind
+        if folder and cache.can_write(folder):
             os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)
             cache.bound_compiled(folder)
-    elif own and "://" not in own and not files.can_write(pathlib.Path(own)):
+    elif own and "://" not in own and not cache.can_write(pathlib.Path(own)):
         if os.path.isdir(own) and os.access(own, os.R_OK | os.X_OK):
             os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = (
                 "1e9"  # programs are read from there, and none is added

@@ -8,7 +8,8 @@ import jax
 from icae_jax import files
 from icae_jax.errors import UserError
 from icae_jax.interop.hub import base as bases
-from icae_jax.interop.hub import locations, weights
+from icae_jax.interop.hub import locations, orbax_copy, weights
+from icae_jax.models.families import tensor_names
 from icae_jax.models.families.config_json import parse_config, stored_dtype
 
 DTYPES = ("bfloat16", "float32", "float16")
@@ -21,7 +22,7 @@ def carried(folder):
     """The folder's files that a copy of the base needs beside config.json and weights: generation_config.json, the tokenizer, a licence."""
     for path in sorted(pathlib.Path(folder).iterdir()):
         named = (
-            path.name == weights.ORBAX_URL
+            path.name == orbax_copy.ORBAX_URL
             or path.name.endswith(".index.json")
             or path.name.startswith((".", "README"))
         )
@@ -62,11 +63,11 @@ def convert(source, to, form="hub", dtype=None, progress=False):
             shutil.copyfile(file, tmp / file.name)
         files.write_json(tmp / "config.json", raw | dict.fromkeys(stated, dtype))
         if form == "orbax":
-            weights.save_orbax(tmp, params)
+            orbax_copy.save_orbax(tmp, params)
         else:
             weights.save_params(tmp, config, params, dtype)
     leaves = jax.tree.leaves(params)
-    tensors = len(leaves) if form == "orbax" else len(weights.tensor_names(config))
+    tensors = len(leaves) if form == "orbax" else len(tensor_names.tensor_names(config))
     size, identity = sum(x.nbytes for x in leaves), bases.fingerprint(config, params)
     return f"{to}: {form} format, {tensors} tensors in {dtype}, {size:,} bytes, fingerprint {identity[:12]}"
 

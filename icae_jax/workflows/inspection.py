@@ -12,9 +12,8 @@ from icae_jax.inference import memory_file
 from icae_jax.interop.adapters import folder as adapters
 from icae_jax.interop.adapters import formats
 from icae_jax.interop.hub import base as bases
-from icae_jax.interop.hub import weights
 from icae_jax.models import lora as loras
-from icae_jax.models.families import config_json
+from icae_jax.models.families import config_json, tensor_names
 from icae_jax.training.config import read_run
 from icae_jax.workflows import convert_adapter
 
@@ -150,7 +149,7 @@ def _base(folder):
     path = folder / "config.json"
     raw = files.read_json(path, "the base model's configuration")
     config = config_json.parse_config(raw, path)
-    shapes = weights.hub_shapes(config)
+    shapes = tensor_names.hub_shapes(config)
     about = {
         "what": f"base model, {config_json.architecture(raw, path)}",
         **_sizes_of(config),

@@ -18,7 +18,7 @@ import numpy as np
 import safetensors.numpy
 
 import icae_jax
-from icae_jax import files
+from icae_jax import errors, files
 from icae_jax.compression.encoder import SPECIAL_ROWS, CompressionConfig
 from icae_jax.errors import UserError
 from icae_jax.interop.adapters import peft_config as peft_configs
@@ -315,7 +315,7 @@ def _tensors(path):
         )
     tensors = files.read_safetensors(path, safetensors.numpy.load_file)
     if path.with_suffix(".bin").exists():
-        files.say(f"{path} is read, as by peft; {path.with_suffix('.bin').name} beside it is not")
+        errors.say(f"{path} is read, as by peft; {path.with_suffix('.bin').name} beside it is not")
     return tensors
 
 
@@ -339,7 +339,7 @@ def _fields(kind, raw, source, newer=()):
     )
     if wrong:
         raise UserError(
-            f"{source}: fields {', '.join(map(files.field, wrong))} unknown or missing; was it written by another version of icae_jax?"
+            f"{source}: fields {', '.join(map(errors.field, wrong))} unknown or missing; was it written by another version of icae_jax?"
         )
     types = {
         f.name: list if typing.get_origin(f.type) is tuple else f.type

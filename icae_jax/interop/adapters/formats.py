@@ -22,7 +22,7 @@ from icae_jax.compression.encoder import SPECIAL_ROWS, CompressionConfig
 from icae_jax.errors import UserError
 from icae_jax.interop.adapters import folder as adapters
 from icae_jax.interop.hub import base as bases
-from icae_jax.interop.hub import weights
+from icae_jax.models.families import tensor_names
 from icae_jax.models.lora import LoraConfig
 
 ALPHA = 32.0  # of every released file and of every golden one; no file says it
@@ -55,7 +55,7 @@ class Stored:
 
 def need_torch_for(form):
     """The torch module where a format is a pickle, else None."""
-    return files.need_torch(f"format {form}, a pickle,") if NAMES[form].endswith(".pt") else None
+    return errors.need_torch(f"format {form}, a pickle,") if NAMES[form].endswith(".pt") else None
 
 
 def file_kind(path):
@@ -86,7 +86,7 @@ def open_tensors(path):
         raise UserError(f"{path}: neither safetensors nor a file that torch.save wrote")
     if kind == "safetensors":
         return files.read_safetensors(path, _stored)
-    torch = files.need_torch(f"reading {path}, a pickle,")
+    torch = errors.need_torch(f"reading {path}, a pickle,")
     try:
         content = errors.retrying(
             lambda: torch.load(path, map_location="cpu", weights_only=True), f"reading {path}"
@@ -237,7 +237,7 @@ def _base_copies(left, config, problems):
 
     The encoder's embedding table may have grown by the special tokens, which the reference adds to it.
     """
-    shapes = weights.hub_shapes(config) | {
+    shapes = tensor_names.hub_shapes(config) | {
         "lm_head.weight": (config.vocab_size, config.hidden_size)
     }  # saved where it is tied, too
     inv_freq = {INV_FREQ.format(i) for i in range(config.num_layers)}
@@ -353,7 +353,7 @@ def tensors_of(form, adapter, model_config):
     zeros = {}
     if form == "icae-v1":
         names = [
-            *weights.tensor_names(model_config),
+            *tensor_names.tensor_names(model_config),
             *map(INV_FREQ.format, range(model_config.num_layers)),
         ]
         zeros = {PREFIX["icae"] + name: np.zeros((), np.float32) for name in names}
@@ -419,6 +419,6 @@ def read_reading(path):
     for name in ("alpha", "context_length"):
         if not 0 < abs(told[name]) < 2**31:  # NaN neither
             raise UserError(
-                f"{beside}: {name} is {files.shown(told[name])}, which is no number of a sensible size"
+                f"{beside}: {name} is {errors.shown(told[name])}, which is no number of a sensible size"
             )
     return told

@@ -10,7 +10,7 @@ import pathlib
 import re
 from collections.abc import Callable
 
-from icae_jax import files
+from icae_jax import errors, files
 from icae_jax.errors import UserError
 from icae_jax.interop.hub import locations
 
@@ -52,7 +52,7 @@ def _or_default(raw, name, default):
 
 
 def _refuse(source, name, value, why):
-    raise UserError(f"{source}: {name} is {files.shown(value)}, {why}")
+    raise UserError(f"{source}: {name} is {errors.shown(value)}, {why}")
 
 
 def _whole(value):
@@ -90,7 +90,7 @@ def _compiles(pattern, name, source):
         re.compile(pattern)
     except (re.error, RecursionError, OverflowError) as error:
         raise UserError(
-            f"{source}: {name} holds {files.shown(pattern)}, which is not a regular expression ({error})"
+            f"{source}: {name} holds {errors.shown(pattern)}, which is not a regular expression ({error})"
         ) from error
 
 
@@ -223,7 +223,7 @@ def _check_refused(raw, source):
             )
         if name not in COMPUTED | HARMLESS | REFUSED and value is not None:
             why = "an unknown field, which may change what the adapter computes; take it out if you know that it does not"
-            _refuse(source, files.field(name), value, why)
+            _refuse(source, errors.field(name), value, why)
     init = raw.get("init_lora_weights")
     plain = (
         init is None

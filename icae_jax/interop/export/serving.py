@@ -19,7 +19,7 @@ import numpy as np
 import safetensors.numpy
 
 import icae_jax
-from icae_jax import files
+from icae_jax import errors, files
 from icae_jax.compression import encoder, methods
 from icae_jax.compression import layout as layouts
 from icae_jax.compression.memory import KV
@@ -117,7 +117,7 @@ def prompt_embeddings(compressor, memory, row, question=None):
 
 def pt_bytes(x_TD, dtype):
     """What `torch.save` writes of a tensor `[T, D]` in `dtype`; vLLM loads it with weights_only=True."""
-    torch = files.need_torch("prompt-embeds")
+    torch = errors.need_torch("prompt-embeds")
     buffer = io.BytesIO()
     torch.save(
         torch.from_numpy(np.ascontiguousarray(x_TD, np.float32)).to(getattr(torch, dtype)), buffer

@@ -40,7 +40,7 @@ _HARMLESS = {
         weight_decay warmup_steps freeze_embeddings group_size_ratio seed trainable_params
         _unsloth_previous_dtype use_logits_to_keep num_logits_to_keep
     """,
-    "text lengths and the tokenizer; positions beyond max_position_embeddings are refused anyway": """
+    "text lengths and tokenizer; max_position_embeddings holds all the same": """
         max_sequence_length max_seq_length max_seq_len seq_length seq_len sequence_length
         train_max_seq_len training_sequence_length max_length_train model_max_length
         tokenizer_model_max_length max_context_length context_length n_ctx n_positions cutoff_len
@@ -160,16 +160,16 @@ def is_neutral(field: str, value: object, neutral: dict[str, tuple] = NEUTRAL) -
         value is None
         or field in HARMLESS
         or HARMLESS_NAMES.fullmatch(field) is not None
-        or _equals_any(value, neutral.get(field, ()))
+        or _is_any(value, neutral.get(field, ()))
     )
 
 
 def is_neutral_rope(field: str, value: object) -> bool:
     """Whether a field of RoPE of this value is known to change nothing."""
-    return field in ROPE_HARMLESS or _equals_any(value, ROPE_NEUTRAL.get(field, ()))
+    return field in ROPE_HARMLESS or _is_any(value, ROPE_NEUTRAL.get(field, ()))
 
 
-def _equals_any(value, neutral):
+def _is_any(value: object, values: tuple) -> bool:
     return any(
-        value == same and isinstance(value, bool) == isinstance(same, bool) for same in neutral
+        value == same and isinstance(value, bool) == isinstance(same, bool) for same in values
     )

@@ -26,7 +26,7 @@ from icae_jax.cli import main as cli
 from icae_jax.compression.encoder import CompressionConfig
 from icae_jax.interop.adapters import folder as adapters
 from icae_jax.interop.hub import base as bases
-from icae_jax.interop.hub import locations, weights
+from icae_jax.interop.hub import fetching, locations, orbax_copy, remote_rows, weights
 from icae_jax.models.lora import LoraConfig
 from icae_jax.objectives import targets
 from icae_jax.workflows import convert_base
@@ -161,7 +161,7 @@ def test_hub_id_from_the_hubs_cache_without_a_network(tmp_path, tiny_base, monke
 def test_a_new_process_finds_the_hubs_settings(tmp_path):
     """Breaks when a setting of the hub's library is looked up before the part that holds it is imported, as other tests have done."""
     code = (
-        "from icae_jax import errors; from icae_jax.interop import sources\n"
+        "from icae_jax import errors; from icae_jax.interop.hub import locations\n"
         "try: locations.local_folder('models/llama')\n"
         "except errors.UserError as error: print(error)"
     )
@@ -204,7 +204,7 @@ def test_the_hubs_files_are_read_in_exact_ranges(tiny_base, monkeypatch):
     )
     monkeypatch.setattr(module.HfFileSystemFile, "_fetch_range", fetch)
     remote = locations.remote_opener("org/tiny", pathlib.Path("c" * 40))
-    rows = weights.read_rows(tiny_base, remote, "model.embed_tokens.weight", [7, 3])
+    rows = remote_rows.read_rows(tiny_base, remote, "model.embed_tokens.weight", [7, 3])
     assert (
         rows
         == safetensors.numpy.load_file(tiny_base / "model.safetensors")[
@@ -377,7 +377,7 @@ def test_a_tensor_is_read_where_it_is(tiny_base):
                 ("model.embed_tokens.weight", None),
                 ("model.norm.weight", None),
             ):
-                got = weights.read_rows(folder, lambda name: io.FileIO(folder / name), name, rows)
+                got = remote_rows.read_rows(folder, lambda name: io.FileIO(folder / name), name, rows)
                 want = stored[name].astype("float32").reshape(-1, TINY.hidden_size)
                 assert (
                     got == (want if rows is None else want[rows])
@@ -389,7 +389,7 @@ def test_a_tensor_is_read_where_it_is(tiny_base):
         ):
             (folder / "model.safetensors").write_bytes(text)
             with pytest.raises(errors.UserError, match=r"model\.safetensors: no"):
-                weights.read_rows(
+                remote_rows.read_rows(
                     folder, lambda name: io.FileIO(folder / name), "model.norm.weight"
                 )
 
@@ -444,7 +444,7 @@ def test_changed_files_are_copied_again_and_removed_ones_go(bucket):
 def test_broken_copying_leaves_no_half_file(bucket, monkeypatch):
     """Breaks when a file that was not copied to its end is taken for whole at the next start."""
     remote, _ = bucket
-    copy = locations._copy
+    copy = fetching._copy
 
     def broken(source, target, length, *rest):
         copy(source, target, length + (source.name == "model.safetensors"), *rest)
@@ -467,17 +467,17 @@ def test_orbax_copy_at_a_url(bucket, tiny_params, monkeypatch, tmp_path):
     taken though there are safetensors files.
     """
     remote, _ = bucket
-    weights.save_orbax(remote, tiny_params)
+    orbax_copy.save_orbax(remote, tiny_params)
     folder = locations.local_folder(URL)
-    assert not weights.is_orbax(folder) and not (folder / weights.ORBAX_URL).exists()
+    assert not orbax_copy.is_orbax(folder) and not (folder / orbax_copy.ORBAX_URL).exists()
     (remote / "model.safetensors").unlink()
     folder = locations.local_folder(URL)
     assert (
-        weights.is_orbax(folder)
+        orbax_copy.is_orbax(folder)
         and not (folder / "params").exists()
         and not (folder / "model.safetensors").exists()
     )
-    assert (folder / weights.ORBAX_URL).read_text() == f"{URL}/params\n"
+    assert (folder / orbax_copy.ORBAX_URL).read_text() == f"{URL}/params\n"
     # tensorstore reads buckets by itself, without epath: here its path is the folder that stands for the bucket.
     local = types.SimpleNamespace(Path=lambda url: epath.Path(url.replace(URL, str(remote))))
     monkeypatch.setattr(weights, "epath", local)
@@ -488,7 +488,7 @@ def test_orbax_copy_at_a_url(bucket, tiny_params, monkeypatch, tmp_path):
     )
     convert_base.convert(folder, tmp_path / "hub")
     assert sorted(contents(tmp_path / "hub")) == sorted(
-        {*contents(folder), "model.safetensors"} - {weights.ORBAX_URL}
+        {*contents(folder), "model.safetensors"} - {orbax_copy.ORBAX_URL}
     )
 
 
@@ -515,7 +515,7 @@ def test_a_bucket_that_comes_back(bucket, tiny_base, monkeypatch):
     """Breaks when one failed read of a bucket ends a start, a lasting one counts as bad input, or half a file stays."""
     remote, _ = bucket
     copy, failures = (
-        locations._copy,
+        fetching._copy,
         [OSError(errno.EIO, "Input/output error"), ConnectionResetError(104, "reset")],
     )
 
@@ -540,13 +540,13 @@ def test_a_bucket_that_comes_back(bucket, tiny_base, monkeypatch):
 
 def test_where_tensorstore_looks():
     """Breaks when a bucket is read as a folder of this machine, or by another storage's driver."""
-    assert weights._store(pathlib.Path("/a/params")) == {"driver": "file", "path": "/a/params/"}
-    assert weights._store(epath.Path("gs://b/x/params")) == {
+    assert orbax_copy._kvstore(pathlib.Path("/a/params")) == {"driver": "file", "path": "/a/params/"}
+    assert orbax_copy._kvstore(epath.Path("gs://b/x/params")) == {
         "driver": "gcs",
         "bucket": "b",
         "path": "x/params/",
     }
-    assert weights._store(epath.Path("s3://b/params")) == {
+    assert orbax_copy._kvstore(epath.Path("s3://b/params")) == {
         "driver": "s3",
         "bucket": "b",
         "path": "params/",
