@@ -1,4 +1,6 @@
-"""Which attention a run computes: what is asked for, or what is fastest; never what its device, dtype or mesh cannot do."""
+"""Which attention a run uses: the requested or the fastest one, never one that device, dtype or
+mesh rule out.
+"""
 
 import dataclasses
 import types
@@ -57,7 +59,9 @@ def test_auto_takes_the_fastest_of_one_device_s_share(monkeypatch):
 
 
 def test_the_same_sizes_are_timed_once(monkeypatch):
-    """Breaks when every compressor of a process times attention anew, or one takes what was measured for other sizes."""
+    """Breaks when every compressor of a process times attention anew, or timings of other sizes are
+    used.
+    """
     asked = []
 
     def fastest(**sizes):

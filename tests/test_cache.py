@@ -12,7 +12,7 @@ import pytest
 from conftest import write_jsonl
 from jax._src.lru_cache import LRUCache
 
-from icae_jax import cache, files
+from icae_jax import cache
 from icae_jax.cli import main as cli
 from icae_jax.data import tokens
 from icae_jax.errors import UserError
@@ -66,7 +66,9 @@ def left(root):
 
 
 def test_what_was_used_least_recently_goes_first(root):
-    """Breaks when the bound is not kept, more goes than it asks for, or something that was used later goes first."""
+    """Breaks when the limit is not kept, more is removed than needed, or a more recent entry goes
+    first.
+    """
     for age, name in enumerate("edcba", 2):
         (put if age % 2 else program)(root, name, age * HOUR)
     assert cache.prune(root, 10_000, tokens.CACHE_VERSION) == []
@@ -89,7 +91,9 @@ def test_earlier_versions_go_first(root):
 
 
 def test_what_is_in_use_stays(root):
-    """Breaks when a running training's arrays are deleted under it, also where all is to go; or what was used just now, unless it is."""
+    """Breaks when a running job's arrays are deleted, even by --all; or what was used just now is,
+    except by --all.
+    """
     used, _, _ = put(root, "used", 90 * HOUR), put(root, "now", 10), put(root, "idle", 90 * HOUR)
     os.chmod(used, 0o755)
     held = cache.hold(used)
@@ -106,7 +110,7 @@ def test_what_is_in_use_stays(root):
 
 
 def test_the_remains_of_killed_processes_go(root):
-    """Breaks when a folder that was never finished stays for ever, or one that is being written goes."""
+    """Breaks when an unfinished folder stays for ever, or one that is being written is removed."""
     for name, age in ((".new.dead", 48 * HOUR), (".gone.dead", 48 * HOUR), (".new.live", 60)):
         put(root, name, age)
     cache.prune(root, 10_000, tokens.CACHE_VERSION)
@@ -114,7 +118,9 @@ def test_the_remains_of_killed_processes_go(root):
 
 
 def test_what_is_not_the_caches_stays(root, monkeypatch, capsys):
-    """Breaks when a user's own files, in a folder that is also the cache, are listed or, worse, removed; or one of them breaks the list."""
+    """Breaks when a user's own files in the cache folder are listed or removed, or one of them
+    breaks the list.
+    """
     put(root, "ours", 90 * HOUR), put(root, "odd", 90 * HOUR)
     (root / "tokens" / key("odd") / cache.ABOUT).write_text("[1]")
     names = (
@@ -145,7 +151,9 @@ def test_what_is_not_the_caches_stays(root, monkeypatch, capsys):
 
 
 def test_tokenising_keeps_the_bound(root, tmp_path, tiny_tokenizer, monkeypatch, capsys):
-    """Breaks when the cache is not pruned after something was written, nothing is said of it, or what was just made, and is used, goes."""
+    """Breaks when the cache is not pruned after a write, that is not said, or the new entry, which
+    is in use, goes.
+    """
     monkeypatch.setenv(cache.VARIABLE, "0")
     put(root, "old", 90 * HOUR)
     data = tokens.tokenise(
@@ -165,7 +173,9 @@ def test_tokenising_keeps_the_bound(root, tmp_path, tiny_tokenizer, monkeypatch,
 
 
 def test_jax_bounds_its_programs(root, monkeypatch):
-    """Breaks when JAX keeps programs without a bound, or cannot remove those that were kept before there was one."""
+    """Breaks when JAX keeps programs without a limit, or cannot evict those kept before there was
+    one.
+    """
     monkeypatch.setenv("JAX_COMPILATION_CACHE_MAX_SIZE", "")  # so that it is put back
     monkeypatch.delenv("JAX_COMPILATION_CACHE_MAX_SIZE")
     monkeypatch.setenv(cache.VARIABLE, str(4 * 2500 / (1 << 30)))
@@ -182,12 +192,15 @@ def test_jax_bounds_its_programs(root, monkeypatch):
 
 
 def test_a_cache_that_is_no_folder_or_closed_is_named(root, monkeypatch):
-    """Breaks when a cache that cannot be used ends in a traceback, which does not say what to set, or one that is empty is refused."""
+    """Breaks when an unusable cache gives a traceback that does not say what to set, or an empty
+    one is refused.
+    """
     assert cache.hold(root / "tokens" / "key") is None
     root.write_text("")
     with pytest.raises(
         UserError,
-        match=rf"^cache {root}/tokens: cannot be read: not a directory .*; set data.cache_dir or \$ICAE_CACHE",
+        match=rf"^cache {root}/tokens: cannot be read: not a directory .*; "
+        r"set data.cache_dir or \$ICAE_CACHE",
     ):
         cache.hold(root / "tokens" / "key")
 
@@ -201,7 +214,7 @@ def test_a_cache_that_is_no_folder_or_closed_is_named(root, monkeypatch):
 
 @pytest.fixture
 def elsewhere(tmp_path, monkeypatch):
-    """The temporary folder of this test's own, and nothing known of which folders can be written."""
+    """This test's own temporary directory, and no memory of which folders can be written."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
     (tmp_path / "temporary").mkdir()
     for known in (cache.can_write, cache._temporary_folder):
@@ -227,7 +240,9 @@ def elsewhere(tmp_path, monkeypatch):
 def test_a_cache_that_cannot_be_written_falls_back(
     environment, said, elsewhere, tmp_path, tiny_tokenizer, monkeypatch, capsys
 ):
-    """Breaks when a container's or a node's home ends the run, the fallback is not said, or is said for each thing that is kept."""
+    """Breaks when a container's or a node's missing home ends the run, or the fallback is not said,
+    or said repeatedly.
+    """
     (tmp_path / "file").touch()
     fill = lambda text: text.format(file=tmp_path / "file")  # noqa: E731
     for name, value in environment.items():
@@ -252,7 +267,9 @@ def test_a_cache_that_cannot_be_written_falls_back(
 def test_another_users_folder_is_not_taken_for_the_fallback(
     planted, elsewhere, tmp_path, monkeypatch
 ):
-    """Breaks when someone who plants a link or a folder in the shared temporary folder is handed, or hands out, what is kept."""
+    """Breaks when someone who plants a link or a folder in the shared temporary directory can read
+    or supply cache content.
+    """
     monkeypatch.setenv("ICAE_CACHE", "/proc/nope")
     (tmp_path / "theirs").mkdir()
     if planted == "link":
@@ -277,7 +294,8 @@ def test_without_any_folder_the_variables_are_named(elsewhere, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", "/proc/nope")
     with pytest.raises(
         UserError,
-        match=r"^cache /proc/nope: cannot be written, nor can a temporary folder .*set \$ICAE_CACHE .*\$TMPDIR",
+        match=r"^cache /proc/nope: cannot be written, nor can a temporary folder .*"
+        r"set \$ICAE_CACHE .*\$TMPDIR",
     ):
         cache.folder()
 
@@ -285,14 +303,14 @@ def test_without_any_folder_the_variables_are_named(elsewhere, monkeypatch):
 def test_a_cache_that_may_only_be_read_is_read(
     root, elsewhere, tmp_path, tiny_tokenizer, monkeypatch, capsys
 ):
-    """Breaks when what a shared cache holds is made again since nothing can be added to it, or what it lacks ends the run."""
+    """Breaks when a read-only shared cache is not used, or ends the run over what it lacks."""
     monkeypatch.setenv("ICAE_CACHE", str(root))
     sources = [
         write_jsonl(tmp_path / f"{name}.jsonl", [{"text": f"the {name}"}])
         for name in ("cat", "dog")
     ]
     kept = tokens.tokenise(sources[0], tiny_tokenizer).key
-    monkeypatch.setattr(files, "can_write", lambda folder: not folder.is_relative_to(root))
+    monkeypatch.setattr(cache, "can_write", lambda folder: not folder.is_relative_to(root))
     monkeypatch.setattr(tokens, "_write", lambda *args: pytest.fail("made again"))
     assert (
         tokens.tokenise(sources[0], tiny_tokenizer).key == kept
@@ -301,14 +319,16 @@ def test_a_cache_that_may_only_be_read_is_read(
     )
     monkeypatch.undo()
     monkeypatch.setenv("ICAE_CACHE", str(root))
-    monkeypatch.setattr(files, "can_write", lambda folder: not folder.is_relative_to(root))
+    monkeypatch.setattr(cache, "can_write", lambda folder: not folder.is_relative_to(root))
     monkeypatch.setattr(tempfile, "tempdir", str(elsewhere.parent))
     new = tokens.tokenise(sources[1], tiny_tokenizer).key
     assert left(elsewhere) == [new[:32]] and left(root) == [kept[:32]]
 
 
 def test_programs_are_kept_only_where_they_can_be(root, elsewhere, monkeypatch, capsys):
-    """Breaks when JAX is told of a folder that cannot be written, so that it warns of every program, or the command fails of it."""
+    """Breaks when JAX is given a folder that cannot be written: it warns of every program, or the
+    command fails.
+    """
     names = (
         "JAX_COMPILATION_CACHE_MAX_SIZE",
         "JAX_COMPILATION_CACHE_DIR",
@@ -322,7 +342,7 @@ def test_programs_are_kept_only_where_they_can_be(root, elsewhere, monkeypatch, 
     assert os.environ.pop("JAX_COMPILATION_CACHE_DIR").startswith(str(root / "compiled"))
     cache.bound_compiled(root / "compiled")
     with monkeypatch.context() as closed:  # as on a disk that may only be read
-        closed.setattr(files, "can_write", lambda folder: folder.is_relative_to(elsewhere))
+        closed.setattr(cache, "can_write", lambda folder: folder.is_relative_to(elsewhere))
         compiled.keep_compiled()
         assert os.environ["JAX_COMPILATION_CACHE_DIR"].startswith(str(elsewhere / "compiled"))
         closed.setenv("JAX_COMPILATION_CACHE_DIR", "/proc/nope")  # the user's own
@@ -352,7 +372,7 @@ def test_a_bad_bound_is_named(value, monkeypatch):
 
 
 def test_the_verb(root, monkeypatch, capsys):
-    """Breaks when the list leaves a kind out or says nothing of its size and use, or prune does not do what it says."""
+    """Breaks when the list omits a kind, its size or use, or prune does not do what it says."""
     monkeypatch.setenv("ICAE_CACHE", str(root))
     (
         put(root, "a", 9 * HOUR),
@@ -366,9 +386,11 @@ def test_the_verb(root, monkeypatch, capsys):
     assert cli.main(["cache", "list", "--json"]) == 0
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [(r["what"], r["name"], r["count"], r["in_use"], r["outdated"]) for r in rows] == [
-        ("tokens", "a.jsonl", 1, True, False), ("tokens", key("old"), 1, False, True), ("compiled", "x86_64-0", 2, False, False),
+        ("tokens", "a.jsonl", 1, True, False),
+        ("tokens", key("old"), 1, False, True),
+        ("compiled", "x86_64-0", 2, False, False),
         ("bases", "gs%3A", 1, False, False),
-    ]  # fmt: skip
+    ]
     assert rows[2]["bytes"] == 2000 and rows[0]["used"][:3] == "202"
     assert cli.main(["cache", "list"]) == 0 and "a.jsonl (in use)" in capsys.readouterr().out
     assert (
@@ -394,7 +416,9 @@ def test_the_verb(root, monkeypatch, capsys):
 
 
 def test_compiled_programs_are_kept_where_the_user_says(monkeypatch, tmp_path):
-    """Breaks when a user's own folder, or choice to keep nothing, is overruled, or machines of other processors would share programs."""
+    """Breaks when a user's own folder, or choice to keep nothing, is overruled, or machines with
+    other CPUs share programs.
+    """
     monkeypatch.setenv("ICAE_CACHE", str(tmp_path))
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
     monkeypatch.setenv("JAX_COMPILATION_CACHE_MAX_SIZE", "")  # so that it is put back

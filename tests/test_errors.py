@@ -62,7 +62,9 @@ def test_what_the_user_must_change_is_one_line_and_exit_code_2(name, monkeypatch
 
 @pytest.mark.parametrize("name", NOT_USERS)
 def test_what_nobody_can_change_keeps_its_traceback(name, monkeypatch):
-    """Breaks when a network's or the code's own fault is taken for bad input: exit code 2 ends a launched run for good."""
+    """Breaks when a network failure or a bug counts as bad input: exit code 2 ends a launched run
+    for good.
+    """
 
     def verb(argv):
         raise NOT_USERS[name]
@@ -139,7 +141,9 @@ STAYING = {
 
 @pytest.mark.parametrize("name", PASSING)
 def test_a_passing_failure_is_tried_again_and_then_raised_as_it_is(name, monkeypatch, capsys):
-    """Breaks when one dropped connection ends a run, when it is tried for ever, or the pauses do not grow."""
+    """Breaks when one dropped connection ends a run, retries never end, or their delays do not
+    grow.
+    """
     pauses, calls = [], []
     monkeypatch.setattr(errors.time, "sleep", pauses.append)
 
@@ -189,7 +193,9 @@ def test_a_failure_that_stays_is_not_tried_again(name, monkeypatch):
 
 
 def test_a_path_of_the_users_is_named(tmp_path):
-    """Breaks when a workdir below a file is a traceback, or a filesystem's fault is called the user's."""
+    """Breaks when a workdir below a file gives a traceback, or a filesystem failure counts as bad
+    input.
+    """
     (tmp_path / "file").write_text("")
     named = errors.naming("--workdir w", "give a folder")
     with (

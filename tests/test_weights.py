@@ -1,4 +1,4 @@
-"""Weights of a base model: reading them straight onto devices, what is refused, and writing them."""
+"""A base's weights: loading them onto devices, what is refused, and saving them."""
 
 import dataclasses
 import errno
@@ -60,7 +60,9 @@ def test_an_orbax_copy_elsewhere_is_in_a_bucket(tmp_path, url):
 
 
 def test_a_network_filesystem_that_comes_back(folder, orbax, tiny_params, monkeypatch):
-    """Breaks when one failed read of weights ends a start, or one that lasts counts as a damaged file, which nobody would try again."""
+    """Breaks when one failed read of weights ends a start, or a lasting failure counts as a damaged
+    file, which nobody would retry.
+    """
     import tensorstore
 
     monkeypatch.setattr(errors, "FIRST_DELAY", 0)
@@ -102,7 +104,7 @@ def test_a_network_filesystem_that_comes_back(folder, orbax, tiny_params, monkey
 
 @pytest.mark.parametrize("stored", ["float32", "bfloat16", "float16"])
 def test_every_dtype_into_every_other(folder, tensors, stored, monkeypatch):
-    """Breaks when a value is rounded otherwise than by one conversion, or a block's edge is lost."""
+    """Breaks when a value is rounded other than by one conversion, or a block's edge is lost."""
     monkeypatch.setattr(weights, "BLOCK_BYTES", 200)  # a few rows
     safetensors.numpy.save_file(
         {k: v.astype(stored) for k, v in tensors.items()}, folder / "model.safetensors"
@@ -130,7 +132,9 @@ def test_parameters_own_their_memory(folder, tiny_params):
 
 
 def test_without_a_sharding_parameters_follow_other_arguments(folder, orbax):
-    """Breaks when parameters loaded for the default device are bound to it, so that a program over several devices refuses them."""
+    """Breaks when parameters on the default device are committed to it: a program over several
+    devices would refuse them.
+    """
     for source in (folder, orbax):
         assert not any(x.committed for x in jax.tree.leaves(weights.load_params(source, TINY)))
 
@@ -144,7 +148,9 @@ def test_only_some_parameters(folder, orbax):
 
 
 def test_progress(folder, orbax, capsys, monkeypatch):
-    """Breaks when the bar does not reach its end, counts something other than bytes, or shows unasked or for a moment."""
+    """Breaks when the bar does not reach its end, does not count bytes, or shows unasked or for a
+    moment.
+    """
     size = sum(x.nbytes for x in jax.tree.leaves(random_params(TINY)))
     bar = tqdm.tqdm
     for source in (folder, orbax):
@@ -162,11 +168,13 @@ def test_progress(folder, orbax, capsys, monkeypatch):
             assert bool(shown) == progress
 
 
-# -------------------------------------------------------------------------------------------------------- several devices
+# ---------------------------------------------------------------------------------- several devices
 
 
 def loaded_on_eight_devices(folder):
-    """`{name of a rule: [equal to the host's, parts lie where the rule says, reads, bytes read]}`, and the error of one that fails."""
+    """`{rule: [equal to the host's, shards lie where the rule says, reads, bytes read]}`, and the
+    error of a rule that fails.
+    """
     devices = np.asarray(jax.devices())
     mesh, square = Mesh(devices, ("x",)), Mesh(devices.reshape(4, 2), ("a", "b"))
 
@@ -212,7 +220,9 @@ def loaded_on_eight_devices(folder):
 
 
 def test_eight_devices(folder, orbax):
-    """Breaks when a part is read from the wrong place, lies on the wrong device, or is read again for each replica; in either format."""
+    """Breaks when a shard is read from the wrong place, lies on the wrong device, or is read again
+    for each replica, in either format.
+    """
     with eight_devices():
         hub, copy = (loaded_on_eight_devices(f) for f in (folder, orbax))
     params = random_params(TINY)
@@ -231,11 +241,13 @@ def test_eight_devices(folder, orbax):
         assert copy[name][:2] == [True, True], name
 
 
-# -------------------------------------------------------------------------------------------------------- what is refused
+# ---------------------------------------------------------------------------------- what is refused
 
 
 def test_missing_and_misshapen_tensors_are_named(folder, tensors):
-    """Breaks when uninitialised memory stands in for a missing tensor, or a wrong shape is only found by the model."""
+    """Breaks when uninitialised memory stands in for a missing tensor, or only the model finds a
+    wrong shape.
+    """
     path = folder / "model.safetensors"
     absent = ["lm_head.weight", "model.layers.1.mlp.up_proj.weight"]
     rest = {k: v for k, v in tensors.items() if k not in absent}
@@ -253,7 +265,8 @@ def test_missing_and_misshapen_tensors_are_named(folder, tensors):
         weights.load_params(folder, TINY)
     for part in (
         "2 tensors missing: lm_head.weight",
-        "2 tensors not as expected: model.layers.1.self_attn.k_proj.weight has shape (32, 16) in model.safetensors, ",
+        "2 tensors not as expected: model.layers.1.self_attn.k_proj.weight has shape (32, 16) "
+        "in model.safetensors, ",
         "config.json implies (16, 32)",
         "model.norm.weight is I32 in model.safetensors; only BF16, F16, F32",
     ):
@@ -267,7 +280,7 @@ def test_everything_is_checked_before_anything_is_read(folder, tensors, monkeypa
     """Breaks when gigabytes are read before the last file turns out to be wrong."""
     tensors["model.norm.weight"] = np.zeros(16, np.float32)
     safetensors.numpy.save_file(tensors, folder / "model.safetensors")
-    monkeypatch.setattr(weights, "_read", lambda *args: pytest.fail("read"))
+    monkeypatch.setattr(weights, "_read_shard", lambda *args: pytest.fail("read"))
     with pytest.raises(ValueError, match=r"model\.norm\.weight has shape \(16,\)"):
         weights.load_params(folder, TINY)
 
@@ -283,11 +296,13 @@ def test_unreadable_weights_are_named(folder):
         weights.load_params(folder, TINY)
 
 
-# ---------------------------------------------------------------------------------------------------------------- Orbax
+# -------------------------------------------------------------------------------------------- Orbax
 
 
 def test_orbax_copy(orbax, tiny_params):
-    """Breaks when an Orbax copy is not Orbax's, gives other values or dtypes than the weights it was made of, or is written over."""
+    """Breaks when the copy is not Orbax's, gives other values or dtypes than its source, or is
+    overwritten.
+    """
     import orbax.checkpoint as ocp
 
     assert orbax_copy.is_orbax(orbax)
@@ -349,7 +364,9 @@ def test_safetensors_come_before_an_orbax_copy(folder, tiny_params):
 def test_orbax_copy_of_another_model_is_named(tmp_path, tiny_params):
     """Breaks when Orbax pads, truncates or leaves out what does not fit config.json."""
     params = {k: v for k, v in tiny_params.items() if k != "lm_head"}
-    orbax_copy.save_orbax(tmp_path, params | {"norm": {"scale": jnp.ones(16), "bias": jnp.ones(16)}})
+    orbax_copy.save_orbax(
+        tmp_path, params | {"norm": {"scale": jnp.ones(16), "bias": jnp.ones(16)}}
+    )
     with pytest.raises(ValueError) as error:
         weights.load_params(tmp_path, TINY)
     for part in (
@@ -367,11 +384,13 @@ def test_damaged_orbax_copy_is_named(orbax):
         weights.load_params(orbax, TINY)
 
 
-# ------------------------------------------------------------------------------------------------------------------ out
+# ---------------------------------------------------------------------------------------------- out
 
 
 def test_saved_in_several_files(tmp_path, tiny_params, monkeypatch):
-    """Breaks when a file exceeds the limit, the index leaves a tensor out, or more than one file's tensors are held at a time."""
+    """Breaks when a file exceeds the limit, the index omits a tensor, or several files' tensors are
+    held at a time.
+    """
     held, save = [], safetensors.numpy.save_file
     monkeypatch.setattr(
         weights.safetensors.numpy,
