@@ -32,13 +32,13 @@ class Hub:
         return sha
 
     def upload(self, name, folder, only=None):
-        """The same, of a folder of this machine."""
+        """Adds a commit with the files of a local folder; returns its id."""
         paths = [p for p in sorted(folder.rglob("*")) if p.is_file()]
         named = {p.relative_to(folder).as_posix(): p.read_bytes() for p in paths}
         return self.commit(name, {k: v for k, v in named.items() if only is None or k in only})
 
     def find(self, name, revision):
-        """(sha, files) of a revision, None where there is none."""
+        """(sha, files) of a revision, or None."""
         commits = self.repositories.get(name, [])
         if revision == "main":
             return commits[-1] if commits else None
@@ -47,9 +47,7 @@ class Hub:
 
 class _Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = (
-        True  # headers and body go in two pieces, the second of which would wait 40 ms
-    )
+    disable_nagle_algorithm = True  # otherwise the body, sent after the headers, waits 40 ms
 
     def log_message(self, *_):
         pass
@@ -180,7 +178,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
                     "hookOutput": "",
                 },
             )
-        if not kind and not hub.repositories.get(name, True):  # new, without a commit
+        if not kind and not hub.repositories.get(name, True):  # new, without commits
             return self.answer(
                 200, {"id": name, "private": name in hub.private, "siblings": [], "tags": []}
             )

@@ -1,4 +1,4 @@
-"""Base models: the way out and back in, tokenizer, stop ids, identity."""
+"""Base models: saving and loading, tokenizer, stop ids, identity."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""The cache's bound: what goes first, what never goes, and `icae cache`."""
+"""The cache's limit: what is removed first, what never, and `icae cache`."""
 
 import errno
 import json
@@ -27,12 +27,12 @@ def root(tmp_path):
 
 
 def key(name):
-    """Of the form that the names of token folders have; `left` tells which it was."""
+    """A name of the form of token folders; `left` maps it back."""
     return name if name.startswith(".") else name.encode().hex().rjust(32, "0")
 
 
 def put(root, name, age, size=1000, version=tokens.CACHE_VERSION):
-    """A folder of tokens of that size, last used so many seconds ago."""
+    """Makes a token folder of this size, last used this many seconds ago."""
     folder = root / "tokens" / key(name)
     folder.mkdir(parents=True)
     (folder / "ids.npy").write_bytes(b"x" * size)
@@ -82,7 +82,7 @@ def test_what_was_used_least_recently_goes_first(root):
 
 
 def test_earlier_versions_go_first(root):
-    """Breaks when what nobody can read any more takes the room of what is used."""
+    """Breaks when outdated entries displace those in use."""
     put(root, "new", 90 * HOUR)
     put(root, "old", 2 * HOUR, version=1)
     assert [e.outdated for e in cache.prune(root, 1500, tokens.CACHE_VERSION)] == [True] and left(
@@ -176,7 +176,7 @@ def test_jax_bounds_its_programs(root, monkeypatch):
     """Breaks when JAX keeps programs without a limit, or cannot evict those kept before there was
     one.
     """
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_MAX_SIZE", "")  # so that it is put back
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_MAX_SIZE", "")  # so that it is restored
     monkeypatch.delenv("JAX_COMPILATION_CACHE_MAX_SIZE")
     monkeypatch.setenv(cache.VARIABLE, str(4 * 2500 / (1 << 30)))
     folder = program(root, "older", 0).parent
@@ -289,7 +289,7 @@ def test_another_users_folder_is_not_taken_for_the_fallback(
 
 
 def test_without_any_folder_the_variables_are_named(elsewhere, monkeypatch):
-    """Breaks when a machine without a folder to write in ends in a traceback."""
+    """Breaks when a machine without a writable folder gives a traceback."""
     monkeypatch.setenv("ICAE_CACHE", "/proc/nope")
     monkeypatch.setattr(tempfile, "tempdir", "/proc/nope")
     with pytest.raises(
@@ -335,13 +335,13 @@ def test_programs_are_kept_only_where_they_can_be(root, elsewhere, monkeypatch, 
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS",
     )
     for name in names:
-        monkeypatch.setenv(name, "")  # so that it is put back
+        monkeypatch.setenv(name, "")  # so that it is restored
         monkeypatch.delenv(name)
     monkeypatch.setenv("ICAE_CACHE", str(root))
     compiled.keep_compiled()
     assert os.environ.pop("JAX_COMPILATION_CACHE_DIR").startswith(str(root / "compiled"))
     cache.bound_compiled(root / "compiled")
-    with monkeypatch.context() as closed:  # as on a disk that may only be read
+    with monkeypatch.context() as closed:  # as on a read-only disk
         closed.setattr(cache, "can_write", lambda folder: folder.is_relative_to(elsewhere))
         compiled.keep_compiled()
         assert os.environ["JAX_COMPILATION_CACHE_DIR"].startswith(str(elsewhere / "compiled"))
@@ -365,7 +365,7 @@ def test_programs_are_kept_only_where_they_can_be(root, elsewhere, monkeypatch, 
 
 @pytest.mark.parametrize("value", ["-1", "nan", "inf", "much"])
 def test_a_bad_bound_is_named(value, monkeypatch):
-    """Breaks when a bound that is none is taken for one, such as nothing, or for no bound."""
+    """Breaks when a value that is not a number counts as a limit, or as none."""
     monkeypatch.setenv(cache.VARIABLE, value)
     with pytest.raises(UserError, match=f"^ICAE_CACHE_GIB is '{value}'"):
         cache.limit()
@@ -421,7 +421,7 @@ def test_compiled_programs_are_kept_where_the_user_says(monkeypatch, tmp_path):
     """
     monkeypatch.setenv("ICAE_CACHE", str(tmp_path))
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_MAX_SIZE", "")  # so that it is put back
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_MAX_SIZE", "")  # so that it is restored
     monkeypatch.delenv("JAX_COMPILATION_CACHE_MAX_SIZE")
     compiled.keep_compiled()
     assert os.environ["JAX_COMPILATION_CACHE_MAX_SIZE"] == str(5 << 30)

@@ -268,7 +268,7 @@ def test_other_models_are_refused_by_field(change, message):
         {"model_type": None},
         {"hidden_act": "swish"},
         {"hidden_act": None},
-        {"pretraining_tp": 2},  # how many matmuls one was split into: they add up to it
+        {"pretraining_tp": 2},  # splits a matmul into several that add up to it
         {"is_causal": True},
         {
             "sliding_window": 4096,
@@ -400,7 +400,7 @@ def test_of_two_spellings_the_one_that_counts_is_said(change, said, expected, ca
 
 
 def test_both_spellings_of_rope_may_agree():
-    """Breaks when a file that says the same twice is refused."""
+    """Breaks when a file that states the same twice is refused."""
     both = {
         "rope_scaling": {"type": "linear", "factor": 2},
         "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4},

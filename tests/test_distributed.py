@@ -176,14 +176,14 @@ class Run:
         return [pathlib.Path(f"{log}.err").read_text(errors="replace") for log in self.logs]
 
     def made(self):
-        """Of each process: `{step: (bucket, example numbers)}` that it made."""
+        """For each process, `{step: (bucket, example numbers)}` that it made."""
         lines = [pathlib.Path(f"{log}.jsonl").read_text().splitlines() for log in self.logs]
         return [
             {step: (bucket, rows) for step, bucket, rows in map(json.loads, of)} for of in lines
         ]
 
     def codes(self, seconds=240):
-        """The exit code of each process; fails where one does not end."""
+        """The exit code of each process; fails if one does not end."""
         deadline = time.monotonic() + seconds
         for child, err in zip(self.children, self.logs, strict=True):
             try:
@@ -196,7 +196,7 @@ class Run:
         return [child.returncode for child in self.children]
 
     def done(self):
-        """Waits for the end, which must be a good one."""
+        """Waits for all processes to exit with 0."""
         assert self.codes() == [DONE] * len(self.children), "\n".join(
             err[-3000:] for err in self.errors()
         )
@@ -395,7 +395,7 @@ def test_a_killed_process_ends_the_others_and_the_run_continues(folder, alone, p
 @pytest.mark.nightly
 @pytest.mark.parametrize("wrong", [0, 1])
 def test_bad_input_of_one_process_ends_all(wrong, folder):
-    """Breaks when the others wait for one that cannot start, or that one's own message is lost."""
+    """Breaks when the others wait for one that cannot start, or its message is lost."""
     with Run(
         folder / f"wrong{wrong}", 2, 1, only={wrong: ["--config.data.train=absent.jsonl"]}
     ) as run:

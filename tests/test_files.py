@@ -93,7 +93,7 @@ def test_old_folder_comes_back_when_the_new_one_cannot_take_its_place(tmp_path, 
 
 
 def modes(folder):
-    """{path within the folder, "." for itself: mode} of all that is in it."""
+    """The mode of everything in a folder, by relative path; "." is the folder."""
     return {
         str(p.relative_to(folder)): stat.S_IMODE(p.stat().st_mode)
         for p in (folder, *folder.rglob("*"))
@@ -108,7 +108,7 @@ def umask(request):
 
 
 def write_tensors(folder):
-    """As adapters are written: safetensors makes its files readable by their owner alone."""
+    """Writes as adapters do: safetensors makes its files readable by their owner only."""
     with files.replacing_folder(folder) as tmp:
         (tmp / "encoder").mkdir()
         safetensors.numpy.save_file(
@@ -118,7 +118,7 @@ def write_tensors(folder):
 
 
 def test_new_files_follow_the_umask(tmp_path, umask):
-    """Breaks when what is written is open to more, or fewer, than the umask says."""
+    """Breaks when written files are readable to more, or fewer, than the umask says."""
     folder, file, memory = tmp_path / "adapter", tmp_path / "a.json", tmp_path / "m.safetensors"
     write_tensors(folder)
     files.write_json(file, {})
@@ -200,7 +200,7 @@ def test_links_stay_links(tmp_path):
 
 
 def test_a_file_is_not_replaced_by_a_folder(tmp_path):
-    """Breaks when an adapter that is saved under a file's name takes the file away."""
+    """Breaks when saving an adapter under a file's name removes the file."""
     (tmp_path / "notes").write_text("mine")
     with pytest.raises(
         errors.UserError, match="notes is a file, and a folder is to be written there"
@@ -394,7 +394,7 @@ def test_what_stands_in_a_files_place_is_named(name, tmp_path):
 
 
 def test_json_may_begin_with_a_byte_order_mark(tmp_path):
-    """Breaks when a configuration that an editor on Windows has saved is no JSON."""
+    """Breaks when a configuration saved by an editor on Windows (with a BOM) is refused."""
     path = tmp_path / "config.json"
     path.write_bytes(b'\xef\xbb\xbf{"r": 4}')
     assert files.read_json(path, "a test") == {"r": 4}

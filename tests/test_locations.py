@@ -1,4 +1,4 @@
-"""Where base models come from: folders, the hub, object storage; without a network."""
+"""Where base models come from: folders, the hub, object storage. No network is used."""
 
 import errno
 import importlib
@@ -38,7 +38,7 @@ httpx = importlib.import_module(
 
 @pytest.fixture(autouse=True)
 def _online(monkeypatch):
-    """Whatever the environment says: nothing here reaches a network."""
+    """Whatever the environment says, no test reaches a network."""
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
 
 
@@ -100,7 +100,7 @@ def test_folder_is_taken_as_it_is(tiny_base, tmp_path, monkeypatch):
     ],
 )
 def test_what_is_neither_folder_nor_hub_id(base, tmp_path, monkeypatch):
-    """Breaks when a mistyped path is asked of the hub, or no path is the current folder."""
+    """Breaks when the hub is asked for a mistyped path, or an empty path is the current folder."""
     monkeypatch.chdir(tmp_path)  # where none of them is
     monkeypatch.setattr(
         huggingface_hub, "snapshot_download", lambda *a, **k: pytest.fail("asked the hub")
@@ -218,7 +218,7 @@ def test_a_new_process_finds_the_hubs_settings(tmp_path):
 
 
 def test_the_hubs_files_are_read_in_exact_ranges(tiny_base, monkeypatch):
-    """Breaks when the hub's filesystem reads more of a file than the rows that are asked for."""
+    """Breaks when the hub's filesystem reads more of a file than the requested rows."""
     read = []
 
     def fetch(self, start, end):
@@ -258,7 +258,7 @@ def test_repository_without_a_base(tmp_path, monkeypatch):
 
 
 def failure(status, kind=huggingface_hub.errors.HfHubHTTPError, text="the hub's own words"):
-    """An error as the hub's client raises it of an answer."""
+    """An error as the hub's client raises it for a response."""
     return kind(
         text,
         response=httpx.Response(status, request=httpx.Request("GET", "https://huggingface.co/x")),
@@ -316,7 +316,7 @@ def test_an_outage_is_not_the_users_fault(error, users, monkeypatch, tmp_path, c
 
 
 def test_a_hub_that_comes_back(tiny_base, monkeypatch):
-    """Breaks when one failed answer ends a start that the next would have let go on."""
+    """Breaks when one failed response ends a start that a retry would save."""
     answers = [type(UNREACHABLE)(*UNREACHABLE.args), failure(502)]
     monkeypatch.setattr(errors, "FIRST_DELAY", 0)
 
@@ -494,7 +494,7 @@ def test_changed_files_are_copied_again_and_removed_ones_go(bucket):
 
 
 def test_broken_copying_leaves_no_half_file(bucket, monkeypatch):
-    """Breaks when a file that was not copied to its end is taken for whole at the next start."""
+    """Breaks when a partly copied file counts as complete at the next start."""
     remote, _ = bucket
     copy = fetching._copy
 

@@ -71,7 +71,7 @@ def quick(monkeypatch):
 
 @pytest.fixture
 def shared(monkeypatch):
-    """As on a disk that several hosts share, each with flocks of its own."""
+    """Simulates a disk that several hosts share, each with flocks of its own."""
     monkeypatch.setattr(lock, "_is_local", lambda folder: False)
     monkeypatch.setattr(lock, "_boot", lambda: "another host's")
 
@@ -150,7 +150,7 @@ def test_the_dead_of_another_host_are_waited_for_and_passed_over(holders, tmp_pa
 def test_the_dead_of_this_host_are_not_waited_for_on_a_shared_disk(
     holders, tmp_path, monkeypatch, capsys
 ):
-    """Breaks when a job that starts again on its node waits for its own former process."""
+    """Breaks when a job that restarts on its node waits for its own dead process."""
     monkeypatch.setattr(lock, "_is_local", lambda folder: False)
     holder = holders(tmp_path, "shared")
     holder.send_signal(signal.SIGKILL)
@@ -178,7 +178,7 @@ def test_whoever_leaves_is_waited_for(how, holders, tmp_path, request, capsys):
 
 
 def test_one_who_never_leaves_is_not_waited_for_for_ever(holders, tmp_path, monkeypatch):
-    """Breaks when a job waits without bound for a process that hangs while it saves."""
+    """Breaks when a job waits forever for a process that hangs while saving."""
     monkeypatch.setattr(lock, "LEAVING_SECONDS", 0.2)
     holder = holders(tmp_path)
     holder.stdin.write("leave\n")
@@ -241,7 +241,7 @@ def test_a_filesystem_without_flocks(holders, tmp_path, monkeypatch):
 
 
 def test_two_who_take_it_at_once(tmp_path, shared, monkeypatch):
-    """Breaks when of two that find the lock free on a shared disk both go on, or neither."""
+    """Breaks when of two processes that find the lock free on a shared disk, both or none take it."""
     monkeypatch.setattr(lock, "flock", lambda *_: None)
     monkeypatch.setattr(lock, "SETTLING_SECONDS", 0.2)
     monkeypatch.setattr(lock, "STALE_SECONDS", 5.0)
@@ -271,7 +271,7 @@ def test_two_who_take_it_at_once(tmp_path, shared, monkeypatch):
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):
-    """Breaks when a lock that cannot be made ends in a traceback."""
+    """Breaks when a lock file that cannot be created gives a traceback."""
     (tmp_path / lock.NAME).mkdir()
     assert re.match(
         rf"--workdir {tmp_path}: is a directory \({tmp_path}/.lock\); give a folder",

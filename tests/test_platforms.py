@@ -103,7 +103,7 @@ def test_programs_set_up_before_they_import_jax():
     code = (
         "import contextlib, sys; import icae_jax.cli.main as cli\n"
         "cli.set_up = lambda: sys.exit(print('jax' in sys.modules))\n"
-        "sys.path.insert(0, 'launch')\n"
+        "sys.path.insert(0, 'launch/experiments')\n"
         "for name in ('evaluation', 'methods'):\n"
         "    with contextlib.suppress(SystemExit):\n"
         "        __import__(name)"

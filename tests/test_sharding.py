@@ -48,7 +48,7 @@ class Autoencoding:
 
 
 def spec(x):
-    """Of each dimension the mesh axes that it is split over, as text."""
+    """The mesh axes that each dimension is split over, as text."""
     return [
         "+".join([axes] if isinstance(axes, str) else axes or ())
         for axes in (*x.sharding.spec, *[None] * x.ndim)[: x.ndim]
@@ -264,7 +264,7 @@ def test_what_the_mesh_cannot_divide_stays_whole_and_is_named():
     ],
 )
 def test_meshes_as_flags(text, sizes):
-    """Breaks when a flag's axes mean others than it names, or devices are left over."""
+    """Breaks when a flag sets other axes than it names, or devices are left over."""
     assert sharding.parse(text).sizes == sizes
 
 
@@ -288,7 +288,7 @@ def test_bad_sizes_are_named(sizes):
 
 
 def test_meshes_take_all_devices_or_say_so():
-    """Breaks when devices idle, or a mesh that does not fit them is found out by JAX."""
+    """Breaks when devices idle, or only JAX notices that a mesh does not fit them."""
     assert sharding.MeshConfig(2, -1, 2).shape(8) == (2, 2, 2) and sharding.MeshConfig(
         1, 8, 1
     ).shape(8) == (1, 8, 1)

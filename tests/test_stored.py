@@ -31,7 +31,7 @@ def shards(folder, tensors, **moved):
 
 
 def said(capsys):
-    """What was said on stderr since the last call; it is said anew afterwards."""
+    """Returns stderr since the last call, and lets notes be printed again."""
     errors.say.cache_clear()
     return capsys.readouterr().err
 
@@ -114,7 +114,7 @@ LAYER, VECTOR = "model.layers.0.", np.zeros(8, np.float32)
 def test_tensors_that_config_json_does_not_announce_are_refused(
     folder, tensors, monkeypatch, name, remedy
 ):
-    """Breaks when a base is read without a part of it: the model would be another."""
+    """Breaks when a base is loaded without one of its parts: it would be another model."""
     monkeypatch.setattr(weights, "_read_shard", lambda *args: pytest.fail("read"))
     safetensors.numpy.save_file(tensors | {name: VECTOR}, folder / "model.safetensors")
     with pytest.raises(errors.UserError) as caught:
@@ -217,7 +217,7 @@ def test_a_table_of_fewer_rows_is_named(folder):
     ],
 )
 def test_an_index_names_files_of_its_folder_alone(folder, tensors, name):
-    """Breaks when a base that was downloaded has files read from elsewhere on this machine."""
+    """Breaks when a downloaded index makes other files of this machine be read."""
     (folder.parent / "other").mkdir()
     shutil.copyfile(folder / "model.safetensors", folder.parent / "other" / "model.safetensors")
     held = dict.fromkeys(tensors, "model.safetensors") | {"model.norm.weight": name}
@@ -238,7 +238,7 @@ def test_an_index_names_files_of_its_folder_alone(folder, tensors, name):
     "content", ["[]", "{}", '{"weight_map": []}', '{"weight_map": {}}', '{"weight_map": null}']
 )
 def test_an_index_without_a_map_is_named(folder, content):
-    """Breaks when half an index ends in a traceback, or counts as a base without weights."""
+    """Breaks when a truncated index gives a traceback, or counts as a base without weights."""
     (folder / "model.safetensors.index.json").write_text(content)
     with pytest.raises(
         errors.UserError, match=r"model\.safetensors\.index\.json: (no weight_map|not an object)"
@@ -269,7 +269,7 @@ def test_one_file_comes_before_shards(folder, tensors, tiny_params, capsys):
         opened.append(name)
         return io.FileIO(folder / name)
 
-    (folder / "elsewhere").mkdir()  # the index alone is here
+    (folder / "elsewhere").mkdir()  # holds only the index
     shutil.copy(folder / "model.safetensors.index.json", folder / "elsewhere")
     rows = remote_rows.read_rows(folder / "elsewhere", open_file, "model.embed_tokens.weight", [5])
     assert (rows == tensors["model.embed_tokens.weight"][[5]]).all() and set(opened) == {
@@ -327,7 +327,7 @@ def test_the_index_says_which_file_holds_a_tensor(folder, tensors, tiny_params, 
 
 
 def test_other_copies_are_named(folder, tiny_params, capsys):
-    """Breaks when a folder holds the weights twice, and nobody hears which of them is read."""
+    """Breaks when a folder holds the weights twice and no note says which are read."""
     said(capsys)
     (folder / "pytorch_model.bin").write_bytes(b"x")
     orbax_copy.save_orbax(folder, tiny_params)
@@ -335,7 +335,7 @@ def test_other_copies_are_named(folder, tiny_params, capsys):
     assert f"{folder}: safetensors is read, not params/ and pytorch_model.bin" in said(capsys)
     (folder / "model.safetensors").rename(
         folder / "consolidated.safetensors"
-    )  # in another format, which is no copy that counts
+    )  # in a format that is not read, so not a second copy
     assert orbax_copy.is_orbax(folder)
     same(weights.load_params(folder, TINY), tiny_params)
     (folder / "adapter_config.json").write_text("{}")

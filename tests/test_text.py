@@ -1,4 +1,4 @@
-"""What a user wrote as ids: no control token, whatever the tokenizer."""
+"""User text as ids: never a control token, whatever the tokenizer."""
 
 import pytest
 import transformers

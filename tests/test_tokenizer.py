@@ -399,7 +399,7 @@ def test_an_id_without_a_row_is_named(beyond, adapter, tmp_path, capsys):
 
 
 def test_training_names_a_token_without_a_row(beyond, tmp_path):
-    """Breaks when a run with such a token in its data goes on until its losses are no numbers."""
+    """Breaks when a run with such a token in its data goes on until its losses are NaN."""
     with pytest.raises(UserError, match=rf"^data source \S+t\.jsonl: text 2 \(from 0\): {NO_ROW}"):
         compressor_task.CompressorTask(training(beyond, tmp_path))
 
@@ -477,7 +477,7 @@ def test_a_memory_of_other_sizes_is_named(adapter):
     ],
 )
 def test_a_template_that_fails_is_named(template, said):
-    """Breaks when what jinja2, or a template itself, raises is a traceback."""
+    """Breaks when an error of jinja2, or raised by a template, is a traceback."""
     tokenizer = make_tokenizer()
     tokenizer.chat_template = template
     with pytest.raises(UserError, match=f"chat template.*({said})") as error:

@@ -51,7 +51,7 @@ def test_sharded_weights(folder, tensors, tiny_params):
     "url", ["../other/params", "/elsewhere/params", "file:///elsewhere/params", ""]
 )
 def test_an_orbax_copy_elsewhere_is_in_a_bucket(tmp_path, url):
-    """Breaks when a base that was downloaded has other folders of this machine read."""
+    """Breaks when a downloaded base makes other folders of this machine be read."""
     (tmp_path / orbax_copy.ORBAX_URL).write_text(url)
     with pytest.raises(
         errors.UserError, match=r"params\.url: .* is not where a bucket has an Orbax copy"
@@ -140,7 +140,7 @@ def test_without_a_sharding_parameters_follow_other_arguments(folder, orbax):
 
 
 def test_only_some_parameters(folder, orbax):
-    """Breaks when what is not wanted is read too, or a fault in it goes unnoticed."""
+    """Breaks when unwanted parameters are read too, or a fault in them goes unnoticed."""
     for source in (folder, orbax):
         some = weights.load_params(source, TINY, only=(("embed",), ("norm", "scale")))
         assert jax.tree.structure(some) == jax.tree.structure({"embed": 0, "norm": {"scale": 0}})
@@ -343,7 +343,7 @@ def test_biases_in_both_formats(tmp_path):
 
 
 def test_orbax_copy_is_stored_in_small_chunks(tmp_path, tiny_params, monkeypatch):
-    """Breaks when a process must read a whole parameter to get its part of it."""
+    """Breaks when a process must read a whole parameter to get its shard."""
     import orbax.checkpoint as ocp
 
     monkeypatch.setattr(orbax_copy, "CHUNK_BYTES", 1024)
@@ -378,7 +378,7 @@ def test_orbax_copy_of_another_model_is_named(tmp_path, tiny_params):
 
 
 def test_damaged_orbax_copy_is_named(orbax):
-    """Breaks when a copy that lost its data ends in a traceback, or is filled with zeros."""
+    """Breaks when a copy that lost its data gives a traceback, or is filled with zeros."""
     max((orbax / "params").rglob("d/*"), key=lambda path: path.stat().st_size).unlink()
     with pytest.raises(ValueError, match="params: not a readable Orbax copy of a base"):
         weights.load_params(orbax, TINY)
