@@ -43,7 +43,12 @@ def config(request):
 
 @functools.partial(jax.jit, static_argnames=("config", "k"))
 def _compress(params, trained, ids, lengths, config, k):
-    return encoder.compress(FrozenModel(MODEL, params), trained, Contexts(ids, lengths, k), config)
+    return encoder.compress(
+        FrozenModel(MODEL, params),
+        trained,
+        Contexts(ids, lengths, config.k if k is None else k),
+        config,
+    )
 
 
 def compress(params, texts, config, k=None, trained=TRAINED, shape=None):
