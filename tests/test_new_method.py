@@ -1,7 +1,7 @@
 """A method defined in this file: it trains, compresses, asks, restores, saves, plans, exports.
 
 The method: no memory tokens; the memory is the last hidden state of k text tokens of each segment,
-spread evenly over it, read as embeddings. Nothing outside this file knows of it. """
+spread evenly over it, read as embeddings. Nothing outside this file knows of it."""
 
 import dataclasses
 import pathlib
@@ -66,6 +66,7 @@ def config(tiny_base, tmp_path_factory):
         "data": {
             "train": write_jsonl(folder / "text.jsonl", texts),
             "context_lengths": [24],
+            "max_target_tokens": 12,
             "cache_dir": str(folder / "cache"),
         },
     }
