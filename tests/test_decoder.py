@@ -55,7 +55,7 @@ def test_it_has_a_lora_only_if_asked(tiny_params):
 
 @pytest.mark.parametrize("method", ["icae", "x500"])
 def test_its_lora_is_that_of_merged_weights(tiny_params, method):
-    """Breaks when some pass of the decoder (head, memory or targets) goes without the LoRA, or the encoder with it."""
+    """Breaks when a pass of the decoder goes without its LoRA, or the encoder with it."""
     c = config(method)
     tree = random_trained(TINY, c.k)
     adapter = random_lora(TINY, seed=5)
@@ -99,7 +99,7 @@ def test_its_dropout_is_its_own(tiny_params):
 
 @pytest.mark.parametrize("method", ["icae", "x500"])
 def test_its_flops_are_counted(method):
-    """Breaks when a pass of the decoder's LoRA is not counted, or a head's gradient that it needs."""
+    """Breaks when a pass of its LoRA is not counted, or a head's gradient that it needs."""
     sizes = dataclasses.replace(TINY, hidden_size=256, intermediate_size=512, head_dim=64)
     lora_config = lora.LoraConfig(32, targets=("q_proj", "v_proj", "down_proj"))
     model = llama.Llama(sizes, unroll=sizes.num_layers)
