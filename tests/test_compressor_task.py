@@ -229,7 +229,7 @@ def test_fine_tuning_starts_from_the_adapter_and_checks_it(raw, tmp_path):
         np.testing.assert_array_equal(a, b)
     with pytest.raises(
         ValueError,
-        match=r"compression\.k is 8, but init_from .* trained with 4; give --config\.compression\.k=4",
+        match=r"compression\.k is 8, but init_from .* with 4; give --config\.compression\.k=4",
     ):
         task(raw, **qa | {"compression": {"k": 8, "rate": 4}})
     with pytest.raises(ValueError, match=r"lora\.targets is \('k_proj',\)"):
