@@ -162,8 +162,8 @@ MUTANTS = [
         "mask if mask.shape[1] == 1 else rows(mask, at)", "mask", "test_llama.py -k some_positions_behind",
     ),
     Mutant(
-        "scoring runs the head at every position", "inference/compressor.py",
-        "_up(max(longest)), _up(labels)", "_up(max(longest)), _up(max(longest))", "test_compressor.py -k head_runs",
+        "scoring runs the head at every position", "inference/reading.py",
+        "round_up(max(longest)), round_up(labels)", "round_up(max(longest)), round_up(max(longest))", "test_compressor.py -k head_runs",
     ),
     Mutant(
         "attention is timed for every compressor", "runtime/attention_choice.py",
@@ -209,7 +209,7 @@ MUTANTS = [
     ),
     # ------------------------------------------------------------------------------------------------- what is on disk
     Mutant(
-        "PEFT's matrices lie untransposed", "interop/adapters/folder.py",
+        "PEFT's matrices lie untransposed", "interop/adapters/lora_tensors.py",
         "np.ascontiguousarray(layer.T)", "np.ascontiguousarray(layer)", "test_adapter.py",
     ),
     Mutant(
@@ -218,7 +218,7 @@ MUTANTS = [
     ),
     Mutant(
         "another base's memories are read", "inference/memory_file.py",
-        "if wrote != have:", 'if wrote != have and kind != "base":', "test_store.py -k another_base",
+        "if stated != have:", 'if stated != have and kind != "base":', "test_memory_file.py -k another_base",
     ),
     # ------------------------------------------------------------------------------------------------------- decoding
     Mutant(
@@ -260,8 +260,8 @@ MUTANTS = [
         'self._run(instruction.called("body"), times * turns)', 'self._run(instruction.called("body"), times)', "test_hlo.py",
     ),
     Mutant(
-        "points of a sweep share a folder", "workflows/sweep.py",
-        'f"{text}-{number}" if text in made else text', "text", "test_sweep.py -k 'name or folder'",
+        "points of a sweep share a folder", "workflows/sweep_points.py",
+        'f"{name}-{number}" if name in names else name', "name", "test_sweep.py -k 'name or folder'",
     ),
     # ------------------------------------------------------------------------------------------------------ many devices
     Mutant(
@@ -321,7 +321,7 @@ MUTANTS = [
     ),
     Mutant(
         "a sweep's points are counted anew", "workflows/sweep.py",
-        'numbers = before.get("numbers") or', "numbers =", "test_sweep.py -k keeps_its_point",
+        'numbers = recorded.get("numbers") or', "numbers =", "test_sweep.py -k keeps_its_point",
     ),
     # ---------------------------------------------------------------------------------------- what users and strangers wrote
     Mutant("a spelled token is read by its letters", "interop/hub/text.py", 'split_special_tokens=True,', "", "test_text.py"),

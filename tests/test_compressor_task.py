@@ -14,7 +14,8 @@ from icae_jax.interop.hub import base as bases
 from icae_jax.objectives import targets
 from icae_jax.training import compressor_task, step, train
 from icae_jax.training.compressor_task import CompressorTask
-from icae_jax.training.config import TrainConfig, from_dict
+from icae_jax.training.config import TrainConfig
+from icae_jax.training.config_file import from_dict
 from icae_jax.workflows import sweep_results
 
 

@@ -17,7 +17,8 @@ from icae_jax.interop.adapters import folder as adapters
 from icae_jax.interop.adapters import formats, tensor_files
 from icae_jax.interop.hub import base as bases
 from icae_jax.training.compressor_task import CompressorTask
-from icae_jax.training.config import TrainConfig, from_dict
+from icae_jax.training.config import TrainConfig
+from icae_jax.training.config_file import from_dict
 from icae_jax.training.train import train
 from icae_jax.workflows import restoring as check
 

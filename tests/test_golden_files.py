@@ -11,7 +11,7 @@ import pytest
 from conftest import GOLDEN, make_tokenizer
 
 from icae_jax.cli import main as cli
-from icae_jax.compression import methods
+from icae_jax.compression.memory import Memory
 from icae_jax.inference.loading import load
 from icae_jax.interop.adapters import formats, tensor_files
 
@@ -88,9 +88,7 @@ def test_in_and_out(case, tmp_path, capsys):
             for row in golden["input_ids"]
         ]
         memory = compressor.compress_ids(rows)
-        prefix = jax.jit(methods.read, static_argnums=0)(
-            compressor.model, compressor.base.params, memory
-        )
+        prefix = jax.jit(Memory.read)(memory, compressor.decoder)
         for got, want in ((prefix.k, golden["memory_k"]), (prefix.v, golden["memory_v"])):
             np.testing.assert_allclose(
                 np.transpose(got, (0, 1, 3, 2, 4)), want, atol=1e-4 * np.abs(want).max()

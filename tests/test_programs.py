@@ -14,7 +14,8 @@ from icae_jax.performance import flops, plan, programs, utilisation, worker
 from icae_jax.runtime import sharding
 from icae_jax.runtime.sharding import MeshConfig
 from icae_jax.training.compressor_task import CompressorTask
-from icae_jax.training.config import TrainConfig, from_dict
+from icae_jax.training.config import TrainConfig
+from icae_jax.training.config_file import from_dict
 
 X500 = {"method": "x500", "k": 4, "rate": 4.0}
 PADDED = {"ae": 1.0, "lm": 0.0, "pad_labels": True}

@@ -1,7 +1,6 @@
 """`icae export KIND`: memories in the form that other programs read."""
 
 import argparse
-import sys
 
 from icae_jax.cli import flags
 
@@ -13,7 +12,7 @@ def run(argv: list[str]) -> int:
     """Runs the verb. Returns the exit code 0; UserError on bad input."""
     if argv and argv[0] in _OLD_KINDS:
         new = _OLD_KINDS[argv[0]]
-        print(f'note: "{argv[0]}" is now called {new}', file=sys.stderr)
+        flags.renamed(argv[0], new)
         argv = [new, *argv[1:]]
     args = _parser().parse_args(argv)
     args.run(args)

@@ -88,7 +88,7 @@ def check_finite(memory: Memory, name_of: Callable[[int], str]) -> None:
 def _check_ids(ids: list, count: int) -> None:
     """Raises UserError unless there is one id per text, distinct as `--id` spells them."""
     if len(ids) != count:
-        raise UserError(f"{len(ids)} ids for {count} memories; give one id a text")
+        raise UserError(f"{len(ids)} ids for {count} memories; give one id per text")
     for text_id in ids:
         if not _is_id(text_id):
             raise UserError(

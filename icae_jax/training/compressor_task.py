@@ -30,8 +30,9 @@ from icae_jax.models import llama
 from icae_jax.models.llama import FrozenModel, ModelConfig
 from icae_jax.objectives import loss, targets
 from icae_jax.runtime import attention_choice, sharding
-from icae_jax.training.config import SCRATCH, TrainConfig, recorded
+from icae_jax.training.config import SCRATCH, TrainConfig
 from icae_jax.training.task import LossSums, MeanLosses, Rows
+from icae_jax.training.workdir import recorded
 
 CHECKED = 1 << 22  # ids looked through at once
 

@@ -18,16 +18,10 @@ from tqdm import tqdm
 from icae_jax import errors, files
 from icae_jax.runtime import distributed, profiler, sharding
 from icae_jax.training import checkpoint, metrics, step
-from icae_jax.training.config import (
-    BaseConfig,
-    TrainConfig,
-    check_workdir,
-    nothing_trained,
-    shared_fields,
-    steps_done,
-)
+from icae_jax.training.config import BaseConfig, TrainConfig
 from icae_jax.training.optimizer import make_optimizer
 from icae_jax.training.task import MeanLosses, Rows, Task
+from icae_jax.training.workdir import check_workdir, nothing_trained, shared_fields, steps_done
 
 DONE, PREEMPTED, DIVERGED = 0, 75, 3  # exit codes; 2 is bad input
 QUIET, NORMAL, VERBOSE = 0, 1, 2  # how much `train` says

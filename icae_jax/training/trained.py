@@ -17,9 +17,10 @@ from icae_jax.interop.adapters import formats, tensor_files
 from icae_jax.interop.hub import base as bases
 from icae_jax.interop.hub import locations
 from icae_jax.objectives import targets
-from icae_jax.training import checkpoint_files, metrics
-from icae_jax.training import config as training_config
+from icae_jax.training import checkpoint_files, config_file, metrics
 from icae_jax.training.compressor_task import compression_on
+from icae_jax.training.config import TrainConfig
+from icae_jax.training.workdir import read_run, steps_done
 
 CHECKPOINT = "orbax"  # kind of a training run's checkpoint
 
@@ -56,7 +57,7 @@ class Trained:
         if self.kind == CHECKPOINT:
             return int(self.path.name.removeprefix("step_"))
         in_workdir = self.path.name == adapters.IN_WORKDIR
-        return training_config.steps_done(self.path.parent) if in_workdir else 0
+        return steps_done(self.path.parent) if in_workdir else 0
 
     @property
     def workdir(self) -> pathlib.Path:
@@ -154,7 +155,7 @@ def read_checkpoint(trained: Trained, base: bases.Base) -> tuple[pathlib.Path, a
     The step may differ from `trained.path`: a running training deletes old checkpoints.
     """
     path = trained.workdir / "config.json"
-    nested = training_config.nested(training_config.read_run(path), path)
+    nested = config_file.nested(read_run(path), path)
     identity = nested.pop("identity", {})
     trained_on = identity.get("base") if isinstance(identity, dict) else None
     if trained_on is None:
@@ -171,7 +172,7 @@ def read_checkpoint(trained: Trained, base: bases.Base) -> tuple[pathlib.Path, a
             f"base {base.path} has no tokenizer, which the run's template needs; "
             "add the tokenizer's files to it"
         )
-    config = training_config.from_dict(training_config.TrainConfig, nested, f"{path}: config")
+    config = config_file.from_dict(TrainConfig, nested, f"{path}: config")
     compression, _ = compression_on(config, base.tokenizer)
     recorded = identity.get("template")
     if recorded:

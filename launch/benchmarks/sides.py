@@ -91,7 +91,8 @@ class Ours:
 
 def train_config(case, sizes, batch):
     """The `TrainConfig` of a case on our side."""
-    from icae_jax.training import config
+    from icae_jax.training import config_file
+    from icae_jax.training.config import SCRATCH, TrainConfig
 
     s, qa = sizes, case == "qa"
     weights = {o: 1.0 / len(CASES[case]) if o in CASES[case] else 0.0 for o in ("ae", "lm", "qa")}
@@ -104,7 +105,7 @@ def train_config(case, sizes, batch):
     }
     fields = {
         "phase": "finetune" if qa else "pretrain",
-        "init_from": config.SCRATCH if qa else "",
+        "init_from": SCRATCH if qa else "",
         "base": "-",
         "seed": s["seed"],
         "batch_size": batch,
@@ -121,7 +122,7 @@ def train_config(case, sizes, batch):
             "max_target_tokens": s["prompt"] + s["answer"],
         },
     }
-    return config.from_dict(config.TrainConfig, fields)
+    return config_file.from_dict(TrainConfig, fields)
 
 
 def training_batch(config, arrays, batch):

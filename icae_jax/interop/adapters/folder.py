@@ -289,8 +289,8 @@ def _check_all_read(path: pathlib.Path, tensors: Mapping, is_read: Callable[[str
     if unread:
         shown = ", ".join(unread[:4]) + (f", … ({len(unread)} in all)" if len(unread) > 4 else "")
         raise UserError(
-            f"{path}: {shown} would not be read, so the memory would be another than it was "
-            "trained for; give plain LoRA"
+            f"{path}: {shown} would not be read, so the memory would differ from the one that was "
+            "trained; give plain LoRA"
         )
 
 
@@ -319,7 +319,7 @@ def _from_json(
             raise UserError(f"{source}: {name} is {raw[name]!r}, which are not whole numbers")
         if type_ in (int, float) and not abs(raw[name]) < 2**31:  # NaN too
             raise UserError(
-                f"{source}: {name} is {raw[name]!r:.40}, which is no number of a sensible size"
+                f"{source}: {name} is {raw[name]!r:.40}, which is not a number of sensible size"
             )
     try:
         return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()})

@@ -423,7 +423,7 @@ def read_reading(path: str | os.PathLike) -> dict[str, Any] | None:
     for name in ("alpha", "context_length"):
         if not 0 < abs(stated[name]) < 2**31:  # NaN neither
             raise UserError(
-                f"{beside}: {name} is {files.shown(stated[name])}, which is no number of a "
+                f"{beside}: {name} is {files.shown(stated[name])}, which is not a number of "
                 "sensible size"
             )
     return stated

@@ -25,7 +25,7 @@ class NamedMemory:
     def __post_init__(self):
         if len(self.ids) != len(self.memory):
             raise UserError(
-                f"{len(self.ids)} ids for {len(self.memory)} memories; give one id a text"
+                f"{len(self.ids)} ids for {len(self.memory)} memories; give one id per text"
             )
 
 
