@@ -19,6 +19,9 @@ from icae_jax.compression.memory import Slots, place
 from icae_jax.errors import UserError
 from icae_jax.inference.loading import load
 from icae_jax.interop.adapters import folder as adapters
+from icae_jax.interop.adapters import peft_folder
+from icae_jax.interop.export import hf_cache, prompt_embeds
+from icae_jax.interop.export.reader import NamedMemory, Reader
 from icae_jax.performance import flops, programs
 from icae_jax.runtime import sharding
 from icae_jax.training import train
@@ -143,12 +146,24 @@ def test_it_is_planned(config):
         assert programs.lower(spec, mesh, ("cpu",)) and programs.least(spec) > 0
 
 
-def test_exports_that_it_lacks_are_refused():
+def test_exports_that_it_lacks_are_refused(compressor, tmp_path):
     """Breaks when an export takes a method that does not have it, or does not name the method."""
-    TOY.check_export(method.HF_CACHE)
-    for export in (method.PROMPT_EMBEDS, method.PEFT):
-        with pytest.raises(UserError, match=f"every-rth .every r-th token. has no export {export}"):
-            TOY.check_export(export)
+    adapter = compressor.adapter
+    frozen = dataclasses.replace(
+        adapter,
+        compression=dataclasses.replace(adapter.compression, decoder_lora=False),
+        trained={name: adapter.trained[name] for name in ("lora", "memory_table")},
+    )
+    named = NamedMemory(compressor.compress(TEXTS), ["a", "b"])
+    reader = Reader(compressor.base, adapter, compressor.decoder)
+    refused = "method every-rth .every r-th token. has no export "
+    with pytest.raises(UserError, match=refused + "prompt_embeds; it has hf_cache"):
+        prompt_embeds.save_prompt_embeds(tmp_path / "a", named, reader, prompt_embeds.Requests())
+    with pytest.raises(UserError, match=refused + "peft"):
+        peft_folder.save(tmp_path / "b", frozen, TINY)
+    with pytest.raises(UserError, match="decoder"):
+        hf_cache.filled_cache(named.memory, reader)
+    assert not list(tmp_path.iterdir())
 
 
 def test_nothing_else_knows_a_methods_name():
