@@ -17,7 +17,7 @@ from conftest import ROOT, close, eight_devices, seen_devices
 from jax._src.cudnn import fused_attention_stablehlo
 from jax.sharding import AbstractMesh, AxisType
 
-from icae_jax.models import attention, plain_attention
+from icae_jax.models import attention, axes, plain_attention
 from icae_jax.runtime import sharding
 
 KERNELS = attention.splash_attention_kernel
@@ -436,7 +436,8 @@ def test_lowered_for_cuda(monkeypatch, mesh):
     )
     masks = like(4, 37, dtype=bool), like(2, 31, dtype=bool)
     devices = AbstractMesh((1, 2, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
-    with jax.sharding.use_abstract_mesh(devices), nn.logical_axis_rules(RULES if mesh else ()):
+    rules = RULES if mesh else axes.UNCONSTRAINED
+    with jax.sharding.use_abstract_mesh(devices), nn.logical_axis_rules(rules):
         lowered = (
             jax.jit(jax.grad(total, range(5)))
             .trace(*given, *masks)

@@ -150,7 +150,7 @@ def test_joined_memories_equal_segments_compressed_at_once(tiny_params, config):
     halves = [first_segment(parts[b]) for b in (0, 1)]
     assert_same(memories.join(halves, config), every[0])
     with pytest.raises(
-        ValueError, match=r"memories of 4, 2 memory tokens a segment cannot be joined"
+        ValueError, match=r"memories of 4, 2 memory tokens per segment cannot be joined"
     ):
         memories.join([halves[0], compress(tiny_params, TEXTS, config, 2)[0]], config)
     with pytest.raises(ValueError, match=r"memories of 1, 3 texts cannot be joined"):
