@@ -404,7 +404,7 @@ def sources_of(batch):
 def mixed(weights, made):
     return Mixture(
         {
-            n: (tagged(examples, n), w)
+            n: (tagged(examples, n), float(w))
             for n, (examples, w) in enumerate(zip(made, weights, strict=True))
         }
     )

@@ -543,7 +543,7 @@ def report_and_wait(path):
 
 
 def wait_for(condition):
-    for _ in range(300):
+    for _ in range(1200):
         if condition():
             return True
         time.sleep(0.1)

@@ -1,5 +1,6 @@
 """The format of a data file, and its raw rows."""
 
+import os
 import pathlib
 import re
 import sys
@@ -32,14 +33,14 @@ LISTED = (
 )
 
 
-def suffixes(path: str) -> list[str]:
+def suffixes(path: str | os.PathLike) -> list[str]:
     """The suffixes of a file's name in lower case, without that of its packing."""
     name = pathlib.PurePath(path).name
     name = name[: len(name) - len(packing(path))]
     return [s for s in (s.lower() for s in pathlib.PurePath(name).suffixes) if _SUFFIX.fullmatch(s)]
 
 
-def kind_by_name(path: str) -> str:
+def kind_by_name(path: str | os.PathLike) -> str:
     """The kind of a file by its name, "" if unknown.
 
     A name with a suffix of JSON anywhere is JSON; a name without a suffix is text.
@@ -50,7 +51,7 @@ def kind_by_name(path: str) -> str:
     return KINDS.get(named[-1], "") if named else TEXT
 
 
-def kind(path: str) -> str:
+def kind(path: str | os.PathLike) -> str:
     """The kind of a file by its name. UserError if unknown."""
     known = kind_by_name(path)
     if not known:
