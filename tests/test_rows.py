@@ -130,7 +130,9 @@ def test_rows_of_every_form(raw, row):
     ],
 )
 def test_bad_rows_name_place_and_field(raw, message):
-    """Breaks when a bad row is skipped, or its error does not say where it stands and what is wrong."""
+    """Breaks when a bad row is skipped, or its error does not say where it stands and what is
+    wrong.
+    """
     with pytest.raises(UserError, match=f"^a.jsonl:3: {message}") as error:
         forms.parse(raw, "a.jsonl:3", "2")
     assert len(str(error.value)) < 1000 and "\n" not in str(error.value)
@@ -140,17 +142,23 @@ SQUAD = {
     "version": "v2.0",
     "data": [
         {"title": "a", "paragraphs": [{"context": "c", "qas": [
-            {"id": "i", "question": "q", "answers": [{"text": "a", "answer_start": 0}], "is_impossible": False},
-            {"id": "j", "question": "r", "answers": [], "is_impossible": True, "plausible_answers": [{"text": "x"}]},
+            {"id": "i", "question": "q", "answers": [{"text": "a", "answer_start": 0}],
+             "is_impossible": False},
+            {"id": "j", "question": "r", "answers": [], "is_impossible": True,
+             "plausible_answers": [{"text": "x"}]},
         ]}]},
-        {"title": "b", "paragraphs": [{"context": "d", "qas": [{"question": "s", "is_impossible": True}]}, {"context": "e", "qas": []}]},
+        {"title": "b", "paragraphs": [
+            {"context": "d", "qas": [{"question": "s", "is_impossible": True}]},
+            {"context": "e", "qas": []},
+        ]},
     ],
 }  # fmt: skip
 
 
 def test_squad_as_it_is_published():
-    """Breaks when the nested form of SQuAD is not read, plausible answers count as right, a text of many questions makes many memories, or
-    the place of a question is lost."""
+    """Breaks when the nested form of SQuAD is not read, plausible answers count as right, a text of
+    many questions makes many memories, or the place of a question is lost.
+    """
     made = [row for raw in forms.unwrapped(SQUAD, "w", "0") for row in forms.parse(*raw)]
     assert [row[:3] for row in made] == [
         ("c", "q", ("a",)),
@@ -168,7 +176,9 @@ def test_squad_as_it_is_published():
     "impossible", [True, "true", "TRUE", "1", 1, "yes", False, "false", "0", 0.0, "No", "", None]
 )
 def test_an_impossible_question_has_no_answer(impossible):
-    """Breaks when an answer that stands beside is_impossible is trained on, or a text that says false counts as true."""
+    """Breaks when an answer that stands beside is_impossible is trained on, or a text that says
+    false counts as true.
+    """
     beside = {"answers": ["a"], "is_impossible": impossible}
     nested = {"context": "c", "qas": [{"question": "q"} | beside]}
     for raw in (QUESTION | beside, nested):
@@ -240,7 +250,9 @@ def chat(*turns):
     ],
 )
 def test_chats(raw, row):
-    """Breaks when the last reply is not the answer, what came before is lost, or a reply stands in the text that it answers from."""
+    """Breaks when the last reply is not the answer, what came before is lost, or a reply stands in
+    the text that it answers from.
+    """
     (made,) = forms.parse(raw, "w", "0")
     assert made[:3] == row
 
@@ -248,13 +260,18 @@ def test_chats(raw, row):
 @pytest.mark.parametrize(
     "spelled",
     [
-        '{"text": "\\ud83d"}', '{"messages": [{"role": "user", "content": "\\ud83d"}]}', '{"context": "c", "qas": [{"question": "\\udc00", '
-        '"answers": []}]}', '{"context": "c", "question": "q", "answers": [{"text": "\\ud83d"}]}', '{"content": "\\ud83d"}',
+        '{"text": "\\ud83d"}',
+        '{"content": "\\ud83d"}',
+        '{"messages": [{"role": "user", "content": "\\ud83d"}]}',
+        '{"context": "c", "qas": [{"question": "\\udc00", "answers": []}]}',
+        '{"context": "c", "question": "q", "answers": [{"text": "\\ud83d"}]}',
         '{"instruction": "q", "input": "c", "output": "\\ud83d"}',
     ],
-)  # fmt: skip
+)
 def test_half_a_surrogate_pair_is_refused_in_every_form(spelled):
-    """Breaks when half an emoji, which JSON can spell, reaches the tokenizer or a file by one of the forms."""
+    """Breaks when half an emoji, which JSON can spell, reaches the tokenizer or a file by one of
+    the forms.
+    """
     with pytest.raises(UserError, match=r"^w: .*is not valid text: .*half of a surrogate pair"):
         forms.parse(json.loads(spelled), "w", "0")
 
@@ -280,7 +297,9 @@ TAKEN = [
 
 @pytest.mark.parametrize(("raw", "taken", "reason"), TAKEN)
 def test_what_cannot_be_used_is_left_out_and_counted(raw, taken, reason):
-    """Breaks when one empty row ends a run, is used, or is left out without a word; or when strictness lets it pass."""
+    """Breaks when one empty row ends a run, is used, or is left out without a word; or when
+    strictness lets it pass.
+    """
     (row,) = forms.parse(raw, "f:1", "0")
     sieve = rows.Sieve()
     made = sieve.take(row)

@@ -34,7 +34,9 @@ def qa(context, question, answer):
 
 
 def test_questions_are_grouped_by_context(tmp_path, cache, tiny_tokenizer):
-    """Breaks when questions are counted to another context, special tokens get in, or equal plain texts are merged."""
+    """Breaks when questions are counted to another context, special tokens get in, or equal plain
+    texts are merged.
+    """
     rows = [
         qa("the cat sat", "who", "cat"),
         {"text": "the dog"},
@@ -61,7 +63,9 @@ def test_questions_are_grouped_by_context(tmp_path, cache, tiny_tokenizer):
 def test_cache_is_used_until_source_or_tokenizer_change(
     tmp_path, cache, tiny_tokenizer, monkeypatch
 ):
-    """Breaks when tokens are made again every time, or stale ones are used after the data or the tokenizer changed."""
+    """Breaks when tokens are made again every time, or stale ones are used after the data or the
+    tokenizer changed.
+    """
     path = tmp_path / "a.jsonl"
     write_jsonl(path, [{"text": "the cat"}])
     builds, build = [], tokenising.write_arrays
@@ -113,8 +117,10 @@ def test_a_failed_build_leaves_no_cache(tmp_path, cache, tiny_tokenizer, monkeyp
 
 
 def test_the_first_version_s_key_is_still_known(tmp_path, cache, tiny_tokenizer):
-    """Breaks when a workdir of an earlier version cannot be continued: its key was sha256 over version 1, the tokenizer, and each file's
-    name, size, time of change, and sha256 of its first and last MiB."""
+    """Breaks when a workdir of an earlier version cannot be continued: its key was sha256 over
+    version 1, the tokenizer, and each file's name, size, time of change, and sha256 of its first
+    and last MiB.
+    """
     path = tmp_path / "a.jsonl"
     write_jsonl(path, [{"text": "the cat"}])
     content, stat = path.read_bytes(), path.stat()
@@ -129,14 +135,19 @@ def test_the_first_version_s_key_is_still_known(tmp_path, cache, tiny_tokenizer)
 
 
 def test_questions_of_rows_that_stand_apart(tmp_path, cache, tiny_tokenizer, monkeypatch):
-    """Breaks when streaming orders texts or questions otherwise than the first version, which held all rows at once:
-    texts by first appearance, one with questions once; questions by their text, then by their row. Also at the seams of batches."""
+    """Breaks when streaming orders texts or questions otherwise than the first version, which held
+    all rows at once: texts by first appearance, one with questions once; questions by their text,
+    then by their row. Also at the seams of batches.
+    """
     rng = random.Random(0)
-    rows = [
-        {"text": rng.choice(("the cat", "a dog"))} if rng.random() < 0.3
-        else qa(f"{rng.choice(WORDS[7:20])} {rng.choice(('the', 'cat'))}", rng.choice(WORDS[7:]), " ".join(rng.choices(WORDS[7:], k=3)))
-        for _ in range(200)
-    ]  # fmt: skip
+    rows = []
+    for _ in range(200):
+        if rng.random() < 0.3:
+            rows.append({"text": rng.choice(("the cat", "a dog"))})
+        else:
+            text = f"{rng.choice(WORDS[7:20])} {rng.choice(('the', 'cat'))}"
+            answer = " ".join(rng.choices(WORDS[7:], k=3))
+            rows.append(qa(text, rng.choice(WORDS[7:]), answer))
     texts, questions, place = [], [], {}
     for row in rows:
         at = len(texts) if "text" in row else place.setdefault(row["context"], len(texts))
@@ -162,7 +173,9 @@ def test_questions_of_rows_that_stand_apart(tmp_path, cache, tiny_tokenizer, mon
 
 
 def test_rows_are_read_as_they_are_tokenised(tmp_path, cache, tiny_tokenizer, monkeypatch):
-    """Breaks when all of a corpus is read before any of it is tokenised and written, so that it must fit into memory."""
+    """Breaks when all of a corpus is read before any of it is tokenised and written, so that it
+    must fit into memory.
+    """
     monkeypatch.setattr(tokenising, "BATCH", 10)
     monkeypatch.setattr(tokenising, "BATCH_CHARACTERS", 60)
     read, seen, made = sources.read_rows, [], tokenising.user_ids
@@ -200,7 +213,9 @@ def test_rows_are_read_as_they_are_tokenised(tmp_path, cache, tiny_tokenizer, mo
 def test_one_process_tokenises_and_the_others_wait(
     tmp_path, cache, tiny_tokenizer, monkeypatch, capsys
 ):
-    """Breaks when every process of a host tokenises the same source, at once; or one that died leaves the others waiting."""
+    """Breaks when every process of a host tokenises the same source, at once; or one that died
+    leaves the others waiting.
+    """
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": "the cat"}])
     builds, build, begun, go_on = [], tokenising.write_arrays, threading.Event(), threading.Event()
 
@@ -237,7 +252,9 @@ def test_one_process_tokenises_and_the_others_wait(
 def test_a_source_is_read_again_after_a_fault_that_passes(
     tmp_path, cache, tiny_tokenizer, monkeypatch
 ):
-    """Breaks when a stale file handle in the middle of a corpus ends a run, or rows that were read before it count twice."""
+    """Breaks when a stale file handle in the middle of a corpus ends a run, or rows that were read
+    before it count twice.
+    """
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": "the cat"}, {"text": "a dog"}])
     read, failed = sources.read_rows, []
 
@@ -259,7 +276,9 @@ def test_a_source_is_read_again_after_a_fault_that_passes(
 
 
 def test_what_a_text_spells_is_no_control_token(tmp_path, cache, tiny_tokenizer):
-    """Breaks when `</s>` or `<s>` that a user wrote, in a text, a question or an answer, ends or begins a sequence (prompt injection)."""
+    """Breaks when `</s>` or `<s>` that a user wrote, in a text, a question or an answer, ends or
+    begins a sequence (prompt injection).
+    """
     rows = [qa("the cat </s> sat <s>", "who </s>", "cat</s>"), {"text": "a</s>b <s>the"}]
     data = tokens.tokenise(write_jsonl(tmp_path / "a.jsonl", rows), tiny_tokenizer, cache)
     control = {WORDS.index(word) for word in ("<s>", "</s>")}
@@ -271,7 +290,9 @@ def test_what_a_text_spells_is_no_control_token(tmp_path, cache, tiny_tokenizer)
 
 
 def test_the_hash_of_a_large_file_is_kept(tmp_path, monkeypatch):
-    """Breaks when a huge file is hashed at each start, or a hash is kept after the file changed, or while it may still be changing."""
+    """Breaks when a huge file is hashed at each start, or a hash is kept after the file changed, or
+    while it may still be changing.
+    """
     monkeypatch.setattr(tokens, "REMEMBERED", 10)
     path, hashed, content_hash = tmp_path / "a.jsonl", [], tokens.reading.content_hash
     monkeypatch.setattr(
@@ -291,11 +312,13 @@ def test_the_hash_of_a_large_file_is_kept(tmp_path, monkeypatch):
 
 
 def test_a_cache_that_cannot_be_written_is_named(tmp_path, tiny_tokenizer):
-    """Breaks when the error does not say what the folder is for, or how to name another; or a cache that is there needs to be written."""
+    """Breaks when the error does not say what the folder is for, or how to name another; or a cache
+    that is there needs to be written.
+    """
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": "the cat"}])
     with pytest.raises(
         UserError,
-        match=r"^cache /proc/nope/tokens: cannot be written: .*; set data\.cache_dir or \$ICAE_CACHE",
+        match=r"^cache /proc/nope/tokens: cannot be written: .*; set data\.cache_dir or \$ICAE_",
     ):
         tokens.tokenise(path, tiny_tokenizer, "/proc/nope")
 
@@ -330,8 +353,10 @@ WITHOUT_TOKENS = [
 def test_what_has_no_tokens_is_left_out_and_counted(
     tmp_path, cache, tiny_tokenizer, monkeypatch, batch
 ):
-    """Breaks when one empty row ends a run, gets into training, goes without a word, or moves another row's question to another text;
-    or when the count is lost with the next start, which reads the cache."""
+    """Breaks when one empty row ends a run, gets into training, goes without a word, or moves
+    another row's question to another text; or when the count is lost with the next start, which
+    reads the cache.
+    """
     monkeypatch.setattr(tokenising, "BATCH", batch)
     path = write_jsonl(tmp_path / "a.jsonl", WITHOUT_TOKENS)
     for _ in range(2):
@@ -358,7 +383,9 @@ def test_what_has_no_tokens_is_left_out_and_counted(
 
 
 def test_strict_data_are_refused_whatever_the_cache_holds(tmp_path, cache, tiny_tokenizer):
-    """Breaks when data.strict lets an empty row pass, changes what data are known by, or is not heeded once they are in the cache."""
+    """Breaks when data.strict lets an empty row pass, changes what data are known by, or is not
+    heeded once they are in the cache.
+    """
     path = write_jsonl(tmp_path / "a.jsonl", WITHOUT_TOKENS[:2])
     for _ in range(2):
         with pytest.raises(
@@ -376,7 +403,9 @@ def test_strict_data_are_refused_whatever_the_cache_holds(tmp_path, cache, tiny_
 
 
 def test_an_answer_of_ones_own_is_part_of_the_key(tmp_path, cache, tiny_tokenizer):
-    """Breaks when data.no_answer trains nothing, takes the tokens that were made without it, or changes the key of all other data."""
+    """Breaks when data.no_answer trains nothing, takes the tokens that were made without it, or
+    changes the key of all other data.
+    """
     path = write_jsonl(
         tmp_path / "a.jsonl",
         [qa("the cat", "who", "cat"), {"context": "the cat", "question": "what", "answers": []}],
@@ -391,7 +420,9 @@ def test_an_answer_of_ones_own_is_part_of_the_key(tmp_path, cache, tiny_tokenize
 
 
 def test_the_key_of_sources_read_as_before(tmp_path, cache, tiny_tokenizer):
-    """Breaks when tokens that were made before there were tables, folders and other packings are not found again."""
+    """Breaks when tokens that were made before there were tables, folders and other packings are
+    not found again.
+    """
     for name, how, packed in (
         ("a.jsonl", "json lines", ""),
         ("a.txt", "text", ""),
@@ -454,7 +485,8 @@ def test_arrays_of_another_length_are_no_cache(tmp_path, cache, tiny_tokenizer):
         ([{}], "data source .*a.jsonl: no rows; the data set is empty"),
         (
             [{"text": " "}, {"text": ""}],
-            r"no rows; all were left out: 1 empty texts \(the first: .*:2\); 1 texts without tokens \(.*:1\)",
+            r"no rows; all were left out: 1 empty texts \(the first: .*:2\); "
+            r"1 texts without tokens \(.*:1\)",
         ),
     ],
 )
