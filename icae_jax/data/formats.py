@@ -67,13 +67,8 @@ def raw_rows(
 ) -> Iterator[tuple[object, str, str | int]]:
     """Yields (raw row, its place, its number) of a file; of a text one row `{"text": …}`.
 
-    Args:
-      path: the file.
-      most: most bytes of a row.
-      fields: the columns that are wanted of a table.
-
-    Raises:
-      UserError: something in the file is wrong; names the file and the place.
+    `most` is the most bytes of a row, `fields` are the columns that are wanted of a table.
+    UserError if anything in the file is wrong; the message names the file and the place.
     """
     file_kind = kind(path)
     with reading.naming(path):
