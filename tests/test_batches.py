@@ -92,8 +92,8 @@ def seq(text, start, stop):
 
 
 def test_windows_and_the_windows_after_them():
-    """Breaks when AE and LM are not on neighbouring windows of one text, or a rest, short text or
-    continuation is misjudged.
+    """Breaks when AE and LM are not on adjacent windows of one text, or the rule for rests, short
+    texts or continuations is wrong.
     """
     # With <s>, a window of 80 holds 79 tokens. Texts: LM of a whole window, of 65, none of 63, a
     # rest under half, a short text.
@@ -126,8 +126,8 @@ def test_windows_and_the_windows_after_them():
 
 
 def test_windows_shorter_than_the_minimum_still_make_language_modelling():
-    """Breaks when small context lengths leave LM without any target: there, a whole window after
-    the window is enough.
+    """Breaks when short context lengths leave LM without targets; there a full continuation
+    suffices.
     """
     examples = pretrain([20 + 20 + 19], bos=(), context_lengths=(20,))
     assert examples.buckets[0].examples.tolist() == [
@@ -139,8 +139,8 @@ def test_windows_shorter_than_the_minimum_still_make_language_modelling():
 
 @pytest.mark.parametrize("length", [2, 4, 6, 7, 8, 9])
 def test_windows_without_labels_for_language_modelling_are_refused(length):
-    """Breaks when a length whose continuations are all within the unlabelled tokens ends in a
-    traceback, or trains no LM in silence.
+    """Breaks when a length whose continuations hold no labels gives a traceback, or silently trains
+    no LM.
     """
     with pytest.raises(
         UserError,
@@ -153,22 +153,20 @@ def test_windows_without_labels_for_language_modelling_are_refused(length):
 
 
 def test_the_shortest_windows_of_language_modelling_have_labels():
-    """Breaks when the bound on short windows refuses one that has a label, or lets one through that
-    has none.
-    """
+    """Breaks when the bound on short windows refuses one with a label, or accepts one without."""
     batch = pretrain([100], context_lengths=(10,)).collate(0, np.asarray([0]))
     assert target(batch, "lm", 0) == (seq(0, 9, 17), [seq(0, 9, 18)[-1]])
 
 
 def test_without_bos_and_with_one_objective():
-    """Breaks when a tokenizer without <s> gets one, or an objective without weight is made."""
+    """Breaks when a tokenizer without <s> gets one, or an objective without a weight is made."""
     batch = pretrain([20], ("ae",), (), context_lengths=(20,)).collate(0, np.asarray([0]))
     assert set(batch["targets"]) == {"ae"} and context(batch, 0) == seq(0, 0, 20)
 
 
 def test_every_text_fits_in_its_bucket():
-    """Breaks when a bucket of 50, two segments of 25, has no room for a text of 40 tokens, which is
-    one segment.
+    """Breaks when a bucket of 50 (two segments of 25) has no room for a text of 40 (one
+    segment).
     """
     examples = pretrain([39, 49], context_lengths=(50,))
     batch = examples.collate(0, np.arange(2))
@@ -176,9 +174,7 @@ def test_every_text_fits_in_its_bucket():
 
 
 def test_bucket_weights():
-    """Breaks when weights are ignored or given to another bucket, or a bucket without examples is
-    drawn.
-    """
+    """Breaks when bucket weights are ignored or permuted, or an empty bucket is drawn."""
     examples = pretrain([100], context_lengths=(16, 32, 64), context_weights=(0.0, 3.0, 1.0))
     assert [b.shape for b in examples.buckets] == [(1, 16), (1, 32), (2, 40)]
     drawn = collections.Counter(examples.draw(0, step, 1)[0] for step in range(400))
@@ -215,8 +211,8 @@ def test_questions_of_a_context():
 
 
 def test_what_is_too_long_is_left_out_and_counted():
-    """Breaks when a text or question is cut or dropped silently, or an example without any target
-    left stays.
+    """Breaks when a text or question is cut or silently dropped, or an example without targets
+    stays.
     """
     pairs = [[(1, 1), (1, 9), (8, 1)], [(9, 9)], [(1, 1), (1, 1)]]
     examples = finetune(
@@ -243,8 +239,8 @@ def test_what_is_too_long_is_left_out_and_counted():
 
 
 def test_questions_take_no_memory_until_they_are_drawn():
-    """Breaks when every question's target is made at the start and kept, which takes kilobytes a
-    question in every process.
+    """Breaks when the targets of all questions are made at the start and kept: kilobytes a question
+    in each process.
     """
     count = 20_000
     data = make_tokens([9] * count, [[(20, 20)]] * count)
@@ -264,8 +260,8 @@ def test_questions_take_no_memory_until_they_are_drawn():
 
 
 def test_epochs_cover_every_example_once():
-    """Breaks when an example is drawn twice before all were drawn, also where an epoch ends inside
-    a batch.
+    """Breaks when an example is drawn twice in an epoch, also where an epoch ends inside a
+    batch.
     """
     examples = pretrain([5] * 10, ("ae",), context_lengths=(8,))
     drawn = np.concatenate([examples.draw(0, step, 4)[1] for step in range(10)]).reshape(4, 10)
@@ -274,8 +270,8 @@ def test_epochs_cover_every_example_once():
 
 
 def test_draws_depend_on_seed_and_step_alone():
-    """Breaks when a draw depends on what was drawn before (a resumed run would then see other
-    batches), or not on the seed.
+    """Breaks when a draw depends on earlier draws (a resumed run would see other batches), or not
+    on the seed.
     """
     config = {"context_lengths": (16, 32), "objectives": ("ae",)}
     one, other = pretrain([70] * 30, **config), pretrain([70] * 30, **config)
@@ -288,7 +284,7 @@ def test_draws_depend_on_seed_and_step_alone():
 
 
 def test_process_shares_make_up_the_global_batch():
-    """Breaks when processes overlap, disagree on the bucket, or a run that starts later sees other
+    """Breaks when processes overlap or disagree on the bucket, or a resumed run sees other
     batches.
     """
     examples = pretrain([70] * 9, context_lengths=(16, 32))
@@ -308,8 +304,8 @@ def test_process_shares_make_up_the_global_batch():
 
 
 def test_k_is_drawn_from_seed_and_step_alone():
-    """Breaks when k is never drawn, depends on the process or on what was drawn before, or is an
-    array that jit would trace.
+    """Breaks when k is constant, depends on the process or on earlier draws, or is traced by
+    jit.
     """
     examples = pretrain([70] * 9, context_lengths=(16,))
 
@@ -336,8 +332,8 @@ def test_k_is_drawn_from_seed_and_step_alone():
 
 
 def test_labels_on_the_padding_where_asked_for():
-    """Breaks when the reference's loss on padding covers less or more than the padded segments and
-    one eos, or anything by default.
+    """Breaks when labels on padding (as in the reference) do not cover exactly the padded segments
+    and one eos, or are on by default.
     """
     compression = CompressionConfig(method="x500", layout="reference", k=5, rate=8)
     framing = Framing((), BOS, EOS)
@@ -358,9 +354,7 @@ def test_labels_on_the_padding_where_asked_for():
 
 
 def test_held_out_examples_come_once_with_blank_rows():
-    """Breaks when the last held-out batch repeats or loses examples, or evaluation sees others
-    every time.
-    """
+    """Breaks when held-out batches repeat or lose examples, or differ between evaluations."""
     examples = pretrain([15] * 7, ("ae",), context_lengths=(16,))
     rows = [rows.tolist() for _, rows in examples.held_out(4, 100)]
     assert [len(r) for r in rows] == [4, 4] and rows[1][3] == -1
@@ -384,8 +378,8 @@ def digest(examples):
 
 
 def test_batches_without_weights_are_those_of_earlier_versions():
-    """Breaks when a run that was started with an earlier version would see other batches after it
-    is continued: the values are those of the code before sources could be weighted.
+    """Breaks when a run of an earlier version would see other batches when continued. The values
+    were computed before sources had weights.
     """
     examples = pretrain(
         [70, 158, 33, 9, 120], context_lengths=(16, 32, 80), context_weights=(1.0, 2.0, 1.0)
@@ -409,8 +403,8 @@ def test_batches_without_weights_are_those_of_earlier_versions():
     [(1,), (3, 1), (1, 3), (1, 0, 1), (50, 30, 20), (1, 1, 1, 1, 1), (997, 2, 1), (0, 7, 31, 11)],
 )
 def test_interleaving_is_exact_over_any_stretch(shares):
-    """Breaks when a share comes too seldom or too often anywhere, a position of a source is left
-    out or doubled, or 0 is drawn.
+    """Breaks when a source's share is off in some stretch, one of its positions is skipped or
+    doubled, or a share of 0 is drawn.
     """
     row = [interleave(i, shares) for i in range(3000)]
     for number, share in enumerate(shares):
@@ -427,7 +421,7 @@ def test_interleaving_is_exact_over_any_stretch(shares):
 
 
 def tagged(examples, number):
-    """Examples whose texts can be told from those of other sources."""
+    """The same examples with ids that tell the source."""
     text_ids = examples.tokens.text_ids + 100_000 * (number + 1)
     tokens = dataclasses.replace(examples.tokens, text_ids=text_ids, key=f"key{number}")
     return Examples(tokens, examples.spec)
@@ -456,8 +450,8 @@ def drawn(mixture, steps, size=8):
 
 
 def test_sources_are_drawn_by_their_weights():
-    """Breaks when a large source takes the place of a small one, epochs leave examples out, or the
-    bucket ignores context_weights.
+    """Breaks when large sources crowd out small ones, epochs skip examples, or context_weights are
+    ignored.
     """
     config = {"context_lengths": (16, 40), "context_weights": (1.0, 3.0), "objectives": ("ae",)}
     mixture = mixed((3, 1), [pretrain([30] * 5, **config), pretrain([70] * 90, **config)])
@@ -472,9 +466,7 @@ def test_sources_are_drawn_by_their_weights():
 
 
 def test_fine_tuning_keeps_the_weights_over_buckets():
-    """Breaks when a source whose contexts are mostly long, or many, is drawn more or less often
-    than its weight says.
-    """
+    """Breaks when the length or number of a source's contexts changes how often it is drawn."""
     asked = [[(1, 1)]]
     made = [
         finetune([9] * 30 + [30] * 10, asked * 40, context_lengths=(10, 31, 50)),
@@ -495,8 +487,8 @@ def test_fine_tuning_keeps_the_weights_over_buckets():
 
 
 def test_a_mixture_is_a_function_of_seed_and_step():
-    """Breaks when a resumed run or another process sees other batches, or sources of one size are
-    read in one order.
+    """Breaks when a resumed run or another process sees other batches, or sources of equal size
+    share an order.
     """
     config = {"context_lengths": (16, 32), "objectives": ("ae", "lm")}
     mixture = mixed((1, 2), [pretrain([70] * 9, **config), pretrain([70] * 9, **config)])
@@ -525,7 +517,7 @@ def test_a_mixture_is_a_function_of_seed_and_step():
 
 def test_questions_of_several_sources_have_one_shape():
     """Breaks when a batch of two sources cannot be packed, processes disagree on its shape, or a
-    source's own key or losses are lost.
+    source's key or left-out counts are lost.
     """
     made = [
         finetune([9], [[(2, 1), (1, 3), (1, 90)]], context_lengths=(10,), max_target_tokens=20),

@@ -1,5 +1,5 @@
-"""The data sets' builders, each on small files in the published form: what is read, what is
-refused, what is left behind.
+"""The data sets' builders on small files in the published form: what is read and refused, and what
+stays behind.
 """
 
 import gzip
@@ -48,7 +48,7 @@ def rows(tmp_path, source):
 
 
 def nothing_left(tmp_path, name):
-    """Whether there is no trace of the set that a failed preparation was to make."""
+    """Whether a failed preparation left no trace of the set."""
     return not list((tmp_path / "sets").glob(f"{name}/*"))
 
 
@@ -61,8 +61,8 @@ PWC = [
 
 
 def test_pwc(tmp_path):
-    """Breaks when a field lands in another's place, a split is read from the other's file, or rows
-    change their order.
+    """Breaks when fields are mixed up, a split is read from the other's file, or rows change their
+    order.
     """
     write(tmp_path / "in/PwC_train.jsonl", PWC)
     write(tmp_path / "in/deep/PwC_test.jsonl.zst", PWC[:2])
@@ -79,9 +79,7 @@ def test_pwc(tmp_path):
 
 
 def test_links_go_by_their_own_names(tmp_path):
-    """Breaks when the hub's cache, whose files are links to ones without names, counts as holding
-    no data.
-    """
+    """Breaks when the hub's cache, whose files are links to nameless files, counts as empty."""
     (tmp_path / "in").mkdir()
     os.rename(write(tmp_path / "x.jsonl", PWC), tmp_path / "0f3a")
     (tmp_path / "in/PwC_train.jsonl").symlink_to(tmp_path / "0f3a")
@@ -92,8 +90,8 @@ def test_links_go_by_their_own_names(tmp_path):
 
 
 def test_absent_files_are_named_with_where_they_are_found(tmp_path):
-    """Breaks when half a set is prepared unasked, or the user is not told what to fetch and how to
-    go on without it.
+    """Breaks when half a set is prepared unasked, or the user is not told what to fetch or how to
+    do without.
     """
     train = write(tmp_path / "PwC_train.jsonl.gz", PWC)
     with pytest.raises(
@@ -134,8 +132,8 @@ def test_absent_files_are_named_with_where_they_are_found(tmp_path):
 )
 @pytest.mark.parametrize("name", ["PwC_train.jsonl", "PwC_train.jsonl.gz"])
 def test_a_bad_line_is_named_and_nothing_is_left(tmp_path, monkeypatch, line, message, name):
-    """Breaks when a bad line passes, is misnumbered where another part of the file holds it, or
-    half a set stays behind.
+    """Breaks when a bad line passes or is misnumbered in a later part of the file, or half a set
+    stays behind.
     """
     monkeypatch.setattr(shards, "PART", 100)
     path = write(tmp_path / name, [*PWC, "", line, PWC[0]])
@@ -145,7 +143,7 @@ def test_a_bad_line_is_named_and_nothing_is_left(tmp_path, monkeypatch, line, me
 
 
 def test_a_truncated_file_is_named(tmp_path):
-    """Breaks when a download that was cut short is prepared as if it were whole."""
+    """Breaks when a truncated download is prepared as if it were complete."""
     for name in ("PwC_train.jsonl.gz", "PwC_train.jsonl.zst"):
         path = write(
             tmp_path / name,
@@ -188,7 +186,7 @@ def mrqa_file(dataset, split, contexts=2, questions=2):
 
 def test_mrqa(tmp_path):
     """Breaks when a split takes another's files (they have the same names), the header counts as a
-    row, a subset or answer is lost, or markers go.
+    row, or a subset, an answer or a marker is lost.
     """
     assert len(mrqa.FILES) == 18
     for part in mrqa.FILES:
@@ -218,7 +216,7 @@ def test_mrqa(tmp_path):
 
 
 def test_only_some_subsets_of_mrqa(tmp_path):
-    """Breaks when the absent subsets are not all named with their addresses, or choosing some takes
+    """Breaks when not all absent subsets are named with their addresses, or choosing some takes
     others.
     """
     for folder in ("train", "dev"):
@@ -318,8 +316,8 @@ def paper(arxiv_id, created, text="  A text\nin lines.\n"):
     ],
 )
 def test_the_month_of_a_paper(arxiv_id, created, month):
-    """Breaks when an id of the old or new form is read wrongly (1999 is not 2099), or the first
-    version does not stand in for it.
+    """Breaks when an old or new id is misread (1999 is not 2099), or the first version is not used
+    without one.
     """
     counts = {arxiv.APART: 0}
     assert arxiv.abstract(paper(arxiv_id, created), counts) == (month, arxiv_id, "A text in lines.")
@@ -327,9 +325,7 @@ def test_the_month_of_a_paper(arxiv_id, created, month):
 
 
 def test_ids_at_odds_with_the_first_version_are_counted():
-    """Breaks when papers whose month is in doubt go into a split without a word, or the date wins
-    over the id.
-    """
+    """Breaks when papers whose month is in doubt are not counted, or the date wins over the id."""
     counts = {arxiv.APART: 0}
     assert (
         arxiv.abstract(paper("hep-th/9201001", "Thu, 5 Mar 2009 10:00:00 GMT"), counts)[0]
@@ -342,8 +338,8 @@ def test_ids_at_odds_with_the_first_version_are_counted():
 
 
 def test_arxiv_abstracts(tmp_path, monkeypatch):
-    """Breaks when a row is lost or doubled where parts of the dump or months meet, the result
-    depends on the number of processes, or a month's rows change their order.
+    """Breaks when a row is lost or doubled at the boundaries of parts or months, the result depends
+    on the number of processes, or a month's rows change their order.
     """
     ids = [
         f"{year:02d}{month:02d}.{n:05d}"
@@ -388,7 +384,7 @@ def test_arxiv_abstracts(tmp_path, monkeypatch):
 
 
 def test_abstracts_that_tell_no_month_are_named(tmp_path):
-    """Breaks when such a row goes anywhere, or its line is not named."""
+    """Breaks when a row without a month is kept, or its line is not named."""
     path = write(
         tmp_path / "a.jsonl", [{"id": "2401.00001", "text": "t"}, {"id": "17", "text": "t"}]
     )
@@ -398,8 +394,8 @@ def test_abstracts_that_tell_no_month_are_named(tmp_path):
 
 
 def test_arxiv_abstracts_on_real_ones(tmp_path):
-    """Breaks when real abstracts are lost, changed but for their white space, or held-out months
-    reach into earlier ones.
+    """Breaks when real abstracts are lost, changed beyond white space, or held-out months overlap
+    with earlier ones.
     """
     paths = [shared(f"data/arxiv/{name}.jsonl.gz") for name in ("valid", "test")]
     made(tmp_path, "arxiv_abstracts", *paths)
@@ -416,8 +412,8 @@ def test_arxiv_abstracts_on_real_ones(tmp_path):
 
 
 def test_arxivqa(tmp_path):
-    """Breaks when a file of that form is not read, or the user looks in vain for one that nobody
-    can have.
+    """Breaks when a file of that form is not read, or the user is not told that the set is not
+    public.
     """
     row = {"context": "c", "question": "q", "answer": "a"}
     for split in ("train", "validation", "test"):
@@ -437,8 +433,8 @@ def test_arxivqa(tmp_path):
 
 
 def test_json_text(tmp_path):
-    """Breaks when one of the packings, the field, an id or a split's name is not heeded, or empty
-    texts get in or go unsaid.
+    """Breaks when a packing, the field, an id or a split's name is ignored, or empty texts are kept
+    or not reported.
     """
     write(tmp_path / "in/a.jsonl.zst", [{"content": "one", "id": 7}, {"content": " \n", "id": 8}])
     write(tmp_path / "in/b.json.gz", [{"content": "two", "meta": {"pile_set_name": "x"}}])
@@ -490,9 +486,7 @@ def test_json_text_on_real_texts(tmp_path):
 
 
 def test_parts_and_shards(tmp_path, monkeypatch):
-    """Breaks when a line is lost, doubled or moved where a file is cut into parts, or a part into
-    shards.
-    """
+    """Breaks when a line is lost, doubled or moved at a boundary of parts or shards."""
     texts = [f"text {i} " + "œ" * (7 * i % 40) for i in range(200)]
     path = write(tmp_path / "a.jsonl", [{"text": text} for text in texts])
     monkeypatch.setattr(shards, "SHARD", 300)
@@ -514,7 +508,7 @@ def test_parts_and_shards(tmp_path, monkeypatch):
 
 
 def test_preparing_again(tmp_path):
-    """Breaks when a prepared set is made anew, another's files pass for prepared, or the remedy
+    """Breaks when a prepared set is made again, a set of other files passes for it, or the remedy
     does not work.
     """
     path = write(tmp_path / "a.jsonl", [{"text": "one"}])
@@ -544,9 +538,7 @@ def test_preparing_again(tmp_path):
 
 
 def test_what_a_killed_preparation_leaves_is_no_set(tmp_path):
-    """Breaks when an unfinished folder is read, stands in the way of another try, or its room is
-    never got back.
-    """
+    """Breaks when an unfinished folder is read, blocks another try, or is never removed."""
     folder = tmp_path / "sets/json_text/incomplete.ABC123_1.0.0"
     folder.mkdir(parents=True)
     (folder / "json_text-train.array_record-00000-of-00001").write_bytes(b"half")
@@ -561,7 +553,7 @@ def test_what_a_killed_preparation_leaves_is_no_set(tmp_path):
 
 
 def test_a_dying_process_is_an_error():
-    """Breaks when a process that the system kills leaves the others waiting for ever, or ends in a
+    """Breaks when a process killed by the system leaves the others waiting forever, or gives a
     traceback.
     """
     with pytest.raises(ValueError, match=r"a process died while testing .*fewer --processes"):
@@ -569,7 +561,7 @@ def test_a_dying_process_is_an_error():
 
 
 def report_and_wait(path):
-    """Work that says which process it runs in, and takes long."""
+    """Work that reports its process and takes long."""
     with open(f"{path}.new", "w") as f:
         f.write(str(os.getpid()))
     os.rename(f"{path}.new", path)
@@ -593,9 +585,7 @@ def ended(pid):
     not os.path.exists("/proc/self/stat"), reason="needs /proc to see processes end"
 )
 def test_processes_end_with_a_killed_parent(tmp_path):
-    """Breaks when killing a preparation leaves its processes behind for ever, with what they hold
-    in memory.
-    """
+    """Breaks when killing a preparation leaves its processes running forever."""
     code = (
         "from icae_jax.data.builders import shards; import test_builders; "
         f"jobs = [({str(tmp_path / 'a')!r},), ({str(tmp_path / 'b')!r},)]; "

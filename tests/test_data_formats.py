@@ -1,4 +1,4 @@
-"""Files of every format and encoding become rows, in bounded memory; what is no data is named."""
+"""Files of all formats and encodings become rows in bounded memory; other files are named."""
 
 import bz2
 import gzip
@@ -126,15 +126,15 @@ def write(folder, name, content):
 
 
 def prepared(folder, path, **request):
-    """The rows of a set that is prepared of a file."""
+    """The rows of a set prepared from a file."""
     prepare(builder("json_text"), Request(paths=(path,), **request), folder / "sets", processes=1)
     return sources.read_rows("tfds:json_text:train", str(folder / "sets"))
 
 
 @pytest.mark.parametrize("name", WRITTEN)
 def test_one_reader_of_every_format(tmp_path, name):
-    """Breaks when a format, packing or encoding is not read, is taken for prose, or is read
-    otherwise by another verb; or a row's place is not that of its beginning.
+    """Breaks when a format, packing or encoding is not read, is taken for text, or is read
+    differently by another verb; or when a row's place is not where it begins.
     """
     file, content, where = WRITTEN[name]
     path = write(tmp_path, file, content)
@@ -148,9 +148,7 @@ def test_one_reader_of_every_format(tmp_path, name):
 
 @pytest.mark.parametrize("chunk", [1, 2, 7, 64])
 def test_json_at_the_seams_of_pieces(tmp_path, monkeypatch, chunk):
-    """Breaks when a text, number, literal, escape or character that a piece of the file ends within
-    is malformed, or cut short.
-    """
+    """Breaks when a value, escape or character that crosses a block boundary is refused or cut."""
     monkeypatch.setattr(json_rows, "CHUNK", chunk)
     values = [{"text": 'é😀"\\', "n": [12, -1.5e3, True, None]}, 1234567, "x", {"a": {}}, []]
     for text in (
@@ -165,9 +163,7 @@ def test_json_at_the_seams_of_pieces(tmp_path, monkeypatch, chunk):
 
 
 def test_memory_holds_a_row_at_a_time(tmp_path, monkeypatch):
-    """Breaks when a whole array, table or group of rows is held at once: the most that is held is a
-    few rows, whatever the file's size.
-    """
+    """Breaks when a whole array, table or row group is in memory at once instead of a few rows."""
     monkeypatch.setattr(json_rows, "CHUNK", 1000)
     monkeypatch.setattr(tables, "BATCH_BYTES", 2000)
     held, append = [], json_rows._Text._append
@@ -195,7 +191,7 @@ def test_memory_holds_a_row_at_a_time(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["a.json", "a.csv", "a.parquet", "a.arrow"])
 def test_a_row_of_every_format_is_bounded(tmp_path, name):
-    """Breaks when one row of an array or table may be of any length, or its place goes unsaid."""
+    """Breaks when the length of a row is unbounded in some format, or its place is not named."""
     texts = ["fine", "x" * 400_000]
     content = {
         "a.json": json.dumps([{"text": text} for text in texts], indent=1),
@@ -227,8 +223,8 @@ SQUAD_ANSWERS = pa.array(
     ],
 )
 def test_answers_in_columns_of_every_type(tmp_path, answers, want):
-    """Breaks when SQuAD as the hub has it (a column of structs, some empty or null) is not read, or
-    ends a run.
+    """Breaks when SQuAD as the hub stores it (a column of structs, some empty or null) is not
+    read.
     """
     table = pa.table(
         {"context": ["c"] * 3, "question": ["q"] * 3, "answers": answers, "image": [b"\xff"] * 3}
@@ -240,8 +236,8 @@ def test_answers_in_columns_of_every_type(tmp_path, answers, want):
 
 
 def test_cells_of_a_csv_are_texts(tmp_path):
-    """Breaks when a year becomes a number or a list of answers a text with brackets, or an empty
-    cell ends the run.
+    """Breaks when a year becomes a number, a list of answers a text, or an empty cell ends
+    the run.
     """
     path = write(
         tmp_path, "a.csv", 'context,question,answers,\nc,q,1984,\nc,q,"[""a"", ""b""]",\nc,q,,\n'
@@ -262,7 +258,7 @@ def test_cells_of_a_csv_are_texts(tmp_path):
     ],
 )
 def test_times_as_ids(tmp_path, kind, value, want):
-    """Breaks when an id that is a time which Python cannot hold ends in a traceback."""
+    """Breaks when a time as id that Python cannot represent gives a traceback."""
     path = write(
         tmp_path, "a.parquet", parquet(pa.table({"text": ["a"], "id": pa.array([value], kind)}))
     )
@@ -368,8 +364,8 @@ MALFORMED = {  # a file's name, its content, what is said of it behind its path
 
 @pytest.mark.parametrize("name", MALFORMED)
 def test_malformed_rows_are_named(tmp_path, name):
-    """Breaks when what is wrong with a file ends in a traceback, in another place than it stands,
-    or passes; in one reader or another.
+    """Breaks when an error in a file gives a traceback, names another place, or passes in some
+    reader.
     """
     file, content, message = MALFORMED[name]
     path = write(tmp_path, file, content)
@@ -380,7 +376,7 @@ def test_malformed_rows_are_named(tmp_path, name):
 
 
 def damaged_offsets():
-    """An Arrow stream that says that a text is longer than the file."""
+    """An Arrow stream in which the end of a text is beyond the end of the file."""
     content = bytearray(arrow_stream(pa.table({"text": ["a" * 100] * 2})))
     at = content.index((100).to_bytes(4, "little") + (200).to_bytes(4, "little"))
     content[at : at + 4] = (1 << 30).to_bytes(4, "little")
@@ -456,8 +452,8 @@ NOT_DATA = {  # a file's name, its content, what is said of it
 
 @pytest.mark.parametrize("name", NOT_DATA)
 def test_what_is_no_data_is_named(tmp_path, name):
-    """Breaks when an unknown, damaged or misnamed file is read as prose, ends in a library's own
-    words or a traceback, or passes.
+    """Breaks when an unknown, damaged or misnamed file is read as text, gives a library's message
+    or a traceback, or passes.
     """
     file, content, message = NOT_DATA[name]
     path = write(tmp_path, file, content)
@@ -467,9 +463,7 @@ def test_what_is_no_data_is_named(tmp_path, name):
 
 
 def test_names_without_a_suffix_are_texts(tmp_path, capsys):
-    """Breaks when a text is refused for a point in its name, or JSON lines pass for prose without a
-    word.
-    """
+    """Breaks when a text is refused for a dot in its name, or JSON lines silently pass for text."""
     for name in ("notes", "Dr. Smith", "chapter.1", "a.md", "a.TXT"):
         assert formats.kind(name) == formats.TEXT
     assert (
@@ -484,8 +478,8 @@ def test_names_without_a_suffix_are_texts(tmp_path, capsys):
 
 
 def test_a_mark_is_no_part_of_a_text_and_makes_other_data_of_it(tmp_path):
-    """Breaks when a text begins with an invisible character, or the tokens that were made of it so
-    are found for it again.
+    """Breaks when a byte order mark is read as text, or cached tokens of an earlier version, which
+    did so, are used.
     """
     path = write(tmp_path, "a.txt", b"\xef\xbb\xbfa text")
     assert next(sources.read_rows(path)).text == "a text" and sources.identity(path)[0][0] != "text"
@@ -502,8 +496,8 @@ IN_PARTS |= {"e.json": json.dumps({"data": ROWS}), "f.json": "{"}
 
 @pytest.mark.parametrize("name", IN_PARTS)
 def test_which_files_are_read_in_parts(tmp_path, name):
-    """Breaks when preparing cuts a file between lines that are no rows by themselves, or reads
-    plain JSON lines in one process alone.
+    """Breaks when preparing splits a file whose lines are not rows, or reads plain JSON lines in
+    one process only.
     """
     path = write(tmp_path, name, IN_PARTS[name])
     assert formats.is_json_lines(path) == (name == "a.jsonl")
