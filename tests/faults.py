@@ -147,7 +147,7 @@ MUTANTS = [
         'jax.random.fold_in(jax.random.key(seed), state["step"])', "jax.random.key(seed)", "test_step.py -k randomness",
     ),
     Mutant(
-        "the warm-up's first step does nothing", "training/step.py",
+        "the warm-up's first step does nothing", "training/optimizer.py",
         "return schedule(step + 1)", "return schedule(step)", "test_step.py -k learning_rate",
     ),
     Mutant(
@@ -261,8 +261,8 @@ MUTANTS = [
         'self._run(instruction.called("body"), times * turns)', 'self._run(instruction.called("body"), times)', "test_hlo.py",
     ),
     Mutant(
-        "points of a sweep share a folder", "workflows/sweep.py",
-        'f"{text}-{number}" if text in made else text', "text", "test_sweep.py -k 'name or folder'",
+        "points of a sweep share a folder", "workflows/sweep_points.py",
+        'f"{name}-{number}" if name in names else name', "name", "test_sweep.py -k 'name or folder'",
     ),
     # ------------------------------------------------------------------------------------------------------ many devices
     Mutant(
@@ -283,24 +283,24 @@ MUTANTS = [
         "tries within tries multiply", "errors.py", "or getattr(error, _GIVEN_UP, False) or", "or", "test_errors.py -k multiply",
     ),
     Mutant(
-        "what has a checkpoint's name is one", "training/checkpoint.py",
+        "what has a checkpoint's name is one", "training/checkpoint_files.py",
         "if flaw(folder):\n            continue", "if False:\n            continue", "test_checkpoint.py -k changes_nothing",
     ),
     Mutant(
-        "a checkpoint that goes while it is read is an error", "training/checkpoint.py",
+        "a checkpoint that goes while it is read is an error", "training/checkpoint_files.py",
         "if not is_whole(folder):\n                continue", "if False:\n                continue", "test_checkpoint.py -k goes_while",
     ),
     Mutant(
-        "NaN is the best loss", "training/checkpoint.py",
+        "NaN is the best loss", "training/checkpoint_files.py",
         'if loss is not None and math.isfinite(loss)\n    ]', "if loss is not None]", "test_checkpoint.py -k nan",
     ),
     Mutant(
         "parameters that an update broke are saved", "training/train.py",
-        ', float(values["grad_norm"]), float(values["param_norm"])],\n            )', ', float(values["grad_norm"])])', "test_train.py -k update_broke",
+        '*losses.values(), grad_norm, param_norm]', '*losses.values(), grad_norm]', "test_train.py -k update_broke",
     ),
     Mutant(
         "a held-out loss of NaN is one", "training/train.py",
-        "return score is None or math.isfinite(score)", "return True", "test_train.py -k not_finite",
+        "return loss is None or math.isfinite(loss)", "return True", "test_train.py -k not_finite",
     ),
     Mutant(
         "a notice to leave waits for the evaluation", "training/train.py",
@@ -322,7 +322,7 @@ MUTANTS = [
     ),
     Mutant(
         "a sweep's points are counted anew", "workflows/sweep.py",
-        'numbers = before.get("numbers") or', "numbers =", "test_sweep.py -k keeps_its_point",
+        'numbers = recorded.get("numbers") or', "numbers =", "test_sweep.py -k keeps_its_point",
     ),
     # ---------------------------------------------------------------------------------------- what users and strangers wrote
     Mutant("a spelled token is read by its letters", "interop/hub/text.py", 'split_special_tokens=True,', "", "test_text.py"),

@@ -74,7 +74,8 @@ MUTANTS = [
     ),
     Mutant(
         "an adapter that does not restore is pushed", "workflows/convert_adapter.py",
-        "if (args.push or not settled) and not args.force:", "if not settled and not args.force:",
+        "if (options.publication or not base_is_certain) and not options.force:",
+        "if not base_is_certain and not options.force:",
         "test_hub_adapters.py -k nothing_is_pushed",
     ),
     # ----------------------------------------------------------------------------------------------------------------- rows
@@ -106,7 +107,7 @@ MUTANTS = [
         "test_lock.py -k passed_over",
     ),
     Mutant(
-        "damage without a whole checkpoint is a new start", "training/checkpoint.py", "    if damaged and found is None:", "    if False:",
+        "damage without a whole checkpoint is a new start", "training/checkpoint.py", "    if damaged and resumed is None:", "    if False:",
         "test_checkpoint.py -k without_a_whole",
     ),
     Mutant(
@@ -157,7 +158,7 @@ MUTANTS = [
         "        for within", "test_files.py -k on_the_disk",
     ),
     Mutant(
-        "a half-zeroed index is no damage", "training/checkpoint.py", r"|\bError decoding |[Cc]orrupt", "",
+        "a half-zeroed index is no damage", "training/checkpoint_files.py", r"|\bError decoding |[Cc]orrupt", "",
         "test_checkpoint.py -k half_zero",
     ),
 ]  # fmt: skip

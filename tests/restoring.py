@@ -16,7 +16,8 @@ from conftest import TINY, WORDS, make_tokenizer, random_params, seen_devices, w
 
 from icae_jax.interop.hub import base as bases
 from icae_jax.training.compressor_task import CompressorTask
-from icae_jax.training.config import TrainConfig, from_dict
+from icae_jax.training.config import TrainConfig
+from icae_jax.training.config_file import from_dict
 from icae_jax.training.train import train
 
 TRAINED = pathlib.Path(__file__).with_name("restoring")

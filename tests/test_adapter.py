@@ -9,9 +9,10 @@ import pytest
 import safetensors.numpy
 from conftest import TINY, close, random_lora, random_params, random_trained
 
-from icae_jax.compression.encoder import CompressionConfig
+from icae_jax.compression.config import CompressionConfig
 from icae_jax.errors import UserError
 from icae_jax.interop.adapters import folder as adapters
+from icae_jax.interop.adapters import lora_tensors
 from icae_jax.interop.hub import base as bases
 from icae_jax.models import lora
 from icae_jax.objectives.targets import Template
@@ -108,13 +109,13 @@ def test_wrong_base_is_refused_with_both_named(folder, base):
 def test_names_of_the_reference_are_read():
     """Breaks when tensors of the released checkpoints, with `icae.` in front and `.default` inside, are not found."""
     tree = random_lora(TINY)
-    tensors = adapters.lora_to_hub(tree, prefix="icae.base_model.model.", infix=".default")
+    tensors = lora_tensors.lora_to_hub(tree, prefix="icae.base_model.model.", infix=".default")
     assert tensors[
         "icae.base_model.model.model.layers.1.self_attn.q_proj.lora_A.default.weight"
     ].shape == (4, 32)
     jax.tree.map(
         np.testing.assert_array_equal,
-        adapters.lora_from_hub(tensors | {"other.weight": np.zeros(3)}, TINY),
+        lora_tensors.lora_from_hub(tensors | {"other.weight": np.zeros(3)}, TINY),
         tree,
     )
 
@@ -151,11 +152,11 @@ Q_A, Q_B = (f"base_model.model.model.layers.1.self_attn.q_proj.lora_{x}.weight" 
 )
 def test_every_tensor_that_does_not_fit_is_listed(change, messages):
     """Breaks when an adapter of another base, or half an adapter, gets as far as a shape error or runs, or only one fault is named."""
-    tensors = adapters.lora_to_hub(random_lora(TINY))
-    adapters.lora_from_hub(tensors, TINY)
+    tensors = lora_tensors.lora_to_hub(random_lora(TINY))
+    lora_tensors.lora_from_hub(tensors, TINY)
     change(tensors)
     with pytest.raises(ValueError, match="do not fit this base") as error:
-        adapters.lora_from_hub(tensors, TINY)
+        lora_tensors.lora_from_hub(tensors, TINY)
     assert all(message in str(error.value) for message in messages), error.value
 
 

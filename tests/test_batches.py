@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from icae_jax.compression.encoder import CompressionConfig
+from icae_jax.compression.config import CompressionConfig
 from icae_jax.data.config import DataConfig
 from icae_jax.data.drawing import StaticInt, draw_k, example_at
 from icae_jax.data.examples import Examples

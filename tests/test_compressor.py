@@ -12,14 +12,16 @@ import pytest
 from conftest import TINY, WORDS, eight_devices, random_trained
 
 import icae_jax
-from icae_jax.compression import layout as layouts
-from icae_jax.compression.encoder import CompressionConfig, embed_with_table
+from icae_jax.compression.config import CompressionConfig
+from icae_jax.compression.decoder import Decoder
+from icae_jax.compression.layout import Layout
 from icae_jax.compression.memory import KV, Slots
 from icae_jax.errors import UserError
 from icae_jax.inference import compressor as compressors
 from icae_jax.interop.adapters import folder as adapters
 from icae_jax.interop.hub import base as bases
 from icae_jax.models import llama, rope
+from icae_jax.models.llama import FrozenModel
 from icae_jax.models.lora import LoraConfig
 from icae_jax.objectives import targets
 from icae_jax.runtime import sharding
@@ -164,7 +166,11 @@ def test_answers_nest_as_the_questions_do(compressor, memory):
 @functools.partial(jax.jit, static_argnums=0)
 def _pass(model, params, table, ids, contents):
     """Log-probabilities after each of ids, by one plain call of the base: slots as embeddings in front, or K/V as its cache."""
-    x, M, prefix = embed_with_table(params, table, ids[None]), contents[0].shape[0], None
+    x, M, prefix = (
+        Decoder(FrozenModel(model, params), table).embed(ids[None]),
+        contents[0].shape[0],
+        None,
+    )
     if len(contents) == 1:
         x = jnp.concatenate([contents[0][None], x], 1)
     else:
@@ -222,18 +228,16 @@ def test_scores_equal_one_straight_pass(compressor, memory):
         assert got[i].tokens == len(ids) - first and abs(got[i].log_prob - want) <= 1e-4 * abs(want)
 
 
-_placed = jax.jit(layouts.encoder_positions, static_argnums=(0, 1, 2))
+_placed = jax.jit(Layout.encoder_positions, static_argnums=(0, 1, 2))
 
 
 def assert_takes_its_positions(compressor, memory, k):
     """The room that is asked for before is the one that writing, reading or joining then takes."""
-    layout = layouts.get(compressor.config.layout)
+    layout = compressor.config.position_layout
     for row, tokens in enumerate(memory.lengths.tolist()[:3]):
         needed, end = compressor.positions(tokens, k)
         n = np.asarray(memory.segment_lengths[row]).max()
-        placed = np.asarray(
-            _placed(layout, 16 if layout.name in ("padded", "reference") else n, k, np.asarray(n))
-        )
+        placed = np.asarray(_placed(layout, 16 if layout.fixed_length else n, k, np.asarray(n)))
         last = max(
             np.asarray(memory.positions[row])[np.asarray(memory.mask[row])].max(), placed.max()
         )
@@ -367,7 +371,7 @@ def test_room_is_each_rows_own(compressor, memory, monkeypatch):
     monkeypatch.setattr(
         compressors.generate,
         "greedy",
-        lambda *a, **kw: (seen.append(np.asarray(a[-1])), greedy(*a, **kw))[1],
+        lambda *a, **kw: (seen.append(np.asarray(a[-1].limits)), greedy(*a, **kw))[1],
     )
 
     asked = ["where did it eat ?", ["where ?", "what did it eat ?"], "why ?", "who ?", "why so ?"]
@@ -417,7 +421,7 @@ def test_targets_of_every_kind_are_scored_together(compressor, memory):
 def test_the_head_runs_where_labels_are(compressor, memory, monkeypatch):
     """Breaks when the tokens of a question cost logits, or a score changes with how many positions the head is run at."""
     question = " ".join(QUESTIONS * 2)
-    pack, losses, shapes, flops, scores = targets.pack, compressors._losses, [], [], []
+    pack, losses, shapes, flops, scores = compressors.pack, compressors._losses, [], [], []
 
     def packed(rows, G, T, U):
         shapes.append((T, U))
@@ -427,7 +431,7 @@ def test_the_head_runs_where_labels_are(compressor, memory, monkeypatch):
         flops.append(losses.lower(*args, **named).cost_analysis()["flops"])
         return losses(*args, **named)
 
-    monkeypatch.setattr(compressors.target_layouts, "pack", packed)
+    monkeypatch.setattr(compressors, "pack", packed)
     monkeypatch.setattr(compressors, "_losses", counted)
     for _ in range(2):
         scores.append(

@@ -201,7 +201,7 @@ class Run:
         while time.monotonic() < deadline and all(child.poll() is None for child in self.children):
             if (
                 path.exists()
-                and max((line["step"] for line in metrics.read(path)), default=0) >= step
+                and max((line["step"] for line in metrics.read_lines(path)), default=0) >= step
             ):
                 return
             time.sleep(0.02)
@@ -216,7 +216,7 @@ def finished(workdir, *args, **more):
 def without_clocks(workdir):
     return [
         {k: v for k, v in line.items() if k not in metrics.WALL_CLOCK}
-        for line in metrics.read(workdir / "metrics.jsonl")
+        for line in metrics.read_lines(workdir / "metrics.jsonl")
     ]
 
 

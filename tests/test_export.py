@@ -9,7 +9,7 @@ import pytest
 from conftest import TINY, WORDS, random_trained
 
 from icae_jax.cli import export
-from icae_jax.compression.encoder import CompressionConfig
+from icae_jax.compression.config import CompressionConfig
 from icae_jax.inference import compressor as compressors
 from icae_jax.interop.adapters import folder as adapters
 from icae_jax.interop.hub import base as bases

@@ -10,7 +10,7 @@ import pytest
 import safetensors.numpy
 from conftest import TINY, random_trained, same
 
-from icae_jax.interop.adapters import formats
+from icae_jax.interop.adapters import formats, tensor_files
 from icae_jax.interop.hub import base as bases
 from icae_jax.interop.hub import weights
 from icae_jax.objectives import targets
@@ -50,7 +50,7 @@ def test_what_is_written_is_recognised_and_read_back(spelling, base, tmp_path):
     adapter = make(base, method, layout)
     path = formats.write(form, tmp_path / "out", adapter, TINY)
     path = path.rename(path.with_name("anything.bin"))
-    tensors, _ = formats.open_tensors(path)
+    tensors, _ = tensor_files.open_tensors(path)
     assert formats.recognise(tensors) == form
     assert method in formats.methods_of(form, tensors)
     same(formats.read_trained(form, tensors, base, path), adapter.trained)
@@ -110,7 +110,7 @@ def test_pickles_with_anything_else_are_refused(content, message, tmp_path, caps
     """Breaks when code in a pickle is run, or something that is no tensor is passed over."""
     torch.save(content, tmp_path / "x.pt")
     with pytest.raises(ValueError, match=message):
-        formats.open_tensors(tmp_path / "x.pt")
+        tensor_files.open_tensors(tmp_path / "x.pt")
     assert capsys.readouterr().out == ""
 
 
@@ -123,12 +123,12 @@ def test_files_that_are_neither(tmp_path):
     }.items():
         (tmp_path / name).write_bytes(content)
         with pytest.raises(ValueError, match="neither safetensors nor"):
-            formats.open_tensors(tmp_path / name)
+            tensor_files.open_tensors(tmp_path / name)
     (tmp_path / "cut.pt").write_bytes(b"PK\x03\x04 and no more")
     with pytest.raises(ValueError, match="or a damaged one"):
-        formats.open_tensors(tmp_path / "cut.pt")
+        tensor_files.open_tensors(tmp_path / "cut.pt")
     with pytest.raises(ValueError, match="cannot be read"):
-        formats.open_tensors(tmp_path / "absent")
+        tensor_files.open_tensors(tmp_path / "absent")
 
 
 def test_pickles_need_torch(monkeypatch, base, tmp_path):
@@ -152,7 +152,7 @@ def test_any_dtype_is_read(dtype, base, tmp_path):
     )
     for form in ("icae-v1", "icae-v2"):
         path = formats.write(form, tmp_path / form, adapter, TINY, dtype)
-        tensors, _ = formats.open_tensors(path)
+        tensors, _ = tensor_files.open_tensors(path)
         same(
             formats.read_trained(form, tensors, base, path),
             jax.tree.map(lambda x: x.astype(np.float32), rounded),
@@ -278,7 +278,7 @@ def test_what_an_implementation_would_misread(base):
     assert len(formats.misreadings("x500", make(base, "x500", "clean"))) == 1
     with pytest.raises(
         ValueError,
-        match="--format icae-v1 cannot hold an adapter of method x500; choose native, peft or x500",
+        match="--format icae-v1 cannot hold an adapter of method x500; choose from native, peft, x500",
     ):
         formats.misreadings("icae-v1", make(base, "x500", "reference"))
 
@@ -331,8 +331,8 @@ def test_tensors_are_read_when_asked_for(tmp_path, monkeypatch):
     safetensors.numpy.save_file(
         {"a": np.ones((2, 3), np.float32), "b": np.zeros(4, np.float16)}, tmp_path / "x"
     )
-    monkeypatch.setattr(formats, "_reader", lambda path, name: pytest.fail)
-    tensors, _ = formats.open_tensors(tmp_path / "x")
+    monkeypatch.setattr(tensor_files, "_reader", lambda path, name: pytest.fail)
+    tensors, _ = tensor_files.open_tensors(tmp_path / "x")
     assert {n: (t.shape, t.dtype) for n, t in tensors.items()} == {
         "a": ((2, 3), "F32"),
         "b": ((4,), "F16"),

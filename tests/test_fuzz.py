@@ -10,8 +10,8 @@ from conftest import TINY, write_adapter
 from fuzzing import ODD_NUMBERS, ODD_TEXTS, READ, VALUES, changed, examples, finite
 from hypothesis import strategies as st
 
-from icae_jax.compression import encoder
 from icae_jax.compression import memory as memories
+from icae_jax.compression.config import CompressionConfig
 from icae_jax.errors import UserError
 from icae_jax.inference import memory_file
 from icae_jax.interop.adapters import folder as adapters
@@ -214,7 +214,7 @@ def test_any_tokenizer_config_json(fixture, raw):
 
 # ------------------------------------------------------------------------------------- memory files
 
-SMALL = encoder.CompressionConfig(k=2, rate=4)
+SMALL = CompressionConfig(k=2, rate=4)
 
 
 @pytest.fixture(scope="module")

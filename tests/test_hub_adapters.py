@@ -23,8 +23,10 @@ from icae_jax.evaluation import evaluate
 from icae_jax.interop.adapters import folder as adapters
 from icae_jax.interop.hub import base as bases
 from icae_jax.interop.hub import locations
+from icae_jax.training import trained
 from icae_jax.training.compressor_task import CompressorTask
-from icae_jax.training.config import TrainConfig, from_dict
+from icae_jax.training.config import TrainConfig
+from icae_jax.training.config_file import from_dict
 from icae_jax.workflows import convert_adapter
 
 TOKEN = "hf_good"
@@ -139,13 +141,15 @@ def test_the_other_verbs(world, hub, tmp_path, capsys):
     assert run("inspect", "org/adapter", "--base", "org/base", "--json") == 0
     told = json.loads(capsys.readouterr().out)
     assert told["base"] == "org/base" and told["fits"] == {"org/base": True} and told["k"] == K
-    (compressor,) = evaluate.load({"adapter": "org/adapter"}, None, "float32", None).values()
+    (compressor,) = evaluate.load(
+        evaluate.find({"adapter": "org/adapter"}), None, "float32", None
+    ).values()
     assert compressor.path == f"org/adapter@{hub.find('org/adapter', 'main')[0]}"
     base = bases.load_base(world / "base")
     want = adapters.load_adapter(world / "adapter", base)
     same(compressor.adapter.trained, want.trained)
     same(
-        convert_adapter.open_trained(convert_adapter.recognise("org/adapter"), base).trained,
+        trained.open_adapter(trained.find("org/adapter"), base).trained,
         want.trained,
     )
     rows = [

@@ -1,6 +1,5 @@
 """What an adapter, a memory and a run are known by: weights, tokenizer, template, scale; and what is done where they do not say."""
 
-import argparse
 import dataclasses
 import datetime
 import functools
@@ -27,7 +26,7 @@ from tokenizers import AddedToken, processors
 from transformers.utils import chat_template_utils
 
 import icae_jax
-from icae_jax.compression.encoder import CompressionConfig
+from icae_jax.compression.config import CompressionConfig
 from icae_jax.errors import UserError
 from icae_jax.interop.adapters import folder as adapters
 from icae_jax.interop.adapters import formats
@@ -36,9 +35,9 @@ from icae_jax.interop.hub import tokenizer as reading
 from icae_jax.models.lora import LoraConfig
 from icae_jax.objectives import targets
 from icae_jax.runtime import sharding
-from icae_jax.training import compressor_task
-from icae_jax.training.config import check_workdir
-from icae_jax.workflows import convert_adapter
+from icae_jax.training import compressor_task, trained
+from icae_jax.training.workdir import check_workdir
+from icae_jax.workflows import released
 
 # ------------------------------------------------------------------------------------------------------------- identity
 
@@ -237,10 +236,10 @@ def test_a_run_keeps_the_words_that_it_began_with(folder, tmp_path, monkeypatch)
     assert not check_workdir(workdir, config, again.identity)
 
     step = workdir / "checkpoints" / "step_1"
-    monkeypatch.setattr(convert_adapter.checkpoint, "read_newly", lambda path: (step, first.init()))
-    _, opened = convert_adapter._from_orbax(
-        convert_adapter.Source("orbax", step, given=step), first.base
+    monkeypatch.setattr(
+        trained.checkpoint_files, "read_selected", lambda path: (step, first.init())
     )
+    _, opened = trained.read_checkpoint(trained.Trained("orbax", step, given=step), first.base)
     assert opened.template == first.template and opened.base_identity == first.base.identity
 
 
@@ -261,12 +260,7 @@ def test_a_file_of_tensors_keeps_its_template(tiny_base, tmp_path, monkeypatch):
     path = formats.write("icae-v2", tmp_path / "out", made, TINY)
     on_day(monkeypatch, 29)
     assert targets.make_template("chat", tokenizer) != template, "else this shows nothing"
-    flags = dict.fromkeys(
-        ("method", "phase", "rate", "alpha", "context_length", "layout", "template")
-    )
-    adapter, _ = convert_adapter._from_tensors(
-        convert_adapter.recognise(path), base, argparse.Namespace(**flags, force=False)
-    )
+    adapter, _ = released.read_released(trained.find(path), base, released.Unstated())
     assert adapter.template == template
 
 

@@ -23,7 +23,7 @@ from huggingface_hub import constants
 
 from icae_jax import errors
 from icae_jax.cli import main as cli
-from icae_jax.compression.encoder import CompressionConfig
+from icae_jax.compression.config import CompressionConfig
 from icae_jax.interop.adapters import folder as adapters
 from icae_jax.interop.hub import base as bases
 from icae_jax.interop.hub import locations, weights

@@ -12,7 +12,7 @@ import safetensors.numpy
 from conftest import TINY, random_trained
 
 from icae_jax import errors
-from icae_jax.compression.encoder import CompressionConfig
+from icae_jax.compression.config import CompressionConfig
 from icae_jax.interop.adapters import folder as adapters
 from icae_jax.interop.adapters import peft_config, peft_folder
 from icae_jax.interop.hub import base as bases

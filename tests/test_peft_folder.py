@@ -12,8 +12,9 @@ import pytest
 import safetensors.numpy
 from conftest import TINY, WORDS, close, random_trained
 
-from icae_jax.compression import layout as layouts
-from icae_jax.compression.encoder import METHOD_LAYOUTS, CompressionConfig
+from icae_jax.compression.config import CompressionConfig
+from icae_jax.compression.layout import Layout
+from icae_jax.compression.method import METHODS
 from icae_jax.inference.compressor import Compressor
 from icae_jax.interop.adapters import folder as adapters
 from icae_jax.interop.adapters import peft_folder
@@ -47,7 +48,7 @@ def make_adapter(base, method="icae", layout=""):
 
 
 rotate_keys = jax.jit(functools.partial(rope.rotate_keys, TINY))
-encoder_positions = jax.jit(layouts.encoder_positions, static_argnums=(0, 1, 2))
+encoder_positions = jax.jit(Layout.encoder_positions, static_argnums=(0, 1, 2))
 
 
 def code_of(folder):
@@ -58,7 +59,7 @@ def code_of(folder):
 
 @pytest.mark.parametrize(
     ("method", "layout"),
-    [(method, layout) for method, names in METHOD_LAYOUTS.items() for layout in names],
+    [(method, layout) for method in METHODS for layout in METHODS[method].layouts],
 )
 def test_the_readme_makes_our_memory(base, tmp_path, monkeypatch, method, layout):
     """Breaks when the code in README.md cuts, frames, pads or places a text otherwise than we do, or keeps another state."""
@@ -78,7 +79,7 @@ def test_the_readme_makes_our_memory(base, tmp_path, monkeypatch, method, layout
             assert np.abs(slots[:3] - slots[-1]).max() > 0.1
             continue
         # Our K is kept before RoPE: rotated to where the encoder had it, it is the one in the cache.
-        lengths, kind = memory.segment_lengths[0], layouts.get(layout)
+        lengths, kind = memory.segment_lengths[0], METHODS[method].layouts[layout]
         lengths = lengths[lengths > 0]
         lengths = np.full_like(lengths, 15) if kind.fixed_length else lengths
         at = np.concatenate([np.asarray(encoder_positions(kind, 15, 3, n))[15:] for n in lengths])
@@ -126,7 +127,7 @@ def test_nothing_else_is_lost(base, tmp_path):
     ]
     np.testing.assert_array_equal(table, adapter.trained["memory_table"])
     assert json.loads((tmp_path / "out" / "icae.json").read_text()) == json.loads(
-        json.dumps(adapters.icae_info(adapter))
+        json.dumps(adapters.icae_json(adapter))
     )
     peft_folder.save(tmp_path / "half", adapter, TINY, "bfloat16")
     for name in ("adapter_model.safetensors", "memory.safetensors"):

@@ -12,7 +12,7 @@ from conftest import ROOT, TINY, random_trained
 
 import icae_jax
 from icae_jax import errors
-from icae_jax.compression.encoder import CompressionConfig
+from icae_jax.compression.config import CompressionConfig
 from icae_jax.interop.adapters import folder as adapters
 from icae_jax.interop.hub import base as bases
 from icae_jax.models import lora

@@ -15,7 +15,8 @@ import pytest
 from conftest import TINY, WORDS, close, random_params, random_trained
 
 import icae_jax
-from icae_jax.compression.encoder import METHOD_LAYOUTS, CompressionConfig
+from icae_jax.compression.config import CompressionConfig
+from icae_jax.compression.method import METHODS
 from icae_jax.inference.compressor import Compressor
 from icae_jax.interop.adapters import folder as adapters
 from icae_jax.interop.export import serving
@@ -41,7 +42,7 @@ QUESTIONS = [
 IDS = ["a", "b", "c", "d", "e"]
 NEW = 10
 MEMORIES = {}  # of (base, method, layout): what a template asks in is none of a memory's business
-LAYOUTS = [(method, layout) for method, layouts in METHOD_LAYOUTS.items() for layout in layouts]
+LAYOUTS = [(method, layout) for method in METHODS for layout in METHODS[method].layouts]
 
 
 @pytest.fixture(scope="module")
@@ -338,7 +339,7 @@ def test_unpatched_generate_decodes_what_we_decode(
 
 
 @pytest.mark.parametrize("objective", serving.OBJECTIVES)
-@pytest.mark.parametrize("method", METHOD_LAYOUTS)
+@pytest.mark.parametrize("method", METHODS)
 def test_turn_and_mask_are_needed(base, hub_model, tmp_path, monkeypatch, method, objective):
     """Breaks when the test above could not notice: keys left where they are, or padding seen, must give other texts."""
     used, want, compressor, memory = export(

@@ -10,13 +10,19 @@ import pytest
 from conftest import FRAMING, TINY, close, eight_devices, random_lora, random_params, random_trained
 from jax.sharding import AbstractMesh
 
-from icae_jax.compression import encoder, methods
+from icae_jax.compression import encoder
+from icae_jax.compression.config import CompressionConfig
+from icae_jax.compression.decoder import Decoder
+from icae_jax.compression.segments import Contexts, segment_contexts
 from icae_jax.data.drawing import StaticInt
 from icae_jax.models import llama, lora
+from icae_jax.models.llama import FrozenModel
 from icae_jax.objectives import loss, targets
+from icae_jax.objectives.packing import pack
 from icae_jax.runtime import sharding
 from icae_jax.training import step
 from icae_jax.training.config import OptimizerConfig
+from icae_jax.training.optimizer import make_optimizer
 
 
 class Autoencoding:
@@ -26,9 +32,7 @@ class Autoencoding:
 
     def __init__(self, method, remat):
         self.model = llama.Llama(TINY, lora_scale=0.5, remat=remat)
-        self.compression = encoder.CompressionConfig(
-            method=method, k=3, rate=8 / 3, k_choices=(2, 3)
-        )
+        self.compression = CompressionConfig(method=method, k=3, rate=8 / 3, k_choices=(2, 3))
 
     def counts(self, batch):
         return {"ae": jnp.sum(batch["targets"]["label_mask"]).astype(jnp.float32)}
@@ -38,11 +42,19 @@ class Autoencoding:
 
     def losses(self, trained, frozen, batch, key):
         c = self.compression
-        memory = methods.compress(
-            self.model, frozen, trained, batch["context"], batch["lengths"], c, batch["k"]
+        memory = encoder.compress(
+            FrozenModel(self.model, frozen),
+            trained,
+            Contexts(batch["context"], batch["lengths"], int(batch["k"])),
+            c,
         )
         losses = loss.label_losses(
-            self.model, frozen, trained, memory, {"ae": batch["targets"]}, {"ae": ()}, c.layout, 5
+            Decoder.of(FrozenModel(self.model, frozen), trained),
+            memory,
+            {"ae": batch["targets"]},
+            {"ae": ()},
+            c.position_layout,
+            5,
         )
         return loss.objective_sums(losses, {"ae": batch["targets"]})
 
@@ -63,10 +75,10 @@ def train(method, mesh_config, remat):
     texts = [
         rng.integers(3, 64, n).tolist() for n in (5, 8, 3, 4, 7, 6, 2, 8, 8, 1, 3, 5, 6, 6, 7, 2)
     ]
-    ids, lengths = encoder.segment_contexts(texts, task.compression)
-    packed = targets.pack([[targets.ae_target(t, FRAMING)] for t in texts], 1, 9, 9)
+    ids, lengths = segment_contexts(texts, task.compression)
+    packed = pack([[targets.ae_target(t, FRAMING)] for t in texts], 1, 9, 9)
     batch = {"context": ids, "lengths": lengths, "targets": packed, "k": StaticInt(2)}
-    optimizer, _ = step.make_optimizer(OptimizerConfig(warmup_steps=0), 1)
+    optimizer, _ = make_optimizer(OptimizerConfig(warmup_steps=0), 1)
     params, state = random_params(TINY), step.init_state(random_trained(TINY, 3), optimizer)
     shardings = placement.tree(state)
     with placement.active():

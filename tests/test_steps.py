@@ -17,7 +17,8 @@ from icae_jax.runtime import sharding
 from icae_jax.training import metrics
 from icae_jax.training import step as training_step
 from icae_jax.training.compressor_task import CompressorTask
-from icae_jax.training.config import TrainConfig, from_dict
+from icae_jax.training.config import TrainConfig
+from icae_jax.training.config_file import from_dict
 
 QA = {"phase": "finetune", "init_from": "scratch", "objectives": {"ae": 0.5, "lm": 0.0, "qa": 0.5}}
 

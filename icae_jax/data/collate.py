@@ -3,10 +3,11 @@
 import typing
 from collections.abc import Iterable, Sequence
 
-from icae_jax.compression.encoder import CompressionConfig, segment_contexts, segment_shape
+from icae_jax.compression.config import CompressionConfig
+from icae_jax.compression.segments import segment_contexts, segment_shape
 from icae_jax.data.config import DataConfig
 from icae_jax.data.index import Example, ExampleSpec
-from icae_jax.objectives.targets import pack
+from icae_jax.objectives.packing import pack
 
 Batch = dict[str, typing.Any]
 

@@ -6,7 +6,7 @@ import typing
 import numpy as np
 from jaxtyping import Bool, Int
 
-from icae_jax.compression.encoder import CompressionConfig
+from icae_jax.compression.config import CompressionConfig
 from icae_jax.data.config import DataConfig
 from icae_jax.data.tokens import Tokens
 from icae_jax.errors import UserError

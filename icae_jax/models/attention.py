@@ -100,6 +100,15 @@ def seen(real_BS, at=None):
     return real_BS[:, None] & (jnp.arange(S)[None, None] <= times[:, :, None])
 
 
+def usable(implementation, mask):
+    """The implementation that computes a call with such a mask.
+
+    Splash knows causal masks only. The last layer of targets, whose queries are labels at times known only when the
+    program runs, has a 3-D mask; there XLA's attention computes instead.
+    """
+    return "xla" if implementation == "splash" and mask.ndim == 3 else implementation
+
+
 def supported(
     implementation, platform, *, dtype, head_dim, heads=1, kv_heads=1, windows=False, tensor=1
 ):

@@ -42,6 +42,17 @@ def without_absent_tpus() -> dict[str, str]:
     )
 
 
+def cpu_only() -> bool:
+    """Whether JAX, not yet imported, will use the CPU: by its settings, or for lack of devices."""
+    asked = os.environ.get("JAX_PLATFORMS") or os.environ.get("JAX_PLATFORM_NAME")
+    if asked:
+        return asked == "cpu"
+    plugins = {point.name for point in importlib.metadata.entry_points(group="jax_plugins")}
+    gpus = {name for name in plugins if name.startswith(("xla_cuda", "xla_rocm"))}
+    gpu = gpus and any(glob.glob(pattern) for pattern in _GPUS)
+    return not (tpu_chips() or plugins - gpus or gpu)
+
+
 def quiet_libraries() -> None:
     """Tells libraries, which read it as they are imported, what they need not look for or say here."""
     os.environ.setdefault(

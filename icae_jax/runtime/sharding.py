@@ -26,7 +26,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from icae_jax.errors import UserError
-from icae_jax.models import llama
+from icae_jax.models import axes
 
 AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")
@@ -143,7 +143,7 @@ class Placement:
 
     def parameter(self, path, shape):
         """Of the parameter at a path, as ("layers", "mlp", "up_proj", "kernel"), also of its optimizer state. shape: has `.shape`."""
-        spec = nn.logical_to_mesh_axes(llama.logical_axes(path), self.rules)
+        spec = nn.logical_to_mesh_axes(axes.logical_axes(path), self.rules)
         fits = [
             axis and (None if n % self.mesh.shape[axis] else axis)
             for axis, n in zip(spec, shape.shape, strict=False)

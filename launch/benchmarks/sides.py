@@ -91,7 +91,8 @@ class Ours:
 
 def train_config(case, sizes, batch):
     """The `TrainConfig` of a case on our side."""
-    from icae_jax.training import config
+    from icae_jax.training import config_file
+    from icae_jax.training.config import SCRATCH, TrainConfig
 
     s, qa = sizes, case == "qa"
     weights = {o: 1.0 / len(CASES[case]) if o in CASES[case] else 0.0 for o in ("ae", "lm", "qa")}
@@ -104,7 +105,7 @@ def train_config(case, sizes, batch):
     }
     fields = {
         "phase": "finetune" if qa else "pretrain",
-        "init_from": config.SCRATCH if qa else "",
+        "init_from": SCRATCH if qa else "",
         "base": "-",
         "seed": s["seed"],
         "batch_size": batch,
@@ -121,15 +122,17 @@ def train_config(case, sizes, batch):
             "max_target_tokens": s["prompt"] + s["answer"],
         },
     }
-    return config.from_dict(config.TrainConfig, fields)
+    return config_file.from_dict(TrainConfig, fields)
 
 
 def training_batch(config, arrays, batch):
+    
+    from icae_jax.compression.segments import segment_contexts
     """The first `batch` contexts as training has them (`icae_jax.data.collate`)."""
-    from icae_jax.compression import encoder
     from icae_jax.data.collate import target_shapes
     from icae_jax.data.drawing import StaticInt
     from icae_jax.objectives import targets
+    from icae_jax.objectives.packing import pack
 
     framing, template = (
         targets.Framing((), targets.AE, EOS),
@@ -155,8 +158,8 @@ def training_batch(config, arrays, batch):
     shapes = target_shapes(
         config.data, config.compression, objectives, arrays["context"].shape[1], qa, False
     )
-    ids, lengths = encoder.segment_contexts([row["context"] for row in rows], config.compression)
-    made = {o: targets.pack([of(o, row) for row in rows], *shape) for o, shape in shapes.items()}
+    ids, lengths = segment_contexts([row["context"] for row in rows], config.compression)
+    made = {o: pack([of(o, row) for row in rows], *shape) for o, shape in shapes.items()}
     return {
         "context": ids,
         "lengths": lengths,

@@ -64,6 +64,23 @@ NAMED = {
     "Qwen/Qwen3-8B": _qwen(4096, 12288, 36, 32, 8, 128, 40960, qk_norm=True),
 }
 
+# Short names, as the configurations take them.
+SHORT_NAMES = {
+    "llama2_7b": "meta-llama/Llama-2-7b-hf",
+    "llama2_70b": "meta-llama/Llama-2-70b-hf",
+    "llama3_8b": "meta-llama/Meta-Llama-3-8B",
+    "llama3_8b_instruct": "meta-llama/Meta-Llama-3-8B-Instruct",
+    "mistral_7b": "mistralai/Mistral-7B-Instruct-v0.2",
+    "qwen3_8b": "Qwen/Qwen3-8B",
+}
+
+
+def hub_id(name: str) -> str:
+    """The hub id of a base's short name; UserError with the known ones otherwise."""
+    if name not in SHORT_NAMES:
+        raise UserError(f"base {name!r} is not known; known: {', '.join(SHORT_NAMES)}")
+    return SHORT_NAMES[name]
+
 
 def find(name):
     """The `ModelConfig` of a hub id; UserError with the known ones otherwise."""

@@ -8,12 +8,12 @@ import pytest
 import safetensors
 import safetensors.numpy
 
-from icae_jax.compression import encoder
 from icae_jax.compression import memory as memories
+from icae_jax.compression.config import CompressionConfig
 from icae_jax.errors import UserError
 from icae_jax.inference import memory_file
 
-CONFIG = encoder.CompressionConfig(k=2, rate=4)
+CONFIG = CompressionConfig(k=2, rate=4)
 
 
 def memory():
@@ -21,7 +21,7 @@ def memory():
     return memories.place(memories.Slots, {"slots": slots}, np.asarray([[8, 3], [5, 0]]), CONFIG)
 
 
-X500 = encoder.CompressionConfig(method="x500", k=2, rate=4)
+X500 = CompressionConfig(method="x500", k=2, rate=4)
 
 
 def kv_memory():
@@ -145,7 +145,7 @@ def test_key_value_memories(tmp_path):
     with pytest.raises(ValueError, match="has layout clean, the adapter uniform"):
         memory_file.load(
             path,
-            encoder.CompressionConfig(method="x500", k=2, rate=4, layout="uniform"),
+            CompressionConfig(method="x500", k=2, rate=4, layout="uniform"),
             "b" * 64,
             "a" * 64,
         )
