@@ -201,7 +201,7 @@ MUTANTS = [
     ),
     Mutant(
         "later shares of a mixture count as if none came before", "data/mixture.py",
-        "after - taken_after, left - share", "after - taken_after, left", "test_batches.py",
+        "after - taken_after, left - share", "after - taken_after, left", "test_mixture.py",
     ),
     Mutant(
         "continuations too short to tell are LM targets", "data/index.py",

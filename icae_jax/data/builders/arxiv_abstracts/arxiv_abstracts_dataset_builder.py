@@ -45,7 +45,7 @@ def month_of_version(raw: dict) -> tuple[int, int] | None:
     return created.year, created.month
 
 
-def abstract(raw: dict, counts: collections.Counter) -> tuple[str, str, str]:
+def abstract(raw: dict, counts: dict[str, int]) -> tuple[str, str, str]:
     """(split such as "2023_07", id, text in one line) of a row of the dump, or of id and text.
 
     counts[APART] counts ids at odds with the date of the first version. UserError if neither gives
@@ -101,6 +101,7 @@ class Builder(common.LocalBuilder, skip_registration=True):
     FEATURES = common.TEXTS
 
     def sources(self, request):
+        """All files of the request, whose rows are sorted by month later."""
         files = inputs.files_in(request.paths)
         return {"months": [inputs.Input(str(file)) for file in files]}
 
@@ -121,4 +122,5 @@ class Builder(common.LocalBuilder, skip_registration=True):
 
     @staticmethod
     def parse(raw, subset):
+        """Yields the row of a sorted abstract."""
         yield common.row_of(raw["text"], raw["id"])

@@ -16,13 +16,12 @@ class Builder(common.LocalBuilder, skip_registration=True):
         "train.jsonl, validation.jsonl and test.jsonl of lines with context, question and answer "
         "(ArxivQA itself is not public)"
     )
+    FILES = FILES
     FEATURES = common.QUESTIONS
-
-    def sources(self, request):
-        return inputs.find(FILES, request)
 
     @staticmethod
     def parse(raw, subset):
+        """Yields the one question of a row."""
         context, question, answer = (
             common.text_of(raw, field) for field in ("context", "question", "answer")
         )

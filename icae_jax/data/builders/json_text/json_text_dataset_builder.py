@@ -19,6 +19,7 @@ class Builder(common.LocalBuilder, skip_registration=True):
     FEATURES = common.TEXTS
 
     def sources(self, request):
+        """The files of `--from` as split train, or those of each `--split`."""
         if bool(request.paths) == bool(request.patterns):
             raise UserError(
                 "give either --from FILE_OR_FOLDER (all of it is split train) or --split "
@@ -45,11 +46,14 @@ class Builder(common.LocalBuilder, skip_registration=True):
         }
 
     def options(self):
+        """The field of the text."""
         return {"field": self.request.field if self.request else "text"}
 
     def columns(self):
+        """The columns that are wanted of a table, the field of the text among them."""
         return forms.FIELDS | {self.options()["field"]}
 
     @staticmethod
     def parse(raw, subset, field):
+        """Yields the one text of a row."""
         yield common.row_of(common.text_of(raw, field), forms.name_of(raw, "id"))

@@ -45,13 +45,12 @@ class Builder(common.LocalBuilder, skip_registration=True):
     """
 
     ABOUT = "train/NAME.jsonl.gz and dev/NAME.jsonl.gz of the MRQA 2019 shared task"
+    FILES = FILES
     FEATURES = common.QUESTIONS | {"id": tfds.features.Text(), "subset": tfds.features.Text()}
-
-    def sources(self, request):
-        return inputs.find(FILES, request)
 
     @staticmethod
     def parse(raw, subset):
+        """Yields a row for each question of a line."""
         if "header" in raw:
             return
         common.text_of(raw, "context")

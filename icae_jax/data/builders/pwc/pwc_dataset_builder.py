@@ -15,13 +15,12 @@ class Builder(common.LocalBuilder, skip_registration=True):
     """Rows `{"input", "prompt", "answer"}` as `context`, `question` and one of `answers`."""
 
     ABOUT = "PwC_train.jsonl and PwC_test.jsonl (hub data set sggetao/PwC)"
+    FILES = FILES
     FEATURES = common.QUESTIONS
-
-    def sources(self, request):
-        return inputs.find(FILES, request)
 
     @staticmethod
     def parse(raw, subset):
+        """Yields the one question of a row."""
         context, question, answer = (
             common.text_of(raw, field) for field in ("input", "prompt", "answer")
         )
