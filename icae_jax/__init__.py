@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 from icae_jax.runtime import platforms
 
 if TYPE_CHECKING:
-    from icae_jax.inference.compressor import Compressor
+    import icae_jax.inference.compressor
 
 __version__ = "0.1.0"
 
 
 def load(
     adapter: str | os.PathLike, base: str | os.PathLike | None = None, **options: Any
-) -> "Compressor":
+) -> "icae_jax.inference.compressor.Compressor":
     """Loads an adapter with its base model; see `icae_jax.inference.loading.load`."""
     platforms.quiet_libraries()
     from icae_jax.inference import loading  # importing JAX takes seconds

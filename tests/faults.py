@@ -163,12 +163,12 @@ MUTANTS = [
         "mask if mask.shape[1] == 1 else rows(mask, at)", "mask", "test_llama.py -k some_positions_behind",
     ),
     Mutant(
-        "scoring runs the head at every position", "inference/compressor.py",
-        "_up(max(longest)), _up(labels)", "_up(max(longest)), _up(max(longest))", "test_compressor.py -k head_runs",
+        "scoring runs the head at every position", "inference/reading.py",
+        "round_up(max(longest)), round_up(labels)", "round_up(max(longest)), round_up(max(longest))", "test_compressor.py -k head_runs",
     ),
     Mutant(
         "attention is timed for every compressor", "runtime/attention_choice.py",
-        "if key not in _MEASURED:", "if True:", "test_training_attention.py -k once",
+        "if key not in _TIMINGS:", "if True:", "test_attention_choice.py -k once",
     ),
     Mutant(
         "a name with two $ is a formula", "evaluation/report.py",
@@ -210,7 +210,7 @@ MUTANTS = [
     ),
     # ------------------------------------------------------------------------------------------------- what is on disk
     Mutant(
-        "PEFT's matrices lie untransposed", "interop/adapters/folder.py",
+        "PEFT's matrices lie untransposed", "interop/adapters/lora_tensors.py",
         "np.ascontiguousarray(layer.T)", "np.ascontiguousarray(layer)", "test_adapter.py",
     ),
     Mutant(
@@ -219,7 +219,7 @@ MUTANTS = [
     ),
     Mutant(
         "another base's memories are read", "inference/memory_file.py",
-        "if wrote != have:", 'if wrote != have and kind != "base":', "test_store.py -k another_base",
+        "if stated != have:", 'if stated != have and kind != "base":', "test_memory_file.py -k another_base",
     ),
     # ------------------------------------------------------------------------------------------------------- decoding
     Mutant(

@@ -64,7 +64,7 @@ def trained():
 @functools.cache
 def ours(sides, params, case):
     """`{objective: (loss, gradient of the trained tree)}` of both contexts on our side, without dropout."""
-    config = dataclasses.replace(sides.train_config(case, SIZES, 2), remat="none")
+    config = dataclasses.replace(sides.train_config(case, SIZES, 2), remat="none", attention="xla")
     task, batch = (
         CompressorLosses(config, TINY, config.compression),
         sides.training_batch(config, arrays(), 2),

@@ -253,7 +253,8 @@ def test_a_training_step_on_a_named_base_fits(name, phase, base):
     config = filled(name, f"{phase}-{base}")
     c, model_config = config.compression, sizes.find(config.base)
     batch = longest_batch(config)
-    losses = CompressorLosses(config, model_config, c, TEMPLATE.head)
+    decided = dataclasses.replace(config, attention="xla")
+    losses = CompressorLosses(decided, model_config, c, TEMPLATE.head)
 
     def init(params):
         return trained_tree.init(jax.random.key(1), params["embed"], model_config, config.lora, c)

@@ -14,7 +14,7 @@ from icae_jax.compression.config import CompressionConfig
 from icae_jax.compression.decoder import Decoder
 from icae_jax.compression.segments import Contexts
 from icae_jax.compression.trained import SPECIAL_ROWS
-from icae_jax.models import attention, llama, lora
+from icae_jax.models import attention, llama, lora, plain_attention
 from icae_jax.models.llama import FrozenModel
 from icae_jax.objectives import loss
 from icae_jax.performance import flops
@@ -79,7 +79,7 @@ def counted(function, *args):
 @pytest.fixture(autouse=True)
 def _all_keys(monkeypatch):
     """Attention in one chunk, which looks at the keys that causality hides, as they are counted."""
-    monkeypatch.setattr(attention, "CHUNK", 1 << 20)
+    monkeypatch.setattr(plain_attention, "CHUNK", 1 << 20)
 
 
 def arrays(batch):
@@ -155,7 +155,7 @@ def test_keys_behind_a_chunk_are_not_looked_at(monkeypatch):
         return counted(jax.grad(loss, (0, 1, 2)), q, kv, kv)
 
     whole = count(real)
-    monkeypatch.setattr(attention, "CHUNK", 128)
+    monkeypatch.setattr(plain_attention, "CHUNK", 128)
     assert count(real) / whole == pytest.approx(0.6, abs=0.01)
     assert count(attention.seen(real)) / whole == pytest.approx(
         1.0, abs=0.01

@@ -59,7 +59,10 @@ class Case:
         self.base = weights.load_params(self.folder / "base", self.config)
         tensors = safetensors.numpy.load_file(self.folder / "icae.safetensors")
         table = jnp.asarray(tensors["memory_token_embed.weight"])
-        self.trained = {"lora": lora_tensors.lora_from_hub(tensors, self.config), "memory_table": table}
+        self.trained = {
+            "lora": lora_tensors.lora_from_hub(tensors, self.config),
+            "memory_table": table,
+        }
         self.model = llama.Llama(
             self.config, lora_scale=self.meta["lora_alpha"] / self.meta["lora_r"]
         )

@@ -24,7 +24,7 @@ def run(argv: list[str]) -> int:
     flags.mesh_flag(parser)
     add("--batch_size", type=int, default=16, help="texts compressed at once")
     add("--strict", action="store_true", help="refuse empty texts instead of leaving them out")
-    add("--json", action="store_true", help="print one JSON object")
+    flags.json_flag(parser)
     args = parser.parse_args(argv)
 
     memory_file.check_output(args.output)

@@ -1,8 +1,8 @@
 """`icae export KIND`: memories in the form that other programs read."""
 
 import argparse
-import sys
 
+from icae_jax import errors
 from icae_jax.cli import flags
 
 HELP = "write memories as servers and transformers read them"
@@ -13,7 +13,7 @@ def run(argv: list[str]) -> int:
     """Runs the verb. Returns the exit code 0; UserError on bad input."""
     if argv and argv[0] in _OLD_KINDS:
         new = _OLD_KINDS[argv[0]]
-        print(f'note: "{argv[0]}" is now called {new}', file=sys.stderr)
+        flags.renamed(argv[0], new)
         argv = [new, *argv[1:]]
     args = _parser().parse_args(argv)
     args.run(args)
@@ -74,10 +74,9 @@ def _load(args):
 
 
 def _prompt_embeds(args):
-    from icae_jax import files
     from icae_jax.interop.export import prompt_embeds
 
-    files.need_torch("prompt_embeds")
+    errors.need_torch("prompt_embeds")
     named, reader = _load(args)
     requests = prompt_embeds.Requests(
         tuple(args.question), args.restore, args.model, args.url, args.dtype

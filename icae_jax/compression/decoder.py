@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from icae_jax.compression.trained import DECODER_LORA
-from icae_jax.models import llama, rope
+from icae_jax.models import blocks, rope
 from icae_jax.models.llama import FrozenModel
 from icae_jax.models.pytree import pytree
 
@@ -35,8 +35,8 @@ class Prefix:
 class Decoder:
     """A frozen base that reads memories.
 
-    table: the memory table, whose last rows are the special tokens. lora: a LoRA tree of the decoder's own, None if it has
-    none. dropout_key: for that LoRA's dropout, in training only.
+    table: the memory table, whose last rows are the special tokens. lora: a LoRA tree of the
+    decoder's own, None if it has none. dropout_key: for that LoRA's dropout, in training only.
     """
 
     base: FrozenModel
@@ -64,7 +64,7 @@ class Decoder:
     ) -> tuple[Float[Array, "L B P K H"], Float[Array, "L B P K H"]]:
         """K, rotated to its positions, and V of token ids `[B, P]` or embeddings `[B, P, D]`."""
         with jax.named_scope("memory_prefix"):
-            _, (k, v) = self._run(x, positions, real, 0, at=llama.NOWHERE, return_kv=True)
+            _, (k, v) = self._run(x, positions, real, 0, at=blocks.NOWHERE, return_kv=True)
         return rope.rotate_keys(self.base.config, k, positions), v
 
     def run(
@@ -78,8 +78,9 @@ class Decoder:
     ) -> tuple[Float[Array, "B T D"], Any]:
         """Runs tokens behind a prefix: each sees the prefix, and the tokens up to itself.
 
-        x: token ids `[B, T]` or embeddings `[B, T, D]`, padded on the right only, where no real token sees the padding.
-        prefix: `Prefix.visible`, or a longer cache of that form. at, return_kv and the result: as for `models.llama.Llama`.
+        x: token ids `[B, T]` or embeddings `[B, T, D]`, padded on the right only, where no real
+        token sees the padding. prefix: `Prefix.visible`, or a longer cache of that form. at,
+        return_kv and the result: as for `models.llama.Llama`.
         """
         real = jnp.ones((1, x.shape[1]), bool)
         return self._run(x, positions, real, 1, prefix=prefix, at=at, return_kv=return_kv)
@@ -91,7 +92,7 @@ class Decoder:
         ids_BGT: Int[Any, "B G T"],
         label_at_BGU: Int[Any, "B G U"],
     ) -> Float[Array, "BG U D"]:
-        """Hidden states at label positions of packed targets, `[B * G, U, D]`; see `objectives.packing`.
+        """Hidden states at label positions of packed targets (`objectives.packing`).
 
         Every target sees head, memory and itself, at the positions that it would have alone.
         """
@@ -106,7 +107,7 @@ class Decoder:
 def embed_with_table(
     base: FrozenModel, table: Float[Any, "rows D"], ids: Int[Any, "..."]
 ) -> Float[Array, "... D"]:
-    """Embeddings of ids, where negative ids are rows of `table` from its end (`objectives.targets.AE`, …)."""
+    """Embeddings of ids; negative ones (`objectives.targets.AE`, …) count from the table's end."""
     special = jnp.take(table, jnp.where(ids < 0, ids + table.shape[0], 0), axis=0)
     tokens = base.embed(jnp.maximum(ids, 0))
     return jnp.where(ids[..., None] < 0, special.astype(tokens.dtype), tokens)

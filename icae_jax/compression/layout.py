@@ -1,21 +1,22 @@
-"""Position layouts: where memory tokens sit in the encoder, where the memory sits in the decoder, where targets start.
+"""Position layouts: where memory tokens, the memory in the decoder, and targets sit.
 
-n: tokens of a segment, k: its memory tokens, M: memory tokens of all segments, N: the length that `reference` and
-`padded` pad segments to.
+n: tokens of a segment, k: its memory tokens, M: memory tokens of all segments, N: the length that
+`reference` and `padded` pad segments to.
 
-| layout                | encoder: text, memory tokens            | decoder: memory        | targets start             |
-|-----------------------|-----------------------------------------|------------------------|---------------------------|
-| SEQUENTIAL            | 0 … n-1, then n … n+k-1                 | 0 … M-1                | at M                      |
-| SPREAD                | 1 … n, spread over the ids they cover   | 0 … M-1                | at M                      |
-| UNIFORM               | 1 … n, spread over the ids they cover   | the same, running on   | AE at 0, others after the |
-|                       |                                         | from segment to segment| text's last position      |
-| REFERENCE             | 0 … N-1, then N … N+k-1                 | N … N+M-1              | at M                      |
-| PADDED                | 0 … N-1, then N … N+k-1                 | 0 … M-1                | at M                      |
+| layout     | encoder: text, memory tokens          | decoder: memory  | targets start         |
+|------------|---------------------------------------|------------------|-----------------------|
+| SEQUENTIAL | 0 … n-1, then n … n+k-1               | 0 … M-1          | at M                  |
+| SPREAD     | 1 … n, spread over the ids they cover | 0 … M-1          | at M                  |
+| UNIFORM    | 1 … n, spread over the ids they cover | the same,        | AE at 0, others after |
+|            |                                       | over all segments| the text's last id    |
+| REFERENCE  | 0 … N-1, then N … N+k-1               | N … N+M-1        | at M                  |
+| PADDED     | 0 … N-1, then N … N+k-1               | 0 … M-1          | at M                  |
 
-`SEQUENTIAL` is the reference ICAE (arXiv 2307.06945), `UNIFORM` UPL's. `SPREAD` keeps UPL's encoder but is read at
-positions 0, 1, 2, …, as servers number the embeddings of a prompt; configurations of ICAE call it "servable", those of
-500xCompressor "clean". `REFERENCE` is the reference 500xCompressor (arXiv 2408.03094): the text is padded to N tokens with
-eos, which is attended to, and the memory's keys lie in the future of every query. `PADDED` is the ICAE that the same
+`SEQUENTIAL` is the reference ICAE (arXiv 2307.06945), `UNIFORM` UPL's. `SPREAD` keeps UPL's encoder
+but is read at positions 0, 1, 2, …, as servers number the embeddings of a prompt; configurations of
+ICAE call it "servable", those of 500xCompressor "clean". `REFERENCE` is the reference
+500xCompressor (arXiv 2408.03094): the text is padded to N tokens with eos, which is attended to,
+and the memory's keys lie in the future of every query. `PADDED` is the ICAE that the same
 repository compares with. Encoder positions restart in every segment.
 """
 
@@ -30,10 +31,11 @@ from jaxtyping import Array, Int
 class Layout:
     """Three choices of positions, see the module.
 
-    spread_encoder: in the encoder, memory tokens sit among the positions of the text that they cover. spread_decoder: so
-    they do in the decoder. ae_restarts: AE targets start at position 0. fixed_length: segments are padded to one length,
-    and the padding is attended to. read_in_place: the decoder reads the memory at the positions it was written at.
-    bos_before_text: the encoder reads the text with `<s>` in front, if the method does.
+    spread_encoder: in the encoder, memory tokens sit among the positions of the text that they
+    cover. spread_decoder: so they do in the decoder. ae_restarts: AE targets start at position 0.
+    fixed_length: segments are padded to one length, and the padding is attended to. read_in_place:
+    the decoder reads the memory at the positions it was written at. bos_before_text: the encoder
+    reads the text with `<s>` in front, if the method does.
     """
 
     spread_encoder: bool = False
@@ -59,10 +61,11 @@ class Layout:
     def decoder_positions(
         self, k: int, lengths_BS: Int[Any, "B S"], fixed_length: int
     ) -> tuple[Int[Any, "B M"], Int[Any, " B"]]:
-        """Positions of the memory in the decoder, counted from the memory's start, and where targets start.
+        """Positions of the memory in the decoder, from the memory's start, and where targets start.
 
-        fixed_length: N of the module's table. Segments of zero length take no positions; their memory is masked. For
-        NumPy's lengths the result is NumPy's where nothing is spread, so that nothing is compiled for their shape.
+        fixed_length: N of the module's table. Segments of zero length take no positions; their
+        memory is masked. For NumPy's lengths the result is NumPy's where nothing is spread, so that
+        nothing is compiled for their shape.
         """
         B, S = lengths_BS.shape
         xp = lengths_BS.__array_namespace__()

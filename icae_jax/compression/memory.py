@@ -1,6 +1,7 @@
 """What a context is compressed into, and how the decoder reads it.
 
-A kind of memory is a subclass of `Memory`. All kinds have `[B, M]` memory tokens, with M = segments x k, and share
+A kind of memory is a subclass of `Memory`. All kinds have `[B, M]` memory tokens, with M = segments
+x k, and share
 
     mask             [B, M], false for segments that a shorter text lacks
     positions        [B, M], where the decoder reads each token, counted from the memory's start
@@ -27,9 +28,9 @@ from icae_jax.models.pytree import pytree
 class Memory:
     """What all kinds share.
 
-    CONTENTS: the fields that hold what was written. TEXT_AXIS: their axis of texts; the next one is that of memory tokens.
-    AXES: the number of their axes. RUNS_IN_DECODER: reading runs the memory through the decoder's blocks (FLOPs are counted
-    by it).
+    CONTENTS: the fields that hold what was written. TEXT_AXIS: their axis of texts; the next one is
+    that of memory tokens. AXES: the number of their axes. RUNS_IN_DECODER: reading runs the memory
+    through the decoder's blocks (FLOPs are counted by it).
     """
 
     CONTENTS: ClassVar[tuple[str, ...]] = ()
@@ -45,8 +46,8 @@ class Memory:
     def read(self, decoder: Decoder, head: tuple[int, ...] = ()) -> Prefix:
         """The prefix that targets see: `head`, ids that stand before the memory, and the memory.
 
-        The memory's positions count from behind the head. It is read in the decoder's dtype, whatever its own, since it
-        shares a cache with what is decoded behind it.
+        The memory's positions count from behind the head. It is read in the decoder's dtype,
+        whatever its own, since it shares a cache with what is decoded behind it.
         """
         contents = {name: jnp.asarray(x, decoder.base.dtype) for name, x in self.contents.items()}
         return self.replace(**contents)._read(decoder, tuple(head))
@@ -88,7 +89,7 @@ class Memory:
 
     @property
     def bytes_per_token(self) -> int:
-        """Bytes of one memory token in the dtype it is held in: D numbers for slots, 2 L K H for K/V."""
+        """Bytes of one memory token in its dtype: D numbers for slots, 2 L K H for K/V."""
         return sum(x.nbytes for x in self.contents.values()) // self.mask.size
 
     @property
@@ -158,7 +159,7 @@ class KV(Memory):
         return model.num_layers, model.num_kv_heads, model.head_dim
 
     def _read(self, decoder, head):
-        """Rotates the keys to where they are read. Only the head runs through the decoder, once for all texts."""
+        """Rotates the keys to where they are read. Only the head runs, once for all texts."""
         B, h = len(self), len(head)
         positions, real, v = h + self.positions, self.mask, self.v
         k = rope.rotate_keys(decoder.base.config, self.k, positions)
@@ -183,7 +184,7 @@ def place(
     lengths_BS: Int[Any, "B S"],
     config: CompressionConfig,
 ) -> Memory:
-    """The memory of S segments per text: which tokens are real, and where the decoder reads them."""
+    """The memory of S segments per text: which tokens are real, where the decoder reads them."""
     k = contents[kind.CONTENTS[0]].shape[kind.TEXT_AXIS + 1] // lengths_BS.shape[1]
     positions, end = config.position_layout.decoder_positions(k, lengths_BS, config.segment_tokens)
     mask = lengths_BS.__array_namespace__().repeat(lengths_BS > 0, k, axis=1)
@@ -191,9 +192,12 @@ def place(
 
 
 def join(memories: Sequence[Memory], config: CompressionConfig) -> Memory:
-    """One memory that holds several, text by text, in order: what compressing the joined segments at once would give.
+    """One memory that holds several, text by text, in order.
 
-    UserError if they are of different kinds, or hold different numbers of texts or of memory tokens per segment.
+    It is what compressing the joined segments at once would give.
+
+    UserError if they are of different kinds, or hold different numbers of texts or of memory tokens
+    per segment.
     """
     if not memories:
         raise UserError("there are no memories to join; give at least one")

@@ -1,7 +1,8 @@
-"""What a compression method is: one `Method`, registered by name. Nothing else in the package knows a method's name.
+"""What a compression method is: one `Method`, registered by name. Nothing else knows its name.
 
-A method is one file in `compression.methods`: a function that writes contexts into a memory, and a call of `register`.
-How a memory is read belongs to its kind (`compression.memory`); a new kind is a subclass of `Memory`.
+A method is one file in `compression.methods`: a function that writes contexts into a memory, and a
+call of `register`. How a memory is read belongs to its kind (`compression.memory`); a new kind is a
+subclass of `Memory`.
 """
 
 import dataclasses
@@ -24,14 +25,18 @@ class Method:
     Attributes:
       name: in configurations, adapters and memory files.
       title: in print.
-      write: `write(base, trained, contexts, config, dropout_key) -> Memory`, see `encoder.compress`.
+      write: `write(base, trained, contexts, config, dropout_key) -> Memory`, see
+        `encoder.compress`.
       memory: the kind of memory that `write` returns, a subclass of `memory.Memory`.
       layouts: position layouts by their names in configurations, the default first.
-      trigger: by default, what asks for the text back: "trained", the [AE] row, or "bos", the tokenizer's own token.
-      bos_before_text: whether the encoder reads the text as the base would, with the tokenizer's `<s>`.
-      appends_memory_tokens: whether the encoder reads k memory tokens behind each segment; otherwise the text alone.
-      keeps: what `write` keeps of the encoder's pass at k tokens of each segment: "hidden", the last hidden states, or "kv",
-        keys and values of every layer. FLOPs are counted by it.
+      trigger: by default, what asks for the text back: "trained", the [AE] row, or "bos", the
+        tokenizer's own token.
+      bos_before_text: whether the encoder reads the text as the base would, with the tokenizer's
+        `<s>`.
+      appends_memory_tokens: whether the encoder reads k memory tokens behind each segment;
+        otherwise the text alone.
+      keeps: what `write` keeps of the encoder's pass at k tokens of each segment: "hidden", the
+        last hidden states, or "kv", keys and values of every layer. FLOPs are counted by it.
       exports: the exports it has, of `EXPORTS`.
     """
 

@@ -15,8 +15,8 @@ from icae_jax.models.pytree import pytree, static
 class Contexts:
     """Contexts cut into segments, as the encoder reads them.
 
-    ids: token ids, padded. lengths: tokens of each segment, 0 for a segment that a shorter text lacks. k: memory tokens per
-    segment.
+    ids: token ids, padded. lengths: tokens of each segment, 0 for a segment that a shorter text
+    lacks. k: memory tokens per segment.
     """
 
     ids: Int[Any, "B S N"]
@@ -25,7 +25,7 @@ class Contexts:
 
 
 def segment_shape(tokens: int, config: CompressionConfig) -> tuple[int, int]:
-    """(segments, tokens per segment) of a text: near-equal, at most k x rate tokens (reference ICAE, v2)."""
+    """(segments, tokens per segment): near-equal, at most k x rate tokens (reference ICAE, v2)."""
     segments = max(1, math.ceil(tokens / config.segment_tokens))
     return segments, math.ceil(tokens / segments)
 
@@ -38,8 +38,9 @@ def segment_contexts(
 ) -> tuple[Int[np.ndarray, "B S N"], Int[np.ndarray, "B S"]]:
     """Cuts token lists into near-equal segments, padded with `pad_id`: ids and lengths, int32.
 
-    shape: (S, N) to pad to, by default just enough for the longest text. In a layout of fixed length N is
-    `config.segment_tokens`, and the padding is attended to. A row without tokens has lengths 0.
+    shape: (S, N) to pad to, by default just enough for the longest text. In a layout of fixed
+    length N is `config.segment_tokens`, and the padding is attended to. A row without tokens has
+    lengths 0.
     """
     shapes = [segment_shape(len(c), config) for c in contexts]
     S, N = shape or (max(s for s, _ in shapes), max(n for _, n in shapes))
@@ -58,8 +59,9 @@ def segment_contexts(
 class PositionBudget(NamedTuple):
     """Positions that a context takes of the base's.
 
-    encoder: of one segment and its memory tokens. decoder: up to the memory's last position. start: where targets behind
-    the memory start. The decoder's are counted from the sequence's start, with the head before the memory.
+    encoder: of one segment and its memory tokens. decoder: up to the memory's last position. start:
+    where targets behind the memory start. The decoder's are counted from the sequence's start, with
+    the head before the memory.
     """
 
     encoder: int
@@ -67,7 +69,7 @@ class PositionBudget(NamedTuple):
     start: int
 
     def needed(self, behind: int = 0) -> int:
-        """Positions that the base must have, with so many tokens of prompt and answer behind the memory."""
+        """Positions that the base must have, with so many tokens behind the memory."""
         return max(self.encoder, self.decoder, self.start + behind)
 
 
@@ -82,8 +84,9 @@ def position_budget(
 ) -> PositionBudget:
     """The positions that a context of so many tokens takes, for every caller that needs to know.
 
-    k: memory tokens per segment, by default the most. segments, segment_tokens: how it is cut, by default into as few
-    near-equal segments as hold it. head: tokens before the memory in the decoder.
+    k: memory tokens per segment, by default the most. segments, segment_tokens: how it is cut, by
+    default into as few near-equal segments as hold it. head: tokens before the memory in the
+    decoder.
     """
     k, layout, N = config.choose(k), config.position_layout, config.segment_tokens
     segments = segments or segment_shape(tokens, config)[0]

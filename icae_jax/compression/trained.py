@@ -14,7 +14,9 @@ from icae_jax.models.lora import LoraConfig
 from icae_jax.models.quantize import as_array
 
 SPECIAL_ROWS = 3  # [AE], [LM], [FT]: the last rows of the memory table
-DECODER_LORA = "decoder_lora"  # the key of the decoder's LoRA in the trained tree, absent if it has none
+DECODER_LORA = (
+    "decoder_lora"  # the key of the decoder's LoRA in the trained tree, absent if it has none
+)
 
 # Jitted as one program; eagerly, every array's shape would be one.
 _init_lora = jax.jit(lora.init_lora, static_argnums=(1, 2))
@@ -25,7 +27,8 @@ def init_memory_table(
 ) -> Float[Array, "rows D"]:
     """The table of trained embeddings, float32: k memory tokens, then [AE], [LM], [FT].
 
-    embeddings: the base's token embeddings. trigger_id: the token whose embedding [AE] starts from, if any.
+    embeddings: the base's token embeddings. trigger_id: the token whose embedding [AE] starts from,
+    if any.
     """
     embeddings = as_array(embeddings, jnp.float32)
     table = jax.random.normal(key, (config.k + SPECIAL_ROWS, embeddings.shape[1]), jnp.float32)
@@ -46,7 +49,8 @@ def init(
 ) -> dict[str, Any]:
     """The trained tree that training starts from, float32; arguments as for `init_memory_table`.
 
-    `{"lora": …, "memory_table": …}`, and "decoder_lora" if the configuration has one. B of every LoRA is zero.
+    `{"lora": …, "memory_table": …}`, and "decoder_lora" if the configuration has one. B of every
+    LoRA is zero.
     """
     table = init_memory_table(jax.random.fold_in(key, 1), embeddings, config, trigger_id)
     tree = {

@@ -17,8 +17,8 @@ from icae_jax.inference import memory_file
 from icae_jax.inference.devices import Devices
 from icae_jax.inference.generate import Generated
 from icae_jax.inference.memory_file import TextId
-from icae_jax.inference.reading import Generation, Reader, Request, Score
-from icae_jax.inference.writing import Writer
+from icae_jax.inference.reading import Generation, MemoryReader, Request, Score
+from icae_jax.inference.writing import MemoryWriter
 from icae_jax.interop.adapters.folder import Adapter
 from icae_jax.interop.hub import base as bases
 from icae_jax.interop.hub import tokenizer as tokenizers
@@ -69,17 +69,19 @@ class Compressor:
         self.decoder = Decoder.of(frozen, self.trained)
         self.plain_decoder = Decoder(frozen, self.trained["memory_table"])
         self.framing = target_layouts.make_framing(
-            self.config, base.tokenizer, bases.bos_id(base.tokenizer)
+            self.config, base.tokenizer, tokenizers.bos_id(base.tokenizer)
         )
         self._check_ids(
             [[*self.framing.start, self.framing.trigger, self.framing.eos]],
-            lambda _: "what stands round a text",
+            lambda _: "the ids around a text",
             SPECIAL_ROWS,
         )
         # Only the encoder takes the fastest attention: decoding has one query a step.
         encoder = FrozenModel(model.clone(attention=self._fastest_attention(dtype)), base.params)
-        self.writer = Writer(encoder, self.trained, self.config, self.devices, self.framing.eos)
-        self.reader = Reader(base, adapter, self.decoder, self.devices)
+        self.writer = MemoryWriter(
+            encoder, self.trained, self.config, self.devices, self.framing.eos
+        )
+        self.reader = MemoryReader(base, adapter, self.decoder, self.devices)
 
     def _fastest_attention(self, dtype):
         mesh = self.devices.mesh or sharding.make_mesh(devices=jax.local_devices()[:1])
@@ -209,7 +211,7 @@ class Compressor:
         memory_file.save(path, memory, ids, self.origin)
 
     def load_memory(self, path: str | os.PathLike) -> tuple[Memory, list[TextId]]:
-        """The memory and ids of a file; UserError if it is of another base, tokenizer or adapter."""
+        """The memory and ids of a file; UserError if another base or adapter wrote it."""
         memory, ids = memory_file.load(path, self.origin)
         self.reader.check_kind(memory)
         return memory, ids
@@ -266,7 +268,7 @@ class Compressor:
         if len(nested) != len(memory) or not all(nested):
             raise UserError(
                 f"questions has {len(nested)} entries for {len(memory)} texts; give at least one "
-                "question a text"
+                "question per text"
             )
         template = self.adapter.template
         most = ANSWER_TOKENS if max_new_tokens is None else max_new_tokens

@@ -17,8 +17,9 @@ TIE = 1e-4  # where the two best logits lie closer, another batch size may choos
 class Prompts(NamedTuple):
     """Prompts behind a prefix, right-padded.
 
-    ids: negative ids are rows of the memory table. lengths: real tokens, at least one. starts: position of a prompt's first
-    token. limits: most new tokens of each row, from 1 to `greedy`'s maximum; None for the maximum.
+    ids: negative ids are rows of the memory table. lengths: real tokens, at least one. starts:
+    position of a prompt's first token. limits: most new tokens of each row, from 1 to `greedy`'s
+    maximum; None for the maximum.
     """
 
     ids: Int[Any, "B T"]
@@ -30,8 +31,8 @@ class Prompts(NamedTuple):
 class Generated(NamedTuple):
     """What `greedy` decoded.
 
-    ids: new tokens, without the stop token, 0 after the end. lengths: how many. stopped: whether a stop token came. ties:
-    steps at which the two best logits lay within `TIE`.
+    ids: new tokens, without the stop token, 0 after the end. lengths: how many. stopped: whether a
+    stop token came. ties: steps at which the two best logits lay within `TIE`.
     """
 
     ids: Int[Any, "B n"]
@@ -41,7 +42,10 @@ class Generated(NamedTuple):
 
 
 class _State(NamedTuple):
-    """The loop's state. token: the token chosen last, not yet written out. cache: K and V, `[prefix | prompt | new]`."""
+    """The loop's state.
+
+    token: the one chosen last, not yet written out. cache: K and V, `[prefix | prompt | new]`.
+    """
 
     step: Int[Array, ""]
     token: Int[Array, " B"]
@@ -61,8 +65,8 @@ def greedy(
 ) -> Generated:
     """Decodes greedily behind a prefix and prompts: argmax over the base's vocabulary.
 
-    The prefix's K/V have Bp rows, where Bp divides the prompts' B (see `models.attention.attend`). A row ends at its limit
-    whatever its neighbours do.
+    The prefix's K/V have Bp rows, where Bp divides the prompts' B (see `models.attention.attend`).
+    A row ends at its limit whatever its neighbours do.
     """
     (B, T), n = prompts.ids.shape, max_new_tokens
     config, head = decoder.base.config, decoder.base.head
@@ -94,7 +98,7 @@ def greedy(
         make_cache(prefix.v, v),
     )
 
-    # ------------------------------------------------------------------------------ one token a step
+    # ----------------------------------------------------------------------------- one token a step
     real_prompt = jnp.arange(T)[None] < prompts.lengths[:, None]
     visible = jnp.concatenate([jnp.repeat(prefix.mask, B // Bp, axis=0), real_prompt], 1)
     first_new = prompts.starts + prompts.lengths
@@ -111,7 +115,8 @@ def greedy(
         return (state.step < n) & ~jnp.all(state.done)
 
     def step(state):
-        # Writes out the token chosen last and runs it to choose the next one. Finished rows run on, masked.
+        # Writes out the token chosen last and runs it to choose the next one. Finished rows run on,
+        # masked.
         i, done, out = state.step, state.done, state.out
         position = (first_new + i)[:, None]
         mask = jnp.concatenate([visible, jnp.broadcast_to(jnp.arange(n) < i, (B, n))], 1)
@@ -129,7 +134,8 @@ def greedy(
             ids=out.ids.at[:, i].set(jnp.where(done, 0, state.token)),
             lengths=out.lengths + ~done,
             stopped=out.stopped | (~done & ends),
-            # The last step's choice is never written out unless it is a stop token; otherwise it is no tie that counts.
+            # The last step's choice is never written out unless it is a stop token; otherwise it is
+            # no tie that counts.
             ties=out.ties + (tie & ~done & (~full | ends)),
         )
         return _State(i + 1, token, done | ends | full, out, cache)

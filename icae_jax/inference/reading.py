@@ -79,7 +79,7 @@ class Request(NamedTuple):
     needed: int = 1
 
 
-class Reader:
+class MemoryReader:
     """Decodes and scores behind memories of one adapter.
 
     An objective ("ae", "lm" or "qa") says where targets start, and whether the template's head

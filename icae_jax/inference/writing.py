@@ -16,7 +16,7 @@ from icae_jax.models.llama import FrozenModel
 _compress = jax.jit(encoder.compress, static_argnames="config")
 
 
-class Writer:
+class MemoryWriter:
     """Writes contexts into memory.
 
     Attributes:

@@ -19,6 +19,6 @@ def question_ids(
     if not template.prompt(ids):
         raise UserError(
             f"{where}the question {question!r} has no tokens, and template {template.name} puts no "
-            "words round it; ask something"
+            "words around it; ask something"
         )
     return ids

@@ -1,7 +1,7 @@
-"""Logical axes: names for the dimensions of parameters and activations, which a mesh's rules map to devices.
+"""Logical axes: names of array dimensions, which a mesh's rules map to its axes.
 
-The rules are made and activated by `runtime.sharding.Placement`. On a single device there are none, and `constrain` does
-nothing.
+The rules are made and activated by `runtime.sharding.Placement`. On a single device there are none,
+and `constrain` does nothing.
 """
 
 import math
@@ -30,8 +30,8 @@ UNCONSTRAINED = (("unconstrained", None),)  # rules that switch `constrain` off 
 def logical_axes(path: tuple[str, ...]) -> tuple[str, ...]:
     """The logical axes of the parameter at a path, () if it is never split.
 
-    A path is, for example, ("layers", "self_attn", "q_proj", "kernel"). LoRA's a and b have the path of the kernel that
-    they adapt.
+    A path is, for example, ("layers", "self_attn", "q_proj", "kernel"). LoRA's a and b have the
+    path of the kernel that they adapt.
     """
     name, module = path[-1] if path else "", path[-2] if len(path) > 1 else ""
     if module in PROJECTION_AXES:
@@ -48,7 +48,8 @@ def logical_axes(path: tuple[str, ...]) -> tuple[str, ...]:
 def active() -> bool:
     """Whether arrays are split over a mesh here, under the rules of a `Placement`.
 
-    RuntimeError under a mesh of several devices without rules: every constraint would silently do nothing.
+    RuntimeError under a mesh of several devices without rules: every constraint would silently do
+    nothing.
     """
     rules = nn.get_logical_axis_rules()
     if rules:
@@ -68,11 +69,23 @@ def parts(axes: str | tuple[str, ...] | None) -> int:
     return math.prod(sizes[axis] for axis in ((axes,) if isinstance(axes, str) else axes or ()))
 
 
-def constrain(x: Shaped[Array, "..."], *names: str | None) -> Shaped[Array, "..."]:
-    """Splits `x` by one logical axis for each dimension (None: not split). Returns x itself off a mesh.
+def split(name: str, n: int) -> tuple[Any, int]:
+    """(mesh axes, number of parts) that split a dimension of this logical name and length.
 
-    A dimension that its mesh axes do not divide stays whole, such as the single row of a head that is shared by all
-    memories.
+    (None, 1) if nothing splits it.
+    """
+    if not active():
+        return None, 1
+    mesh_axes = nn.logical_to_mesh_axes((name,))[0] or ()
+    count = parts(mesh_axes)
+    return (None, 1) if count == 1 or n % count else (mesh_axes, count)
+
+
+def constrain(x: Shaped[Array, "..."], *names: str | None) -> Shaped[Array, "..."]:
+    """Splits `x` by one logical axis per dimension (None: not split). Returns x itself off a mesh.
+
+    A dimension that its mesh axes do not divide stays whole, such as the single row of a head that
+    is shared by all memories.
     """
     if not active():
         return x

@@ -8,7 +8,7 @@ T = TypeVar("T", bound=type)
 
 
 def static() -> Any:
-    """A field of a `pytree` that belongs to the program, not to its data: hashable, compared on a jitted call."""
+    """A field of a `pytree` that belongs to the program, not to its data; it must be hashable."""
     return struct.field(pytree_node=False)
 
 
@@ -16,8 +16,8 @@ def static() -> Any:
 def pytree(cls: T) -> T:
     """`flax.struct.dataclass` whose field types are documentation only.
 
-    A pytree is also built with leaves that are no arrays (shardings, shapes, cotangents), so a runtime type checker must
-    not look at its fields.
+    A pytree is also built with leaves that are no arrays (shardings, shapes, cotangents), so a
+    runtime type checker must not look at its fields.
     """
     cls = struct.dataclass(cls)
     cls.__no_type_check__ = True

@@ -1,7 +1,8 @@
-"""Frozen matrices: every multiplication with a weight of the base goes through the functions of this file.
+"""Frozen matrices: every matmul with a weight of the base goes through the functions of this file.
 
-A frozen matrix is an array, or a `QuantizedMatrix` in its place: a small pytree that knows how to multiply. So a
-quantised base is the same tree of parameters with other leaves, and no module knows of it.
+A frozen matrix is an array, or a `QuantizedMatrix` in its place: a small pytree that knows how to
+multiply. So a quantised base is the same tree of parameters with other leaves, and no module knows
+of it.
 """
 
 from typing import Any
@@ -13,10 +14,11 @@ from jaxtyping import Array, Float, Int
 class QuantizedMatrix:
     """A frozen matrix `[in, out]` in another representation than an array.
 
-    Subclasses are pytrees (`models.pytree`) whose leaves all have the matrix's rank, with a layer axis in front where
-    layers are stacked. A leaf's axis that does not match the matrix's has length 1 (such as `[1, out]` scales), so that
-    slicing by layer and sharding by logical axis work leaf by leaf. `dequantize` is all that a subclass must define;
-    it may override the others to multiply without forming the matrix.
+    Subclasses are pytrees (`models.pytree`) whose leaves all have the matrix's rank, with a layer
+    axis in front where layers are stacked. A leaf's axis that does not match the matrix's has
+    length 1 (such as `[1, out]` scales), so that slicing by layer and sharding by logical axis work
+    leaf by leaf. `dequantize` is all that a subclass must define; it may override the others to
+    multiply without forming the matrix.
     """
 
     def dequantize(self, dtype: Any) -> Float[Array, "in out"]:

@@ -16,7 +16,7 @@ from icae_jax.models.llama import Head
 
 
 def _chunks(x, size):
-    """Cuts axis 1 of `[B, U, …]` into near-equal chunks of at most `size`, padded, with the chunks' axis first."""
+    """Cuts axis 1 of `[B, U, …]` into near-equal, padded chunks of at most `size`, chunks first."""
     U = x.shape[1]
     count = math.ceil(U / size)
     step = math.ceil(U / count)  # near-equal: 513 in chunks of at most 512 are 2 x 257, not 2 x 512
@@ -39,10 +39,12 @@ def _chunk_losses(h, head, labels):
 def frozen_head_losses(
     h_BUD: Float[Array, "B U D"], head: Head, labels_BU: Int[Any, "B U"], chunk: int
 ) -> Float[Array, "B U"]:
-    """Cross-entropy of every label in float32 nats, in chunks of `chunk` positions: `[B, U, V]` never lives.
+    """Cross-entropy of every label in float32 nats; `[B, U, V]` never lives.
 
-    The head is frozen and gets no gradient. The gradient of the hidden states is formed in the forward pass, which takes two
-    head matmuls and no recomputation.
+    chunk: positions whose logits are computed at once.
+
+    The head is frozen and gets no gradient. The gradient of the hidden states is formed in the
+    forward pass, which takes two head matmuls and no recomputation.
     """
     losses = jax.lax.map(
         lambda x: _chunk_losses(x[0], head, x[1])[0],
@@ -71,7 +73,7 @@ def _frozen_head_bwd(chunk, d_h, g_BU):
 frozen_head_losses.defvjp(_frozen_head_fwd, _frozen_head_bwd)
 
 
-# ------------------------------------------------------------------------------- behind one memory
+# -------------------------------------------------------------------------------- behind one memory
 
 Targets = dict[str, dict[str, Any]]  # by objective, arrays of `packing.pack`
 
@@ -86,8 +88,8 @@ def label_losses(
 ) -> dict[str, Float[Array, "B G U"]]:
     """Losses of every label, by objective, in nats.
 
-    heads: by objective, the ids before the memory. Head and memory run once for each distinct head. Targets of one shape
-    that start at one position behind the same head run in one call.
+    heads: by objective, the ids before the memory. Head and memory run once for each distinct head.
+    Targets of one shape that start at one position behind the same head run in one call.
     """
     losses = {}
     for head in dict.fromkeys(heads[o] for o in targets):
@@ -111,7 +113,7 @@ def label_losses(
 
 
 def _alike(objectives, targets, layout):
-    """Objectives grouped by what one call of the decoder needs alike: shapes, and where targets start."""
+    """Objectives grouped by what one decoder call shares: shapes, and where targets start."""
     groups = {}
     for o in objectives:
         T, U = targets[o]["ids"].shape[2], targets[o]["labels"].shape[2]

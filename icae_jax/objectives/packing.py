@@ -13,8 +13,9 @@ PackedTargets = dict[str, Int[np.ndarray, "B G _"] | Bool[np.ndarray, "B G U"]]
 def pack(rows: Sequence[Sequence[Target | None]], G: int, T: int, U: int) -> PackedTargets:
     """Stacks the targets of each example: `rows[b]` holds up to G of them, None for an absent one.
 
-    Returns int32 arrays `ids [B, G, T]` (decoder inputs), `label_at [B, G, U]` (the input index that predicts each label),
-    `labels [B, G, U]`, and `label_mask [B, G, U]`, bool. ValueError if a target does not fit.
+    Returns int32 arrays `ids [B, G, T]` (decoder inputs), `label_at [B, G, U]` (the input index
+    that predicts each label), `labels [B, G, U]`, and `label_mask [B, G, U]`, bool. ValueError if a
+    target does not fit.
     """
     B = len(rows)
     packed = {

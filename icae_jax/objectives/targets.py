@@ -2,13 +2,14 @@
 
 Sources: arXiv 2307.06945, sections 2.2.2 and 2.3; arXiv 2408.03094, section 3.
 
-| objective | behind head and memory                          | labels                              |
-|-----------|--------------------------------------------------|-------------------------------------|
-| ae        | trigger ([AE] or <s>), text, </s>                | text and </s>                       |
-| lm        | ([LM],) continuation                             | continuation after its first 8 tokens |
-| qa        | template's start, prompt, template's end, answer, stop | answer and stop               |
+| objective | behind head and memory                                 | labels                     |
+|-----------|--------------------------------------------------------|----------------------------|
+| ae        | trigger ([AE] or <s>), text, </s>                      | text and </s>              |
+| lm        | ([LM],) continuation                                   | all but its first 8 tokens |
+| qa        | template's start, prompt, template's end, answer, stop | answer and stop            |
 
-Special rows of the memory table are negative ids, which index the table from its end, whatever its k.
+Special rows of the memory table are negative ids, which index the table from its end, whatever its
+k.
 """
 
 import dataclasses
@@ -46,10 +47,13 @@ class Framing:
 
 
 def make_framing(compression: CompressionConfig, tokenizer: Any, bos_id: int | None) -> Framing:
-    """The `Framing` of a configuration. bos_id: the id that the tokenizer puts in front of a text, or None.
+    """The `Framing` of a configuration.
 
-    ICAE's encoder reads the text as the base would, `<s>` included. 500xCompressor's reads the text alone, and `<s>` is what
-    its decoder starts regeneration with. UserError if an id is needed that the tokenizer does not have.
+    bos_id: the id that the tokenizer puts in front of a text, or None.
+
+    ICAE's encoder reads the text as the base would, `<s>` included. 500xCompressor's reads the text
+    alone, and `<s>` is what its decoder starts regeneration with. UserError if an id is needed that
+    the tokenizer does not have.
     """
     if tokenizer.eos_token_id is None:
         raise UserError("the tokenizer has no eos token; set one in tokenizer_config.json")
@@ -65,15 +69,15 @@ def make_framing(compression: CompressionConfig, tokenizer: Any, bos_id: int | N
 def ae_target(context: Sequence[int], framing: Framing, padded_to: int = 0) -> Target:
     """Autoencoding: restore the context, `<s>` included if the encoder reads it.
 
-    padded_to: tokens up to which the context is filled with eos. All of them are labels, as the reference 500xCompressor
-    trains.
+    padded_to: tokens up to which the context is filled with eos. All of them are labels, as the
+    reference 500xCompressor trains.
     """
     padding = [framing.eos] * (padded_to - len(context))
     return Target([framing.trigger, *context, *padding, framing.eos], 1)
 
 
 def lm_target(continuation: Sequence[int], trigger: bool = False) -> Target:
-    """Language modelling: continue the context. trigger: put [LM] in front (the reference does not)."""
+    """Continue the context. trigger: put [LM] in front (the reference does not)."""
     given = [LM] if trigger else []
     return Target([*given, *continuation], len(given) + LM_UNLABELLED)
 
@@ -82,7 +86,8 @@ def lm_target(continuation: Sequence[int], trigger: bool = False) -> Target:
 class Template:
     """How a prompt is put to the memory.
 
-    head: ids before the memory. before, after: ids around the prompt. stop: the id that ends the answer.
+    head: ids before the memory. before, after: ids around the prompt. stop: the id that ends the
+    answer.
     """
 
     name: str
@@ -97,7 +102,7 @@ class Template:
 
     @classmethod
     def from_json(cls, value: Any, source: Any) -> "Template":
-        """The template that `as_json` gave. UserError, which names the file `source`, if it is none."""
+        """The template that `as_json` gave. UserError, which names `source`, if it is none."""
 
         def is_ids(value):
             return isinstance(value, list) and all(type(i) is int for i in value)
@@ -123,7 +128,7 @@ class Template:
         return Target([*given, *answer_ids, self.stop], len(given))
 
     def target_sizes(self, prompt_lengths: Any, answer_lengths: Any) -> tuple[Any, Any]:
-        """(inputs, labels) of targets by the lengths of prompts and answers, numbers or arrays; see `packing.pack`."""
+        """(inputs, labels) of targets, see `packing.pack`. Lengths may be numbers or arrays."""
         return len(self.prompt([])) + prompt_lengths + answer_lengths, answer_lengths + 1
 
 
@@ -133,12 +138,13 @@ TEMPLATES = ("mistral", "v1", "plain", "none", "chat")
 def make_template(name: str, tokenizer: Any, eos: int | None = None) -> Template:
     """A `Template` in the tokenizer's ids.
 
-    mistral: `<s> [INST]`, memory, [FT], prompt, `[/INST]`, answer, </s> (reference v2). v1: memory, [FT], prompt, [FT],
-    answer, id 1. plain: memory, `Question:`, prompt, `Answer:`, answer, </s> (arXiv 2408.03094). none: memory, prompt,
-    answer, </s>. chat: the tokenizer's own chat template, with memory and prompt in the user's turn.
+    mistral: `<s> [INST]`, memory, [FT], prompt, `[/INST]`, answer, </s> (reference v2). v1: memory,
+    [FT], prompt, [FT], answer, id 1. plain: memory, `Question:`, prompt, `Answer:`, answer, </s>
+    (arXiv 2408.03094). none: memory, prompt, answer, </s>. chat: the tokenizer's own chat template,
+    with memory and prompt in the user's turn.
 
-    tokenizer: may be None for v1 and none, which hold no words; then eos ends an answer. UserError for an unknown name, or a
-    template that the tokenizer cannot make.
+    tokenizer: may be None for v1 and none, which hold no words; then eos ends an answer. UserError
+    for an unknown name, or a template that the tokenizer cannot make.
     """
     if name == "v1":
         return Template(name, (), (FT,), (FT,), 1)
@@ -164,7 +170,7 @@ def _ids(tokenizer, text):
 
 
 def _chat_parts(tokenizer):
-    """The chat template's text before the memory, between memory and prompt, and after the prompt."""
+    """The chat template's text before the memory, before the prompt, and after the prompt."""
     if not tokenizer.chat_template:
         raise UserError(
             "objectives.template is chat, but the tokenizer has no chat template; choose mistral, "
@@ -178,8 +184,8 @@ def _chat_parts(tokenizer):
     except Exception as error:  # templates are programs: they raise anything
         raise UserError(
             "objectives.template is chat, but the tokenizer's chat template does not take a single "
-            f"user's turn ({type(error).__name__}: {' '.join(str(error).split())}); choose mistral, "
-            "v1 or plain"
+            f"user's turn ({type(error).__name__}: {' '.join(str(error).split())}); choose "
+            "mistral, v1 or plain"
         ) from error
     once = text.count(memory) == 1 and text.count(prompt) == 1
     if not once or text.index(prompt) < text.index(memory):

@@ -1,13 +1,15 @@
-"""FLOPs that the mathematics requires, counted from shapes: the reference for MFU, and what a planner sums.
+"""FLOPs that the mathematics requires, counted from shapes, for MFU and planning.
 
-Only matmuls are counted, a multiply-add as two FLOPs; embeddings, norms, RoPE and softmax are not. Each weight element costs
-2 FLOPs per token forward, 2 for the activation gradient, and 2 for its own gradient if trained. Attention costs 4 x heads x
-head size per query, key and layer forward, and twice that backward. Nothing is recomputed.
+Only matmuls are counted, a multiply-add as two FLOPs; embeddings, norms, RoPE and softmax are not.
+Each weight element costs 2 FLOPs per token forward, 2 for the activation gradient, and 2 for its
+own gradient if trained. Attention costs 4 x heads x head size per query, key and layer forward, and
+twice that backward. Nothing is recomputed.
 
-Arrays count at their full size: with padding, with the keys that a causal mask hides, and with the first layer's input
-gradient, although nothing below its LoRA reads it. In the last layer, what nothing reads is not counted: in the encoder,
-everything except the memory tokens, beyond K/V (500xCompressor: K/V of the memory tokens only); of a memory in the decoder,
-everything except K/V; of targets, everything except the labels, beyond K/V.
+Arrays count at their full size: with padding, with the keys that a causal mask hides, and with the
+first layer's input gradient, although nothing below its LoRA reads it. In the last layer, what
+nothing reads is not counted: in the encoder, everything except the memory tokens, beyond K/V
+(500xCompressor: K/V of the memory tokens only); of a memory in the decoder, everything except K/V;
+of targets, everything except the labels, beyond K/V.
 """
 
 import math
@@ -23,9 +25,10 @@ from icae_jax.models.lora import LoraConfig
 class Flops(NamedTuple):
     """FLOPs by where they are spent.
 
-    encoder: the base's blocks over text and memory tokens. lora: LoRA branches, the encoder's and the decoder's. memory: the
-    blocks over head (what stands before the memory) and memory in the decoder. targets: over targets or new tokens in the
-    decoder. attention: scores and weighted sums of all three. logits: the output head at labels.
+    encoder: the base's blocks over text and memory tokens. lora: LoRA branches, the encoder's and
+    the decoder's. memory: the blocks over head (what stands before the memory) and memory in the
+    decoder. targets: over targets or new tokens in the decoder. attention: scores and weighted sums
+    of all three. logits: the output head at labels.
     """
 
     encoder: int = 0
@@ -47,7 +50,8 @@ KEYS_AND_VALUES = ("k_proj", "v_proj")
 def _linear(config, tokens, keys, queries, lora_config=None):
     """FLOPs of the forward pass through the blocks' matmuls, or through their LoRA branches.
 
-    tokens: in all layers but the last. keys, queries: tokens of the last layer that get K/V, and everything else.
+    tokens: in all layers but the last. keys, queries: tokens of the last layer that get K/V, and
+    everything else.
     """
     sizes = {name: lora.projection_shape(config, name) for name in lora.PROJECTIONS}
     if lora_config:
@@ -60,7 +64,7 @@ def _linear(config, tokens, keys, queries, lora_config=None):
 
 
 def _attention(config, rows, queries, keys, last_queries=None):
-    """FLOPs of the forward pass of attention in `rows` sequences; the last layer may have fewer queries."""
+    """FLOPs of attention's forward pass in `rows` sequences; fewer queries in the last layer."""
     last = queries if last_queries is None else last_queries
     layers = (config.num_layers - 1) * queries + last
     return 4 * config.num_heads * config.head_dim * rows * layers * keys
@@ -93,7 +97,8 @@ def decode(
 ) -> Flops:
     """FLOPs of one new token in each of `rows` rows.
 
-    keys: positions of the cache that the token attends to, its own included. lora_config: of the decoder's LoRA, if any.
+    keys: positions of the cache that the token attends to, its own included. lora_config: of the
+    decoder's LoRA, if any.
     """
     tokens = (rows, rows, rows)
     return Flops(
@@ -113,11 +118,13 @@ def least(
 ) -> Flops:
     """FLOPs of one training step, forward and backward, on a training batch.
 
-    batch: `context [B, S, N]`, `k`, and `targets` with `ids [B, G, T]` and `labels [B, G, U]` of each objective; only shapes
-    are read. heads: by objective, the ids before the memory, by default none.
+    batch: `context [B, S, N]`, `k`, and `targets` with `ids [B, G, T]` and `labels [B, G, U]` of
+    each objective; only shapes are read. heads: by objective, the ids before the memory, by default
+    none.
 
-    Head and memory run once for each distinct head. A memory of K/V does not run; its head runs once for the whole batch,
-    and no gradient reaches it unless the decoder has a LoRA. UserError if `compression` does not know k.
+    Head and memory run once for each distinct head. A memory of K/V does not run; its head runs
+    once for the whole batch, and no gradient reaches it unless the decoder has a LoRA. UserError if
+    `compression` does not know k.
     """
     c, k, method = model_config, compression.choose(batch.get("k")), compression.spec
     decoder_lora = lora_config if compression.decoder_lora else None

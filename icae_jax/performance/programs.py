@@ -1,4 +1,4 @@
-"""The programs of a configuration, lowered from shapes: the training step, compressing, decoding."""
+"""Programs of a configuration, lowered from shapes: the training step, compressing, decoding."""
 
 import dataclasses
 import functools
@@ -34,9 +34,9 @@ PROMPT = 32  # tokens of a question that is answered
 class Spec:
     """What is compiled.
 
-    what: one of `WHATS`, or `EVALUATE`. config: with the shapes of its data only. model: the base's sizes. contexts: in one
-    step, over all devices. length: most tokens of a context. qa: (inputs, labels) of a QA target, None for the most that the
-    configuration allows.
+    what: one of `WHATS`, or `EVALUATE`. config: with the shapes of its data only. model: the base's
+    sizes. contexts: in one step, over all devices. length: most tokens of a context. qa: (inputs,
+    labels) of a QA target, None for the most that the configuration allows.
     """
 
     what: str
@@ -123,7 +123,7 @@ def positions_needed(spec: Spec) -> int:
 
 
 def lower(spec: Spec, mesh: Any, platforms: tuple[str, ...] | None = None) -> jax.stages.Lowered:
-    """The program on a mesh of devices, which may be those of a topology only. Its arguments are shapes.
+    """The program on a mesh of devices, which may be those of a topology. Its arguments are shapes.
 
     platforms: to lower for these, such as ("cpu",), in place of the devices' own.
     """
@@ -181,8 +181,8 @@ def _trace(spec, mesh, placement):
 def least(spec: Spec, tokens: int | None = None) -> int:
     """The fewest FLOPs that the program takes over all devices.
 
-    Those of a step, of writing the memories, or of reading the prompts and decoding `tokens` for each, by default all that
-    the program may decode.
+    Those of a step, of writing the memories, or of reading the prompts and decoding `tokens` for
+    each, by default all that the program may decode.
     """
     c, given = spec.config, batch(spec)
     if spec.what == "train":

@@ -38,11 +38,11 @@ CHECKED = 1 << 22  # ids looked through at once
 
 
 def compression_on(config: TrainConfig, tokenizer: Any) -> tuple[CompressionConfig, list[str]]:
-    """What a configuration trains on a base with that tokenizer, and notes on what differs from it."""
+    """What a configuration trains on a base with that tokenizer, and notes on what differs."""
     compression = config.trained_compression
     if compression.trigger != "bos" or tokenizer.bos_token_id is not None:
         return compression, []
-    note = "compression.trigger: the base's tokenizer has no bos token; a trained one asks for the text"
+    note = "compression.trigger: the base's tokenizer has no bos token; a trained one is used"
     return dataclasses.replace(compression, trigger="trained"), [note]
 
 
@@ -53,7 +53,7 @@ def with_attention(
     mesh: Any,
     length: int,
 ) -> tuple[TrainConfig, list[str]]:
-    """The configuration with the attention that a mesh computes, and notes (`runtime.attention_choice`).
+    """The configuration with its attention decided on a mesh, and notes (`attention_choice`).
 
     length: tokens of the contexts that most of the work is for.
     """
@@ -81,7 +81,8 @@ def base_positions(
 ) -> int:
     """Positions of the base that contexts of up to `longest` tokens take with these objectives.
 
-    qa: tokens of the longest question with its answer behind the memory. head: tokens before the memory.
+    qa: tokens of the longest question with its answer behind the memory. head: tokens before the
+    memory.
     """
     segments, size = bucket_shape(longest, compression)
     restored = (segments * compression.segment_tokens if pad_labels else longest) + 1
@@ -95,8 +96,9 @@ def base_positions(
 class CompressorLosses:
     """What a training step computes, without data or weights: the AE, LM and QA losses of batches.
 
-    config: its attention must be decided (`with_attention`), not "auto". model_config: the base's sizes. compression: what is
-    trained on that base (`compression_on`). head: ids before the memory where questions are asked.
+    config: its attention must be decided (`with_attention`), not "auto". model_config: the base's
+    sizes. compression: what is trained on that base (`compression_on`). head: ids before the memory
+    where questions are asked.
     """
 
     def __init__(
@@ -133,7 +135,7 @@ class CompressorLosses:
         return jnp.sum(batch["lengths"]).astype(jnp.float32) + sum(self.counts(batch).values())
 
     def losses(self, trained: PyTree, frozen: PyTree, batch: PyTree, dropout_key: Any) -> LossSums:
-        """(sum, count) of losses by objective. The decoder sees a context through its memory only."""
+        """(sum, count) of losses by objective. The decoder sees a context through its memory."""
         c, targets = self.compression, batch["targets"]
         contexts = Contexts(batch["context"], batch["lengths"], int(batch["k"]))
         base = FrozenModel(self.model, frozen)
@@ -148,9 +150,9 @@ class CompressorLosses:
 class CompressorTask(CompressorLosses):
     """LoRA and memory table trained on a frozen base: losses, data, and where all of it lies.
 
-    base: what `config.base` names, if it is loaded already, in the configuration's dtype and on its mesh. workdir: of a run
-    that may have begun. The ids of its template are kept there: a chat template that writes today's date would make others
-    on another day.
+    base: what `config.base` names, if it is loaded already, in the configuration's dtype and on its
+    mesh. workdir: of a run that may have begun. The ids of its template are kept there: a chat
+    template that writes today's date would make others on another day.
     """
 
     def __init__(
@@ -176,7 +178,9 @@ class CompressorTask(CompressorLosses):
         self._notes += notes
         self.template = self._template(c.objectives.template, workdir)
         super().__init__(c, self.base.config, compression, self.template.head)
-        self.framing = targets.make_framing(self.compression, tokenizer, bases.bos_id(tokenizer))
+        self.framing = targets.make_framing(
+            self.compression, tokenizer, tokenizers.bos_id(tokenizer)
+        )
         self._check_framing()
         self.start_from = None
         if start:
@@ -199,7 +203,7 @@ class CompressorTask(CompressorLosses):
         if self.start_from:
             self.identity["init_from"] = self.start_from.fingerprint
 
-    # ------------------------------------------------------------------------------ what it is made of
+    # --------------------------------------------------------------------------- what it is made of
 
     def _template(self, name, workdir):
         """The template that the run began with, or the tokenizer's for a new run."""
@@ -253,7 +257,7 @@ class CompressorTask(CompressorLosses):
                     ) from error
         return mixture.Mixture(parts)
 
-    # ------------------------------------------------------------------------------------------ checks
+    # --------------------------------------------------------------------------------------- checks
 
     def _check_framing(self):
         """UserError if an id around a text or a question has no row in the embedding table."""
@@ -320,10 +324,10 @@ class CompressorTask(CompressorLosses):
                         [ids[at : at + 1]], rows, lambda _, where=where: where, tokenizer
                     )
 
-    # ------------------------------------------------------------------------------------ the protocol
+    # --------------------------------------------------------------------------------- the protocol
 
     def shared_by_processes(self) -> dict[str, object]:
-        """What all processes must agree on beside the configuration: identities and shapes of the data."""
+        """What all processes must agree on: the data's identity and shapes."""
         shared = {f"identity.{name}": value for name, value in self.identity.items()}
         for name, examples in self._sources():
             shared |= {f"identity.{name}": examples.key, f"shapes of {name}": examples.shapes}
@@ -334,7 +338,7 @@ class CompressorTask(CompressorLosses):
         return [(name, examples) for name, examples in named.items() if examples]
 
     def notes(self) -> list[str]:
-        """Lines worth saying before training: what differs from what was asked, and data left out."""
+        """Lines for the log: what differs from what was asked, and which data are left out."""
         left_out = [
             f"{name}: left out {count} {reason}"
             for name, examples in self._sources()
@@ -374,7 +378,7 @@ class CompressorTask(CompressorLosses):
         return {"k": int(batch["k"])} if len(self.compression.choices) > 1 else {}
 
     def held_out_loss(self, losses: MeanLosses) -> float:
-        """One number to rank checkpoints by: the weighted loss with the right memory, averaged over k."""
+        """The weighted loss with the right memory, averaged over k, to rank checkpoints by."""
         right = [by_objective for kind, by_objective in losses.items() if kind.startswith("memory")]
         total = sum(self.weights[o] * value for losses in right for o, value in losses.items())
         return total / len(right)
@@ -382,9 +386,9 @@ class CompressorTask(CompressorLosses):
     def eval_batches(self, rows: Rows = slice(None)) -> Iterator[dict[str, PyTree]]:
         """Fixed held-out batches, cut to `rows`, by kind.
 
-        "memory" has each target behind its own context, "wrong_memory" behind another text's; the latter is missing if all
-        held-out data are one text. If k is drawn, these two are of the largest, and "memory_k4", "wrong_memory_k4", … of the
-        others.
+        "memory" has each target behind its own context, "wrong_memory" behind another text's; the
+        latter is missing if all held-out data are one text. If k is drawn, these two are of the
+        largest, and "memory_k4", "wrong_memory_k4", … of the others.
         """
         examples = self.eval_examples
         if examples is None:

@@ -1,4 +1,4 @@
-"""ICAE (Ge et al., arXiv 2307.06945): the memory is the encoder's last hidden states at the memory tokens."""
+"""ICAE (Ge et al., arXiv 2307.06945): memory is the last hidden states at the memory tokens."""
 
 from typing import Any
 

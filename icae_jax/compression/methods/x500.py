@@ -1,6 +1,7 @@
-"""500xCompressor (Li et al., arXiv 2408.03094): the memory is the encoder's K and V at the memory tokens.
+"""500xCompressor (Li et al., arXiv 2408.03094): memory is K and V at the memory tokens.
 
-The decoder does no work for the memory: what the encoder kept of its own layers is the decoder's cache prefix.
+The decoder does no work for the memory: what the encoder kept of its own layers is the decoder's
+cache prefix.
 """
 
 from typing import Any

@@ -21,7 +21,7 @@ import numpy as np
 import safetensors.numpy
 
 import icae_jax
-from icae_jax import files
+from icae_jax import errors, files
 from icae_jax.compression.config import CompressionConfig
 from icae_jax.compression.trained import DECODER_LORA, SPECIAL_ROWS
 from icae_jax.errors import UserError
@@ -279,7 +279,7 @@ def _tensors(path: pathlib.Path) -> dict[str, np.ndarray]:
         )
     tensors = files.read_safetensors(path, safetensors.numpy.load_file)
     if pickle.exists():
-        files.say(f"{path} is read, as by peft; {pickle.name} beside it is not")
+        errors.say(f"{path} is read, as by peft; {pickle.name} beside it is not")
     return tensors
 
 
@@ -289,8 +289,8 @@ def _check_all_read(path: pathlib.Path, tensors: Mapping, is_read: Callable[[str
     if unread:
         shown = ", ".join(unread[:4]) + (f", … ({len(unread)} in all)" if len(unread) > 4 else "")
         raise UserError(
-            f"{path}: {shown} would not be read, so the memory would be another than it was "
-            "trained for; give plain LoRA"
+            f"{path}: {shown} would not be read, so the memory would differ from the one that was "
+            "trained; give plain LoRA"
         )
 
 
@@ -305,7 +305,7 @@ def _from_json(
     wrong = sorted((set(raw) ^ names) - (set(later_fields) - set(raw)))
     if wrong:
         raise UserError(
-            f"{source}: fields {', '.join(map(files.field, wrong))} unknown or missing; was it "
+            f"{source}: fields {', '.join(map(errors.field, wrong))} unknown or missing; was it "
             "written by another version of icae_jax?"
         )
     types = {
@@ -319,7 +319,7 @@ def _from_json(
             raise UserError(f"{source}: {name} is {raw[name]!r}, which are not whole numbers")
         if type_ in (int, float) and not abs(raw[name]) < 2**31:  # NaN too
             raise UserError(
-                f"{source}: {name} is {raw[name]!r:.40}, which is no number of a sensible size"
+                f"{source}: {name} is {raw[name]!r:.40}, which is not a number of sensible size"
             )
     try:
         return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()})
