@@ -43,7 +43,7 @@ def test_an_answer_among_other_output(monkeypatch):
     [
         (
             "import os; os.kill(os.getpid(), 9)",
-            r"compiling failed \(SIGKILL, as a rule for want of this machine's memory\): $",
+            r"compiling failed \(SIGKILL, usually because this machine ran out of memory\): $",
         ),
         (
             "import os, sys; print('bad fold', file=sys.stderr); os.abort()",
@@ -94,13 +94,13 @@ def gone(pid):
 def test_no_worker_outlives_its_caller(number, tmp_path):
     """Breaks when Ctrl-C or a job's end leaves a compilation behind that goes on for minutes."""
     busy = (
-        "import os, pathlib, time; from icae_jax.planning import worker\n"
+        "import os, pathlib, time; from icae_jax.performance import worker\n"
         f"pid = pathlib.Path({str(tmp_path / 'pid')!r})\n"
         "worker.KINDS['topology'] = lambda topology: (pid.write_text(str(os.getpid())), time.sleep(60))\n"
-        "worker.main()"
+        "worker.answer_request()"
     )
     caller = (
-        "import signal, subprocess; from icae_jax.planning import worker; run = subprocess.run\n"
+        "import signal, subprocess; from icae_jax.performance import worker; run = subprocess.run\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # jobs in the background inherit that it is ignored
         f"worker.subprocess.run = lambda command, **given: run([command[0], '-c', {busy!r}], **given)\n"
         "worker.ask({'kind': 'topology', 'topology': 'v5e:2x2'})"
@@ -148,7 +148,7 @@ def test_topologies(monkeypatch):
         worker.ask({"kind": "topology", "topology": "v3:2x2"})
     made_of(  # all in one process
         monkeypatch,
-        "import json; from icae_jax.planning import worker\n"
+        "import json; from icae_jax.performance import worker\n"
         f"print(worker.MARK + json.dumps({{name: worker.KINDS['topology'](name) for name in {list(bad)!r}}}))",
     )
     for name, answer in worker.ask({}).items():
