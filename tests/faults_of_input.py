@@ -21,7 +21,7 @@ MUTANTS = [
         "if tied_head is not None and not _equal(stored[TABLE][1], tied_head[1]):", "if False:", "test_stored.py -k tied",
     ),
     Mutant(
-        "o_proj loses its bias", "models/llama.py", 'self.config.o_bias, name="o_proj"', 'name="o_proj"', "test_llama.py -k bias",
+        "o_proj loses its bias", "models/blocks.py", 'self.config.o_bias, name="o_proj"', 'name="o_proj"', "test_llama.py -k bias",
     ),
     # ------------------------------------------------------------------------------------------------------- tokenizers, ids
     Mutant(
@@ -48,11 +48,11 @@ MUTANTS = [
         "if len(ids) and not (-special_rows <= min(ids) and max(ids) < table_rows):", "if False:", "test_tokenizer.py -k without_a_row",
     ),
     Mutant(
-        "a memory that is not finite is kept", "inference/memory_file.py", "        if not whole.all():", "        if False:",
+        "a memory that is not finite is kept", "inference/memory_file.py", "        if not finite.all():", "        if False:",
         "test_tokenizer.py -k not_finite",
     ),
     Mutant(
-        "a run asks in today's words", "training/compressor_task.py", "if kept is None or kept == made.as_json():", "if True:",
+        "a run asks in today's words", "training/compressor_task.py", "if stored is None or stored == template.as_json():", "if True:",
         "test_identity.py -k words_that_it",
     ),
     # ------------------------------------------------------------------------------------------------------------- adapters
@@ -65,8 +65,8 @@ MUTANTS = [
         "if name not in COMPUTED | HARMLESS | REFUSED and value is not None:", "if False:", "test_peft_config.py -k by_name",
     ),
     Mutant(
-        "another module's scale is not folded into B", "interop/adapters/folder.py",
-        "stated.scale_of(module(i, name)) / stated.scale", "1.0", "test_peft_config.py -k peft_computes",
+        "another module's scale is not folded into B", "interop/adapters/lora_tensors.py",
+        "stated.scale_of(naming.module(layer, projection)) / stated.scale", "1.0", "test_peft_config.py -k peft_computes",
     ),
     Mutant(
         "a memory names no commit of the hub", "interop/hub/locations.py",
@@ -131,7 +131,7 @@ MUTANTS = [
         "for i in tokenizer.all_special_ids", "test_tokenizer.py -k whatever_the_tokenizer",
     ),
     Mutant(
-        "ids that are numbers are not found", "inference/memory_file.py", "names = [str(one) for one in ids]", "names = list(ids)",
+        "ids that are numbers are not found", "inference/memory_file.py", "names = [str(text_id) for text_id in ids]", "names = list(ids)",
         "test_cli.py -k ask",
     ),
     Mutant(
@@ -139,7 +139,7 @@ MUTANTS = [
         "if at_hub and _not_in_cache(error) and is_offline():", "test_interop_sources.py -k hubs_own_urls",
     ),
     Mutant(
-        "what stands beside a file may be junk", "interop/adapters/formats.py", "    files.check_fields(told, READING_FIELDS, beside)\n", "",
+        "what stands beside a file may be junk", "interop/adapters/formats.py", "    files.check_fields(stated, READING_FIELDS, beside)\n", "",
         "test_formats.py -k of_its_type",
     ),
     Mutant(

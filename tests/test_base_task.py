@@ -8,19 +8,23 @@ from conftest import ROOT
 
 from icae_jax.data import synthetic
 from icae_jax.interop.hub import base as bases
-from icae_jax.training import metrics
+from icae_jax.training import config_file, metrics
 from icae_jax.training.base_task import BASE, BaseTask, parse_mixture
-from icae_jax.training import config_file
 from icae_jax.training.config import BaseConfig
 from icae_jax.training.config_file import from_dict
 from icae_jax.training.train import DONE, train
 
 RAW = {
-    "steps": 6, "batch_size": 4, "log_every": 1, "eval_every": 3, "checkpoint_every": 3, "eval_examples": 4,
-    "mixture": ["4 notes=1", "0 notes=1 repeat=1"],  # documents of one length, of which one step is compiled
+    "steps": 6,
+    "batch_size": 4,
+    "log_every": 1,
+    "eval_every": 3,
+    "checkpoint_every": 3,
+    "eval_examples": 4,
+    "mixture": ["4 notes=1", "0 notes=1 repeat=1"],  # of one length: one step is compiled
     "model": {"hidden_size": 32, "intermediate_size": 48, "num_layers": 2},
     "optimizer": {"name": "muon", "learning_rate": 0.02, "warmup_steps": 1, "weight_decay": 0.0},
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")

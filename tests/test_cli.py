@@ -15,7 +15,7 @@ from conftest import ROOT, WORDS, write_jsonl
 
 from icae_jax import lock
 from icae_jax.cli import main as cli
-from icae_jax.inference.compressor import load
+from icae_jax.inference.loading import load
 from icae_jax.runtime import platforms
 from icae_jax.training import config_file, metrics
 from icae_jax.training.compressor_task import CompressorTask

@@ -13,7 +13,7 @@ import safetensors.numpy
 from icae_jax import errors, files
 from icae_jax.data import tokens
 from icae_jax.interop.adapters import folder as adapter
-from icae_jax.interop.adapters import formats
+from icae_jax.interop.adapters import tensor_files
 
 
 def test_file_is_replaced_only_when_whole(tmp_path):
@@ -362,7 +362,7 @@ def test_what_stands_in_a_files_place_is_named(name, tmp_path):
     readers = (
         lambda: files.read_json(path, "a configuration"),
         lambda: files.read_safetensors(path, safetensors.numpy.load_file),
-        lambda: formats.open_tensors(path),
+        lambda: tensor_files.open_tensors(path),
     )
     for read in readers:
         with pytest.raises(errors.UserError, match=f"model.safetensors: .*{said}.*again"):

@@ -1,6 +1,8 @@
-"""The reference implementation's outputs on tiny random models: slots, loss, logits, gradients, greedy text.
+"""The reference implementation's outputs on tiny random models: slots, loss, logits, gradients,
+greedy text.
 
-Breaks when any part of the encoder, the decoder layouts, the loss or the gradients strays from the reference.
+Breaks when any part of the encoder, the decoder layouts, the loss or the gradients strays from the
+reference.
 """
 
 import functools
@@ -20,7 +22,7 @@ from icae_jax.compression.decoder import Decoder
 from icae_jax.compression.segments import Contexts, segment_contexts, segment_shape
 from icae_jax.compression.trained import SPECIAL_ROWS
 from icae_jax.inference import generate
-from icae_jax.interop.adapters import folder as adapters
+from icae_jax.interop.adapters import lora_tensors
 from icae_jax.interop.hub import weights
 from icae_jax.models import llama
 from icae_jax.models.families import config_json
@@ -59,7 +61,10 @@ class Case:
         self.base = weights.load_params(self.folder / "base", self.config)
         tensors = safetensors.numpy.load_file(self.folder / "icae.safetensors")
         table = jnp.asarray(tensors["memory_token_embed.weight"])
-        self.trained = {"lora": adapters.lora_from_hub(tensors, self.config), "memory_table": table}
+        self.trained = {
+            "lora": lora_tensors.lora_from_hub(tensors, self.config),
+            "memory_table": table,
+        }
         self.model = llama.Llama(
             self.config, lora_scale=self.meta["lora_alpha"] / self.meta["lora_r"]
         )
@@ -90,7 +95,7 @@ class Case:
         )
 
 
-# --------------------------------------------------------------------------------------------------------------- ICAE
+# --------------------------------------------------------------------------------------------- ICAE
 
 
 @pytest.fixture(scope="module", params=cases("icae_*"))
@@ -131,7 +136,8 @@ def test_loss_logits_and_gradients(case, objective):
     assert_equal_to_reference(case, objective)
 
 
-# A head is the same tokens behind the same base whatever the memory's sizes: one case a day, the others by night.
+# A head is the same tokens behind the same base whatever the memory's sizes: one case a day, the
+# others by night.
 @pytest.mark.parametrize(
     "case",
     [pytest.param(c, marks=NIGHTLY) if "v2_mistral" not in c else c for c in cases("icae_*")],
@@ -165,7 +171,7 @@ def assert_equal_to_reference(case, objective):
     )
     close(value, golden["loss"])
 
-    names = adapters.lora_to_hub(
+    names = lora_tensors.lora_to_hub(
         gradient["lora"], prefix="icae.base_model.model.", infix=".default"
     )
     names["memory_token_embed.weight"] = gradient["memory_table"]
@@ -191,7 +197,8 @@ def test_slots_and_greedy_restoration(case):
     slots, prefix = written_and_read(case.trained, case.base)
     close(np.asarray(slots)[0], golden["slots"])
 
-    # The first version of the reference stops on id 1, the second on id 2; what follows a stop does not count.
+    # The first version of the reference stops on id 1, the second on id 2; what follows a stop does
+    # not count.
     stop = 1 if list(case.folder.glob("*zeroweight*")) else 2
     want = golden["ae_greedy"].tolist()
     want = want[: want.index(stop)] if stop in want else want
@@ -206,11 +213,13 @@ def test_slots_and_greedy_restoration(case):
     assert len(want) > 0 and got.tolist() == want
 
 
-# ------------------------------------------------------------------------------------------------------ 500xCompressor
+# ----------------------------------------------------------------------------------- 500xCompressor
 
 
 class X500Case:
-    """Texts padded with eos to a fixed length, memory in the decoder's future, `<s>` as trigger, loss on the padding too."""
+    """Texts padded with eos to a fixed length, memory in the decoder's future, `<s>` as trigger,
+    loss on the padding too.
+    """
 
     def __init__(self, name):
         self.folder = GOLDEN / name
@@ -226,7 +235,7 @@ class X500Case:
         table = np.zeros((k + SPECIAL_ROWS, self.config.hidden_size), np.float32)
         table[:k] = tensors["memory_embeddings"][0]
         self.trained = {
-            "lora": adapters.lora_from_hub(tensors, self.config),
+            "lora": lora_tensors.lora_from_hub(tensors, self.config),
             "memory_table": jnp.asarray(table),
         }
         self.model = llama.Llama(
@@ -257,7 +266,9 @@ def x500_case(request):
 
 
 def test_x500_loss_logits_and_gradients(x500_case):
-    """Breaks when padding is masked, memory or targets sit at other positions, or the loss leaves the padding out."""
+    """Breaks when padding is masked, memory or targets sit at other positions, or the loss leaves
+    the padding out.
+    """
     case, golden, length = x500_case, x500_case.golden, x500_case.meta["max_length"]
     rows = [[targets.ae_target(text, case.framing, padded_to=length)] for text in case.texts]
     packed = pack(rows, 1, length + 1, length + 1)
@@ -291,7 +302,7 @@ def test_x500_loss_logits_and_gradients(x500_case):
     close(value, golden["loss"])
     close(logits, golden["logits"])
 
-    names = adapters.lora_to_hub(
+    names = lora_tensors.lora_to_hub(
         gradient["lora"], prefix="llama.base_model.model.", infix=".default"
     )
     names["memory_embeddings"] = gradient["memory_table"][None, : case.compression.k]
@@ -304,7 +315,9 @@ def test_x500_loss_logits_and_gradients(x500_case):
 
 
 def test_x500_memory_and_greedy_regeneration(x500_case):
-    """Breaks when K is kept or rotated for other positions, or decoding starts elsewhere than at m."""
+    """Breaks when K is kept or rotated for other positions, or decoding starts elsewhere than
+    at m.
+    """
     case, golden = x500_case, x500_case.golden
     prefix = jax.jit(
         lambda trained, base: case.compress(trained, base).read(

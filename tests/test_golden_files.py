@@ -1,4 +1,6 @@
-"""The reference implementations' own files through the command line: in from each, read as they were trained, and out again."""
+"""The reference implementations' own files through the command line: in from each, read as they
+were trained, and out again.
+"""
 
 import json
 import shutil
@@ -10,11 +12,12 @@ from conftest import GOLDEN, make_tokenizer
 
 from icae_jax.cli import main as cli
 from icae_jax.compression.memory import Memory
-from icae_jax.inference.compressor import load
-from icae_jax.interop.adapters import formats
+from icae_jax.inference.loading import load
+from icae_jax.interop.adapters import formats, tensor_files
 
 FILES = {
-    "icae_v1_llama/icae.safetensors": "icae-v2",  # tensors alone tell no version; the template is a flag
+    # Tensors tell no version; the template is a flag.
+    "icae_v1_llama/icae.safetensors": "icae-v2",
     "icae_v1_llama/icae_v1_zeroweight.pt": "icae-v1",
     "icae_v2_llama/icae.safetensors": "icae-v2",
     "icae_v2_mistral/icae.safetensors": "icae-v2",
@@ -24,7 +27,8 @@ FILES = {
 }
 
 
-# One file of each format; the others hold the same kinds of tensors in other ways, and are read by night.
+# One file of each format; the others hold the same kinds of tensors in other ways, and are read by
+# night.
 DAILY = (
     "icae_v1_llama/icae_v1_zeroweight.pt",
     "icae_v2_mistral/icae.safetensors",
@@ -38,7 +42,9 @@ DAILY = (
     ]
 )
 def case(request, tmp_path):
-    """(the file, its format, its case's folder, its base with a tokenizer that the case does not have)."""
+    """(the file, its format, its case's folder, its base with a tokenizer that the case does not
+    have).
+    """
     path = GOLDEN / request.param
     if not path.exists():
         pytest.skip(f"needs {path}, which is not here")
@@ -52,11 +58,13 @@ def case(request, tmp_path):
 
 
 def tensors_of(path):
-    return {name: np.asarray(t) for name, t in formats.open_tensors(path)[0].items()}
+    return {name: np.asarray(t) for name, t in tensor_files.open_tensors(path)[0].items()}
 
 
 def test_in_and_out(case, tmp_path, capsys):
-    """Breaks when a file is not recognised, is read otherwise than it was trained, or comes back with other tensors."""
+    """Breaks when a file is not recognised, is read otherwise than it was trained, or comes back
+    with other tensors.
+    """
     path, form, folder, base = case
     meta = json.loads((folder / "meta.json").read_text())
     flags = (
@@ -116,7 +124,7 @@ def test_in_and_out(case, tmp_path, capsys):
         )
         == 0
     )
-    got, want = tensors_of(out / formats.NAMES[form]), tensors_of(path)
+    got, want = tensors_of(out / formats.FORMATS[form].file_name), tensors_of(path)
     want = {
         name: t
         for name, t in want.items()

@@ -14,15 +14,19 @@ TRIGGERS = ("trained", "bos")
 class CompressionConfig:
     """What is compressed into how much, by which method.
 
-    Attributes: method: the name of a method (`compression.methods`); "" for the first one, icae. k:
-      memory tokens per segment. rate: text tokens per memory token; a segment holds at most k x
-      rate tokens. k_choices: the numbers of memory tokens that one model learns, rising, the last
-      of them k: each uses a prefix of the memory table; () for k alone. layout: the name of one of
-      the method's position layouts; "" for its default. memory_init: "embedding" draws the memory
-      table from N(mean, std) of the base's token embeddings, "normal" from N(0, 1). trigger: what
-      asks for the text back: "trained", the table's [AE] row, or "bos", the tokenizer's own token;
-      "" for the method's default. trigger_token: a token whose embedding the [AE] row starts from
-      ("" for none); a base that was trained with a copying token already knows what to do after it.
+    Attributes:
+      method: the name of a method (`compression.methods`); "" for the first one, icae.
+      k: memory tokens per segment.
+      rate: text tokens per memory token; a segment holds at most k x rate tokens.
+      k_choices: the numbers of memory tokens that one model learns, rising up to k; each uses a
+        prefix of the memory table. () for k alone.
+      layout: the name of one of the method's position layouts; "" for its default.
+      memory_init: "embedding" draws the memory table from N(mean, std) of the base's token
+        embeddings, "normal" from N(0, 1).
+      trigger: what asks for the text back: "trained", the table's [AE] row, or "bos", the
+        tokenizer's own token; "" for the method's default.
+      trigger_token: a token whose embedding the [AE] row starts from ("" for none); a base that was
+        trained with a copying token already knows what to do after it.
       decoder_lora: the decoder has a LoRA tree of its own, with the sizes of `lora`.
     """
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from icae_jax.compression.trained import DECODER_LORA
-from icae_jax.models import llama, rope
+from icae_jax.models import blocks, rope
 from icae_jax.models.llama import FrozenModel
 from icae_jax.models.pytree import pytree
 
@@ -64,7 +64,7 @@ class Decoder:
     ) -> tuple[Float[Array, "L B P K H"], Float[Array, "L B P K H"]]:
         """K, rotated to its positions, and V of token ids `[B, P]` or embeddings `[B, P, D]`."""
         with jax.named_scope("memory_prefix"):
-            _, (k, v) = self._run(x, positions, real, 0, at=llama.NOWHERE, return_kv=True)
+            _, (k, v) = self._run(x, positions, real, 0, at=blocks.NOWHERE, return_kv=True)
         return rope.rotate_keys(self.base.config, k, positions), v
 
     def run(

@@ -9,7 +9,7 @@ import numpy as np
 from icae_jax.compression.config import CompressionConfig
 from icae_jax.compression.memory import Memory
 from icae_jax.compression.segments import Contexts
-from icae_jax.models import llama
+from icae_jax.models import blocks
 from icae_jax.models.llama import FrozenModel
 
 
@@ -45,16 +45,21 @@ def encode(
     Segments do not see each other. A memory token sees its segment's text and the memory tokens
     before it.
 
-    Args: base: the frozen base. trained: `{"lora": tree, "memory_table": [config.k + 3, D], …}`;
-      the first rows of the table are the memory tokens. contexts: the segments, from
-      `segment_contexts`. config: the layout and the lengths. dropout_key: for LoRA's dropout, in
-      training only. keeps: "hidden" or "kv": what to return. The last layer computes nothing else.
-      memory_tokens: how many memory tokens are appended to a segment, by default `contexts.k`. at:
-      the kept token indices in `[segment | memory tokens]`, `[U]` or `[B * S, U]`, by default the
-      memory tokens.
+    Args:
+      base: the frozen base.
+      trained: `{"lora": tree, "memory_table": [config.k + 3, D], …}`; the first rows of the table
+        are the memory tokens.
+      contexts: the segments, from `segment_contexts`.
+      config: the layout and the lengths.
+      dropout_key: for LoRA's dropout, in training only.
+      keeps: "hidden" or "kv": what to return. The last layer computes nothing else.
+      memory_tokens: how many memory tokens are appended to a segment, by default `contexts.k`.
+      at: the kept token indices in `[segment | memory tokens]`, `[U]` or `[B * S, U]`, by default
+        the memory tokens.
 
-    Returns: Hidden states after the final norm, `[B * S, U, D]`, and None; or, for "kv", None and
-      (K before RoPE, V) of every layer, each `[L, B * S, U, K, H]`.
+    Returns:
+      Hidden states after the final norm, `[B * S, U, D]`, and None; or, for "kv", None and (K
+      before RoPE, V) of every layer, each `[L, B * S, U, K, H]`.
     """
     B, S, N = contexts.ids.shape
     k = contexts.k if memory_tokens is None else memory_tokens
@@ -73,7 +78,7 @@ def encode(
     )
     real = jnp.concatenate([jnp.arange(N)[None] < lengths[:, None], jnp.ones((B * S, k), bool)], 1)
     at = np.arange(N, N + k) if at is None else at
-    how = {"at": at} if keeps == "hidden" else {"at": llama.NOWHERE, "return_kv": True, "keep": at}
+    how = {"at": at} if keeps == "hidden" else {"at": blocks.NOWHERE, "return_kv": True, "keep": at}
     with jax.named_scope("encoder"):
         hidden, kv = base(
             jnp.concatenate([tokens, memory], 1),

@@ -4,7 +4,7 @@ n: tokens of a segment, k: its memory tokens, M: memory tokens of all segments, 
 `reference` and `padded` pad segments to.
 
 | layout     | encoder: text, memory tokens          | decoder: memory  | targets start         |
-|------------|----------------------------------|-----------------------|-----------------------|
+|------------|---------------------------------------|------------------|-----------------------|
 | SEQUENTIAL | 0 … n-1, then n … n+k-1               | 0 … M-1          | at M                  |
 | SPREAD     | 1 … n, spread over the ids they cover | 0 … M-1          | at M                  |
 | UNIFORM    | 1 … n, spread over the ids they cover | the same,        | AE at 0, others after |

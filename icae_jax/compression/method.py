@@ -22,16 +22,22 @@ EXPORTS = (PROMPT_EMBEDS, HF_CACHE, PEFT)
 class Method:
     """A way to compress contexts.
 
-    Attributes: name: in configurations, adapters and memory files. title: in print. write:
-      `write(base, trained, contexts, config, dropout_key) -> Memory`, see `encoder.compress`.
-      memory: the kind of memory that `write` returns, a subclass of `memory.Memory`. layouts:
-      position layouts by their names in configurations, the default first. trigger: by default,
-      what asks for the text back: "trained", the [AE] row, or "bos", the tokenizer's own token.
+    Attributes:
+      name: in configurations, adapters and memory files.
+      title: in print.
+      write: `write(base, trained, contexts, config, dropout_key) -> Memory`, see
+        `encoder.compress`.
+      memory: the kind of memory that `write` returns, a subclass of `memory.Memory`.
+      layouts: position layouts by their names in configurations, the default first.
+      trigger: by default, what asks for the text back: "trained", the [AE] row, or "bos", the
+        tokenizer's own token.
       bos_before_text: whether the encoder reads the text as the base would, with the tokenizer's
-      `<s>`. appends_memory_tokens: whether the encoder reads k memory tokens behind each segment;
-      otherwise the text alone. keeps: what `write` keeps of the encoder's pass at k tokens of each
-      segment: "hidden", the last hidden states, or "kv", keys and values of every layer. FLOPs are
-      counted by it. exports: the exports it has, of `EXPORTS`.
+        `<s>`.
+      appends_memory_tokens: whether the encoder reads k memory tokens behind each segment;
+        otherwise the text alone.
+      keeps: what `write` keeps of the encoder's pass at k tokens of each segment: "hidden", the
+        last hidden states, or "kv", keys and values of every layer. FLOPs are counted by it.
+      exports: the exports it has, of `EXPORTS`.
     """
 
     name: str

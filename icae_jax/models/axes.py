@@ -69,6 +69,18 @@ def parts(axes: str | tuple[str, ...] | None) -> int:
     return math.prod(sizes[axis] for axis in ((axes,) if isinstance(axes, str) else axes or ()))
 
 
+def split(name: str, n: int) -> tuple[Any, int]:
+    """(mesh axes, number of parts) that split a dimension of this logical name and length.
+
+    (None, 1) if nothing splits it.
+    """
+    if not active():
+        return None, 1
+    mesh_axes = nn.logical_to_mesh_axes((name,))[0] or ()
+    count = parts(mesh_axes)
+    return (None, 1) if count == 1 or n % count else (mesh_axes, count)
+
+
 def constrain(x: Shaped[Array, "..."], *names: str | None) -> Shaped[Array, "..."]:
     """Splits `x` by one logical axis per dimension (None: not split). Returns x itself off a mesh.
 

@@ -62,13 +62,14 @@ ADAPTER = _Kind(
         "memory.safetensors",
         *_LORA,
         *(f"encoder/{name}" for name in _LORA),
+        *(f"decoder/{name}" for name in _LORA),
         "README.md",
         "LICENSE",
         "LICENSE.md",
         "LICENSE.txt",
     ),
     (),
-    ("encoder",),
+    ("encoder", "decoder"),
 )
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(@[\w./-]+)?", re.ASCII)
 # A repository's page, with the revision that it shows.
