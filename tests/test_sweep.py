@@ -136,7 +136,7 @@ BAD = {
         "rank",
         RANKS,
         ["--config.lorra.rank", "4"],
-        r"config\.lorra is not a field; is lora meant",
+        r"lorra\.rank is not a field .*; is lora\.rank meant",
     ),
     "unknown flag": ("rank", RANKS, ["--step=4"], r"'--step=4' is no flag; fields are written"),
     "nothing to sum up": ("rank", RANKS, ["--table"], r"--workdir .* holds no sweep"),
