@@ -167,7 +167,7 @@ MUTANTS = [
     ),
     Mutant(
         "attention is timed for every compressor", "runtime/attention_choice.py",
-        "if key not in _MEASURED:", "if True:", "test_training_attention.py -k once",
+        "if key not in _TIMINGS:", "if True:", "test_attention_choice.py -k once",
     ),
     Mutant(
         "a name with two $ is a formula", "evaluation/report.py",

@@ -6,7 +6,7 @@ MUTANTS = [
     # -------------------------------------------------------------------------------------------------------- base models
     Mutant(
         "a field of config.json that is false counts as null", "models/families/config_fields.py",
-        "if value is None or field in harmless", "if not value or field in harmless", "test_config_json.py -k refused_by_field",
+        "        value is None\n", "        not value\n", "test_config_json.py -k refused_by_field",
     ),
     Mutant(
         "tensors of the model's own parts are left out", "interop/hub/stored.py",
@@ -14,7 +14,7 @@ MUTANTS = [
     ),
     Mutant(
         "an old index comes before the one file", "interop/hub/stored.py",
-        "if whole.exists() and WHOLE not in held.values():", "if False:", "test_stored.py -k before_shards",
+        "if whole.exists() and WHOLE not in names.values():", "if False:", "test_stored.py -k before_shards",
     ),
     Mutant(
         "a tied base's own head is dropped", "interop/hub/stored.py",
@@ -26,11 +26,11 @@ MUTANTS = [
     # ------------------------------------------------------------------------------------------------------- tokenizers, ids
     Mutant(
         "transformers decides how a text is read", "interop/hub/tokenizer.py",
-        "tokenizer = _reading(folder, _as_the_file_says)", "tokenizer = _reading(folder, _by_its_class)",
+        "tokenizer = _load(folder, _from_json)", "tokenizer = _load(folder, _from_class)",
         "test_tokenizer.py -k file_decides",
     ),
     Mutant(
-        "a tokenizer that contradicts its file is taken", "interop/hub/tokenizer.py", "    if ids == own:", "    if True:",
+        "a tokenizer that contradicts its file is taken", "interop/hub/tokenizer.py", "    if ids == expected:", "    if True:",
         "test_tokenizer.py -k contradicts",
     ),
     Mutant(
@@ -111,10 +111,11 @@ MUTANTS = [
         "test_checkpoint.py -k without_a_whole",
     ),
     Mutant(
-        "another user's folder serves as the cache", "files.py", " or there.st_mode & 0o022", "", "test_cache.py -k another_users",
+        "another user's folder serves as the cache", "cache.py", "            and not there.st_mode & 0o022\n", "",
+        "test_cache.py -k another_users",
     ),
     Mutant(
-        "a flag that stops XLA is not looked for", "runtime/platforms.py", "if tried.returncode and wrong:", "if False:",
+        "a flag that stops XLA is not looked for", "runtime/platforms.py", "if trial.returncode and wrong:", "if False:",
         "test_platforms.py -k stops_jax",
     ),
     # ------------------------------------------------------------------------------------------------- of a second reading
@@ -127,7 +128,7 @@ MUTANTS = [
         "if tokenizer not in _SPELLED:", "test_tokenizer.py -k named_late",
     ),
     Mutant(
-        "a text spells what ends texts by the base alone", "interop/hub/text.py", "for i in (*tokenizer.all_special_ids, *ends)",
+        "a text spells what ends texts by the base alone", "interop/hub/text.py", "for i in (*tokenizer.all_special_ids, *stops)",
         "for i in tokenizer.all_special_ids", "test_tokenizer.py -k whatever_the_tokenizer",
     ),
     Mutant(
@@ -135,8 +136,8 @@ MUTANTS = [
         "test_cli.py -k ask",
     ),
     Mutant(
-        "an offline address of the hub is an outage", "interop/hub/locations.py", "if _not_in_cache(error) and is_offline():",
-        "if at_hub and _not_in_cache(error) and is_offline():", "test_interop_sources.py -k hubs_own_urls",
+        "an offline address of the hub is an outage", "interop/hub/fetching.py", "if _not_in_cache(error) and is_offline():",
+        "if at_hub and _not_in_cache(error) and is_offline():", "test_locations.py -k hubs_own_urls",
     ),
     Mutant(
         "what stands beside a file may be junk", "interop/adapters/formats.py", "    files.check_fields(stated, READING_FIELDS, beside)\n", "",
@@ -154,8 +155,8 @@ MUTANTS = [
         "damaged tokens end every run", "data/tokens.py", "        _arrays(folder)\n    except", "    except", "test_tokens.py -k damaged",
     ),
     Mutant(
-        "a folder takes its place before it is on the disk", "files.py", "        flush(tmp)\n        for within",
-        "        for within", "test_files.py -k on_the_disk",
+        "a folder takes its place before it is on the disk", "files.py", "        flush(tmp)\n        # Children",
+        "        # Children", "test_files.py -k on_the_disk",
     ),
     Mutant(
         "a half-zeroed index is no damage", "training/checkpoint_files.py", r"|\bError decoding |[Cc]orrupt", "",

@@ -8,6 +8,7 @@ from conftest import ROOT
 
 from icae_jax.data import synthetic
 from icae_jax.interop.hub import base as bases
+from icae_jax.interop.hub import tokenizer as tokenizers
 from icae_jax.training import config_file, metrics
 from icae_jax.training.base_task import BASE, BaseTask, parse_mixture
 from icae_jax.training.config import BaseConfig
@@ -46,7 +47,7 @@ def test_it_learns_and_writes_a_base_that_loads(workdir):
     assert base.config.hidden_size == 32 and base.config.tie_word_embeddings
     assert (
         base.stop_ids == (base.tokenizer.eos_token_id,)
-        and bases.bos_id(base.tokenizer) == base.tokenizer.bos_token_id
+        and tokenizers.bos_id(base.tokenizer) == base.tokenizer.bos_token_id
     )
 
 

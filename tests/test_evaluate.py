@@ -24,6 +24,7 @@ from icae_jax.evaluation.suites import SUITES, common
 from icae_jax.inference.devices import Devices
 from icae_jax.interop.adapters import folder as adapters
 from icae_jax.interop.hub import base as bases
+from icae_jax.interop.hub import tokenizer as tokenizers
 from icae_jax.models.lora import LoraConfig
 from icae_jax.objectives import targets
 from icae_jax.training import config_file
@@ -628,7 +629,11 @@ def test_bad_input_is_one_error_and_nothing_is_written(name, world, tmp_path, mo
         params = {**bases.load_base(world["base"]).params}
         params["norm"] = {"scale": params["norm"]["scale"] * 1.5}
         bases.save_base(
-            tmp_path / "OTHER", TINY, params, bases.load_tokenizer(world["base"]), dtype="float32"
+            tmp_path / "OTHER",
+            TINY,
+            params,
+            tokenizers.load_tokenizer(world["base"]),
+            dtype="float32",
         )
     if name in EARLY:
         monkeypatch.setattr(

@@ -14,7 +14,7 @@ from conftest import TINY, random_trained, same
 
 from icae_jax.interop.adapters import formats, tensor_files
 from icae_jax.interop.hub import base as bases
-from icae_jax.interop.hub import weights
+from icae_jax.models.families import tensor_names
 from icae_jax.objectives import targets
 
 torch = pytest.importorskip("torch")
@@ -175,7 +175,7 @@ def full_save(base, adapter):
     copy; embeddings with 4 rows more.
     """
     tensors = formats.tensors_of("icae-v2", adapter, TINY)
-    for name, (path, layer, transposed) in weights.tensor_names(TINY).items():
+    for name, (path, layer, transposed) in tensor_names.tensor_names(TINY).items():
         value = base.params
         for key in path:
             value = value[key]

@@ -290,7 +290,7 @@ def test_any_tokenizer_config_json(fixture, raw):
     folder = fixture("tokenizer_folder")
     (folder / "tokenizer_config.json").write_text(json.dumps(raw))
     try:
-        tokenizer = bases.load_tokenizer(folder)
+        tokenizer = tokenizers.load_tokenizer(folder)
     except UserError as error:
         assert str(folder) in str(error)
         return

@@ -17,7 +17,7 @@ from conftest import WORDS, make_tokenizer, write_jsonl
 from icae_jax import errors
 from icae_jax.data import places, sources, tokenising, tokens
 from icae_jax.errors import UserError
-from icae_jax.interop.hub import base as bases
+from icae_jax.interop.hub import tokenizer as tokenizers
 
 
 def words(ids):
@@ -265,7 +265,7 @@ def test_what_a_text_spells_is_no_control_token(tmp_path, cache, tiny_tokenizer)
     control = {WORDS.index(word) for word in ("<s>", "</s>")}
     for ids in (data.text_ids, data.prompt_ids, data.answer_ids):
         assert len(ids) and not control & set(ids.tolist())
-    assert words(data.text(0)).split()[:2] == ["the", "cat"] and bases.bos_id(
+    assert words(data.text(0)).split()[:2] == ["the", "cat"] and tokenizers.bos_id(
         tiny_tokenizer
     ) == WORDS.index("<s>")
 
@@ -430,7 +430,7 @@ def test_a_damaged_cache_is_made_anew(tmp_path, cache, tiny_tokenizer, content, 
     for name in (tokens.cache.ABOUT, *(f"{name}.npy" for name in tokens.ARRAYS)):
         harmed = next((tmp_path / "cache/tokens").glob(f"[!.]*/{name}"))
         harmed.unlink() if content is None else harmed.write_bytes(content)
-        tokens.files.say.cache_clear()
+        tokens.errors.say.cache_clear()
         again = tokens.tokenise(path, tiny_tokenizer, cache)
         for array, value in arrays.items():
             np.testing.assert_array_equal(getattr(again, array), value)

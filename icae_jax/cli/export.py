@@ -2,6 +2,7 @@
 
 import argparse
 
+from icae_jax import errors
 from icae_jax.cli import flags
 
 HELP = "write memories as servers and transformers read them"
@@ -73,10 +74,9 @@ def _load(args):
 
 
 def _prompt_embeds(args):
-    from icae_jax import files
     from icae_jax.interop.export import prompt_embeds
 
-    files.need_torch("prompt_embeds")
+    errors.need_torch("prompt_embeds")
     named, reader = _load(args)
     requests = prompt_embeds.Requests(
         tuple(args.question), args.restore, args.model, args.url, args.dtype

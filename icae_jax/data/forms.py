@@ -6,8 +6,7 @@ A raw row is a dictionary, as JSON has it. A row of an unknown form is an error.
 from collections.abc import Iterable, Iterator
 
 from icae_jax.data.rows import Row, placed
-from icae_jax.errors import UserError
-from icae_jax.files import shown
+from icae_jax.errors import UserError, shown
 from icae_jax.interop.hub.text import check_encodable
 
 EXPECTED = (

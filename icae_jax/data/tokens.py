@@ -109,7 +109,7 @@ def tokenise(
     earlier = errors.retrying(lambda: sources.earlier_identity(source, tfds_dir), what)
     key, earlier_key = _key(CACHE_VERSION, tokenizer, identity), _key(1, tokenizer, earlier)
     entry = pathlib.Path("tokens") / key[:32]
-    root = files.cache_folder(cache_dir, entry / cache.ABOUT)
+    root = cache.folder(cache_dir, entry / cache.ABOUT)
     folder = root / entry
     # blank=False: white space has tokens with most tokenizers, and is then trained on.
     sieve = Sieve(strict, no_answer, blank=False)
@@ -160,7 +160,7 @@ def _content_hash(cache_dir, path):
     if size < REMEMBERED or not changed:
         return reading.content_hash(path)
     entry = pathlib.Path("hashes") / f"{hashlib.sha256(str(path).encode()).hexdigest()[:32]}.json"
-    record_path = files.cache_folder(cache_dir, entry) / entry
+    record_path = cache.folder(cache_dir, entry) / entry
     known = {"path": str(path), "size": size, "mtime_ns": changed}
     with contextlib.suppress(OSError, ValueError):
         record = json.loads(record_path.read_text(encoding="utf-8"))
@@ -200,7 +200,7 @@ def _hold(folder, fingerprint):
         fault = f"its files are damaged ({error})"
     if not fault:
         return held
-    files.say(f"cache {folder}: {fault}; made anew")
+    errors.say(f"cache {folder}: {fault}; made anew")
     held.close()
     _remove(folder)
     return None
@@ -265,7 +265,7 @@ def _remove(folder):
 def _prune(root):
     """Removes the entries unused for longest until the cache is within its bound."""
     with contextlib.suppress(OSError):  # what cannot be removed takes space, but does no harm
-        removed = cache.prune(root, cache.bound(), CACHE_VERSION)
+        removed = cache.prune(root, cache.limit(), CACHE_VERSION)
         if removed:
             freed = sum(entry.size for entry in removed) / cache.GIB
             print(

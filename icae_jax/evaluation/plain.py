@@ -12,7 +12,6 @@ from icae_jax.inference import generate as decoding
 from icae_jax.inference.batching import batch_starts
 from icae_jax.inference.compressor import Compressor
 from icae_jax.inference.reading import Generation, Score
-from icae_jax.interop.hub import base as bases
 from icae_jax.interop.hub import tokenizer as tokenizers
 from icae_jax.models.llama import FrozenModel, ModelConfig
 from icae_jax.objectives import loss, targets
@@ -42,7 +41,7 @@ def no_prefix(config: ModelConfig, rows: int, dtype=jnp.float32) -> Prefix:
 
 def start_ids(compressor: Compressor) -> tuple[int, ...]:
     """The ids that the tokenizer puts before a text: `<s>`, or nothing."""
-    bos = bases.bos_id(compressor.base.tokenizer)
+    bos = tokenizers.bos_id(compressor.base.tokenizer)
     return () if bos is None else (bos,)
 
 

@@ -69,7 +69,7 @@ class Compressor:
         self.decoder = Decoder.of(frozen, self.trained)
         self.plain_decoder = Decoder(frozen, self.trained["memory_table"])
         self.framing = target_layouts.make_framing(
-            self.config, base.tokenizer, bases.bos_id(base.tokenizer)
+            self.config, base.tokenizer, tokenizers.bos_id(base.tokenizer)
         )
         self._check_ids(
             [[*self.framing.start, self.framing.trigger, self.framing.eos]],

@@ -23,7 +23,7 @@ import safetensors
 import safetensors.numpy
 
 import icae_jax
-from icae_jax import files
+from icae_jax import errors, files
 from icae_jax.compression import memory as memories
 from icae_jax.compression.config import CompressionConfig
 from icae_jax.compression.memory import Memory
@@ -92,7 +92,7 @@ def _check_ids(ids: list, count: int) -> None:
     for text_id in ids:
         if not _is_id(text_id):
             raise UserError(
-                f"the id {files.shown(text_id)} is neither a text nor a number; give each text one "
+                f"the id {errors.shown(text_id)} is neither a text nor a number; give each text one "
                 "that is"
             )
         check_encodable(str(text_id), f"the id {text_id!r}")

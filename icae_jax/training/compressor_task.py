@@ -178,7 +178,9 @@ class CompressorTask(CompressorLosses):
         self._notes += notes
         self.template = self._template(c.objectives.template, workdir)
         super().__init__(c, self.base.config, compression, self.template.head)
-        self.framing = targets.make_framing(self.compression, tokenizer, bases.bos_id(tokenizer))
+        self.framing = targets.make_framing(
+            self.compression, tokenizer, tokenizers.bos_id(tokenizer)
+        )
         self._check_framing()
         self.start_from = None
         if start:

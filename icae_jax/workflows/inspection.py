@@ -13,9 +13,8 @@ from icae_jax.inference import memory_file
 from icae_jax.interop.adapters import folder as adapters
 from icae_jax.interop.adapters import formats, lora_tensors, tensor_files
 from icae_jax.interop.hub import base as bases
-from icae_jax.interop.hub import weights
 from icae_jax.models import lora as loras
-from icae_jax.models.families import config_json
+from icae_jax.models.families import config_json, tensor_names
 from icae_jax.models.llama import ModelConfig
 from icae_jax.training import trained as trained_compressors
 from icae_jax.training.workdir import read_run
@@ -158,7 +157,7 @@ def _base(folder) -> Description:
     path = folder / "config.json"
     raw = files.read_json(path, "the base model's configuration")
     config = config_json.parse_config(raw, path)
-    shapes = weights.hub_shapes(config)
+    shapes = tensor_names.hub_shapes(config)
     about = {
         "what": f"base model, {config_json.architecture(raw, path)}",
         **_base_sizes(config),

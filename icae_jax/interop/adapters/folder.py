@@ -21,7 +21,7 @@ import numpy as np
 import safetensors.numpy
 
 import icae_jax
-from icae_jax import files
+from icae_jax import errors, files
 from icae_jax.compression.config import CompressionConfig
 from icae_jax.compression.trained import DECODER_LORA, SPECIAL_ROWS
 from icae_jax.errors import UserError
@@ -279,7 +279,7 @@ def _tensors(path: pathlib.Path) -> dict[str, np.ndarray]:
         )
     tensors = files.read_safetensors(path, safetensors.numpy.load_file)
     if pickle.exists():
-        files.say(f"{path} is read, as by peft; {pickle.name} beside it is not")
+        errors.say(f"{path} is read, as by peft; {pickle.name} beside it is not")
     return tensors
 
 
@@ -305,7 +305,7 @@ def _from_json(
     wrong = sorted((set(raw) ^ names) - (set(later_fields) - set(raw)))
     if wrong:
         raise UserError(
-            f"{source}: fields {', '.join(map(files.field, wrong))} unknown or missing; was it "
+            f"{source}: fields {', '.join(map(errors.field, wrong))} unknown or missing; was it "
             "written by another version of icae_jax?"
         )
     types = {

@@ -24,14 +24,14 @@ import numpy as np
 import safetensors.numpy
 from jaxtyping import Float
 
-from icae_jax import files
+from icae_jax import errors, files
 from icae_jax.compression.config import CompressionConfig
 from icae_jax.compression.trained import SPECIAL_ROWS
 from icae_jax.errors import UserError
 from icae_jax.interop.adapters import folder as adapters
 from icae_jax.interop.adapters import lora_tensors
 from icae_jax.interop.hub import base as bases
-from icae_jax.interop.hub import weights
+from icae_jax.models.families import tensor_names
 from icae_jax.models.llama import ModelConfig
 from icae_jax.models.lora import LoraConfig
 from icae_jax.objectives.targets import Template
@@ -114,7 +114,7 @@ def need_torch_for(form: str) -> ModuleType | None:
     """The torch module for a format that is a pickle, else None; UserError if not installed."""
     if not FORMATS[form].is_pickle:
         return None
-    return files.need_torch(f"format {form}, a pickle,")
+    return errors.need_torch(f"format {form}, a pickle,")
 
 
 # --- Recognising ---
@@ -228,7 +228,7 @@ def _base_copies(others: Mapping, config: ModelConfig, problems: list[str]) -> l
     """
     # Some saves have the head although it is tied to the embeddings.
     head = {HEAD: (config.vocab_size, config.hidden_size)}
-    shapes = weights.hub_shapes(config) | head
+    shapes = tensor_names.hub_shapes(config) | head
     inv_freq = {INV_FREQ.format(i) for i in range(config.num_layers)}
     copies: dict[str, dict] = {}
     for name, tensor in others.items():
@@ -349,7 +349,7 @@ def tensors_of(
     zeros = {}
     if format_.zeros:
         inv_freq = [INV_FREQ.format(i) for i in range(model_config.num_layers)]
-        names = [*weights.tensor_names(model_config), *inv_freq]
+        names = [*tensor_names.tensor_names(model_config), *inv_freq]
         zeros = {format_.prefix + name: np.zeros((), np.float32) for name in names}
     return zeros | lora | {adapters.MEMORY_TABLE: table}
 
@@ -423,7 +423,7 @@ def read_reading(path: str | os.PathLike) -> dict[str, Any] | None:
     for name in ("alpha", "context_length"):
         if not 0 < abs(stated[name]) < 2**31:  # NaN neither
             raise UserError(
-                f"{beside}: {name} is {files.shown(stated[name])}, which is not a number of "
+                f"{beside}: {name} is {errors.shown(stated[name])}, which is not a number of "
                 "sensible size"
             )
     return stated

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from icae_jax import files
+from icae_jax import errors, files
 from icae_jax.errors import UserError
 from icae_jax.interop.hub import locations
 
@@ -57,7 +57,7 @@ def _or_default(raw: dict, name: str, default: Any) -> Any:
 
 
 def _refuse(source, name, value, why) -> NoReturn:
-    raise UserError(f"{source}: {name} is {files.shown(value)}, {why}")
+    raise UserError(f"{source}: {name} is {errors.shown(value)}, {why}")
 
 
 def _whole(value):
@@ -95,7 +95,7 @@ def _check_compiles(pattern, name, source):
         re.compile(pattern)
     except (re.error, RecursionError, OverflowError) as error:
         raise UserError(
-            f"{source}: {name} holds {files.shown(pattern)}, which is not a regular expression "
+            f"{source}: {name} holds {errors.shown(pattern)}, which is not a regular expression "
             f"({error})"
         ) from error
 
@@ -239,7 +239,7 @@ def _check_refused(raw, source):
                 "an unknown field, which may change what the adapter computes; take it out if you "
                 "know that it does not"
             )
-            _refuse(source, files.field(name), value, why)
+            _refuse(source, errors.field(name), value, why)
     init = raw.get("init_lora_weights")
     plain = (
         init is None

@@ -5,7 +5,7 @@ import pathlib
 from icae_jax.errors import UserError
 from icae_jax.interop.adapters import folder as adapters
 from icae_jax.interop.adapters import peft_folder
-from icae_jax.interop.hub import locations
+from icae_jax.interop.hub import fetching, locations
 from icae_jax.interop.templates import fill_in
 from icae_jax.models.llama import ModelConfig
 
@@ -18,7 +18,7 @@ def check(repository: str) -> None:
 
     if not locations.is_hub_id(repository) or "@" in repository:
         raise UserError(f"--push {repository!r} is no repository of the hub; give ORG/NAME")
-    if locations.is_offline():
+    if fetching.is_offline():
         raise UserError(f"--push {repository}: HF_HUB_OFFLINE is set; take it away to push")
     if not huggingface_hub.get_token():
         raise UserError(
@@ -101,7 +101,7 @@ def push(folder: pathlib.Path, repository: str, private: bool) -> str:
             folder_path=folder,
             repo_id=repository,
             commit_message="Adapter, by icae convert adapter",
-            allow_patterns=list(locations.ADAPTER.files),
+            allow_patterns=list(fetching.ADAPTER.files),
             delete_patterns=["encoder/*", "decoder/*", "adapter_config.json", "adapter_model.*"],
         )
 
@@ -109,7 +109,7 @@ def push(folder: pathlib.Path, repository: str, private: bool) -> str:
         "; give a repository that you may write to, with a token that may write (`hf auth login`, "
         "or HF_TOKEN)"
     )
-    commit = locations.asking(
-        upload, f"pushing to {repository}", f"--push {repository}", locations.HUB, remedy
+    commit = fetching.asking(
+        upload, f"pushing to {repository}", f"--push {repository}", fetching.HUB, remedy
     )
     return str(commit.commit_url)

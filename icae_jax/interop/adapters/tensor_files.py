@@ -81,7 +81,7 @@ def _reader(path, name):
 
 
 def _open_pickle(path):
-    torch = files.need_torch(f"reading {path}, a pickle,")
+    torch = errors.need_torch(f"reading {path}, a pickle,")
     try:
         content = errors.retrying(
             lambda: torch.load(path, map_location="cpu", weights_only=True), f"reading {path}"

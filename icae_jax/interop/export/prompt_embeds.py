@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
-from icae_jax import files
+from icae_jax import errors, files
 from icae_jax.compression.decoder import Decoder
 from icae_jax.compression.memory import Slots
 from icae_jax.compression.method import PROMPT_EMBEDS
@@ -108,7 +108,7 @@ def prompt_embeddings(
 
 def pt_bytes(x_TD: Float[np.ndarray, "T D"], dtype: str) -> bytes:
     """What `torch.save` writes for a tensor; vLLM loads it with weights_only=True."""
-    torch = files.need_torch("prompt_embeds")
+    torch = errors.need_torch("prompt_embeds")
     tensor = torch.from_numpy(np.ascontiguousarray(x_TD, np.float32))
     buffer = io.BytesIO()
     torch.save(tensor.to(getattr(torch, dtype)), buffer)

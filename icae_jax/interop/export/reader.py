@@ -10,6 +10,7 @@ from icae_jax.compression.memory import Memory
 from icae_jax.errors import UserError
 from icae_jax.interop.adapters.folder import Adapter
 from icae_jax.interop.hub import base as bases
+from icae_jax.interop.hub import tokenizer as tokenizers
 from icae_jax.objectives import targets
 
 OBJECTIVES = {"ask": "qa", "restore": "ae"}  # what a reader does -> the objective it was trained on
@@ -47,7 +48,9 @@ class Reader:
     def framing(self) -> targets.Framing:
         """What stands around a text."""
         tokenizer = self.base.tokenizer
-        return targets.make_framing(self.adapter.compression, tokenizer, bases.bos_id(tokenizer))
+        return targets.make_framing(
+            self.adapter.compression, tokenizer, tokenizers.bos_id(tokenizer)
+        )
 
     @property
     def base_path(self) -> str:
