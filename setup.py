@@ -29,7 +29,15 @@ setup(
     python_requires=">=3.11",
     packages=[*find_packages(include=["icae_jax", "icae_jax.*"]), "icae_jax.configs"],
     package_dir={"icae_jax.configs": "configs"},
-    package_data={"icae_jax": ["py.typed", "data/tiny_base/*"], "icae_jax.configs": ["README.md"]},
+    package_data={
+        "icae_jax": [
+            "py.typed",
+            "data/tiny_base/*",
+            "interop/*/*.md",
+            "interop/export/scripts/*",
+        ],
+        "icae_jax.configs": ["README.md"],
+    },
     install_requires=[
         "jax>=0.10",
         "flax>=0.12",

@@ -41,7 +41,8 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from icae_jax.compression.encoder import SPECIAL_ROWS, CompressionConfig
+from icae_jax.compression.config import CompressionConfig
+from icae_jax.compression.trained import SPECIAL_ROWS
 from icae_jax.interop.adapters import folder as adapters
 from icae_jax.interop.hub import base as bases
 from icae_jax.interop.hub import tokenizer as tokenizers

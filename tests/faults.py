@@ -151,8 +151,8 @@ MUTANTS = [
         "return schedule(step + 1)", "return schedule(step)", "test_step.py -k learning_rate",
     ),
     Mutant(
-        "the wrong memory is the right one", "data/batches.py",
-        "self.targets(*self.of_another_text(bucket, row))[0]", "self.targets(bucket, row)[0]", "test_compressor_task.py -k control",
+        "the wrong memory is the right one", "data/examples.py",
+        "self.example(*self.other_text(bucket, number))", "self.example(bucket, number)", "test_compressor_task.py -k control",
     ),
     Mutant(
         "a memory of another dtype is read in its own", "compression/methods.py",
@@ -163,12 +163,12 @@ MUTANTS = [
         "mask if mask.shape[1] == 1 else rows(mask, at)", "mask", "test_llama.py -k some_positions_behind",
     ),
     Mutant(
-        "scoring runs the head at every position", "inference/compressor.py",
-        "_up(max(longest)), _up(labels)", "_up(max(longest)), _up(max(longest))", "test_compressor.py -k head_runs",
+        "scoring runs the head at every position", "inference/reading.py",
+        "round_up(max(longest)), round_up(labels)", "round_up(max(longest)), round_up(max(longest))", "test_compressor.py -k head_runs",
     ),
     Mutant(
         "attention is timed for every compressor", "runtime/attention_choice.py",
-        "if key not in _MEASURED:", "if True:", "test_training_attention.py -k once",
+        "if key not in _TIMINGS:", "if True:", "test_attention_choice.py -k once",
     ),
     Mutant(
         "a name with two $ is a formula", "evaluation/report.py",
@@ -189,15 +189,15 @@ MUTANTS = [
     ),
     # --------------------------------------------------------------------------------------------------------- data
     Mutant(
-        "every step draws the same bucket", "data/batches.py",
+        "every step draws the same bucket", "data/drawing.py",
         "default_rng([seed, 0, step])", "default_rng([seed, 0])", "test_batches.py",
     ),
     Mutant(
-        "every epoch has the same order", "data/batches.py",
+        "every epoch has the same order", "data/drawing.py",
         "default_rng([seed, 1, bucket, epoch, *source])", "default_rng([seed, 1, bucket, *source])", "test_batches.py",
     ),
     Mutant(
-        "the drawn k knows no seed", "data/batches.py",
+        "the drawn k knows no seed", "data/drawing.py",
         "default_rng([seed, 3, step])", "default_rng([3, step])", "test_batches.py",
     ),
     Mutant(
@@ -205,12 +205,12 @@ MUTANTS = [
         "after - taken_after, left - share", "after - taken_after, left", "test_batches.py",
     ),
     Mutant(
-        "continuations too short to tell are LM targets", "data/batches.py",
-        "after - stop > min(layouts.LM_MINIMUM, size - 1)", "after - stop > 0", "test_batches.py",
+        "continuations too short to tell are LM targets", "data/index.py",
+        "after - stop > min(LM_MINIMUM, size - 1)", "after - stop > 0", "test_batches.py",
     ),
     # ------------------------------------------------------------------------------------------------- what is on disk
     Mutant(
-        "PEFT's matrices lie untransposed", "interop/adapters/folder.py",
+        "PEFT's matrices lie untransposed", "interop/adapters/lora_tensors.py",
         "np.ascontiguousarray(layer.T)", "np.ascontiguousarray(layer)", "test_adapter.py",
     ),
     Mutant(
@@ -219,7 +219,7 @@ MUTANTS = [
     ),
     Mutant(
         "another base's memories are read", "inference/memory_file.py",
-        "if wrote != have:", 'if wrote != have and kind != "base":', "test_store.py -k another_base",
+        "if stated != have:", 'if stated != have and kind != "base":', "test_memory_file.py -k another_base",
     ),
     # ------------------------------------------------------------------------------------------------------- decoding
     Mutant(

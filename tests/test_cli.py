@@ -13,7 +13,7 @@ from conftest import write_jsonl
 
 from icae_jax import lock
 from icae_jax.cli import main as cli
-from icae_jax.inference.compressor import load
+from icae_jax.inference.loading import load
 from icae_jax.training import config_file, metrics
 from icae_jax.training.compressor_task import CompressorTask
 from icae_jax.training.config import TrainConfig

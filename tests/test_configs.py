@@ -11,12 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from icae_jax.compression import encoder, layout
-from icae_jax.data.batches import StaticInt
+from icae_jax.compression import trained as trained_tree
+from icae_jax.compression.segments import position_budget, segment_contexts
+from icae_jax.compression.trained import SPECIAL_ROWS
+from icae_jax.data.drawing import StaticInt
 from icae_jax.errors import UserError
-from icae_jax.models import llama, lora
+from icae_jax.models import llama
 from icae_jax.models.families import sizes
 from icae_jax.objectives import targets
+from icae_jax.objectives.packing import pack
 from icae_jax.runtime import sharding
 from icae_jax.training import config_file
 from icae_jax.training.compressor_task import CompressorLosses
@@ -280,7 +283,7 @@ def longest_batch(config):
     contexts = [
         [*framing.start, *range(10, 10 + length - len(framing.start) - short)] for short in (0, 7)
     ]
-    ids, lengths = encoder.segment_contexts(contexts, config.compression)
+    ids, lengths = segment_contexts(contexts, config.compression)
     if "ae" in config.objectives.weights:
         rows["ae"] = [[targets.ae_target(context, framing)] for context in contexts]
     if "lm" in config.objectives.weights:
@@ -292,7 +295,7 @@ def longest_batch(config):
             for _ in contexts
         ]
     T = max(len(t.ids) for row in rows.values() for ts in row for t in ts) - 1
-    packed = {o: targets.pack(row, len(row[0]), T, T) for o, row in rows.items()}
+    packed = {o: pack(row, len(row[0]), T, T) for o, row in rows.items()}
     return {
         "context": ids,
         "lengths": lengths,
@@ -317,11 +320,11 @@ def test_a_training_step_on_a_named_base_fits(name, phase, base):
     config = filled(name, f"{phase}-{base}")
     c, model_config = config.compression, sizes.find(config.base)
     batch = longest_batch(config)
-    losses = CompressorLosses(config, model_config, c, TEMPLATE.head)
+    decided = dataclasses.replace(config, attention="xla")
+    losses = CompressorLosses(decided, model_config, c, TEMPLATE.head)
 
     def init(params):
-        return {"lora": lora.init_lora(jax.random.key(0), model_config, config.lora),
-                "memory_table": encoder.init_memory_table(jax.random.key(1), params, c)}  # fmt: skip
+        return trained_tree.init(jax.random.key(1), params["embed"], model_config, config.lora, c)
 
     def weighted(trained, frozen, batch, key):
         sums, counts = losses.losses(trained, frozen, batch, key), losses.counts(batch)
@@ -338,7 +341,7 @@ def test_a_training_step_on_a_named_base_fits(name, phase, base):
         assert jax.tree.map(lambda x: (x.shape, x.dtype), gradient) == jax.tree.map(
             lambda x: (x.shape, x.dtype), trained
         )
-    assert trained["memory_table"].shape == (c.k + encoder.SPECIAL_ROWS, model_config.hidden_size)
+    assert trained["memory_table"].shape == (c.k + SPECIAL_ROWS, model_config.hidden_size)
     assert set(batch["targets"]) == (
         {"qa"} if phase == "finetune" else {"ae", "lm"} if name == "icae" else {"ae"}
     )
@@ -353,12 +356,9 @@ def test_a_named_base_has_positions_enough(name, base, phase):
     c, model_config, batch = config.compression, sizes.find(config.base), longest_batch(config)
     segments, size = batch["context"].shape[1:]
     longest = max(config.data.context_lengths)
-    written, memory, start = layout.positions_needed(
-        layout.get(c.layout), longest, segments, size, c.k, c.segment_tokens
+    budget = position_budget(
+        c, longest, segments=segments, segment_tokens=size, head=len(TEMPLATE.head)
     )
     behind = max(t["ids"].shape[2] for t in batch["targets"].values())
-    assert (
-        max(written, len(TEMPLATE.head) + max(memory, start + behind))
-        <= model_config.max_position_embeddings
-    )
+    assert budget.needed(behind) <= model_config.max_position_embeddings
     assert np.sum(batch["lengths"]) == 2 * longest - 7

@@ -12,9 +12,9 @@ from conftest import TINY, random_params, write_jsonl
 from restoring import CONTEXT, K
 
 from icae_jax.cli import main as cli
-from icae_jax.inference.compressor import load
+from icae_jax.inference.loading import load
 from icae_jax.interop.adapters import folder as adapters
-from icae_jax.interop.adapters import formats
+from icae_jax.interop.adapters import formats, tensor_files
 from icae_jax.interop.hub import base as bases
 from icae_jax.training.compressor_task import CompressorTask
 from icae_jax.training.config import TrainConfig
@@ -60,7 +60,7 @@ def convert(world, tmp_path, capsys):
 
 
 def tensors_of(path):
-    return {name: np.asarray(t) for name, t in formats.open_tensors(path)[0].items()}
+    return {name: np.asarray(t) for name, t in tensor_files.open_tensors(path)[0].items()}
 
 
 def assert_same(got, want):
@@ -100,7 +100,7 @@ def test_out_and_in_again(world, convert, tmp_path, method, form):
     code, out, err = convert(world / method, tmp_path / "out", "--format", form)
     assert code == 0, err
     assert "restores: AE loss" in out and f"({form})" in out
-    file = tmp_path / "out" / formats.NAMES[form]
+    file = tmp_path / "out" / formats.FORMATS[form].file_name
 
     code, out, err = convert(tmp_path / "out", tmp_path / "told")
     assert code == 0 and "alpha 32 (recorded)" in out, err
@@ -116,7 +116,7 @@ def test_out_and_in_again(world, convert, tmp_path, method, form):
     origin = json.loads((tmp_path / "plain" / "icae.json").read_text())["origin"]
     assert origin["format"] == form and not origin["forced"] and origin["restoring"]["bleu"] > 99
     assert convert(tmp_path / "plain", tmp_path / "again", "--format", form)[0] == 0
-    assert_same(tensors_of(tmp_path / "again" / formats.NAMES[form]), tensors_of(file))
+    assert_same(tensors_of(tmp_path / "again" / formats.FORMATS[form].file_name), tensors_of(file))
 
     code, out, err = convert(alone, tmp_path / "wrong", *flags, "--alpha", "3")
     assert (
@@ -249,7 +249,7 @@ def exported(world, convert, tmp_path):
     for method, form in (("icae", "icae-v2"), ("x500", "x500")):
         assert convert(world / method, tmp_path / form, "--format", form)[0] == 0
         made[method] = shutil.copy(
-            tmp_path / form / formats.NAMES[form], tmp_path / f"{method}_file"
+            tmp_path / form / formats.FORMATS[form].file_name, tmp_path / f"{method}_file"
         )
     return made
 

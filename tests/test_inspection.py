@@ -10,8 +10,8 @@ import safetensors.numpy
 from conftest import TINY, random_params, random_trained
 
 from icae_jax.cli import main as cli
-from icae_jax.compression.encoder import CompressionConfig
-from icae_jax.inference.compressor import load
+from icae_jax.compression.config import CompressionConfig
+from icae_jax.inference.loading import load
 from icae_jax.interop.adapters import folder as adapters
 from icae_jax.interop.adapters import formats, peft_folder
 from icae_jax.interop.hub import base as bases

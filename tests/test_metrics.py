@@ -50,8 +50,10 @@ def written(workdir, resume_step, *numbers):
 
 
 def shown(workdir):
-    """{(tag, step): value} as TensorBoard shows them: files by name; each session's start but the first drops earlier events from its
-    step on."""
+    """{(tag, step): value} as TensorBoard shows them.
+
+    It reads files by name; each session start but the first drops earlier events from its step on.
+    """
     from tensorboardX.proto.event_pb2 import Event, SessionLog
 
     found, sessions = [], 0
@@ -70,7 +72,9 @@ def shown(workdir):
 
 
 def test_lines_past_the_resumed_step_are_dropped(tmp_path):
-    """Breaks when steps done twice appear twice, or a resumed run loses the step that it resumed from."""
+    """Breaks when steps done twice appear twice, or a resumed run loses the step that it resumed
+    from.
+    """
     path = written(tmp_path, -1, 0, 5, 10, 15)
     assert steps(path) == [0, 5, 10, 15]
     assert steps(written(tmp_path, 10, 12)) == [0, 5, 10, 12]
@@ -92,7 +96,9 @@ def test_means_leave_out_objectives_without_labels():
 
 
 def test_lines_are_scalars_of_tensorboard_as_soon_as_they_are_written(tmp_path):
-    """Breaks when a number is not shown, is shown at another step or only after a while, or the JSON lines are not what was given."""
+    """Breaks when a number is not shown, is shown at another step or only after a while, or the
+    JSON lines are not what was given.
+    """
     with metrics.MetricsFile(tmp_path, -1) as file:
         for line in LINES:
             file.write(line)
@@ -125,7 +131,9 @@ def test_lines_are_scalars_of_tensorboard_as_soon_as_they_are_written(tmp_path):
 
 
 def test_a_resumed_run_shows_no_step_twice(tmp_path):
-    """Breaks when steps past the resumed one stay on the page, that one or those before it go, or one file is written over another."""
+    """Breaks when steps past the resumed one stay on the page, that one or those before it go, or
+    one file is written over another.
+    """
     written(tmp_path, -1, 0, 5, 10, 15)
     written(tmp_path, 10, 12)
     assert shown(tmp_path) == {("loss", n): n / 2 for n in (0, 5, 10, 12)}
@@ -148,7 +156,7 @@ def test_no_import_of_tensorboard_before_it_is_needed():
 
 
 def test_writing_metrics_imports_no_torch(tmp_path, monkeypatch):
-    """Breaks when a training waits seconds for PyTorch, of which tensorboardX needs nothing here, or hides it from what comes after."""
+    """Breaks when training imports PyTorch through tensorboardX, or hides it from later imports."""
     for name in [
         name for name in sys.modules if name.partition(".")[0] in ("tensorboardX", "torch")
     ]:

@@ -17,7 +17,7 @@ from jaxtyping import PyTree
 from icae_jax import files
 from icae_jax.errors import UserError
 from icae_jax.interop.hub import base as bases
-from icae_jax.interop.hub import weights
+from icae_jax.interop.hub import orbax_copy
 from icae_jax.performance import bench_report, chips, profile, steps, subject, utilisation
 from icae_jax.performance.programs import Spec
 from icae_jax.runtime import profiler, sharding
@@ -153,7 +153,9 @@ def make_specs(options: Options, config: TrainConfig, parts: int) -> tuple[Spec,
 def _load_params(spec: Spec) -> PyTree | None:
     """The base's parameters if it is a folder that holds them, else None."""
     folder = pathlib.Path(spec.config.base)
-    if not (folder.is_dir() and (weights.is_orbax(folder) or any(folder.glob("*.safetensors*")))):
+    if not (
+        folder.is_dir() and (orbax_copy.is_orbax(folder) or any(folder.glob("*.safetensors*")))
+    ):
         return None
     mesh = sharding.make_mesh(spec.config.mesh, jax.local_devices())
     placement = sharding.Placement(mesh, spec.model)

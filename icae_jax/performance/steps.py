@@ -12,9 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from icae_jax.compression import encoder
-from icae_jax.models import llama, lora
+from icae_jax.compression import segments
+from icae_jax.compression import trained as trained_tree
+from icae_jax.models import llama
 from icae_jax.objectives import targets
+from icae_jax.objectives.packing import pack
 from icae_jax.performance import programs
 from icae_jax.runtime import sharding
 from icae_jax.training import metrics, step
@@ -32,7 +34,7 @@ class Measured(typing.NamedTuple):
     losses: dict
 
 
-# ------------------------------------------------------------------------------------------------------- random arrays
+# ------------------------------------------------------------------------------------ random arrays
 
 
 @functools.lru_cache
@@ -84,11 +86,7 @@ def initial(spec, params, seed=0):
 
 @functools.partial(jax.jit, static_argnums=(2, 3, 4))
 def _initial(key, embed, model, lora_config, compression):
-    table = encoder.init_memory_table(jax.random.fold_in(key, 1), {"embed": embed}, compression)
-    return {
-        "lora": lora.init_lora(jax.random.fold_in(key, 2), model, lora_config),
-        "memory_table": table,
-    }
+    return trained_tree.init(key, embed, model, lora_config, compression)
 
 
 def random_batch(spec, seed=0):
@@ -102,7 +100,7 @@ def random_batch(spec, seed=0):
 
     def packed(of):
         (rows, G, T), U = of["ids"].shape, of["labels"].shape[2]
-        return targets.pack(
+        return pack(
             [[targets.Target(tokens(T + 1), T + 1 - U) for _ in range(G)] for _ in range(rows)],
             G,
             T,
@@ -110,7 +108,7 @@ def random_batch(spec, seed=0):
         )
 
     rows, *shape = shapes["context"].shape
-    context, lengths = encoder.segment_contexts(
+    context, lengths = segments.segment_contexts(
         [tokens(spec.length) for _ in range(rows)], spec.compression, tuple(shape)
     )
     return {
@@ -142,7 +140,7 @@ def _check_batch(spec, batch):
             )
 
 
-# ------------------------------------------------------------------------------------------------------------ the step
+# ----------------------------------------------------------------------------------------- the step
 
 
 class TrainingStep:

@@ -7,7 +7,7 @@ import platform
 import sys
 import zlib
 
-from icae_jax import cache, files
+from icae_jax import cache
 from icae_jax.errors import UserError
 from icae_jax.runtime import platforms
 
@@ -21,7 +21,7 @@ def _processor() -> str:
 
 
 def keep_compiled() -> None:
-    """Has JAX keep compiled programs in `files.cache_folder`/compiled, a folder per processor kind.
+    """Has JAX keep compiled programs in `cache.folder`/compiled, a folder per processor kind.
 
     The user's own JAX_COMPILATION_CACHE_DIR is left alone, also an empty one, which keeps nothing.
     One that cannot be written is read only, or given up: JAX would warn of every program.
@@ -30,11 +30,11 @@ def keep_compiled() -> None:
     if own is None:
         folder = None
         with contextlib.suppress(UserError):  # no folder can be written: nothing is kept
-            folder = files.cache_folder().absolute() / "compiled" / _processor()
-        if folder and files.can_write(folder):
+            folder = cache.folder().absolute() / "compiled" / _processor()
+        if folder and cache.can_write(folder):
             os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)
             cache.bound_compiled(folder)
-    elif own and "://" not in own and not files.can_write(pathlib.Path(own)):
+    elif own and "://" not in own and not cache.can_write(pathlib.Path(own)):
         if os.path.isdir(own) and os.access(own, os.R_OK | os.X_OK):
             # Programs are read from there, and none is added.
             os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "1e9"

@@ -12,7 +12,8 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int, PyTree
 
-from icae_jax.data import batches, synthetic
+from icae_jax.data import synthetic
+from icae_jax.data.prefetch import prefetch
 from icae_jax.errors import UserError
 from icae_jax.interop.hub import base as bases
 from icae_jax.models import llama
@@ -139,8 +140,8 @@ class BaseTask:
 
     def train_batches(self, start: int, stop: int, rows: Rows = slice(None)) -> Iterator[PyTree]:
         """Batches of steps `start` to `stop - 1`, cut to `rows`."""
-        return batches.ahead(
-            lambda step: jax.tree.map(lambda x: x[rows], self.batch(step)), start, stop
+        return prefetch(
+            lambda step: jax.tree.map(lambda x: x[rows], self.batch(step)), range(start, stop)
         )
 
     def eval_batches(self, rows: Rows = slice(None)) -> Iterator[dict[str, PyTree]]:

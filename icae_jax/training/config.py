@@ -4,9 +4,8 @@ import dataclasses
 
 import jax.numpy as jnp
 
-from icae_jax.compression import layout as layouts
-from icae_jax.compression.encoder import CompressionConfig
-from icae_jax.data.batches import DataConfig
+from icae_jax.compression.config import CompressionConfig
+from icae_jax.data.config import DataConfig
 from icae_jax.errors import UserError
 from icae_jax.models.llama import REMAT_POLICIES
 from icae_jax.models.lora import LoraConfig
@@ -174,7 +173,7 @@ class TrainConfig(LoopConfig):
             unknown = [p for p in phases if p not in ("pretrain", "finetune")]
             if unknown:
                 raise UserError(f"{name} is {unknown[0]!r}; choose pretrain or finetune")
-        if self.objectives.pad_labels and not layouts.get(self.compression.layout).fixed_length:
+        if self.objectives.pad_labels and not self.compression.position_layout.fixed_length:
             raise UserError(
                 "objectives.pad_labels is for compression.layout reference; "
                 f"with {self.compression.layout} padding is masked"

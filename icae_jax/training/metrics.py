@@ -104,7 +104,7 @@ def _scalars(line: dict, prefix: str = "") -> Iterator[tuple[str, float]]:
 
 
 def read_lines(path: str | os.PathLike) -> list[dict[str, Any]]:
-    """The lines of a metrics file up to the first broken one (left by a kill); [] without a file."""
+    """The lines of a metrics file up to the first broken one (left by a kill); [] if none."""
     path, lines = pathlib.Path(path), []
     if not path.exists():
         return lines

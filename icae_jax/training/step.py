@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import PyTree
 
-from icae_jax.models import llama
+from icae_jax.models.axes import constrain
 from icae_jax.training.task import Objectives
 
 
@@ -28,7 +28,7 @@ def microbatches(batch: PyTree, accumulate: int) -> PyTree:
 
     def cut(x):
         x = jnp.swapaxes(x.reshape(x.shape[0] // accumulate, accumulate, *x.shape[1:]), 0, 1)
-        return llama.constrain(x, None, "batch", *[None] * (x.ndim - 2))
+        return constrain(x, None, "batch", *[None] * (x.ndim - 2))
 
     return jax.tree.map(cut, batch)
 

@@ -13,7 +13,7 @@ import jax
 from icae_jax import files
 from icae_jax.errors import UserError
 from icae_jax.interop.adapters import folder as adapters
-from icae_jax.interop.adapters import formats
+from icae_jax.interop.adapters import formats, tensor_files
 from icae_jax.interop.hub import base as bases
 from icae_jax.interop.hub import locations
 from icae_jax.objectives import targets
@@ -49,7 +49,7 @@ class Trained:
     @property
     def is_file(self) -> bool:
         """Whether it is a file of tensors, which does not say by itself how it is read."""
-        return self.kind in formats.NAMES
+        return self.kind in formats.FORMATS
 
     @property
     def step(self) -> int:
@@ -87,7 +87,7 @@ def find(path: str | os.PathLike) -> Trained:
 
 
 def _in_file(path, name):
-    tensors, _ = formats.open_tensors(path)
+    tensors, _ = tensor_files.open_tensors(path)
     kind = formats.recognise(tensors)
     if kind is None:
         first = ", ".join(sorted(tensors)[:3])
@@ -104,8 +104,8 @@ def _only_file(folder, path, name):
         file
         for file in sorted(folder.iterdir())
         if file.is_file()
-        and formats.file_kind(file)
-        and formats.recognise(formats.open_tensors(file)[0])
+        and tensor_files.file_kind(file)
+        and formats.recognise(tensor_files.open_tensors(file)[0])
     ]
     if len(compressors) == 1:
         return find(compressors[0])

@@ -197,7 +197,7 @@ def _check_output(options):
     if options.to:
         files.check_new_folder(options.to)
     if options.publication:
-        if options.format in formats.NAMES:
+        if options.format in formats.FORMATS:
             raise UserError(
                 f"--push takes --format native or peft, not {options.format}, "
                 "which has no place for how the adapter is read"
@@ -209,7 +209,7 @@ def _check_output(options):
 
 def _check_format(options, adapter):
     """UserError if another implementation would misread the adapter in its format."""
-    if options.format not in formats.NAMES:
+    if options.format not in formats.FORMATS:
         return
     formats.need_torch_for(options.format)
     misreadings = "; ".join(formats.misreadings(options.format, adapter))

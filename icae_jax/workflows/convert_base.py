@@ -11,7 +11,8 @@ import jax
 from icae_jax import files
 from icae_jax.errors import UserError
 from icae_jax.interop.hub import base as bases
-from icae_jax.interop.hub import locations, weights
+from icae_jax.interop.hub import locations, orbax_copy, weights
+from icae_jax.models.families import tensor_names
 from icae_jax.models.families.config_json import parse_config, stored_dtype
 
 DTYPES = ("bfloat16", "float32", "float16")
@@ -55,7 +56,7 @@ def files_to_carry(folder: str | os.PathLike) -> Iterator[pathlib.Path]:
     """
     for path in sorted(pathlib.Path(folder).iterdir()):
         left_out = (
-            path.name in ("config.json", weights.ORBAX_URL)
+            path.name in ("config.json", orbax_copy.ORBAX_URL)
             or path.name.endswith(".index.json")
             or path.name.startswith((".", "README"))
             or path.suffix in WEIGHT_SUFFIXES
@@ -98,14 +99,14 @@ def convert(
             shutil.copyfile(file, tmp / file.name)
         files.write_json(tmp / "config.json", raw | dict.fromkeys(dtype_fields, dtype))
         if form == "orbax":
-            weights.save_orbax(tmp, params)
+            orbax_copy.save_orbax(tmp, params)
         else:
             weights.save_params(tmp, config, params, dtype)
     leaves = jax.tree.leaves(params)
     return ConvertedBase(
         path=str(to),
         format=form,
-        tensors=len(leaves) if form == "orbax" else len(weights.tensor_names(config)),
+        tensors=len(leaves) if form == "orbax" else len(tensor_names.tensor_names(config)),
         dtype=dtype,
         bytes=sum(leaf.nbytes for leaf in leaves),
         fingerprint=bases.fingerprint(config, params),

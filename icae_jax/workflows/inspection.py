@@ -8,15 +8,13 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from icae_jax import files
-from icae_jax.compression.encoder import SPECIAL_ROWS
 from icae_jax.errors import UserError
 from icae_jax.inference import memory_file
 from icae_jax.interop.adapters import folder as adapters
-from icae_jax.interop.adapters import formats
+from icae_jax.interop.adapters import formats, lora_tensors, tensor_files
 from icae_jax.interop.hub import base as bases
-from icae_jax.interop.hub import weights
 from icae_jax.models import lora as loras
-from icae_jax.models.families import config_json
+from icae_jax.models.families import config_json, tensor_names
 from icae_jax.models.llama import ModelConfig
 from icae_jax.training import trained as trained_compressors
 from icae_jax.training.workdir import read_run
@@ -58,7 +56,7 @@ def _lora_sizes(tensors: Mapping[str, Any]) -> Description:
     """Layers, rank and targets of LoRA tensors, and the sizes that they imply of a base."""
     layers, ranks, widths = set(), set(), {}
     for name, tensor in tensors.items():
-        match = adapters.parse_lora_name(name)
+        match = lora_tensors.parse_lora_name(name)
         if match and len(tensor.shape) == 2:
             layer, _, projection, letter = match
             rank_axis = 0 if letter == "A" else 1
@@ -111,13 +109,12 @@ def _parameter_count(tensors: Mapping[str, Any]) -> int:
 
 def _trained_file(path, tensors) -> Description:
     form = formats.recognise(tensors)
-    trained = {n: t for n, t in tensors.items() if adapters.is_lora(n) or formats.is_table(n)}
+    trained = {n: t for n, t in tensors.items() if lora_tensors.is_lora(n) or formats.is_table(n)}
     table_name = next(n for n in trained if formats.is_table(n) and not n.endswith("ae_embedding"))
-    special_rows = 0 if table_name.endswith("memory_embeddings") else SPECIAL_ROWS
     about = {
         "what": f"trained compressor, format {form}",
         "method": " or ".join(formats.methods_of(form, tensors)),
-        "k": max(0, formats.rows(trained[table_name]) - special_rows),
+        "k": formats.memory_tokens(form, trained[table_name]),
         **_lora_sizes(tensors),
         "trained_parameters": _parameter_count(trained),
         "dtypes": sorted({t.dtype.lower() for t in trained.values()}),
@@ -137,8 +134,8 @@ def _trained_file(path, tensors) -> Description:
 def _adapter(folder) -> Description:
     info, lora_fields = adapters.read_adapter_info(folder)
     lora_folder = lora_fields.source.parent
-    tensors, _ = formats.open_tensors(lora_folder / "adapter_model.safetensors")
-    table, _ = formats.open_tensors(pathlib.Path(folder) / "memory.safetensors")
+    tensors, _ = tensor_files.open_tensors(lora_folder / "adapter_model.safetensors")
+    table, _ = tensor_files.open_tensors(pathlib.Path(folder) / "memory.safetensors")
     compression = info["compression"]
     is_peft = lora_folder == pathlib.Path(folder)
     about = {"what": "adapter folder in PEFT's form" if is_peft else "adapter folder"}
@@ -160,7 +157,7 @@ def _base(folder) -> Description:
     path = folder / "config.json"
     raw = files.read_json(path, "the base model's configuration")
     config = config_json.parse_config(raw, path)
-    shapes = weights.hub_shapes(config)
+    shapes = tensor_names.hub_shapes(config)
     about = {
         "what": f"base model, {config_json.architecture(raw, path)}",
         **_base_sizes(config),
@@ -190,7 +187,7 @@ def _base(folder) -> Description:
 
 def _memory(path) -> Description:
     metadata = memory_file.read_metadata(path)
-    tensors, _ = formats.open_tensors(path)
+    tensors, _ = tensor_files.open_tensors(path)
     return {
         "what": "memory file",
         "method": metadata["method"],
@@ -224,7 +221,7 @@ def _checkpoint(trained) -> Description:
 
 
 def _tensors(path) -> Description:
-    tensors, metadata = formats.open_tensors(path)
+    tensors, metadata = tensor_files.open_tensors(path)
     if {"format_version", "method", "ids"} <= set(metadata):
         return _memory(path)
     if formats.recognise(tensors):
@@ -249,7 +246,7 @@ def describe(path: str | os.PathLike) -> Description:
     config = files.read_json(config_path, "a configuration") if config_path.exists() else {}
     if "architectures" in config or "model_type" in config:
         return _base(local)
-    if local.is_file() and formats.file_kind(local):
+    if local.is_file() and tensor_files.file_kind(local):
         about = _tensors(local)
     else:
         trained = trained_compressors.find(path)
