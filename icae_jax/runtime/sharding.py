@@ -182,12 +182,12 @@ class Placement:
 # ------------------------------------------------------------------------------------- batches
 
 
-def rows_at_once(mesh: Mesh) -> int:
+def rows_at_once(mesh: Mesh | AbstractMesh) -> int:
     """Into how many parts a batch is split; its rows must be a multiple of it."""
     return math.prod(mesh.shape[axis] for axis in BATCH)
 
 
-def check_batch_size(mesh: Mesh, batch_size: int, accumulate: int) -> None:
+def check_batch_size(mesh: Mesh | AbstractMesh, batch_size: int, accumulate: int) -> None:
     """UserError if a microbatch does not divide evenly over the devices."""
     parts = rows_at_once(mesh)
     if (batch_size // accumulate) % parts:
@@ -197,7 +197,7 @@ def check_batch_size(mesh: Mesh, batch_size: int, accumulate: int) -> None:
         )
 
 
-def batch_sharding(mesh: Mesh, axis: int = 0) -> NamedSharding:
+def batch_sharding(mesh: Mesh | AbstractMesh, axis: int = 0) -> NamedSharding:
     """The sharding that splits rows, along `axis`, over the mesh."""
     return NamedSharding(mesh, PartitionSpec(*[None] * axis, BATCH))
 
