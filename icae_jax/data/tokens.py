@@ -63,15 +63,15 @@ class Tokens:
     left_out: dict[str, int] = dataclasses.field(default_factory=dict)
     held: BinaryIO | None = dataclasses.field(default=None, repr=False, compare=False)
 
-    def text(self, i) -> Int32[np.ndarray, " n"]:
+    def text(self, i: int | np.integer) -> Int32[np.ndarray, " n"]:
         """The ids of text i."""
         return self.text_ids[self.text_offsets[i] : self.text_offsets[i + 1]]
 
-    def prompt(self, q) -> Int32[np.ndarray, " n"]:
+    def prompt(self, q: int | np.integer) -> Int32[np.ndarray, " n"]:
         """The ids of the prompt of question q."""
         return self.prompt_ids[self.prompt_offsets[q] : self.prompt_offsets[q + 1]]
 
-    def answer(self, q) -> Int32[np.ndarray, " n"]:
+    def answer(self, q: int | np.integer) -> Int32[np.ndarray, " n"]:
         """The ids of the answer of question q."""
         return self.answer_ids[self.answer_offsets[q] : self.answer_offsets[q + 1]]
 

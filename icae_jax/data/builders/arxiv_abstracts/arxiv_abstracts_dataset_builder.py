@@ -7,11 +7,13 @@ import collections
 import contextlib
 import email.utils
 import json
+import pathlib
 import re
+from collections.abc import Iterator
 
 from icae_jax.data import forms
 from icae_jax.data.builders import common, inputs, shards
-from icae_jax.data.rows import Sieve
+from icae_jax.data.rows import Row, Sieve
 from icae_jax.errors import UserError
 
 WHERE = (
@@ -100,12 +102,14 @@ class Builder(common.LocalBuilder, skip_registration=True):
     FLAGS = ("from",)
     FEATURES = common.TEXTS
 
-    def sources(self, request):
+    def sources(self, request: inputs.Request) -> dict[str, list[inputs.Input]]:
         """All files of the request, whose rows are sorted by month later."""
         files = inputs.files_in(request.paths)
         return {"months": [inputs.Input(str(file)) for file in files]}
 
-    def jobs(self, folder):
+    def jobs(
+        self, folder: pathlib.Path
+    ) -> tuple[dict[str, list[list[shards.Part]]], dict[str, int]]:
         """One pass over the dump sorts its rows by month; each month is then one job."""
         parts = [part for file in self.inputs["months"] for part in shards.parts_of(*file)]
         tasks = [
@@ -121,6 +125,6 @@ class Builder(common.LocalBuilder, skip_registration=True):
         return {month: [months[month]] for month in sorted(months)}, counts
 
     @staticmethod
-    def parse(raw, subset):
+    def parse(raw: dict, subset: str) -> Iterator[Row]:
         """Yields the row of a sorted abstract."""
         yield common.row_of(raw["text"], raw["id"])

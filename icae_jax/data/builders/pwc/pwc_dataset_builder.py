@@ -1,6 +1,9 @@
 """PwC, prompts on contexts (arXiv 2307.06945, section 3.1)."""
 
+from collections.abc import Iterator
+
 from icae_jax.data.builders import common, inputs
+from icae_jax.data.rows import Row
 
 HUB = "https://huggingface.co/datasets/sggetao/PwC/resolve/main"
 FILES = tuple(
@@ -19,7 +22,7 @@ class Builder(common.LocalBuilder, skip_registration=True):
     FEATURES = common.QUESTIONS
 
     @staticmethod
-    def parse(raw, subset):
+    def parse(raw: dict, subset: str) -> Iterator[Row]:
         """Yields the one question of a row."""
         context, question, answer = (
             common.text_of(raw, field) for field in ("input", "prompt", "answer")
