@@ -105,7 +105,7 @@ def on_quickstart(trained, workdir, limit):
         "tokens": [held_out],
     }
     common = ["--base", base, "--limit", limit, "--batch_size", 50]
-    for method in quickstart.METHODS:
+    for method in quickstart.trained_methods():
         for suite, (data, *rest) in runs.items():
             out = workdir / f"quickstart-{method}-{suite}"
             icae(
