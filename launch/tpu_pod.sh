@@ -3,7 +3,7 @@
 # the command, follows worker 0's log, starts again after a preemption or a crash, on a new slice where the old one is gone, and at the end
 # deletes the slice.
 #   launch/tpu_pod.sh --name icae --zone us-west4-a --type v5litepod-16 --spot --queued --mount BUCKET:/mnt/runs -- \
-#     icae train --config configs/icae.py:llama2_7b --workdir /mnt/runs/llama2 --config.mesh.fsdp=16
+#     icae train --config icae:llama2_7b --workdir /mnt/runs/llama2 --config.mesh.fsdp=16
 # The same command takes a slice up again that is there already. Workers share nothing but what is mounted: --workdir lies there, as do a
 # sweep's job files (-- bash /mnt/runs/jobs/point-000.sh). Variables: -- env HF_TOKEN=... icae train ...; their values are not shown.
 # Needs gcloud, logged in, and its key in the ssh agent: ssh-add ~/.ssh/google_compute_engine.

@@ -140,8 +140,8 @@ def trained_x500(files):
 
 
 def test_key_value_memories_end_to_end(trained_x500, files, tmp_path, capsys):
-    """Breaks when a verb takes only one kind of memory, k is not the caller's, evaluation leaves out
-    a k, or bytes are those of slots."""
+    """Breaks when a verb takes only one kind of memory, k is not the caller's, evaluation leaves
+    out a k, or bytes are those of slots."""
     last = metrics.read_lines(trained_x500 / "metrics.jsonl")
     assert set(last[-1]["eval"]["memory"]) == {"qa"} and set(last[-1]["eval"]) == {
         "memory",

@@ -172,7 +172,10 @@ BAD = {
         r"objectives\.pad_labels is for compression\.layout reference",
     ),
     "qa in pretraining": ({"objectives.qa": 1.0}, r"objectives\.qa is 1\.0 in phase pretrain"),
-    "unknown layout": ({"compression.layout": "odd"}, r"layout is 'odd'; choose from"),
+    "unknown layout": (
+        {"compression.layout": "odd"},
+        r"layout is 'odd', not one of method icae; choose from",
+    ),
     "unknown template": ({"objectives.template": "odd"}, r"objectives\.template is 'odd'"),
     "batch and accumulate": ({"accumulate": 3}, r"batch_size 4 is not a multiple of accumulate 3"),
 }

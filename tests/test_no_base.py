@@ -70,7 +70,7 @@ def test_what_is_no_base_is_told(held, message, tmp_path, monkeypatch):
     ],
 )
 def test_a_file_is_no_base(name, message, tmp_path, monkeypatch):
-    """Breaks when the hub is asked for a file's path, or the error only says that it is no folder."""
+    """Breaks when the hub is asked for a file, or the error says only that it is no folder."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(
         huggingface_hub, "snapshot_download", lambda *a, **k: pytest.fail("asked the hub")

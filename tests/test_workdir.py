@@ -109,8 +109,8 @@ def test_a_continued_workdir_may_not_change_the_mathematics(tmp_path, config, id
 
 
 def test_a_workdir_from_before_a_field_goes_on_with_its_default(tmp_path):
-    """Breaks when a run of an earlier version cannot be continued, or may be with another value of a
-    newer field."""
+    """Breaks when a run of an earlier version cannot be continued, or may be with another value of
+    a newer field."""
     check_workdir(tmp_path, CONFIG, IDENTITY)
     path = tmp_path / "config.json"
     older = {

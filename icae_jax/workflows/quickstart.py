@@ -32,7 +32,7 @@ from icae_jax.workflows import quickstart_results as results
 from icae_jax.workflows.quickstart_results import PHASES, Rows, TrainedMethod
 
 SHIPPED_BASE = pathlib.Path(__file__).parents[1] / "data" / "tiny_base"
-QUICK, FULL = "4x", ""  # recipes of configs/quickstart.py: memories at one ratio, or at both
+QUICK, FULL = "4x", ""  # arguments of the configuration `quickstart`: one ratio, or both
 TRAIN_SEED, HELD_OUT_SEED = 1, 2
 TRAIN_PASSAGES, QUICK_PASSAGES = 12_000, 4_000
 SHOWN_EVERY = 50  # training steps between two restored sentences

@@ -22,7 +22,6 @@ from icae_jax.data import synthetic  # noqa: E402
 from icae_jax.interop.hub import tokenizer as tokenizers  # noqa: E402
 from icae_jax.workflows import quickstart  # noqa: E402
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
 PASSAGE = 45  # tokens; texts of several passages are made of those of this length, so that segments are passages
 SPANS = 4
 
@@ -92,7 +91,7 @@ def on_quickstart(trained, workdir, limit):
     write_texts(workdir / "data", limit)
     scratch = workdir / "scratch"
     icae(
-        "train", "--config", f"{ROOT}/configs/quickstart.py:finetune-icae", "--workdir", scratch, "--config.init_from=scratch",
+        "train", "--config", "quickstart:finetune-icae", "--workdir", scratch, "--config.init_from=scratch",
         f"--config.base={base}", f"--config.data.train={trained}/data/train.jsonl", f"--config.data.eval={held_out}",
         f"--config.data.cache_dir={workdir}/cache",
     )  # fmt: skip
@@ -160,7 +159,7 @@ def variants(data, workdir, steps):
     ]  # fmt: skip
     for name, (ae, lm) in {"ae": (1.0, 0.0), "lm": (0.0, 1.0), "both": (0.5, 0.5)}.items():
         icae(
-            "train", "--config", f"{ROOT}/configs/icae.py:pretrain", "--workdir", workdir / "pretrained" / name, *shared,
+            "train", "--config", "icae:pretrain", "--workdir", workdir / "pretrained" / name, *shared,
             f"--config.data.train={data}/tinystories/train.jsonl.gz", "--config.data.context_lengths=(32,64)",
             "--config.data.context_weights=(0.5,0.5)", f"--config.objectives.ae={ae}", f"--config.objectives.lm={lm}",
             "--config.batch_size=32", "--config.optimizer.learning_rate=3e-3", f"--config.steps={steps[0]}",
@@ -168,7 +167,7 @@ def variants(data, workdir, steps):
     for name in ("scratch", "ae", "lm", "both"):
         start = "scratch" if name == "scratch" else workdir / "pretrained" / name
         icae(
-            "train", "--config", f"{ROOT}/configs/icae.py:finetune", "--workdir", workdir / "finetuned" / name, *shared,
+            "train", "--config", "icae:finetune", "--workdir", workdir / "finetuned" / name, *shared,
             f"--config.init_from={start}", f"--config.data.train={data}/fairytaleqa/train.jsonl.gz", "--config.data.context_lengths=(256,)",
             "--config.data.context_weights=()", "--config.batch_size=8", "--config.data.max_target_tokens=96",
             "--config.optimizer.learning_rate=2e-3", f"--config.steps={steps[1]}",

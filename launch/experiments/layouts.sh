@@ -13,8 +13,8 @@ run() { # METHOD LAYOUT
     --config.steps="$steps" --config.eval_every=50 --config.data.cache_dir="$out/cache"
     --config.data.train="$quickstart/data/train.jsonl" --config.data.eval="$quickstart/data/held_out.jsonl"
   )
-  icae train --config "$here/configs/quickstart.py:pretrain-$1" --workdir "$out/$1-$2/pretrain" "${common[@]}"
-  icae train --config "$here/configs/quickstart.py:finetune-$1" --workdir "$out/$1-$2/finetune" --config.init_from="$out/$1-$2/pretrain" "${common[@]}"
+  icae train --config "quickstart:pretrain-$1" --workdir "$out/$1-$2/pretrain" "${common[@]}"
+  icae train --config "quickstart:finetune-$1" --workdir "$out/$1-$2/finetune" --config.init_from="$out/$1-$2/pretrain" "${common[@]}"
 }
 
 show() { # METRICS: the held-out losses of right memories, step by step

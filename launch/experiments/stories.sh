@@ -6,7 +6,6 @@
 set -euo pipefail
 usage="usage: launch/experiments/stories.sh DATA OUT [RATE] [METHOD]"
 data=${1:?$usage} out=${2:?$usage} rate=${3:-4} method=${4:-icae}
-here=$(cd "$(dirname "$0")/../.." && pwd)
 
 common=(
   --config.base="$data/stories260K" --config.dtype=float32 --config.remat=none --config.unroll=5
@@ -18,12 +17,12 @@ common=(
   --config.batch_size=32 --config.log_every=20 --config.data.cache_dir="$out/cache"
 )
 
-icae train --config "$here/configs/icae.py:pretrain" --workdir "$out/pretrain" "${common[@]}" \
+icae train --config icae:pretrain --workdir "$out/pretrain" "${common[@]}" \
   --config.data.train="$data/tinystories/train.jsonl.gz" --config.data.eval="$data/tinystories/valid.jsonl.gz" \
   --config.data.context_lengths="(32,64)" --config.data.context_weights="(0.5,0.5)" \
   --config.optimizer.learning_rate=3e-3 --config.steps=1000 --config.eval_every=250 --config.checkpoint_every=250
 
-icae train --config "$here/configs/icae.py:finetune" --workdir "$out/finetune" --config.init_from="$out/pretrain" "${common[@]}" \
+icae train --config icae:finetune --workdir "$out/finetune" --config.init_from="$out/pretrain" "${common[@]}" \
   --config.data.train="$data/fairytaleqa/train.jsonl.gz" --config.data.eval="$data/fairytaleqa/valid.jsonl.gz" \
   --config.data.context_lengths="(256,512)" --config.data.context_weights="()" --config.batch_size=8 --config.data.max_target_tokens=96 \
   --config.optimizer.learning_rate=2e-3 --config.steps=200 --config.eval_every=100 --config.checkpoint_every=100 --config.eval_examples=128
