@@ -32,7 +32,7 @@ METHODS = {
     "x500": "500x",
     "icae": "ICAE",
 }  # and what the page calls them; in this order, the sooner trained first
-QUICK, FULL = "4x", ""  # recipes of the configuration `quickstart`: memories at one ratio, or at both
+QUICK, FULL = "4x", ""  # recipes of the configuration quickstart: at one ratio, or at both
 TRAIN_SEED, HELD_OUT_SEED = 1, 2
 TRAIN_PASSAGES, QUICK_PASSAGES = 12_000, 4_000
 SHOWN_EVERY = 50  # steps of training, after which a restored sentence is shown
