@@ -300,7 +300,7 @@ def with_decoder(adapter):
 
 
 def test_a_decoders_lora_travels_with_the_adapter(with_decoder, adapter, base, tmp_path):
-    """Breaks when the decoder's LoRA is lost, is the encoder's, or is no part of the fingerprint."""
+    """Breaks when the decoder's LoRA is lost, is the encoder's, or is not in the fingerprint."""
     adapters.save_adapter(tmp_path / "a", with_decoder)
     loaded = adapters.load_adapter(tmp_path / "a", base)
     assert loaded.compression.decoder_lora and loaded.has_decoder_lora
