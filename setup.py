@@ -1,13 +1,43 @@
+import pathlib
+import re
+
 from setuptools import find_packages, setup
+
+HERE = pathlib.Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (HERE / "icae_jax" / "__init__.py").read_text())[1]
 
 setup(
     name="icae_jax",
-    version="0.1.0",
-    description="Compress a language model's context into a few memory tokens, in JAX (ICAE, 500xCompressor)",
+    version=VERSION,
+    description="Compress an LLM's context into a few memory tokens, in JAX (ICAE, 500xCompressor)",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
     license="Apache-2.0",
+    license_files=["LICENSE"],
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Environment :: Console",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3 :: Only",
+        "Programming Language :: Python :: 3.11",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
+    keywords=["JAX", "LLM", "context compression", "memory tokens", "ICAE", "500xCompressor"],
     python_requires=">=3.11",
-    packages=find_packages(include=["icae_jax", "icae_jax.*"]),
-    package_data={"icae_jax": ["data/tiny_base/*"]},
+    packages=[*find_packages(include=["icae_jax", "icae_jax.*"]), "icae_jax.configs"],
+    package_dir={"icae_jax.configs": "configs"},
+    package_data={
+        "icae_jax": [
+            "py.typed",
+            "data/tiny_base/*",
+            "interop/*/*.md",
+            "interop/export/scripts/*",
+        ],
+        "icae_jax.configs": ["README.md"],
+    },
     install_requires=[
         "jax>=0.10",
         "flax>=0.12",

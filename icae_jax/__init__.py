@@ -1,18 +1,25 @@
 """Compress a language model's context into a few memory tokens, in JAX.
 
-`load(adapter, base=None)` gives a `Compressor` with `compress`, `restore`, `ask` and `score`; see `icae --help` for the command line.
+`load(adapter, base=None)` gives a `Compressor` with `compress`, `restore`, `ask` and `score`. The
+command line is `icae --help`.
 """
 
+import os
+from typing import TYPE_CHECKING, Any
+
 from icae_jax.runtime import platforms
+
+if TYPE_CHECKING:
+    import icae_jax.inference.compressor
 
 __version__ = "0.1.0"
 
 
-def load(adapter, base=None, **options):
-    """Loads an adapter folder with its base model; see `icae_jax.inference.compressor.load`."""
+def load(
+    adapter: str | os.PathLike, base: str | os.PathLike | None = None, **options: Any
+) -> "icae_jax.inference.compressor.Compressor":
+    """Loads an adapter with its base model; see `icae_jax.inference.loading.load`."""
     platforms.quiet_libraries()
-    from icae_jax.inference.compressor import (
-        load as load_compressor,  # imported late: jax takes seconds
-    )
+    from icae_jax.inference import loading  # importing JAX takes seconds
 
-    return load_compressor(adapter, base, **options)
+    return loading.load(adapter, base, **options)

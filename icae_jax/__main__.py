@@ -1,3 +1,5 @@
+"""`python -m icae_jax`: the same as `icae`."""
+
 import sys
 
 from icae_jax.cli.main import command

@@ -1,22 +1,24 @@
-"""What is kept on disk since it can be made again, under one bound: tokenised data and compiled programs; `icae cache`.
+"""The cache folder: where it is, who uses what in it, and how its size is kept below a limit.
 
-In `files.cache_folder`, which may be one in the temporary folder:
+It holds only what can be made again. `icae cache` lists and prunes it.
 
-| folder   | what                                                     | last used                        |
-|----------|----------------------------------------------------------|----------------------------------|
-| tokens   | a folder for each tokenised source, with `about.json`     | about.json's time of change      |
-| compiled | a folder for each kind of processor, JAX's files in it    | what JAX writes into NAME-atime  |
-| hashes   | the hashes of large data files                            | the file's time of change        |
-| bases    | base models copied from buckets: listed, never removed    | the newest time of its files     |
+| folder   | content                                                | last used                 |
+|----------|--------------------------------------------------------|---------------------------|
+| tokens   | a folder for each tokenised source, with `about.json`  | mtime of about.json       |
+| compiled | JAX's compiled programs, a folder for each CPU type    | JAX keeps it in X-atime   |
+| hashes   | the hashes of large data files                         | mtime of the file         |
+| bases    | base models copied from buckets: listed, never removed | newest mtime of its files |
 
-Whoever uses a folder of tokens holds a shared lock on its `about.json`, so that nobody removes it. What has another name than the cache
-gives, such as a user's own folder beside them, is not looked at.
+A process that uses a token folder holds a shared lock on its `about.json`, so that no other one
+removes it. Files whose names do not have the cache's form, such as a user's own, are ignored.
 """
 
 import contextlib
 import dataclasses
 import datetime
 import fcntl
+import functools
+import io
 import itertools
 import json
 import math
@@ -25,31 +27,106 @@ import pathlib
 import re
 import secrets
 import shutil
+import stat
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 
-from icae_jax import errors, files, lock
+from icae_jax import errors, lock
 from icae_jax.errors import UserError
 
 VARIABLE, DEFAULT_GIB = "ICAE_CACHE_GIB", 20.0
-COMPILED_PART = (
-    4  # compiled programs take this part of the bound at most, which JAX sees to when it writes one
-)
-RECENT = 3600  # seconds; what was used within them stays, whatever the bound
-LEFT_OVER = 86400  # seconds after which what nobody finished, or wholly removed, is waste
+COMPILED_PART = 4  # JAX keeps compiled programs within 1/4 of the limit
+RECENT = 3600  # seconds; entries used since then stay, whatever the limit
+LEFT_OVER = 86400  # seconds after which an unfinished or half-removed folder is garbage
 ABOUT = "about.json"
-_KEY = "[0-9a-f]{32}"  # what token folders and hashes are called
+_KEY = "[0-9a-f]{32}"  # the names of token folders and hashes
 _UNFINISHED = r"\.(new|gone|lock)\..+"
 GIB = 1 << 30
 
 
-def bound() -> int:
-    """The bytes that the cache may take: $ICAE_CACHE_GIB GiB. UserError where that is not a number."""
-    return _bytes(os.environ.get(VARIABLE) or DEFAULT_GIB, VARIABLE)
+# ------------------------------------------------------------------------------- where it is
 
 
-def _bytes(gib, name):
+def named_folder(configured: str | os.PathLike = "") -> pathlib.Path | None:
+    """The configured folder, else $ICAE_CACHE, else ~/.cache/icae_jax; None without a home."""
+    named = configured or os.environ.get("ICAE_CACHE")
+    if named:
+        return pathlib.Path(os.path.expanduser(named))
+    home = os.environ.get("HOME", os.path.expanduser("~"))
+    return pathlib.Path(home) / ".cache" / "icae_jax" if os.path.isabs(home) else None
+
+
+@functools.cache
+def can_write(folder: pathlib.Path) -> bool:
+    """Whether this user can write in a folder, or create it. Tries it: modes do not tell all."""
+    try:
+        with tempfile.TemporaryFile(
+            dir=next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        ):
+            return True
+    except OSError:
+        return False
+
+
+def folder(configured: str | os.PathLike = "", holding: str | os.PathLike = "") -> pathlib.Path:
+    """The cache folder: `named_folder`, or a folder in the temporary directory if not writable.
+
+    Args:
+        configured: a folder from a configuration, returned as it is; its user reports errors.
+        holding: a relative path. A cache that has it is taken even if it is read-only.
+
+    Raises:
+        UserError: no folder can be written.
+    """
+    named = named_folder(configured)
+    if configured:
+        return named
+    if named is not None and ((holding and (named / holding).exists()) or can_write(named)):
+        return named
+    return _temporary_folder(named)
+
+
+@functools.cache
+def _temporary_folder(instead_of: pathlib.Path | None) -> pathlib.Path:
+    """This user's cache in the temporary directory; says so once."""
+    what = (
+        "cache: there is no home folder"
+        if instead_of is None
+        else f"cache {instead_of}: cannot be written"
+    )
+    remedy = "set $ICAE_CACHE to a writable folder"
+    try:
+        own = pathlib.Path(tempfile.gettempdir()) / f"icae_jax-{os.getuid()}"
+        with contextlib.suppress(FileExistsError):
+            own.mkdir(mode=0o700)
+        there = own.lstat()
+        trusted = (
+            stat.S_ISDIR(there.st_mode)
+            and there.st_uid == os.getuid()
+            and not there.st_mode & 0o022
+        )
+        if not trusted or not can_write(own):  # another user may have put something there
+            own = pathlib.Path(tempfile.mkdtemp(prefix="icae_jax-"))
+    except OSError as error:
+        raise UserError(
+            f"{what}, nor can a temporary folder ({error}); {remedy}, or $TMPDIR"
+        ) from error
+    print(f"{what}; {own} is used instead. To keep it, {remedy}", file=sys.stderr, flush=True)
+    return own
+
+
+# ---------------------------------------------------------------------------------- its limit
+
+
+def limit() -> int:
+    """The limit in bytes, from $ICAE_CACHE_GIB. UserError where that is not a number."""
+    return parse_gib(os.environ.get(VARIABLE) or DEFAULT_GIB, VARIABLE)
+
+
+def parse_gib(gib: str | float, name: str) -> int:
+    """A number of GiB in bytes. UserError, which names the flag or variable, if it is not one."""
     try:
         size = float(gib)
     except ValueError:
@@ -61,16 +138,20 @@ def _bytes(gib, name):
     return int(size * GIB)
 
 
-# --------------------------------------------------------------------------------------------------------------- locks
+# -------------------------------------------------------------------------------------- locks
 
-_REMEDY = "set data.cache_dir or $ICAE_CACHE to a folder that can be"
+_REMEDY = "set data.cache_dir or $ICAE_CACHE to a writable folder"
 
 
 @contextlib.contextmanager
 def alone(folder: pathlib.Path, what: str) -> Iterator[None]:
-    """Makes one process at a time work on a folder of the cache; the others wait. The lock ends with its process, however that ends.
+    """Lets one process at a time work on a folder of the cache, while the others wait.
 
-    what: said to those who wait. On a filesystem without locks nobody waits.
+    The lock ends with its process, however that ends. On a filesystem without locks nobody waits.
+
+    Args:
+        folder: need not exist.
+        what: the work, for the note to those who wait.
     """
     path = folder.with_name(f".lock.{folder.name}")
     with errors.naming(f"cache {folder.parent}: cannot be written", _REMEDY):
@@ -83,13 +164,13 @@ def alone(folder: pathlib.Path, what: str) -> Iterator[None]:
         try:
             yield
         finally:
-            path.unlink(missing_ok=True)  # who waits has it open, and finds the work done
+            path.unlink(missing_ok=True)  # waiting processes have it open, and find the work done
 
 
-def hold(folder: pathlib.Path):
-    """Notes that a folder is used now, and keeps it from being removed as long as the result, an open file, lives. None: it is gone.
+def hold(folder: pathlib.Path) -> io.BufferedReader | None:
+    """Marks a token folder as used now, and keeps it from removal while the result stays open.
 
-    UserError where the cache is closed to this user, or is no folder.
+    Returns None if the folder is gone. UserError where the cache cannot be read.
     """
     path = folder / ABOUT
     with errors.naming(f"cache {folder.parent}: cannot be read", _REMEDY):
@@ -101,17 +182,17 @@ def hold(folder: pathlib.Path):
     if not path.exists():  # removed before it was locked
         file.close()
         return None
-    with contextlib.suppress(OSError):  # of a cache that may only be read
+    with contextlib.suppress(OSError):  # a read-only cache
         os.utime(path)
     return file
 
 
-# ------------------------------------------------------------------------------------------------------------- entries
+# ------------------------------------------------------------------------------------ entries
 
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """Something in the cache. used: when last, in seconds since 1970. outdated: an earlier version's, which nobody reads any more."""
+    """An entry of the cache. used: seconds since 1970; outdated: its format is no longer read."""
 
     kind: str
     name: str
@@ -121,7 +202,7 @@ class Entry:
     outdated: bool = False
 
     def in_use(self) -> bool:
-        """Whether a live process holds it, or it cannot be told."""
+        """Whether a live process holds it, or that cannot be determined."""
         if self.kind == "bases":
             return True
         about = self.paths[0] / ABOUT
@@ -134,7 +215,7 @@ class Entry:
             return True
 
     def remove(self) -> None:
-        """Removes it: a folder is first renamed, so that nobody sees half of it."""
+        """Removes it. A folder is renamed first, so that nobody reads half of it."""
         for path in self.paths:
             if path.is_dir():
                 gone = path.with_name(f".gone.{secrets.token_hex(8)}")
@@ -145,56 +226,56 @@ class Entry:
 
 
 def _size(path):
-    return sum(
-        p.lstat().st_size for p in (path.rglob("*") if path.is_dir() else [path]) if not p.is_dir()
-    )
+    paths = path.rglob("*") if path.is_dir() else [path]
+    return sum(p.lstat().st_size for p in paths if not p.is_dir())
 
 
 def _newest(path):
     return max((p.lstat().st_mtime for p in itertools.chain([path], path.rglob("*"))), default=0.0)
 
 
-def _named(folder, pattern):
-    """The paths in a folder whose names have the cache's form."""
+def _matching(folder, pattern):
+    """The paths in a folder whose names match a pattern, sorted."""
     return sorted(path for path in folder.glob("*") if re.fullmatch(pattern, path.name))
 
 
+def _token_entry(path, version):
+    about, content = path / ABOUT, {}
+    with contextlib.suppress(FileNotFoundError, ValueError):  # the first version wrote none
+        content = json.loads(about.read_text(encoding="utf-8"))
+    content = content if isinstance(content, dict) else {}
+    used = about.stat().st_mtime if content else _newest(path)
+    outdated = content.get("version") != version
+    return Entry("tokens", content.get("source", path.name), (path,), _size(path), used, outdated)
+
+
+def _compiled_entry(path):
+    stamp = _stamp(path)
+    used = path.stat().st_mtime
+    if stamp.exists():
+        used = int.from_bytes(stamp.read_bytes(), "little") / 1e9
+    return Entry("compiled", path.parent.name, (path, stamp), path.stat().st_size, used)
+
+
 def entries(root: pathlib.Path, version: int) -> list[Entry]:
-    """What a cache folder holds. version: that of token folders which are read today. What vanishes meanwhile is left out."""
-    found = []
-    for path in _named(root / "tokens", _KEY):
+    """The entries of a cache folder. Those that vanish meanwhile are left out.
+
+    Args:
+        root: the cache folder.
+        version: the version of token folders that is read today.
+    """
+    result = []
+    for path in _matching(root / "tokens", _KEY):
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-            about, told = path / ABOUT, {}
-            with contextlib.suppress(FileNotFoundError, ValueError):  # the first version wrote none
-                told = json.loads(about.read_text(encoding="utf-8"))
-            told = told if isinstance(told, dict) else {}
-            used = about.stat().st_mtime if told else _newest(path)
-            found.append(
-                Entry(
-                    "tokens",
-                    told.get("source", path.name),
-                    (path,),
-                    _size(path),
-                    used,
-                    told.get("version") != version,
-                )
-            )
+            result.append(_token_entry(path, version))
     for path in sorted((root / "compiled").glob("*/*-cache")):
         with contextlib.suppress(FileNotFoundError):
-            stamp = _stamp(path)
-            used = (
-                int.from_bytes(stamp.read_bytes(), "little") / 1e9
-                if stamp.exists()
-                else path.stat().st_mtime
-            )
-            found.append(
-                Entry("compiled", path.parent.name, (path, stamp), path.stat().st_size, used)
-            )
-    for kind, name in (("hashes", rf"{_KEY}\.json"), ("bases", r"[^.].*")):
-        for path in _named(root / kind, name):
+            result.append(_compiled_entry(path))
+    for kind, pattern in (("hashes", rf"{_KEY}\.json"), ("bases", r"[^.].*")):
+        for path in _matching(root / kind, pattern):
             with contextlib.suppress(FileNotFoundError):
-                found.append(Entry(kind, path.name, (path,), _size(path), _newest(path)))
-    return found
+                result.append(Entry(kind, path.name, (path,), _size(path), _newest(path)))
+    return result
 
 
 def _stamp(program):
@@ -203,18 +284,19 @@ def _stamp(program):
 
 
 def prune(root: pathlib.Path, most: int, version: int, everything: bool = False) -> list[Entry]:
-    """Removes what was used least recently, that of earlier versions first, until the rest takes at most `most` bytes; returns it.
+    """Removes the least recently used entries until at most `most` bytes are left.
 
-    What a live process uses stays, and what was used within `RECENT` seconds; the latter goes where everything is to go.
+    Outdated entries go first. Entries that a live process uses stay, and so do those used within
+    `RECENT` seconds, the latter unless everything is to go. Returns the removed entries.
     """
     now, removed = time.time(), []
-    for path in _named(root / "tokens", _UNFINISHED):  # of processes that were killed
+    for path in _matching(root / "tokens", _UNFINISHED):  # of processes that were killed
         with contextlib.suppress(FileNotFoundError):
             if now - _newest(path) > (RECENT if everything else LEFT_OVER):
                 shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
-    here = [entry for entry in entries(root, version) if entry.kind != "bases"]
-    total = sum(entry.size for entry in here)
-    for entry in sorted(here, key=lambda e: (not e.outdated, e.used)):
+    candidates = [entry for entry in entries(root, version) if entry.kind != "bases"]
+    total = sum(entry.size for entry in candidates)
+    for entry in sorted(candidates, key=lambda e: (not e.outdated, e.used)):
         if total <= most:
             break
         if (now - entry.used < RECENT and not everything) or entry.in_use():
@@ -227,11 +309,12 @@ def prune(root: pathlib.Path, most: int, version: int, everything: bool = False)
 
 
 def bound_compiled(folder: pathlib.Path) -> None:
-    """Lets JAX remove the programs in its folder that were used least recently, beyond this part of the bound.
+    """Has JAX evict its least recently used programs beyond their part of the limit.
 
-    JAX cannot do so where a program has no time of last use, as those that were kept without a bound have none: they get one.
+    JAX cannot evict where a program lacks a time of last use, as those written without a limit do:
+    they are given one.
     """
-    os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(bound() // COMPILED_PART))
+    os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(limit() // COMPILED_PART))
     with contextlib.suppress(OSError):
         for program in folder.glob("*-cache"):
             with contextlib.suppress(OSError):
@@ -239,25 +322,23 @@ def bound_compiled(folder: pathlib.Path) -> None:
                     _stamp(program).write_bytes(program.stat().st_mtime_ns.to_bytes(8, "little"))
 
 
-# ---------------------------------------------------------------------------------------------------------------- verb
-
-
-def _rows(found):
-    """What `icae cache list` shows: compiled programs and hashes as one row a folder, all else for itself."""
+def summary(entries: list[Entry]) -> list[dict]:
+    """The rows of `icae cache list`: programs and hashes summed by folder, others one by one."""
     rows = {}
-    for entry in found:
+    for entry in entries:
         name = "of data files" if entry.kind == "hashes" else entry.name
-        new = {
-            "what": entry.kind,
-            "name": name,
-            "count": 0,
-            "bytes": 0,
-            "used": 0.0,
-            "in_use": False,
-            "outdated": False,
-        }
+        path = entry.paths[0] if entry.kind == "tokens" else None
         row = rows.setdefault(
-            (entry.kind, name, entry.paths[0] if entry.kind == "tokens" else None), new
+            (entry.kind, name, path),
+            {
+                "what": entry.kind,
+                "name": name,
+                "count": 0,
+                "bytes": 0,
+                "used": 0.0,
+                "in_use": False,
+                "outdated": False,
+            },
         )
         row["count"] += 1
         row["bytes"] += entry.size
@@ -267,68 +348,3 @@ def _rows(found):
     for row in rows.values():
         row["used"] = datetime.datetime.fromtimestamp(row["used"]).isoformat(" ", "minutes")
     return list(rows.values())
-
-
-def _shown(size):
-    return f"{size / GIB:,.2f} GiB" if size >= GIB / 10 else f"{size / (1 << 20):,.1f} MiB"
-
-
-def main(parser, argv, version: int) -> int:
-    """Lists or prunes the cache. Returns the exit code 0. version: of token folders."""
-    add = parser.add_argument
-    add(
-        "action",
-        choices=("list", "prune"),
-        help="list what there is, its size and when it was last used; or prune it to the bound",
-    )
-    add(
-        "--cache_dir",
-        default="",
-        help="another cache than $ICAE_CACHE, or ~/.cache/icae_jax: the data.cache_dir of a configuration",
-    )
-    add("--max_gib", help=f"prune: how much may stay, by default ${VARIABLE} or {DEFAULT_GIB:g}")
-    add(
-        "--all",
-        action="store_true",
-        help="prune: remove all that no process uses (but bases copied from buckets)",
-    )
-    add("--json", action="store_true", help="print one JSON object a line")
-    args = parser.parse_args(argv)
-    if args.action == "list" and (args.all or args.max_gib is not None):
-        parser.error("--all and --max_gib are for prune")
-    root = files.named_cache(args.cache_dir)
-    if not args.cache_dir and (root is None or not root.exists()):
-        root = files.cache_folder()  # which may be one in the temporary folder
-    elif not root.is_dir():
-        raise UserError(f"{'--cache_dir' if args.cache_dir else 'cache'} {root}: no such folder")
-    if args.action == "list":
-        rows = _rows(entries(root, version))
-        for row in rows:
-            notes = [
-                note
-                for note, holds in (
-                    ("in use", row["in_use"]),
-                    ("of an earlier version", row["outdated"]),
-                )
-                if holds
-            ]
-            notes += [f"{row['count']:,} of them"] if row["count"] > 1 else []
-            line = f"{row['what']:9}{_shown(row['bytes']):>12}  {row['used']}  {row['name']}" + (
-                f" ({', '.join(notes)})" if notes else ""
-            )
-            print(json.dumps(row, ensure_ascii=False) if args.json else line)
-        if not args.json:
-            total = sum(row["bytes"] for row in rows if row["what"] != "bases")
-            print(f"{root}: {_shown(total)} of {_shown(bound())} (${VARIABLE}), bases not counted")
-        return 0
-    most = 0 if args.all else bound() if args.max_gib is None else _bytes(args.max_gib, "--max_gib")
-    with errors.naming(f"cache {root}: cannot be pruned"):
-        removed = prune(root, most, version, args.all)
-    left = sum(entry.size for entry in entries(root, version) if entry.kind != "bases")
-    freed = sum(entry.size for entry in removed)
-    if args.json:
-        print(json.dumps({"removed": len(removed), "freed_bytes": freed, "left_bytes": left}))
-    else:
-        why = ", in use or used just now" if left > most else ""
-        print(f"{root}: freed {_shown(freed)} ({len(removed)} removed), {_shown(left)} left{why}")
-    return 0

@@ -1,9 +1,10 @@
-"""One writer of a folder at a time: a lock that ends with its process, and a heartbeat that other hosts watch.
+"""One writer of a folder at a time: a lock that ends with its process, and a heartbeat.
 
-`FOLDER/.lock` is flocked, and holds a record of who writes there. The kernel drops the flock however a process ends, but some shared disks
-have none, or one for each host (NFS without locks, Cloud Storage FUSE, Lustre without `-o flock`). There the record decides, whose count
-its writer raises every `BEAT_SECONDS`: others watch whether it changes, and never compare clocks. Whoever frees the lock removes the file;
-a process that opened it before that must not take what it has for the lock.
+`FOLDER/.lock` is flocked, and holds a record of its writer. The kernel releases the flock however a
+process ends, but some shared disks have no flock, or one for each host (NFS without locks, Cloud
+Storage FUSE, Lustre without `-o flock`). There the record decides: its writer increments a counter
+every `BEAT_SECONDS`, and others watch whether it changes; clocks are never compared. Releasing the
+lock removes the file, so a process that opened it earlier must not take its flock for the lock.
 """
 
 import contextlib
@@ -20,35 +21,25 @@ import threading
 import time
 import weakref
 from collections.abc import Iterator
+from typing import IO
 
 from icae_jax import errors
 from icae_jax.errors import UserError
 
 NAME = ".lock"
 BEAT_SECONDS = 5.0
-# A record that has not changed for so long is a dead process's. Shared disks may show a minute-old file, and a process may be held up.
+# A record that has not changed for so long belongs to a dead process. Shared disks may show a file
+# that is a minute old, and a process may be suspended.
 STALE_SECONDS = 120.0
-LEAVING_SECONDS = 900.0  # whoever has been told to leave, and saves, is waited for so long
-ENDING_SECONDS = 1.0  # a process that has been killed may take a moment to end
-SETTLING_SECONDS = 2.0  # on a shared disk two may take the same free or stale lock: whose record is there afterwards has it
+LEAVING_SECONDS = 900.0  # how long to wait for a process that was told to end, and is saving
+ENDING_SECONDS = 1.0  # a killed process may take a moment to end
+# On a shared disk two processes may take the same free or stale lock: after this time, the one
+# whose record is there has it.
+SETTLING_SECONDS = 2.0
 POLL_SECONDS = 0.2
-_RECORD_BYTES = (
-    4096  # padded, so that nobody reads a record half, and a shorter one leaves nothing of a longer
-)
-_LOCAL = {
-    "ext2",
-    "ext3",
-    "ext4",
-    "xfs",
-    "btrfs",
-    "zfs",
-    "f2fs",
-    "jfs",
-    "bcachefs",
-    "overlay",
-    "tmpfs",
-    "ramfs",
-}
+_RECORD_BYTES = 4096  # padded, so that nobody reads half a record or the tail of a longer one
+_LOCAL = {"ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "jfs", "bcachefs"}
+_LOCAL |= {"overlay", "tmpfs", "ramfs"}
 _live: "weakref.WeakSet[Lock]" = weakref.WeakSet()
 
 
@@ -59,7 +50,7 @@ def _read(path: str) -> str:
 
 
 def _is_local(folder: pathlib.Path) -> bool:
-    """Whether a folder is on a disk of this machine alone, by the type of its filesystem; what is not known counts as shared."""
+    """Whether a folder is on a local disk, by its filesystem's type; shared if unknown."""
     best, kind = -1, ""
     for line in _read("/proc/self/mountinfo").splitlines():
         before, _, after = line.partition(" - ")
@@ -70,12 +61,12 @@ def _is_local(folder: pathlib.Path) -> bool:
 
 
 def _boot() -> str:
-    """What tells this start of this machine from any other; empty where there is no such thing."""
+    """The id of this boot of this host; empty on systems without one."""
     return _read("/proc/sys/kernel/random/boot_id")
 
 
-def flock(file, operation: int) -> bool | None:
-    """`fcntl.flock`: whether the lock was got; None on a filesystem that has none."""
+def flock(file: IO | int, operation: int) -> bool | None:
+    """Calls `fcntl.flock`; returns whether it succeeded, or None on a filesystem without flock."""
     try:
         fcntl.flock(file, operation)
     except BlockingIOError:
@@ -86,7 +77,7 @@ def flock(file, operation: int) -> bool | None:
 
 
 def _parsed(text: str) -> dict:
-    """The record in a text; empty where it is none, as half of one."""
+    """The record in a text; empty if it is not one."""
     try:
         record = json.loads(text)
     except (ValueError, RecursionError):
@@ -95,25 +86,30 @@ def _parsed(text: str) -> dict:
 
 
 class Lock:
-    """The lock of one folder, which must exist when it is first attempted. flag: what gives the folder, for what is said.
+    """The lock of one folder.
 
-    `attempt` until it is true; then the lock is held until `close`, or until the process ends.
+    Call `attempt` until it returns True. The lock is then held until `close`, or until the process
+    ends.
+
+    Args:
+        folder: must exist when the lock is first attempted.
+        flag: the flag that gives the folder, for messages.
     """
 
     def __init__(self, folder: str | os.PathLike, flag: str):
         self.folder, self.flag, self.path = folder, flag, pathlib.Path(folder).resolve() / NAME
         self.held, self._lost, self._leaving, self._descriptor = False, "", False, None
-        self._seen: tuple[str, float] | None = (
-            None  # the record of another, and since when it has been the same
-        )
-        self._since: dict[str, float] = {}  # when each kind of waiting began
+        # Another process's record, and since when it has been the same.
+        self._seen: tuple[str, float] | None = None
+        self._since: dict[str, float] = {}  # when each kind of wait began
         self._stop, self._beating, self._thread = threading.Event(), threading.Lock(), None
 
-    # ---------------------------------------------------------------------------------------------------------- taking
+    # ---------------------------------------------------------------------------------- taking
 
     def attempt(self) -> bool:
-        """Whether the lock is now held; to be asked again while it is not. UserError where a live process has it, or nothing can be
-        written there.
+        """Tries once to take the lock; returns whether it is held.
+
+        UserError where a live process has it, or the folder cannot be written.
         """
         with errors.naming(f"{self.flag} {self.folder}", "give a folder that can be written"):
             self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
@@ -127,13 +123,16 @@ class Lock:
             alive = False if free is not False and not text else self._watch(text, holder)
         if alive is False and self._is_the_file() and self._take(bool(free)):
             return True
-        self._forget()  # who else waits is not to take this process for the one that it watches
+        self._forget()  # other waiting processes must not mistake this one for the holder
         if alive:
             self._wait_or_refuse(holder)
         return False
 
     def _is_the_file(self):
-        """Whether the file that is open is still the one of its name. Shared disks may number files anew: there `_take` looks again."""
+        """Whether the open file is still the one at the path.
+
+        Inode numbers may change on shared disks; there `_take` checks again.
+        """
         with contextlib.suppress(FileNotFoundError):
             return not self._local or os.path.samestat(
                 os.stat(self.path), os.fstat(self._descriptor)
@@ -144,71 +143,80 @@ class Lock:
         return _parsed(self._text()).get("token") == self._record["token"]
 
     def _text(self):
-        """The record at the lock's path, as text; empty where there is none."""
+        """The text of the record at the lock's path; empty if there is none."""
         try:
             return self.path.read_text(encoding="utf-8", errors="replace").rstrip(" \n\0")
-        except FileNotFoundError:  # freed at this moment
+        except FileNotFoundError:  # released just now
             return ""
 
     def _flock_tells(self, holder):
-        """Whether the flock alone tells if the holder lives: it is on this host, or nobody else sees this disk."""
+        """Whether the flock decides: the holder is on this host, or only this host has the disk."""
         on_this_host = holder.get("flock") and holder.get("boot") and holder["boot"] == _boot()
         return bool(on_this_host or (self._local and holder.get("local", True)))
 
     def _watch(self, text, holder):
-        """Whether the holder lives: True once its record has changed, False once it has not for `STALE_SECONDS`, None until then."""
+        """Whether the holder is alive, or None while that is unknown.
+
+        It is alive once its record changes, and dead once it has not for `STALE_SECONDS`.
+        """
         now = time.monotonic()
         before, since = self._seen or (None, now)
         if text != before:
             self._seen = (text, now)
             if before is None:
                 self._say(
-                    f"{_who(holder)} may still be writing there; waiting up to {STALE_SECONDS:g} s to see whether it is alive"
+                    f"{_who(holder)} may still be writing there; "
+                    f"waiting up to {STALE_SECONDS:g} s to see whether it is alive"
                 )
-            return (
-                True
-                if holder and _parsed(before or "").get("token") == holder.get("token")
-                else None
-            )
+            same_writer = holder and _parsed(before or "").get("token") == holder.get("token")
+            return True if same_writer else None
         if now - since < STALE_SECONDS:
             return None
         self._say(
-            f"{_who(holder)} is dead: nothing was heard of it for {STALE_SECONDS:g} s; going on without it"
+            f"{_who(holder)} is dead: no heartbeat for {STALE_SECONDS:g} s; going on without it"
         )
         return False
 
     def _wait_or_refuse(self, holder):
-        """Notes that a live process has the lock. UserError once that is no longer to be waited for."""
+        """Waits for a live holder; UserError once that has taken too long."""
         leaving = bool(holder.get("leaving"))
         if leaving and "leaving" not in self._since:
             self._say(
-                f"{_who(holder)} has been told to end, and saves; waiting for it, {LEAVING_SECONDS / 60:g} minutes at most"
+                f"{_who(holder)} has been told to end, and is saving; "
+                f"waiting for it, {LEAVING_SECONDS / 60:g} minutes at most"
             )
-        waited = time.monotonic() - self._since.setdefault(
-            "leaving" if leaving else "alive", time.monotonic()
-        )
+        now = time.monotonic()
+        waited = now - self._since.setdefault("leaving" if leaving else "alive", now)
         if waited >= (LEAVING_SECONDS if leaving else ENDING_SECONDS):
-            where = (
-                f"stop it (kill {holder['pid']} on {holder['host']})"
-                if {"pid", "host"} <= holder.keys()
-                else "stop it"
-            )
+            stop = "stop it"
+            if {"pid", "host"} <= holder.keys():
+                stop = f"stop it (kill {holder['pid']} on {holder['host']})"
             raise UserError(
-                f"{self.flag} {self.folder} is in use: {_who(holder)} is writing there; wait until it has ended, {where}, "
-                f"or give another {self.flag}"
+                f"{self.flag} {self.folder} is in use: {_who(holder)} is writing there; "
+                f"wait until it has ended, {stop}, or give another {self.flag}"
             )
 
     def _say(self, text):
         print(f"{self.folder}: {text}", file=sys.stderr, flush=True)
 
     def _take(self, flocked):
-        """Writes this process's record. Returns whether the lock is held: on a shared disk another may have taken it at the same time."""
+        """Writes this process's record; returns whether the lock is held.
+
+        On a shared disk another process may have taken it at the same time.
+        """
         command = shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]])
         self._record = {
-            "host": socket.gethostname(), "pid": os.getpid(), "since": datetime.datetime.now().isoformat(" ", "seconds"),
-            "command": command if len(command) <= 160 else f"{command[:159]}…", "token": secrets.token_hex(8), "beat": 0,
-            "boot": _boot(), "flock": flocked, "local": self._local, "leaving": False,
-        }  # fmt: skip
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "since": datetime.datetime.now().isoformat(" ", "seconds"),
+            "command": command if len(command) <= 160 else f"{command[:159]}…",
+            "token": secrets.token_hex(8),
+            "beat": 0,
+            "boot": _boot(),
+            "flock": flocked,
+            "local": self._local,
+            "leaving": False,
+        }
         with errors.naming(f"{self.flag} {self.folder}", "give a folder that can be written"):
             self._write()
         if not self._local:
@@ -231,19 +239,17 @@ class Lock:
         if not self._local:
             os.fsync(self._descriptor)
 
-    # --------------------------------------------------------------------------------------------------------- holding
+    # --------------------------------------------------------------------------------- holding
 
     def _beat(self):
         last = time.monotonic()
         while not self._stop.wait(POLL_SECONDS):
-            told = self._leaving != self._record["leaving"]
-            if not told and time.monotonic() - last < BEAT_SECONDS:
+            leaving_now = self._leaving != self._record["leaving"]
+            if not leaving_now and time.monotonic() - last < BEAT_SECONDS:
                 continue
             last = time.monotonic()
-            with (
-                contextlib.suppress(OSError),
-                self._beating,
-            ):  # a disk that fails for a while: the next beat may come through
+            # OSError: the disk fails for a while, and the next beat may come through.
+            with contextlib.suppress(OSError), self._beating:
                 there = _parsed(self._text())
                 if there.get("token") not in (None, self._record["token"]):
                     self._lost = _who(there)
@@ -254,24 +260,27 @@ class Lock:
                 self._write()
 
     def leave(self) -> None:
-        """Notes that this process has been told to end: whoever comes for the lock waits until it has saved. Safe in a signal handler."""
+        """Records that this process is saving and about to end, so that others wait for it.
+
+        Safe in a signal handler.
+        """
         self._leaving = True
 
     def check(self) -> None:
-        """UserError where another process has taken the lock meanwhile, since this one was not heard of for too long."""
+        """UserError if another process took the lock because this one's heartbeat had stopped."""
         if self._lost:
             raise UserError(
-                f"{self.flag} {self.folder} is in use: {self._lost} has taken it over while nothing was heard of this one, as when a "
-                f"machine is suspended; this one ends"
+                f"{self.flag} {self.folder} is in use: {self._lost} has taken it over while this "
+                "process had no heartbeat, as when a machine is suspended; this process ends"
             )
 
     def close(self) -> None:
-        """Frees the lock, if it is held."""
+        """Releases the lock, if it is held."""
         if self._descriptor is None:
             return
         self._stop.set()
         with contextlib.suppress(OSError), self._beating:
-            if self.held and self._is_mine():  # what is another's by now stays
+            if self.held and self._is_mine():  # do not remove another's
                 self.path.unlink(missing_ok=True)
         self._forget()
 
@@ -283,16 +292,17 @@ class Lock:
 
 
 def _who(holder):
-    """The process of a record, in words."""
+    """Describes the process of a record."""
     if not {"pid", "host", "since", "command"} <= holder.keys():
         return "another process"
-    return f"process {holder['pid']} on {holder['host']}, since {holder['since']} ({holder['command']}),"
+    since = f"since {holder['since']} ({holder['command']}),"
+    return f"process {holder['pid']} on {holder['host']}, {since}"
 
 
 def _forget_all():
-    """A forked child shares its parent's flock, which would outlive the parent in it."""
+    """Drops the flocks that a forked child shares, which would outlive the parent in the child."""
     for lock in list(_live):
-        lock._forget()  # and nothing else: what a thread held is held for ever in the child
+        lock._forget()  # no more: mutexes that a thread held stay locked in the child
 
 
 os.register_at_fork(after_in_child=_forget_all)
@@ -300,7 +310,12 @@ os.register_at_fork(after_in_child=_forget_all)
 
 @contextlib.contextmanager
 def only_writer(folder: str | os.PathLike, flag: str) -> Iterator[Lock]:
-    """Holds the lock of a folder, which is made where it is not there. flag: what gives the folder. UserError where another has it."""
+    """Holds the lock of a folder, created if needed; UserError where another process has it.
+
+    Args:
+        folder: the folder.
+        flag: the flag that gives it, for messages.
+    """
     with errors.naming(f"{flag} {folder}", "give a folder that can be written"):
         pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
     lock = Lock(folder, flag)

@@ -41,13 +41,15 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from icae_jax.compression.encoder import SPECIAL_ROWS, CompressionConfig
+from icae_jax.compression.config import CompressionConfig
+from icae_jax.compression.trained import SPECIAL_ROWS
 from icae_jax.interop.adapters import folder as adapters
 from icae_jax.interop.hub import base as bases
 from icae_jax.interop.hub import tokenizer as tokenizers
 from icae_jax.models import llama, lora
 from icae_jax.objectives import targets
-from icae_jax.training.config import TrainConfig, from_dict
+from icae_jax.training.config import TrainConfig
+from icae_jax.training.config_file import from_dict
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update(

@@ -147,12 +147,12 @@ MUTANTS = [
         'jax.random.fold_in(jax.random.key(seed), state["step"])', "jax.random.key(seed)", "test_step.py -k randomness",
     ),
     Mutant(
-        "the warm-up's first step does nothing", "training/step.py",
+        "the warm-up's first step does nothing", "training/optimizer.py",
         "return schedule(step + 1)", "return schedule(step)", "test_step.py -k learning_rate",
     ),
     Mutant(
-        "the wrong memory is the right one", "data/batches.py",
-        "self.targets(*self.of_another_text(bucket, row))[0]", "self.targets(bucket, row)[0]", "test_compressor_task.py -k control",
+        "the wrong memory is the right one", "data/examples.py",
+        "self.example(*self.other_text(bucket, number))", "self.example(bucket, number)", "test_compressor_task.py -k control",
     ),
     Mutant(
         "a memory of another dtype is read in its own", "compression/methods.py",
@@ -163,12 +163,12 @@ MUTANTS = [
         "mask if mask.shape[1] == 1 else rows(mask, at)", "mask", "test_llama.py -k some_positions_behind",
     ),
     Mutant(
-        "scoring runs the head at every position", "inference/compressor.py",
-        "_up(max(longest)), _up(labels)", "_up(max(longest)), _up(max(longest))", "test_compressor.py -k head_runs",
+        "scoring runs the head at every position", "inference/reading.py",
+        "round_up(max(longest)), round_up(labels)", "round_up(max(longest)), round_up(max(longest))", "test_compressor.py -k head_runs",
     ),
     Mutant(
         "attention is timed for every compressor", "runtime/attention_choice.py",
-        "if key not in _MEASURED:", "if True:", "test_training_attention.py -k once",
+        "if key not in _TIMINGS:", "if True:", "test_attention_choice.py -k once",
     ),
     Mutant(
         "a name with two $ is a formula", "evaluation/report.py",
@@ -189,15 +189,15 @@ MUTANTS = [
     ),
     # --------------------------------------------------------------------------------------------------------- data
     Mutant(
-        "every step draws the same bucket", "data/batches.py",
+        "every step draws the same bucket", "data/drawing.py",
         "default_rng([seed, 0, step])", "default_rng([seed, 0])", "test_batches.py",
     ),
     Mutant(
-        "every epoch has the same order", "data/batches.py",
+        "every epoch has the same order", "data/drawing.py",
         "default_rng([seed, 1, bucket, epoch, *source])", "default_rng([seed, 1, bucket, *source])", "test_batches.py",
     ),
     Mutant(
-        "the drawn k knows no seed", "data/batches.py",
+        "the drawn k knows no seed", "data/drawing.py",
         "default_rng([seed, 3, step])", "default_rng([3, step])", "test_batches.py",
     ),
     Mutant(
@@ -205,12 +205,12 @@ MUTANTS = [
         "after - taken_after, left - share", "after - taken_after, left", "test_batches.py",
     ),
     Mutant(
-        "continuations too short to tell are LM targets", "data/batches.py",
-        "after - stop > min(layouts.LM_MINIMUM, size - 1)", "after - stop > 0", "test_batches.py",
+        "continuations too short to tell are LM targets", "data/index.py",
+        "after - stop > min(LM_MINIMUM, size - 1)", "after - stop > 0", "test_batches.py",
     ),
     # ------------------------------------------------------------------------------------------------- what is on disk
     Mutant(
-        "PEFT's matrices lie untransposed", "interop/adapters/folder.py",
+        "PEFT's matrices lie untransposed", "interop/adapters/lora_tensors.py",
         "np.ascontiguousarray(layer.T)", "np.ascontiguousarray(layer)", "test_adapter.py",
     ),
     Mutant(
@@ -219,7 +219,7 @@ MUTANTS = [
     ),
     Mutant(
         "another base's memories are read", "inference/memory_file.py",
-        "if wrote != have:", 'if wrote != have and kind != "base":', "test_store.py -k another_base",
+        "if stated != have:", 'if stated != have and kind != "base":', "test_memory_file.py -k another_base",
     ),
     # ------------------------------------------------------------------------------------------------------- decoding
     Mutant(
@@ -261,8 +261,8 @@ MUTANTS = [
         'self._run(instruction.called("body"), times * turns)', 'self._run(instruction.called("body"), times)', "test_hlo.py",
     ),
     Mutant(
-        "points of a sweep share a folder", "workflows/sweep.py",
-        'f"{text}-{number}" if text in made else text', "text", "test_sweep.py -k 'name or folder'",
+        "points of a sweep share a folder", "workflows/sweep_points.py",
+        'f"{name}-{number}" if name in names else name', "name", "test_sweep.py -k 'name or folder'",
     ),
     # ------------------------------------------------------------------------------------------------------ many devices
     Mutant(
@@ -283,24 +283,24 @@ MUTANTS = [
         "tries within tries multiply", "errors.py", "or getattr(error, _GIVEN_UP, False) or", "or", "test_errors.py -k multiply",
     ),
     Mutant(
-        "what has a checkpoint's name is one", "training/checkpoint.py",
+        "what has a checkpoint's name is one", "training/checkpoint_files.py",
         "if flaw(folder):\n            continue", "if False:\n            continue", "test_checkpoint.py -k changes_nothing",
     ),
     Mutant(
-        "a checkpoint that goes while it is read is an error", "training/checkpoint.py",
+        "a checkpoint that goes while it is read is an error", "training/checkpoint_files.py",
         "if not is_whole(folder):\n                continue", "if False:\n                continue", "test_checkpoint.py -k goes_while",
     ),
     Mutant(
-        "NaN is the best loss", "training/checkpoint.py",
+        "NaN is the best loss", "training/checkpoint_files.py",
         'if loss is not None and math.isfinite(loss)\n    ]', "if loss is not None]", "test_checkpoint.py -k nan",
     ),
     Mutant(
         "parameters that an update broke are saved", "training/train.py",
-        ', float(values["grad_norm"]), float(values["param_norm"])],\n            )', ', float(values["grad_norm"])])', "test_train.py -k update_broke",
+        '*losses.values(), grad_norm, param_norm]', '*losses.values(), grad_norm]', "test_train.py -k update_broke",
     ),
     Mutant(
         "a held-out loss of NaN is one", "training/train.py",
-        "return score is None or math.isfinite(score)", "return True", "test_train.py -k not_finite",
+        "return loss is None or math.isfinite(loss)", "return True", "test_train.py -k not_finite",
     ),
     Mutant(
         "a notice to leave waits for the evaluation", "training/train.py",
@@ -322,7 +322,7 @@ MUTANTS = [
     ),
     Mutant(
         "a sweep's points are counted anew", "workflows/sweep.py",
-        'numbers = before.get("numbers") or', "numbers =", "test_sweep.py -k keeps_its_point",
+        'numbers = recorded.get("numbers") or', "numbers =", "test_sweep.py -k keeps_its_point",
     ),
     # ---------------------------------------------------------------------------------------- what users and strangers wrote
     Mutant("a spelled token is read by its letters", "interop/hub/text.py", 'split_special_tokens=True,', "", "test_text.py"),

@@ -6,7 +6,7 @@ MUTANTS = [
     # -------------------------------------------------------------------------------------------------------- base models
     Mutant(
         "a field of config.json that is false counts as null", "models/families/config_fields.py",
-        "if value is None or field in harmless", "if not value or field in harmless", "test_config_json.py -k refused_by_field",
+        "        value is None\n", "        not value\n", "test_config_json.py -k refused_by_field",
     ),
     Mutant(
         "tensors of the model's own parts are left out", "interop/hub/stored.py",
@@ -14,7 +14,7 @@ MUTANTS = [
     ),
     Mutant(
         "an old index comes before the one file", "interop/hub/stored.py",
-        "if whole.exists() and WHOLE not in held.values():", "if False:", "test_stored.py -k before_shards",
+        "if whole.exists() and WHOLE not in names.values():", "if False:", "test_stored.py -k before_shards",
     ),
     Mutant(
         "a tied base's own head is dropped", "interop/hub/stored.py",
@@ -26,11 +26,11 @@ MUTANTS = [
     # ------------------------------------------------------------------------------------------------------- tokenizers, ids
     Mutant(
         "transformers decides how a text is read", "interop/hub/tokenizer.py",
-        "tokenizer = _reading(folder, _as_the_file_says)", "tokenizer = _reading(folder, _by_its_class)",
+        "tokenizer = _load(folder, _from_json)", "tokenizer = _load(folder, _from_class)",
         "test_tokenizer.py -k file_decides",
     ),
     Mutant(
-        "a tokenizer that contradicts its file is taken", "interop/hub/tokenizer.py", "    if ids == own:", "    if True:",
+        "a tokenizer that contradicts its file is taken", "interop/hub/tokenizer.py", "    if ids == expected:", "    if True:",
         "test_tokenizer.py -k contradicts",
     ),
     Mutant(
@@ -48,7 +48,7 @@ MUTANTS = [
         "if len(ids) and not (-special_rows <= min(ids) and max(ids) < table_rows):", "if False:", "test_tokenizer.py -k without_a_row",
     ),
     Mutant(
-        "a memory that is not finite is kept", "inference/memory_file.py", "        if not whole.all():", "        if False:",
+        "a memory that is not finite is kept", "inference/memory_file.py", "        if not finite.all():", "        if False:",
         "test_tokenizer.py -k not_finite",
     ),
     Mutant(
@@ -65,8 +65,8 @@ MUTANTS = [
         "if name not in COMPUTED | HARMLESS | REFUSED and value is not None:", "if False:", "test_peft_config.py -k by_name",
     ),
     Mutant(
-        "another module's scale is not folded into B", "interop/adapters/folder.py",
-        "stated.scale_of(module(i, name)) / stated.scale", "1.0", "test_peft_config.py -k peft_computes",
+        "another module's scale is not folded into B", "interop/adapters/lora_tensors.py",
+        "stated.scale_of(naming.module(layer, projection)) / stated.scale", "1.0", "test_peft_config.py -k peft_computes",
     ),
     Mutant(
         "a memory names no commit of the hub", "interop/hub/locations.py",
@@ -74,7 +74,8 @@ MUTANTS = [
     ),
     Mutant(
         "an adapter that does not restore is pushed", "workflows/convert_adapter.py",
-        "if (args.push or not settled) and not args.force:", "if not settled and not args.force:",
+        "if (options.publication or not base_is_certain) and not options.force:",
+        "if not base_is_certain and not options.force:",
         "test_hub_adapters.py -k nothing_is_pushed",
     ),
     # ----------------------------------------------------------------------------------------------------------------- rows
@@ -83,8 +84,8 @@ MUTANTS = [
         "self.count(NO_ANSWER, row.where)", "self.count(NO_ANSWER, row.where)\n            return None", "test_rows.py -k left_out",
     ),
     Mutant(
-        "texts without tokens are counted among the others", "data/tokens.py",
-        "enumerate(name for name, ids in pieces.items() if ids)", "enumerate(pieces)", "test_tokens.py -k no_tokens",
+        "texts without tokens are counted among the others", "data/tokenising.py",
+        "kept = [key for key in new if ids[key]]", "kept = list(new)", "test_tokens.py -k no_tokens",
     ),
     Mutant(
         "an answer of one's own is no part of the key", "data/sources.py",
@@ -92,11 +93,11 @@ MUTANTS = [
     ),
     Mutant(
         "a number ends where a piece of the file does", "data/json_rows.py",
-        'cut = end == len(self.buffer) and not isinstance(\n                    value, dict | list | str\n                )', "cut = False", "test_data_formats.py -k seams",
+        'cut = end == len(self.buffer) and not has_end', "cut = False", "test_data_formats.py -k seams",
     ),
     Mutant(
         "a folder's files come in the order of the disk", "data/places.py",
-        "sorted(set(found), key=lambda f: pathlib.PurePath(f).parts)", "list(dict.fromkeys(found))[::-1]",
+        "sorted(set(paths), key=lambda p: pathlib.PurePath(p).parts)", "list(dict.fromkeys(paths))[::-1]",
         "test_places.py -k 'folder or glob'",
     ),
     # -------------------------------------------------------------------------------------- one writer, half-set machines
@@ -106,14 +107,15 @@ MUTANTS = [
         "test_lock.py -k passed_over",
     ),
     Mutant(
-        "damage without a whole checkpoint is a new start", "training/checkpoint.py", "    if damaged and found is None:", "    if False:",
+        "damage without a whole checkpoint is a new start", "training/checkpoint.py", "    if damaged and resumed is None:", "    if False:",
         "test_checkpoint.py -k without_a_whole",
     ),
     Mutant(
-        "another user's folder serves as the cache", "files.py", " or there.st_mode & 0o022", "", "test_cache.py -k another_users",
+        "another user's folder serves as the cache", "cache.py", "            and not there.st_mode & 0o022\n", "",
+        "test_cache.py -k another_users",
     ),
     Mutant(
-        "a flag that stops XLA is not looked for", "runtime/platforms.py", "if tried.returncode and wrong:", "if False:",
+        "a flag that stops XLA is not looked for", "runtime/platforms.py", "if trial.returncode and wrong:", "if False:",
         "test_platforms.py -k stops_jax",
     ),
     # ------------------------------------------------------------------------------------------------- of a second reading
@@ -126,19 +128,19 @@ MUTANTS = [
         "if tokenizer not in _SPELLED:", "test_tokenizer.py -k named_late",
     ),
     Mutant(
-        "a text spells what ends texts by the base alone", "interop/hub/text.py", "for i in (*tokenizer.all_special_ids, *ends)",
+        "a text spells what ends texts by the base alone", "interop/hub/text.py", "for i in (*tokenizer.all_special_ids, *stops)",
         "for i in tokenizer.all_special_ids", "test_tokenizer.py -k whatever_the_tokenizer",
     ),
     Mutant(
-        "ids that are numbers are not found", "inference/memory_file.py", "names = [str(one) for one in ids]", "names = list(ids)",
+        "ids that are numbers are not found", "inference/memory_file.py", "names = [str(text_id) for text_id in ids]", "names = list(ids)",
         "test_cli.py -k ask",
     ),
     Mutant(
-        "an offline address of the hub is an outage", "interop/hub/locations.py", "if _not_in_cache(error) and is_offline():",
-        "if at_hub and _not_in_cache(error) and is_offline():", "test_interop_sources.py -k hubs_own_urls",
+        "an offline address of the hub is an outage", "interop/hub/fetching.py", "if _not_in_cache(error) and is_offline():",
+        "if at_hub and _not_in_cache(error) and is_offline():", "test_locations.py -k hubs_own_urls",
     ),
     Mutant(
-        "what stands beside a file may be junk", "interop/adapters/formats.py", "    files.check_fields(told, READING_FIELDS, beside)\n", "",
+        "what stands beside a file may be junk", "interop/adapters/formats.py", "    files.check_fields(stated, READING_FIELDS, beside)\n", "",
         "test_formats.py -k of_its_type",
     ),
     Mutant(
@@ -146,18 +148,18 @@ MUTANTS = [
         "batch.slice(start, step).to_pylist()", "test_data_formats.py -k times",
     ),
     Mutant(
-        "an impossible question is answered", "data/rows.py", "if _is_impossible(raw):", "if False:",
+        "an impossible question is answered", "data/forms.py", "if _is_impossible(raw):", "if False:",
         "test_rows.py -k impossible",
     ),
     Mutant(
         "damaged tokens end every run", "data/tokens.py", "        _arrays(folder)\n    except", "    except", "test_tokens.py -k damaged",
     ),
     Mutant(
-        "a folder takes its place before it is on the disk", "files.py", "        flush(tmp)\n        for within",
-        "        for within", "test_files.py -k on_the_disk",
+        "a folder takes its place before it is on the disk", "files.py", "        flush(tmp)\n        # Children",
+        "        # Children", "test_files.py -k on_the_disk",
     ),
     Mutant(
-        "a half-zeroed index is no damage", "training/checkpoint.py", r"|\bError decoding |[Cc]orrupt", "",
+        "a half-zeroed index is no damage", "training/checkpoint_files.py", r"|\bError decoding |[Cc]orrupt", "",
         "test_checkpoint.py -k half_zero",
     ),
 ]  # fmt: skip

@@ -1,4 +1,6 @@
-"""A stand-in for the model hub on a port of this machine, which the hub's own client talks to: repositories, commits, files by revision."""
+"""A local stand-in for the model hub, for the hub's own client: repositories, commits, files by
+revision.
+"""
 
 import base64
 import contextlib
@@ -13,9 +15,9 @@ from huggingface_hub import constants, hf_api
 
 
 class Hub:
-    """repositories: `{id: [commit, …]}`, each `(sha, {path: bytes})`, the last of them main. private, gated, forbidden: ids that are so.
-
-    requests: every `METHOD path` that came. status: `(method, part of the path, status)` that is answered instead.
+    """A stand-in for the hub. repositories: `{id: [commit, …]}`, each `(sha, {path: bytes})`, the
+    last one main. private, gated, forbidden: ids. requests: every `METHOD path` received. status:
+    `(method, part of the path, status)` that is answered instead.
     """
 
     def __init__(self):
@@ -30,13 +32,13 @@ class Hub:
         return sha
 
     def upload(self, name, folder, only=None):
-        """The same, of a folder of this machine."""
+        """Adds a commit with the files of a local folder; returns its id."""
         paths = [p for p in sorted(folder.rglob("*")) if p.is_file()]
         named = {p.relative_to(folder).as_posix(): p.read_bytes() for p in paths}
         return self.commit(name, {k: v for k, v in named.items() if only is None or k in only})
 
     def find(self, name, revision):
-        """(sha, files) of a revision, None where there is none."""
+        """(sha, files) of a revision, or None."""
         commits = self.repositories.get(name, [])
         if revision == "main":
             return commits[-1] if commits else None
@@ -45,9 +47,7 @@ class Hub:
 
 class _Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = (
-        True  # headers and body go in two pieces, the second of which would wait 40 ms
-    )
+    disable_nagle_algorithm = True  # otherwise the body, sent after the headers, waits 40 ms
 
     def log_message(self, *_):
         pass
@@ -86,7 +86,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if path == "/api/validate-yaml":
             return self.answer(200, {"errors": [], "warnings": []})
         found = re.fullmatch(
-            r"/api/models/([^/]+/[^/]+)(?:/(revision|tree|preupload|commit|paths-info)/([^/]+)(?:/(.*))?)?",
+            r"/api/models/([^/]+/[^/]+)"
+            r"(?:/(revision|tree|preupload|commit|paths-info)/([^/]+)(?:/(.*))?)?",
             path,
         )
         if found:
@@ -146,7 +147,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
                 return self.answer(
                     403,
                     {
-                        "error": "You have read access but not the required permissions for this operation"
+                        "error": "You have read access but not the required permissions "
+                        "for this operation"
                     },
                 )
             if kind == "preupload":
@@ -176,7 +178,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
                     "hookOutput": "",
                 },
             )
-        if not kind and not hub.repositories.get(name, True):  # new, without a commit
+        if not kind and not hub.repositories.get(name, True):  # new, without commits
             return self.answer(
                 200, {"id": name, "private": name in hub.private, "siblings": [], "tags": []}
             )
@@ -249,9 +251,13 @@ def serving(cache, monkeypatch):
     )
     thread.start()
     for name, value in (
-        ("ENDPOINT", server.url), ("HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}"),
-        ("HF_HUB_CACHE", str(cache)), ("HF_HUB_OFFLINE", False), ("HF_HUB_DISABLE_XET", True), ("HF_TOKEN_PATH", str(cache / "token")),
-    ):  # fmt: skip
+        ("ENDPOINT", server.url),
+        ("HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}"),
+        ("HF_HUB_CACHE", str(cache)),
+        ("HF_HUB_OFFLINE", False),
+        ("HF_HUB_DISABLE_XET", True),
+        ("HF_TOKEN_PATH", str(cache / "token")),
+    ):
         monkeypatch.setattr(constants, name, value)
     monkeypatch.setattr(hf_api.api, "endpoint", server.url)
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):

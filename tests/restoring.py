@@ -1,7 +1,8 @@
-"""Two small compressors that restore two sentences, so that what checks an adapter by restoring has something to find.
+"""Two small compressors that restore two sentences, so that what checks an adapter by restoring has
+something to find.
 
-They lie trained in tests/restoring/; `python tests/restoring.py` trains them anew, in a minute, which is needed only where the format of
-adapters changes.
+They lie trained in tests/restoring/; `python tests/restoring.py` trains them anew, in a minute,
+which is needed only where the format of adapters changes.
 """
 
 import json
@@ -16,11 +17,13 @@ from conftest import TINY, WORDS, make_tokenizer, random_params, seen_devices, w
 
 from icae_jax.interop.hub import base as bases
 from icae_jax.training.compressor_task import CompressorTask
-from icae_jax.training.config import TrainConfig, from_dict
+from icae_jax.training.config import TrainConfig
+from icae_jax.training.config_file import from_dict
 from icae_jax.training.train import train
 
 TRAINED = pathlib.Path(__file__).with_name("restoring")
-# method: (layout, steps). The layouts are those of the reference implementations, so that their formats can hold the result.
+# method: (layout, steps). The layouts are those of the reference implementations, so that their
+# formats can hold the result.
 RECIPES = {"icae": ("sequential", 1000), "x500": ("reference", 300)}
 K, CONTEXT = 4, 16
 
@@ -40,12 +43,28 @@ def run(folder, method, **changes):
     layout, steps = RECIPES[method]
     source, steps = str(folder / "texts.jsonl"), changes.get("steps", steps)
     raw = {
-        "base": str(folder / "base"), "steps": steps, "batch_size": 2, "eval_every": steps, "checkpoint_every": steps, "log_every": 100,
+        "base": str(folder / "base"),
+        "steps": steps,
+        "batch_size": 2,
+        "eval_every": steps,
+        "checkpoint_every": steps,
+        "log_every": 100,
         "compression": {"method": method, "k": K, "rate": CONTEXT / K, "layout": layout},
-        "lora": {"rank": 16, "dropout": 0.0}, "objectives": {"ae": 1.0, "lm": 0.0},
-        "optimizer": {"learning_rate": 0.02, "warmup_steps": 5, "weight_decay": 0.0, "schedule": "cosine"},
-        "data": {"train": source, "eval": source, "context_lengths": [CONTEXT], "cache_dir": str(folder / "cache")},
-    }  # fmt: skip
+        "lora": {"rank": 16, "dropout": 0.0},
+        "objectives": {"ae": 1.0, "lm": 0.0},
+        "optimizer": {
+            "learning_rate": 0.02,
+            "warmup_steps": 5,
+            "weight_decay": 0.0,
+            "schedule": "cosine",
+        },
+        "data": {
+            "train": source,
+            "eval": source,
+            "context_lengths": [CONTEXT],
+            "cache_dir": str(folder / "cache"),
+        },
+    }
     config = from_dict(TrainConfig, raw | changes)
     assert train(config, CompressorTask(config), folder / method) == 0
 
@@ -65,7 +84,9 @@ def idle_step(task, *_):
 
 
 def make_world(folder):
-    """The base, the sentences, and each method's workdir, after a step that leaves the trained adapter as it was."""
+    """The base, the sentences, and each method's workdir, after a step that leaves the trained
+    adapter as it was.
+    """
     make_base(folder)
     data = {
         "train": str(folder / "texts.jsonl"),

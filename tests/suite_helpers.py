@@ -1,4 +1,4 @@
-"""What the tests of the suites share: texts, compressors that are made once, records by example, and transformers' side of a score."""
+"""Shared by the suites' tests: texts, cached compressors, records by example, reference scores."""
 
 import functools
 import pathlib
@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from conftest import WORDS, random_trained
 
-from icae_jax.compression.encoder import CompressionConfig
+from icae_jax.compression.config import CompressionConfig
 from icae_jax.evaluation import examples as drawn
 from icae_jax.inference.compressor import Compressor
 from icae_jax.interop.adapters import folder as adapters
@@ -21,19 +21,27 @@ load_base = functools.cache(bases.load_base)
 
 
 def in_eights(self, count):
-    """`Compressor.rows` as on eight devices that each take a row: other numbers of texts then need no other programs."""
+    """`Devices.rows` as on eight devices that each take a row: other numbers of texts then need
+    no other programs.
+    """
     return -(-count // 8) * 8
 
 
 class InEights(Compressor):
-    rows = in_eights
+    """A compressor whose batches are padded to multiples of eight."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.devices.rows = functools.partial(in_eights, self.devices)
 
 
 @functools.cache
 def compressor(
     path, method="icae", template="plain", layout="", k_choices=(2, 4), seed=0, trigger_token=""
 ):
-    """A random compressor of segments of 16 tokens; the same object for the same arguments, so that it compiles once."""
+    """A random compressor of segments of 16 tokens; the same object for the same arguments, so that
+    it compiles once.
+    """
     base, k = load_base(path), k_choices[-1]
     config = CompressionConfig(
         method=method,
@@ -56,7 +64,9 @@ def compressor(
 
 
 def arms_of_k(method):
-    """`{arm: k}` to try: for one method two of them, which is enough, as every shape takes time to compile."""
+    """`{arm: k}` to try: for one method two of them, which is enough, as every shape takes time to
+    compile.
+    """
     return {"memory": 4, "memory k=2": 2} if method == "icae" else {"memory": 4}
 
 
@@ -77,7 +87,7 @@ def text(n, seed=0, questions=(), group="a", content=None):
 
 def made(suite, *texts):
     """(examples, reasons of those left out)."""
-    return drawn.make({"a": list(texts)}, 0, suite)
+    return drawn.make_examples({"a": list(texts)}, 0, suite)
 
 
 def by_example(suite, examples, batch=None):
@@ -99,7 +109,8 @@ def measured(suite, *texts):
 
 
 def same(got, want, only=None):
-    """That records agree: who they are, labels counted, sums within `BOUND`, and the texts unless a tie was counted.
+    """That records agree: who they are, labels counted, sums within `BOUND`, and the texts unless a
+    tie was counted.
 
     Returns how many numbers were compared.
     """
@@ -135,7 +146,9 @@ def same(got, want, only=None):
 
 
 def near(numbers, *want, bound=2e-5):
-    """That summed numbers are those of some `Score`s or (nats, labels): labels exactly, nats within `bound`."""
+    """That summed numbers are those of some `Score`s or (nats, labels): labels exactly, nats within
+    `bound`.
+    """
     want = [(-w.log_prob, w.tokens) if hasattr(w, "log_prob") else w for w in want]
     nats, labels = (sum(part) for part in zip(*want, strict=True))
     assert numbers[1] == labels and abs(numbers[0] - nats) <= bound * abs(nats), (
@@ -145,7 +158,7 @@ def near(numbers, *want, bound=2e-5):
     )
 
 
-# ---------------------------------------------------------------------------------------------------------- transformers
+# ------------------------------------------------------------------------------------- transformers
 
 
 @functools.cache
@@ -157,7 +170,9 @@ def _model(path):
 
 
 def reference_nats(path, ids, first):
-    """(negative log-likelihood, labels) of ids[first:] behind those before them, by transformers' logits."""
+    """(negative log-likelihood, labels) of ids[first:] behind those before them, by transformers'
+    logits.
+    """
     import torch
 
     with torch.no_grad():

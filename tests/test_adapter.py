@@ -9,9 +9,10 @@ import pytest
 import safetensors.numpy
 from conftest import TINY, close, random_lora, random_params, random_trained
 
-from icae_jax.compression.encoder import CompressionConfig
+from icae_jax.compression.config import CompressionConfig
 from icae_jax.errors import UserError
 from icae_jax.interop.adapters import folder as adapters
+from icae_jax.interop.adapters import formats, lora_tensors, peft_folder
 from icae_jax.interop.hub import base as bases
 from icae_jax.models import lora
 from icae_jax.objectives.targets import Template
@@ -70,7 +71,9 @@ def test_workdir_stands_for_its_adapter(folder):
 
 
 def test_peft_merges_what_we_compute(folder, adapter, tiny_base):
-    """Breaks when PEFT would read other names, another scale (its silent alpha = r = 8) or transposed kernels."""
+    """Breaks when PEFT would read other names, another scale (its silent alpha = r = 8) or
+    transposed kernels.
+    """
     torch, transformers, peft = (pytest.importorskip(m) for m in ("torch", "transformers", "peft"))
     model = transformers.AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32)
     before = {name: value.clone().numpy() for name, value in model.state_dict().items()}
@@ -106,15 +109,17 @@ def test_wrong_base_is_refused_with_both_named(folder, base):
 
 
 def test_names_of_the_reference_are_read():
-    """Breaks when tensors of the released checkpoints, with `icae.` in front and `.default` inside, are not found."""
+    """Breaks when tensors of the released checkpoints, with `icae.` in front and `.default` inside,
+    are not found.
+    """
     tree = random_lora(TINY)
-    tensors = adapters.lora_to_hub(tree, prefix="icae.base_model.model.", infix=".default")
+    tensors = lora_tensors.lora_to_hub(tree, prefix="icae.base_model.model.", infix=".default")
     assert tensors[
         "icae.base_model.model.model.layers.1.self_attn.q_proj.lora_A.default.weight"
     ].shape == (4, 32)
     jax.tree.map(
         np.testing.assert_array_equal,
-        adapters.lora_from_hub(tensors | {"other.weight": np.zeros(3)}, TINY),
+        lora_tensors.lora_from_hub(tensors | {"other.weight": np.zeros(3)}, TINY),
         tree,
     )
 
@@ -150,12 +155,14 @@ Q_A, Q_B = (f"base_model.model.model.layers.1.self_attn.q_proj.lora_{x}.weight" 
     ],
 )
 def test_every_tensor_that_does_not_fit_is_listed(change, messages):
-    """Breaks when an adapter of another base, or half an adapter, gets as far as a shape error or runs, or only one fault is named."""
-    tensors = adapters.lora_to_hub(random_lora(TINY))
-    adapters.lora_from_hub(tensors, TINY)
+    """Breaks when an adapter of another base, or half an adapter, gets as far as a shape error or
+    runs, or only one fault is named.
+    """
+    tensors = lora_tensors.lora_to_hub(random_lora(TINY))
+    lora_tensors.lora_from_hub(tensors, TINY)
     change(tensors)
     with pytest.raises(ValueError, match="do not fit this base") as error:
-        adapters.lora_from_hub(tensors, TINY)
+        lora_tensors.lora_from_hub(tensors, TINY)
     assert all(message in str(error.value) for message in messages), error.value
 
 
@@ -200,11 +207,11 @@ def test_every_tensor_that_does_not_fit_is_listed(change, messages):
         ),
         (
             lambda f: edit_within(f / "icae.json", "compression", rate=float("nan")),
-            "compression: rate is nan, which is no number of a",
+            "compression: rate is nan, which is not a number of",
         ),
         (
             lambda f: edit_within(f / "icae.json", "compression", rate=10**400),
-            r"compression: rate is 10+, which is no number of a sensible",
+            r"compression: rate is 10+, which is not a number of",
         ),
         (
             lambda f: edit_within(f / "icae.json", "compression", k=-3),
@@ -280,3 +287,65 @@ def test_not_a_folder(base, tmp_path):
     """Breaks when a wrong path ends in a traceback."""
     with pytest.raises(ValueError, match="is not a folder; give the folder that training wrote"):
         adapters.load_adapter(tmp_path / "absent", base)
+
+
+# --- A decoder's LoRA ---
+
+
+@pytest.fixture
+def with_decoder(adapter):
+    compression = dataclasses.replace(adapter.compression, decoder_lora=True)
+    trained = adapter.trained | {"decoder_lora": random_lora(TINY, 4, lora.PROJECTIONS, seed=9)}
+    return dataclasses.replace(adapter, compression=compression, trained=trained)
+
+
+def test_a_decoders_lora_travels_with_the_adapter(with_decoder, adapter, base, tmp_path):
+    """Breaks when the decoder's LoRA is lost, is the encoder's, or is no part of the fingerprint."""
+    adapters.save_adapter(tmp_path / "a", with_decoder)
+    loaded = adapters.load_adapter(tmp_path / "a", base)
+    assert loaded.compression.decoder_lora and loaded.has_decoder_lora
+    jax.tree.map(np.testing.assert_array_equal, loaded.trained, with_decoder.trained)
+    assert loaded.fingerprint == with_decoder.fingerprint != adapter.fingerprint
+    read = {name: x.shape for name, x in _decoder_tensors(tmp_path / "a").items()}
+    assert read == {name: x.shape for name, x in _encoder_tensors(tmp_path / "a").items()}
+
+
+def _encoder_tensors(folder):
+    return safetensors.numpy.load_file(folder / "encoder" / "adapter_model.safetensors")
+
+
+def _decoder_tensors(folder):
+    return safetensors.numpy.load_file(folder / "decoder" / "adapter_model.safetensors")
+
+
+def test_an_adapter_without_one_is_written_as_before(folder):
+    """Breaks when earlier versions, which refuse unknown fields, can no longer read an adapter."""
+    assert "decoder_lora" not in json.loads((folder / "icae.json").read_text())["compression"]
+    assert not (folder / "decoder").exists()
+
+
+def test_half_a_decoders_lora_is_refused(with_decoder, base, tmp_path):
+    """Breaks when a decoder reads without the LoRA that it was trained with, or with another's."""
+    folder = tmp_path / "a"
+    adapters.save_adapter(folder, with_decoder)
+    edit(folder / "decoder" / "adapter_config.json", lora_alpha=1.0)
+    with pytest.raises(UserError, match=r"lora_alpha / r is 0\.25, the encoder's 1\.5"):
+        adapters.load_adapter(folder, base)
+    edit_within(folder / "icae.json", "compression", decoder_lora=False)
+    with pytest.raises(UserError, match=r"icae\.json says nothing of a decoder LoRA"):
+        adapters.load_adapter(folder, base)
+    edit_within(folder / "icae.json", "compression", decoder_lora=True)
+    (folder / "decoder" / "adapter_model.safetensors").unlink()
+    edit(folder / "decoder" / "adapter_config.json", lora_alpha=6.0)
+    with pytest.raises(UserError, match=r"decoder/adapter_model\.safetensors: no such file"):
+        adapters.load_adapter(folder, base)
+
+
+@pytest.mark.parametrize("form", formats.FORMATS)
+def test_formats_that_cannot_carry_it_refuse_it(with_decoder, tmp_path, form):
+    """Breaks when a file is written that is read without the LoRA its decoder was trained with."""
+    with pytest.raises(UserError, match=f"--format {form} cannot carry a decoder LoRA"):
+        formats.write(form, tmp_path / "out", with_decoder, TINY)
+    with pytest.raises(UserError, match="a PEFT folder cannot carry a decoder LoRA"):
+        peft_folder.save(tmp_path / "out", with_decoder, TINY)
+    assert not (tmp_path / "out").exists()

@@ -15,7 +15,7 @@ from conftest import ROOT, close, eight_devices, seen_devices
 from jax._src.cudnn import fused_attention_stablehlo
 from jax.sharding import AbstractMesh, AxisType
 
-from icae_jax.models import attention
+from icae_jax.models import attention, plain_attention
 from icae_jax.runtime import sharding
 
 KERNELS = attention.splash_attention_kernel
@@ -122,7 +122,7 @@ def test_texts_in_turns(monkeypatch, scores, unroll):
     """Breaks when texts that are computed one after another get each other's keys, masks or gradients, or their order changes."""
     case = A_PREFIX_EACH
     want = case.plain
-    monkeypatch.setattr(attention, "SCORES", scores)
+    monkeypatch.setattr(plain_attention, "SCORES", scores)
     monkeypatch.setattr(attention, "attend", functools.partial(attention.attend, unroll=unroll))
     for got, one in zip(case.both("xla"), want, strict=True):
         close(got, one)
@@ -452,9 +452,9 @@ def test_on_a_mesh(monkeypatch):
             (Case(1, 20, 4, 2, 8, P=3), ("splash",)),
             (Case(8, 20, 4, 2, 8, P=3, Bp=8), ("cudnn", "xla")),
         ):
-            monkeypatch.setattr(attention, "SCORES", 1 << 20)
+            monkeypatch.setattr(plain_attention, "SCORES", 1 << 20)
             want = case.plain
-            monkeypatch.setattr(attention, "SCORES", 1)
+            monkeypatch.setattr(plain_attention, "SCORES", 1)
             grouped = case.arrays[1].shape[2] == 2
             rules = RULES if grouped else RULES[:1]  # one key/value head: none are split
             for implementation in implementations:
@@ -515,7 +515,7 @@ import numpy as np
 import test_attention as t
 from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
-from icae_jax.models import attention
+from icae_jax.models import attention, plain_attention
 from icae_jax.training import sharding
 
 jax.config.update("jax_exec_time_optimization_effort", -1.0)

@@ -1,4 +1,4 @@
-"""Base models: the way out and back in, tokenizer, stop ids, identity."""
+"""Base models: saving and loading, tokenizer, stop ids, identity."""
 
 import dataclasses
 import json
@@ -15,6 +15,7 @@ from conftest import ROOT, TINY, close, random_params, same
 
 from icae_jax import errors
 from icae_jax.interop.hub import base as bases
+from icae_jax.interop.hub import tokenizer as tokenizers
 from icae_jax.interop.hub import weights
 from icae_jax.models import llama, rope
 from icae_jax.workflows import convert_base
@@ -24,7 +25,9 @@ LLAMA3 = rope.Llama3Scaling(8.0, 1.0, 4.0, 64)
 
 
 def test_bfloat16_round_trip_through_transformers(tmp_path, tiny_params, tiny_tokenizer):
-    """Breaks when a saved base loads differently here or in transformers: names, transposition, rounding, config, tokenizer."""
+    """Breaks when a saved base loads differently here or in transformers: names, transposition,
+    rounding, config, tokenizer.
+    """
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     bases.save_base(tmp_path / "saved", TINY, tiny_params, tiny_tokenizer)
     rounded = jax.tree.map(lambda x: np.asarray(x).astype(ml_dtypes.bfloat16), tiny_params)
@@ -34,7 +37,7 @@ def test_bfloat16_round_trip_through_transformers(tmp_path, tiny_params, tiny_to
     assert (
         base.config == TINY
         and base.tokenizer("the cat")["input_ids"] == [1, 8, 9]
-        and bases.bos_id(base.tokenizer) == 1
+        and tokenizers.bos_id(base.tokenizer) == 1
     )
 
     ids = np.random.default_rng(0).integers(0, 64, (1, 12))
@@ -66,22 +69,22 @@ def test_stop_ids(folder, tiny_tokenizer):
 def test_folder_without_tokenizer_is_named(folder, tmp_path):
     """Breaks when a wrong path is taken for a name on the hub and downloaded."""
     with pytest.raises(ValueError, match="is not a folder; give a model-hub folder"):
-        bases.load_tokenizer(tmp_path / "absent")
+        tokenizers.load_tokenizer(tmp_path / "absent")
     for file in folder.glob("tokenizer*"):
         file.unlink()
     with pytest.raises(ValueError, match="no tokenizer could be loaded"):
-        bases.load_tokenizer(folder)
+        tokenizers.load_tokenizer(folder)
 
 
 def test_the_shipped_tokenizer_is_found_without_looking_for_its_class(monkeypatch):
-    """Breaks when every start waits seconds for the import of all that `AutoTokenizer` may choose from (PyTorch too), or what is read
-    instead is another tokenizer.
+    """Breaks when every start imports all that `AutoTokenizer` may choose from (PyTorch too),
+    which takes seconds, or what is loaded instead is another tokenizer.
     """
     found = transformers.AutoTokenizer.from_pretrained(str(SHIPPED_BASE), local_files_only=True)
     monkeypatch.setattr(
         transformers.AutoTokenizer, "from_pretrained", lambda *_, **__: pytest.fail("looked for")
     )
-    ours = bases.load_tokenizer(SHIPPED_BASE)
+    ours = tokenizers.load_tokenizer(SHIPPED_BASE)
     assert type(ours) is type(found) and ours.init_kwargs == found.init_kwargs
     assert ours.backend_tokenizer.to_str() == found.backend_tokenizer.to_str()
 
@@ -95,7 +98,9 @@ class X(PreTrainedTokenizerFast): pass
 
 
 def own_code(folder, name="tokenizer_config.json", tokenizer_class="X"):
-    """Makes the folder's tokenizer one of code of its own; returns the file that the code leaves when it is run."""
+    """Makes the folder's tokenizer custom code; returns the file that the code creates when it
+    runs.
+    """
     ran = folder / "RAN"
     (folder / "tokenization_x.py").write_text(CODE.format(ran=str(ran)))
     path = folder / name
@@ -112,7 +117,9 @@ def own_code(folder, name="tokenizer_config.json", tokenizer_class="X"):
 
 @pytest.mark.parametrize("name", ["tokenizer_config.json", "config.json"])
 def test_a_tokenizers_own_code_is_never_run(folder, monkeypatch, tmp_path, name):
-    """Breaks when a base's Python runs, or anybody is asked whether it may: a yes on standard input would do."""
+    """Breaks when a base's Python code runs, or a prompt asks whether it may: a yes on stdin would
+    suffice.
+    """
     ran, asked = own_code(folder, name), []
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.setattr("builtins.input", lambda *prompt: asked.append(prompt) or "y")
@@ -128,7 +135,9 @@ def test_a_tokenizers_own_code_is_never_run(folder, monkeypatch, tmp_path, name)
 
 
 def test_a_tokenizer_of_transformers_needs_no_code_of_its_own(folder, monkeypatch, tmp_path):
-    """Breaks when a base that names code beside a class that transformers has is refused, or the code is run or carried on."""
+    """Breaks when a base that names code beside a transformers class is refused, or the code is run
+    or copied.
+    """
     ran = own_code(folder, tokenizer_class="PreTrainedTokenizerFast")
     monkeypatch.setattr("builtins.input", lambda *prompt: pytest.fail("asked"))
     assert (
@@ -141,7 +150,9 @@ def test_a_tokenizer_of_transformers_needs_no_code_of_its_own(folder, monkeypatc
 
 
 def test_nothing_that_is_loaded_by_transformers_may_run_code():
-    """Breaks when one of the package's or the launchers' calls, or one in the code that it writes for others, trusts what it loads."""
+    """Breaks when a call of the package, of the launchers, or in code that they generate trusts
+    what it loads.
+    """
     sources = [
         path.read_text()
         for folder in ("icae_jax", "launch")
@@ -156,15 +167,19 @@ def test_nothing_that_is_loaded_by_transformers_may_run_code():
 
 
 def test_a_tokenizer_that_no_library_reads_is_named(folder):
-    """Breaks when what a tokenizer's library raises, a bare Exception as a rule, ends in a traceback, which launchers would repeat."""
+    """Breaks when a bare Exception of a tokenizer's library ends in a traceback, which launchers
+    would retry.
+    """
     raw = json.loads((folder / "tokenizer.json").read_text())
     (folder / "tokenizer.json").write_text(json.dumps(raw | {"model": {"type": "OfTheFuture"}}))
     with pytest.raises(errors.UserError, match="no tokenizer could be loaded"):
-        bases.load_tokenizer(folder)
+        tokenizers.load_tokenizer(folder)
 
 
 def test_stop_ids_without_a_tokenizer(folder):
-    """Breaks when config.json's eos ids are not used where generation_config.json has none, or added where it has."""
+    """Breaks when config.json's eos ids are not used where generation_config.json has none, or are
+    added where it has.
+    """
     (folder / "generation_config.json").write_text('{"eos_token_id": 7}')
     assert bases.stop_ids(folder) == (7,)
     (folder / "generation_config.json").unlink()
@@ -176,7 +191,8 @@ def test_stop_ids_without_a_tokenizer(folder):
         (folder / "generation_config.json").write_text(f'{{"eos_token_id": {damaged}}}')
         with pytest.raises(
             errors.UserError,
-            match=r"generation_config\.json: eos_token_id is .*, which is not a whole number or a list",
+            match=r"generation_config\.json: eos_token_id is .*, "
+            "which is not a whole number or a list",
         ):
             bases.stop_ids(folder)
 
@@ -190,15 +206,17 @@ def test_stop_ids_without_a_tokenizer(folder):
     ],
 )
 def test_a_damaged_tokenizer_config_is_named(folder, damaged):
-    """Breaks when a field of another type than it should have ends in a traceback from within the handling of an error."""
+    """Breaks when a field of the wrong type gives a traceback from within an error handler."""
     (folder / "tokenizer_config.json").write_text(damaged)
     (folder / "tokenizer.json").write_text("{}")
     with pytest.raises(errors.UserError, match=f"^{folder}"):
-        bases.load_tokenizer(folder)
+        tokenizers.load_tokenizer(folder)
 
 
 def test_base_from_the_hub(folder, monkeypatch):
-    """Breaks when a base of the hub is not what the folder holds, or its path becomes that of a cache."""
+    """Breaks when a base of the hub is not what the folder holds, or its path becomes that of a
+    cache.
+    """
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: str(folder))
     base, here = bases.load_base("org/tiny"), bases.load_base(folder)
     assert (base.path, here.path) == (
@@ -220,7 +238,9 @@ def test_sharding_and_dtype_reach_the_weights(folder):
 
 
 def test_base_without_a_tokenizer(folder):
-    """Breaks when a folder of weights alone is refused where no tokenizer is needed, or taken where one is."""
+    """Breaks when a folder of weights alone is refused though no tokenizer is needed, or accepted
+    though one is.
+    """
     assert bases.load_base(folder, need_tokenizer=False).tokenizer is not None
     for file in folder.glob("tokenizer*"):
         file.unlink()
@@ -262,7 +282,9 @@ def test_fingerprint(tiny_params):
 
 
 def test_fingerprint_stays_what_it_was():
-    """Breaks when a new field of the model's configuration changes the identity of bases that adapters were trained on before it."""
+    """Breaks when a new field of the model's configuration changes the identity of bases that
+    adapters were trained on.
+    """
     params = {
         "norm": {"scale": np.ones(32, np.float32)},
         "embed": np.arange(64 * 32, dtype=np.float32).reshape(64, 32),
@@ -271,9 +293,11 @@ def test_fingerprint_stays_what_it_was():
 
 
 def test_identity_without_the_weights(tiny_base, monkeypatch):
-    """Breaks when a base has another identity than when it is loaded, or all of it is read for that."""
+    """Breaks when a base's identity differs from that of the loaded base, or all of it is read."""
     whole = bases.load_base(tiny_base)
     read = []
-    monkeypatch.setattr(weights, "_read", lambda *args, f=weights._read: read.append(1) or f(*args))
+    monkeypatch.setattr(
+        weights, "_read_shard", lambda *args, f=weights._read_shard: read.append(1) or f(*args)
+    )
     assert bases.identify(str(tiny_base)) == (whole.config, whole.fingerprint)
     assert len(read) == 2

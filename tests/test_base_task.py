@@ -8,18 +8,24 @@ from conftest import ROOT
 
 from icae_jax.data import synthetic
 from icae_jax.interop.hub import base as bases
-from icae_jax.training import metrics
+from icae_jax.interop.hub import tokenizer as tokenizers
+from icae_jax.training import config_file, metrics
 from icae_jax.training.base_task import BASE, BaseTask, parse_mixture
-from icae_jax.training.config import BaseConfig, from_dict
+from icae_jax.training.config import BaseConfig
+from icae_jax.training.config_file import from_dict
 from icae_jax.training.train import DONE, train
-from icae_jax.workflows.quickstart import get_config
 
 RAW = {
-    "steps": 6, "batch_size": 4, "log_every": 1, "eval_every": 3, "checkpoint_every": 3, "eval_examples": 4,
-    "mixture": ["4 notes=1", "0 notes=1 repeat=1"],  # documents of one length, of which one step is compiled
+    "steps": 6,
+    "batch_size": 4,
+    "log_every": 1,
+    "eval_every": 3,
+    "checkpoint_every": 3,
+    "eval_examples": 4,
+    "mixture": ["4 notes=1", "0 notes=1 repeat=1"],  # of one length: one step is compiled
     "model": {"hidden_size": 32, "intermediate_size": 48, "num_layers": 2},
     "optimizer": {"name": "muon", "learning_rate": 0.02, "warmup_steps": 1, "weight_decay": 0.0},
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +37,7 @@ def workdir(tmp_path_factory):
 
 
 def test_it_learns_and_writes_a_base_that_loads(workdir):
-    lines = metrics.read(workdir / "metrics.jsonl")
+    lines = metrics.read_lines(workdir / "metrics.jsonl")
     evals = [line["eval"] for line in lines if "eval" in line]
     assert (
         set(evals[0]) == {"notes", "repeat"}
@@ -41,7 +47,7 @@ def test_it_learns_and_writes_a_base_that_loads(workdir):
     assert base.config.hidden_size == 32 and base.config.tie_word_embeddings
     assert (
         base.stop_ids == (base.tokenizer.eos_token_id,)
-        and bases.bos_id(base.tokenizer) == base.tokenizer.bos_token_id
+        and tokenizers.bos_id(base.tokenizer) == base.tokenizer.bos_token_id
     )
 
 
@@ -81,7 +87,7 @@ def test_bad_mixtures_name_the_line(line):
 
 def test_the_shipped_base_is_the_recipe_s():
     """Breaks when the shipped base and configs/tiny_base.py part ways."""
-    config = from_dict(BaseConfig, get_config("tiny_base"))
+    config = config_file.load(BaseConfig, "tiny_base")
     folder = ROOT / "icae_jax" / "data" / "tiny_base"
     base = bases.load_base(folder)
     want = BaseTask(config).model_config

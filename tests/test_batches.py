@@ -10,10 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from icae_jax.compression.encoder import CompressionConfig
-from icae_jax.data import batches
-from icae_jax.data.batches import DataConfig
+from icae_jax.compression.config import CompressionConfig
+from icae_jax.data.config import DataConfig
+from icae_jax.data.drawing import StaticInt, draw_k, example_at
+from icae_jax.data.examples import Examples
+from icae_jax.data.index import ExampleSpec
 from icae_jax.data.mixture import Mixture, interleave
+from icae_jax.data.prefetch import train_batches
 from icae_jax.data.tokens import Tokens
 from icae_jax.errors import UserError
 from icae_jax.objectives.targets import AE, Framing, Template
@@ -48,29 +51,17 @@ def make_tokens(lengths, questions=()):
 
 
 def pretrain(lengths, objectives=("ae", "lm"), bos=(BOS,), **config):
-    data = make_tokens(lengths)
-    return batches.Examples(
-        data,
-        DataConfig(**config),
-        COMPRESSION,
-        "pretrain",
-        objectives,
-        TEMPLATE,
-        Framing(bos, AE, EOS),
-    )
+    framing = Framing(bos, AE, EOS)
+    data = DataConfig(**config)
+    spec = ExampleSpec(data, COMPRESSION, "pretrain", objectives, TEMPLATE, framing)
+    return Examples(make_tokens(lengths), spec)
 
 
 def finetune(lengths, questions, objectives=("qa",), **config):
-    data = make_tokens(lengths, questions)
-    return batches.Examples(
-        data,
-        DataConfig(**config),
-        COMPRESSION,
-        "finetune",
-        objectives,
-        TEMPLATE,
-        Framing((BOS,), AE, EOS),
-    )
+    framing = Framing((BOS,), AE, EOS)
+    data = DataConfig(**config)
+    spec = ExampleSpec(data, COMPRESSION, "finetune", objectives, TEMPLATE, framing)
+    return Examples(make_tokens(lengths, questions), spec)
 
 
 def target(batch, objective, b, g=0):
@@ -171,7 +162,7 @@ def test_every_text_fits_in_its_bucket():
 
 def test_bucket_weights():
     """Breaks when weights are ignored or given to another bucket, or a bucket without examples is drawn."""
-    examples = pretrain([100], context_lengths=(16, 32, 64), context_weights=(0, 3, 1))
+    examples = pretrain([100], context_lengths=(16, 32, 64), context_weights=(0.0, 3.0, 1.0))
     assert [b.shape for b in examples.buckets] == [(1, 16), (1, 32), (2, 40)]
     drawn = collections.Counter(examples.draw(0, step, 1)[0] for step in range(400))
     assert set(drawn) == {1, 2} and 250 < drawn[1] < 350
@@ -234,22 +225,16 @@ def test_questions_take_no_memory_until_they_are_drawn():
     """Breaks when every question's target is made at the start and kept, which takes kilobytes a question in every process."""
     count = 20_000
     data = make_tokens([9] * count, [[(20, 20)]] * count)
+    config, framing = DataConfig(context_lengths=(10,)), Framing((BOS,), AE, EOS)
+    spec = ExampleSpec(config, COMPRESSION, "finetune", ("qa",), TEMPLATE, framing)
     tracemalloc.start()
     try:
-        examples = batches.Examples(
-            data,
-            DataConfig(context_lengths=(10,)),
-            COMPRESSION,
-            "finetune",
-            ("qa",),
-            TEMPLATE,
-            Framing((BOS,), AE, EOS),
-        )
+        examples = Examples(data, spec)
         kept, _ = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
     assert len(examples.buckets[0].examples) == count and kept < 100 * count
-    assert examples.qa_shape == (1 + 20 + 1 + 20, 21) == examples.template.target_sizes(20, 20)
+    assert examples.qa_shape == (1 + 20 + 1 + 20, 21) == TEMPLATE.target_sizes(20, 20)
 
 
 # ---------------------------------------------------------------------------------------------------------------- draws
@@ -282,7 +267,7 @@ def test_process_shares_make_up_the_global_batch():
     def contexts(start, *rows):
         return [
             batch["context"]
-            for batch in batches.train_batches(examples, 5, 4, start, 8, (5,), *rows)
+            for batch in train_batches(examples, 5, 4, range(start, 8), (5,), *rows)
         ]
 
     every, shares = contexts(0), [contexts(0, np.asarray(rows)) for rows in SHARES]
@@ -300,7 +285,7 @@ def test_k_is_drawn_from_seed_and_step_alone():
     def drawn(start, *rows):
         return [
             batch["k"]
-            for batch in batches.train_batches(examples, 5, 4, start, 40, (1, 4, 16), *rows)
+            for batch in train_batches(examples, 5, 4, range(start, 40), (1, 4, 16), *rows)
         ]
 
     every = drawn(0)
@@ -309,10 +294,10 @@ def test_k_is_drawn_from_seed_and_step_alone():
         and every[20:] == drawn(20)
         and every == drawn(0, np.asarray(SHARES[1]))
     )
-    assert [batches.draw_k(6, step, (1, 4, 16)) for step in range(40)] != every
+    assert [draw_k(6, step, (1, 4, 16)) for step in range(40)] != every
     traced = []
     jitted = jax.jit(lambda batch: traced.append(batch["k"]) or jnp.arange(batch["k"]))
-    assert [len(jitted({"k": batches.StaticInt(k)})) for k in (4, 1, 4)] == [
+    assert [len(jitted({"k": StaticInt(k)})) for k in (4, 1, 4)] == [
         4,
         1,
         4,
@@ -325,9 +310,8 @@ def test_labels_on_the_padding_where_asked_for():
     framing = Framing((), BOS, EOS)
     for pad, behind in ((True, 40 - 7), (False, 0)):
         config = DataConfig(context_lengths=(20,))
-        examples = batches.Examples(
-            make_tokens([7]), config, compression, "pretrain", ("ae",), TEMPLATE, framing, pad
-        )
+        spec = ExampleSpec(config, compression, "pretrain", ("ae",), TEMPLATE, framing, pad)
+        examples = Examples(make_tokens([7]), spec)
         batch = examples.collate(0, np.asarray([0]))
         assert (
             batch["context"].shape == (1, 1, 40)
@@ -355,7 +339,7 @@ def test_held_out_examples_come_once_with_blank_rows():
 def digest(examples):
     """sha256 over everything in twelve batches."""
     result = hashlib.sha256()
-    for batch in batches.train_batches(examples, 7, 4, 0, 12, (1, 5)):
+    for batch in train_batches(examples, 7, 4, range(12), (1, 5)):
         for leaf in jax.tree.leaves(batch):
             result.update(
                 str((leaf.dtype, leaf.shape)).encode() + np.ascontiguousarray(leaf).tobytes()
@@ -368,7 +352,7 @@ def test_batches_without_weights_are_those_of_earlier_versions():
     """Breaks when a run that was started with an earlier version would see other batches after it is continued: the values are those of
     the code before sources could be weighted."""
     examples = pretrain(
-        [70, 158, 33, 9, 120], context_lengths=(16, 32, 80), context_weights=(1, 2, 1)
+        [70, 158, 33, 9, 120], context_lengths=(16, 32, 80), context_weights=(1.0, 2.0, 1.0)
     )
     assert [(b, r.tolist()) for b, r in (examples.draw(7, step, 4) for step in range(3))] == [
         (1, [9, 2, 6, 1]), (2, [6, 0, 4, 0]), (0, [25, 20, 24, 1]),
@@ -407,12 +391,9 @@ def test_interleaving_is_exact_over_any_stretch(shares):
 
 def tagged(examples, number):
     """Examples whose texts can be told from those of other sources."""
-    examples.tokens = dataclasses.replace(
-        examples.tokens,
-        text_ids=examples.tokens.text_ids + 100_000 * (number + 1),
-        key=f"key{number}",
-    )
-    return examples
+    text_ids = examples.tokens.text_ids + 100_000 * (number + 1)
+    tokens = dataclasses.replace(examples.tokens, text_ids=text_ids, key=f"key{number}")
+    return Examples(tokens, examples.spec)
 
 
 def sources_of(batch):
@@ -432,14 +413,14 @@ def mixed(weights, made):
 def drawn(mixture, steps, size=8):
     return collections.Counter(
         s
-        for batch in batches.train_batches(mixture, 5, size, 0, steps, (5,))
+        for batch in train_batches(mixture, 5, size, range(steps), (5,))
         for s in sources_of(batch)
     )
 
 
 def test_sources_are_drawn_by_their_weights():
     """Breaks when a large source takes the place of a small one, epochs leave examples out, or the bucket ignores context_weights."""
-    config = {"context_lengths": (16, 40), "context_weights": (1, 3), "objectives": ("ae",)}
+    config = {"context_lengths": (16, 40), "context_weights": (1.0, 3.0), "objectives": ("ae",)}
     mixture = mixed((3, 1), [pretrain([30] * 5, **config), pretrain([70] * 90, **config)])
     assert mixture.weights.tolist() == [0.25, 0.75] and drawn(mixture, 20) == {0: 120, 1: 40}
     one = mixed((1, 1, 2), [pretrain([9] * n, ("ae",), context_lengths=(16,)) for n in (4, 5, 7)])
@@ -464,7 +445,7 @@ def test_fine_tuning_keeps_the_weights_over_buckets():
     assert abs(count[0] / (8 * 1200) - 2 / 3) < 0.02
     longest = [
         b
-        for b in batches.train_batches(mixture, 5, 8, 0, 300, (5,))
+        for b in train_batches(mixture, 5, 8, range(300), (5,))
         if b["context"].shape[1:] == made[0].buckets[2].shape
     ]
     assert longest and all(set(sources_of(b)) == {1} for b in longest), (
@@ -479,8 +460,7 @@ def test_a_mixture_is_a_function_of_seed_and_step():
 
     def contexts(start, *rows):
         return [
-            batch["context"]
-            for batch in batches.train_batches(mixture, 5, 4, start, 8, (5,), *rows)
+            batch["context"] for batch in train_batches(mixture, 5, 4, range(start, 8), (5,), *rows)
         ]
 
     every, shares, later = (
@@ -495,8 +475,8 @@ def test_a_mixture_is_a_function_of_seed_and_step():
     assert any(
         mixture.draw(6, s, 4)[1].tolist() != mixture.draw(5, s, 4)[1].tolist() for s in range(8)
     )
-    assert [batches.in_order(5, 0, i, 9, 0) for i in range(9)] != [
-        batches.in_order(5, 0, i, 9, 1) for i in range(9)
+    assert [example_at(5, 0, i, 9, 0) for i in range(9)] != [
+        example_at(5, 0, i, 9, 1) for i in range(9)
     ]
 
 

@@ -1,6 +1,5 @@
 """`icae bench train`: what it refuses before anything compiles, what it tells of a real step, and how results are held together."""
 
-import argparse
 import dataclasses
 import json
 
@@ -9,8 +8,9 @@ import pytest
 from conftest import ROOT, TINY
 
 from icae_jax.cli import main as cli
-from icae_jax.performance import bench, programs, steps
-from icae_jax.training.config import TrainConfig, from_dict
+from icae_jax.performance import bench, bench_report, programs, steps
+from icae_jax.training.config import TrainConfig
+from icae_jax.training.config_file import from_dict
 
 
 def command(folder, *more, phase="pretrain", **changes):
@@ -101,7 +101,7 @@ BAD = {
         [],
         "mesh is data 1, fsdp 3, tensor 1, which does not make 1 devices",
     ),
-    "no such flag": ({}, ["--sav", "x"], "flag 'sav'"),
+    "no such flag": ({}, ["--sav", "x"], "'--sav' is no flag"),
     "no file": (
         {},
         ["--compare", "nowhere.json"],
@@ -217,7 +217,7 @@ def test_the_same_again(saved, tiny_base, tmp_path, monkeypatch, capsys):
         compared["matmul_share"]["ratio"] == pytest.approx(1.5)
         and compared["seconds_per_context.median"]["ratio"] == 1
     )
-    assert "s to compile" in bench.text(json.loads(line)) and "0.250" in bench.text(
+    assert "s to compile" in bench_report.text(json.loads(line)) and "0.250" in bench_report.text(
         json.loads(line)
     )
 
@@ -277,7 +277,7 @@ def test_growth(monkeypatch):
     """
     monkeypatch.setattr(steps, "TrainingStep", Fake)
     config = from_dict(TrainConfig, {"base": "b", "data": {"train": "-"}})
-    args = argparse.Namespace(steps=3, repeats=2)
+    args = bench.Options(steps=3, repeats=2)
     specs = [
         programs.Spec("train", dataclasses.replace(config, batch_size=n), TINY, n, 16)
         for n in (2, 4, 8)
@@ -304,12 +304,12 @@ def test_growth(monkeypatch):
         return steps.Measured(float(count), 0.0, {})
 
     monkeypatch.setattr(Fake, "run", run)
-    table = bench.growth(argparse.Namespace(steps=1, repeats=2), specs, None)
+    table = bench.growth(bench.Options(steps=1, repeats=2), specs, None)
     assert [row["seconds"] for row in table] == [1.0, None, None]
     with (
         pytest.raises(
             ValueError, match=r"8 contexts of 16 tokens in 1 .* do not fit.*fewer --contexts"
         ),
-        bench._fitting(specs[2]),
+        bench.fitting(specs[2]),
     ):
         Fake(specs[2], None)

@@ -17,7 +17,7 @@ from conftest import ROOT, TINY, close, random_trained
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
 
-from icae_jax.interop.adapters import folder as adapters  # noqa: E402
+from icae_jax.interop.adapters import lora_tensors  # noqa: E402
 from icae_jax.training.compressor_task import CompressorLosses  # noqa: E402
 
 BENCH = ROOT / "launch" / "benchmarks"
@@ -64,7 +64,7 @@ def trained():
 @functools.cache
 def ours(sides, params, case):
     """`{objective: (loss, gradient of the trained tree)}` of both contexts on our side, without dropout."""
-    config = dataclasses.replace(sides.train_config(case, SIZES, 2), remat="none")
+    config = dataclasses.replace(sides.train_config(case, SIZES, 2), remat="none", attention="xla")
     task, batch = (
         CompressorLosses(config, TINY, config.compression),
         sides.training_batch(config, arrays(), 2),
@@ -110,7 +110,7 @@ def torch_side(bench, tiny_base):
         )
         lora = {
             name: torch.tensor(np.asarray(x))
-            for name, x in adapters.lora_to_hub(trained()["lora"]).items()
+            for name, x in lora_tensors.lora_to_hub(trained()["lora"]).items()
         }
         missing = peft.set_peft_model_state_dict(model.encoder, lora)
         assert not missing.unexpected_keys
@@ -146,7 +146,7 @@ def test_losses_and_gradients_agree(bench, torch_side, params, recipe, objective
         for name, p in model.encoder.named_parameters()
         if p.requires_grad
     }
-    for name, grad in adapters.lora_to_hub(grads["lora"]).items():
+    for name, grad in lora_tensors.lora_to_hub(grads["lora"]).items():
         close(got.pop(name), grad, 1e-4)
     assert not got  # nothing else is trained
     close(model.table.weight.grad, grads["memory_table"], 1e-4)

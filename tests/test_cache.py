@@ -1,4 +1,4 @@
-"""The cache's bound: what goes first, what never goes, and `icae cache`."""
+"""The cache's limit: what is removed first, what never, and `icae cache`."""
 
 import errno
 import json
@@ -12,7 +12,7 @@ import pytest
 from conftest import write_jsonl
 from jax._src.lru_cache import LRUCache
 
-from icae_jax import cache, files
+from icae_jax import cache
 from icae_jax.cli import main as cli
 from icae_jax.data import tokens
 from icae_jax.errors import UserError
@@ -27,12 +27,12 @@ def root(tmp_path):
 
 
 def key(name):
-    """Of the form that the names of token folders have; `left` tells which it was."""
+    """A name of the form of token folders; `left` maps it back."""
     return name if name.startswith(".") else name.encode().hex().rjust(32, "0")
 
 
 def put(root, name, age, size=1000, version=tokens.CACHE_VERSION):
-    """A folder of tokens of that size, last used so many seconds ago."""
+    """Makes a token folder of this size, last used this many seconds ago."""
     folder = root / "tokens" / key(name)
     folder.mkdir(parents=True)
     (folder / "ids.npy").write_bytes(b"x" * size)
@@ -66,7 +66,9 @@ def left(root):
 
 
 def test_what_was_used_least_recently_goes_first(root):
-    """Breaks when the bound is not kept, more goes than it asks for, or something that was used later goes first."""
+    """Breaks when the limit is not kept, more is removed than needed, or a more recent entry goes
+    first.
+    """
     for age, name in enumerate("edcba", 2):
         (put if age % 2 else program)(root, name, age * HOUR)
     assert cache.prune(root, 10_000, tokens.CACHE_VERSION) == []
@@ -80,7 +82,7 @@ def test_what_was_used_least_recently_goes_first(root):
 
 
 def test_earlier_versions_go_first(root):
-    """Breaks when what nobody can read any more takes the room of what is used."""
+    """Breaks when outdated entries displace those in use."""
     put(root, "new", 90 * HOUR)
     put(root, "old", 2 * HOUR, version=1)
     assert [e.outdated for e in cache.prune(root, 1500, tokens.CACHE_VERSION)] == [True] and left(
@@ -89,7 +91,9 @@ def test_earlier_versions_go_first(root):
 
 
 def test_what_is_in_use_stays(root):
-    """Breaks when a running training's arrays are deleted under it, also where all is to go; or what was used just now, unless it is."""
+    """Breaks when a running job's arrays are deleted, even by --all; or what was used just now is,
+    except by --all.
+    """
     used, _, _ = put(root, "used", 90 * HOUR), put(root, "now", 10), put(root, "idle", 90 * HOUR)
     os.chmod(used, 0o755)
     held = cache.hold(used)
@@ -106,7 +110,7 @@ def test_what_is_in_use_stays(root):
 
 
 def test_the_remains_of_killed_processes_go(root):
-    """Breaks when a folder that was never finished stays for ever, or one that is being written goes."""
+    """Breaks when an unfinished folder stays for ever, or one that is being written is removed."""
     for name, age in ((".new.dead", 48 * HOUR), (".gone.dead", 48 * HOUR), (".new.live", 60)):
         put(root, name, age)
     cache.prune(root, 10_000, tokens.CACHE_VERSION)
@@ -114,7 +118,9 @@ def test_the_remains_of_killed_processes_go(root):
 
 
 def test_what_is_not_the_caches_stays(root, monkeypatch, capsys):
-    """Breaks when a user's own files, in a folder that is also the cache, are listed or, worse, removed; or one of them breaks the list."""
+    """Breaks when a user's own files in the cache folder are listed or removed, or one of them
+    breaks the list.
+    """
     put(root, "ours", 90 * HOUR), put(root, "odd", 90 * HOUR)
     (root / "tokens" / key("odd") / cache.ABOUT).write_text("[1]")
     names = (
@@ -145,7 +151,9 @@ def test_what_is_not_the_caches_stays(root, monkeypatch, capsys):
 
 
 def test_tokenising_keeps_the_bound(root, tmp_path, tiny_tokenizer, monkeypatch, capsys):
-    """Breaks when the cache is not pruned after something was written, nothing is said of it, or what was just made, and is used, goes."""
+    """Breaks when the cache is not pruned after a write, that is not said, or the new entry, which
+    is in use, goes.
+    """
     monkeypatch.setenv(cache.VARIABLE, "0")
     put(root, "old", 90 * HOUR)
     data = tokens.tokenise(
@@ -165,8 +173,10 @@ def test_tokenising_keeps_the_bound(root, tmp_path, tiny_tokenizer, monkeypatch,
 
 
 def test_jax_bounds_its_programs(root, monkeypatch):
-    """Breaks when JAX keeps programs without a bound, or cannot remove those that were kept before there was one."""
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_MAX_SIZE", "")  # so that it is put back
+    """Breaks when JAX keeps programs without a limit, or cannot evict those kept before there was
+    one.
+    """
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_MAX_SIZE", "")  # so that it is restored
     monkeypatch.delenv("JAX_COMPILATION_CACHE_MAX_SIZE")
     monkeypatch.setenv(cache.VARIABLE, str(4 * 2500 / (1 << 30)))
     folder = program(root, "older", 0).parent
@@ -182,12 +192,15 @@ def test_jax_bounds_its_programs(root, monkeypatch):
 
 
 def test_a_cache_that_is_no_folder_or_closed_is_named(root, monkeypatch):
-    """Breaks when a cache that cannot be used ends in a traceback, which does not say what to set, or one that is empty is refused."""
+    """Breaks when an unusable cache gives a traceback that does not say what to set, or an empty
+    one is refused.
+    """
     assert cache.hold(root / "tokens" / "key") is None
     root.write_text("")
     with pytest.raises(
         UserError,
-        match=rf"^cache {root}/tokens: cannot be read: not a directory .*; set data.cache_dir or \$ICAE_CACHE",
+        match=rf"^cache {root}/tokens: cannot be read: not a directory .*; "
+        r"set data.cache_dir or \$ICAE_CACHE",
     ):
         cache.hold(root / "tokens" / "key")
 
@@ -201,13 +214,13 @@ def test_a_cache_that_is_no_folder_or_closed_is_named(root, monkeypatch):
 
 @pytest.fixture
 def elsewhere(tmp_path, monkeypatch):
-    """The temporary folder of this test's own, and nothing known of which folders can be written."""
+    """This test's own temporary directory, and no memory of which folders can be written."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
     (tmp_path / "temporary").mkdir()
-    for known in (files.can_write, files._temporary_cache):
+    for known in (cache.can_write, cache._temporary_folder):
         known.cache_clear()
     yield tmp_path / "temporary" / f"icae_jax-{os.getuid()}"
-    files._temporary_cache.cache_clear()
+    cache._temporary_folder.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -227,7 +240,9 @@ def elsewhere(tmp_path, monkeypatch):
 def test_a_cache_that_cannot_be_written_falls_back(
     environment, said, elsewhere, tmp_path, tiny_tokenizer, monkeypatch, capsys
 ):
-    """Breaks when a container's or a node's home ends the run, the fallback is not said, or is said for each thing that is kept."""
+    """Breaks when a container's or a node's missing home ends the run, or the fallback is not said,
+    or said repeatedly.
+    """
     (tmp_path / "file").touch()
     fill = lambda text: text.format(file=tmp_path / "file")  # noqa: E731
     for name, value in environment.items():
@@ -252,7 +267,9 @@ def test_a_cache_that_cannot_be_written_falls_back(
 def test_another_users_folder_is_not_taken_for_the_fallback(
     planted, elsewhere, tmp_path, monkeypatch
 ):
-    """Breaks when someone who plants a link or a folder in the shared temporary folder is handed, or hands out, what is kept."""
+    """Breaks when someone who plants a link or a folder in the shared temporary directory can read
+    or supply cache content.
+    """
     monkeypatch.setenv("ICAE_CACHE", "/proc/nope")
     (tmp_path / "theirs").mkdir()
     if planted == "link":
@@ -262,7 +279,7 @@ def test_another_users_folder_is_not_taken_for_the_fallback(
     else:
         elsewhere.mkdir()
         elsewhere.chmod(0o777)
-    folder = files.cache_folder()
+    folder = cache.folder()
     assert (
         folder.parent == elsewhere.parent
         and folder != elsewhere
@@ -272,27 +289,28 @@ def test_another_users_folder_is_not_taken_for_the_fallback(
 
 
 def test_without_any_folder_the_variables_are_named(elsewhere, monkeypatch):
-    """Breaks when a machine without a folder to write in ends in a traceback."""
+    """Breaks when a machine without a writable folder gives a traceback."""
     monkeypatch.setenv("ICAE_CACHE", "/proc/nope")
     monkeypatch.setattr(tempfile, "tempdir", "/proc/nope")
     with pytest.raises(
         UserError,
-        match=r"^cache /proc/nope: cannot be written, nor can a temporary folder .*set \$ICAE_CACHE .*\$TMPDIR",
+        match=r"^cache /proc/nope: cannot be written, nor can a temporary folder .*"
+        r"set \$ICAE_CACHE .*\$TMPDIR",
     ):
-        files.cache_folder()
+        cache.folder()
 
 
 def test_a_cache_that_may_only_be_read_is_read(
     root, elsewhere, tmp_path, tiny_tokenizer, monkeypatch, capsys
 ):
-    """Breaks when what a shared cache holds is made again since nothing can be added to it, or what it lacks ends the run."""
+    """Breaks when a read-only shared cache is not used, or ends the run over what it lacks."""
     monkeypatch.setenv("ICAE_CACHE", str(root))
     sources = [
         write_jsonl(tmp_path / f"{name}.jsonl", [{"text": f"the {name}"}])
         for name in ("cat", "dog")
     ]
     kept = tokens.tokenise(sources[0], tiny_tokenizer).key
-    monkeypatch.setattr(files, "can_write", lambda folder: not folder.is_relative_to(root))
+    monkeypatch.setattr(cache, "can_write", lambda folder: not folder.is_relative_to(root))
     monkeypatch.setattr(tokens, "_write", lambda *args: pytest.fail("made again"))
     assert (
         tokens.tokenise(sources[0], tiny_tokenizer).key == kept
@@ -301,28 +319,30 @@ def test_a_cache_that_may_only_be_read_is_read(
     )
     monkeypatch.undo()
     monkeypatch.setenv("ICAE_CACHE", str(root))
-    monkeypatch.setattr(files, "can_write", lambda folder: not folder.is_relative_to(root))
+    monkeypatch.setattr(cache, "can_write", lambda folder: not folder.is_relative_to(root))
     monkeypatch.setattr(tempfile, "tempdir", str(elsewhere.parent))
     new = tokens.tokenise(sources[1], tiny_tokenizer).key
     assert left(elsewhere) == [new[:32]] and left(root) == [kept[:32]]
 
 
 def test_programs_are_kept_only_where_they_can_be(root, elsewhere, monkeypatch, capsys):
-    """Breaks when JAX is told of a folder that cannot be written, so that it warns of every program, or the command fails of it."""
+    """Breaks when JAX is given a folder that cannot be written: it warns of every program, or the
+    command fails.
+    """
     names = (
         "JAX_COMPILATION_CACHE_MAX_SIZE",
         "JAX_COMPILATION_CACHE_DIR",
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS",
     )
     for name in names:
-        monkeypatch.setenv(name, "")  # so that it is put back
+        monkeypatch.setenv(name, "")  # so that it is restored
         monkeypatch.delenv(name)
     monkeypatch.setenv("ICAE_CACHE", str(root))
     compiled.keep_compiled()
     assert os.environ.pop("JAX_COMPILATION_CACHE_DIR").startswith(str(root / "compiled"))
     cache.bound_compiled(root / "compiled")
-    with monkeypatch.context() as closed:  # as on a disk that may only be read
-        closed.setattr(files, "can_write", lambda folder: folder.is_relative_to(elsewhere))
+    with monkeypatch.context() as closed:  # as on a read-only disk
+        closed.setattr(cache, "can_write", lambda folder: folder.is_relative_to(elsewhere))
         compiled.keep_compiled()
         assert os.environ["JAX_COMPILATION_CACHE_DIR"].startswith(str(elsewhere / "compiled"))
         closed.setenv("JAX_COMPILATION_CACHE_DIR", "/proc/nope")  # the user's own
@@ -337,7 +357,7 @@ def test_programs_are_kept_only_where_they_can_be(root, elsewhere, monkeypatch, 
             and float(os.environ[names[2]]) > 1e6
         )
         closed.setattr(tempfile, "tempdir", "/proc/nope")  # nowhere at all
-        files._temporary_cache.cache_clear()
+        cache._temporary_folder.cache_clear()
         os.environ.pop("JAX_COMPILATION_CACHE_DIR")
         compiled.keep_compiled()
         assert "JAX_COMPILATION_CACHE_DIR" not in os.environ
@@ -345,14 +365,14 @@ def test_programs_are_kept_only_where_they_can_be(root, elsewhere, monkeypatch, 
 
 @pytest.mark.parametrize("value", ["-1", "nan", "inf", "much"])
 def test_a_bad_bound_is_named(value, monkeypatch):
-    """Breaks when a bound that is none is taken for one, such as nothing, or for no bound."""
+    """Breaks when a value that is not a number counts as a limit, or as none."""
     monkeypatch.setenv(cache.VARIABLE, value)
     with pytest.raises(UserError, match=f"^ICAE_CACHE_GIB is '{value}'"):
-        cache.bound()
+        cache.limit()
 
 
 def test_the_verb(root, monkeypatch, capsys):
-    """Breaks when the list leaves a kind out or says nothing of its size and use, or prune does not do what it says."""
+    """Breaks when the list omits a kind, its size or use, or prune does not do what it says."""
     monkeypatch.setenv("ICAE_CACHE", str(root))
     (
         put(root, "a", 9 * HOUR),
@@ -366,9 +386,11 @@ def test_the_verb(root, monkeypatch, capsys):
     assert cli.main(["cache", "list", "--json"]) == 0
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [(r["what"], r["name"], r["count"], r["in_use"], r["outdated"]) for r in rows] == [
-        ("tokens", "a.jsonl", 1, True, False), ("tokens", key("old"), 1, False, True), ("compiled", "x86_64-0", 2, False, False),
+        ("tokens", "a.jsonl", 1, True, False),
+        ("tokens", key("old"), 1, False, True),
+        ("compiled", "x86_64-0", 2, False, False),
         ("bases", "gs%3A", 1, False, False),
-    ]  # fmt: skip
+    ]
     assert rows[2]["bytes"] == 2000 and rows[0]["used"][:3] == "202"
     assert cli.main(["cache", "list"]) == 0 and "a.jsonl (in use)" in capsys.readouterr().out
     assert (
@@ -394,10 +416,12 @@ def test_the_verb(root, monkeypatch, capsys):
 
 
 def test_compiled_programs_are_kept_where_the_user_says(monkeypatch, tmp_path):
-    """Breaks when a user's own folder, or choice to keep nothing, is overruled, or machines of other processors would share programs."""
+    """Breaks when a user's own folder, or choice to keep nothing, is overruled, or machines with
+    other CPUs share programs.
+    """
     monkeypatch.setenv("ICAE_CACHE", str(tmp_path))
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_MAX_SIZE", "")  # so that it is put back
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_MAX_SIZE", "")  # so that it is restored
     monkeypatch.delenv("JAX_COMPILATION_CACHE_MAX_SIZE")
     compiled.keep_compiled()
     assert os.environ["JAX_COMPILATION_CACHE_MAX_SIZE"] == str(5 << 30)

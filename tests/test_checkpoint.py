@@ -9,13 +9,16 @@ import numpy as np
 import pytest
 
 from icae_jax import errors, files
-from icae_jax.training import checkpoint
+from icae_jax.training import checkpoint, checkpoint_files
 from icae_jax.training.checkpoint import Checkpoints
-from icae_jax.workflows import convert_adapter, inspection
+from icae_jax.training.trained import find as find_trained
+from icae_jax.workflows import inspection
 
 
 def state(value, rows=3):
-    """A small train state with all that Orbax must carry: float32, bfloat16, integers, empty and nested containers."""
+    """A small train state with all that Orbax must carry: float32, bfloat16, integers, empty and
+    nested containers.
+    """
     x = jnp.asarray(np.random.default_rng(value).standard_normal((rows, 2)), jnp.float32)
     opt_state = ((), {"mu": x.astype(jnp.bfloat16), "count": jnp.asarray(value, jnp.int32)})
     return {
@@ -30,8 +33,8 @@ def on_disk(workdir):
 
 
 def test_the_latest_two_and_the_best_are_kept_while_others_go(tmp_path):
-    """Breaks when the best is deleted for being old, one of the latest for being worse or unscored, nothing is ever deleted, or a
-    resumed run has forgotten which was the best.
+    """Breaks when the best is deleted for being old, or one of the latest for being worse or not
+    evaluated; when nothing is deleted; or when a resumed run forgets the best.
     """
     checkpoints = Checkpoints(tmp_path)
     assert checkpoints.latest() is None and checkpoints.best() is None
@@ -76,7 +79,9 @@ def failing(checkpoints, monkeypatch, error):
     ],
 )
 def test_a_save_that_fails_says_so(words, tmp_path, monkeypatch):
-    """Breaks when a failed save ends in another kind of error than OSError, which the command line can report."""
+    """Breaks when a failed save ends in another kind of error than OSError, which the command line
+    can report.
+    """
     checkpoints = Checkpoints(tmp_path)
     failing(checkpoints, monkeypatch, ValueError(words))
     with pytest.raises(OSError, match="checkpoint of step 1 failed: No space left on device"):
@@ -87,7 +92,9 @@ def test_a_save_that_fails_says_so(words, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("kind", [ValueError, jax.errors.JaxRuntimeError])
 def test_a_lost_process_is_no_full_disk(kind, tmp_path, monkeypatch):
-    """Breaks when the death of another process, noticed while saving, is told as a full disk, after which launchers do not start again."""
+    """Breaks when the death of another process, noticed while saving, is reported as a full disk,
+    after which launchers do not restart.
+    """
     checkpoints = Checkpoints(tmp_path)
     failing(
         checkpoints, monkeypatch, kind("UNKNOWN: Gloo all-reduce failed: Connection reset by peer")
@@ -98,7 +105,9 @@ def test_a_lost_process_is_no_full_disk(kind, tmp_path, monkeypatch):
 
 
 def test_the_trained_tree_alone_is_read_from_any_of_its_paths(tmp_path):
-    """Breaks when a workdir, its checkpoints or a step do not mean the same, the latest passes for the best, or another folder for one."""
+    """Breaks when a workdir, its checkpoints and a step do not mean the same checkpoint, the latest
+    is taken for the best, or another folder for a checkpoint.
+    """
     checkpoints = Checkpoints(tmp_path / "w")
     for step, held_out_loss in ((1, 1.0), (2, 3.0)):
         checkpoints.save(step, state(step), held_out_loss)
@@ -106,16 +115,16 @@ def test_the_trained_tree_alone_is_read_from_any_of_its_paths(tmp_path):
     checkpoints.close()
     best, latest = (tmp_path / "w" / "checkpoints" / f"step_{step}" for step in (1, 2))
     assert [
-        checkpoint.step_folder(path) for path in (tmp_path / "w", best.parent, best, latest)
+        checkpoint_files.step_folder(path) for path in (tmp_path / "w", best.parent, best, latest)
     ] == [best, best, best, latest]
     for step, path in ((1, best), (2, latest)):
         jax.tree.map(
             np.testing.assert_array_equal,
-            checkpoint.read_trained(path),
+            checkpoint_files.read_trained(path),
             jax.device_get(state(step)["trained"]),
         )
     for other in (tmp_path, tmp_path / "absent", best / "metrics"):
-        assert checkpoint.step_folder(other) is None
+        assert checkpoint_files.step_folder(other) is None
 
 
 def everything(folder):
@@ -127,7 +136,7 @@ def everything(folder):
 
 
 def test_reading_changes_nothing(tmp_path):
-    """Breaks when whoever looks at a workdir takes away the checkpoint that a training is just writing there, or writes anything."""
+    """Breaks when a reader deletes the checkpoint that is being written, or writes anything."""
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(1, state(1), 2.0)
         checkpoints.save(2, state(2), 3.0)
@@ -137,54 +146,56 @@ def test_reading_changes_nothing(tmp_path):
     (tmp_path / "checkpoints" / "step_4" / "default").mkdir(parents=True)  # half deleted
     files.write_json(tmp_path / "config.json", {"compression.method": "icae", "base": "b"})
     before = everything(tmp_path)
-    assert checkpoint.step_folder(tmp_path).name == "step_1"
-    assert checkpoint.saved_steps(tmp_path) == {1: 2.0, 2: 3.0}
-    assert convert_adapter.recognise(tmp_path).path.name == "step_1"
+    assert checkpoint_files.step_folder(tmp_path).name == "step_1"
+    assert checkpoint_files.saved_steps(tmp_path) == {1: 2.0, 2: 3.0}
+    assert find_trained(tmp_path).path.name == "step_1"
     assert inspection.describe(tmp_path)["what"].endswith("step_1")
-    assert checkpoint.read_newly(tmp_path)[0].name == "step_1"
+    assert checkpoint_files.read_selected(tmp_path)[0].name == "step_1"
     assert everything(tmp_path) == before
 
 
 def test_a_checkpoint_that_goes_while_it_is_read_is_chosen_anew(tmp_path, monkeypatch, capsys):
-    """Breaks when a running training, whose best has just changed, makes its reader fail or speak of damage; or when a broken file is read
-    for ever.
+    """Breaks when a reader fails or reports damage because a running training deleted its old best,
+    or retries a broken file for ever.
     """
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(1, state(1), 2.0)
         checkpoints.save(2, state(2), 3.0)
-    read = checkpoint.read_trained
+    read = checkpoint_files.read_trained
 
     def losing(folder):
         if folder.name == "step_1":
             shutil.rmtree(folder)
         return read(folder)
 
-    monkeypatch.setattr(checkpoint, "read_trained", losing)
-    folder, trained = checkpoint.read_newly(tmp_path)
+    monkeypatch.setattr(checkpoint_files, "read_trained", losing)
+    folder, trained = checkpoint_files.read_selected(tmp_path)
     assert folder.name == "step_2" and capsys.readouterr().err == ""
     jax.tree.map(np.testing.assert_array_equal, trained, jax.device_get(state(2)["trained"]))
 
     def broken(folder):
         raise ValueError("not a checkpoint")
 
-    monkeypatch.setattr(checkpoint, "read_trained", broken)
+    monkeypatch.setattr(checkpoint_files, "read_trained", broken)
     with pytest.raises(ValueError, match="not a checkpoint"):
-        checkpoint.read_newly(tmp_path)
+        checkpoint_files.read_selected(tmp_path)
 
 
 def test_nan_is_never_the_best(tmp_path):
-    """Breaks when a held-out loss of NaN evicts the best checkpoint, or one that an earlier version kept ranks first."""
+    """Breaks when a held-out loss of NaN evicts the best checkpoint, or one that an earlier version
+    kept ranks first.
+    """
     with Checkpoints(tmp_path) as checkpoints:
         for step, loss in enumerate((0.5, float("nan"), 0.7, 0.6), 1):
             checkpoints.save(step, state(step), loss)
             checkpoints.wait()
         assert on_disk(tmp_path) == [1, 3, 4] and checkpoints.best() == 1
     assert (
-        checkpoint.best_step({1: float("nan"), 2: 0.6, 3: None}) == 2
-        and checkpoint.best_step({1: float("nan")}) is None
+        checkpoint_files.best_step({1: float("nan"), 2: 0.6, 3: None}) == 2
+        and checkpoint_files.best_step({1: float("nan")}) is None
     )
     (tmp_path / "checkpoints" / "step_4" / "metrics" / "metrics").write_text('{"loss": NaN}')
-    assert checkpoint.step_folder(tmp_path).name == "step_1"
+    assert checkpoint_files.step_folder(tmp_path).name == "step_1"
     with Checkpoints(tmp_path) as checkpoints:
         assert checkpoints.best() == 1
         checkpoints.save(5, state(5), 0.9)
@@ -192,7 +203,9 @@ def test_nan_is_never_the_best(tmp_path):
 
 
 def test_a_save_that_a_network_interrupts_is_made_again(tmp_path, monkeypatch):
-    """Breaks when one stale file handle ends a run, or the save that it hit is lost: at its beginning, or in the background."""
+    """Breaks when one stale file handle ends a run, or loses a save, at its start or in the
+    background.
+    """
     monkeypatch.setattr(errors, "FIRST_DELAY", 0.0)
     with Checkpoints(tmp_path) as checkpoints:
         manager, failures = checkpoints._manager, iter([OSError(errno.ESTALE, "Stale file handle")])
@@ -229,9 +242,10 @@ def test_a_save_that_a_network_interrupts_is_made_again(tmp_path, monkeypatch):
 
 
 def test_a_disk_without_room_is_told_apart(tmp_path, monkeypatch):
-    """Breaks when a full disk is restarted for ever (it is the user's, exit code 2), or another failed save is not (it is not)."""
+    """Breaks when a full disk is no user error (exit code 2), or another failed save is one."""
     full = ValueError(
-        "RESOURCE_EXHAUSTED: Error writing x: Failed to write: No space left on device [os_error_code='28']"
+        "RESOURCE_EXHAUSTED: Error writing x: Failed to write: No space left on device "
+        "[os_error_code='28']"
     )
     for error, users in ((full, True), (ValueError("DATA_LOSS: Error writing x: checksum"), False)):
         with Checkpoints(tmp_path) as checkpoints, monkeypatch.context() as patch:
@@ -246,7 +260,7 @@ def test_a_disk_without_room_is_told_apart(tmp_path, monkeypatch):
             patch.undo()
 
 
-# -------------------------------------------------------------------------------------------------------------- damage
+# ------------------------------------------------------------------------------------------- damage
 
 
 def large(value):
@@ -338,14 +352,14 @@ def alike(got, want):
     ids=[f"{pattern}-{how.__name__}" for pattern, how, _ in DAMAGES],
 )
 def test_a_damaged_latest_checkpoint_is_gone_back_from(pattern, how, why, workdir, capsys):
-    """Breaks when what a power loss left ends a run, is chosen again, is deleted, or goes unsaid; or a reader takes it or cannot do
-    without it.
+    """Breaks when a checkpoint damaged by a power loss ends a run, is chosen again, deleted or not
+    reported; or when a reader uses it, or fails.
     """
     harm(workdir, 3, pattern, how)
     for step in (1, 2):  # else readers would take a better one
         shutil.rmtree(workdir / "checkpoints" / f"step_{step}" / "metrics")
-    folder, trained = checkpoint.read_newly(workdir)
-    # What only the optimizer's state lost is none of a reader's concern.
+    folder, trained = checkpoint_files.read_selected(workdir)
+    # Damage to the optimizer's state alone does not concern a reader.
     assert folder.name == "step_2" or (
         folder.name == "step_3" and pattern == "default/ocdbt.process_0/d/*"
     )
@@ -363,8 +377,8 @@ def test_a_damaged_latest_checkpoint_is_gone_back_from(pattern, how, why, workdi
         and "damaged_step_3" in said[0]
     )
     assert (
-        said[1]
-        == "going back from step 3 to step 2, the latest whole checkpoint: 1 steps are trained again"
+        said[1] == "going back from step 3 to step 2, the latest whole checkpoint: "
+        "1 steps are trained again"
     )
     assert sorted(p.name for p in (workdir / "checkpoints").iterdir()) == [
         "damaged_step_3",
@@ -380,7 +394,9 @@ def test_a_damaged_latest_checkpoint_is_gone_back_from(pattern, how, why, workdi
 
 
 def test_damaged_ones_before_the_latest_go_aside_too(workdir):
-    """Breaks when a damaged best is what readers or the manager fail of later, or steps are said to be lost that are not."""
+    """Breaks when readers or the manager later fail on a damaged best, or steps are reported lost
+    that are not.
+    """
     harm(workdir, 1, "metrics/metrics", cut)
     (workdir / "checkpoints" / "damaged_step_1").mkdir()
     said = []
@@ -391,14 +407,14 @@ def test_damaged_ones_before_the_latest_go_aside_too(workdir):
 
 
 def test_without_a_whole_one_each_is_named_and_nothing_is_touched(workdir):
-    """Breaks when a run begins anew, or forgets what it had, since all of its checkpoints are damaged."""
+    """Breaks when a run whose checkpoints are all damaged starts from scratch, or changes them."""
     harm(workdir, 1, "default/_METADATA", empty)
     harm(workdir, 2, "default/ocdbt.process_0/d/*", zero)
     harm(workdir, 3, "default", gone)
     before = everything(workdir)
     for read in (
         lambda: checkpoint.resume(workdir, large(0), print),
-        lambda: checkpoint.read_newly(workdir),
+        lambda: checkpoint_files.read_selected(workdir),
     ):
         for _ in range(2):
             with pytest.raises(
@@ -421,12 +437,12 @@ def test_a_damaged_one_that_is_asked_for_is_not_replaced(pattern, how, workdir):
     with pytest.raises(
         errors.UserError, match=r"step_2: the checkpoint is damaged \(.+\); name another"
     ):
-        checkpoint.read_newly(workdir / "checkpoints" / "step_2")
-    assert checkpoint.read_newly(workdir / "checkpoints")[0].name == "step_1"
+        checkpoint_files.read_selected(workdir / "checkpoints" / "step_2")
+    assert checkpoint_files.read_selected(workdir / "checkpoints")[0].name == "step_1"
 
 
 def test_a_link_that_leads_nowhere_is_named(tmp_path):
-    """Breaks when checkpoints that are a link to a disk which is not there are found out at the first save, in a traceback."""
+    """Breaks when a link to a missing disk is noticed only at the first save, with a traceback."""
     (tmp_path / "checkpoints").symlink_to(tmp_path / "absent" / "disk")
     with pytest.raises(
         errors.UserError,

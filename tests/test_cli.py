@@ -15,10 +15,11 @@ from conftest import ROOT, WORDS, write_jsonl
 
 from icae_jax import lock
 from icae_jax.cli import main as cli
-from icae_jax.inference.compressor import load
+from icae_jax.inference.loading import load
+from icae_jax.runtime import platforms
 from icae_jax.training import config_file, metrics
 from icae_jax.training.compressor_task import CompressorTask
-from icae_jax.training.config import TrainConfig
+from icae_jax.training.config import BaseConfig, TrainConfig
 
 CONFIG, X500 = str(ROOT / "configs" / "icae.py"), str(ROOT / "configs" / "x500.py")
 SMALL = {
@@ -85,11 +86,11 @@ def trained(files):
 
 @pytest.mark.slow
 def test_both_phases_ran(trained):
-    lines = metrics.read(trained.parent / "pretrain" / "metrics.jsonl")
+    lines = metrics.read_lines(trained.parent / "pretrain" / "metrics.jsonl")
     assert (
         {"ae", "lm"} == set(lines[-1]["eval"]["memory"]) == set(lines[-1]["eval"]["wrong_memory"])
     )
-    assert {"qa"} == set(metrics.read(trained / "metrics.jsonl")[-1]["train"])
+    assert {"qa"} == set(metrics.read_lines(trained / "metrics.jsonl")[-1]["train"])
     assert (trained / "DONE").exists() and (trained / "adapter" / "icae.json").exists()
 
 
@@ -188,9 +189,9 @@ def trained_x500(files):
     """The same by configs/x500.py: 4 tokens in pretraining, of no step, 1 or 4 in fine-tuning."""
     pretrain, finetune = files["folder"] / "x500_pretrain", files["folder"] / "x500_finetune"
     few = {"compression.rate": 4.0, "compression.k_choices": "(1,4)", "config": X500}
-    task = CompressorTask(
-        config_file.load_config(TrainConfig, flags("pretrain-4", files, pretrain, **few)[1:])[0]
-    )
+    argv = flags("pretrain-4", files, pretrain, **few)
+    config = config_file.load(TrainConfig, argv[2], config_file.overrides(argv[5:]))
+    task = CompressorTask(config)
     task.export(pretrain, task.init())
     assert (
         cli.main(flags("finetune-4", files, finetune, init_from=pretrain, **few | {"steps": 6}))
@@ -201,7 +202,7 @@ def trained_x500(files):
 
 def test_key_value_memories_end_to_end(trained_x500, files, tmp_path, capsys):
     """Breaks when a verb takes one kind of memory alone, k is not the caller's, evaluation leaves a k out, or bytes are those of slots."""
-    last = metrics.read(trained_x500 / "metrics.jsonl")
+    last = metrics.read_lines(trained_x500 / "metrics.jsonl")
     assert set(last[-1]["eval"]["memory"]) == {"qa"} and set(last[-1]["eval"]) == {
         "memory",
         "wrong_memory",
@@ -420,28 +421,91 @@ def test_module_and_help_list_the_verbs():
     assert cli.main([]) == 2 and cli.main(["nonsense"]) == 2
 
 
+def test_dispatching_does_not_import_jax():
+    """Breaks when a verb imports JAX before `main` has set what JAX reads when it is imported."""
+    code = "import sys; import icae_jax.cli.main; print('jax' in sys.modules)"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", code]
+    out = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    assert out.stdout == "False\n"
+
+
+def test_old_spellings_work_and_say_so(monkeypatch, capsys):
+    """Breaks when a command of the release before fails, or the new spelling is not told."""
+    called = []
+    for verb in ("train", "quickstart"):
+        monkeypatch.setitem(cli.VERBS, verb, (lambda argv: called.append(argv) or 0, ""))
+    assert cli.main(["train-base", "--workdir", "a-b", "--config.data.train=x-y"]) == 0
+    assert "train-base is now train base" in capsys.readouterr().err
+    assert cli.main(["quickstart", "--from-scratch"]) == 0
+    assert "--from-scratch is now --from_scratch" in capsys.readouterr().err
+    assert cli.main(["quickstart", "--held-out=3-4", "--a_b", "-x", "-1"]) == 0
+    assert capsys.readouterr().err == ""
+    assert called == [
+        ["base", "--workdir", "a-b", "--config.data.train=x-y"],
+        ["--from_scratch"],
+        ["--held_out=3-4", "--a_b", "-x", "-1"],
+    ]
+
+
 def test_the_command_starts_over_once_with_huge_pages(monkeypatch, capsys):
     """Breaks when the command loses its arguments, starts over for ever, does so when called from Python, or overrides the user."""
     started = []
     monkeypatch.setattr(
         cli.os, "execv", lambda *call: started.append((call, os.environ["GLIBC_TUNABLES"]))
     )
+    for verb in ("bench", "inspect"):
+        monkeypatch.setitem(cli.VERBS, verb, (lambda argv: 0, ""))
     monkeypatch.setattr(sys, "platform", "linux")
-    monkeypatch.setattr(sys, "argv", ["icae", "--help"])
-    monkeypatch.setattr(sys, "orig_argv", ["python", "/bin/icae", "--help"])
+    monkeypatch.setattr(sys, "argv", ["icae", "bench", "train"])
+    monkeypatch.setattr(sys, "orig_argv", ["python", "/bin/icae", "bench", "train"])
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     monkeypatch.setenv("GLIBC_TUNABLES", "")
     assert cli.command() == 0 and not started
     monkeypatch.delenv("GLIBC_TUNABLES")
     assert cli.main() == 0 and not started
+    monkeypatch.setenv("JAX_PLATFORMS", "tpu")
+    monkeypatch.setattr(cli.platforms, "check", lambda: None)
+    assert cli.command() == 0 and not started
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    monkeypatch.setattr(sys, "argv", ["icae", "inspect", "x"])
+    assert cli.command() == 0 and not started
+    monkeypatch.setattr(sys, "argv", ["icae", "bench", "train"])
     assert cli.command() == 0 and cli.command() == 0
-    assert started == [
-        ((sys.executable, [sys.executable, "/bin/icae", "--help"]), "glibc.malloc.hugetlb=1")
-    ]
+    command = [sys.executable, "/bin/icae", "bench", "train"]
+    assert started == [((sys.executable, command), "glibc.malloc.hugetlb=1")]
 
 
-def test_help_of_the_train_verbs(capsys):
-    for verb in ("train", "train-base"):
-        assert cli.main([verb, "--help"]) == 0 and "--config.field=value" in capsys.readouterr().out
+def test_an_accelerator_in_use_is_seen_without_jax(monkeypatch):
+    """Breaks when a GPU without its plugin counts, or one that JAX will use does not."""
+    point = type("Point", (), {"name": "xla_cuda13"})
+    plugins, devices = [], []
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    monkeypatch.delenv("JAX_PLATFORM_NAME", raising=False)
+    monkeypatch.setattr(platforms.importlib.metadata, "entry_points", lambda group: plugins)
+    monkeypatch.setattr(platforms.glob, "glob", lambda pattern: devices)
+    assert platforms.cpu_only()
+    plugins.append(point)
+    assert platforms.cpu_only()  # the plugin without a device
+    devices.append("/dev/nvidia0")
+    monkeypatch.setattr(platforms, "tpu_chips", lambda: [])
+    assert not platforms.cpu_only()
+    plugins.clear()
+    assert platforms.cpu_only()  # the device without its plugin
+    monkeypatch.setattr(platforms, "tpu_chips", lambda: devices)
+    assert not platforms.cpu_only()
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    assert platforms.cpu_only()
+
+
+@pytest.mark.parametrize("argv", [["train", "--help"], ["help", "train", "base"]])
+def test_help_of_training_lists_the_fields(argv, capsys):
+    """Breaks when the help of training leaves a field of its configuration out."""
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(argv)
+    out = capsys.readouterr().out
+    fields = config_file.default_fields(BaseConfig if argv[-1] == "base" else TrainConfig)
+    assert all(f"--config.{field}=" in out for field in fields) and "exit codes:" in out
 
 
 def test_a_trace_goes_into_a_folder(files, tmp_path, capsys):
@@ -458,7 +522,10 @@ def test_a_trace_goes_into_a_folder(files, tmp_path, capsys):
 
 
 BAD = {
-    "unknown field": ({"compresion.k": 4}, r"no field 'compresion': Did you mean"),
+    "unknown field": (
+        {"compresion.k": 4},
+        r"compresion\.k is not a field .*; is compression\.k meant",
+    ),
     "k of zero": ({"compression.k": 0}, r"compression\.k is 0"),
     "negative rate": ({"compression.rate": -1}, r"compression\.rate is -1"),
     "wrong type": ({"steps": "many"}, r"steps"),
@@ -532,9 +599,9 @@ def test_an_argument_that_is_no_flag_is_refused(stray, files, tmp_path, capsys):
         ),
         (
             "def get_config():\n    raise ValueError('choose :a or :b')\n",
-            r"config: ValueError: choose :a or :b$",
+            r"config\.py:2: ValueError: choose :a or :b$",
         ),
-        ("def get_config():\n    return 3\n", r"returns int, not an ml_collections.ConfigDict"),
+        ("def get_config():\n    return 3\n", r"returns int, not a dict or ConfigDict"),
         ("(\n", r"'\(' was never closed"),
     ],
 )

@@ -12,21 +12,25 @@ import pytest
 from conftest import TINY, WORDS, eight_devices, random_trained
 
 import icae_jax
-from icae_jax.compression import layout as layouts
-from icae_jax.compression.encoder import CompressionConfig, embed_with_table
+from icae_jax.compression.config import CompressionConfig
+from icae_jax.compression.decoder import Decoder
+from icae_jax.compression.layout import Layout
 from icae_jax.compression.memory import KV, Slots
 from icae_jax.errors import UserError
 from icae_jax.inference import compressor as compressors
+from icae_jax.inference import loading, reading
 from icae_jax.interop.adapters import folder as adapters
 from icae_jax.interop.hub import base as bases
 from icae_jax.models import llama, rope
+from icae_jax.models.llama import FrozenModel
 from icae_jax.models.lora import LoraConfig
 from icae_jax.objectives import targets
 from icae_jax.runtime import sharding
 
 ROOT = pathlib.Path(__file__).parents[1]
 RNG = np.random.default_rng(7)
-# Of 2, 1, 3, 2 and 3 segments. What is read is nearly always all of these memories, or one of them: every other shape is a program more.
+# Of 2, 1, 3, 2 and 3 segments. What is read is nearly always all of these memories, or one of them:
+# every other shape is a program more.
 TEXTS = [" ".join(RNG.choice(WORDS[8:], size=n)) for n in (30, 5, 40, 17, 35)]
 QUESTIONS = [
     "who saw the cat ?",
@@ -64,7 +68,9 @@ def memory(compressor):
 
 
 def test_memory_sizes(compressor, memory):
-    """Breaks when segments are counted wrongly: 16 text tokens a segment (ICAE's <s> included), 4 memory tokens each; or bytes."""
+    """Breaks when segments are counted wrongly: 16 text tokens a segment (ICAE's <s> included), 4
+    memory tokens each; or bytes.
+    """
     slots = compressor.config.method == "icae"
     lengths = [len(t.split()) + slots for t in TEXTS]
     segments = [-(-n // 16) for n in lengths]
@@ -110,7 +116,8 @@ def test_documents_compressed_apart_are_read_together(compressor, small):
     """Breaks when a joined memory is not that of one text whose segments are the documents."""
     words = TEXTS[2].split()[: 40 - len(compressor.framing.start)]
     whole = compressor.compress(" ".join(words))
-    # The later documents have no <s> of their own here: ids, not texts, so that the segments are the same.
+    # The later documents have no <s> of their own here: ids, not texts, so that the segments are
+    # the same.
     ids = compressor.context_ids(" ".join(words))
     joined = compressor.join([compressor.compress_ids([ids[i : i + 14]]) for i in (0, 14, 28)])
     assert whole.tokens.tolist() == joined.tokens.tolist() == [
@@ -123,7 +130,7 @@ def test_documents_compressed_apart_are_read_together(compressor, small):
 
 
 def test_results_do_not_depend_on_the_batch(compressor, memory):
-    """Breaks when padding or a neighbour reaches a memory, a restored text, an answer or a score."""
+    """Breaks when padding or a neighbour reaches a memory, a text, an answer or a score."""
     restored = compressor.restore(memory, 12, details=True)
     answers = compressor.ask(memory, [[q, QUESTIONS[0]] for q in QUESTIONS], 8, details=True)
     scores = compressor.score(memory, TEXTS)
@@ -163,8 +170,14 @@ def test_answers_nest_as_the_questions_do(compressor, memory):
 
 @functools.partial(jax.jit, static_argnums=0)
 def _pass(model, params, table, ids, contents):
-    """Log-probabilities after each of ids, by one plain call of the base: slots as embeddings in front, or K/V as its cache."""
-    x, M, prefix = embed_with_table(params, table, ids[None]), contents[0].shape[0], None
+    """Log-probabilities after each of ids, by one plain call of the base: slots as embeddings in
+    front, or K/V as its cache.
+    """
+    x, M, prefix = (
+        Decoder(FrozenModel(model, params), table).embed(ids[None]),
+        contents[0].shape[0],
+        None,
+    )
     if len(contents) == 1:
         x = jnp.concatenate([contents[0][None], x], 1)
     else:
@@ -179,7 +192,9 @@ def _pass(model, params, table, ids, contents):
 
 
 def test_scores_equal_one_straight_pass(compressor, memory):
-    """Breaks when scoring reads the memory at other positions, or counts other tokens, than one pass over slots and text."""
+    """Breaks when scoring reads the memory at other positions, or counts other tokens, than one
+    pass over slots and text.
+    """
     got = (
         compressor.score(memory, TEXTS, QUESTIONS)
         + compressor.score(memory, TEXTS)
@@ -211,7 +226,7 @@ def test_scores_equal_one_straight_pass(compressor, memory):
         padded = np.pad(np.asarray(ids, np.int32), (0, 80 - len(ids)))
         log_probs = np.asarray(
             _pass(
-                compressor.model,
+                compressor.decoder.base.module,
                 params,
                 compressor.trained["memory_table"],
                 padded,
@@ -222,18 +237,16 @@ def test_scores_equal_one_straight_pass(compressor, memory):
         assert got[i].tokens == len(ids) - first and abs(got[i].log_prob - want) <= 1e-4 * abs(want)
 
 
-_placed = jax.jit(layouts.encoder_positions, static_argnums=(0, 1, 2))
+_placed = jax.jit(Layout.encoder_positions, static_argnums=(0, 1, 2))
 
 
 def assert_takes_its_positions(compressor, memory, k):
     """The room that is asked for before is the one that writing, reading or joining then takes."""
-    layout = layouts.get(compressor.config.layout)
+    layout = compressor.config.position_layout
     for row, tokens in enumerate(memory.lengths.tolist()[:3]):
         needed, end = compressor.positions(tokens, k)
         n = np.asarray(memory.segment_lengths[row]).max()
-        placed = np.asarray(
-            _placed(layout, 16 if layout.name in ("padded", "reference") else n, k, np.asarray(n))
-        )
+        placed = np.asarray(_placed(layout, 16 if layout.fixed_length else n, k, np.asarray(n)))
         last = max(
             np.asarray(memory.positions[row])[np.asarray(memory.mask[row])].max(), placed.max()
         )
@@ -253,7 +266,9 @@ def assert_takes_its_positions(compressor, memory, k):
     [("icae", "sequential"), ("icae", "uniform"), ("x500", "reference"), ("x500", "uniform")],
 )
 def test_other_layouts_read_and_write(tiny_base, tmp_path, method, layout):
-    """Breaks when a layout's positions are lost between compressing, a file, and reading, or are others than were asked for before."""
+    """Breaks when a layout's positions are lost between compressing, a file, and reading, or are
+    others than were asked for before.
+    """
     compressor = icae_jax.load(make_adapter(tmp_path / "a", tiny_base, method, layout))
     memory = compressor.compress(TEXTS)
     compressor.save(tmp_path / "m.safetensors", memory, list("vwxyz"))
@@ -273,13 +288,17 @@ def test_other_layouts_read_and_write(tiny_base, tmp_path, method, layout):
 
 
 def test_positions_are_those_that_a_text_takes(compressor, memory, small):
-    """Breaks when the room that is asked for before is not the one that writing, reading or joining then takes."""
+    """Breaks when the room that is asked for before is not the one that writing, reading or joining
+    then takes.
+    """
     assert_takes_its_positions(compressor, memory, 4)
     assert_takes_its_positions(compressor, small, 1)
 
 
 def test_a_memory_of_the_other_kind_is_refused(compressor, memory):
-    """Breaks when slots are read by an adapter that writes K/V, or the other way: that gives text, and garbage."""
+    """Breaks when slots are read by an adapter that writes K/V, or the other way: that gives text,
+    and garbage.
+    """
     every = {
         name: getattr(memory, name) for name in ("mask", "positions", "end", "segment_lengths")
     }
@@ -316,7 +335,7 @@ def test_bad_input(compressor, memory, tiny_base, tmp_path):
                 use(size)
     with pytest.raises(
         ValueError,
-        match=rf"text 0: {2000 + len(compressor.framing.start)} tokens need \d+ positions, the base has 256",
+        match=rf"text 0: {2000 + len(compressor.framing.start)} tokens need \d+ positions",
     ):
         compressor.compress("cat " * 2000)
     with pytest.raises(ValueError, match="max_new_tokens is -1"):
@@ -349,25 +368,26 @@ def test_bad_input(compressor, memory, tiny_base, tmp_path):
         other = icae_jax.load(adapter)
         other.save(tmp_path / "m.safetensors", memory)
         (tmp_path / "a").rename(tmp_path / "b")
-        compressors.load_with_memory(tmp_path / "m.safetensors")
+        loading.load_with_memory(tmp_path / "m.safetensors")
 
 
-# ----------------------------------------------------------------------------------------------- rows, targets, devices
+# --- rows, targets, devices ---
 
 
 def test_room_is_each_rows_own(compressor, memory, monkeypatch):
-    """Breaks when a long text, a long question or little room in one row shortens what another row may say."""
-    small = object.__new__(type(compressor))
-    vars(small).update(vars(compressor))
+    """Breaks when a long text, a long question or little room in one row shortens what another row
+    may say.
+    """
     end = int(np.asarray(memory.end).max())
     size = dataclasses.replace(compressor.base.config, max_position_embeddings=end + 8)
-    small.base = dataclasses.replace(compressor.base, config=size)
+    few_positions = dataclasses.replace(compressor.base, config=size)
+    small = compressors.Compressor(few_positions, compressor.adapter, compressor.path)
     seen = []
-    greedy = compressors.generate.greedy
+    greedy = reading.decoding.greedy
     monkeypatch.setattr(
-        compressors.generate,
+        reading.decoding,
         "greedy",
-        lambda *a, **kw: (seen.append(np.asarray(a[-1])), greedy(*a, **kw))[1],
+        lambda *a, **kw: (seen.append(np.asarray(a[-1].limits)), greedy(*a, **kw))[1],
     )
 
     asked = ["where did it eat ?", ["where ?", "what did it eat ?"], "why ?", "who ?", "why so ?"]
@@ -393,7 +413,9 @@ def test_room_is_each_rows_own(compressor, memory, monkeypatch):
 
 
 def test_targets_of_every_kind_are_scored_together(compressor, memory):
-    """Breaks when a memory's targets see each other, one is counted for another, or padding them together changes a score."""
+    """Breaks when a memory's targets see each other, one is counted for another, or padding them
+    together changes a score.
+    """
     ids, template = compressor.ids, compressor.adapter.template
     rows = [
         [template.target(ids(q), ids(t)) for q in QUESTIONS[: 1 + i]] for i, t in enumerate(TEXTS)
@@ -415,9 +437,11 @@ def test_targets_of_every_kind_are_scored_together(compressor, memory):
     "compressor", ["icae"], indirect=True
 )  # the other method's memory is read by the same lines
 def test_the_head_runs_where_labels_are(compressor, memory, monkeypatch):
-    """Breaks when the tokens of a question cost logits, or a score changes with how many positions the head is run at."""
+    """Breaks when the tokens of a question cost logits, or a score changes with how many positions
+    the head is run at.
+    """
     question = " ".join(QUESTIONS * 2)
-    pack, losses, shapes, flops, scores = targets.pack, compressors._losses, [], [], []
+    pack, losses, shapes, flops, scores = reading.pack, reading._losses, [], [], []
 
     def packed(rows, G, T, U):
         shapes.append((T, U))
@@ -427,8 +451,8 @@ def test_the_head_runs_where_labels_are(compressor, memory, monkeypatch):
         flops.append(losses.lower(*args, **named).cost_analysis()["flops"])
         return losses(*args, **named)
 
-    monkeypatch.setattr(compressors.target_layouts, "pack", packed)
-    monkeypatch.setattr(compressors, "_losses", counted)
+    monkeypatch.setattr(reading, "pack", packed)
+    monkeypatch.setattr(reading, "_losses", counted)
     for _ in range(2):
         scores.append(
             [
@@ -448,9 +472,9 @@ def test_the_head_runs_where_labels_are(compressor, memory, monkeypatch):
 )  # the other method's memory is read by the same lines
 def test_compressors_of_one_base_share_compiled_programs(compressor, memory, monkeypatch):
     """Breaks when scoring is traced and compiled anew for every compressor that is made."""
-    traced, label_losses = [], compressors.loss.label_losses
+    traced, label_losses = [], reading.loss.label_losses
     monkeypatch.setattr(
-        compressors.loss, "label_losses", lambda *args: (traced.append(1), label_losses(*args))[1]
+        reading.loss, "label_losses", lambda *args: (traced.append(1), label_losses(*args))[1]
     )
     scores = []
     for _ in range(2):
@@ -465,8 +489,9 @@ def test_compressors_of_one_base_share_compiled_programs(compressor, memory, mon
     [("float32", "bfloat16", 1e-5, "plain"), ("bfloat16", "float32", 0.02, "mistral")],
 )
 def test_a_memory_of_another_dtype(tiny_base, tmp_path, method, dtype, other, bound, template):
-    """Breaks when a memory of another dtype than the base's cannot be decoded behind, or makes the base compute in its own: it is read as
-    if it had been cast before, also behind a head, which would be of the wider type.
+    """Breaks when a memory of another dtype than the base's cannot be decoded behind, or makes the
+    base compute in its own: it is read as if it had been cast before, also behind a head, which
+    would be of the wider type.
     """
     reader = icae_jax.load(
         make_adapter(tmp_path / "a", tiny_base, method, template=template), dtype=dtype
@@ -493,14 +518,16 @@ def test_a_memory_of_another_dtype(tiny_base, tmp_path, method, dtype, other, bo
     "compressor", ["icae"], indirect=True
 )  # the other method's memory is read by the same lines
 def test_questions_without_a_token(compressor, memory, tiny_base, tmp_path):
-    """Breaks when padding is read where a prompt is empty; a template with words of its own can ask with nothing between them."""
+    """Breaks when padding is read where a prompt is empty; a template with words of its own can ask
+    with nothing between them.
+    """
     bare = icae_jax.load(
         make_adapter(tmp_path / "a", tiny_base, compressor.config.method, template="none")
     )
     for asked in (["", ""], ["who ?", ["why ?", " "]]):
         with pytest.raises(
             UserError,
-            match=r"text [01]: the question ' ?' has no tokens, and template none puts no words round it",
+            match=r"text [01]: the question ' ?' has no tokens, and template none puts no words",
         ):
             bare.ask(memory[:2], asked, 4)
     with pytest.raises(UserError, match="target 1: the question '' has no tokens"):
@@ -531,7 +558,7 @@ def test_no_texts(compressor, memory):
         == []
     )
     for questions in ([], [[]]):
-        with pytest.raises(UserError, match="give at least one question a text"):
+        with pytest.raises(UserError, match="give at least one question per text"):
             compressor.ask(memory[:1], questions)
     with pytest.raises(UserError, match="texts is empty"):
         compressor.compress_ids([])
@@ -541,11 +568,13 @@ def test_no_texts(compressor, memory):
     "compressor", ["x500"], indirect=True
 )  # whose texts are not the first axis
 def test_a_mesh_of_one_device_changes_nothing(compressor, memory):
-    """Breaks when the path over devices makes other memories, texts or scores than the path without."""
+    """Breaks when the path over devices makes other memories, texts or scores than the path
+    without.
+    """
     over = compressors.Compressor(
         compressor.base, compressor.adapter, compressor.path, mesh=sharding.local_mesh()
     )
-    assert over.rows(5) == 5 * (
+    assert over.devices.rows(5) == 5 * (
         1 if jax.local_device_count() == 1 else jax.local_device_count() / 5
     )
     again = over.compress(TEXTS, batch_size=3)
@@ -561,7 +590,7 @@ def test_a_mesh_of_one_device_changes_nothing(compressor, memory):
         strict=True,
     ):
         assert want.ties or one.ids == want.ids
-    spread = over.put_memory(memory)
+    spread = over.devices.put_memory(memory)
     for name in memory.CONTENTS:
         assert getattr(spread, name).sharding.spec == jax.sharding.PartitionSpec(
             *[None] * memory.TEXT_AXIS, sharding.BATCH
@@ -571,7 +600,9 @@ def test_a_mesh_of_one_device_changes_nothing(compressor, memory):
 
 @pytest.mark.slow
 def test_a_mesh_of_eight_devices(compressor, memory):
-    """Breaks when a base, a cache or a batch that is split over devices gives other memories, scores or answers, or is not split."""
+    """Breaks when a base, a cache or a batch that is split over devices gives other memories,
+    scores or answers, or is not split.
+    """
     with eight_devices():
         over = icae_jax.load(
             compressor.path, mesh=sharding.local_mesh(sharding.parse("tensor=2,fsdp=2"))

@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 from conftest import TINY, WORDS, write_jsonl
 
+from icae_jax.compression import trained as trained_tree
 from icae_jax.interop.hub import base as bases
 from icae_jax.objectives import targets
 from icae_jax.training import compressor_task, step, train
 from icae_jax.training.compressor_task import CompressorTask
-from icae_jax.training.config import TrainConfig, from_dict
+from icae_jax.training.config import TrainConfig
+from icae_jax.training.config_file import from_dict
 from icae_jax.workflows import sweep_results
 
 
@@ -171,7 +173,7 @@ def losses_of_one_row(raw):
     made = task(
         raw, compression=compression, draw_k=["pretrain"], objectives={"ae": 0.5, "lm": 0.5}
     )
-    batch, compress = next(iter(made.eval_batches()))["memory_k1"], compressor_task.methods.compress
+    batch, compress = next(iter(made.eval_batches()))["memory_k1"], compressor_task.encoder.compress
     rolled, trained = (
         batch | {"context": np.roll(batch["context"], 1, axis=0)},
         jax.tree.map(lambda x: np.asarray(x) + 0.1, made.init()),
@@ -179,15 +181,15 @@ def losses_of_one_row(raw):
 
     def loss(embeddings, trained, batch, cut):
         def cuttable(
-            model, base, *rest
+            base, *rest
         ):  # the encoder alone reads `embeddings`; the decoder's copy of the base is held apart
-            memory = compress(model, base | {"embed": embeddings}, *rest)
+            memory = compress(base.replace(params=base.params | {"embed": embeddings}), *rest)
             return memory.replace(
                 slots=jnp.where(cut, jax.lax.stop_gradient(memory.slots), memory.slots)
             )
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(compressor_task.methods, "compress", cuttable)
+            patch.setattr(compressor_task.encoder, "compress", cuttable)
             return sum(s for s, _ in made.losses(trained, made.frozen, batch, None).values())
 
     run = jax.jit(jax.value_and_grad(loss, (0, 1)))
@@ -342,9 +344,9 @@ def test_room_for_the_positions_of_the_reference_layout(raw):
 def test_lora_is_drawn_by_one_program_whatever_the_run(raw):
     """Breaks when every task compiles the drawing of its LoRA anew."""
     task(raw).init()
-    before = compressor_task._init_lora._cache_size()
+    before = trained_tree._init_lora._cache_size()
     task(raw, seed=1).init()
-    assert before and compressor_task._init_lora._cache_size() == before
+    assert before and trained_tree._init_lora._cache_size() == before
 
 
 def test_trigger_token(raw):

@@ -7,7 +7,7 @@ import re
 import pytest
 from conftest import TINY
 
-from icae_jax import files
+from icae_jax import errors
 from icae_jax.errors import UserError
 from icae_jax.models import rope
 from icae_jax.models.families import config_json
@@ -55,7 +55,9 @@ def test_config_round_trip(config):
 
 
 def test_defaults_of_absent_fields():
-    """Breaks when an older config.json, which leaves out what equals the default, is read with other defaults."""
+    """Breaks when an older config.json, which omits fields at their defaults, is read with other
+    defaults.
+    """
     raw = {
         k: RAW[k]
         for k in (
@@ -101,7 +103,8 @@ def test_defaults_of_absent_fields():
         ),
         (
             {"model_type": "mistral"},
-            "model_type is 'mistral', by which transformers goes, and the architecture LlamaForCausalLM",
+            "model_type is 'mistral', which transformers goes by, "
+            "but the architecture is LlamaForCausalLM",
         ),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
         (QWEN3 | {"mlp_bias": True}, "mlp_bias is True"),
@@ -122,24 +125,24 @@ def test_defaults_of_absent_fields():
         ({"use_qk_norm": True}, "use_qk_norm is True"),
         (
             {"of_the_future": False},
-            "of_the_future is False, a field that is not known here .* remove it from config.json",
+            "of_the_future is False, an unknown field .* remove it from config.json",
         ),
         (
             {"of_the_future": {"a": [1] * 99}},
-            r"of_the_future is {'a': \[1, [1, ]{40,80}…, a field that",
+            r"of_the_future is {'a': \[1, [1, ]{40,80}…, an unknown field",
         ),
         (
             {"transformers_weights": "x.safetensors"},
-            "transformers_weights is 'x.safetensors', a field that is not known",
+            "transformers_weights is 'x.safetensors', an unknown field",
         ),
-        ({"lora_r": 8}, "lora_r is 8, a field that is not known"),
+        ({"lora_r": 8}, "lora_r is 8, an unknown field"),
         (
             {"auto_map": {"AutoModelForCausalLM": "modeling.X"}},
-            "auto_map names code of the repository's own",
+            "auto_map names the repository's own code",
         ),
         (
             {"auto_map": {"AutoTokenizer": "x.X", "AutoModel": "modeling.X"}},
-            "auto_map names code of the repository's own",
+            "auto_map names the repository's own code",
         ),
         ({"auto_map": "x"}, "auto_map is 'x'"),
         (
@@ -195,7 +198,7 @@ def test_defaults_of_absent_fields():
         ),
         (
             {"rope_parameters": {"rope_type": "yarn", "factor": 2, "rope_theta": 1}},
-            "rope_theta 1 with YarnScaling.* no numbers",
+            "rope_theta 1 with YarnScaling.* not finite",
         ),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
         ({"partial_rotary_factor": True}, "partial_rotary_factor is True"),
@@ -265,7 +268,7 @@ def test_other_models_are_refused_by_field(change, message):
         {"model_type": None},
         {"hidden_act": "swish"},
         {"hidden_act": None},
-        {"pretraining_tp": 2},  # how many matmuls one was split into: they add up to it
+        {"pretraining_tp": 2},  # splits a matmul into several that add up to it
         {"is_causal": True},
         {
             "sliding_window": 4096,
@@ -334,13 +337,17 @@ def test_other_models_are_refused_by_field(change, message):
     ids=lambda change: next(iter(change)),
 )
 def test_what_changes_nothing_is_read(change):
-    """Breaks when a base is refused for a placeholder (null, empty), for who made it, or for how somebody spelled a number."""
+    """Breaks when a base is refused for a placeholder (null, empty), its author's notes, or a
+    number's spelling.
+    """
     expected = dataclasses.replace(TINY, qkv_bias=change.get("model_type") == "qwen2")
     assert config_json.parse_config(RAW | change) == expected
 
 
 def test_every_field_that_transformers_writes_is_known():
-    """Breaks when the configuration of a supported family, with all its defaults written out, is refused for a field of them."""
+    """Breaks when a supported family's configuration, with all defaults written out, is refused for
+    a field.
+    """
     transformers = pytest.importorskip("transformers")
     for name, family in config_json.FAMILIES.items():
         raw = getattr(transformers, f"{family.model_type.capitalize()}Config")().to_dict() | {
@@ -384,8 +391,8 @@ def test_every_field_that_transformers_writes_is_known():
     ids=["theta", "type", "attn_factor", "chunks"],
 )
 def test_of_two_spellings_the_one_that_counts_is_said(change, said, expected, capsys):
-    """Breaks when what transformers takes of a contradiction is another than we take, or nobody hears of it."""
-    files.say.cache_clear()
+    """Breaks when a contradiction is not resolved as in transformers, or is resolved silently."""
+    errors.say.cache_clear()
     for _ in range(2):
         assert config_json.parse_config(RAW | change) == dataclasses.replace(TINY, **expected)
     told = capsys.readouterr().err
@@ -393,7 +400,7 @@ def test_of_two_spellings_the_one_that_counts_is_said(change, said, expected, ca
 
 
 def test_both_spellings_of_rope_may_agree():
-    """Breaks when a file that says the same twice is refused."""
+    """Breaks when a file that states the same twice is refused."""
     both = {
         "rope_scaling": {"type": "linear", "factor": 2},
         "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4},
@@ -404,8 +411,10 @@ def test_both_spellings_of_rope_may_agree():
 
 
 def test_the_dtype_of_two_spellings(capsys):
-    """Breaks when the old name of a dtype counts where the new one is set, or a placeholder counts as a dtype."""
-    files.say.cache_clear()
+    """Breaks when the old name of a dtype wins over the new one, or a placeholder counts as a
+    dtype.
+    """
+    errors.say.cache_clear()
     assert (
         config_json.stored_dtype({"dtype": None, "torch_dtype": "float16"}) == "float16"
         and config_json.stored_dtype({}) is None
@@ -430,7 +439,9 @@ def test_incomplete_config_names_what_is_missing(tmp_path):
 
 
 def test_windows_by_the_rules_of_each_architecture():
-    """Breaks when an absent window means none where the architecture's default is 4096, or a switched-off one is computed."""
+    """Breaks when a missing window means none where the default is 4096, or a disabled one is
+    computed.
+    """
 
     def windows(name, **fields):
         family = {"architectures": [name], "model_type": config_json.FAMILIES[name].model_type}
@@ -457,8 +468,13 @@ def test_windows_by_the_rules_of_each_architecture():
 def test_no_architecture_is_made_up():
     """Breaks when a model is written as one that computes something else."""
     for changes in (
-        {"qkv_bias": True, "qk_norm": True}, {"windows": (0, 16)}, {"qk_norm": True, "windows": (4, 8)}, {"o_bias": True},
-        {"qkv_bias": True, "mlp_bias": True}, {"qk_norm": True, "mlp_bias": True}, {"mlp_bias": True, "windows": (4, 4)},
-    ):  # fmt: skip
+        {"qkv_bias": True, "qk_norm": True},
+        {"windows": (0, 16)},
+        {"qk_norm": True, "windows": (4, 8)},
+        {"o_bias": True},
+        {"qkv_bias": True, "mlp_bias": True},
+        {"qk_norm": True, "mlp_bias": True},
+        {"mlp_bias": True, "windows": (4, 4)},
+    ):
         with pytest.raises(ValueError, match="no architecture of the hub has"):
             config_json.hub_config(dataclasses.replace(TINY, **changes), "float32", {})

@@ -1,5 +1,9 @@
-"""The files in configs/: every argument that they take gives a configuration that holds, with the papers' sizes, and a step that fits."""
+"""The files in configs/: every argument gives a valid configuration with the papers' sizes.
 
+Named bases also take a training step, in shapes alone.
+"""
+
+import dataclasses
 import itertools
 
 import jax
@@ -7,14 +11,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from icae_jax.compression import encoder, layout
-from icae_jax.data.batches import StaticInt
-from icae_jax.models import llama, lora
+from icae_jax.compression import trained as trained_tree
+from icae_jax.compression.segments import position_budget, segment_contexts
+from icae_jax.compression.trained import SPECIAL_ROWS
+from icae_jax.data.drawing import StaticInt
+from icae_jax.errors import UserError
+from icae_jax.models import llama
 from icae_jax.models.families import sizes
 from icae_jax.objectives import targets
+from icae_jax.objectives.packing import pack
+from icae_jax.runtime import sharding
+from icae_jax.training import config_file
 from icae_jax.training.compressor_task import CompressorLosses
-from icae_jax.training.config import BaseConfig, TrainConfig, from_dict
-from icae_jax.workflows.quickstart import get_config
+from icae_jax.training.config import BaseConfig, TinyModelConfig, TrainConfig
 
 PHASES = ("pretrain", "finetune")
 BASES = {
@@ -32,34 +41,58 @@ ARGS = {
 }  # fmt: skip
 
 
+UNSET = {"base": "base", "init_from": "before", "data.train": "train.jsonl"}
+
+
 def filled(name, arg):
-    raw = get_config(name, arg)
-    raw |= {"base": raw["base"] or "base", "init_from": "before"}
-    raw["data"] |= {"train": "train.jsonl"}
-    return from_dict(TrainConfig, raw)
+    """A shipped configuration, with what is left to the user."""
+    return config_file.load(TrainConfig, f"{name}:{arg}", {}, UNSET)
 
 
 @pytest.mark.parametrize(
     ("name", "arg"), [(name, arg) for name, args in ARGS.items() for arg in args]
 )
 def test_every_argument_gives_a_configuration(name, arg):
-    """Breaks when a file lacks a field, misspells one, or both phases get the same objectives."""
+    """Breaks when a file misspells a field, or both phases get the same objectives."""
     config = filled(name, arg)
     phase = "finetune" if "finetune" in arg else "pretrain"
     assert config.phase == phase and ("qa" in config.objectives.weights) == (phase == "finetune")
-    raw = get_config(name, arg)
-    names = {field for group in raw.values() if isinstance(group, dict) for field in group}
-    assert {
-        "k_choices",
-        "layout",
-        "trigger",
-        "targets",
-        "template",
-        "schedule",
-        "context_lengths",
-        "train_weights",
-    } <= names
-    assert raw["mesh"] == {"data": 1, "fsdp": -1, "tensor": 1} and raw["remat_decoder"] == ""
+    assert config.mesh == sharding.MeshConfig(1, -1, 1) and config.remat_decoder == ""
+
+
+# What follows from defaults and files together: as it was while the files set every field.
+RESOLVED = {
+    "icae:pretrain": {
+        "seed": 0, "steps": 200_000, "batch_size": 32, "accumulate": 1, "dtype": "bfloat16", "remat": "frozen", "attention": "auto",
+        "unroll": 1, "loss_chunk": 128, "log_every": 10, "eval_every": 1000, "eval_examples": 256, "checkpoint_every": 1000,
+        "draw_k": ("finetune",), "compression.method": "icae", "compression.rate": 4.0, "compression.k_choices": (),
+        "compression.layout": "servable", "compression.memory_init": "embedding", "compression.trigger": "trained",
+        "lora.scale": 2.0, "lora.dropout": 0.05, "objectives.ae": 0.5, "objectives.lm": 0.5, "objectives.pad_labels": False,
+        "optimizer.name": "adamw", "optimizer.learning_rate": 1e-4, "optimizer.warmup_steps": 300, "optimizer.b1": 0.9,
+        "optimizer.b2": 0.95, "optimizer.weight_decay": 0.1, "optimizer.clip": 2.0, "data.context_weights": (0.5, 0.25, 0.25),
+        "data.questions_per_context": 4, "data.max_target_tokens": 256, "data.max_row_bytes": 64 << 20, "data.strict": False,
+    },
+    "x500:finetune-4": {
+        "steps": 78_000, "batch_size": 32, "compression.rate": 125.0, "optimizer.b1": 0.9, "optimizer.b2": 0.999,
+        "optimizer.weight_decay": 0.01, "objectives.ae": 0.0, "objectives.qa": 1.0, "data.max_target_tokens": 256,
+    },
+    "quickstart:finetune-icae": {
+        "steps": 180, "batch_size": 32, "dtype": "float32", "remat": "none", "log_every": 10, "eval_every": 100, "eval_examples": 64,
+        "compression.k_choices": (2, 11), "compression.layout": "servable", "compression.trigger_token": "<repeat>",
+        "objectives.ae": 0.6, "objectives.qa": 0.4, "optimizer.schedule": "cosine", "optimizer.learning_rate": 1.5e-3,
+    },
+    "quickstart:pretrain-x500-4x": {
+        "steps": 120, "batch_size": 16, "compression.k_choices": (), "compression.layout": "clean", "compression.trigger": "trained",
+        "optimizer.name": "muon", "optimizer.learning_rate": 0.01, "optimizer.warmup_steps": 5, "eval_examples": 0,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RESOLVED)
+def test_what_the_files_leave_to_the_defaults(name):
+    """Breaks when a default changes under a configuration that relies on it, or a file loses a field."""
+    flat = config_file.flatten(dataclasses.asdict(filled(*name.split(":"))))
+    assert {field: flat[field] for field in RESOLVED[name]} == RESOLVED[name]
 
 
 def test_papers_sizes():
@@ -133,9 +166,8 @@ def test_papers_recipes_on_named_bases(base, phase):
             and icae.data.context_lengths == (512,)
             and icae.objectives.template == "plain"
         )
-    assert x500 == from_dict(TrainConfig, get_config("x500", phase) | {
-        "base": x500.base, "remat": "full", "init_from": "before", "data": get_config("x500", phase)["data"] | {"train": "train.jsonl"},
-    })  # fmt: skip
+    named = {"base": x500.base, "remat": "full"}
+    assert x500 == config_file.load(TrainConfig, f"x500:{phase}", named, UNSET)
 
 
 @pytest.mark.parametrize(
@@ -148,13 +180,25 @@ def test_papers_recipes_on_named_bases(base, phase):
 )  # fmt: skip
 def test_an_unknown_argument_is_named(name, arg):
     """Breaks when a word is ignored, or one of two that exclude each other."""
-    with pytest.raises(ValueError, match=rf"configs/{name}\.py:{arg}: choose :pretrain"):
-        get_config(name, arg)
+    with pytest.raises(
+        UserError, match=rf"{name}:{arg}: ('\S+' is not understood|choose :pretrain)"
+    ):
+        filled(name, arg)
 
 
 def test_the_base_of_the_quickstart():
-    config = from_dict(BaseConfig, get_config("tiny_base"))
-    assert config.mixture and (config.mesh.data, config.mesh.fsdp, config.mesh.tensor) == (1, -1, 1)
+    """Breaks when the shipped base would be trained otherwise than it was."""
+    config = config_file.load(BaseConfig, "tiny_base")
+    assert (config.steps, config.batch_size, config.log_every, len(config.mixture)) == (
+        2500,
+        32,
+        50,
+        3,
+    )
+    assert config.model == TinyModelConfig(160, 320, 4, 5, 5, 512, 1e6, 0.15)
+    o = config.optimizer
+    assert (o.name, o.learning_rate, o.warmup_steps, o.schedule) == ("muon", 0.01, 100, "cosine")
+    assert (o.b1, o.b2, o.weight_decay, o.clip) == (0.9, 0.98, 0.05, 1.0)
 
 
 # --------------------------------------------------------------------------------------------- named bases, without weights
@@ -172,7 +216,7 @@ def longest_batch(config):
     contexts = [
         [*framing.start, *range(10, 10 + length - len(framing.start) - short)] for short in (0, 7)
     ]
-    ids, lengths = encoder.segment_contexts(contexts, config.compression)
+    ids, lengths = segment_contexts(contexts, config.compression)
     if "ae" in config.objectives.weights:
         rows["ae"] = [[targets.ae_target(context, framing)] for context in contexts]
     if "lm" in config.objectives.weights:
@@ -184,7 +228,7 @@ def longest_batch(config):
             for _ in contexts
         ]
     T = max(len(t.ids) for row in rows.values() for ts in row for t in ts) - 1
-    packed = {o: targets.pack(row, len(row[0]), T, T) for o, row in rows.items()}
+    packed = {o: pack(row, len(row[0]), T, T) for o, row in rows.items()}
     return {
         "context": ids,
         "lengths": lengths,
@@ -209,11 +253,11 @@ def test_a_training_step_on_a_named_base_fits(name, phase, base):
     config = filled(name, f"{phase}-{base}")
     c, model_config = config.compression, sizes.find(config.base)
     batch = longest_batch(config)
-    losses = CompressorLosses(config, model_config, c, TEMPLATE.head)
+    decided = dataclasses.replace(config, attention="xla")
+    losses = CompressorLosses(decided, model_config, c, TEMPLATE.head)
 
     def init(params):
-        return {"lora": lora.init_lora(jax.random.key(0), model_config, config.lora),
-                "memory_table": encoder.init_memory_table(jax.random.key(1), params, c)}  # fmt: skip
+        return trained_tree.init(jax.random.key(1), params["embed"], model_config, config.lora, c)
 
     def weighted(trained, frozen, batch, key):
         sums, counts = losses.losses(trained, frozen, batch, key), losses.counts(batch)
@@ -230,7 +274,7 @@ def test_a_training_step_on_a_named_base_fits(name, phase, base):
         assert jax.tree.map(lambda x: (x.shape, x.dtype), gradient) == jax.tree.map(
             lambda x: (x.shape, x.dtype), trained
         )
-    assert trained["memory_table"].shape == (c.k + encoder.SPECIAL_ROWS, model_config.hidden_size)
+    assert trained["memory_table"].shape == (c.k + SPECIAL_ROWS, model_config.hidden_size)
     assert set(batch["targets"]) == (
         {"qa"} if phase == "finetune" else {"ae", "lm"} if name == "icae" else {"ae"}
     )
@@ -245,12 +289,9 @@ def test_a_named_base_has_positions_enough(name, base, phase):
     c, model_config, batch = config.compression, sizes.find(config.base), longest_batch(config)
     segments, size = batch["context"].shape[1:]
     longest = max(config.data.context_lengths)
-    written, memory, start = layout.positions_needed(
-        layout.get(c.layout), longest, segments, size, c.k, c.segment_tokens
+    budget = position_budget(
+        c, longest, segments=segments, segment_tokens=size, head=len(TEMPLATE.head)
     )
     behind = max(t["ids"].shape[2] for t in batch["targets"].values())
-    assert (
-        max(written, len(TEMPLATE.head) + max(memory, start + behind))
-        <= model_config.max_position_embeddings
-    )
+    assert budget.needed(behind) <= model_config.max_position_embeddings
     assert np.sum(batch["lengths"]) == 2 * longest - 7

@@ -12,14 +12,15 @@ from conftest import TINY, random_params, write_jsonl
 from restoring import CONTEXT, K
 
 from icae_jax.cli import main as cli
-from icae_jax.inference.compressor import load
+from icae_jax.inference.loading import load
 from icae_jax.interop.adapters import folder as adapters
-from icae_jax.interop.adapters import formats
+from icae_jax.interop.adapters import formats, tensor_files
 from icae_jax.interop.hub import base as bases
 from icae_jax.training.compressor_task import CompressorTask
-from icae_jax.training.config import TrainConfig, from_dict
+from icae_jax.training.config import TrainConfig
+from icae_jax.training.config_file import from_dict
 from icae_jax.training.train import train
-from icae_jax.workflows import convert_adapter
+from icae_jax.workflows import restoring as check
 
 pytest.importorskip("torch")
 
@@ -59,7 +60,7 @@ def convert(world, tmp_path, capsys):
 
 
 def tensors_of(path):
-    return {name: np.asarray(t) for name, t in formats.open_tensors(path)[0].items()}
+    return {name: np.asarray(t) for name, t in tensor_files.open_tensors(path)[0].items()}
 
 
 def assert_same(got, want):
@@ -99,10 +100,10 @@ def test_out_and_in_again(world, convert, tmp_path, method, form):
     code, out, err = convert(world / method, tmp_path / "out", "--format", form)
     assert code == 0, err
     assert "restores: AE loss" in out and f"({form})" in out
-    file = tmp_path / "out" / formats.NAMES[form]
+    file = tmp_path / "out" / formats.FORMATS[form].file_name
 
     code, out, err = convert(tmp_path / "out", tmp_path / "told")
-    assert code == 0 and "alpha 32 (told)" in out, err
+    assert code == 0 and "alpha 32 (recorded)" in out, err
     assert_equal_adapters(tmp_path / "told", world / method / "adapter", base)
 
     alone = shutil.copy(file, tmp_path / "renamed")  # without its neighbour, under another name
@@ -115,7 +116,7 @@ def test_out_and_in_again(world, convert, tmp_path, method, form):
     origin = json.loads((tmp_path / "plain" / "icae.json").read_text())["origin"]
     assert origin["format"] == form and not origin["forced"] and origin["restoring"]["bleu"] > 99
     assert convert(tmp_path / "plain", tmp_path / "again", "--format", form)[0] == 0
-    assert_same(tensors_of(tmp_path / "again" / formats.NAMES[form]), tensors_of(file))
+    assert_same(tensors_of(tmp_path / "again" / formats.FORMATS[form].file_name), tensors_of(file))
 
     code, out, err = convert(alone, tmp_path / "wrong", *flags, "--alpha", "3")
     assert (
@@ -248,7 +249,7 @@ def exported(world, convert, tmp_path):
     for method, form in (("icae", "icae-v2"), ("x500", "x500")):
         assert convert(world / method, tmp_path / form, "--format", form)[0] == 0
         made[method] = shutil.copy(
-            tmp_path / form / formats.NAMES[form], tmp_path / f"{method}_file"
+            tmp_path / form / formats.FORMATS[form].file_name, tmp_path / f"{method}_file"
         )
     return made
 
@@ -309,7 +310,7 @@ def test_bad_input_is_named(world, convert, tmp_path, exported):
             "--format x500: its implementation would misread this: it reads layout padded",
         ),
         (world / "x500", ["--format", "icae-v1"], "cannot hold an adapter of method x500"),
-        (memory, [], "no trained compressor, its 2 tensors are lengths, slots"),
+        (memory, [], "not a trained compressor; its 2 tensors are lengths, slots"),
         (tmp_path / "two", [], "holds several trained compressors: a, b; name one"),
         (world / "base", [], "holds no trained compressor"),
         (tmp_path / "absent", [], "no such file or folder"),
@@ -332,7 +333,7 @@ def test_bases_without_a_tokenizer(world, convert, tmp_path, exported):
         file.unlink()
     flags = ["--context_length", str(CONTEXT)]
     code, _, err = convert(exported["icae"], tmp_path / "to", *flags, base=bare)
-    assert code == 2 and "no tokenizer, of whose tokens template mistral is made" in err
+    assert code == 2 and "no tokenizer, which template mistral needs" in err
     code, out, err = convert(
         exported["icae"], tmp_path / "to", *flags, "--phase", "pretrain", base=bare
     )
@@ -375,12 +376,12 @@ def test_bases_without_a_tokenizer(world, convert, tmp_path, exported):
 )
 def test_far_from_restoring(values, far):
     """Breaks when a memory that tells nothing passes, or one at a high ratio that tells much does not."""
-    assert convert_adapter.Restoring(*values).far is far
+    assert check.Restoring(*values).failed is far
 
 
 def test_built_in_paragraphs():
     """Breaks when the texts of the check are of other lengths than compressors are trained on, or alike."""
-    texts = (convert_adapter.PARAGRAPH, convert_adapter.ANOTHER)
+    texts = (check.PARAGRAPH, check.CONTROL)
     one, other = (set(text.lower().split()) for text in texts)
     assert (
         all(90 <= len(text.split()) <= 120 for text in texts)
@@ -392,5 +393,5 @@ def test_a_single_text_is_held_against_the_built_in_one(world):
     """Breaks when one text has no control, or is its own."""
     compressor = load(world / "icae")
     text = json.loads((world / "texts.jsonl").read_text().splitlines()[0])["text"]
-    measured = convert_adapter.restoring(compressor, [text])
-    assert measured.bleu > 99 and measured.control > 2 * measured.ae_loss and not measured.far
+    measured = check.measure(compressor, [text])
+    assert measured.bleu > 99 and measured.control > 2 * measured.ae_loss and not measured.failed

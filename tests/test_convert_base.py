@@ -1,6 +1,5 @@
 """`icae convert base`: what is written loads in transformers and here as what it was made of."""
 
-import argparse
 import json
 import shutil
 
@@ -11,18 +10,19 @@ import numpy as np
 import pytest
 from conftest import TINY, same
 
+from icae_jax.cli import convert as cli
 from icae_jax.interop.hub import base as bases
 from icae_jax.interop.hub import weights
 from icae_jax.workflows import convert_base
 
 
 def convert(*argv):
-    return convert_base.main(argparse.ArgumentParser(), [str(x) for x in argv])
+    return cli.run(["base", *map(str, argv)])
 
 
 @pytest.fixture
 def folder(tiny_base, tmp_path):
-    """The tiny base as some folders of the hub are: with a licence, a chat template, a read-me, other copies of the weights."""
+    """The tiny base as hub folders are: with a licence, a chat template, other copies of the weights."""
     folder = shutil.copytree(tiny_base, tmp_path / "base")
     for name in (
         "LICENSE.txt",
@@ -50,9 +50,16 @@ def test_transformers_computes_the_same(tmp_path):
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        rope_theta=5e5, tie_word_embeddings=True, initializer_range=0.3,
-    )  # fmt: skip
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        rope_theta=5e5,
+        tie_word_embeddings=True,
+        initializer_range=0.3,
+    )
     transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "original")
     assert (
         convert("--from", tmp_path / "original", "--to", tmp_path / "orbax", "--format", "orbax")
@@ -71,7 +78,7 @@ def test_transformers_computes_the_same(tmp_path):
 
 @pytest.mark.parametrize("form", convert_base.FORMATS)
 def test_what_is_carried_over(folder, tmp_path, tiny_params, form, capsys):
-    """Breaks when a file of the tokenizer or a field of config.json is lost, or another copy of the weights comes along."""
+    """Breaks when a tokenizer file or a config.json field is lost, or other weights come along."""
     assert (
         convert("--from", folder, "--to", tmp_path / "new", "--format", form, "--dtype", "bfloat16")
         == 0
@@ -82,8 +89,11 @@ def test_what_is_carried_over(folder, tmp_path, tiny_params, form, capsys):
         {"hub": 21, "orbax": 12}[form],
         sum(x.nbytes for x in jax.tree.leaves(base.params)),
     )
-    fields = f"{form} format, {tensors} tensors in bfloat16, {size:,} bytes, fingerprint {bases.load_base(folder).fingerprint[:12]}"
-    assert line == f"{tmp_path / 'new'}: {fields}"
+    fingerprint = bases.load_base(folder).fingerprint[:12]
+    assert line == (
+        f"{tmp_path / 'new'}: {form} format, {tensors} tensors in bfloat16, {size:,} bytes, "
+        f"fingerprint {fingerprint}"
+    )
     same(base.params, jax.tree.map(lambda x: np.asarray(x).astype(ml_dtypes.bfloat16), tiny_params))
     kept = {
         "generation_config.json",
@@ -103,6 +113,19 @@ def test_what_is_carried_over(folder, tmp_path, tiny_params, form, capsys):
         json.loads((f / "config.json").read_text()) for f in (folder, tmp_path / "new")
     )
     assert after == before | {"torch_dtype": "bfloat16"}
+
+
+def test_the_result_as_json(folder, tmp_path, capsys):
+    """Breaks when --json prints anything but one object, or a program cannot read what was written."""
+    assert convert("--from", folder, "--to", tmp_path / "new", "--json") == 0
+    written = json.loads(capsys.readouterr().out)
+    assert (written["path"], written["format"], written["tensors"], written["dtype"]) == (
+        str(tmp_path / "new"),
+        "hub",
+        21,
+        "float32",
+    )
+    assert written["fingerprint"] == bases.load_base(folder).fingerprint
 
 
 def test_dtype_is_the_sources_own(folder, tmp_path):
@@ -126,7 +149,7 @@ def test_dtype_is_the_sources_own(folder, tmp_path):
 
 
 def test_nothing_is_overwritten(folder, tmp_path):
-    """Breaks when a conversion writes over what is there, into its own source, or leaves half a folder behind."""
+    """Breaks when a conversion overwrites, writes into its own source, or leaves half a folder."""
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "work.txt").write_text("dear")
     refused = {

@@ -13,9 +13,10 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
-from icae_jax.data import formats, json_rows, reading, sources, tables
+from icae_jax.data import formats, json_rows, sources, tables
 from icae_jax.data.builders import builder
 from icae_jax.data.builders.inputs import Request
+from icae_jax.data.rows import Sieve
 from icae_jax.errors import UserError
 from icae_jax.workflows.prepare import prepare
 
@@ -107,7 +108,7 @@ def test_one_reader_of_every_format(tmp_path, name):
 @pytest.mark.parametrize("chunk", [1, 2, 7, 64])
 def test_json_at_the_seams_of_pieces(tmp_path, monkeypatch, chunk):
     """Breaks when a text, number, literal, escape or character that a piece of the file ends within is malformed, or cut short."""
-    monkeypatch.setattr(reading, "CHUNK", chunk)
+    monkeypatch.setattr(json_rows, "CHUNK", chunk)
     values = [{"text": "é😀\"\\", "n": [12, -1.5e3, True, None]}, 1234567, "x", {"a": {}}, []]  # fmt: skip
     for text in (
         json.dumps(values),
@@ -122,7 +123,7 @@ def test_json_at_the_seams_of_pieces(tmp_path, monkeypatch, chunk):
 
 def test_memory_holds_a_row_at_a_time(tmp_path, monkeypatch):
     """Breaks when a whole array, table or group of rows is held at once: the most that is held is a few rows, whatever the file's size."""
-    monkeypatch.setattr(reading, "CHUNK", 1000)
+    monkeypatch.setattr(json_rows, "CHUNK", 1000)
     monkeypatch.setattr(tables, "BATCH_BYTES", 2000)
     held, append = [], json_rows._Text._append
     monkeypatch.setattr(
@@ -186,7 +187,7 @@ def test_answers_in_columns_of_every_type(tmp_path, answers, want):
         {"context": ["c"] * 3, "question": ["q"] * 3, "answers": answers, "image": [b"\xff"] * 3}
     )
     path = write(tmp_path, "a.parquet", parquet(table))
-    sieve = sources.Sieve()
+    sieve = Sieve()
     assert [row.answers for row in sources.read_rows(path, sieve=sieve)] == want
     assert sieve.left_out == {"questions without an answer": (2, f"{path} row 1")}
 
@@ -362,10 +363,10 @@ NOT_DATA = {  # a file's name, its content, what is said of it
     "packed page": ("a.csv.gz", gzip.compress(b"<html>"), "a page of HTML"),
     "empty": ("a.jsonl", b"", "the file is empty"),
     "empty table": ("a.parquet", b"", "the file is empty"),
-    "cut parquet": ("a.parquet", WHOLE[:-50], "cannot be read .*is it whole"),
-    "damaged parquet": ("a.parquet", WHOLE[:3000] + b"\xff" * 2000 + WHOLE[5000:], "cannot be read .*is it whole"),
-    "cut arrow": ("a.arrow", arrow_stream(pa.table(TABLE))[:-60], "cannot be read .*is it whole"),
-    "damaged arrow": ("a.arrow", damaged_offsets(), "cannot be read .*is it whole"),
+    "cut parquet": ("a.parquet", WHOLE[:-50], "cannot be read .*is it complete"),
+    "damaged parquet": ("a.parquet", WHOLE[:3000] + b"\xff" * 2000 + WHOLE[5000:], "cannot be read .*is it complete"),
+    "cut arrow": ("a.arrow", arrow_stream(pa.table(TABLE))[:-60], "cannot be read .*is it complete"),
+    "damaged arrow": ("a.arrow", damaged_offsets(), "cannot be read .*is it complete"),
     "cut bz2": ("a.jsonl.bz2", bz2.compress(LINES.encode())[:-5], "cannot be read .*ended before"),
     "cut xz": ("a.jsonl.xz", lzma.compress(LINES.encode())[:-5], "cannot be read .*ended before"),
     "no bz2": ("a.jsonl.bz2", LINES.encode(), "cannot be read"),

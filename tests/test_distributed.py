@@ -1,7 +1,6 @@
-"""Several processes as one run. Breaks when the number of processes or the mesh changes the data or the result, when not all of them
-save the same step and leave, when a dead one leaves the others waiting, or when a wrong start is found out late.
-
-Most of it is `icae train` itself, in processes that speak over the loopback.
+"""Several processes as one run. Breaks when the number of processes or the mesh changes the data or
+the result, when not all of them save the same step and stop, when a dead one leaves the others
+waiting, or when a wrong start is noticed late.
 """
 
 import itertools
@@ -29,9 +28,11 @@ from icae_jax.training.train import DIVERGED, DONE, PREEMPTED
 STEPS = 10
 DEADLINE = 60  # seconds in which a process notices that another is dead
 
-# Devices add up in another order: a float32 sum of n terms then differs by up to n * 6e-8 of them. Losses do so directly. A parameter does
-# through Adam, which divides a gradient by its size: one that is small beside the terms it is summed from turns their rounding into a
-# change of its step. Both are some ten times what is seen. Another example, dropout mask or count moves losses by more than 1e-3.
+# Several devices sum in another order, which changes a float32 sum of n terms by up to n * 6e-8 of
+# them. Losses differ by that. Parameters differ more, through Adam, which divides a gradient by its
+# size: if that is small beside the summed terms, their rounding changes its step. Both tolerances
+# are about ten times what is observed. Another example, dropout mask or count moves losses by more
+# than 1e-3.
 LOSS_BOUND, PARAMETER_BOUND = 5e-6, 1e-4
 
 CONFIG = """
@@ -39,18 +40,21 @@ import json, pathlib
 import ml_collections
 
 def get_config(arg=None):
-    return ml_collections.ConfigDict(json.loads(pathlib.Path(__file__).with_name("config.json").read_text()))
+    path = pathlib.Path(__file__).with_name("config.json")
+    return ml_collections.ConfigDict(json.loads(path.read_text()))
 """
 
-# `icae` that writes down which examples it makes for each step and, with SLOW, waits before each: a signal then lands between two steps.
+# `icae` that records which examples it makes for each step and, with SLOW, waits before each, so
+# that a signal arrives between two steps.
 CHILD = """
 import json, os, sys, threading, time
 sys.modules["torch"] = None  # transformers would spend seconds on importing it
 from icae_jax import cli
-from icae_jax.data import batches
+from icae_jax.data.examples import Examples
 from icae_jax.training.compressor_task import CompressorTask
 
-drawn, draw, collate, train_batches = threading.local(), batches.Examples.draw, batches.Examples.collate, CompressorTask.train_batches
+drawn, draw, collate = threading.local(), Examples.draw, Examples.collate
+train_batches = CompressorTask.train_batches
 
 def noted_draw(self, seed, step, batch_size):
     drawn.step = step
@@ -65,7 +69,8 @@ def noted_collate(self, bucket, rows):
 def slow_batches(self, *which):
     return (time.sleep(float(os.environ["SLOW"])) or batch for batch in train_batches(self, *which))
 
-batches.Examples.draw, batches.Examples.collate, CompressorTask.train_batches = noted_draw, noted_collate, slow_batches
+Examples.draw, Examples.collate = noted_draw, noted_collate
+CompressorTask.train_batches = slow_batches
 sys.exit(cli.main(sys.argv[1:]))
 """
 
@@ -108,13 +113,13 @@ def folder(tiny_base, tmp_path_factory):
     return folder
 
 
-# ------------------------------------------------------------------------------------------------- runs in processes
+# -------------------------------------------------------------------------------- runs in processes
 
 
 class Run:
-    """`icae train` of the configuration in a workdir, as several processes with some CPU devices each. A context that kills what is left.
-
-    flags: more of them for all; only: `{process: flags}`; slow: seconds before each step.
+    """Runs `icae train` in a workdir as several processes with some CPU devices each. As a
+    context, it kills those left. flags: more of them for all; only: `{process: flags}`; slow:
+    seconds before each step.
     """
 
     numbers = itertools.count()
@@ -171,26 +176,27 @@ class Run:
         return [pathlib.Path(f"{log}.err").read_text(errors="replace") for log in self.logs]
 
     def made(self):
-        """Of each process: `{step: (bucket, example numbers)}` that it made."""
+        """For each process, `{step: (bucket, example numbers)}` that it made."""
         lines = [pathlib.Path(f"{log}.jsonl").read_text().splitlines() for log in self.logs]
         return [
             {step: (bucket, rows) for step, bucket, rows in map(json.loads, of)} for of in lines
         ]
 
     def codes(self, seconds=240):
-        """The exit code of each process; fails where one does not end."""
+        """The exit code of each process; fails if one does not end."""
         deadline = time.monotonic() + seconds
         for child, err in zip(self.children, self.logs, strict=True):
             try:
                 child.wait(max(0.1, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
                 pytest.fail(
-                    f"{err.name} still runs after {seconds} s: {pathlib.Path(f'{err}.err').read_text()[-2000:]}"
+                    f"{err.name} still runs after {seconds} s: "
+                    f"{pathlib.Path(f'{err}.err').read_text()[-2000:]}"
                 )
         return [child.returncode for child in self.children]
 
     def done(self):
-        """Waits for the end, which must be a good one."""
+        """Waits for all processes to exit with 0."""
         assert self.codes() == [DONE] * len(self.children), "\n".join(
             err[-3000:] for err in self.errors()
         )
@@ -201,7 +207,7 @@ class Run:
         while time.monotonic() < deadline and all(child.poll() is None for child in self.children):
             if (
                 path.exists()
-                and max((line["step"] for line in metrics.read(path)), default=0) >= step
+                and max((line["step"] for line in metrics.read_lines(path)), default=0) >= step
             ):
                 return
             time.sleep(0.02)
@@ -216,7 +222,7 @@ def finished(workdir, *args, **more):
 def without_clocks(workdir):
     return [
         {k: v for k, v in line.items() if k not in metrics.WALL_CLOCK}
-        for line in metrics.read(workdir / "metrics.jsonl")
+        for line in metrics.read_lines(workdir / "metrics.jsonl")
     ]
 
 
@@ -238,7 +244,7 @@ def result(workdir):
 
 
 def alike(workdir, want):
-    """The same steps, each once, with the same losses, and the same result, within reduction error."""
+    """The same steps, each once, with the same losses and result, within reduction error."""
     got, wanted = without_clocks(workdir), without_clocks(want)
     assert [(line["step"], line.keys()) for line in got] == [
         (line["step"], line.keys()) for line in wanted
@@ -252,7 +258,9 @@ def alike(workdir, want):
 
 
 def whole_batches(run, alone, steps):
-    """Every process of a run made its own rows alone, and all of them together the batches of a process alone."""
+    """Every process made only its own rows, and all of them together the batches of a single
+    process.
+    """
     (want,), shares = alone.made(), run.made()
     for step in steps:
         parts = [made[step] for made in shares]
@@ -269,7 +277,7 @@ def alone(folder):
     return finished(folder / "alone", 1, 1)
 
 
-# --------------------------------------------------------------------------------------------------- the same result
+# ---------------------------------------------------------------------------------- the same result
 
 SQUARE = ("--config.mesh.data=2", "--config.mesh.fsdp=2")  # of four devices
 SPLIT = ("--config.mesh.fsdp=2", "--config.mesh.tensor=2")
@@ -277,8 +285,8 @@ SPLIT = ("--config.mesh.fsdp=2", "--config.mesh.tensor=2")
 
 @pytest.mark.slow
 def test_devices_do_not_change_the_run(folder):
-    """Breaks when losses, gradients or held-out losses on eight devices miss rows, count some twice, or end as another adapter; also where
-    these recompute what one device keeps.
+    """Breaks when losses, gradients or held-out losses on eight devices miss rows, count some
+    twice, or give another adapter; also where these recompute what one device keeps.
     """
     flags = [
         "--config.steps=3",
@@ -294,12 +302,14 @@ def test_devices_do_not_change_the_run(folder):
     alike(folder / "eight", folder / "one")
 
 
-# ------------------------------------------------------------------------------------------------------ preemption
+# --------------------------------------------------------------------------------------- preemption
 
 
 @pytest.fixture(scope="module")
 def preempted(folder):
-    """Two processes with two devices each, of which the second was told to end: the run, and copies of its workdir."""
+    """Two processes with two devices each, the second of which got SIGTERM: the run, and copies of
+    its workdir.
+    """
     with Run(folder / "preempted", 2, 2, *SPLIT, slow=0.6) as run:
         run.wait_for_step(2)
         run.children[1].send_signal(signal.SIGTERM)
@@ -319,8 +329,8 @@ def resumed_step(run):
 
 @pytest.mark.nightly
 def test_sigterm_to_one_process_saves_and_ends_all(preempted, alone):
-    """Breaks when a notice that only one process gets does not end the others, they save different steps, a process makes other rows than
-    its own, or more than one process writes.
+    """Breaks when a signal to one process does not stop the others, they save different steps, a
+    process makes rows that are not its own, or more than one process writes.
     """
     run, codes = preempted
     assert codes == [PREEMPTED, PREEMPTED], "\n".join(err[-3000:] for err in run.errors())
@@ -334,20 +344,23 @@ def test_sigterm_to_one_process_saves_and_ends_all(preempted, alone):
 
 @pytest.mark.nightly
 def test_it_continues_in_one_process(folder, alone, preempted):
-    """Breaks when a checkpoint is bound to the processes or the mesh that wrote it, or data do not go on at its step."""
+    """Breaks when a checkpoint is bound to the processes or the mesh that wrote it, or data do not
+    continue at its step.
+    """
     step, run = saved_step(preempted[0]), finished(folder / "single", 1, 1)
     assert resumed_step(run) == step and min(min(made) for made in run.made()) == step
     whole_batches(run, alone, range(step, STEPS))
     alike(run.workdir, alone.workdir)
 
 
-# --------------------------------------------------------------------------------------------------- when one fails
+# ----------------------------------------------------------------------------------- when one fails
 
 
 @pytest.mark.nightly
 def test_a_killed_process_ends_the_others_and_the_run_continues(folder, alone, preempted):
-    """Breaks when a process waits for a dead one, says nothing of it, ends as if the run must not be continued, a checkpoint is lost, or
-    what was trained by two and by four processes on three meshes in turn, whoever died, is not what one process trains.
+    """Breaks when a process waits for a dead one or does not report it, its exit code forbids a
+    restart, a checkpoint is lost, or two and four processes on three meshes in turn, whoever died,
+    do not train what one process trains.
     """
     workdir, step = folder / "killed", saved_step(preempted[0])
     for killed, at in ((1, 6), (0, 8)):
@@ -382,7 +395,7 @@ def test_a_killed_process_ends_the_others_and_the_run_continues(folder, alone, p
 @pytest.mark.nightly
 @pytest.mark.parametrize("wrong", [0, 1])
 def test_bad_input_of_one_process_ends_all(wrong, folder):
-    """Breaks when the others wait for one that cannot start, or that one's own message is lost."""
+    """Breaks when the others wait for one that cannot start, or its message is lost."""
     with Run(
         folder / f"wrong{wrong}", 2, 1, only={wrong: ["--config.data.train=absent.jsonl"]}
     ) as run:
@@ -401,7 +414,9 @@ def test_bad_input_of_one_process_ends_all(wrong, folder):
     [("data.train={other}", "identity.data.train"), ("seed=1", "seed: 0 in process 0, 1 in")],
 )
 def test_processes_that_mean_different_runs_end_before_the_first_step(flag, named, folder):
-    """Breaks when hosts with other copies of the data, or another configuration, train on to a result that is nobody's."""
+    """Breaks when hosts with other copies of the data, or another configuration, train on to a
+    result that is nobody's.
+    """
     other = write_jsonl(folder / "other.jsonl", [{"text": " ".join(WORDS[8:11] * 40)}] * 5)
     workdir = folder / f"apart-{flag.partition('=')[0]}"
     with Run(workdir, 2, 1, only={1: [f"--config.{flag.format(other=other)}"]}) as run:

@@ -5,10 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from icae_jax.compression import encoder
+from icae_jax.compression.config import CompressionConfig
+from icae_jax.compression.decoder import Decoder
+from icae_jax.compression.segments import segment_contexts, segment_shape
+from icae_jax.compression.trained import init_memory_table
+from icae_jax.models.llama import FrozenModel
 from icae_jax.objectives import targets
 
-CONFIG = encoder.CompressionConfig(k=3, rate=4)
+CONFIG = CompressionConfig(k=3, rate=4)
 RNG = np.random.default_rng(0)
 TEXTS = [RNG.integers(3, 64, n).tolist() for n in (5, 12, 13, 25, 17)]
 
@@ -29,36 +33,36 @@ TEXTS = [RNG.integers(3, 64, n).tolist() for n in (5, 12, 13, 25, 17)]
 )
 def test_segment_shape(tokens, shape):
     """Breaks when segments are cut full, full, rest; when k x rate tokens need two; or when a rounding is the other way."""
-    assert encoder.segment_shape(tokens, CONFIG) == shape
+    assert segment_shape(tokens, CONFIG) == shape
 
 
 def test_segments_hold_the_text_in_order():
     """Breaks when tokens are lost, repeated or reordered, or lengths do not say which are real."""
-    ids, lengths = encoder.segment_contexts(TEXTS, CONFIG)
+    ids, lengths = segment_contexts(TEXTS, CONFIG)
     assert ids.shape == (5, 3, 12)
     assert lengths.tolist() == [[5, 0, 0], [12, 0, 0], [7, 6, 0], [9, 9, 7], [9, 8, 0]]
     for b, text in enumerate(TEXTS):
         assert [t for s in range(3) for t in ids[b, s, : lengths[b, s]].tolist()] == text
         assert all(not ids[b, s, lengths[b, s] :].any() for s in range(3))
-    blank, none = encoder.segment_contexts([[], [5]], CONFIG, (2, 3))
+    blank, none = segment_contexts([[], [5]], CONFIG, (2, 3))
     assert blank.shape == (2, 2, 3) and none.tolist() == [[0, 0], [1, 0]]
 
 
 def test_a_full_segment_fits_in_the_shape_of_a_longer_text():
     """Breaks when a batch of up to 13 tokens, two segments of 7, gets no room for a text of 12 tokens, one segment."""
-    ids, lengths = encoder.segment_contexts([TEXTS[2], TEXTS[1]], CONFIG)
+    ids, lengths = segment_contexts([TEXTS[2], TEXTS[1]], CONFIG)
     assert ids.shape == (2, 2, 12) and lengths.tolist() == [[7, 6], [12, 0]]
 
 
 def test_fixed_length_pads_to_the_whole_segment_with_the_given_id():
     """Breaks when the reference layout's texts are padded to the batch, or with another id than eos."""
-    config = encoder.CompressionConfig(method="x500", layout="reference", k=3, rate=4)
-    ids, lengths = encoder.segment_contexts([[5, 6, 7], [8]], config, pad_id=2)
+    config = CompressionConfig(method="x500", layout="reference", k=3, rate=4)
+    ids, lengths = segment_contexts([[5, 6, 7], [8]], config, pad_id=2)
     assert ids.tolist() == [[[5, 6, 7] + [2] * 9], [[8] + [2] * 11]] and lengths.tolist() == [
         [3],
         [1],
     ]
-    assert encoder.segment_contexts([[5]], config, (2, 3), 2)[0].shape == (1, 2, 12)
+    assert segment_contexts([[5]], config, (2, 3), 2)[0].shape == (1, 2, 12)
 
 
 # ------------------------------------------------------------------------------------------------------- configuration
@@ -66,23 +70,23 @@ def test_fixed_length_pads_to_the_whole_segment_with_the_given_id():
 
 def test_defaults_of_a_method():
     """Breaks when a method falls back to the other's layout or trigger."""
-    icae, x500 = encoder.CompressionConfig(), encoder.CompressionConfig(method="x500")
+    icae, x500 = CompressionConfig(), CompressionConfig(method="x500")
     assert (icae.layout, icae.trigger, icae.segment_tokens) == ("servable", "trained", 512)
     assert (x500.layout, x500.trigger) == ("clean", "bos")
-    assert encoder.CompressionConfig(method="x500", trigger="trained").trigger == "trained"
+    assert CompressionConfig(method="x500", trigger="trained").trigger == "trained"
 
 
 @pytest.mark.parametrize(("k", "rate"), [(16, 31.25), (4, 125), (1, 500), (3, 500 / 3)])
 def test_segments_may_hold_any_number_of_tokens(k, rate):
     """Breaks when a rate that is no whole number loses tokens of the segment."""
-    assert encoder.CompressionConfig(k=k, rate=rate).segment_tokens == 500
+    assert CompressionConfig(k=k, rate=rate).segment_tokens == 500
 
 
 def test_choosing_k():
     """Breaks when an unknown k gets through, or none does not mean the largest."""
     one, many = (
-        encoder.CompressionConfig(k=16),
-        encoder.CompressionConfig(k=16, k_choices=(1, 4, 16)),
+        CompressionConfig(k=16),
+        CompressionConfig(k=16, k_choices=(1, 4, 16)),
     )
     assert (one.choose(), one.choose(16), many.choose(), many.choose(np.int64(1))) == (
         16,
@@ -108,15 +112,15 @@ def test_memory_table_starts_like_token_embeddings():
     """Breaks when mean or std of the embeddings is ignored, taken over the wrong axis, or the trigger row is another."""
     embeddings = RNG.standard_normal((500, 4)) * [0.1, 0.2, 0.3, 0.4] + [0, 1, 2, 3]
     params, key = {"embed": jnp.asarray(embeddings, jnp.bfloat16)}, jax.random.key(0)
-    table = encoder.init_memory_table(key, params, encoder.CompressionConfig(k=4000), trigger_id=7)
+    table = init_memory_table(key, params["embed"], CompressionConfig(k=4000), trigger_id=7)
     assert table.shape == (4003, 4) and table.dtype == jnp.float32
     np.testing.assert_allclose(table.mean(0), embeddings.mean(0), atol=0.03)
     np.testing.assert_allclose(table.std(0), embeddings.std(0), rtol=0.05)
     np.testing.assert_array_equal(
         table[4000 + targets.AE + 3], np.asarray(params["embed"], np.float32)[7]
     )
-    normal = encoder.init_memory_table(
-        key, params, encoder.CompressionConfig(k=4000, memory_init="normal")
+    normal = init_memory_table(
+        key, params["embed"], CompressionConfig(k=4000, memory_init="normal")
     )
     np.testing.assert_allclose(normal.mean(0), np.zeros(4), atol=0.06)
     np.testing.assert_allclose(normal.std(0), np.ones(4), rtol=0.05)
@@ -124,12 +128,10 @@ def test_memory_table_starts_like_token_embeddings():
 
 def test_negative_ids_are_rows_of_the_table_from_its_end():
     """Breaks when [AE], [LM], [FT] take each other's rows or a memory token's, or id 0 is taken for one of them."""
-    base, table = (
-        {"embed": np.arange(10.0, dtype=np.float32).reshape(5, 2)},
-        100 + np.arange(12.0, dtype=np.float32).reshape(6, 2),
-    )
+    base = {"embed": np.arange(10.0, dtype=np.float32).reshape(5, 2)}
+    table = 100 + np.arange(12.0, dtype=np.float32).reshape(6, 2)
     ids = np.asarray([[targets.AE, 0], [targets.LM, 4], [targets.FT, 1]])
-    out = np.asarray(jax.jit(encoder.embed_with_table)(base, table, ids))
+    out = np.asarray(jax.jit(Decoder.embed)(Decoder(FrozenModel(None, base), table), ids))
     assert (
         out[:, 0].tolist() == table[3:].tolist()
         and out[:, 1].tolist() == base["embed"][[0, 4, 1]].tolist()
@@ -143,7 +145,10 @@ def test_negative_ids_are_rows_of_the_table_from_its_end():
         ({"k": 0}, "compression.k is 0"),
         ({"rate": -1}, "compression.rate is -1"),
         ({"memory_init": "zero"}, "compression.memory_init is 'zero'"),
-        ({"layout": "spiral"}, "layout is 'spiral'; choose from sequential, uniform, servable"),
+        (
+            {"layout": "spiral"},
+            "layout is 'spiral', not one of method icae; choose from servable, sequential, uniform",
+        ),
         (
             {"layout": "clean"},
             "layout is 'clean', not one of method icae; choose from servable, sequential, uniform",
@@ -163,4 +168,4 @@ def test_negative_ids_are_rows_of_the_table_from_its_end():
 def test_bad_configuration_is_named(fields, message):
     """Breaks when a bad value gets through, or the error does not name it."""
     with pytest.raises(ValueError, match=message):
-        encoder.CompressionConfig(**fields)
+        CompressionConfig(**fields)

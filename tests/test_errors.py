@@ -1,4 +1,4 @@
-"""Whose fault it was: exit codes, what is tried again, and which paths are the user's."""
+"""Which errors are the user's: exit codes, retries, and wrong paths."""
 
 import errno
 import socket
@@ -12,7 +12,7 @@ from icae_jax.runtime import distributed
 
 
 class HTTPStatusError(Exception):
-    """As HTTP clients raise: with the response that came."""
+    """As HTTP clients raise it: with the response."""
 
     def __init__(self, status):
         super().__init__(f"status {status}")
@@ -62,21 +62,21 @@ def test_what_the_user_must_change_is_one_line_and_exit_code_2(name, monkeypatch
 
 @pytest.mark.parametrize("name", NOT_USERS)
 def test_what_nobody_can_change_keeps_its_traceback(name, monkeypatch):
-    """Breaks when a network's or the code's own fault is taken for bad input: exit code 2 ends a launched run for good."""
+    """Breaks when a network failure or a bug counts as bad input: exit code 2 ends a launched run
+    for good.
+    """
 
     def verb(argv):
         raise NOT_USERS[name]
 
     monkeypatch.setitem(cli.VERBS, "inspect", (verb, "x"))
-    with pytest.raises(
-        type(NOT_USERS[name])
-    ):  # which Python turns into its traceback and exit code 1
+    with pytest.raises(type(NOT_USERS[name])):  # Python prints the traceback and exits with 1
         cli.main(["inspect"])
 
 
 @pytest.mark.parametrize("name", USERS | NOT_USERS)
 def test_one_of_several_processes_ends_with_the_same_code(name, monkeypatch, capsys):
-    """Breaks when a process among several gives another code than one alone, or says less."""
+    """Breaks when one of several processes exits with another code than alone, or says less."""
     codes = []
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(jax, "process_index", lambda: 1)
@@ -139,7 +139,9 @@ STAYING = {
 
 @pytest.mark.parametrize("name", PASSING)
 def test_a_passing_failure_is_tried_again_and_then_raised_as_it_is(name, monkeypatch, capsys):
-    """Breaks when one dropped connection ends a run, when it is tried for ever, or the pauses do not grow."""
+    """Breaks when one dropped connection ends a run, retries never end, or their delays do not
+    grow.
+    """
     pauses, calls = [], []
     monkeypatch.setattr(errors.time, "sleep", pauses.append)
 
@@ -167,7 +169,7 @@ def test_a_passing_failure_is_tried_again_and_then_raised_as_it_is(name, monkeyp
 
 
 def test_tries_within_tries_do_not_multiply(monkeypatch):
-    """Breaks when a file that is read within a larger work is tried again thirty-six times."""
+    """Breaks when nested retries multiply, so that a file is read thirty-six times."""
     monkeypatch.setattr(errors, "FIRST_DELAY", 0.0)
     calls = []
 
@@ -182,14 +184,16 @@ def test_tries_within_tries_do_not_multiply(monkeypatch):
 
 @pytest.mark.parametrize("name", STAYING)
 def test_a_failure_that_stays_is_not_tried_again(name, monkeypatch):
-    """Breaks when bad input waits half a minute before it is told."""
+    """Breaks when bad input is reported only after half a minute of retries."""
     monkeypatch.setattr(errors.time, "sleep", lambda seconds: pytest.fail("waits"))
     with pytest.raises(type(STAYING[name])):
         errors.retrying(lambda: (_ for _ in ()).throw(STAYING[name]), "reading x")
 
 
 def test_a_path_of_the_users_is_named(tmp_path):
-    """Breaks when a workdir below a file is a traceback, or a filesystem's fault is called the user's."""
+    """Breaks when a workdir below a file gives a traceback, or a filesystem failure counts as bad
+    input.
+    """
     (tmp_path / "file").write_text("")
     named = errors.naming("--workdir w", "give a folder")
     with (

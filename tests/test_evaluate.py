@@ -1,6 +1,7 @@
-"""`icae evaluate` from the command line: every suite, continued runs, batch sizes, devices and processes, and one error for bad input."""
+"""`icae evaluate`: all suites, continued runs, batch sizes, devices, processes, bad input."""
 
 import dataclasses
+import itertools
 import json
 import os
 import re
@@ -17,18 +18,21 @@ from conftest import ROOT, TINY, WORDS, eight_devices, free_port, random_trained
 from suite_helpers import in_eights
 
 from icae_jax.cli import main as cli
-from icae_jax.compression.encoder import CompressionConfig
+from icae_jax.compression.config import CompressionConfig
 from icae_jax.evaluation import evaluate
 from icae_jax.evaluation.suites import SUITES, common
-from icae_jax.inference.compressor import Compressor
+from icae_jax.inference.devices import Devices
 from icae_jax.interop.adapters import folder as adapters
 from icae_jax.interop.hub import base as bases
+from icae_jax.interop.hub import tokenizer as tokenizers
 from icae_jax.models.lora import LoraConfig
 from icae_jax.objectives import targets
-from icae_jax.training import config as configs
+from icae_jax.training import config_file
 from icae_jax.training.checkpoint import Checkpoints
+from icae_jax.training.config import TrainConfig
+from icae_jax.training.workdir import check_workdir
 
-ROWS = Compressor.rows
+ROWS = Devices.rows
 METHODS = ("icae", "x500")
 SMALL = {  # the flags with which a suite compiles little
     "autoencode": ["--k", "4", "--arms", "memory,shuffled memory"],
@@ -52,13 +56,15 @@ SMALL = {  # the flags with which a suite compiles little
 def _in_eights():
     """Batches of all sizes run through the same programs."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Compressor, "rows", in_eights)
+        patch.setattr(Devices, "rows", in_eights)
         yield
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory, tiny_base):
-    """Paths: adapters of both methods, another one, a training workdir, texts of 5 sizes, questions."""
+    """Paths: adapters of both methods, another one, a training workdir, texts of 5 sizes,
+    questions.
+    """
     folder = tmp_path_factory.mktemp("evaluate")
     base, rng = bases.load_base(tiny_base), np.random.default_rng(3)
     template = targets.make_template("plain", base.tokenizer)
@@ -90,11 +96,11 @@ def world(tmp_path_factory, tiny_base):
         "objectives": {"template": "plain", "ae": 0.0, "lm": 0.0, "qa": 1.0},
         "data": {"train": "x", "eval": "x"},
     }
-    config = configs.from_dict(configs.TrainConfig, raw)
+    config = config_file.from_dict(TrainConfig, raw)
     for name, seed in (("workdir", 5), ("unfinished", 0)):  # the latter has no adapter/ yet
         with Checkpoints(folder / name) as kept:
             kept.save(6, {"trained": random_trained(TINY, 4, seed)})
-        configs.check_workdir(folder / name, config, {"base": base.fingerprint})
+        check_workdir(folder / name, config, {"base": base.fingerprint})
 
     def words(n):
         return " ".join(rng.choice(WORDS[8:], size=n))
@@ -139,7 +145,9 @@ def strict(path):
 
 
 def events(folder):
-    """(tag, value, step) of TensorBoard's file: records of a length, its checksum, the data, and theirs."""
+    """(tag, value, step) of TensorBoard's file: records of a length, its checksum, the data, and
+    theirs.
+    """
     from tensorboardX.proto.event_pb2 import Event
 
     (path,), found = folder.glob("events.out.*"), []
@@ -153,7 +161,9 @@ def events(folder):
 
 
 def alike(one, other):
-    """The same examples with the same scores to 1e-5 and the same texts (but where two tokens tied), and the same summary."""
+    """The same examples with the same scores to 1e-5 and the same texts (but where two tokens
+    tied), and the same summary.
+    """
     assert [e["id"] for e in one["examples"]] == [e["id"] for e in other["examples"]]
     for a, b in zip(one["examples"], other["examples"], strict=True):
         for metric, arms in a["scores"].items():
@@ -173,7 +183,7 @@ def alike(one, other):
                 )
 
 
-# -------------------------------------------------------------------------------------------------------- every suite
+# -------------------------------------------------------------------------------------- every suite
 
 
 @pytest.mark.parametrize(
@@ -181,7 +191,9 @@ def alike(one, other):
     [(suite, "x500" if suite in ("qa", "span") else "icae") for suite in SUITES],
 )
 def test_every_suite_from_the_command_line(suite, method, world, tmp_path, capsys):
-    """Breaks when a suite does not run to its end, or its results, page, table or events lack what others rely on."""
+    """Breaks when a suite does not run to its end, or its results, page, table or events lack what
+    others rely on.
+    """
     more = ["--adapter", f"later={world['folder'] / 'other'}"] if suite == "ablate" else []
     flags = {"adapter": f"early={world['folder'] / 'icae'}"} if suite == "ablate" else {"limit": 2}
     assert (
@@ -278,7 +290,9 @@ def test_every_suite_from_the_command_line(suite, method, world, tmp_path, capsy
 
 
 def test_a_workdir_and_its_checkpoints_are_adapters(world, tmp_path, capsys):
-    """Breaks when what training wrote cannot be measured as it is, its base is not known, or its steps are not told to TensorBoard."""
+    """Breaks when a workdir cannot be measured as it is, its base is not found, or TensorBoard
+    does not get its step.
+    """
     found = []
     for i, path in enumerate(("other", "workdir", "workdir/checkpoints/step_6")):
         out = tmp_path / str(i)
@@ -291,7 +305,7 @@ def test_a_workdir_and_its_checkpoints_are_adapters(world, tmp_path, capsys):
     assert len({about["fingerprint"] for r in found for about in r["adapters"].values()}) == 1
 
 
-# ------------------------------------------------------------------------------------------ the same whatever the machine
+# -------------------------------------------------------------------- the same whatever the machine
 
 
 @pytest.fixture(scope="module")
@@ -347,11 +361,12 @@ def finish(child):
 
 @pytest.mark.nightly
 def test_devices_and_processes_change_no_score(world, restored, tmp_path, monkeypatch):
-    """Breaks when 8 devices that hold parts of the base, or 2 processes of 2 devices each, measure an example twice, not at all, or
-    otherwise than one device.
+    """Breaks when 8 devices that shard the base, or 2 processes of 2 devices, measure an example
+    twice, not at all, or otherwise than one device.
 
-    Batches are no multiple of the devices, and one process has more of them than the other. What the two measure is a workdir without
-    adapter/: breaks also when one of them alone waits for the other, as whoever opens checkpoints to write them does.
+    Batches are no multiple of the devices, and one process has more batches than the other. Both
+    measure a workdir without adapter/, so a reader of checkpoints that waits for the other process
+    would hang.
     """
     short = {"data": world["short"]}
     joined = {"batch_size": 2, "coordinator": f"127.0.0.1:{free_port()}", "processes": 2}
@@ -365,7 +380,7 @@ def test_devices_and_processes_change_no_score(world, restored, tmp_path, monkey
         for at in range(2)
     ]
     try:
-        monkeypatch.setattr(Compressor, "rows", ROWS)
+        monkeypatch.setattr(Devices, "rows", ROWS)
         with eight_devices():
             assert (
                 cli.main(
@@ -397,12 +412,15 @@ def test_devices_and_processes_change_no_score(world, restored, tmp_path, monkey
         alike(restored, result)
 
 
-# ------------------------------------------------------------------------------------------------- continuing, and not
+# ------------------------------------------------------------------------------ continuing, and not
 
 
 @pytest.fixture
 def asked(monkeypatch):
-    """The ids of every example that autoencode measures. `asked.stop`: raises after so many batches, as a kill would end the process."""
+    """The ids of all examples that autoencode measures.
+
+    `asked.stop`: raises after so many batches, like a kill.
+    """
 
     class Asked(list):
         stop = None
@@ -420,7 +438,9 @@ def asked(monkeypatch):
 
 
 def test_a_killed_run_is_continued(world, restored, asked, tmp_path, capsys):
-    """Breaks when the same command measures again what is done, gives other results, or a finished run computes anything."""
+    """Breaks when the same command measures again what is done, gives other results, or a finished
+    run computes anything.
+    """
     command, progress = (
         argv(world, "autoencode", tmp_path, data=world["short"]),
         tmp_path / "progress.0.jsonl",
@@ -432,13 +452,12 @@ def test_a_killed_run_is_continued(world, restored, asked, tmp_path, capsys):
     lines = progress.read_bytes().splitlines(keepends=True)
     assert len(lines) == 1 + 4
     progress.write_bytes(b"".join(lines[:-1]) + lines[-1][:40])  # killed within a line
-    asked.stop, done = None, sum(asked, [])[:3]  # noqa: RUF017
+    asked.stop, done = None, list(itertools.chain(*asked))[:3]
     asked.clear()
     assert cli.main([*command, "--batch_size", "16"]) == 0, "another batch size continues it"
     result = strict(tmp_path / "results.json")
-    assert (
-        done + sum(asked, []) == [e["id"] for e in restored["examples"]] and not progress.exists()
-    )  # noqa: RUF017
+    assert done + list(itertools.chain(*asked)) == [e["id"] for e in restored["examples"]]
+    assert not progress.exists()
     alike(restored, result)
     first = capsys.readouterr().out
 
@@ -451,7 +470,9 @@ def test_a_killed_run_is_continued(world, restored, asked, tmp_path, capsys):
 
 
 def test_another_run_in_the_same_folder_is_refused(world, restored, asked, tmp_path, capsys):
-    """Breaks when results of two runs are mixed or overwritten, in a folder that is done or in one that is not, or why is not said."""
+    """Breaks when results of two runs are mixed or overwritten, finished or not, or the difference
+    is not named.
+    """
     done, begun = tmp_path / "done", tmp_path / "begun"
     shutil.copytree(world["folder"] / "restored", done)
     asked.stop = 1
@@ -501,7 +522,7 @@ def test_another_run_in_the_same_folder_is_refused(world, restored, asked, tmp_p
 
 
 def test_files_of_the_same_content_are_the_same_run(world, restored, asked, tmp_path, capsys):
-    """Breaks when a run is told by its files' lines or names of folders, so that a moved or sorted file starts anew."""
+    """Breaks when a run is identified by the order of lines or the folder of its files."""
     lines = (world["folder"] / "short.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "short.jsonl").write_text("".join(lines[::-1]))
     shutil.copytree(world["folder"] / "restored", tmp_path / "out")
@@ -513,7 +534,9 @@ def test_files_of_the_same_content_are_the_same_run(world, restored, asked, tmp_
 
 
 def test_what_is_left_out_is_said(world, restored, tmp_path, capsys):
-    """Breaks when one empty row ends an evaluation, is left out without a word, or changes what is measured of the others."""
+    """Breaks when an empty row ends an evaluation, is left out silently, or changes the others'
+    scores.
+    """
     rows = [json.loads(line) for line in (world["folder"] / "short.jsonl").read_text().splitlines()]
     holes = write_jsonl(
         tmp_path / "short.jsonl",
@@ -526,7 +549,7 @@ def test_what_is_left_out_is_said(world, restored, tmp_path, capsys):
     alike(restored, result | {"left_out": {}})
 
 
-# --------------------------------------------------------------------------------------------------------------- errors
+# ------------------------------------------------------------------------------------------- errors
 
 EARLY = {  # before the base is loaded
     "missing data": ({"data": "absent.jsonl"}, "data file absent.jsonl: no such file"),
@@ -593,7 +616,7 @@ LATE = {
 
 @pytest.mark.parametrize("name", [*EARLY, *LATE])
 def test_bad_input_is_one_error_and_nothing_is_written(name, world, tmp_path, monkeypatch, capsys):
-    """Breaks when a mistake is found after hours, leaves a folder behind, or is told without what to do."""
+    """Breaks when a mistake is found late, leaves a folder behind, or its error names no remedy."""
     flags, message = (EARLY | LATE)[name]
     folder = world["folder"]
     (tmp_path / "empty.jsonl").write_text("\n")
@@ -606,7 +629,11 @@ def test_bad_input_is_one_error_and_nothing_is_written(name, world, tmp_path, mo
         params = {**bases.load_base(world["base"]).params}
         params["norm"] = {"scale": params["norm"]["scale"] * 1.5}
         bases.save_base(
-            tmp_path / "OTHER", TINY, params, bases.load_tokenizer(world["base"]), dtype="float32"
+            tmp_path / "OTHER",
+            TINY,
+            params,
+            tokenizers.load_tokenizer(world["base"]),
+            dtype="float32",
         )
     if name in EARLY:
         monkeypatch.setattr(

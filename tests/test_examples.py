@@ -1,4 +1,4 @@
-"""Which texts are evaluated: drawn by seed and content alone, set by set; unusable ones replaced; partners of another text."""
+"""Which texts are evaluated: drawn by seed and content, set by set, with partners."""
 
 import gzip
 import json
@@ -7,7 +7,7 @@ import random
 import pytest
 from conftest import write_jsonl
 
-from icae_jax.data import sources
+from icae_jax.data.rows import Sieve
 from icae_jax.evaluation import examples as drawn
 
 ROWS = [{"id": f"t{i}", "text": f"text {i}"} for i in range(20)]
@@ -24,7 +24,9 @@ QA = [
 
 
 class ByWords:
-    """A suite that makes an example of every text whose words it can count, of as many tokens as its number says."""
+    """A suite that makes an example of every text whose words it can count, of as many tokens as
+    its number says.
+    """
 
     name = "counting"
 
@@ -39,7 +41,7 @@ class ByWords:
 
 
 def read(data, limit=0, seed=0):
-    return drawn.read(data, None, limit, seed)
+    return drawn.read_texts(data, None, limit, seed)
 
 
 def keys(sets):
@@ -48,7 +50,9 @@ def keys(sets):
 
 @pytest.mark.parametrize("rows", [ROWS, QA], ids=["texts", "questions"])
 def test_the_draw_is_of_seed_and_content_alone(rows, tmp_path):
-    """Breaks when the order of the lines, the file's name or its packing choose the texts, or the seed does not."""
+    """Breaks when the order of the lines, the file's name or its packing choose the texts, or the
+    seed does not.
+    """
     shuffled = random.Random(0).sample(rows, len(rows))
     first, again = (
         write_jsonl(tmp_path / "a.jsonl", rows),
@@ -80,7 +84,8 @@ def test_the_draw_of_a_part_is_that_of_the_whole(tmp_path):
     """Breaks when a text's rank depends on which file it is in, or on what stands beside it."""
     whole = next(iter(read(write_jsonl(tmp_path / "whole.jsonl", ROWS)).values()))
     halves = read(
-        f"{write_jsonl(tmp_path / 'a.jsonl', ROWS[:9])},{write_jsonl(tmp_path / 'b.jsonl', ROWS[9:])}"
+        f"{write_jsonl(tmp_path / 'a.jsonl', ROWS[:9])},"
+        f"{write_jsonl(tmp_path / 'b.jsonl', ROWS[9:])}"
     )
     assert list(halves) == ["a", "b"]
     for texts in halves.values():
@@ -89,7 +94,9 @@ def test_the_draw_of_a_part_is_that_of_the_whole(tmp_path):
 
 
 def test_a_text_has_all_of_its_questions(tmp_path):
-    """Breaks when questions on one text make several texts, lose an answer or their ids, or come in an order that the file decides."""
+    """Breaks when questions on one text make several texts, lose an answer or their ids, or come in
+    an order that the file decides.
+    """
     texts = read(write_jsonl(tmp_path / "qa.jsonl", QA))["qa"]
     assert {t.text: len(t.questions) for t in texts} == {f"context {i}": i + 1 for i in range(6)}
     assert {q.id for t in texts for q in t.questions} == {row["id"] for row in QA}
@@ -101,7 +108,9 @@ def test_a_text_has_all_of_its_questions(tmp_path):
 
 
 def test_names_of_sets(tmp_path):
-    """Breaks when a set is not its file, its given name, or its rows' subset; or when files of one name become one set."""
+    """Breaks when a set is not its file, its given name, or its rows' subset; or when files of one
+    name become one set.
+    """
     for folder in ("one", "two"):
         (tmp_path / folder).mkdir()
     a = write_jsonl(tmp_path / "one" / "dev.jsonl", ROWS[:2])
@@ -126,14 +135,16 @@ def test_names_of_sets(tmp_path):
 
 
 def test_unanswerable_questions_and_empty_texts(tmp_path):
-    """Breaks when one ends the evaluation, is asked, or takes its text's other questions along; or an answer of one's own is not heeded."""
+    """Breaks when one ends the evaluation, is asked, or takes its text's other questions along; or
+    an answer of one's own is not heeded.
+    """
     rows = [*QA[:3], {**QA[1], "id": "none", "question": "what ?", "answers": []}, {"text": " "}]
     path = write_jsonl(tmp_path / "qa.jsonl", rows)
     for no_answer in ("", "unanswerable"):
-        sieve = sources.Sieve(no_answer=no_answer)
+        sieve = Sieve(no_answer=no_answer)
         questions = {
             q.id: q.answers
-            for text in drawn.read(path, None, 0, 0, sieve)["qa"]
+            for text in drawn.read_texts(path, None, 0, 0, sieve)["qa"]
             for q in text.questions
         }
         assert (
@@ -177,41 +188,49 @@ def test_ids_that_come_twice_are_numbered(tmp_path):
 
 
 def test_the_limit_is_of_each_set_and_unusable_texts_are_replaced(tmp_path):
-    """Breaks when a limit is shared by sets, an unusable text takes a place, or its reason or number is lost."""
+    """Breaks when a limit is shared by sets, an unusable text takes a place, or its reason or
+    number is lost.
+    """
     sets = read(
         f"{write_jsonl(tmp_path / 'a.jsonl', ROWS)},{write_jsonl(tmp_path / 'b.jsonl', ROWS[:10])}",
         limit=4,
     )
-    examples, left_out = drawn.make(sets, 4, ByWords())
+    examples, left_out = drawn.make_examples(sets, 4, ByWords())
     for name, texts in sets.items():
         usable = [t for t in texts if int(t.text.split()[-1]) % 3 != 2]
         assert len(usable) > 4 and {e.id for e in examples if e.set == name} == {
             t.id for t in usable[:4]
         }
-    passed = sum(sum(int(t.text.split()[-1]) % 3 == 2 for t in texts[: texts.index(of)]) for texts in sets.values()
-                 for of in [[t for t in texts if int(t.text.split()[-1]) % 3 != 2][3]])  # fmt: skip
+    passed = 0  # unusable texts before the fourth usable one of each set
+    for texts in sets.values():
+        usable = [int(t.text.split()[-1]) % 3 != 2 for t in texts]
+        fourth = [i for i, is_usable in enumerate(usable) if is_usable][3]
+        passed += usable[:fourth].count(False)
     assert passed and left_out == {"texts of a number that it does not like": passed}
     assert len({e.key for e in examples}) == len(examples), (
         "one text in two sets, or in two parts, is two examples"
     )
-    every, left_out = drawn.make(sets, 0, ByWords())
+    every, left_out = drawn.make_examples(sets, 0, ByWords())
     assert (
         left_out == {"texts of a number that it does not like": 6 + 3}
         and len({(e.set, e.id) for e in every}) == 14 + 7
     )
     with pytest.raises(
         ValueError,
-        match=r"--data has no text for --suite counting: 1 x texts of a number that it does not like",
+        match=r"--data has no text for --suite counting: 1 x texts of a number that it does not ",
     ):
-        drawn.make(read(write_jsonl(tmp_path / "c.jsonl", ROWS[2:3])), 0, ByWords())
+        drawn.make_examples(read(write_jsonl(tmp_path / "c.jsonl", ROWS[2:3])), 0, ByWords())
 
 
 def test_partners_are_of_another_text_and_stay(tmp_path):
-    """Breaks when the control's memory is the text's own, depends on the order of the lines, or none is given where there is one."""
+    """Breaks when the control's memory is the text's own, depends on the order of the lines, or
+    none is given where there is one.
+    """
     made = []
     for seed in range(2):
         rows = random.Random(seed).sample(ROWS, len(ROWS))
-        examples, _ = drawn.make(read(f"x={write_jsonl(tmp_path / 'a.jsonl', rows)}"), 0, ByWords())
+        sets = read(f"x={write_jsonl(tmp_path / 'a.jsonl', rows)}")
+        examples, _ = drawn.make_examples(sets, 0, ByWords())
         made.append({e.key: (e, e.partner) for e in examples})
         of = {}
         for e in examples:
@@ -223,7 +242,7 @@ def test_partners_are_of_another_text_and_stay(tmp_path):
         "a": [drawn.Text("k", "1", "a", "text 1", ())],
         "b": [drawn.Text("k", "1", "b", "text 1", ())],
     }
-    assert [e.partner for e in drawn.make(twice, 0, ByWords())[0]] == [
+    assert [e.partner for e in drawn.make_examples(twice, 0, ByWords())[0]] == [
         ()
     ] * 4  # the same text in two sets is no other text
     asked = [
@@ -234,7 +253,7 @@ def test_partners_are_of_another_text_and_stay(tmp_path):
         write_jsonl(tmp_path / f"{name}.jsonl", rows)
         for name, rows in (("a", asked[:1]), ("b", asked[1:]))
     ]
-    examples, _ = drawn.make(read(",".join(files)), 0, ByWords())
+    examples, _ = drawn.make_examples(read(",".join(files)), 0, ByWords())
     assert len({e.cluster for e in examples}) == 2 and not any(
         e.partner for e in examples
     )  # nor with another question on it

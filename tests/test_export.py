@@ -1,6 +1,5 @@
 """`icae export`: the verb's flags, its files, and what it refuses before anything is written."""
 
-import argparse
 import json
 import sys
 
@@ -9,8 +8,8 @@ import pytest
 from conftest import TINY, WORDS, random_trained
 
 from icae_jax.cli import export
-from icae_jax.compression.encoder import CompressionConfig
-from icae_jax.inference import compressor as compressors
+from icae_jax.compression.config import CompressionConfig
+from icae_jax.inference import loading
 from icae_jax.interop.adapters import folder as adapters
 from icae_jax.interop.hub import base as bases
 from icae_jax.models.lora import LoraConfig
@@ -23,7 +22,7 @@ TEXTS = [" ".join(RNG.choice(WORDS[8:], size=n)) for n in (20, 5, 9)]
 
 
 def run(*argv):
-    return export.main(argparse.ArgumentParser(prog="icae export"), [str(a) for a in argv])
+    return export.run([str(a) for a in argv])
 
 
 @pytest.fixture(scope="module", params=["icae", "x500"])
@@ -42,16 +41,18 @@ def memory_file(request, tiny_base, tmp_path_factory):
         base.fingerprint,
     )
     adapters.save_adapter(folder / "adapter", adapter)
-    compressor = compressors.load(folder / "adapter")
+    compressor = loading.load(folder / "adapter")
     compressor.save(folder / "m.safetensors", compressor.compress(TEXTS), ["a", "b", "c"])
     return folder / "m.safetensors", request.param
 
 
 def test_prompt_embeds(memory_file, tmp_path, capsys):
-    """Breaks when a flag is lost on the way, K/V get through, or a user is not told that a chat is framed otherwise than trained."""
+    """Breaks when a flag is lost on the way, K/V get through, or a user is not told that a chat is
+    framed otherwise than trained.
+    """
     path, method = memory_file
     argv = [
-        "prompt-embeds",
+        "prompt_embeds",
         "--memory",
         path,
         "--to",
@@ -75,7 +76,7 @@ def test_prompt_embeds(memory_file, tmp_path, capsys):
         "http://example:1",
     ]
     if method == "x500":
-        with pytest.raises(ValueError, match="icae export hf-cache"):
+        with pytest.raises(ValueError, match="has no export prompt_embeds; it has hf_cache, peft"):
             run(*argv)
         assert not (tmp_path / "out").exists()
         return
@@ -101,14 +102,14 @@ def test_prompt_embeds(memory_file, tmp_path, capsys):
 
 
 def test_hf_cache(memory_file, tmp_path, capsys):
-    """Breaks when a flag is lost on the way: what the cache is for, of which texts, in which dtype."""
+    """Breaks when a flag is lost: what the cache is for, of which texts, in which dtype."""
     import safetensors
 
     path, method = memory_file
-    assert run("hf-cache", "--memory", path, "--to", tmp_path / "ask") == 0
+    assert run("hf_cache", "--memory", path, "--to", tmp_path / "ask") == 0
     assert (
         run(
-            "hf-cache",
+            "hf_cache",
             "--memory",
             path,
             "--to",
@@ -141,15 +142,17 @@ def test_hf_cache(memory_file, tmp_path, capsys):
 
 
 def test_bad_input_is_named_before_anything_is_written(memory_file, tmp_path, monkeypatch):
-    """Breaks when a typing error costs the loading of a model, an older export, or ends in a traceback."""
+    """Breaks when a typing error costs the loading of a model, an older export, or ends in a
+    traceback.
+    """
     path, _ = memory_file
-    for kind in ("prompt-embeds", "hf-cache"):
+    for kind in ("prompt_embeds", "hf_cache"):
         with pytest.raises(ValueError, match="--id x: the memory holds a, b, c"):
             run(kind, "--memory", path, "--to", tmp_path / "out", "--id", "x")
         with pytest.raises(ValueError, match="no such file; `icae compress` writes"):
             run(kind, "--memory", tmp_path / "absent", "--to", tmp_path / "out")
         monkeypatch.setattr(
-            compressors, "load_with_memory", lambda *args: pytest.fail("loaded a model first")
+            loading, "load_with_memory", lambda *args, **how: pytest.fail("loaded a model first")
         )
         with pytest.raises(ValueError, match="is not an empty folder; give a new one"):
             run(kind, "--memory", path, "--to", path.parent)
@@ -163,20 +166,20 @@ def test_bad_input_is_named_before_anything_is_written(memory_file, tmp_path, mo
                 run(*wrong)
         monkeypatch.undo()
     monkeypatch.setitem(sys.modules, "torch", None)
-    with pytest.raises(ValueError, match="prompt-embeds needs PyTorch: pip install torch"):
-        run("prompt-embeds", "--memory", path, "--to", tmp_path / "out")
+    with pytest.raises(ValueError, match="prompt_embeds needs PyTorch: pip install torch"):
+        run("prompt_embeds", "--memory", path, "--to", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_help_lists_both_kinds(capsys):
     """Breaks when a kind or a flag has no help."""
-    for argv in (["--help"], ["prompt-embeds", "--help"], ["hf-cache", "--help"]):
+    for argv in (["--help"], ["prompt_embeds", "--help"], ["hf_cache", "--help"]):
         with pytest.raises(SystemExit, match="0"):
             run(*argv)
     printed = capsys.readouterr().out
     for word in (
-        "prompt-embeds",
-        "hf-cache",
+        "prompt_embeds",
+        "hf_cache",
         "--question",
         "--restore",
         "--for",
@@ -187,3 +190,11 @@ def test_help_lists_both_kinds(capsys):
         "--dtype",
     ):
         assert word in printed
+
+
+def test_old_names_of_kinds(memory_file, tmp_path, capsys):
+    """Breaks when a script that spells a kind with a hyphen fails, or is not told the new name."""
+    path, _ = memory_file
+    assert run("hf-cache", "--memory", path, "--to", tmp_path / "out") == 0
+    assert "note: hf-cache is now hf_cache" in capsys.readouterr().err
+    assert (tmp_path / "out" / "cache.safetensors").exists()

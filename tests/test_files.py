@@ -10,17 +10,18 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from icae_jax import errors, files
-from icae_jax.data import rows, tokens
+from icae_jax import cache, errors, files
+from icae_jax.data import tokens
 from icae_jax.interop.adapters import folder as adapter
-from icae_jax.interop.adapters import formats
+from icae_jax.interop.adapters import tensor_files
 
 
 def test_file_is_replaced_only_when_whole(tmp_path):
     """Breaks when an error while writing leaves half a file, no file, or a temporary one."""
     path = tmp_path / "deep" / "a.json"
     files.write_json(path, {"a": "œ"})
-    assert files.read_json(path, "a test") == {"a": "œ"} and "œ" in path.read_text(encoding="utf-8")
+    assert files.read_json(path, "a test") == {"a": "œ"}
+    assert "œ" in path.read_text(encoding="utf-8")
 
     def fail_half_way():
         with files.replacing_file(path) as tmp:
@@ -42,7 +43,9 @@ def write_folder(path, text, fail=False):
 
 
 def test_folder_is_replaced_only_when_whole(tmp_path):
-    """Breaks when an error while writing loses the old folder, mixes old and new, or leaves a temporary one."""
+    """Breaks when an error while writing loses the old folder, mixes old and new, or leaves a
+    temporary one.
+    """
     path = tmp_path / "adapter"
     write_folder(path, "one")
     with pytest.raises(RuntimeError, match="disk full"):
@@ -73,7 +76,7 @@ def test_what_takes_a_place_is_on_the_disk_before(tmp_path, monkeypatch):
 
 
 def test_old_folder_comes_back_when_the_new_one_cannot_take_its_place(tmp_path, monkeypatch):
-    """Breaks when the moment between moving the old folder away and the new one in can lose both."""
+    """Breaks when both folders can be lost between moving the old one away and the new one in."""
     path = tmp_path / "adapter"
     write_folder(path, "one")
     rename = os.rename
@@ -90,7 +93,7 @@ def test_old_folder_comes_back_when_the_new_one_cannot_take_its_place(tmp_path, 
 
 
 def modes(folder):
-    """{path within the folder, "." for itself: mode} of all that is in it."""
+    """The mode of everything in a folder, by relative path; "." is the folder."""
     return {
         str(p.relative_to(folder)): stat.S_IMODE(p.stat().st_mode)
         for p in (folder, *folder.rglob("*"))
@@ -105,7 +108,7 @@ def umask(request):
 
 
 def write_tensors(folder):
-    """As adapters are written: safetensors makes its files readable by their owner alone."""
+    """Writes as adapters do: safetensors makes its files readable by their owner only."""
     with files.replacing_folder(folder) as tmp:
         (tmp / "encoder").mkdir()
         safetensors.numpy.save_file(
@@ -115,7 +118,7 @@ def write_tensors(folder):
 
 
 def test_new_files_follow_the_umask(tmp_path, umask):
-    """Breaks when what is written is open to more, or fewer, than the umask says."""
+    """Breaks when written files are readable to more, or fewer, than the umask says."""
     folder, file, memory = tmp_path / "adapter", tmp_path / "a.json", tmp_path / "m.safetensors"
     write_tensors(folder)
     files.write_json(file, {})
@@ -128,12 +131,11 @@ def test_new_files_follow_the_umask(tmp_path, umask):
     assert modes(folder) == {name: mode & ~umask for name, mode in wanted.items()}
 
 
-def test_a_shared_cache_of_tokens_follows_the_umask(tmp_path, umask, monkeypatch):
-    """Breaks when a cache that several users share can be read by the one alone who came first, or by more than the umask says."""
-    monkeypatch.setattr(
-        tokens, "_build", lambda folder, *_: np.save(folder / "ids.npy", np.zeros(2))
-    )
-    tokens._write(tmp_path / "key", "train.jsonl", None, "", 0, rows.Sieve(), "")
+def test_a_shared_cache_of_tokens_follows_the_umask(tmp_path, umask):
+    """Breaks when only the first of several users can read a shared cache, or the umask is
+    exceeded.
+    """
+    tokens._write(tmp_path / "key", lambda tmp: np.save(tmp / "ids.npy", np.zeros(2)) or {})
     assert (
         modes(tmp_path / "key")["."] == 0o777 & ~umask
         and modes(tmp_path / "key")["ids.npy"] == 0o666 & ~umask
@@ -142,7 +144,7 @@ def test_a_shared_cache_of_tokens_follows_the_umask(tmp_path, umask, monkeypatch
 
 
 def test_what_is_replaced_hands_its_mode_on(tmp_path, umask):
-    """Breaks when a private file is opened to others, or a shared one closed, by being written again."""
+    """Breaks when rewriting a private file opens it to others, or a shared one is closed."""
     folder, file = tmp_path / "adapter", tmp_path / "a.json"
     for mode, within in ((0o700, 0o600), (0o2775, 0o640)):
         write_tensors(folder)
@@ -162,7 +164,7 @@ def test_what_is_replaced_hands_its_mode_on(tmp_path, umask):
 
 
 def test_nobody_reads_a_private_file_while_it_is_written(tmp_path):
-    """Breaks when the temporary twin of a private file or folder is open to those whom the mode keeps out."""
+    """Breaks when the temporary sibling of a private file or folder is readable to others."""
     (tmp_path / "a").write_text("")
     (tmp_path / "a").chmod(0o600)
     (tmp_path / "folder").mkdir(0o700)
@@ -177,7 +179,9 @@ def test_nobody_reads_a_private_file_while_it_is_written(tmp_path):
 
 
 def test_links_stay_links(tmp_path):
-    """Breaks when a link is replaced by a file, what it points to keeps the old content, or a link of a folder stays behind."""
+    """Breaks when a link is replaced by a file, its target keeps the old content, or a folder's
+    link stays.
+    """
     (tmp_path / "disk").mkdir()
     for name in ("a.json", "adapter"):
         (tmp_path / name).symlink_to(tmp_path / "disk" / name)
@@ -193,7 +197,7 @@ def test_links_stay_links(tmp_path):
 
 
 def test_a_file_is_not_replaced_by_a_folder(tmp_path):
-    """Breaks when an adapter that is saved under a file's name takes the file away."""
+    """Breaks when saving an adapter under a file's name removes the file."""
     (tmp_path / "notes").write_text("mine")
     with pytest.raises(
         errors.UserError, match="notes is a file, and a folder is to be written there"
@@ -203,7 +207,9 @@ def test_a_file_is_not_replaced_by_a_folder(tmp_path):
 
 
 def failing(monkeypatch, path, *failures):
-    """Reading that path fails in these ways, one after another, and then no more; gives the list of what is left."""
+    """Makes reading that path fail in these ways, one after another, then succeed; returns those
+    left.
+    """
     left, opening = list(failures), pathlib.Path.read_bytes
 
     def read_bytes(self):
@@ -218,7 +224,9 @@ def failing(monkeypatch, path, *failures):
 
 
 def test_a_file_that_a_network_loses_for_a_moment_is_read_again(tmp_path, monkeypatch):
-    """Breaks when a hiccup of a network filesystem ends a command, or counts as the user's fault, or a closed file does not."""
+    """Breaks when a transient failure of a network filesystem ends a command or counts as bad
+    input, or a forbidden file does not.
+    """
     path = tmp_path / "a.json"
     path.write_text("[1]")
     left = failing(monkeypatch, path, errno.ESTALE, errno.EIO)
@@ -233,7 +241,9 @@ def test_a_file_that_a_network_loses_for_a_moment_is_read_again(tmp_path, monkey
 
 
 def test_tensors_that_a_network_loses_for_a_moment_are_read_again(tmp_path, monkeypatch):
-    """Breaks when a hiccup of a network filesystem counts as a damaged file, or a damaged one as a hiccup."""
+    """Breaks when a transient failure of a network filesystem counts as a damaged file, or the
+    reverse.
+    """
     monkeypatch.setattr(errors, "FIRST_DELAY", 0)
     path = tmp_path / "a.safetensors"
     safetensors.numpy.save_file({"a": np.ones(2, np.float32)}, path)
@@ -284,7 +294,9 @@ def test_unreadable_json_is_named(tmp_path):
 
 
 def test_fields_are_of_their_types():
-    """Breaks when a field of another type than it should have passes, or a whole number is not taken where any number is."""
+    """Breaks when a field of the wrong type passes, or an int is refused where a number is asked
+    for.
+    """
     files.check_fields(
         {"a": 1, "b": 2, "c": "x", "more": None}, {"a": int, "b": float, "c": str}, "a.json"
     )
@@ -304,11 +316,11 @@ def test_torch_is_named_where_it_is_missing(monkeypatch):
     """Breaks when the missing package ends in a traceback."""
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(ValueError, match="the export needs PyTorch: pip install torch"):
-        files.need_torch("the export")
+        errors.need_torch("the export")
 
 
 def test_only_new_folders_are_written(tmp_path):
-    """Breaks when a folder with something in it, or a file, is taken for free, or a new one for taken."""
+    """Breaks when a folder with content, or a file, counts as free, or a new one as taken."""
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "x").write_text("")
     (tmp_path / "empty").mkdir()
@@ -322,15 +334,19 @@ def test_only_new_folders_are_written(tmp_path):
 
 
 def test_cache_folder(monkeypatch):
-    """Breaks when the configured folder does not win over $ICAE_CACHE, or that over the home folder."""
+    """Breaks when the configured folder does not win over $ICAE_CACHE, or that over the home
+    folder.
+    """
     monkeypatch.setenv("ICAE_CACHE", "/somewhere")
-    assert (str(files.cache_folder("/mine")), str(files.cache_folder())) == ("/mine", "/somewhere")
+    assert (str(cache.folder("/mine")), str(cache.folder())) == ("/mine", "/somewhere")
     monkeypatch.delenv("ICAE_CACHE")
-    assert files.cache_folder().parts[-2:] == (".cache", "icae_jax")
+    assert cache.folder().parts[-2:] == (".cache", "icae_jax")
 
 
 def test_a_place_that_cannot_be_written_is_named(tmp_path):
-    """Breaks when a workdir below a file, or on what this user may only read, is a traceback that launchers run again."""
+    """Breaks when a workdir below a file, or in a read-only folder, gives a traceback, which
+    launchers would retry.
+    """
     (tmp_path / "file").write_text("")
     message = r"file/x: cannot be written: .*; give a place that can be"
     for replacing in (files.replacing_file, files.replacing_folder):
@@ -358,14 +374,16 @@ PLACEHOLDERS = {
 
 @pytest.mark.parametrize("name", PLACEHOLDERS)
 def test_what_stands_in_a_files_place_is_named(name, tmp_path):
-    """Breaks when a pointer, a server's page or nothing at all in a file's place is called a damaged file, of JSON or of tensors."""
+    """Breaks when a pointer, a server's error page or an empty file is called damaged JSON or
+    tensors.
+    """
     content, said = PLACEHOLDERS[name]
     path = tmp_path / "model.safetensors"
     path.write_bytes(content)
     readers = (
         lambda: files.read_json(path, "a configuration"),
         lambda: files.read_safetensors(path, safetensors.numpy.load_file),
-        lambda: formats.open_tensors(path),
+        lambda: tensor_files.open_tensors(path),
     )
     for read in readers:
         with pytest.raises(errors.UserError, match=f"model.safetensors: .*{said}.*again"):
@@ -373,7 +391,7 @@ def test_what_stands_in_a_files_place_is_named(name, tmp_path):
 
 
 def test_json_may_begin_with_a_byte_order_mark(tmp_path):
-    """Breaks when a configuration that an editor on Windows has saved is no JSON."""
+    """Breaks when a configuration saved by an editor on Windows (with a BOM) is refused."""
     path = tmp_path / "config.json"
     path.write_bytes(b'\xef\xbb\xbf{"r": 4}')
     assert files.read_json(path, "a test") == {"r": 4}

@@ -9,8 +9,13 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from icae_jax.compression import encoder, methods
-from icae_jax.models import attention, llama, lora
+from icae_jax.compression import encoder
+from icae_jax.compression.config import CompressionConfig
+from icae_jax.compression.decoder import Decoder
+from icae_jax.compression.segments import Contexts
+from icae_jax.compression.trained import SPECIAL_ROWS
+from icae_jax.models import attention, llama, lora, plain_attention
+from icae_jax.models.llama import FrozenModel
 from icae_jax.objectives import loss
 from icae_jax.performance import flops
 
@@ -57,9 +62,7 @@ def shapes(B, S, N, k, targets):
 
 def program(compression):
     """(model, base parameters, trained tree) of shapes alone; the layers unrolled, so that each is counted."""
-    table = jax.ShapeDtypeStruct(
-        (compression.k + encoder.SPECIAL_ROWS, SMALL.hidden_size), jnp.float32
-    )
+    table = jax.ShapeDtypeStruct((compression.k + SPECIAL_ROWS, SMALL.hidden_size), jnp.float32)
     tree = jax.eval_shape(lambda: lora.init_lora(jax.random.key(0), SMALL, LORA))
     return (
         llama.Llama(SMALL, unroll=SMALL.num_layers),
@@ -76,7 +79,7 @@ def counted(function, *args):
 @pytest.fixture(autouse=True)
 def _all_keys(monkeypatch):
     """Attention in one chunk, which looks at the keys that causality hides, as they are counted."""
-    monkeypatch.setattr(attention, "CHUNK", 1 << 20)
+    monkeypatch.setattr(plain_attention, "CHUNK", 1 << 20)
 
 
 def arrays(batch):
@@ -110,17 +113,25 @@ DAILY = {("icae", "ae+lm"), ("x500", "qa")}  # every objective, both methods, se
 )
 def test_a_training_step_as_xla_counts_it(method, targets, segments, k):
     """Breaks when a part is left out or counted twice: an adapter, a segment, the memory, a head, a neighbour's keys, a label."""
-    compression = encoder.CompressionConfig(method=method, k=32, rate=4.0, k_choices=(16, 32))
+    compression = CompressionConfig(method=method, k=32, rate=4.0, k_choices=(16, 32))
     batch = shapes(3, segments, 128, k, targets)
     model, params, trained = program(compression)
     heads = {o: HEADS.get(o, ()) for o in targets}
 
     def step(trained, params, batch):
-        memory = methods.compress(
-            model, params, trained, batch["context"], batch["lengths"], compression, k
+        memory = encoder.compress(
+            FrozenModel(model, params),
+            trained,
+            Contexts(batch["context"], batch["lengths"], k),
+            compression,
         )
         losses = loss.label_losses(
-            model, params, trained, memory, batch["targets"], heads, compression.layout, 256
+            Decoder.of(FrozenModel(model, params), trained),
+            memory,
+            batch["targets"],
+            heads,
+            compression.position_layout,
+            256,
         )
         return sum(total for total, _ in loss.objective_sums(losses, batch["targets"]).values())
 
@@ -144,7 +155,7 @@ def test_keys_behind_a_chunk_are_not_looked_at(monkeypatch):
         return counted(jax.grad(loss, (0, 1, 2)), q, kv, kv)
 
     whole = count(real)
-    monkeypatch.setattr(attention, "CHUNK", 128)
+    monkeypatch.setattr(plain_attention, "CHUNK", 128)
     assert count(real) / whole == pytest.approx(0.6, abs=0.01)
     assert count(attention.seen(real)) / whole == pytest.approx(
         1.0, abs=0.01
@@ -153,16 +164,19 @@ def test_keys_behind_a_chunk_are_not_looked_at(monkeypatch):
 
 def test_the_forward_passes_as_xla_counts_them():
     """Breaks when writing a memory or a new token is counted with gradients, without its keys, or without the output head."""
-    compression = encoder.CompressionConfig(k=32)
+    compression = CompressionConfig(k=32)
     model, params, trained = program(compression)
     batch = shapes(3, 2, 128, 32, {})
 
     def write(trained, params, batch):
-        return methods.compress(
-            model, params, trained, batch["context"], batch["lengths"], compression
+        return encoder.compress(
+            FrozenModel(model, params),
+            trained,
+            Contexts(batch["context"], batch["lengths"], compression.k),
+            compression,
         ).slots
 
-    of_write = flops.compress(SMALL, LORA, batch["context"].shape, 32, "icae")
+    of_write = flops.compress(SMALL, LORA, batch["context"].shape, 32, compression.spec)
     assert 1.0 <= counted(write, trained, params, arrays(batch)) / of_write.total < 1.015
 
     rows, cache = 4, 299
@@ -204,7 +218,7 @@ def test_llama_2_7b_with_a_memory_of_128_tokens(targets, head, tera):
     """Breaks when the definition drifts: figures worked out independently, for 512 tokens, LoRA of rank 128 on q and v, of 32 layers that
     are all whole. What is not computed of the last one is less than a layer.
     """
-    compression = encoder.CompressionConfig(k=128)
+    compression = CompressionConfig(k=128)
     heads = {o: tuple(range(head)) for o in targets}
 
     def least(layers):
@@ -221,7 +235,7 @@ def test_llama_2_7b_with_a_memory_of_128_tokens(targets, head, tera):
 
 def test_parts():
     """Breaks when FLOPs are booked under another part, or padding of the batch's rows is not work."""
-    compression = encoder.CompressionConfig(k=32, rate=4.0)
+    compression = CompressionConfig(k=32, rate=4.0)
     one, two = (
         flops.least(SMALL, LORA, compression, shapes(B, 1, 128, 32, {"ae": AE})) for B in (1, 2)
     )
@@ -239,7 +253,7 @@ def test_parts():
     )
     assert one.attention == 12 * 4 * 96 * (160**2 + 32 * 160 + 32**2 + 2 * 129 * (32 + 129))
     x500 = flops.least(
-        SMALL, LORA, encoder.CompressionConfig("x500", k=32), shapes(1, 1, 128, 32, {"ae": AE})
+        SMALL, LORA, CompressionConfig("x500", k=32), shapes(1, 1, 128, 32, {"ae": AE})
     )
     assert x500.encoder == 4 * (block * 160 + kv * 32) and x500.lora == 6 * (
         (v_adapter + others) * 160 + v_adapter * 32
@@ -253,7 +267,7 @@ def test_parts():
 
 def test_an_unknown_k_is_refused_and_the_largest_is_the_default():
     """Breaks when a batch of another number of memory tokens is counted as one of this compressor's."""
-    compression = encoder.CompressionConfig(k=32, k_choices=(8, 32))
+    compression = CompressionConfig(k=32, k_choices=(8, 32))
     batch = shapes(1, 1, 128, 32, {"ae": AE})
     assert flops.least(SMALL, LORA, compression, arrays(batch)) == flops.least(
         SMALL, LORA, compression, batch

@@ -14,8 +14,8 @@ import pytest
 from conftest import TINY, write_adapter
 from hypothesis import strategies as st
 
-from icae_jax.compression import encoder
 from icae_jax.compression import memory as memories
+from icae_jax.compression.config import CompressionConfig
 from icae_jax.data import sources
 from icae_jax.errors import UserError
 from icae_jax.inference import memory_file
@@ -290,7 +290,7 @@ def test_any_tokenizer_config_json(fixture, raw):
     folder = fixture("tokenizer_folder")
     (folder / "tokenizer_config.json").write_text(json.dumps(raw))
     try:
-        tokenizer = bases.load_tokenizer(folder)
+        tokenizer = tokenizers.load_tokenizer(folder)
     except UserError as error:
         assert str(folder) in str(error)
         return
@@ -439,7 +439,7 @@ def test_any_table(fixture, table):
 
 # -------------------------------------------------------------------------------------------------------------- memory files
 
-SMALL = encoder.CompressionConfig(k=2, rate=4)
+SMALL = CompressionConfig(k=2, rate=4)
 
 
 @pytest.fixture(scope="module")
@@ -447,7 +447,8 @@ def memory_bytes(tmp_path_factory):
     path = tmp_path_factory.mktemp("memory") / "m.safetensors"
     slots = np.random.default_rng(0).standard_normal((2, 4, 8)).astype(np.float32)
     memory = memories.place(memories.Slots, {"slots": slots}, np.asarray([[8, 3], [5, 0]]), SMALL)
-    memory_file.save(path, memory, SMALL, ["a", "b"], "b" * 64, "a" * 64, path.parent)
+    origin = memory_file.Origin(SMALL, "b" * 64, "a" * 64, path.parent)
+    memory_file.save(path, memory, ["a", "b"], origin)
     return path.read_bytes()
 
 
@@ -487,7 +488,7 @@ def test_any_memory_file(fixture, data):
     path = fixture("tmp_path_factory").getbasetemp() / "m.safetensors"
     path.write_bytes(content)
     try:
-        memory, ids = memory_file.load(path, SMALL, "b" * 64, "a" * 64)
+        memory, ids = memory_file.load(path, memory_file.Origin(SMALL, "b" * 64, "a" * 64))
     except UserError as error:
         assert str(path) in str(error)
         return

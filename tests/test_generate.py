@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from conftest import TINY
 
-from icae_jax.compression.memory import Prefix
+from icae_jax.compression.decoder import Decoder, Prefix
 from icae_jax.evaluation.plain import no_prefix
 from icae_jax.inference import generate
 from icae_jax.models import llama, rope
+from icae_jax.models.llama import FrozenModel
 
 NEW = 6
 MODEL = llama.Llama(TINY)
@@ -57,9 +58,10 @@ def padded(rows, width=8):
     return ids, lengths
 
 
-def run(params, prefix, starts, rows, model=MODEL, **kw):
+def run(params, prefix, starts, rows, model=MODEL, limits=None, **kw):
     kw = {"max_new_tokens": NEW, "stop_ids": (63,)} | kw
-    return generate.greedy(model, params, TABLE, prefix, starts, *padded(rows), **kw)
+    decoder = Decoder(FrozenModel(model, params), TABLE)
+    return generate.greedy(decoder, prefix, generate.Prompts(*padded(rows), starts, limits), **kw)
 
 
 def test_cached_batched_decoding_equals_full_passes(tiny_params):

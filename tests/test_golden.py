@@ -13,13 +13,20 @@ import pytest
 import safetensors.numpy
 from conftest import GOLDEN
 
-from icae_jax.compression import encoder, methods
+from icae_jax.compression import encoder
+from icae_jax.compression import layout as layouts
+from icae_jax.compression.config import CompressionConfig
+from icae_jax.compression.decoder import Decoder
+from icae_jax.compression.segments import Contexts, segment_contexts, segment_shape
+from icae_jax.compression.trained import SPECIAL_ROWS
 from icae_jax.inference import generate
-from icae_jax.interop.adapters import folder as adapters
+from icae_jax.interop.adapters import lora_tensors
 from icae_jax.interop.hub import weights
 from icae_jax.models import llama
 from icae_jax.models.families import config_json
+from icae_jax.models.llama import FrozenModel
 from icae_jax.objectives import loss, targets
+from icae_jax.objectives.packing import pack
 
 
 def cases(pattern):
@@ -52,18 +59,26 @@ class Case:
         self.base = weights.load_params(self.folder / "base", self.config)
         tensors = safetensors.numpy.load_file(self.folder / "icae.safetensors")
         table = jnp.asarray(tensors["memory_token_embed.weight"])
-        self.trained = {"lora": adapters.lora_from_hub(tensors, self.config), "memory_table": table}
+        self.trained = {
+            "lora": lora_tensors.lora_from_hub(tensors, self.config),
+            "memory_table": table,
+        }
         self.model = llama.Llama(
             self.config, lora_scale=self.meta["lora_alpha"] / self.meta["lora_r"]
         )
         rate = self.meta["mean_compression_rate"]
-        self.compression = encoder.CompressionConfig(
+        self.compression = CompressionConfig(
             k=self.meta["mem_size"], rate=rate, layout="sequential"
         )
 
     def compress(self, trained, base, input_ids):
-        ids, lengths = encoder.segment_contexts([input_ids], self.compression)
-        return methods.compress(self.model, base, trained, ids, lengths, self.compression)
+        ids, lengths = segment_contexts([input_ids], self.compression)
+        return encoder.compress(
+            FrozenModel(self.model, base),
+            trained,
+            Contexts(ids, lengths, self.compression.k),
+            self.compression,
+        )
 
     def split(self, sequence):
         """A reference decoder sequence as (head, the rest in our ids)."""
@@ -74,7 +89,7 @@ class Case:
         rest = sequence[stop + 1 :]
         special = rest >= first_slot + k
         return tuple(sequence[:start].tolist()), np.where(
-            special, rest - (first_slot + k) - encoder.SPECIAL_ROWS, rest
+            special, rest - (first_slot + k) - SPECIAL_ROWS, rest
         )
 
 
@@ -91,15 +106,24 @@ def case(request):
 def loss_and_logits(trained, base, segments, packed, ids, *, model, compression, head):
     """Mean loss of one objective's labels, and the logits at every one of ids, the target's."""
     batch = {"any": packed}
-    memory = methods.compress(model, base, trained, *segments, compression)
-    losses = loss.label_losses(model, base, trained, memory, batch, {"any": head}, "sequential", 7)
+    memory = encoder.compress(
+        FrozenModel(model, base), trained, Contexts(*segments, compression.k), compression
+    )
+    losses = loss.label_losses(
+        Decoder.of(FrozenModel(model, base), trained),
+        memory,
+        batch,
+        {"any": head},
+        layouts.SEQUENTIAL,
+        7,
+    )
     total, count = loss.objective_sums(losses, batch)["any"]
     fixed, memory = jax.lax.stop_gradient(
         (trained, memory)
     )  # nothing of the logits is wanted but themselves
-    prefix = methods.read(model, base, memory, head)
-    hidden = loss.label_hidden(
-        model, base, fixed, prefix, prefix.end, ids, jnp.arange(PADDED)[None, None]
+    prefix = memory.read(Decoder(FrozenModel(model, base), None), head)
+    hidden = Decoder.of(FrozenModel(model, base), fixed).label_hidden(
+        prefix, prefix.end, ids, jnp.arange(PADDED)[None, None]
     )
     return total / count, hidden @ llama.head_kernel(base)
 
@@ -129,8 +153,8 @@ def assert_equal_to_reference(case, objective):
     labels = golden["labels"][0]
     first_label = int(np.flatnonzero(labels >= 0)[0]) - (len(labels) - len(rest))
     # Padded to one length, so that objectives behind the same head are one program.
-    packed = targets.pack([[targets.Target(rest.tolist(), first_label)]], 1, PADDED, PADDED)
-    segments = encoder.segment_contexts([golden["input_ids"][0]], case.compression)
+    packed = pack([[targets.Target(rest.tolist(), first_label)]], 1, PADDED, PADDED)
+    segments = segment_contexts([golden["input_ids"][0]], case.compression)
     ids = np.pad(rest, (0, PADDED - len(rest))).astype(np.int32)[None, None]
     (value, logits), gradient = loss_and_logits(
         case.trained,
@@ -144,7 +168,7 @@ def assert_equal_to_reference(case, objective):
     )
     close(value, golden["loss"])
 
-    names = adapters.lora_to_hub(
+    names = lora_tensors.lora_to_hub(
         gradient["lora"], prefix="icae.base_model.model.", infix=".default"
     )
     names["memory_token_embed.weight"] = gradient["memory_table"]
@@ -160,12 +184,12 @@ def assert_equal_to_reference(case, objective):
 def test_slots_and_greedy_restoration(case):
     golden = np.load(case.folder / "compress.npz")
     ids = golden["input_ids"][0]
-    assert encoder.segment_shape(len(ids), case.compression)[0] == case.meta["num_segments"]
+    assert segment_shape(len(ids), case.compression)[0] == case.meta["num_segments"]
 
     @jax.jit
     def written_and_read(trained, base):
         memory = case.compress(trained, base, ids)
-        return memory.slots, methods.read(case.model, base, memory)
+        return memory.slots, memory.read(Decoder(FrozenModel(case.model, base), None))
 
     slots, prefix = written_and_read(case.trained, case.base)
     close(np.asarray(slots)[0], golden["slots"])
@@ -175,9 +199,12 @@ def test_slots_and_greedy_restoration(case):
     want = golden["ae_greedy"].tolist()
     want = want[: want.index(stop)] if stop in want else want
     out = generate.greedy(
-        case.model, case.base, case.trained["memory_table"], prefix, prefix.end, np.full((1, 1), targets.AE, np.int32),
-        np.ones(1, np.int32), max_new_tokens=len(golden["ae_greedy"]), stop_ids=(stop,),
-    )  # fmt: skip
+        Decoder(FrozenModel(case.model, case.base), case.trained["memory_table"]),
+        prefix,
+        generate.Prompts(np.full((1, 1), targets.AE, np.int32), np.ones(1, np.int32), prefix.end),
+        max_new_tokens=len(golden["ae_greedy"]),
+        stop_ids=(stop,),
+    )
     got = np.asarray(out.ids)[0, : int(np.asarray(out.lengths)[0])]
     assert len(want) > 0 and got.tolist() == want
 
@@ -195,14 +222,14 @@ class X500Case:
         self.base = weights.load_params(self.folder / "base", self.config)
         tensors = safetensors.numpy.load_file(self.folder / "lora_params.safetensors")
         k, length = self.meta["num_mem"], self.meta["max_length"]
-        self.compression = encoder.CompressionConfig(
+        self.compression = CompressionConfig(
             method="x500", k=k, rate=length / k, layout="reference"
         )
         assert self.compression.segment_tokens == length
-        table = np.zeros((k + encoder.SPECIAL_ROWS, self.config.hidden_size), np.float32)
+        table = np.zeros((k + SPECIAL_ROWS, self.config.hidden_size), np.float32)
         table[:k] = tensors["memory_embeddings"][0]
         self.trained = {
-            "lora": adapters.lora_from_hub(tensors, self.config),
+            "lora": lora_tensors.lora_from_hub(tensors, self.config),
             "memory_table": jnp.asarray(table),
         }
         self.model = llama.Llama(
@@ -217,11 +244,14 @@ class X500Case:
         self.framing = targets.Framing((), self.meta["bos"], eos)
 
     def compress(self, trained, base):
-        ids, lengths = encoder.segment_contexts(
-            self.texts, self.compression, pad_id=self.meta["eos"]
-        )
+        ids, lengths = segment_contexts(self.texts, self.compression, pad_id=self.meta["eos"])
         assert ids[:, 0].tolist() == self.golden["input_ids"].tolist()
-        return methods.compress(self.model, base, trained, ids, lengths, self.compression)
+        return encoder.compress(
+            FrozenModel(self.model, base),
+            trained,
+            Contexts(ids, lengths, self.compression.k),
+            self.compression,
+        )
 
 
 @pytest.fixture(scope="module", params=cases("x500_*"))
@@ -233,7 +263,7 @@ def test_x500_loss_logits_and_gradients(x500_case):
     """Breaks when padding is masked, memory or targets sit at other positions, or the loss leaves the padding out."""
     case, golden, length = x500_case, x500_case.golden, x500_case.meta["max_length"]
     rows = [[targets.ae_target(text, case.framing, padded_to=length)] for text in case.texts]
-    packed = targets.pack(rows, 1, length + 1, length + 1)
+    packed = pack(rows, 1, length + 1, length + 1)
     assert (
         packed["labels"][:, 0].tolist() == golden["labels"].tolist() and packed["label_mask"].all()
     )
@@ -242,14 +272,19 @@ def test_x500_loss_logits_and_gradients(x500_case):
     def loss_of(trained, base, batch):
         memory = case.compress(trained, base)
         losses = loss.label_losses(
-            case.model, base, trained, memory, batch, {"ae": ()}, "reference", 7
+            Decoder.of(FrozenModel(case.model, base), trained),
+            memory,
+            batch,
+            {"ae": ()},
+            layouts.REFERENCE,
+            7,
         )
         total, count = loss.objective_sums(losses, batch)["ae"]
         fixed, memory = jax.lax.stop_gradient((trained, memory))
-        prefix = methods.read(case.model, base, memory)
+        prefix = memory.read(Decoder(FrozenModel(case.model, base), None))
         every = jnp.broadcast_to(jnp.arange(length + 1), (len(case.texts), 1, length + 1))
-        hidden = loss.label_hidden(
-            case.model, base, fixed, prefix, prefix.end, batch["ae"]["ids"], every
+        hidden = Decoder.of(FrozenModel(case.model, base), fixed).label_hidden(
+            prefix, prefix.end, batch["ae"]["ids"], every
         )
         return total / count, hidden @ llama.head_kernel(base)
 
@@ -259,7 +294,7 @@ def test_x500_loss_logits_and_gradients(x500_case):
     close(value, golden["loss"])
     close(logits, golden["logits"])
 
-    names = adapters.lora_to_hub(
+    names = lora_tensors.lora_to_hub(
         gradient["lora"], prefix="llama.base_model.model.", infix=".default"
     )
     names["memory_embeddings"] = gradient["memory_table"][None, : case.compression.k]
@@ -275,16 +310,23 @@ def test_x500_memory_and_greedy_regeneration(x500_case):
     """Breaks when K is kept or rotated for other positions, or decoding starts elsewhere than at m."""
     case, golden = x500_case, x500_case.golden
     prefix = jax.jit(
-        lambda trained, base: methods.read(case.model, base, case.compress(trained, base))
+        lambda trained, base: case.compress(trained, base).read(
+            Decoder(FrozenModel(case.model, base), None)
+        )
     )(case.trained, case.base)
     close(np.transpose(prefix.k, (0, 1, 3, 2, 4)), golden["memory_k"])
     close(np.transpose(prefix.v, (0, 1, 3, 2, 4)), golden["memory_v"])
 
     want, B = golden["regenerate_greedy"], len(case.texts)
     out = generate.greedy(
-        case.model, case.base, case.trained["memory_table"], prefix, prefix.end, np.full((B, 1), case.framing.trigger, np.int32),
-        np.ones(B, np.int32), max_new_tokens=want.shape[1], stop_ids=(case.framing.eos,),
-    )  # fmt: skip
+        Decoder(FrozenModel(case.model, case.base), case.trained["memory_table"]),
+        prefix,
+        generate.Prompts(
+            np.full((B, 1), case.framing.trigger, np.int32), np.ones(B, np.int32), prefix.end
+        ),
+        max_new_tokens=want.shape[1],
+        stop_ids=(case.framing.eos,),
+    )
     for row, got, length in zip(
         want.tolist(), np.asarray(out.ids), np.asarray(out.lengths), strict=True
     ):

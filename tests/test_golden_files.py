@@ -9,9 +9,9 @@ import pytest
 from conftest import GOLDEN, make_tokenizer
 
 from icae_jax.cli import main as cli
-from icae_jax.compression import methods
-from icae_jax.inference.compressor import load
-from icae_jax.interop.adapters import formats
+from icae_jax.compression.memory import Memory
+from icae_jax.inference.loading import load
+from icae_jax.interop.adapters import formats, tensor_files
 
 FILES = {
     "icae_v1_llama/icae.safetensors": "icae-v2",  # tensors alone tell no version; the template is a flag
@@ -52,7 +52,7 @@ def case(request, tmp_path):
 
 
 def tensors_of(path):
-    return {name: np.asarray(t) for name, t in formats.open_tensors(path)[0].items()}
+    return {name: np.asarray(t) for name, t in tensor_files.open_tensors(path)[0].items()}
 
 
 def test_in_and_out(case, tmp_path, capsys):
@@ -80,9 +80,7 @@ def test_in_and_out(case, tmp_path, capsys):
             for row in golden["input_ids"]
         ]
         memory = compressor.compress_ids(rows)
-        prefix = jax.jit(methods.read, static_argnums=0)(
-            compressor.model, compressor.base.params, memory
-        )
+        prefix = jax.jit(Memory.read)(memory, compressor.decoder)
         for got, want in ((prefix.k, golden["memory_k"]), (prefix.v, golden["memory_v"])):
             np.testing.assert_allclose(
                 np.transpose(got, (0, 1, 3, 2, 4)), want, atol=1e-4 * np.abs(want).max()
@@ -118,7 +116,7 @@ def test_in_and_out(case, tmp_path, capsys):
         )
         == 0
     )
-    got, want = tensors_of(out / formats.NAMES[form]), tensors_of(path)
+    got, want = tensors_of(out / formats.FORMATS[form].file_name), tensors_of(path)
     want = {
         name: t
         for name, t in want.items()

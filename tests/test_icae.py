@@ -8,12 +8,17 @@ import numpy as np
 import pytest
 from conftest import FRAMING, TINY, close, random_trained
 
-from icae_jax.compression import encoder, methods
+from icae_jax.compression import encoder
 from icae_jax.compression import memory as memories
+from icae_jax.compression.config import CompressionConfig
+from icae_jax.compression.decoder import Decoder
+from icae_jax.compression.segments import Contexts, segment_contexts, segment_shape
 from icae_jax.models import llama
+from icae_jax.models.llama import FrozenModel
 from icae_jax.objectives import loss, targets
+from icae_jax.objectives.packing import pack
 
-CONFIG = encoder.CompressionConfig(k=3, rate=4, layout="servable")
+CONFIG = CompressionConfig(k=3, rate=4, layout="servable")
 MODEL = llama.Llama(TINY, lora_scale=0.5)
 TRAINED = random_trained(TINY, CONFIG.k)
 RNG = np.random.default_rng(0)
@@ -22,11 +27,13 @@ TEXTS = [RNG.integers(3, 64, n).tolist() for n in (5, 12, 13, 25, 17)]
 
 @jax.jit
 def compress(params, trained, ids, lengths):
-    return methods.compress(MODEL, params, trained, ids, lengths, CONFIG)
+    return encoder.compress(
+        FrozenModel(MODEL, params), trained, Contexts(ids, lengths, CONFIG.k), CONFIG
+    )
 
 
 def segments(texts, shape=None):
-    return encoder.segment_contexts(texts, CONFIG, shape)
+    return segment_contexts(texts, CONFIG, shape)
 
 
 # ------------------------------------------------------------------------------------------------------- independence
@@ -47,7 +54,7 @@ def test_batch_neighbours_and_padding_do_not_change_slots(tiny_params, batch):
         M = alone.slots.shape[1]
         assert bool(alone.mask.all()) and alone.mask.shape == (
             1,
-            3 * encoder.segment_shape(len(TEXTS[b]), CONFIG)[0],
+            3 * segment_shape(len(TEXTS[b]), CONFIG)[0],
         )
         assert np.asarray(memory.mask[b]).tolist() == [True] * M + [False] * (9 - M)
         close(memory.slots[b, :M], alone.slots[0])
@@ -95,11 +102,18 @@ def test_memory_tokens_see_those_before_them(tiny_params, batch):
 @functools.partial(jax.value_and_grad, argnums=1)
 def decoder_loss(params, trained, ids, lengths, packed, cut, visible):
     """AE loss; cut: no gradient through the slots. visible: false hides the memory from the decoder."""
-    memory = methods.compress(MODEL, params, trained, ids, lengths, CONFIG)
+    memory = encoder.compress(
+        FrozenModel(MODEL, params), trained, Contexts(ids, lengths, CONFIG.k), CONFIG
+    )
     slots = memory.slots * (1 - cut) + jax.lax.stop_gradient(memory.slots) * cut
     memory = memory.replace(slots=slots, mask=memory.mask & visible)
     losses = loss.label_losses(
-        MODEL, params, trained, memory, {"ae": packed}, {"ae": ()}, CONFIG.layout, 8
+        Decoder.of(FrozenModel(MODEL, params), trained),
+        memory,
+        {"ae": packed},
+        {"ae": ()},
+        CONFIG.position_layout,
+        8,
     )
     total, count = loss.objective_sums(losses, {"ae": packed})["ae"]
     return total / count
@@ -107,7 +121,7 @@ def decoder_loss(params, trained, ids, lengths, packed, cut, visible):
 
 def test_decoder_learns_of_the_context_through_memory_alone(tiny_params):
     """Breaks when LoRA is on in the decoder, the decoder sees context tokens, or masked memory is still attended to."""
-    packed = targets.pack([[targets.ae_target(TEXTS[2], FRAMING)]], 1, 14, 14)
+    packed = pack([[targets.ae_target(TEXTS[2], FRAMING)]], 1, 14, 14)
     context = segments([TEXTS[2]])
     one, other = context, (np.flip(context[0], 2), context[1])
 
@@ -148,8 +162,9 @@ def test_head_runs_in_front_of_the_memory(tiny_params):
         mask=jnp.concatenate([jnp.ones((2, 2), bool), memory.mask], 1),
         positions=jnp.asarray([[0, 1, 3, 4, 5]] * 2),
     )
-    read = jax.jit(functools.partial(methods.read, MODEL), static_argnums=2)
-    got, want = read(tiny_params, memory, head), read(tiny_params, joined, ())
+    read = jax.jit(memories.Memory.read, static_argnames="head")
+    decoder = Decoder(FrozenModel(MODEL, tiny_params), None)
+    got, want = read(memory, decoder, head=head), read(joined, decoder)
     assert got.mask.tolist() == [
         [True] * 5,
         [True, True, True, False, True],
@@ -158,7 +173,7 @@ def test_head_runs_in_front_of_the_memory(tiny_params):
     close(got.k, want.k)
     close(got.v, want.v)
     # What is masked does not reach what stands behind it.
-    other = read(tiny_params, memory.replace(slots=slots.at[1, 1].add(9.0)), head)
+    other = read(memory.replace(slots=slots.at[1, 1].add(9.0)), decoder, head=head)
     np.testing.assert_array_equal(
         np.delete(other.v[:, 1], 3, axis=1), np.delete(got.v[:, 1], 3, axis=1)
     )

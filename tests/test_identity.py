@@ -1,6 +1,7 @@
-"""What an adapter, a memory and a run are known by: weights, tokenizer, template, scale; and what is done where they do not say."""
+"""What an adapter, a memory and a run are known by: weights, tokenizer, template, scale; and what
+is done where they do not say.
+"""
 
-import argparse
 import dataclasses
 import datetime
 import functools
@@ -27,7 +28,7 @@ from tokenizers import AddedToken, processors
 from transformers.utils import chat_template_utils
 
 import icae_jax
-from icae_jax.compression.encoder import CompressionConfig
+from icae_jax.compression.config import CompressionConfig
 from icae_jax.errors import UserError
 from icae_jax.interop.adapters import folder as adapters
 from icae_jax.interop.adapters import formats
@@ -36,11 +37,11 @@ from icae_jax.interop.hub import tokenizer as reading
 from icae_jax.models.lora import LoraConfig
 from icae_jax.objectives import targets
 from icae_jax.runtime import sharding
-from icae_jax.training import compressor_task
-from icae_jax.training.config import check_workdir
-from icae_jax.workflows import convert_adapter
+from icae_jax.training import compressor_task, trained
+from icae_jax.training.workdir import check_workdir
+from icae_jax.workflows import released
 
-# ------------------------------------------------------------------------------------------------------------- identity
+# --- identity ---
 
 
 def swapped():
@@ -52,7 +53,9 @@ def swapped():
 
 
 def test_fingerprint(tiny_tokenizer):
-    """Breaks when a tokenizer that makes other ids has the same fingerprint, or one that makes the same has another."""
+    """Breaks when a tokenizer that makes other ids has the same fingerprint, or one that makes the
+    same has another.
+    """
     own = reading.fingerprint(tiny_tokenizer)
     assert reading.fingerprint(make_tokenizer()) == own
     padded = make_tokenizer()
@@ -83,7 +86,9 @@ def adapter(tiny_base, tmp_path_factory):
 
 
 def test_adapters_and_memories_know_their_tokenizer(folder, adapter, tmp_path, capsys):
-    """Breaks when a base's tokenizer is exchanged for another unseen, or what earlier versions wrote is refused or read in silence."""
+    """Breaks when a base's tokenizer is exchanged for another unseen, or what earlier versions
+    wrote is refused or read in silence.
+    """
     own = icae_jax.load(adapter)
     path = tmp_path / "m.safetensors"
     own.save(path, own.compress(["the cat saw the dog"]))
@@ -102,7 +107,9 @@ def test_adapters_and_memories_know_their_tokenizer(folder, adapter, tmp_path, c
 
 
 def test_a_fine_tune_of_the_base_is_another_base(tiny_params, tiny_tokenizer, adapter, tmp_path):
-    """Breaks when a base whose LoRA was merged, which has the embeddings and the norm of the one before it, is taken for that one."""
+    """Breaks when a base whose LoRA was merged, which has the embeddings and the norm of the one
+    before it, is taken for that one.
+    """
     layers = dict(tiny_params["layers"]) | {"mlp": dict(tiny_params["layers"]["mlp"])}
     kernel = layers["mlp"]["up_proj"]["kernel"]
     layers["mlp"]["up_proj"] = {
@@ -118,7 +125,7 @@ def test_a_fine_tune_of_the_base_is_another_base(tiny_params, tiny_tokenizer, ad
     ), "else this shows nothing"
     with pytest.raises(
         UserError,
-        match=r"adapter .* was made with weights \w{12}, but the base's is \w{12}: it has other weights",
+        match=r"adapter .* was made with weights \w{12}, but the base's is \w{12}: it has other",
     ):
         icae_jax.load(adapter, base=tmp_path / "merged")
 
@@ -127,7 +134,9 @@ def test_a_fine_tune_of_the_base_is_another_base(tiny_params, tiny_tokenizer, ad
     "name", ["embed", "lm_head", "layers.self_attn.v_proj.kernel", "norm.scale"]
 )
 def test_any_weight_is_part_of_the_identity(tiny_params, name):
-    """Breaks when a base with one other value anywhere, as in the row of a rare token or in its head, is the same base."""
+    """Breaks when a base with one other value anywhere, as in the row of a rare token or in its
+    head, is the same base.
+    """
     own = bases.weights_fingerprint(tiny_params)
     *groups, last = name.split(".")
     changed = jax.tree.map(lambda x: x, tiny_params)
@@ -170,7 +179,9 @@ def test_identity_does_not_hang_on_the_dtype(tiny_params):
     [("encoder/adapter_config.json", "lora_alpha", 16.0), ("icae.json", "rate", 8)],
 )
 def test_a_memory_is_that_of_the_adapter_as_it_is(adapter, tmp_path, file, field, value):
-    """Breaks when a number that makes other memories is changed in an adapter's files, and its memories of before are read as its own."""
+    """Breaks when a number that makes other memories is changed in an adapter's files, and its
+    memories of before are read as its own.
+    """
     compressor = icae_jax.load(adapter)
     compressor.save(tmp_path / "m.safetensors", compressor.compress(["the cat saw the dog"]))
     other = shutil.copytree(adapter, tmp_path / "other")
@@ -189,9 +200,12 @@ def test_a_memory_is_that_of_the_adapter_as_it_is(adapter, tmp_path, file, field
         icae_jax.load(other).load_memory(tmp_path / "m.safetensors")
 
 
-# ------------------------------------------------------------------------------------------------------------ templates
+# --- templates ---
 
-CLOCK = "{{ bos_token }}{% if strftime_now('%d') == '28' %}cat{% else %}dog{% endif %} {% for m in messages %}{{ m['content'] }}{% endfor %}"
+CLOCK = (
+    "{{ bos_token }}{% if strftime_now('%d') == '28' %}cat{% else %}dog{% endif %} "
+    "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+)
 
 
 def on_day(monkeypatch, day):
@@ -206,7 +220,9 @@ def on_day(monkeypatch, day):
 
 
 def test_a_run_keeps_the_words_that_it_began_with(folder, tmp_path, monkeypatch):
-    """Breaks when a chat template that writes the date asks otherwise on the day that a run is continued, or its checkpoint opened."""
+    """Breaks when a chat template that writes the date asks otherwise on the day that a run is
+    continued, or its checkpoint opened.
+    """
     tokenizer = make_tokenizer()
     tokenizer.chat_template = CLOCK
     with_tokenizer(folder, tokenizer)
@@ -237,15 +253,17 @@ def test_a_run_keeps_the_words_that_it_began_with(folder, tmp_path, monkeypatch)
     assert not check_workdir(workdir, config, again.identity)
 
     step = workdir / "checkpoints" / "step_1"
-    monkeypatch.setattr(convert_adapter.checkpoint, "read_newly", lambda path: (step, first.init()))
-    _, opened = convert_adapter._from_orbax(
-        convert_adapter.Source("orbax", step, given=step), first.base
+    monkeypatch.setattr(
+        trained.checkpoint_files, "read_selected", lambda path: (step, first.init())
     )
+    _, opened = trained.read_checkpoint(trained.Trained("orbax", step, given=step), first.base)
     assert opened.template == first.template and opened.base_identity == first.base.identity
 
 
 def test_a_file_of_tensors_keeps_its_template(tiny_base, tmp_path, monkeypatch):
-    """Breaks when the template of an exported file, whose ids stand beside it, is made anew on another day."""
+    """Breaks when the template of an exported file, whose ids stand beside it, is made anew on
+    another day.
+    """
     tokenizer = make_tokenizer()
     tokenizer.chat_template = CLOCK
     base = dataclasses.replace(bases.load_base(tiny_base), tokenizer=tokenizer)
@@ -261,17 +279,14 @@ def test_a_file_of_tensors_keeps_its_template(tiny_base, tmp_path, monkeypatch):
     path = formats.write("icae-v2", tmp_path / "out", made, TINY)
     on_day(monkeypatch, 29)
     assert targets.make_template("chat", tokenizer) != template, "else this shows nothing"
-    flags = dict.fromkeys(
-        ("method", "phase", "rate", "alpha", "context_length", "layout", "template")
-    )
-    adapter, _ = convert_adapter._from_tensors(
-        convert_adapter.recognise(path), base, argparse.Namespace(**flags, force=False)
-    )
+    adapter, _ = released.read_released(trained.find(path), base, released.Unstated())
     assert adapter.template == template
 
 
 def test_a_run_is_bound_to_its_tokenizer(folder, tmp_path):
-    """Breaks when a workdir goes on with another tokenizer; or one that was begun before this was recorded cannot go on, or in silence."""
+    """Breaks when a workdir goes on with another tokenizer; or one that was begun before this was
+    recorded cannot go on, or in silence.
+    """
     config = training(folder, tmp_path)
     identity = {
         "base": "b",

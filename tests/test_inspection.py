@@ -10,8 +10,8 @@ import safetensors.numpy
 from conftest import TINY, random_params, random_trained
 
 from icae_jax.cli import main as cli
-from icae_jax.compression.encoder import CompressionConfig
-from icae_jax.inference.compressor import load
+from icae_jax.compression.config import CompressionConfig
+from icae_jax.inference.loading import load
 from icae_jax.interop.adapters import folder as adapters
 from icae_jax.interop.adapters import formats, peft_folder
 from icae_jax.interop.hub import base as bases
@@ -95,7 +95,7 @@ def test_what_each_is(made, capsys):
 
 
 def test_a_base_with_biases(tmp_path, tiny_tokenizer, capsys):
-    """Breaks when what an architecture may have is not told, or a base whose config.json names no architecture is none."""
+    """Breaks when biases are left out, a base without `architectures` is not one, or columns run together."""
     config = dataclasses.replace(TINY, qkv_bias=True, o_bias=True)
     bases.save_base(tmp_path / "base", config, random_params(config), tiny_tokenizer)
     path = tmp_path / "base" / "config.json"
@@ -112,14 +112,17 @@ def test_a_base_with_biases(tmp_path, tiny_tokenizer, capsys):
         about["biases"] == ["q_proj", "k_proj", "v_proj", "o_proj"]
         and about["tensors"] == 21 + 2 * 4
     )
-    assert (
-        "biases              q_proj, k_proj, v_proj, o_proj"
-        in inspect(tmp_path / "base", capsys)[1].out
-    )
+    lines = inspect(tmp_path / "base", capsys)[1].out.splitlines()
+    (biases,) = [line for line in lines if line.startswith("biases ")]
+    assert biases.split(maxsplit=1)[1] == "q_proj, k_proj, v_proj, o_proj"
+    (positions,) = [line for line in lines if line.startswith("max position embeddings ")]
+    column = biases.index("q_proj")
+    assert all(line[column - 2 : column] == "  " and line[column] != " " for line in lines)
+    assert int(positions[column:]) == about["max_position_embeddings"]
 
 
 def test_known_bases_by_their_sizes(tmp_path, capsys):
-    """Breaks when the released weights' sizes do not lead to their base: r 512 on 4096 with 1024 for v is Mistral-7B or Llama-3-8B."""
+    """Breaks when released weights do not lead to their base: 4096 with 1024 for v is Mistral-7B, too."""
     tensors = {"memory_token_embed.weight": np.zeros((131, 4096), np.float16)}
     shapes = {
         "q_proj.lora_A": (2, 4096),
@@ -145,7 +148,7 @@ def test_known_bases_by_their_sizes(tmp_path, capsys):
 
 @pytest.mark.parametrize("shape", [(), (32,)])
 def test_a_table_without_rows(made, capsys, tmp_path, shape):
-    """Breaks when a table of embeddings with fewer axes than it should have ends in a traceback, here or in convert."""
+    """Breaks when an embedding table with too few axes ends in a traceback, here or in convert."""
     tensors = safetensors.numpy.load_file(made["icae-v2"]) | {
         "memory_token_embed.weight": np.ones(shape, np.float32)
     }

@@ -94,10 +94,10 @@ def test_the_evaluation_of_everything_names_what_it_lacks(
 def test_texts_of_the_evaluation_can_be_continued(evaluation, tmp_path):
     """Breaks when segments are not whole passages, a name stands in two passages of a text, or a question asks for none of them."""
     from icae_jax.data import sources
-    from icae_jax.interop.hub import base as bases
+    from icae_jax.interop.hub import tokenizer as tokenizers
     from icae_jax.workflows.quickstart import SHIPPED_BASE
 
-    tokenizer = bases.load_tokenizer(SHIPPED_BASE)
+    tokenizer = tokenizers.load_tokenizer(SHIPPED_BASE)
     evaluation.write_texts(tmp_path, 3)
     for name, passages in (("continued", 1), ("spans", evaluation.SPANS)):
         rows = list(sources.read_rows(str(tmp_path / f"{name}.jsonl")))

@@ -13,7 +13,7 @@ from test_attention import on_cpu
 
 from icae_jax.interop.hub import base as bases
 from icae_jax.interop.hub import weights
-from icae_jax.models import llama, rope
+from icae_jax.models import blocks, llama, rope
 from icae_jax.models.families import config_json
 
 IDS = np.random.default_rng(0).integers(0, 64, (2, 24))
@@ -315,7 +315,7 @@ def at_some(config, params, adapters, at=None, weights=None, known=None):
         (np.asarray([7, 0, 23]), (5, 3)),
         (np.asarray([[5, 1], [23, 23]]), ()),
         (np.asarray([[5, 1], [23, 23]]), (5, 3)),
-        (llama.NOWHERE, ()),
+        (blocks.NOWHERE, ()),
     ],
     ids=["tail", "any, windows", "each row its own", "each row its own, windows", "nowhere"],
 )
@@ -356,7 +356,7 @@ def test_a_block_s_queries_at_some_positions_behind_any_mask(
     stands and however that is told, with and without a prefix and a window.
     """
     on_cpu(monkeypatch)
-    block = llama.Block(TINY, 1.0, 0.0, implementation, False, False)
+    block = blocks.Block(TINY, 1.0, 0.0, implementation, False, False)
     params = jax.tree.map(lambda w: np.asarray(w)[0], tiny_params["layers"])
     rng = np.random.default_rng(2)
     mask = np.tril(rng.random((2, 24, 24)) < 0.6) | np.eye(24, dtype=bool)

@@ -18,7 +18,7 @@ from icae_jax.errors import UserError
 
 HOLDER = """
 import contextlib, os, sys, time
-from icae_jax.interop import lock
+from icae_jax import lock
 
 lock.BEAT_SECONDS, lock.SETTLING_SECONDS = 0.05, 0.01
 if "shared" in sys.argv:
@@ -32,7 +32,9 @@ with lock.only_writer(sys.argv[1], "--workdir") as held:
 
 @pytest.fixture
 def holders():
-    """A function that starts a process which holds a folder's lock until it is told otherwise by its standard input."""
+    """A function that starts a process which holds a folder's lock until told otherwise on its
+    stdin.
+    """
     with contextlib.ExitStack() as stack:
 
         def start(folder, *how):
@@ -69,7 +71,7 @@ def quick(monkeypatch):
 
 @pytest.fixture
 def shared(monkeypatch):
-    """As on a disk that several hosts share, each with flocks of its own."""
+    """Simulates a disk that several hosts share, each with flocks of its own."""
     monkeypatch.setattr(lock, "_is_local", lambda folder: False)
     monkeypatch.setattr(lock, "_boot", lambda: "another host's")
 
@@ -89,14 +91,17 @@ def refused(folder):
 
 @pytest.mark.parametrize("how", ["local", "shared"])
 def test_another_process_is_refused_and_told_who_has_it(how, holders, tmp_path, request):
-    """Breaks when two processes write one folder, the message does not say who has it, or nothing is left as it was."""
+    """Breaks when two processes write one folder, the message does not name the holder, or the
+    folder changes.
+    """
     if how == "shared":
         request.getfixturevalue("shared")
     holder = holders(tmp_path, how)
     before = os.listdir(tmp_path)
     message = refused(tmp_path)
     assert re.search(
-        rf"--workdir {tmp_path} is in use: process {holder.pid} on \S+, since 2\S+ \S+ \(-c .*\), is writing there",
+        rf"--workdir {tmp_path} is in use: process {holder.pid} on \S+, since 2\S+ \S+ \(-c .*\), "
+        "is writing there",
         message,
     )
     assert (
@@ -112,7 +117,9 @@ def test_another_process_is_refused_and_told_who_has_it(how, holders, tmp_path, 
 
 @pytest.mark.parametrize("how", ["exception", "kill"])
 def test_a_lock_ends_with_its_process(how, holders, tmp_path, capsys):
-    """Breaks when a run that failed or was killed must be waited for, or its lock taken away by hand, on its own host."""
+    """Breaks when the lock of a run that failed or was killed must be waited for or removed by
+    hand, on its own host.
+    """
     holder = holders(tmp_path)
     if how == "kill":
         holder.send_signal(signal.SIGKILL)
@@ -124,7 +131,9 @@ def test_a_lock_ends_with_its_process(how, holders, tmp_path, capsys):
 
 
 def test_the_dead_of_another_host_are_waited_for_and_passed_over(holders, tmp_path, shared, capsys):
-    """Breaks when a run that a power loss ended needs a person, starts before the other can be known to be dead, or says nothing of it."""
+    """Breaks when a run that a power loss ended needs a person, starts before the other is known to
+    be dead, or does so silently.
+    """
     holder = holders(tmp_path, "shared")
     holder.send_signal(signal.SIGKILL)
     holder.wait()
@@ -134,14 +143,14 @@ def test_the_dead_of_another_host_are_waited_for_and_passed_over(holders, tmp_pa
     assert (
         f"process {holder.pid} on" in first
         and "waiting up to 0.6 s" in first
-        and "is dead: nothing was heard of it" in second
+        and "is dead: no heartbeat" in second
     )
 
 
 def test_the_dead_of_this_host_are_not_waited_for_on_a_shared_disk(
     holders, tmp_path, monkeypatch, capsys
 ):
-    """Breaks when a job that starts again on its node waits for its own former process."""
+    """Breaks when a job that restarts on its node waits for its own dead process."""
     monkeypatch.setattr(lock, "_is_local", lambda folder: False)
     holder = holders(tmp_path, "shared")
     holder.send_signal(signal.SIGKILL)
@@ -151,7 +160,9 @@ def test_the_dead_of_this_host_are_not_waited_for_on_a_shared_disk(
 
 @pytest.mark.parametrize("how", ["local", "shared"])
 def test_whoever_leaves_is_waited_for(how, holders, tmp_path, request, capsys):
-    """Breaks when a job that is started again while its first copy still saves is refused, which no launcher starts again."""
+    """Breaks when a job is refused because its first copy is still saving: no launcher would retry
+    it.
+    """
     if how == "shared":
         request.getfixturevalue("shared")
     holder = holders(tmp_path, how)
@@ -162,12 +173,12 @@ def test_whoever_leaves_is_waited_for(how, holders, tmp_path, request, capsys):
     assert take(tmp_path)["pid"] == os.getpid() and holder.wait() == 0
     assert (
         f"process {holder.pid} on" in (err := capsys.readouterr().err)
-        and "has been told to end, and saves" in err
+        and "has been told to end, and is saving" in err
     )
 
 
 def test_one_who_never_leaves_is_not_waited_for_for_ever(holders, tmp_path, monkeypatch):
-    """Breaks when a job waits without bound for a process that hangs while it saves."""
+    """Breaks when a job waits forever for a process that hangs while saving."""
     monkeypatch.setattr(lock, "LEAVING_SECONDS", 0.2)
     holder = holders(tmp_path)
     holder.stdin.write("leave\n")
@@ -177,7 +188,9 @@ def test_one_who_never_leaves_is_not_waited_for_for_ever(holders, tmp_path, monk
 
 
 def test_a_process_that_was_passed_over_stops(holders, tmp_path, shared):
-    """Breaks when a machine that was suspended for an hour goes on to write where another has taken its place."""
+    """Breaks when a process on a machine that was suspended for an hour goes on to write where
+    another took over.
+    """
     holder = holders(tmp_path, "shared")
     holder.send_signal(signal.SIGSTOP)
     with lock.only_writer(tmp_path, "--workdir") as held:
@@ -193,7 +206,9 @@ def test_a_process_that_was_passed_over_stops(holders, tmp_path, shared):
     "content", ["", "{", "[1]", '{"pid": 1}', "garbage " * 999, "\0" * 99, "[" * 10**5]
 )
 def test_what_a_crash_left_is_no_lock(content, tmp_path, capsys):
-    """Breaks when an empty, cut or unknown file of the lock's name keeps a run from starting, or outlives the next record."""
+    """Breaks when an empty, truncated or unknown lock file keeps a run from starting, or its
+    content outlives the next record.
+    """
     (tmp_path / lock.NAME).write_text(content)
     assert take(tmp_path)["pid"] == os.getpid() and capsys.readouterr().err == ""
 
@@ -205,7 +220,7 @@ def test_threads_are_apart(tmp_path):
 
 
 def test_a_forked_child_does_not_keep_the_lock(holders, tmp_path):
-    """Breaks when a process that was killed seems to live on in a child of its own, such as a reader of data."""
+    """Breaks when a killed process seems to live on in its child, such as a data reader."""
     holder = holders(tmp_path)
     holder.stdin.write("os.fork() or (time.sleep(5), os._exit(0))\nprint(flush=True)\n")
     holder.stdout.readline()
@@ -215,7 +230,7 @@ def test_a_forked_child_does_not_keep_the_lock(holders, tmp_path):
 
 
 def test_a_filesystem_without_flocks(holders, tmp_path, monkeypatch):
-    """Breaks when a lock is taken for free where the disk cannot lock, or can never be taken there."""
+    """Breaks when a lock counts as free on a disk without flock, or can never be taken there."""
     monkeypatch.setattr(lock, "flock", lambda *_: None)
     monkeypatch.setattr(lock, "_is_local", lambda folder: False)
     holder = holders(tmp_path, "shared")
@@ -226,7 +241,7 @@ def test_a_filesystem_without_flocks(holders, tmp_path, monkeypatch):
 
 
 def test_two_who_take_it_at_once(tmp_path, shared, monkeypatch):
-    """Breaks when of two that find the lock free on a shared disk both go on, or neither."""
+    """Breaks when of two processes that find the lock free on a shared disk, both or none take it."""
     monkeypatch.setattr(lock, "flock", lambda *_: None)
     monkeypatch.setattr(lock, "SETTLING_SECONDS", 0.2)
     monkeypatch.setattr(lock, "STALE_SECONDS", 5.0)
@@ -256,7 +271,7 @@ def test_two_who_take_it_at_once(tmp_path, shared, monkeypatch):
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):
-    """Breaks when a lock that cannot be made ends in a traceback."""
+    """Breaks when a lock file that cannot be created gives a traceback."""
     (tmp_path / lock.NAME).mkdir()
     assert re.match(
         rf"--workdir {tmp_path}: is a directory \({tmp_path}/.lock\); give a folder",
@@ -267,9 +282,11 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
 
 
 def test_what_is_a_local_disk(monkeypatch, tmp_path):
-    """Breaks when a mount within another, or one whose name has a space, is taken for the outer one's kind."""
+    """Breaks when a nested mount, or one whose name has a space, gets the outer mount's type."""
     mounts = (
-        "22 1 0:1 / / rw - ext4 /dev/vda rw\n23 22 0:2 / /data rw - nfs4 host:/ rw\n24 23 0:3 / /data/my\\040disk rw - xfs /dev/b rw\n"
+        "22 1 0:1 / / rw - ext4 /dev/vda rw\n"
+        "23 22 0:2 / /data rw - nfs4 host:/ rw\n"
+        "24 23 0:3 / /data/my\\040disk rw - xfs /dev/b rw\n"
         "25 22 0:4 / /gcs rw - fuse.gcsfuse bucket rw\n"
     )
     monkeypatch.setattr(lock, "_read", lambda path: mounts)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from conftest import TINY, close, random_lora
 
-from icae_jax.models import llama, lora
+from icae_jax.models import blocks, llama, lora
 
 IDS = np.random.default_rng(0).integers(0, 64, (2, 10))
 MODEL = llama.Llama(TINY, lora_scale=0.7, lora_dropout=0.5)
@@ -78,7 +78,7 @@ def test_dropout_only_with_a_key(tiny_params, base_output):
 
 def test_dropout_keeps_the_mean():
     """Breaks when kept inputs are not scaled up by 1 / (1 - dropout)."""
-    projection = llama.Projection(3, lora_scale=1.0, lora_dropout=0.25)
+    projection = blocks.Projection(3, lora_scale=1.0, lora_dropout=0.25)
     params = {"kernel": np.zeros((5, 3), np.float32)}
     adapter = {name: np.ones(shape, np.float32) for name, shape in (("a", (5, 2)), ("b", (2, 3)))}
     apply = functools.partial(

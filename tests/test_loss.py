@@ -8,10 +8,15 @@ import numpy as np
 import pytest
 from conftest import FRAMING, TINY, close, random_trained
 
-from icae_jax.compression import encoder, methods
 from icae_jax.compression import memory as memories
+from icae_jax.compression.config import CompressionConfig
+from icae_jax.compression.decoder import Decoder
+from icae_jax.compression.method import METHODS
+from icae_jax.compression.segments import segment_contexts
 from icae_jax.models import llama
+from icae_jax.models.llama import FrozenModel, Head
 from icae_jax.objectives import loss, targets
+from icae_jax.objectives.packing import pack
 
 K = 3
 MODEL = llama.Llama(TINY, lora_scale=0.5)
@@ -24,7 +29,7 @@ TRAINED = random_trained(TINY, K)
 
 
 def compression(layout="servable"):
-    return encoder.CompressionConfig(k=K, rate=4, layout=layout)
+    return CompressionConfig(k=K, rate=4, layout=layout)
 
 
 def continuation(n, seed):
@@ -38,14 +43,14 @@ def question(n, seed):
 # --------------------------------------------------------------------------------------------------- the frozen head
 
 
-H = RNG.standard_normal((2, 13, 8)).astype(np.float32)
-W = RNG.standard_normal((8, 17)).astype(np.float32)
+H = jnp.asarray(RNG.standard_normal((2, 13, 8)), jnp.float32)
+W = jnp.asarray(RNG.standard_normal((8, 17)), jnp.float32)
 LABELS = RNG.integers(0, 17, (2, 13))
 WEIGHTS = RNG.standard_normal((2, 13)).astype(np.float32)
 
 
 def chunked(h, w, chunk):
-    losses = loss.frozen_head_losses(h, w, LABELS, chunk)
+    losses = loss.frozen_head_losses(h, Head(w, tied=False), LABELS, chunk)
     return jnp.sum(losses * WEIGHTS), losses
 
 
@@ -74,10 +79,8 @@ def test_logits_of_all_positions_never_live():
 
 def written(kind, segments, seed):
     """The contents of a memory of texts with so many segments each, at most two; the first text's are always the same."""
-    axes = {memories.Slots: (TINY.hidden_size,), memories.KV: (TINY.num_kv_heads, TINY.head_dim)}[
-        kind
-    ]
-    layers = (TINY.num_layers,) * kind.TEXT_AXIS
+    sizes = kind.sizes(TINY)
+    layers, axes = sizes[: kind.TEXT_AXIS], sizes[kind.TEXT_AXIS :]
     first, others = (np.random.default_rng(s) for s in (0, seed))
     each = [
         (others if text else first).standard_normal((len(kind.CONTENTS), *layers, 2 * K, *axes))
@@ -94,8 +97,8 @@ def test_packed_target_has_the_loss_and_gradient_it_has_alone(tiny_params, metho
     """Breaks when a target sees its neighbours or padding, starts elsewhere, or a row reads another row's memory."""
     target, c, kind = (
         continuation(15, 1),
-        encoder.CompressionConfig(method=method, k=K, rate=4),
-        methods.KINDS[method],
+        CompressionConfig(method=method, k=K, rate=4),
+        METHODS[method].memory,
     )
 
     @jax.jit
@@ -103,13 +106,18 @@ def test_packed_target_has_the_loss_and_gradient_it_has_alone(tiny_params, metho
     def run(contents, lengths, packed, here):
         memory = memories.place(kind, contents, lengths, c)
         losses = loss.label_losses(
-            MODEL, tiny_params, TRAINED, memory, {"lm": packed}, {"lm": HEAD}, c.layout, 4
+            Decoder.of(FrozenModel(MODEL, tiny_params), TRAINED),
+            memory,
+            {"lm": packed},
+            {"lm": HEAD},
+            c.position_layout,
+            4,
         )["lm"]
         return jnp.sum(jnp.where(packed["label_mask"], losses, 0)[*here])
 
     def loss_and_gradients(contents, lengths, rows, pack_shape, here):
         value, gradients = run(
-            contents, np.asarray(lengths, np.int32), targets.pack(rows, *pack_shape), here
+            contents, np.asarray(lengths, np.int32), pack(rows, *pack_shape), here
         )
         return [
             value,
@@ -149,14 +157,14 @@ def test_packed_target_has_the_loss_and_gradient_it_has_alone(tiny_params, metho
 LENGTHS = [len(c) for c in CONTEXTS]
 SHAPE = (2, 13, 13)  # the same for every objective, so that they are joined wherever they may be
 PACKED = {
-    "ae": targets.pack([[targets.ae_target(c[:9], FRAMING)] for c in CONTEXTS], *SHAPE),
-    "lm": targets.pack([[continuation(12, b), continuation(7, b + 3)] for b in range(3)], *SHAPE),
-    "qa": targets.pack([[question(7 + b, b)] for b in range(3)], *SHAPE),
+    "ae": pack([[targets.ae_target(c[:9], FRAMING)] for c in CONTEXTS], *SHAPE),
+    "lm": pack([[continuation(12, b), continuation(7, b + 3)] for b in range(3)], *SHAPE),
+    "qa": pack([[question(7 + b, b)] for b in range(3)], *SHAPE),
 }
 
 
 def memory_in(layout):
-    _, lengths = encoder.segment_contexts(CONTEXTS, compression())
+    _, lengths = segment_contexts(CONTEXTS, compression())
     place = jax.jit(
         lambda contents, lengths: memories.place(
             memories.Slots, contents, lengths, compression(layout)
@@ -169,15 +177,20 @@ def memory_in(layout):
 def in_one_call(params, memory, layout, packed):
     heads = {"ae": (), "lm": (), "qa": HEAD}
     return loss.label_losses(
-        MODEL, params, TRAINED, memory, packed, {o: heads[o] for o in packed}, layout, 8
+        Decoder.of(FrozenModel(MODEL, params), TRAINED),
+        memory,
+        packed,
+        {o: heads[o] for o in packed},
+        compression(layout).position_layout,
+        8,
     )
 
 
 @functools.partial(jax.jit, static_argnums=2)
 def by_itself(params, memory, head, starts, packed):
-    prefix = methods.read(MODEL, params, memory, head)
-    hidden = loss.label_hidden(
-        MODEL, params, TRAINED, prefix, starts, packed["ids"], packed["label_at"]
+    prefix = memory.read(Decoder(FrozenModel(MODEL, params), None), head)
+    hidden = Decoder.of(FrozenModel(MODEL, params), TRAINED).label_hidden(
+        prefix, starts, packed["ids"], packed["label_at"]
     )
     labels = packed["labels"].reshape(len(hidden), -1, 1)
     return -jnp.take_along_axis(
@@ -221,7 +234,7 @@ def test_uniform_layout_restarts_autoencoding_at_zero_only(tiny_params):
 
 def test_sums_count_labels_only():
     """Breaks when padded labels enter the loss or the count, or a mean is taken here."""
-    packed = targets.pack([[continuation(8, 0)], [continuation(6, 0)]], 1, 9, 6)
+    packed = pack([[continuation(8, 0)], [continuation(6, 0)]], 1, 9, 6)
     losses = RNG.uniform(1, 2, (2, 1, 6)).astype(np.float32)
     total, count = jax.jit(loss.objective_sums)({"lm": losses}, {"lm": packed})["lm"]
     assert count == 4 + 2

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from icae_jax.compression.encoder import CompressionConfig
+from icae_jax.compression.config import CompressionConfig
 from icae_jax.compression.memory import KV, Slots, join
 
 MASK = np.asarray([[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 1]], bool)

@@ -7,10 +7,16 @@ import numpy as np
 import pytest
 from conftest import FRAMING, TINY, close, random_trained
 
-from icae_jax.compression import encoder, methods
+from icae_jax.compression import encoder
 from icae_jax.compression import memory as memories
+from icae_jax.compression.config import CompressionConfig
+from icae_jax.compression.decoder import Decoder
+from icae_jax.compression.method import METHODS
+from icae_jax.compression.segments import Contexts, segment_contexts
 from icae_jax.models import llama
+from icae_jax.models.llama import FrozenModel
 from icae_jax.objectives import loss, targets
+from icae_jax.objectives.packing import pack
 
 # Every layout with one method, each method with several: a layout is positions and padding, a method what is taken of the encoder's pass.
 EVERY = [
@@ -32,16 +38,16 @@ TEXTS = [
 def config(request):
     """k 4 (or 2), 12 tokens a segment."""
     method, layout = request.param
-    return encoder.CompressionConfig(method=method, layout=layout, k=4, rate=3, k_choices=(2, 4))
+    return CompressionConfig(method=method, layout=layout, k=4, rate=3, k_choices=(2, 4))
 
 
 @functools.partial(jax.jit, static_argnames=("config", "k"))
 def _compress(params, trained, ids, lengths, config, k):
-    return methods.compress(MODEL, params, trained, ids, lengths, config, k)
+    return encoder.compress(FrozenModel(MODEL, params), trained, Contexts(ids, lengths, k), config)
 
 
 def compress(params, texts, config, k=None, trained=TRAINED, shape=None):
-    arrays = encoder.segment_contexts(texts, config, shape, pad_id=2)
+    arrays = segment_contexts(texts, config, shape, pad_id=2)
     return jax.device_get(_compress(params, trained, *arrays, config=config, k=k))
 
 
@@ -79,15 +85,13 @@ def assert_same(got, want):
 
 def test_every_layout_is_tried():
     """Breaks when a layout is added that nothing here runs, or one of them goes to a method that does not know it."""
-    assert {layout for _, layout in EVERY} | {"clean"} == {
-        layout for layouts in encoder.METHOD_LAYOUTS.values() for layout in layouts
-    }
-    assert all(layout in encoder.METHOD_LAYOUTS[method] for method, layout in EVERY)
+    tried = {METHODS[method].layouts[layout] for method, layout in EVERY}
+    assert tried == {layout for m in METHODS.values() for layout in m.layouts.values()}
 
 
 def test_the_configuration_decides_the_kind(tiny_params, config):
     memory = compress(tiny_params, TEXTS, config)
-    assert type(memory) is methods.KINDS[config.method]
+    assert type(memory) is METHODS[config.method].memory
     assert (
         memory.tokens.tolist() == [8, 4, 4]
         and memory.tokens_per_segment == 4
@@ -97,7 +101,7 @@ def test_the_configuration_decides_the_kind(tiny_params, config):
 
 def test_a_chosen_k_equals_a_model_of_that_k(tiny_params, config):
     """Breaks when a smaller k uses other rows, cuts the text into other segments, or keeps positions or masks of the larger one."""
-    small = encoder.CompressionConfig(method=config.method, layout=config.layout, k=2, rate=6)
+    small = CompressionConfig(method=config.method, layout=config.layout, k=2, rate=6)
     rows = np.asarray([0, 1, 4, 5, 6])  # two memory tokens, and the special rows
     alone = compress(
         tiny_params,
@@ -162,21 +166,22 @@ def _loss(params, trained, ids, lengths, packed, scale, config):
 
     def of(embeddings, trained):
         # The encoder reads a copy of the embeddings, so that a gradient there is one of the context.
-        memory = methods.compress(
-            MODEL, params | {"embed": embeddings}, trained, ids, lengths, config
+        memory = encoder.compress(
+            FrozenModel(MODEL, params | {"embed": embeddings}),
+            trained,
+            Contexts(ids, lengths, config.k),
+            config,
         )
         contents = {
             name: scale * x + (1 - scale) * jax.lax.stop_gradient(x)
             for name, x in memory.contents.items()
         }
         losses = loss.label_losses(
-            MODEL,
-            params,
-            trained,
+            Decoder.of(FrozenModel(MODEL, params), trained),
             memory.replace(**contents),
             {"ae": packed},
             {"ae": ()},
-            config.layout,
+            config.position_layout,
             8,
         )
         total, count = loss.objective_sums(losses, {"ae": packed})["ae"]
@@ -190,8 +195,8 @@ def _loss(params, trained, ids, lengths, packed, scale, config):
 )
 def test_the_decoder_learns_of_the_context_through_what_was_written_alone(tiny_params, config):
     """Breaks when context, LoRA or memory rows reach the loss past the memory's contents."""
-    ids, lengths = encoder.segment_contexts(TEXTS, config, pad_id=2)
-    packed = targets.pack([[targets.ae_target(t, FRAMING)] for t in TEXTS], 1, 25, 25)
+    ids, lengths = segment_contexts(TEXTS, config, pad_id=2)
+    packed = pack([[targets.ae_target(t, FRAMING)] for t in TEXTS], 1, 25, 25)
     values, gradients = zip(
         *(
             _loss(tiny_params, TRAINED, ids, lengths, packed, scale, config=config)

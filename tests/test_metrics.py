@@ -8,7 +8,6 @@ import types
 
 import pytest
 
-from icae_jax.performance import chips
 from icae_jax.training import metrics
 
 LINES = [
@@ -40,7 +39,7 @@ LINES = [
 
 
 def steps(path):
-    return [line["step"] for line in metrics.read(path)]
+    return [line["step"] for line in metrics.read_lines(path)]
 
 
 def written(workdir, resume_step, *numbers):
@@ -51,8 +50,10 @@ def written(workdir, resume_step, *numbers):
 
 
 def shown(workdir):
-    """{(tag, step): value} as TensorBoard shows them: files by name; each session's start but the first drops earlier events from its
-    step on."""
+    """{(tag, step): value} as TensorBoard shows them.
+
+    It reads files by name; each session start but the first drops earlier events from its step on.
+    """
     from tensorboardX.proto.event_pb2 import Event, SessionLog
 
     found, sessions = [], 0
@@ -71,7 +72,9 @@ def shown(workdir):
 
 
 def test_lines_past_the_resumed_step_are_dropped(tmp_path):
-    """Breaks when steps done twice appear twice, or a resumed run loses the step that it resumed from."""
+    """Breaks when steps done twice appear twice, or a resumed run loses the step that it resumed
+    from.
+    """
     path = written(tmp_path, -1, 0, 5, 10, 15)
     assert steps(path) == [0, 5, 10, 15]
     assert steps(written(tmp_path, 10, 12)) == [0, 5, 10, 12]
@@ -93,7 +96,9 @@ def test_means_leave_out_objectives_without_labels():
 
 
 def test_lines_are_scalars_of_tensorboard_as_soon_as_they_are_written(tmp_path):
-    """Breaks when a number is not shown, is shown at another step or only after a while, or the JSON lines are not what was given."""
+    """Breaks when a number is not shown, is shown at another step or only after a while, or the
+    JSON lines are not what was given.
+    """
     with metrics.MetricsFile(tmp_path, -1) as file:
         for line in LINES:
             file.write(line)
@@ -126,7 +131,9 @@ def test_lines_are_scalars_of_tensorboard_as_soon_as_they_are_written(tmp_path):
 
 
 def test_a_resumed_run_shows_no_step_twice(tmp_path):
-    """Breaks when steps past the resumed one stay on the page, that one or those before it go, or one file is written over another."""
+    """Breaks when steps past the resumed one stay on the page, that one or those before it go, or
+    one file is written over another.
+    """
     written(tmp_path, -1, 0, 5, 10, 15)
     written(tmp_path, 10, 12)
     assert shown(tmp_path) == {("loss", n): n / 2 for n in (0, 5, 10, 12)}
@@ -149,7 +156,7 @@ def test_no_import_of_tensorboard_before_it_is_needed():
 
 
 def test_writing_metrics_imports_no_torch(tmp_path, monkeypatch):
-    """Breaks when a training waits seconds for PyTorch, of which tensorboardX needs nothing here, or hides it from what comes after."""
+    """Breaks when training imports PyTorch through tensorboardX, or hides it from later imports."""
     for name in [
         name for name in sys.modules if name.partition(".")[0] in ("tensorboardX", "torch")
     ]:
@@ -162,11 +169,3 @@ def test_writing_metrics_imports_no_torch(tmp_path, monkeypatch):
     )
     metrics.MetricsFile(tmp_path, -1).close()
     assert "tensorboardX" in tried and "torch" not in tried and "torch" not in sys.modules
-
-
-def test_mfu():
-    """Breaks when a device too few is counted, or a chip without known peak gets a number."""
-    chip = chips.Chip("toy", bf16_flops=100.0, hbm_bytes=1, hbm_bandwidth=1.0, link_bandwidth=1.0)
-    assert metrics.mfu(600, 2.0, chip, 4) == 0.75
-    assert metrics.mfu(600, 2.0, None, 4) is None
-    assert "mfu" in metrics.WALL_CLOCK

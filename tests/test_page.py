@@ -1,4 +1,4 @@
-"""What a run looks like: the printed table, figures for every kind of group, examples worst first, nothing taken for markup."""
+"""Results as printed and as a page: tables, figures by group, examples worst first, escaping."""
 
 import re
 import xml.etree.ElementTree as ElementTree
@@ -69,7 +69,9 @@ def written(tmp_path, of, label="context tokens"):
 
 
 def test_the_printed_table():
-    """Breaks when a score stands in another's column, an arm without a metric shifts its row, or an interval is not the score's."""
+    """Breaks when a score stands in another's column, an arm without a metric shifts its row, or an
+    interval is not the score's.
+    """
     lines = page.text(result()).splitlines()
     assert re.split(r"\s{2,}", lines[0].strip()) == ["AE loss, nats/token", "BLEU-4", "n"]
     assert re.split(r"\s{2,}", lines[2]) == [
@@ -93,7 +95,9 @@ def test_an_end_without_a_bound_is_a_dash():
 
 
 def test_groups_are_printed_and_drawn(drawn, tmp_path):
-    """Breaks when a group of numbers is not drawn along them, sets are (whatever their names end in), or a missing arm ends the command."""
+    """Breaks when a group of numbers is not drawn along them, sets are (whatever their names end
+    in), or a missing arm ends the command.
+    """
     values = {
         "1-100": {"ae_loss": {"memory": found(1)}},
         "101-200": {"ae_loss": {"memory": found(2), "full context": found(3)}},
@@ -169,7 +173,9 @@ def tokens(k):
 
 
 def test_the_worth_of_tokens(drawn):
-    """Breaks when the most missed token is not the one without which the loss is highest, or every token gets a line on the terminal."""
+    """Breaks when the most missed token is not the one without which the loss is highest, or every
+    token gets a line on the terminal.
+    """
     text = page.text(result("tokens", tokens(20)))
     assert (
         "AE loss, nats/token: 1.000 with all tokens, 21.000 without token 19, 2.000 without token 0"
@@ -243,7 +249,9 @@ def test_examples_are_shown_worst_first(tmp_path):
 
 
 def test_differences_are_marked_against_the_right_text(tmp_path):
-    """Breaks when an answer is held against the text, an arm's text against another's original, or an original is shown as an arm."""
+    """Breaks when an answer is held against the text, an arm's text against another's original, or
+    an original is shown as an arm.
+    """
     html = written(tmp_path, result(examples=[example(0, 1.0, **{"full context": "the cat sat"})]))
     assert (
         "the cat <del>sat</del> <ins>ran</ins>" in html

@@ -1,4 +1,6 @@
-"""adapter_config.json against PEFT itself: which modules have LoRA, of which rank and scale, and what is refused by name."""
+"""adapter_config.json against PEFT itself: which modules have LoRA, of which rank and scale, and
+what is refused by name.
+"""
 
 import contextlib
 import dataclasses
@@ -12,7 +14,7 @@ import safetensors.numpy
 from conftest import TINY, random_trained
 
 from icae_jax import errors
-from icae_jax.compression.encoder import CompressionConfig
+from icae_jax.compression.config import CompressionConfig
 from icae_jax.interop.adapters import folder as adapters
 from icae_jax.interop.adapters import peft_config, peft_folder
 from icae_jax.interop.hub import base as bases
@@ -21,8 +23,12 @@ from icae_jax.models.lora import LoraConfig
 from icae_jax.objectives.targets import Template
 
 PLAIN = {
-    "peft_type": "LORA", "base_model_name_or_path": "base", "r": 4, "lora_alpha": 6.0, "target_modules": ["q_proj", "v_proj"],
-}  # fmt: skip
+    "peft_type": "LORA",
+    "base_model_name_or_path": "base",
+    "r": 4,
+    "lora_alpha": 6.0,
+    "target_modules": ["q_proj", "v_proj"],
+}
 MODULES = [
     f"model.layers.{i}.{lora.module_of(name)}.{name}"
     for i in range(TINY.num_layers)
@@ -66,31 +72,47 @@ def read(tmp_path, **fields):
     return peft_config.read(path)
 
 
-# --------------------------------------------------------------------------------------------- computed as PEFT computes it
+# --- computed as PEFT computes it ---
 
 QV = ["q_proj", "v_proj"]
 COMPUTED = {
     "ends of names": {"target_modules": ["self_attn.q_proj", "0.mlp.up_proj", "query"]},
-    "whole names": {"target_modules": ["model.layers.1.self_attn.q_proj", "model.layers.0.mlp.up_proj"]},
+    "whole names": {
+        "target_modules": ["model.layers.1.self_attn.q_proj", "model.layers.0.mlp.up_proj"]
+    },
     "a pattern": {"target_modules": r".*\.(q|k)_proj"},
     "a pattern of a layer": {"target_modules": r"model\.layers\.1\..*(o|down)_proj"},
     "all linear modules": {"target_modules": "all-linear"},
-    "without some": {"target_modules": "all-linear", "exclude_modules": ["layers.0.mlp.up_proj", "q_proj"]},
+    "without some": {
+        "target_modules": "all-linear",
+        "exclude_modules": ["layers.0.mlp.up_proj", "q_proj"],
+    },
     "without a pattern": {"target_modules": QV, "exclude_modules": r".*layers\.0.*q_proj"},
     "some layers": {"target_modules": QV, "layers_to_transform": [1]},
     "one layer": {"target_modules": QV, "layers_to_transform": 0, "layers_pattern": "layers"},
-    "some layers, and one by its whole name": {"target_modules": ["model.layers.0.self_attn.q_proj", "v_proj"], "layers_to_transform": [1]},
+    "some layers, and one by its whole name": {
+        "target_modules": ["model.layers.0.self_attn.q_proj", "v_proj"],
+        "layers_to_transform": [1],
+    },
     "rsLoRA": {"target_modules": QV, "use_rslora": True, "r": 6},
-    "ranks": {"target_modules": QV, "rank_pattern": {"q_proj": 7, "layers.1.self_attn.v_proj": 2, "proj": 9}},
-    "alphas": {"target_modules": QV, "alpha_pattern": {"q_proj": 3, "^model.layers.1.self_attn.v_proj": 20}},
+    "ranks": {
+        "target_modules": QV,
+        "rank_pattern": {"q_proj": 7, "layers.1.self_attn.v_proj": 2, "proj": 9},
+    },
+    "alphas": {
+        "target_modules": QV,
+        "alpha_pattern": {"q_proj": 3, "^model.layers.1.self_attn.v_proj": 20},
+    },
     "an alpha of zero": {"target_modules": QV, "alpha_pattern": {"q_proj": 0}},
     "all of it": {
-        "target_modules": "all-linear", "use_rslora": True, "rank_pattern": {"q_proj": 7, r".*mlp\..*": 2},
+        "target_modules": "all-linear",
+        "use_rslora": True,
+        "rank_pattern": {"q_proj": 7, r".*mlp\..*": 2},
         "alpha_pattern": {r"layers\.0\..*": 5, "o_proj": 1},
     },
     "gaussian": {"target_modules": QV, "init_lora_weights": "gaussian"},
     "fan_in_fan_out, which PEFT itself takes back": {"target_modules": QV, "fan_in_fan_out": True},
-}  # fmt: skip
+}
 
 
 def deltas(model):
@@ -120,7 +142,9 @@ def ours(adapter):
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 @pytest.mark.parametrize("name", COMPUTED)
 def test_what_peft_computes(name, base, tiny_base, folder, tmp_path):
-    """Breaks when a module is given LoRA that has none in PEFT, another rank, another scale, or saving the adapter changes it."""
+    """Breaks when a module is given LoRA that has none in PEFT, another rank, another scale, or
+    saving the adapter changes it.
+    """
     peft, torch, transformers = (pytest.importorskip(m) for m in ("peft", "torch", "transformers"))
     torch.manual_seed(0)
     model = peft.get_peft_model(
@@ -152,7 +176,9 @@ def test_what_peft_computes(name, base, tiny_base, folder, tmp_path):
 
 
 def test_modules_are_matched_as_peft_does(tmp_path):
-    """Breaks when a name or pattern matches other modules than in PEFT: the head, an end within a word, a nested number."""
+    """Breaks when a name or pattern matches other modules than in PEFT: the head, an end within a
+    word, a nested number.
+    """
     utils, others = (
         pytest.importorskip("peft.tuners.tuners_utils"),
         pytest.importorskip("peft.utils.other"),
@@ -212,30 +238,85 @@ def test_every_field_of_peft_is_known(tmp_path):
     )
 
 
-# ----------------------------------------------------------------------------------------------------------------- refused
+# --- refused ---
 
 REFUSED = [
-    ("use_dora", True), ("lora_bias", True), ("bias", "all"), ("bias", "lora_only"), ("modules_to_save", ["norm"]),
-    ("trainable_token_indices", [3]), ("target_parameters", ["mlp.experts"]), ("layer_replication", [[0, 2]]), ("use_qalora", True),
-    ("megatron_config", {"a": 1}), ("alora_invocation_tokens", [4]), ("arrow_config", {"top_k": 3}), ("use_bdlora", {"a": 1}),
-    ("kasa_config", {"a": 1}), ("velora_config", {"a": 1}), ("monteclora_config", {"a": 1}), ("enable_lora", [True]),
-    ("init_lora_weights", "pissa"), ("init_lora_weights", "pissa_niter_4"), ("init_lora_weights", "olora"), ("init_lora_weights", "corda"),
-    ("init_lora_weights", "loftq"), ("init_lora_weights", "lora_ga"), ("init_lora_weights", "of-next-year"), ("a_new_field", True),
-    ("a_new_field", False), ("a_new_field", "x"), ("a_new_field", 0), ("peft_type", "ADALORA"), ("peft_type", "lora"), ("peft_type", None),
-    ("r", None), ("r", 0), ("r", -4), ("r", "4"), ("r", 4.5), ("r", True), ("r", 10**400), ("lora_alpha", None), ("lora_alpha", 0),
-    ("lora_alpha", "8"), ("lora_alpha", float("nan")), ("lora_alpha", float("inf")), ("lora_alpha", 10**400), ("lora_dropout", "0.1"),
-    ("lora_dropout", 1.5), ("use_rslora", 1), ("use_rslora", "true"), ("target_modules", None), ("target_modules", []),
-    ("target_modules", [1]), ("target_modules", {"q_proj": 1}), ("target_modules", "(q_proj"), ("exclude_modules", 3),
-    ("exclude_modules", "("), ("rank_pattern", ["q_proj"]), ("rank_pattern", {"q_proj": "4"}), ("rank_pattern", {"q_proj": 0}),
-    ("rank_pattern", {"(": 4}), ("alpha_pattern", {"q_proj": None}), ("alpha_pattern", {"q_proj": float("nan")}), ("alpha_pattern", 3),
-    ("layers_to_transform", ["1"]), ("layers_to_transform", 1.5), ("layers_pattern", "layers"), ("layers_pattern", 3), ("revision", 3),
+    ("use_dora", True),
+    ("lora_bias", True),
+    ("bias", "all"),
+    ("bias", "lora_only"),
+    ("modules_to_save", ["norm"]),
+    ("trainable_token_indices", [3]),
+    ("target_parameters", ["mlp.experts"]),
+    ("layer_replication", [[0, 2]]),
+    ("use_qalora", True),
+    ("megatron_config", {"a": 1}),
+    ("alora_invocation_tokens", [4]),
+    ("arrow_config", {"top_k": 3}),
+    ("use_bdlora", {"a": 1}),
+    ("kasa_config", {"a": 1}),
+    ("velora_config", {"a": 1}),
+    ("monteclora_config", {"a": 1}),
+    ("enable_lora", [True]),
+    ("init_lora_weights", "pissa"),
+    ("init_lora_weights", "pissa_niter_4"),
+    ("init_lora_weights", "olora"),
+    ("init_lora_weights", "corda"),
+    ("init_lora_weights", "loftq"),
+    ("init_lora_weights", "lora_ga"),
+    ("init_lora_weights", "of-next-year"),
+    ("a_new_field", True),
+    ("a_new_field", False),
+    ("a_new_field", "x"),
+    ("a_new_field", 0),
+    ("peft_type", "ADALORA"),
+    ("peft_type", "lora"),
+    ("peft_type", None),
+    ("r", None),
+    ("r", 0),
+    ("r", -4),
+    ("r", "4"),
+    ("r", 4.5),
+    ("r", True),
+    ("r", 10**400),
+    ("lora_alpha", None),
+    ("lora_alpha", 0),
+    ("lora_alpha", "8"),
+    ("lora_alpha", float("nan")),
+    ("lora_alpha", float("inf")),
+    ("lora_alpha", 10**400),
+    ("lora_dropout", "0.1"),
+    ("lora_dropout", 1.5),
+    ("use_rslora", 1),
+    ("use_rslora", "true"),
+    ("target_modules", None),
+    ("target_modules", []),
+    ("target_modules", [1]),
+    ("target_modules", {"q_proj": 1}),
+    ("target_modules", "(q_proj"),
+    ("exclude_modules", 3),
+    ("exclude_modules", "("),
+    ("rank_pattern", ["q_proj"]),
+    ("rank_pattern", {"q_proj": "4"}),
+    ("rank_pattern", {"q_proj": 0}),
+    ("rank_pattern", {"(": 4}),
+    ("alpha_pattern", {"q_proj": None}),
+    ("alpha_pattern", {"q_proj": float("nan")}),
+    ("alpha_pattern", 3),
+    ("layers_to_transform", ["1"]),
+    ("layers_to_transform", 1.5),
+    ("layers_pattern", "layers"),
+    ("layers_pattern", 3),
+    ("revision", 3),
     ("base_model_name_or_path", ["base"]),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("name", "value"), REFUSED)
 def test_what_is_not_computed_is_refused_by_name(name, value, tmp_path):
-    """Breaks when a field that changes what PEFT computes, or nobody knows, or that holds nonsense, is passed over in silence."""
+    """Breaks when a field that changes what PEFT computes, or nobody knows, or that holds nonsense,
+    is passed over in silence.
+    """
     with pytest.raises(errors.UserError, match=rf"adapter_config\.json: {name}") as error:
         read(tmp_path, **{name: value})
     assert "\n" not in str(error.value) and len(str(error.value)) < 500
@@ -249,14 +330,39 @@ def test_what_must_be_there(name, tmp_path):
 
 
 def test_harmless_values(tmp_path):
-    """Breaks when notes, floats for whole numbers, nulls, or fields of old and new versions at values that do nothing, are refused."""
+    """Breaks when notes, floats for whole numbers, nulls, or fields of old and new versions at
+    values that do nothing, are refused.
+    """
     stated = read(
-        tmp_path, r=8.0, lora_alpha=16, lora_dropout=None, rank_pattern=None, alpha_pattern=None, layers_to_transform=[], use_rslora=None,
-        layers_pattern="", exclude_modules=[], modules_to_save=[], use_dora=None, bias=None, a_new_field=None, merge_weights=False,
-        enable_lora=None, loftq_config={"loftq_bits": 4}, eva_config={"rho": 2.0}, init_lora_weights="eva", task_type="FEATURE_EXTRACTION",
-        auto_mapping={"parent_library": "transformers"}, runtime_config={"ephemeral_gpu_offload": False}, peft_version="9.9",
-        revision=None, base_model_name_or_path=None, megatron_core="megatron.core", qalora_group_size=16, ensure_weight_tying=True,
-    )  # fmt: skip
+        tmp_path,
+        r=8.0,
+        lora_alpha=16,
+        lora_dropout=None,
+        rank_pattern=None,
+        alpha_pattern=None,
+        layers_to_transform=[],
+        use_rslora=None,
+        layers_pattern="",
+        exclude_modules=[],
+        modules_to_save=[],
+        use_dora=None,
+        bias=None,
+        a_new_field=None,
+        merge_weights=False,
+        enable_lora=None,
+        loftq_config={"loftq_bits": 4},
+        eva_config={"rho": 2.0},
+        init_lora_weights="eva",
+        task_type="FEATURE_EXTRACTION",
+        auto_mapping={"parent_library": "transformers"},
+        runtime_config={"ephemeral_gpu_offload": False},
+        peft_version="9.9",
+        revision=None,
+        base_model_name_or_path=None,
+        megatron_core="megatron.core",
+        qalora_group_size=16,
+        ensure_weight_tying=True,
+    )
     assert (stated.rank, stated.scale, stated.dropout, stated.base) == (
         8,
         2.0,
@@ -279,7 +385,7 @@ def edit(folder, **changes):
     [
         (
             {"r": 8},
-            r"lora_A\.weight: \(4, 32\), with this base and r 8 in adapter_config\.json it is \(8, 32\)",
+            r"lora_A\.weight: \(4, 32\), with this base and r 8 in adapter_config\.json it is \(8",
         ),
         (
             {"rank_pattern": {"q_proj": 2}},
@@ -332,7 +438,9 @@ Q_A = f"{PREFIX}layers.0.self_attn.q_proj.lora_A.weight"
     ],
 )
 def test_every_tensor_is_read_or_named(name, folder, base):
-    """Breaks when a tensor that changes what PEFT computes is left out in silence, though no field of the configuration tells of it."""
+    """Breaks when a tensor that changes what PEFT computes is left out in silence, though no field
+    of the configuration tells of it.
+    """
     path = folder / "adapter_model.safetensors"
     safetensors.numpy.save_file(
         safetensors.numpy.load_file(path) | {name: np.ones((4, 32), np.float32)}, path
@@ -372,7 +480,9 @@ TABLE = adapters.MEMORY_TABLE
     ],
 )
 def test_tensors_that_are_no_numbers(file, name, change, message, folder, base):
-    """Breaks when NaN, integers, two copies of a tensor, or a tensor beside the table, get as far as a memory."""
+    """Breaks when NaN, integers, two copies of a tensor, or a tensor beside the table, get as far
+    as a memory.
+    """
     path = folder / f"{file}.safetensors"
     tensors = safetensors.numpy.load_file(path)
     tensors[name] = np.ascontiguousarray(
@@ -384,7 +494,9 @@ def test_tensors_that_are_no_numbers(file, name, change, message, folder, base):
 
 
 def test_spellings_of_names(plain, folder, base):
-    """Breaks when tensors that PEFT trained on the inner model (AutoModel), or that carry an adapter's name, are not read."""
+    """Breaks when tensors that PEFT trained on the inner model (AutoModel), or that carry an
+    adapter's name, are not read.
+    """
     want = adapters.load_adapter(plain, base).trained
     tensors = safetensors.numpy.load_file(plain / "adapter_model.safetensors")
     for old, new in (
@@ -400,7 +512,9 @@ def test_spellings_of_names(plain, folder, base):
 
 
 def test_files_that_are_there_otherwise(folder, base, capsys):
-    """Breaks when a pickle is read or passed over without a word, safetensors do not come first, or one of two configurations is taken."""
+    """Breaks when a pickle is read or passed over without a word, safetensors do not come first, or
+    one of two configurations is taken.
+    """
     (folder / "adapter_model.bin").write_bytes(b"never read")
     adapters.load_adapter(folder, base)
     assert (
@@ -410,7 +524,7 @@ def test_files_that_are_there_otherwise(folder, base, capsys):
     kept = (folder / "adapter_model.safetensors").rename(folder / "kept")
     with pytest.raises(
         errors.UserError,
-        match=r"no such file, and adapter_model\.bin beside it is a pickle, which is never read here",
+        match=r"no such file, and adapter_model\.bin beside it is a pickle, which is never read",
     ):
         adapters.load_adapter(folder, base)
     kept.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
@@ -426,7 +540,7 @@ def test_files_that_are_there_otherwise(folder, base, capsys):
     shutil.copytree(folder, folder / "adapter")
     with pytest.raises(
         errors.UserError,
-        match=r"holds icae\.json twice, in itself and in adapter/; name that folder, or move it away",
+        match=r"holds icae\.json twice, in itself and in adapter/; name that folder, or move it",
     ):
         adapters.locate(folder)
     (folder / "icae.json").unlink()
@@ -441,7 +555,7 @@ JUNK = [None, True, "x", "", [], [[]], {"a": None}, float("nan"), -1, 10**400, "
 
 
 def test_nonsense_is_never_a_traceback(folder, base):
-    """Breaks when any value of a field of either file ends in another exception than a UserError."""
+    """Breaks when any value of a field of either file raises anything but a UserError."""
     for file in ("adapter_config.json", "icae.json"):
         path = folder / file
         whole = json.loads(path.read_text())

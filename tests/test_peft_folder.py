@@ -1,4 +1,4 @@
-"""The plain PEFT folder: the code in its README gives our memory, PEFT merges it as we compute it."""
+"""The plain PEFT folder: its README's code gives our memory, PEFT merges what we compute."""
 
 import dataclasses
 import functools
@@ -12,8 +12,9 @@ import pytest
 import safetensors.numpy
 from conftest import TINY, WORDS, close, random_trained
 
-from icae_jax.compression import layout as layouts
-from icae_jax.compression.encoder import METHOD_LAYOUTS, CompressionConfig
+from icae_jax.compression.config import CompressionConfig
+from icae_jax.compression.layout import Layout
+from icae_jax.compression.method import METHODS
 from icae_jax.inference.compressor import Compressor
 from icae_jax.interop.adapters import folder as adapters
 from icae_jax.interop.adapters import peft_folder
@@ -47,7 +48,7 @@ def make_adapter(base, method="icae", layout=""):
 
 
 rotate_keys = jax.jit(functools.partial(rope.rotate_keys, TINY))
-encoder_positions = jax.jit(layouts.encoder_positions, static_argnums=(0, 1, 2))
+encoder_positions = jax.jit(Layout.encoder_positions, static_argnums=(0, 1, 2))
 
 
 def code_of(folder):
@@ -58,10 +59,12 @@ def code_of(folder):
 
 @pytest.mark.parametrize(
     ("method", "layout"),
-    [(method, layout) for method, names in METHOD_LAYOUTS.items() for layout in names],
+    [(method, layout) for method in METHODS for layout in METHODS[method].layouts],
 )
 def test_the_readme_makes_our_memory(base, tmp_path, monkeypatch, method, layout):
-    """Breaks when the code in README.md cuts, frames, pads or places a text otherwise than we do, or keeps another state."""
+    """Breaks when the code in README.md cuts, frames, pads or places a text otherwise than we do,
+    or keeps another state.
+    """
     adapter = make_adapter(base, method, layout)
     peft_folder.save(tmp_path / "out", adapter, TINY)
     monkeypatch.chdir(tmp_path / "out")
@@ -77,8 +80,9 @@ def test_the_readme_makes_our_memory(base, tmp_path, monkeypatch, method, layout
             close(got.numpy(), slots)
             assert np.abs(slots[:3] - slots[-1]).max() > 0.1
             continue
-        # Our K is kept before RoPE: rotated to where the encoder had it, it is the one in the cache.
-        lengths, kind = memory.segment_lengths[0], layouts.get(layout)
+        # Our K is kept before RoPE: rotated to where the encoder had it, it is the one in the
+        # cache.
+        lengths, kind = memory.segment_lengths[0], METHODS[method].layouts[layout]
         lengths = lengths[lengths > 0]
         lengths = np.full_like(lengths, 15) if kind.fixed_length else lengths
         at = np.concatenate([np.asarray(encoder_positions(kind, 15, 3, n))[15:] for n in lengths])
@@ -88,7 +92,9 @@ def test_the_readme_makes_our_memory(base, tmp_path, monkeypatch, method, layout
 
 
 def test_peft_merges_what_we_compute(base, tiny_base, tmp_path):
-    """Breaks when PEFT would read other names, another scale (its silent alpha = r = 8) or transposed kernels."""
+    """Breaks when PEFT would read other names, another scale (its silent alpha = r = 8) or
+    transposed kernels.
+    """
     adapter = make_adapter(base)
     peft_folder.save(tmp_path / "out", adapter, TINY)
     written = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
@@ -118,7 +124,9 @@ def test_peft_merges_what_we_compute(base, tiny_base, tmp_path):
 
 
 def test_nothing_else_is_lost(base, tmp_path):
-    """Breaks when the memory table, or how the adapter is read, does not travel with the LoRA; or a dtype is not the one asked for."""
+    """Breaks when the memory table, or how the adapter is read, does not travel with the LoRA; or a
+    dtype is not the one asked for.
+    """
     adapter = make_adapter(base)
     peft_folder.save(tmp_path / "out", adapter, TINY)
     table = safetensors.numpy.load_file(tmp_path / "out" / "memory.safetensors")[
@@ -126,7 +134,7 @@ def test_nothing_else_is_lost(base, tmp_path):
     ]
     np.testing.assert_array_equal(table, adapter.trained["memory_table"])
     assert json.loads((tmp_path / "out" / "icae.json").read_text()) == json.loads(
-        json.dumps(adapters.icae_info(adapter))
+        json.dumps(adapters.icae_json(adapter))
     )
     peft_folder.save(tmp_path / "half", adapter, TINY, "bfloat16")
     for name in ("adapter_model.safetensors", "memory.safetensors"):
@@ -155,7 +163,9 @@ def test_bad_input(base, tmp_path):
 
 
 def test_a_revision_of_the_base(base, tmp_path):
-    """Breaks when PEFT is given `org/name@revision` as a name, or the revision of the base is lost on the way out and back."""
+    """Breaks when PEFT is given `org/name@revision` as a name, or the revision of the base is lost
+    on the way out and back.
+    """
     adapter = dataclasses.replace(make_adapter(base), base_path="org/base@v2")
     peft_folder.save(tmp_path / "out", adapter, TINY)
     stated = peft.PeftConfig.from_pretrained(tmp_path / "out")

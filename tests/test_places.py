@@ -15,6 +15,7 @@ from etils import epath
 
 from icae_jax import errors
 from icae_jax.data import hub_sets, places, sources, tokens
+from icae_jax.data.rows import Sieve
 from icae_jax.errors import UserError
 
 
@@ -130,15 +131,15 @@ def test_names_with_commas_and_spaces(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("a, b.jsonl", "a", "c.jsonl", "x=y, z.jsonl"):
         write_jsonl(tmp_path / name, [{"text": name}])
-    assert sources.split_source("a, b.jsonl,c.jsonl") == ["a, b.jsonl", "c.jsonl"]
-    assert sources.split_source("c.jsonl, a, b.jsonl ,tfds:x:train") == [
+    assert places.split_source("a, b.jsonl,c.jsonl") == ["a, b.jsonl", "c.jsonl"]
+    assert places.split_source("c.jsonl, a, b.jsonl ,tfds:x:train") == [
         "c.jsonl",
         "a, b.jsonl",
         "tfds:x:train",
     ]
     assert (
-        sources.split_source("a, no.jsonl") == ["a", "no.jsonl"]
-        and sources.split_source("gs://b/a, b.jsonl")[1] == "b.jsonl"
+        places.split_source("a, no.jsonl") == ["a", "no.jsonl"]
+        and places.split_source("gs://b/a, b.jsonl")[1] == "b.jsonl"
     )
     from icae_jax.evaluation import examples
 
@@ -198,7 +199,7 @@ def test_the_hash_of_a_large_remote_file_is_kept(bucket, tmp_path, monkeypatch):
     )
     for change in (1, 2):
         os.utime(bucket / "p.parquet", (change, change))
-        assert len({tokens._hash_once(tmp_path, "gs://bucket/p.parquet") for _ in range(3)}) == 1
+        assert len({tokens._content_hash(tmp_path, "gs://bucket/p.parquet") for _ in range(3)}) == 1
     assert len(hashed) == 2
 
 
@@ -321,7 +322,7 @@ def library(monkeypatch):
 def test_sets_of_the_hub(library, monkeypatch, spec, asked):
     """Breaks when a configuration, revision or split is lost, a batch's rows are, or a set's own code would run."""
     monkeypatch.setattr(hub_sets, "BATCH", 1)
-    sieve = sources.Sieve()
+    sieve = Sieve()
     rows = list(sources.read_rows(spec, sieve=sieve))
     assert library[0] == [asked] and library[2].HF_DATASETS_TRUST_REMOTE_CODE is False
     assert [row[:5] for row in rows] == [

@@ -5,7 +5,7 @@ import pytest
 from conftest import TINY, random_trained
 from suite_helpers import BOUND, load_base, near, reference_answer, reference_nats
 
-from icae_jax.compression.encoder import CompressionConfig
+from icae_jax.compression.config import CompressionConfig
 from icae_jax.errors import UserError
 from icae_jax.evaluation import plain
 from icae_jax.inference.compressor import Compressor
@@ -34,7 +34,9 @@ def make(tiny_base, template):
 
 @pytest.mark.parametrize("template", ["plain", "chat"])
 def test_answers_equal_transformers(tiny_base, template):
-    """Breaks when the prompt of a control is not the plain text prompt, or no context sees some of it."""
+    """Breaks when the prompt of a control is not the plain text prompt, or no context sees some of
+    it.
+    """
     compressor = make(tiny_base, template)
     tokenizer = compressor.base.tokenizer
     t = compressor.adapter.template
@@ -64,7 +66,9 @@ def test_answers_equal_transformers(tiny_base, template):
 
 
 def test_trained_tokens_are_left_out_of_the_prompt(tiny_base):
-    """Breaks when a trained token, which the base alone knows nothing of, gets into a prompt; or a token of text is dropped with it."""
+    """Breaks when a trained token, which the base alone knows nothing of, gets into a prompt; or a
+    token of text is dropped with it.
+    """
     for name, head, before, after, stop in (
         ("mistral", (1, 3), (), (4,), 2),
         ("v1", (), (), (), 1),
@@ -96,7 +100,9 @@ def test_trained_tokens_are_left_out_of_the_prompt(tiny_base):
 
 
 def test_limits_are_each_prompts_own(tiny_base):
-    """Breaks when a neighbour's limit, length or batch reaches an answer, a stop of its own does not end it, or a row is lost."""
+    """Breaks when a neighbour's limit, length or batch reaches an answer, a stop of its own does
+    not end it, or a row is lost.
+    """
     compressor = make(tiny_base, "plain")
     prompts = [[1, *range(8, 8 + n)] for n in (3, 30, 9, 17, 4)]
     limits = [6, 2, 9, 1, 4]

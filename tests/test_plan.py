@@ -10,11 +10,12 @@ import pytest
 from conftest import ROOT, TINY
 
 from icae_jax.cli import main as cli
-from icae_jax.performance import chips, plan, programs
+from icae_jax.performance import chips, plan, plan_summary, programs, subject
 from icae_jax.runtime import sharding
-from icae_jax.training.config import TrainConfig, from_dict
+from icae_jax.training.config import TrainConfig
+from icae_jax.training.config_file import from_dict
 
-GIB = plan.GIB
+GIB = subject.GIB
 V5E = chips.find("TPU v5e")
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="needs libtpu, which is not installed"
@@ -275,9 +276,9 @@ FOUND = {
 
 def summary(monkeypatch, found, what="train", flops=5e14):
     shape = {"data": 1, "fsdp": 4, "tensor": 1}
-    monkeypatch.setattr(plan, "count_flops", lambda *_: (flops, shape))
-    monkeypatch.setattr(plan.programs, "least", lambda *_: 4 * 4e14)
-    return plan.summarise(make_spec(what, contexts=8, accumulate=2), shape, "v5e:2x2", V5E, found)
+    monkeypatch.setattr(programs, "least", lambda *_: 4 * 4e14)
+    spec = make_spec(what, contexts=8, accumulate=2)
+    return plan_summary.summarise(spec, shape, "v5e:2x2", V5E, found, (flops, shape))
 
 
 def test_the_estimate(monkeypatch):
@@ -304,7 +305,7 @@ def test_the_estimate(monkeypatch):
     )
     links = summary(monkeypatch, FOUND, flops=1e12)
     assert links["estimated_seconds"] == links["estimated_parts"]["memory"] == pytest.approx(1.0)
-    lines = plan.text(got)
+    lines = plan_summary.text(got)
     assert (
         "2 a chip, 8 at once, 512 tokens each" in lines
         and "yes: peak 12.00 GiB of 16 GiB a chip" in lines
@@ -325,19 +326,19 @@ def test_what_is_told_of_a_program_that_does_not_fit(monkeypatch):
         got["estimated_seconds"] is None is got["estimated_mfu"]
         and json.loads(json.dumps(got)) == got
     )
-    lines = plan.text(got).splitlines()
+    lines = plan_summary.text(got | {"advice": ["a larger slice"]}).splitlines()
     assert any(line.startswith("fits") and "no: peak unknown of 16 GiB" in line for line in lines)
     assert (
         "RESOURCE_EXHAUSTED: why" in lines
         and lines[-1] == "to make it fit: a larger slice"
-        and "estimate" not in plan.text(got)
+        and "estimate" not in plan_summary.text(got)
     )
 
 
 def test_decoding_says_how_much_is_read_and_written(monkeypatch):
     got = summary(monkeypatch, FOUND, "decode")
     assert (got["prompt_tokens"], got["new_tokens"], got["accumulate"]) == (programs.PROMPT, 256, 1)
-    assert "; 32 more of a question, 256 answered" in plan.text(got)
+    assert "; 32 more of a question, 256 answered" in plan_summary.text(got)
 
 
 # --------------------------------------------------------------------------------------------------- compiled for TPUs
@@ -461,13 +462,13 @@ def test_a_training_s_evaluation_is_planned_too(evaluation, fits, peak, monkeypa
 
 def test_the_evaluation_that_is_planned_is_the_one_that_runs():
     """Breaks when the plan's evaluation has other shapes than the training's, or is not in microbatches: it has no gradient, but a scan."""
-    spec = dataclasses.replace(make_spec(accumulate=2), what=plan.programs.EVALUATE)
+    spec = dataclasses.replace(make_spec(accumulate=2), what=programs.EVALUATE)
     mesh = sharding.make_mesh(spec.config.mesh, jax.devices()[:1])
-    text = plan.programs.lower(spec, mesh).as_text()
-    alone = plan.programs.lower(
+    text = programs.lower(spec, mesh).as_text()
+    alone = programs.lower(
         dataclasses.replace(spec, config=dataclasses.replace(spec.config, accumulate=1)), mesh
     ).as_text()
     assert text.count("stablehlo.while") > alone.count("stablehlo.while")
     assert len(
-        plan.programs.lower(dataclasses.replace(spec, what="train"), mesh).as_text()
+        programs.lower(dataclasses.replace(spec, what="train"), mesh).as_text()
     ) > 1.5 * len(text)

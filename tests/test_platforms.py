@@ -1,4 +1,6 @@
-"""Which accelerators there are: JAX is told of their absence before it looks, and of nothing else."""
+"""Accelerators and JAX's settings: JAX is told that there are none before it looks, and nothing
+else.
+"""
 
 import importlib.metadata
 import importlib.util
@@ -12,7 +14,7 @@ from conftest import ROOT, TINY, random_trained
 
 import icae_jax
 from icae_jax import errors
-from icae_jax.compression.encoder import CompressionConfig
+from icae_jax.compression.config import CompressionConfig
 from icae_jax.interop.adapters import folder as adapters
 from icae_jax.interop.hub import base as bases
 from icae_jax.models import lora
@@ -44,16 +46,18 @@ from icae_jax.runtime import platforms
     ids=lambda value: str(sorted(value)),  # the same in every process
 )
 def test_what_jax_is_told(there, environment, told, monkeypatch):
-    """Breaks when libtpu is started without a TPU, or a GPU, a TPU, another plugin's device or the user's own choice is hidden."""
+    """Breaks when libtpu starts without a TPU, or a GPU, a TPU, another plugin's device or the
+    user's choice is hidden.
+    """
     for name in ("JAX_PLATFORMS", "JAX_FORCE_TPU_INIT"):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    matches = lambda pattern: [
+    matches = lambda pattern: [  # noqa: E731
         path
         for path in there
         if path.startswith("/") and platforms.glob.fnmatch.fnmatch(path, pattern)
-    ]  # noqa: E731
+    ]
     plugins = [
         types.SimpleNamespace(name=name) for name in there if not name.startswith(("/", "libtpu"))
     ]
@@ -64,7 +68,7 @@ def test_what_jax_is_told(there, environment, told, monkeypatch):
 
 
 def test_a_person_sees_only_what_concerns_them(tiny_base, tmp_path):
-    """Breaks when a command writes lines of libtpu's that mean nothing on a machine without a TPU."""
+    """Breaks when a command prints libtpu's errors on a machine without a TPU."""
     pytest.importorskip("libtpu", reason="needs libtpu, which is not installed")
     if platforms.tpu_chips():
         pytest.skip("there is a TPU here")
@@ -76,7 +80,7 @@ def test_a_person_sees_only_what_concerns_them(tiny_base, tmp_path):
         compression, config, template, random_trained(TINY, 3), base.path, base.fingerprint
     )
     adapters.save_adapter(tmp_path / "adapter", adapter)
-    # Else the lock of another process that has started libtpu would keep this one from it, and quiet.
+    # Otherwise another process's libtpu lock would keep this one from starting it, and quiet.
     environment = os.environ | {"PYTHONPATH": str(ROOT), "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
     environment.pop("JAX_PLATFORMS")
     command = [
@@ -93,11 +97,13 @@ def test_a_person_sees_only_what_concerns_them(tiny_base, tmp_path):
 
 
 def test_programs_set_up_before_they_import_jax():
-    """Breaks when a launcher's program imports JAX before it says where compiled programs are kept, which JAX reads then."""
+    """Breaks when a launcher's program imports JAX before setting the compile cache, which JAX
+    reads then.
+    """
     code = (
         "import contextlib, sys; import icae_jax.cli.main as cli\n"
         "cli.set_up = lambda: sys.exit(print('jax' in sys.modules))\n"
-        "sys.path.insert(0, 'launch')\n"
+        "sys.path.insert(0, 'launch/experiments')\n"
         "for name in ('evaluation', 'methods'):\n"
         "    with contextlib.suppress(SystemExit):\n"
         "        __import__(name)"
@@ -113,7 +119,9 @@ def test_programs_set_up_before_they_import_jax():
 
 
 def test_loading_an_adapter_in_python_is_as_quiet(tmp_path, monkeypatch):
-    """Breaks when `icae_jax.load` lets transformers say that it misses PyTorch, which is not needed."""
+    """Breaks when `icae_jax.load` lets transformers warn that PyTorch, which is not needed, is
+    missing.
+    """
     monkeypatch.delenv("TRANSFORMERS_NO_ADVISORY_WARNINGS", raising=False)
     with pytest.raises(errors.UserError):
         icae_jax.load(tmp_path / "absent")
@@ -121,7 +129,9 @@ def test_loading_an_adapter_in_python_is_as_quiet(tmp_path, monkeypatch):
 
 
 def refusal(monkeypatch, environment, installed=()):
-    """What `platforms.check` says of an environment; "" where it is content. installed: plugins of JAX and libtpu."""
+    """The message of `platforms.check` for an environment, or "". installed: plugins of JAX, and
+    libtpu.
+    """
     for name in [name for name in os.environ if name.startswith(("JAX_", "XLA_FLAGS"))]:
         monkeypatch.delenv(name)
     for name, value in environment.items():
@@ -173,7 +183,9 @@ def refusal(monkeypatch, environment, installed=()):
     ],
 )
 def test_a_platform_that_cannot_be_had_is_told(value, installed, said, monkeypatch):
-    """Breaks when a missing plugin or a misspelt platform ends in JAX's traceback, or one that JAX can use is refused."""
+    """Breaks when a missing plugin or a misspelt platform ends in JAX's traceback, or a usable one
+    is refused.
+    """
     told = refusal(monkeypatch, {"JAX_PLATFORMS": value}, installed)
     assert (
         told == ""
@@ -206,7 +218,9 @@ def test_a_platform_that_cannot_be_had_is_told(value, installed, said, monkeypat
     ],
 )
 def test_a_setting_that_stops_jax_is_one_line(variable, value, said, tmp_path):
-    """Breaks when a wrong setting of JAX's or XLA's ends in a traceback or an abort, after which launchers start again."""
+    """Breaks when a wrong setting of JAX's or XLA's gives a traceback or an abort, after which
+    launchers start again.
+    """
     environment = {
         name: text
         for name, text in os.environ.items()
@@ -232,9 +246,14 @@ def test_a_setting_that_stops_jax_is_one_line(variable, value, said, tmp_path):
 
 
 def test_a_machine_without_the_device_is_told_from_one_that_fails(monkeypatch):
-    """Breaks when a TPU or GPU that is not there ends in a traceback, or one that is busy or broken is not tried again by a launcher."""
+    """Breaks when a missing TPU or GPU gives a traceback, or launchers do not retry one that is
+    busy or broken.
+    """
     monkeypatch.setenv("JAX_PLATFORMS", "tpu")
-    say = "Unable to initialize backend '{}': {} (set JAX_PLATFORMS='' to automatically choose an available backend)"
+    say = (
+        "Unable to initialize backend '{}': {} (set JAX_PLATFORMS='' to automatically choose an "
+        "available backend)"
+    )
     absent = RuntimeError(
         say.format("tpu", "NOT_FOUND: TPU initialization failed: No jellyfish device found.")
     )

@@ -29,7 +29,7 @@ def printed_sources(text, tfds_dir):
 
 
 def test_prepare_then_read(corpus, tmp_path, capsys):
-    """Breaks when the printed source does not read, counts are wrong, or a second run does not say that there was nothing to do."""
+    """Breaks when the printed source does not read, counts are wrong, or a second run prepares again."""
     sets = str(tmp_path / "sets")
     assert (
         cli.main(["prepare", "json_text", "--from", corpus, "--tfds_dir", sets, "--processes", "1"])
@@ -53,8 +53,18 @@ def test_prepare_then_read(corpus, tmp_path, capsys):
     assert not {"tensorflow", "apache_beam"} & set(sys.modules)
 
 
+def test_the_result_as_json(corpus, tmp_path, capsys):
+    """Breaks when --json prints anything but one object, or lacks the sources to train on."""
+    command = ["prepare", "json_text", "--from", corpus, "--tfds_dir", str(tmp_path / "sets")]
+    assert cli.main([*command, "--processes", "1", "--json"]) == 0
+    about = json.loads(capsys.readouterr().out)
+    assert about["prepared_now"] and about["sources"] == {"tfds:json_text:train": 2}
+    assert about["splits"] == {"train": {"examples": 2, "shards": 1}} and not about["months"]
+    assert about["noted"] == {"empty texts left out": 1}
+
+
 def test_another_source_into_the_same_place(corpus, tmp_path, capsys):
-    """Breaks when a prepared set is replaced or silently kept for other files, or --name does not set another beside it."""
+    """Breaks when a prepared set is replaced by or kept for other files, or --name does not help."""
     sets = str(tmp_path / "sets")
     common = ["prepare", "json_text", "--tfds_dir", sets, "--processes", "1"]
     assert cli.main([*common, "--from", corpus]) == 0
@@ -74,8 +84,10 @@ def test_another_source_into_the_same_place(corpus, tmp_path, capsys):
 
 
 def test_what_is_left_out_is_said(tmp_path, capsys):
-    """Breaks when an unanswerable question ends a preparation or gets into the set, is left out without a word, or passes --strict: while
-    it is prepared, or once it is; or when strictness makes another set of it."""
+    """Breaks when an unanswerable question gets into the set, is left out silently, or passes --strict.
+
+    Also when strictness makes another set of the same files, or a prepared set hides what it left out.
+    """
     rows = [{"input": "c", "prompt": f"q{i}", "answer": "" if i == 1 else "a"} for i in range(3)]
     path, sets = (
         write_jsonl(
@@ -95,7 +107,10 @@ def test_what_is_left_out_is_said(tmp_path, capsys):
         "--processes",
         "1",
     ]
-    strict = f"icae prepare: {path}:2: the question has no answer; mend or remove it, or leave such rows out, without --strict\n"
+    strict = (
+        f"icae prepare: {path}:2: the question has no answer; mend or remove it, "
+        "or leave such rows out, without --strict\n"
+    )
     assert cli.main([*command, "--strict"]) == 2 and capsys.readouterr().err == strict
     for _ in range(2):
         assert cli.main(command) == 0
@@ -104,8 +119,8 @@ def test_what_is_left_out_is_said(tmp_path, capsys):
             r"train +2 examples", out
         )
         assert (
-            f"left out 1 questions without an answer (the first: {path}:2); 1 empty texts (the first: {path}:4)\n"
-            in err
+            f"left out 1 questions without an answer (the first: {path}:2); "
+            f"1 empty texts (the first: {path}:4)\n" in err
         )
     assert cli.main([*command, "--strict"]) == 2 and capsys.readouterr().err == strict
 
@@ -175,7 +190,7 @@ def test_help_says_what_each_set_is_made_of(capsys):
 
 
 def test_as_a_command_in_two_processes(tmp_path):
-    """Breaks when preparing in several processes needs a guard that the main module lacks, or says on stderr what nobody asked for."""
+    """Breaks when several processes need a `__main__` guard, or write anything to stderr."""
     lines = "".join(
         json.dumps({"id": f"240{m}.0000{n}", "text": f"{m} {n}"}) + "\n"
         for m in (1, 2)

@@ -9,7 +9,9 @@ from conftest import TINY
 
 from icae_jax.models import llama
 from icae_jax.performance import profile, programs, steps
-from icae_jax.training.config import TrainConfig, from_dict
+from icae_jax.runtime import profiler
+from icae_jax.training.config import TrainConfig
+from icae_jax.training.config_file import from_dict
 
 
 @pytest.mark.parametrize(
@@ -77,9 +79,9 @@ def traced(tmp_path_factory):
     step = steps.TrainingStep(programs.Spec("train", config, model, 8, 32), params)
     step.run(2)
     folder = tmp_path_factory.mktemp("trace")
-    with profile.tracing(folder):
+    with profiler.tracing(folder):
         told = step.run(3)
-    return profile.read(profile.newest(folder), step.compiled.as_text(), 3), told.wall_seconds / 3
+    return profile.read_profile(profile.newest_trace(folder), step.compiled.as_text(), 3), told.wall_seconds / 3
 
 
 def test_a_real_step_sums_to_its_total(traced):
@@ -160,7 +162,7 @@ def plane(name, lines, stat="hlo_op"):
 
 
 def read(*planes, steps=1):
-    return profile.read(jax.profiler.ProfileData.from_text_proto("".join(planes)), HLO, steps)
+    return profile.read_profile(jax.profiler.ProfileData.from_text_proto("".join(planes)), HLO, steps)
 
 
 WANTED = {
@@ -219,4 +221,4 @@ def test_traces_without_the_program(tmp_path):
     with pytest.raises(
         ValueError, match=r"no trace .* in it; make one with icae bench train --profile"
     ):
-        profile.newest(tmp_path)
+        profile.newest_trace(tmp_path)

@@ -8,11 +8,12 @@ import pytest
 from conftest import TINY, WORDS, seen_devices, write_jsonl
 
 from icae_jax.models import llama
-from icae_jax.performance import flops, plan, programs, worker
+from icae_jax.performance import flops, plan, programs, utilisation, worker
 from icae_jax.runtime import sharding
 from icae_jax.runtime.sharding import MeshConfig
 from icae_jax.training.compressor_task import CompressorTask
-from icae_jax.training.config import TrainConfig, from_dict
+from icae_jax.training.config import TrainConfig
+from icae_jax.training.config_file import from_dict
 
 X500 = {"method": "x500", "k": 4, "rate": 4.0}
 PADDED = {"ae": 1.0, "lm": 0.0, "pad_labels": True}
@@ -153,7 +154,8 @@ def test_the_least_flops_are_those_of_the_training_metrics(sources):
     config = config_of(sources, batch_size=8, accumulate=2)
     spec = programs.Spec("train", config, TINY, 4, 32)
     task = CompressorTask(config)
-    assert programs.least(spec) == task.least_flops(next(iter(task.train_batches(0, 1))))
+    meter = utilisation.Meter(task)
+    assert programs.least(spec) == meter.least_flops(next(iter(task.train_batches(0, 1))))
 
     def of(what, contexts, **given):
         return programs.least(programs.Spec(what, config, TINY, contexts, 32), **given)

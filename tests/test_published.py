@@ -1,4 +1,4 @@
-"""Published figures: spot values, the papers' own sums, and that every record can stand in a report."""
+"""Published figures: spot values, the papers' own averages, and that reports can show all."""
 
 import math
 
@@ -49,7 +49,9 @@ def test_spot_values():
 
 @pytest.mark.parametrize(("memory", "headline"), [(16, 72.89), (4, 67.12), (1, 62.26)])
 def test_retention_is_the_papers_headline(memory, headline):
-    """Breaks when an F1 of the table is copied wrongly, or when our retention is another formula than the paper's."""
+    """Breaks when an F1 of the table is copied wrongly, or when our retention is another formula
+    than the paper's.
+    """
     pairs = {
         s: (x500("F1 (%)", "500x", memory, s), x500("F1 (%)", "full context", None, s))
         for s in SETS
@@ -66,7 +68,9 @@ def test_retention_is_the_papers_headline(memory, headline):
 
 @pytest.mark.parametrize("metric", ["F1 (%)", "exact match (%)"])
 def test_averages_are_of_their_rows(metric):
-    """Breaks when a number of the 500x tables is copied wrongly: each row's average is published beside it."""
+    """Breaks when a number of the 500x tables is copied wrongly: each row's average is published
+    beside it.
+    """
     arms = {
         (r.arm, r.memory)
         for r in published.RECORDS
@@ -87,7 +91,9 @@ def test_shares_add_up():
 
 
 def test_records_are_complete():
-    """Breaks when a record cannot be told from another or does not say where it is from and what it measures."""
+    """Breaks when a record cannot be told from another or does not say where it is from and what it
+    measures.
+    """
     assert {r.suite for r in published.RECORDS} == set(published.SUITES)
     for record in published.RECORDS:
         assert all(
@@ -107,7 +113,9 @@ def test_records_are_complete():
 
 @pytest.mark.parametrize("suite", published.SUITES)
 def test_tables_can_be_shown(suite):
-    """Breaks when a table loses a record, has a ragged row, or does not warn that bases and data differ."""
+    """Breaks when a table loses a record, has a ragged row, or does not warn that bases and data
+    differ.
+    """
     shown = 0
     for caption, header, rows in published.tables(suite):
         assert "bases, data and training differ" in caption and any(
@@ -127,7 +135,9 @@ def test_tables_can_be_shown(suite):
 
 
 def test_a_table_in_full():
-    """Breaks when rows or columns change places, or numbers lose the decimals they were published with."""
+    """Breaks when rows or columns change places, or numbers lose the decimals they were published
+    with.
+    """
     _, header, rows = published.tables("continue")[1]
     assert header == ["tokens", "perplexity, full context", "perplexity, memory"]
     assert rows == [["128", "9.99", "10.15"], ["256", "9.45", "9.77"], ["512", "9.01", "9.50"]]

@@ -9,6 +9,7 @@ import pytest
 
 from icae_jax.cli import main as cli
 from icae_jax.data import synthetic
+from icae_jax.training import config_file
 from icae_jax.workflows import quickstart
 
 
@@ -154,31 +155,25 @@ def test_full_is_both_ratios_in_a_folder_of_its_own(full, tmp_path, monkeypatch,
     assert ("11 and 2 tokens" in plan) == full and ("within 5 (--full" in plan) == (not full)
 
 
-def test_configs_are_needed_and_said_so(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(quickstart, "CONFIGS", tmp_path / "absent")
-    assert cli.main(["quickstart", "--workdir", str(tmp_path / "w")]) == 2
-    assert "pip install -e ." in capsys.readouterr().err
-
-
 @pytest.mark.nightly
 def test_from_scratch_trains_its_own_base_first(tmp_path, monkeypatch, capsys):
     """Breaks when the trained base is not the one that the compressor is then trained on."""
-    whole = quickstart.get_config
+    whole = config_file.load
+    few = {
+        "model.hidden_size": 40,
+        "model.intermediate_size": 48,
+        "model.num_layers": 2,
+        "steps": 2,
+        "batch_size": 4,
+        "eval_examples": 4,
+        "unroll": 1,
+        "mixture": ("0 questions=1",),
+    }
 
-    def small(name, arg=None):
-        config = whole(name, arg)
-        if name == "tiny_base":
-            config["model"] |= {"hidden_size": 40, "intermediate_size": 48, "num_layers": 2}
-            config |= {
-                "steps": 2,
-                "batch_size": 4,
-                "eval_examples": 4,
-                "unroll": 1,
-                "mixture": ("0 questions=1",),
-            }
-        return config
+    def small(kind, config, overrides=None):
+        return whole(kind, config, few if config == "tiny_base" else overrides)
 
-    monkeypatch.setattr(quickstart, "get_config", small)
+    monkeypatch.setattr(config_file, "load", small)
     monkeypatch.setattr(quickstart, "TRAIN_PASSAGES", 100)
     assert (
         cli.main(
@@ -186,7 +181,7 @@ def test_from_scratch_trains_its_own_base_first(tmp_path, monkeypatch, capsys):
                 "quickstart",
                 "--workdir",
                 str(tmp_path),
-                "--from-scratch",
+                "--from_scratch",
                 "--steps",
                 "2",
                 "--held_out",

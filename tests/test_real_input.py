@@ -36,7 +36,9 @@ def test_stories_and_questions(tmp_path):
         cli.main(flags("pretrain", tmp_path / "a", base, shared("data/tinystories"), **steps)) == 0
     )
     first, last = [
-        line["eval"] for line in metrics.read(tmp_path / "a" / "metrics.jsonl") if "eval" in line
+        line["eval"]
+        for line in metrics.read_lines(tmp_path / "a" / "metrics.jsonl")
+        if "eval" in line
     ]
     assert last["memory"]["ae"] < first["memory"]["ae"] - 0.5
     assert all(last["memory"][o] < last["wrong_memory"][o] - 0.03 for o in ("ae", "lm"))
@@ -53,6 +55,8 @@ def test_stories_and_questions(tmp_path):
         cli.main(flags("finetune", tmp_path / "b", base, shared("data/fairytaleqa"), **steps)) == 0
     )
     first, last = [
-        line["eval"] for line in metrics.read(tmp_path / "b" / "metrics.jsonl") if "eval" in line
+        line["eval"]
+        for line in metrics.read_lines(tmp_path / "b" / "metrics.jsonl")
+        if "eval" in line
     ]
     assert last["memory"]["qa"] < first["memory"]["qa"]

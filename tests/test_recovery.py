@@ -1,4 +1,7 @@
-"""A workdir that another run is in, whose last checkpoint is damaged, or in which nothing was trained; the runs are those of test_train."""
+"""Workdirs in use by another run, with a damaged checkpoint, or in which nothing was trained.
+
+The runs are those of test_train.
+"""
 
 import json
 import os
@@ -23,7 +26,9 @@ _each_step_is_compiled_once = test_train._each_step_is_compiled_once
 def test_a_second_run_is_refused_before_it_touches_anything(
     raw, uninterrupted, tmp_path, monkeypatch, capsys
 ):
-    """Breaks when the same command twice at once mixes checkpoints or loses metrics, or the second one loads a base to find out."""
+    """Breaks when the same command run twice at once mixes checkpoints or loses metrics, or the
+    second one loads a base first.
+    """
     workdir = tmp_path / "w"
     shutil.copytree(uninterrupted[0], workdir)
     (workdir / "DONE").unlink()
@@ -36,7 +41,8 @@ def test_a_second_run_is_refused_before_it_touches_anything(
             ):
                 run(raw, workdir, steps=steps)
         config = tmp_path / "config.py"
-        text = "import json, ml_collections\n\ndef get_config():\n    return ml_collections.ConfigDict(json.loads({!r}))\n"
+        text = "import json, ml_collections\n\ndef get_config():\n"
+        text += "    return ml_collections.ConfigDict(json.loads({!r}))\n"
         config.write_text(text.format(json.dumps(raw | {"base": str(tmp_path / "absent")})))
         assert cli.main(["train", "--config", str(config), "--workdir", str(workdir)]) == 2
         assert "is in use: process" in capsys.readouterr().err
@@ -65,7 +71,9 @@ def test_the_lock_is_free_however_a_run_ends(end, raw, tmp_path, monkeypatch):
 
 
 def test_a_damaged_checkpoint_costs_its_steps_alone(raw, uninterrupted, tmp_path):
-    """Breaks when a power loss in the last checkpoint ends a run, doubles lines of metrics, or changes the result."""
+    """Breaks when a power loss in the last checkpoint ends a run, doubles lines of metrics, or
+    changes the result.
+    """
     workdir = tmp_path / "w"
     shutil.copytree(uninterrupted[0], workdir)
     (workdir / "DONE").unlink()
@@ -85,7 +93,7 @@ def test_a_damaged_checkpoint_costs_its_steps_alone(raw, uninterrupted, tmp_path
 
 
 def test_a_lost_configuration_is_said(raw, uninterrupted, tmp_path):
-    """Breaks when checkpoints of which nobody knows what they were trained with are continued without a word."""
+    """Breaks when checkpoints whose configuration is lost are continued silently."""
     workdir = tmp_path / "w"
     shutil.copytree(uninterrupted[0], workdir)
     (workdir / "DONE").unlink()
@@ -98,8 +106,8 @@ def test_a_lost_configuration_is_said(raw, uninterrupted, tmp_path):
 
 
 def test_a_start_that_trained_nothing_binds_no_workdir(raw, uninterrupted, tmp_path, monkeypatch):
-    """Breaks when a configuration that had no memory for its first step keeps a smaller one from the workdir, or one of whose steps there
-    are some may be replaced.
+    """Breaks when a configuration that ran out of memory in its first step blocks the workdir for a
+    smaller one, or one that has trained steps may be replaced.
     """
     with monkeypatch.context() as patch, pytest.raises(MemoryError):
         patch.setattr(
@@ -107,7 +115,7 @@ def test_a_start_that_trained_nothing_binds_no_workdir(raw, uninterrupted, tmp_p
         )
         run(raw, tmp_path, seed=1)
     assert (tmp_path / "config.json").exists() and {
-        line["step"] for line in metrics.read(tmp_path / "metrics.jsonl")
+        line["step"] for line in metrics.read_lines(tmp_path / "metrics.jsonl")
     } == {0}
     code, lines = run(raw, tmp_path)
     assert (

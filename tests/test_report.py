@@ -56,7 +56,9 @@ def test_differences_are_marked_word_by_word():
 
 
 def test_differences_keep_line_breaks():
-    """Breaks when a text of several lines becomes one, or when a line break lost or made up goes unmarked."""
+    """Breaks when a text of several lines becomes one, or when a line break lost or made up goes
+    unmarked.
+    """
     assert (
         report.difference("a b\nc\n\nd", "a  b\r\nc\n\nd")
         == '<div class="text">a b <br> c <br> <br> d</div>'
@@ -66,7 +68,9 @@ def test_differences_keep_line_breaks():
 
 
 def test_differences_of_long_texts():
-    """Breaks when common words in long texts are dropped as junk, or when a page of text takes more than seconds."""
+    """Breaks when common words in long texts are dropped as junk, or when a page of text takes more
+    than seconds.
+    """
     original = " ".join(f"the w{i}" for i in range(2000))
     began = time.perf_counter()
     marked = report.difference(original, original.replace("w999 ", "x "))
@@ -90,7 +94,9 @@ def test_tables():
 
 
 def test_page_is_self_contained(tmp_path):
-    """Breaks when the page needs a file beside it, or when two figures in it share the names of their parts."""
+    """Breaks when the page needs a file beside it, or when two figures in it share the names of
+    their parts.
+    """
     svg = report.curves({"held out": ([1, 2, 3], [3.0, 2.0, 1.0], True)}, log=True)
     assert svg.startswith("<svg") and "held out" in svg
     path = tmp_path / "report.html"
@@ -125,7 +131,9 @@ def test_figures_are_the_same_bytes_each_time():
 
 
 def test_figures_are_readable_without_seeing_them():
-    """Breaks when a figure loses its caption or its name for screen readers, or is no well-formed markup."""
+    """Breaks when a figure loses its caption or its name for screen readers, or is no well-formed
+    markup.
+    """
     svg = report.lines(
         {"a & b": ([1, 2], estimates(2))}, "x", "y <nats>", title="T", caption="what < it shows"
     )
@@ -155,7 +163,9 @@ ODD = [
 
 
 def test_names_stand_in_figures_as_they_are():
-    """Breaks when a name is set as a formula, or fails as one after hours of measuring, or a legend leaves it out."""
+    """Breaks when a name is set as a formula, or fails as one after hours of measuring, or a legend
+    leaves it out.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         figures = [
@@ -201,7 +211,7 @@ def test_lines_draw_means_and_bands(drawn):
 
 
 def test_bars_draw_means_from_zero(drawn):
-    """Breaks when bars start above 0, stand over the wrong group, or when a missing value is drawn."""
+    """Breaks when bars start above 0, stand over the wrong group, or a missing value is drawn."""
     report.bars(
         ["a", "b"],
         {"memory": [Estimate(80, 70, 85, 9), None], "no context": [(60, 50, 61), (90, 80, 99)]},
@@ -218,7 +228,9 @@ def test_bars_draw_means_from_zero(drawn):
 
 @pytest.mark.parametrize("count", [1, 11, 128])
 def test_figures_of_any_length(drawn, count):
-    """Breaks when labels along the axis cover each other, or the legend the data, with one memory token or with many."""
+    """Breaks when labels along the axis cover each other, or the legend the data, with one memory
+    token or with many.
+    """
     report.lines({a: (range(1, count + 1), estimates(count)) for a in ARMS}, "memory token", "loss")
     report.bars([f"token {i}" for i in range(count)], {"memory": estimates(count)}, "loss")
     report.bars(
@@ -252,7 +264,9 @@ def test_single_position_is_drawn_as_bars(drawn):
 
 
 def test_an_arm_keeps_its_colour(drawn):
-    """Breaks when an arm's colour depends on its place, when two arms of a figure share one, or when figures ignore a page's palette."""
+    """Breaks when an arm's colour depends on its place, when two arms of a figure share one, or
+    when figures ignore a page's palette.
+    """
     colours = report.palette(ARMS)
     assert len(set(colours.values())) == len(ARMS)
     assert all(

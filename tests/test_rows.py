@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from icae_jax.data import rows, sources
+from icae_jax.data import forms, rows, sources
 from icae_jax.errors import UserError
 
 QUESTION = {"context": "c", "question": "q"}
@@ -58,7 +58,7 @@ QUESTION = {"context": "c", "question": "q"}
 )
 def test_rows_of_every_form(raw, row):
     """Breaks when a documented form is not read, or a field lands in another's place."""
-    (made,) = rows.parse(raw, "w", "0")
+    (made,) = forms.parse(raw, "w", "0")
     assert made[:6] == row and made.own_id == bool(raw.get("id"))
     assert made.answer == (row[2] and "a")
 
@@ -132,7 +132,7 @@ def test_rows_of_every_form(raw, row):
 def test_bad_rows_name_place_and_field(raw, message):
     """Breaks when a bad row is skipped, or its error does not say where it stands and what is wrong."""
     with pytest.raises(UserError, match=f"^a.jsonl:3: {message}") as error:
-        rows.parse(raw, "a.jsonl:3", "2")
+        forms.parse(raw, "a.jsonl:3", "2")
     assert len(str(error.value)) < 1000 and "\n" not in str(error.value)
 
 
@@ -151,7 +151,7 @@ SQUAD = {
 def test_squad_as_it_is_published():
     """Breaks when the nested form of SQuAD is not read, plausible answers count as right, a text of many questions makes many memories, or
     the place of a question is lost."""
-    made = [row for raw in rows.unwrapped(SQUAD, "w", "0") for row in rows.parse(*raw)]
+    made = [row for raw in forms.unwrapped(SQUAD, "w", "0") for row in forms.parse(*raw)]
     assert [row[:3] for row in made] == [
         ("c", "q", ("a",)),
         ("c", "r", ()),
@@ -172,7 +172,7 @@ def test_an_impossible_question_has_no_answer(impossible):
     beside = {"answers": ["a"], "is_impossible": impossible}
     nested = {"context": "c", "qas": [{"question": "q"} | beside]}
     for raw in (QUESTION | beside, nested):
-        (row,) = rows.parse(raw, "w", "0")
+        (row,) = forms.parse(raw, "w", "0")
         assert row[:3] == (
             "c",
             "q",
@@ -241,7 +241,7 @@ def chat(*turns):
 )
 def test_chats(raw, row):
     """Breaks when the last reply is not the answer, what came before is lost, or a reply stands in the text that it answers from."""
-    (made,) = rows.parse(raw, "w", "0")
+    (made,) = forms.parse(raw, "w", "0")
     assert made[:3] == row
 
 
@@ -256,7 +256,7 @@ def test_chats(raw, row):
 def test_half_a_surrogate_pair_is_refused_in_every_form(spelled):
     """Breaks when half an emoji, which JSON can spell, reaches the tokenizer or a file by one of the forms."""
     with pytest.raises(UserError, match=r"^w: .*is not valid text: .*half of a surrogate pair"):
-        rows.parse(json.loads(spelled), "w", "0")
+        forms.parse(json.loads(spelled), "w", "0")
 
 
 NAN = float("nan")
@@ -281,7 +281,7 @@ TAKEN = [
 @pytest.mark.parametrize(("raw", "taken", "reason"), TAKEN)
 def test_what_cannot_be_used_is_left_out_and_counted(raw, taken, reason):
     """Breaks when one empty row ends a run, is used, or is left out without a word; or when strictness lets it pass."""
-    (row,) = rows.parse(raw, "f:1", "0")
+    (row,) = forms.parse(raw, "f:1", "0")
     sieve = rows.Sieve()
     made = sieve.take(row)
     assert (made and (made.text, made.question or None, made.answers)) == taken
@@ -299,7 +299,7 @@ def test_an_answer_of_ones_own():
     """Breaks when it replaces answers that are there, or answers a question that is empty."""
     sieve = rows.Sieve(no_answer="none")
     made = [
-        sieve.take(rows.parse(QUESTION | more, "w", "0")[0])
+        sieve.take(forms.parse(QUESTION | more, "w", "0")[0])
         for more in ({"answers": []}, {"answer": "a"}, {"question": "", "answer": ""})
     ]
     assert [row.answers for row in made] == [("none",), ("a",), ()] and list(sieve.left_out) == [
@@ -313,6 +313,6 @@ def test_an_answer_of_ones_own():
 def test_who_reads_texts_alone_asks_for_no_answers():
     """Breaks when compressing refuses or counts a text because a question on it has no answer."""
     sieve = rows.Sieve("--strict", questions=False)
-    assert sieve.take(rows.parse(QUESTION | {"answers": []}, "w", "0")[0])[:3] == ("c", None, None)
+    assert sieve.take(forms.parse(QUESTION | {"answers": []}, "w", "0")[0])[:3] == ("c", None, None)
     with pytest.raises(UserError, match=re.escape("w: the text is empty")):
-        sieve.take(rows.parse({"text": ""}, "w", "0")[0])
+        sieve.take(forms.parse({"text": ""}, "w", "0")[0])

@@ -1,4 +1,4 @@
-"""Running: progress that survives a kill, what another run is, and what all examples give against values by hand."""
+"""Running suites: progress that survives a kill, identities, and summaries against hand values."""
 
 import json
 
@@ -20,7 +20,10 @@ IDENTITY = {
 
 
 class Counting:
-    """A suite without a model: the score of a text is its number of tokens. asked: the ids of every batch that was measured."""
+    """A suite without a model: a text scores its number of tokens.
+
+    asked: the ids of each batch measured.
+    """
 
     name = "counting"
     METRICS = ("ae_loss",)
@@ -51,7 +54,7 @@ def make(count=10):
     ]
 
 
-# ----------------------------------------------------------------------------------------------------------- progress
+# ----------------------------------------------------------------------------------------- progress
 
 
 def test_a_killed_run_measures_each_example_once(tmp_path):
@@ -69,7 +72,9 @@ def test_a_killed_run_measures_each_example_once(tmp_path):
 
 
 def test_a_line_cut_short_counts_for_nothing(tmp_path):
-    """Breaks when half a line is taken for a result, or what is added behind it is lost to the next run."""
+    """Breaks when half a line is taken for a result, or what is added behind it is lost to the next
+    run.
+    """
     examples = make()
     with pytest.raises(KeyboardInterrupt):
         run.measure(Counting(fail_after=2), examples, 3, run.Progress(tmp_path, IDENTITY))
@@ -143,7 +148,9 @@ def test_processes_take_batches_in_turn(tmp_path, monkeypatch):
     ],
 )
 def test_another_runs_progress_is_refused(tmp_path, changed, message):
-    """Breaks when scores of two runs are mixed, the error names what follows from the difference, or touches what is there."""
+    """Breaks when scores of two runs are mixed, the error names what follows from the difference,
+    or touches what is there.
+    """
     progress = run.Progress(tmp_path, IDENTITY)
     progress.add(make(1), [[]])
     before = progress.path.read_bytes()
@@ -168,7 +175,9 @@ def test_a_score_that_is_not_finite_ends_the_run(tmp_path, value):
 
 
 def test_what_a_run_is_about():
-    """Breaks when another text, id or partner passes for the same run, or another order for another one."""
+    """Breaks when another text, id or partner passes for the same run, or another order for another
+    one.
+    """
     examples = make(4)
     same = run.content(examples)
     assert same == run.content(examples[::-1]) != run.content(examples[:3])
@@ -181,7 +190,7 @@ def test_what_a_run_is_about():
     assert run.content(drawn.with_partners(apart)) != run.content(apart)
 
 
-# -------------------------------------------------------------------------------------------------------- summing up
+# --------------------------------------------------------------------------------------- summing up
 
 TEXTS = {
     "memory": [
@@ -228,7 +237,9 @@ def suite_named(name):
 
 
 def test_scores_of_all_are_those_of_all_texts():
-    """Breaks when a score of all is a mean of scores, a group takes others' examples, or an interval misses what was resampled."""
+    """Breaks when a score of all is a mean of scores, a group takes others' examples, or an
+    interval misses what was resampled.
+    """
     result = run.summarise(suite_named("autoencode"), restored(), seed=0)
     for arm, made in TEXTS.items():
         assert result["scores"]["bleu"][arm]["mean"] == pytest.approx(
@@ -243,7 +254,8 @@ def test_scores_of_all_are_those_of_all_texts():
     assert result["scores"]["ae_loss"]["memory"]["mean"] == pytest.approx(
         (1.5 + 3 + 4.5 + 6) / (2 + 3 + 4 + 5)
     )
-    # Two clusters: of a loss, a replicate is one of them, the other, or both. A quarter of all lie at each end.
+    # Two clusters: of a loss, a replicate is one of them, the other, or both. A quarter of all lie
+    # at each end.
     ends = [1.5 / 2, (3 + 4.5 + 6) / 12]
     assert [result["scores"]["ae_loss"]["memory"][end] for end in ("low", "high")] == pytest.approx(
         ends
@@ -269,7 +281,7 @@ def test_scores_of_all_are_those_of_all_texts():
 
 
 def test_the_order_of_examples_changes_nothing():
-    """Breaks when intervals depend on the order in which batches or processes gave their records."""
+    """Breaks when intervals depend on the order in which batches or processes finish."""
     one, other = (
         run.summarise(suite_named("autoencode"), records, 3)["scores"]
         for records in (restored(), restored()[::-1])
@@ -327,7 +339,9 @@ def test_retention_is_the_mean_over_sets():
 
 
 def test_no_number_of_the_results_is_infinite():
-    """Breaks when a replicate in which the full context scores 0 makes an interval that JSON cannot hold."""
+    """Breaks when a replicate in which the full context scores 0 makes an interval that JSON cannot
+    hold.
+    """
     few = run.summarise(suite_named("qa"), answered(full=(0, 0, 50, 20, 0)), 0)
     json.dumps(few, allow_nan=False)
     assert few["scores"]["retention"]["memory"]["mean"] == pytest.approx(
@@ -336,7 +350,9 @@ def test_no_number_of_the_results_is_infinite():
 
 
 def test_pairs_of_adapters():
-    """Breaks when examples of two adapters are not paired, better is more where it is less, or ties count for one side."""
+    """Breaks when examples of two adapters are not paired, better is more where it is less, or ties
+    count for one side.
+    """
     numbers = {
         "f1": {"a": (10, 20, 30, 40), "b": (10, 25, 20, 0), "c": (0, 0, 0, 0)},
         "ae_loss": {"a": (1, 2, 4, 4), "b": (2, 3, 3, 3)},
@@ -376,7 +392,9 @@ def test_pairs_of_adapters():
 
 
 def test_only_the_longest_is_summed_up():
-    """Breaks when contexts of several lengths, or spans of several segments, are mixed into one perplexity."""
+    """Breaks when contexts of several lengths, or spans of several segments, are mixed into one
+    perplexity.
+    """
     records = []
     for i, tokens in enumerate(("32", "128", "64", "128")):
         one = {

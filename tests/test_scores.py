@@ -28,12 +28,16 @@ WORDS = [
 
 
 def texts(rng, count, longest=12):
-    """Random texts of 0 to `longest` words, so that some share nothing and some are too short for four-grams."""
+    """Random texts of 0 to `longest` words, so that some share nothing and some are too short for
+    four-grams.
+    """
     return [" ".join(rng.choice(WORDS, size=rng.integers(longest + 1))) for _ in range(count)]
 
 
 def test_bleu():
-    """Breaks when the order of arguments or the scale is off: precision punishes what is added, not what is missing."""
+    """Breaks when the order of arguments or the scale is off: precision punishes what is added, not
+    what is missing.
+    """
     assert scores.bleu(["a b c d e"], ["a b c d e"]) == pytest.approx(100)
     # 4 of 5 words, 3 of 4, 2 of 3, 1 of 2 n-grams are right.
     assert scores.bleu(["a b c d x"], ["a b c d e"]) == pytest.approx(
@@ -91,7 +95,9 @@ def test_unequal_or_empty_lists_are_refused():
     ],
 )
 def test_squad(prediction, answers, em, f1):
-    """Breaks when normalisation, the choice of the best answer or the count of shared words departs from SQuAD v1.1."""
+    """Breaks when normalisation, the choice of the best answer or the count of shared words departs
+    from SQuAD v1.1.
+    """
     assert scores.squad_em(prediction, answers) == em
     assert scores.squad_f1(prediction, answers) == pytest.approx(f1)
 
@@ -124,7 +130,9 @@ def test_rouge():
 
 
 def test_prefix_match():
-    """Breaks when matches after the first difference count, or when the share is taken of the prediction."""
+    """Breaks when matches after the first difference count, or when the share is taken of the
+    prediction.
+    """
     assert scores.prefix_match([5, 6, 9, 8], [5, 6, 7, 8]) == 50
     assert scores.prefix_match([5, 6], [5, 6, 7, 8]) == 50
     assert scores.prefix_match([5, 6, 7], [5, 6]) == 100
@@ -153,7 +161,9 @@ def test_bleu_counts():
 
 
 def test_bleu_from_counts_is_corpus_bleu():
-    """Breaks when smoothing, the brevity penalty, or corpora without a match or without four-grams come out otherwise than sacrebleu's."""
+    """Breaks when smoothing, the brevity penalty, or corpora without a match or without four-grams
+    come out otherwise than sacrebleu's.
+    """
     rng = np.random.default_rng(2)
     expected, sums, smoothed = [], [], 0
     for case in range(200):
@@ -174,7 +184,9 @@ def test_bleu_from_counts_is_corpus_bleu():
 
 
 def test_bleu_from_random_counts():
-    """Breaks on counts that random texts seldom give: any order may be without a match, or lengths far apart."""
+    """Breaks on counts that random texts seldom give: any order may be without a match, or lengths
+    far apart.
+    """
     rng = np.random.default_rng(3)
     for _ in range(300):
         total = np.sort(rng.integers(0, 9, size=4))[::-1]

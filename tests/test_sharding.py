@@ -1,4 +1,4 @@
-"""Several devices: arrays really are split over them, and give the losses and gradients that one device gives."""
+"""Several devices: arrays are really split, and losses and gradients equal one device's."""
 
 import dataclasses
 import functools
@@ -10,13 +10,19 @@ import pytest
 from conftest import FRAMING, TINY, close, eight_devices, random_lora, random_params, random_trained
 from jax.sharding import AbstractMesh
 
-from icae_jax.compression import encoder, methods
-from icae_jax.data.batches import StaticInt
+from icae_jax.compression import encoder
+from icae_jax.compression.config import CompressionConfig
+from icae_jax.compression.decoder import Decoder
+from icae_jax.compression.segments import Contexts, segment_contexts
+from icae_jax.data.drawing import StaticInt
 from icae_jax.models import llama, lora
+from icae_jax.models.llama import FrozenModel
 from icae_jax.objectives import loss, targets
+from icae_jax.objectives.packing import pack
 from icae_jax.runtime import sharding
 from icae_jax.training import step
 from icae_jax.training.config import OptimizerConfig
+from icae_jax.training.optimizer import make_optimizer
 
 
 class Autoencoding:
@@ -26,9 +32,7 @@ class Autoencoding:
 
     def __init__(self, method, remat):
         self.model = llama.Llama(TINY, lora_scale=0.5, remat=remat)
-        self.compression = encoder.CompressionConfig(
-            method=method, k=3, rate=8 / 3, k_choices=(2, 3)
-        )
+        self.compression = CompressionConfig(method=method, k=3, rate=8 / 3, k_choices=(2, 3))
 
     def counts(self, batch):
         return {"ae": jnp.sum(batch["targets"]["label_mask"]).astype(jnp.float32)}
@@ -38,17 +42,25 @@ class Autoencoding:
 
     def losses(self, trained, frozen, batch, key):
         c = self.compression
-        memory = methods.compress(
-            self.model, frozen, trained, batch["context"], batch["lengths"], c, batch["k"]
+        memory = encoder.compress(
+            FrozenModel(self.model, frozen),
+            trained,
+            Contexts(batch["context"], batch["lengths"], int(batch["k"])),
+            c,
         )
         losses = loss.label_losses(
-            self.model, frozen, trained, memory, {"ae": batch["targets"]}, {"ae": ()}, c.layout, 5
+            Decoder.of(FrozenModel(self.model, frozen), trained),
+            memory,
+            {"ae": batch["targets"]},
+            {"ae": ()},
+            c.position_layout,
+            5,
         )
         return loss.objective_sums(losses, {"ae": batch["targets"]})
 
 
 def spec(x):
-    """Of each dimension the mesh axes that it is split over, as text."""
+    """The mesh axes that each dimension is split over, as text."""
     return [
         "+".join([axes] if isinstance(axes, str) else axes or ())
         for axes in (*x.sharding.spec, *[None] * x.ndim)[: x.ndim]
@@ -56,17 +68,19 @@ def spec(x):
 
 
 def train(method, mesh_config, remat):
-    """One accumulated step with a drawn k: what it gives, and how batch, parameters, optimizer state and K/V lie on the mesh."""
+    """One accumulated step with a drawn k: its results, and how batch, parameters, optimizer state
+    and K/V lie on the mesh.
+    """
     task, mesh = Autoencoding(method, remat), sharding.make_mesh(mesh_config)
     placement = sharding.Placement(mesh, TINY)
     rng = np.random.default_rng(0)
     texts = [
         rng.integers(3, 64, n).tolist() for n in (5, 8, 3, 4, 7, 6, 2, 8, 8, 1, 3, 5, 6, 6, 7, 2)
     ]
-    ids, lengths = encoder.segment_contexts(texts, task.compression)
-    packed = targets.pack([[targets.ae_target(t, FRAMING)] for t in texts], 1, 9, 9)
+    ids, lengths = segment_contexts(texts, task.compression)
+    packed = pack([[targets.ae_target(t, FRAMING)] for t in texts], 1, 9, 9)
     batch = {"context": ids, "lengths": lengths, "targets": packed, "k": StaticInt(2)}
-    optimizer, _ = step.make_optimizer(OptimizerConfig(warmup_steps=0), 1)
+    optimizer, _ = make_optimizer(OptimizerConfig(warmup_steps=0), 1)
     params, state = random_params(TINY), step.init_state(random_trained(TINY, 3), optimizer)
     shardings = placement.tree(state)
     with placement.active():
@@ -114,14 +128,14 @@ def keys(model, params, context_BSN):
     )[1][0]
 
 
-# One axis, and all of them; of the policies, none is that of one device, and dots that of test_distributed's run on eight.
+# One axis, and all of them. Remat policies: one device uses none, test_distributed's eight dots.
 CASES = [("icae", (1, 8, 1), "full"), ("x500", (2, 2, 2), "frozen")]
 KV = sharding.MeshConfig(2, 2, 2)
 
 
 @pytest.fixture(scope="module")
 def runs():
-    """`{case: result}` on eight devices, and `{method: result}` on one, where nothing is recomputed."""
+    """`{case: result}` on eight devices, and `{method: result}` on one, without remat."""
     alone = {method: train(method, sharding.MeshConfig(), "none") for method in ("icae", "x500")}
     with eight_devices():
         return {
@@ -130,7 +144,9 @@ def runs():
 
 
 def test_biases_on_eight_devices():
-    """Breaks when a bias that is stored in parts is added in parts, or once for every part of a sum over devices; also beside LoRA."""
+    """Breaks when a bias is added per shard or once for every term of a sum over devices, also
+    beside LoRA.
+    """
     config = dataclasses.replace(TINY, qkv_bias=True, o_bias=True, mlp_bias=True)
     params, adapter = random_params(config), random_lora(config, targets=lora.PROJECTIONS)
     ids = np.random.default_rng(0).integers(0, 64, (4, 8))
@@ -166,7 +182,9 @@ def test_biases_on_eight_devices():
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
 def test_eight_devices_equal_one(case, runs):
-    """Breaks when a device sees others' rows, sums miss a device, a split weight is used in part, or a remat policy changes a value."""
+    """Breaks when a device sees others' rows, sums miss a device, a split weight is used in part,
+    or a remat policy changes a value.
+    """
     assert {remat for *_, remat in CASES} | {"none", "dots"} == set(llama.REMAT_POLICIES)
     assert runs[1]["icae"]["loss"] != runs[1]["x500"]["loss"]
     got, want = runs[0][case], runs[1][case[0]]
@@ -181,7 +199,9 @@ def test_eight_devices_equal_one(case, runs):
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
 def test_arrays_are_split_as_the_rules_say(case, runs):
-    """Breaks when something that the mesh can split is a copy on every device: base, optimizer state, batches or K/V."""
+    """Breaks when something that the mesh can split is replicated: base, optimizer state, batches
+    or K/V.
+    """
     (data, fsdp, tensor), got = case[1], runs[0][case]
     parts = dict(data=data, fsdp=fsdp, tensor=tensor)
     for name, (shape, shard, axes) in got["split"].items():
@@ -228,7 +248,9 @@ def test_arrays_are_split_as_the_rules_say(case, runs):
 
 
 def test_what_the_mesh_cannot_divide_stays_whole_and_is_named():
-    """Breaks when a mesh that does not fit the base's sizes is an error from the compiler, or silently a copy."""
+    """Breaks when a mesh that does not fit the base's sizes is a compiler error, or silently
+    replicates.
+    """
     mesh = AbstractMesh((1, 5, 4), sharding.AXES)
     placement = sharding.Placement(mesh, TINY)
     assert placement.whole == ["embed", "kv_heads"]
@@ -254,7 +276,7 @@ def test_what_the_mesh_cannot_divide_stays_whole_and_is_named():
     ],
 )
 def test_meshes_as_flags(text, sizes):
-    """Breaks when a flag's axes mean others than it names, or devices are left over."""
+    """Breaks when a flag sets other axes than it names, or devices are left over."""
     assert sharding.parse(text).sizes == sizes
 
 
@@ -278,7 +300,7 @@ def test_bad_sizes_are_named(sizes):
 
 
 def test_meshes_take_all_devices_or_say_so():
-    """Breaks when devices idle, or a mesh that does not fit them is found out by JAX."""
+    """Breaks when devices idle, or only JAX notices that a mesh does not fit them."""
     assert sharding.MeshConfig(2, -1, 2).shape(8) == (2, 2, 2) and sharding.MeshConfig(
         1, 8, 1
     ).shape(8) == (1, 8, 1)
@@ -302,7 +324,7 @@ def test_microbatches_must_divide_over_the_devices():
 
 
 def test_host_arrays_are_split_along_any_axis():
-    """Breaks when an axis other than the first is not the one that is split, or a mesh takes in other processes' devices."""
+    """Breaks when the wrong axis is split, or a local mesh takes in other processes' devices."""
     mesh = sharding.local_mesh()
     assert mesh.devices.ravel().tolist() == jax.local_devices() and mesh.axis_names == (
         "data",
@@ -317,7 +339,9 @@ def test_host_arrays_are_split_along_any_axis():
 
 
 def test_rows_are_put_where_they_belong():
-    """Breaks when rows, which a process makes alone, reach a batch in another order, or come back from the devices changed."""
+    """Breaks when rows that one process makes reach a batch in another order, or come back from the
+    devices changed.
+    """
     mesh = sharding.make_mesh()
     rows = sharding.local_rows(mesh, 8)
     assert rows.tolist() == list(range(8))

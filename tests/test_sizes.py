@@ -25,7 +25,8 @@ COUNTS = {
     "Qwen/Qwen3-8B": 8_190_735_360,
 }
 
-# What no count shows, as the models' config.json and papers have it: heads, positions, RoPE, the norm's epsilon, windows.
+# What no parameter count shows, from the models' config.json and papers: heads, positions, RoPE,
+# the norm's epsilon, windows.
 CONSTANTS = {
     "meta-llama/Llama-2-7b-hf": (32, 4096, 1e4, None, 1e-5, ()),
     "meta-llama/Llama-2-70b-hf": (64, 4096, 1e4, None, 1e-5, ()),
@@ -48,7 +49,9 @@ CONSTANTS = {
 
 @pytest.mark.parametrize("name", sizes.NAMED)
 def test_parameter_counts(name):
-    """Breaks when a width, a number of layers or heads, a bias, a norm or the tying of the head is not the published model's."""
+    """Breaks when a width, a count of layers or heads, a bias, a norm or the tied head is not the
+    published model's.
+    """
     assert (
         sum(math.prod(x.shape) for x in jax.tree.leaves(llama.param_shapes(sizes.find(name))))
         == COUNTS[name]
@@ -70,7 +73,9 @@ def test_constants_that_no_count_shows(name):
 
 @pytest.mark.parametrize("name", sizes.NAMED)
 def test_through_config_json(name):
-    """Breaks when a base has what no architecture of the hub computes, or a field is lost on the way."""
+    """Breaks when a base has what no architecture of the hub computes, or a field is lost in
+    config.json.
+    """
     raw = config_json.hub_config(sizes.find(name), "bfloat16", {})
     assert config_json.parse_config(raw) == sizes.find(name)
     families = {

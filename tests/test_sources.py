@@ -13,9 +13,10 @@ import zstandard
 from conftest import write_jsonl
 
 from icae_jax import errors
-from icae_jax.data import reading, sources
+from icae_jax.data import places, reading, sources, unpacking
 from icae_jax.data.builders import builder, shards
 from icae_jax.data.builders.inputs import Request
+from icae_jax.data.rows import Row
 from icae_jax.errors import UserError
 from icae_jax.workflows.prepare import prepare
 
@@ -50,9 +51,7 @@ def test_default_ids_of_joined_files_differ(tmp_path):
 
 
 def row(text, where, own=None, question=None):
-    return sources.Row(
-        text, question, question and ("a",), where, own or where, "", own is not None
-    )
+    return Row(text, question, question and ("a",), where, own or where, "", own is not None)
 
 
 def test_no_id_is_lost_or_stands_for_two_texts():
@@ -110,14 +109,14 @@ def test_zst_is_read_as_gz_is(tmp_path):
 
 def handed_out(monkeypatch):
     """A list that grows by the sizes of the pieces that a .zst file is unpacked into."""
-    sizes, readinto = [], reading._ZstdFile.readinto
+    sizes, readinto = [], unpacking.ZstdFile.readinto
 
     def counted(self, buffer):
         count = readinto(self, buffer)
         sizes.append(count + len(self._ready))
         return count
 
-    monkeypatch.setattr(reading._ZstdFile, "readinto", counted)
+    monkeypatch.setattr(unpacking.ZstdFile, "readinto", counted)
     return sizes
 
 
@@ -140,7 +139,7 @@ def test_a_line_is_bounded(tmp_path, monkeypatch, name, suffix):
         match=f"^{where}: longer than 100,000 bytes, .*; split it \\(in training, data.max_row_bytes",
     ):
         next(rows)
-    assert (suffix == ".zst") == bool(sizes) and sum(sizes) <= 100_000 + 2 * reading.CHUNK + len(
+    assert (suffix == ".zst") == bool(sizes) and sum(sizes) <= 100_000 + 2 * unpacking.CHUNK + len(
         fine
     )
     path.write_bytes(pack(fine))
@@ -295,7 +294,7 @@ def test_missing_and_empty_sources(tmp_path):
     with pytest.raises(ValueError, match=f"data file {tmp_path}/no.jsonl: no such file"):
         sources.identity(f"{tmp_path}/no.jsonl")
     with pytest.raises(ValueError, match="the data source is empty"):
-        sources.split_source(" , ")
+        places.split_source(" , ")
     for read in (sources.identity, lambda *args: list(sources.read_rows(*args))):
         with pytest.raises(
             ValueError,

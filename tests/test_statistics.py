@@ -15,7 +15,9 @@ def counted(values):
 
 
 def test_resampling_draws_whole_clusters():
-    """Breaks when examples on one context are drawn apart, or when a replicate draws more or fewer clusters than there are."""
+    """Breaks when examples on one context are drawn apart, or when a replicate draws more or fewer
+    clusters than there are.
+    """
     weights = statistics.resample(["b", "a", "b", "c", "b"], seed=0, replicates=50)
     assert weights.shape == (50, 5) and weights.dtype == np.uint8
     assert (weights[:, 0] == weights[:, 2]).all() and (weights[:, 0] == weights[:, 4]).all()
@@ -57,10 +59,13 @@ def test_aggregates():
 
 
 def test_estimate_by_hand():
-    """Breaks when the point is not the plain sum's, or when the interval is not the percentiles of the weighted sums."""
+    """Breaks when the point is not the plain sum's, or when the interval is not the percentiles of
+    the weighted sums.
+    """
     weights = np.array([[0, 2], [1, 1], [2, 0], [1, 1], [1, 1]], np.uint8)
     got = statistics.estimate([[10, 1], [40, 2]], statistics.ratio, weights)
-    # replicates: 20, 50/3, 10, 50/3, 50/3; percentiles between neighbours of the sorted: 10, 50/3, 50/3, 50/3, 20
+    # replicates: 20, 50/3, 10, 50/3, 50/3; percentiles between neighbours of the sorted: 10, 50/3,
+    # 50/3, 50/3, 20
     assert got == pytest.approx((50 / 3, 10 + 0.1 * (50 / 3 - 10), 20 - 0.1 * (20 - 50 / 3), 2))
     assert isinstance(got, statistics.Estimate) and isinstance(got.mean, float)
 
@@ -87,7 +92,9 @@ def test_corpus_bleu_estimate():
 
 
 def test_intervals_cover_the_truth():
-    """Breaks when intervals are too narrow or too wide: 95 % of them should hold the true mean, also with clustered examples."""
+    """Breaks when intervals are too narrow or too wide: 95 % of them should hold the true mean,
+    also with clustered examples.
+    """
     rng, inside = np.random.default_rng(3), {"apart": 0, "clustered": 0}
     clusters = np.repeat(np.arange(40), 3)
     for case in range(300):
@@ -149,7 +156,8 @@ def test_retention_by_hand():
         "three": ([30], [40], w3),
     }
     got, left_out = statistics.retention(per_set)
-    # one: 50 in every replicate; two: 90/180 = 50, 50, and 100 from its first example alone; three: 75. Means: 175/3, 175/3, 75.
+    # one: 50 in every replicate; two: 90/180 = 50, 50, and 100 from its first example alone; three:
+    # 75. Means: 175/3, 175/3, 75.
     assert (
         got == pytest.approx((175 / 3, 175 / 3, 175 / 3 + 0.95 * (75 - 175 / 3), 6))
         and left_out == []
@@ -159,7 +167,9 @@ def test_retention_by_hand():
 
 
 def test_retention_is_paired_within_a_set():
-    """Breaks when both arms of a set do not share their resampled examples: half of whatever the full context scores is always 50 %."""
+    """Breaks when both arms of a set do not share their resampled examples: half of whatever the
+    full context scores is always 50 %.
+    """
     full = np.random.default_rng(6).uniform(0, 100, 50)
     got, _ = statistics.retention({"a": (full / 2, full, statistics.resample(range(50), 0))})
     assert got == pytest.approx((50, 50, 50, 50))

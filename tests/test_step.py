@@ -1,4 +1,4 @@
-"""One training step: accumulation, clipping, the learning rate, randomness; and how far bfloat16 strays."""
+"""One training step: accumulation, clipping, learning rate, randomness, and bfloat16's error."""
 
 import dataclasses
 
@@ -9,17 +9,23 @@ import optax
 import pytest
 from conftest import FRAMING, TINY, close, random_trained
 
-from icae_jax.compression import encoder, methods
+from icae_jax.compression import encoder
+from icae_jax.compression.config import CompressionConfig
+from icae_jax.compression.decoder import Decoder
+from icae_jax.compression.segments import Contexts, segment_contexts
 from icae_jax.models import llama
+from icae_jax.models.llama import FrozenModel
 from icae_jax.objectives import loss, targets
+from icae_jax.objectives.packing import pack
 from icae_jax.training import step
 from icae_jax.training.config import OptimizerConfig
+from icae_jax.training.optimizer import make_optimizer
 
 OPTIMIZER = OptimizerConfig(learning_rate=0.1, warmup_steps=0, clip=0.5)
 
 
 class Toy:
-    """A linear model with the interface of a task; objective "lm" has fewer labels than "ae", in some rows none."""
+    """A linear task; objective "lm" has fewer labels than "ae", in some rows none."""
 
     def __init__(self, noise=0.0):
         self.noise, self.weights = noise, {"ae": 0.3, "lm": 0.7}
@@ -63,7 +69,7 @@ def toy_batch(scale=1.0):
 
 def run(accumulate=1, config=OPTIMIZER, task=None, steps=3, seed=0, scale=1.0):
     """The parameters after every step, and the metrics of every step."""
-    optimizer, _ = step.make_optimizer(config, 100)
+    optimizer, _ = make_optimizer(config, 100)
     state = step.init_state({"w": jnp.asarray([0.5, -0.5, 1.0])}, optimizer)
     train_step = step.make_train_step(task or Toy(), optimizer, seed, accumulate)
     parameters, metrics = [], []
@@ -82,7 +88,9 @@ def plain():
 
 @pytest.mark.parametrize("accumulate", [2, 4, 8])
 def test_accumulating_equals_one_large_batch(accumulate, plain):
-    """Breaks when microbatches are averaged although their label counts differ, rows are lost, or gradients not summed."""
+    """Breaks when microbatches are averaged although their label counts differ, rows are lost, or
+    gradients not summed.
+    """
     (parameters, metrics), (want, want_metrics) = run(accumulate), plain
     for got, wanted in zip(parameters, want, strict=True):
         close(got, wanted)
@@ -94,7 +102,9 @@ def test_accumulating_equals_one_large_batch(accumulate, plain):
 
 
 def test_first_step_by_hand():
-    """Breaks when a weight, denominator or sign is wrong, or weight decay is missing: AdamW's first step moves by the sign."""
+    """Breaks when a weight, denominator or sign is wrong, or weight decay is missing: AdamW's first
+    step moves by the sign.
+    """
     config = dataclasses.replace(OPTIMIZER, clip=1e-3, weight_decay=0.2)
     batch, w = toy_batch(), np.asarray([0.5, -0.5, 1.0])
     gradient = np.zeros(3)
@@ -113,21 +123,24 @@ def test_first_step_by_hand():
 
 
 def test_clipping_bounds_what_a_huge_batch_does():
-    """Breaks when gradients are not clipped: an outlier would then outweigh, in Adam's moments, the steps round it."""
+    """Breaks when gradients are not clipped: an outlier would dominate Adam's moments."""
     moments, gradient, zero = (
         [],
         {"w": np.asarray([30.0, 40.0], np.float32)},
         {"w": np.zeros(2, np.float32)},
     )
     for clip in (0.5, 1e9):
-        optimizer, _ = step.make_optimizer(dataclasses.replace(OPTIMIZER, clip=clip), 100)
-        _, state = jax.jit(lambda of: optimizer.update(gradient, optimizer.init(of), of))(zero)  # noqa: B023
+        optimizer, _ = make_optimizer(dataclasses.replace(OPTIMIZER, clip=clip), 100)
+        update = lambda w: optimizer.update(gradient, optimizer.init(w), w)  # noqa: B023, E731
+        _, state = jax.jit(update)(zero)
         moments.append(float(np.linalg.norm(optax.tree.get(state, "mu")["w"])))
     assert moments == pytest.approx([0.1 * 0.5, 0.1 * 50])
 
 
 def test_randomness_is_a_function_of_seed_and_step():
-    """Breaks when dropout repeats in every step or microbatch, ignores the seed, or differs when a run is repeated."""
+    """Breaks when dropout repeats in every step or microbatch, ignores the seed, or differs when a
+    run is repeated.
+    """
     noisy = [
         run(accumulate, task=Toy(0.5), seed=seed)
         for accumulate, seed in ((1, 0), (1, 0), (1, 1), (2, 0))
@@ -148,7 +161,7 @@ def test_randomness_is_a_function_of_seed_and_step():
 
 def test_an_objective_without_labels_counts_nothing():
     """Breaks when a batch without LM labels divides by zero."""
-    optimizer, _ = step.make_optimizer(OPTIMIZER, 100)
+    optimizer, _ = make_optimizer(OPTIMIZER, 100)
     batch = toy_batch()
     batch["lm"]["mask"] = np.zeros((8, 5), bool)
     state = step.init_state({"w": jnp.asarray([0.5, -0.5, 1.0])}, optimizer)
@@ -161,36 +174,40 @@ def test_an_objective_without_labels_counts_nothing():
 
 
 def test_learning_rate():
-    """Breaks when warm-up spends its first step on 0, does not reach the rate, or cosine ends elsewhere than at decay_steps."""
+    """Breaks when warm-up spends its first step on 0, does not reach the rate, or cosine ends
+    elsewhere than at decay_steps.
+    """
     config = OptimizerConfig(learning_rate=8.0, warmup_steps=4)
-    _, rate = step.make_optimizer(config, 10)
+    _, rate = make_optimizer(config, 10)
     assert [float(rate(i)) for i in (0, 1, 2, 3, 4, 9, 1000)] == [2, 4, 6, 8, 8, 8, 8]
-    _, rate = step.make_optimizer(dataclasses.replace(config, warmup_steps=0), 10)
+    _, rate = make_optimizer(dataclasses.replace(config, warmup_steps=0), 10)
     assert [float(rate(i)) for i in (0, 9)] == [8, 8]
-    _, rate = step.make_optimizer(dataclasses.replace(config, schedule="cosine"), 24)
+    _, rate = make_optimizer(dataclasses.replace(config, schedule="cosine"), 24)
     assert [float(rate(i)) for i in (0, 3, 13, 23)] == pytest.approx([2, 8, 4, 0], abs=1e-5)
-    _, rate = step.make_optimizer(
-        dataclasses.replace(config, schedule="cosine", decay_steps=44), 24
-    )
+    _, rate = make_optimizer(dataclasses.replace(config, schedule="cosine", decay_steps=44), 24)
     assert [float(rate(i)) for i in (3, 23, 43)] == pytest.approx([8, 4, 0], abs=1e-5)
 
 
 def test_the_learning_rate_is_the_one_used():
-    """Breaks when optimizer and schedule are a step apart: without decay, AdamW's first step is the rate itself."""
+    """Breaks when optimizer and schedule are a step apart: without decay, AdamW's first step is the
+    rate itself.
+    """
     config = OptimizerConfig(learning_rate=0.8, warmup_steps=4, weight_decay=0.0)
     (after,), _ = run(config=config, steps=1)
     close(np.abs(after - np.asarray([0.5, -0.5, 1.0])), [0.2] * 3, 1e-4)
 
 
 def test_bfloat16_stays_near_float32(tiny_params):
-    """Breaks when bfloat16 strays by over 0.5 % in the loss or 12 % in the gradient, or trained parameters leave float32."""
-    config = encoder.CompressionConfig(k=4, rate=4)
+    """Breaks when bfloat16 changes the loss by over 0.5 % or the gradient by over 12 %, or trained
+    parameters leave float32.
+    """
+    config = CompressionConfig(k=4, rate=4)
     contexts = np.random.default_rng(0).integers(3, 64, (3, 16)).tolist()
-    ids, lengths = map(jnp.asarray, encoder.segment_contexts(contexts, config))
+    ids, lengths = map(jnp.asarray, segment_contexts(contexts, config))
     packed = {
         "ae": jax.tree.map(
             jnp.asarray,
-            targets.pack([[targets.ae_target(c, FRAMING)] for c in contexts], 1, 17, 17),
+            pack([[targets.ae_target(c, FRAMING)] for c in contexts], 1, 17, 17),
         )
     }
     trained = random_trained(TINY, 4)
@@ -200,9 +217,16 @@ def test_bfloat16_stays_near_float32(tiny_params):
         params = jax.tree.map(lambda x: np.asarray(x).astype(dtype), tiny_params)
 
         def of(trained, params):
-            memory = methods.compress(model, params, trained, ids, lengths, config)
+            memory = encoder.compress(
+                FrozenModel(model, params), trained, Contexts(ids, lengths, config.k), config
+            )
             losses = loss.label_losses(
-                model, params, trained, memory, packed, {"ae": ()}, config.layout, 8
+                Decoder.of(FrozenModel(model, params), trained),
+                memory,
+                packed,
+                {"ae": ()},
+                config.position_layout,
+                8,
             )["ae"]
             assert losses.dtype == jnp.float32
             return jnp.mean(losses)

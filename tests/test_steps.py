@@ -17,7 +17,9 @@ from icae_jax.runtime import sharding
 from icae_jax.training import metrics
 from icae_jax.training import step as training_step
 from icae_jax.training.compressor_task import CompressorTask
-from icae_jax.training.config import TrainConfig, from_dict
+from icae_jax.training.config import TrainConfig
+from icae_jax.training.config_file import from_dict
+from icae_jax.training.optimizer import make_optimizer
 
 QA = {"phase": "finetune", "init_from": "scratch", "objectives": {"ae": 0.5, "lm": 0.0, "qa": 0.5}}
 
@@ -59,7 +61,7 @@ def test_the_step_is_training_s(raw):
     batches, trained = list(task.train_batches(0, 2)), jax.tree.map(np.asarray, task.init())
     spec = programs.Spec("train", config, TINY, 2, 32)
     timed = steps.TrainingStep(spec, task.frozen, batches[0], trained)
-    optimizer, _ = training_step.make_optimizer(config.optimizer, config.steps)
+    optimizer, _ = make_optimizer(config.optimizer, config.steps)
     train, state = (
         training_step.make_train_step(task, optimizer, config.seed, 2),
         training_step.init_state(trained, optimizer),

@@ -1,4 +1,4 @@
-"""Which files of a base hold its tensors, and where they and its config.json contradict each other."""
+"""Which files of a base hold its tensors, and contradictions between them and config.json."""
 
 import dataclasses
 import io
@@ -11,12 +11,14 @@ import pytest
 import safetensors.numpy
 from conftest import TINY, same
 
-from icae_jax import errors, files
-from icae_jax.interop.hub import stored, weights
+from icae_jax import errors
+from icae_jax.interop.hub import orbax_copy, remote_rows, stored, weights
 
 
 def shards(folder, tensors, **moved):
-    """Writes the tensors into two files in place of one, with their index. moved: `{file: {name: value}}` that files hold beside theirs."""
+    """Splits the tensors over two files with an index. moved: `{file: {name: value}}`, further
+    tensors of these files.
+    """
     names = sorted(tensors)
     parts = {"one.safetensors": names[::2], "two.safetensors": names[1::2]}
     for file, held in parts.items():
@@ -29,8 +31,8 @@ def shards(folder, tensors, **moved):
 
 
 def said(capsys):
-    """What was said on stderr since the last call; it is said anew afterwards."""
-    files.say.cache_clear()
+    """Returns stderr since the last call, and lets notes be printed again."""
+    errors.say.cache_clear()
     return capsys.readouterr().err
 
 
@@ -38,8 +40,8 @@ TIED = dataclasses.replace(TINY, tie_word_embeddings=True)
 
 
 def test_a_tied_head_is_the_embeddings(folder, tensors, tiny_params, capsys):
-    """Breaks when a tied base whose file holds the same head too is refused, one with a head of its own is read without it, or one whose
-    table goes by the head's name is refused.
+    """Breaks when a tied base whose file also holds the same head is refused, one with another head
+    is read without it, or one whose file has the head alone is refused.
     """
     tied = {k: v for k, v in tiny_params.items() if k != "lm_head"}
     table, path = tensors["model.embed_tokens.weight"], folder / "model.safetensors"
@@ -55,7 +57,8 @@ def test_a_tied_head_is_the_embeddings(folder, tensors, tiny_params, capsys):
         for only in ((), (("norm", "scale"),)):
             with pytest.raises(
                 errors.UserError,
-                match=r"lm_head\.weight differs from .*; set tie_word_embeddings to false in config\.json",
+                match=r"lm_head\.weight differs from .*; "
+                r"set tie_word_embeddings to false in config\.json",
             ):
                 weights.load_params(folder, TIED, only=only)
     rest = {k: v for k, v in tensors.items() if k != "model.embed_tokens.weight"}
@@ -65,7 +68,7 @@ def test_a_tied_head_is_the_embeddings(folder, tensors, tiny_params, capsys):
 
 
 def test_large_tables_are_compared_to_their_end(folder, tensors, monkeypatch):
-    """Breaks when the comparison of head and embeddings leaves out the rows of a last, shorter block."""
+    """Breaks when comparing head and embeddings omits the rows of a last, shorter block."""
     monkeypatch.setattr(stored, "COMPARED_NUMBERS", 5 * TINY.hidden_size)
     for row in (63, 60, 0):
         head = tensors["model.embed_tokens.weight"].copy()
@@ -111,8 +114,8 @@ LAYER, VECTOR = "model.layers.0.", np.zeros(8, np.float32)
 def test_tensors_that_config_json_does_not_announce_are_refused(
     folder, tensors, monkeypatch, name, remedy
 ):
-    """Breaks when a base is read without a part of it: the model would be another."""
-    monkeypatch.setattr(weights, "_read", lambda *args: pytest.fail("read"))
+    """Breaks when a base is loaded without one of its parts: it would be another model."""
+    monkeypatch.setattr(weights, "_read_shard", lambda *args: pytest.fail("read"))
     safetensors.numpy.save_file(tensors | {name: VECTOR}, folder / "model.safetensors")
     with pytest.raises(errors.UserError) as caught:
         weights.load_params(folder, TINY)
@@ -123,8 +126,8 @@ def test_tensors_that_config_json_does_not_announce_are_refused(
 
 
 def test_tensors_beside_the_model_are_named(folder, tensors, tiny_params, capsys):
-    """Breaks when what a file holds beside the model (another task's head, a vision tower) is left out without a word, or refused; or
-    what is computed anew by everybody is named.
+    """Breaks when further tensors (another task's head, a vision tower) are dropped silently or
+    refused, or buffers that everybody recomputes are named.
     """
     said(capsys)
     harmless = {
@@ -148,24 +151,28 @@ def test_tensors_beside_the_model_are_named(folder, tensors, tiny_params, capsys
     same(weights.load_params(folder, TINY), tiny_params)
     told = said(capsys)
     assert (
-        f"{folder}: not of this model and not read: 6 tensors ({', '.join(others[:5])}, …)" in told
+        f"not of this model and not read: 6 tensors ({', '.join(others[:5])}, …)" in told
         and told.count("\n") == 1
     )
 
 
 def test_what_config_json_announces_is_there(folder, tensors):
-    """Breaks when a head or biases that the files lack are made up, or nobody says which field announced them."""
+    """Breaks when a missing head or bias is made up, or the message does not name the field that
+    announced it.
+    """
     safetensors.numpy.save_file(
         {k: v for k, v in tensors.items() if k != "lm_head.weight"}, folder / "model.safetensors"
     )
     with pytest.raises(
         errors.UserError,
-        match=r"1 tensor missing: lm_head\.weight; where the head is .* set tie_word_embeddings to true",
+        match=r"1 tensor missing: lm_head\.weight; where the head is .* "
+        "set tie_word_embeddings to true",
     ):
         weights.load_params(folder, TINY)
     with pytest.raises(
         errors.UserError,
-        match=r"6 tensors missing: model\.layers\.0\.mlp\.down_proj\.bias.*; attention_bias and mlp_bias",
+        match=r"6 tensors missing: model\.layers\.0\.mlp\.down_proj\.bias.*; "
+        "attention_bias and mlp_bias",
     ):
         weights.load_params(folder, dataclasses.replace(TIED, mlp_bias=True))
     safetensors.numpy.save_file(
@@ -173,23 +180,26 @@ def test_what_config_json_announces_is_there(folder, tensors):
     )
     with pytest.raises(
         errors.UserError,
-        match=r"21 tensors missing: .*; 21 tensors not in the model of config\.json: module\.lm_head",
+        match=r"21 tensors missing: .*; 21 tensors not in the model of config\.json: "
+        r"module\.lm_head",
     ):
         weights.load_params(folder, TINY)
 
 
 def test_a_table_of_fewer_rows_is_named(folder):
-    """Breaks when the identity of a base elsewhere is read from beyond a table that is shorter than config.json says."""
+    """Breaks when a remote base's identity is read from beyond a table that is shorter than
+    config.json says.
+    """
     with pytest.raises(
         errors.UserError,
         match=r"model\.embed_tokens\.weight has 64 rows, config\.json implies 80 or more",
     ):
-        weights.read_rows(
+        remote_rows.read_rows(
             folder, lambda name: io.FileIO(folder / name), "model.embed_tokens.weight", [0, 79]
         )
 
 
-# ------------------------------------------------------------------------------------------------- two copies of one thing
+# -------------------------------------------------------------------------- two copies of one thing
 
 
 @pytest.mark.parametrize(
@@ -207,7 +217,7 @@ def test_a_table_of_fewer_rows_is_named(folder):
     ],
 )
 def test_an_index_names_files_of_its_folder_alone(folder, tensors, name):
-    """Breaks when a base that was downloaded has files read from elsewhere on this machine."""
+    """Breaks when a downloaded index makes other files of this machine be read."""
     (folder.parent / "other").mkdir()
     shutil.copyfile(folder / "model.safetensors", folder.parent / "other" / "model.safetensors")
     held = dict.fromkeys(tensors, "model.safetensors") | {"model.norm.weight": name}
@@ -228,7 +238,7 @@ def test_an_index_names_files_of_its_folder_alone(folder, tensors, name):
     "content", ["[]", "{}", '{"weight_map": []}', '{"weight_map": {}}', '{"weight_map": null}']
 )
 def test_an_index_without_a_map_is_named(folder, content):
-    """Breaks when half an index ends in a traceback, or counts as a base without weights."""
+    """Breaks when a truncated index gives a traceback, or counts as a base without weights."""
     (folder / "model.safetensors.index.json").write_text(content)
     with pytest.raises(
         errors.UserError, match=r"model\.safetensors\.index\.json: (no weight_map|not an object)"
@@ -237,8 +247,8 @@ def test_an_index_without_a_map_is_named(folder, content):
 
 
 def test_one_file_comes_before_shards(folder, tensors, tiny_params, capsys):
-    """Breaks when an old index leads to old shards beside the file that transformers reads, or what is left is not said; in every way to
-    look at weights.
+    """Breaks when an old index leads to old shards beside the file that transformers reads, or the
+    unread ones are not named, wherever weights are looked at.
     """
     said(capsys)
     shards(folder, {name: -value for name, value in tensors.items()})
@@ -249,8 +259,8 @@ def test_one_file_comes_before_shards(folder, tensors, tiny_params, capsys):
     same(weights.load_params(folder, TINY), tiny_params)
     told = said(capsys)
     assert (
-        f"{folder / 'model.safetensors'} is read, as by transformers; model.safetensors.index.json and the 2 files"
-        in told
+        f"{folder / 'model.safetensors'} is read, as by transformers; "
+        "model.safetensors.index.json and the 2 files" in told
     )
     assert told.count("\n") == 1
     opened = []
@@ -259,20 +269,22 @@ def test_one_file_comes_before_shards(folder, tensors, tiny_params, capsys):
         opened.append(name)
         return io.FileIO(folder / name)
 
-    (folder / "elsewhere").mkdir()  # the index alone is here
+    (folder / "elsewhere").mkdir()  # holds only the index
     shutil.copy(folder / "model.safetensors.index.json", folder / "elsewhere")
-    rows = weights.read_rows(folder / "elsewhere", open_file, "model.embed_tokens.weight", [5])
+    rows = remote_rows.read_rows(folder / "elsewhere", open_file, "model.embed_tokens.weight", [5])
     assert (rows == tensors["model.embed_tokens.weight"][[5]]).all() and set(opened) == {
         "model.safetensors"
     }
     (folder / "model.safetensors").unlink()
-    rows = weights.read_rows(folder / "elsewhere", open_file, "model.embed_tokens.weight", [5])
+    rows = remote_rows.read_rows(folder / "elsewhere", open_file, "model.embed_tokens.weight", [5])
     assert (rows == -tensors["model.embed_tokens.weight"][[5]]).all()
     same(weights.load_params(folder, TINY), jax.tree.map(lambda x: -x, tiny_params))
 
 
 def test_an_index_may_name_the_one_file(folder, tensors, tiny_params, capsys):
-    """Breaks when a base of one file that has an index all the same, or of which one shard has that name, is read for another."""
+    """Breaks when a base of one file that has an index too, or with a shard of that name, is
+    misread.
+    """
     said(capsys)
     (folder / "model.safetensors.index.json").write_text(
         json.dumps({"weight_map": dict.fromkeys(tensors, "model.safetensors")})
@@ -282,8 +294,8 @@ def test_an_index_may_name_the_one_file(folder, tensors, tiny_params, capsys):
 
 
 def test_the_index_says_which_file_holds_a_tensor(folder, tensors, tiny_params, capsys):
-    """Breaks when the file that is opened first or last gives a tensor that the index has in another, or one that is not where the index
-    has it is looked for elsewhere.
+    """Breaks when a tensor is not read from the file that the index names, or one that is missing
+    there is looked for elsewhere.
     """
     said(capsys)
     names = sorted(tensors)
@@ -291,8 +303,8 @@ def test_the_index_says_which_file_holds_a_tensor(folder, tensors, tiny_params, 
     held = shards(folder, tensors, **wrong)
     same(weights.load_params(folder, TINY), tiny_params)
     assert (
-        f"read from that which model.safetensors.index.json names: 2 tensors ({names[0]}, {names[1]})"
-        in said(capsys)
+        "read from the one that model.safetensors.index.json names: "
+        f"2 tensors ({names[0]}, {names[1]})" in said(capsys)
     )
     shards(folder, tensors)
     (folder / "model.safetensors.index.json").write_text(
@@ -300,7 +312,8 @@ def test_the_index_says_which_file_holds_a_tensor(folder, tensors, tiny_params, 
     )
     with pytest.raises(
         errors.UserError,
-        match=rf"1 tensor not where model\.safetensors\.index\.json has them: {names[0]} .in two\.safe",
+        match=rf"1 tensor not where model\.safetensors\.index\.json has them: "
+        rf"{names[0]} .in two\.safe",
     ):
         weights.load_params(folder, TINY)
     (folder / "model.safetensors.index.json").write_text(
@@ -310,20 +323,20 @@ def test_the_index_says_which_file_holds_a_tensor(folder, tensors, tiny_params, 
     with pytest.raises(
         errors.UserError, match=rf"index\.json: weight_map does not have {names[0]}"
     ):
-        weights.read_rows(folder, lambda name: io.FileIO(folder / name), names[0])
+        remote_rows.read_rows(folder, lambda name: io.FileIO(folder / name), names[0])
 
 
 def test_other_copies_are_named(folder, tiny_params, capsys):
-    """Breaks when a folder holds the weights twice, and nobody hears which of them is read."""
+    """Breaks when a folder holds the weights twice and no note says which are read."""
     said(capsys)
     (folder / "pytorch_model.bin").write_bytes(b"x")
-    weights.save_orbax(folder, tiny_params)
+    orbax_copy.save_orbax(folder, tiny_params)
     same(weights.load_params(folder, TINY), tiny_params)
     assert f"{folder}: safetensors is read, not params/ and pytorch_model.bin" in said(capsys)
     (folder / "model.safetensors").rename(
         folder / "consolidated.safetensors"
-    )  # in another format, which is no copy that counts
-    assert weights.is_orbax(folder)
+    )  # in a format that is not read, so not a second copy
+    assert orbax_copy.is_orbax(folder)
     same(weights.load_params(folder, TINY), tiny_params)
     (folder / "adapter_config.json").write_text("{}")
     assert f"{folder}: the Orbax copy in params/ is read, not pytorch_model.bin" in said(capsys)
@@ -343,13 +356,15 @@ POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
     ],
 )
 def test_what_stands_in_a_files_place_is_named(folder, tensors, text, message):
-    """Breaks when a clone without its large files, or a server's error page, counts as a damaged file."""
+    """Breaks when a clone without its large files, or a server's error page, counts as a damaged
+    file.
+    """
     shards(folder, tensors)
     (folder / "two.safetensors").write_text(text)
     with pytest.raises(errors.UserError, match=rf"two\.safetensors: {message}"):
         weights.load_params(folder, TINY)
     with pytest.raises(errors.UserError, match=rf"two\.safetensors: {message}"):
-        weights.read_rows(
+        remote_rows.read_rows(
             folder, lambda name: io.FileIO(folder / name), "model.embed_tokens.weight"
         )
     (folder / "model.safetensors.index.json").write_text(text)
@@ -362,7 +377,8 @@ def test_what_stands_in_a_files_place_is_named(folder, tensors, text, message):
     [
         (
             "pytorch_model-00001-of-00002.bin",
-            r"pytorch_model-00001-of-00002\.bin: pickled weights .* are not read; transformers loads them",
+            r"pytorch_model-00001-of-00002\.bin: pickled weights .* are not read; "
+            "transformers loads them",
         ),
         ("consolidated.00.pth", r"consolidated\.00\.pth: pickled weights"),
         ("consolidated.safetensors", "in their maker's own format"),
@@ -373,13 +389,13 @@ def test_what_stands_in_a_files_place_is_named(folder, tensors, text, message):
         ),
         (
             "model-00001-of-00001.safetensors",
-            r"which of them holds which tensor says model\.safetensors\.index\.json, which is not there",
+            r"model\.safetensors\.index\.json, which says which .* is missing",
         ),
         ("notes.md", "no Orbax copy$"),
     ],
 )
 def test_other_forms_of_weights_are_named(folder, name, message):
-    """Breaks when a folder whose weights are in a form that is not read only hears that there are none."""
+    """Breaks when a folder with weights in another format is only said to have none."""
     (folder / "model.safetensors").rename(folder / name)
     with pytest.raises(errors.UserError, match=message):
         weights.load_params(folder, TINY)

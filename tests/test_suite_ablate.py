@@ -22,7 +22,9 @@ def both(path, other="icae"):
 
 
 def test_every_adapter_as_its_own_suite_has_it(tiny_base):
-    """Breaks when an arm is another adapter's, a text is measured for one alone, or a control's number gets in."""
+    """Breaks when an arm is another adapter's, a text is measured for one alone, or a control's
+    number gets in.
+    """
     named = both(tiny_base)
     suite = Ablate(named, OPTIONS)
     examples, records = measured(suite, *TEXTS)
@@ -45,7 +47,8 @@ def test_every_adapter_as_its_own_suite_has_it(tiny_base):
                 assert len(of) == len(want) == (2 if kind is Qa else 1)
                 for got, record in zip(of, want, strict=True):
                     assert got["id"] == record["id"] and got["group"] == {"measured": kind.name}
-                    # Of restored texts ROUGE-L is left out, or it would be summed with that of answers.
+                    # Of restored texts ROUGE-L is left out, or it would be summed with that of
+                    # answers.
                     left_out = {"rougeL"} if kind is Autoencode else set()
                     assert got["sums"].keys() == record["sums"].keys() - left_out
                     for metric, arms in (
@@ -72,7 +75,9 @@ def test_every_adapter_as_its_own_suite_has_it(tiny_base):
 
 
 def test_texts_that_adapters_would_cut_differently(tiny_base):
-    """Breaks when adapters are compared on different tokens: one segment holds 15 tokens beside <s>, and 16 without it."""
+    """Breaks when adapters are compared on different tokens: one segment holds 15 tokens beside
+    <s>, and 16 without it.
+    """
     suite = Ablate(both(tiny_base, "x500"), Options(continuation_tokens=20))
     examples, left_out = made(suite, text(15, 1), text(16, 2), text(40, 3))
     assert [len(e.ids) for e in examples] == [15]

@@ -1,4 +1,6 @@
-"""`autoencode`: a perfect restorer scores 100, losses are the library's, lengths are cut and grouped."""
+"""`autoencode`: a perfect restorer scores 100, losses are the library's, lengths are cut and
+grouped.
+"""
 
 import pathlib
 
@@ -19,14 +21,17 @@ from icae_jax.data import synthetic
 from icae_jax.evaluation import run, scores
 from icae_jax.evaluation.suites.autoencode import TEXT_METRICS, Autoencode
 from icae_jax.evaluation.suites.common import FULL, MEMORY, SHUFFLED, Options
-from icae_jax.inference.compressor import Compressor, Generation
+from icae_jax.inference.compressor import Compressor
+from icae_jax.inference.reading import Generation
 
 TEXTS = [text(4, 1), text(15, 2), text(40, 3)]
 
 
 @pytest.mark.parametrize("method", ["icae", pytest.param("x500", marks=pytest.mark.nightly)])
 def test_losses_are_the_librarys(tiny_base, method):
-    """Breaks when an arm has another k or memory, labels are not the text and its end, or the restored text is not `restore`'s."""
+    """Breaks when an arm has another k or memory, labels are not the text and its end, or the
+    restored text is not `restore`'s.
+    """
     one, ks = compressor(tiny_base, method), arms_of_k(method)
     examples, records = measured(Autoencode(one, Options(k=tuple(ks.values()))), *TEXTS)
     assert [len(e.ids) for e in examples] == [4, 15, 16 - len(one.framing.start)], (
@@ -57,7 +62,9 @@ def test_losses_are_the_librarys(tiny_base, method):
 
 @pytest.mark.parametrize("method", ["icae", pytest.param("x500", marks=pytest.mark.nightly)])
 def test_a_perfect_copy_scores_100(tiny_base, method, monkeypatch):
-    """Breaks when the original is not what the restored text is held against: with <s> or without it, spaces, ids."""
+    """Breaks when the original is not what the restored text is held against: with <s> or without
+    it, spaces, ids.
+    """
     said = []
 
     def restore(self, memory, batch_size, details):
@@ -87,7 +94,9 @@ def test_a_perfect_copy_scores_100(tiny_base, method, monkeypatch):
 
 
 def test_the_shipped_base_copies_behind_its_token():
-    """Breaks when the base alone is asked to copy in another way than it was trained to: it then restores nothing."""
+    """Breaks when the base alone is asked to copy in another way than it was trained to: it then
+    restores nothing.
+    """
     path = pathlib.Path(icae_jax.__file__).parent / "data" / "tiny_base"
     passages = [row["context"] for row in synthetic.passages(5, 4)]
     texts = [text(0, i, content=passage) for i, passage in enumerate(passages)]
@@ -116,13 +125,17 @@ def test_the_shipped_base_copies_behind_its_token():
 
 
 def test_lengths_are_cut_and_grouped(tiny_base):
-    """Breaks when a length is missing, a text is padded up to one, or buckets of 100 begin at 100."""
+    """Breaks when a length is missing, a text is padded to one, or buckets of 100 begin at 100."""
     one = compressor(tiny_base)
     suite = Autoencode(one, Options(context_lengths=(16, 8, 33)))
     examples, left_out = made(suite, text(20, 1), text(33, 2), text(7, 3))
     assert sorted((e.id, len(e.ids), e.group["tokens"]) for e in examples) == [
-        ("20-1", 8, "8"), ("20-1", 16, "16"), ("33-2", 8, "8"), ("33-2", 16, "16"), ("33-2", 33, "33"),
-    ]  # fmt: skip
+        ("20-1", 8, "8"),
+        ("20-1", 16, "16"),
+        ("33-2", 8, "8"),
+        ("33-2", 16, "16"),
+        ("33-2", 33, "33"),
+    ]
     assert left_out == {"texts shorter than the shortest of --context_lengths, 8 tokens": 1}
     ids = one.ids(text(33, 2).text)
     assert (
@@ -143,13 +156,16 @@ def test_lengths_are_cut_and_grouped(tiny_base):
 
 
 def test_room(tiny_base):
-    """Breaks when a text whose restoring just fits behind its memory is left out, or one that does not is run."""
+    """Breaks when a text whose restoring just fits behind its memory is left out, or one that does
+    not is run.
+    """
     one = compressor(tiny_base)
     fits = {}
     for n in range(190, 206):
         suite = Autoencode(one, Options(k=(4,), context_lengths=(n,), arms=(MEMORY,)))
         found = suite.examples(text(n, 1))
-        # <s> and the text in segments of 16; then the trigger, <s>, the text and its end: `restore` wants room for it
+        # <s> and the text in segments of 16; then the trigger, <s>, the text and its end: `restore`
+        # wants room for it
         memory = 4 * -(-(n + 1) // 16)
         fits[n] = isinstance(found, list)
         assert fits[n] == (memory + n + 3 <= 256)

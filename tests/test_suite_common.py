@@ -1,4 +1,4 @@
-"""What holds for every suite: neighbours, padding and order change no score; options and arms that make no sense are refused."""
+"""For all suites: neighbours, padding and order change no score; bad options are refused."""
 
 import dataclasses
 import math
@@ -28,7 +28,8 @@ def suite_of(name, path, method, options):
     return SUITES[name](compressor(path, method), options)
 
 
-# By day each suite with one method, in turn: what batches a suite makes hangs on the suite, how a memory is put into them on the method.
+# By day each suite with one method, in turn: what batches a suite makes hangs on the suite, how a
+# memory is put into them on the method.
 DAILY = {
     (name, ("icae", "x500")[number % 2]) for number, name in enumerate(SUITES) if name != "ablate"
 } | {("ablate", "icae")}
@@ -44,7 +45,9 @@ DAILY = {
     ],
 )
 def test_batches_and_order_change_no_score(tiny_base, name, method):
-    """Breaks when padding or a neighbour reaches a score, a partner depends on the batch, or results come back in another order."""
+    """Breaks when padding or a neighbour reaches a score, a partner depends on the batch, or
+    results come back in another order.
+    """
     whole = suite_of(name, tiny_base, method, dataclasses.replace(QUICK, batch_size=16))
     examples, _ = made(whole, *TEXTS)
     assert (
@@ -86,7 +89,7 @@ def test_options_that_make_no_sense(given, message):
 
 @pytest.mark.parametrize("name", [n for n in SUITES if n not in ("ablate", "tokens")])
 def test_unknown_arms_and_k(tiny_base, name):
-    """Breaks when a misspelt arm or a k that the adapter does not know measures nothing, silently."""
+    """Breaks when a misspelt arm, or a k that the adapter lacks, silently measures nothing."""
     with pytest.raises(
         ValueError, match=f"--arms 'memroy' is no arm of suite {name}; choose from "
     ):
@@ -96,7 +99,9 @@ def test_unknown_arms_and_k(tiny_base, name):
 
 
 def test_memory_tokens_and_arms_by_k(tiny_base):
-    """Breaks when k's arms are not named after k, the most first, or <s> is not counted in a segment."""
+    """Breaks when k's arms are not named after k, the most first, or <s> is not counted in a
+    segment.
+    """
     for method, start in (("icae", 1), ("x500", 0)):
         suite = SUITES["qa"](compressor(tiny_base, method), Options())
         assert suite.choices == [4, 2] and [suite.arm_of(k) for k in suite.choices] == [
@@ -126,7 +131,9 @@ def test_buckets():
 
 
 def test_own_scores():
-    """Breaks when an example's own score is not that of its numbers alone: BLEU of a short text with effective order."""
+    """Breaks when an example's own score is not that of its numbers alone: BLEU of a short text
+    with effective order.
+    """
     for made_text, truth in (
         ("the cat", "the cat"),
         ("the cat sat on a mat", "a cat sat on the mat"),

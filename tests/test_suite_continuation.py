@@ -1,4 +1,4 @@
-"""`continue`: the same labels in every arm, the base's own probabilities in the controls, the library's scores behind a memory."""
+"""`continue`: all arms have the same labels; controls match transformers, memories `score`."""
 
 import dataclasses
 import math
@@ -27,8 +27,10 @@ TEXTS = [text(100, 1), text(48, 2)]  # the second has 18 tokens to continue
 
 @pytest.mark.parametrize("method", ["icae", pytest.param("x500", marks=pytest.mark.nightly)])
 def test_every_arm_scores_the_same_labels(tiny_base, method):
-    """Breaks when a context does not end where the continuation begins, an arm has other labels, the cut context is not the last M
-    tokens, or a loss is not that of transformers (without a memory) or `Compressor.score` (with one)."""
+    """Breaks when a context does not end where the continuation begins, an arm has other labels,
+    the cut context is not the last M tokens, or a loss is not that of transformers (without a
+    memory) or `Compressor.score` (with one).
+    """
     one, ks = compressor(tiny_base, method), arms_of_k(method)
     suite = Continue(one, dataclasses.replace(OPTIONS, k=tuple(ks.values())))
     examples, records = measured(suite, *TEXTS)
@@ -82,7 +84,8 @@ def test_texts_too_short_or_too_long_are_left_out(tiny_base):
         and len(suite.examples(text(15 + 16, 1))[0].ids) == 15
     )
     assert "shorter than 31 tokens" in suite.examples(text(3, 1))
-    # 20 segments of 16 tokens, the last one <s>'s: a memory of 80; and 1000 tokens have one of 63 segments and 252 tokens.
+    # 20 segments of 16 tokens, the last one <s>'s: a memory of 80; and 1000 tokens have one of 63
+    # segments and 252 tokens.
     assert isinstance(
         Continue(one, Options(k=(4,), context_lengths=(1000,), arms=(MEMORY,))).examples(
             text(1100, 1)
@@ -104,7 +107,9 @@ def test_texts_too_short_or_too_long_are_left_out(tiny_base):
 
 
 def test_the_shortest_continuation(tiny_base):
-    """Breaks when a continuation of two tokens has no label, or fewer texts are taken than have one."""
+    """Breaks when a continuation of two tokens has no label, or fewer texts are taken than have
+    one.
+    """
     suite = Continue(
         compressor(tiny_base), Options(k=(4,), continuation_tokens=2, arms=(NONE, MEMORY))
     )

@@ -12,7 +12,9 @@ from icae_jax.evaluation.suites.memorise import NORMAL, PATTERNED, RANDOM, Memor
 
 
 def test_contents(tiny_base):
-    """Breaks when a successor is a special id or runs off the vocabulary, lengths differ, or random ids are not the text's own."""
+    """Breaks when a successor is a special id or runs off the vocabulary, lengths differ, or random
+    ids are not the text's own.
+    """
     suite = Memorise(compressor(tiny_base), Options())
     context = text(8, content="<unk> [INST] sun sky cat the the unheard-of")
     [one] = suite.examples(context)
@@ -77,7 +79,9 @@ def test_every_content_is_restored_from_its_own_memory(tiny_base, method):
 
 
 def test_arms_and_lengths(tiny_base):
-    """Breaks when an arm that was not asked for is run, one that this suite lacks measures nothing, or a length is not taken."""
+    """Breaks when an arm that was not asked for is run, one that this suite lacks measures nothing,
+    or a length is not taken.
+    """
     one = compressor(tiny_base)
     suite = Memorise(one, Options(k=(4,), context_lengths=(7,), arms=(RANDOM,)))
     examples, left_out = made(suite, text(20, 1), text(5, 2), text(0, content=" "))

@@ -1,4 +1,6 @@
-"""`qa`: the controls against transformers, the memory against the library's own questions and scores."""
+"""`qa`: the controls against transformers, the memory against the library's own questions and
+scores.
+"""
 
 import dataclasses
 
@@ -75,8 +77,10 @@ NIGHTLY = pytest.mark.nightly
     ],
 )
 def test_the_controls_are_transformers_on_the_same_prompt(tiny_base, calls, template, asked_in):
-    """Breaks when a control sees more or less than it should, a trained token, or another template; or its answer or loss is not the
-    base's own. cut context: as many tokens as the memory has, 8 of the 30 and 4 of the 7."""
+    """Breaks when a control sees more or less than it should, a trained token, or another template;
+    or its answer or loss is not the base's own. cut context: as many tokens as the memory has, 8 of
+    the 30 and 4 of the 7.
+    """
     one = compressor(tiny_base, template=template)
     examples, records = measured(
         Qa(one, dataclasses.replace(ALONE, plain_template=asked_in)), *TEXTS
@@ -120,8 +124,17 @@ def test_without_context_the_context_changes_nothing(tiny_base):
     found = []
     for texts in (TEXTS, others):
         _, records = measured(Qa(compressor(tiny_base), ALONE), *texts)
-        found.append([(arm, [r["texts"][arm] for of in records for r in of], [r["sums"]["answer_loss"][arm] for of in records for r in of])
-                      for arm in (NONE, FULL)])  # fmt: skip
+        flat = [record for of_example in records for record in of_example]
+        found.append(
+            [
+                (
+                    arm,
+                    [r["texts"][arm] for r in flat],
+                    [r["sums"]["answer_loss"][arm] for r in flat],
+                )
+                for arm in (NONE, FULL)
+            ]
+        )
     assert found[0][0] == found[1][0] and found[0][1] != found[1][1]
 
 
@@ -129,8 +142,9 @@ def test_without_context_the_context_changes_nothing(tiny_base):
     ("method", "template", "longest"), [("icae", "plain", 30), ("x500", "mistral", 14)]
 )
 def test_the_memory_is_asked_as_the_library_asks(tiny_base, method, template, longest):
-    """Breaks when an arm reads another memory, another k, or another question; `shuffled memory` is the partner's, no longer than the
-    text itself."""
+    """Breaks when an arm reads another memory, another k, or another question; `shuffled memory` is
+    the partner's, no longer than the text itself.
+    """
     one, ks = compressor(tiny_base, method, template), arms_of_k(method)
     options = Options(k=tuple(ks.values()), max_new_tokens=5, arms=(*ks, SHUFFLED))
     examples, records = measured(
@@ -225,9 +239,12 @@ def test_every_reference_answer_counts_the_loss_is_the_firsts(tiny_base):
 
 @pytest.mark.slow
 def test_answers_end_at_the_limit_and_where_positions_end(tiny_base, calls):
-    """Breaks when a text that just fits is left out, one that does not is run, or an answer runs past the base's 256 positions."""
+    """Breaks when a text that just fits is left out, one that does not is run, or an answer runs
+    past the base's 256 positions.
+    """
     one, asked = compressor(tiny_base), question(1, ["bread", "milk and bread"])
-    # <s>, the text, Question:, three tokens, Answer:, then the longest reference of three tokens and </s>
+    # <s>, the text, Question:, three tokens, Answer:, then the longest reference of three tokens
+    # and </s>
     most = 256 - 1 - 5 - 4
     suite = Qa(one, Options(k=(4,), max_new_tokens=10))
     examples, left_out = made(
@@ -255,7 +272,9 @@ def test_answers_end_at_the_limit_and_where_positions_end(tiny_base, calls):
 
 
 def test_a_longer_plain_template_is_given_room(tiny_base):
-    """Breaks when a text fits behind its memory in the adapter's template, but its cut context not in the longer plain one."""
+    """Breaks when a text fits behind its memory in the adapter's template, but its cut context not
+    in the longer plain one.
+    """
     one, asked = compressor(tiny_base, template="none"), question(1, ["milk and bread"])
     options = Options(k=(4,), max_new_tokens=3, plain_template="plain", arms=(CUT,))
     for n in range(974, 979):
@@ -285,7 +304,9 @@ def made_example(name):
 
 
 def test_retention_is_the_mean_over_sets(tiny_base):
-    """Breaks when sets weigh by their examples, the full context is compared with itself, or a set without a score gives a ratio."""
+    """Breaks when sets weigh by their examples, the full context is compared with itself, or a set
+    without a score gives a ratio.
+    """
     records = [
         record("a1", 80, 40),
         record("a2", 20, 10),

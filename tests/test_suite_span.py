@@ -24,14 +24,20 @@ def joined(memories):
     texts, tokens = mask.shape
     assert mask.all()
     return dataclasses.replace(
-        memories[0], **contents, mask=mask, positions=np.tile(np.arange(tokens), (texts, 1)), end=np.full(texts, tokens),
+        memories[0],
+        **contents,
+        mask=mask,
+        positions=np.tile(np.arange(tokens), (texts, 1)),
+        end=np.full(texts, tokens),
         segment_lengths=np.concatenate([m.segment_lengths for m in memories], 1),
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize("method", [pytest.param("icae", marks=pytest.mark.nightly), "x500"])
 def test_the_last_segments_before_one_continuation(tiny_base, method):
-    """Breaks when segments see each other, are joined in another order, are the first instead of the last, or labels differ."""
+    """Breaks when segments see each other, are joined in another order, are the first instead of
+    the last, or labels differ.
+    """
     one = compressor(tiny_base, method)
     k = 4
     suite = Span(one, dataclasses.replace(OPTIONS, k=(k,)))
@@ -65,7 +71,9 @@ def test_the_last_segments_before_one_continuation(tiny_base, method):
 
 
 def test_segments_and_texts_that_cannot_be(tiny_base):
-    """Breaks when segments are cut in two by a length over one segment's, or texts without room get through."""
+    """Breaks when segments are cut in two by a length over one segment's, or texts without room get
+    through.
+    """
     one = compressor(tiny_base)
     assert Span(one, Options()).tokens == 15, "<s> takes a place in every segment"
     with pytest.raises(ValueError, match=r"--context_lengths is \(8, 12\); suite span takes one"):

@@ -16,8 +16,9 @@ TEXTS = [text(14, 1, [question(1), question(2, ["bread"])]), text(9, 2), text(30
     [pytest.param("icae", "", marks=pytest.mark.nightly), ("x500", "reference")],
 )
 def test_a_hidden_token_is_one_that_is_not_there(tiny_base, method, layout):
-    """Breaks when another token is hidden, the others move, or nothing is hidden at all: an arm is scored by hand, token j taken out of
-    the arrays and all else left where it was."""
+    """Breaks when another token is hidden, the others move, or nothing is hidden at all: an arm is
+    scored by hand, token j taken out of the arrays and all else left where it was.
+    """
     one = compressor(tiny_base, method, layout=layout)
     suite = Tokens(one, Options())
     examples, records = measured(suite, *TEXTS)
@@ -81,7 +82,9 @@ def test_one_token(tiny_base, method):
 
 
 def test_many_tokens_and_options(tiny_base):
-    """Breaks when a large k has an arm for every token, the first or last of them is left out, or an option is not minded."""
+    """Breaks when a large k has an arm for every token, the first or last of them is left out, or
+    an option is not minded.
+    """
     one = compressor(tiny_base, k_choices=(100,))
     suite = Tokens(one, Options())
     assert (

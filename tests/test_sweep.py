@@ -20,7 +20,7 @@ from icae_jax.training import config_file, metrics
 from icae_jax.training.checkpoint import Checkpoints
 from icae_jax.training.config import TrainConfig
 from icae_jax.training.train import DIVERGED, PREEMPTED
-from icae_jax.workflows import sweep
+from icae_jax.workflows import sweep, sweep_jobs, sweep_points
 
 RAW = {
     "phase": "pretrain", "base": "base", "init_from": "", "steps": 3, "batch_size": 4, "log_every": 1, "eval_every": 2, "eval_examples": 4,
@@ -44,7 +44,7 @@ def write_config(folder, sweeps=RANKS, raw=RAW):
 
 
 def plan(config, folder, name="rank", **overrides):
-    return sweep.plan(config, name, folder, overrides)
+    return sweep_points.make_points(config, name, folder, overrides)
 
 
 # ------------------------------------------------------------------------------------------------------------ expansion
@@ -65,7 +65,7 @@ def plan(config, folder, name="rank", **overrides):
 )  # fmt: skip
 def test_names(points, names):
     """Breaks when two points share a folder, a name needs quoting or leaves its folder, or holds what all points have."""
-    assert sweep.names(points) == names
+    assert sweep_points.point_names(points) == names
 
 
 BAD = {
@@ -132,8 +132,13 @@ BAD = {
         ["--config.data.eval="],
         r"data\.eval .*not set; .*give --config\.data\.eval=PATH",
     ),
-    "unknown override": ("rank", RANKS, ["--config.lorra.rank", "4"], r"--config: .*lorra"),
-    "unknown flag": ("rank", RANKS, ["--step=4"], r"--step=4 is no flag of icae sweep"),
+    "unknown override": (
+        "rank",
+        RANKS,
+        ["--config.lorra.rank", "4"],
+        r"config\.lorra is not a field; is lora meant",
+    ),
+    "unknown flag": ("rank", RANKS, ["--step=4"], r"'--step=4' is no flag; fields are written"),
     "nothing to sum up": ("rank", RANKS, ["--table"], r"--workdir .* holds no sweep"),
 }
 
@@ -142,7 +147,7 @@ BAD = {
 def test_what_is_wrong_is_named_before_anything_runs(name, tmp_path, monkeypatch, capsys):
     """Breaks when one bad point is found out after the others were trained."""
     asked, sweeps, flags, message = BAD[name]
-    monkeypatch.setattr(sweep, "train", lambda *_: pytest.fail("a point was trained"))
+    monkeypatch.setattr(sweep, "train_points", lambda *_: pytest.fail("a point was trained"))
     argv = [
         "sweep",
         "--config",
@@ -165,7 +170,7 @@ SHIPPED = [(name, key.removeprefix("sweep_")) for name in ("icae", "x500", "quic
 
 @pytest.mark.parametrize(("name", "of"), SHIPPED)
 def test_sweeps_of_the_configurations(name, of, tmp_path):
-    """Breaks when a shipped sweep holds a wrong field, or `icae train` reads a point's flags as other values."""
+    """Breaks when a shipped sweep holds a wrong field, or `icae train` reads flags as other values."""
     given = {"data.train": "train.jsonl", "data.eval": "eval.jsonl", "base": "base"}
     for arg in (
         "pretrain",
@@ -184,10 +189,10 @@ def test_sweeps_of_the_configurations(name, of, tmp_path):
         assert len(points) > 1
         for point in points:
             assert point.command[0] == "train" and point.folder == tmp_path / point.name
-            config, workdir = config_file.load_config(TrainConfig, point.command[1:])
-            assert workdir == point.folder and config.init_from == (
-                "" if arg != "finetune" else f"w/{point.name}"
-            )
+            assert point.command[3:5] == ["--workdir", str(point.folder)]
+            overrides = config_file.overrides(point.command[5:])
+            config = config_file.load(TrainConfig, point.command[2], overrides)
+            assert config.init_from == (f"w/{point.name}" if arg == "finetune" else "")
             assert (
                 config.compression == point.config.compression
                 and config.objectives == point.config.objectives
@@ -239,34 +244,35 @@ class Fake:
      (137, 1, True, ["rank=4"]), (2, 2, False, ["rank=4", "rank=8"]),
      (75, 75, False, ["rank=4", "rank=8"])],
 )  # fmt: skip
-def test_exit_codes_of_a_point(code, ends, goes_on, again, tmp_path, capfd):
+def test_exit_codes_of_a_point(code, ends, goes_on, again, tmp_path):
     """Breaks when a sweep goes on past bad input or a preemption, stops at a failure, or trains a finished or diverged point again."""
     points = plan(write_config(tmp_path), tmp_path / "w")
-    fake = Fake(points, rank4=code)
-    got, codes = sweep.train(points, fake)
+    fake, lines = Fake(points, rank4=code), []
+    got, codes = sweep.train_points(points, fake, lines.append)
     assert got == ends and fake.called == ["rank=2", "rank=4", "rank=8"][
         : 3 if goes_on else 2
     ] == list(codes)
     second = Fake(points)
-    assert sweep.train(points, second)[0] == 0 and second.called == again
+    assert sweep.train_points(points, second, lines.append)[0] == 0 and second.called == again
     if code == DIVERGED:
-        assert (
-            points[1].state == "diverged" and f"delete {points[1].folder}" in capfd.readouterr().err
-        )
-        (points[1].folder / sweep.NOTE).unlink()
+        assert points[1].state == "diverged" and f"delete {points[1].folder}" in "".join(lines)
+        (points[1].folder / sweep_points.DIVERGED_NOTE).unlink()
         points[1].folder.rmdir()
-        assert sweep.train(points, second)[0] == 0 and second.called == ["rank=4"]
+        assert sweep.train_points(points, second, lines.append)[0] == 0 and second.called == [
+            "rank=4"
+        ]
     assert [p.state for p in points] == ["done"] * 3
 
 
 def test_a_longer_sweep_trains_on(tmp_path):
     """Breaks when DONE of fewer steps counts as done."""
     config = write_config(tmp_path)
-    sweep.train(plan(config, tmp_path / "w"), Fake(plan(config, tmp_path / "w")))
+    points = plan(config, tmp_path / "w")
+    sweep.train_points(points, Fake(points), print)
     longer = plan(config, tmp_path / "w", steps="4")
     assert [p.state for p in longer] == ["unfinished"] * 3
     fake = Fake(longer)
-    sweep.train(longer, fake)
+    sweep.train_points(longer, fake, print)
     assert len(fake.called) == 3
 
 
@@ -377,7 +383,7 @@ def test_jobs_train_each_unfinished_point(tmp_path, monkeypatch, capsys):
     texts = [path.read_text() for path in written]
     for name, note in (
         ("rank=2", "DONE"),
-        ("rank=4", sweep.NOTE),
+        ("rank=4", sweep_points.DIVERGED_NOTE),
     ):  # whatever is done already, a task of the array trains its own point
         (here / "it's w" / name).mkdir()
         (here / "it's w" / name / note).write_text("3\n")
@@ -450,7 +456,7 @@ def test_a_job_keeps_its_point_when_the_sweep_grows(tmp_path, capsys):
 )
 def test_numbers_as_an_array(numbers, text):
     """Breaks when a task is left out or started for a point that is done."""
-    assert sweep._ranges(numbers) == text
+    assert sweep_jobs.array_ranges(numbers) == text
 
 
 # ---------------------------------------------------------------------------------------------------------- with real runs
@@ -487,7 +493,7 @@ def test_a_whole_sweep(real, tmp_path, monkeypatch, capfd):
         "lora.rank"
     ]
     for point, rank in zip(results["points"], (2, 4), strict=True):
-        lines = metrics.read(tmp_path / f"rank={rank}" / "metrics.jsonl")
+        lines = metrics.read_lines(tmp_path / f"rank={rank}" / "metrics.jsonl")
         last = [line for line in lines if "eval" in line][-1]
         assert (point["point"], point["state"], point["exit_code"], point["steps"]) == (
             f"rank={rank}",
@@ -544,7 +550,7 @@ def test_sigterm_reaches_the_point_first(real, tmp_path):
     )  # fmt: skip
     path, deadline = tmp_path / "rank=2" / "metrics.jsonl", time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None:
-        if path.exists() and any(line["step"] > 0 for line in metrics.read(path)):
+        if path.exists() and any(line["step"] > 0 for line in metrics.read_lines(path)):
             break
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
@@ -559,7 +565,7 @@ def test_sigterm_ends_a_sweep_whatever_the_point_makes_of_it(tmp_path):
     """Breaks when a point that dies of the signal, or ends in time, counts as failed or done, and the next one starts."""
     script = """
 import os, signal, sys, threading
-from icae_jax.sweep import Trainer
+from icae_jax.workflows.sweep import Trainer
 sys.executable = sys.argv[1]
 with Trainer() as call:
     threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()

@@ -4,8 +4,9 @@ import json
 
 import pytest
 
-from icae_jax.training.config import TrainConfig, from_dict
-from icae_jax.workflows import sweep, sweep_results
+from icae_jax.training.config import TrainConfig
+from icae_jax.training.config_file import from_dict
+from icae_jax.workflows import sweep_points, sweep_results
 
 RAW = {
     "base": "base",
@@ -50,14 +51,9 @@ def made(tmp_path):
                 )
                 if done:
                     (folder / "DONE").write_text("4\n")
-            listed.append(sweep.Point(folder, changes, from_dict(TrainConfig, raw), []))
-        fields = sweep.varied([p.changes for p in listed])
-        return sweep_results.collect(
-            {"config": "a.py", "sweep": "s", "overrides": {"seed": "<1>"}},
-            fields,
-            listed,
-            dict(codes),
-        )
+            listed.append(sweep_points.Point(folder, changes, from_dict(TrainConfig, raw), []))
+        identity = {"config": "a.py", "sweep": "s", "overrides": {"seed": "<1>"}}
+        return sweep_results.collect(identity, listed, dict(codes))
 
     return make
 
@@ -108,11 +104,11 @@ def test_what_a_point_came_to(made, tmp_path):
         "60",
     ]
     assert rows[3] == ["p3", "not started", 0, *["–"] * 9]
-    (tmp_path / "p2" / sweep.NOTE).write_text("")
-    point = sweep.Point(tmp_path / "p2", {}, from_dict(TrainConfig, RAW), [])
+    (tmp_path / "p2" / sweep_points.DIVERGED_NOTE).write_text("")
+    point = sweep_points.Point(tmp_path / "p2", {}, from_dict(TrainConfig, RAW), [])
     assert (
-        sweep_results._point(point, None, [])["state"] == "diverged"
-        and sweep_results._point(point, None, [])["exit_code"] == 3
+        sweep_results.point_outcome(point, None, [])["state"] == "diverged"
+        and sweep_results.point_outcome(point, None, [])["exit_code"] == 3
     )
 
 
@@ -127,8 +123,8 @@ def test_a_loss_that_is_no_number_is_never_the_best(made, tmp_path):
         (tmp_path / "p0" / "metrics.jsonl").write_text(
             "".join(json.dumps(line) + "\n" for line in lines[:count])
         )
-        point = sweep.Point(tmp_path / "p0", {}, from_dict(TrainConfig, RAW), [])
-        assert sweep_results._point(point, None, [])["best"] == best
+        point = sweep_points.Point(tmp_path / "p0", {}, from_dict(TrainConfig, RAW), [])
+        assert sweep_results.point_outcome(point, None, [])["best"] == best
 
 
 def test_numeric_axis(made):
@@ -212,7 +208,9 @@ def test_grid(made):
 
 def test_files(made, tmp_path):
     """Breaks when the page is not self-contained or unescaped, or weights that differ are not said so."""
-    text = sweep_results.write(tmp_path, made(*ranks(2, 4)))
+    results = made(*ranks(2, 4))
+    sweep_results.write(tmp_path, results)
+    text = sweep_results.text(tmp_path, results)
     page = (tmp_path / "report.html").read_text()
     assert (
         'src="data:image/png;base64,iVBOR' in page
@@ -227,11 +225,14 @@ def test_files(made, tmp_path):
 
 def test_weights_that_differ_are_said(made, tmp_path):
     points = [({"objectives.ae": w, "objectives.lm": 1 - w}, losses(w), True) for w in (0.25, 0.5)]
-    assert "weigh their objectives differently" in sweep_results.write(tmp_path, made(*points))
+    text = sweep_results.text(tmp_path, made(*points))
+    assert "weigh their objectives differently" in text
 
 
 def test_without_held_out_losses_there_is_no_figure(made, tmp_path):
-    text = sweep_results.write(tmp_path, made(({"lora.rank": 2}, None, False)))
+    results = made(({"lora.rank": 2}, None, False))
+    sweep_results.write(tmp_path, results)
+    text = sweep_results.text(tmp_path, results)
     assert (
         not (tmp_path / "sweep.png").exists()
         and "sweep.png" not in text

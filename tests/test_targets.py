@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from conftest import FRAMING, WORDS
 
-from icae_jax.compression.encoder import CompressionConfig
+from icae_jax.compression.config import CompressionConfig
 from icae_jax.objectives import targets
+from icae_jax.objectives.packing import pack
 from icae_jax.objectives.targets import AE, FT, LM
 
 
@@ -106,7 +107,7 @@ def test_impossible_templates_are_refused(tiny_tokenizer):
 
 def test_pack():
     """Breaks when a label is predicted from another place than the token before it, or padding counts as labels."""
-    batch = targets.pack(
+    batch = pack(
         [[targets.Target([5, 6, 7, 8], 2), None], [None, targets.Target([9, 10], 1)], []], 2, 4, 3
     )
     assert {k: v.shape for k, v in batch.items()} == {
@@ -126,6 +127,6 @@ def test_pack():
 def test_pack_refuses_what_does_not_fit(G, T, U):
     """Breaks when targets are cut silently: two targets of 3 inputs and 2 labels need G 2, T 3 and U 2."""
     rows = [[targets.Target([5, 6, 7, 8], 2)] * 2]
-    assert targets.pack(rows, 2, 3, 2)["label_mask"].sum() == 4
+    assert pack(rows, 2, 3, 2)["label_mask"].sum() == 4
     with pytest.raises(ValueError, match="3 inputs and 2 labels does not fit"):
-        targets.pack(rows, G, T, U)
+        pack(rows, G, T, U)

@@ -1,4 +1,4 @@
-"""What a user wrote as ids: no control token, whatever the tokenizer."""
+"""User text as ids: never a control token, whatever the tokenizer."""
 
 import pytest
 import transformers
@@ -7,7 +7,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from icae_jax.data import synthetic
 from icae_jax.errors import UserError
-from icae_jax.interop.hub import base as bases
+from icae_jax.interop.hub import tokenizer as tokenizers
 from icae_jax.interop.hub.text import user_ids
 from icae_jax.objectives import targets
 
@@ -15,7 +15,7 @@ SPELLED = "the <s>cat</s> sat <s> on </s>"
 
 
 def pieces():
-    """A tokenizer of pieces by probability, in whose vocabulary control tokens stand among the pieces, as sentencepiece's do."""
+    """A unigram tokenizer with control tokens in its vocabulary, as sentencepiece's have."""
     vocabulary = [
         ("<unk>", 0.0),
         ("<s>", 0.0),
@@ -30,7 +30,9 @@ def pieces():
 
 
 def byte_pairs():
-    """The model of the tokenizer below alone: bytes, and one pair of them, with which a control token's name begins."""
+    """The model of the next tokenizer: bytes, and one merge of them with which a control token's
+    name begins.
+    """
     vocabulary = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "<s"]
     backend = Tokenizer(models.BPE({piece: i for i, piece in enumerate(vocabulary)}, [("<", "s")]))
     backend.pre_tokenizer, backend.decoder = (
@@ -41,7 +43,9 @@ def byte_pairs():
 
 
 def bytes_alone():
-    """A tokenizer of bytes, whose control tokens are added ones, one of them both the end and what is unknown, as GPT-2's."""
+    """A byte-level tokenizer whose control tokens are added ones, one of them both eos and unknown,
+    as in GPT-2's.
+    """
     backend = byte_pairs()
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=backend, unk_token="</s>", bos_token="<s>", eos_token="</s>"
@@ -50,8 +54,10 @@ def bytes_alone():
 
 @pytest.mark.parametrize("make", [pieces, bytes_alone, synthetic.build_tokenizer])
 def test_no_text_spells_a_control_token(make):
-    """Breaks when a control token's name in a text becomes the token: by the tokenizer's search for added tokens, or since it stands
-    among its pieces or words. Also when the next call, for our own frames, does not find control tokens any more."""
+    """Breaks when a control token's name in a text becomes the token, by the search for added
+    tokens or since it is in the vocabulary. Also when the next call, for our own frames, no longer
+    finds control tokens.
+    """
     tokenizer = make()
     control = {tokenizer.bos_token_id, tokenizer.eos_token_id}
     assert control <= set(tokenizer(SPELLED, add_special_tokens=False)["input_ids"]), (
@@ -71,14 +77,16 @@ def test_no_text_spells_a_control_token(make):
 
 
 def test_a_spelled_token_is_read_as_its_characters():
-    """Breaks when what the text spelled is lost or changed, where the tokenizer has its characters."""
+    """Breaks when what a text spells is lost or changed though the tokenizer has its characters."""
     for tokenizer in (pieces(), bytes_alone()):
         decoded = tokenizer.decode(user_ids(tokenizer, SPELLED), skip_special_tokens=True)
         assert decoded.replace(" ", "").replace("▁", "") == SPELLED.replace(" ", "")
 
 
 def test_a_spelled_token_is_read_in_the_pieces_of_any_other_text():
-    """Breaks when the tokenizer finds it and it is spelled anew, character by character, as the model was never trained to read it."""
+    """Breaks when a found token is needlessly spelled character by character, which the model was
+    never trained to read.
+    """
     assert (
         user_ids(bytes_alone(), SPELLED)
         == byte_pairs().encode(SPELLED).ids
@@ -87,12 +95,13 @@ def test_a_spelled_token_is_read_in_the_pieces_of_any_other_text():
 
 
 def test_a_text_without_spelled_tokens_is_what_it_was(tiny_tokenizer):
-    """Breaks when texts that hold no control token's name get other ids than in earlier versions: adapters would read them otherwise. The
-    words of templates are none: they are what the tokenizer makes of them."""
+    """Breaks when texts without a control token's name get other ids than in earlier versions:
+    adapters would read them differently. The words of templates have no such name.
+    """
     assert user_ids(tiny_tokenizer, "the cat [INST] nothing") == [
         WORDS.index(w) for w in ("the", "cat", "[INST]", "<unk>")
     ]
-    assert bases.bos_id(tiny_tokenizer) == WORDS.index("<s>")
+    assert tokenizers.bos_id(tiny_tokenizer) == WORDS.index("<s>")
     assert targets.make_template("mistral", tiny_tokenizer).head == (
         WORDS.index("<s>"),
         WORDS.index("[INST]"),
@@ -101,27 +110,36 @@ def test_a_text_without_spelled_tokens_is_what_it_was(tiny_tokenizer):
 
 
 def test_half_a_surrogate_pair_is_the_user_s(tiny_tokenizer):
-    """Breaks when a question with half an emoji, which a command line can hold, is a TypeError of the tokenizer's."""
+    """Breaks when a question with half an emoji, which a command line can hold, is the tokenizer's
+    TypeError.
+    """
     for text in ("who \ud83d", ["who", "who \ud83d"]):
         with pytest.raises(UserError, match=r"^the text is not valid text"):
             user_ids(tiny_tokenizer, text)
 
 
 OWN_FRAMES = {  # files that tokenise what we wrote, and how often
-    "interop/hub/tokenizer.py": 2, "interop/adapters/peft_folder.py": 1, "objectives/targets.py": 1, "quickstart.py": 1,
+    "interop/hub/tokenizer.py": 2,
+    "interop/adapters/peft_folder.py": 1,
+    "objectives/targets.py": 1,
+    "workflows/quickstart.py": 1,
     "training/base_task.py": 1,
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("other", [None, 5, b"the cat", ["the", "cat"]], ids=repr)
 def test_what_is_no_text_is_named(tiny_tokenizer, other):
-    """Breaks when a table's missing cell, handed over from Python, is a traceback of the tokenizers library."""
+    """Breaks when a table's missing cell, passed from Python, is a traceback of the tokenizers
+    library.
+    """
     with pytest.raises(UserError, match=f"^a text is {type(other).__name__}, expected str"):
         user_ids(tiny_tokenizer, ["the cat", other])
 
 
 def test_only_our_own_frames_are_tokenised_otherwise():
-    """Breaks when new code, or a script that we write for others, tokenises what a user wrote and lets it spell control tokens."""
+    """Breaks when new code, or a generated script, tokenises user text and lets it spell control
+    tokens.
+    """
     found = {}
     for path in sorted((ROOT / "icae_jax").rglob("*.py")):
         lines = [

@@ -1,4 +1,6 @@
-"""A base's tokenizer: read as its file says, known by a fingerprint, held against the embedding table; text that spells control tokens."""
+"""A base's tokenizer: loading, fingerprint, ids without an embedding row, and control tokens in
+texts.
+"""
 
 import dataclasses
 import hashlib
@@ -27,13 +29,15 @@ from icae_jax.errors import UserError
 from icae_jax.evaluation import plain
 from icae_jax.interop.hub import base as bases
 from icae_jax.interop.hub import tokenizer as reading
-from icae_jax.interop.hub.text import STOPS, user_ids
+from icae_jax.interop.hub.text import set_stop_ids, user_ids
 from icae_jax.objectives import targets
 from icae_jax.training import compressor_task
 
 
 def byte_pairs(special=(), pairs=()):
-    """A backend of bytes and some pairs, which keeps the digits of a number together; special tokens are added behind."""
+    """A byte-level backend with some merges, which keeps a number's digits together; special tokens
+    come last.
+    """
     vocabulary = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *("".join(pair) for pair in pairs)]
     backend = Tokenizer(models.BPE({piece: i for i, piece in enumerate(vocabulary)}, list(pairs)))
     backend.pre_tokenizer, backend.decoder = (
@@ -51,7 +55,9 @@ NUMBERS = [("2", "0"), ("20", "2"), ("202", "4"), ("1", "9"), ("19", "99"), ("9"
 
 @pytest.fixture(scope="module")
 def numbers(tmp_path_factory):
-    """A Qwen2 base whose tokenizer.json has a token for 2024, which the class of that model type would cut into digits."""
+    """A Qwen2 base whose tokenizer.json has a token for 2024, which that model type's class would
+    split into digits.
+    """
     folder = tmp_path_factory.mktemp("numbers") / "base"
     backend = byte_pairs(["<|endoftext|>"], [pair for pair in NUMBERS if pair != ("19", "99")])
     tokenizer = transformers.PreTrainedTokenizerFast(
@@ -68,25 +74,29 @@ def adapter(tiny_base, tmp_path_factory):
     return write_adapter(tmp_path_factory.mktemp("adapter") / "a", bases.load_base(tiny_base))
 
 
-# ------------------------------------------------------------------------------------------------------------- reading
+# ------------------------------------------------------------------------------------------ reading
 
 
 def test_the_file_decides_how_a_text_is_read(numbers, tmp_path):
-    """Breaks when transformers' class for a model type cuts texts otherwise than tokenizer.json, and that is taken."""
+    """Breaks when a model type's transformers class splits texts differently than tokenizer.json,
+    and is used.
+    """
     text = "the year 2024, in 1999"
     own = Tokenizer.from_file(str(numbers / "tokenizer.json")).encode(text).tokens
-    assert "2024" in own and bases.load_tokenizer(numbers).tokenize(text) == own
+    assert "2024" in own and tokenizers.load_tokenizer(numbers).tokenize(text) == own
     named = shutil.copytree(numbers, tmp_path / "base")
     edit(named / "tokenizer_config.json", tokenizer_class="Qwen2Tokenizer")
     edit(named / "config.json", model_type="qwen2", architectures=["Qwen2ForCausalLM"])
     assert transformers.AutoTokenizer.from_pretrained(str(named)).tokenize(text) != own, (
         "else this shows nothing"
     )
-    assert bases.load_tokenizer(named).tokenize(text) == own
+    assert tokenizers.load_tokenizer(named).tokenize(text) == own
 
 
 def test_what_contradicts_the_file_is_refused(folder):
-    """Breaks when tokenizer_config.json adds a token, at which texts are cut, that tokenizer.json does not know."""
+    """Breaks when tokenizer_config.json adds a token that splits texts and that tokenizer.json does
+    not know.
+    """
     added = {
         "64": {
             "content": "year",
@@ -100,39 +110,51 @@ def test_what_contradicts_the_file_is_refused(folder):
     edit(folder / "tokenizer_config.json", added_tokens_decoder=added)
     with pytest.raises(
         UserError,
-        match=r"tokenizer\.json: transformers \S+ reads a text otherwise than this file says \(\['year'",
+        match=r"tokenizer\.json: transformers \S+ reads a text otherwise than "
+        r"this file says \(\['year'",
     ):
-        bases.load_tokenizer(folder)
+        tokenizers.load_tokenizer(folder)
 
 
 def test_lengths_in_the_file_do_not_cut_texts(folder):
-    """Breaks when a truncation or padding that some trainer left in tokenizer.json cuts texts, or is called a contradiction."""
+    """Breaks when truncation or padding left in tokenizer.json cuts texts, or is called a
+    contradiction.
+    """
     path = folder / "tokenizer.json"
     truncation = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
     padding = {
-        "strategy": {"Fixed": 8}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0, "pad_type_id": 0, "pad_token": "<unk>",
-    }  # fmt: skip
+        "strategy": {"Fixed": 8},
+        "direction": "Right",
+        "pad_to_multiple_of": None,
+        "pad_id": 0,
+        "pad_type_id": 0,
+        "pad_token": "<unk>",
+    }
     edit(path, truncation=truncation, padding=padding)
     words = ["the", "cat", "saw", "the", "dog", "on", "the", "mat"]
-    assert user_ids(bases.load_tokenizer(folder), " ".join(words)) == [
+    assert user_ids(tokenizers.load_tokenizer(folder), " ".join(words)) == [
         WORDS.index(word) for word in words
     ]
 
 
 def test_special_tokens_that_no_file_of_the_tokenizer_names(folder):
-    """Breaks when a folder without tokenizer_config.json has no end, which config.json has the id of; or an explicit null is overruled."""
+    """Breaks when a folder without tokenizer_config.json has no eos though config.json has its id,
+    or an explicit null is overruled.
+    """
     (folder / "tokenizer_config.json").unlink()
-    tokenizer = bases.load_tokenizer(folder)
+    tokenizer = tokenizers.load_tokenizer(folder)
     assert (tokenizer.bos_token, tokenizer.eos_token, len(tokenizer)) == ("<s>", "</s>", 64)
     edit(folder / "tokenizer_config.json", bos_token=None, eos_token="</s>")
-    assert bases.load_tokenizer(folder).bos_token is None
+    assert tokenizers.load_tokenizer(folder).bos_token is None
 
 
 def test_an_end_that_was_named_late_is_text_in_a_text(folder):
-    """Breaks when `</s>` in a text ends it, where the model's configuration alone says that this token is the end."""
+    """Breaks when `</s>` in a text ends it where only the model's configuration says that it is
+    eos.
+    """
     (folder / "tokenizer_config.json").unlink()
     edit(folder / "tokenizer.json", added_tokens=[])
-    tokenizer = bases.load_tokenizer(folder)
+    tokenizer = tokenizers.load_tokenizer(folder)
     assert tokenizer.eos_token_id == 2 and tokenizer("cat </s>")["input_ids"][-1] == 2, (
         "else this shows nothing"
     )
@@ -140,53 +162,56 @@ def test_an_end_that_was_named_late_is_text_in_a_text(folder):
 
 
 def test_dropout_of_the_model_is_refused(folder):
-    """Breaks when a tokenizer that reads a text otherwise each time makes memories and fingerprints at random."""
+    """Breaks when a tokenizer with random ids makes random memories and fingerprints."""
     backend = byte_pairs(["<|endoftext|>"], [("t", "h")])
     raw = json.loads(backend.to_str())
     raw["model"]["dropout"] = 0.003
     (folder / "tokenizer.json").write_text(json.dumps(raw))
     with pytest.raises(UserError, match=r"tokenizer\.json: dropout of its model is 0\.003"):
-        bases.load_tokenizer(folder)
+        tokenizers.load_tokenizer(folder)
 
 
 def test_two_files_that_differ(folder, capsys):
-    """Breaks when one of two names for the end, or of two chat templates, is taken in silence, or another than transformers takes."""
+    """Breaks when one of two eos names, or of two chat templates, is taken silently, or not as in
+    transformers.
+    """
     edit(folder / "tokenizer_config.json", chat_template="{{ messages[0].content }}")
     edit(folder / "special_tokens_map.json", eos_token={"content": "mat"}, bos_token="<s>")
     theirs, ours = (
         transformers.AutoTokenizer.from_pretrained(str(folder)),
-        bases.load_tokenizer(folder),
+        tokenizers.load_tokenizer(folder),
     )
     assert (ours.eos_token, ours.chat_template) == (theirs.eos_token, theirs.chat_template)
     said = capsys.readouterr().err.splitlines()
     assert (
         len(said) == 2
-        and f"eos_token is '</s>' in tokenizer_config.json and 'mat' in special_tokens_map.json; {ours.eos_token!r}"
+        and "eos_token is '</s>' in tokenizer_config.json and 'mat' in special_tokens_map.json; "
+        f"{ours.eos_token!r}"
         in said[0]
     )
     assert "another chat template than chat_template.jinja, which is taken" in said[1]
 
 
 def test_what_stands_before_a_text_is_said(folder, capsys):
-    """Breaks when one file asks for a first token and the other sets none, or the other way round, without a word."""
-    bases.load_tokenizer(folder)
+    """Breaks when one file asks for bos and the other adds none, or the reverse, silently."""
+    tokenizers.load_tokenizer(folder)
     edit(folder / "tokenizer_config.json", add_bos_token=True)
-    bases.load_tokenizer(folder)
+    tokenizers.load_tokenizer(folder)
     assert capsys.readouterr().err == ""
     edit(folder / "tokenizer_config.json", add_bos_token=False)
     theirs, ours = (
         transformers.AutoTokenizer.from_pretrained(str(folder)),
-        bases.load_tokenizer(folder),
+        tokenizers.load_tokenizer(folder),
     )
     assert ours("a")["input_ids"] == theirs("a")["input_ids"]
     assert (
-        "add_bos_token is False in tokenizer_config.json, but the tokenizer sets '<s>' in front of a text"
-        in capsys.readouterr().err
+        "add_bos_token is False in tokenizer_config.json, "
+        "but the tokenizer sets '<s>' in front of a text" in capsys.readouterr().err
     )
 
 
 def test_an_added_token_of_another_id_is_said(folder, capsys):
-    """Breaks when tokenizer_config.json gives a token a row of the table, and it gets another without a word."""
+    """Breaks when a token silently gets another row than tokenizer_config.json says."""
     edit(
         folder / "tokenizer_config.json",
         added_tokens_decoder={
@@ -196,38 +221,43 @@ def test_an_added_token_of_another_id_is_said(folder, capsys):
     )
     theirs, ours = (
         transformers.AutoTokenizer.from_pretrained(str(folder)),
-        bases.load_tokenizer(folder),
+        tokenizers.load_tokenizer(folder),
     )
     assert ours.convert_tokens_to_ids("<name>") == theirs.convert_tokens_to_ids("<name>") == 64
     (folder / "added_tokens.json").write_text(json.dumps({"</s>": 2, "<s>": 9}))
-    bases.load_tokenizer(folder)
+    tokenizers.load_tokenizer(folder)
     said = capsys.readouterr().err
     for file, taken in (("tokenizer_config", "{'<name>': 64}"), ("added_tokens", "{'<s>': 1}")):
         assert (
-            f"{file}.json gives 1 token(s) other ids than they have, as in transformers: {taken} are taken"
-            in said
+            f"{file}.json gives 1 token(s) other ids than they have, as in transformers: "
+            f"{taken} are taken" in said
         )
 
 
 def test_an_end_that_the_file_does_not_know_is_refused(folder):
-    """Breaks when a token that some trainer names, but never added, gets a row of the table that nothing was trained on."""
+    """Breaks when a token that is named but was never added gets a row of the table that was never
+    trained.
+    """
     for token in ("<|im_end|>", ""):
         edit(folder / "tokenizer_config.json", eos_token=token)
         with pytest.raises(
             UserError,
-            match=rf"eos_token is '{re.escape(token)}' by tokenizer_config\.json, which tokenizer\.json does not know",
+            match=rf"eos_token is '{re.escape(token)}' by tokenizer_config\.json, "
+            r"which tokenizer\.json does not know",
         ):
-            bases.load_tokenizer(folder)
+            tokenizers.load_tokenizer(folder)
 
 
 def test_the_library_and_the_file_are_named(folder):
-    """Breaks when a file of a newer library is a bare Exception, or the message has several lines or names no file or version."""
+    """Breaks when a file of a newer library gives a bare Exception, or a message of several lines
+    or without file or version.
+    """
     edit(folder / "tokenizer.json", pre_tokenizer={"type": "OfTheFuture"})
     with pytest.raises(
         UserError,
         match=rf"^{folder}/tokenizer\.json: .*tokenizers {tokenizers.__version__} does not read it",
     ) as error:
-        bases.load_tokenizer(folder)
+        tokenizers.load_tokenizer(folder)
     assert "\n" not in str(error.value)
 
 
@@ -236,38 +266,55 @@ def test_the_library_and_the_file_are_named(folder):
     ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"],
 )
 def test_what_stands_in_the_place_of_a_tokenizers_file(folder, name):
-    """Breaks when a Git LFS pointer among a tokenizer's files is called malformed, or read as a template."""
+    """Breaks when a Git LFS pointer among a tokenizer's files is called malformed, or read as a
+    template.
+    """
     (folder / name).write_text(
         "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 9\n"
     )
     with pytest.raises(UserError, match=rf"{name}: a Git LFS pointer"):
-        bases.load_tokenizer(folder)
+        tokenizers.load_tokenizer(folder)
 
 
 def test_what_is_no_sentencepiece_model(folder):
-    """Breaks when of a damaged tokenizer.model a package is asked for that would not read it either."""
+    """Breaks when a damaged tokenizer.model leads to asking for a package that would not read it
+    either.
+    """
     (folder / "tokenizer.json").unlink()
     (folder / "tokenizer.model").write_bytes(b"\x00\x01 cut off")
     with pytest.raises(
         UserError,
-        match=r"tokenizer\.model: no tokenizer could be loaded: neither a SentencePiece model nor tiktoken's",
+        match=r"tokenizer\.model: no tokenizer could be loaded: "
+        "neither a SentencePiece model nor tiktoken's",
     ):
-        bases.load_tokenizer(folder)
+        tokenizers.load_tokenizer(folder)
 
 
 def test_a_sentencepiece_model_alone(folder):
-    """Breaks when a folder with tokenizer.model and no tokenizer.json asks for other packages, or is read in another way."""
+    """Breaks when a folder with tokenizer.model and no tokenizer.json asks for other packages, or
+    is read differently.
+    """
     sentencepiece = pytest.importorskip("sentencepiece")
     (folder / "tokenizer.json").unlink()
     texts = [" ".join(WORDS[8:])] * 20
     with open(folder / "tokenizer.model", "wb") as f:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(texts), model_writer=f, vocab_size=330, model_type="bpe", byte_fallback=True, minloglevel=2,
-            hard_vocab_limit=False, bos_id=1, eos_id=2, unk_id=0, normalization_rule_name="identity", remove_extra_whitespaces=False,
-        )  # fmt: skip
+            sentence_iterator=iter(texts),
+            model_writer=f,
+            vocab_size=330,
+            model_type="bpe",
+            byte_fallback=True,
+            minloglevel=2,
+            hard_vocab_limit=False,
+            bos_id=1,
+            eos_id=2,
+            unk_id=0,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+        )
     edit(folder / "tokenizer_config.json", tokenizer_class="LlamaTokenizer")
     text = "the cat sat on 3 mats"
-    ours = user_ids(bases.load_tokenizer(folder), text)
+    ours = user_ids(tokenizers.load_tokenizer(folder), text)
     assert (
         ours
         == sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model")).encode(
@@ -277,12 +324,14 @@ def test_a_sentencepiece_model_alone(folder):
     )
     (folder / "tokenizer.model").write_bytes(b"\x0a\x0fgarbage")
     with pytest.raises(UserError, match="no tokenizer could be loaded") as error:
-        bases.load_tokenizer(folder)
+        tokenizers.load_tokenizer(folder)
     assert "\n" not in str(error.value)
 
 
 def test_a_saved_base_is_read_alike_by_all(numbers, tiny_base):
-    """Breaks when a folder that was written here names a class that other versions of transformers lack, or that reads texts otherwise."""
+    """Breaks when a saved folder names a class that other versions of transformers lack, or that
+    encodes differently.
+    """
     base = bases.load_base(numbers)
     assert base.config.o_bias and not np.any(
         base.params["layers"]["self_attn"]["o_proj"]["bias"]
@@ -301,11 +350,11 @@ def test_a_saved_base_is_read_alike_by_all(numbers, tiny_base):
             assert (
                 theirs(text, add_special_tokens=False)["input_ids"]
                 == want
-                == user_ids(bases.load_tokenizer(folder), text)
+                == user_ids(tokenizers.load_tokenizer(folder), text)
             )
 
 
-# -------------------------------------------------------------------------------------------------------------- indices
+# ------------------------------------------------------------------------------------------ indices
 
 
 @pytest.fixture
@@ -320,7 +369,9 @@ NO_ROW = r"token '<name>' has id 64, but the base's embedding table has 64 rows,
 
 
 def test_an_id_without_a_row_is_named(beyond, adapter, tmp_path, capsys):
-    """Breaks when JAX makes NaN of a token that the embedding table lacks: in texts, questions, targets and ids."""
+    """Breaks when JAX makes NaN of a token without an embedding row: in texts, questions, targets
+    and ids.
+    """
     unbound = shutil.copytree(
         adapter, tmp_path / "unbound"
     )  # one that does not say that its tokenizer had no such token
@@ -348,13 +399,15 @@ def test_an_id_without_a_row_is_named(beyond, adapter, tmp_path, capsys):
 
 
 def test_training_names_a_token_without_a_row(beyond, tmp_path):
-    """Breaks when a run with such a token in its data goes on until its losses are no numbers."""
+    """Breaks when a run with such a token in its data goes on until its losses are NaN."""
     with pytest.raises(UserError, match=rf"^data source \S+t\.jsonl: text 2 \(from 0\): {NO_ROW}"):
         compressor_task.CompressorTask(training(beyond, tmp_path))
 
 
 def test_ids_in_files_are_held_against_the_table(folder, adapter, tmp_path):
-    """Breaks when what ends a text, or a template's id, lies outside the table and is only noticed as NaN, or never."""
+    """Breaks when a stop id or a template's id lies outside the table and is only noticed as NaN,
+    or never.
+    """
     spoiled = shutil.copytree(adapter, tmp_path / "adapter")
     info = json.loads((spoiled / "icae.json").read_text())
     for part, ids in (
@@ -367,20 +420,24 @@ def test_ids_in_files_are_held_against_the_table(folder, adapter, tmp_path):
         edit(spoiled / "icae.json", template=info["template"] | {part: ids})
         with pytest.raises(
             UserError,
-            match=rf"icae\.json: template {part}: .*id -?\d+, but the base's embedding table has 64 rows",
+            match=rf"icae\.json: template {part}: .*id -?\d+, "
+            "but the base's embedding table has 64 rows",
         ):
             icae_jax.load(spoiled, base=folder)
     edit(folder / "generation_config.json", eos_token_id=[2, 99])
     with pytest.raises(
         UserError,
-        match=r"what ends a text \(eos_token_id\): id 99, but the base's embedding table has 64 rows",
+        match=r"what ends a text \(eos_token_id\): id 99, "
+        "but the base's embedding table has 64 rows",
     ):
         bases.load_base(folder)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_a_memory_that_is_not_finite_is_neither_saved_nor_read(adapter, tmp_path, value):
-    """Breaks when a memory of a damaged base is kept, and answers nothing for ever; or such a file is read."""
+    """Breaks when a memory of a damaged base is saved, and answers nothing ever after, or is
+    loaded.
+    """
     compressor, path = icae_jax.load(adapter), tmp_path / "m.safetensors"
     memory = compressor.compress(["the cat saw the dog", "the dog"])
     spoiled = memory.replace(slots=np.asarray(memory.slots).copy())
@@ -398,7 +455,9 @@ def test_a_memory_that_is_not_finite_is_neither_saved_nor_read(adapter, tmp_path
 
 
 def test_a_memory_of_other_sizes_is_named(adapter):
-    """Breaks when a memory whose slots have another width is an error of JAX's, from within a compiled program."""
+    """Breaks when a memory whose slots have another width is a JAX error from within a compiled
+    program.
+    """
     compressor = icae_jax.load(adapter)
     memory = compressor.compress(["the cat saw the dog"])
     with pytest.raises(UserError, match=r"memory has sizes \(16,\), but the base's are \(32,\)"):
@@ -418,7 +477,7 @@ def test_a_memory_of_other_sizes_is_named(adapter):
     ],
 )
 def test_a_template_that_fails_is_named(template, said):
-    """Breaks when what jinja2, or a template itself, raises is a traceback."""
+    """Breaks when an error of jinja2, or raised by a template, is a traceback."""
     tokenizer = make_tokenizer()
     tokenizer.chat_template = template
     with pytest.raises(UserError, match=f"chat template.*({said})") as error:
@@ -426,7 +485,7 @@ def test_a_template_that_fails_is_named(template, said):
     assert "\n" not in str(error.value)
 
 
-# ----------------------------------------------------------------------------------------------- text is text, never control
+# ---------------------------------------------------------------------- text is text, never control
 
 CONTROL = {
     "Llama 3": (
@@ -449,14 +508,17 @@ CONTROL = {
     ),
 }
 CHAT = (
-    "{{ bos_token }}{% for m in messages %}<|start|>{{ m['role'] }}\n{{ m['content'] | trim }}<|stop|>\n{% endfor %}"
+    "{{ bos_token }}{% for m in messages %}<|start|>{{ m['role'] }}\n"
+    "{{ m['content'] | trim }}<|stop|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
 )
 
 
 @pytest.mark.parametrize("family", CONTROL)
 def test_no_text_spells_a_familys_control_tokens(family):
-    """Breaks when a chat log, a question or a page about tokenizers holds the control tokens of the base's family and they act as such."""
+    """Breaks when a chat log, a question or a page about tokenizers holds the control tokens of the
+    base's family and they take effect.
+    """
     special = CONTROL[family]
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=byte_pairs(special), bos_token=special[0], eos_token=special[1]
@@ -488,12 +550,13 @@ def test_no_text_spells_a_familys_control_tokens(family):
 
 
 def test_what_ends_a_text_is_control_whatever_the_tokenizer_calls_it(folder):
-    """Breaks when a text spells a token that ends texts by generation_config.json alone, as fine-tunes have it, and ends there when it is
-    restored; or when a plain piece that ends texts there, such as a line's end, is lost from what users write.
+    """Breaks when a text spells a token that only generation_config.json makes a stop token, as in
+    fine-tunes, and ends there when it is restored; or when a plain piece that is a stop token
+    there, such as a newline, is lost from user text.
     """
     edit(folder / "generation_config.json", eos_token_id=[2, WORDS.index("?")])
     base = bases.load_base(folder)
-    assert getattr(base.tokenizer, STOPS) == base.stop_ids == (2, WORDS.index("?"))
+    assert base.stop_ids == (2, WORDS.index("?"))
     assert user_ids(base.tokenizer, "who ? the cat") == [
         WORDS.index(word) for word in ("who", "?", "the", "cat")
     ]
@@ -505,11 +568,11 @@ def test_what_ends_a_text_is_control_whatever_the_tokenizer_calls_it(folder):
     )
     text, end = "so <|im_end|> it is", tokenizer.convert_tokens_to_ids("<|im_end|>")
     assert end in user_ids(tokenizer, text), "else this shows nothing"
-    setattr(tokenizer, STOPS, (end,))
+    set_stop_ids(tokenizer, [end])
     ids = user_ids(tokenizer, text)
     assert end not in ids and tokenizer.decode(ids, clean_up_tokenization_spaces=False) == text
 
 
 def test_the_probe_stays_as_it_is():
-    """Breaks when the probe text changes, by which every fingerprint that was written would be another's."""
+    """Breaks when the probe text changes: every stored fingerprint would be wrong."""
     assert hashlib.sha256(reading.PROBE.encode()).hexdigest().startswith("a35012b9e8c6")

@@ -15,9 +15,9 @@ import pytest
 from conftest import WORDS, make_tokenizer, write_jsonl
 
 from icae_jax import errors
-from icae_jax.data import sources, tokens
+from icae_jax.data import places, sources, tokenising, tokens
 from icae_jax.errors import UserError
-from icae_jax.interop.hub import base as bases
+from icae_jax.interop.hub import tokenizer as tokenizers
 
 
 def words(ids):
@@ -64,8 +64,10 @@ def test_cache_is_used_until_source_or_tokenizer_change(
     """Breaks when tokens are made again every time, or stale ones are used after the data or the tokenizer changed."""
     path = tmp_path / "a.jsonl"
     write_jsonl(path, [{"text": "the cat"}])
-    builds, build = [], tokens._build
-    monkeypatch.setattr(tokens, "_build", lambda *args: builds.append(args) or build(*args))
+    builds, build = [], tokenising.write_arrays
+    monkeypatch.setattr(
+        tokenising, "write_arrays", lambda *args: builds.append(args) or build(*args)
+    )
     first = tokens.tokenise(str(path), tiny_tokenizer, cache)
     again = tokens.tokenise(str(path), tiny_tokenizer, cache)
     assert (
@@ -95,7 +97,7 @@ def test_cache_is_used_until_source_or_tokenizer_change(
 def test_a_failed_build_leaves_no_cache(tmp_path, cache, tiny_tokenizer, monkeypatch):
     """Breaks when a cache that was cut short (a full disk) is taken for whole by the next run."""
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": "the cat"}])
-    extend, extended = tokens._Column.extend, []
+    extend, extended = tokenising.Column.extend, []
 
     def full_disk(*args):
         if len(extended) == 4:
@@ -103,7 +105,7 @@ def test_a_failed_build_leaves_no_cache(tmp_path, cache, tiny_tokenizer, monkeyp
         extended.append(extend(*args))
 
     with monkeypatch.context() as patch:
-        patch.setattr(tokens._Column, "extend", full_disk)
+        patch.setattr(tokenising.Column, "extend", full_disk)
         with pytest.raises(OSError, match="no space left"):
             tokens.tokenise(path, tiny_tokenizer, cache)
     assert len(extended) == 4 and os.listdir(os.path.join(cache, "tokens")) == []
@@ -145,8 +147,8 @@ def test_questions_of_rows_that_stand_apart(tmp_path, cache, tiny_tokenizer, mon
             questions[at].append(
                 (row["question"], row["answers"][0] if "answers" in row else row["answer"])
             )
-    monkeypatch.setattr(tokens, "BATCH", 7)
-    monkeypatch.setattr(tokens, "GATHERED", 11)
+    monkeypatch.setattr(tokenising, "BATCH", 7)
+    monkeypatch.setattr(tokenising, "SORT_BATCH", 11)
     data = tokens.tokenise(write_jsonl(tmp_path / "a.jsonl", rows), tiny_tokenizer, cache)
     assert [words(data.text(i)) for i in range(len(data.text_offsets) - 1)] == texts
     assert data.question_offsets.tolist() == np.cumsum([0, *map(len, questions)]).tolist()
@@ -161,9 +163,9 @@ def test_questions_of_rows_that_stand_apart(tmp_path, cache, tiny_tokenizer, mon
 
 def test_rows_are_read_as_they_are_tokenised(tmp_path, cache, tiny_tokenizer, monkeypatch):
     """Breaks when all of a corpus is read before any of it is tokenised and written, so that it must fit into memory."""
-    monkeypatch.setattr(tokens, "BATCH", 10)
-    monkeypatch.setattr(tokens, "BATCH_CHARACTERS", 60)
-    read, seen, made = sources.read_rows, [], tokens.user_ids
+    monkeypatch.setattr(tokenising, "BATCH", 10)
+    monkeypatch.setattr(tokenising, "BATCH_CHARACTERS", 60)
+    read, seen, made = sources.read_rows, [], tokenising.user_ids
     monkeypatch.setattr(
         sources, "read_rows", lambda *args: (seen.append(row) or row for row in read(*args))
     )
@@ -173,7 +175,7 @@ def test_rows_are_read_as_they_are_tokenised(tmp_path, cache, tiny_tokenizer, mo
         at_once.append((len(seen), len(texts)))
         return made(tokenizer, texts)
 
-    monkeypatch.setattr(tokens, "user_ids", user_ids)
+    monkeypatch.setattr(tokenising, "user_ids", user_ids)
     rows = [{"text": "the cat"}] * 30 + [
         {"text": "the cat sat on the mat , very big and very old ."}
     ] * 4
@@ -200,7 +202,7 @@ def test_one_process_tokenises_and_the_others_wait(
 ):
     """Breaks when every process of a host tokenises the same source, at once; or one that died leaves the others waiting."""
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": "the cat"}])
-    builds, build, begun, go_on = [], tokens._build, threading.Event(), threading.Event()
+    builds, build, begun, go_on = [], tokenising.write_arrays, threading.Event(), threading.Event()
 
     def slow(*args):
         builds.append(args)
@@ -208,9 +210,9 @@ def test_one_process_tokenises_and_the_others_wait(
         assert go_on.wait(30)
         if len(builds) == 1:
             raise MemoryError("as if this process had died")
-        build(*args)
+        return build(*args)
 
-    monkeypatch.setattr(tokens, "_build", slow)
+    monkeypatch.setattr(tokenising, "write_arrays", slow)
     with concurrent.futures.ThreadPoolExecutor(
         3
     ) as pool:  # threads lock as processes do: each opens the file for itself
@@ -248,7 +250,7 @@ def test_a_source_is_read_again_after_a_fault_that_passes(
 
     monkeypatch.setattr(sources, "read_rows", stale_once)
     monkeypatch.setattr(errors, "FIRST_DELAY", 0.0)
-    monkeypatch.setattr(tokens, "BATCH", 1)
+    monkeypatch.setattr(tokenising, "BATCH", 1)
     data = tokens.tokenise(path, tiny_tokenizer, cache)
     assert failed and [words(data.text(i)) for i in range(len(data.text_offsets) - 1)] == [
         "the cat",
@@ -263,7 +265,7 @@ def test_what_a_text_spells_is_no_control_token(tmp_path, cache, tiny_tokenizer)
     control = {WORDS.index(word) for word in ("<s>", "</s>")}
     for ids in (data.text_ids, data.prompt_ids, data.answer_ids):
         assert len(ids) and not control & set(ids.tolist())
-    assert words(data.text(0)).split()[:2] == ["the", "cat"] and bases.bos_id(
+    assert words(data.text(0)).split()[:2] == ["the", "cat"] and tokenizers.bos_id(
         tiny_tokenizer
     ) == WORDS.index("<s>")
 
@@ -276,13 +278,15 @@ def test_the_hash_of_a_large_file_is_kept(tmp_path, monkeypatch):
         tokens.reading, "content_hash", lambda p: hashed.append(p) or content_hash(p)
     )
     write_jsonl(path, [{"text": "the cat"}])
-    young = [tokens._hash_once(tmp_path, path) for _ in range(2)]
+    young = [tokens._content_hash(tmp_path, path) for _ in range(2)]
     os.utime(path, ns=(1, 1))
-    kept = [tokens._hash_once(tmp_path, path) for _ in range(3)]
+    kept = [tokens._content_hash(tmp_path, path) for _ in range(3)]
     assert len(hashed) == 3 and set(young) == set(kept) == {content_hash(path)}
     write_jsonl(path, [{"text": "the dog"}])
     os.utime(path, ns=(1, 2))
-    assert tokens._hash_once(tmp_path, path) == content_hash(path) != kept[0] and len(hashed) == 4
+    assert (
+        tokens._content_hash(tmp_path, path) == content_hash(path) != kept[0] and len(hashed) == 4
+    )
     assert len(list((tmp_path / "hashes").iterdir())) == 1
 
 
@@ -298,7 +302,7 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path, tiny_tokenizer):
 
 def test_long_sources_are_encoded_in_batches(tmp_path, cache, tiny_tokenizer, monkeypatch):
     """Breaks when texts at the seams of the tokenizer's batches are lost."""
-    monkeypatch.setattr(tokens, "BATCH", 2)
+    monkeypatch.setattr(tokenising, "BATCH", 2)
     texts = ["the cat", "a dog", "bird", "the fish sat", "a"]
     data = tokens.tokenise(
         write_jsonl(tmp_path / "a.jsonl", [{"text": t} for t in texts]), tiny_tokenizer, cache
@@ -328,7 +332,7 @@ def test_what_has_no_tokens_is_left_out_and_counted(
 ):
     """Breaks when one empty row ends a run, gets into training, goes without a word, or moves another row's question to another text;
     or when the count is lost with the next start, which reads the cache."""
-    monkeypatch.setattr(tokens, "BATCH", batch)
+    monkeypatch.setattr(tokenising, "BATCH", batch)
     path = write_jsonl(tmp_path / "a.jsonl", WITHOUT_TOKENS)
     for _ in range(2):
         data = tokens.tokenise(path, tiny_tokenizer, cache)
@@ -426,7 +430,7 @@ def test_a_damaged_cache_is_made_anew(tmp_path, cache, tiny_tokenizer, content, 
     for name in (tokens.cache.ABOUT, *(f"{name}.npy" for name in tokens.ARRAYS)):
         harmed = next((tmp_path / "cache/tokens").glob(f"[!.]*/{name}"))
         harmed.unlink() if content is None else harmed.write_bytes(content)
-        tokens.files.say.cache_clear()
+        tokens.errors.say.cache_clear()
         again = tokens.tokenise(path, tiny_tokenizer, cache)
         for array, value in arrays.items():
             np.testing.assert_array_equal(getattr(again, array), value)
@@ -467,4 +471,4 @@ def test_missing_source_is_named(cache, tiny_tokenizer):
     """Breaks when a wrong path is only found after the tokenizer ran."""
     with pytest.raises(ValueError, match="data file absent"):
         tokens.tokenise("absent.jsonl", tiny_tokenizer, cache)
-    assert sources.split_source("a.jsonl,b.txt") == ["a.jsonl", "b.txt"]
+    assert places.split_source("a.jsonl,b.txt") == ["a.jsonl", "b.txt"]

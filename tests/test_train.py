@@ -1,4 +1,4 @@
-"""The loop: resuming bit-exactly, signals, divergence, refusal, a full disk; the frozen base stays frozen."""
+"""The training loop: bit-exact resume, signals, divergence, refusals, a full disk."""
 
 import errno
 import json
@@ -23,7 +23,8 @@ from icae_jax.training import metrics, step
 from icae_jax.training import train as loop
 from icae_jax.training.checkpoint import Checkpoints
 from icae_jax.training.compressor_task import CompressorTask
-from icae_jax.training.config import TrainConfig, from_dict
+from icae_jax.training.config import TrainConfig
+from icae_jax.training.config_file import from_dict
 from icae_jax.training.train import DIVERGED, DONE, PREEMPTED, train
 
 
@@ -62,7 +63,7 @@ def raw(tiny_base, tmp_path_factory):
 
 @pytest.fixture(scope="module", autouse=True)
 def _each_step_is_compiled_once():
-    """Trainings whose steps compute the same share them: each would trace, lower and compile its own."""
+    """Runs whose steps compute the same share compiled programs, which takes most of the time."""
     made = {}
 
     def sharing(make):
@@ -107,7 +108,7 @@ def arrays(workdir):
 
 
 def without_clocks(workdir):
-    lines = metrics.read(pathlib.Path(workdir) / "metrics.jsonl")
+    lines = metrics.read_lines(pathlib.Path(workdir) / "metrics.jsonl")
     return [{k: v for k, v in line.items() if k not in metrics.WALL_CLOCK} for line in lines]
 
 
@@ -121,12 +122,13 @@ def uninterrupted(raw, tmp_path_factory):
 
 CHILD = """
 import json, sys
-from icae_jax.training.config import TrainConfig, from_dict
+from icae_jax.training.config import TrainConfig
+from icae_jax.training.config_file import from_dict
 from icae_jax.training.compressor_task import CompressorTask
 from icae_jax.training.train import train
 config = from_dict(TrainConfig, json.loads(sys.argv[1]))
 task = CompressorTask(config)
-if len(sys.argv) > 3:  # slowed down, so that a signal lands between two steps and not after the last
+if len(sys.argv) > 3:  # slowly, so that a signal lands between steps
     import time
     whole = task.train_batches
     task.train_batches = lambda *steps: (time.sleep(0.3) or batch for batch in whole(*steps))
@@ -135,7 +137,7 @@ sys.exit(train(config, task, sys.argv[2]))
 
 
 def child(raw, workdir, *, limit=None):
-    """The same training in another process, slowed down; `limit`: bytes that any file it writes may have at most."""
+    """The same run in another process, slowed down. limit: the largest file it may write, bytes."""
     command = [sys.executable, "-c", CHILD, json.dumps(raw), str(workdir)]
     if limit:
         command = ["bash", "-c", f'ulimit -f {limit // 1024}; exec "$@"', "bash", *command]
@@ -152,7 +154,7 @@ def wait_for_step(process, workdir, at_least):
     while time.monotonic() < deadline and process.poll() is None:
         if (
             path.exists()
-            and max((line["step"] for line in metrics.read(path)), default=0) >= at_least
+            and max((line["step"] for line in metrics.read_lines(path)), default=0) >= at_least
         ):
             return
         time.sleep(0.02)
@@ -163,7 +165,9 @@ def wait_for_step(process, workdir, at_least):
 
 @pytest.mark.nightly
 def test_a_killed_run_continues_bit_exactly(raw, uninterrupted, tmp_path):
-    """Breaks when any of parameters, optimiser state, data order, dropout or metrics is not a function of (seed, step)."""
+    """Breaks when parameters, optimizer state, data order, dropout or metrics depend on more than
+    (seed, step).
+    """
     process = child(raw, tmp_path)
     wait_for_step(process, tmp_path, random.SystemRandom().randint(4, 8))
     process.send_signal(signal.SIGKILL)
@@ -252,8 +256,8 @@ def test_training_learns_and_the_base_does_not_change(raw, uninterrupted):
 
 
 def test_a_run_says_one_line_of_its_parameters_and_can_be_watched(raw, uninterrupted, tmp_path):
-    """Breaks when the table of parameters comes unasked, a quiet run talks, or the watcher misses a step or sees other parameters than
-    those that are exported.
+    """Breaks when the parameter table is printed unasked, a quiet run prints, or `watch` misses a
+    step or sees other parameters than those exported.
     """
     said = [line for line in uninterrupted[1] if "parameters" in line]
     assert (
@@ -328,7 +332,9 @@ def test_a_full_disk_is_one_error_and_loses_nothing(raw, tmp_path):
 
 
 def test_batches_are_on_the_devices_a_step_ahead(monkeypatch):
-    """Breaks when a batch's transfer waits until it is needed, one is left out, or the order changes."""
+    """Breaks when a batch's transfer waits until it is needed, one is left out, or the order
+    changes.
+    """
     seen = []
     monkeypatch.setattr(
         loop.sharding, "put_batch", lambda mesh, batch, rows, size: seen.append(batch) or -batch
@@ -340,7 +346,9 @@ def test_batches_are_on_the_devices_a_step_ahead(monkeypatch):
 
 
 def test_a_trace_of_a_few_steps(raw, tmp_path):
-    """Breaks when --profile writes no trace, traces compilation too, or never ends where the run is shorter than what it traces."""
+    """Breaks when --profile writes no trace, traces compilation too, or never ends where the run is
+    shorter than what it traces.
+    """
     config = from_dict(TrainConfig, raw | {"steps": 4, "eval_examples": 0})
     lines = []
     assert (
@@ -394,8 +402,8 @@ DIVERGING = {
 
 @pytest.mark.parametrize(("steps", "held_out"), [(1, 0), (3, 4)])
 def test_parameters_that_an_update_broke_are_not_saved(raw, tmp_path, steps, held_out):
-    """Breaks when only what came before the update is checked: NaN parameters are then the last good checkpoint, or the adapter; also where
-    no held-out loss tells of them.
+    """Breaks when only losses and gradients are checked: parameters that the update made NaN would
+    then be saved, or exported.
     """
     code, lines = run(raw, tmp_path, steps=steps, eval_examples=held_out, **DIVERGING)
     assert code == DIVERGED and "step 1" in lines[-1] and "last good checkpoint: none" in lines[-1]
@@ -407,7 +415,7 @@ def test_parameters_that_an_update_broke_are_not_saved(raw, tmp_path, steps, hel
 
 
 def test_a_held_out_loss_that_is_not_finite_ends_the_run(raw, tmp_path, monkeypatch):
-    """Breaks when a state whose held-out loss is NaN, in any kind or objective, is saved as good."""
+    """Breaks when a state with a NaN held-out loss, of any kind or objective, is saved as good."""
     evaluate, bad = loop.evaluate, iter([False, False, True])
 
     def evaluated(*args):
@@ -437,7 +445,9 @@ def run_until(raw, workdir, monkeypatch, step, **changes):
 
 
 def test_a_notice_to_leave_saves_before_anything_else(raw, uninterrupted, tmp_path, monkeypatch):
-    """Breaks when a long evaluation stands between the notice and the save, or what it left out is missing in the end."""
+    """Breaks when a long evaluation delays the save, or the evaluation that was skipped is never
+    made up for.
+    """
     evaluate, evaluated = loop.evaluate, []
     monkeypatch.setattr(loop, "evaluate", lambda *args: evaluated.append(1) or evaluate(*args))
     code, lines = run_until(raw, tmp_path, monkeypatch, 6)
@@ -454,10 +464,13 @@ def test_a_notice_to_leave_saves_before_anything_else(raw, uninterrupted, tmp_pa
 def test_a_finished_run_says_so_before_it_loads_anything(
     raw, uninterrupted, tmp_path, monkeypatch, capsys
 ):
-    """Breaks when a restarted launcher loads 13 GiB to find that there is nothing to do, or a wrong configuration passes for done."""
+    """Breaks when a restarted launcher loads 13 GiB only to find nothing to do, or another
+    configuration counts as done.
+    """
     workdir, _ = uninterrupted
     config = tmp_path / "config.py"
-    text = "import json, ml_collections\n\ndef get_config():\n    return ml_collections.ConfigDict(json.loads({!r}))\n"
+    text = "import json, ml_collections\n\ndef get_config():\n"
+    text += "    return ml_collections.ConfigDict(json.loads({!r}))\n"
     config.write_text(text.format(json.dumps(raw | {"seed": 0, "base": str(tmp_path / "absent")})))
     command = ["train", "--config", str(config), "--workdir", str(workdir)]
     assert (
@@ -470,7 +483,9 @@ def test_a_finished_run_says_so_before_it_loads_anything(
 
 
 def test_held_out_losses_are_computed_in_microbatches(raw):
-    """Breaks when evaluating takes the memory of a whole batch where training is told to take less, or gives another loss."""
+    """Breaks when evaluation needs the memory of a whole batch although training accumulates, or
+    gives another loss.
+    """
     config = from_dict(TrainConfig, raw | {"batch_size": 16, "accumulate": 8, "eval_examples": 16})
     task = CompressorTask(config)
     trained = task.init()
@@ -489,7 +504,7 @@ def test_held_out_losses_are_computed_in_microbatches(raw):
 
 
 def test_a_line_of_metrics_is_written_once_although_the_disk_stumbles(tmp_path, monkeypatch):
-    """Breaks when a network filesystem's passing fault ends a run, doubles a line or leaves half of one."""
+    """Breaks when a transient filesystem error ends a run, or doubles or halves a line."""
     monkeypatch.setattr(errors, "FIRST_DELAY", 0.0)
     fsync, faults = os.fsync, iter([OSError(errno.EIO, "Input/output error")])
 
@@ -503,12 +518,12 @@ def test_a_line_of_metrics_is_written_once_although_the_disk_stumbles(tmp_path, 
         monkeypatch.setattr(metrics.os, "fsync", stumbling)
         file.write({"step": 2, "train": {"ae": 0.5}})
         file.write({"step": 3, "train": {"ae": 0.25}})
-    assert [line["step"] for line in metrics.read(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+    assert [line["step"] for line in metrics.read_lines(tmp_path / "metrics.jsonl")] == [1, 2, 3]
 
 
 READER = """
 import pathlib, sys, time
-from icae_jax import inspection
+from icae_jax.workflows import inspection
 workdir, looked = pathlib.Path(sys.argv[1]), 0
 while not (workdir / "DONE").exists():
     try:
@@ -521,7 +536,7 @@ print(looked)
 
 @pytest.mark.nightly
 def test_a_run_trains_while_another_process_inspects_it(raw, tmp_path):
-    """Breaks when whoever looks at a workdir takes away the checkpoint that is just being written: the training then fails."""
+    """Breaks when a reader deletes the checkpoint being written, which ends the training."""
     with subprocess.Popen(
         [sys.executable, "-c", READER, str(tmp_path)],
         stdout=subprocess.PIPE,
@@ -540,7 +555,9 @@ def test_a_run_trains_while_another_process_inspects_it(raw, tmp_path):
 
 
 def test_a_notice_while_it_evaluates_does_not_wait_for_the_end(raw, tmp_path, monkeypatch):
-    """Breaks when a notice in the middle of an evaluation, the last step's too, finds nothing saved until that is over."""
+    """Breaks when a preemption signal during an evaluation, also the last one, has to wait for its
+    end.
+    """
     batches, noticed, made = CompressorTask.eval_batches, [], []
 
     def eval_batches(task, rows):

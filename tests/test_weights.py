@@ -1,4 +1,4 @@
-"""Weights of a base model: reading them straight onto devices, what is refused, and writing them."""
+"""A base's weights: loading them onto devices, what is refused, and saving them."""
 
 import dataclasses
 import errno
@@ -15,13 +15,14 @@ from conftest import TINY, eight_devices, random_params, same
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from icae_jax import errors
-from icae_jax.interop.hub import weights
+from icae_jax.interop.hub import orbax_copy, weights
+from icae_jax.models.families import tensor_names
 
 
 @pytest.fixture
 def orbax(tmp_path, tiny_params):
     """A folder with an Orbax copy of the tiny base's weights."""
-    weights.save_orbax(tmp_path / "orbax", tiny_params)
+    orbax_copy.save_orbax(tmp_path / "orbax", tiny_params)
     return tmp_path / "orbax"
 
 
@@ -50,8 +51,8 @@ def test_sharded_weights(folder, tensors, tiny_params):
     "url", ["../other/params", "/elsewhere/params", "file:///elsewhere/params", ""]
 )
 def test_an_orbax_copy_elsewhere_is_in_a_bucket(tmp_path, url):
-    """Breaks when a base that was downloaded has other folders of this machine read."""
-    (tmp_path / weights.ORBAX_URL).write_text(url)
+    """Breaks when a downloaded base makes other folders of this machine be read."""
+    (tmp_path / orbax_copy.ORBAX_URL).write_text(url)
     with pytest.raises(
         errors.UserError, match=r"params\.url: .* is not where a bucket has an Orbax copy"
     ):
@@ -59,7 +60,9 @@ def test_an_orbax_copy_elsewhere_is_in_a_bucket(tmp_path, url):
 
 
 def test_a_network_filesystem_that_comes_back(folder, orbax, tiny_params, monkeypatch):
-    """Breaks when one failed read of weights ends a start, or one that lasts counts as a damaged file, which nobody would try again."""
+    """Breaks when one failed read of weights ends a start, or a lasting failure counts as a damaged
+    file, which nobody would retry.
+    """
     import tensorstore
 
     monkeypatch.setattr(errors, "FIRST_DELAY", 0)
@@ -101,14 +104,14 @@ def test_a_network_filesystem_that_comes_back(folder, orbax, tiny_params, monkey
 
 @pytest.mark.parametrize("stored", ["float32", "bfloat16", "float16"])
 def test_every_dtype_into_every_other(folder, tensors, stored, monkeypatch):
-    """Breaks when a value is rounded otherwise than by one conversion, or a block's edge is lost."""
+    """Breaks when a value is rounded other than by one conversion, or a block's edge is lost."""
     monkeypatch.setattr(weights, "BLOCK_BYTES", 200)  # a few rows
     safetensors.numpy.save_file(
         {k: v.astype(stored) for k, v in tensors.items()}, folder / "model.safetensors"
     )
     for dtype in (jnp.float32, jnp.bfloat16, jnp.float16):
         params = weights.load_params(folder, TINY, dtype)
-        for name, (path, layer, transposed) in weights.tensor_names(TINY).items():
+        for name, (path, layer, transposed) in tensor_names.tensor_names(TINY).items():
             leaf = params
             for key in path:
                 leaf = leaf[key]
@@ -129,13 +132,15 @@ def test_parameters_own_their_memory(folder, tiny_params):
 
 
 def test_without_a_sharding_parameters_follow_other_arguments(folder, orbax):
-    """Breaks when parameters loaded for the default device are bound to it, so that a program over several devices refuses them."""
+    """Breaks when parameters on the default device are committed to it: a program over several
+    devices would refuse them.
+    """
     for source in (folder, orbax):
         assert not any(x.committed for x in jax.tree.leaves(weights.load_params(source, TINY)))
 
 
 def test_only_some_parameters(folder, orbax):
-    """Breaks when what is not wanted is read too, or a fault in it goes unnoticed."""
+    """Breaks when unwanted parameters are read too, or a fault in them goes unnoticed."""
     for source in (folder, orbax):
         some = weights.load_params(source, TINY, only=(("embed",), ("norm", "scale")))
         assert jax.tree.structure(some) == jax.tree.structure({"embed": 0, "norm": {"scale": 0}})
@@ -143,7 +148,9 @@ def test_only_some_parameters(folder, orbax):
 
 
 def test_progress(folder, orbax, capsys, monkeypatch):
-    """Breaks when the bar does not reach its end, counts something other than bytes, or shows unasked or for a moment."""
+    """Breaks when the bar does not reach its end, does not count bytes, or shows unasked or for a
+    moment.
+    """
     size = sum(x.nbytes for x in jax.tree.leaves(random_params(TINY)))
     bar = tqdm.tqdm
     for source in (folder, orbax):
@@ -161,11 +168,13 @@ def test_progress(folder, orbax, capsys, monkeypatch):
             assert bool(shown) == progress
 
 
-# -------------------------------------------------------------------------------------------------------- several devices
+# ---------------------------------------------------------------------------------- several devices
 
 
 def loaded_on_eight_devices(folder):
-    """`{name of a rule: [equal to the host's, parts lie where the rule says, reads, bytes read]}`, and the error of one that fails."""
+    """`{rule: [equal to the host's, shards lie where the rule says, reads, bytes read]}`, and the
+    error of a rule that fails.
+    """
     devices = np.asarray(jax.devices())
     mesh, square = Mesh(devices, ("x",)), Mesh(devices.reshape(4, 2), ("a", "b"))
 
@@ -182,10 +191,10 @@ def loaded_on_eight_devices(folder):
         "both": split(square, None, "b", "a"),
         "layers and inputs": split(square, "b", "a"),
     }
-    host, read, result = weights.load_params(folder, TINY), weights._read, {}
+    host, read, result = weights.load_params(folder, TINY), weights._read_shard, {}
     for name, rule in rules.items():
         parts = []
-        weights._read = lambda *args, parts=parts: parts.append(read(*args)) or parts[-1]
+        weights._read_shard = lambda *args, parts=parts: parts.append(read(*args)) or parts[-1]
         params = weights.load_params(folder, TINY, sharding=rule)
         equal = all(
             jax.tree.leaves(
@@ -202,7 +211,7 @@ def loaded_on_eight_devices(folder):
             and len(table.sharding.device_set) == 8
         )
         result[name] = [equal, placed, len(parts), sum(p.nbytes for p in parts)]
-    weights._read = read
+    weights._read_shard = read
     try:
         weights.load_params(folder, TINY, sharding=NamedSharding(mesh, PartitionSpec("x")))
     except ValueError as error:
@@ -211,7 +220,9 @@ def loaded_on_eight_devices(folder):
 
 
 def test_eight_devices(folder, orbax):
-    """Breaks when a part is read from the wrong place, lies on the wrong device, or is read again for each replica; in either format."""
+    """Breaks when a shard is read from the wrong place, lies on the wrong device, or is read again
+    for each replica, in either format.
+    """
     with eight_devices():
         hub, copy = (loaded_on_eight_devices(f) for f in (folder, orbax))
     params = random_params(TINY)
@@ -230,11 +241,13 @@ def test_eight_devices(folder, orbax):
         assert copy[name][:2] == [True, True], name
 
 
-# -------------------------------------------------------------------------------------------------------- what is refused
+# ---------------------------------------------------------------------------------- what is refused
 
 
 def test_missing_and_misshapen_tensors_are_named(folder, tensors):
-    """Breaks when uninitialised memory stands in for a missing tensor, or a wrong shape is only found by the model."""
+    """Breaks when uninitialised memory stands in for a missing tensor, or only the model finds a
+    wrong shape.
+    """
     path = folder / "model.safetensors"
     absent = ["lm_head.weight", "model.layers.1.mlp.up_proj.weight"]
     rest = {k: v for k, v in tensors.items() if k not in absent}
@@ -252,7 +265,8 @@ def test_missing_and_misshapen_tensors_are_named(folder, tensors):
         weights.load_params(folder, TINY)
     for part in (
         "2 tensors missing: lm_head.weight",
-        "2 tensors not as expected: model.layers.1.self_attn.k_proj.weight has shape (32, 16) in model.safetensors, ",
+        "2 tensors not as expected: model.layers.1.self_attn.k_proj.weight has shape (32, 16) "
+        "in model.safetensors, ",
         "config.json implies (16, 32)",
         "model.norm.weight is I32 in model.safetensors; only BF16, F16, F32",
     ):
@@ -266,7 +280,7 @@ def test_everything_is_checked_before_anything_is_read(folder, tensors, monkeypa
     """Breaks when gigabytes are read before the last file turns out to be wrong."""
     tensors["model.norm.weight"] = np.zeros(16, np.float32)
     safetensors.numpy.save_file(tensors, folder / "model.safetensors")
-    monkeypatch.setattr(weights, "_read", lambda *args: pytest.fail("read"))
+    monkeypatch.setattr(weights, "_read_shard", lambda *args: pytest.fail("read"))
     with pytest.raises(ValueError, match=r"model\.norm\.weight has shape \(16,\)"):
         weights.load_params(folder, TINY)
 
@@ -282,14 +296,16 @@ def test_unreadable_weights_are_named(folder):
         weights.load_params(folder, TINY)
 
 
-# ---------------------------------------------------------------------------------------------------------------- Orbax
+# -------------------------------------------------------------------------------------------- Orbax
 
 
 def test_orbax_copy(orbax, tiny_params):
-    """Breaks when an Orbax copy is not Orbax's, gives other values or dtypes than the weights it was made of, or is written over."""
+    """Breaks when the copy is not Orbax's, gives other values or dtypes than its source, or is
+    overwritten.
+    """
     import orbax.checkpoint as ocp
 
-    assert weights.is_orbax(orbax)
+    assert orbax_copy.is_orbax(orbax)
     same(weights.load_params(orbax, TINY), tiny_params)
     with ocp.StandardCheckpointer() as checkpointer:
         same(
@@ -302,7 +318,7 @@ def test_orbax_copy(orbax, tiny_params):
     same(rounded, jax.tree.map(lambda x: np.asarray(x).astype(ml_dtypes.bfloat16), tiny_params))
     assert rounded["embed"].dtype == jnp.bfloat16
     with pytest.raises(ValueError, match="already exists"):
-        weights.save_orbax(orbax, rounded)
+        orbax_copy.save_orbax(orbax, rounded)
 
 
 def test_biases_in_both_formats(tmp_path):
@@ -317,7 +333,7 @@ def test_biases_in_both_formats(tmp_path):
     )
     same(weights.load_params(tmp_path, config), params)
     (tmp_path / "orbax").mkdir()
-    weights.save_orbax(tmp_path / "orbax", params)
+    orbax_copy.save_orbax(tmp_path / "orbax", params)
     same(weights.load_params(tmp_path / "orbax", config), params)
     with pytest.raises(
         errors.UserError,
@@ -327,11 +343,11 @@ def test_biases_in_both_formats(tmp_path):
 
 
 def test_orbax_copy_is_stored_in_small_chunks(tmp_path, tiny_params, monkeypatch):
-    """Breaks when a process must read a whole parameter to get its part of it."""
+    """Breaks when a process must read a whole parameter to get its shard."""
     import orbax.checkpoint as ocp
 
-    monkeypatch.setattr(weights, "CHUNK_BYTES", 1024)
-    weights.save_orbax(tmp_path, tiny_params)
+    monkeypatch.setattr(orbax_copy, "CHUNK_BYTES", 1024)
+    orbax_copy.save_orbax(tmp_path, tiny_params)
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         tree = checkpointer.metadata(tmp_path / "params").item_metadata.tree
     assert all(np.prod(x.storage.chunk_shape) * 4 <= 1024 for x in jax.tree.leaves(tree))
@@ -340,15 +356,17 @@ def test_orbax_copy_is_stored_in_small_chunks(tmp_path, tiny_params, monkeypatch
 
 def test_safetensors_come_before_an_orbax_copy(folder, tiny_params):
     """Breaks when a folder with both is read from the copy, which may be older."""
-    weights.save_orbax(folder, jax.tree.map(np.zeros_like, jax.device_get(tiny_params)))
-    assert not weights.is_orbax(folder)
+    orbax_copy.save_orbax(folder, jax.tree.map(np.zeros_like, jax.device_get(tiny_params)))
+    assert not orbax_copy.is_orbax(folder)
     same(weights.load_params(folder, TINY), tiny_params)
 
 
 def test_orbax_copy_of_another_model_is_named(tmp_path, tiny_params):
     """Breaks when Orbax pads, truncates or leaves out what does not fit config.json."""
     params = {k: v for k, v in tiny_params.items() if k != "lm_head"}
-    weights.save_orbax(tmp_path, params | {"norm": {"scale": jnp.ones(16), "bias": jnp.ones(16)}})
+    orbax_copy.save_orbax(
+        tmp_path, params | {"norm": {"scale": jnp.ones(16), "bias": jnp.ones(16)}}
+    )
     with pytest.raises(ValueError) as error:
         weights.load_params(tmp_path, TINY)
     for part in (
@@ -360,17 +378,19 @@ def test_orbax_copy_of_another_model_is_named(tmp_path, tiny_params):
 
 
 def test_damaged_orbax_copy_is_named(orbax):
-    """Breaks when a copy that lost its data ends in a traceback, or is filled with zeros."""
+    """Breaks when a copy that lost its data gives a traceback, or is filled with zeros."""
     max((orbax / "params").rglob("d/*"), key=lambda path: path.stat().st_size).unlink()
     with pytest.raises(ValueError, match="params: not a readable Orbax copy of a base"):
         weights.load_params(orbax, TINY)
 
 
-# ------------------------------------------------------------------------------------------------------------------ out
+# ---------------------------------------------------------------------------------------------- out
 
 
 def test_saved_in_several_files(tmp_path, tiny_params, monkeypatch):
-    """Breaks when a file exceeds the limit, the index leaves a tensor out, or more than one file's tensors are held at a time."""
+    """Breaks when a file exceeds the limit, the index omits a tensor, or several files' tensors are
+    held at a time.
+    """
     held, save = [], safetensors.numpy.save_file
     monkeypatch.setattr(
         weights.safetensors.numpy,
@@ -387,7 +407,7 @@ def test_saved_in_several_files(tmp_path, tiny_params, monkeypatch):
     assert max(held) <= 20_000 and sum(held) == index["metadata"]["total_size"] == sum(
         x.nbytes for x in jax.tree.leaves(tiny_params)
     )
-    assert index["weight_map"].keys() == weights.tensor_names(TINY).keys()
+    assert index["weight_map"].keys() == tensor_names.tensor_names(TINY).keys()
     same(weights.load_params(tmp_path, TINY), tiny_params)
 
 

@@ -8,10 +8,14 @@ import numpy as np
 import pytest
 from conftest import TINY, close, random_trained
 
-from icae_jax.compression import encoder, x500
+from icae_jax.compression import encoder
 from icae_jax.compression import memory as memories
+from icae_jax.compression.config import CompressionConfig
+from icae_jax.compression.decoder import Decoder
+from icae_jax.compression.method import METHODS
+from icae_jax.compression.segments import Contexts, segment_contexts
 from icae_jax.models import llama
-from icae_jax.objectives import loss
+from icae_jax.models.llama import FrozenModel
 
 MODEL = llama.Llama(TINY, lora_scale=0.5)
 TRAINED = random_trained(TINY, 3)
@@ -21,27 +25,25 @@ BEHIND = RNG.integers(3, 64, (2, 1, 6)).astype(np.int32)
 
 
 def config(layout="clean", **fields):
-    return encoder.CompressionConfig(
-        **{"method": "x500", "k": 3, "rate": 4, "layout": layout} | fields
-    )
+    return CompressionConfig(**{"method": "x500", "k": 3, "rate": 4, "layout": layout} | fields)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "k"))
 def compress(params, trained, ids, lengths, config, k=3):
-    return x500.compress(MODEL, params, trained, ids, lengths, config, k)
+    return encoder.compress(FrozenModel(MODEL, params), trained, Contexts(ids, lengths, k), config)
 
 
 def segments(texts, config):
-    return encoder.segment_contexts(texts, config, pad_id=2)
+    return segment_contexts(texts, config, pad_id=2)
 
 
 @functools.partial(jax.jit, static_argnames="head")
 def logits_behind(params, memory, ids, head=()):
     """Logits `[B, T, V]` of ids `[B, 1, T]` behind head and memory."""
-    prefix = x500.read(MODEL, params, memory, head)
+    prefix = memory.read(Decoder(FrozenModel(MODEL, params), None), head)
     every = jnp.broadcast_to(jnp.arange(ids.shape[2]), ids.shape)
-    return loss.label_hidden(
-        MODEL, params, TRAINED, prefix, prefix.end, ids, every
+    return Decoder.of(FrozenModel(MODEL, params), TRAINED).label_hidden(
+        prefix, prefix.end, ids, every
     ) @ llama.head_kernel(params)
 
 
@@ -114,7 +116,7 @@ def test_shapes_and_bytes(tiny_params):
     ] and memory.ratio.tolist() == [5 / 3, 4, 13 / 6, 25 / 9]
 
 
-@pytest.mark.parametrize("layout", encoder.METHOD_LAYOUTS["x500"])
+@pytest.mark.parametrize("layout", METHODS["x500"].layouts)
 def test_padding_counts_in_the_reference_layout_alone(tiny_params, layout):
     """Breaks when a layout of masked padding attends to it, or `reference` masks it (its memory would not be the authors')."""
     ids, lengths = segments(TEXTS, config(layout))
@@ -142,14 +144,11 @@ def test_reference_positions(tiny_params):
         ValueError,
         match="segments of layout reference are 12 tokens, padding included; these are 9",
     ):
-        x500.compress(
-            MODEL,
-            tiny_params,
+        encoder.compress(
+            FrozenModel(MODEL, tiny_params),
             TRAINED,
-            jnp.zeros((1, 1, 9), int),
-            jnp.ones((1, 1), int),
+            Contexts(jnp.zeros((1, 1, 9), int), jnp.ones((1, 1), int), 3),
             config("reference"),
-            3,
         )
 
 
@@ -159,8 +158,13 @@ def test_memory_is_in_the_compute_dtype(tiny_params):
 
     @jax.jit
     def written_and_read():
-        memory = x500.compress(model, tiny_params, TRAINED, *segments(TEXTS, config()), config(), 3)
-        return memory, x500.read(model, tiny_params, memory, (1, 3))
+        memory = encoder.compress(
+            FrozenModel(model, tiny_params),
+            TRAINED,
+            Contexts(*segments(TEXTS, config()), 3),
+            config(),
+        )
+        return memory, memory.read(Decoder(FrozenModel(model, tiny_params), None), (1, 3))
 
     memory, prefix = jax.eval_shape(written_and_read)
     memory = memory.replace(

@@ -1,63 +1,43 @@
-"""`icae compress`."""
+"""`icae compress`: write texts into a memory file."""
 
 from icae_jax.cli import flags
 
 HELP = "write texts into a memory file"
 
 
-def run(argv):
+def run(argv: list[str]) -> int:
+    """Runs the verb. Returns the exit code 0; UserError on bad input."""
     from icae_jax.data.sources import read_texts, with_ids
-    from icae_jax.inference import memory_file
-    from icae_jax.inference.compressor import load
+    from icae_jax.inference import loading, memory_file, texts
 
     parser = flags.parser("compress", HELP)
-    parser.add_argument(
-        "--adapter",
-        required=True,
-        help="adapter folder, workdir of a training run, hub id, or gs://…",
-    )
+    add = parser.add_argument
+    add("--adapter", required=True, help="adapter folder, training workdir, hub id, or gs://…")
     flags.base_flags(parser)
-    parser.add_argument(
-        "--input", required=True, help="texts: JSON, tables, text files, a folder or glob of them"
-    )
-    parser.add_argument("--output", required=True, help="memory file to write (.safetensors)")
-    parser.add_argument(
+    add("--input", required=True, help="texts: JSON, tables, text files, a folder or glob of them")
+    add("--output", required=True, help="memory file to write (.safetensors)")
+    add(
         "--k",
         type=int,
-        help="memory tokens a segment, where the adapter knows several; by default the most",
+        help="memory tokens per segment, if the adapter knows several; by default the most",
     )
     flags.mesh_flag(parser)
-    parser.add_argument("--batch_size", type=int, default=16, help="texts compressed at once")
-    parser.add_argument(
-        "--strict", action="store_true", help="refuse empty texts, which are left out otherwise"
-    )
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    add("--batch_size", type=int, default=16, help="texts compressed at once")
+    add("--strict", action="store_true", help="refuse empty texts instead of leaving them out")
+    flags.json_flag(parser)
     args = parser.parse_args(argv)
+
     memory_file.check_output(args.output)
     rows = with_ids(read_texts(args.input, "--input", "--strict" if args.strict else ""))
-    places = {
-        text: i for i, text in enumerate(dict.fromkeys(row.text for row in rows.values()))
-    }  # a text of several ids is read once
-    wheres = {row.text: row.where for row in reversed(rows.values())}
-    compressor = load(args.adapter, args.base, dtype=args.base_dtype, mesh=flags.mesh(args.mesh))
-    memory = compressor.compress(
-        list(places), args.batch_size, [wheres[text] for text in places], args.k
-    )
-    if len(rows) > len(places):
-        memory = memory[[places[row.text] for row in rows.values()]]
-    compressor.save(args.output, memory, ids=list(rows))
-    tokens, kept, size = (
-        int(memory.lengths.sum()),
-        int(memory.tokens.sum()),
-        int(memory.bytes.sum()),
-    )
-    summary = {
-        "texts": len(rows),
-        "context_tokens": tokens,
-        "memory_tokens": kept,
-        "ratio": tokens / kept,
-        "bytes": size,
-    }
-    line = f"{args.output}: {len(rows)} texts, {tokens} tokens in {kept} memory tokens ({tokens / kept:.2f}x), {size:,} bytes"
+    mesh = flags.mesh(args.mesh)
+    compressor = loading.load(args.adapter, args.base, dtype=args.base_dtype, mesh=mesh)
+    memory = texts.compress_rows(compressor, rows, args.batch_size, args.k)
+    compressor.save(args.output, memory, list(rows))
+
+    summary = texts.summary(memory)
+    line = (
+        "{output}: {texts} texts, {context_tokens} tokens in {memory_tokens} memory tokens "
+        "({ratio:.2f}x), {bytes:,} bytes"
+    ).format(output=args.output, **summary)
     flags.print_result(summary | {"output": args.output}, args.json, line)
     return 0

@@ -1,13 +1,76 @@
-"""Flags that several verbs share."""
+"""Flags that several verbs share, their old spellings, and how results are printed."""
 
 import argparse
 import json
 import sys
+import textwrap
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-BAD_INPUT = 2
+BAD_INPUT = 2  # exit code
+
+# Old spellings, which work for one more release.
+_OLD_VERBS = {"train-base": ("train", "base")}
+_OLD_FLAGS = ("--from-scratch",)
 
 
-def process_flags(parser):
+# ------------------------------------------------------------------------------------- spelling
+
+
+def renamed(old: str, new: str) -> None:
+    """Says on stderr that an old spelling was used."""
+    print(f"note: {old} is now {new}; the old spelling goes with the next release", file=sys.stderr)
+
+
+def normalised(argv: Sequence[str]) -> list[str]:
+    """The arguments with flags in underscores, however they are spelt, and old verbs renamed."""
+    arguments = list(argv)
+    if arguments and arguments[0] in _OLD_VERBS:
+        verb, *kind = _OLD_VERBS[arguments[0]]
+        renamed(arguments[0], " ".join([verb, *kind]))
+        arguments[:1] = [verb, *kind]
+    return [_with_underscores(argument) for argument in arguments]
+
+
+def _with_underscores(argument: str) -> str:
+    name, equals, value = argument.partition("=")
+    if not name.startswith("--") or name.startswith("--config."):
+        return argument
+    spelt = "--" + name[2:].replace("-", "_")
+    if name in _OLD_FLAGS:
+        renamed(name, spelt)
+    return spelt + equals + value
+
+
+# ---------------------------------------------------------------------------------------- flags
+
+
+def parser(verb: str, text: str) -> argparse.ArgumentParser:
+    """The parser of `icae VERB`, whose help says `text`."""
+    return argparse.ArgumentParser(prog=f"icae {verb}", description=text)
+
+
+def config_flag(parser: argparse.ArgumentParser) -> None:
+    """`--config`, of every verb that takes a configuration; the fields are parsed separately."""
+    parser.add_argument(
+        "--config",
+        metavar="FILE[:arg]",
+        help="a configuration file with get_config(arg), or the name of a shipped one, such as "
+        "icae:pretrain",
+    )
+
+
+def fields_help(kind: type) -> str:
+    """The fields of a configuration as --help lists them, with their defaults."""
+    from icae_jax.training import config_file
+
+    lines = [f"--config.{n}={v}" for n, v in config_file.default_fields(kind).items()]
+    return "any field of the configuration; defaults, where the file does not set them:\n" + (
+        textwrap.indent("\n".join(lines), "  ")
+    )
+
+
+def process_flags(parser: argparse.ArgumentParser) -> None:
     """The flags of the verbs that several processes run together."""
     add = parser.add_argument_group(
         "several processes (TPU slices and Slurm jobs are recognised without)"
@@ -17,73 +80,74 @@ def process_flags(parser):
     add("--process", type=int, metavar="I", help="which this is, from 0")
 
 
-def parser(verb, text):
-    return argparse.ArgumentParser(prog=f"icae {verb}", description=text)
-
-
-def base_flags(parser):
+def base_flags(parser: argparse.ArgumentParser) -> None:
     """The flags of every verb that runs an adapter's base."""
     parser.add_argument(
         "--base",
         help="base model (folder, hub id or gs://…); by default the one that the adapter names",
     )
-    help_text = "of base, activations and memory; bfloat16 takes half the room"
     parser.add_argument(
-        "--base_dtype", choices=("float32", "bfloat16"), default="float32", help=help_text
+        "--base_dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="of base, activations and memory; bfloat16 takes half the memory",
     )
 
 
-def mesh_flag(parser):
+def mesh_flag(parser: argparse.ArgumentParser) -> None:
     """The flag of the verbs that may use several devices."""
     parser.add_argument(
         "--mesh",
-        help="this host's devices, to split base and batches over, such as fsdp=4,tensor=2; by default one",
+        help="devices of this host over which base and batches are split, such as "
+        "fsdp=4,tensor=2; by default one device",
     )
 
 
-def mesh(text):
-    """The mesh over this process's devices that --mesh asks for; None for one device alone."""
+def mesh(text: str | None) -> Any:
+    """The `jax.sharding.Mesh` of this process's devices that --mesh asks for; None for one."""
     from icae_jax.runtime import sharding
 
     return sharding.local_mesh(sharding.parse(text)) if text else None
 
 
-def memory_parser(verb, text):
+def json_flag(parser: argparse.ArgumentParser, text: str = "print one JSON object") -> None:
+    """`--json`, of every verb that prints results."""
+    parser.add_argument("--json", action="store_true", help=text)
+
+
+def memory_parser(verb: str, text: str) -> argparse.ArgumentParser:
+    """The parser of a verb that decodes from a memory file."""
     result = parser(verb, text)
-    result.add_argument("--memory", required=True, help="memory file that `icae compress` wrote")
-    result.add_argument(
+    add = result.add_argument
+    add("--memory", required=True, help="memory file that `icae compress` wrote")
+    add(
         "--adapter",
         help="adapter (folder, hub id or gs://…); by default the one that the memory names",
     )
     base_flags(result)
     mesh_flag(result)
-    result.add_argument("--batch_size", type=int, default=16, help="texts decoded at once")
-    result.add_argument(
-        "--max_new_tokens",
-        type=int,
-        default=None,
-        help="most tokens of an answer or a restored text",
-    )
-    result.add_argument("--json", action="store_true", help="print one JSON object a line")
+    add("--batch_size", type=int, default=16, help="texts decoded at once")
+    add("--max_new_tokens", type=int, help="most tokens of an answer or a restored text")
+    json_flag(result, "print one JSON object a line")
     return result
 
 
-def print_result(value, as_json, text):
+# ------------------------------------------------------------------------------------- printing
+
+
+def print_result(value: Any, as_json: bool, text: str) -> None:
+    """Prints a result: `value` as one line of JSON, or `text`."""
     print(json.dumps(value, ensure_ascii=False) if as_json else text)
 
 
-def tell_kinds(verb, kinds, argv):
-    """Says what kinds of a verb there are. Returns the exit code."""
-    asked = bool(argv) and argv[0] in ("-h", "--help")
-    lines = [f"  {kind:8} {text}" for kind, text in kinds.items()]
-    text = "\n".join(
-        [
-            f"usage: icae {verb} KIND [options]",
-            "",
-            *lines,
-            "",
-            f"icae {verb} KIND --help lists its options",
-        ]
+def tell_kinds(verb: str, kinds: Mapping[str, str], argv: list[str]) -> int:
+    """Lists a verb's kinds, `{kind: what it is}`. Returns the exit code: 0 for help."""
+    asked = argv[:1] in (["-h"], ["--help"])
+    print(
+        f"usage: icae {verb} KIND [options]\n",
+        *(f"  {kind:8} {text}" for kind, text in kinds.items()),
+        f"\nicae {verb} KIND --help lists its options",
+        sep="\n",
+        file=sys.stdout if asked else sys.stderr,
     )
-    print(text, file=sys.stdout if asked else sys.stderr)
     return 0 if asked else BAD_INPUT

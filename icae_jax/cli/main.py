@@ -1,8 +1,9 @@
-"""The command line: `icae <verb>`, the same as `python -m icae_jax <verb>`."""
+"""The command line: `icae VERB`, the same as `python -m icae_jax VERB`."""
 
 import os
 import select
 import sys
+from collections.abc import Sequence
 
 from icae_jax import errors
 from icae_jax.cli import (
@@ -13,6 +14,7 @@ from icae_jax.cli import (
     convert,
     evaluate,
     export,
+    flags,
     inspect,
     plan,
     prepare,
@@ -26,14 +28,13 @@ from icae_jax.errors import UserError
 from icae_jax.runtime import platforms
 from icae_jax.runtime.compiled import set_up
 
-NOT_READ = 141  # what a shell says of a command whose output nobody reads any more
+NOT_READ = 141  # what a shell reports of a command that SIGPIPE ended
 
 VERBS = {
     "quickstart": (quickstart.run, quickstart.HELP),
     "prepare": (prepare.run, prepare.HELP),
     "train": (train.run, train.HELP),
     "sweep": (sweep.run, sweep.HELP),
-    "train-base": (train.run_base, train.BASE_HELP),
     "compress": (compress.run, compress.HELP),
     "restore": (restore.run, restore.HELP),
     "ask": (ask.run, ask.HELP),
@@ -46,73 +47,68 @@ VERBS = {
     "cache": (cache.run, cache.HELP),
 }
 
-WITHOUT_DEVICES = (
-    "prepare",
-    "cache",
-    "sweep",
-)  # verbs that JAX's settings do not concern; a sweep's points see for themselves
-TRAIN_EXAMPLES = {"train": "configs/icae.py:pretrain", "train-base": "configs/tiny_base.py"}
+# These run without devices, so JAX's settings do not matter; a sweep's runs check them.
+WITHOUT_DEVICES = ("prepare", "cache", "sweep")
+TRAINING = ("train", "quickstart", "sweep", "bench")
 
 
-def usage():
-    lines = [
-        "usage: icae VERB [options]",
-        "",
-        "Compress a language model's context into a few memory tokens.",
-        "",
-    ]
-    lines += [f"  {name:12} {text}" for name, (_, text) in VERBS.items()]
-    lines += [
-        "",
-        "icae VERB --help lists a verb's options; train and train-base take --config FILE --workdir DIR [--config.field=value …]",
-    ]
-    return "\n".join(lines)
+def usage() -> str:
+    """What `icae --help` prints."""
+    verbs = "\n".join(f"  {name:12} {text}" for name, (_, text) in VERBS.items())
+    return f"""usage: icae VERB [KIND] [options]
+
+Compress a language model's context into a few memory tokens.
+
+{verbs}
+
+icae help VERB, or icae VERB --help, lists a verb's options.
+On a CPU, {", ".join(TRAINING)} start over with huge pages, which saves a fifth of a step."""
 
 
-def main(argv=None):
-    """Runs one verb. Returns the exit code: 0 done, 2 bad input, 3 diverged, 75 saved after SIGTERM."""
-    argv = sys.argv[1:] if argv is None else argv
-    if not argv or argv[0] in ("-h", "--help", "help"):
-        print(usage())
-        return 0 if argv else BAD_INPUT
-    if argv[0] not in VERBS:
-        print(f"icae: no verb {argv[0]!r}\n\n{usage()}", file=sys.stderr)
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one verb.
+
+    Returns the exit code: 0 done, 2 bad input or a full disk, 3 diverged, 75 saved after SIGTERM.
+    Errors of any other kind are raised.
+    """
+    argv = flags.normalised(sys.argv[1:] if argv is None else argv)
+    if argv[:1] == ["help"]:
+        argv = [*argv[1:], "--help"]
+    verb = argv[0] if argv else "--help"
+    if verb not in VERBS and verb not in ("-h", "--help"):
+        print(f"icae: no verb {verb!r}\n\n{usage()}", file=sys.stderr)
         return BAD_INPUT
-    if argv[0] in TRAIN_EXAMPLES and {"-h", "--help"} & set(argv):
-        text = VERBS[argv[0]][1]
-        print(
-            train.TRAIN_HELP.format(
-                verb=argv[0], text=text[0].upper() + text[1:], example=TRAIN_EXAMPLES[argv[0]]
-            )
-        )
-        return 0
     try:
-        set_up()
-        if argv[0] not in WITHOUT_DEVICES:
-            platforms.check()
-        code = VERBS[argv[0]][0](argv[1:])
+        if verb in VERBS:
+            set_up()
+            if verb not in WITHOUT_DEVICES:
+                platforms.check()
+            code = VERBS[verb][0](argv[1:])
+        else:
+            print(usage())
+            code = 0 if argv else BAD_INPUT
         if sys.stdout:  # None where the caller has closed it
             sys.stdout.flush()
         return code
     except Exception as error:
-        if isinstance(error, BrokenPipeError) and _nobody_reads():
+        if isinstance(error, BrokenPipeError) and _output_is_unread():
             return NOT_READ
-        if absent := platforms.absent_devices(error):
-            print(f"icae {argv[0]}: {absent}", file=sys.stderr)
-            return BAD_INPUT
-        if not errors.is_users(error):
-            raise
-        full = (
-            ""
-            if isinstance(error, UserError) or "free space" in str(error)
-            else "; free space and run the same command again"
-        )
-        print(f"icae {argv[0]}: {error}{full}", file=sys.stderr)
+        message = platforms.absent_devices(error)
+        if not message:
+            if not errors.is_users(error):
+                raise
+            message = str(error)
+            if not isinstance(error, UserError) and "free space" not in message:  # a full disk
+                message += "; free space and run the same command again"
+        print(f"icae {verb}: {message}", file=sys.stderr)
         return BAD_INPUT
 
 
-def _nobody_reads():
-    """Whether standard output is a pipe that has no reader any more, as behind `| head`; what Python still holds of it is then dropped."""
+def _output_is_unread() -> bool:
+    """Whether standard output is a pipe without a reader, as behind `| head`.
+
+    What Python still holds of the output is dropped then.
+    """
     watch = select.poll()
     watch.register(sys.stdout.fileno(), 0)
     if not any(event & select.POLLERR for _, event in watch.poll(0)):
@@ -121,12 +117,20 @@ def _nobody_reads():
     return True
 
 
-def command():
-    """The `icae` command: `main`, started over once with huge pages for large buffers, which shorten a training step on CPUs by a fifth.
+def command() -> int:
+    """The `icae` command: `main`, after a restart with huge pages where that pays.
 
-    glibc reads the setting when a process starts, so it cannot be made later. A setting of the user's own is left alone.
+    Huge pages for large buffers shorten a training step on CPUs by a fifth. glibc reads the setting
+    only when a process starts. A GLIBC_TUNABLES of the user's own is left alone.
     """
-    if sys.platform == "linux" and sys.executable and "GLIBC_TUNABLES" not in os.environ:
+    trains = {*sys.argv[1:2]} & {*TRAINING, "train-base"}
+    if (
+        trains
+        and sys.platform == "linux"
+        and sys.executable
+        and "GLIBC_TUNABLES" not in os.environ
+        and platforms.cpu_only()
+    ):
         os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
     return main()

@@ -1,37 +1,89 @@
-"""`icae train`."""
+"""`icae train` and `icae train base`."""
 
 import argparse
 import os
+import pathlib
 import sys
+from collections.abc import Callable
+from typing import Any
 
 from icae_jax.cli import flags
 from icae_jax.errors import UserError
 
-BASE_HELP = "train a small base model from scratch"
-HELP = "train a compressor: pretrain (AE + LM) or finetune (QA)"
+HELP = "train a compressor: pretrain (AE + LM) or finetune (QA); or train a small base"
+COMPRESSOR = "Train a compressor: pretrain (AE + LM) or finetune (QA)."
+BASE = "Train a small base model from scratch."
+
+EXIT_CODES = """exit codes: 0 done, 2 bad input or a full disk, 3 diverged, 75 saved after SIGTERM;
+1 anything else, with its traceback (134 where JAX ends a process because another has failed, whose
+output says why). Started again, the same command continues."""
 
 
-TRAIN_HELP = """usage: icae {verb} --config FILE[:arg] --workdir DIR [--config.field=value …]
+def parser(kind: type, base: bool) -> argparse.ArgumentParser:
+    """The flags of `icae train`, or of `icae train base`; --help lists the fields of `kind`."""
+    result = argparse.ArgumentParser(
+        prog="icae train base" if base else "icae train",
+        description=BASE if base else f"{COMPRESSOR} `icae train base --help`: a small base.",
+        epilog=f"{flags.fields_help(kind)}\n\n{EXIT_CODES}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="%(prog)s --config FILE[:arg] --workdir DIR [--config.field=value …]",
+        allow_abbrev=False,
+    )
+    flags.config_flag(result)
+    result.add_argument(
+        "--workdir",
+        metavar="DIR",
+        help="checkpoints, metrics and the result, seen by every process; the same command "
+        "continues what is there",
+    )
+    result.add_argument(
+        "--profile",
+        metavar="DIR",
+        help="trace a few steps into DIR, for XProf (`icae bench train` also sums a trace up)",
+    )
+    result.add_argument("--verbose", action="store_true", help="list every array of parameters")
+    flags.process_flags(result)
+    return result
 
-{text}.
 
-  --config FILE[:arg]     a configuration with get_config(arg), such as {example}
-  --workdir DIR           checkpoints, metrics and the result; the same command continues what is there
-  --config.field=value    any field of the configuration, such as --config.steps=1000
-  --profile DIR           trace a few steps into DIR, for XProf (`icae bench train` also sums a trace up)
-  --verbose               list every array of parameters
+def run(argv: list[str]) -> int:
+    """Trains a compressor, or with `base` as the first argument a base. Returns the exit code."""
+    if argv[:1] == ["base"]:
+        from icae_jax.training.base_task import BaseTask
+        from icae_jax.training.config import BaseConfig
 
-Several processes are one run, on one DIR that all of them see. TPU slices and Slurm jobs are recognised; elsewhere each is told:
-  --coordinator HOST:PORT where process 0 serves the others
-  --processes N           how many there are
-  --process I             which this is, from 0
+        args, overrides = _parsed(parser(BaseConfig, base=True), argv[1:])
+        return _train(args, overrides, BaseConfig, lambda config, workdir: BaseTask(config))
 
-exit codes: 0 done, 2 bad input or a full disk, 3 diverged, 75 saved after SIGTERM; 1 anything else, with its traceback (134 where JAX ends
-a process because another has failed, whose output says why). Started again, the same command continues"""
+    from icae_jax.performance.utilisation import Meter
+    from icae_jax.training.compressor_task import CompressorTask
+    from icae_jax.training.config import TrainConfig
+
+    def make_task(config, workdir):
+        return CompressorTask(config, workdir=workdir)
+
+    args, overrides = _parsed(parser(TrainConfig, base=False), argv)
+    return _train(args, overrides, TrainConfig, make_task, Meter)
 
 
-def _train(verb, argv, kind, make_task):
-    """Trains what `make_task(configuration, workdir)` makes of a configuration of that kind, alone or as one of several processes."""
+def _parsed(
+    parser: argparse.ArgumentParser, argv: list[str]
+) -> tuple[argparse.Namespace, dict[str, str]]:
+    """The flags and the configuration's overrides."""
+    from icae_jax.training import config_file
+
+    args, rest = parser.parse_known_args(argv)
+    return args, config_file.overrides(rest)
+
+
+def _train(
+    args: argparse.Namespace,
+    overrides: dict[str, str],
+    kind: type,
+    make_task: Callable[[Any, pathlib.Path], Any],
+    make_meter: Callable[[Any], Any] = lambda task: None,
+) -> int:
+    """Trains what `make_task(config, workdir)` makes, alone or as one of several processes."""
     from icae_jax.runtime import distributed
     from icae_jax.training import config_file
     from icae_jax.training.train import (
@@ -44,12 +96,12 @@ def _train(verb, argv, kind, make_task):
         train,
     )
 
-    parser = argparse.ArgumentParser(prog=f"icae {verb}", add_help=False, allow_abbrev=False)
-    flags.process_flags(parser)
-    parser.add_argument("--profile")
-    parser.add_argument("--verbose", action="store_true")
-    args, rest = parser.parse_known_args(argv)
-    config, workdir = config_file.load_config(kind, rest)
+    if not args.workdir:
+        raise UserError(
+            "--workdir is not given; give a folder for checkpoints, metrics and the result"
+        )
+    config = config_file.load(kind, args.config, overrides)
+    workdir = pathlib.Path(args.workdir)
     if args.profile and os.path.isfile(args.profile):
         raise UserError(f"--profile {args.profile} is a file; give a folder")
     with distributed.ending_together(flags.BAD_INPUT):
@@ -58,33 +110,17 @@ def _train(verb, argv, kind, make_task):
             print(ALREADY.format(workdir=workdir, steps=config.steps), file=sys.stderr)
             return DONE
         if distributed.agreed(workdir.is_dir()):
-            with distributed.only_writer(
-                workdir, "--workdir"
-            ):  # before anything is loaded: does another run train there?
+            # Before anything is loaded: refuse a workdir that another run trains in.
+            with distributed.only_writer(workdir, "--workdir"):
                 pass
-        distributed.check_agreement(
-            shared_by_processes(config)
-        )  # before what is loaded depends on it
+        # Before anything is loaded that depends on it.
+        distributed.check_agreement(shared_by_processes(config))
+        task = make_task(config, workdir)
         return train(
             config,
-            make_task(config, workdir),
+            task,
             workdir,
+            meter=make_meter(task),
             profile=args.profile,
             verbosity=VERBOSE if args.verbose else NORMAL,
         )
-
-
-def run(argv):
-    from icae_jax.training.compressor_task import CompressorTask
-    from icae_jax.training.config import TrainConfig
-
-    return _train(
-        "train", argv, TrainConfig, lambda config, workdir: CompressorTask(config, workdir=workdir)
-    )
-
-
-def run_base(argv):
-    from icae_jax.training.base_task import BaseTask
-    from icae_jax.training.config import BaseConfig
-
-    return _train("train-base", argv, BaseConfig, lambda config, workdir: BaseTask(config))

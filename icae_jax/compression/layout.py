@@ -1,112 +1,100 @@
-"""Position layouts: where memory tokens sit in the encoder, where the memory sits in the decoder, where targets start.
+"""Position layouts: where memory tokens, the memory in the decoder, and targets sit.
 
-n: tokens of a segment, k: its memory tokens, M: memory tokens of all segments, N: the length that `reference` and `padded` fill up to.
+n: tokens of a segment, k: its memory tokens, M: memory tokens of all segments, N: the length that
+`reference` and `padded` pad segments to.
 
-| name       | for        | encoder: text, memory tokens          | decoder: memory                 | targets start               |
-|------------|------------|---------------------------------------|---------------------------------|-----------------------------|
-| sequential | icae, x500 | 0 … n-1, then n … n+k-1               | 0 … M-1                         | at M                        |
-| servable   | icae       | 1 … n, spread over the ids they cover | 0 … M-1                         | at M                        |
-| clean      | x500       | 1 … n, spread over the ids they cover | 0 … M-1                         | at M                        |
-| reference  | x500       | 0 … N-1, then N … N+k-1               | N … N+M-1                       | at M                        |
-| padded     | icae       | 0 … N-1, then N … N+k-1               | 0 … M-1                         | at M                        |
-| uniform    | icae, x500 | 1 … n, spread over the ids they cover | the same, running over segments | AE at 0, others at text's end |
+| layout     | encoder: text, memory tokens          | decoder: memory  | targets start         |
+|------------|---------------------------------------|------------------|-----------------------|
+| SEQUENTIAL | 0 … n-1, then n … n+k-1               | 0 … M-1          | at M                  |
+| SPREAD     | 1 … n, spread over the ids they cover | 0 … M-1          | at M                  |
+| UNIFORM    | 1 … n, spread over the ids they cover | the same,        | AE at 0, others after |
+|            |                                       | over all segments| the text's last id    |
+| REFERENCE  | 0 … N-1, then N … N+k-1               | N … N+M-1        | at M                  |
+| PADDED     | 0 … N-1, then N … N+k-1               | 0 … M-1          | at M                  |
 
-`sequential` is the reference ICAE (arXiv 2307.06945), `uniform` UPL's. `servable` keeps UPL's encoder, but can be read by servers that take
-embeddings in a prompt, since those number positions 0, 1, 2, …  `reference` is the reference 500xCompressor (arXiv 2408.03094): the
-text is padded to N tokens with eos, which is attended to, and the memory's keys lie in the future of every query. `padded` is the ICAE
-that the same repository compares with. `clean` masks the padding, spreads the memory as `servable` does, and goes on after it.
-Encoder positions restart in every segment.
+`SEQUENTIAL` is the reference ICAE (arXiv 2307.06945), `UNIFORM` UPL's. `SPREAD` keeps UPL's encoder
+but is read at positions 0, 1, 2, …, as servers number the embeddings of a prompt; configurations of
+ICAE call it "servable", those of 500xCompressor "clean". `REFERENCE` is the reference
+500xCompressor (arXiv 2408.03094): the text is padded to N tokens with eos, which is attended to,
+and the memory's keys lie in the future of every query. `PADDED` is the ICAE that the same
+repository compares with. Encoder positions restart in every segment.
 """
 
 import dataclasses
+from typing import Any
 
 import jax.numpy as jnp
-
-from icae_jax.errors import UserError
+from jaxtyping import Array, Int
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """spread_encoder, spread_decoder: memory tokens sit at the ids of the text they cover. ae_restarts: AE targets start at 0.
+    """Three choices of positions, see the module.
 
-    fixed_length: segments are padded to one length with a token that is attended to. read_in_place: the memory is read where it was
-    written.
+    spread_encoder: in the encoder, memory tokens sit among the positions of the text that they
+    cover. spread_decoder: so they do in the decoder. ae_restarts: AE targets start at position 0.
+    fixed_length: segments are padded to one length, and the padding is attended to. read_in_place:
+    the decoder reads the memory at the positions it was written at. bos_before_text: the encoder
+    reads the text with `<s>` in front, if the method does.
     """
 
-    name: str
     spread_encoder: bool = False
     spread_decoder: bool = False
     ae_restarts: bool = False
     fixed_length: bool = False
     read_in_place: bool = False
+    bos_before_text: bool = True
+
+    def encoder_positions(
+        self, N: int, k: int, lengths: Int[Any, "..."]
+    ) -> Int[Array, "... tokens"]:
+        """Positions of `[text padded to N | k memory tokens]`, `[..., N + k]`.
+
+        lengths: tokens of each text, including padding that is attended to.
+        """
+        text = jnp.broadcast_to(jnp.arange(N) + int(self.spread_encoder), (*lengths.shape, N))
+        if self.spread_encoder:
+            return jnp.concatenate([text, spread(k, lengths)], -1)
+        memory = lengths[..., None] + jnp.broadcast_to(jnp.arange(k), (*lengths.shape, k))
+        return jnp.concatenate([text, memory], -1)
+
+    def decoder_positions(
+        self, k: int, lengths_BS: Int[Any, "B S"], fixed_length: int
+    ) -> tuple[Int[Any, "B M"], Int[Any, " B"]]:
+        """Positions of the memory in the decoder, from the memory's start, and where targets start.
+
+        fixed_length: N of the module's table. Segments of zero length take no positions; their
+        memory is masked. For NumPy's lengths the result is NumPy's where nothing is spread, so that
+        nothing is compiled for their shape.
+        """
+        B, S = lengths_BS.shape
+        xp = lengths_BS.__array_namespace__()
+        if self.spread_decoder:
+            ends = jnp.cumsum(lengths_BS, axis=1)
+            positions = (ends - lengths_BS)[..., None] + spread(k, lengths_BS)
+            return positions.reshape(B, S * k), ends[:, -1] + 1
+        real = (lengths_BS > 0).astype(jnp.int32)
+        ends = k * xp.cumsum(real, axis=1, dtype=jnp.int32)
+        within = xp.broadcast_to(xp.arange(k, dtype=jnp.int32), (B, S, k))
+        positions = ((ends - k * real)[..., None] + within).reshape(B, S * k)
+        return positions + (fixed_length if self.read_in_place else 0), ends[:, -1]
+
+    def restarts(self, objective: str) -> bool:
+        """Whether targets of an objective start at position 0, not behind the memory."""
+        return objective == "ae" and self.ae_restarts
+
+    def target_starts(self, objective: str, end_B: Int[Any, " B"]) -> Int[Any, " B"]:
+        """Position of a target's first token behind memories that end at `end_B` (`Prefix.end`)."""
+        return jnp.zeros_like(end_B) if self.restarts(objective) else end_B
 
 
-LAYOUTS = {
-    layout.name: layout
-    for layout in (
-        Layout("sequential"),
-        Layout("uniform", spread_encoder=True, spread_decoder=True, ae_restarts=True),
-        Layout("servable", spread_encoder=True),
-        Layout("clean", spread_encoder=True),
-        Layout("reference", fixed_length=True, read_in_place=True),
-        Layout("padded", fixed_length=True),
-    )
-}
+SEQUENTIAL = Layout()
+SPREAD = Layout(spread_encoder=True)
+UNIFORM = Layout(spread_encoder=True, spread_decoder=True, ae_restarts=True)
+REFERENCE = Layout(fixed_length=True, read_in_place=True)
+PADDED = Layout(fixed_length=True, bos_before_text=False)
 
 
-def get(name):
-    """The `Layout` of that name; UserError with the choices otherwise."""
-    if name not in LAYOUTS:
-        raise UserError(f"layout is {name!r}; choose from {', '.join(LAYOUTS)}")
-    return LAYOUTS[name]
-
-
-def spread(k, length):
-    """Positions of k memory tokens over text at 1 … length: the centre of each one's share. `[..., k]` for `length [...]`."""
+def spread(k: int, length: Int[Any, "..."]) -> Int[Array, "... k"]:
+    """Positions of k memory tokens over text at 1 … length: the centre of each one's share."""
     return 1 + jnp.einsum("...,k->...k", length, 2 * jnp.arange(k) + 1) // (2 * k)
-
-
-def encoder_positions(layout, N, k, lengths):
-    """Positions of `[text padded to N | k memory tokens]`, `[..., N + k]`, for text lengths `[...]` (with padding that is attended to)."""
-    text = jnp.broadcast_to(jnp.arange(N) + int(layout.spread_encoder), (*lengths.shape, N))
-    after = lengths[..., None] + jnp.broadcast_to(jnp.arange(k), (*lengths.shape, k))
-    memory = spread(k, lengths) if layout.spread_encoder else after
-    return jnp.concatenate([text, memory], -1)
-
-
-def decoder_positions(layout, k, lengths_BS, fixed_length):
-    """Positions of the memory in the decoder, counted from the memory's start, and the position where targets start.
-
-    fixed_length: N of the table above. Returns `[B, S * k]` and `[B]`. Segments of zero length take no positions (their memory is masked).
-    NumPy's lengths are counted in NumPy where nothing is spread, so that no shape of theirs is compiled for.
-    """
-    B, S = lengths_BS.shape
-    xp = lengths_BS.__array_namespace__()
-    if layout.spread_decoder:
-        ends = jnp.cumsum(lengths_BS, axis=1)
-        positions = (ends - lengths_BS)[..., None] + spread(k, lengths_BS)
-        return positions.reshape(B, S * k), ends[:, -1] + 1
-    real = (lengths_BS > 0).astype(jnp.int32)
-    ends = k * xp.cumsum(real, axis=1, dtype=jnp.int32)
-    positions = (ends - k * real)[..., None] + xp.broadcast_to(
-        xp.arange(k, dtype=jnp.int32), (B, S, k)
-    )
-    return positions.reshape(B, S * k) + (fixed_length if layout.read_in_place else 0), ends[:, -1]
-
-
-def target_starts(layout, objective, prefix):
-    """Position of a target's first token, `[B]`: what it would have alone behind this head and memory."""
-    if objective == "ae" and layout.ae_restarts:
-        return jnp.zeros_like(prefix.end)
-    return prefix.end
-
-
-def positions_needed(layout, tokens, segments, size, k, fixed_length):
-    """Positions that a text takes: (in the encoder, by the memory in the decoder, where targets start), whole numbers.
-
-    tokens: of the text, cut into `segments` of at most `size`. The decoder's count from the memory's start.
-    """
-    encoder = (fixed_length if layout.fixed_length else size + int(layout.spread_encoder)) + k
-    if layout.spread_decoder:
-        return encoder, tokens + 1, tokens + 1
-    return encoder, segments * k + (fixed_length if layout.read_in_place else 0), segments * k

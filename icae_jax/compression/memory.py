@@ -1,31 +1,59 @@
-"""What a context is compressed into, and what the decoder reads of it.
+"""What a context is compressed into, and how the decoder reads it.
 
-`Slots` and `KV` hold different things of the same memory tokens, and share all else: `[B, M]` tokens with M = segments x k,
+A kind of memory is a subclass of `Memory`. All kinds have `[B, M]` memory tokens, with M = segments
+x k, and share
 
-    mask             [B, M], false at segments that a shorter text lacks
+    mask             [B, M], false for segments that a shorter text lacks
     positions        [B, M], where the decoder reads each token, counted from the memory's start
     end              [B], the position after the memory, where the decoder goes on
     segment_lengths  [B, S], tokens of the context that each segment stands for
 """
 
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
+from jaxtyping import Bool, Float, Int
 
-from icae_jax.compression import layout as layouts
+from icae_jax.compression.config import CompressionConfig
+from icae_jax.compression.decoder import Decoder, Prefix
 from icae_jax.errors import UserError
+from icae_jax.models import rope
+from icae_jax.models.llama import ModelConfig
+from icae_jax.models.pytree import pytree
 
 
 class Memory:
-    """The part common to both kinds.
+    """What all kinds share.
 
-    CONTENTS: the fields that hold what was written. TEXT_AXIS: their axis of texts; that of memory tokens comes next. AXES: their number.
+    CONTENTS: the fields that hold what was written. TEXT_AXIS: their axis of texts; the next one is
+    that of memory tokens. AXES: the number of their axes. RUNS_IN_DECODER: reading runs the memory
+    through the decoder's blocks (FLOPs are counted by it).
     """
 
-    CONTENTS = ()
-    TEXT_AXIS = 0
-    AXES = 0
+    CONTENTS: ClassVar[tuple[str, ...]] = ()
+    TEXT_AXIS: ClassVar[int] = 0
+    AXES: ClassVar[int] = 0
+    RUNS_IN_DECODER: ClassVar[bool] = True
+
+    @staticmethod
+    def sizes(model: ModelConfig) -> tuple[int, ...]:
+        """Sizes of the contents' axes, without those of texts and memory tokens, for a base."""
+        raise NotImplementedError
+
+    def read(self, decoder: Decoder, head: tuple[int, ...] = ()) -> Prefix:
+        """The prefix that targets see: `head`, ids that stand before the memory, and the memory.
+
+        The memory's positions count from behind the head. It is read in the decoder's dtype,
+        whatever its own, since it shares a cache with what is decoded behind it.
+        """
+        contents = {name: jnp.asarray(x, decoder.base.dtype) for name, x in self.contents.items()}
+        return self.replace(**contents)._read(decoder, tuple(head))
+
+    def _read(self, decoder, head):
+        raise NotImplementedError
 
     def __len__(self):
         return self.mask.shape[0]
@@ -34,114 +62,155 @@ class Memory:
         """The memories of some texts: a number, a slice, or row numbers (a list or an array)."""
         rows = [rows] if isinstance(rows, int | np.integer) else rows
         if not isinstance(rows, slice | jax.Array):
-            rows = (
-                np.asarray(rows) if len(rows) else np.zeros(0, int)
-            )  # an empty list would be an array of floats
-        every = {name: x[rows] for name, x in vars(self).items() if name not in self.CONTENTS}
-        return self.replace(
-            **every,
-            **{
-                name: x[(slice(None),) * self.TEXT_AXIS + (rows,)]
-                for name, x in self.contents.items()
-            },
-        )
+            rows = np.asarray(rows, None if len(rows) else int)  # an empty list would be of floats
+        shared = {name: x[rows] for name, x in vars(self).items() if name not in self.CONTENTS}
+        at = (slice(None),) * self.TEXT_AXIS + (rows,)
+        return self.replace(**shared, **{name: x[at] for name, x in self.contents.items()})
 
     @property
-    def contents(self):
-        """`{field: array}` of what was written."""
+    def contents(self) -> dict[str, Any]:
+        """What was written, by field."""
         return {name: getattr(self, name) for name in self.CONTENTS}
 
     @property
-    def tokens_per_segment(self):
+    def tokens_per_segment(self) -> int:
         """The k that the memory was written with."""
         return self.mask.shape[1] // self.segment_lengths.shape[1]
 
     @property
-    def lengths(self):
-        """Context tokens of each text, `[B]`."""
+    def lengths(self) -> Int[np.ndarray, " B"]:
+        """Context tokens of each text."""
         return np.asarray(self.segment_lengths).sum(1)
 
     @property
-    def tokens(self):
-        """Memory tokens of each text, `[B]`."""
+    def tokens(self) -> Int[np.ndarray, " B"]:
+        """Memory tokens of each text."""
         return np.asarray(self.mask).sum(1)
 
     @property
-    def bytes_per_token(self):
-        """Bytes of one memory token in the dtype it is held in: D numbers for slots, 2 L K H for K/V."""
+    def bytes_per_token(self) -> int:
+        """Bytes of one memory token in its dtype: D numbers for slots, 2 L K H for K/V."""
         return sum(x.nbytes for x in self.contents.values()) // self.mask.size
 
     @property
-    def bytes(self):
-        """Bytes of each text's memory, `[B]`."""
+    def bytes(self) -> Int[np.ndarray, " B"]:
+        """Bytes of each text's memory."""
         return self.tokens * self.bytes_per_token
 
     @property
-    def ratio(self):
-        """Context tokens per memory token, `[B]`."""
+    def ratio(self) -> Float[np.ndarray, " B"]:
+        """Context tokens per memory token of each text."""
         return self.lengths / self.tokens
 
 
-@struct.dataclass
+@pytree
 class Slots(Memory):
-    """ICAE's memory: the encoder's last hidden states at the memory tokens (arXiv 2307.06945, section 2.2.1). slots: `[B, M, D]`."""
+    """Embeddings that the decoder reads in the text's place (arXiv 2307.06945, section 2.2.1)."""
 
-    CONTENTS = ("slots",)
-    AXES = 3
+    CONTENTS: ClassVar[tuple[str, ...]] = ("slots",)
+    AXES: ClassVar[int] = 3
 
-    slots: jnp.ndarray
-    mask: jnp.ndarray
-    positions: jnp.ndarray
-    end: jnp.ndarray
-    segment_lengths: jnp.ndarray
+    slots: Float[Any, "B M D"]
+    mask: Bool[Any, "B M"]
+    positions: Int[Any, "B M"]
+    end: Int[Any, " B"]
+    segment_lengths: Int[Any, "B S"]
+
+    @staticmethod
+    def sizes(model: ModelConfig) -> tuple[int, ...]:
+        """(D,)."""
+        return (model.hidden_size,)
+
+    def _read(self, decoder, head):
+        """Runs the decoder over head and slots."""
+        B, h, x = len(self), len(head), self.slots
+        if h:
+            tokens = decoder.base.embed(jnp.asarray(head, jnp.int32)).astype(x.dtype)
+            x = jnp.concatenate([jnp.broadcast_to(tokens, (B, h, x.shape[-1])), x], 1)
+        before = jnp.broadcast_to(jnp.arange(h), (B, h))
+        positions = jnp.concatenate([before, h + self.positions], 1)
+        real = jnp.concatenate([jnp.ones((B, h), bool), self.mask], 1)
+        k, v = decoder.prefix_kv(x, positions, real)
+        return Prefix(k, v, real, positions, h + self.end)
 
 
-@struct.dataclass
+@pytree
 class KV(Memory):
-    """500xCompressor's memory: K and V of the memory tokens in every layer (arXiv 2408.03094, section 3).
+    """K and V of every layer, which the decoder finds in its cache (arXiv 2408.03094, section 3).
 
-    k, v: `[L, B, M, K, H]`, k before RoPE: whoever reads it rotates it to `positions`.
+    k is stored before RoPE; reading rotates it to `positions`.
     """
 
-    CONTENTS = ("k", "v")
-    TEXT_AXIS = 1
-    AXES = 5
+    CONTENTS: ClassVar[tuple[str, ...]] = ("k", "v")
+    TEXT_AXIS: ClassVar[int] = 1
+    AXES: ClassVar[int] = 5
+    RUNS_IN_DECODER: ClassVar[bool] = False
 
-    k: jnp.ndarray
-    v: jnp.ndarray
-    mask: jnp.ndarray
-    positions: jnp.ndarray
-    end: jnp.ndarray
-    segment_lengths: jnp.ndarray
+    k: Float[Any, "L B M K H"]
+    v: Float[Any, "L B M K H"]
+    mask: Bool[Any, "B M"]
+    positions: Int[Any, "B M"]
+    end: Int[Any, " B"]
+    segment_lengths: Int[Any, "B S"]
+
+    @staticmethod
+    def sizes(model: ModelConfig) -> tuple[int, ...]:
+        """(L, K, H)."""
+        return model.num_layers, model.num_kv_heads, model.head_dim
+
+    def _read(self, decoder, head):
+        """Rotates the keys to where they are read. Only the head runs, once for all texts."""
+        B, h = len(self), len(head)
+        positions, real, v = h + self.positions, self.mask, self.v
+        k = rope.rotate_keys(decoder.base.config, self.k, positions)
+        if h:
+            before = jnp.arange(h)[None]
+            ids = jnp.asarray(head, jnp.int32)[None]
+            k_head, v_head = decoder.prefix_kv(ids, before, jnp.ones((1, h), bool))
+
+            def behind(head_kv, memory_kv):
+                head_kv = jnp.broadcast_to(head_kv, (head_kv.shape[0], B, *head_kv.shape[2:]))
+                return jnp.concatenate([head_kv.astype(memory_kv.dtype), memory_kv], 2)
+
+            k, v = behind(k_head, k), behind(v_head, v)
+            positions = jnp.concatenate([jnp.broadcast_to(before, (B, h)), positions], 1)
+            real = jnp.concatenate([jnp.ones((B, h), bool), real], 1)
+        return Prefix(k, v, real, positions, h + self.end)
 
 
-def place(kind, contents, lengths_BS, config):
-    """The memory of S segments a text, `Slots` or `KV` as `kind` says: which tokens are real, and where the decoder reads them."""
-    token_axis = kind.TEXT_AXIS + 1
-    k = next(iter(contents.values())).shape[token_axis] // lengths_BS.shape[1]
-    positions, end = layouts.decoder_positions(
-        layouts.get(config.layout), k, lengths_BS, config.segment_tokens
-    )
+def place(
+    kind: type[Memory],
+    contents: dict[str, Any],
+    lengths_BS: Int[Any, "B S"],
+    config: CompressionConfig,
+) -> Memory:
+    """The memory of S segments per text: which tokens are real, where the decoder reads them."""
+    k = contents[kind.CONTENTS[0]].shape[kind.TEXT_AXIS + 1] // lengths_BS.shape[1]
+    positions, end = config.position_layout.decoder_positions(k, lengths_BS, config.segment_tokens)
     mask = lengths_BS.__array_namespace__().repeat(lengths_BS > 0, k, axis=1)
     return kind(**contents, mask=mask, positions=positions, end=end, segment_lengths=lengths_BS)
 
 
-def join(memories, config):
-    """One memory that holds all of theirs, text by text, in order: what compressing the joined segments at once would give.
+def join(memories: Sequence[Memory], config: CompressionConfig) -> Memory:
+    """One memory that holds several, text by text, in order.
 
-    UserError where they are of different kinds, or hold different numbers of texts, or of memory tokens a segment.
+    It is what compressing the joined segments at once would give.
+
+    UserError if they are of different kinds, or hold different numbers of texts or of memory tokens
+    per segment.
     """
     if not memories:
         raise UserError("there are no memories to join; give at least one")
-    alike = {
+    properties = {
         "texts": [len(m) for m in memories],
-        "memory tokens a segment": [m.tokens_per_segment for m in memories],
+        "memory tokens per segment": [m.tokens_per_segment for m in memories],
         "kind": [type(m).__name__ for m in memories],
     }
-    for what, values in alike.items():
+    for what, values in properties.items():
         if len(set(values)) != 1:
             raise UserError(
-                f"memories of {', '.join(map(str, values))} {what} cannot be joined; compress them alike"
+                f"memories of {', '.join(map(str, values))} {what} cannot be joined; compress them "
+                "alike"
             )
     kind = type(memories[0])
     xp = memories[0].segment_lengths.__array_namespace__()
@@ -150,22 +219,3 @@ def join(memories, config):
         for name in kind.CONTENTS
     }
     return place(kind, contents, xp.concatenate([m.segment_lengths for m in memories], 1), config)
-
-
-@struct.dataclass
-class Prefix:
-    """Head and memory as the decoder's targets see them: per-layer K/V.
-
-    k, v: `[L, B, P, K, H]`, k rotated to its positions. mask, positions: `[B, P]`. end: `[B]`, the position after the memory.
-    """
-
-    k: jnp.ndarray
-    v: jnp.ndarray
-    mask: jnp.ndarray
-    positions: jnp.ndarray
-    end: jnp.ndarray
-
-    @property
-    def seen(self):
-        """What `models.llama.Llama` takes as `prefix`."""
-        return self.k, self.v, self.mask, self.positions

@@ -1,4 +1,7 @@
-"""The objects of a JSON file: one a line, or arrays and objects over as many lines as they take. No more than one row is held at a time."""
+"""The values of a JSON file: one a line, or arrays and objects over any number of lines.
+
+No more than one row is in memory at a time.
+"""
 
 import codecs
 import io
@@ -8,21 +11,22 @@ import re
 from collections.abc import Iterator
 
 from icae_jax.data import reading
+from icae_jax.data.unpacking import CHUNK
 from icae_jax.errors import UserError
 
-LITERAL = 10  # characters of the longest word of JSON, and of an escape, that a piece of text may end within
+LITERAL = 10  # characters that the longest JSON word or escape takes; a block may end within one
 
 
 def _object(pairs):
-    """A JSON object. UserError where a field stands in it twice, with two values: readers take the last, or the first."""
-    made = dict(pairs)
-    if len(made) < len(pairs):
+    """A JSON object. UserError if a field has two values: which one counts depends on readers."""
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
         for name, value in pairs:
-            if value != made[name] and value == value:
+            if value != fields[name] and value == value:
                 raise UserError(
                     f"field {name!r} stands in one object twice, with two values; remove one"
                 )
-    return made
+    return fields
 
 
 _DECODER = json.JSONDecoder(object_pairs_hook=_object)
@@ -30,7 +34,7 @@ _BLANKS = re.compile(r"[ \t\r\n]*")
 
 
 def decode_line(line: bytes) -> object:
-    """The JSON value of a line. UserError says what is wrong with it."""
+    """The JSON value of a line. UserError if it has none, says why."""
     try:
         return _DECODER.decode(line.decode("utf-8"))
     except UserError:
@@ -42,7 +46,7 @@ def decode_line(line: bytes) -> object:
 
 
 def first_line(file: io.BufferedReader, most: int) -> object:
-    """The JSON value of a file's first line that is not blank, None where it is none by itself."""
+    """The JSON value of a file's first line that is not blank, None if the line is not a value."""
     _skip_blank_lines(file)
     try:
         return decode_line(file.readline(most + 1))
@@ -59,10 +63,18 @@ def seems_lines(text: str) -> bool:
         return False
 
 
-def read(file: io.BufferedReader, path: str, most: int) -> Iterator[tuple[object, int, int]]:
-    """Yields (value, its line, its number): in JSON lines the line's, counted from 0, else the value's. UserError names file and line.
+def values(file: io.BufferedReader, path: str, most: int) -> Iterator[tuple[object, int, int]]:
+    """Yields (value, its line, its number) of a JSON file.
 
-    file: as `reading.open_text` gives it. most: bytes of a row at most.
+    The number counts from 0: the line of JSON lines, else the value.
+
+    Args:
+      file: UTF-8 text, as from `reading.open_text`.
+      path: named in messages.
+      most: most bytes of a row.
+
+    Raises:
+      UserError: the file is not valid JSON, or a row is too long; names file and line.
     """
     before = _skip_blank_lines(file)
     if file.peek(1)[:1] == b"[":
@@ -74,7 +86,8 @@ def read(file: io.BufferedReader, path: str, most: int) -> Iterator[tuple[object
         try:
             value = decode_line(line)
         except UserError as error:
-            if not line.decode("utf-8", "replace").strip():  # blanks that are none to bytes
+            # bytes.isspace knows ASCII blanks only
+            if not line.decode("utf-8", "replace").strip():
                 continue
             if number > before + 1 or not isinstance(error.__cause__, json.JSONDecodeError):
                 raise UserError(f"{path}:{number}: {error}") from error
@@ -84,7 +97,7 @@ def read(file: io.BufferedReader, path: str, most: int) -> Iterator[tuple[object
 
 
 def _skip_blank_lines(file):
-    """Reads up to the first character; returns the number of lines before its own."""
+    """Skips blanks, returns how many lines they end."""
     lines = 0
     while start := file.peek(1):
         blank = len(start) - len(start.lstrip())
@@ -95,24 +108,25 @@ def _skip_blank_lines(file):
 
 
 def _from_first_line(file, path, most, line, number, error):
-    """Reads on where the first line is no row by itself: an object over several lines, or a row that is malformed."""
-    values = _values(_Text(file, path, most, number, line))
+    """Reads on if the first line is not a value: an object over several lines, or an error."""
+    rest = _values(_Text(file, path, most, number, line))
     try:
-        first = next(values)
+        first = next(rest)
     except UserError as other:
         here = f"{path}:{number}: "
-        also = (
-            ""
-            if str(other).startswith(here)
-            else f"; nor is there an object over several lines: {other}"
-        )
+        also = f"; nor is there an object over several lines: {other}"
+        if str(other).startswith(here):
+            also = ""
         raise UserError(f"{here}{error}{also}") from other
     yield first
-    yield from values
+    yield from rest
 
 
 class _Text:
-    """The text of a file, read piece by piece: the part from `at` on is `buffer[at:]`, and `line` is that of its first character."""
+    """The text of a file, read in blocks.
+
+    What is still to be parsed begins with `buffer[at:]`, whose first character is in line `line`.
+    """
 
     def __init__(self, file, path, most, line, start=b""):
         self._file, self.path, self.most, self.line = file, path, most, line
@@ -133,15 +147,18 @@ class _Text:
         self.at = 0
 
     def more(self):
-        """Reads on, as much as there is already. UserError where a row is longer than it may be."""
+        """Reads another block, as long as the buffer, so that the buffer doubles.
+
+        UserError if a row is longer than it may be.
+        """
         held = len(self.buffer) - self.at
         reading.check_size(held, f"{self.path}:{self.line}", self.most)
-        block = self._file.read(max(reading.CHUNK, held))
+        block = self._file.read(max(CHUNK, held))
         self.ended = not block
         self._append(block, self.ended)
 
     def next(self):
-        """The next character but blanks, "" at the end."""
+        """The next character that is not blank, "" at the end."""
         while True:
             self._advance(_BLANKS.match(self.buffer, self.at).end())
             if self.at < len(self.buffer) or self.ended:
@@ -156,16 +173,14 @@ class _Text:
         self._advance(self.at + 1)
 
     def value(self):
-        """The JSON value that begins here, and its line."""
+        """The JSON value that begins at `at`, and its line."""
         while True:
             line = self.line
             try:
                 value, end = _DECODER.raw_decode(self.buffer, self.at)
             except json.JSONDecodeError as error:
-                cut = (
-                    error.msg.startswith("Unterminated string")
-                    or error.pos >= len(self.buffer) - LITERAL
-                )
+                near_end = error.pos >= len(self.buffer) - LITERAL
+                cut = near_end or error.msg.startswith("Unterminated string")
                 if self.ended or not cut:
                     wrong = self.line + self.buffer.count("\n", self.at, error.pos)
                     raise UserError(f"{self.path}:{wrong}: not valid JSON ({error.msg})") from error
@@ -174,9 +189,8 @@ class _Text:
             except (ValueError, RecursionError) as error:
                 raise UserError(f"{self.path}:{line}: not valid JSON ({error})") from error
             else:
-                cut = end == len(self.buffer) and not isinstance(
-                    value, dict | list | str
-                )  # such as 12 of 123
+                has_end = isinstance(value, dict | list | str)
+                cut = end == len(self.buffer) and not has_end  # such as 12 of 123
                 if self.ended or not cut:
                     reading.check_size(end - self.at, f"{self.path}:{line}", self.most)
                     self._advance(end)
@@ -185,7 +199,7 @@ class _Text:
 
 
 def _values(text):
-    """Values one after another, the items of arrays each by itself."""
+    """Yields (value, its line, its number) of values in a row; the items of arrays one by one."""
     numbers = itertools.count()
     while (character := text.next()) != "":
         if character != "[":
@@ -201,11 +215,9 @@ def _values(text):
             yield value, line, next(numbers)
             character = text.next()
             if character not in (",", "]"):
-                what = (
-                    f"{character!r}, expected , or ]"
-                    if character
-                    else "the file ends within an array"
-                )
+                what = "the file ends within an array"
+                if character:
+                    what = f"{character!r}, expected , or ]"
                 raise UserError(f"{text.path}:{text.line}: not valid JSON ({what})")
             text.skip()
             if character == "]":

@@ -1,44 +1,30 @@
-"""Where texts and questions come from: files of rows or texts, folders and globs of them, prepared TFDS sets, sets of the hub.
+"""Texts and questions of a source: files of rows or text, folders and globs of them, prepared sets.
 
-What a file is `formats` knows, what a row is `rows`, where files are `places`.
+`places` finds the files, `formats` reads their raw rows, `forms` makes `Row`s of these.
 """
 
 import itertools
 import pathlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from icae_jax import errors
-from icae_jax.data import formats, hub_sets, places, reading, tfds_sets
-from icae_jax.data.places import split_source
-from icae_jax.data.rows import Row, Sieve, parse
+from icae_jax.data import formats, forms, hub_sets, places, reading, tfds_sets
+from icae_jax.data.rows import Row, Sieve
+from icae_jax.data.unpacking import packing
 from icae_jax.errors import UserError
 
-__all__ = [
-    "Row",
-    "Sieve",
-    "check_present",
-    "earlier_identity",
-    "identity",
-    "read_all",
-    "read_rows",
-    "read_texts",
-    "split_source",
-    "with_ids",
-]
 
-
-def _parts(source, told=False):
+def _parts(source, report=False):
     """The sets and files of a source, in order."""
-    return [
-        p
-        for path in split_source(source)
-        for p in ([path] if places.is_set(path) else places.files_of(path, told))
-    ]
+    parts = []
+    for path in places.split_source(source):
+        parts += [path] if places.is_set(path) else places.files_of(path, report)
+    return parts
 
 
 def check_present(source: str, tfds_dir: str | None = None) -> None:
-    """UserError where a file of a source is absent or none that is read, or a set cannot be opened; little is read for it."""
+    """UserError if a file is absent or of no known format, or a set cannot be opened."""
     for part in _parts(source):
         if part.startswith(tfds_sets.PREFIX):
             tfds_sets.open_set(part, tfds_dir)
@@ -49,11 +35,20 @@ def check_present(source: str, tfds_dir: str | None = None) -> None:
 
 
 def identity(
-    source: str, tfds_dir: str | None = None, content_hash=reading.content_hash, no_answer: str = ""
+    source: str,
+    tfds_dir: str | None = None,
+    content_hash: Callable[[str], str] = reading.content_hash,
+    no_answer: str = "",
 ) -> list:
-    """What a source is known by: how its files are read and what is in them, wherever they lie; what a set says of itself.
+    """The identity of a source as JSON: formats and contents of files, wherever they are.
 
-    content_hash: of a file; one that remembers, where large files are asked for again and again. no_answer: as for `read_rows`.
+    A set gives its own description.
+
+    Args:
+      source: the source.
+      tfds_dir: where prepared TFDS sets are.
+      content_hash: hashes a file; may remember the hashes of large files.
+      no_answer: the answer given to unanswerable questions.
     """
     result = []
     for part in _parts(source):
@@ -63,42 +58,43 @@ def identity(
             result.append(hub_sets.identity(part))
         else:
             places.check_file(part)
-            how = formats.kind(part)
-            if how == formats.TEXT and reading.has_mark(part):
-                how = "text without its mark"  # which was once read as a part of it
+            kind = formats.kind(part)
+            if kind == formats.TEXT and reading.has_mark(part):
+                kind = "text without its mark"  # earlier versions read the mark as text
             with reading.naming(part):
-                result.append([how, reading.packing(part), content_hash(part)])
+                result.append([kind, packing(part), content_hash(part)])
     return result + ([["no_answer", no_answer]] if no_answer else [])
 
 
 def earlier_identity(source: str, tfds_dir: str | None = None) -> list:
-    """What the first version of token caches knew a source by: files by name, size, time of change, and ends."""
+    """The identity of a source in the first version of token caches.
+
+    Files are known by name, size, modification time, and a hash of both ends.
+    """
     result = []
-    for path in map(pathlib.Path, split_source(source)):
+    for path in map(pathlib.Path, places.split_source(source)):
         if str(path).startswith(tfds_sets.PREFIX):
             result.append(tfds_sets.identity(str(path), tfds_dir))
-        elif path.is_file():  # it knew no folders, nor what is elsewhere
-            stat = path.stat()
-            result.append(
-                [path.name, stat.st_size, stat.st_mtime_ns, reading.ends(path, stat.st_size)]
-            )
+        elif path.is_file():  # that version knew no folders and no remote files
+            status = path.stat()
+            ends = reading.ends_hash(path, status.st_size)
+            result.append([path.name, status.st_size, status.st_mtime_ns, ends])
     return result
 
 
 def _raw_rows(part, name, prefix, tfds_dir, max_row_bytes):
-    """Yields (raw row, where, its id by default) of a set or file."""
+    """Yields (raw row, its place, its default id) of a set or file."""
     if part.startswith(tfds_sets.PREFIX):
-        found = tfds_sets.read(part, tfds_dir)
+        raw_rows = tfds_sets.raw_rows(part, tfds_dir)
     elif places.is_set(part):
-        found = hub_sets.read(part)
-    elif formats.kind(part) == formats.TEXT:
-        found, prefix = (
-            ((raw, where, name) for raw, where, _ in formats.raw_rows(part, max_row_bytes)),
-            "",
-        )
+        raw_rows = hub_sets.raw_rows(part)
     else:
-        found = formats.raw_rows(part, max_row_bytes)
-    for raw, where, number in found:
+        raw_rows = formats.raw_rows(part, max_row_bytes)
+        if formats.kind(part) == formats.TEXT:
+            for raw, where, _ in raw_rows:
+                yield raw, where, name
+            return
+    for raw, where, number in raw_rows:
         yield raw, where, f"{prefix}{number}"
 
 
@@ -108,37 +104,43 @@ def read_rows(
     max_row_bytes: int = reading.MAX_ROW_BYTES,
     sieve: Sieve | None = None,
 ) -> Iterator[Row]:
-    """Yields the `Row`s of a source in order that can be used, as the sieve says, which counts the others.
+    """Yields the usable `Row`s of a source in order; the sieve decides which, counts the others.
 
-    UserError names file and line of what is malformed, or longer than max_row_bytes.
+    UserError if something is malformed or longer than `max_row_bytes`; names file and line.
     """
     sieve = Sieve() if sieve is None else sieve
-    parts = _parts(source, told=True)
+    parts = _parts(source, report=True)
     for part, name in zip(parts, _short_names(parts), strict=True):
         prefix = f"{name}:" if len(parts) > 1 else ""
         for raw, where, default_id in _raw_rows(part, name, prefix, tfds_dir, max_row_bytes):
-            for row in map(sieve.take, parse(raw, where, default_id)):
+            for row in map(sieve.take, forms.parse(raw, where, default_id)):
                 if row is not None:
                     yield row
 
 
 def read_all(source: str, tfds_dir: str | None = None, sieve: Sieve | None = None) -> list[Row]:
-    """All `Row`s of a source at once; what passes, such as a network file system's fault, is tried again. sieve: as for `read_rows`."""
+    """`read_rows` as a list; transient faults, such as of a network file system, are retried."""
     sieve = Sieve() if sieve is None else sieve
 
-    def read():
-        tried = sieve.fresh()
-        return list(read_rows(source, tfds_dir, sieve=tried)), tried.left_out
+    def attempt():
+        fresh = sieve.fresh()
+        return list(read_rows(source, tfds_dir, sieve=fresh)), fresh.left_out
 
-    rows, left_out = errors.retrying(read, f"reading {source}")
+    rows, left_out = errors.retrying(attempt, f"reading {source}")
     sieve.add(left_out)
     return rows
 
 
 def read_texts(source: str, flag: str, strict: str = "") -> list[Row]:
-    """All texts of a source, whatever is asked of them; says on stderr what was left out. flag: what named the source.
+    """All texts of a source, without questions; says on stderr what was left out.
 
-    strict: as for `Sieve`. UserError as for `read_rows`, and where no text is left.
+    Args:
+      source: the source.
+      flag: the flag that names it, for messages.
+      strict: as for `Sieve`.
+
+    Raises:
+      UserError: as for `read_rows`, or no text is left.
     """
     check_present(source)
     sieve = Sieve(strict, questions=False)
@@ -149,11 +151,11 @@ def read_texts(source: str, flag: str, strict: str = "") -> list[Row]:
     return rows
 
 
-def with_ids(rows: list[Row]) -> dict[str, Row]:
-    """`{id: row}` of the rows that make a memory each, in the order of the rows; no id is lost, none stands for two texts.
+def with_ids(rows: Sequence[Row]) -> dict[str, Row]:
+    """`{id: row}` of the rows that become one memory each, in order.
 
-    A text whose rows have no ids of their own, such as a context with many questions, is one memory. Each id of a row's own is one.
-    UserError where two texts have one id.
+    All ids of the rows' own are kept. A text whose rows have none, such as a context with many
+    questions, becomes one memory. UserError if two texts have one id.
     """
     own, named = {}, set()
     for row in rows:
@@ -161,23 +163,24 @@ def with_ids(rows: list[Row]) -> dict[str, Row]:
             first = own.setdefault(row.id, row)
             if first.text != row.text:
                 raise UserError(
-                    f"{row.where}: id {row.id!r} is that of another text too ({first.where}); give each text an id of its own"
+                    f"{row.where}: id {row.id!r} is that of another text too ({first.where}); give "
+                    "each text an id of its own"
                 )
             named.add(row.text)
-    found = {}
+    result = {}
     for row in rows:
         if row.own_id:
-            found.setdefault(row.id, row)
+            result.setdefault(row.id, row)
         elif row.text not in named:
             named.add(row.text)
             names = itertools.chain([row.id], (f"{row.id}#{i}" for i in itertools.count(2)))
-            name = next(name for name in names if name not in own and name not in found)
-            found[name] = row
-    return found
+            name = next(name for name in names if name not in own and name not in result)
+            result[name] = row
+    return result
 
 
 def _short_names(paths):
-    """The paths' last parts, as few of them as tell the paths apart."""
+    """The shortest ends of the paths, in whole parts, that tell them apart."""
     split = [(path,) if places.is_set(path) else pathlib.PurePath(path).parts for path in paths]
     for count in range(1, max(map(len, split)) + 1):
         names = ["/".join(parts[-count:]) for parts in split]

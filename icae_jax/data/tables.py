@@ -1,40 +1,49 @@
-"""The rows of tables, as dictionaries: csv and tsv with a line of column names, Parquet, Arrow files and streams; a batch at a time."""
+"""The rows of tables as dictionaries: csv and tsv, Parquet, Arrow files and streams.
+
+A bounded number of rows is in memory at a time.
+"""
 
 import contextlib
 import csv
 import io
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from icae_jax import errors
-from icae_jax.data import reading, rows
+from icae_jax.data import reading
+from icae_jax.data.forms import EXPECTED, FIELDS, listed
+from icae_jax.data.rows import placed
+from icae_jax.data.unpacking import CHUNK, packing
 from icae_jax.errors import UserError
 
-BATCH = 1000  # rows of a Parquet or Arrow file made Python's at once, at most
-BATCH_BYTES = 32 << 20  # and about so many bytes of them
-DELIMITERS = (
-    ",",
-    ";",
-    "\t",
-    "|",
-)  # of a csv; where several fit its first line alike, the first of them
+BATCH = 1000  # most rows of a Parquet or Arrow file converted to Python objects at once
+BATCH_BYTES = 32 << 20  # and about the most bytes of them
+DELIMITERS = (",", ";", "\t", "|")  # of a csv, the preferred one first
 LISTS = ("answers", "messages", "conversations")  # columns whose cells may be JSON in a csv
 
 
-# ------------------------------------------------------------------------------------------------------------------ csv
+# ---------------------------------------------------------------------------------------------- csv
 
 
 def read_csv(
     file: io.BufferedReader,
     path: str,
     most: int,
-    fields: frozenset[str] = rows.FIELDS,
+    fields: frozenset[str] = FIELDS,
     delimiter: str = "",
 ) -> Iterator[tuple[dict, str, int]]:
-    """Yields (row, where it begins, its number). Every cell is a text. delimiter: "" to tell it by the first line.
+    """Yields (row, its place, its number) of a csv whose first line names the columns.
 
-    UserError names the line of a row with another number of cells than columns, of one longer than `most`, of wrong quotes.
+    Args:
+      file: UTF-8 text, as from `reading.open_text`.
+      path: named in messages.
+      most: most bytes of a row.
+      fields: columns that are read, by which the delimiter is recognised.
+      delimiter: "" to recognise it from the first line.
+
+    Raises:
+      UserError: a row has too many or too few cells, is too long or wrongly quoted; names its line.
     """
     lines = _Lines(file, path, most)
     csv.field_size_limit(min(sys.maxsize, most + 1))
@@ -64,35 +73,36 @@ def read_csv(
         if len(cells) != len(names):
             what = "cell" if len(cells) == 1 else "cells"
             raise UserError(
-                f"{path}:{began}: {len(cells)} {what}, but the first line names {len(names)} columns: {rows.listed(names)}"
+                f"{path}:{began}: {len(cells)} {what}, but the first line names {len(names)} "
+                f"columns: {listed(names)}"
             )
-        with rows.placed(f"{path}:{began}"):
+        with placed(f"{path}:{began}"):
             raw = {name: _cell(name, cell) for name, cell in zip(names, cells, strict=True)}
         yield raw, f"{path}:{began}", number
         number += 1
 
 
 class _Lines:
-    """Decoded lines, counted, no more of which make one row than it may hold."""
+    """Decoded, numbered lines. UserError if those of one row hold more than `most` bytes."""
 
     def __init__(self, file, path, most):
         self._lines, self._path, self._most = reading.numbered_lines(file, path, most), path, most
-        self._number, self._began, self._size, self._kept = 0, 1, 0, None
+        self._number, self._began, self._size, self._unread = 0, 1, 0, None
 
     def begin(self):
-        """The number of the next row's first line."""
-        self._began, self._size = self._number + (self._kept is None), 0
+        """Starts a row; returns the number of its first line."""
+        self._began, self._size = self._number + (self._unread is None), 0
         return self._began
 
     def unread(self, line):
-        self._kept = line
+        self._unread = line
 
     def __iter__(self):
         return self
 
     def __next__(self):
-        if self._kept is not None:
-            line, self._kept = self._kept, None
+        if self._unread is not None:
+            line, self._unread = self._unread, None
             return line
         self._number, line = next(self._lines)
         self._size += len(line)
@@ -106,12 +116,12 @@ class _Lines:
 
 
 def _delimiter(line, fields):
-    """That of a csv by its first line: the one at which it holds most columns that are read, then most columns."""
+    """The delimiter that splits the first line into most known columns, then most columns."""
 
     def fit(delimiter):
         try:
             names = [name.strip() for name in next(csv.reader([line], delimiter=delimiter), [])]
-        except csv.Error:  # which is said where the line is read
+        except csv.Error:  # reported when the line is read
             return 0, 0
         return len(fields & set(names)), len(names)
 
@@ -120,16 +130,20 @@ def _delimiter(line, fields):
 
 def _columns(cells, fields, where):
     names = [" ".join(cell.split()) for cell in cells]
-    twice = next((name for name in names if name and names.count(name) > 1), None)
-    if twice is not None:
-        raise UserError(f"{where}: two columns are named {twice!r}; rename one")
+    _check_unique([name for name in names if name], where)
     if not fields & set(names):
-        raise UserError(f"{where}: columns {rows.listed(names)}; {rows.EXPECTED}")
+        raise UserError(f"{where}: columns {listed(names)}; {EXPECTED}")
     return names
 
 
+def _check_unique(names, where):
+    duplicate = next((name for name in names if names.count(name) > 1), None)
+    if duplicate is not None:
+        raise UserError(f"{where}: two columns are named {duplicate!r}; rename one")
+
+
 def _cell(name, cell):
-    """A cell's text; a list or an object where a column of them holds JSON."""
+    """A cell's text, or the list or object that a cell of `LISTS` holds as JSON."""
     if name not in LISTS or not cell.lstrip().startswith(("[", "{")):
         return cell
     try:
@@ -138,12 +152,12 @@ def _cell(name, cell):
         raise UserError(f"{name} is {cell[:80]!r}, neither a text nor JSON ({error})") from error
 
 
-# --------------------------------------------------------------------------------------------------- Parquet and Arrow
+# -------------------------------------------------------------------------------- Parquet and Arrow
 
 
 @contextlib.contextmanager
 def _naming(path):
-    """Arrow's errors in one line. What a file system says passes as it is."""
+    """Turns Arrow's errors into a `UserError` of one line; file system errors pass unchanged."""
     import pyarrow as pa
 
     try:
@@ -152,14 +166,15 @@ def _naming(path):
         if isinstance(error, OSError) and (error.errno is not None or errors.transient(error)):
             raise
         raise UserError(
-            f"data file {path}: cannot be read ({' '.join(str(error).split())[:300]}); is it whole?"
+            f"data file {path}: cannot be read ({' '.join(str(error).split())[:300]}); "
+            "is it complete?"
         ) from error
 
 
 def read_parquet(
-    path: str, most: int, fields: frozenset[str] = rows.FIELDS
+    path: str, most: int, fields: frozenset[str] = FIELDS
 ) -> Iterator[tuple[dict, str, int]]:
-    """Yields (row, where, its number) of a Parquet file, those columns alone that `fields` names."""
+    """Yields (row, its place, its number) of a Parquet file, with the columns in `fields` only."""
     import pyarrow.parquet
 
     with (
@@ -168,25 +183,17 @@ def read_parquet(
         pyarrow.parquet.ParquetFile(source, pre_buffer=False) as file,
     ):
         names = wanted(file.schema_arrow.names, fields, f"data file {path}")
-        size = max(
-            (
-                file.metadata.row_group(i).total_byte_size
-                for i in range(file.metadata.num_row_groups)
-            ),
-            default=0,
-        )
-        count = max(
-            (file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups)),
-            default=0,
-        )
-        batches = file.iter_batches(batch_size=_batch(size, count), columns=names)
+        groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
+        size = max((group.total_byte_size for group in groups), default=0)
+        count = max((group.num_rows for group in groups), default=0)
+        batches = file.iter_batches(batch_size=_batch_rows(size, count), columns=names)
         yield from _rows(batches, path, most)
 
 
 def read_arrow(
-    path: str, most: int, fields: frozenset[str] = rows.FIELDS
+    path: str, most: int, fields: frozenset[str] = FIELDS
 ) -> Iterator[tuple[dict, str, int]]:
-    """The same of an Arrow (Feather) file, or of a stream as the `datasets` library writes it."""
+    """`read_parquet` for Arrow (Feather) files and streams, which the `datasets` library writes."""
     import pyarrow as pa
 
     with _naming(path), _open_table(path, (b"ARROW1", b"\xff\xff\xff\xff")) as source:
@@ -199,81 +206,76 @@ def read_arrow(
 
 
 def _checked(batch):
-    """A batch of whose lengths and texts none lead outside it: Arrow takes what a file says of them as it is, and would crash."""
+    """The batch, validated: Arrow trusts the offsets in a file and would crash on damaged ones."""
     batch.validate(full=True)
     return batch
 
 
 @contextlib.contextmanager
 def _open_table(path, beginnings):
-    """A file that Arrow can seek in. UserError where it is packed, or something else."""
+    """A file that Arrow can seek in. UserError if it is packed or begins otherwise."""
     import pyarrow as pa
 
-    if reading.packing(path):
+    if packing(path):
         raise UserError(
-            f"data file {path}: such a table is packed by itself, and cannot be read through another packing; unpack it"
+            f"data file {path}: such a table is packed by itself, and cannot be read through "
+            "another packing; unpack it"
         )
     with reading.open_file(path) as file:
-        start = file.read(reading.CHUNK)
+        start = file.read(CHUNK)
         reading.check_start(start, path)
         if not start.startswith(beginnings):
             raise UserError(
                 f"data file {path}: {reading.binary_kind(start) or 'text'}, not what its name says"
             )
         file.seek(0)
-        with (
-            pa.PythonFile(file, mode="r")
-            if reading.is_remote(path)
-            else pa.OSFile(str(path)) as source
-        ):
+        remote = reading.is_remote(path)
+        with pa.PythonFile(file, mode="r") if remote else pa.OSFile(str(path)) as source:
             yield source
 
 
-def wanted(names: list[str], fields: frozenset[str], what: str) -> list[str]:
-    """Those columns of a table that `fields` names. UserError where there is none, or one comes twice. what: the table."""
-    found = [name for name in names if name in fields]
-    if not found:
-        raise UserError(f"{what}: columns {rows.listed(names)}; {rows.EXPECTED}")
-    twice = next((name for name in found if found.count(name) > 1), None)
-    if twice:
-        raise UserError(f"{what}: two columns are named {twice!r}; rename one")
-    return found
+def wanted(names: Sequence[str], fields: frozenset[str], what: str) -> list[str]:
+    """The columns of a table that are in `fields`. UserError if there is none or one comes twice.
+
+    what: the table, for messages.
+    """
+    columns = [name for name in names if name in fields]
+    if not columns:
+        raise UserError(f"{what}: columns {listed(names)}; {EXPECTED}")
+    _check_unique(columns, what)
+    return columns
 
 
-def _batch(size, count):
-    """How many rows to take at once, of a group of so many bytes and rows."""
+def _batch_rows(size, count):
+    """How many rows to convert at once, of a group of `size` bytes and `count` rows."""
     return max(1, min(BATCH, BATCH_BYTES * count // max(1, size))) if count else BATCH
 
 
 def _rows(batches, path, most):
     number = 0
     for batch in batches:
-        step = _batch(batch.nbytes, batch.num_rows)
+        step = _batch_rows(batch.nbytes, batch.num_rows)
         for start in range(0, batch.num_rows, step):
             try:
                 raw_rows = _times_as_text(batch.slice(start, step)).to_pylist()
-            except (
-                ValueError,
-                ArithmeticError,
-            ) as error:  # of values that Arrow has and Python has not
-                if isinstance(error, UnicodeDecodeError):
-                    raise
+            except UnicodeDecodeError:
+                raise
+            except (ValueError, ArithmeticError) as error:  # Arrow values that Python lacks
                 raise UserError(
                     f"{path} row {number} or one of the next {step}: cannot be read ({error})"
                 ) from error
             for raw in raw_rows:
                 where = f"{path} row {number}"
-                with rows.placed(where):
+                with placed(where):
                     raw = plain(raw)
-                reading.check_size(
-                    sum(len(value) for value in raw.values() if isinstance(value, str)), where, most
-                )
+                size = sum(len(value) for value in raw.values() if isinstance(value, str))
+                reading.check_size(size, where, most)
                 yield raw, where, number
                 number += 1
 
 
 def _times_as_text(batch):
-    """A batch whose columns of times, such as ids, are texts: Python's times are coarser, and reach less far."""
+    """The batch with times, such as some ids, as texts: Python's are coarser and reach less far."""
     import pyarrow as pa
 
     for i, column in enumerate(batch.schema):
@@ -283,9 +285,12 @@ def _times_as_text(batch):
 
 
 def plain(value: object) -> object:
-    """A value of a table or set as JSON has it: bytes as text, arrays as lists. UserError for bytes that are no text."""
+    """A value of a table or set as JSON has it: bytes as text, arrays as lists.
+
+    UserError for bytes that are not UTF-8.
+    """
     if isinstance(value, dict):
-        return {k: plain(v) for k, v in value.items()}
+        return {key: plain(item) for key, item in value.items()}
     if isinstance(value, bytes):
         try:
             return value.decode("utf-8")
@@ -294,5 +299,5 @@ def plain(value: object) -> object:
     if hasattr(value, "tolist"):
         return plain(value.tolist())
     if isinstance(value, list):
-        return [plain(v) for v in value]
+        return [plain(item) for item in value]
     return value

@@ -1,32 +1,36 @@
-"""What a run's results look like: the printed table, the figures after the papers', and the HTML page with restored texts."""
+"""What results look like: the printed table, the papers' figures, the HTML page with examples."""
 
 import html
+import os
 import re
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 from icae_jax.evaluation import published, report
 from icae_jax.evaluation.suites import common
 from icae_jax.evaluation.suites.tokens import first, without
 
+Scores = dict[str, dict[str, dict[str, Any]]]  # {metric: {arm: {"mean", "low", "high", "n"}}}
+
 SHOWN = 8  # examples on a page
-NUMBERS = re.compile(
-    r"(\d+-)?\d+"
-)  # a group that has a place along an axis: "128", or a bucket such as "1-100"
+NUMBERS = re.compile(r"(\d+-)?\d+")  # groups with a place along an axis: "128", or "1-100"
 CELL = "{mean} [{low}, {high}]"
 
 
-def cell(metric, found):
-    """A score with its interval, as text; a dash for an end without a bound."""
+# ------------------------------------------------------------------------------------------- text
+
+
+def cell(metric: str, estimate: dict[str, Any]) -> str:
+    """A score with its interval; a dash stands for an end without a bound."""
     digits = common.METRICS[metric].digits
+    ends = {name: estimate[name] for name in ("mean", "low", "high")}
     return CELL.format(
-        **{
-            name: "–" if found[name] is None else f"{found[name]:.{digits}f}"
-            for name in ("mean", "low", "high")
-        }
+        **{name: "–" if end is None else f"{end:.{digits}f}" for name, end in ends.items()}
     )
 
 
-def table(scores, arms=None, label=""):
-    """(header, rows) of scores: a row for each arm, a column for each metric."""
+def table(scores: Scores, arms: Sequence[str] | None = None, label: str = "") -> report.Table:
+    """A row for each arm, a column for each metric."""
     metrics = [m for m in scores if scores[m]]
     arms = arms or list(dict.fromkeys(arm for m in metrics for arm in scores[m]))
     header = [label, *(common.METRICS[m].label for m in metrics), "n"]
@@ -37,8 +41,47 @@ def table(scores, arms=None, label=""):
     return header, rows
 
 
-def _few(arms):
-    """Of the arms of suite tokens those that a terminal has room for: powers of two of the first tokens."""
+def facts(result: dict[str, Any]) -> list[str]:
+    """Lines that say what was measured on what."""
+    lines = []
+    for name, about in result["adapters"].items():
+        k = ", ".join(map(str, about["k"]))
+        sizes = f"{k} memory tokens for up to {about['segment_tokens']} of text"
+        path = about["path"] if name == about["path"] else f"{name} {about['path']}"
+        lines.append(f"{path}: {about['method']}, {sizes}, layout {about['layout']}")
+    wanted = result["config"]["k"] or next(iter(result["adapters"].values()))["k"]
+    if len(wanted) > 1:
+        lines.append(f"memory: with {max(wanted)} memory tokens a segment")
+    base = result["base"]
+    fingerprint = base["fingerprint"][:12]
+    lines.append(f"base {base['path']} ({fingerprint}), {result['config']['base_dtype']}")
+    sets = ", ".join(f"{name} ({count} texts)" for name, count in result["data"]["texts"].items())
+    lines.append(f"data {sets}; seed {result['seed']}")
+    lines += [f"left out: {count} {reason}" for reason, count in result["left_out"].items()]
+    ties = ", ".join(
+        f"{arm} {counts['steps']} in {counts['texts']} texts"
+        for arm, counts in result["ties"].items()
+        if counts["steps"]
+    )
+    return lines + ([f"steps where the two best tokens tied: {ties}"] if ties else [])
+
+
+def text(result: dict[str, Any]) -> str:
+    """The scores as the command prints them."""
+    arms, lines = None, []
+    if result["suite"] == "tokens":
+        arms = _few(dict.fromkeys(arm for metric in result["scores"].values() for arm in metric))
+        lines = [_extremes(metric, by_arm) for metric, by_arm in result["scores"].items()]
+    return "\n\n".join([*(report.text_table(*t) for t in _tables(result, arms)), *lines])
+
+
+def summary(result: dict[str, Any]) -> str:
+    """What was measured on what, then the scores."""
+    return "\n".join(facts(result)) + f"\n\n{text(result)}"
+
+
+def _few(arms: Iterable[str]) -> list[str]:
+    """The arms of suite tokens that fit a terminal: powers of two of the first tokens."""
     powers = {first(2**i) for i in range(12)}
     return [
         arm
@@ -47,216 +90,197 @@ def _few(arms):
     ]
 
 
-def _tables(result, arms=None):
-    """(header, rows) of every table of a run: of all examples, then of each group where there are several.
+def _tables(result, arms=None) -> list[report.Table]:
+    """A table of all examples, then one for each group where there are several.
 
-    What ablate measures differs from group to group, so that there all examples together have no table.
+    Suite ablate measures different things in different groups, so it has no table of all.
     """
     ablate = result["suite"] == "ablate"
-    made = [] if ablate else [table(result["scores"], arms)]
+    tables = [] if ablate else [table(result["scores"], arms)]
     for kind, values in result["groups"].items():
         if len(values) > 1 or ablate:
-            made += [table(of, label=f"{kind} {value}") for value, of in values.items()]
-    return made + ([_pairs_table(result["pairs"])] if result.get("pairs") else [])
+            tables += [table(scores, label=f"{kind} {value}") for value, scores in values.items()]
+    return tables + ([_pairs_table(result["pairs"])] if result.get("pairs") else [])
 
 
-def text(result):
-    """The results as the command prints them."""
-    arms, rest = None, []
-    if result["suite"] == "tokens":
-        arms = _few(dict.fromkeys(arm for metric in result["scores"].values() for arm in metric))
-        rest = [_extremes(metric, of) for metric, of in result["scores"].items()]
-    return "\n\n".join([*(report.text_table(*made) for made in _tables(result, arms)), *rest])
-
-
-def _extremes(metric, of):
-    """Which memory token is missed most, and least."""
+def _extremes(metric: str, by_arm: dict) -> str:
+    """Which memory token is missed most, and which least."""
     prefix = without("")
-    missed = sorted(
-        (found["mean"], arm.removeprefix(prefix))
-        for arm, found in of.items()
+    losses = sorted(
+        (estimate["mean"], arm.removeprefix(prefix))
+        for arm, estimate in by_arm.items()
         if arm.startswith(prefix)
     )
-    label, whole = common.METRICS[metric].label, of[common.MEMORY]["mean"]
-    (least, which_least), (most, which_most) = missed[0], missed[-1]
-    return f"{label}: {whole:.3f} with all tokens, {most:.3f} without token {which_most}, {least:.3f} without token {which_least}"
+    label, whole = common.METRICS[metric].label, by_arm[common.MEMORY]["mean"]
+    (least, least_missed), (most, most_missed) = losses[0], losses[-1]
+    return (
+        f"{label}: {whole:.3f} with all tokens, {most:.3f} without token {most_missed}, "
+        f"{least:.3f} without token {least_missed}"
+    )
 
 
-def _pairs_table(pairs):
+def _pairs_table(pairs) -> report.Table:
     rows = []
-    for metric, of in pairs.items():
+    for metric, by_pair in pairs.items():
         label, digits = common.METRICS[metric].label, common.METRICS[metric].digits
-        for pair, found in of.items():
-            d = found["difference"]
-            apart = f"{d['mean']:+.{digits}f} [{d['low']:+.{digits}f}, {d['high']:+.{digits}f}]"
-            rows.append(
-                [
-                    f"{pair}: {label}",
-                    apart,
-                    *(f"{found[name]:.1f}" for name in ("win", "lose", "tie")),
-                    d["n"],
-                ]
+        for pair, compared in by_pair.items():
+            d = compared["difference"]
+            difference = (
+                f"{d['mean']:+.{digits}f} [{d['low']:+.{digits}f}, {d['high']:+.{digits}f}]"
             )
+            marks = [f"{compared[name]:.1f}" for name in ("win", "lose", "tie")]
+            rows.append([f"{pair}: {label}", difference, *marks, d["n"]])
     return ["", "difference", "win %", "lose %", "tie %", "n"], rows
 
 
-# --------------------------------------------------------------------------------------------------------------- figures
+# ---------------------------------------------------------------------------------------- figures
 
 
-def _triple(found):
-    return found["mean"], found["low"], found["high"]
+def _triple(estimate):
+    return estimate["mean"], estimate["low"], estimate["high"]
 
 
-def figures(result, group_label):
-    """SVG figures, the papers' where they have one: by group where there are several, else the arms side by side."""
+def figures(result: dict[str, Any], group_label: str) -> list[str]:
+    """SVG figures, as in the papers where they have one.
+
+    Scores by group where there are several groups, else the arms side by side.
+    """
+    scores = result["scores"]
     if result["suite"] == "tokens":
-        return [
-            svg for metric, of in result["scores"].items() for svg in _token_figures(metric, of)
-        ]
-    made, colours = (
-        [],
-        report.palette(dict.fromkeys(arm for of in result["scores"].values() for arm in of)),
-    )
-    for metric, of in result["scores"].items():
+        return [svg for metric, by_arm in scores.items() for svg in _token_figures(metric, by_arm)]
+    colours = report.palette(dict.fromkeys(arm for by_arm in scores.values() for arm in by_arm))
+    svgs = []
+    for metric, by_arm in scores.items():
         label = common.METRICS[metric].label
-        several = [
-            (kind, values)
-            for kind, values in result["groups"].items()
-            if len([v for v in values.values() if metric in v]) > 1
+        with_metric = [
+            {value: scores[metric] for value, scores in values.items() if metric in scores}
+            for values in result["groups"].values()
         ]
-        for _, values in several:
-            having = {value: found[metric] for value, found in values.items() if metric in found}
-            arms = dict.fromkeys(arm for found in having.values() for arm in found)
-            if all(NUMBERS.fullmatch(value) for value in having):
-                series = {}
-                for arm in arms:
-                    at = {
-                        int(value.rpartition("-")[2]): _triple(found[arm])
-                        for value, found in having.items()
-                        if arm in found
-                    }
-                    series[arm] = (list(at), list(at.values()))
-                made.append(report.lines(series, group_label, label, colours=colours))
-            else:
-                series = {
-                    arm: [
-                        _triple(found[arm]) if arm in found else None for found in having.values()
-                    ]
-                    for arm in arms
-                }
-                made.append(report.bars(list(having), series, label, group_label, colours=colours))
-        if not several:
-            made.append(
-                report.bars(
-                    [""],
-                    {arm: [_triple(found)] for arm, found in of.items()},
-                    label,
-                    colours=colours,
-                )
-            )
-    return made
+        with_metric = [by_value for by_value in with_metric if len(by_value) > 1]
+        svgs += [_group_figure(by_value, label, group_label, colours) for by_value in with_metric]
+        if not with_metric:
+            bars = {arm: [_triple(estimate)] for arm, estimate in by_arm.items()}
+            svgs.append(report.bars([""], bars, label, colours=colours))
+    return svgs
 
 
-def _token_figures(metric, of):
+def _group_figure(by_value: dict, label: str, group_label: str, colours: dict) -> str:
+    """Lines over groups that are numbers, else bars. by_value: `{group: {arm: estimate}}`."""
+    arms = dict.fromkeys(arm for by_arm in by_value.values() for arm in by_arm)
+    if all(NUMBERS.fullmatch(value) for value in by_value):
+        series = {}
+        for arm in arms:
+            points = {
+                int(value.rpartition("-")[2]): _triple(by_arm[arm])
+                for value, by_arm in by_value.items()
+                if arm in by_arm
+            }
+            series[arm] = (list(points), list(points.values()))
+        return report.lines(series, group_label, label, colours=colours)
+    series = {
+        arm: [_triple(by_arm[arm]) if arm in by_arm else None for by_arm in by_value.values()]
+        for arm in arms
+    }
+    return report.bars(list(by_value), series, label, group_label, colours=colours)
+
+
+def _token_figures(metric: str, by_arm: dict) -> list[str]:
     """The loss without each token, and with the first few."""
-    label, whole = common.METRICS[metric].label, of[common.MEMORY]
+    label, whole = common.METRICS[metric].label, by_arm[common.MEMORY]
 
     def numbered(name):
         prefix = name("")
         return {
-            int(arm.removeprefix(prefix)): found
-            for arm, found in of.items()
+            int(arm.removeprefix(prefix)): estimate
+            for arm, estimate in by_arm.items()
             if arm.startswith(prefix)
         }
 
     hidden, kept = numbered(without), numbered(first)
-    lost = [_triple(found) for found in hidden.values()]
-    every = {
-        "one token hidden": (list(hidden), lost),
+    series = {
+        "one token hidden": (list(hidden), [_triple(estimate) for estimate in hidden.values()]),
         "all tokens": (list(hidden), [_triple(whole)] * len(hidden)),
     }
-    made = [report.lines(every, "memory token that is hidden", label)]
+    svgs = [report.lines(series, "memory token that is hidden", label)]
     if kept:
-        most = max(max(kept), max(hidden)) + 1
-        at = kept | {most: whole}
-        series = {"first tokens": (list(at), [_triple(found) for found in at.values()])}
-        made.append(report.lines(series, "memory tokens kept, from the first", label))
-    return made
+        points = kept | {max(max(kept), max(hidden)) + 1: whole}
+        series = {"first tokens": (list(points), [_triple(e) for e in points.values()])}
+        svgs.append(report.lines(series, "memory tokens kept, from the first", label))
+    return svgs
 
 
-# ------------------------------------------------------------------------------------------------------------------ page
+# ------------------------------------------------------------------------------------------- page
 
 
-def _shown(result):
-    """Examples to look at: the worst first, then evenly up to the best, by the first score that the memory's texts have."""
+def _restored_arms(example: dict) -> list[str]:
+    """The arms of which an example has a text, beside the originals."""
+    return [
+        name
+        for name in example["texts"]
+        if name not in ("original", "question", "answers") and not name.startswith("original, ")
+    ]
+
+
+def _shown(result) -> list[dict]:
+    """Examples to look at: the worst, then evenly up to the best, by the first text's score."""
     ranked = []
-    for one in result["examples"]:
-        arm = next(
-            (
-                a
-                for a in one["texts"]
-                if a not in ("original", "question", "answers") and not a.startswith("original, ")
-            ),
-            None,
-        )
-        metric = next(
-            (m for m in ("f1", "bleu", "answer_loss") if arm in one["scores"].get(m, {})), None
-        )
-        if metric is None:
-            continue
-        score = one["scores"][metric][arm]
-        ranked.append(
-            (score if common.METRICS[metric].better == "higher" else -score, one["id"], one)
-        )
+    for example in result["examples"]:
+        scores, arm = example["scores"], next(iter(_restored_arms(example)), None)
+        metrics = (m for m in ("f1", "bleu", "answer_loss") if arm in scores.get(m, {}))
+        metric = next(metrics, None)
+        if metric is not None:
+            sign = 1 if common.METRICS[metric].better == "higher" else -1
+            ranked.append((sign * scores[metric][arm], example["id"], example))
     ranked.sort(key=lambda r: r[:2])
     if len(ranked) > SHOWN:
-        worst = ranked[: SHOWN // 2]
-        rest = ranked[SHOWN // 2 :]
-        ranked = worst + [rest[i * (len(rest) - 1) // (SHOWN // 2 - 1)] for i in range(SHOWN // 2)]
-    return [one for *_, one in ranked]
+        half = SHOWN // 2
+        worst, others = ranked[:half], ranked[half:]
+        ranked = worst + [others[i * (len(others) - 1) // (half - 1)] for i in range(half)]
+    return [example for *_, example in ranked]
 
 
-def _example(one):
-    texts = one["texts"]
-    parts = [f"<h3>{html.escape(one['set'])}: {html.escape(one['id'])}</h3>"]
+def _example(example: dict) -> str:
+    texts = example["texts"]
+    fragments = [f"<h3>{html.escape(example['set'])}: {html.escape(example['id'])}</h3>"]
     if "question" in texts:
-        parts.append(
-            f"<p><b>{html.escape(texts['question'])}</b> — {html.escape(' | '.join(texts['answers']))}</p>"
+        question, answers = (
+            html.escape(texts["question"]),
+            html.escape(" | ".join(texts["answers"])),
         )
-    for arm, made in texts.items():
-        if arm in ("original", "question", "answers") or arm.startswith("original, "):
-            continue
-        original = (
-            texts["answers"][0]
-            if "question" in texts
-            else texts.get(f"original, {arm}", texts.get("original", ""))
-        )
+        fragments.append(f"<p><b>{question}</b> — {answers}</p>")
+    for arm in _restored_arms(example):
+        if "question" in texts:
+            original = texts["answers"][0]
+        else:
+            original = texts.get(f"original, {arm}", texts.get("original", ""))
         numbers = [
-            f"{common.METRICS[m].label} {of[arm]:.{common.METRICS[m].digits}f}"
-            for m, of in one["scores"].items()
-            if arm in of
+            f"{common.METRICS[m].label} {by_arm[arm]:.{common.METRICS[m].digits}f}"
+            for m, by_arm in example["scores"].items()
+            if arm in by_arm
         ]
         shown = f" ({', '.join(numbers[:2])})" if numbers else ""
-        parts.append(f"<p>{html.escape(arm)}{shown}</p>{report.difference(original, made)}")
-    return "\n".join(parts)
+        difference = report.difference(original, texts[arm])
+        fragments.append(f"<p>{html.escape(arm)}{shown}</p>{difference}")
+    return "\n".join(fragments)
 
 
-def write(path, result, group_label, facts):
-    """Writes the HTML page of a run's results. facts: lines that say what was measured on what."""
-    of_all, *others = [f'<div class="wide">{report.table(*made)}</div>' for made in _tables(result)]
-    parts = [f"<p>{'<br>'.join(html.escape(fact) for fact in facts)}</p>", of_all]
-    parts.append("<p>In brackets: 95 % intervals, from resampling the contexts. n: examples.</p>")
-    parts.append(f'<div class="figures">{"".join(figures(result, group_label))}</div>')
-    parts += others
-    shown = _shown(result)
-    if shown:
-        parts.append(f"<h2>Examples</h2><p>The worst first.</p>{report.DIFFERENCE_LEGEND}")
-        parts += [_example(one) for one in shown]
+def write(
+    path: str | os.PathLike, result: dict[str, Any], group_label: str, facts: Sequence[str]
+) -> None:
+    """Writes the HTML page. facts: lines that say what was measured on what."""
+    of_all, *others = [f'<div class="wide">{report.table(*t)}</div>' for t in _tables(result)]
+    fragments = [f"<p>{'<br>'.join(html.escape(fact) for fact in facts)}</p>", of_all]
+    note = "In brackets: 95 % intervals, from resampling the contexts. n: examples."
+    fragments.append(f"<p>{note}</p>")
+    fragments.append(f'<div class="figures">{"".join(figures(result, group_label))}</div>')
+    fragments += others
+    if shown := _shown(result):
+        heading = "<h2>Examples</h2><p>The worst first.</p>"
+        fragments += [f"{heading}{report.DIFFERENCE_LEGEND}", *map(_example, shown)]
     if result["suite"] in published.SUITES:
-        parts.append("<h2>Published figures</h2>")
-        known = published.tables(result["suite"])
-        parts += [
+        fragments.append("<h2>Published figures</h2>")
+        fragments += [
             f"<p>{html.escape(caption)}</p>{report.table(header, rows)}"
-            for caption, header, rows in known
+            for caption, header, rows in published.tables(result["suite"])
         ]
-    report.write(path, f"icae evaluate: {result['suite']}", parts)
+    report.write(path, f"icae evaluate: {result['suite']}", fragments)

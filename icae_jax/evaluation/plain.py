@@ -1,29 +1,33 @@
-"""The controls without a memory: the same base reading plain tokens, such as the full context, a part of it, or none."""
+"""Controls without a memory: the same base reads plain tokens, such as the full context or none."""
 
-import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from icae_jax.compression.memory import Prefix
+from icae_jax.compression.decoder import Decoder, Prefix
 from icae_jax.errors import UserError
 from icae_jax.inference import generate as decoding
-from icae_jax.inference.compressor import Score, batches
-from icae_jax.interop.hub import base as bases
+from icae_jax.inference.batching import batch_starts
+from icae_jax.inference.compressor import Compressor
+from icae_jax.inference.reading import Generation, Score
 from icae_jax.interop.hub import tokenizer as tokenizers
-from icae_jax.models import llama
+from icae_jax.models.llama import FrozenModel, ModelConfig
 from icae_jax.objectives import loss, targets
+from icae_jax.objectives.packing import pack
+
+Ids = Sequence[int]
 
 STEP = 64  # lengths are padded to multiples of this, so that few shapes are compiled
 LOSS_CHUNK = 128
 
 
-def _up(n, step=STEP):
+def _round_up(n: int, step: int = STEP) -> int:
     return -(-n // step) * step
 
 
-def no_prefix(config, rows, dtype=jnp.float32):
+def no_prefix(config: ModelConfig, rows: int, dtype=jnp.float32) -> Prefix:
     """A prefix of no positions: the decoder starts at position 0."""
     empty = np.zeros((config.num_layers, rows, 0, config.num_kv_heads, config.head_dim), dtype)
     return Prefix(
@@ -35,80 +39,93 @@ def no_prefix(config, rows, dtype=jnp.float32):
     )
 
 
-def start_ids(compressor):
-    """The ids that the tokenizer sets in front of a text: `<s>`, or nothing."""
-    bos = bases.bos_id(compressor.base.tokenizer)
+def start_ids(compressor: Compressor) -> tuple[int, ...]:
+    """The ids that the tokenizer puts before a text: `<s>`, or nothing."""
+    bos = tokenizers.bos_id(compressor.base.tokenizer)
     return () if bos is None else (bos,)
 
 
-def template_of(compressor, name=None):
-    """The template in which the base alone is asked: by default the adapter's, less its trained tokens, which only a memory makes sense of.
+def template_of(compressor: Compressor, name: str | None = None) -> targets.Template:
+    """The template in which the base alone is asked.
 
+    By default the adapter's without its trained tokens, which mean nothing without a memory.
     name: another of `objectives.targets.TEMPLATES`.
     """
-    template = (
-        targets.make_template(name, compressor.base.tokenizer)
-        if name
-        else compressor.adapter.template
+    template = compressor.adapter.template
+    if name:
+        template = targets.make_template(name, compressor.base.tokenizer)
+    ids = (
+        tuple(i for i in part if i >= 0)
+        for part in (template.head, template.before, template.after)
     )
-    plain = {
-        part: tuple(i for i in getattr(template, part) if i >= 0)
-        for part in ("head", "before", "after")
-    }
-    return targets.Template(template.name, *plain.values(), template.stop)
+    return targets.Template(template.name, *ids, template.stop)
 
 
-def prompt(compressor, template, context_ids, question_ids):
-    """The ids of a prompt: what the compressor's decoder reads, with the text itself (or part of it, or nothing) in the memory's place.
+def prompt(
+    compressor: Compressor, template: targets.Template, context_ids: Ids, question_ids: Ids
+) -> list[int]:
+    """What the decoder reads for a question, with text (or part, or none) in the memory's place.
 
-    They begin with the template's head, else with `<s>` (where the tokenizer sets one).
+    Begins with the template's head, else with `<s>` where the tokenizer puts one.
     """
     return [*(template.head or start_ids(compressor)), *context_ids, *template.prompt(question_ids)]
 
 
-def generate(compressor, prompts, limits, batch_size=32, stop=None):
-    """Greedy `Generation`s of the base alone behind each prompt (lists of ids). limits: most new tokens of each.
+def generate(
+    compressor: Compressor,
+    prompts: Sequence[Ids],
+    limits: Sequence[int],
+    batch_size: int = 32,
+    stop: int | None = None,
+) -> list[Generation]:
+    """Greedy continuations of prompts by the base alone, of at most `limits` new tokens each.
 
-    stop: an id that ends a text beside those of the base. UserError where a prompt and its limit leave the base's positions, or a prompt
-    is empty.
+    stop: an id that ends a text beside the base's own. UserError where a prompt is empty, or
+    leaves too few of the base's positions.
     """
-    base, result = compressor.base, []
+    base, generations = compressor.base, []
     if not all(map(len, prompts)):
         raise UserError(
             "a prompt without a memory has no tokens; the base has nothing to go on from"
         )
     tokenizers.check_ids(prompts, base.config.vocab_size, lambda i: f"prompt {i}", base.tokenizer)
     _check([len(p) + n for p, n in zip(prompts, limits, strict=True)], base.config)
-    for at in batches(len(prompts), batch_size):
-        part = prompts[at : at + batch_size]
-        rows = compressor.rows(batch_size if at else len(part))
-        ids = np.zeros((rows, _up(max(map(len, part)))), np.int32)
+    stop_ids = tuple(sorted({*base.stop_ids, *([] if stop is None else [stop])}))
+    for start in batch_starts(len(prompts), batch_size):
+        chunk = prompts[start : start + batch_size]
+        rows = compressor.devices.rows(batch_size if start else len(chunk))
+        ids = np.zeros((rows, _round_up(max(map(len, chunk)))), np.int32)
         lengths, most = np.ones(rows, np.int32), np.ones(rows, np.int32)
-        for i, one in enumerate(part):
-            ids[i, : len(one)], lengths[i], most[i] = one, len(one), limits[at + i]
-        with compressor.on_devices():
+        for i, row in enumerate(chunk):
+            ids[i, : len(row)], lengths[i], most[i] = row, len(row), limits[start + i]
+        with compressor.devices.active():
             out = decoding.greedy(
-                compressor.model, base.params, compressor.trained["memory_table"], no_prefix(base.config, rows, compressor.model.dtype),
-                np.zeros(rows, np.int32), *compressor.put((ids, lengths, most)), max_new_tokens=_up(int(most.max()), 32),
-                stop_ids=tuple(sorted({*base.stop_ids, *([] if stop is None else [stop])})),
-            )  # fmt: skip
+                compressor.plain_decoder,
+                no_prefix(base.config, rows, compressor.plain_decoder.base.dtype),
+                decoding.Prompts(
+                    *compressor.devices.put((ids, lengths, np.zeros(rows, np.int32), most))
+                ),
+                max_new_tokens=_round_up(int(most.max()), 32),
+                stop_ids=stop_ids,
+            )
         out = jax.device_get(out)
-        result += [compressor.generation(out, i) for i in range(len(part))]
-    return result
+        generations += [compressor.generation(out, i) for i in range(len(chunk))]
+    return generations
 
 
-@functools.partial(jax.jit, static_argnames="model")
-def _losses(model, params, ids_BT, label_at_BU, labels_BU):
+@jax.jit
+def _losses(base: FrozenModel, ids_BT, label_at_BU, labels_BU):
     B = ids_BT.shape[0]
-    hidden = loss.label_hidden(
-        model, params, {"memory_table": jnp.zeros((1, params["embed"].shape[1]))}, no_prefix(model.config, B, model.dtype),
-        jnp.zeros(B, jnp.int32), ids_BT[:, None], label_at_BU[:, None],
-    )  # fmt: skip
-    return loss.frozen_head_losses(hidden, llama.head_kernel(params), labels_BU, LOSS_CHUNK)
+    decoder = Decoder(base, jnp.zeros((1, base.config.hidden_size)))  # without special rows
+    prefix, starts = no_prefix(base.config, B, base.dtype), jnp.zeros(B, jnp.int32)
+    hidden = decoder.label_hidden(prefix, starts, ids_BT[:, None], label_at_BU[:, None])
+    return loss.frozen_head_losses(hidden, base.head, labels_BU, LOSS_CHUNK)
 
 
-def score(compressor, rows, batch_size=32):
-    """Log-probability of the labels of each `objectives.targets.Target` under the base alone: `Score`s.
+def score(
+    compressor: Compressor, rows: Sequence[targets.Target], batch_size: int = 32
+) -> list[Score]:
+    """Log-probabilities of targets' labels under the base alone.
 
     UserError where a target leaves the base's positions.
     """
@@ -118,42 +135,46 @@ def score(compressor, rows, batch_size=32):
     )
     _check([len(row.ids) - 1 for row in rows], base.config)
     scores = []
-    for at in batches(len(rows), batch_size):
-        part = rows[at : at + batch_size]
-        size = compressor.rows(batch_size if at else len(part))
-        T, U = (
-            _up(max(n))
-            for n in ([len(r.ids) - 1 for r in part], [len(r.ids) - r.label_start for r in part])
-        )
-        batch = targets.pack([[row] for row in part] + [[]] * (size - len(part)), 1, T, U)
-        batch = {name: x[:, 0] for name, x in batch.items()}
-        placed = compressor.put((batch["ids"], batch["label_at"], batch["labels"]))
-        with compressor.on_devices():
-            losses = np.asarray(_losses(compressor.model, compressor.base.params, *placed))
+    for start in batch_starts(len(rows), batch_size):
+        chunk = rows[start : start + batch_size]
+        size = compressor.devices.rows(batch_size if start else len(chunk))
+        T = _round_up(max(len(row.ids) - 1 for row in chunk))
+        U = _round_up(max(len(row.ids) - row.label_start for row in chunk))
+        packed = pack([[row] for row in chunk] + [[]] * (size - len(chunk)), 1, T, U)
+        batch = {name: x[:, 0] for name, x in packed.items()}
+        placed = compressor.devices.put((batch["ids"], batch["label_at"], batch["labels"]))
+        with compressor.devices.active():
+            losses = np.asarray(_losses(compressor.plain_decoder.base, *placed))
         sums, counts = np.where(batch["label_mask"], losses, 0).sum(1), batch["label_mask"].sum(1)
-        scores += [Score(-float(sums[i]), int(counts[i])) for i in range(len(part))]
+        scores += [Score(-float(sums[i]), int(counts[i])) for i in range(len(chunk))]
     return scores
 
 
-def answer(compressor, questions, contexts=None, max_new_tokens=32, batch_size=32):
-    """Greedy answers of the base alone. questions: `[[question, …], …]`; contexts: one text for each list, or None for no context.
+def answer(
+    compressor: Compressor,
+    questions: Sequence[Sequence[str]],
+    contexts: Sequence[str] | None = None,
+    max_new_tokens: int = 32,
+    batch_size: int = 32,
+) -> list[list[str]]:
+    """Greedy answers of the base alone, nested as the questions are.
 
-    Returns answers nested as the questions are.
+    contexts: a text for each row of questions, or None for no context.
     """
     template = template_of(compressor)
     prompts = []
     for i, row in enumerate(questions):
         context = compressor.ids(contexts[i]) if contexts else []
         prompts += [prompt(compressor, template, context, compressor.ids(q)) for q in row]
-    made = iter(
-        generate(compressor, prompts, [max_new_tokens] * len(prompts), batch_size, template.stop)
-    )
-    return [[next(made).text for _ in row] for row in questions]
+    limits = [max_new_tokens] * len(prompts)
+    answers = iter(generate(compressor, prompts, limits, batch_size, template.stop))
+    return [[next(answers).text for _ in row] for row in questions]
 
 
-def _check(needed, config):
+def _check(needed: Sequence[int], config: ModelConfig) -> None:
     over = [n for n in needed if n > config.max_position_embeddings]
     if over:
         raise UserError(
-            f"{over[0]} tokens without a memory exceed the base's {config.max_position_embeddings} positions"
+            f"{over[0]} tokens without a memory exceed the base's "
+            f"{config.max_position_embeddings} positions"
         )

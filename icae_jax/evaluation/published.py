@@ -1,6 +1,7 @@
-"""Published figures, to stand beside ours: what the papers and their replications report, record by record.
+"""Published figures to compare with ours: what the papers and their replications report.
 
-Scores are in percent, losses in nats per token, times in seconds. Bases, data and training differ from ours and from table to table.
+Scores are in percent, losses in nats per token, times in seconds. Bases, data and training differ
+from ours and from table to table.
 """
 
 from typing import NamedTuple
@@ -22,28 +23,31 @@ class Record(NamedTuple):
     """One published number."""
 
     source: str  # the paper and its arXiv id, or where it was replicated
-    suite: str  # of ours, to which it compares: one of SUITES
+    suite: str  # of ours, to compare with: one of SUITES
     base: str
     data: str  # the set or the kind of text
-    tokens: int | None  # of the context, at most; None where it is not told
-    memory: (
-        int | None
-    )  # memory tokens; None where only the ratio is told, or where there is no memory
-    ratio: int | None  # tokens for each memory token, where it is told instead
+    tokens: int | None  # of the context, at most; None where it is not stated
+    memory: int | None  # memory tokens; None without a memory, or where only the ratio is stated
+    ratio: int | None  # tokens per memory token, where it is stated instead
     arm: str
     metric: str  # with its unit
-    value: float
+    value: float | int
 
 
 class _Table(NamedTuple):
     caption: str
-    rows: tuple  # fields of a record that tell its row
-    columns: tuple  # fields that tell its column
-    records: tuple
+    rows: tuple[str, ...]  # fields of a record that give its row
+    columns: tuple[str, ...]  # fields that give its column
+    records: tuple[Record, ...]
 
 
 def _table(caption, source, suite, rows, columns, header, body, **fixed):
-    """header: the values of the fields `columns`, for each column. body: `{values of the fields rows: values, None where none is told}`."""
+    """Makes a table's records.
+
+    rows, columns: names of fields, joined by spaces. header: for each column, the values of its
+    fields. body: by the values of a row's fields, its figures; None where none is stated. fixed:
+    fields that all records share.
+    """
     fixed = {
         "source": source,
         "suite": suite,
@@ -56,8 +60,8 @@ def _table(caption, source, suite, rows, columns, header, body, **fixed):
     for row, values in body.items():
         for column, value in zip(header, values, strict=True):
             if value is not None:
-                told = dict(zip(rows, row, strict=True)) | dict(zip(columns, column, strict=True))
-                records.append(Record(**fixed | told, value=value))
+                fields = zip(rows + columns, (*row, *column), strict=True)
+                records.append(Record(**fixed | dict(fields), value=value))
     return _Table(caption, tuple(rows), tuple(columns), tuple(records))
 
 
@@ -73,9 +77,10 @@ _QA_OF_500X = {"base": "Llama-3-8B-Instruct", "tokens": 500}
 _MRQA = [("MRQA, in domain",), ("MRQA, out of domain",)]
 
 TABLES = (
-    # ---------------------------------------------------------------------------------------------------- autoencode
+    # ----------------------------------------------------------------------------------- autoencode
     _table(
-        "Text restored from memory after pretraining, 512 tokens into 128 slots", ICAE, "autoencode",
+        "Text restored from memory after pretraining, 512 tokens into 128 slots",
+        ICAE, "autoencode",
         "base", "metric", [("BLEU-4 (%)",), ("AE loss (nats per token)",)],
         {
             ("Llama-7b",): (99.1, 0.017),
@@ -98,7 +103,9 @@ TABLES = (
         base="Llama-3-8B-Instruct", data="arXiv abstracts from after the base's training",
     ),
     _table(
-        "AE loss over the steps of a recipe that converges (5x, batch 16), mean over 200 steps on either side", UPL, "autoencode",
+        "AE loss over the steps of a recipe that converges (5x, batch 16), mean over 200 "
+        "steps on either side",
+        UPL, "autoencode",
         "arm", "metric", [("AE loss (nats per token)",)],
         {
             ("memory, step 100",): (1.08,),
@@ -111,9 +118,10 @@ TABLES = (
         },
         base="Llama-3.2-1B", data="the recipe's training text", ratio=5,
     ),
-    # ------------------------------------------------------------------------------------------------------ continue
+    # ------------------------------------------------------------------------------------- continue
     _table(
-        "Perplexity of the text after 512 tokens, which stand in the prompt or in 128 slots", ICAE, "continue",
+        "Perplexity of the text after 512 tokens, which stand in the prompt or in 128 slots",
+        ICAE, "continue",
         "base", "metric arm", [("perplexity", "full context"), ("perplexity", "memory")],
         {
             ("Llama-7b",): (9.01, 9.50),
@@ -123,7 +131,9 @@ TABLES = (
         data="the Pile", tokens=512, memory=128,
     ),
     _table(
-        "Perplexity of the text after 128, 256 and 512 tokens, which stand in the prompt or in 128 slots", ICAE, "continue",
+        "Perplexity of the text after 128, 256 and 512 tokens, which stand in the prompt or "
+        "in 128 slots",
+        ICAE, "continue",
         "tokens", "metric arm", [("perplexity", "full context"), ("perplexity", "memory")],
         {
             (128,): (9.99, 10.15),
@@ -132,7 +142,7 @@ TABLES = (
         },
         base="Llama-7b", data="the Pile", memory=128,
     ),
-    # ------------------------------------------------------------------------------------------------------ memorise
+    # ------------------------------------------------------------------------------------- memorise
     _table(
         "Restoring 512 tokens by what they are", ICAE, "memorise",
         "data", "metric", [("AE loss (nats per token)",), ("BLEU-4 (%)",)],
@@ -143,9 +153,10 @@ TABLES = (
         },
         tokens=512, memory=128, arm="memory",
     ),
-    # ------------------------------------------------------------------------------------------------------------ qa
+    # ------------------------------------------------------------------------------------------- qa
     _table(
-        "Answers with the memory against the same chat model with the full context, GPT-4 as judge", ICAE, "qa",
+        "Answers with the memory against the same chat model with the full context, GPT-4 as judge",
+        ICAE, "qa",
         "base memory", "metric", [("win + tie (%)",)],
         {
             ("Llama-2-7b-chat", 64): (48.4,),
@@ -156,7 +167,9 @@ TABLES = (
         data="PwC", tokens=512, arm="memory against full context",
     ),
     _table(
-        "Answers with the memory against those with a summary of as many tokens by GPT-4, GPT-4 as judge", ICAE, "qa",
+        "Answers with the memory against those with a summary of as many tokens by GPT-4, "
+        "GPT-4 as judge",
+        ICAE, "qa",
         "arm", "metric", [("win (%)",), ("lose (%)",), ("tie (%)",)],
         {("memory against a summary of 128 tokens",): (34.1, 17.6, 48.3)},
         data="PwC", tokens=512, memory=128,
@@ -201,7 +214,9 @@ TABLES = (
         metric="exact match (%)", **_QA_OF_500X,
     ),
     _table(
-        "What 500x keeps of the full context's F1: the unweighted mean of the ratios of the five sets", X500, "qa",
+        "What 500x keeps of the full context's F1: the unweighted mean of the ratios of the "
+        "five sets",
+        X500, "qa",
         "memory", "metric", [("F1 kept (%)",)],
         {(16,): (72.89,), (4,): (67.12,), (1,): (62.26,)},
         arm="500x", data="average of the five", **_QA_OF_500X,
@@ -244,9 +259,11 @@ TABLES = (
         {("Mistral",): (58.8,), ("Llama-3.1-8B",): (61.6,)},
         data="SQuAD", memory=32, arm="ICAE",
     ),
-    # -------------------------------------------------------------------------------------------------------- ablate
+    # --------------------------------------------------------------------------------------- ablate
     _table(
-        "Answers with the memory against those with a memory pretrained otherwise, 128 slots, GPT-4 as judge", ICAE, "ablate",
+        "Answers with the memory against those with a memory pretrained otherwise, 128 slots, "
+        "GPT-4 as judge",
+        ICAE, "ablate",
         "arm", "metric", [("win (%)",), ("lose (%)",), ("tie (%)",)],
         {
             ("pretrained against not pretrained",): (60.4, 9.5, 30.1),
@@ -262,16 +279,20 @@ TABLES = (
         data="average of its sets",
     ),
     _table(
-        "What one model for random ratios costs against one for each ratio, about and at most", FLEXCOMP, "ablate",
+        "What one model for random ratios costs against one for each ratio, about and at most",
+        FLEXCOMP, "ablate",
         "arm", "metric", [("F1 lost (points)",)],
         {("one model for many ratios against one for each",): (1,)},
         base="Llama-3.2-1B", data="MRQA",
     ),
-    # --------------------------------------------------------------------------------------------------------- speed
+    # ---------------------------------------------------------------------------------------- speed
     _table(
         "Seconds to answer with 128 new tokens", ICAE, "speed",
         "data tokens", "arm metric",
-        [("full context", "time (s)"), ("memory, compress", "time (s)"), ("memory, decode", "time (s)"), ("memory", "speed-up (x)")],
+        [
+            ("full context", "time (s)"), ("memory, compress", "time (s)"),
+            ("memory, decode", "time (s)"), ("memory", "speed-up (x)"),
+        ],
         {
             ("batch of 8", 2048): (24.0, 3.4, 3.9, 3.3),
             ("batch of 8", 512): (9.3, 0.6, 3.7, 2.2),
@@ -292,7 +313,8 @@ TABLES = (
         data="batch of 8", tokens=2048,
     ),
     _table(
-        "What 500x saves when it generates 100 to 400 tokens", X500 + " (ACL 2025, abstract)", "speed",
+        "What 500x saves when it generates 100 to 400 tokens",
+        X500 + " (ACL 2025, abstract)", "speed",
         "metric", "arm", [("500x, least",), ("500x, most",)],
         {("calculations saved (%)",): (27, 90), ("memory saved (%)",): (55, 83)},
         base="Llama-3-8B-Instruct", data="arXiv abstracts", ratio=500,
@@ -309,18 +331,19 @@ _NAMES = {
 }
 
 
-def tables(suite):
-    """The published tables of a suite as [(caption, header, rows)], cells of text for `report.table` and `report.text_table`.
+def tables(suite: str) -> list[tuple[str, list[str], list[list[str]]]]:
+    """The published tables of a suite as (caption, header, rows), of text cells.
 
-    suite: one of `SUITES`. A caption names the source, what all rows share, and that bases and data differ. Numbers are written with the
-    decimals of the most precise one of their column. Raises ValueError for another suite.
+    A caption names the source, what all rows share, and that bases and data differ. Numbers have
+    the decimals of the most precise one of their column. ValueError for a suite not in `SUITES`.
     """
     if suite not in SUITES:
         raise ValueError(f"suite is {suite!r}; it must be one of {', '.join(SUITES)}")
     return [_text(table) for table in TABLES if table.records[0].suite == suite]
 
 
-def _text(table):
+def _text(table: _Table) -> tuple[str, list[str], list[list[str]]]:
+    """(caption, header, rows) of a table."""
     rows = dict.fromkeys(_key(record, table.rows) for record in table.records)
     columns = dict.fromkeys(_key(record, table.columns) for record in table.records)
     values = {(_key(r, table.rows), _key(r, table.columns)): r.value for r in table.records}
@@ -347,9 +370,9 @@ def _text(table):
     return f"{table.caption}; {', '.join(shared)}. {record.source}. {DIFFERS}", header, cells
 
 
-def _key(record, fields):
+def _key(record: Record, fields: tuple[str, ...]) -> tuple:
     return tuple(getattr(record, field) for field in fields)
 
 
-def _cell(value):
+def _cell(value) -> str:
     return "–" if value is None else str(value)

@@ -1,32 +1,47 @@
-"""One self-contained HTML page: tables, figures, and restored texts with their differences marked."""
+"""A self-contained HTML page: tables, SVG figures, restored texts with differences marked."""
 
 import difflib
 import html
 import io
 import itertools
 import math
+import os
 import re
 import warnings
 import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from icae_jax import files
 
+Table = tuple[list[Any], list[list[Any]]]
+"""(header, rows) of cells; the caller formats numbers."""
+
+Estimates = Sequence
+"""(mean, low, high, …) each, such as `statistics.Estimate`; None leaves a gap in bars."""
+
 STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #1b1f24; }
-table { border-collapse: collapse; margin: 1rem 0; } td, th { padding: .3rem .9rem; border-bottom: 1px solid #d5dae1; text-align: right; }
-td:first-child, th:first-child { text-align: left; } del { background: #ffd7d5; color: #82071e; }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto;
+  padding: 0 1rem; color: #1b1f24; }
+table { border-collapse: collapse; margin: 1rem 0; }
+td, th { padding: .3rem .9rem; border-bottom: 1px solid #d5dae1; text-align: right; }
+td:first-child, th:first-child { text-align: left; }
+del { background: #ffd7d5; color: #82071e; }
 ins { background: #ccf2d4; text-decoration: none; border-bottom: 2px solid #1a7f37; }
 pre { background: #f4f6f8; padding: .8rem; overflow-x: auto; }
 .text { background: #f4f6f8; padding: .6rem .9rem; margin: .4rem 0; overflow-wrap: anywhere; }
-figure { margin: 1.2rem 0; } figcaption { color: #57606a; } svg { max-width: 100%; height: auto; } h2 { margin-top: 2.2rem; }
-.wide { overflow-x: auto; font-size: 88%; } .wide td, .wide th { white-space: nowrap; padding: .3rem .5rem; }
+figure { margin: 1.2rem 0; } figcaption { color: #57606a; }
+svg { max-width: 100%; height: auto; } h2 { margin-top: 2.2rem; }
+.wide { overflow-x: auto; font-size: 88%; }
+.wide td, .wide th { white-space: nowrap; padding: .3rem .5rem; }
 .figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(27rem, 1fr)); gap: 1rem; }
 """
 DIFFERENCE_LEGEND = "<p><del>lost</del> <ins>made up</ins> (⏎ stands for a line break)</p>"
 
-# Paul Tol's "muted" colours, which remain apart for colour-blind readers. The controls without a memory are in black and grey everywhere.
+# Paul Tol's "muted" colours, distinct for colour-blind readers too. Controls without a memory are
+# black and grey in every figure.
 COLOURS = (
     "#CC6677",
     "#332288",
@@ -39,19 +54,19 @@ COLOURS = (
     "#AA4499",
 )
 CONTROLS = {"full context": "#000000", "no context": "#999999"}
-MARKERS = "osD^vP*Xp<>"  # the second sign of an arm, for who sees no colours
+MARKERS = "osD^vP*Xp<>"  # tell arms apart without colours
 MOST_LABELS = 16  # along the x axis
-_NO_WIDTH = "\u200b"  # a space of no width
+_NO_WIDTH = "\u200b"  # a zero-width space
 
 
-def table(header, rows):
-    """An HTML table of cells as they are given (numbers formatted by the caller)."""
+def table(header: Sequence, rows: Iterable[Sequence]) -> str:
+    """An HTML table."""
     cells = ["".join(f"<th>{html.escape(str(c))}</th>" for c in header)]
     cells += ["".join(f"<td>{html.escape(str(c))}</td>" for c in row) for row in rows]
     return f"<table>{''.join(f'<tr>{c}</tr>' for c in cells)}</table>"
 
 
-def text_table(header, rows):
+def text_table(header: Sequence, rows: Iterable[Sequence]) -> str:
     """The same table as aligned plain text."""
     rows = [[str(c) for c in row] for row in [header, *rows]]
     widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
@@ -66,10 +81,11 @@ def text_table(header, rows):
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
-def difference(original, restored):
-    """The restored text word by word against the original: what was lost struck out, what was made up marked.
+def difference(original: str, restored: str) -> str:
+    """HTML of the restored text, with words lost struck out and words made up marked.
 
-    Line breaks are kept and compared like words; other white space is not compared. `DIFFERENCE_LEGEND` explains the marks.
+    Line breaks are compared like words; other white space is not compared. `DIFFERENCE_LEGEND`
+    explains the marks.
     """
     a, b = (re.findall(r"\S+|\n", text) for text in (original, restored))
     out = []
@@ -84,15 +100,16 @@ def difference(original, restored):
     return f'<div class="text">{" ".join(out)}</div>'
 
 
-def _words(words, line_break):
+def _words(words: list[str], line_break: str) -> str:
     return html.escape(" ".join(words)).replace("\n", line_break)
 
 
-# --------------------------------------------------------------------------------------------------------------- figures
-def palette(names):
-    """`{name: colour}`: each name's own colour whatever stands beside it, unless another took it; then the next free one.
+# ---------------------------------------------------------------------------------------- figures
+def palette(names: Iterable[str]) -> dict[str, str]:
+    """A colour for each name: its own, or where another name has that, the next free one.
 
-    Called with all arms of a page and handed to each of its figures as `colours`, it gives an arm one colour throughout.
+    Made of all arms of a page and passed to each figure as `colours`, it gives an arm one colour
+    throughout.
     """
     out = {}
     for name in names:
@@ -102,29 +119,30 @@ def palette(names):
     return out
 
 
-def literal(text):
-    """A text as matplotlib is to be given it, so that it stands in a figure as it is: two $ would make a formula of what is between them,
-    and a legend leaves out names that begin with _.
+def literal(text: Any) -> str:
+    """Escapes a text for matplotlib.
+
+    Two $ would make a formula of what is between them, and legends omit names that begin with _.
     """
     text = str(text).replace("$", r"\$")
     return f"{_NO_WIDTH}{text}" if text.startswith("_") else text
 
 
-def _read_back(text):
-    """What `literal` was given."""
+def _unescaped(text: str) -> str:
+    """Undoes `literal`."""
     return text.removeprefix(_NO_WIDTH).replace(r"\$", "$")
 
 
 def curves(
-    series,
-    xlabel="step",
-    ylabel="loss (nats per token)",
-    log=False,
-    title=None,
-    caption=None,
-    colours=None,
-):
-    """A line chart as SVG. series: `{name: (xs, ys, dashed)}`. The rest: as `lines`."""
+    series: Mapping[str, tuple],
+    xlabel: str = "step",
+    ylabel: str = "loss (nats per token)",
+    log: bool = False,
+    title: str | None = None,
+    caption: str | None = None,
+    colours: Mapping[str, str] | None = None,
+) -> str:
+    """A line chart as SVG, without intervals. series: `{name: (xs, ys, dashed)}`; else: `lines`."""
     figure, axes = _axes(xlabel, ylabel, title, [x for xs, *_ in series.values() for x in xs])
     colours = colours or palette(series)
     for name, (xs, ys, dashed) in series.items():
@@ -134,17 +152,36 @@ def curves(
     return _svg(figure, axes, log, caption)
 
 
-def lines(series, xlabel, ylabel, log=False, title=None, caption=None, colours=None):
-    """Lines with their 95 % bands as SVG. series: `{name: (xs, [(mean, low, high, …), …])}`, such as `statistics.Estimate`s.
+def lines(
+    series: Mapping[str, tuple[Sequence, Estimates]],
+    xlabel: str,
+    ylabel: str,
+    log: bool = False,
+    title: str | None = None,
+    caption: str | None = None,
+    colours: Mapping[str, str] | None = None,
+) -> str:
+    """Lines with their 95 % bands as SVG; `bars` where there is only one position.
 
-    log: of the y axis. title stands in the figure, caption (text) under it: then the SVG comes inside a <figure>. colours: `palette`'s, for
-    the same colours in several figures. Where there is but one position, `bars` stand for the lines. The same input gives the same bytes.
-    Raises ValueError for a series without one value for each position.
+    The same input gives the same bytes.
+
+    Args:
+      series: `{name: (xs, estimates)}`.
+      xlabel: of the x axis.
+      ylabel: of the y axis.
+      log: whether the y axis is logarithmic.
+      title: stands in the figure.
+      caption: stands under it; the SVG then comes inside a <figure>.
+      colours: a `palette` shared by several figures.
+
+    Raises:
+      ValueError: a series without exactly one value for each position.
     """
     for name, (xs, estimates) in series.items():
         if len(xs) != len(estimates) or not len(xs):
             raise ValueError(
-                f"{name}: {len(xs)} positions and {len(estimates)} values; give one value for each, and at least one"
+                f"{name}: {len(xs)} positions and {len(estimates)} values; "
+                "give one value for each, and at least one"
             )
     positions = [x for xs, _ in series.values() for x in xs]
     if len(set(positions)) == 1:
@@ -174,10 +211,19 @@ def lines(series, xlabel, ylabel, log=False, title=None, caption=None, colours=N
     return _svg(figure, axes, log, caption)
 
 
-def bars(groups, series, ylabel, xlabel="", title=None, caption=None, colours=None):
-    """Grouped bars from 0 with their 95 % intervals as SVG. series: `{arm: [(mean, low, high, …) or None for each group]}`.
+def bars(
+    groups: Sequence[str],
+    series: Mapping[str, Estimates],
+    ylabel: str,
+    xlabel: str = "",
+    title: str | None = None,
+    caption: str | None = None,
+    colours: Mapping[str, str] | None = None,
+) -> str:
+    """Grouped bars from 0 with their 95 % intervals as SVG.
 
-    groups: names along the x axis, of which only every so many is written where they are many. None leaves a gap. The rest: as `lines`.
+    groups: names along the x axis; of many, only every so many is written. series: an estimate for
+    each group by arm. The rest: `lines`.
     """
     figure, axes = _axes(xlabel, ylabel, title)
     colours = colours or palette(series)
@@ -185,40 +231,35 @@ def bars(groups, series, ylabel, xlabel="", title=None, caption=None, colours=No
     for i, (arm, estimates) in enumerate(series.items()):
         if len(estimates) != len(groups):
             raise ValueError(
-                f"{arm}: {len(estimates)} values for {len(groups)} groups; give one for each, or None"
+                f"{arm}: {len(estimates)} values for {len(groups)} groups; "
+                "give one for each, or None"
             )
-        at = np.flatnonzero([e is not None for e in estimates])
-        mean, low, high = np.array([estimates[j][:3] for j in at], float).reshape(-1, 3).T
-        xs = at + (i - (len(series) - 1) / 2) * width
+        shown_groups = np.flatnonzero([e is not None for e in estimates])
+        mean, low, high = np.array([estimates[j][:3] for j in shown_groups], float).reshape(-1, 3).T
+        xs = shown_groups + (i - (len(series) - 1) / 2) * width
         axes.bar(xs, mean, width * 0.94, label=literal(arm), color=colours[arm])
-        if (
-            len(groups) * len(series) <= 60
-        ):  # wide enough for a white rim, which is seen on dark bars
-            _error_bars(axes, xs, mean, low, high, "#ffffff", 3)
+        if len(groups) * len(series) <= 60:  # wide enough for a white rim, seen on dark bars
+            _error_bars(axes, xs, mean, low, high, "#ffffff", 3.0)
         _error_bars(axes, xs, mean, low, high, "#000000")
-    every = math.ceil(len(groups) / MOST_LABELS)
-    shown = [str(g) for g in groups[::every]]
+    stride = math.ceil(len(groups) / MOST_LABELS)
+    shown = [str(g) for g in groups[::stride]]
     # Some 77 characters fit side by side; neighbours share their two places.
     crowded = any((len(a) + len(b)) / 2 + 2 > 77 / len(shown) for a, b in itertools.pairwise(shown))
     turned = {"rotation": 30, "ha": "right"} if crowded else {}
-    axes.set_xticks(range(0, len(groups), every), [literal(name) for name in shown], **turned)
+    axes.set_xticks(range(0, len(groups), stride), [literal(name) for name in shown], **turned)
     axes.set_xlim(-0.6, len(groups) - 0.4)
     axes.grid(visible=False, axis="x")
     axes.axhline(0, color="#000000", linewidth=0.8)
     return _svg(figure, axes, False, caption)
 
 
-def _error_bars(axes, xs, mean, low, high, colour, width=1.2):
-    ends = np.stack([mean - low, high - mean]).clip(
-        0
-    )  # a percentile interval may leave its mean outside
+def _error_bars(axes, xs, mean, low, high, colour: str, width: float = 1.2) -> None:
+    ends = np.stack([mean - low, high - mean]).clip(0)  # percentiles may leave the mean outside
     axes.errorbar(xs, mean, ends, fmt="none", ecolor=colour, elinewidth=width)
 
 
-def _axes(xlabel, ylabel, title, positions=()):
-    from matplotlib.figure import (
-        Figure,  # without pyplot there is no global state, and no backend to choose
-    )
+def _axes(xlabel: str, ylabel: str, title: str | None, positions: Sequence = ()):
+    from matplotlib.figure import Figure  # without pyplot: no global state, no backend
 
     figure = Figure(figsize=(8, 4))
     axes = figure.subplots()
@@ -232,7 +273,7 @@ def _axes(xlabel, ylabel, title, positions=()):
     return figure, axes
 
 
-def _svg(figure, axes, log, caption):
+def _svg(figure, axes, log: bool, caption: str | None) -> str:
     """The figure as SVG, inside a <figure> where it has a caption."""
     from matplotlib import rc_context, ticker
 
@@ -241,11 +282,11 @@ def _svg(figure, axes, log, caption):
         axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter(ticker.NullFormatter())
-    axes.legend(
-        frameon=False, loc="upper left", bbox_to_anchor=(1.01, 1)
-    )  # beside the data, never on them
+    # Beside the data, never on them.
+    axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.01, 1))
     buffer = io.StringIO()
-    # Text stays text: small, found by a search, in the reader's font. The fixed salt and no metadata: the same bytes every time.
+    # Text stays text: small, searchable, in the reader's font. A fixed salt and no metadata give
+    # the same bytes every time.
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": "icae"}), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from font")  # the reader's font has it
         figure.savefig(
@@ -255,13 +296,12 @@ def _svg(figure, axes, log, caption):
             metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")),
         )
     svg = buffer.getvalue()
-    svg = re.sub(
-        r'<g id="[^"]*"', "<g", svg[svg.index("<svg") :]
-    )  # "axes_1" of every figure would stand in one page
+    # Without ids: one page would have the "axes_1" of each figure.
+    svg = re.sub(r'<g id="[^"]*"', "<g", svg[svg.index("<svg") :])
     title, ylabel, xlabel = map(
-        _read_back, (axes.get_title(), axes.get_ylabel(), axes.get_xlabel())
+        _unescaped, (axes.get_title(), axes.get_ylabel(), axes.get_xlabel())
     )
-    names = [_read_back(name) for name in axes.get_legend_handles_labels()[1]]
+    names = [_unescaped(name) for name in axes.get_legend_handles_labels()[1]]
     what = " ".join(t for t in (title, ylabel, xlabel and f"by {xlabel}") if t)
     svg = svg.replace(
         "<svg ",
@@ -273,11 +313,10 @@ def _svg(figure, axes, log, caption):
     )
 
 
-def write(path, title, parts):
-    """Writes the page. parts: HTML fragments in order."""
-    body = "\n".join(parts)
-    page = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title><style>{STYLE}</style>'
+def write(path: str | os.PathLike, title: str, fragments: Iterable[str]) -> None:
+    """Writes a page of HTML fragments."""
+    title, body = html.escape(title), "\n".join(fragments)
+    head = f'<meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>'
+    page = f'<!doctype html><html lang="en">{head}<body><h1>{title}</h1>\n{body}\n</body></html>\n'
     with files.replacing_file(path) as tmp:
-        tmp.write_text(
-            f"{page}<body><h1>{html.escape(title)}</h1>\n{body}\n</body></html>\n", encoding="utf-8"
-        )
+        tmp.write_text(page, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Running a suite: batches, progress kept on disk, processes, and what all examples give together."""
+"""Runs a suite: batches, progress on disk, several processes; then sums up all records."""
 
 import hashlib
 import importlib.metadata
@@ -8,44 +8,54 @@ import os
 import pathlib
 import platform
 import sys
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import UInt8
 from tqdm import tqdm
 
 import icae_jax
 from icae_jax import files
 from icae_jax.errors import UserError
 from icae_jax.evaluation import statistics
+from icae_jax.evaluation.examples import Example
 from icae_jax.evaluation.suites import ablate, common, qa
+from icae_jax.evaluation.suites.common import Record
+from icae_jax.runtime import distributed
 
 PACKAGES = ("jax", "jaxlib", "numpy", "transformers", "sacrebleu", "rouge-score")
+# Parts of an identity that earlier versions did not record.
+NEW_IN_IDENTITY = {"tokenizer", "weights", "stop_ids", "plain_template"}
 
 
-def versions():
-    """`{package: version}` of what the results depend on."""
+def versions() -> dict[str, str]:
+    """Versions of the packages that results depend on."""
     ours = {"icae_jax": icae_jax.__version__, "python": platform.python_version()}
     return ours | {name: importlib.metadata.version(name) for name in PACKAGES}
 
 
-def content(examples):
-    """What a run is about: sha256 over its examples, the names of their sets included."""
+def content(examples: Iterable[Example]) -> str:
+    """sha256 over a run's examples, the names of their sets included."""
     keys = sorted(f"{e.key} {e.id} {e.partner}" for e in examples)
     return hashlib.sha256("\n".join(keys).encode()).hexdigest()
 
 
-# ----------------------------------------------------------------------------------------------------------- measuring
+# --------------------------------------------------------------------------------------- measuring
 
 
 class Progress:
-    """`progress.P.jsonl` in a run's folder: what was run, then a line for each example that is done, by process P.
+    """`progress.P.jsonl` in a run's folder, written by process P.
 
-    What a kill or a power loss left broken counts for nothing, nor does what stands behind it. UserError where another run's progress or
-    results are in the folder.
+    Its first line is the run's identity; a line for each finished example follows. Lines from the
+    first broken one on (a kill, a power loss) are ignored. UserError where the folder holds
+    another run's progress.
     """
 
-    def __init__(self, folder, identity):
-        self.folder, self.identity, self.done = pathlib.Path(folder), identity, {}
+    def __init__(self, folder: str | os.PathLike, identity: dict[str, Any]):
+        self.folder, self.identity = pathlib.Path(folder), identity
+        self.done: dict[str, list[Record]] = {}
         self.path = self.folder / f"progress.{jax.process_index()}.jsonl"
         for path in sorted(self.folder.glob("progress.*.jsonl")):
             lines = _complete_lines(path)
@@ -55,21 +65,20 @@ class Progress:
             self.done |= {line["key"]: line["records"] for line in lines[1:]}
         lines = _complete_lines(self.path) if self.path.exists() else []
         with files.replacing_file(self.path) as tmp:
-            tmp.write_text(
-                "".join(json.dumps(line) + "\n" for line in lines or [identity]), encoding="utf-8"
-            )
+            texts = [json.dumps(line) + "\n" for line in lines or [identity]]
+            tmp.write_text("".join(texts), encoding="utf-8")
 
-    def add(self, examples, records):
+    def add(self, examples: Sequence[Example], records: Sequence[list[Record]]) -> None:
         """Keeps the records of some examples, flushed to disk."""
         with open(self.path, "a", encoding="utf-8") as f:
-            for example, of in zip(examples, records, strict=True):
-                self.done[example.key] = of
-                f.write(json.dumps({"key": example.key, "records": of}) + "\n")
+            for example, of_example in zip(examples, records, strict=True):
+                self.done[example.key] = of_example
+                f.write(json.dumps({"key": example.key, "records": of_example}) + "\n")
             f.flush()
             os.fsync(f.fileno())
 
-    def remove(self):
-        """Takes the files away: the results hold all that was in them."""
+    def remove(self) -> None:
+        """Deletes the files, once the results hold all that was in them."""
         for path in self.folder.glob("progress.*.jsonl"):
             path.unlink(missing_ok=True)
 
@@ -88,41 +97,33 @@ def _complete_lines(path):
     return lines
 
 
-LATER = {
-    "tokenizer",
-    "weights",
-    "stop_ids",
-    "plain_template",
-}  # which earlier versions did not record
-
-
-def check_identity(path, found, wanted, part=""):
-    """UserError naming the first thing in which the run that a file belongs to differs."""
-    for name in dict.fromkeys([*wanted, *found]):
-        if name in LATER and name not in found:
+def check_identity(path: str | os.PathLike, recorded: dict, wanted: dict, group: str = "") -> None:
+    """UserError that names the first difference between a file's run and this one."""
+    for name in dict.fromkeys([*wanted, *recorded]):
+        if name in NEW_IN_IDENTITY and name not in recorded:
             continue
-        there, here = found.get(name), wanted.get(name)
+        there, here = recorded.get(name), wanted.get(name)
         if isinstance(there, dict) and isinstance(here, dict):
-            check_identity(path, there, here, f"{part}{name} ")
+            check_identity(path, there, here, f"{group}{name} ")
         elif there != here:
-            what = (
-                "the examples differ (the data, --limit, or what fits)"
-                if name == "examples"
-                else ""
-            )
-            what = what or f"{part}{name} is {there!r} there and {here!r} here"
+            what = f"{group}{name} is {there!r} there and {here!r} here"
+            if name == "examples":
+                what = "the examples differ (the data, --limit, or what fits)"
             raise UserError(f"{path} belongs to another run: {what}; give another --out")
 
 
-def measure(suite, examples, batch_size, progress):
-    """Measures what is not yet done of this process's share, and returns the records of all examples, in their order.
+def measure(
+    suite: common.Measurement, examples: Sequence[Example], batch_size: int, progress: Progress
+) -> list[Record]:
+    """Measures what is not done of this process's share; returns all examples' records, in order.
 
-    Processes take batches in turn and need nothing of each other until the end. UserError where a score is not finite.
+    Processes take batches in turn and communicate only at the end. UserError where a score is
+    not finite.
     """
-    batches = [examples[at : at + batch_size] for at in range(0, len(examples), batch_size)]
-    mine = batches[jax.process_index() :: jax.process_count()]
-    todo = [[e for e in batch if e.key not in progress.done] for batch in mine]
-    total, left = sum(map(len, mine)), sum(map(len, todo))
+    batches = [examples[i : i + batch_size] for i in range(0, len(examples), batch_size)]
+    own = batches[jax.process_index() :: jax.process_count()]
+    to_do = [[e for e in batch if e.key not in progress.done] for batch in own]
+    total, left = sum(map(len, own)), sum(map(len, to_do))
     with tqdm(
         total=total,
         initial=total - left,
@@ -131,136 +132,151 @@ def measure(suite, examples, batch_size, progress):
         disable=jax.process_index() > 0,
         file=sys.stderr,
     ) as bar:
-        for batch in todo:
-            if batch:
-                records = suite.measure(batch)
-                _check_finite(records)
-                progress.add(batch, records)
-                bar.update(len(batch))
-    done = gather({e.key: progress.done[e.key] for batch in mine for e in batch})
+        for batch in filter(None, to_do):
+            records = suite.measure(batch)
+            _check_finite(records)
+            progress.add(batch, records)
+            bar.update(len(batch))
+    done = gather({e.key: progress.done[e.key] for batch in own for e in batch})
     return [record for e in examples for record in done[e.key]]
 
 
 def _check_finite(records):
-    for record in (r for of in records for r in of):
+    for record in (record for of_example in records for record in of_example):
         for metric, arms in record["sums"].items():
             for arm, numbers in arms.items():
                 if not all(map(math.isfinite, numbers)):
                     raise UserError(
-                        f"{metric} of {arm} is not finite on example {record['id']}: the adapter or --base_dtype is broken"
+                        f"{metric} of {arm} is not finite on example {record['id']}: "
+                        "the adapter or --base_dtype is broken"
                     )
 
 
-def gather(done):
-    """The union of every process's `{key: records}`, in every process."""
-    if jax.process_count() == 1:
-        return done
-    from jax.experimental import multihost_utils
-
-    mine = np.frombuffer(json.dumps(done).encode(), np.uint8)
-    sizes = multihost_utils.process_allgather(np.asarray([mine.size]))
-    every = multihost_utils.process_allgather(np.pad(mine, (0, int(sizes.max()) - mine.size)))
-    result = {}
-    for row, size in zip(every, sizes.reshape(-1), strict=True):
-        result |= json.loads(row[:size].tobytes())
-    return result
+def gather(done: dict[str, list[Record]]) -> dict[str, list[Record]]:
+    """The union of every process's records by example, in every process."""
+    union = {}
+    for text in distributed.gathered(json.dumps(done)):  # as text, which keeps the arms' order
+        union |= json.loads(text)
+    return union
 
 
-# --------------------------------------------------------------------------------------------------------- summing up
+# --------------------------------------------------------------------------------------- summing up
 
 
 class Weights:
-    """Bootstrap weights by record: those of the same records are drawn once, so that arms are compared on the same draws."""
+    """Bootstrap weights by records, drawn once, so that arms are compared on the same draws."""
 
-    def __init__(self, seed):
-        self.seed, self._known = seed, {}
+    def __init__(self, seed: int):
+        self.seed, self._cache = seed, {}
 
-    def __call__(self, records, *more):
+    def __call__(self, records: Sequence[Record], *more: int) -> UInt8[np.ndarray, "replicates n"]:
+        """Weights of these records. more: makes the draws differ from others of the records."""
         key = (*(id(r) for r in records), *more)
-        if key not in self._known:
-            self._known[key] = statistics.resample(
-                [f"{r['set']} {r['cluster']}" for r in records], [self.seed, *more]
-            )
-        return self._known[key]
+        if key not in self._cache:
+            clusters = [f"{r['set']} {r['cluster']}" for r in records]
+            self._cache[key] = statistics.resample(clusters, [self.seed, *more])
+        return self._cache[key]
 
 
-def _plain(found):
-    """An `Estimate` as JSON has it: None for an end without a bound, as where the full context scores 0 in many replicates."""
-    return {
-        name: value if math.isfinite(value) else None for name, value in found._asdict().items()
-    }
+def _as_json(estimate: statistics.Estimate) -> dict[str, float | int | None]:
+    """An `Estimate` for JSON: None for an end without a bound.
+
+    Such as where the full context scores 0 in many replicates.
+    """
+    return {name: x if math.isfinite(x) else None for name, x in estimate._asdict().items()}
 
 
 def _estimates(records, metrics, weights):
     """`{metric: {arm: {mean, low, high, n}}}` of some records."""
-    result = {}
+    estimates = {}
     for metric in metrics:
-        having = [r for r in records if metric in r["sums"]]
-        for arm in dict.fromkeys(arm for r in having for arm in r["sums"][metric]):
-            rows = [r for r in having if arm in r["sums"][metric]]
-            vectors = np.asarray([r["sums"][metric][arm] for r in rows])
-            found = statistics.estimate(vectors, common.METRICS[metric].aggregate, weights(rows))
-            result.setdefault(metric, {})[arm] = _plain(found)
-    return result
+        with_metric = [r for r in records if metric in r["sums"]]
+        for arm in dict.fromkeys(arm for r in with_metric for arm in r["sums"][metric]):
+            with_arm = [r for r in with_metric if arm in r["sums"][metric]]
+            vectors = np.asarray([r["sums"][metric][arm] for r in with_arm])
+            aggregate = common.METRICS[metric].aggregate
+            estimate = statistics.estimate(vectors, aggregate, weights(with_arm))
+            estimates.setdefault(metric, {})[arm] = _as_json(estimate)
+    return estimates
 
 
-def summarise(suite, records, seed):
-    """What the records of a suite give together: scores, groups, ties and each example's own scores, as results.json has them."""
+def summarise(suite: common.Measurement, records: Sequence[Record], seed: int) -> dict[str, Any]:
+    """Scores of all, by group, ties, and each example's own scores, as results.json has them."""
     weights = Weights(seed)
-    groups = {}
-    for kind in dict.fromkeys(kind for r in records for kind in r["group"]):
-        values = sorted({r["group"][kind] for r in records if kind in r["group"]}, key=_natural)
-        of = {value: [r for r in records if r["group"].get(kind) == value] for value in values}
-        groups[kind] = {
-            value: _estimates(part, suite.METRICS, weights) for value, part in of.items()
-        }
-    result = {"scores": _estimates(suite.main(records), suite.METRICS, weights), "groups": groups}
+    result = {
+        "scores": _estimates(suite.main(records), suite.METRICS, weights),
+        "groups": _by_group(records, suite.METRICS, weights),
+    }
     if suite.name == "qa":
-        kept, without = qa.retention(records, weights)
-        result["scores"] |= (
-            {"retention": {arm: _plain(found) for arm, found in kept.items()}} if kept else {}
-        )
+        retained, without = qa.retention(records, weights)
+        if retained:
+            by_arm = {arm: _as_json(estimate) for arm, estimate in retained.items()}
+            result["scores"]["retention"] = by_arm
         result["sets_without_retention"] = without
     if suite.name == "ablate":
         result["pairs"] = _pairs(records, suite.METRICS, weights)
-    ties = {}
-    for r in records:
-        for arm, count in r["ties"].items():
-            one = ties.setdefault(arm, {"texts": 0, "steps": 0})
-            one["texts"] += count > 0
-            one["steps"] += count
-    result["ties"] = ties
-    result["examples"] = [
-        {
-            "id": r["id"], "set": r["set"], "group": r["group"],
-            "scores": {m: {arm: common.own_score(m, v) for arm, v in arms.items()} for m, arms in r["sums"].items()},
-            "texts": r["texts"], "ties": r["ties"],
+    return result | {"ties": _ties(records), "examples": list(map(_own_scores, records))}
+
+
+def _by_group(records, metrics, weights):
+    """`{kind: {value: estimates}}` of the records of each group."""
+    groups = {}
+    for kind in dict.fromkeys(kind for r in records for kind in r["group"]):
+        values = {r["group"][kind] for r in records if kind in r["group"]}
+        groups[kind] = {
+            value: _estimates(
+                [r for r in records if r["group"].get(kind) == value], metrics, weights
+            )
+            for value in sorted(values, key=_natural)
         }
-        for r in records
-    ]  # fmt: skip
-    return result
+    return groups
 
 
-def _natural(value):
+def _ties(records):
+    """By arm: texts with a tie between the two best tokens, and steps that had one."""
+    ties = {}
+    for record in records:
+        for arm, steps in record["ties"].items():
+            of_arm = ties.setdefault(arm, {"texts": 0, "steps": 0})
+            of_arm["texts"] += steps > 0
+            of_arm["steps"] += steps
+    return ties
+
+
+def _own_scores(record):
+    """A record with scores in place of the numbers they are made of."""
+    scores = {
+        metric: {arm: common.own_score(metric, numbers) for arm, numbers in arms.items()}
+        for metric, arms in record["sums"].items()
+    }
+    fields = {name: record[name] for name in ("id", "set", "group")}
+    return fields | {"scores": scores, "texts": record["texts"], "ties": record["ties"]}
+
+
+def _natural(value: str):
     """Sorts "101-200" behind "1-100", and names by their letters."""
     head = value.partition("-")[0]
     return (0, int(head), value) if head.isdigit() else (1, 0, value)
 
 
 def _pairs(records, metrics, weights):
-    """`{metric: {"A against B": {difference of the scores, win, lose, tie in percent of the examples}}}`."""
+    """`{metric: {"A against B": {"difference", "win", "lose", "tie"}}}`, shares in percent."""
     result = {}
     for metric in metrics:
-        for (one, other), (a, b, rows) in ablate.pairs(records, metric).items():
-            found = statistics.difference(
-                np.asarray(a), np.asarray(b), common.METRICS[metric].aggregate, weights(rows)
+        for (a, b), (numbers_a, numbers_b, both) in ablate.pairs(records, metric).items():
+            difference = statistics.difference(
+                np.asarray(numbers_a),
+                np.asarray(numbers_b),
+                common.METRICS[metric].aggregate,
+                weights(both),
             )
-            marks = statistics.win_lose_tie(
-                *([ablate.better(metric, v) for v in side] for side in (a, b))
+            scores_a, scores_b = (
+                [ablate.better(metric, numbers) for numbers in side]
+                for side in (numbers_a, numbers_b)
             )
-            win_lose_tie = dict(zip(("win", "lose", "tie"), marks, strict=True))
-            result.setdefault(metric, {})[f"{one} against {other}"] = {
-                "difference": _plain(found),
-                **win_lose_tie,
+            shares = statistics.win_lose_tie(scores_a, scores_b)
+            result.setdefault(metric, {})[f"{a} against {b}"] = {
+                "difference": _as_json(difference),
+                **dict(zip(("win", "lose", "tie"), shares, strict=True)),
             }
     return result

@@ -1,17 +1,20 @@
-"""Memory files: compressed texts on disk, with all that is needed to read them back, or to refuse.
+"""Memory files: compressed texts on disk, with all that is needed to read or to refuse them.
 
-A safetensors file with `slots [B, M, D]` (ICAE) or `k` and `v`, each `[L, B, M, K, H]`, k before RoPE (500xCompressor), and
-`lengths [B, S]` (context tokens of each segment, 0 where a text has fewer), and as metadata: format_version, icae_jax_version, method,
-layout, k, base_fingerprint, adapter_fingerprint, adapter (its folder, or hub id with the commit, or URL), ids (JSON); and, not in earlier
-files, base_identity (JSON, `Base.identity`), lora_scale and segment_tokens.
+A safetensors file with `slots [B, M, D]` (ICAE) or `k` and `v`, each `[L, B, M, K, H]`, k before
+RoPE (500xCompressor), and `lengths [B, S]` (context tokens of each segment, 0 where a text has
+fewer). Metadata: format_version, icae_jax_version, method, layout, k, base_fingerprint,
+adapter_fingerprint, adapter (its folder, hub id with the commit, or URL), ids (JSON); and, not in
+files of earlier versions, base_identity (JSON, `Base.identity`), lora_scale and segment_tokens.
 """
 
 import collections
+import dataclasses
 import json
 import os
 import pathlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,9 +23,10 @@ import safetensors
 import safetensors.numpy
 
 import icae_jax
-from icae_jax import files
+from icae_jax import errors, files
 from icae_jax.compression import memory as memories
-from icae_jax.compression import methods
+from icae_jax.compression.config import CompressionConfig
+from icae_jax.compression.memory import Memory
 from icae_jax.errors import UserError
 from icae_jax.interop.hub import base as bases
 from icae_jax.interop.hub import locations
@@ -30,11 +34,37 @@ from icae_jax.interop.hub.text import check_encodable
 
 FORMAT_VERSION = "1"
 _METADATA = ("method", "layout", "k", "base_fingerprint", "adapter_fingerprint", "adapter", "ids")
-_AGAIN = "compress the texts again"
+_REMEDY = "compress the texts again"
+
+TextId = str | int | float
 
 
-def check_output(path):
-    """UserError where a memory file could not be written, before any work is done."""
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """The compressor that writes or reads a memory file.
+
+    Attributes:
+        compression: of the adapter.
+        base_fingerprint: `Base.fingerprint`.
+        adapter_fingerprint: `Adapter.fingerprint`.
+        adapter_path: folder, hub id or URL; only written.
+        base_identity: `Base.identity`.
+        lora_scale: of the adapter; None if not known, then not compared.
+    """
+
+    compression: CompressionConfig
+    base_fingerprint: str
+    adapter_fingerprint: str
+    adapter_path: str | os.PathLike = ""
+    base_identity: dict[str, str] = dataclasses.field(default_factory=dict)
+    lora_scale: float | None = None
+
+
+# --- Writing ---
+
+
+def check_output(path: str | os.PathLike) -> None:
+    """Raises UserError if a memory file could not be written, before any work is done."""
     path = pathlib.Path(path)
     if path.is_dir():
         raise UserError(f"--output {path} is a folder; give a file name such as memory.safetensors")
@@ -43,70 +73,73 @@ def check_output(path):
         raise UserError(f"--output {path}: folder {parent} is absent or cannot be written")
 
 
-def check_finite(memory: memories.Memory, name_of: Callable[[int], str]) -> None:
-    """UserError where a memory holds a number that is not finite: whoever reads it gets nothing but such numbers. name_of: names a text."""
+def check_finite(memory: Memory, name_of: Callable[[int], str]) -> None:
+    """Raises UserError if a memory holds NaN or infinity. name_of: names the text of a row."""
     for contents in memory.contents.values():
         texts = np.moveaxis(np.asarray(contents), memory.TEXT_AXIS, 0)
-        whole = np.isfinite(texts.astype(np.float32)).reshape(len(texts), -1).all(1)
-        if not whole.all():
+        finite = np.isfinite(texts.astype(np.float32)).reshape(len(texts), -1).all(1)
+        if not finite.all():
             raise UserError(
-                f"{name_of(int(whole.argmin()))} is not finite: the base or the adapter is damaged, or overflows in its dtype; load them "
-                "in float32, or download them again"
+                f"{name_of(int(finite.argmin()))} is not finite: the base or the adapter is "
+                "damaged, or overflows in its dtype; load them in float32, or download them again"
             )
 
 
-def save(
-    path,
-    memory,
-    compression,
-    ids,
-    base_fingerprint,
-    adapter_fingerprint,
-    adapter_path,
-    base_identity=None,
-    lora_scale=None,
-):
-    """Writes a memory file; one that is there is replaced only when the new one is complete."""
-    if len(ids) != len(memory):
-        raise UserError(f"{len(ids)} ids for {len(memory)} memories; give one id a text")
-    ids = list(ids)
-    for one in ids:
-        if not _is_id(one):
+def _check_ids(ids: list, count: int) -> None:
+    """Raises UserError unless there is one id per text, distinct as `--id` spells them."""
+    if len(ids) != count:
+        raise UserError(f"{len(ids)} ids for {count} memories; give one id per text")
+    for text_id in ids:
+        if not _is_id(text_id):
             raise UserError(
-                f"the id {files.shown(one)} is neither a text nor a number; give each text one that is"
+                f"the id {errors.shown(text_id)} is neither a text nor a number; give each text one "
+                "that is"
             )
-        check_encodable(str(one), f"the id {one!r}")
-    names = collections.Counter(map(str, ids))  # by which `--id` finds them
-    repeated = next((one for one in ids if names[str(one)] > 1), None)
+        check_encodable(str(text_id), f"the id {text_id!r}")
+    counts = collections.Counter(map(str, ids))
+    repeated = next((text_id for text_id in ids if counts[str(text_id)] > 1), None)
     if repeated is not None:
         raise UserError(f"two memories have the id {repeated!r}; give each text an id of its own")
+
+
+def save(path: str | os.PathLike, memory: Memory, ids: Sequence[TextId], origin: Origin) -> None:
+    """Writes a memory file; an existing one is replaced only when the new one is complete.
+
+    ids: of the texts, distinct.
+    """
+    ids = list(ids)
+    _check_ids(ids, len(memory))
     check_finite(memory, lambda i: f"--output {path}: the memory of text {ids[i]!r}")
+    adapter = str(origin.adapter_path)
+    if not locations.is_remote(adapter):
+        adapter = str(pathlib.Path(adapter).resolve())
     metadata = {
         "format_version": FORMAT_VERSION,
         "icae_jax_version": icae_jax.__version__,
-        "method": compression.method,
-        "layout": compression.layout,
+        "method": origin.compression.method,
+        "layout": origin.compression.layout,
         "k": str(memory.tokens_per_segment),
-        "base_fingerprint": base_fingerprint,
-        "adapter_fingerprint": adapter_fingerprint,
-        **({"base_identity": json.dumps(base_identity)} if base_identity else {}),
-        **({} if lora_scale is None else {"lora_scale": repr(lora_scale)}),
-        "segment_tokens": str(compression.segment_tokens),
-        "adapter": str(
-            adapter_path
-            if locations.is_remote(str(adapter_path))
-            else pathlib.Path(adapter_path).resolve()
-        ),
+        "base_fingerprint": origin.base_fingerprint,
+        "adapter_fingerprint": origin.adapter_fingerprint,
+        "segment_tokens": str(origin.compression.segment_tokens),
+        "adapter": adapter,
         "ids": json.dumps(ids, ensure_ascii=False),
     }
+    if origin.base_identity:
+        metadata["base_identity"] = json.dumps(origin.base_identity)
+    if origin.lora_scale is not None:
+        metadata["lora_scale"] = repr(origin.lora_scale)
     tensors = {name: np.ascontiguousarray(x) for name, x in memory.contents.items()}
     tensors["lengths"] = np.asarray(memory.segment_lengths, np.int32)
     with files.replacing_file(path) as tmp:
         safetensors.numpy.save_file(tensors, tmp, metadata)
 
 
-def read_metadata(path):
-    """A memory file's metadata. UserError where it is not one, or not all is there, or k is no number or ids no list."""
+# --- Reading ---
+
+
+def read_metadata(path: str | os.PathLike) -> dict[str, str]:
+    """The metadata of a memory file; UserError if it is not one, or is incomplete or damaged."""
     if not pathlib.Path(path).is_file():
         raise UserError(f"--memory {path}: no such file; `icae compress` writes memory files")
 
@@ -115,152 +148,170 @@ def read_metadata(path):
             return f.metadata() or {}
 
     metadata = files.read_safetensors(path, read, "memory")
-    if metadata.get("format_version") != FORMAT_VERSION:
+    version = metadata.get("format_version")
+    if version != FORMAT_VERSION:
         raise UserError(
-            f"--memory {path}: format_version {metadata.get('format_version')}; this version reads {FORMAT_VERSION}"
+            f"--memory {path}: format_version {version}; this version reads {FORMAT_VERSION}"
         )
     missing = [name for name in _METADATA if name not in metadata]
     if missing:
-        raise UserError(f"--memory {path}: {', '.join(missing)} missing in its metadata; {_AGAIN}")
+        raise UserError(f"--memory {path}: {', '.join(missing)} missing in its metadata; {_REMEDY}")
     if not re.fullmatch("[1-9][0-9]*", metadata["k"], re.ASCII):
-        raise UserError(f"--memory {path}: k is {metadata['k']!r} in its metadata; {_AGAIN}")
+        raise UserError(f"--memory {path}: k is {metadata['k']!r} in its metadata; {_REMEDY}")
     read_ids(path, metadata)
     return metadata
 
 
-def _is_id(value):
+def _is_id(value: Any) -> bool:
     return files.is_kind(value, str) or files.is_kind(value, float)
 
 
-def read_ids(path, metadata):
-    """The ids that a memory file's metadata lists. UserError where they are no list of texts or numbers."""
+def read_ids(path: str | os.PathLike, metadata: dict[str, str]) -> list[TextId]:
+    """The ids in a memory file's metadata; UserError if they are not a list of texts or numbers."""
     try:
         ids = json.loads(metadata["ids"])
     except (ValueError, RecursionError):
         ids = None
     if not isinstance(ids, list) or not all(map(_is_id, ids)):
         raise UserError(
-            f"--memory {path}: ids in its metadata are {metadata['ids'][:40]!r}, which is not a list of texts or numbers; {_AGAIN}"
+            f"--memory {path}: ids in its metadata are {metadata['ids'][:40]!r}, which is not a "
+            f"list of texts or numbers; {_REMEDY}"
         )
     return ids
 
 
-def rows_named(ids, wanted):
-    """The rows of the texts that `--id` names, in the memory's order; all where it names none. UserError on an id that is not there.
+def rows_of(ids: Sequence[TextId], wanted: Iterable[str] | None) -> list[int]:
+    """The rows of the texts that `--id` names, in the memory's order; all rows if it names none.
 
-    ids: of the memory's texts, texts or numbers. wanted: as a command line has them, as texts.
+    wanted: as a command line has them, so numbers are texts. UserError on an unknown id.
     """
-    names = [str(one) for one in ids]
-    for name in wanted or ():
+    wanted = list(wanted or ())
+    names = [str(text_id) for text_id in ids]
+    for name in wanted:
         if name not in names:
-            raise UserError(
-                f"--id {name}: the memory holds {', '.join(names[:10])}{', …' if len(names) > 10 else ''}"
-            )
+            shown = ", ".join(names[:10]) + (", …" if len(names) > 10 else "")
+            raise UserError(f"--id {name}: the memory holds {shown}")
     return [row for row, name in enumerate(names) if not wanted or name in wanted]
 
 
-def _check_tensors(path, kind, tensors, k, texts, most):
-    """UserError where tensors do not hold so many texts, or not k memory tokens for each segment that `lengths` has, each of up to `most`
-    tokens of text.
+def _check_tensors(
+    path: str | os.PathLike,
+    kind: type[Memory],
+    tensors: dict[str, np.ndarray],
+    k: int,
+    texts: int,
+    segment_tokens: int,
+) -> None:
+    """Raises UserError if tensors are not the memory of `texts` texts, k tokens per segment.
+
+    segment_tokens: most text tokens of a segment.
     """
-    lengths = tensors["lengths"]
-    wrong = (
-        ["lengths"]
-        if lengths.ndim != 2
-        or len(lengths) != texts
-        or not lengths.shape[1]
-        or lengths.dtype.kind not in "iu"
-        else []
-    )
-    if not wrong:
-        tokens, axis = k * lengths.shape[1], kind.TEXT_AXIS
-        wrong = [
-            n
-            for n in kind.CONTENTS
-            if tensors[n].ndim != kind.AXES or tensors[n].shape[axis : axis + 2] != (texts, tokens)
-        ]
-        wrong = wrong or [
-            n for n in kind.CONTENTS if tensors[n].shape != tensors[kind.CONTENTS[0]].shape
-        ]
-        wrong = wrong or [
-            n for n in kind.CONTENTS if not jnp.issubdtype(tensors[n].dtype, jnp.floating)
-        ]
-    if not wrong:
-        absent = lengths == 0  # segments that a text has not stand behind those that it has
-        if (
-            (lengths < 0).any()
-            or (lengths > most).any()
-            or absent[:, 0].any()
-            or (absent[:, :-1] & ~absent[:, 1:]).any()
-        ):
-            raise UserError(
-                f"--memory {path}: lengths are not those of segments of 1 to {most} tokens; {_AGAIN}"
-            )
+    wrong = _wrong_tensor(kind, tensors, k, texts)
     if wrong:
         shapes = ", ".join(
             f"{name} {list(tensors[name].shape)}" for name in (*kind.CONTENTS, "lengths")
         )
         raise UserError(
-            f"--memory {path}: {wrong[0]} does not hold {texts} texts of segments of k {k} ({shapes}); {_AGAIN}"
+            f"--memory {path}: {wrong} does not hold {texts} texts of segments of k {k} "
+            f"({shapes}); {_REMEDY}"
+        )
+    lengths = tensors["lengths"]
+    absent = lengths == 0  # missing segments of a shorter text come last
+    if (
+        (lengths < 0).any()
+        or (lengths > segment_tokens).any()
+        or absent[:, 0].any()
+        or (absent[:, :-1] & ~absent[:, 1:]).any()
+    ):
+        raise UserError(
+            f"--memory {path}: lengths are not those of segments of 1 to {segment_tokens} tokens; "
+            f"{_REMEDY}"
         )
 
 
-def _object(path, metadata, name):
-    """An object of texts in a memory file's metadata; empty where an earlier version wrote none. UserError where it is something else."""
+def _wrong_tensor(
+    kind: type[Memory], tensors: dict[str, np.ndarray], k: int, texts: int
+) -> str | None:
+    """The first tensor whose shape or dtype is not as expected."""
+    lengths = tensors["lengths"]
+    if lengths.ndim != 2 or len(lengths) != texts or not lengths.shape[1]:
+        return "lengths"
+    if lengths.dtype.kind not in "iu":
+        return "lengths"
+    axis, shape = kind.TEXT_AXIS, (texts, k * lengths.shape[1])
+    for name in kind.CONTENTS:
+        x = tensors[name]
+        if x.ndim != kind.AXES or x.shape[axis : axis + 2] != shape:
+            return name
+    for name in kind.CONTENTS:
+        same_shape = tensors[name].shape == tensors[kind.CONTENTS[0]].shape
+        if not same_shape or not jnp.issubdtype(tensors[name].dtype, jnp.floating):
+            return name
+    return None
+
+
+def _read_identity(path: str | os.PathLike, metadata: dict[str, str]) -> dict[str, str]:
+    """`base_identity` of the metadata; empty if an earlier version wrote the file."""
+    name = "base_identity"
     try:
         value = json.loads(metadata.get(name, "{}"))
     except (ValueError, RecursionError):
         value = None
     if not isinstance(value, dict) or not all(isinstance(v, str) for v in value.values()):
         raise UserError(
-            f"--memory {path}: {name} in its metadata is {metadata[name][:50]!r}, which is not an object of texts; {_AGAIN}"
+            f"--memory {path}: {name} in its metadata is {metadata[name][:50]!r}, which is not an "
+            f"object of texts; {_REMEDY}"
         )
     return value
 
 
-def load(
-    path, compression, base_fingerprint, adapter_fingerprint, base_identity=None, lora_scale=None
-):
-    """(`Slots` or `KV`, ids) of a memory file. base_identity: `Base.identity`. lora_scale: the adapter's.
+def _check_origin(path: str | os.PathLike, metadata: dict[str, str], origin: Origin) -> None:
+    """Raises UserError if another compressor wrote the file, or one that is read otherwise."""
+    compression = origin.compression
+    for kind, have in (("base", origin.base_fingerprint), ("adapter", origin.adapter_fingerprint)):
+        stated = metadata[f"{kind}_fingerprint"]
+        if stated != have:
+            raise UserError(
+                f"--memory {path} was written with {kind} {stated[:12]}, but {have[:12]} is "
+                f"loaded; give that {kind}"
+            )
+    for field, have in (("method", compression.method), ("layout", compression.layout)):
+        if metadata[field] != have:
+            raise UserError(
+                f"--memory {path} has {field} {metadata[field]}, the adapter {have}; give the "
+                "adapter that it names"
+            )
+    identity = _read_identity(path, metadata)
+    bases.check_identity(f"--memory {path}", identity, origin.base_identity)
+    expected = {"segment_tokens": str(compression.segment_tokens)}
+    if origin.lora_scale is not None:
+        expected["lora_scale"] = repr(origin.lora_scale)
+    for field, have in expected.items():
+        if metadata.get(field, have) != have:  # earlier versions did not write them
+            raise UserError(
+                f"--memory {path} has {field} {metadata[field]}, the adapter {have}; give the "
+                f"adapter as it was, or {_REMEDY}"
+            )
 
-    UserError where another base, tokenizer or adapter wrote it, or one that is read in another way, or a number in it is not finite.
+
+def load(path: str | os.PathLike, origin: Origin) -> tuple[Memory, list[TextId]]:
+    """The memory and the ids of a memory file.
+
+    origin: of the compressor that is to read it. UserError if another base, tokenizer or adapter
+    wrote it, if the adapter is now read otherwise, or if a number in it is not finite.
     """
     metadata = read_metadata(path)
-    for kind, have in (("base", base_fingerprint), ("adapter", adapter_fingerprint)):
-        wrote = metadata[f"{kind}_fingerprint"]
-        if wrote != have:
-            raise UserError(
-                f"--memory {path} was written with {kind} {wrote[:12]}, but {have[:12]} is loaded; give that {kind}"
-            )
-    for field in ("method", "layout"):
-        if metadata[field] != getattr(compression, field):
-            have = getattr(compression, field)
-            raise UserError(
-                f"--memory {path} has {field} {metadata[field]}, the adapter {have}; give the adapter that it names"
-            )
-    bases.check_identity(
-        f"--memory {path}", _object(path, metadata, "base_identity"), base_identity or {}
-    )
-    for field, have in (
-        ("lora_scale", repr(lora_scale)),
-        ("segment_tokens", str(compression.segment_tokens)),
-    ):
-        if (
-            have != "None" and metadata.get(field, have) != have
-        ):  # which earlier versions did not write
-            raise UserError(
-                f"--memory {path} has {field} {metadata[field]}, the adapter {have}; give the adapter as it was, or {_AGAIN}"
-            )
+    _check_origin(path, metadata, origin)
     tensors = files.read_safetensors(path, safetensors.numpy.load_file, "memory")
-    kind = methods.KINDS[compression.method]
+    kind = origin.compression.spec.memory
     absent = [name for name in (*kind.CONTENTS, "lengths") if name not in tensors]
     if absent:
-        raise UserError(f"--memory {path}: tensors {', '.join(absent)} missing; {_AGAIN}")
+        raise UserError(f"--memory {path}: tensors {', '.join(absent)} missing; {_REMEDY}")
     ids = read_ids(path, metadata)
-    _check_tensors(path, kind, tensors, int(metadata["k"]), len(ids), compression.segment_tokens)
-    memory = memories.place(
-        kind, {name: tensors[name] for name in kind.CONTENTS}, tensors["lengths"], compression
-    )
+    segment_tokens = origin.compression.segment_tokens
+    _check_tensors(path, kind, tensors, int(metadata["k"]), len(ids), segment_tokens)
+    contents = {name: tensors[name] for name in kind.CONTENTS}
+    memory = memories.place(kind, contents, tensors["lengths"], origin.compression)
     memory = jax.device_get(memory)
     check_finite(memory, lambda i: f"--memory {path}: the memory of text {ids[i]!r}")
     return memory, ids

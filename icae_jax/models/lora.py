@@ -1,18 +1,20 @@
-"""LoRA (Hu et al., arXiv 2106.09685) as a linen variable collection of its own.
+"""LoRA (Hu et al., arXiv 2106.09685) as a linen variable collection.
 
-A tree made by `init_lora` is passed as `apply({"params": base, "lora": tree}, ...)`; without it the same module computes the
-base alone. So one frozen copy of the base serves as encoder (with the collection) and as decoder (without).
+A tree made by `init_lora` is passed as `apply({"params": base, "lora": tree}, ...)`. Without it the
+same module computes the base alone, so that one frozen copy serves as encoder and as decoder.
 """
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array
 
 from icae_jax.errors import UserError
 
-# The seven projections of a block, by the module that holds them: name -> (input, output) width in ModelConfig's terms.
+# The seven projections of a block, by the module that holds them.
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
 PROJECTIONS = ATTENTION + MLP
@@ -20,7 +22,10 @@ PROJECTIONS = ATTENTION + MLP
 
 @dataclasses.dataclass(frozen=True)
 class LoraConfig:
-    """rank: r. scale: what A @ B is multiplied by (alpha / r in PEFT's terms). dropout: on the adapter's input, in training."""
+    """Which projections get an adapter `scale * (x @ A) @ B`, and of which size.
+
+    scale: alpha / r in PEFT's terms. dropout: on the adapter's input, in training.
+    """
 
     rank: int = 128
     scale: float = 2.0
@@ -39,8 +44,8 @@ class LoraConfig:
             )
 
 
-def projection_shape(model_config, name):
-    """(inputs, outputs) of one projection of a block."""
+def projection_shape(model_config: Any, name: str) -> tuple[int, int]:
+    """(input, output) widths of a projection of a `ModelConfig`'s blocks."""
     c = model_config
     heads, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
     return {
@@ -54,15 +59,16 @@ def projection_shape(model_config, name):
     }[name]
 
 
-def module_of(name):
+def module_of(name: str) -> str:
     """The block's submodule that holds a projection."""
     return "self_attn" if name in ATTENTION else "mlp"
 
 
-def init_lora(key, model_config, config):
-    """The trained tree, float32, `{"layers": {module: {projection: {"a": [L, in, R], "b": [L, R, out]}}}}`.
+def init_lora(key: Array, model_config: Any, config: LoraConfig) -> dict[str, Any]:
+    """A LoRA tree, float32: `{"layers": {module: {projection: {"a", "b"}}}}`.
 
-    A is drawn as PEFT draws it (uniform in +-1/sqrt(in)), B is zero, so that training starts at the base model.
+    `a [L, in, R]` is drawn as PEFT does, uniform in +-1/sqrt(in). `b [L, R, out]` is zero, so that
+    training starts at the base model.
     """
     tree = {}
     for i, name in enumerate(config.targets):

@@ -1,13 +1,17 @@
-"""Rotary positions (RoPE, arXiv 2104.09864) and the ways in which bases stretch them over longer contexts.
+"""Rotary positions (RoPE, arXiv 2104.09864), and how bases stretch them over longer contexts.
 
 `config` is a `models.llama.ModelConfig` throughout; letters as there.
 """
 
 import dataclasses
 import math
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Int
+
+Frequencies = Float[np.ndarray, " half_H"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,21 +20,29 @@ class LinearScaling:
 
     factor: float
 
-    def stretch(self, freqs, rope_theta):
+    def stretch(self, freqs: Frequencies, rope_theta: float) -> Frequencies:
+        """The stretched frequencies."""
         return freqs / self.factor
 
 
 @dataclasses.dataclass(frozen=True)
 class Llama3Scaling:
-    """Frequency-dependent stretching of RoPE (Llama 3.1, section 3.4.1 of arXiv 2407.21783), as config.json names it."""
+    """Frequency-dependent stretching (Llama 3.1; section 3.4.1 of arXiv 2407.21783).
+
+    Field names are those of config.json.
+    """
 
     factor: float
     low_freq_factor: float
     high_freq_factor: float
     original_max_position_embeddings: int
 
-    def stretch(self, freqs, rope_theta):
-        # Wavelengths longer than the original context are stretched by `factor`, short ones kept, between them a ramp.
+    def stretch(self, freqs: Frequencies, rope_theta: float) -> Frequencies:
+        """The stretched frequencies.
+
+        Wavelengths longer than the original context are stretched by `factor`, short ones kept,
+        with a ramp between them.
+        """
         wavelength = 2 * math.pi / freqs
         ramp = self.original_max_position_embeddings / wavelength - self.low_freq_factor
         ramp = np.clip(ramp / (self.high_freq_factor - self.low_freq_factor), 0.0, 1.0)
@@ -39,10 +51,11 @@ class Llama3Scaling:
 
 @dataclasses.dataclass(frozen=True)
 class YarnScaling:
-    """YaRN (arXiv 2309.00071, section 3.2 to 3.4): slow frequencies are stretched by `factor`, fast ones kept, and cos and sin are
-    multiplied by `attention_factor`. beta_fast, beta_slow: rotations over the original context between which the ramp lies.
+    """YaRN (arXiv 2309.00071, sections 3.2 to 3.4): only slow frequencies are stretched.
 
-    truncate: the ramp's ends are rounded outwards to whole frequencies.
+    factor: of the stretching. attention_factor: multiplies cos and sin. beta_fast, beta_slow:
+    rotations over the original context between which the ramp lies. truncate: whether the ramp's
+    ends are rounded outwards to whole frequencies.
     """
 
     factor: float
@@ -52,16 +65,14 @@ class YarnScaling:
     beta_slow: float = 1.0
     truncate: bool = True
 
-    def stretch(self, freqs, rope_theta):
+    def stretch(self, freqs: Frequencies, rope_theta: float) -> Frequencies:
+        """The stretched frequencies."""
         half = len(freqs)
 
         def index_of(rotations):
-            """The (fractional) index of the frequency that turns so many times over the original context."""
-            return (
-                half
-                * math.log(self.original_max_position_embeddings / (rotations * 2 * math.pi))
-                / math.log(rope_theta)
-            )
+            """The fractional index of the frequency with that many turns over the context."""
+            turns = self.original_max_position_embeddings / (rotations * 2 * math.pi)
+            return half * math.log(turns) / math.log(rope_theta)
 
         low, high = index_of(self.beta_fast), index_of(self.beta_slow)
         if self.truncate:
@@ -74,19 +85,18 @@ class YarnScaling:
 Scaling = LinearScaling | Llama3Scaling | YarnScaling
 
 
-def frequencies(config):
-    """Angular frequencies in radians per position, `[H / 2]`, float64 numpy."""
+def frequencies(config: Any) -> Frequencies:
+    """Angular frequencies in radians per position, float64."""
     half = config.head_dim // 2
     freqs = config.rope_theta ** (-np.arange(half, dtype=np.float64) / half)
-    return (
-        freqs
-        if config.rope_scaling is None
-        else config.rope_scaling.stretch(freqs, config.rope_theta)
-    )
+    scaling = config.rope_scaling
+    return freqs if scaling is None else scaling.stretch(freqs, config.rope_theta)
 
 
-def tables(config, positions):
-    """cos and sin of every position's angles, each `[..., H / 2]` float32, for integer positions `[...]`."""
+def tables(
+    config: Any, positions: Int[Any, "..."]
+) -> tuple[Float[Array, "... half_H"], Float[Array, "... half_H"]]:
+    """Cosines and sines of every position's angles, float32."""
     angles = jnp.einsum(
         "...,h->...h", positions.astype(jnp.float32), jnp.asarray(frequencies(config), jnp.float32)
     )
@@ -94,14 +104,21 @@ def tables(config, positions):
     return magnitude * jnp.cos(angles), magnitude * jnp.sin(angles)
 
 
-def rotate(x, cos_sin):
-    """Rotates heads `x [..., T, heads, H]` by `cos_sin`, each `[..., T, H / 2]` (halves paired as the hub's Llama does)."""
+def rotate(
+    x: Float[Any, "*time heads H"], cos_sin: tuple[Any, Any]
+) -> Float[Array, "*time heads H"]:
+    """Rotates heads `[..., T, heads, H]` by cos and sin `[..., T, H / 2]`.
+
+    Halves of a head are paired, as in the hub's Llama.
+    """
     cos, sin = (t[..., None, :] for t in cos_sin)
     x1, x2 = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).astype(x.dtype)
 
 
-def rotate_keys(config, k_LBPKH, positions_BP):
-    """Rotates the stacked, unrotated keys that `Llama` returns, for use as a prefix at the given positions."""
+def rotate_keys(
+    config: Any, k_LBPKH: Float[Any, "L B P K H"], positions_BP: Int[Any, "_ P"]
+) -> Float[Array, "L B P K H"]:
+    """Rotates the stacked, unrotated keys that `Llama` returns, for use as a prefix."""
     cos, sin = tables(config, positions_BP)
     return rotate(k_LBPKH, (cos[None], sin[None]))

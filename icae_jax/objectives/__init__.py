@@ -1,1 +1,1 @@
-"""What the decoder is trained to say behind a memory: target layouts and the loss on their labels."""
+"""What the decoder is trained to say behind a memory: targets, and the loss on their labels."""

@@ -1,27 +1,34 @@
-"""FLOPs that the mathematics asks for, counted from shapes: what a run's speed is held against (MFU), and what a planner adds up.
+"""FLOPs that the mathematics requires, counted from shapes, for MFU and planning.
 
-Counted are matmuls alone, a multiplication and an addition being two; not embeddings, norms, RoPE, softmax. A number of a weight costs
-every token 2 in the forward pass, 2 for the gradient of the activations and, where it is trained, 2 for its own. Attention costs every
-query 4 x heads x head size a key and layer forward, and twice that backward. Nothing is recomputed.
+Only matmuls are counted, a multiply-add as two FLOPs; embeddings, norms, RoPE and softmax are not.
+Each weight element costs 2 FLOPs per token forward, 2 for the activation gradient, and 2 for its
+own gradient if trained. Attention costs 4 x heads x head size per query, key and layer forward, and
+twice that backward. Nothing is recomputed.
 
-Arrays are counted as they are run: with their padding, with keys that a causal mask hides, and with the first layer whole, though below its
-LoRA the text's gradient has no reader. Of the last layer, what nothing reads is not counted: in the encoder all but the memory tokens,
-beyond their keys and values (500xCompressor: these of the memory tokens alone); of a memory in the decoder all but K/V; of targets all but
-the labels, beyond K/V.
+Arrays count at their full size: with padding, with the keys that a causal mask hides, and with the
+first layer's input gradient, although nothing below its LoRA reads it. In the last layer, what
+nothing reads is not counted: in the encoder, everything except the memory tokens, beyond K/V
+(500xCompressor: K/V of the memory tokens only); of a memory in the decoder, everything except K/V;
+of targets, everything except the labels, beyond K/V.
 """
 
 import math
-import typing
+from typing import Any, NamedTuple
 
+from icae_jax.compression.config import CompressionConfig
+from icae_jax.compression.method import Method
 from icae_jax.models import lora
+from icae_jax.models.llama import ModelConfig
+from icae_jax.models.lora import LoraConfig
 
 
-class Flops(typing.NamedTuple):
-    """FLOPs by where they are spent; `total` is their sum.
+class Flops(NamedTuple):
+    """FLOPs by where they are spent.
 
-    encoder, memory, targets: the base's blocks over text and memory tokens in the encoder, over head (what stands before the memory) and
-    memory in the decoder, and over targets (or new tokens) in the decoder. lora: the encoder's adapters. attention: scores and weighted
-    sums of all three. logits: the output head at labels.
+    encoder: the base's blocks over text and memory tokens. lora: LoRA branches, the encoder's and
+    the decoder's. memory: the blocks over head (what stands before the memory) and memory in the
+    decoder. targets: over targets or new tokens in the decoder. attention: scores and weighted sums
+    of all three. logits: the output head at labels.
     """
 
     encoder: int = 0
@@ -32,7 +39,8 @@ class Flops(typing.NamedTuple):
     logits: int = 0
 
     @property
-    def total(self):
+    def total(self) -> int:
+        """The sum of all parts."""
         return sum(self)
 
 
@@ -40,79 +48,105 @@ KEYS_AND_VALUES = ("k_proj", "v_proj")
 
 
 def _linear(config, tokens, keys, queries, lora_config=None):
-    """FLOPs of the forward pass through the blocks' matmuls, or with `lora_config` through their adapters.
+    """FLOPs of the forward pass through the blocks' matmuls, or through their LoRA branches.
 
-    tokens: in all layers but the last, of which `keys` tokens get K/V, and `queries` all else.
+    tokens: in all layers but the last. keys, queries: tokens of the last layer that get K/V, and
+    everything else.
     """
-    one = {name: math.prod(lora.projection_shape(config, name)) for name in lora.PROJECTIONS}
+    sizes = {name: lora.projection_shape(config, name) for name in lora.PROJECTIONS}
     if lora_config:
-        one = {
-            name: lora_config.rank * sum(lora.projection_shape(config, name))
-            for name in lora_config.targets
-        }
-    kv = sum(count for name, count in one.items() if name in KEYS_AND_VALUES)
-    every = sum(one.values())
-    return 2 * ((config.num_layers - 1) * every * tokens + kv * keys + (every - kv) * queries)
+        weights = {name: lora_config.rank * sum(sizes[name]) for name in lora_config.targets}
+    else:
+        weights = {name: math.prod(size) for name, size in sizes.items()}
+    kv = sum(count for name, count in weights.items() if name in KEYS_AND_VALUES)
+    total = sum(weights.values())
+    return 2 * ((config.num_layers - 1) * total * tokens + kv * keys + (total - kv) * queries)
 
 
-def _attention(config, rows, queries, keys, last=None):
-    """FLOPs of the forward pass over `rows` rectangles of queries and keys, in all layers; last: the queries of the last one."""
-    layers = (config.num_layers - 1) * queries + (queries if last is None else last)
+def _attention(config, rows, queries, keys, last_queries=None):
+    """FLOPs of attention's forward pass in `rows` sequences; fewer queries in the last layer."""
+    last = queries if last_queries is None else last_queries
+    layers = (config.num_layers - 1) * queries + last
     return 4 * config.num_heads * config.head_dim * rows * layers * keys
 
 
-def compress(model_config, lora_config, shape, k, method):
-    """`Flops` of writing contexts into memory, without gradients (`compression.methods.compress`).
+def compress(
+    model_config: ModelConfig,
+    lora_config: LoraConfig,
+    shape: tuple[int, int, int],
+    k: int,
+    method: Method,
+) -> Flops:
+    """FLOPs of writing contexts into memory, without gradients (`compression.encoder.compress`).
 
-    shape: `(B, S, N)` of their ids, B texts of S segments of N tokens. k: memory tokens a segment. method: "icae" or "x500".
+    shape: `(B, S, N)`, B texts of S segments of N tokens. k: memory tokens per segment.
     """
     B, S, N = shape
-    rows, length = B * S, N + k
-    last = (rows * length, rows * k) if method == "icae" else (rows * k, 0)
+    rows, length = B * S, N + (k if method.appends_memory_tokens else 0)
+    hidden = method.keeps == "hidden"
+    last = (rows * length, rows * k) if hidden else (rows * k, 0)
     return Flops(
         encoder=_linear(model_config, rows * length, *last),
         lora=_linear(model_config, rows * length, *last, lora_config),
-        attention=_attention(model_config, rows, length, length, k if method == "icae" else 0),
+        attention=_attention(model_config, rows, length, length, k if hidden else 0),
     )
 
 
-def decode(model_config, rows, keys):
-    """`Flops` of one new token of each of `rows` rows; keys: positions of the cache that it attends to, its own included."""
+def decode(
+    model_config: ModelConfig, rows: int, keys: int, lora_config: LoraConfig | None = None
+) -> Flops:
+    """FLOPs of one new token in each of `rows` rows.
+
+    keys: positions of the cache that the token attends to, its own included. lora_config: of the
+    decoder's LoRA, if any.
+    """
+    tokens = (rows, rows, rows)
     return Flops(
-        targets=_linear(model_config, rows, rows, rows),
+        lora=_linear(model_config, *tokens, lora_config) if lora_config else 0,
+        targets=_linear(model_config, *tokens),
         attention=_attention(model_config, rows, 1, keys),
         logits=2 * model_config.hidden_size * model_config.vocab_size * rows,
     )
 
 
-def least(model_config, lora_config, compression, batch, heads=None):
-    """`Flops` of one training step, forward and backward, of the rows that `batch` holds.
+def least(
+    model_config: ModelConfig,
+    lora_config: LoraConfig,
+    compression: CompressionConfig,
+    batch: dict[str, Any],
+    heads: dict[str, tuple[int, ...]] | None = None,
+) -> Flops:
+    """FLOPs of one training step, forward and backward, on a training batch.
 
-    model_config: `models.llama.ModelConfig`. lora_config: `models.lora.LoraConfig`. compression: `CompressionConfig`. batch: as training's
-    are, `context [B, S, N]`, `k` and `targets` of each objective, `ids [B, G, T]` and `labels [B, G, U]`; of arrays (or
-    `jax.ShapeDtypeStruct`s) only shapes are looked at. heads: `{objective: ids before the memory}`, by default none.
+    batch: `context [B, S, N]`, `k`, and `targets` with `ids [B, G, T]` and `labels [B, G, U]` of
+    each objective; only shapes are read. heads: by objective, the ids before the memory, by default
+    none.
 
-    Head and memory run once for each distinct head; 500xCompressor's memory does not run, and its head, which no gradient reaches, runs
-    once for the whole batch. UserError where `compression` does not know k.
+    Head and memory run once for each distinct head. A memory of K/V does not run; its head runs
+    once for the whole batch, and no gradient reaches it unless the decoder has a LoRA. UserError if
+    `compression` does not know k.
     """
-    c, k = model_config, compression.choose(batch.get("k"))
+    c, k, method = model_config, compression.choose(batch.get("k")), compression.spec
+    decoder_lora = lora_config if compression.decoder_lora else None
     B, S, N = batch["context"].shape
     M = S * k
-    written = compress(c, lora_config, (B, S, N), k, compression.method)
+    written = compress(c, lora_config, (B, S, N), k, method)
+    adapters, attention = 3 * written.lora, 3 * written.attention
     memory = targets = logits = 0
-    attention = 3 * written.attention
     heads = {o: (heads or {}).get(o, ()) for o in batch["targets"]}
-    for head in set(heads.values()):
-        h = len(head)
-        if compression.method == "icae":
-            memory += 2 * _linear(c, B * (h + M), B * (h + M), 0)
-            attention += 3 * _attention(c, B, h + M, h + M, 0)
-        else:
-            memory += _linear(c, h, h, 0)
-            attention += _attention(c, 1, h, h, 0)
+    for h in map(len, set(heads.values())):
+        runs = method.memory.RUNS_IN_DECODER
+        rows, length = (B, h + M) if runs else (1, h)
+        has_gradient = runs or decoder_lora
+        kv_only = (rows * length, rows * length, 0)
+        memory += (2 if has_gradient else 1) * _linear(c, *kv_only)
+        attention += (3 if has_gradient else 1) * _attention(c, rows, length, length, 0)
+        adapters += 3 * _linear(c, *kv_only, decoder_lora) if decoder_lora else 0
     for o, target in batch["targets"].items():
         (_, G, T), U = target["ids"].shape, target["labels"].shape[2]
-        targets += 2 * _linear(c, B * G * T, B * G * T, B * G * U)
+        tokens = (B * G * T, B * G * T, B * G * U)
+        targets += 2 * _linear(c, *tokens)
+        adapters += 3 * _linear(c, *tokens, decoder_lora) if decoder_lora else 0
         attention += 3 * _attention(c, B * G, T, len(heads[o]) + M + T, U)
         logits += 4 * c.hidden_size * c.vocab_size * math.prod(target["labels"].shape)
-    return Flops(2 * written.encoder, 3 * written.lora, memory, targets, attention, logits)
+    return Flops(2 * written.encoder, adapters, memory, targets, attention, logits)

@@ -1,4 +1,4 @@
-"""Reading compiled programs: what `compiled.as_text()` prints of one device's part, with how often each loop turns.
+"""Reads compiled programs: `compiled.as_text()` of one device's part, with its loops counted.
 
 XLA's own `cost_analysis` counts the body of a loop once; here it counts as often as it runs.
 """
@@ -6,12 +6,18 @@ XLA's own `cost_analysis` counts the body of a loop once; here it counts as ofte
 import dataclasses
 import math
 import re
-import typing
+from collections.abc import Container, Iterator
+from typing import NamedTuple
 
-ELEMENT_BYTES = {
-    "pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4,
-    "s64": 8, "u64": 8, "f64": 8, "c64": 8, "c128": 16, "f8e4m3fn": 1, "f8e5m2": 1,
-}  # fmt: skip
+_TYPES_BY_BYTES = {
+    0.5: ("s4", "u4"),
+    1: ("pred", "s8", "u8", "f8e4m3fn", "f8e5m2"),
+    2: ("s16", "u16", "bf16", "f16"),
+    4: ("s32", "u32", "f32"),
+    8: ("s64", "u64", "f64", "c64"),
+    16: ("c128",),
+}
+ELEMENT_BYTES = {name: size for size, names in _TYPES_BY_BYTES.items() for name in names}
 COLLECTIVES = (
     "all-gather",
     "all-reduce",
@@ -20,57 +26,85 @@ COLLECTIVES = (
     "collective-permute",
     "collective-broadcast",
 )
-# What moves nothing: names for parts of other results, and control flow, whose computations are counted on their own.
-FREE = {
-    "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "call", "conditional", "after-all", "partition-id",
-    "replica-id", "iota", "opt-barrier", "add-dependency",
-}  # fmt: skip
+# Move nothing: names for parts of other results, and control flow, whose computations are counted
+# on their own.
+FREE = frozenset(
+    [
+        "parameter",
+        "constant",
+        "tuple",
+        "get-tuple-element",
+        "bitcast",
+        "while",
+        "call",
+        "conditional",
+        "after-all",
+        "partition-id",
+        "replica-id",
+        "iota",
+        "opt-barrier",
+        "add-dependency",
+    ]
+)
+# Custom calls of TPU programs that are only names.
+FREE_CALLS = ("AllocateBuffer", "ConcatBitcast", "AsyncCollectiveStart", "AsyncCollectiveDone")
 SLICES = ("dynamic-slice", "slice", "gather")
-FREE_CALLS = (
-    "AllocateBuffer",
-    "ConcatBitcast",
-    "AsyncCollectiveStart",
-    "AsyncCollectiveDone",
-)  # of TPU programs: names alone
+_RENAMES = ("bitcast", "copy", "convert")  # within a fusion: the same bytes under another name
 _SHAPE = re.compile(r"(\w+)\[([\d,]*)\](\{[^}]*\})?")
+
+
+class Shape(NamedTuple):
+    """An array's type. elsewhere: not in main memory, as some arrays of TPU programs."""
+
+    element: str
+    dimensions: tuple[int, ...]
+    elsewhere: bool
+
+    @property
+    def bytes(self) -> int | float:
+        """Its size, wherever it lies."""
+        return ELEMENT_BYTES.get(self.element, 0) * math.prod(self.dimensions)
+
+    @property
+    def main_bytes(self) -> int | float:
+        """Its size in main memory."""
+        return 0 if self.elsewhere else self.bytes
+
+    def __str__(self):
+        return f"{self.element}[{','.join(map(str, self.dimensions))}]"
 
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """One line of a program. shapes: `[(element type, dimensions, whether elsewhere than in main memory)]` of its result, several
-    for a tuple.
+    """One line of a program.
 
-    operands: names of other instructions. inside: what stands between its parentheses, a constant's value for one.
+    shapes: of its result, several for a tuple. operands: names of other instructions. inside: the
+    text between its parentheses, such as a constant's value.
     """
 
     name: str
     opcode: str
-    shapes: tuple
-    operands: tuple
+    shapes: tuple[Shape, ...]
+    operands: tuple[str, ...]
     inside: str
     attributes: str
     root: bool
 
     @property
-    def bytes(self):
-        """Of the result, where it lies in main memory (TPU programs keep some in other spaces, as 1 on the chip)."""
-        return sum(map(_main_bytes, self.shapes))
+    def bytes(self) -> int | float:
+        """Bytes of the result in main memory."""
+        return sum(shape.main_bytes for shape in self.shapes)
 
-    def called(self, attribute):
-        """The computation that an attribute names, or None."""
-        found = re.search(rf"\b{attribute}=%?([\w.\-]+)", self.attributes)
-        return found and found[1]
-
-
-def _bytes(shape):
-    return ELEMENT_BYTES.get(shape[0], 0) * math.prod(shape[1])
+    def called(self, attribute: str) -> str | None:
+        """The computation that an attribute names."""
+        match = re.search(rf"\b{attribute}=%?([\w.\-]+)", self.attributes)
+        return match and match[1]
 
 
-def _main_bytes(shape):
-    return 0 if shape[2] else _bytes(shape)
+Body = dict[str, Instruction]  # a computation, by instruction names
 
 
-def _closing(text, start):
+def _closing(text: str, start: int) -> int:
     """Index behind the parenthesis that closes the one at `start`."""
     depth = 0
     for i in range(start, len(text)):
@@ -80,50 +114,58 @@ def _closing(text, start):
     raise ValueError(f"not a line of an HLO program: {text[:200]}")
 
 
-def _instruction(line):
+def _parse_instruction(line: str) -> Instruction:
     head, _, rest = line.strip().partition(" = ")
     end = _closing(rest, 0) if rest.startswith("(") else rest.index(" ")
     shapes = tuple(
-        (kind, tuple(int(n) for n in dims.split(",") if n), "S(" in (layout or ""))
-        for kind, dims, layout in _SHAPE.findall(rest[:end])
+        Shape(element, tuple(int(n) for n in dims.split(",") if n), "S(" in (layout or ""))
+        for element, dims, layout in _SHAPE.findall(rest[:end])
     )
-    opcode, _, _ = rest[end:].strip().partition("(")
+    opcode = rest[end:].strip().partition("(")[0]
     start = rest.index("(", end)
     stop = _closing(rest, start)
     inside = rest[start + 1 : stop - 1]
-    operands = tuple(re.findall(r"%([\w.\-]+)", inside))
-    name = head.removeprefix("ROOT ").lstrip("%")
     return Instruction(
-        name, opcode, shapes, operands, inside, rest[stop:], head.startswith("ROOT ")
+        name=head.removeprefix("ROOT ").lstrip("%"),
+        opcode=opcode,
+        shapes=shapes,
+        operands=tuple(re.findall(r"%([\w.\-]+)", inside)),
+        inside=inside,
+        attributes=rest[stop:],
+        root=head.startswith("ROOT "),
     )
 
 
-class Collective(typing.NamedTuple):
-    """One collective operation. bytes: of its whole result on one device, of reduce-scatter of its operand: of the larger one. shape: the
-    same. times: how often it runs.
+class Collective(NamedTuple):
+    """One collective operation.
+
+    bytes: of its whole result on one device; of reduce-scatter, of its operand, which is larger.
+    times: how often it runs. shape: of the same arrays.
     """
 
     kind: str
-    bytes: float
+    bytes: int | float
     times: int
     shape: str
 
 
-def _collective(kind, instruction, times, body):
+def _collective(kind: str, instruction: Instruction, times: int, body: Body) -> Collective:
     shapes, count = instruction.shapes, len(instruction.operands)
     if kind == "reduce-scatter":
         shapes = [shape for name in instruction.operands for shape in body[name].shapes]
     elif instruction.opcode.endswith("-start") and kind != "all-reduce":
-        shapes = shapes[count : 2 * count]  # the operands stand in front of the results
-    text = ", ".join(f"{element}[{','.join(map(str, dims))}]" for element, dims, _ in shapes)
-    return Collective(kind, sum(map(_bytes, shapes)), times, text)
+        shapes = shapes[count : 2 * count]  # the operands come before the results
+    size = sum(shape.bytes for shape in shapes)
+    return Collective(kind, size, times, ", ".join(map(str, shapes)))
 
 
 class Program:
     """A compiled module: its computations, and how often each runs."""
 
-    def __init__(self, text):
-        self.computations, self.entry, body = {}, None, None
+    def __init__(self, text: str):
+        self.computations: dict[str, Body] = {}
+        self.entry: str | None = None
+        body = None
         for line in text.splitlines():
             if not line.startswith(" "):
                 opened = re.match(r"(ENTRY )?%?([\w.\-]+) .*\{\s*$", line)
@@ -132,85 +174,95 @@ class Program:
                     body = self.computations.setdefault(opened[2], {})
                     self.entry = opened[2] if opened[1] else self.entry
             elif body is not None and " = " in line:
-                instruction = _instruction(line)
+                instruction = _parse_instruction(line)
                 body[instruction.name] = instruction
         if self.entry is None:
             raise ValueError(
                 "the program has no entry computation; give the text of a compiled module"
             )
-        self.times = {}
+        self.times: dict[str, int] = {}
         self._run(self.entry, 1)
 
-    def _run(self, name, times):
+    def _run(self, name: str, times: int) -> None:
+        """Counts a computation and those that it calls."""
         self.times[name] = self.times.get(name, 0) + times
         for instruction in self.computations[name].values():
             if instruction.opcode == "while":
                 turns = self.turns(instruction)
                 self._run(instruction.called("body"), times * turns)
             elif instruction.opcode in ("call", "async-start"):
-                called = instruction.called("to_apply") or instruction.called("calls")
-                self._run(called, times)
+                self._run(instruction.called("to_apply") or instruction.called("calls"), times)
             elif instruction.opcode == "conditional":
-                for called in re.findall(
-                    r"%([\w.\-]+)", instruction.attributes.partition("metadata=")[0]
-                ):
-                    if called in self.computations:
-                        self._run(called, times)
+                attributes = instruction.attributes.partition("metadata=")[0]
+                for branch in re.findall(r"%([\w.\-]+)", attributes):
+                    if branch in self.computations:
+                        self._run(branch, times)
 
-    def turns(self, loop):
-        """How often a while loop turns: as its backend configuration says, or the bound in its condition; 1 where neither does."""
+    def turns(self, loop: Instruction) -> int:
+        """How often a while loop runs: by its backend configuration, or the bound in its condition.
+
+        1 if neither tells.
+        """
         known = re.search(r'known_trip_count[^\d]*"?n"?[^\d]*(\d+)', loop.attributes)
         if known:
             return int(known[1])
         bounds, names = [1], [loop.called("condition")]
         while names:
             for instruction in self.computations.get(names.pop(), {}).values():
-                if (
-                    instruction.opcode == "constant"
-                    and instruction.shapes[0][0] == "s32"
-                    and instruction.inside.isdigit()
-                ):
+                is_constant = instruction.opcode == "constant" and instruction.inside.isdigit()
+                if is_constant and instruction.shapes[0].element == "s32":
                     bounds.append(int(instruction.inside))
                 elif instruction.opcode == "fusion":
                     names.append(instruction.called("calls"))
         return max(bounds)
 
-    def _counted(self):
-        """Every instruction that runs by itself, not within a fusion, with how often it does and its computation."""
+    def _counted(self) -> Iterator[tuple[Instruction, int, Body]]:
+        """(instruction, how often it runs, its computation), without those within fusions."""
         for name, times in self.times.items():
-            for instruction in self.computations[name].values():
-                yield instruction, times, self.computations[name]
+            body = self.computations[name]
+            for instruction in body.values():
+                yield instruction, times, body
 
-    def collectives(self):
-        """Every `Collective`, those of loops once with their number of turns.
+    # ---------------------------------------------------------------------------------- collectives
 
-        Fusions that overlap one with other work hold it too, several of them the same one, which its channel tells.
+    def collectives(self) -> list[Collective]:
+        """Every collective; those of loops once, with their number of turns.
+
+        A collective that overlaps with fusions appears within several of them; its channel tells
+        that they are one.
         """
-        found = {}
-        for instruction, times, body in self._counted():
-            for one, beside in self._with_fused(instruction, body):
-                kind = one.opcode.removesuffix("-start")
+        by_channel: dict[str, Collective] = {}
+        for outer, times, outer_body in self._counted():
+            for instruction, body in self._with_fused(outer, outer_body):
+                kind = instruction.opcode.removesuffix("-start")
                 if kind in COLLECTIVES:
-                    channel = re.search(r"channel_id=(\d+)", one.attributes)
-                    found.setdefault(
-                        channel[1] if channel else one.name, _collective(kind, one, times, beside)
-                    )
-        return list(found.values())
+                    channel = re.search(r"channel_id=(\d+)", instruction.attributes)
+                    key = channel[1] if channel else instruction.name
+                    by_channel.setdefault(key, _collective(kind, instruction, times, body))
+        return list(by_channel.values())
 
-    def _with_fused(self, instruction, body):
+    def _with_fused(
+        self, instruction: Instruction, body: Body
+    ) -> Iterator[tuple[Instruction, Body]]:
+        """An instruction and, of a fusion, all those within it."""
         yield instruction, body
         if instruction.opcode == "fusion":
             fused = self.computations[instruction.called("calls")]
             for inner in fused.values():
                 yield from self._with_fused(inner, fused)
 
-    def bytes_accessed(self):
-        """Bytes read from and written to main memory, each instruction by itself: operands and results, of slices only what is taken."""
+    # -------------------------------------------------------------------------------------- traffic
+
+    def bytes_accessed(self) -> int | float:
+        """Bytes read from and written to main memory, as if each instruction ran by itself.
+
+        Operands and results count, slices only with what they take.
+        """
         return sum(
             times * self._traffic(instruction, body) for instruction, times, body in self._counted()
         )
 
-    def _traffic(self, instruction, body):
+    def _traffic(self, instruction: Instruction, body: Body) -> int | float:
         opcode = instruction.opcode
         if opcode in FREE or opcode.endswith("-done") or opcode in ("async-start", "async-update"):
             return 0
@@ -220,75 +272,73 @@ class Program:
             return 0
         operands = [body[name] for name in instruction.operands if name in body]
         if opcode in SLICES:
-            return (
-                _main_bytes((*instruction.shapes[0][:2], operands[0].shapes[0][2]))
-                + instruction.bytes
-            )
+            read = instruction.shapes[0]._replace(elsewhere=operands[0].shapes[0].elsewhere)
+            return read.main_bytes + instruction.bytes
         if opcode == "slice-start":  # the result is (operand, slice, …), in two memory spaces
             whole, part = instruction.shapes[:2]
-            return _main_bytes((*part[:2], whole[2])) + _main_bytes(part)
-        if (
-            opcode.endswith("-start") and opcode != "all-reduce-start"
-        ):  # the operand is part of the result
-            return instruction.bytes
+            return part._replace(elsewhere=whole.elsewhere).main_bytes + part.main_bytes
+        if opcode.endswith("-start") and opcode != "all-reduce-start":
+            return instruction.bytes  # the operand is part of the result
         if opcode in ("dynamic-update-slice", "scatter"):
             return 2 * sum(operand.bytes for operand in operands[1:])
-        if opcode != "fusion":
-            return instruction.bytes + sum(operand.bytes for operand in operands)
-        inner = self.computations[instruction.called("calls")]
+        if opcode == "fusion":
+            return self._fusion_traffic(instruction, operands)
+        return instruction.bytes + sum(operand.bytes for operand in operands)
+
+    def _fusion_traffic(self, fusion: Instruction, operands: list[Instruction]) -> int | float:
+        inner = self.computations[fusion.called("calls")]
         parameters = {int(i.inside): i for i in inner.values() if i.opcode == "parameter"}
-        # A collective that goes on beside a fusion passes through it: its buffers are aliased, and counted where it starts.
-        passing = {}
+        # A collective that goes on beside a fusion passes through it: its buffers are aliased, and
+        # counted where it starts.
+        aliases = {}
         if any(i.opcode in COLLECTIVES for i in inner.values()):
-            passing = dict(re.findall(r"\{(\d*)\}: \((\d+),", instruction.attributes))
-        own = [
-            (n, operand)
-            for n, operand in enumerate(operands)
-            if n in parameters and str(n) not in passing.values()
-        ]
+            aliases = dict(re.findall(r"\{(\d*)\}: \((\d+),", fusion.attributes))
         results = [
-            n for n in range(len(instruction.shapes)) if str(n) not in passing and "" not in passing
+            n for n in range(len(fusion.shapes)) if str(n) not in aliases and "" not in aliases
         ]
-        written = min(
-            sum(_main_bytes(instruction.shapes[n]) for n in results), self._written(inner, results)
+        result_bytes = sum(fusion.shapes[n].main_bytes for n in results)
+        read = sum(
+            min(operand.bytes, _bytes_read(parameters[n], inner))
+            for n, operand in enumerate(operands)
+            if n in parameters and str(n) not in aliases.values()
         )
-        return written + sum(
-            min(operand.bytes, self._read(parameters[n], inner)) for n, operand in own
-        )
+        return min(result_bytes, _bytes_written(inner, results)) + read
 
-    def _through(self, instruction, inner):
-        """The instructions that use one, names for the same bytes looked through."""
-        for user in inner.values():
-            if instruction.name in user.operands:
-                if user.opcode in ("bitcast", "copy", "convert") and not user.root:
-                    yield from self._through(user, inner)
-                else:
-                    yield user, instruction.name
 
-    def _read(self, parameter, inner):
-        """Bytes of a fusion's operand that are read."""
-        total = 0
-        for user, name in self._through(parameter, inner):
-            if user.opcode in SLICES and user.operands[0] == name:
-                total += user.bytes
-            elif not (
-                user.opcode in ("dynamic-update-slice", "scatter") and user.operands[0] == name
-            ):  # updated in place
-                return math.inf
-        return total
+def _users(instruction: Instruction, inner: Body) -> Iterator[tuple[Instruction, str]]:
+    """(user, name it uses) of an instruction, looking through other names for the same bytes."""
+    for user in inner.values():
+        if instruction.name in user.operands:
+            if user.opcode in _RENAMES and not user.root:
+                yield from _users(user, inner)
+            else:
+                yield user, instruction.name
 
-    def _written(self, inner, results):
-        """Bytes that are written of a fusion's results of these numbers."""
-        root = next(i for i in inner.values() if i.root)
-        parts = [inner[name] for name in root.operands] if root.opcode == "tuple" else [root]
-        written = []
-        for part in parts:
-            source = part
-            while source.opcode in ("bitcast", "copy", "convert") and source.operands:
-                source = inner[source.operands[0]]
-            written.append(
-                inner[source.operands[1]].bytes
-                if source.opcode == "dynamic-update-slice"
-                else part.bytes
-            )
-        return sum(size for n, size in enumerate(written) if n in results)
+
+def _bytes_read(parameter: Instruction, inner: Body) -> int | float:
+    """Bytes of a fusion's operand that are read; infinite for all of it."""
+    total = 0
+    for user, name in _users(parameter, inner):
+        first = user.operands[0] == name
+        if user.opcode in SLICES and first:
+            total += user.bytes
+        elif not (user.opcode in ("dynamic-update-slice", "scatter") and first):
+            return math.inf
+        # Otherwise it is updated in place, which reads nothing.
+    return total
+
+
+def _bytes_written(inner: Body, results: Container[int]) -> int | float:
+    """Bytes written of a fusion's results of these numbers."""
+    root = next(i for i in inner.values() if i.root)
+    parts = [inner[name] for name in root.operands] if root.opcode == "tuple" else [root]
+    total = 0
+    for n, part in enumerate(parts):
+        if n not in results:
+            continue
+        source = part
+        while source.opcode in _RENAMES and source.operands:
+            source = inner[source.operands[0]]
+        updates = source.opcode == "dynamic-update-slice"
+        total += inner[source.operands[1]].bytes if updates else part.bytes
+    return total

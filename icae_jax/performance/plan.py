@@ -1,112 +1,126 @@
-"""`icae plan`: what a configuration takes on a TPU slice, compiled for it on any machine: memory, collectives, FLOPs, a time."""
+"""Plans a configuration on a TPU slice, by compiling it for one on any machine.
+
+Says whether it fits, its memory, collectives and FLOPs, and estimates its time.
+"""
 
 import dataclasses
 import importlib.util
-import json
 import math
-import pathlib
 import re
-import sys
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from icae_jax.errors import UserError
-from icae_jax.performance import chips, programs, worker
+from icae_jax.performance import chips, plan_summary, programs, subject, worker
+from icae_jax.performance.programs import Spec
+from icae_jax.performance.subject import GIB
 from icae_jax.runtime.sharding import AXES, BATCH, MeshConfig
-from icae_jax.training import config_file
-from icae_jax.training.config import SCRATCH, TrainConfig, from_dict
+from icae_jax.training.config import TrainConfig
 
-GIB = 2**30
 MOST_HOST_DEVICES = 256  # beyond, FLOPs are counted on a smaller mesh
-DESCRIPTION = "The configuration is given as to icae train, --config FILE[:arg] [--config.field=value …]; no base, data or TPU is needed."
+
+MeshShape = Mapping[str, int]  # {axis: devices}
+Compiled = dict[str, Any]  # what the compiler says, see `worker`, and whether it "fits"
 
 
-def flags(parser):
-    add = parser.add_argument
-    parser.description, parser.epilog = parser.description + ".", DESCRIPTION
-    add("--topology", required=True, help="TPU slice, such as v5e:4x4, v5p:2x2x2, v6e:4x4")
-    what = "a training step, writing memories, or answering behind memories that are read (default: %(default)s)"
-    add("--what", choices=programs.WHATS, default="train", help=what)
-    add(
-        "--contexts_per_chip",
-        type=float,
-        help="contexts of a microbatch on each chip; by default batch_size / accumulate over the chips",
-    )
-    add(
-        "--context_length",
-        type=int,
-        help="tokens of a context; by default the longest of data.context_lengths",
-    )
-    add("--search", action="store_true", help="find the most contexts per chip that fit")
-    add(
-        "--exact",
-        action="store_true",
-        help="compile with all effort, as a run does: several times slower, memory within a few per cent",
-    )
-    add("--json", action="store_true", help="print one line of JSON")
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What is planned.
+
+    topology: a TPU slice, such as v5e:4x4. what: one of `programs.WHATS`. contexts_per_chip: of a
+    microbatch; by default batch_size / accumulate over the chips. context_length: in tokens; by
+    default the longest of data.context_lengths. search: find the most contexts that fit. exact:
+    compile with full effort, as a run does.
+    """
+
+    topology: str
+    what: str = "train"
+    contexts_per_chip: float | None = None
+    context_length: int | None = None
+    search: bool = False
+    exact: bool = False
+
+    def __post_init__(self):
+        if self.contexts_per_chip is None:
+            return
+        if self.search:
+            raise UserError("--contexts_per_chip and --search exclude each other; give one of them")
+        if not 0 < self.contexts_per_chip < math.inf:
+            raise UserError(
+                f"--contexts_per_chip is {self.contexts_per_chip:g}; give a positive number"
+            )
 
 
-# ------------------------------------------------------------------------------------------------------------- reading
+def plan(options: Options, config: TrainConfig, say: Callable[[str], None]) -> dict[str, Any]:
+    """The plan as plain values, see `plan_summary.summarise`; `say` is told a search's progress.
 
-
-def base_sizes(base):
-    """The `ModelConfig` of a base: of a folder that is here, else of a known hub id. UserError with the known ones."""
-    from icae_jax.interop.hub import base as bases
-    from icae_jax.models.families import sizes
-
-    if not base:
+    UserError on bad input, and without libtpu.
+    """
+    if importlib.util.find_spec("libtpu") is None:
         raise UserError(
-            f"base is not set; name it, --config.base=NAME, or a configuration that does; known are {', '.join(sizes.NAMED)}"
+            "icae plan needs libtpu, which compiles for TPUs on any machine: "
+            "pip install 'icae_jax[tpu]'"
         )
-    return bases.sizes(base) if pathlib.Path(base).is_dir() else sizes.find(base)
+    slice_ = worker.ask({"kind": "topology", "topology": options.topology})
+    chip = chips.find(slice_["kind"])
+    if chip is None:
+        raise UserError(
+            f"--topology {options.topology}: no published peaks are known of {slice_['kind']}"
+        )
+    spec, shape = make_spec(options, config, slice_["chips"])
+    if options.search:
+        spec, compiled = search(spec, options.topology, options.exact, say)
+    else:
+        compiled = compile_for(spec, options.topology, options.exact)
+    compiled = with_evaluation(spec, compiled, options.topology, options.exact)
+    counted = count_flops(spec, shape)
+    summary = plan_summary.summarise(spec, shape, options.topology, chip, compiled, counted)
+    return summary if summary["fits"] else summary | {"advice": advice(spec, shape)}
 
 
-def read_config(argv):
-    """The `TrainConfig` of a command line, for which no data need be named. UserError also where the base is not known."""
-    raw, _ = config_file.load_raw(argv, need_workdir=False)
-    base_sizes(raw.get("base"))
-    if isinstance(raw.get("data"), dict) and not raw["data"].get("train"):
-        raw["data"] |= {"train": "-", "train_weights": ()}
-    if raw.get("phase") == "finetune":
-        raw["init_from"] = raw.get("init_from") or SCRATCH
-    return from_dict(TrainConfig, raw)
-
-
-def make_spec(args, config, chip_count):
-    """(`programs.Spec`, mesh shape) of the flags. UserError where contexts do not divide over the mesh."""
-    model = base_sizes(config.base)
+def make_spec(
+    options: Options, config: TrainConfig, chip_count: int
+) -> tuple[Spec, dict[str, int]]:
+    """(what is compiled, mesh shape). UserError if contexts do not divide over the mesh."""
+    model = subject.base_sizes(config.base)
     shape = dict(zip(AXES, config.mesh.shape(chip_count), strict=True))
     counting_mesh(shape)
-    parts = shape["data"] * shape["fsdp"]
-    if args.context_length is not None and args.context_length < 2:
-        raise UserError(f"--context_length is {args.context_length}; give at least 2 tokens")
-    length = args.context_length or max(config.data.context_lengths)
+    parts = batch_parts(shape)
+    length = subject.context_length(options.context_length, config)
     contexts = config.batch_size // config.accumulate
-    if args.contexts_per_chip is not None:
-        if not 0 < args.contexts_per_chip < math.inf:
-            raise UserError(
-                f"--contexts_per_chip is {args.contexts_per_chip:g}; give a positive number"
-            )
-        contexts = round(args.contexts_per_chip * chip_count)
-    if args.search:
+    if options.contexts_per_chip is not None:
+        contexts = round(options.contexts_per_chip * chip_count)
+    if options.search:
         contexts = parts
     if contexts < 1 or contexts % parts:
         raise UserError(
-            f"{contexts} contexts do not divide over mesh.data x mesh.fsdp, {parts}: give --contexts_per_chip as a multiple of "
-            f"{parts / chip_count:g}, or another batch_size"
+            f"{contexts} contexts do not divide over mesh.data x mesh.fsdp, {parts}: "
+            f"give --contexts_per_chip as a multiple of {parts / chip_count:g}, "
+            "or another batch_size"
         )
-    spec = programs.Spec(args.what, config, model, contexts, length)
-    if (needed := programs.positions_needed(spec)) > model.max_position_embeddings:
-        raise UserError(
-            f"contexts of {length} tokens need {needed} positions, the base has {model.max_position_embeddings}; give a smaller "
-            "--context_length, or a base with more"
-        )
+    spec = Spec(options.what, config, model, contexts, length)
+    subject.check_positions(spec)
     return spec, shape
 
 
-# ------------------------------------------------------------------------------------------------------------ compiling
+def batch_parts(shape: MeshShape) -> int:
+    """Into how many parts a mesh splits a batch."""
+    return shape["data"] * shape["fsdp"]
 
 
-def compile_for(spec, topology, exact=False):
-    """What the compiler says of a program on a topology, see `worker`; where it does not fit, `fits` is false, the peak what it wanted."""
+def shape_size(shape: MeshShape) -> int:
+    """The devices of a mesh."""
+    return shape["data"] * shape["fsdp"] * shape["tensor"]
+
+
+# --------------------------------------------------------------------------------------- compiling
+
+
+def compile_for(spec: Spec, topology: str, exact: bool = False) -> Compiled:
+    """What the compiler says of a program on a topology, see `worker`.
+
+    If it does not fit, `fits` is false and `peak_bytes` is what the program wanted, if known.
+    """
     request = {
         "kind": "tpu",
         "spec": spec,
@@ -118,7 +132,8 @@ def compile_for(spec, topology, exact=False):
         return worker.ask(request) | {"fits": True}
     except worker.OutOfMemory as error:
         used = re.search(
-            r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm|\(([\d.]+)([KMGT])\) exceeds available HBM",
+            r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm"
+            r"|\(([\d.]+)([KMGT])\) exceeds available HBM",
             str(error),
         )
         unit = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -126,262 +141,128 @@ def compile_for(spec, topology, exact=False):
         return {"fits": False, "peak_bytes": peak, "message": str(error).splitlines()[0]}
 
 
-def with_evaluation(spec, found, topology, exact=False):
-    """What the compiler says of a training step (`compile_for`), and of the held-out evaluation between steps; `fits` is whether both do.
+def with_evaluation(spec: Spec, compiled: Compiled, topology: str, exact: bool = False) -> Compiled:
+    """Adds the held-out evaluation between training steps: `fits` is then whether both do.
 
-    Programs that are no training, and trainings without an evaluation, stay as they are.
+    Other programs, and trainings without an evaluation, stay as they are.
     """
-    if spec.what != "train" or not spec.config.eval_examples or not found["fits"]:
-        return found
+    if spec.what != "train" or not spec.config.eval_examples or not compiled["fits"]:
+        return compiled
     evaluation = compile_for(dataclasses.replace(spec, what=programs.EVALUATE), topology, exact)
-    found = found | {"evaluation_peak_bytes": evaluation["peak_bytes"]}
-    return (
-        found
-        if evaluation["fits"]
-        else found | {key: evaluation[key] for key in ("fits", "peak_bytes", "message")}
-    )
+    compiled = compiled | {"evaluation_peak_bytes": evaluation["peak_bytes"]}
+    if evaluation["fits"]:
+        return compiled
+    return compiled | {key: evaluation[key] for key in ("fits", "peak_bytes", "message")}
 
 
-def counting_mesh(shape):
-    """A mesh of as many host devices as can be had, a mesh's shape or a smaller one. UserError where there is none."""
+def counting_mesh(shape: MeshShape) -> dict[str, int]:
+    """A mesh's shape, halved until this machine can pretend to have as many devices.
+
+    UserError if there is no such shape.
+    """
     smaller = dict(shape)
     while shape_size(smaller) > MOST_HOST_DEVICES:
         axis = max(BATCH, key=lambda a: smaller[a])
         if smaller[axis] % 2:
             raise UserError(
-                f"mesh is {shape}, too large to count FLOPs on {MOST_HOST_DEVICES} host devices; use even sizes"
+                f"mesh is {shape}, too large to count FLOPs on {MOST_HOST_DEVICES} host devices; "
+                "use even sizes"
             )
         smaller[axis] //= 2
     return smaller
 
 
-def count_flops(spec, shape):
+def count_flops(spec: Spec, shape: MeshShape) -> tuple[float, dict[str, int]]:
     """(FLOPs of one chip's part, the mesh they were counted on).
 
-    Of the partitioned program with 2 and with 3 layers unrolled, on host devices, continued to all layers. What nothing reads of the
-    last layer XLA drops there, unlike in the scanned program: of 500xCompressor's encoder all beyond its K/V.
+    Counted on the partitioned program with 2 and with 3 unrolled layers, on host devices, and
+    extrapolated to all layers. There, unlike in the scanned program, XLA drops what nothing reads
+    of the last layer: of 500xCompressor's encoder everything beyond its K/V.
     """
     counted_on = counting_mesh(shape)
-    parts, whole = (s["data"] * s["fsdp"] for s in (counted_on, shape))
-    smaller = dataclasses.replace(spec, contexts=spec.contexts // whole * parts)
+    contexts = spec.contexts // batch_parts(shape) * batch_parts(counted_on)
+    smaller = dataclasses.replace(spec, contexts=contexts)
     request = {
         "kind": "host",
         "specs": [programs.few_layers(smaller, n) for n in (2, 3)],
         "mesh": MeshConfig(**counted_on),
     }
     two, three = worker.ask(request, shape_size(counted_on))["flops"]
-    once = two + (three - two) * (spec.model.num_layers - 2)
+    flops = two + (three - two) * (spec.model.num_layers - 2)
     if spec.what == "train":
-        return once * spec.config.accumulate, counted_on
-    return once * programs.least(spec) / programs.least(
-        spec, tokens=1
-    ), counted_on  # of decoding, the loop's body is counted once
+        return flops * spec.config.accumulate, counted_on
+    # XLA counts the body of the decoding loop once.
+    return flops * programs.least(spec) / programs.least(spec, tokens=1), counted_on
 
 
-def search(spec, topology, exact, say):
-    """(the spec with the most contexts that fit, what the compiler says of it); (the spec, its failure) where not even the fewest fit.
+# --------------------------------------------------------------------------------------- searching
 
-    Beyond a hundred rows on each part of the mesh it is the most within 2 %.
+
+def search(
+    spec: Spec, topology: str, exact: bool, say: Callable[[str], None]
+) -> tuple[Spec, Compiled]:
+    """(the spec with the most contexts that fit, what the compiler says of it).
+
+    The spec itself and its failure if not even the fewest fit. Beyond a hundred rows on each part
+    of the mesh the result is the most within 2 %.
     """
-    unit, tried = spec.contexts, {}
+    unit = spec.contexts
+    tried: dict[int, Compiled] = {}
 
-    def ask(n):
+    def fits(n):
         tried[n] = compile_for(dataclasses.replace(spec, contexts=n * unit), topology, exact)
         peak = tried[n]["peak_bytes"]
-        say(
-            f"{n * unit} contexts: {'fit' if tried[n]['fits'] else 'do not fit'}{'' if peak is None else f', peak {peak / GIB:.2f} GiB'}"
-        )
+        size = "" if peak is None else f", peak {peak / GIB:.2f} GiB"
+        say(f"{n * unit} contexts: {'fit' if tried[n]['fits'] else 'do not fit'}{size}")
         return tried[n]["fits"]
 
-    if not ask(1):
-        return spec, tried[1]
-    if not ask(2):
+    if not fits(1) or not fits(2):
         return spec, tried[1]
     while True:
-        low = max(n for n, found in tried.items() if found["fits"])
-        high = min((n for n, found in tried.items() if not found["fits"]), default=None)
+        low = max(n for n, compiled in tried.items() if compiled["fits"])
+        high = min((n for n, compiled in tried.items() if not compiled["fits"]), default=None)
         step = max(1, low // 50)
-        if high is not None and high - low <= step:
+        if high is None:
+            fits(_next_guess(tried, low, step))
+        elif high - low > step:
+            fits((low + high) // 2)
+        else:
             return dataclasses.replace(spec, contexts=low * unit), tried[low]
-        if high is not None:
-            ask((low + high) // 2)
-            continue
-        # Where the line through the two largest reaches the chip's memory, of which programs get a little less.
-        below = max(n for n in tried if n < low)
-        slope = (tried[low]["peak_bytes"] - tried[below]["peak_bytes"]) / (low - below)
-        room = chips.find(tried[low]["kind"]).hbm_bytes * 0.98 - tried[low]["peak_bytes"]
-        ask(min(max(low + int(room / slope), low + step), 16 * low) if slope > 0 else 2 * low)
 
 
-def advice(spec, shape):
-    """What to change where a program does not fit, the least costly first."""
-    c, ways = spec.config, []
-    parts = shape["data"] * shape["fsdp"]
+def _next_guess(tried, low, step):
+    """Where the line through the two largest programs reaches the chip's memory.
+
+    Programs get a little less than all of it.
+    """
+    below = max(n for n in tried if n < low)
+    slope = (tried[low]["peak_bytes"] - tried[below]["peak_bytes"]) / (low - below)
+    if slope <= 0:
+        return 2 * low
+    room = chips.find(tried[low]["kind"]).hbm_bytes * 0.98 - tried[low]["peak_bytes"]
+    return min(max(low + int(room / slope), low + step), 16 * low)
+
+
+def advice(spec: Spec, shape: MeshShape) -> list[str]:
+    """What to change if a program does not fit, the least costly change first."""
+    c, parts = spec.config, batch_parts(shape)
     rows = spec.contexts // parts
+    changes = []
     if spec.what == "train" and {c.remat, c.remat_decoder or c.remat} != {"full"}:
-        ways.append(
-            "--config.remat=full" + (" --config.remat_decoder=full" if c.remat_decoder else "")
-        )
+        decoder = " --config.remat_decoder=full" if c.remat_decoder else ""
+        changes.append(f"--config.remat=full{decoder}")
     if rows > 1:
         split = next(n for n in range(2, rows + 1) if rows % n == 0)
-        whole_batch = (
-            spec.what == "train" and spec.contexts * c.accumulate == c.batch_size
-        )  # not --contexts_per_chip
         per_chip = rows // split * parts / shape_size(shape)
-        fewer = (
-            f"--config.accumulate={split * c.accumulate}"
-            if whole_batch
-            else f"--contexts_per_chip={per_chip:g}"
-        )
-        ways.append(f"fewer contexts at once (--search finds how many): {fewer}")
+        fewer = f"--contexts_per_chip={per_chip:g}"
+        if spec.what == "train" and spec.contexts * c.accumulate == c.batch_size:
+            fewer = f"--config.accumulate={split * c.accumulate}"
+        changes.append(f"fewer contexts at once (--search finds how many): {fewer}")
     if shape["data"] > 1:
-        ways.append(f"the base over more chips: --config.mesh.data=1 --config.mesh.fsdp={parts}")
+        changes.append(f"the base over more chips: --config.mesh.data=1 --config.mesh.fsdp={parts}")
     if shape["tensor"] == 1 and shape["fsdp"] % 2 == 0:
-        ways.append(
-            f"activations over more chips too: --config.mesh.fsdp={shape['fsdp'] // 2} --config.mesh.tensor=2"
+        changes.append(
+            "activations over more chips too: "
+            f"--config.mesh.fsdp={shape['fsdp'] // 2} --config.mesh.tensor=2"
         )
-    return [*ways, "a larger slice"]
-
-
-def shape_size(shape):
-    return shape["data"] * shape["fsdp"] * shape["tensor"]
-
-
-# -------------------------------------------------------------------------------------------------------------- telling
-
-
-def summarise(spec, shape, topology, chip, found):
-    """The plan as a flat dictionary, as --json prints it."""
-    count, c = shape_size(shape), spec.config
-    plan = {
-        "config_base": c.base, "what": spec.what, "topology": topology, "chip": chip.kind, "chips": count, "mesh": shape,
-        "remat": c.remat, "remat_decoder": c.remat_decoder or c.remat, "context_length": spec.length,
-        "contexts": spec.contexts, "contexts_per_chip": spec.contexts / count, "accumulate": c.accumulate if spec.what == "train" else 1,
-        "fits": found["fits"], "peak_hbm_bytes_per_chip": found["peak_bytes"], "chip_hbm_bytes": chip.hbm_bytes,
-        "evaluation_peak_hbm_bytes_per_chip": found.get("evaluation_peak_bytes"),
-    }  # fmt: skip
-    if spec.what == "decode":
-        plan |= {"prompt_tokens": programs.PROMPT, "new_tokens": c.data.max_target_tokens}
-    flops, counted_on = count_flops(spec, shape)
-    least = programs.least(spec) / count
-    plan |= {
-        "flops_per_chip": flops,
-        "least_flops_per_chip": least,
-        "flops_ratio": flops / least,
-        "counted_on": counted_on,
-    }
-    if not found["fits"]:
-        told = {"message": found["message"], "advice": advice(spec, shape)}
-        return plan | told | {"estimated_seconds": None, "estimated_mfu": None}
-    kinds = {}
-    for kind, size, times, text in found["collectives"]:
-        one = kinds.setdefault(kind, {"times": 0, "bytes": 0, "largest_bytes": 0, "largest": ""})
-        one["times"], one["bytes"] = one["times"] + times, one["bytes"] + size * times
-        if size > one["largest_bytes"]:
-            one["largest_bytes"], one["largest"] = size, text
-    # A ring sends what it gathers once, and what it sums twice.
-    sent = sum(of["bytes"] * (2 if kind == "all-reduce" else 1) for kind, of in kinds.items())
-    parts = {
-        "compute": flops / chip.bf16_flops,
-        "memory": found["hbm_bytes"] / chip.hbm_bandwidth,
-        "links": sent / chip.link_bandwidth,
-    }
-    seconds = max(parts.values())
-    return plan | {
-        "argument_bytes_per_chip": found["argument_bytes"], "temporary_bytes_per_chip": found["temporary_bytes"],
-        "hbm_traffic_bytes_per_chip": found["hbm_bytes"], "collectives": kinds, "estimated_parts": parts, "estimated_seconds": seconds,
-        "estimated_mfu": least / seconds / chip.bf16_flops, "notes": found["notes"],
-    }  # fmt: skip
-
-
-def text(plan):
-    """The plan for people."""
-    mesh = ", ".join(f"{axis} {n}" for axis, n in plan["mesh"].items())
-    peak = plan["peak_hbm_bytes_per_chip"]
-    behind = (
-        f"; {plan['prompt_tokens']} more of a question, {plan['new_tokens']} answered"
-        if plan["what"] == "decode"
-        else ""
-    )
-    rows = [
-        ("chips", f"{plan['chips']} x {plan['chip']} ({plan['topology']}), mesh {mesh}"),
-        ("contexts", f"{plan['contexts_per_chip']:g} a chip, {plan['contexts']} at once, {plan['context_length']} tokens each{behind}"),
-        ("fits", f"{'yes' if plan['fits'] else 'no'}: peak {'unknown' if peak is None else f'{peak / GIB:.2f} GiB'} "
-                 f"of {plan['chip_hbm_bytes'] / GIB:g} GiB a chip"),
-    ]  # fmt: skip
-    if plan["fits"]:
-        rows[-1:] = [
-            (
-                "parameters",
-                f"{plan['argument_bytes_per_chip'] / GIB:.2f} GiB a chip, with optimizer state and batch",
-            ),
-            ("temporaries", f"{plan['temporary_bytes_per_chip'] / GIB:.2f} GiB a chip at the peak"),
-            rows[-1],
-        ]
-        if plan["evaluation_peak_hbm_bytes_per_chip"] is not None:
-            rows.append(
-                (
-                    "evaluation",
-                    f"held out, between steps: peak {plan['evaluation_peak_hbm_bytes_per_chip'] / GIB:.2f} GiB a chip",
-                )
-            )
-        for kind, of in plan["collectives"].items():
-            most = f"the largest {of['largest_bytes'] / GIB:.3f} GiB, {of['largest']}"
-            rows.append((kind, f"{of['times']} times, {of['bytes'] / GIB:.2f} GiB a chip; {most}"))
-    where = (
-        ""
-        if plan["counted_on"] == plan["mesh"]
-        else f", counted on {', '.join(f'{a} {n}' for a, n in plan['counted_on'].items())}"
-    )
-    least, flops = plan["least_flops_per_chip"], plan["flops_per_chip"]
-    rows.append(
-        (
-            "FLOPs",
-            f"{flops / 1e12:.1f} T a chip, {plan['flops_ratio']:.3f} of the least possible, {least / 1e12:.1f} T{where}",
-        )
-    )
-    if plan["fits"]:
-        parts = ", ".join(
-            f"{name} {seconds:.2f}" for name, seconds in plan["estimated_parts"].items()
-        )
-        rate = plan["contexts"] * plan["accumulate"] / plan["estimated_seconds"]
-        rows.append((
-            "estimate", f"{plan['estimated_seconds']:.2f} s ({parts}), {rate:.1f} contexts/s, MFU {100 * plan['estimated_mfu']:.0f} %: "
-            "a roofline from published peaks, not a measurement",
-        ))  # fmt: skip
-    lines = [f"{name:12} {value}" for name, value in rows] + plan.get(
-        "notes", [plan.get("message", "")]
-    )
-    return "\n".join(lines + [f"to make it fit: {way}" for way in plan.get("advice", [])])
-
-
-def main(parser, argv):
-    """Returns the exit code: 0 where it fits, 1 where it does not; UserError on bad input and without libtpu."""
-    flags(parser)
-    args, rest = parser.parse_known_args(argv)
-    config = read_config(rest)
-    if args.contexts_per_chip is not None and args.search:
-        raise UserError("--contexts_per_chip and --search exclude each other; give one of them")
-    if importlib.util.find_spec("libtpu") is None:
-        raise UserError(
-            "icae plan needs libtpu, which compiles for TPUs on any machine: pip install 'icae_jax[tpu]'"
-        )
-    about = worker.ask({"kind": "topology", "topology": args.topology})
-    chip = chips.find(about["kind"])
-    if chip is None:
-        raise UserError(
-            f"--topology {args.topology}: no published peaks are known of {about['kind']}"
-        )
-    spec, shape = make_spec(args, config, about["chips"])
-
-    def say(line):
-        print(line, file=sys.stderr, flush=True)
-
-    if args.search:
-        spec, found = search(spec, args.topology, args.exact, say)
-    else:
-        found = compile_for(spec, args.topology, args.exact)
-    found = with_evaluation(spec, found, args.topology, args.exact)
-    plan = summarise(spec, shape, args.topology, chip, found)
-    print(json.dumps(plan) if args.json else text(plan))
-    return 0 if plan["fits"] else 1
+    return [*changes, "a larger slice"]

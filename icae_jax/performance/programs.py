@@ -1,32 +1,42 @@
-"""The programs of a configuration, lowered from shapes: the training step, compressing, decoding."""
+"""Programs of a configuration, lowered from shapes: the training step, compressing, decoding."""
 
 import dataclasses
+import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from icae_jax.compression import encoder, layout, methods
-from icae_jax.data import batches
+from icae_jax.compression import encoder, trained
+from icae_jax.compression.config import CompressionConfig
+from icae_jax.compression.decoder import Decoder
+from icae_jax.compression.segments import Contexts
+from icae_jax.data.collate import bucket_shape, target_shapes
+from icae_jax.data.drawing import StaticInt
 from icae_jax.inference import generate
-from icae_jax.models import llama, lora
+from icae_jax.models import llama
+from icae_jax.models.axes import KV_AXES
+from icae_jax.models.llama import FrozenModel
 from icae_jax.performance import flops
-from icae_jax.runtime import sharding
+from icae_jax.runtime import attention_choice, sharding
 from icae_jax.training import step
-from icae_jax.training.compressor_task import CompressorLosses, positions
+from icae_jax.training.compressor_task import CompressorLosses, base_positions
 from icae_jax.training.config import TrainConfig
+from icae_jax.training.optimizer import make_optimizer
 
 WHATS = ("train", "compress", "decode")
-EVALUATE = "evaluate"  # beside a training step: the program that a training computes its held-out losses with
+EVALUATE = "evaluate"  # the program that computes the held-out losses of a training
 OF_TRAINING = ("train", EVALUATE)
-PROMPT = 32  # tokens of a question, where it is answered
+PROMPT = 32  # tokens of a question that is answered
 
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
     """What is compiled.
 
-    what: one of `WHATS`, or `EVALUATE`. config: with its data's shapes alone. model: the base's sizes. contexts: of one step, over all
-    devices. length: tokens of a context at most. qa: (inputs, labels) of a QA target; None for the most that the configuration lets in.
+    what: one of `WHATS`, or `EVALUATE`. config: with the shapes of its data only. model: the base's
+    sizes. contexts: in one step, over all devices. length: most tokens of a context. qa: (inputs,
+    labels) of a QA target, None for the most that the configuration allows.
     """
 
     what: str
@@ -37,13 +47,23 @@ class Spec:
     qa: tuple[int, int] | None = None
 
     @property
-    def compression(self):
+    def compression(self) -> CompressionConfig:
+        """What is trained."""
         return self.config.trained_compression
 
     @property
-    def qa_shape(self):
-        """(T, U) of QA targets, see `objectives.targets.pack`."""
+    def qa_shape(self) -> tuple[int, int]:
+        """(T, U) of QA targets, see `objectives.packing.pack`."""
         return self.qa or (self.config.data.max_target_tokens,) * 2
+
+    @property
+    def measured_config(self) -> TrainConfig:
+        """The configuration with an attention that needs no measurement: xla in place of auto.
+
+        The devices that a program is lowered for may not be here to time the others on.
+        """
+        auto = self.config.attention == attention_choice.AUTO
+        return dataclasses.replace(self.config, attention="xla") if auto else self.config
 
 
 def _placed(tree, shardings, dtype=None):
@@ -54,7 +74,7 @@ def _placed(tree, shardings, dtype=None):
     )
 
 
-def batch(spec, mesh=None):
+def batch(spec: Spec, mesh: Any = None) -> dict[str, Any]:
     """The shapes of a training batch, with every QA target as long as it may be."""
     c, where = spec.config, mesh and sharding.batch_sharding(mesh)
     rows = spec.contexts * (c.accumulate if spec.what in OF_TRAINING else 1)
@@ -62,13 +82,10 @@ def batch(spec, mesh=None):
     def array(*shape, dtype=jnp.int32):
         return jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=where)
 
-    segments, size = batches.segment_shape(spec.length, spec.compression)
-    size = (
-        spec.compression.segment_tokens
-        if layout.get(spec.compression.layout).fixed_length
-        else size
-    )
-    shapes = batches.target_shapes(
+    segments, size = bucket_shape(spec.length, spec.compression)
+    if spec.compression.position_layout.fixed_length:
+        size = spec.compression.segment_tokens
+    shapes = target_shapes(
         c.data,
         spec.compression,
         tuple(c.objectives.weights),
@@ -85,129 +102,109 @@ def batch(spec, mesh=None):
         }
         for o, (G, T, U) in shapes.items()
     }
-    k = batches.StaticInt(spec.compression.k)
     return {
         "context": array(segments, size),
         "lengths": array(segments),
         "targets": targets,
-        "k": k,
+        "k": StaticInt(spec.compression.k),
     }
 
 
-def positions_needed(spec):
-    """Positions of the base that the program takes."""
+def positions_needed(spec: Spec) -> int:
+    """Positions that the program takes of the base's."""
     c, objectives = spec.config, spec.config.objectives
     if spec.what == "train":
         qa = spec.qa_shape[0] if "qa" in objectives.weights else 0
-        return positions(
+        return base_positions(
             objectives.weights, objectives.pad_labels, spec.compression, spec.length, qa
         )
-    return positions(
-        (),
-        False,
-        spec.compression,
-        spec.length,
-        0 if spec.what == "compress" else PROMPT + c.data.max_target_tokens,
-    )
+    behind = 0 if spec.what == "compress" else PROMPT + c.data.max_target_tokens
+    return base_positions((), False, spec.compression, spec.length, behind)
 
 
-def lower(spec, mesh, platforms=None):
-    """The `jax.stages.Lowered` program on a mesh of devices, which may be those of a topology alone. Its arguments are only shapes.
+def lower(spec: Spec, mesh: Any, platforms: tuple[str, ...] | None = None) -> jax.stages.Lowered:
+    """The program on a mesh of devices, which may be those of a topology. Its arguments are shapes.
 
-    platforms: such as ("cpu",), to lower for these instead of the devices' own.
+    platforms: to lower for these, such as ("cpu",), in place of the devices' own.
     """
-    c, k = spec.config, spec.compression.k
     placement = sharding.Placement(mesh, spec.model)
-    task = CompressorLosses(c, spec.model, spec.compression)
-    shapes = llama.param_shapes(spec.model)
-    params = _placed(shapes, placement.tree(shapes), c.jnp_dtype)
-    trained = {
-        "lora": jax.eval_shape(lambda: lora.init_lora(jax.random.key(0), spec.model, c.lora)),
-        "memory_table": jax.ShapeDtypeStruct(
-            (k + encoder.SPECIAL_ROWS, spec.model.hidden_size), jnp.float32
-        ),
-    }
-    given = batch(spec, mesh)
     with placement.active():
-        if spec.what == "train":
-            optimizer, _ = step.make_optimizer(c.optimizer, c.steps)
-            state = jax.eval_shape(lambda t: step.init_state(t, optimizer), trained)
-            shardings = placement.tree(state)
-            train = step.make_train_step(task, optimizer, c.seed, c.accumulate, shardings)
-            return train.trace(_placed(state, shardings), params, given).lower(
-                lowering_platforms=platforms
-            )
-        trained = _placed(trained, placement.tree(trained))
-        if spec.what == EVALUATE:
-            return (
-                step.make_eval_step(task, c.accumulate)
-                .trace(trained, params, given)
-                .lower(lowering_platforms=platforms)
-            )
-        write = jax.jit(methods.compress, static_argnames=("model", "config", "k"))
-        texts = (task.model, params, trained, given["context"], given["lengths"])
-        if spec.what == "compress":
-            return write.trace(*texts, config=spec.compression, k=k).lower(
-                lowering_platforms=platforms
-            )
-        prefix = jax.eval_shape(
-            lambda *arrays: _prefix(task.model, *arrays, config=spec.compression, k=k), *texts[1:]
-        )
-        at = {
-            "k": llama.KV_AXES,
-            "v": llama.KV_AXES,
-            "mask": ("batch", None),
-            "positions": ("batch", None),
-            "end": ("batch",),
+        return _trace(spec, mesh, placement).lower(lowering_platforms=platforms)
+
+
+def _trace(spec, mesh, placement):
+    c, model = spec.measured_config, spec.model
+    task = CompressorLosses(c, model, spec.compression)
+    shapes = llama.param_shapes(model)
+    params = _placed(shapes, placement.tree(shapes), c.jnp_dtype)
+    tree, given = trained.shapes(model, c.lora, spec.compression), batch(spec, mesh)
+    if spec.what == "train":
+        optimizer, _ = make_optimizer(c.optimizer, c.steps)
+        state = jax.eval_shape(lambda t: step.init_state(t, optimizer), tree)
+        shardings = placement.tree(state)
+        train = step.make_train_step(task, optimizer, c.seed, c.accumulate, shardings)
+        return train.trace(_placed(state, shardings), params, given)
+    tree = _placed(tree, placement.tree(tree))
+    if spec.what == EVALUATE:
+        return step.make_eval_step(task, c.accumulate).trace(tree, params, given)
+
+    base = FrozenModel(task.model, params)
+    contexts = Contexts(given["context"], given["lengths"], spec.compression.k)
+    write = functools.partial(encoder.compress, config=spec.compression)
+    if spec.what == "compress":
+        return jax.jit(write).trace(base, tree, contexts)
+
+    decoder = Decoder.of(base, tree)
+    prefix = jax.eval_shape(
+        lambda decoder, *written: write(*written).read(decoder), decoder, base, tree, contexts
+    )
+    axes = {"k": KV_AXES, "v": KV_AXES, "end": ("batch",)}
+    prefix = prefix.replace(
+        **{
+            name: _placed(x, placement.sharding(*axes.get(name, ("batch", None))))
+            for name, x in vars(prefix).items()
         }
-        prefix = prefix.replace(
-            **{
-                name: _placed(getattr(prefix, name), placement.sharding(*axes))
-                for name, axes in at.items()
-            }
-        )
-        rows = [
-            jax.ShapeDtypeStruct((spec.contexts, *shape), jnp.int32, sharding=prefix.end.sharding)
-            for shape in ((), (PROMPT,), (), ())
-        ]
-        return generate.greedy.trace(
-            task.model,
-            params,
-            trained["memory_table"],
-            prefix,
-            *rows,
-            max_new_tokens=c.data.max_target_tokens,
-            stop_ids=(2,),
-        ).lower(lowering_platforms=platforms)
-
-
-def _prefix(model, params, trained, ids, lengths, config, k):
-    return methods.read(
-        model, params, methods.compress(model, params, trained, ids, lengths, config, k)
+    )
+    ids, row = (
+        jax.ShapeDtypeStruct((spec.contexts, *shape), jnp.int32, sharding=prefix.end.sharding)
+        for shape in ((PROMPT,), ())
+    )
+    return generate.greedy.trace(
+        decoder,
+        prefix,
+        generate.Prompts(ids, row, row, row),
+        max_new_tokens=c.data.max_target_tokens,
+        stop_ids=(2,),
     )
 
 
-def least(spec, tokens=None):
-    """The fewest FLOPs that it takes over all devices: of a step, of writing the memories, or of reading the prompts and so many tokens
+def least(spec: Spec, tokens: int | None = None) -> int:
+    """The fewest FLOPs that the program takes over all devices.
+
+    Those of a step, of writing the memories, or of reading the prompts and decoding `tokens` for
     each, by default all that the program may decode.
     """
     c, given = spec.config, batch(spec)
     if spec.what == "train":
         return flops.least(spec.model, c.lora, spec.compression, given).total
     if spec.what == "compress":
-        return flops.compress(
-            spec.model, c.lora, given["context"].shape, spec.compression.k, spec.compression.method
-        ).total
+        shape, k = given["context"].shape, spec.compression.k
+        return flops.compress(spec.model, c.lora, shape, k, spec.compression.spec).total
     memory = given["context"].shape[1] * spec.compression.k
     room = memory + PROMPT + c.data.max_target_tokens
-    token = flops.decode(spec.model, spec.contexts, room + 1)
-    prompt = flops.decode(spec.model, spec.contexts * PROMPT, memory + PROMPT)
+    lora = c.lora if spec.compression.decoder_lora else None
+    token = flops.decode(spec.model, spec.contexts, room + 1, lora)
+    prompt = flops.decode(spec.model, spec.contexts * PROMPT, memory + PROMPT, lora)
     tokens = c.data.max_target_tokens if tokens is None else tokens
-    return tokens * token.total + prompt.targets + prompt.attention + token.logits
+    prompts = prompt.targets + prompt.lora + prompt.attention + token.logits
+    return tokens * token.total + prompts
 
 
-def few_layers(spec, layers):
-    """The same with so many layers, unrolled, one microbatch and one chunk of the loss: XLA counts the body of a loop once."""
+def few_layers(spec: Spec, layers: int) -> Spec:
+    """The same with so many layers, unrolled, one microbatch and one chunk of the loss.
+
+    XLA counts the body of a loop once.
+    """
     model = dataclasses.replace(spec.model, num_layers=layers, windows=spec.model.windows[:layers])
     config = dataclasses.replace(
         spec.config, unroll=layers, loss_chunk=1 << 30, accumulate=1, batch_size=spec.contexts

@@ -12,13 +12,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from icae_jax.compression import encoder
-from icae_jax.models import llama, lora
+from icae_jax.compression import segments
+from icae_jax.compression import trained as trained_tree
+from icae_jax.models import llama
 from icae_jax.objectives import targets
+from icae_jax.objectives.packing import pack
 from icae_jax.performance import programs
 from icae_jax.runtime import sharding
 from icae_jax.training import metrics, step
 from icae_jax.training.compressor_task import CompressorLosses, with_attention
+from icae_jax.training.optimizer import make_optimizer
 
 
 class Measured(typing.NamedTuple):
@@ -31,7 +34,7 @@ class Measured(typing.NamedTuple):
     losses: dict
 
 
-# ------------------------------------------------------------------------------------------------------- random arrays
+# ------------------------------------------------------------------------------------ random arrays
 
 
 @functools.lru_cache
@@ -83,11 +86,7 @@ def initial(spec, params, seed=0):
 
 @functools.partial(jax.jit, static_argnums=(2, 3, 4))
 def _initial(key, embed, model, lora_config, compression):
-    table = encoder.init_memory_table(jax.random.fold_in(key, 1), {"embed": embed}, compression)
-    return {
-        "lora": lora.init_lora(jax.random.fold_in(key, 2), model, lora_config),
-        "memory_table": table,
-    }
+    return trained_tree.init(key, embed, model, lora_config, compression)
 
 
 def random_batch(spec, seed=0):
@@ -101,7 +100,7 @@ def random_batch(spec, seed=0):
 
     def packed(of):
         (rows, G, T), U = of["ids"].shape, of["labels"].shape[2]
-        return targets.pack(
+        return pack(
             [[targets.Target(tokens(T + 1), T + 1 - U) for _ in range(G)] for _ in range(rows)],
             G,
             T,
@@ -109,7 +108,7 @@ def random_batch(spec, seed=0):
         )
 
     rows, *shape = shapes["context"].shape
-    context, lengths = encoder.segment_contexts(
+    context, lengths = segments.segment_contexts(
         [tokens(spec.length) for _ in range(rows)], spec.compression, tuple(shape)
     )
     return {
@@ -141,7 +140,7 @@ def _check_batch(spec, batch):
             )
 
 
-# ------------------------------------------------------------------------------------------------------------ the step
+# ----------------------------------------------------------------------------------------- the step
 
 
 class TrainingStep:
@@ -175,7 +174,7 @@ class TrainingStep:
         self.placement = sharding.Placement(self.mesh, spec.model)
         self.notes = self.placement.notes() + notes
         task = CompressorLosses(c, spec.model, spec.compression)
-        optimizer, _ = step.make_optimizer(c.optimizer, c.steps)
+        optimizer, _ = make_optimizer(c.optimizer, c.steps)
         if params is None:
             params = random_params(spec.model, self.placement, c.jnp_dtype, seed)
         self.params = jax.device_put(params, self.placement.tree(params))

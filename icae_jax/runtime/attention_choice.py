@@ -1,62 +1,99 @@
-"""Which attention a run computes: the one that its configuration names, or by measurement on its own device."""
+"""Decides which attention implementation a run uses: the one it names, or the fastest here."""
 
+import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.typing import DTypeLike
 
 from icae_jax.errors import UserError
-from icae_jax.models import attention
+from icae_jax.models import attention, llama
 from icae_jax.runtime import distributed
 
 AUTO = "auto"
 CHOICES = (AUTO, *attention.IMPLEMENTATIONS)
-_MEASURED: dict[
-    tuple, attention.Choice
-] = {}  # by kind of device and sizes: seconds of compiling and timing, the same for every adapter
+# Timings of this process, by device kind and sizes: they take seconds, and hold for every adapter.
+_TIMINGS: dict[tuple, attention.Choice] = {}
 
 
-def choose(asked, model, mesh, *, rows, length, dtype):
-    """(the implementation, lines on how it was found).
+def choose(
+    asked: str,
+    model: llama.ModelConfig,
+    mesh: Mesh,
+    *,
+    rows: int,
+    length: int,
+    dtype: DTypeLike,
+) -> tuple[str, list[str]]:
+    """(the implementation, notes on how it was chosen).
 
-    asked: one of `CHOICES`; "auto" times a layer's forward and backward pass of all that can be had, on one device of this process, and
-    takes the fastest; several processes take the first one's. A process times the same sizes on one kind of device only once.
-    model: `ModelConfig`. rows, length: of the batches on the whole mesh.
-    UserError where what is asked for cannot be had here.
+    "auto" times one layer's forward and backward pass with every available implementation on one
+    device of this process, once for each kind of device and sizes, and takes the fastest. Several
+    processes all use the choice of process 0.
+
+    Args:
+        asked: one of `CHOICES`.
+        model: the base.
+        mesh: the devices of the run.
+        rows: rows of a batch on the whole mesh.
+        length: tokens in a row.
+        dtype: of the activations.
+
+    Raises:
+        UserError: the implementation that is asked for is not available here.
     """
     device, tensor = mesh.local_devices[0], mesh.shape["tensor"]
-    heads, kv_heads = model.num_heads, model.num_kv_heads
-    sizes = {"dtype": dtype, "head_dim": model.head_dim, "windows": any(model.windows)}
-    why_not = {
+    unavailable = {
         name: attention.supported(
-            name, device.platform, heads=heads, kv_heads=kv_heads, tensor=tensor, **sizes
+            name,
+            device.platform,
+            dtype=dtype,
+            head_dim=model.head_dim,
+            windows=any(model.windows),
+            heads=model.num_heads,
+            kv_heads=model.num_kv_heads,
+            tensor=tensor,
         )
         for name in attention.IMPLEMENTATIONS
     }
     if asked != AUTO:
-        if why_not[asked]:
+        if unavailable[asked]:
             raise UserError(
-                f"attention is {asked!r}, but {why_not[asked]}; choose xla, or auto for the fastest that can be had"
+                f"attention is {asked!r}, but {unavailable[asked]}; choose xla, "
+                "or auto for the fastest that is available"
             )
         return asked, []
-    if all(why for name, why in why_not.items() if name != "xla"):
+    if all(reason for name, reason in unavailable.items() if name != "xla"):
         return "xla", []
-    sizes["dtype"] = jnp.dtype(dtype)
-    sizes |= {"rows": max(1, rows * tensor // mesh.size), "length": length}
-    sizes |= {
-        name: n // tensor if n % tensor == 0 else n
-        for name, n in (("heads", heads), ("kv_heads", kv_heads))
-    }
-    key = (device.device_kind, *sorted(sizes.items()))
-    if key not in _MEASURED:
-        _MEASURED[key] = attention.fastest(device=device, **sizes)
-    found = _MEASURED[key]
-    name = attention.IMPLEMENTATIONS[
-        distributed.agreed(attention.IMPLEMENTATIONS.index(found.implementation))
-    ]
-    seconds = [f"{of} {1e3 * taken:.2f} ms" for of, taken in found.seconds.items()]
+    timing = _time(
+        device,
+        dtype=jnp.dtype(dtype),
+        head_dim=model.head_dim,
+        windows=any(model.windows),
+        rows=max(1, rows * tensor // mesh.size),
+        length=length,
+        heads=_share(model.num_heads, tensor),
+        kv_heads=_share(model.num_kv_heads, tensor),
+    )
+    names = list(attention.IMPLEMENTATIONS)
+    name = names[distributed.agreed(names.index(timing.implementation))]
+    seconds = [f"{name} {1e3 * s:.2f} ms" for name, s in timing.seconds.items()]
     refused = [
-        f"{of}: {found.refused[of]}"
-        for of, why in why_not.items()
-        if of in found.refused and not why
+        f"{name}: {timing.refused[name]}"
+        for name, reason in unavailable.items()
+        if name in timing.refused and not reason
     ]
-    return name, [
-        f"attention: {name}; a layer, forward and backward: {', '.join(seconds + refused)}"
-    ]
+    results = ", ".join(seconds + refused)
+    return name, [f"attention: {name}; a layer, forward and backward: {results}"]
+
+
+def _share(heads: int, devices: int) -> int:
+    """The heads on each device; all of them if they do not divide evenly."""
+    return heads // devices if heads % devices == 0 else heads
+
+
+def _time(device: jax.Device, **sizes) -> attention.Choice:
+    """`attention.fastest`, timed once for each kind of device and sizes."""
+    key = (device.device_kind, *sorted(sizes.items()))
+    if key not in _TIMINGS:
+        _TIMINGS[key] = attention.fastest(device=device, **sizes)
+    return _TIMINGS[key]

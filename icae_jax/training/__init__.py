@@ -1,1 +1,1 @@
-"""From a configuration to a trained adapter: one loop, jitted steps, checkpoints that resume bit-exactly."""
+"""Training: one loop, its tasks, jitted steps, and checkpoints that resume bit-exactly."""

@@ -1,147 +1,171 @@
 """The task of training a compressor on a frozen base: data, losses, evaluation, export."""
 
 import dataclasses
+import os
 import pathlib
+from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, PyTree
 
-from icae_jax.compression import encoder, layout, methods
-from icae_jax.data import batches, mixture, sources, tokens
+from icae_jax.compression import encoder
+from icae_jax.compression import trained as trained_tree
+from icae_jax.compression.config import CompressionConfig
+from icae_jax.compression.decoder import Decoder
+from icae_jax.compression.segments import Contexts, position_budget
+from icae_jax.compression.trained import SPECIAL_ROWS
+from icae_jax.data import mixture, places, prefetch, tokens
+from icae_jax.data.collate import bucket_shape
+from icae_jax.data.drawing import StaticInt
+from icae_jax.data.examples import Examples
+from icae_jax.data.index import ExampleSpec
 from icae_jax.errors import UserError
 from icae_jax.interop.adapters import folder as adapters
 from icae_jax.interop.hub import base as bases
 from icae_jax.interop.hub import tokenizer as tokenizers
-from icae_jax.models import llama, lora
+from icae_jax.models import llama
+from icae_jax.models.llama import FrozenModel, ModelConfig
 from icae_jax.objectives import loss, targets
-from icae_jax.performance import flops
 from icae_jax.runtime import attention_choice, sharding
-from icae_jax.training.config import SCRATCH, recorded
+from icae_jax.training.config import SCRATCH, TrainConfig
+from icae_jax.training.task import LossSums, MeanLosses, Rows
+from icae_jax.training.workdir import recorded
 
 CHECKED = 1 << 22  # ids looked through at once
-_init_lora = jax.jit(
-    lora.init_lora, static_argnums=(1, 2)
-)  # one program, not one for every array's shape
 
 
-def compression_on(config, tokenizer):
-    """(what a `TrainConfig` trains on a base with that tokenizer, lines on what is done otherwise than it asks)."""
+def compression_on(config: TrainConfig, tokenizer: Any) -> tuple[CompressionConfig, list[str]]:
+    """What a configuration trains on a base with that tokenizer, and notes on what differs."""
     compression = config.trained_compression
     if compression.trigger != "bos" or tokenizer.bos_token_id is not None:
         return compression, []
-    note = "compression.trigger: the base's tokenizer has no bos token; a trained one asks for the text instead"
+    note = "compression.trigger: the base's tokenizer has no bos token; a trained one is used"
     return dataclasses.replace(compression, trigger="trained"), [note]
 
 
-class CompressorLosses:
-    """What a training step computes, without data or weights: the AE, LM and QA losses of batches (`TrainConfig`, whose attention of
-    "auto" is plain here: what is fastest is for those to say who have the devices).
+def with_attention(
+    config: TrainConfig,
+    model_config: ModelConfig,
+    compression: CompressionConfig,
+    mesh: Any,
+    length: int,
+) -> tuple[TrainConfig, list[str]]:
+    """The configuration with its attention decided on a mesh, and notes (`attention_choice`).
 
-    model_config: the base's sizes. compression: what is trained on that base (`compression_on`). head: ids that stand before the memory
+    length: tokens of the contexts that most of the work is for.
+    """
+    segments, size = bucket_shape(length, compression)
+    name, notes = attention_choice.choose(
+        config.attention,
+        model_config,
+        mesh,
+        rows=config.batch_size // config.accumulate * segments,
+        length=size + compression.k,
+        dtype=config.jnp_dtype,
+    )
+    if name == "splash":
+        notes = [*notes, "attention: xla in the last layer of targets, where splash cannot be used"]
+    return dataclasses.replace(config, attention=name), notes
+
+
+def base_positions(
+    objectives: Any,
+    pad_labels: bool,
+    compression: CompressionConfig,
+    longest: int,
+    qa: int = 0,
+    head: int = 0,
+) -> int:
+    """Positions of the base that contexts of up to `longest` tokens take with these objectives.
+
+    qa: tokens of the longest question with its answer behind the memory. head: tokens before the
+    memory.
+    """
+    segments, size = bucket_shape(longest, compression)
+    restored = (segments * compression.segment_tokens if pad_labels else longest) + 1
+    behind = max(qa, restored if {"ae", "lm"} & set(objectives) else 0)
+    budget = position_budget(
+        compression, longest, segments=segments, segment_tokens=size, head=head
+    )
+    return budget.needed(behind)
+
+
+class CompressorLosses:
+    """What a training step computes, without data or weights: the AE, LM and QA losses of batches.
+
+    config: its attention must be decided (`with_attention`), not "auto". model_config: the base's
+    sizes. compression: what is trained on that base (`compression_on`). head: ids before the memory
     where questions are asked.
     """
 
-    def __init__(self, config, model_config, compression, head=()):
+    def __init__(
+        self,
+        config: TrainConfig,
+        model_config: ModelConfig,
+        compression: CompressionConfig,
+        head: tuple[int, ...] = (),
+    ):
         c = config
+        if c.attention == attention_choice.AUTO:
+            raise ValueError("attention is auto; decide it first, see `with_attention`")
         self.config, self.weights, self.compression = c, c.objectives.weights, compression
         self.heads = {o: head if o == "qa" else () for o in self.weights}
         self.model = llama.Llama(
-            model_config, lora_scale=c.lora.scale, lora_dropout=c.lora.dropout, dtype=c.jnp_dtype, remat=c.remat, unroll=c.unroll,
-            attention="xla" if c.attention == attention_choice.AUTO else c.attention,
-        )  # fmt: skip
+            model_config,
+            lora_scale=c.lora.scale,
+            lora_dropout=c.lora.dropout,
+            dtype=c.jnp_dtype,
+            remat=c.remat,
+            unroll=c.unroll,
+            attention=c.attention,
+        )
         self.decoder = self.model.clone(remat=c.remat_decoder or c.remat)
 
-    def counts(self, batch):
+    def counts(self, batch: PyTree) -> dict[str, Float[Array, ""]]:
         """Label tokens by objective."""
         return {
             o: jnp.sum(t["label_mask"]).astype(jnp.float32) for o, t in batch["targets"].items()
         }
 
-    def tokens(self, batch):
+    def tokens(self, batch: PyTree) -> Float[Array, ""]:
         """Context tokens encoded and label tokens predicted."""
         return jnp.sum(batch["lengths"]).astype(jnp.float32) + sum(self.counts(batch).values())
 
-    def least_flops(self, batch):
-        """The fewest FLOPs that a step on a batch of these shapes takes (`performance.flops`)."""
-        return flops.least(
-            self.model.config, self.config.lora, self.compression, batch, self.heads
-        ).total
-
-    def losses(self, trained, frozen, batch, dropout_key):
-        """`{objective: (sum, count)}`. The decoder sees a context through its memory alone."""
-        c = self.compression
-        memory = methods.compress(
-            self.model,
-            frozen,
-            trained,
-            batch["context"],
-            batch["lengths"],
-            c,
-            batch["k"],
-            dropout_key,
-        )
+    def losses(self, trained: PyTree, frozen: PyTree, batch: PyTree, dropout_key: Any) -> LossSums:
+        """(sum, count) of losses by objective. The decoder sees a context through its memory."""
+        c, targets = self.compression, batch["targets"]
+        contexts = Contexts(batch["context"], batch["lengths"], int(batch["k"]))
+        base = FrozenModel(self.model, frozen)
+        memory = encoder.compress(base, trained, contexts, c, dropout_key)
+        decoder = Decoder.of(FrozenModel(self.decoder, frozen), trained, dropout_key)
         losses = loss.label_losses(
-            self.decoder,
-            frozen,
-            trained,
-            memory,
-            batch["targets"],
-            self.heads,
-            c.layout,
-            self.config.loss_chunk,
+            decoder, memory, targets, self.heads, c.position_layout, self.config.loss_chunk
         )
-        return loss.objective_sums(losses, batch["targets"])
-
-
-def with_attention(config, model_config, compression, mesh, length):
-    """(the configuration with the attention that is computed on a mesh, lines on how it was found), see `runtime.attention_choice`.
-
-    length: tokens of the contexts that most of the work is for.
-    """
-    segments, size = batches.segment_shape(length, compression)
-    rows = config.batch_size // config.accumulate * segments
-    name, notes = attention_choice.choose(
-        config.attention,
-        model_config,
-        mesh,
-        rows=rows,
-        length=size + compression.k,
-        dtype=config.jnp_dtype,
-    )
-    return dataclasses.replace(config, attention=name), notes
-
-
-def positions(objectives, pad_labels, compression, longest, qa=0, head=0):
-    """Positions of the base that contexts of so many tokens take with the objectives of these names.
-
-    qa: tokens of the longest question and answer behind the memory; head: of what stands before it.
-    """
-    segments, size = batches.segment_shape(longest, compression)
-    restored = (segments * compression.segment_tokens if pad_labels else longest) + 1
-    behind = max(qa, restored if {"ae", "lm"} & set(objectives) else 0)
-    where = layout.get(compression.layout)
-    written, memory, start = layout.positions_needed(
-        where, longest, segments, size, compression.k, compression.segment_tokens
-    )
-    return max(written, head + memory, head + start + behind)
+        return loss.objective_sums(losses, targets)
 
 
 class CompressorTask(CompressorLosses):
-    """LoRA and memory table trained on a frozen base: its losses, its data, and where all of it lies.
+    """LoRA and memory table trained on a frozen base: losses, data, and where all of it lies.
 
-    base: what `config.base` names, where it is loaded already, in the configuration's dtype and on its mesh. workdir: of a run that may
-    have begun: the ids of its template are kept there, which a chat template that writes today's date would make otherwise on another day.
+    base: what `config.base` names, if it is loaded already, in the configuration's dtype and on its
+    mesh. workdir: of a run that may have begun. The ids of its template are kept there: a chat
+    template that writes today's date would make others on another day.
     """
 
-    def __init__(self, config, base=None, workdir=None):
+    def __init__(
+        self,
+        config: TrainConfig,
+        base: bases.Base | None = None,
+        workdir: str | os.PathLike | None = None,
+    ):
         c = config
         start = None
         if c.init_from and c.init_from != SCRATCH:
             start = adapters.locate(c.init_from, progress=jax.process_index() == 0).folder
-            adapters.read_adapter_info(
-                start, c.init_from
-            )  # before the base is loaded, which takes minutes
+            adapters.read_adapter_info(start, c.init_from)  # checked before the base takes minutes
         self.placement = sharding.Placement(sharding.make_mesh(c.mesh), bases.sizes(c.base))
         self.base = base or bases.load_base(
             c.base, c.jnp_dtype, self.placement.parameter, progress=jax.process_index() == 0
@@ -154,8 +178,10 @@ class CompressorTask(CompressorLosses):
         self._notes += notes
         self.template = self._template(c.objectives.template, workdir)
         super().__init__(c, self.base.config, compression, self.template.head)
-        self.framing = targets.make_framing(self.compression, tokenizer, bases.bos_id(tokenizer))
-        self._check_frames()
+        self.framing = targets.make_framing(
+            self.compression, tokenizer, tokenizers.bos_id(tokenizer)
+        )
+        self._check_framing()
         self.start_from = None
         if start:
             self.start_from = adapters.load_adapter(start, self.base)
@@ -164,96 +190,38 @@ class CompressorTask(CompressorLosses):
         self.train_examples = (
             self._mixture() if c.data.train_weights else self._examples(c.data.train)
         )
-        self.eval_examples = (
-            self._examples(c.data.eval) if c.data.eval and c.eval_examples else None
-        )
+        self.eval_examples = None
+        if c.data.eval and c.eval_examples:
+            self.eval_examples = self._examples(c.data.eval)
         self._check_positions()
-        data = (self.train_examples.key, self.train_examples.earlier_key)
         self.identity = {
             "base": self.base.fingerprint,
-            "data.train": data,
+            "data.train": (self.train_examples.key, self.train_examples.earlier_key),
             "template": self.template.as_json(),
             **self.base.identity,
         }
         if self.start_from:
             self.identity["init_from"] = self.start_from.fingerprint
 
+    # --------------------------------------------------------------------------- what it is made of
+
     def _template(self, name, workdir):
-        """The run's template: that with which it began, or, of a new run, the tokenizer's of today."""
-        made = targets.make_template(name, self.base.tokenizer)
-        kept = recorded(workdir).get("identity.template") if workdir is not None else None
-        if kept is None or kept == made.as_json():
-            return made
-        template = targets.Template.from_json(kept, pathlib.Path(workdir) / "config.json")
-        if template.name != name:  # another configuration, which `check_workdir` refuses
-            return made
+        """The template that the run began with, or the tokenizer's for a new run."""
+        template = targets.make_template(name, self.base.tokenizer)
+        stored = None if workdir is None else recorded(workdir).get("identity.template")
+        if stored is None or stored == template.as_json():
+            return template
+        first = targets.Template.from_json(stored, pathlib.Path(workdir) / "config.json")
+        if first.name != name:  # another configuration, which `check_workdir` refuses
+            return template
         self._notes.append(
-            "objectives.template: the words with which the run began are kept; the base's tokenizer makes others of it today"
+            "objectives.template: the run goes on with the words that it began with; the base's "
+            "tokenizer would make others of it today"
         )
-        return template
-
-    def _check_frames(self):
-        """UserError where an id that stands round a text or a question has no row."""
-        rows, tokenizer = self.base.config.vocab_size, self.base.tokenizer
-        adapters.check_template(self.template, self.base, "objectives.template")
-        around = [*self.framing.start, self.framing.trigger, self.framing.eos]
-        tokenizers.check_ids(
-            [around],
-            rows,
-            lambda _: "what stands round a text (bos, eos)",
-            tokenizer,
-            encoder.SPECIAL_ROWS,
-        )
-
-    def _check_positions(self):
-        c, most = self.config, self.base.config.max_position_embeddings
-        longest = max(c.data.context_lengths)
-        qa = (
-            max(e.qa_shape[0] for e in (self.train_examples, self.eval_examples) if e)
-            if "qa" in self.weights
-            else 0
-        )
-        needed = positions(
-            self.weights,
-            c.objectives.pad_labels,
-            self.compression,
-            longest,
-            qa,
-            len(self.template.head),
-        )
-        if needed > most:
-            raise UserError(
-                f"data.context_lengths holds {longest}, which needs {needed} positions with compression.k {c.compression.k}; "
-                f"the base has {most}. Use shorter contexts (or data.max_target_tokens), or a smaller k"
-            )
-
-    def _check_start(self):
-        for name in ("compression", "lora"):
-            old, new = (
-                getattr(self.start_from, name),
-                {"compression": self.compression, "lora": self.config.lora}[name],
-            )
-            fields = {
-                "compression": ("method", "k", "layout", "trigger"),
-                "lora": ("rank", "scale", "targets"),
-            }[name]
-            if name == "compression" and layout.get(new.layout).fixed_length:
-                fields += ("rate",)  # there it fixes the memory's positions
-            for field in fields:
-                unlike = (
-                    set(old.targets) != set(new.targets)
-                    if field == "targets"
-                    else getattr(old, field) != getattr(new, field)
-                )
-                if unlike:  # the order of targets counts only where they are drawn
-                    raise UserError(
-                        f"{name}.{field} is {getattr(new, field)!r}, but init_from {self.config.init_from} was trained with "
-                        f"{getattr(old, field)!r}; give --config.{name}.{field}={getattr(old, field)}"
-                    )
+        return first
 
     def _examples(self, source):
         c, tokenizer = self.config, self.base.tokenizer
-        strict = "data.strict" if c.data.strict else ""
         data = tokens.tokenise(
             source,
             tokenizer,
@@ -261,11 +229,10 @@ class CompressorTask(CompressorLosses):
             c.data.tfds_dir or None,
             c.data.max_row_bytes,
             c.data.no_answer,
-            strict,
+            "data.strict" if c.data.strict else "",
         )
         self._check_ids(source, data)
-        return batches.Examples(
-            data,
+        spec = ExampleSpec(
             c.data,
             self.compression,
             c.phase,
@@ -274,30 +241,11 @@ class CompressorTask(CompressorLosses):
             self.framing,
             c.objectives.pad_labels,
         )
-
-    def _check_ids(self, source, data):
-        """UserError where a source's tokens hold one without a row; looked for only where the tokenizer knows such tokens at all."""
-        rows, tokenizer = self.base.config.vocab_size, self.base.tokenizer
-        if tokenizers.highest_id(tokenizer) < rows:
-            return
-        for kind, name in (("text", "text"), ("question", "prompt"), ("answer", "answer")):
-            ids, offsets = getattr(data, f"{name}_ids"), getattr(data, f"{name}_offsets")
-            for start in range(0, len(ids), CHECKED):
-                beyond = np.flatnonzero(ids[start : start + CHECKED] >= rows)
-                if len(beyond):
-                    at = start + int(beyond[0])
-                    number = np.searchsorted(offsets, at, side="right") - 1
-                    named = f"data source {source}: {kind} {number} (from 0)"
-                    tokenizers.check_ids(
-                        [ids[at : at + 1]], rows, lambda _, named=named: named, tokenizer
-                    )
+        return Examples(data, spec)
 
     def _mixture(self):
-        weighted = zip(
-            sources.split_source(self.config.data.train),
-            self.config.data.train_weights,
-            strict=True,
-        )
+        c = self.config.data
+        weighted = zip(places.split_source(c.train), c.train_weights, strict=True)
         parts = {}
         for number, (source, weight) in enumerate(weighted):
             if weight > 0:
@@ -309,102 +257,163 @@ class CompressorTask(CompressorLosses):
                     ) from error
         return mixture.Mixture(parts)
 
-    def shared_by_processes(self) -> dict[str, object]:
-        """What all processes must have alike, beside the configuration: what its paths stand for, and the shapes of the batches."""
-        found = {f"identity.{name}": value for name, value in self.identity.items()}
-        for name, examples in (
-            ("data.train", self.train_examples),
-            ("data.eval", self.eval_examples),
-        ):
-            if examples:
-                found |= {f"identity.{name}": examples.key, f"shapes of {name}": examples.shapes}
-        return found
+    # --------------------------------------------------------------------------------------- checks
 
-    def notes(self):
-        """Lines worth saying before training: what is done otherwise than asked, what was left out of the data."""
-        named = (("data.train", self.train_examples), ("data.eval", self.eval_examples))
+    def _check_framing(self):
+        """UserError if an id around a text or a question has no row in the embedding table."""
+        adapters.check_template(self.template, self.base, "objectives.template")
+        tokenizers.check_ids(
+            [[*self.framing.start, self.framing.trigger, self.framing.eos]],
+            self.base.config.vocab_size,
+            lambda _: "what stands around a text (bos, eos)",
+            self.base.tokenizer,
+            SPECIAL_ROWS,
+        )
+
+    def _check_positions(self):
+        c, most = self.config, self.base.config.max_position_embeddings
+        longest, qa = max(c.data.context_lengths), 0
+        if "qa" in self.weights:
+            qa = max(e.qa_shape[0] for e in (self.train_examples, self.eval_examples) if e)
+        pad_labels, head = c.objectives.pad_labels, len(self.template.head)
+        needed = base_positions(self.weights, pad_labels, self.compression, longest, qa, head)
+        if needed > most:
+            raise UserError(
+                f"data.context_lengths holds {longest}, which needs {needed} positions with "
+                f"compression.k {c.compression.k}; the base has {most}. Use shorter contexts (or "
+                "data.max_target_tokens), or a smaller k"
+            )
+
+    def _check_start(self):
+        """UserError if `init_from` was trained with another memory or LoRA."""
+        fields = ["method", "k", "layout", "trigger", "decoder_lora"]
+        if self.compression.position_layout.fixed_length:
+            fields.append("rate")  # there it determines the memory's positions
+        groups = (
+            ("compression", self.start_from.compression, self.compression, fields),
+            ("lora", self.start_from.lora, self.config.lora, ("rank", "scale", "targets")),
+        )
+        for group, old, new, names in groups:
+            for name in names:
+                before, now = getattr(old, name), getattr(new, name)
+                # The order of LoRA's targets matters only when they are drawn.
+                same = set(before) == set(now) if name == "targets" else before == now
+                if not same:
+                    raise UserError(
+                        f"{group}.{name} is {now!r}, but init_from {self.config.init_from} was "
+                        f"trained with {before!r}; give --config.{group}.{name}={before}"
+                    )
+
+    def _check_ids(self, source, data):
+        """UserError if a source's tokens hold one without a row.
+
+        They are searched only if the tokenizer knows such tokens at all.
+        """
+        rows, tokenizer = self.base.config.vocab_size, self.base.tokenizer
+        if tokenizers.highest_id(tokenizer) < rows:
+            return
+        for kind, name in (("text", "text"), ("question", "prompt"), ("answer", "answer")):
+            ids, offsets = getattr(data, f"{name}_ids"), getattr(data, f"{name}_offsets")
+            for start in range(0, len(ids), CHECKED):
+                beyond = np.flatnonzero(ids[start : start + CHECKED] >= rows)
+                if len(beyond):
+                    at = start + int(beyond[0])
+                    number = np.searchsorted(offsets, at, side="right") - 1
+                    where = f"data source {source}: {kind} {number} (from 0)"
+                    tokenizers.check_ids(
+                        [ids[at : at + 1]], rows, lambda _, where=where: where, tokenizer
+                    )
+
+    # --------------------------------------------------------------------------------- the protocol
+
+    def shared_by_processes(self) -> dict[str, object]:
+        """What all processes must agree on: the data's identity and shapes."""
+        shared = {f"identity.{name}": value for name, value in self.identity.items()}
+        for name, examples in self._sources():
+            shared |= {f"identity.{name}": examples.key, f"shapes of {name}": examples.shapes}
+        return shared
+
+    def _sources(self):
+        named = {"data.train": self.train_examples, "data.eval": self.eval_examples}
+        return [(name, examples) for name, examples in named.items() if examples]
+
+    def notes(self) -> list[str]:
+        """Lines for the log: what differs from what was asked, and which data are left out."""
         left_out = [
             f"{name}: left out {count} {reason}"
-            for name, e in named
-            if e
-            for reason, count in e.dropped.items()
+            for name, examples in self._sources()
+            for reason, count in examples.dropped.items()
         ]
         return self.placement.notes() + self._notes + left_out
 
-    def init(self):
+    def init(self) -> PyTree:
         """The trained tree: from `init_from`, or new."""
         if self.start_from:
             return self.start_from.trained
-        c = self.config
-        key = jax.random.key(c.seed)
-        trigger = None
-        if c.compression.trigger_token:
-            trigger = self.base.tokenizer.convert_tokens_to_ids(c.compression.trigger_token)
-            if trigger is None or trigger == self.base.tokenizer.unk_token_id:
+        c, tokenizer = self.config, self.base.tokenizer
+        trigger, token = None, c.compression.trigger_token
+        if token:
+            trigger = tokenizer.convert_tokens_to_ids(token)
+            if trigger is None or trigger == tokenizer.unk_token_id:
                 raise UserError(
-                    f"compression.trigger_token {c.compression.trigger_token!r} is not a token of the base's tokenizer"
+                    f"compression.trigger_token {token!r} is not a token of the base's tokenizer"
                 )
+            rows = self.base.config.vocab_size
             tokenizers.check_ids(
-                [[trigger]],
-                self.base.config.vocab_size,
-                lambda _: "compression.trigger_token",
-                self.base.tokenizer,
+                [[trigger]], rows, lambda _: "compression.trigger_token", tokenizer
             )
-        embeddings = {"embed": sharding.on_host(self.frozen["embed"])}
-        table = encoder.init_memory_table(
-            jax.random.fold_in(key, 1), embeddings, c.compression, trigger
-        )
-        return {
-            "lora": _init_lora(jax.random.fold_in(key, 2), self.base.config, c.lora),
-            "memory_table": table,
-        }
+        key, embeddings = jax.random.key(c.seed), sharding.on_host(self.frozen["embed"])
+        return trained_tree.init(key, embeddings, self.base.config, c.lora, c.compression, trigger)
 
-    def train_batches(self, start, stop, rows=slice(None)):
-        """Batches of steps start … stop - 1. rows: those that are made, by default all."""
+    def train_batches(self, start: int, stop: int, rows: Rows = slice(None)) -> Iterator[PyTree]:
+        """Batches of steps `start` to `stop - 1`, cut to `rows`."""
         c = self.config
-        return batches.train_batches(
-            self.train_examples, c.seed, c.batch_size, start, stop, self.compression.choices, rows
+        steps, choices = range(start, stop), self.compression.choices
+        return prefetch.train_batches(
+            self.train_examples, c.seed, c.batch_size, steps, choices, rows
         )
 
-    def describe(self, batch):
-        """What a line of metrics should say of a batch: its k, where there are several."""
+    def describe(self, batch: PyTree) -> dict[str, Any]:
+        """Fields of a batch's metrics line: its k, if there are several."""
         return {"k": int(batch["k"])} if len(self.compression.choices) > 1 else {}
 
-    def held_out_loss(self, losses):
-        """One number to rank checkpoints by: the weighted loss with the right memory, mean over the numbers of memory tokens."""
-        right = [of for kind, of in losses.items() if kind.startswith("memory")]
-        return sum(self.weights[o] * v for of in right for o, v in of.items()) / len(right)
+    def held_out_loss(self, losses: MeanLosses) -> float:
+        """The weighted loss with the right memory, averaged over k, to rank checkpoints by."""
+        right = [by_objective for kind, by_objective in losses.items() if kind.startswith("memory")]
+        total = sum(self.weights[o] * value for losses in right for o, value in losses.items())
+        return total / len(right)
 
-    def eval_batches(self, rows=slice(None)):
-        """Fixed held-out batches, each as `{"memory": batch, "wrong_memory": batch}`: the same targets, with their own contexts and with
-        those of other texts. Where all held-out data are one text, there is no `wrong_memory`. Where k is drawn, `memory` is the largest
-        and `memory_k4`, `wrong_memory_k4`, … the others. rows: as for `train_batches`.
+    def eval_batches(self, rows: Rows = slice(None)) -> Iterator[dict[str, PyTree]]:
+        """Fixed held-out batches, cut to `rows`, by kind.
+
+        "memory" has each target behind its own context, "wrong_memory" behind another text's; the
+        latter is missing if all held-out data are one text. If k is drawn, these two are of the
+        largest, and "memory_k4", "wrong_memory_k4", … of the others.
         """
-        if self.eval_examples is None:
+        examples = self.eval_examples
+        if examples is None:
             return
-        size = self.config.batch_size
-        for bucket, chosen in self.eval_examples.held_out(size, self.config.eval_examples):
-            batch, others = (
-                self.eval_examples.collate(bucket, chosen[rows]),
-                self.eval_examples.other_contexts(bucket, chosen[rows]),
-            )
-            read, kinds = (
-                {"memory": batch} | ({"wrong_memory": batch | others} if others else {}),
-                {},
-            )
+        for bucket, chosen in examples.held_out(self.config.batch_size, self.config.eval_examples):
+            batch = examples.collate(bucket, chosen[rows])
+            others = examples.other_contexts(bucket, chosen[rows])
+            kinds = {"memory": batch} | ({"wrong_memory": batch | others} if others else {})
+            by_k = {}
             for k in sorted(self.compression.choices, reverse=True):
                 suffix = "" if k == self.compression.k else f"_k{k}"
-                kinds |= {
-                    kind + suffix: of | {"k": batches.StaticInt(k)} for kind, of in read.items()
-                }
-            yield kinds
+                by_k |= {kind + suffix: b | {"k": StaticInt(k)} for kind, b in kinds.items()}
+            yield by_k
 
-    def export(self, workdir, trained):
-        """Writes the adapter folder."""
-        c = self.config
-        identity = {"base_fingerprint": self.base.fingerprint, "base_identity": self.base.identity}
+    def export(self, workdir: str | os.PathLike, trained: PyTree) -> pathlib.Path:
+        """Writes the adapter folder and returns its path."""
         adapter = adapters.Adapter(
-            self.compression, c.lora, self.template, trained, c.base, **identity
+            self.compression,
+            self.config.lora,
+            self.template,
+            trained,
+            self.config.base,
+            base_fingerprint=self.base.fingerprint,
+            base_identity=self.base.identity,
         )
-        adapters.save_adapter(pathlib.Path(workdir) / adapters.IN_WORKDIR, adapter)
-        return pathlib.Path(workdir) / adapters.IN_WORKDIR
+        folder = pathlib.Path(workdir) / adapters.IN_WORKDIR
+        adapters.save_adapter(folder, adapter)
+        return folder

@@ -1,96 +1,257 @@
-"""Configuration files with overrides, as `--config FILE[:arg] --config.field=value …` name them."""
+"""Loads a configuration: a dataclass's defaults, a file's fields, then overrides.
 
+A configuration file defines `get_config()` or `get_config(arg)`, which returns the fields that
+differ from the defaults, as an `ml_collections.ConfigDict` or a dict. `--config` names it as
+`FILE[:arg]`, or, for a file of the shipped `configs/`, as `NAME[:arg]`.
+"""
+
+import ast
+import dataclasses
+import difflib
+import os
 import pathlib
+import runpy
 import stat
 import traceback
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
 
+from ml_collections import ConfigDict
+
+import icae_jax
 from icae_jax import errors
 from icae_jax.errors import UserError
-from icae_jax.training.config import from_dict
+from icae_jax.models.families import sizes
+
+Config = TypeVar("Config")
+
+_BOOLEANS = {"true": True, "t": True, "1": True, "false": False, "f": False, "0": False}
 
 
-def load_raw(argv, need_workdir=True):
-    """The nested dicts of `--config FILE[:arg] [--config.field=value …]`, and the workdir (None where none is given nor needed)."""
-    from absl import flags
-    from ml_collections import config_flags
+# --------------------------------------------------------------------------------- loading a file
 
-    values = flags.FlagValues()
-    config_flags.DEFINE_config_file(
-        "config",
-        None,
-        "configuration file",
-        flag_values=values,
-        lock_config=True,
-        sys_argv=["icae", *argv],
-    )
-    flags.DEFINE_string(
-        "workdir", None, "where checkpoints, metrics and the result go", flag_values=values
-    )
-    named = next(
-        (
-            a.partition("=")[2] or b
-            for a, b in zip(argv, [*argv[1:], ""], strict=True)
-            if a.split("=")[0] == "--config"
-        ),
-        None,
-    )
-    if named is None:
+
+def load(
+    kind: type[Config],
+    config: str | None,
+    overrides: Mapping[str, Any] = types.MappingProxyType({}),
+    fallbacks: Mapping[str, Any] = types.MappingProxyType({}),
+) -> Config:
+    """The configuration that `--config` and its overrides name, filled up with `kind`'s defaults.
+
+    Args:
+      kind: the frozen dataclass to make.
+      config: `FILE[:arg]`, or `NAME[:arg]` of a shipped file.
+      overrides: `{dotted field: value}`; a text is parsed by the field's type.
+      fallbacks: `{dotted field: value}` for fields that are unset or `""` after the overrides.
+
+    Raises:
+      UserError: names the file, the field or the value that is wrong.
+    """
+    if not config:
         raise UserError(
-            "--config is not given; give a configuration such as --config configs/icae.py"
+            "--config is not given; give a configuration file, or one of "
+            f"{', '.join(shipped())}, such as --config icae:pretrain"
         )
-    path = named.partition(":")[0]
-    if not errors.is_there(path, stat.S_ISREG):
-        raise UserError(
-            f"--config {path}: no such file; configurations are in the repository's configs/ folder (not in a wheel)"
-        )
+    path, arg = find(config)
+    known = field_types(kind)
+    fields = _named_base(_fields_of_file(path, arg), config, arg)
+    fields |= {name: _parsed(text, known.get(name)) for name, text in overrides.items()}
+    fields |= {name: value for name, value in fallbacks.items() if fields.get(name, "") == ""}
+    for name in fields.keys() - known.keys():
+        near = difflib.get_close_matches(name, known, 1)
+        meant = f"; is {near[0]} meant?" if near else "; icae train --help lists the fields"
+        raise UserError(f"{name} is not a field of the configuration{meant}")
+    merged = ConfigDict(nested(default_fields(kind), kind.__name__), type_safe=False).lock()
+    merged.update_from_flattened_dict(fields)
+    return from_dict(kind, merged.to_dict())
+
+
+def shipped() -> list[str]:
+    """The names of the configuration files that come with the package."""
+    folder = _shipped_folder()
+    return sorted(p.stem for p in folder.glob("*.py") if p.stem != "__init__") if folder else []
+
+
+def _shipped_folder() -> pathlib.Path | None:
+    """`configs/`: inside the package if installed from a wheel, beside it in a checkout."""
+    package = pathlib.Path(icae_jax.__file__).parent
+    folders = (package / "configs", package.parent / "configs")
+    return next((folder for folder in folders if folder.is_dir()), None)
+
+
+def find(config: str) -> tuple[pathlib.Path, str]:
+    """Splits `FILE[:arg]` or `NAME[:arg]` into the file's path and `arg` ("" if absent)."""
+    name, _, arg = config.partition(":")
+    if errors.is_there(name, stat.S_ISREG):
+        return pathlib.Path(name), arg
+    if name in shipped():
+        return _shipped_folder() / f"{name}.py", arg
+    raise UserError(
+        f"--config {name}: no such file, and not one of the shipped configurations, "
+        f"{', '.join(shipped())}"
+    )
+
+
+def _fields_of_file(path: pathlib.Path, arg: str) -> dict[str, Any]:
+    """What `get_config` returns, flat. Any error in the file is the user's."""
     try:
-        _, *stray = values(["icae", *argv])
-        if not hasattr(values.config, "to_dict"):
-            raise TypeError(
-                f"get_config of {path} returns {type(values.config).__name__}, not an ml_collections.ConfigDict"
-            )
-        raw = values.config.to_dict()
-    except Exception as error:  # of the flags, or any of the file's own: it is the user's
-        raise UserError(f"--config: {_told(error, path)}") from error
-    if stray:
-        raise UserError(f"{stray[0]!r} is no flag; fields are written --config.FIELD=VALUE")
-    if need_workdir and not values.workdir:
+        get_config = runpy.run_path(str(path))["get_config"]
+        raw = get_config(arg) if arg else get_config()
+        raw = raw.to_dict() if hasattr(raw, "to_dict") else raw
+        if not isinstance(raw, dict):
+            raise TypeError(f"get_config returns {type(raw).__name__}, not a dict or ConfigDict")
+    except Exception as error:
+        raise UserError(f"--config: {_in_one_line(error, path)}") from error
+    return flatten(raw)
+
+
+def _in_one_line(error: Exception, path: pathlib.Path) -> str:
+    """What went wrong in a configuration file, and where."""
+    if isinstance(error, KeyError) and error.args == ("get_config",):
+        return f"{path} defines no get_config"
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if frame.filename == str(path)]
+    place = f"{path}:{lines[-1]}" if lines else str(path)
+    return f"{place}: {type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def _named_base(fields: dict[str, Any], config: str, arg: str) -> dict[str, Any]:
+    """Replaces the short name of a known base, as a file takes it from `arg`, by its hub id."""
+    base = fields.get("base")
+    if base in sizes.SHORT_NAMES:
+        return fields | {"base": sizes.hub_id(base)}
+    if base and base in arg and "/" not in base and not os.path.isdir(base):
         raise UserError(
-            "--workdir is not given; give a folder for checkpoints, metrics and the result"
+            f"--config {config}: {base!r} is not understood; beside the words that the file's "
+            "get_config explains, it takes one phase, pretrain or finetune, and at most one known "
+            f"base: {', '.join(sizes.SHORT_NAMES)}"
         )
-    return raw, values.workdir and pathlib.Path(values.workdir)
+    return fields
 
 
-def _told(error, path):
-    """In one line what is wrong with the flags, or with a configuration file, and where in it."""
-    inner = error
-    while (
-        isinstance(inner, KeyError | AttributeError)
-        and inner.args
-        and isinstance(inner.args[0], KeyError)
-    ):
-        inner = inner.args[0]
-    lines = str(inner.args[0] if isinstance(inner, KeyError) and inner.args else inner).split("\n")
-    lines = [line.strip() for line in lines if line.strip()] or [repr(error)]
-    # ml_collections writes a whole traceback into what it says of a ValueError of the file's.
-    told = (
-        lines[-1]
-        if any(line.startswith("Traceback") for line in lines)
-        else ": ".join(line.removesuffix(":") for line in lines)
+# ------------------------------------------------------------------------------------- conversion
+
+
+def from_dict(kind: type[Config], raw: object, path: str = "config") -> Config:
+    """Builds the frozen dataclass `kind` from nested mappings.
+
+    UserError names unknown fields and values of the wrong type; `path` stands before their names.
+    """
+    if not isinstance(raw, dict):
+        raise UserError(f"{path} is {raw!r}; expected a group of fields")
+    hints = typing.get_type_hints(kind)
+    for name in sorted(raw.keys() - hints.keys()):
+        raise UserError(
+            f"{path}.{name} is not a field; the fields of {path} are {', '.join(hints)}"
+        )
+    return kind(
+        **{name: _checked(hints[name], value, f"{path}.{name}") for name, value in raw.items()}
     )
-    if isinstance(inner, KeyError) and told.startswith(
-        "'"
-    ):  # a field that the configuration has not, and perhaps what is meant
-        return f"no field {told}"
-    within = [
-        frame.lineno
-        for frame in traceback.extract_tb(error.__traceback__)
-        if frame.filename.endswith(path)
-    ]
-    return f"{path}:{within[-1]}: {type(error).__name__}: {told}" if within else told
 
 
-def load_config(kind, argv):
-    """The frozen configuration of what `load_raw` reads, and the workdir."""
-    raw, workdir = load_raw(argv)
-    return from_dict(kind, raw), workdir
+def _checked(hint: Any, value: object, where: str) -> Any:
+    """A value as the type that its field asks for; UserError if it is of another."""
+    if dataclasses.is_dataclass(hint):
+        return from_dict(hint, value, where)
+    if isinstance(hint, types.GenericAlias):
+        item = typing.get_args(hint)[0]
+        if not isinstance(value, list | tuple):
+            raise UserError(f"{where} is {value!r}; expected a tuple of {item.__name__}")
+        return tuple(_checked(item, v, where) for v in value)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
+        raise UserError(f"{where} is {value!r}; expected {hint.__name__}")
+    return value
+
+
+def _parsed(text: Any, hint: Any) -> Any:
+    """A text as `hint`; unchanged if it does not parse, for `from_dict` to refuse."""
+    if not isinstance(text, str) or hint in (str, None):
+        return text
+    try:
+        if hint is bool:
+            return _BOOLEANS.get(text.lower(), text)
+        if isinstance(hint, types.GenericAlias):
+            value = ast.literal_eval(text)
+            return value if isinstance(value, list | tuple) else (value,)
+        return hint(text)
+    except (ValueError, SyntaxError):
+        return tuple(text.split(",")) if typing.get_args(hint)[:1] == (str,) else text
+
+
+# ------------------------------------------------------------------- fields by their dotted names
+
+
+def flatten(groups: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested groups as `{dotted field: value}`."""
+    flat = {}
+    for name, value in groups.items():
+        is_group = isinstance(value, dict)
+        flat |= flatten(value, f"{prefix}{name}.") if is_group else {f"{prefix}{name}": value}
+    return flat
+
+
+def nested(flat: Mapping[str, Any], source: object) -> dict[str, Any]:
+    """`{dotted field: value}` as nested groups.
+
+    UserError, which names `source`, where one name is that of a field and of a group.
+    """
+    root: dict[str, Any] = {}
+    for name, value in flat.items():
+        *groups, leaf = name.split(".")
+        node = root
+        for group in groups:
+            node = node.setdefault(group, {})
+            if not isinstance(node, dict):
+                raise UserError(
+                    f"{source}: {name} and {group} are both there; {group} is a group of fields"
+                )
+        if isinstance(node.get(leaf), dict):
+            raise UserError(
+                f"{source}: {leaf} is {value!r}, and there are fields {name}.…; "
+                f"{leaf} is a group of fields"
+            )
+        node[leaf] = value
+    return root
+
+
+def field_types(kind: type) -> dict[str, Any]:
+    """`{dotted field: its type}` of a configuration."""
+    hints = typing.get_type_hints(kind)
+    groups = {
+        name: field_types(h) if dataclasses.is_dataclass(h) else h for name, h in hints.items()
+    }
+    return flatten(groups)
+
+
+def default_fields(kind: type) -> dict[str, Any]:
+    """`{dotted field: default}` of a configuration, as its dataclasses state them."""
+    hints = typing.get_type_hints(kind)
+    groups = {
+        field.name: default_fields(hints[field.name])
+        if dataclasses.is_dataclass(hints[field.name])
+        else field.default
+        for field in dataclasses.fields(kind)
+    }
+    return flatten(groups)
+
+
+def overrides(arguments: Sequence[str]) -> dict[str, str]:
+    """`{dotted field: text}` of `--config.field=value …` (or `--config.field value`) arguments.
+
+    UserError for an argument of any other form.
+    """
+    given, rest = {}, list(arguments)
+    while rest:
+        argument = rest.pop(0)
+        if not argument.startswith("--config."):
+            raise UserError(f"{argument!r} is no flag; fields are written --config.FIELD=VALUE")
+        field, equals, text = argument.removeprefix("--config.").partition("=")
+        if not equals:  # the value follows, or a switch is turned on
+            text = rest.pop(0) if rest and not rest[0].startswith("--") else "true"
+        given[field] = text
+    return given

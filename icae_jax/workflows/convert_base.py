@@ -1,48 +1,85 @@
-"""`icae convert base`: a base model from any source into a new folder, in the hub's format or as an Orbax copy, in any dtype."""
+"""Converts a base model into a new folder: the hub's format or an Orbax copy, in any dtype."""
 
+import dataclasses
+import os
 import pathlib
 import shutil
+from collections.abc import Iterator
 
 import jax
 
 from icae_jax import files
 from icae_jax.errors import UserError
 from icae_jax.interop.hub import base as bases
-from icae_jax.interop.hub import locations, weights
+from icae_jax.interop.hub import locations, orbax_copy, weights
+from icae_jax.models.families import tensor_names
 from icae_jax.models.families.config_json import parse_config, stored_dtype
 
 DTYPES = ("bfloat16", "float32", "float16")
 FORMATS = ("hub", "orbax")
-WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx"}
-MOST_BYTES = 256 << 20  # of a file that is no weights
+WEIGHT_SUFFIXES = {
+    ".safetensors",
+    ".bin",
+    ".pt",
+    ".pth",
+    ".ckpt",
+    ".gguf",
+    ".h5",
+    ".msgpack",
+    ".onnx",
+}
+MOST_BYTES = 256 << 20  # larger files are weights by another name
 
 
-def carried(folder):
-    """The folder's files that a copy of the base needs beside config.json and weights: generation_config.json, the tokenizer, a licence."""
+@dataclasses.dataclass(frozen=True)
+class ConvertedBase:
+    """What was written: `tensors` arrays of `dtype`, `bytes` in all."""
+
+    path: str
+    format: str
+    tensors: int
+    dtype: str
+    bytes: int
+    fingerprint: str
+
+    def __str__(self):
+        return (
+            f"{self.path}: {self.format} format, {self.tensors} tensors in {self.dtype}, "
+            f"{self.bytes:,} bytes, fingerprint {self.fingerprint[:12]}"
+        )
+
+
+def files_to_carry(folder: str | os.PathLike) -> Iterator[pathlib.Path]:
+    """The files that a copy of the base needs beside config.json and weights.
+
+    These are generation_config.json, the tokenizer's files, a licence. Code is never carried.
+    """
     for path in sorted(pathlib.Path(folder).iterdir()):
-        named = (
-            path.name == weights.ORBAX_URL
+        left_out = (
+            path.name in ("config.json", orbax_copy.ORBAX_URL)
             or path.name.endswith(".index.json")
             or path.name.startswith((".", "README"))
+            or path.suffix in WEIGHT_SUFFIXES
+            or path.suffix == ".py"
         )
-        other = (
-            named or path.suffix in WEIGHTS or path.suffix == ".py"
-        )  # code of the base's own is never run
-        if (
-            path.name != "config.json"
-            and path.is_file()
-            and not other
-            and path.stat().st_size <= MOST_BYTES
-        ):
+        if not left_out and path.is_file() and path.stat().st_size <= MOST_BYTES:
             yield path
 
 
-def convert(source, to, form="hub", dtype=None, progress=False):
-    """Writes a base into a new folder and returns a line that says what was written.
+def convert(
+    source: str | os.PathLike,
+    to: str | os.PathLike,
+    form: str = "hub",
+    dtype: str | None = None,
+    progress: bool = False,
+) -> ConvertedBase:
+    """Writes a base into a new folder.
 
-    source: see `locations.local_folder`. form: "hub" (safetensors) or "orbax" (`params/`). dtype: one of DTYPES, by default the source's
-    own. config.json keeps everything but its dtype, so that transformers loads the same model. The weights pass through our tree, so
-    what is written has been checked. UserError, before anything is written, where `to` holds something or the source does not load.
+    source: see `locations.local_folder`. form: "hub" (safetensors) or "orbax" (`params/`).
+    dtype: one of DTYPES; by default the source's own. config.json keeps everything but its dtype,
+    so transformers loads the same model. The weights pass through our own parameter tree, which
+    checks them. UserError, before anything is written, if `to` holds something or the source does
+    not load.
     """
     to = pathlib.Path(to)
     files.check_new_folder(to, "--to")
@@ -55,48 +92,33 @@ def convert(source, to, form="hub", dtype=None, progress=False):
     dtype = dtype or stored_dtype(raw, path) or "bfloat16"
     if dtype not in DTYPES:
         raise UserError(f"{path}: dtype is {dtype!r}; choose one with --dtype: {', '.join(DTYPES)}")
-    params = weights.load_params(folder, config, dtype, _on_the_host(), progress)
-    stated = [field for field in ("dtype", "torch_dtype") if field in raw] or ["dtype"]
+    params = weights.load_params(folder, config, dtype, _host_sharding(), progress)
+    dtype_fields = [name for name in ("dtype", "torch_dtype") if name in raw] or ["dtype"]
     with files.replacing_folder(to) as tmp:
-        for file in carried(folder):
+        for file in files_to_carry(folder):
             shutil.copyfile(file, tmp / file.name)
-        files.write_json(tmp / "config.json", raw | dict.fromkeys(stated, dtype))
+        files.write_json(tmp / "config.json", raw | dict.fromkeys(dtype_fields, dtype))
         if form == "orbax":
-            weights.save_orbax(tmp, params)
+            orbax_copy.save_orbax(tmp, params)
         else:
             weights.save_params(tmp, config, params, dtype)
     leaves = jax.tree.leaves(params)
-    tensors = len(leaves) if form == "orbax" else len(weights.tensor_names(config))
-    size, identity = sum(x.nbytes for x in leaves), bases.fingerprint(config, params)
-    return f"{to}: {form} format, {tensors} tensors in {dtype}, {size:,} bytes, fingerprint {identity[:12]}"
+    return ConvertedBase(
+        path=str(to),
+        format=form,
+        tensors=len(leaves) if form == "orbax" else len(tensor_names.tensor_names(config)),
+        dtype=dtype,
+        bytes=sum(leaf.nbytes for leaf in leaves),
+        fingerprint=bases.fingerprint(config, params),
+    )
 
 
-def _on_the_host():
-    """The sharding that keeps arrays in the host's memory, which is larger than an accelerator's; None where JAX has no CPU backend."""
+def _host_sharding() -> jax.sharding.Sharding | None:
+    """Keeps arrays in the host's memory, which is larger than an accelerator's.
+
+    None if JAX has no CPU backend.
+    """
     try:
         return jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
-    except RuntimeError:  # JAX_PLATFORMS names others alone
+    except RuntimeError:  # JAX_PLATFORMS leaves the CPU out
         return None
-
-
-def main(parser, argv):
-    """The verb: adds its flags to the parser, converts, prints one line."""
-    parser.add_argument(
-        "--from",
-        required=True,
-        dest="source",
-        help="folder, hub id (org/name or org/name@revision), or gs://…",
-    )
-    parser.add_argument("--to", required=True, type=pathlib.Path, help="new folder to write")
-    parser.add_argument(
-        "--format",
-        default="hub",
-        choices=FORMATS,
-        help="hub: safetensors; orbax: what many hosts start from faster",
-    )
-    parser.add_argument(
-        "--dtype", choices=DTYPES, help="of the weights; by default the source's own"
-    )
-    args = parser.parse_args(argv)
-    print(convert(args.source, args.to, args.format, args.dtype, progress=True))
-    return 0

@@ -1,22 +1,25 @@
-"""`icae inspect`: what a file or folder is, its sizes, its method, and which bases it fits."""
+"""Describes a file or folder: what it is, its sizes, its method, and which bases fit it."""
 
 import dataclasses
-import json
 import math
+import os
 import pathlib
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from icae_jax import files
-from icae_jax.compression.encoder import SPECIAL_ROWS
 from icae_jax.errors import UserError
 from icae_jax.inference import memory_file
 from icae_jax.interop.adapters import folder as adapters
-from icae_jax.interop.adapters import formats
+from icae_jax.interop.adapters import formats, lora_tensors, tensor_files
 from icae_jax.interop.hub import base as bases
-from icae_jax.interop.hub import weights
 from icae_jax.models import lora as loras
-from icae_jax.models.families import config_json
-from icae_jax.training.config import read_run
-from icae_jax.workflows import convert_adapter
+from icae_jax.models.families import config_json, tensor_names
+from icae_jax.models.llama import ModelConfig
+from icae_jax.training import trained as trained_compressors
+from icae_jax.training.workdir import read_run
+
+Description = dict[str, Any]  # plain values under readable names
 
 # Published bases by (layers, hidden size, width of q, width of k and v), from their config.json.
 KNOWN = {
@@ -43,70 +46,77 @@ KNOWN = {
 }
 
 
-def _lora_sizes(tensors):
-    """What the LoRA tensors tell: layers, rank, targets, and the widths that they imply of a base."""
+SIZE_FIELDS = ("num_hidden_layers", "hidden_size", "q_width", "kv_width")
+
+
+# ------------------------------------------------------------------------------------------- sizes
+
+
+def _lora_sizes(tensors: Mapping[str, Any]) -> Description:
+    """Layers, rank and targets of LoRA tensors, and the sizes that they imply of a base."""
     layers, ranks, widths = set(), set(), {}
     for name, tensor in tensors.items():
-        match = adapters.parse_lora_name(name)
+        match = lora_tensors.parse_lora_name(name)
         if match and len(tensor.shape) == 2:
             layer, _, projection, letter = match
+            rank_axis = 0 if letter == "A" else 1
             layers.add(layer)
-            ranks.add(tensor.shape[0 if letter == "A" else 1])
-            widths[projection, letter] = tensor.shape[1 if letter == "A" else 0]
+            ranks.add(tensor.shape[rank_axis])
+            widths[projection, letter] = tensor.shape[1 - rank_axis]
     targets = [p for p in loras.PROJECTIONS if (p, "A") in widths]
     implied = {"num_hidden_layers": len(layers)}
     reads_hidden = [p for p in targets if p not in ("o_proj", "down_proj")]
     if reads_hidden:
         implied["hidden_size"] = widths[reads_hidden[0], "A"]
-    wide = {
+    outputs = {
         "q_width": ("q_proj",),
         "kv_width": ("k_proj", "v_proj"),
         "intermediate_size": ("gate_proj", "up_proj"),
     }
-    for field, projections in wide.items():
+    for field, projections in outputs.items():
         known = [widths[p, "B"] for p in projections if (p, "B") in widths]
         implied |= {field: known[0]} if known else {}
     return {"rank": sorted(ranks), "lora_targets": targets, "base_must_have": implied}
 
 
-def _sizes_of(config):
-    kv = config.num_kv_heads * config.head_dim
+def _base_sizes(config: ModelConfig) -> dict[str, int]:
     return {
         "num_hidden_layers": config.num_layers,
         "hidden_size": config.hidden_size,
         "q_width": config.num_heads * config.head_dim,
-        "kv_width": kv,
+        "kv_width": config.num_kv_heads * config.head_dim,
         "intermediate_size": config.intermediate_size,
     }
 
 
-def _known(implied):
-    fields = ("num_hidden_layers", "hidden_size", "q_width", "kv_width")
+def _published(implied: Mapping[str, int]) -> list[str]:
+    """The published bases that have these sizes."""
     return [
         name
         for name, sizes in KNOWN.items()
-        if all(implied.get(f, s) == s for f, s in zip(fields, sizes, strict=True))
+        if all(
+            implied.get(field, size) == size for field, size in zip(SIZE_FIELDS, sizes, strict=True)
+        )
     ]
 
 
-def _count(tensors):
+def _parameter_count(tensors: Mapping[str, Any]) -> int:
     return sum(math.prod(getattr(t, "shape", t)) for t in tensors.values())
 
 
-def _trained_file(path, tensors):
+# ------------------------------------------------------------------------------------------- kinds
+
+
+def _trained_file(path, tensors) -> Description:
     form = formats.recognise(tensors)
-    trained = {n: t for n, t in tensors.items() if adapters.is_lora(n) or formats.is_table(n)}
+    trained = {n: t for n, t in tensors.items() if lora_tensors.is_lora(n) or formats.is_table(n)}
+    table_name = next(n for n in trained if formats.is_table(n) and not n.endswith("ae_embedding"))
     about = {
         "what": f"trained compressor, format {form}",
         "method": " or ".join(formats.methods_of(form, tensors)),
-    }
-    table = next(
-        t for n, t in trained.items() if formats.is_table(n) and not n.endswith("ae_embedding")
-    )
-    about["k"] = max(0, formats.rows(table) - (0 if form == "x500" else SPECIAL_ROWS))
-    about |= _lora_sizes(tensors)
-    about |= {
-        "trained_parameters": _count(trained),
+        "k": formats.memory_tokens(form, trained[table_name]),
+        **_lora_sizes(tensors),
+        "trained_parameters": _parameter_count(trained),
         "dtypes": sorted({t.dtype.lower() for t in trained.values()}),
     }
     rest = {n: t for n, t in tensors.items() if n not in trained}
@@ -117,51 +127,46 @@ def _trained_file(path, tensors):
             if zeros == len(rest)
             else f"{len(rest)} tensors of the base"
         )
-    told = formats.read_reading(path)
-    return about | ({"reading": told} if told else {})
+    reading = formats.read_reading(path)
+    return about | ({"reading": reading} if reading else {})
 
 
-def _adapter(folder):
-    info, stated = adapters.read_adapter_info(folder)
-    inner = stated.source.parent
-    tensors, _ = formats.open_tensors(inner / "adapter_model.safetensors")
-    table, _ = formats.open_tensors(pathlib.Path(folder) / "memory.safetensors")
+def _adapter(folder) -> Description:
+    info, lora_fields = adapters.read_adapter_info(folder)
+    lora_folder = lora_fields.source.parent
+    tensors, _ = tensor_files.open_tensors(lora_folder / "adapter_model.safetensors")
+    table, _ = tensor_files.open_tensors(pathlib.Path(folder) / "memory.safetensors")
     compression = info["compression"]
-    return {
-        "what": "adapter folder"
-        if inner != pathlib.Path(folder)
-        else "adapter folder in PEFT's form",
-        **{
-            name: compression.get(name)
-            for name in ("method", "k", "rate", "layout", "k_choices")
-            if compression.get(name)
-        },
+    is_peft = lora_folder == pathlib.Path(folder)
+    about = {"what": "adapter folder in PEFT's form" if is_peft else "adapter folder"}
+    for name in ("method", "k", "rate", "layout", "k_choices"):
+        if compression.get(name):
+            about[name] = compression[name]
+    about |= {
         "template": info["template"]["name"],
         **_lora_sizes(tensors),
-        "lora_scale": stated.scale,
-        "trained_parameters": _count(tensors | table),
-        "base": stated.base,
+        "lora_scale": lora_fields.scale,
+        "trained_parameters": _parameter_count(tensors | table),
+        "base": lora_fields.base,
         "base_fingerprint": info["base_fingerprint"],
-        **({"origin": info["origin"]} if info.get("origin") else {}),
     }
+    return about | ({"origin": info["origin"]} if info.get("origin") else {})
 
 
-def _base(folder):
+def _base(folder) -> Description:
     path = folder / "config.json"
     raw = files.read_json(path, "the base model's configuration")
     config = config_json.parse_config(raw, path)
-    shapes = weights.hub_shapes(config)
+    shapes = tensor_names.hub_shapes(config)
     about = {
         "what": f"base model, {config_json.architecture(raw, path)}",
-        **_sizes_of(config),
+        **_base_sizes(config),
         "vocab_size": config.vocab_size,
-    }
-    about |= {
         "heads": config.num_heads,
         "kv_heads": config.num_kv_heads,
         "head_dim": config.head_dim,
+        "max_position_embeddings": config.max_position_embeddings,
     }
-    about["max_position_embeddings"] = config.max_position_embeddings
     if config.rope_scaling:
         about["rope_scaling"] = {
             "type": type(config.rope_scaling).__name__,
@@ -174,130 +179,118 @@ def _base(folder):
     about |= {
         "dtype": config_json.stored_dtype(raw, path),
         "tensors": len(shapes),
-        "parameters": _count(shapes),
+        "parameters": _parameter_count(shapes),
     }
-    known = _known(_sizes_of(config))
-    return about | ({"sizes_of": known} if known else {})
+    published = _published(_base_sizes(config))
+    return about | ({"sizes_of": published} if published else {})
 
 
-def _memory(path):
+def _memory(path) -> Description:
     metadata = memory_file.read_metadata(path)
-    tensors, _ = formats.open_tensors(path)
-    ids = memory_file.read_ids(path, metadata)
-    about = {
+    tensors, _ = tensor_files.open_tensors(path)
+    return {
         "what": "memory file",
         "method": metadata["method"],
         "layout": metadata["layout"],
         "k": int(metadata["k"]),
-        "texts": len(ids),
+        "texts": len(memory_file.read_ids(path, metadata)),
+        **{name: list(tensor.shape) for name, tensor in tensors.items()},
+        "bytes": path.stat().st_size,
+        "adapter": metadata["adapter"],
+        "adapter_fingerprint": metadata["adapter_fingerprint"],
+        "base_fingerprint": metadata["base_fingerprint"],
     }
-    about |= {name: list(t.shape) for name, t in tensors.items()} | {
-        "bytes": pathlib.Path(path).stat().st_size
+
+
+def _checkpoint(trained) -> Description:
+    recorded = read_run(trained.workdir / "config.json")
+    named = {
+        "method": "compression.method",
+        "k": "compression.k",
+        "rate": "compression.rate",
+        "layout": "compression.layout",
+        "phase": "phase",
+        "rank": "lora.rank",
+        "base": "base",
+        "base_fingerprint": "identity.base",
     }
-    return about | {
-        name: metadata[name] for name in ("adapter", "adapter_fingerprint", "base_fingerprint")
+    return {
+        "what": f"checkpoint of a training run, {trained.path.name}",
+        **{name: recorded.get(field) for name, field in named.items()},
     }
 
 
-def describe(path):
-    """What a path holds, as plain values under readable names. UserError where it is nothing that this package knows."""
-    given, path = path, pathlib.Path(path)
-    stated = (
-        files.read_json(path / "config.json", "a configuration")
-        if path.is_dir() and (path / "config.json").exists()
-        else {}
-    )
-    if "architectures" in stated or "model_type" in stated:
-        return _base(path)
-    if path.is_file() and formats.file_kind(path):
-        tensors, metadata = formats.open_tensors(path)
-        if {"format_version", "method", "ids"} <= set(metadata):
-            return _memory(path)
-        if formats.recognise(tensors):
-            return _trained_file(path, tensors)
-        names = sorted(tensors)
-        known = any(n.endswith("embed_tokens.weight") for n in names)
-        what = (
-            "weights of a base model; give the folder that holds them"
-            if known
-            else "tensors of no known kind"
-        )
-        return {"what": what, "tensors": len(names), "first": names[:3]}
-    source = convert_adapter.recognise(given)
-    if source.kind == "orbax":
-        flat = read_run(source.path.parent.parent / "config.json")
-        named = {
-            "method": "compression.method",
-            "k": "compression.k",
-            "rate": "compression.rate",
-            "layout": "compression.layout",
-        }
-        named |= {
-            "phase": "phase",
-            "rank": "lora.rank",
-            "base": "base",
-            "base_fingerprint": "identity.base",
-        }
-        return {
-            "what": f"checkpoint of a training run, {source.path.name}",
-            **{name: flat.get(field) for name, field in named.items()},
-        }
-    return _trained_file(source.path, source.tensors) if source.tensors else _adapter(source.path)
+def _tensors(path) -> Description:
+    tensors, metadata = tensor_files.open_tensors(path)
+    if {"format_version", "method", "ids"} <= set(metadata):
+        return _memory(path)
+    if formats.recognise(tensors):
+        return _trained_file(path, tensors)
+    is_base = any(name.endswith("embed_tokens.weight") for name in tensors)
+    return {
+        "what": "weights of a base model; give the folder that holds them"
+        if is_base
+        else "tensors of no known kind",
+        "tensors": len(tensors),
+        "first": sorted(tensors)[:3],
+    }
 
 
-def fits(about, base):
-    """Whether a base (folder, hub id or URL) fits what `describe` told: (yes or no, why)."""
-    wanted = about.get("base_fingerprint")
-    if wanted:
-        identity = bases.identify(base)[1]
-        same = wanted == identity
-        return same, f"fingerprint {identity[:12]}{'' if same else f', not {wanted[:12]}'}"
-    have = _sizes_of(bases.sizes(base))
-    wrong = [
-        f"{field} {have[field]}, not {value}"
-        for field, value in about["base_must_have"].items()
-        if have[field] != value
-    ]
-    return not wrong, ", ".join(
-        wrong
-    ) or "by its sizes; icae convert adapter restores a text to make sure"
+def describe(path: str | os.PathLike) -> Description:
+    """What a path (or an adapter's hub id or URL) holds, as plain values under readable names.
 
-
-def main(parser, argv):
-    """Prints what a path is; with --base, whether each fits. Returns 0; 2 where a base given does not fit."""
-    parser.add_argument("path", help="file or folder, or an adapter's hub id or gs://…")
-    parser.add_argument(
-        "--base",
-        action="append",
-        default=[],
-        help="a base to try: folder, hub id, or gs://…; may be given many times",
-    )
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    args = parser.parse_args(argv)
-    about = describe(args.path)
+    UserError if it is nothing that this package knows.
+    """
+    local = pathlib.Path(path)
+    config_path = local / "config.json"
+    config = files.read_json(config_path, "a configuration") if config_path.exists() else {}
+    if "architectures" in config or "model_type" in config:
+        return _base(local)
+    if local.is_file() and tensor_files.file_kind(local):
+        about = _tensors(local)
+    else:
+        trained = trained_compressors.find(path)
+        if trained.kind == trained_compressors.CHECKPOINT:
+            return _checkpoint(trained)
+        if trained.tensors:
+            about = _trained_file(trained.path, trained.tensors)
+        else:
+            about = _adapter(trained.path)
     implied = about.get("base_must_have")
     if implied and not about.get("base_fingerprint"):
-        about["sizes_of"] = _known(implied) or ["no base known here"]
-    if args.base and not (implied or about.get("base_fingerprint")):
-        raise UserError(f"--base: {args.path} is {about['what']}, which needs no base")
-    verdicts = {base: fits(about, base) for base in args.base}
-    if args.json:
-        print(
-            json.dumps(
-                about | ({"fits": {b: ok for b, (ok, _) in verdicts.items()}} if verdicts else {}),
-                ensure_ascii=False,
-            )
-        )
-    else:
-        for name, value in about.items():
-            shown = (
-                ", ".join(f"{k} {v}" for k, v in value.items())
-                if isinstance(value, dict)
-                else value
-            )
-            print(
-                f"{name.replace('_', ' '):20}{', '.join(map(str, shown)) if isinstance(shown, list | tuple) else shown}"
-            )
-        for base, (ok, why) in verdicts.items():
-            print(f"{'fits' if ok else 'does not fit':20}{base} ({why})")
-    return 0 if all(ok for ok, _ in verdicts.values()) else 2
+        about["sizes_of"] = _published(implied) or ["no base known here"]
+    return about
+
+
+# -------------------------------------------------------------------------------------------- bases
+
+
+def _fits(about: Description, base: str) -> tuple[bool, str]:
+    """Whether a base (folder, hub id or URL) fits what `describe` found, and why."""
+    wanted = about.get("base_fingerprint")
+    if wanted:
+        fingerprint = bases.identify(base)[1]
+        same = wanted == fingerprint
+        return same, f"fingerprint {fingerprint[:12]}{'' if same else f', not {wanted[:12]}'}"
+    sizes = _base_sizes(bases.sizes(base))
+    wrong = [
+        f"{field} {sizes[field]}, not {size}"
+        for field, size in about["base_must_have"].items()
+        if sizes[field] != size
+    ]
+    return not wrong, (
+        ", ".join(wrong) or "by its sizes; icae convert adapter restores a text to make sure"
+    )
+
+
+def try_bases(
+    path: str | os.PathLike, about: Description, base_names: Iterable[str]
+) -> dict[str, tuple[bool, str]]:
+    """`{base: (whether it fits, why)}` for what `describe` found at a path.
+
+    UserError if what is there needs no base.
+    """
+    base_names = list(base_names)
+    if base_names and not (about.get("base_must_have") or about.get("base_fingerprint")):
+        raise UserError(f"--base: {path} is {about['what']}, which needs no base")
+    return {base: _fits(about, base) for base in base_names}

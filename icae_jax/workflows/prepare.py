@@ -1,23 +1,45 @@
-"""`icae prepare`: the papers' data sets and local corpora, from downloaded files into TFDS sets that training reads."""
+"""Prepares data sets: downloaded files become TFDS sets to train and evaluate on."""
 
 import os
 import pathlib
 import re
-import sys
+from collections.abc import Sequence
+from typing import Any
 
 from icae_jax import errors, lock
-from icae_jax.data import builders
 from icae_jax.data.builders.inputs import Request
 from icae_jax.data.tfds_sets import PREFIX, SPLIT_OF_MONTH
 from icae_jax.errors import UserError
 
 PROCESSES = min(8, os.cpu_count() or 1)
-FLAG_OF = {
-    "paths": "from",
-    "only": "only",
-    "patterns": "split",
-    "field": "field",
-}  # fields of a request by the flag that sets them
+FLAG_OF_FIELD = {"paths": "from", "only": "only", "patterns": "split", "field": "field"}
+
+
+def make_request(
+    builder_class: Any,
+    set_name: str,
+    paths: Sequence[str] = (),
+    only: str | None = None,
+    splits: Sequence[str] = (),
+    field: str | None = None,
+) -> Request:
+    """The `Request` of flags as text. UserError names a flag that this set does not take.
+
+    only: names joined by commas. splits: each NAME=GLOB.
+    """
+    given = {
+        "paths": tuple(paths),
+        "only": tuple(name.strip() for name in (only or "").split(",") if name.strip()),
+        "patterns": tuple(map(_pattern, splits)),
+        "field": field,
+    }
+    given = {name: value for name, value in given.items() if value}
+    for name in given:
+        flag = FLAG_OF_FIELD[name]
+        if flag not in builder_class.FLAGS:
+            taken = ", ".join(f"--{flag}" for flag in builder_class.FLAGS)
+            raise UserError(f"--{flag}: {set_name} does not take it; it takes {taken}")
+    return Request(**given)
 
 
 def _pattern(text):
@@ -29,40 +51,31 @@ def _pattern(text):
     return split, pattern
 
 
-def make_request(args, builder):
-    """The `Request` of parsed flags. UserError names one that this set does not take."""
-    only = tuple(name.strip() for name in (args.only or "").split(",") if name.strip())
-    given = {
-        "paths": tuple(args.sources),
-        "only": only,
-        "patterns": tuple(map(_pattern, args.split)),
-        "field": args.field,
-    }
-    given = {field: value for field, value in given.items() if value}
-    for field in given:
-        if FLAG_OF[field] not in builder.FLAGS:
-            takes = ", ".join(f"--{flag}" for flag in builder.FLAGS)
-            raise UserError(f"--{FLAG_OF[field]}: {args.set} does not take it; it takes {takes}")
-    return Request(**given)
+def prepare(
+    builder_class: Any,
+    request: Request,
+    tfds_dir: str | os.PathLike,
+    name: str = "",
+    processes: int = PROCESSES,
+    strict: str = "",
+) -> tuple[Any, bool]:
+    """Prepares a set; returns (its TFDS builder, whether there was anything to do).
 
-
-def prepare(builder_class, request, tfds_dir, name="", processes=PROCESSES, strict=""):
-    """Prepares a set of `request` in tfds_dir; returns (its builder, whether there was anything to do).
-
-    name: of this one among several of its kind. strict: as `common.LocalBuilder` has it.
-    UserError names what is absent or malformed; nothing is taken for prepared then.
+    name: tells it from others of its kind. strict: see `builders.common.LocalBuilder`.
+    UserError names what is absent or malformed; nothing then counts as prepared.
     """
     import tensorflow_datasets as tfds
     from absl import logging
 
-    logging.set_verbosity(logging.ERROR)  # TFDS warns of every --name
+    logging.set_verbosity(logging.ERROR)  # TFDS warns about every --name
     if processes < 1:
         raise UserError(f"--processes is {processes}; it must be positive")
     if name and not re.fullmatch(r"[A-Za-z]\w*", name):
         raise UserError(f"--name is {name!r}; give letters, digits and _, a letter first")
     if "://" in str(tfds_dir):
         raise UserError(
-            f"--tfds_dir {tfds_dir}: sets are prepared in a local folder; copy it there when it is done"
+            f"--tfds_dir {tfds_dir}: sets are prepared in a local folder; "
+            "copy it there when it is done"
         )
     config = tfds.core.BuilderConfig(name=name, version=builder_class.VERSION) if name else None
     builder = builder_class(
@@ -76,83 +89,37 @@ def prepare(builder_class, request, tfds_dir, name="", processes=PROCESSES, stri
         return builder, builder.prepare()
 
 
-def sources_of(builder):
-    """What to give as data.train or data.eval: `{source: examples}`; months together, as a range."""
-    name = f"{PREFIX}{builder.name}{f'/{builder.builder_config.name}' if builder.builder_config else ''}"
+def describe(builder: Any, prepared_now: bool) -> dict[str, Any]:
+    """What a prepared set holds, as plain values.
+
+    months: the splits that are months. noted: counts of what was noticed while preparing.
+    sources: `{what to give as data.train: examples}`. incomplete: folders left by preparations
+    that were killed, or are running.
+    """
+    splits = {
+        split: {"examples": info.num_examples, "shards": info.num_shards}
+        for split, info in builder.info.splits.items()
+    }
+    return {
+        "path": str(builder.data_path),
+        "prepared_now": prepared_now,
+        "left_out": str(builder.sieve) if builder.sieve.left_out else "",
+        "splits": splits,
+        "months": [split for split in splits if SPLIT_OF_MONTH.fullmatch(split)],
+        "noted": dict(builder.info.metadata["noted"]),
+        "incomplete": [str(folder) for folder in builder.left_overs()],
+        "sources": sources_of(builder),
+    }
+
+
+def sources_of(builder: Any) -> dict[str, int]:
+    """What to give as data.train or data.eval: `{source: examples}`; months as one range."""
+    config = f"/{builder.builder_config.name}" if builder.builder_config else ""
+    name = f"{PREFIX}{builder.name}{config}"
     sizes = {split: info.num_examples for split, info in builder.info.splits.items()}
     months = sorted(split for split in sizes if SPLIT_OF_MONTH.fullmatch(split))
     if not months:
         return {f"{name}:{split}": size for split, size in sizes.items()}
     first, last = (month.replace("_", "-") for month in (months[0], months[-1]))
-    return {
-        f"{name}:{first}..{last}" if len(months) > 1 else f"{name}:{first}": sum(
-            sizes[m] for m in months
-        )
-    }
-
-
-def main(parser, argv):
-    """Prepares a set and prints what it holds and the sources to train on. Returns 0."""
-    parser.epilog = "Sets: " + "; ".join(
-        f"{name}, of {builders.builder(name).ABOUT}" for name in builders.NAMES
-    )
-    parser.add_argument("set", metavar="NAME", help=f"which set: {', '.join(builders.NAMES)}")
-    help_text = "the downloaded files, plain or packed, or folders that hold them"
-    parser.add_argument(
-        "--from", dest="sources", nargs="+", default=[], metavar="FILE_OR_FOLDER", help=help_text
-    )
-    parser.add_argument(
-        "--tfds_dir", required=True, help="folder of prepared sets, the data.tfds_dir of training"
-    )
-    parser.add_argument(
-        "--only",
-        help="parts of the set, by commas: splits, subsets, or SPLIT/SUBSET, such as train/SQuAD",
-    )
-    help_text = "json_text: a split and its files; may be given many times, in place of --from"
-    parser.add_argument("--split", action="append", default=[], metavar="NAME=GLOB", help=help_text)
-    parser.add_argument("--field", help="json_text: the field that holds the text, by default text")
-    parser.add_argument(
-        "--name", default="", help="a name for this one, where several of a kind stand side by side"
-    )
-    parser.add_argument(
-        "--strict",
-        action="store_true",
-        help="refuse empty texts and questions without an answer, left out otherwise",
-    )
-    parser.add_argument(
-        "--processes",
-        type=int,
-        default=PROCESSES,
-        help=f"processes that read and write, by default {PROCESSES}",
-    )
-    args = parser.parse_args(argv)
-    builder_class = builders.builder(args.set)
-    request, strict = make_request(args, builder_class), "--strict" if args.strict else ""
-    builder, made = prepare(
-        builder_class, request, args.tfds_dir, args.name, args.processes, strict
-    )
-    if builder.sieve.left_out:
-        print(f"{builder.data_path}: left out {builder.sieve}", file=sys.stderr)
-    print(f"{builder.data_path}: {'prepared' if made else 'already prepared, of these files'}")
-    of_months = [
-        info for split, info in builder.info.splits.items() if SPLIT_OF_MONTH.fullmatch(split)
-    ]
-    if of_months:
-        print(
-            f"  {len(of_months)} months, one split each, {sum(info.num_examples for info in of_months):,} examples"
-        )
-    for split, info in builder.info.splits.items():
-        if info not in of_months:
-            print(f"  {split:12} {info.num_examples:>12,} examples in {info.num_shards} shard(s)")
-    for what, count in builder.info.metadata["noted"].items():
-        print(f"  {count:,} {what}")
-    for folder in builder.left_overs():
-        print(
-            f"  {folder}: left by a preparation that was killed, unless one is running; it can be deleted"
-        )
-    print("\nTo train on it:")
-    for source, size in sources_of(builder).items():
-        print(
-            f"  --config.data.train={source} --config.data.tfds_dir={pathlib.Path(args.tfds_dir)}   # {size:,} examples"
-        )
-    return 0
+    months_range = f"{first}..{last}" if len(months) > 1 else first
+    return {f"{name}:{months_range}": sum(sizes[month] for month in months)}

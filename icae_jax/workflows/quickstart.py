@@ -4,7 +4,6 @@ import copy
 import html
 import json
 import pathlib
-import runpy
 import sys
 import time
 
@@ -19,15 +18,15 @@ from icae_jax.evaluation import plain, report, scores
 from icae_jax.inference.compressor import Compressor
 from icae_jax.interop.adapters import folder as adapters
 from icae_jax.interop.hub import base as bases
+from icae_jax.performance.utilisation import Meter
 from icae_jax.runtime import sharding
-from icae_jax.training import metrics
+from icae_jax.training import config_file, metrics
 from icae_jax.training.base_task import BASE, BaseTask
 from icae_jax.training.compressor_task import CompressorTask
-from icae_jax.training.config import BaseConfig, TrainConfig, from_dict
+from icae_jax.training.config import BaseConfig, TrainConfig
 from icae_jax.training.train import NORMAL, QUIET, VERBOSE, train
 
 SHIPPED_BASE = pathlib.Path(__file__).parents[1] / "data" / "tiny_base"
-CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
 PHASES = {"pretrain": "restoring", "finetune": "answering"}  # and what is learned in it
 METHODS = {
     "x500": "500x",
@@ -42,15 +41,10 @@ BATCH = (
 )
 
 
-def get_config(name, arg=None):
-    """`get_config(arg)` of a file in configs/, as nested dicts."""
-    path = CONFIGS / f"{name}.py"
-    if not path.exists():
-        raise UserError(
-            f"{path}: no such file; the quickstart needs the repository's configs/, so install with pip install -e ."
-        )
-    make = runpy.run_path(str(path))["get_config"]
-    return (make(arg) if arg else make()).to_dict()
+def phase_config(phase, method, recipe, fields):
+    """The configuration of a phase of a method, with the fields that the quickstart sets."""
+    arg = "-".join(filter(None, (phase, method, recipe)))
+    return config_file.load(TrainConfig, f"quickstart:{arg}", fields)
 
 
 def write_data(folder, train_passages, held_out_passages):
@@ -149,7 +143,7 @@ def _curves(workdir, largest):
         offset = 0
         for phase in PHASES:
             lines = [
-                x for x in metrics.read(workdir / method / phase / "metrics.jsonl") if "train" in x
+                x for x in metrics.read_lines(workdir / method / phase / "metrics.jsonl") if "train" in x
             ]
             for line in lines:
                 for objective, value in line["train"].items():
@@ -210,18 +204,18 @@ def train_method(
     """
     untrained = None
     for phase, learned in PHASES.items():
-        raw = get_config("quickstart", "-".join(filter(None, (phase, method, recipe))))
-        raw["base"] = base.path
-        raw["data"] |= {
-            "train": str(data / "train.jsonl"),
-            "eval": str(data / "held_out.jsonl"),
-            "cache_dir": str(data / "cache"),
+        fields = {
+            "base": base.path,
+            "data.train": str(data / "train.jsonl"),
+            "data.eval": str(data / "held_out.jsonl"),
+            "data.cache_dir": str(data / "cache"),
         }
-        raw["compression"] |= dict(compression)
-        raw["steps"] = steps.get(phase, raw["steps"])
+        fields |= {f"compression.{name}": value for name, value in dict(compression).items()}
+        if phase in steps:
+            fields["steps"] = steps[phase]
         if phase == "finetune":
-            raw["init_from"] = str(workdir / "pretrain")
-        c = from_dict(TrainConfig, raw)
+            fields["init_from"] = str(workdir / "pretrain")
+        c = phase_config(phase, method, recipe, fields)
         task = CompressorTask(c, base)
         if (
             phase == "pretrain"
@@ -242,6 +236,7 @@ def train_method(
             verbosity=verbosity,
             title=f"{METHODS[method]}, {learned}",
             watch=watch,
+            meter=Meter(task),
         )
         if code:
             return code, None, untrained
@@ -259,7 +254,7 @@ def compare(trained, rows):
     memories, restored = [], {}
     for method, workdir, compressor, untrained in trained:
         steps = [
-            max(line["step"] for line in metrics.read(workdir / phase / "metrics.jsonl"))
+            max(line["step"] for line in metrics.read_lines(workdir / phase / "metrics.jsonl"))
             for phase in PHASES
         ]
         for k in compressor.config.choices:
@@ -321,7 +316,7 @@ def main(parser, argv, began=None):
         help="one model of each method for 4x and 22x, trained longer",
     )
     parser.add_argument(
-        "--from-scratch",
+        "--from_scratch",
         action="store_true",
         help="train the small base anew instead of using the shipped one",
     )
@@ -349,13 +344,10 @@ def main(parser, argv, began=None):
     recipe, verbosity = FULL if args.full else QUICK, VERBOSE if args.verbose else QUIET
     if not (SHIPPED_BASE / "config.json").exists() and not args.from_scratch:
         raise UserError(
-            f"{SHIPPED_BASE}: the shipped base is not there; reinstall, or run with --from-scratch"
+            f"{SHIPPED_BASE}: the shipped base is not there; reinstall, or run with --from_scratch"
         )
-    config = get_config(
-        "quickstart", "-".join(filter(None, ("pretrain", "x500", recipe)))
-    )  # there? Found out before anything is written
-    choices = config["compression"]["k_choices"] or (config["compression"]["k"],)
-    ks = " and ".join(map(str, sorted(choices, reverse=True)))
+    config = phase_config("pretrain", "x500", recipe, {"base": "-", "data.train": "-"})
+    ks = " and ".join(map(str, sorted(config.compression.choices, reverse=True)))
     print(
         PLAN.format(
             methods=" and ".join(METHODS.values()), k=ks, times=TIMES[recipe], workdir=workdir
@@ -376,7 +368,7 @@ def _run(args, workdir, recipe, verbosity, began):
     # ------------------------------------------------------------------------------------------------------ the base
     base = SHIPPED_BASE
     if args.from_scratch:
-        config = from_dict(BaseConfig, get_config("tiny_base"))
+        config = config_file.load(BaseConfig, "tiny_base")
         code = train(
             config,
             BaseTask(config),

@@ -1,449 +1,206 @@
-"""`icae sweep`: trains a configuration at every point of a sweep that its file defines, and shows what the swept field is worth.
+"""Trains a configuration at every point of a sweep, and sums up what the swept field is worth."""
 
-`sweep_NAME(add)` in a configuration file calls `add(**{"compression.k": 64, …})` for each point: fields by their dotted names, and values.
-Every point is a run of `icae train` in a folder of its own.
-"""
-
-import contextlib
-import copy
+import dataclasses
+import functools
 import json
-import os
 import pathlib
-import re
-import runpy
 import shlex
 import signal
 import subprocess
 import sys
 import threading
-import typing
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from icae_jax import files, lock
 from icae_jax.errors import UserError
-from icae_jax.training import config_file
-from icae_jax.training.config import FREE_FIELDS, TrainConfig, from_dict, steps_done
 from icae_jax.training.train import DIVERGED, DONE, PREEMPTED
-from icae_jax.workflows import sweep_results
+from icae_jax.training.workdir import FREE_FIELDS
+from icae_jax.workflows import sweep_jobs, sweep_points, sweep_results
+from icae_jax.workflows.sweep_points import DIVERGED_NOTE, Point
 
-FAILED = 1  # exit code where some points did not end; the same command goes on
-NOTE = "DIVERGED"  # beside a point's metrics: it is not tried again
-IN_PATHS = "{point}"  # stands for the point's name in a field of the command line
-
+FAILED = 1  # exit code if some points failed; the same command continues
 BAD_INPUT = 2
 
-
-class Point(typing.NamedTuple):
-    """One point of a sweep: its folder, named after it, the fields it sets, its whole configuration, what `icae` is called with."""
-
-    folder: pathlib.Path
-    changes: dict
-    config: TrainConfig
-    command: list
-
-    @property
-    def name(self):
-        return self.folder.name
-
-    @property
-    def state(self):
-        """done, diverged, unfinished or not started, as its folder says."""
-        if steps_done(self.folder) >= self.config.steps:
-            return "done"
-        if (self.folder / NOTE).exists():
-            return "diverged"
-        return "unfinished" if self.folder.exists() else "not started"
+Say = Callable[[str], None]
 
 
-# ------------------------------------------------------------------------------------------------------------ expansion
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+    """A sweep of a configuration file, its points checked.
 
-
-def expand(path, name):
-    """The points of `sweep_NAME` of a configuration file, each `{dotted field: value}`; UserError where there are none."""
-    made = runpy.run_path(str(path))
-    known = [key.removeprefix("sweep_") for key in made if key.startswith("sweep_")]
-    if name not in known:
-        raise UserError(
-            f"--sweep {name}: {path} has {', '.join(known) or 'no sweeps; define sweep_NAME(add) there'}"
-        )
-    points = []
-    made[f"sweep_{name}"](
-        lambda **changes: points.append(
-            {f: tuple(v) if isinstance(v, list) else v for f, v in changes.items()}
-        )
-    )
-    if not points:
-        raise UserError(f"--sweep {name}: sweep_{name} of {path} adds no points")
-    return points
-
-
-def varied(points):
-    """The fields that the points differ in, in the order in which they come; all of them where there is one point."""
-    fields = dict.fromkeys(field for changes in points for field in changes)
-    differ = [
-        f
-        for f in fields
-        if any(f not in p or f not in points[0] or p[f] != points[0][f] for p in points)
-    ]
-    return differ or list(fields)
-
-
-def names(points):
-    """A readable folder name for each point, such as `k=64,rate=8`: what the points differ in."""
-    fields = varied(points)
-    last = [field.rpartition(".")[2] for field in fields]
-    short = {
-        field: name if last.count(name) == 1 else field
-        for field, name in zip(fields, last, strict=True)
-    }
-    made = []
-    for number, changes in enumerate(points):
-        text = (
-            ",".join(
-                f"{short[f]}={sweep_results.shown(changes[f])}" for f in fields if f in changes
-            )
-            or "unchanged"
-        )
-        text = re.sub(r"[^\w.,=+-]", "_", text, flags=re.ASCII)[:100]
-        made.append(f"{text}-{number}" if text in made else text)
-    return made
-
-
-def _change(raw, field, value):
-    """Sets a field of nested dicts by its dotted name."""
-    *groups, leaf = field.split(".")
-    at = raw
-    for group in groups:
-        at = at.get(group) if isinstance(at, dict) else None
-    if not isinstance(at, dict) or leaf not in at or isinstance(at[leaf], dict):
-        raise UserError(f"{field} is not a field of the configuration")
-    at[leaf] = value
-
-
-def plan(config, name, workdir, overrides):
-    """The `Point`s of a sweep, all of their configurations checked.
-
-    config: FILE[:arg]. overrides: `{field: text}` of the command line, where `{point}` stands for the point's name. UserError names what
-    the sweep or the command line has wrong, and the point.
+    config: FILE[:arg]. overrides: `{field: text}` for all points, from the command line.
     """
-    flags = [f"--config.{field}={text}" for field, text in overrides.items()]
-    base, _ = config_file.load_raw(["--config", config, "--workdir", str(workdir), *flags])
-    points = []
-    listed = expand(config.partition(":")[0], name)
-    for point, changes in zip(names(listed), listed, strict=True):
-        raw = copy.deepcopy(base)
-        try:
-            for field, value in changes.items():
-                if field in overrides:
-                    raise UserError(
-                        f"{field} is set by the sweep itself; leave out --config.{field}"
-                    )
-                _change(raw, field, value)
-            made = from_dict(TrainConfig, raw)
-            if not made.data.eval or not made.eval_examples:
-                raise UserError(
-                    "data.eval or eval_examples is not set; a sweep compares held-out losses: give --config.data.eval=PATH"
-                )
-            twin = next((p.name for p in points if p.config == made), None)
-            if twin:
-                raise UserError(f"the same configuration as point {twin}; list it once")
-        except UserError as error:
-            raise UserError(f"sweep {name}, point {point}: {error}") from error
-        own = [flag.replace(IN_PATHS, point) for flag in flags] + [
-            f"--config.{field}={value}" for field, value in changes.items()
-        ]
-        folder = workdir / point
-        points.append(
-            Point(
-                folder, changes, made, ["train", "--config", config, "--workdir", str(folder), *own]
-            )
-        )
-    return points
+
+    config: str
+    name: str
+    workdir: pathlib.Path
+    overrides: Mapping[str, str]
+
+    @functools.cached_property
+    def points(self) -> list[Point]:
+        """Its points; UserError names what is wrong with one."""
+        return sweep_points.make_points(self.config, self.name, self.workdir, self.overrides)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What sweep.json records."""
+        return {
+            "config": pathlib.Path(self.config).name,
+            "sweep": self.name,
+            "overrides": dict(self.overrides),
+            "points": {point.name: point.changes for point in self.points},
+        }
+
+    @property
+    def command(self) -> str:
+        """The command that trains it, and shows its table once all is done."""
+        flags = ["--config", self.config, "--sweep", self.name, "--workdir", str(self.workdir)]
+        return shlex.join(["icae", "sweep", *flags, *sweep_points.override_flags(self.overrides)])
 
 
-def claim(workdir: pathlib.Path, sweep: dict) -> dict[str, int]:
-    """Records the sweep in its folder's sweep.json, and returns each point's number. UserError where the folder holds another sweep.
+def claim(workdir: pathlib.Path, identity: Mapping[str, Any]) -> dict[str, int]:
+    """Records a sweep in its folder's sweep.json; returns each point's number.
 
-    A sweep may get more points, more steps, and other values of what changes no mathematics. A point keeps its number for ever: new ones
+    UserError if the folder holds another sweep. A sweep may get more points, more steps, and other
+    values of fields that do not change the mathematics. A point keeps its number for ever: new ones
     count on, wherever in the sweep they stand.
     """
     path, numbers = workdir / "sweep.json", {}
     if path.exists():
-        before = files.read_json(path, "the sweep's identity")
-        files.check_fields(
-            before, {"config": str, "sweep": str, "overrides": dict, "points": dict}, path
-        )
-        pairs = {key: (before[key], sweep[key]) for key in ("config", "sweep")}
-        if before["sweep"] == sweep["sweep"]:
-            fixed = [
-                f
-                for f in {**before["overrides"], **sweep["overrides"]}
-                if f not in FREE_FIELDS | {"steps"}
-            ]
-            pairs |= {
-                f"--config.{f}": (before["overrides"].get(f), sweep["overrides"].get(f))
-                for f in fixed
-            }
-            now = json.loads(json.dumps(sweep["points"]))  # as read back: without tuples
-            pairs |= {
-                f"point {name}": (changes, now.get(name))
-                for name, changes in before["points"].items()
-            }
-        lines = [f"{what}: {old!r} -> {new!r}" for what, (old, new) in pairs.items() if old != new]
-        if lines:
+        recorded = files.read_json(path, "the sweep's identity")
+        kinds = {"config": str, "sweep": str, "overrides": dict, "points": dict}
+        files.check_fields(recorded, kinds, path)
+        if changes := _conflicts(recorded, identity):
             raise UserError(
-                f"{workdir} holds another sweep: {'; '.join(lines)}. Give the old values to continue it, or another --workdir"
+                f"{workdir} holds another sweep: {'; '.join(changes)}. "
+                "Give the old values to continue it, or another --workdir"
             )
-        numbers = before.get("numbers") or {
-            name: number for number, name in enumerate(before["points"])
+        numbers = recorded.get("numbers") or {
+            name: number for number, name in enumerate(recorded["points"])
         }
-    for name in sweep["points"]:
+    for name in identity["points"]:
         numbers.setdefault(name, len(numbers))
-    files.write_json(path, sweep | {"numbers": numbers})
+    files.write_json(path, {**identity, "numbers": numbers})
     return numbers
 
 
-# ------------------------------------------------------------------------------------------------------------ the points
+def _conflicts(recorded, identity):
+    """What makes this another sweep than the one recorded, as lines `field: old -> new`."""
+    pairs = {key: (recorded[key], identity[key]) for key in ("config", "sweep")}
+    if recorded["sweep"] == identity["sweep"]:
+        old, new = recorded["overrides"], identity["overrides"]
+        fixed = [field for field in {**old, **new} if field not in FREE_FIELDS | {"steps"}]
+        pairs |= {f"--config.{field}": (old.get(field), new.get(field)) for field in fixed}
+        points = json.loads(json.dumps(identity["points"]))  # tuples as JSON reads them back
+        pairs |= {
+            f"point {name}": (changes, points.get(name))
+            for name, changes in recorded["points"].items()
+        }
+    return [f"{what}: {old!r} -> {new!r}" for what, (old, new) in pairs.items() if old != new]
 
 
 class Trainer:
-    """Calls `icae` in one process after another, and passes SIGTERM on to the one that runs. noticed: called when it comes."""
+    """Calls `icae` in one process after another, and passes SIGTERM on to the one that runs."""
 
-    def __init__(self, noticed=lambda: None):
-        self._noticed = noticed
+    def __init__(self, on_sigterm: Callable[[], None] = lambda: None):
+        self._on_sigterm = on_sigterm
+        self._preempted, self._process, self._old_handler = False, None, None
+        # Python handles signals in the main thread only.
+        self._handles_signals = threading.current_thread() is threading.main_thread()
 
     def __enter__(self):
-        self.asked, self._child = False, None
-        self._usable = (
-            threading.current_thread() is threading.main_thread()
-        )  # elsewhere there are no signals
-        if self._usable:
-            self._before = signal.signal(signal.SIGTERM, self._pass_on)
+        if self._handles_signals:
+            self._old_handler = signal.signal(signal.SIGTERM, self._pass_on)
         return self
 
     def __exit__(self, *_):
-        if self._usable:
-            signal.signal(signal.SIGTERM, self._before)
+        if self._handles_signals:
+            signal.signal(signal.SIGTERM, self._old_handler)
 
     def _pass_on(self, *_):
-        self.asked = True
-        self._noticed()
-        if self._child:
-            self._child.terminate()
+        self._preempted = True
+        self._on_sigterm()
+        if self._process:
+            self._process.terminate()
 
-    def __call__(self, command):
-        """The exit code of `icae COMMAND`; 75 if SIGTERM came meanwhile, however the process took it."""
-        if self.asked:
+    def __call__(self, command: Sequence[str]) -> int:
+        """The exit code of `icae COMMAND`; 75 if SIGTERM came meanwhile, however it ended."""
+        if self._preempted:
             return PREEMPTED
+        arguments = [sys.executable, "-m", "icae_jax", *command]
         # Standard output is for the table.
-        with subprocess.Popen(
-            [sys.executable, "-m", "icae_jax", *command], stdout=sys.__stderr__.fileno()
-        ) as self._child:
-            if self.asked:  # it came before there was a process to tell
-                self._child.terminate()
-            code = self._child.wait()
-        self._child = None
-        return PREEMPTED if self.asked else code
+        with subprocess.Popen(arguments, stdout=sys.__stderr__.fileno()) as self._process:
+            if self._preempted:  # SIGTERM came before there was a process to pass it to
+                self._process.terminate()
+            code = self._process.wait()
+        self._process = None
+        return PREEMPTED if self._preempted else code
 
 
-def train(points, call):
-    """Trains the points that are not done, one after another, each with `call(command) -> exit code`.
+def train_points(
+    points: Sequence[Point], call: Callable[[Sequence[str]], int], say: Say
+) -> tuple[int, dict[str, int]]:
+    """Trains the points that have not ended; `call(command)` returns an exit code.
 
-    A diverged one is noted and not tried again, until its folder is deleted; a preempted one and one with bad input end the sweep.
-    Returns (exit code of the sweep, `{name: exit code}` of the points that were trained).
+    A diverged point is noted and not tried again until its folder is deleted. A preemption or bad
+    input ends the sweep. Returns (exit code of the sweep, `{name: exit code}` of trained points).
     """
-    codes = {}
+    codes: dict[str, int] = {}
     for number, point in enumerate(points, 1):
-        if point.state in ("done", "diverged"):
-            again = f" (to try again: delete {point.folder})" if point.state == "diverged" else ""
-            print(
-                f"--- point {number} of {len(points)}: {point.name}: {point.state} already{again}",
-                file=sys.stderr,
-            )
+        heading = f"--- point {number} of {len(points)}: {point.name}"
+        if point.ended:
+            retry = f" (to try again: delete {point.folder})" if point.state == "diverged" else ""
+            say(f"{heading}: {point.state} already{retry}")
             continue
-        print(f"--- point {number} of {len(points)}: {point.name}", file=sys.stderr)
+        say(heading)
         code = codes[point.name] = call(point.command)
         if code == DIVERGED:
-            (point.folder / NOTE).write_text(
-                "exit code 3; delete this folder to train the point again\n", encoding="utf-8"
-            )
+            note = "exit code 3; delete this folder to train the point again\n"
+            (point.folder / DIVERGED_NOTE).write_text(note, encoding="utf-8")
         elif code in (PREEMPTED, BAD_INPUT):
             return code, codes
         elif code != DONE:
-            print(f"--- point {point.name} ended with exit code {code}", file=sys.stderr)
+            say(f"--- point {point.name} ended with exit code {code}")
     return (FAILED if set(codes.values()) - {DONE, DIVERGED} else DONE), codes
 
 
-JOB = """#!/bin/sh
-# {name}
-# Paths may be relative to this folder; where it is not there, as on a TPU worker, to the one in which the launcher starts this.
-[ ! -d {here} ] || cd {here}
-[ ! -f {folder}/{note} ] || {{ echo {name}: diverged already, to try again delete {folder}; exit 0; }}
-[ "$(cat {folder}/DONE 2>/dev/null)" -ge {steps} ] 2>/dev/null && {{ echo {name}: done already; exit 0; }}
-exec icae {command}
-"""
+def write_jobs(sweep: Sweep, folder: pathlib.Path) -> tuple[list[pathlib.Path], list[int], str]:
+    """Writes a job per point. Returns (their paths, numbers of those left to run, how to run)."""
+    numbers = claim(sweep.workdir, sweep.identity)
+    jobs = sweep_jobs.write_jobs(sweep.points, numbers, folder)
+    left = sorted(numbers[point.name] for point in sweep.points if not point.ended)
+    unfinished = {number: jobs[number] for number in left}
+    return list(jobs.values()), left, sweep_jobs.how_to_run(unfinished, folder, sweep.command)
 
 
-def write_jobs(
-    points: list[Point], numbers: dict[str, int], folder: pathlib.Path
-) -> dict[int, pathlib.Path]:
-    """Writes an executable file for each point into a folder, point-000.sh, … by its number; returns `{number: path}`.
-
-    A file is always the same point's, so that what Slurm starts again trains what it trained before. Those of points that are done or
-    diverged say so, and end.
-    """
-    jobs = {numbers[point.name]: folder / f"point-{numbers[point.name]:03}.sh" for point in points}
-    for old in set(folder.glob("point-*.sh")) - set(jobs.values()):  # another sweep's
-        old.unlink()
-    for point in points:
-        path = jobs[numbers[point.name]]
-        with files.replacing_file(path) as tmp:
-            text = JOB.format(
-                name=point.name,
-                here=shlex.quote(os.getcwd()),
-                folder=shlex.quote(str(point.folder)),
-                note=NOTE,
-                steps=point.config.steps,
-                command=shlex.join(point.command),
-            )
-            tmp.write_text(text, encoding="utf-8")
-        mode = path.stat().st_mode
-        path.chmod(mode | (mode & 0o444) >> 2)  # whoever may read it may run it
-    return dict(sorted(jobs.items()))
-
-
-def _ranges(numbers):
-    """Numbers as `sbatch --array` takes them, such as 0-2,5."""
-    spans = []
-    for number in sorted(numbers):
-        if spans and spans[-1][1] == number - 1:
-            spans[-1][1] = number
-        else:
-            spans.append([number, number])
-    return ",".join(f"{first}-{last}" if first < last else str(first) for first, last in spans)
-
-
-def _jobs_text(jobs, folder, again):
-    """How to start the jobs that are left. jobs: `{number: path}`."""
-    quoted = shlex.quote(str(folder))
-    lines = (
-        f"{folder}: {len(jobs)} jobs to run, each trains one point; run again, it continues",
-        f'  one after another  for job in {quoted}/point-*.sh; do sh "$job"; done',
-        f"  SLURM              sbatch --array={_ranges(jobs)} launch/slurm.sbatch --jobs {quoted}",
-        f"  TPU pod            launch/tpu_pod.sh … -- sh {quoted}/{next(iter(jobs.values())).name}",
-        f"and then the table   {again}",
-    )
-    return "\n".join(lines)
-
-
-# ---------------------------------------------------------------------------------------------------------- command line
-
-
-def _overrides(rest):
-    """`{field: text}` of `--config.field=value …` arguments, or `--config.field value`."""
-    made, rest = {}, iter(rest)
-    for argument in rest:
-        if not argument.startswith("--config."):
-            raise UserError(
-                f"{argument} is no flag of icae sweep; fields are given as --config.field=value"
-            )
-        field, equals, text = argument.removeprefix("--config.").partition("=")
-        made[field] = text if equals else next(rest, "")
-    return made
-
-
-def main(parser, argv):
-    """Runs a sweep, or writes its jobs, or sums up what there is of it. Returns the exit code."""
-    parser.epilog = (
-        "--config.field=value: a field of all points, as with icae train; {point} in it stands for the point's name. "
-        "Exit codes: 0 every point is done or diverged, 1 some failed (the same command goes on), 2 bad input, 75 stopped by SIGTERM."
-    )
-    parser.add_argument(
-        "--config",
-        required=True,
-        metavar="FILE[:arg]",
-        help="a configuration file with sweep_NAME(add)",
-    )
-    parser.add_argument("--sweep", required=True, metavar="NAME", help="which sweep of the file")
-    parser.add_argument(
-        "--workdir",
-        required=True,
-        help="the points' folders and the results; the same command continues what is there",
-    )
-    instead = parser.add_mutually_exclusive_group()
-    instead.add_argument(
-        "--jobs",
-        metavar="DIR",
-        help="train nothing, write a shell file for each point, always under the same number",
-    )
-    instead.add_argument("--table", action="store_true", help="train nothing, sum up what is there")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    args, rest = parser.parse_known_args(argv)
-    workdir, overrides = pathlib.Path(args.workdir), _overrides(rest)
-    points = plan(args.config, args.sweep, workdir, overrides)
-    sweep = {"config": pathlib.Path(args.config).name, "sweep": args.sweep, "overrides": overrides}
-    sweep["points"] = {point.name: point.changes for point in points}
-    if args.table and not (workdir / "sweep.json").exists():
-        raise UserError(f"--workdir {workdir} holds no sweep; train it first, without --table")
-    with (
-        contextlib.nullcontext()
-        if args.jobs or args.table
-        else lock.only_writer(workdir, "--workdir") as held
-    ):
-        return _run(args, workdir, points, sweep, overrides, held)
-
-
-def _run(args, workdir, points, sweep, overrides, held):
-    """What `main` does once it is known what is asked for. held: the lock of the workdir, None where nothing is trained."""
-    numbers = claim(workdir, sweep)
-    if args.jobs:
-        jobs = write_jobs(points, numbers, pathlib.Path(args.jobs))
-        left = {
-            numbers[p.name]: jobs[numbers[p.name]]
-            for p in points
-            if p.state not in ("done", "diverged")
-        }
-        flags = [f"--config.{field}={text}" for field, text in overrides.items()]
-        again = shlex.join(
-            [
-                "icae",
-                "sweep",
-                "--config",
-                args.config,
-                "--sweep",
-                args.sweep,
-                "--workdir",
-                args.workdir,
-                *flags,
-            ]
-        )
-        text = (
-            _jobs_text(left, pathlib.Path(args.jobs), again)
-            if left
-            else f"every point is done; the table: {again}"
-        )
-        print(
-            json.dumps({"jobs": [str(job) for job in jobs.values()], "left": sorted(left)})
-            if args.json
-            else text
-        )
-        return DONE
-
-    code, codes = DONE, {}
-    if not args.table:
+def train_sweep(sweep: Sweep, say: Say) -> tuple[int, dict[str, Any] | None]:
+    """Trains a sweep. Returns (exit code, its results; None after a preemption or bad input)."""
+    identity = sweep.identity  # checks every point before the workdir is touched
+    with lock.only_writer(sweep.workdir, "--workdir") as held:
+        claim(sweep.workdir, identity)
         with Trainer(held.leave) as call:
-            code, codes = train(points, call)
+            code, codes = train_points(sweep.points, call, say)
         if code in (PREEMPTED, BAD_INPUT):
-            print(
-                f"icae sweep: {'saved' if code == PREEMPTED else 'stopped'}; the same command continues",
-                file=sys.stderr,
-            )
-            return code
-    results = sweep_results.collect(sweep, varied([p.changes for p in points]), points, codes)
-    text = sweep_results.write(workdir, results)
-    print(json.dumps(results, ensure_ascii=False) if args.json else text)
+            stopped = "saved" if code == PREEMPTED else "stopped"
+            say(f"icae sweep: {stopped}; the same command continues")
+            return code, None
+        results = sweep_results.collect(identity, sweep.points, codes)
+        sweep_results.write(sweep.workdir, results)
     if code:
-        failed = [name for name, c in codes.items() if c not in (DONE, DIVERGED)]
-        print(
-            f"icae sweep: {', '.join(failed)} failed; run the same command again", file=sys.stderr
+        failed = [name for name, point in codes.items() if point not in (DONE, DIVERGED)]
+        say(f"icae sweep: {', '.join(failed)} failed; run the same command again")
+    return code, results
+
+
+def sum_up(sweep: Sweep) -> dict[str, Any]:
+    """The results of what was trained so far, written as files too. UserError if nothing was."""
+    identity = sweep.identity
+    if not (sweep.workdir / "sweep.json").exists():
+        raise UserError(
+            f"--workdir {sweep.workdir} holds no sweep; train it first, without --table"
         )
-    return code
+    claim(sweep.workdir, identity)
+    results = sweep_results.collect(identity, sweep.points, {})
+    sweep_results.write(sweep.workdir, results)
+    return results

@@ -1,40 +1,45 @@
-"""What a sweep came to: a table, results.json, a figure and a page, all read from its points' metrics."""
+"""The outcome of a sweep: a table, results.json, a figure and a page, from its points' metrics."""
 
 import base64
 import functools
 import html
 import math
+import pathlib
 import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from icae_jax import files
 from icae_jax.evaluation import report
 from icae_jax.training import metrics
 from icae_jax.training.train import DIVERGED, DONE
+from icae_jax.workflows.sweep_points import Point, short_text, varied_fields
 
-KINDS = {
-    "memory": "memory",
-    "wrong_memory": "wrong memory",
-}  # of held-out losses, and what they are called
+Results = dict[str, Any]  # the content of results.json
 
-
-def shown(value):
-    """A field's value in a few characters."""
-    if isinstance(value, tuple):
-        return "+".join(map(shown, value))
-    return f"{value:g}" if isinstance(value, float) else str(value)
+KINDS = {"memory": "memory", "wrong_memory": "wrong memory"}  # held-out losses, with their labels
+NO_VALUE = "–"
 
 
-# ------------------------------------------------------------------------------------------------------------ collecting
+# -------------------------------------------------------------------------------------- collecting
 
 
-def _point(point, code, fields):
-    """One entry of results.json."""
-    path = point.folder / "metrics.jsonl"
-    lines = metrics.read(path) if path.exists() else []
-    trained, evaluated = ([line for line in lines if key in line] for key in ("train", "eval"))
-    finite = [
-        line for line in evaluated if math.isfinite(line["eval_loss"])
-    ]  # no comparison with NaN holds
+def collect(
+    identity: Mapping[str, Any], points: Sequence[Point], codes: Mapping[str, int]
+) -> Results:
+    """The results of a sweep. codes: `{point: exit code}` of the points trained just now."""
+    fields = varied_fields([point.changes for point in points])
+    outcomes = [point_outcome(point, codes.get(point.name), fields) for point in points]
+    return {**identity, "fields": fields, "points": outcomes}
+
+
+def point_outcome(point: Point, code: int | None, fields: Sequence[str]) -> dict[str, Any]:
+    """One entry of results.json. code: None if the point was not trained just now."""
+    lines = metrics.read_lines(point.folder / "metrics.jsonl")
+    trained = [line for line in lines if "train" in line]
+    evaluated = [line for line in lines if "eval" in line]
+    # NaN compares false with everything, so it would hide the best loss.
+    finite = [line for line in evaluated if math.isfinite(line["eval_loss"])]
     best = min(finite, key=lambda line: line["eval_loss"], default=None)
     speeds = [line["tokens_per_second"] for line in trained]
     state = point.state
@@ -54,184 +59,208 @@ def _point(point, code, fields):
         "held_out": evaluated[-1]["eval"] if evaluated else {},
         "eval_loss": evaluated[-1]["eval_loss"] if evaluated else None,
         "best": best and {"eval_loss": best["eval_loss"], "step": best["step"]},
-        "tokens_per_second": statistics.median(speeds[1:] or speeds)
-        if speeds
-        else None,  # the first one holds compilation
+        # The first speed includes compilation.
+        "tokens_per_second": statistics.median(speeds[1:] or speeds) if speeds else None,
         "curve": [[line["step"], line["eval_loss"]] for line in evaluated],
     }
 
 
-def collect(sweep, fields, points, codes):
-    """The content of results.json. fields: what the points differ in, the first of them the figure's axis. codes: as `sweep.train`'s."""
-    return sweep | {
-        "fields": fields,
-        "points": [_point(point, codes.get(point.name), fields) for point in points],
-    }
+# ------------------------------------------------------------------------------------------- table
 
 
-def _kind(kind):
-    """("memory" or "wrong memory", " k 4" or "") of a kind of held-out losses such as wrong_memory_k4."""
+def _label(kind):
+    """(label, " k 4" or "") of a kind of held-out losses, such as wrong_memory_k4."""
     name, _, k = kind.partition("_k")
     return KINDS.get(name, name), k and f" k {k}"
 
 
-def _columns(results, part):
-    """The (kind, objective) pairs that some point has held-out losses of, or the objectives of part "train"."""
-    if part == "train":
-        return list(dict.fromkeys(o for p in results["points"] for o in p["train"]))
+def _trained_objectives(results):
+    return list(dict.fromkeys(o for point in results["points"] for o in point["train"]))
+
+
+def _held_out_pairs(results):
+    """The (kind, objective) pairs for which some point has held-out losses."""
     return list(
         dict.fromkeys(
-            (kind, o)
-            for p in results["points"]
-            for kind, losses in p["held_out"].items()
-            for o in losses
+            (kind, objective)
+            for point in results["points"]
+            for kind, losses in point["held_out"].items()
+            for objective in losses
         )
     )
 
 
-def table(results):
-    """(header, rows) as text cells: a row for each point."""
-    objectives, held_out = _columns(results, "train"), _columns(results, "held_out")
-    header = ["point", "state", "steps", *(f"{o.upper()}, train" for o in objectives)]
-    header += [f"{o.upper()}, {''.join(_kind(kind))}" for kind, o in held_out] + [
-        "held out",
-        "best (step)",
-        "tokens/s",
-    ]
+def table(results: Results) -> tuple[list[str], list[list[Any]]]:
+    """(header, rows) with a row for each point."""
+    objectives, pairs = _trained_objectives(results), _held_out_pairs(results)
+    header = ["point", "state", "steps"]
+    header += [f"{objective.upper()}, train" for objective in objectives]
+    header += [f"{objective.upper()}, {''.join(_label(kind))}" for kind, objective in pairs]
+    header += ["held out", "best (step)", "tokens/s"]
     rows = []
-    for p in results["points"]:
-        losses = [p["train"].get(o) for o in objectives] + [
-            p["held_out"].get(kind, {}).get(o) for kind, o in held_out
-        ]
-        cells = ["–" if x is None else f"{x:.4f}" for x in (*losses, p["eval_loss"])]
-        best = p["best"] and f"{p['best']['eval_loss']:.4f} ({p['best']['step']})"
-        speed = p["tokens_per_second"] and f"{p['tokens_per_second']:,.0f}"
-        rows.append([p["point"], p["state"], p["steps"], *cells, best or "–", speed or "–"])
+    for point in results["points"]:
+        losses = [point["train"].get(objective) for objective in objectives]
+        losses += [point["held_out"].get(kind, {}).get(objective) for kind, objective in pairs]
+        losses.append(point["eval_loss"])
+        best = point["best"] and f"{point['best']['eval_loss']:.4f} ({point['best']['step']})"
+        speed = point["tokens_per_second"] and f"{point['tokens_per_second']:,.0f}"
+        rows.append(
+            [
+                point["point"],
+                point["state"],
+                point["steps"],
+                *(NO_VALUE if loss is None else f"{loss:.4f}" for loss in losses),
+                best or NO_VALUE,
+                speed or NO_VALUE,
+            ]
+        )
     return header, rows
 
 
-# ---------------------------------------------------------------------------------------------------------------- figure
+# ------------------------------------------------------------------------------------------ figure
 
 
 def _axis(results):
-    """(label, position of each point, names of the positions or None, whether it is logarithmic) of the swept field."""
+    """(label, each point's position, names of the positions or None, whether it is logarithmic)."""
     field = results["fields"][0] if results["fields"] else "point"
-    values = [p["at"].get(field, p["point"]) for p in results["points"]]
-    alone = len(set(values)) == len(values)
-    if alone and all(isinstance(v, int | float) and not isinstance(v, bool) for v in values):
+    values = [point["at"].get(field, point["point"]) for point in results["points"]]
+    distinct = len(set(values)) == len(values)
+    numeric = all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
+    if distinct and numeric:
         return field, values, None, min(values) > 0 and max(values) / min(values) >= 10
-    if not alone:  # a grid
-        field, values = ", ".join(results["fields"]), [p["point"] for p in results["points"]]
-    return field, range(len(values)), [shown(v) for v in values], False
+    if not distinct:  # a grid
+        field = ", ".join(results["fields"])
+        values = [point["point"] for point in results["points"]]
+    return field, range(len(values)), [short_text(v) for v in values], False
 
 
-def figure(results):
-    """The figure as matplotlib's: held-out losses against the swept field, and against steps; None without held-out losses."""
-    from matplotlib import colormaps, ticker
-    from matplotlib.figure import (
-        Figure,  # without pyplot there is no global state, and no backend to choose
-    )
+def figure(results: Results) -> Any:
+    """A matplotlib figure: held-out losses against the swept field, and against steps.
 
-    measured = [(i, p) for i, p in enumerate(results["points"]) if p["curve"]]
-    if not measured:
+    None without held-out losses.
+    """
+    # Without pyplot there is no global state, and no backend to choose.
+    from matplotlib.figure import Figure
+
+    if not any(point["curve"] for point in results["points"]):
         return None
     drawn = Figure(figsize=(14, 5), layout="constrained")
     against_field, against_steps = drawn.subplots(1, 2)
-    label, positions, categories, log_x = _axis(results)
-    pairs = _columns(results, "held_out")
-    colours = report.palette(dict.fromkeys(o.upper() + _kind(kind)[1] for kind, o in pairs))
-    for kind, o in pairs:
-        what, k = _kind(kind)
-        has = sorted(
-            (positions[i], p["held_out"][kind][o])
-            for i, p in measured
-            if o in p["held_out"].get(kind, {})
-        )
-        line, marker = (":", "s") if what == KINDS["wrong_memory"] else ("-", "o")
-        style = {
-            "marker": marker,
-            "linestyle": "none" if categories else line,
-            "linewidth": 1.6,
-        }  # between names there is nothing
-        against_field.plot(
-            *zip(*has, strict=True),
-            **style,
-            color=colours[o.upper() + k],
-            label=report.literal(f"{o.upper()}{k}, {what}"),
-        )
-    if log_x:
-        against_field.set_xscale("log")
-    if categories:
-        against_field.set_xlim(-0.5, len(categories) - 0.5)
-    ticks = positions if categories or len(positions) <= 12 else None
-    if ticks is not None:
-        texts = categories or [shown(x) for x in ticks]
-        turned = {"rotation": 20, "ha": "right"} if sum(map(len, texts)) > 60 else {}
-        against_field.set_xticks(ticks, [report.literal(text) for text in texts], **turned)
-        against_field.xaxis.set_minor_locator(ticker.NullLocator())
-    against_field.set_xlabel(report.literal(label))
-    against_field.set_title("at the last step")
-
-    for i, p in measured:
-        colour = colormaps["viridis"](0.9 * i / max(len(results["points"]) - 1, 1))
-        against_steps.plot(
-            *zip(*p["curve"], strict=True),
-            "-",
-            color=colour,
-            label=report.literal(p["point"]),
-            linewidth=1.6,
-        )
-    against_steps.xaxis.get_major_locator().set_params(integer=True)
-    against_steps.set_xlabel("step")
-    against_steps.set_title("memory, weighted as in training")
+    _draw_against_field(against_field, results)
+    _draw_against_steps(against_steps, results)
     for axes in (against_field, against_steps):
-        values = [y for line in axes.get_lines() for y in line.get_ydata()]
-        if min(values) > 0 and max(values) / min(values) >= 10:
-            axes.set_yscale("log")
-            axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
-            axes.yaxis.set_major_formatter("{x:g}")
-            axes.yaxis.set_minor_formatter(ticker.NullFormatter())
-        axes.set_ylabel("held-out loss (nats per token)")
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(
-            frameon=False, loc="upper left", bbox_to_anchor=(1.01, 1)
-        )  # beside the data, never on them
+        _finish(axes)
     return drawn
 
 
-def write(workdir, results):
-    """Writes results.json, sweep.png and report.html into a folder. Returns the table as text, with what to know of it."""
-    files.write_json(workdir / "results.json", results)
-    header, rows = table(results)
-    notes = [
-        "Losses: the last step's, nats per token. Wrong memory: another text's. Held out: the memory's, weighted as in training."
-    ]
-    if len({tuple(p["weights"].items()) for p in results["points"]}) > 1:
-        notes.append(
-            "The points weigh their objectives differently: compare objectives, not the weighted loss."
+def _draw_against_field(axes, results):
+    from matplotlib import ticker
+
+    label, positions, categories, logarithmic = _axis(results)
+    pairs = _held_out_pairs(results)
+    colours = report.palette(dict.fromkeys(o.upper() + _label(kind)[1] for kind, o in pairs))
+    for kind, objective in pairs:
+        what, k = _label(kind)
+        losses = sorted(
+            (position, point["held_out"][kind][objective])
+            for position, point in zip(positions, results["points"], strict=True)
+            if objective in point["held_out"].get(kind, {})
         )
+        line, marker = (":", "s") if what == KINDS["wrong_memory"] else ("-", "o")
+        axes.plot(
+            *zip(*losses, strict=True),
+            marker=marker,
+            linestyle="none" if categories else line,  # there is nothing between names
+            linewidth=1.6,
+            color=colours[objective.upper() + k],
+            label=report.literal(f"{objective.upper()}{k}, {what}"),
+        )
+    if logarithmic:
+        axes.set_xscale("log")
+    if categories:
+        axes.set_xlim(-0.5, len(categories) - 0.5)
+    if categories or len(positions) <= 12:
+        texts = categories or [short_text(position) for position in positions]
+        rotation = {"rotation": 20, "ha": "right"} if sum(map(len, texts)) > 60 else {}
+        axes.set_xticks(positions, [report.literal(text) for text in texts], **rotation)
+        axes.xaxis.set_minor_locator(ticker.NullLocator())
+    axes.set_xlabel(report.literal(label))
+    axes.set_title("at the last step")
+
+
+def _draw_against_steps(axes, results):
+    from matplotlib import colormaps
+
+    count = max(len(results["points"]) - 1, 1)
+    for number, point in enumerate(results["points"]):
+        if point["curve"]:
+            axes.plot(
+                *zip(*point["curve"], strict=True),
+                "-",
+                color=colormaps["viridis"](0.9 * number / count),
+                label=report.literal(point["point"]),
+                linewidth=1.6,
+            )
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set_xlabel("step")
+    axes.set_title("memory, weighted as in training")
+
+
+def _finish(axes):
+    from matplotlib import ticker
+
+    values = [y for line in axes.get_lines() for y in line.get_ydata()]
+    if min(values) > 0 and max(values) / min(values) >= 10:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter(ticker.NullFormatter())
+    axes.set_ylabel("held-out loss (nats per token)")
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    # Beside the data, never over them.
+    axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.01, 1))
+
+
+# ----------------------------------------------------------------------------------------- writing
+
+
+def _notes(results):
+    notes = [
+        "Losses: the last step's, nats per token. Wrong memory: another text's. "
+        "Held out: the memory's, weighted as in training."
+    ]
+    if len({tuple(point["weights"].items()) for point in results["points"]}) > 1:
+        notes.append(
+            "The points weigh their objectives differently: "
+            "compare objectives, not the weighted loss."
+        )
+    return notes
+
+
+def write(workdir: pathlib.Path, results: Results) -> None:
+    """Writes results.json, report.html and, with held-out losses, sweep.png into a folder."""
+    files.write_json(workdir / "results.json", results)
     overrides = " ".join(f"--config.{field}={text}" for field, text in results["overrides"].items())
     parts = [
         f"<p>{html.escape(results['config'])} {html.escape(overrides)}</p>",
-        f'<div class="wide">{report.table(header, rows)}</div>',
+        f'<div class="wide">{report.table(*table(results))}</div>',
+        *(f"<p>{html.escape(note)}</p>" for note in _notes(results)),
     ]
-    parts += [f"<p>{html.escape(note)}</p>" for note in notes]
     image, drawn = workdir / "sweep.png", figure(results)
     if drawn:
         with files.replacing_file(image) as tmp:
             drawn.savefig(tmp, format="png", dpi=120)
         encoded = base64.b64encode(image.read_bytes()).decode()
         parts.append(
-            f'<img style="max-width: 100%" alt="held-out losses" src="data:image/png;base64,{encoded}">'
+            '<img style="max-width: 100%" alt="held-out losses" '
+            f'src="data:image/png;base64,{encoded}">'
         )
     report.write(workdir / "report.html", f"icae sweep: {results['sweep']}", parts)
-    shown_files = ["results.json", *(["sweep.png"] if drawn else []), "report.html"]
-    return "\n".join(
-        [
-            report.text_table(header, rows),
-            "",
-            *notes,
-            *(f"{workdir / name}" for name in shown_files),
-        ]
-    )
+
+
+def text(workdir: pathlib.Path, results: Results) -> str:
+    """The table as text, with notes and the files that `write` wrote."""
+    names = ["results.json", "sweep.png", "report.html"]
+    written = [str(workdir / name) for name in names if (workdir / name).exists()]
+    return "\n".join([report.text_table(*table(results)), "", *_notes(results), *written])

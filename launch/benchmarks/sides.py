@@ -91,7 +91,8 @@ class Ours:
 
 def train_config(case, sizes, batch):
     """The `TrainConfig` of a case on our side."""
-    from icae_jax.training import config
+    from icae_jax.training import config_file
+    from icae_jax.training.config import SCRATCH, TrainConfig
 
     s, qa = sizes, case == "qa"
     weights = {o: 1.0 / len(CASES[case]) if o in CASES[case] else 0.0 for o in ("ae", "lm", "qa")}
@@ -104,7 +105,7 @@ def train_config(case, sizes, batch):
     }
     fields = {
         "phase": "finetune" if qa else "pretrain",
-        "init_from": config.SCRATCH if qa else "",
+        "init_from": SCRATCH if qa else "",
         "base": "-",
         "seed": s["seed"],
         "batch_size": batch,
@@ -121,14 +122,17 @@ def train_config(case, sizes, batch):
             "max_target_tokens": s["prompt"] + s["answer"],
         },
     }
-    return config.from_dict(config.TrainConfig, fields)
+    return config_file.from_dict(TrainConfig, fields)
 
 
 def training_batch(config, arrays, batch):
-    """The first `batch` contexts as training has them (`icae_jax.data.batches`)."""
-    from icae_jax.compression import encoder
-    from icae_jax.data import batches
+    
+    from icae_jax.compression.segments import segment_contexts
+    """The first `batch` contexts as training has them (`icae_jax.data.collate`)."""
+    from icae_jax.data.collate import target_shapes
+    from icae_jax.data.drawing import StaticInt
     from icae_jax.objectives import targets
+    from icae_jax.objectives.packing import pack
 
     framing, template = (
         targets.Framing((), targets.AE, EOS),
@@ -151,16 +155,16 @@ def training_batch(config, arrays, batch):
     ]
     objectives, (_, _, answer) = tuple(config.objectives.weights), arrays["answer"].shape
     qa = (config.data.max_target_tokens, answer + 1)
-    shapes = batches.target_shapes(
+    shapes = target_shapes(
         config.data, config.compression, objectives, arrays["context"].shape[1], qa, False
     )
-    ids, lengths = encoder.segment_contexts([row["context"] for row in rows], config.compression)
-    made = {o: targets.pack([of(o, row) for row in rows], *shape) for o, shape in shapes.items()}
+    ids, lengths = segment_contexts([row["context"] for row in rows], config.compression)
+    made = {o: pack([of(o, row) for row in rows], *shape) for o, shape in shapes.items()}
     return {
         "context": ids,
         "lengths": lengths,
         "targets": made,
-        "k": batches.StaticInt(config.compression.k),
+        "k": StaticInt(config.compression.k),
     }
 
 

@@ -44,9 +44,9 @@ def model_config(gib):
 
 def tensors(config, tree):
     """(name, shape, leaf of a tree shaped like the parameters, layer or None, whether the leaf is transposed) of the hub's tensors."""
-    from icae_jax.interop.hub import weights
+    from icae_jax.models.families import tensor_names
 
-    for name, (path, layer, transposed) in weights.tensor_names(config).items():
+    for name, (path, layer, transposed) in tensor_names.tensor_names(config).items():
         leaf = tree
         for key in path:
             leaf = leaf[key]
@@ -188,12 +188,12 @@ def run_stage(stage, workdir):
     """What a process of its own does; its last line on stdout is JSON."""
     folder, copy = workdir / "hub", workdir / "orbax"
     if stage == "copy":
-        from icae_jax.interop.hub import weights
+        from icae_jax.interop.hub import orbax_copy
 
         _, params, _ = load(folder)
         copy.mkdir()
         shutil.copy(folder / "config.json", copy)
-        weights.save_orbax(copy, params)
+        orbax_copy.save_orbax(copy, params)
         print("{}")
         return
     figures, params, config = load(folder if stage == "safetensors" else copy)

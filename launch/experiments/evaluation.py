@@ -19,7 +19,7 @@ cli.set_up()  # before anything imports JAX
 
 from icae_jax import files  # noqa: E402
 from icae_jax.data import synthetic  # noqa: E402
-from icae_jax.interop.hub import base as bases  # noqa: E402
+from icae_jax.interop.hub import tokenizer as tokenizers  # noqa: E402
 from icae_jax.workflows import quickstart  # noqa: E402
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -57,7 +57,7 @@ def write_texts(folder, count, seed=quickstart.HELD_OUT_SEED):
     In the latter no two passages tell of one name, and the questions come in the order of the passages, so that each number of joined
     segments can answer those on the last ones alone.
     """
-    tokenizer = bases.load_tokenizer(quickstart.SHIPPED_BASE)
+    tokenizer = tokenizers.load_tokenizer(quickstart.SHIPPED_BASE)
     rows = synthetic.passages(seed, 20 * SPANS * count)
     rows = [
         row

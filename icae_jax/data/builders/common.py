@@ -1,4 +1,7 @@
-"""What the builders share: a TFDS set made of the user's own files, written as array_record shards, without TensorFlow or Beam."""
+"""What the builders share: a TFDS set made of the user's own files, as array_record shards.
+
+Neither TensorFlow nor Beam is needed.
+"""
 
 import collections
 import contextlib
@@ -7,11 +10,14 @@ import io
 import pathlib
 import shutil
 import tempfile
+from collections.abc import Iterator
 
 import tensorflow_datasets as tfds
 
-from icae_jax.data import reading, rows
+from icae_jax.data import forms, reading
 from icae_jax.data.builders import shards
+from icae_jax.data.builders.inputs import Input, Request
+from icae_jax.data.rows import Row, Sieve
 from icae_jax.errors import UserError
 
 TEXTS = {"id": tfds.features.Text(), "text": tfds.features.Text()}
@@ -22,104 +28,129 @@ QUESTIONS = {
 }
 
 
-def check_field(raw, field):
-    """UserError where a JSON object has no such field."""
+def check_field(raw: dict, field: str) -> None:
+    """UserError if a JSON object has no such field."""
     if field not in raw:
-        raise UserError(f"no field {field}; the fields are {rows.listed(raw)}")
+        raise UserError(f"no field {field}; the fields are {forms.listed(raw)}")
 
 
-def text_of(raw, field):
-    """A text field of a JSON object, "" where it is null. UserError names the field, also where it is absent."""
+def text_of(raw: dict, field: str) -> str:
+    """A text field of a JSON object, "" if it is null. UserError if it is absent or not a text."""
     check_field(raw, field)
-    return rows.text_of(raw, field)
+    return forms.text_of(raw, field)
 
 
-def row_of(text, row_id="", question=None, answers=None):
-    """A `Row` whose place is the reader's to know."""
-    return rows.Row(text, question, answers, "", row_id)
+def row_of(
+    text: str,
+    row_id: str = "",
+    question: str | None = None,
+    answers: tuple[str, ...] | None = None,
+) -> Row:
+    """A `Row` whose place is left to the reader."""
+    return Row(text, question, answers, "", row_id)
 
 
-def _fingerprint(entry):
-    size = pathlib.Path(entry.path).stat().st_size
-    return [pathlib.Path(entry.path).name, entry.subset, size, reading.ends(entry.path, size)]
+def _fingerprint(file):
+    size = pathlib.Path(file.path).stat().st_size
+    return [pathlib.Path(file.path).name, file.subset, size, reading.ends_hash(file.path, size)]
 
 
 class LocalBuilder(tfds.core.DatasetBuilder, skip_registration=True):
-    """A TFDS set made of files that the user has. A set says in `sources` which, and in `parse` what rows a raw row holds.
+    """A TFDS set made of the user's own files.
 
-    request: `inputs.Request`, None to read what is prepared. processes: how many write shards. strict: the flag by which the user asks
-    for an error in place of rows that are left out for being empty, "" where it is not set. Other arguments: those of
-    `tfds.core.DatasetBuilder`. A set is read by its files alone, so that builders stay out of TFDS's register, which other sets of
-    their names may be in. UserError, before anything is written, for what the request lacks.
+    A subclass says in `sources` which files these are, and in `parse` which rows a raw row holds.
+    Builders are not in TFDS's registry, where other sets may have their names: a prepared set is
+    read by its files alone.
+
+    Args:
+      request: what the user asks for; None to read what is prepared.
+      processes: how many processes write shards.
+      strict: the flag by which the user asks for an error instead of leaving empty rows out; ""
+        if not set.
+      **kwargs: those of `tfds.core.DatasetBuilder`.
+
+    Raises:
+      UserError: the request lacks something; nothing is written.
     """
 
     VERSION = tfds.core.Version("1.0.0")
-    ABOUT = ""  # what it is made of, in a line
+    ABOUT = ""  # what it is made of, in one line
     FLAGS = ("from", "only")  # the parts of a request that it takes
     FEATURES = None  # `{name: tfds feature}` of an example
 
-    def __init__(self, *, request=None, processes=1, strict="", **kwargs):
+    def __init__(
+        self,
+        *,
+        request: Request | None = None,
+        processes: int = 1,
+        strict: str = "",
+        **kwargs,
+    ):
         super().__init__(**kwargs)
         self.info.set_file_format("array_record")
-        self.request, self.processes, self.sieve = request, processes, rows.Sieve(strict)
+        self.request, self.processes, self.sieve = request, processes, Sieve(strict)
         self.inputs = self.sources(request) if request else {}
 
-    def sources(self, request):
-        """`{split: [Input]}` of a request."""
+    def sources(self, request: Request) -> dict[str, list[Input]]:
+        """The files of each split."""
         raise NotImplementedError
 
     @staticmethod
-    def parse(raw, subset):
+    def parse(raw: dict, subset: str) -> Iterator[Row]:
         """Yields the rows of one JSON object, see `shards.write_shards`."""
         raise NotImplementedError
 
-    def options(self):
+    def options(self) -> dict[str, str]:
         """Keyword arguments of `parse` that the request sets."""
         return {}
 
-    def jobs(self, folder):
-        """(`{split: [parts of one job, …]}`, `{what: count}` of what was noted on the way); the sieve counts what was left out.
+    def jobs(
+        self, folder: pathlib.Path
+    ) -> tuple[dict[str, list[list[shards.Part]]], dict[str, int]]:
+        """(the parts of each job of each split, counts of what was noted while making the jobs).
 
-        folder: for files of passing use.
+        The sieve counts what was left out. folder: for temporary files.
         """
         return {
-            s: [[part] for i in files for part in shards.parts_of(*i)]
-            for s, files in self.inputs.items()
+            split: [[part] for file in files for part in shards.parts_of(*file)]
+            for split, files in self.inputs.items()
         }, {}
 
-    def columns(self):
+    def columns(self) -> frozenset[str]:
         """The columns that are wanted of a table."""
-        return rows.FIELDS
+        return forms.FIELDS
 
-    # --------------------------------------------------------------------------------------------------------- preparing
+    # --------------------------------------------------------------------------------- preparing
 
     @property
-    def origin(self):
-        """What the set is made of, as JSON: recorded with it, and compared when it is asked for again."""
-        return {split: [_fingerprint(i) for i in files] for split, files in self.inputs.items()} | {
-            "options": self.options()
-        }
+    def origin(self) -> dict:
+        """What the set is made of, as JSON; recorded, and compared when it is asked for again."""
+        files = {split: [_fingerprint(i) for i in inputs] for split, inputs in self.inputs.items()}
+        return files | {"options": self.options()}
 
-    def prepare(self):
+    def prepare(self) -> bool:
         """Prepares the set, whole or not at all. Returns whether there was anything to do.
 
-        UserError names file and line of malformed rows, a split that is left without examples, or a set of another origin in its place.
+        UserError if a row is malformed (names file and line), a split has no examples, or a set of
+        another origin is in its place.
         """
         if self.data_path.exists():
-            if (self.info.metadata or {}).get("origin") != self.origin:
+            metadata = self.info.metadata or {}
+            if metadata.get("origin") != self.origin:
                 raise UserError(
-                    f"{self.data_path} was prepared from other files or with other options; give this one a name of its own with --name, "
-                    "or another --tfds_dir, or delete that folder"
+                    f"{self.data_path} was prepared from other files or with other options; give "
+                    "this one a name of its own with --name, or another --tfds_dir, or delete that "
+                    "folder"
                 )
-            self.sieve.add((self.info.metadata or {}).get("left_out", {}))
+            self.sieve.add(metadata.get("left_out", {}))
             return False
-        # TFDS speaks of downloads, and wants a folder for them; there are none.
-        with contextlib.redirect_stdout(io.StringIO()), tempfile.TemporaryDirectory() as none:
-            self.download_and_prepare(download_dir=none)
+        # TFDS prints about downloads and wants a folder for them, though there are none.
+        with contextlib.redirect_stdout(io.StringIO()), tempfile.TemporaryDirectory() as empty:
+            self.download_and_prepare(download_dir=empty)
         return True
 
-    def left_overs(self):
-        """Folders that preparations of this set that were killed left behind; one that is running has such a folder too."""
+    def left_overs(self) -> list[pathlib.Path]:
+        """Folders of unfinished preparations of this set, killed or still running."""
         return sorted(self.data_path.parent.glob(f"incomplete.*_{self.data_path.name}"))
 
     def _info(self):
@@ -131,44 +162,41 @@ class LocalBuilder(tfds.core.DatasetBuilder, skip_registration=True):
         )
 
     def _download_and_prepare(self, dl_manager, download_config=None):
-        folder = pathlib.Path(self.data_dir)  # TFDS gives it its name when all is done
-        passing = folder / "passing"
-        passing.mkdir()
-        jobs, noted = self.jobs(passing)
-        parse = functools.partial(self.parse, **self.options())
-        tasks, names = [], []
-        for split, of_split in jobs.items():
-            for number, parts in enumerate(of_split):
-                prefix = str(passing / f"{split}.{number:06d}")
-                tasks.append(
-                    (parts, parse, self.info.features, prefix, self.sieve.fresh(), self.columns())
-                )
-                names.append(split)
-        written = collections.defaultdict(list)
-        for split, result in zip(
-            names,
-            shards.run(shards.write_shards, tasks, self.processes, "writing shards"),
-            strict=True,
-        ):
-            written[split] += result.shards
-            self.sieve.add(result.left_out)
+        folder = pathlib.Path(self.data_dir)  # TFDS renames it when all is done
+        temporary = folder / "passing"
+        temporary.mkdir()
+        jobs, noted = self.jobs(temporary)
+        written = self._write(jobs, temporary)
         empty = [split for split in jobs if not written[split]] if jobs else list(self.inputs)
         if empty:
             why = f"left out {self.sieve}" if self.sieve.left_out else "its files have no rows"
             raise UserError(f"{self.name}: no examples for split {empty[0]!r}: {why}")
-        self.info.set_splits(
-            tfds.core.SplitDict(
-                [self._name_shards(folder, split, written[split]) for split in jobs]
-            )
-        )
-        noted = {
-            f"{reason} left out": count for reason, (count, _) in self.sieve.left_out.items()
-        } | dict(noted)
-        self.info.metadata.update(origin=self.origin, noted=noted, left_out=self.sieve.left_out)
-        shutil.rmtree(passing)
+        splits = [self._name_shards(folder, split, written[split]) for split in jobs]
+        self.info.set_splits(tfds.core.SplitDict(splits))
+        left_out = self.sieve.left_out
+        counts = {f"{reason} left out": count for reason, (count, _) in left_out.items()}
+        self.info.metadata.update(origin=self.origin, noted=counts | dict(noted), left_out=left_out)
+        shutil.rmtree(temporary)
+
+    def _write(self, jobs, folder):
+        """Writes the shards of all jobs; returns `{split: Written.shards}`."""
+        parse = functools.partial(self.parse, **self.options())
+        tasks, splits = [], []
+        for split, split_jobs in jobs.items():
+            for number, parts in enumerate(split_jobs):
+                prefix = str(folder / f"{split}.{number:06d}")
+                sieve = self.sieve.fresh()
+                tasks.append((parts, parse, self.info.features, prefix, sieve, self.columns()))
+                splits.append(split)
+        results = shards.run(shards.write_shards, tasks, self.processes, "writing shards")
+        written = collections.defaultdict(list)
+        for split, result in zip(splits, results, strict=True):
+            written[split] += result.shards
+            self.sieve.add(result.left_out)
+        return written
 
     def _name_shards(self, folder, split, written):
-        """Gives shards the names that TFDS reads them by, which hold their number."""
+        """Gives shards the names by which TFDS reads them, which hold their number."""
         template = tfds.core.ShardedFileTemplate(
             data_dir=folder, dataset_name=self.name, split=split, filetype_suffix="array_record"
         )

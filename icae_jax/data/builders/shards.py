@@ -1,4 +1,4 @@
-"""From files of rows to array_record shards, in many processes, a row at a time; plain JSON lines in parts."""
+"""From files of rows to array_record shards, in several processes, with one row in memory each."""
 
 import concurrent.futures
 import itertools
@@ -6,21 +6,25 @@ import multiprocessing
 import os
 import threading
 import typing
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import tqdm
 from array_record.python.array_record_module import ArrayRecordWriter
 
-from icae_jax.data import formats, json_rows, reading, rows
+from icae_jax.data import formats, json_rows, reading
+from icae_jax.data.forms import FIELDS
+from icae_jax.data.rows import Row, Sieve, placed
+from icae_jax.data.unpacking import CHUNK
 from icae_jax.errors import UserError
 
-PART = (
-    256 << 20
-)  # bytes of a plain file that one job reads; a packed file cannot be entered in the middle, and is one part
-SHARD = 256 << 20  # serialised bytes of a shard, about
+PART = 256 << 20  # bytes that one job reads of JSON lines; other files are one part each
+SHARD = 256 << 20  # about how many serialised bytes a shard holds
+
+T = typing.TypeVar("T")
 
 
 class Part(typing.NamedTuple):
-    """The lines of a file that begin at bytes start … stop - 1 (None: to the end), and the subset that they belong to."""
+    """The lines of a file that begin at bytes start … stop - 1 (None: to the end)."""
 
     path: str
     start: int = 0
@@ -29,53 +33,51 @@ class Part(typing.NamedTuple):
 
 
 class Written(typing.NamedTuple):
-    """shards: (path, examples, serialised bytes) of each. left_out: as `rows.Sieve` counts it."""
+    """What was written.
 
-    shards: list
+    Attributes:
+      shards: (path, examples, serialised bytes) of each.
+      left_out: as `rows.Sieve` counts it.
+    """
+
+    shards: list[tuple[str, int, int]]
     left_out: dict[str, tuple[int, str]]
 
 
-def parts_of(path, subset=""):
+def parts_of(path: str, subset: str = "") -> list[Part]:
     """A file as `Part`s that can be read in parallel."""
     if not formats.is_json_lines(path):
         return [Part(path, subset=subset)]
-    return [
-        Part(path, start, start + PART, subset)
-        for start in range(0, max(1, os.path.getsize(path)), PART)
-    ]
+    starts = range(0, max(1, os.path.getsize(path)), PART)
+    return [Part(path, start, start + PART, subset) for start in starts]
 
 
 def _lines(part):
-    """Yields (bytes where the line begins, its number counted from the part's first, the line), blank lines left out."""
+    """Yields (byte at which the line begins, its number in the part, the line); no blank lines."""
     with reading.naming(part.path), reading.open_bytes(part.path) as f:
         position = 0
-        if part.start:  # a line that begins before `start` is another part's
+        if part.start:  # a line that begins before `start` belongs to another part
             f.seek(part.start - 1)
-            while piece := f.readline(reading.CHUNK):
+            while piece := f.readline(CHUNK):
                 if piece.endswith(b"\n"):
                     break
             position = f.tell()
         for number in itertools.count():
-            line = (
-                f.readline(reading.MAX_ROW_BYTES + 1)
-                if part.stop is None or position < part.stop
-                else b""
-            )
+            if part.stop is not None and position >= part.stop:
+                return
+            line = f.readline(reading.MAX_ROW_BYTES + 1)
             if not line:
                 return
             if len(line) > reading.MAX_ROW_BYTES:
-                reading.check_size(
-                    len(line),
-                    f"{part.path}:{_line_number(part, position, number)}",
-                    reading.MAX_ROW_BYTES,
-                )
+                where = f"{part.path}:{_line_number(part, position, number)}"
+                reading.check_size(len(line), where, reading.MAX_ROW_BYTES)
             if not line.isspace():
                 yield position, number, line
             position += len(line)
 
 
 def _line_number(part, position, number):
-    """A line's number in its file. Lines before a part are counted only here, where an error needs them."""
+    """A line's number in its file. Lines before a part are counted only here, for an error."""
     if not part.start:
         return number + 1
     before = 0
@@ -85,28 +87,36 @@ def _line_number(part, position, number):
     return before + 1
 
 
-def objects(part, handle, columns=rows.FIELDS):
-    """Yields what `handle(JSON object, its place)` yields for each row of a part. UserError names file and line of what it refuses.
+def objects(
+    part: Part,
+    handle: Callable[[dict, str], Iterable[T]],
+    columns: frozenset[str] = FIELDS,
+) -> Iterator[T]:
+    """Yields what `handle(JSON object, its place)` yields for each row of a part.
 
-    The place is told by the line in a part that is a whole file, else by bytes. columns: those wanted of a table.
+    Args:
+      part: what to read.
+      handle: gets the place as a line in a part that is a whole file, else as a byte.
+      columns: the columns that are wanted of a table.
+
+    Raises:
+      UserError: `handle` refuses a row, or it is malformed; names file and line.
     """
     if part.start == 0 and part.stop is None:
         for raw, where, _ in formats.raw_rows(part.path, reading.MAX_ROW_BYTES, columns):
-            with rows.placed(where):
+            with placed(where):
                 _check_object(raw)
                 yield from handle(raw, where)
         return
     for position, number, line in _lines(part):
+        where = f"{part.path} byte {position:,}" if part.start else f"{part.path}:{number + 1}"
         try:
             raw = json_rows.decode_line(line)
             _check_object(raw)
-            yield from handle(
-                raw, f"{part.path} byte {position:,}" if part.start else f"{part.path}:{number + 1}"
-            )
+            yield from handle(raw, where)
         except UserError as error:
-            raise UserError(
-                f"{part.path}:{_line_number(part, position, number)}: {error}"
-            ) from error
+            line_number = _line_number(part, position, number)
+            raise UserError(f"{part.path}:{line_number}: {error}") from error
 
 
 def _check_object(raw):
@@ -115,7 +125,9 @@ def _check_object(raw):
 
 
 def _example(row, features):
-    """What a set of those features keeps of a row; None where it keeps questions and the row has none that can be used."""
+    """The fields of a row that a set keeps; None if the set keeps questions and there is none."""
+    if "question" in features and not row.answers:
+        return None
     fields = {
         "id": row.id,
         "text": row.text,
@@ -124,27 +136,34 @@ def _example(row, features):
         "answers": row.answers,
         "subset": row.subset,
     }
-    return (
-        None
-        if "question" in features and not row.answers
-        else {name: fields[name] for name in features}
-    )
+    return {name: fields[name] for name in features}
 
 
-def write_shards(parts, parse, features, prefix, sieve, columns=rows.FIELDS):
-    """Writes the examples of parts, in order, as shards prefix.00000, …; returns `Written`.
+def write_shards(
+    parts: Sequence[Part],
+    parse: Callable[[dict, str], Iterable[Row]],
+    features,
+    prefix: str,
+    sieve: Sieve,
+    columns: frozenset[str] = FIELDS,
+) -> Written:
+    """Writes the examples of parts, in order, as shards prefix.00000, ….
 
-    parse: `(raw, subset) -> iterable of Rows`; it raises UserError for what is malformed. sieve: which rows can be used. features: a tfds
-    FeaturesDict. columns: those wanted of a table. No more than a row and an example are in memory at once.
+    Args:
+      parts: what to read.
+      parse: makes rows of (raw row, subset); raises UserError if it is malformed.
+      features: a tfds `FeaturesDict`.
+      prefix: path of the shards.
+      sieve: decides which rows can be used; its counts stay as they are.
+      columns: the columns that are wanted of a table.
     """
     sieve = sieve.fresh()
 
     def serialised(part):
         def examples(raw, where):
             for row in parse(raw, part.subset):
-                row = sieve.take(
-                    row._replace(where="" if sieve.strict else where)
-                )  # `objects` puts the place before an error
+                # An error gets its place from `objects`.
+                row = sieve.take(row._replace(where="" if sieve.strict else where))
                 example = row and _example(row, features)
                 if example:
                     yield features.serialize_example(example)
@@ -171,7 +190,7 @@ def write_shards(parts, parse, features, prefix, sieve, columns=rows.FIELDS):
 
 
 def _end_with_parent():
-    """Ends this process when its parent does: one that was killed leaves its pool waiting for work for ever."""
+    """Ends this process when its parent ends: workers of a killed parent would wait for ever."""
 
     def wait():
         multiprocessing.parent_process().join()
@@ -180,36 +199,36 @@ def _end_with_parent():
     threading.Thread(target=wait, daemon=True).start()
 
 
-def run(function, jobs, processes, what):
-    """`[function(*job) for job in jobs]` in that many processes, which end with the first error. what: said by the progress bar.
+def run(function: Callable[..., T], jobs: Sequence[tuple], processes: int, what: str) -> list[T]:
+    """`[function(*job) for job in jobs]` in several processes, which end with the first error.
 
-    Results do not depend on the number of processes. function and jobs must be picklable.
+    Args:
+      function: what each job calls; must be picklable.
+      jobs: arguments of each call; must be picklable.
+      processes: most processes; results do not depend on it.
+      what: label of the progress bar.
     """
     if min(processes, len(jobs)) <= 1:
         return [function(*job) for job in tqdm.tqdm(jobs, desc=what, unit="part", disable=None)]
     others = set(multiprocessing.active_children())
-    # spawn: a forked child would inherit the threads' locks of jax or grain, where the caller has loaded them
+    # spawn: a forked child would inherit locks of jax's or grain's threads, if the caller uses them
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(
         min(processes, len(jobs)), context, _end_with_parent
     ) as pool:
         futures = [pool.submit(function, *job) for job in jobs]
+        done = concurrent.futures.as_completed(futures)
         try:
-            for future in tqdm.tqdm(
-                concurrent.futures.as_completed(futures),
-                desc=what,
-                unit="part",
-                total=len(jobs),
-                disable=None,
-            ):
+            for future in tqdm.tqdm(done, what, len(jobs), unit="part", disable=None):
                 future.result()
         except BaseException as error:
             pool.shutdown(wait=False, cancel_futures=True)
             for child in set(multiprocessing.active_children()) - others:
-                child.terminate()  # else the pool waits for what they are at, perhaps hours
+                child.terminate()  # else the pool waits for running jobs, perhaps for hours
             if isinstance(error, concurrent.futures.BrokenExecutor):
                 raise UserError(
-                    f"a process died while {what} (killed, or out of memory?); try fewer --processes"
+                    f"a process died while {what} (killed, or out of memory?); try fewer "
+                    "--processes"
                 ) from error
             raise
     return [future.result() for future in futures]

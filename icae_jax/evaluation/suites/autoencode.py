@@ -1,20 +1,25 @@
-"""`autoencode`: how well a text is restored, by its length and by the number of memory tokens.
+"""`autoencode`: how well texts are restored, by their length and the number of memory tokens.
 
 After arXiv 2307.06945, figures 4 and 5 and table 6, and arXiv 2408.03094, figure 4.
 """
 
+from collections.abc import Sequence
+
 from icae_jax.evaluation import plain, scores
-from icae_jax.evaluation.examples import example
+from icae_jax.evaluation.examples import Example, Text, example
 from icae_jax.evaluation.suites import common
 from icae_jax.evaluation.suites.common import FULL, SHUFFLED
-from icae_jax.inference.compressor import SPARE
+from icae_jax.inference.compressor import SPARE, Compressor
+from icae_jax.inference.reading import Generation
 from icae_jax.objectives import targets
 
 TEXT_METRICS = ("bleu", "rougeL", "exact_match", "prefix_match")
 
 
-def text_scores(restored_text, restored_ids, text, ids):
-    """The numbers of a restored text against the original, which is what its ids decode to."""
+def text_scores(
+    restored_text: str, restored_ids: Sequence[int], text: str, ids: Sequence[int]
+) -> dict[str, list[float] | float]:
+    """The numbers of a restored text. text: the original, which its ids decode to."""
     return {
         "bleu": list(scores.bleu_counts(restored_text, text)),
         "rougeL": scores.rouge(restored_text, [text])["rougeL"],
@@ -23,17 +28,26 @@ def text_scores(restored_text, restored_ids, text, ids):
     }
 
 
-def decode(compressor, ids):
+def decode(compressor: Compressor, ids: Sequence[int]) -> str:
+    """The text of ids, without special tokens."""
     return compressor.base.tokenizer.decode(
         list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
     )
 
 
-class Autoencode(common.Suite):
-    """AE loss with the memory and with another text's; the text restored greedily, of at most its own length and 16 tokens.
+def restored_ids(compressor: Compressor, generation: Generation) -> Sequence[int]:
+    """The ids of a restored text, without the start of text that the decoder may repeat."""
+    start = list(compressor.framing.start)
+    ids = generation.ids
+    return ids[len(start) :] if ids[: len(start)] == start else ids
 
-    The full context is the base alone, asked to copy: only where it was trained with a copying token (`compression.trigger_token`). It
-    reads `<s>`, text, token, `<s>`, so that its labels are the text and `</s>`; behind a memory the second `<s>` may be a label too.
+
+class Autoencode(common.Suite):
+    """AE loss with the memory and with another text's, and the text restored greedily.
+
+    The full context is the base alone, asked to copy, where it was trained with a copying token
+    (`compression.trigger_token`). It reads `<s>`, text, token, `<s>`, so that its labels are the
+    text and `</s>`; behind a memory the second `<s>` may be a label too.
     """
 
     name = "autoencode"
@@ -41,81 +55,72 @@ class Autoencode(common.Suite):
     ARMS = (SHUFFLED, FULL)
     group_label = "context tokens"
 
-    def __init__(self, compressor, options):
+    def __init__(self, compressor: Compressor, options: common.Options):
         super().__init__(compressor, options)
         token = compressor.config.trigger_token
         self.copy = compressor.base.tokenizer.convert_tokens_to_ids(token) if token else None
 
-    def known_arms(self):
+    def known_arms(self) -> set[str]:
+        """All arms; the full context only with a copying token."""
         return super().known_arms() - (set() if self.compressor.config.trigger_token else {FULL})
 
-    def examples(self, text):
-        """The text at each of the lengths; by default whole, or as much as one segment holds."""
+    def examples(self, text: Text) -> list[Example] | str:
+        """The text at each of the lengths; by default as much as one segment holds."""
         ids = self.compressor.ids(text.text)
         if not ids:
             return "texts without a token"
         wanted = self.options.context_lengths
-        lengths = [n for n in wanted if n <= len(ids)] or (
-            [] if wanted else [min(len(ids), self.segment)]
-        )
-        if not lengths:
+        lengths = [n for n in wanted if n <= len(ids)]
+        if wanted and not lengths:
             return f"texts shorter than the shortest of --context_lengths, {min(wanted)} tokens"
+        lengths = lengths or [min(len(ids), self.segment)]
         longest = max(lengths)
         behind = longest + len(self.compressor.framing.start) + 2
-        return self.does_not_fit(
-            longest, behind, 2 * longest + 3 if self.copy is not None else 0
-        ) or [
+        alone = 0 if self.copy is None else 2 * longest + 3
+        return self.does_not_fit(longest, behind, alone) or [
             example(text, ids[:n], n, group={"tokens": str(n) if wanted else common.bucket(n)})
             for n in lengths
         ]
 
-    def measure(self, batch):
+    def measure(self, batch: Sequence[Example]) -> list[list[common.Record]]:
+        """One record for each example."""
         compressor, size = self.compressor, self.options.batch_size
         contexts, records = self.framed(batch), [common.record(e) for e in batch]
         texts = [decode(compressor, e.ids) for e in batch]
         rows = [[targets.ae_target(context, compressor.framing)] for context in contexts]
-        for one, text in zip(records, texts, strict=True):
-            one["texts"]["original"] = text
+        for record, text in zip(records, texts, strict=True):
+            record["texts"]["original"] = text
 
-        def note(arm, losses, restored):
-            for i, (one, loss) in enumerate(zip(records, losses, strict=True)):
-                common.add(one, arm, ae_loss=common.nats(loss))
+        def note(arm, losses, restored=None):
+            for i, (record, loss) in enumerate(zip(records, losses, strict=True)):
+                common.add(record, arm, ae_loss=common.nats(loss))
                 if restored:
-                    start = list(compressor.framing.start)
-                    ids = (
-                        restored[i].ids[len(start) :]
-                        if restored[i].ids[: len(start)] == start
-                        else restored[i].ids
-                    )
-                    common.add(
-                        one, arm, **text_scores(restored[i].text, ids, texts[i], batch[i].ids)
-                    )
-                    one["texts"][arm], one["ties"][arm] = restored[i].text, restored[i].ties
+                    ids = restored_ids(compressor, restored[i])
+                    numbers = text_scores(restored[i].text, ids, texts[i], batch[i].ids)
+                    common.add(record, arm, **numbers)
+                    record["texts"][arm] = restored[i].text
+                    record["ties"][arm] = restored[i].ties
+
+        def losses_behind(memory):
+            return [row[0] for row in compressor.score_targets(memory, rows, "ae", size)]
 
         for arm, memory in self.memories(contexts):
-            losses = [row[0] for row in compressor.score_targets(memory, rows, "ae", size)]
-            note(arm, losses, compressor.restore(memory, batch_size=size, details=True))
+            restored = compressor.restore(memory, batch_size=size, details=True)
+            note(arm, losses_behind(memory), restored)
         wrong = self.shuffled(batch)
         if wrong is not None:
-            note(
-                SHUFFLED,
-                [row[0] for row in compressor.score_targets(wrong, rows, "ae", size)],
-                None,
-            )
+            note(SHUFFLED, losses_behind(wrong))
         if self.copy is not None and self.options.wants(FULL):
             start = plain.start_ids(compressor)
             prompts = [[*start, *e.ids, self.copy, *start] for e in batch]
             labelled = [
-                targets.Target([*p, *e.ids, compressor.framing.eos], len(p))
-                for p, e in zip(prompts, batch, strict=True)
+                targets.Target([*prompt, *e.ids, compressor.framing.eos], len(prompt))
+                for prompt, e in zip(prompts, batch, strict=True)
             ]
             limits = [
-                min(len(c) + SPARE, self.positions - len(p))
-                for c, p in zip(contexts, prompts, strict=True)
+                min(len(context) + SPARE, self.positions - len(prompt))
+                for context, prompt in zip(contexts, prompts, strict=True)
             ]
-            note(
-                FULL,
-                plain.score(compressor, labelled, size),
-                plain.generate(compressor, prompts, limits, size),
-            )
-        return [[one] for one in records]
+            losses = plain.score(compressor, labelled, size)
+            note(FULL, losses, plain.generate(compressor, prompts, limits, size))
+        return [[record] for record in records]

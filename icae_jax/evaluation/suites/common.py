@@ -1,33 +1,36 @@
-"""What all suites share: options, arms, and how one example's scores are written down.
-
-A record is what one example gave: `{"id", "cluster", "set", "group", "sums": {metric: {arm: numbers}}, "texts", "ties"}`, plain JSON. The
-numbers are what a score is made of (`METRICS` says how): summed over examples they give the score of all.
-"""
+"""What all suites share: options, arms, metrics, and the record of an example's scores."""
 
 import dataclasses
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
-from icae_jax.compression import encoder
+from icae_jax.compression import segments
+from icae_jax.compression.memory import Memory
 from icae_jax.errors import UserError
 from icae_jax.evaluation import scores, statistics
+from icae_jax.evaluation.examples import Example, Question, Text
+from icae_jax.inference.compressor import Compressor
+from icae_jax.inference.reading import Score
 
-MEMORY, SHUFFLED, FULL, CUT, NONE = (
-    "memory",
-    "shuffled memory",
-    "full context",
-    "cut context",
-    "no context",
-)
-BUCKET = 100  # tokens; the width of the papers' length buckets
-CONTINUATION_LEAST = 16  # tokens; a shorter rest of a text tells little of how well it is continued
+MEMORY, SHUFFLED = "memory", "shuffled memory"
+FULL, CUT, NONE = "full context", "cut context", "no context"
+BUCKET = 100  # tokens: the width of the papers' length buckets
+CONTINUATION_LEAST = 16  # tokens: on a shorter rest of a text, perplexity says little
+
+Record = dict[str, Any]
+"""What one example, or one question, gave, as plain JSON.
+
+`{"id", "cluster", "set", "group", "sums": {metric: {arm: numbers}}, "texts", "ties"}`. Summed over
+examples, the numbers give the score of all, by the metric's `aggregate`.
+"""
 
 
 class Metric(NamedTuple):
-    """label: with its unit. aggregate: from summed numbers to the score. digits: shown. better: "higher" or "lower"."""
+    """label: with its unit. aggregate: summed numbers to score. better: "higher" or "lower"."""
 
     label: str
-    aggregate: object
-    digits: int
+    aggregate: Callable | None
+    digits: int  # shown
     better: str
 
 
@@ -49,11 +52,15 @@ METRICS = {
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What a suite may be told; each uses what concerns it.
+    """Settings of suites; each takes what concerns it.
 
-    k: memory tokens a segment, () for all that the adapter knows. context_lengths: tokens of a context, () for one segment.
-    continuation_tokens, max_new_tokens: at most. spans: numbers of segments that are joined. plain_template: in which the base alone is
-    asked, "" for the adapter's without trained tokens. arms: () for all. batch_size: contexts at once; it changes no score.
+    k: memory tokens per segment; () for all that the adapter supports.
+    context_lengths: tokens of a context; () for what one segment holds.
+    continuation_tokens, max_new_tokens: upper limits.
+    spans: numbers of segments to join.
+    plain_template: for the base without a memory; "" for the adapter's without trained tokens.
+    arms: () for all.
+    batch_size: contexts at once; it changes no score.
     """
 
     k: tuple[int, ...] = ()
@@ -75,141 +82,177 @@ class Options:
                 raise UserError(f"--{name} is {getattr(self, name)}; it must be at least 1")
         if self.continuation_tokens < 2:
             raise UserError(
-                "--continuation_tokens is 1; give at least 2, since the first token of a continuation is no label"
+                "--continuation_tokens is 1; give at least 2, since a continuation's first token "
+                "is not a label"
             )
         if not self.spans:
             raise UserError("--spans is empty; give numbers of segments, such as 1,2,4")
 
-    def wants(self, arm):
+    def wants(self, arm: str) -> bool:
+        """Whether an arm is to be measured."""
         return not self.arms or arm in self.arms
 
 
-class Suite:
-    """One measurement. Subclasses have `name`, `METRICS` (shown, in order), `ARMS` beside the memory, `examples` and `measure`.
+@runtime_checkable
+class Measurement(Protocol):
+    """What running a suite and summing it up needs of it."""
 
-    compressor: what is measured. options: `Options`. UserError where an option does not suit the adapter.
+    name: str
+    METRICS: tuple[str, ...]
+
+    def measure(self, batch: Sequence[Example]) -> list[list[Record]]:
+        """The records of each example, one or, of several questions, more."""
+
+    def main(self, records: Sequence[Record]) -> Sequence[Record]:
+        """The records that the scores of all are taken from; groups have all records."""
+
+
+class Suite:
+    """One measurement of a compressor.
+
+    Subclasses have `name`, `METRICS` (in the order shown), `ARMS` beside the memory, `examples`
+    and `measure`. UserError where an option does not suit the adapter.
     """
 
-    ARMS = (SHUFFLED,)
-    group_label = ""  # what the values of a record's group stand for, in figures
+    name: str
+    METRICS: tuple[str, ...]
+    ARMS: tuple[str, ...] = (SHUFFLED,)
+    group_label = ""  # the x axis of figures by group
 
-    def __init__(self, compressor, options):
+    def __init__(self, compressor: Compressor, options: Options):
         self.compressor, self.options = compressor, options
-        self.choices = sorted(
-            {compressor.config.choose(k) for k in options.k or compressor.config.choices},
-            reverse=True,
-        )
+        config = compressor.config
+        choices = {config.choose(k) for k in options.k or config.choices}
+        self.choices = sorted(choices, reverse=True)
         self.positions = compressor.base.config.max_position_embeddings
-        self.segment = max(
-            1, compressor.config.segment_tokens - len(compressor.framing.start)
-        )  # tokens of one full segment
+        # Tokens of text that one segment holds.
+        self.segment = max(1, config.segment_tokens - len(compressor.framing.start))
         known = self.known_arms()
         unknown = [arm for arm in options.arms if arm not in known]
         if unknown:
             raise UserError(
-                f"--arms {unknown[0]!r} is no arm of suite {self.name}; choose from {', '.join(sorted(known))}"
+                f"--arms {unknown[0]!r} is no arm of suite {self.name}; "
+                f"choose from {', '.join(sorted(known))}"
             )
 
-    def known_arms(self):
+    def examples(self, text: Text) -> list[Example] | str:
+        """The examples of a text, or the reason why it cannot be used."""
+        raise NotImplementedError
+
+    def measure(self, batch: Sequence[Example]) -> list[list[Record]]:
+        """The records of each example."""
+        raise NotImplementedError
+
+    def main(self, records: Sequence[Record]) -> Sequence[Record]:
+        """The records that the scores of all are taken from; groups have all records."""
+        return records
+
+    def known_arms(self) -> set[str]:
         """What --arms may name."""
         return {*self.ARMS, *map(self.arm_of, self.choices)}
 
-    def one_length(self):
-        """The one number of --context_lengths, by default what a segment holds. UserError where there are several."""
+    def one_length(self) -> int:
+        """The one number of --context_lengths, by default what a segment holds.
+
+        UserError where there are several.
+        """
         if len(self.options.context_lengths) > 1:
             raise UserError(
-                f"--context_lengths is {self.options.context_lengths}; suite {self.name} takes one number"
+                f"--context_lengths is {self.options.context_lengths}; "
+                f"suite {self.name} takes one number"
             )
         return self.options.context_lengths[0] if self.options.context_lengths else self.segment
 
-    def arm_of(self, k):
-        """The name of the memory's arm with k tokens a segment: plain "memory" for the most."""
+    def arm_of(self, k: int) -> str:
+        """The arm of the memory with k tokens per segment: plain "memory" for the largest k."""
         return MEMORY if k == self.choices[0] else f"{MEMORY} k={k}"
 
-    def memories(self, contexts):
-        """Yields (arm, memory) of contexts (framed ids) for every wanted k, the most tokens first."""
+    def memories(self, contexts: Sequence[Sequence[int]]) -> Iterator[tuple[str, Memory]]:
+        """Yields (arm, memory) of contexts (framed ids) for every wanted k, the largest first."""
         for k in self.choices:
-            if self.options.wants(self.arm_of(k)):
-                yield (
-                    self.arm_of(k),
-                    self.compressor.compress_ids(contexts, self.options.batch_size, k),
-                )
+            arm = self.arm_of(k)
+            if self.options.wants(arm):
+                yield arm, self.compressor.compress_ids(contexts, self.options.batch_size, k)
 
-    def shuffled(self, batch):
-        """The memories of the examples' partners, None where a partner is missing or the arm is not wanted."""
+    def shuffled(self, batch: Sequence[Example]) -> Memory | None:
+        """The memories of the examples' partners.
+
+        None where a partner is missing or the arm is not wanted.
+        """
         if not self.options.wants(SHUFFLED) or not all(example.partner for example in batch):
             return None
-        # As long as the context itself at most, so that it leaves the same room behind it.
+        # At most as long as the context itself, so that it leaves the same room behind it.
         contexts = [self.compressor.framed(e.partner[: max(1, len(e.ids))]) for e in batch]
         return self.compressor.compress_ids(contexts, self.options.batch_size, self.choices[0])
 
-    def framed(self, batch):
+    def framed(self, batch: Sequence[Example]) -> list[list[int]]:
+        """The contexts' ids as the encoder reads them."""
         return [self.compressor.framed(example.ids) for example in batch]
 
-    def memory_tokens(self, tokens):
-        """Memory tokens of a context of so many tokens, with the most a segment."""
-        return (
-            encoder.segment_shape(
-                tokens + len(self.compressor.framing.start), self.compressor.config
-            )[0]
-            * self.choices[0]
-        )
+    def memory_tokens(self, tokens: int) -> int:
+        """The memory tokens of a context of so many tokens, at the largest k."""
+        framed = tokens + len(self.compressor.framing.start)
+        return segments.segment_shape(framed, self.compressor.config)[0] * self.choices[0]
 
-    def does_not_fit(self, tokens, behind, alone=0, cut=0):
-        """Why a context of so many tokens cannot be used, None where it can.
+    def does_not_fit(self, tokens: int, behind: int, alone: int = 0, cut: int = 0) -> str | None:
+        """Why a context cannot be used, or None.
 
-        behind: positions needed behind its memory, the template's head included. alone: all that the base needs where it reads the tokens
-        themselves, 0 where it does not. cut: the same for the cut context, where that may take more than the memory.
+        Args:
+          tokens: its length.
+          behind: positions needed behind its memory, the template's head included.
+          alone: all positions that the base needs to read the tokens themselves; 0 if it does not.
+          cut: the same for the cut context, where that may take more than the memory.
         """
-        written, start = self.compressor.positions(
-            tokens + len(self.compressor.framing.start), self.choices[0]
-        )
-        short = self.options.wants(CUT) or self.options.wants(NONE)
-        needed = max(
-            written, start + behind, alone if self.options.wants(FULL) else 0, cut if short else 0
-        )
-        return (
-            f"texts that need more than the base's {self.positions} positions"
-            if needed > self.positions
-            else None
-        )
-
-    def main(self, records):
-        """The records that the scores of all are taken from; the rest stands in groups."""
-        return records
+        framed = tokens + len(self.compressor.framing.start)
+        written, start = self.compressor.positions(framed, self.choices[0])
+        needed = [written, start + behind]
+        if self.options.wants(FULL):
+            needed.append(alone)
+        if self.options.wants(CUT) or self.options.wants(NONE):
+            needed.append(cut)
+        if max(needed) <= self.positions:
+            return None
+        return f"texts that need more than the base's {self.positions} positions"
 
 
-def bucket(tokens):
+def bucket(tokens: int) -> str:
     """The papers' bucket of a length: "1-100", "101-200", …"""
     low = (tokens - 1) // BUCKET * BUCKET
     return f"{low + 1}-{low + BUCKET}"
 
 
-def record(example, question=None, group=None):
+def record(
+    example: Example, question: Question | None = None, group: dict[str, str] | None = None
+) -> Record:
     """An empty record of an example, or of one of its questions."""
     return {
-        "id": question.id if question else example.id, "cluster": example.cluster, "set": example.set,
-        "group": group or example.group, "sums": {}, "texts": {}, "ties": {},
-    }  # fmt: skip
+        "id": question.id if question else example.id,
+        "cluster": example.cluster,
+        "set": example.set,
+        "group": group or example.group,
+        "sums": {},
+        "texts": {},
+        "ties": {},
+    }
 
 
-def add(one, arm, **numbers):
-    """Writes an arm's numbers into a record: a number alone is a value to be averaged, a list is taken as it is."""
+def add(record: Record, arm: str, **numbers) -> None:
+    """Writes an arm's numbers into a record, by metric.
+
+    A single number is a value to be averaged; a list is taken as it is.
+    """
     for metric, value in numbers.items():
-        one["sums"].setdefault(metric, {})[arm] = (
-            [float(v) for v in value] if isinstance(value, list | tuple) else [float(value), 1.0]
-        )
+        values = value if isinstance(value, list | tuple) else (value, 1.0)
+        record["sums"].setdefault(metric, {})[arm] = [float(v) for v in values]
 
 
-def nats(score):
-    """A `Score` as (negative log-likelihood in nats, labels)."""
+def nats(score: Score) -> list[float | int]:
+    """[negative log-likelihood in nats, labels] of a `Score`."""
     return [-score.log_prob, score.tokens]
 
 
-def own_score(metric, numbers):
-    """One example's score of its own numbers."""
-    return (
-        scores.sentence_bleu(numbers)
-        if metric == "bleu"
-        else float(METRICS[metric].aggregate(numbers))
-    )
+def own_score(metric: str, numbers: Sequence[float | int]) -> float:
+    """The score of a single example."""
+    if metric == "bleu":
+        return scores.sentence_bleu(numbers)
+    return float(METRICS[metric].aggregate(numbers))

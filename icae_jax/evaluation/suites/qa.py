@@ -1,21 +1,26 @@
-"""`qa`: answers from the memory against answers from the full context, a cut one, none, and another text's memory.
+"""`qa`: answers from the memory against the full context, a cut one, none, and a wrong memory.
 
-After arXiv 2408.03094 (tables of F1 / EM and of what is retained of the full context's F1), and the ROUGE rows of IC-Former on PwC.
+After arXiv 2408.03094 (tables of F1 and EM, and of how much of the full context's F1 is retained),
+and the ROUGE rows of IC-Former on PwC.
 """
 
+from collections.abc import Callable, Sequence
+
 from icae_jax.evaluation import plain, scores, statistics
-from icae_jax.evaluation.examples import QUESTIONS_AT_ONCE, example
+from icae_jax.evaluation.examples import QUESTIONS_AT_ONCE, Example, Text, example
 from icae_jax.evaluation.suites import common
 from icae_jax.evaluation.suites.common import CUT, FULL, NONE, SHUFFLED
+from icae_jax.inference.compressor import Compressor
 from icae_jax.objectives.targets import Target
 
 EMPTY_QUESTION = "texts with a question of no tokens, which the template puts no words round"
 
 
 class Qa(common.Suite):
-    """Greedy answers, scored against every reference answer, and the loss of the first reference answer with its end.
+    """Greedy answers scored against all reference answers, and the loss of the first of them.
 
-    The base alone is asked in the same template with the text in the memory's place, less trained tokens (`plain_template`: another one).
+    The base alone is asked in the same template without its trained tokens, the text in the
+    memory's place (`plain_template`: in another template).
     """
 
     name = "qa"
@@ -23,11 +28,11 @@ class Qa(common.Suite):
     ARMS = (FULL, CUT, NONE, SHUFFLED)
     group_label = "set"
 
-    def __init__(self, compressor, options):
+    def __init__(self, compressor: Compressor, options: common.Options):
         super().__init__(compressor, options)
         self.plain = plain.template_of(compressor, options.plain_template)
 
-    def examples(self, text):
+    def examples(self, text: Text) -> list[Example] | str:
         """The text with its questions, a few at a time."""
         if not text.questions:
             return "texts without a question"
@@ -41,29 +46,29 @@ class Qa(common.Suite):
             prompts += [plain.prompt(self.compressor, self.plain, (), q) for q in asked]
         if not all(prompts):
             return EMPTY_QUESTION
-        # Room for the reference answers and their end; a longer answer is cut where the positions end.
-        answers = [max(len(self.compressor.ids(a)) for a in q.answers) + 1 for q in text.questions]
+        # Room for the reference answers and their end; longer answers are cut at the last position.
+        room = [max(len(self.compressor.ids(a)) for a in q.answers) + 1 for q in text.questions]
         behind = max(
-            len(template.head) + len(template.prompt(q)) + a
-            for q, a in zip(asked, answers, strict=True)
+            len(template.head) + len(template.prompt(q)) + n
+            for q, n in zip(asked, room, strict=True)
         )
         alone, cut = (
             max(
-                len(plain.prompt(self.compressor, self.plain, part, q)) + a
-                for q, a in zip(asked, answers, strict=True)
+                len(plain.prompt(self.compressor, self.plain, context, q)) + n
+                for q, n in zip(asked, room, strict=True)
             )
-            for part in (ids, ids[: self.memory_tokens(len(ids))])
+            for context in (ids, ids[: self.memory_tokens(len(ids))])
         )
-        parts = [
-            text.questions[at : at + QUESTIONS_AT_ONCE]
-            for at in range(0, len(text.questions), QUESTIONS_AT_ONCE)
-        ]
+        starts = range(0, len(text.questions), QUESTIONS_AT_ONCE)
         return self.does_not_fit(len(ids), behind, alone, cut) or [
-            example(text, ids, at, questions=part, group={"set": text.set})
-            for at, part in enumerate(parts)
+            example(text, ids, i, questions=questions, group={"set": text.set})
+            for i, questions in enumerate(
+                text.questions[start : start + QUESTIONS_AT_ONCE] for start in starts
+            )
         ]
 
-    def measure(self, batch):
+    def measure(self, batch: Sequence[Example]) -> list[list[common.Record]]:
+        """One record for each question."""
         compressor, size = self.compressor, self.options.batch_size
         template = compressor.adapter.template
         records = [[common.record(e, q) for q in e.questions] for e in batch]
@@ -71,97 +76,95 @@ class Qa(common.Suite):
         asked = [[compressor.ids(q.text) for q in e.questions] for e in batch]
         truth = [[compressor.ids(q.answers[0]) for q in e.questions] for e in batch]
         rows = [
-            [template.target(q, a) for q, a in zip(*pair, strict=True)]
-            for pair in zip(asked, truth, strict=True)
+            [template.target(q, a) for q, a in zip(*of_example, strict=True)]
+            for of_example in zip(asked, truth, strict=True)
         ]
-        for of, e in zip(records, batch, strict=True):
-            for one, q in zip(of, e.questions, strict=True):
-                one["texts"] |= {"question": q.text, "answers": list(q.answers)}
+        questions = [
+            (record, question)
+            for of_example, e in zip(records, batch, strict=True)
+            for record, question in zip(of_example, e.questions, strict=True)
+        ]
+        for record, question in questions:
+            record["texts"] |= {"question": question.text, "answers": list(question.answers)}
 
         def note(arm, answers, losses):
-            for of, e, given, found in zip(records, batch, answers, losses, strict=True):
-                for one, q, answer, loss in zip(of, e.questions, given, found, strict=True):
-                    numbers = {
-                        "f1": scores.squad_f1(answer.text, q.answers),
-                        "em": scores.squad_em(answer.text, q.answers),
-                    }
-                    common.add(
-                        one,
-                        arm,
-                        **numbers,
-                        **scores.rouge(answer.text, q.answers),
-                        answer_loss=common.nats(loss),
-                    )
-                    one["texts"][arm], one["ties"][arm] = answer.text, answer.ties
+            """Both are nested as the questions are."""
+            answers, losses = ([x for row in rows for x in row] for rows in (answers, losses))
+            for (record, question), answer, loss in zip(questions, answers, losses, strict=True):
+                common.add(
+                    record,
+                    arm,
+                    f1=scores.squad_f1(answer.text, question.answers),
+                    em=scores.squad_em(answer.text, question.answers),
+                    **scores.rouge(answer.text, question.answers),
+                    answer_loss=common.nats(loss),
+                )
+                record["texts"][arm], record["ties"][arm] = answer.text, answer.ties
 
-        def behind(arm, memory):
+        def ask(arm, memory):
             answers = compressor.ask(memory, texts, self.options.max_new_tokens, size, details=True)
             note(arm, answers, compressor.score_targets(memory, rows, "qa", size))
 
         for arm, memory in self.memories(self.framed(batch)):
-            behind(arm, memory)
+            ask(arm, memory)
         contexts = {
             FULL: [e.ids for e in batch],
             CUT: [e.ids[: self.memory_tokens(len(e.ids))] for e in batch],
             NONE: [()] * len(batch),
         }
-        for arm, given in contexts.items():
+        for arm, of_arm in contexts.items():
             if self.options.wants(arm):
                 prompts = [
-                    [plain.prompt(compressor, self.plain, c, q) for q in of]
-                    for c, of in zip(given, asked, strict=True)
+                    [plain.prompt(compressor, self.plain, context, q) for q in of_example]
+                    for context, of_example in zip(of_arm, asked, strict=True)
                 ]
                 note(arm, *self._alone(prompts, truth))
         wrong = self.shuffled(batch)
         if wrong is not None:
-            behind(SHUFFLED, wrong)
+            ask(SHUFFLED, wrong)
         return records
 
     def _alone(self, prompts, truth):
         """(answers, losses) of the base alone, nested as the prompts are."""
         flat = [
             (prompt, answer)
-            for of in zip(prompts, truth, strict=True)
-            for prompt, answer in zip(*of, strict=True)
+            for of_example in zip(prompts, truth, strict=True)
+            for prompt, answer in zip(*of_example, strict=True)
         ]
-        limits = [
-            min(self.options.max_new_tokens, self.positions - len(prompt)) for prompt, _ in flat
-        ]
-        size, stop = (
-            self.options.batch_size,
-            self.plain.stop,
-        )  # each prompt holds a whole context, so no more of them than contexts
-        answers = iter(
-            plain.generate(self.compressor, [prompt for prompt, _ in flat], limits, size, stop)
+        most, stop = self.options.max_new_tokens, self.plain.stop
+        limits = [min(most, self.positions - len(prompt)) for prompt, _ in flat]
+        # Each prompt holds a whole context, so no more of them at once than contexts.
+        size = self.options.batch_size
+        answers = plain.generate(self.compressor, [p for p, _ in flat], limits, size, stop)
+        rows = [Target([*prompt, *answer, stop], len(prompt)) for prompt, answer in flat]
+        answers, losses = iter(answers), iter(plain.score(self.compressor, rows, size))
+        return tuple(
+            [[next(flat_results) for _ in of_example] for of_example in prompts]
+            for flat_results in (answers, losses)
         )
-        losses = iter(
-            plain.score(
-                self.compressor,
-                [Target([*prompt, *answer, stop], len(prompt)) for prompt, answer in flat],
-                size,
-            )
-        )
-        return [[next(answers) for _ in of] for of in prompts], [
-            [next(losses) for _ in of] for of in prompts
-        ]
 
 
-def retention(records, resample):
-    """`{arm: Estimate}` of the F1 retained of the full context's, the unweighted mean over sets, and the sets that count for none.
+def retention(
+    records: Sequence[common.Record], resample: Callable
+) -> tuple[dict[str, statistics.Estimate], list[str]]:
+    """How much of the full context's F1 each arm retains: the unweighted mean over sets.
 
-    resample: bootstrap weights of some records. Empty where no set's full context scores above 0, or that arm was left out.
+    Returns estimates by arm, and the sets left out, whose full context scores 0. No estimates
+    where that arm was left out, or scores 0 in all sets. resample: draws bootstrap weights.
     """
     sets = {}
-    for one in records:
-        if FULL in one["sums"].get("f1", {}):
-            sets.setdefault(one["set"], []).append(one)
-    if not any(one["sums"]["f1"][FULL][0] for of in sets.values() for one in of):
+    for record in records:
+        if FULL in record["sums"].get("f1", {}):
+            sets.setdefault(record["set"], []).append(record)
+    if not any(record["sums"]["f1"][FULL][0] for of_set in sets.values() for record in of_set):
         return {}, sorted(sets)
-    found, left_out = {}, []
+    retained, left_out = {}, []
     for arm in next(iter(sets.values()))[0]["sums"]["f1"]:
         if arm == FULL:
             continue
-        per_set = {name: ([r["sums"]["f1"][arm][0] for r in of], [r["sums"]["f1"][FULL][0] for r in of], resample(of, i))
-                   for i, (name, of) in enumerate(sorted(sets.items()))}  # fmt: skip
-        found[arm], left_out = statistics.retention(per_set)
-    return found, left_out
+        per_set = {}
+        for i, (name, of_set) in enumerate(sorted(sets.items())):
+            f1 = ([r["sums"]["f1"][a][0] for r in of_set] for a in (arm, FULL))
+            per_set[name] = (*f1, resample(of_set, i))
+        retained[arm], left_out = statistics.retention(per_set)
+    return retained, left_out

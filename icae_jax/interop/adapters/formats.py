@@ -1,251 +1,240 @@
-"""The files in which the reference implementations keep what they trained: read, recognised by their content, and written.
+"""Files of trained tensors as the reference implementations write them.
 
-| format  | file                 | tensors                                                                                       |
-|---------|----------------------|-----------------------------------------------------------------------------------------------|
-| icae-v2 | safetensors          | `icae.….lora_{A,B}.default.weight`, `memory_token_embed.weight` `[k + 3, D]`; a full training save has |
-|         |                      | the base (`….base_layer.weight`) and a `decoder.*` copy of it besides                         |
-| icae-v1 | pickle (`.pt`)       | the same, and a scalar 0.0 in the place of every tensor of the base                           |
-| x500    | pickle, safetensors  | `llama.….lora_{A,B}.default.weight`, `memory_embeddings` `[1, k, D]`; the ICAE of the same repository |
-|         |                      | has `ae_embedding` `[1, 1, D]` after pretraining, and the very keys of x500 after tuning on questions |
+| format  | file                | tensors                                                          |
+|---------|---------------------|------------------------------------------------------------------|
+| icae-v2 | safetensors         | `icae.….lora_{A,B}.default.weight`, `memory_token_embed.weight`  |
+|         |                     | `[k + 3, D]`; a full training save also has the base             |
+|         |                     | (`….base_layer.weight`) and a copy of it as `decoder.*`          |
+| icae-v1 | pickle (`.pt`)      | the same, with a scalar 0.0 in place of every tensor of the base |
+| x500    | pickle, safetensors | `llama.….lora_{A,B}.default.weight`, `memory_embeddings`         |
+|         |                     | `[1, k, D]`; the ICAE of the same repository adds `ae_embedding` |
+|         |                     | `[1, 1, D]` in pretraining, and saves x500's names after         |
+|         |                     | fine-tuning on questions                                         |
 """
 
 import dataclasses
+import os
 import pathlib
+from collections.abc import Callable, Mapping
+from types import ModuleType
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-import safetensors
 import safetensors.numpy
+from jaxtyping import Float
 
 from icae_jax import errors, files
-from icae_jax.compression.encoder import SPECIAL_ROWS, CompressionConfig
+from icae_jax.compression.config import CompressionConfig
+from icae_jax.compression.trained import SPECIAL_ROWS
 from icae_jax.errors import UserError
 from icae_jax.interop.adapters import folder as adapters
+from icae_jax.interop.adapters import lora_tensors
 from icae_jax.interop.hub import base as bases
-from icae_jax.interop.hub import weights
+from icae_jax.models.families import tensor_names
+from icae_jax.models.llama import ModelConfig
 from icae_jax.models.lora import LoraConfig
+from icae_jax.objectives.targets import Template
 
-ALPHA = 32.0  # of every released file and of every golden one; no file says it
+ALPHA = 32.0  # of all released files, none of which says so
 DROPOUT = 0.05
-V1_CONTEXT, X500_CONTEXT = 512, 500  # tokens of a segment
-PREFIX = {"icae": "icae.base_model.model.", "x500": "llama.base_model.model."}
-EMBED, NORM = "model.embed_tokens.weight", "model.norm.weight"
-INV_FREQ = (
-    "model.layers.{}.self_attn.rotary_emb.inv_freq"  # a buffer that transformers used to save
-)
-READING = "reading.json"  # beside a file that was written here: what its tensors do not tell
-NAMES = {"icae-v1": "icae.pt", "icae-v2": "icae.safetensors", "x500": "lora_params.pt"}
-
-
-# ------------------------------------------------------------------------------------------------------ files of tensors
+LORA_TARGETS = ("q_proj", "v_proj")
+EMBED, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
+MEMORY_EMBEDDINGS, AE_EMBEDDING = "memory_embeddings", "ae_embedding"
+# A buffer that transformers used to save.
+INV_FREQ = "model.layers.{}.self_attn.rotary_emb.inv_freq"
+READING = "reading.json"  # beside a file written here: what its tensors do not tell
 
 
 @dataclasses.dataclass(frozen=True)
-class Stored:
-    """A tensor in a file, read when it is asked for (`np.asarray`): saves with two copies of the base are larger than memory."""
+class Conventions:
+    """How an implementation reads the tensors of one method.
 
-    shape: tuple[int, ...]
-    dtype: str
-    read: object
-
-    def __array__(self, dtype=None, copy=None):
-        value = self.read()
-        return value if dtype is None else value.astype(dtype)
-
-
-def need_torch_for(form):
-    """The torch module where a format is a pickle, else None."""
-    return files.need_torch(f"format {form}, a pickle,") if NAMES[form].endswith(".pt") else None
-
-
-def file_kind(path):
-    """What a file is by its first bytes: "safetensors", "pickle" (what `torch.save` writes) or None."""
-    path = pathlib.Path(path)
-
-    def first_bytes():
-        with open(path, "rb") as f:
-            return f.read(9)
-
-    with errors.naming(f"{path}: cannot be read"):
-        start = errors.retrying(first_bytes, f"reading {path}")
-    if start[:4] == b"PK\x03\x04" or start[:1] == b"\x80":
-        return "pickle"
-    header = int.from_bytes(start[:8], "little")
-    return "safetensors" if start[8:] == b"{" and header + 8 <= path.stat().st_size else None
-
-
-def open_tensors(path):
-    """(`{name: Stored}`, metadata) of a safetensors file or a pickled flat dict of tensors.
-
-    Of a pickle nothing but tensors is ever constructed; UserError where it holds anything else.
+    template: after fine-tuning; pretraining asks no questions. trigger: of autoencoding.
     """
-    path = pathlib.Path(path)
-    files.check_real(path)
-    kind = file_kind(path)
-    if kind is None:
-        raise UserError(f"{path}: neither safetensors nor a file that torch.save wrote")
-    if kind == "safetensors":
-        return files.read_safetensors(path, _stored)
-    torch = files.need_torch(f"reading {path}, a pickle,")
-    try:
-        content = errors.retrying(
-            lambda: torch.load(path, map_location="cpu", weights_only=True), f"reading {path}"
-        )
-    except Exception as error:  # a pickle can fail in any way; none of them may run code
-        if errors.transient(error) or isinstance(error, MemoryError):
-            raise
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"{path}: refused, a pickle with more in it than tensors, or a damaged one ({reason})"
-        ) from error
-    if not isinstance(content, dict):
-        raise UserError(
-            f"{path}: refused, it holds a {type(content).__name__} and not a flat dict of tensors"
-        )
-    fine = (torch.Tensor, float, int)  # numbers: the zeros of icae-v1
-    other = [
-        f"{k!r}: {type(v).__name__}"
-        for k, v in content.items()
-        if not (isinstance(k, str) and isinstance(v, fine))
-    ]
-    if other:
-        raise UserError(
-            f"{path}: refused, a flat dict of tensors is expected and it holds {', '.join(other[:5])}"
-        )
-    tensors = {
-        k: v if isinstance(v, torch.Tensor) else torch.tensor(float(v)) for k, v in content.items()
-    }
 
-    def stored(value):
-        return Stored(
-            tuple(value.shape),
-            str(value.dtype).removeprefix("torch."),
-            lambda: value.detach().float().numpy(),
-        )
-
-    return {name: stored(value) for name, value in tensors.items()}, {}
+    layout: str
+    template: str
+    trigger: str = "trained"
 
 
-def _stored(path):
-    with safetensors.safe_open(path, framework="numpy") as f:
-        slices = {name: f.get_slice(name) for name in f.keys()}  # noqa: SIM118
-        return {
-            n: Stored(tuple(s.get_shape()), s.get_dtype(), _reader(path, n))
-            for n, s in slices.items()
-        }, f.metadata() or {}
+@dataclasses.dataclass(frozen=True)
+class Format:
+    """One row of the table above.
+
+    Attributes:
+        file_name: what the implementation calls the file.
+        prefix: what stands before PEFT's names of the LoRA's tensors.
+        segment_tokens: the default number of text tokens per segment, from k.
+        methods: which methods it can hold, and how each is read.
+        special_rows: whether the table of the memory tokens ends in [AE], [LM], [FT]. Otherwise
+            the only special row is [AE], a tensor of its own where the method trains it.
+        zeros: whether it has a scalar 0.0 in place of every tensor of the base.
+    """
+
+    file_name: str
+    prefix: str
+    segment_tokens: Callable[[int], int]
+    methods: dict[str, Conventions]
+    special_rows: bool = True
+    zeros: bool = False
+
+    @property
+    def is_pickle(self) -> bool:
+        """Whether the file is written with PyTorch."""
+        return self.file_name.endswith(".pt")
 
 
-def _reader(path, name):
-    def read(path):
-        with safetensors.safe_open(path, framework="numpy") as f:
-            return f.get_tensor(name)
+ICAE, X500 = "icae", "x500"  # the methods that the reference implementations are of
+FORMATS = {
+    "icae-v1": Format(
+        "icae.pt",
+        "icae.base_model.model.",
+        lambda k: 512,
+        {ICAE: Conventions("sequential", "v1")},
+        zeros=True,
+    ),
+    "icae-v2": Format(
+        "icae.safetensors",
+        "icae.base_model.model.",
+        lambda k: 4 * k,
+        {ICAE: Conventions("sequential", "mistral")},
+    ),
+    "x500": Format(
+        "lora_params.pt",
+        "llama.base_model.model.",
+        lambda k: 500,
+        {X500: Conventions("reference", "plain", "bos"), ICAE: Conventions("padded", "plain")},
+        special_rows=False,
+    ),
+}
 
-    return lambda: files.read_safetensors(path, read)
+
+def need_torch_for(form: str) -> ModuleType | None:
+    """The torch module for a format that is a pickle, else None; UserError if not installed."""
+    if not FORMATS[form].is_pickle:
+        return None
+    return errors.need_torch(f"format {form}, a pickle,")
 
 
-# ----------------------------------------------------------------------------------------------------------- recognising
+# --- Recognising ---
 
 
-def _ending(tensors, suffix):
-    """The one name that ends so, or None."""
+def _ending(tensors: Mapping, suffix: str) -> str | None:
+    """The first name that ends in a whole part `suffix`."""
     return next((name for name in tensors if name == suffix or name.endswith("." + suffix)), None)
 
 
-def recognise(tensors):
-    """The format, "icae-v1", "icae-v2" or "x500"; None where the tensors are no trained compressor of these."""
-    lora = any(adapters.is_lora(name) for name in tensors)
-    if lora and _ending(tensors, adapters.MEMORY_TABLE):
+def recognise(tensors: Mapping[str, Any]) -> str | None:
+    """The format of a file's tensors, a key of `FORMATS`; None if they are of none."""
+    if not any(lora_tensors.is_lora(name) for name in tensors):
+        return None
+    if _ending(tensors, adapters.MEMORY_TABLE):
         return "icae-v1" if any(t.shape == () for t in tensors.values()) else "icae-v2"
-    return "x500" if lora and _ending(tensors, "memory_embeddings") else None
+    return "x500" if _ending(tensors, MEMORY_EMBEDDINGS) else None
 
 
-def is_table(name):
+def is_table(name: str) -> bool:
     """Whether a tensor of that name holds trained embeddings."""
-    return any(
-        name == n or name.endswith("." + n)
-        for n in (adapters.MEMORY_TABLE, "memory_embeddings", "ae_embedding")
-    )
+    tables = (adapters.MEMORY_TABLE, MEMORY_EMBEDDINGS, AE_EMBEDDING)
+    return any(name == table or name.endswith("." + table) for table in tables)
 
 
-def rows(table):
-    """How many rows a table of embeddings has, 0 where it is none by its axes."""
+def rows(table: Any) -> int:
+    """The number of rows of an embedding table; 0 if it has too few axes to be one."""
     return (0, 0, *table.shape)[-2]
 
 
-def methods_of(form, tensors, phase=None):
-    """The methods that a file of that format may be of."""
-    if form != "x500":
-        return ("icae",)
-    if _ending(tensors, "ae_embedding"):
-        return ("icae",)
-    return ("x500",) if phase == "pretrain" else ("x500", "icae")
+def memory_tokens(form: str, table: Any) -> int:
+    """The number of memory tokens in a format's embedding table."""
+    return max(0, rows(table) - (SPECIAL_ROWS if FORMATS[form].special_rows else 0))
 
 
-# --------------------------------------------------------------------------------------------------------------- reading
+def methods_of(form: str, tensors: Mapping[str, Any], phase: str | None = None) -> tuple[str, ...]:
+    """The methods that a file of that format may be of. phase: "pretrain", "finetune" or unknown.
 
-
-def read_trained(form, tensors, base, source):
-    """The trained tree `{"lora": tree, "memory_table": [k + 3, D]}` of a recognised file, float32, for a loaded `Base`.
-
-    UserError lists every tensor that is missing, unexpected or of a shape that is not the base's, and where the file carries a base of
-    its own that is not this one.
+    Only ICAE trains [AE]; fine-tuned, both methods of the x500 repository save the same names.
     """
-    problems, D = [], base.config.hidden_size
-    lora = adapters.lora_from_hub(tensors, base.config, problems)
-    left = {name: t for name, t in tensors.items() if not adapters.is_lora(name)}
-    if form == "x500":
-        table_name, trigger_name = (
-            _ending(tensors, n) for n in ("memory_embeddings", "ae_embedding")
-        )
-        k = rows(tensors[table_name])
-        shapes = {table_name: (1, k, D)} | ({trigger_name: (1, 1, D)} if trigger_name else {})
-    else:
+    methods = tuple(FORMATS[form].methods)
+    if len(methods) == 1:
+        return methods
+    trains_trigger = {name: c.trigger == "trained" for name, c in FORMATS[form].methods.items()}
+    if _ending(tensors, AE_EMBEDDING):
+        return tuple(method for method in methods if trains_trigger[method])
+    if phase == "pretrain":
+        return tuple(method for method in methods if not trains_trigger[method])
+    return methods
+
+
+# --- Reading ---
+
+
+def read_trained(
+    form: str, tensors: Mapping[str, Any], base: bases.Base, source: str | os.PathLike
+) -> dict:
+    """The trained tree of a recognised file: `{"lora": tree, "memory_table": [k + 3, D]}`, float32.
+
+    Raises UserError listing every tensor that is missing, unexpected or of another shape than the
+    base's, or if the file carries a copy of another base.
+    """
+    problems: list[str] = []
+    D = base.config.hidden_size
+    lora = lora_tensors.lora_from_hub(tensors, base.config, problems)
+    others = {name: t for name, t in tensors.items() if not lora_tensors.is_lora(name)}
+    trigger_name = None
+    if FORMATS[form].special_rows:
         table_name = _ending(tensors, adapters.MEMORY_TABLE)
         shapes = {table_name: (max(rows(tensors[table_name]), SPECIAL_ROWS + 1), D)}
+    else:
+        table_name = _ending(tensors, MEMORY_EMBEDDINGS)
+        trigger_name = _ending(tensors, AE_EMBEDDING)
+        shapes = {table_name: (1, rows(tensors[table_name]), D)}
+        if trigger_name:
+            shapes[trigger_name] = (1, 1, D)
     for name, want in shapes.items():
-        if left.pop(name).shape != want:
+        if others.pop(name).shape != want:
             problems.append(
                 f"mis-shaped {name}: {tensors[name].shape}, with this base it is {want}"
             )
-    copies = _base_copies(left, base.config, problems)
-    floats = (
-        {}
-        if problems
-        else {name: adapters.read_floats(tensors[name], name, problems) for name in shapes}
-    )
+    copies = _base_copies(others, base.config, problems)
+    floats = {}
+    if not problems:
+        floats = {name: lora_tensors.read_floats(tensors[name], name, problems) for name in shapes}
     if problems:
         raise UserError(
-            adapters.misfits(f"{source}: the tensors do not fit base {base.path}", problems)
+            lora_tensors.misfits(f"{source}: the tensors do not fit base {base.path}", problems)
         )
     for copy in copies:
         theirs = bases.fingerprint(base.config, copy)
         if theirs != base.fingerprint:
             have = f"{base.path} has {base.fingerprint[:12]}"
             raise UserError(
-                f"{source} carries a base with fingerprint {theirs[:12]}, but {have}; give the right base"
+                f"{source} carries a base with fingerprint {theirs[:12]}, but {have}; give the "
+                "right base"
             )
     table = floats[table_name]
-    if form == "x500":
+    if not FORMATS[form].special_rows:
         table = np.concatenate([table[0], np.zeros((SPECIAL_ROWS, D), np.float32)])
         if trigger_name:
             table[-SPECIAL_ROWS] = floats[trigger_name][0, 0]
     return {"lora": lora, "memory_table": jnp.asarray(table)}
 
 
-def _base_copies(left, config, problems):
-    """What a training save holds of the base: checks that nothing else is left, returns what `bases.fingerprint` needs of each copy.
+def _base_copies(others: Mapping, config: ModelConfig, problems: list[str]) -> list[dict]:
+    """What `bases.fingerprint` needs of each copy of the base that a training save holds.
 
-    The encoder's embedding table may have grown by the special tokens, which the reference adds to it.
+    Appends a line to `problems` for each tensor that is no part of such a copy. An embedding table
+    may have more rows than the base's: the reference adds special tokens to the encoder's.
     """
-    shapes = weights.hub_shapes(config) | {
-        "lm_head.weight": (config.vocab_size, config.hidden_size)
-    }  # saved where it is tied, too
+    # Some saves have the head although it is tied to the embeddings.
+    head = {HEAD: (config.vocab_size, config.hidden_size)}
+    shapes = tensor_names.hub_shapes(config) | head
     inv_freq = {INV_FREQ.format(i) for i in range(config.num_layers)}
-    copies = {}
-    for name, tensor in left.items():
+    copies: dict[str, dict] = {}
+    for name, tensor in others.items():
         plain = name[name.find("model.layers.") :] if "model.layers." in name else name
         plain = plain.replace(".base_layer.", ".")
-        short = next((n for n in (EMBED, NORM, "lm_head.weight") if name.endswith(n)), plain)
+        short = next((end for end in (EMBED, NORM, HEAD) if name.endswith(end)), plain)
         if short in inv_freq and len(tensor.shape) < 2:
             continue
         want = shapes.get(short)
@@ -254,7 +243,8 @@ def _base_copies(left, config, problems):
         elif tensor.shape == ():
             if float(np.asarray(tensor)) != 0:
                 problems.append(
-                    f"unexpected {name}: the scalar {float(np.asarray(tensor))}, where a zero stands for a tensor of the base"
+                    f"unexpected {name}: the scalar {float(np.asarray(tensor))}, where a zero "
+                    "stands for a tensor of the base"
                 )
         elif (
             tensor.shape[1:] != want[1:]
@@ -266,42 +256,43 @@ def _base_copies(left, config, problems):
             copies.setdefault(name.removesuffix(short), {})[short] = tensor
     if problems:
         return []
-    whole = [
+    complete = [
         {name: np.asarray(t, np.float32) for name, t in copy.items()}
         for copy in copies.values()
         if len(copy) == 2
     ]
     return [
-        {"embed": copy[EMBED][: config.vocab_size], "norm": {"scale": copy[NORM]}} for copy in whole
+        {"embed": copy[EMBED][: config.vocab_size], "norm": {"scale": copy[NORM]}}
+        for copy in complete
     ]
 
 
-def defaults(form, method, phase, k):
-    """What the tensors of a format do not tell, as its implementation has it: `{alpha, context_length, layout, template}`.
+def defaults(form: str, method: str, phase: str, k: int) -> dict[str, Any]:
+    """What tensors do not tell, as the implementation has it.
 
-    phase: "pretrain" (no question was ever asked, so there is no template) or "finetune". k: memory tokens of a segment.
+    Returns `{alpha, context_length, layout, template}`. phase: "pretrain" or "finetune".
     """
-    layout, template = {
-        ("icae-v1", "icae"): ("sequential", "v1"),
-        ("icae-v2", "icae"): ("sequential", "mistral"),
-        ("x500", "x500"): ("reference", "plain"),
-        ("x500", "icae"): ("padded", "plain"),
-    }[form, method]
-    length = {"icae-v1": V1_CONTEXT, "icae-v2": 4 * k, "x500": X500_CONTEXT}[form]
+    conventions = FORMATS[form].methods[method]
     return {
         "alpha": ALPHA,
-        "context_length": length,
-        "layout": layout,
-        "template": "none" if phase == "pretrain" else template,
+        "context_length": FORMATS[form].segment_tokens(k),
+        "layout": conventions.layout,
+        "template": "none" if phase == "pretrain" else conventions.template,
     }
 
 
-def make_adapter(trained, base, template, *, method, alpha, context_length, layout):
-    """The `Adapter` of a trained tree that was read from one of the formats. context_length: most text tokens of a segment."""
-    targets = tuple(name for of in trained["lora"]["layers"].values() for name in of)
-    rank = next(
-        pair["a"].shape[2] for of in trained["lora"]["layers"].values() for pair in of.values()
-    )
+def make_adapter(
+    trained: dict,
+    base: bases.Base,
+    template: Template,
+    *,
+    method: str,
+    alpha: float,
+    context_length: int,
+    layout: str,
+) -> adapters.Adapter:
+    """The `Adapter` of a tree from `read_trained`. context_length: text tokens per segment."""
+    targets, rank = lora_tensors.targets_and_rank(trained["lora"])
     k = trained["memory_table"].shape[0] - SPECIAL_ROWS
     compression = CompressionConfig(method, k, context_length / k, layout=layout)
     lora = LoraConfig(rank, alpha / rank, DROPOUT, targets)
@@ -309,83 +300,95 @@ def make_adapter(trained, base, template, *, method, alpha, context_length, layo
     return adapters.Adapter(compression, lora, template, trained, base.path, **identity)
 
 
-# --------------------------------------------------------------------------------------------------------------- writing
+# --- Writing ---
 
 
-def misreadings(form, adapter):
-    """Why the implementation that reads a format would read this adapter otherwise than it was trained, as lines; [] where it would not."""
-    c, wrong = adapter.compression, []
-    layouts = {
-        "icae-v1": {"icae": "sequential"},
-        "icae-v2": {"icae": "sequential"},
-        "x500": {"x500": "reference", "icae": "padded"},
-    }[form]
-    if c.method not in layouts:
+def misreadings(form: str, adapter: adapters.Adapter) -> list[str]:
+    """Why a format's implementation would read this adapter otherwise than trained, as lines.
+
+    UserError if the format cannot hold the adapter at all.
+    """
+    compression = adapter.compression
+    conventions = FORMATS[form].methods.get(compression.method)
+    if conventions is None:
+        able = [name for name, f in FORMATS.items() if compression.method in f.methods]
+        choices = ", ".join(["native", "peft", *able])
         raise UserError(
-            f"--format {form} cannot hold an adapter of method {c.method}; choose native, peft or x500"
+            f"--format {form} cannot hold an adapter of method {compression.method}; choose from "
+            f"{choices}"
         )
-    if c.layout != layouts[c.method]:
-        wrong.append(
-            f"it reads layout {layouts[c.method]}, the adapter was trained with {c.layout}"
+    adapters.refuse_decoder_lora(adapter, f"--format {form}")
+    lines = []
+    if compression.layout != conventions.layout:
+        lines.append(
+            f"it reads layout {conventions.layout}, the adapter was trained with "
+            f"{compression.layout}"
         )
-    if c.trigger != ("bos" if c.method == "x500" else "trained"):
-        wrong.append(f"the adapter's trigger is {c.trigger}")
-    if set(adapter.lora.targets) != {"q_proj", "v_proj"}:
-        wrong.append(
-            f"it has LoRA on q_proj and v_proj, the adapter on {', '.join(adapter.lora.targets)}"
+    if compression.trigger != conventions.trigger:
+        lines.append(f"the adapter's trigger is {compression.trigger}")
+    if set(adapter.lora.targets) != set(LORA_TARGETS):
+        lines.append(
+            f"it has LoRA on {' and '.join(LORA_TARGETS)}, the adapter on "
+            f"{', '.join(adapter.lora.targets)}"
         )
-    return wrong
+    return lines
 
 
-def tensors_of(form, adapter, model_config):
-    """The adapter's tensors as a format names and shapes them, float32 numpy."""
+def tensors_of(
+    form: str, adapter: adapters.Adapter, model_config: ModelConfig
+) -> dict[str, Float[np.ndarray, "..."]]:
+    """The adapter's tensors as a format names and shapes them, float32."""
+    format_ = FORMATS[form]
     table = np.asarray(adapter.trained["memory_table"], np.float32)
-    lora = adapters.lora_to_hub(
-        adapter.trained["lora"], PREFIX["x500" if form == "x500" else "icae"], ".default"
-    )
-    if form == "x500":
-        trigger = (
-            {"ae_embedding": table[None, -SPECIAL_ROWS, None]}
-            if adapter.compression.method == "icae"
-            else {}
-        )
-        return {"memory_embeddings": table[None, :-SPECIAL_ROWS]} | trigger | lora
+    lora = lora_tensors.lora_to_hub(adapter.trained["lora"], format_.prefix, ".default")
+    if not format_.special_rows:
+        tensors = {MEMORY_EMBEDDINGS: table[None, :-SPECIAL_ROWS]}
+        if format_.methods[adapter.compression.method].trigger == "trained":
+            tensors[AE_EMBEDDING] = table[None, -SPECIAL_ROWS, None]
+        return tensors | lora
     zeros = {}
-    if form == "icae-v1":
-        names = [
-            *weights.tensor_names(model_config),
-            *map(INV_FREQ.format, range(model_config.num_layers)),
-        ]
-        zeros = {PREFIX["icae"] + name: np.zeros((), np.float32) for name in names}
+    if format_.zeros:
+        inv_freq = [INV_FREQ.format(i) for i in range(model_config.num_layers)]
+        names = [*tensor_names.tensor_names(model_config), *inv_freq]
+        zeros = {format_.prefix + name: np.zeros((), np.float32) for name in names}
     return zeros | lora | {adapters.MEMORY_TABLE: table}
 
 
-def write(form, folder, adapter, model_config, dtype="float32"):
-    """Writes `folder` with the one file of a format; returns its path. dtype: of the tensors. Pickles need PyTorch."""
+def write(
+    form: str,
+    folder: str | os.PathLike,
+    adapter: adapters.Adapter,
+    model_config: ModelConfig,
+    dtype: str = "float32",
+) -> pathlib.Path:
+    """Writes a folder with the one file of a format; returns the file's path.
+
+    dtype: of the tensors. UserError if the format is a pickle and PyTorch is not installed.
+    """
+    adapters.refuse_decoder_lora(adapter, f"--format {form}")
     tensors = tensors_of(form, adapter, model_config)
-    name = NAMES[form]
+    name = FORMATS[form].file_name
     torch = need_torch_for(form)
     with files.replacing_folder(folder) as tmp:
         if torch:
-            # A copy: torch wants arrays that it may write to.
-            torch.save(
-                {
-                    k: torch.from_numpy(v.copy()).to(getattr(torch, dtype))
-                    for k, v in tensors.items()
-                },
-                tmp / name,
-            )
+            # Copies, since torch wants writable arrays.
+            values = {
+                name: torch.from_numpy(value.copy()).to(getattr(torch, dtype))
+                for name, value in tensors.items()
+            }
+            torch.save(values, tmp / name)
         else:
             values = {
-                k: np.ascontiguousarray(v.astype(jnp.dtype(dtype))) for k, v in tensors.items()
+                name: np.ascontiguousarray(value.astype(jnp.dtype(dtype)))
+                for name, value in tensors.items()
             }
             safetensors.numpy.save_file(values, tmp / name, {"format": "pt"})
-        files.write_json(tmp / READING, reading(adapter))
+        files.write_json(tmp / READING, reading_json(adapter))
     return pathlib.Path(folder) / name
 
 
-def reading(adapter):
-    """What a file of tensors does not say of itself, as plain values."""
+def reading_json(adapter: adapters.Adapter) -> dict[str, Any]:
+    """The content of reading.json: what a file of tensors does not say of itself."""
     return {
         "alpha": adapter.lora.scale * adapter.lora.rank,
         "context_length": adapter.compression.segment_tokens,
@@ -404,21 +407,23 @@ READING_FIELDS = dict.fromkeys(("layout", "method", "template", "base", "base_fi
 READING_FIELDS |= {"alpha": float, "context_length": int, "forced": bool}
 
 
-def read_reading(path):
-    """What was written beside a file of tensors of how it is read, or None. UserError where that is incomplete or of another type."""
+def read_reading(path: str | os.PathLike) -> dict[str, Any] | None:
+    """The reading.json beside a file of tensors, or None; UserError if it is damaged."""
     beside = pathlib.Path(path).parent / READING
     if not beside.exists():
         return None
-    told = files.read_json(beside, "how the file is read")
-    missing = sorted(READING_FIELDS.keys() - set(told))
+    stated = files.read_json(beside, "how the file is read")
+    missing = sorted(READING_FIELDS.keys() - set(stated))
     if missing:
         raise UserError(
-            f"{beside}: {', '.join(missing)} missing; move it away if it does not belong to {pathlib.Path(path).name}"
+            f"{beside}: {', '.join(missing)} missing; move it away if it does not belong to "
+            f"{pathlib.Path(path).name}"
         )
-    files.check_fields(told, READING_FIELDS, beside)
+    files.check_fields(stated, READING_FIELDS, beside)
     for name in ("alpha", "context_length"):
-        if not 0 < abs(told[name]) < 2**31:  # NaN neither
+        if not 0 < abs(stated[name]) < 2**31:  # NaN neither
             raise UserError(
-                f"{beside}: {name} is {files.shown(told[name])}, which is no number of a sensible size"
+                f"{beside}: {name} is {errors.shown(stated[name])}, which is not a number of "
+                "sensible size"
             )
-    return told
+    return stated

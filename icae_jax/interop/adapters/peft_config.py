@@ -1,7 +1,7 @@
-"""adapter_config.json: what PEFT's configuration says of a LoRA, matched to modules as PEFT matches it.
+"""adapter_config.json: PEFT's configuration of a LoRA, matched to modules as PEFT matches it.
 
-Fields are known to be computed, to change nothing, or to be refused at any value but their default. A field that is not known here may
-change what PEFT computes, so it is refused unless it is null.
+Every known field is computed, changes no result, or is refused at any value but its default. An
+unknown field may change what PEFT computes, so it is refused unless it is null.
 """
 
 import dataclasses
@@ -9,54 +9,59 @@ import math
 import pathlib
 import re
 from collections.abc import Callable
+from typing import Any, NoReturn
 
-from icae_jax import files
+from icae_jax import errors, files
 from icae_jax.errors import UserError
 from icae_jax.interop.hub import locations
 
 # Computed: see `LoraFields`.
 COMPUTED = {
-    "peft_type", "base_model_name_or_path", "revision", "r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern",
-    "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "init_lora_weights",
-}  # fmt: skip
-# What a trained adapter computes does not depend on these: notes, how it was initialised, how it is run.
+    *("peft_type", "base_model_name_or_path", "revision"),
+    *("r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern"),
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
+    "init_lora_weights",
+}
+# Results do not depend on these: notes, how the adapter was initialised, how it is run.
 HARMLESS = {
-    "task_type", "inference_mode", "auto_mapping", "peft_version", "runtime_config", "loftq_config", "eva_config", "corda_config",
-    "lora_ga_config", "merge_weights",
+    *("task_type", "inference_mode", "auto_mapping", "peft_version", "runtime_config"),
+    *("loftq_config", "eva_config", "corda_config", "lora_ga_config", "merge_weights"),
     "megatron_core",  # counts only with megatron_config
     "qalora_group_size",  # counts only with use_qalora
     "ensure_weight_tying",  # counts only for embeddings and modules_to_save
-    "fan_in_fan_out",  # PEFT itself sets it to false where a projection is a Linear, as all are here
-}  # fmt: skip
-# Refused at any value but the default. `_is_default` knows what that looks like.
+    "fan_in_fan_out",  # PEFT sets it to false for a Linear, which all projections are
+}
+# Refused at any value but the default, see `_is_default`.
 REFUSED = {
-    "bias", "use_dora", "lora_bias", "modules_to_save", "trainable_token_indices", "target_parameters", "layer_replication", "use_qalora",
-    "megatron_config", "alora_invocation_tokens", "arrow_config", "use_bdlora", "kasa_config", "velora_config", "monteclora_config",
-    "enable_lora",
-}  # fmt: skip
-# Initialisations that leave the base's weights as they are. The others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) subtract from them.
+    *("bias", "use_dora", "lora_bias", "modules_to_save", "trainable_token_indices"),
+    *("target_parameters", "layer_replication", "use_qalora", "megatron_config"),
+    *("alora_invocation_tokens", "arrow_config", "use_bdlora", "kasa_config", "velora_config"),
+    *("monteclora_config", "enable_lora"),
+}
+# Initialisations that leave the base's weights as they are. The others (PiSSA, OLoRA, CorDA,
+# LoftQ, LoRA-GA) subtract from them.
 PLAIN_INIT = ("gaussian", "eva", "orthogonal", "mica")
 ALL_LINEAR = "all-linear"
 
 
 def _is_default(name, value):
-    """Whether a field of `REFUSED` says that nothing is to be done."""
+    """Whether a field of `REFUSED` has no effect."""
     return (
         value is None or value is False or value in ([], {}) or (name == "bias" and value == "none")
     )
 
 
-def _or_default(raw, name, default):
+def _or_default(raw: dict, name: str, default: Any) -> Any:
     value = raw.get(name)
     return default if value is None else value
 
 
-def _refuse(source, name, value, why):
-    raise UserError(f"{source}: {name} is {files.shown(value)}, {why}")
+def _refuse(source, name, value, why) -> NoReturn:
+    raise UserError(f"{source}: {name} is {errors.shown(value)}, {why}")
 
 
 def _whole(value):
-    """A whole number of at most 32 bits, also where it is written 8.0; None for anything else."""
+    """A whole number of at most 32 bits, also if written 8.0; None for anything else."""
     return (
         int(value)
         if files.is_kind(value, float) and abs(value) < 2**31 and value == int(value)
@@ -73,7 +78,7 @@ def _number(value):
 
 
 def _texts(raw, name, source):
-    """A field that holds one regular expression, as text, or names, as tuple; () where it is absent, null or empty."""
+    """A field that holds a regular expression (str) or names (tuple); () if absent or empty."""
     value = raw.get(name)
     if value is None or value == "":
         return ()
@@ -81,35 +86,36 @@ def _texts(raw, name, source):
         return tuple(value)
     if not isinstance(value, str):
         _refuse(source, name, value, "which is neither a text nor a list of texts")
-    _compiles(value, name, source)
+    _check_compiles(value, name, source)
     return value
 
 
-def _compiles(pattern, name, source):
+def _check_compiles(pattern, name, source):
     try:
         re.compile(pattern)
     except (re.error, RecursionError, OverflowError) as error:
         raise UserError(
-            f"{source}: {name} holds {files.shown(pattern)}, which is not a regular expression ({error})"
+            f"{source}: {name} holds {errors.shown(pattern)}, which is not a regular expression "
+            f"({error})"
         ) from error
 
 
 def _pattern(raw, name, source, convert: Callable, what):
-    """A field that gives modules numbers of their own, by regular expressions, in the file's order."""
+    """A field that maps regular expressions for modules to numbers, in the file's order."""
     value = raw.get(name)
     if value is None:
         return {}
     if not isinstance(value, dict):
         _refuse(source, name, value, f"which is not an object that gives modules each a {what}")
     for key, number in value.items():
-        _compiles(key, name, source)
+        _check_compiles(key, name, source)
         if convert(number) is None:
             _refuse(source, f"{name}[{key!r}]", number, f"which is not a {what}")
     return {key: convert(number) for key, number in value.items()}
 
 
 def _matching(pattern: dict, module: str, default):
-    """The first entry of a pattern whose key the module's name ends in, as PEFT looks it up."""
+    """The value of the first key that matches the end of a module's name, as PEFT looks it up."""
     return next(
         (value for key, value in pattern.items() if re.match(rf"(.*\.)?({key})$", module)), default
     )
@@ -117,11 +123,21 @@ def _matching(pattern: dict, module: str, default):
 
 @dataclasses.dataclass(frozen=True)
 class LoraFields:
-    """What adapter_config.json says of a LoRA. Modules are called as PEFT calls them, `model.layers.0.self_attn.q_proj`.
+    """Fields of adapter_config.json. Modules have PEFT's names, `model.layers.0.mlp.up_proj`.
 
-    base: the base model's folder, URL or hub id (with `@revision`), "" where it is not said. rank, alpha: of every module that
-    `rank_pattern` and `alpha_pattern` do not give others. targets: names of modules or their ends, a regular expression, or "all-linear".
-    excluded: names or a regular expression. layers: numbers of those with LoRA, () for all; layers_patterns: what stands before the number.
+    Attributes:
+        source: the file.
+        base: the base model's folder, URL or hub id (with `@revision`); "" if not stated.
+        rank: r, of modules that `rank_pattern` does not match.
+        alpha: of modules that `alpha_pattern` does not match.
+        rslora: whether the scale is alpha / sqrt(r) instead of alpha / r.
+        dropout: on the LoRA's input.
+        targets: names of modules or their ends, a regular expression, or "all-linear".
+        excluded: names or a regular expression.
+        layers: which layers have LoRA, () for all.
+        layers_patterns: what stands before a layer's number.
+        rank_pattern: ranks by regular expression.
+        alpha_pattern: alphas by regular expression.
     """
 
     source: pathlib.Path
@@ -142,7 +158,7 @@ class LoraFields:
 
     @property
     def scale(self) -> float:
-        """What B @ A is multiplied by, in modules without a rank or alpha of their own."""
+        """The factor of B @ A, in modules that no pattern matches."""
         return self._scale(self.alpha, self.rank)
 
     def rank_of(self, module: str) -> int:
@@ -150,18 +166,19 @@ class LoraFields:
         return _matching(self.rank_pattern, module, self.rank)
 
     def scale_of(self, module: str) -> float:
-        """What a module's B @ A is multiplied by."""
-        return self._scale(_matching(self.alpha_pattern, module, self.alpha), self.rank_of(module))
+        """The factor of a module's B @ A."""
+        alpha = _matching(self.alpha_pattern, module, self.alpha)
+        return self._scale(alpha, self.rank_of(module))
 
     def has_lora(self, module: str) -> bool:
-        """Whether PEFT would give a module LoRA (`check_target_module_exists` of peft.tuners.tuners_utils)."""
+        """Whether PEFT gives a module LoRA (`check_target_module_exists` in its tuners_utils)."""
         if isinstance(self.excluded, str):
             if re.fullmatch(self.excluded, module):
                 return False
         elif _ends_in(module, self.excluded):
             return False
         if isinstance(self.targets, str):
-            # Which leaves the output head out.
+            # "all-linear" leaves the output head out.
             return (
                 module.endswith("_proj")
                 if self.targets.lower() == ALL_LINEAR
@@ -175,8 +192,8 @@ class LoraFields:
 
     def _layer_of(self, module):
         patterns = [rf"(?:^|.*?\.){p}" for p in self.layers_patterns] or [r".*?\.[^.]*"]
-        found = (re.match(rf"{pattern}\.(?P<idx>\d+)\.", module) for pattern in patterns)
-        return next((int(match["idx"]) for match in found if match), None)
+        matches = (re.match(rf"{pattern}\.(?P<idx>\d+)\.", module) for pattern in patterns)
+        return next((int(match["idx"]) for match in matches if match), None)
 
 
 def _ends_in(module, names):
@@ -198,17 +215,13 @@ def _layers(raw, source):
 
 
 def _base(raw, source):
-    """The base model's name, with the revision that PEFT keeps beside it."""
-    named = [raw.get(name) for name in ("base_model_name_or_path", "revision")]
-    for name, value in zip(("base_model_name_or_path", "revision"), named, strict=True):
-        if value is not None and not isinstance(value, str):
-            _refuse(source, name, value, "which is not a text")
-    base, revision = (value or "" for value in named)
-    return (
-        f"{base}@{revision}"
-        if revision and "@" not in base and locations.is_remote(base) and "://" not in base
-        else base
-    )
+    """The base model's name, with the revision that PEFT keeps in a field of its own."""
+    for name in ("base_model_name_or_path", "revision"):
+        if raw.get(name) is not None and not isinstance(raw[name], str):
+            _refuse(source, name, raw[name], "which is not a text")
+    base, revision = raw.get("base_model_name_or_path") or "", raw.get("revision") or ""
+    is_hub_id = locations.is_remote(base) and "://" not in base
+    return f"{base}@{revision}" if revision and is_hub_id and "@" not in base else base
 
 
 def _check_refused(raw, source):
@@ -222,8 +235,11 @@ def _check_refused(raw, source):
                 "which is not computed here; give an adapter of plain LoRA, trained without it",
             )
         if name not in COMPUTED | HARMLESS | REFUSED and value is not None:
-            why = "an unknown field, which may change what the adapter computes; take it out if you know that it does not"
-            _refuse(source, files.field(name), value, why)
+            why = (
+                "an unknown field, which may change what the adapter computes; take it out if you "
+                "know that it does not"
+            )
+            _refuse(source, errors.field(name), value, why)
     init = raw.get("init_lora_weights")
     plain = (
         init is None
@@ -231,29 +247,32 @@ def _check_refused(raw, source):
         or (isinstance(init, str) and init.lower() in PLAIN_INIT)
     )
     if not plain:
-        why = "which may have changed the base's weights before training; save the adapter as plain LoRA (PEFT's save_pretrained with "
-        _refuse(
-            source, "init_lora_weights", init, why + "path_initial_model_for_weight_conversion)"
+        why = (
+            "which may have changed the base's weights before training; save the adapter as plain "
+            "LoRA (PEFT's save_pretrained with path_initial_model_for_weight_conversion)"
         )
+        _refuse(source, "init_lora_weights", init, why)
 
 
 def read(path: pathlib.Path) -> LoraFields:
-    """Reads adapter_config.json. UserError names the first field that is missing, of another type, contradictory or not computed here."""
+    """Reads adapter_config.json.
+
+    UserError names the first field that is missing, of another type, contradictory or not computed
+    here.
+    """
     raw = files.read_json(path, "the LoRA's configuration")
     needed = ("peft_type", "r", "lora_alpha", "target_modules")
     missing = [name for name in needed if name not in raw]
     if missing:
         raise UserError(
-            f"{path}: {', '.join(missing)} missing; is the file complete? (PEFT would assume r and lora_alpha to be 8)"
+            f"{path}: {', '.join(missing)} missing; is the file complete? (PEFT would assume r and "
+            "lora_alpha to be 8)"
         )
     if raw["peft_type"] != "LORA":
         _refuse(path, "peft_type", raw["peft_type"], "and only LORA is read")
     _check_refused(raw, path)
-    rank, alpha, dropout = (
-        _whole(raw["r"]),
-        _number(raw["lora_alpha"]),
-        _number(_or_default(raw, "lora_dropout", 0.0)),
-    )
+    rank, alpha = _whole(raw["r"]), _number(raw["lora_alpha"])
+    dropout = _number(_or_default(raw, "lora_dropout", 0.0))
     if rank is None or rank < 1:
         _refuse(
             path,
@@ -281,10 +300,10 @@ def read(path: pathlib.Path) -> LoraFields:
             raw["target_modules"],
             "which names no module; name those that have LoRA",
         )
-    layers, before = _layers(raw, path), _texts(raw, "layers_pattern", path)
-    before = (before,) if isinstance(before, str) else before
-    for pattern in before:
-        _compiles(pattern, "layers_pattern", path)
+    layers, patterns = _layers(raw, path), _texts(raw, "layers_pattern", path)
+    patterns = (patterns,) if isinstance(patterns, str) else patterns
+    for pattern in patterns:
+        _check_compiles(pattern, "layers_pattern", path)
     if layers and isinstance(targets, str):
         _refuse(
             path,
@@ -292,7 +311,7 @@ def read(path: pathlib.Path) -> LoraFields:
             raw["layers_to_transform"],
             "which PEFT takes only where target_modules is a list",
         )
-    if before and not layers:
+    if patterns and not layers:
         _refuse(
             path,
             "layers_pattern",
@@ -305,6 +324,16 @@ def read(path: pathlib.Path) -> LoraFields:
         return number if number and number > 0 else None
 
     return LoraFields(
-        path, _base(raw, path), rank, alpha, rslora, dropout, targets, _texts(raw, "exclude_modules", path), layers, before,
-        _pattern(raw, "rank_pattern", path, positive, "positive whole number"), _pattern(raw, "alpha_pattern", path, _number, "number"),
-    )  # fmt: skip
+        source=path,
+        base=_base(raw, path),
+        rank=rank,
+        alpha=alpha,
+        rslora=rslora,
+        dropout=dropout,
+        targets=targets,
+        excluded=_texts(raw, "exclude_modules", path),
+        layers=layers,
+        layers_patterns=patterns,
+        rank_pattern=_pattern(raw, "rank_pattern", path, positive, "positive whole number"),
+        alpha_pattern=_pattern(raw, "alpha_pattern", path, _number, "number"),
+    )

@@ -1,24 +1,23 @@
-"""The safetensors files of a base: which of them holds which tensor, and whether they are the model of its config.json."""
+"""Which safetensors file holds which tensor of a base, and whether they match config.json."""
 
 import math
 import pathlib
 import re
 from collections.abc import Callable
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 import safetensors
 
-from icae_jax import files
+from icae_jax import errors, files
 from icae_jax.errors import UserError
 from icae_jax.models import llama
 
-WHOLE, INDEX = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-)  # one file, or the index of several
+WHOLE = "model.safetensors"  # one file with all tensors
+INDEX = "model.safetensors.index.json"  # or the index of several
 HEAD, TABLE = "lm_head.weight", "model.embed_tokens.weight"
-# By the names that safetensors has for them.
+# By safetensors' names.
 STORED_DTYPES = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
     "F16": np.dtype(np.float16),
@@ -26,118 +25,144 @@ STORED_DTYPES = {
     "F64": np.dtype(np.float64),
 }
 COMPARED_NUMBERS = 1 << 20  # of a tensor, at once
-# Other forms of weights, with what to do.
+# Weights in formats that are not read, with the remedy.
 NOT_READ = {
-    "pytorch_model*.bin": "pickled weights (.bin, .pt) are not read; transformers loads them, and save_pretrained writes safetensors",
+    "pytorch_model*.bin": "pickled weights (.bin, .pt) are not read; transformers loads them, "
+    "and save_pretrained writes safetensors",
     "*.pt": "pickled weights (.bin, .pt) are not read",
-    "*.pth": "pickled weights (.pth), of Meta's original files as a rule, are not read; take the model in the hub's format",
-    "consolidated*.safetensors": "the weights in their maker's own format, which is not read; take the model in the hub's format",
+    "*.pth": "pickled weights (.pth), usually Meta's original files, are not read; "
+    "take the model in the hub's format",
+    "consolidated*.safetensors": "the weights in their maker's own format, which is not read; "
+    "take the model in the hub's format",
     "*.gguf": "GGUF files are not read; take the model in the hub's format",
-    "adapter_model.*": "a LoRA adapter and not a base; merge it into its base first (peft: merge_and_unload)",
-    "*.safetensors": f"which of them holds which tensor says {INDEX}, which is not there; download the folder again",
+    "adapter_model.*": "a LoRA adapter and not a base; "
+    "merge it into its base first (peft: merge_and_unload)",
+    "*.safetensors": f"{INDEX}, which says which of them holds which tensor, is missing; "
+    "download the folder again",
 }
 
 
-def weight_map(folder: pathlib.Path) -> dict[str, str] | None:
-    """`{tensor's name: file's name}` of the folder's weight index, or None where there is none, or one file that it does not name holds
-    all: that file is then read, as by transformers. UserError on files elsewhere.
+def weight_map(folder: str | pathlib.Path) -> dict[str, str] | None:
+    """`{tensor name: file name}` from the folder's weight index; None if a single file holds all.
+
+    A single file that the index does not name takes precedence, as in transformers. UserError if
+    the index is malformed or names files outside the folder.
     """
     index, whole = pathlib.Path(folder) / INDEX, pathlib.Path(folder) / WHOLE
     if not index.exists():
         return None
     content = files.read_json(index, "the weight index")
-    held = content.get("weight_map")
-    if not isinstance(held, dict) or not held:
+    names = content.get("weight_map")
+    if not isinstance(names, dict) or not names:
         raise UserError(
-            f"{index}: no weight_map, which says in which file each tensor is; download the folder again"
+            f"{index}: no weight_map, which says in which file each tensor is; "
+            "download the folder again"
         )
-    for name, file in held.items():
+    for name, file in names.items():
         if not isinstance(file, str) or not re.fullmatch(r"[^/\\\0]+\.safetensors", file):
             raise UserError(
-                f"{index}: weight_map has {name} in {file!r}; only safetensors files of the folder itself are read"
+                f"{index}: weight_map has {name} in {file!r}; "
+                "only safetensors files of the folder itself are read"
             )
-    if whole.exists() and WHOLE not in held.values():
-        files.say(
-            f"{whole} is read, as by transformers; {INDEX} and the {len(set(held.values()))} files that it names are not"
+    if whole.exists() and WHOLE not in names.values():
+        errors.say(
+            f"{whole} is read, as by transformers; {INDEX} and the {len(set(names.values()))} "
+            "files that it names are not"
         )
         return None
-    return held
+    return names
 
 
-def weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
-    """The folder's safetensors files; the index names them where there are many."""
+def weight_files(folder: str | pathlib.Path) -> list[pathlib.Path]:
+    """The folder's safetensors files. UserError, which names what is there instead, if none."""
     folder = pathlib.Path(folder)
-    held = weight_map(folder)
-    if held is not None:
-        return sorted({folder / name for name in held.values()})
+    names = weight_map(folder)
+    if names is not None:
+        return sorted({folder / name for name in names.values()})
     if (folder / WHOLE).exists():
         return [folder / WHOLE]
     raise UserError(f"{folder}: no {WHOLE}, no {INDEX} and no Orbax copy{_instead(folder)}")
 
 
 def _instead(folder):
-    """What a folder without weights that are read holds in their place, as the end of a message; "" for nothing of the kind."""
-    for pattern, what in NOT_READ.items():
-        if held := sorted(path.name for path in folder.glob(pattern)):
-            return f"; {held[0]}{f' and {len(held) - 1} more' if held[1:] else ''}: {what}"
+    """The end of a message: weights of other formats that a folder holds, or ""."""
+    for pattern, remedy in NOT_READ.items():
+        if names := sorted(path.name for path in folder.glob(pattern)):
+            more = f" and {len(names) - 1} more" if names[1:] else ""
+            return f"; {names[0]}{more}: {remedy}"
     return ""
 
 
-def find(
+def open_tensors(
     folder: pathlib.Path,
     config: llama.ModelConfig,
     shapes: dict[str, tuple[int, ...]],
-    entered: Callable,
-) -> dict[str, tuple[pathlib.Path, object]]:
-    """`{name: (file's path, safetensors slice)}` of the model's tensors; none of them is read yet, but head and embeddings to compare them.
+    enter: Callable[[Any], Any],
+) -> dict[str, tuple[pathlib.Path, Any]]:
+    """`{name: (file, safetensors slice)}` of the model's tensors, none of which is read yet.
 
-    shapes: of every tensor by its name, as config.json implies them. entered: enters a file's context, in which its slices can be read.
-    UserError where the files and config.json contradict each other; what else is there, and not read, is named on stderr.
+    Only a tied head is compared with its embeddings. Other tensors in the files are named on
+    stderr.
+
+    Args:
+        folder: holds the safetensors files.
+        config: the model.
+        shapes: of every tensor by its name, as config.json implies them.
+        enter: enters the context of a file, in which its slices can be read.
+
+    Raises:
+        UserError: the files and config.json contradict each other.
     """
-    held, holders = weight_map(folder) or {}, {}
+    index = weight_map(folder) or {}
+    holders: dict[str, dict[str, tuple]] = {}  # tensor name -> {file name: (path, slice)}
     for path in weight_files(folder):
         if not path.exists():
             raise UserError(
                 f"{path}: named in the weight index but not there; download the folder again"
             )
-        file = entered(
-            files.read_safetensors(
-                path, lambda path: safetensors.safe_open(path, framework="numpy")
-            )
+        file = files.read_safetensors(
+            path, lambda path: safetensors.safe_open(path, framework="numpy")
         )
+        file = enter(file)
         for name in file.keys():  # noqa: SIM118 (it is no dictionary)
             holders.setdefault(name, {})[path.name] = path, file.get_slice(name)
-    # The index decides; what it does not name is where the last file has it, as for transformers.
+    # As in transformers, the index decides, and the last file for tensors that it does not name.
     stored = {
-        name: of.get(held[name]) if name in held else list(of.values())[-1]
-        for name, of in holders.items()
+        name: places.get(index[name]) if name in index else list(places.values())[-1]
+        for name, places in holders.items()
     }
-    twice = sorted(name for name, of in holders.items() if len(of) > 1)
+    twice = sorted(name for name, places in holders.items() if len(places) > 1)
     if twice:
-        files.say(
-            f"{folder}: in several files each, and read from that which {INDEX} names: {_few(twice)}"
+        errors.say(
+            f"{folder}: in several files each, and read from the one that {INDEX} names: "
+            f"{_listed(twice)}"
         )
     tied_head = stored.get(HEAD) if config.tie_word_embeddings else None
     if tied_head is not None and TABLE not in stored:  # one tensor under its other name
-        files.say(
-            f"{folder}: {TABLE} is not there; {HEAD} is read for it, since config.json says that they are one"
+        errors.say(
+            f"{folder}: {TABLE} is not there; {HEAD} is read for it, "
+            "since config.json says that they are one"
         )
         stored[TABLE] = tied_head
-    _check(folder, config, shapes, stored, held)
+    _check(folder, config, shapes, stored, index)
     if tied_head is not None and not _equal(stored[TABLE][1], tied_head[1]):
         raise UserError(
-            f"{folder}: tie_word_embeddings is true in config.json, and {HEAD} differs from {TABLE}; set tie_word_embeddings to false in "
-            "config.json to use the stored head"
+            f"{folder}: tie_word_embeddings is true in config.json, and {HEAD} differs from "
+            f"{TABLE}; set tie_word_embeddings to false in config.json to use the stored head"
         )
     return {name: stored[name] for name in shapes}
 
 
-def _few(names):
-    return f"{len(names)} tensor{'s' * (len(names) > 1)} ({', '.join(names[:5])}{', …' if len(names) > 5 else ''})"
+def _listed(lines, what=""):
+    """A count of tensors, and the first five of them."""
+    more = ", …" if len(lines) > 5 else ""
+    count = f"{len(lines)} tensor{'s' * (len(lines) > 1)}"
+    first = ", ".join(lines[:5])
+    return f"{count} {what}: {first}{more}" if what else f"{count} ({first}{more})"
 
 
 def _equal(one, other):
-    """Whether two tensors of files hold the same numbers; blocks of them are read at a time."""
+    """Whether two stored tensors hold the same numbers; they are read block by block."""
     if one.get_shape() != other.get_shape() or other.get_dtype() not in STORED_DTYPES:
         return False
     count, *rest = one.get_shape()
@@ -149,81 +174,73 @@ def _equal(one, other):
     )
 
 
-# Tensors beside those of the model: without effect, since computed anew; and signs that its weights are not what they seem to be.
+# Tensors that have no effect, since they are computed anew.
 _HARMLESS_TENSORS = re.compile(r"(.*\.)?rotary_emb\.(inv_freq|cos_cached|sin_cached)")
+# Signs of quantised weights or of an unmerged adapter.
 _OTHER_WEIGHTS = re.compile(
-    r".*\b(lora_\w+|base_layer|modules_to_save|(weight|input|output|k|v)_(scale|zero_point)\w*|weight_(packed|shape|g_idx)|qweight|qzeros"
-    r"|scales|g_idx|SCB|weight_format|absmax|quant_map|quant_state\S*|nested_\w+|_amax)\b.*"
+    r".*\b(lora_\w+|base_layer|modules_to_save|(weight|input|output|k|v)_(scale|zero_point)\w*"
+    r"|weight_(packed|shape|g_idx)|qweight|qzeros|scales|g_idx|SCB|weight_format|absmax|quant_map"
+    r"|quant_state\S*|nested_\w+|_amax)\b.*"
 )
+_OWN_PARTS = ("model.layers.", "model.embed_tokens.", "model.norm.", "lm_head.")
 
 
-def _check(folder, config, shapes, stored, held):
-    """UserError where tensors are missing, of other shapes, not floating point, or there and not read though the model has such a part."""
+def _check(folder, config, shapes, stored, index):
+    """Compares the stored tensors with those of the model.
+
+    UserError if tensors are missing, have other shapes, are not floating point, or belong to a part
+    of the model without being read.
+    """
     missing = [name for name in shapes if stored.get(name) is None]
-    misplaced = [f"{name} (in {held[name]})" for name in missing if name in stored]
+    misplaced = [f"{name} (in {index[name]})" for name in missing if name in stored]
     missing = [name for name in missing if name not in stored]
     wrong, unread, other = [], [], []
     for name, place in stored.items():
         if name not in shapes:
             if name == HEAD or _HARMLESS_TENSORS.fullmatch(name):
                 continue
-            own = name.startswith(
-                ("model.layers.", "model.embed_tokens.", "model.norm.", "lm_head.")
-            )
+            own = name.startswith(_OWN_PARTS)
             (unread if own or _OTHER_WEIGHTS.fullmatch(name) else other).append(name)
         elif place is not None:
-            shape, dtype = tuple(place[1].get_shape()), place[1].get_dtype()
+            path, tensor = place
+            shape, dtype = tuple(tensor.get_shape()), tensor.get_dtype()
             if shape != shapes[name]:
                 wrong.append(
-                    f"{name} has shape {shape} in {place[0].name}, config.json implies {shapes[name]}"
+                    f"{name} has shape {shape} in {path.name}, config.json implies {shapes[name]}"
                 )
             elif dtype not in STORED_DTYPES:
                 wrong.append(
-                    f"{name} is {dtype} in {place[0].name}; only {', '.join(STORED_DTYPES)} are read"
+                    f"{name} is {dtype} in {path.name}; only {', '.join(STORED_DTYPES)} are read"
                 )
     problems = {
         "missing": missing,
         f"not where {INDEX} has them": misplaced,
         "not as expected": wrong,
+        "not in the model of config.json": unread + other * bool(missing),
     }
-    refuse(
-        folder,
-        problems | {"not in the model of config.json": unread + other * bool(missing)},
-        _remedy(config, missing, unread),
-    )
+    refuse(folder, problems, _remedy(config, missing, unread))
     if other:
-        files.say(f"{folder}: not of this model and not read: {_few(sorted(other))}")
+        errors.say(f"{folder}: not of this model and not read: {_listed(sorted(other))}")
 
 
 def _remedy(config, missing, unread):
-    """What may be wrong with config.json, as the end of a message."""
-    layers = max(
-        (
-            int(match[1]) + 1
-            for match in map(re.compile(r"model\.layers\.(\d+)\.").match, missing + unread)
-            if match
-        ),
-        default=0,
-    )
+    """The end of a message: what may be wrong with config.json."""
+    numbers = (re.match(r"model\.layers\.(\d+)\.", name) for name in missing + unread)
+    layers = max((int(match[1]) + 1 for match in numbers if match), default=0)
     remedies = {
         "attention_bias and mlp_bias of config.json say which projections have biases": any(
             name.endswith("_proj.bias") for name in missing + unread
         ),
         f"num_hidden_layers is {config.num_layers}": layers > config.num_layers,
         "where the head is the embeddings, set tie_word_embeddings to true": missing == [HEAD],
-        "merge LoRA into its base (peft: merge_and_unload), and take weights that are not quantised": any(
-            _OTHER_WEIGHTS.fullmatch(name) for name in unread
-        ),
+        "merge LoRA into its base (peft: merge_and_unload), and take weights that are not "
+        "quantised": any(_OTHER_WEIGHTS.fullmatch(name) for name in unread),
     }
-    return "".join(f"; {text}" for text, holds in remedies.items() if holds)
+    return "".join(f"; {text}" for text, applies in remedies.items() if applies)
 
 
 def refuse(folder: object, problems: dict[str, list[str]], remedy: str = "") -> None:
-    """UserError that lists the first tensors of each kind of problem, where there are any."""
-    found = [
-        f"{len(lines)} tensor{'s' * (len(lines) > 1)} {what}: {', '.join(sorted(lines)[:5])}{', …' if len(lines) > 5 else ''}"
-        for what, lines in problems.items()
-        if lines
-    ]
-    if found:
-        raise UserError(f"{folder}: {'; '.join(found)}{remedy}")
+    """UserError that lists the first tensors with each kind of problem, if there are any."""
+    lines = [_listed(sorted(names), problem) for problem, names in problems.items() if names]
+    if lines:
+        raise UserError(f"{folder}: {'; '.join(lines)}{remedy}")

@@ -1,1 +1,1 @@
-"""Model families: config.json to `ModelConfig` and back, and the sizes of well-known bases."""
+"""Model families: config.json <-> `ModelConfig`, tensor names, and sizes of well-known bases."""

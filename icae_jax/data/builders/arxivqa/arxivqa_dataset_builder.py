@@ -2,14 +2,20 @@
 
 from icae_jax.data.builders import common, inputs
 
-WHERE = "not public: the authors of 500xCompressor have not released it; any file of lines with context, question and answer will do"
+WHERE = (
+    "not public: the authors of 500xCompressor have not released it; any file of lines with "
+    "context, question and answer will do"
+)
 FILES = tuple(inputs.Published(split, (split,), WHERE) for split in ("train", "validation", "test"))
 
 
 class Builder(common.LocalBuilder, skip_registration=True):
     """Rows `{"context", "question", "answer"}`."""
 
-    ABOUT = "train.jsonl, validation.jsonl and test.jsonl of lines with context, question and answer (ArxivQA itself is not public)"
+    ABOUT = (
+        "train.jsonl, validation.jsonl and test.jsonl of lines with context, question and answer "
+        "(ArxivQA itself is not public)"
+    )
     FEATURES = common.QUESTIONS
 
     def sources(self, request):

@@ -1,15 +1,20 @@
-"""The MRQA 2019 shared task: extractive questions of twelve data sets in one form (Fisch et al., 2019)."""
+"""The MRQA 2019 shared task: extractive questions of twelve data sets (Fisch et al., 2019)."""
 
 import tensorflow_datasets as tfds
 
-from icae_jax.data import rows
+from icae_jax.data import forms
 from icae_jax.data.builders import common, inputs
 
 RELEASE = "https://s3.us-east-2.amazonaws.com/mrqa/release/v2"
 # The task's own download scripts shorten three of the names.
 IN_DOMAIN = (
-    ("SQuAD",), ("NewsQA",), ("TriviaQA-web", "TriviaQA"), ("SearchQA",), ("HotpotQA",), ("NaturalQuestionsShort", "NaturalQuestions"),
-)  # fmt: skip
+    ("SQuAD",),
+    ("NewsQA",),
+    ("TriviaQA-web", "TriviaQA"),
+    ("SearchQA",),
+    ("HotpotQA",),
+    ("NaturalQuestionsShort", "NaturalQuestions"),
+)
 OUT_OF_DOMAIN = (
     ("BioASQ",),
     ("DROP",),
@@ -33,9 +38,10 @@ FILES = (
 
 
 class Builder(common.LocalBuilder, skip_registration=True):
-    """One example a question: `id` (the qid), `context`, `question`, `answers`, `subset`. Markers such as [PAR] stay in the context.
+    """One example per question: `id` (the qid), `context`, `question`, `answers`, `subset`.
 
-    Splits: train; validation, the held-out questions of the same six data sets; test, those of six others.
+    Markers such as [PAR] stay in the context. Splits: train; validation, the held-out questions of
+    the same six data sets; test, those of six others.
     """
 
     ABOUT = "train/NAME.jsonl.gz and dev/NAME.jsonl.gz of the MRQA 2019 shared task"
@@ -50,6 +56,6 @@ class Builder(common.LocalBuilder, skip_registration=True):
             return
         common.text_of(raw, "context")
         common.check_field(raw, "qas")
-        asked = [row for row in rows.paragraph(raw, "", "", subset) if row.question is not None]
-        for row, question in zip(asked, raw["qas"], strict=True):
+        rows = [row for row in forms.paragraph(raw, "", "", subset) if row.question is not None]
+        for row, question in zip(rows, raw["qas"], strict=True):
             yield row._replace(id=common.text_of(question, "qid"))

@@ -1,4 +1,4 @@
-"""Where base models come from: folders, the hub, object storage; without a network."""
+"""Where base models come from: folders, the hub, object storage. No network is used."""
 
 import errno
 import importlib
@@ -23,10 +23,11 @@ from huggingface_hub import constants
 
 from icae_jax import errors
 from icae_jax.cli import main as cli
-from icae_jax.compression.encoder import CompressionConfig
+from icae_jax.compression.config import CompressionConfig
 from icae_jax.interop.adapters import folder as adapters
 from icae_jax.interop.hub import base as bases
-from icae_jax.interop.hub import locations, weights
+from icae_jax.interop.hub import fetching, locations, orbax_copy, remote_rows, weights
+from icae_jax.interop.hub import tokenizer as tokenizers
 from icae_jax.models.lora import LoraConfig
 from icae_jax.objectives import targets
 from icae_jax.workflows import convert_base
@@ -38,13 +39,15 @@ httpx = importlib.import_module(
 
 @pytest.fixture(autouse=True)
 def _online(monkeypatch):
-    """Whatever the environment says: nothing here reaches a network."""
+    """Whatever the environment says, no test reaches a network."""
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
 
 
 @pytest.fixture
 def bucket(tmp_path, tiny_base, monkeypatch):
-    """gs://bucket as a folder of this machine, with the tiny base in bases/tiny; `opened` lists the files that were read."""
+    """gs://bucket as a local folder, with the tiny base in bases/tiny; `opened` lists the files
+    read.
+    """
     monkeypatch.setenv("ICAE_CACHE", str(tmp_path / "cache"))
     root = tmp_path / "bucket"
     shutil.copytree(tiny_base, root / "bases" / "tiny")
@@ -73,7 +76,7 @@ def contents(folder):
 
 
 def test_folder_is_taken_as_it_is(tiny_base, tmp_path, monkeypatch):
-    """Breaks when a folder is copied, or one that is named like a hub id is looked for on the hub."""
+    """Breaks when a folder is copied, or one that is named like a hub id is sought on the hub."""
     assert locations.local_folder(tiny_base) == tiny_base == locations.local_folder(str(tiny_base))
     monkeypatch.setattr(
         huggingface_hub, "snapshot_download", lambda *a, **k: pytest.fail("asked the hub")
@@ -98,23 +101,26 @@ def test_folder_is_taken_as_it_is(tiny_base, tmp_path, monkeypatch):
     ],
 )
 def test_what_is_neither_folder_nor_hub_id(base, tmp_path, monkeypatch):
-    """Breaks when a mistyped path is asked of the hub, or no path is the current folder."""
+    """Breaks when the hub is asked for a mistyped path, or an empty path is the current folder."""
     monkeypatch.chdir(tmp_path)  # where none of them is
     monkeypatch.setattr(
         huggingface_hub, "snapshot_download", lambda *a, **k: pytest.fail("asked the hub")
     )
     with pytest.raises(
         ValueError,
-        match=r"is not a folder; give a model-hub folder with .*, a hub id such as meta-llama/.*, or gs://",
+        match=r"is not a folder; give a model-hub folder with .*, "
+        "a hub id such as meta-llama/.*, or gs://",
     ):
         locations.local_folder(base)
 
 
-# -------------------------------------------------------------------------------------------------------------- the hub
+# ------------------------------------------------------------------------------------------ the hub
 
 
 def test_hub_id(tiny_base, monkeypatch):
-    """Breaks when the revision is lost, files that loading needs are not fetched, or other copies of the weights are."""
+    """Breaks when the revision is lost, needed files are not fetched, or other copies of the
+    weights are.
+    """
     asked = []
     monkeypatch.setattr(
         huggingface_hub, "snapshot_download", lambda *a, **k: asked.append((a, k)) or str(tiny_base)
@@ -126,21 +132,48 @@ def test_hub_id(tiny_base, monkeypatch):
         ("org/name", "refs/pr/1"),
     ]
     needed = {
-        "config.json", "generation_config.json", "model.safetensors", "model-00001-of-00002.safetensors", "model.safetensors.index.json",
-        "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-        "merges.txt", "chat_template.jinja", "LICENSE.txt", "tokenizer.model.v3",
-    }  # fmt: skip
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "model-00001-of-00002.safetensors",
+        "model.safetensors.index.json",
+        "tokenizer.json",
+        "tokenizer.model",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "vocab.json",
+        "merges.txt",
+        "chat_template.jinja",
+        "LICENSE.txt",
+        "tokenizer.model.v3",
+    }
     other = {
-        "README.md", ".gitattributes", "pytorch_model.bin", "model.gguf", "model.pt", "original/params.json", "original/tokenizer.model",
-        "original/consolidated.00.pth", "consolidated.safetensors", "onnx/config.json", "gguf/model.safetensors",
-        "tokenizer.py", "tokenization_x.py", "tokenizer_x.py", "tokenizer.pyc", "tokenizer.model.py", "LICENSE.py", "modeling.py",
-    }  # fmt: skip
+        "README.md",
+        ".gitattributes",
+        "pytorch_model.bin",
+        "model.gguf",
+        "model.pt",
+        "original/params.json",
+        "original/tokenizer.model",
+        "original/consolidated.00.pth",
+        "consolidated.safetensors",
+        "onnx/config.json",
+        "gguf/model.safetensors",
+        "tokenizer.py",
+        "tokenization_x.py",
+        "tokenizer_x.py",
+        "tokenizer.pyc",
+        "tokenizer.model.py",
+        "LICENSE.py",
+        "modeling.py",
+    }
     patterns = {k: asked[0][1][k] for k in ("allow_patterns", "ignore_patterns")}
     assert set(huggingface_hub.utils.filter_repo_objects(needed | other, **patterns)) == needed
 
 
 def test_hub_id_from_the_hubs_cache_without_a_network(tmp_path, tiny_base, monkeypatch):
-    """Breaks when a base that was downloaded once needs the network again, or an absent one ends in a traceback."""
+    """Breaks when a downloaded base needs the network again, or a missing one gives a traceback."""
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(
@@ -159,9 +192,11 @@ def test_hub_id_from_the_hubs_cache_without_a_network(tmp_path, tiny_base, monke
 
 
 def test_a_new_process_finds_the_hubs_settings(tmp_path):
-    """Breaks when a setting of the hub's library is looked up before the part that holds it is imported, as other tests have done."""
+    """Breaks when a setting of the hub's library is read before the module that holds it is
+    imported.
+    """
     code = (
-        "from icae_jax import errors; from icae_jax.interop import sources\n"
+        "from icae_jax import errors; from icae_jax.interop.hub import locations\n"
         "try: locations.local_folder('models/llama')\n"
         "except errors.UserError as error: print(error)"
     )
@@ -184,7 +219,7 @@ def test_a_new_process_finds_the_hubs_settings(tmp_path):
 
 
 def test_the_hubs_files_are_read_in_exact_ranges(tiny_base, monkeypatch):
-    """Breaks when the hub's filesystem reads more of a file than the rows that are asked for."""
+    """Breaks when the hub's filesystem reads more of a file than the requested rows."""
     read = []
 
     def fetch(self, start, end):
@@ -204,7 +239,7 @@ def test_the_hubs_files_are_read_in_exact_ranges(tiny_base, monkeypatch):
     )
     monkeypatch.setattr(module.HfFileSystemFile, "_fetch_range", fetch)
     remote = locations.remote_opener("org/tiny", pathlib.Path("c" * 40))
-    rows = weights.read_rows(tiny_base, remote, "model.embed_tokens.weight", [7, 3])
+    rows = remote_rows.read_rows(tiny_base, remote, "model.embed_tokens.weight", [7, 3])
     assert (
         rows
         == safetensors.numpy.load_file(tiny_base / "model.safetensors")[
@@ -215,14 +250,16 @@ def test_the_hubs_files_are_read_in_exact_ranges(tiny_base, monkeypatch):
 
 
 def test_repository_without_a_base(tmp_path, monkeypatch):
-    """Breaks when a repository of another kind (an adapter, GGUF files) is only found out by a missing file somewhere in a cache."""
+    """Breaks when a repository of another kind (an adapter, GGUF files) is only noticed by a
+    missing file in a cache.
+    """
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: str(tmp_path))
     with pytest.raises(ValueError, match=r"base 'org/adapter' has no config\.json"):
         locations.local_folder("org/adapter")
 
 
 def failure(status, kind=huggingface_hub.errors.HfHubHTTPError, text="the hub's own words"):
-    """An error as the hub's client raises it of an answer."""
+    """An error as the hub's client raises it for a response."""
     return kind(
         text,
         response=httpx.Response(status, request=httpx.Request("GET", "https://huggingface.co/x")),
@@ -255,8 +292,8 @@ UNREACHABLE = huggingface_hub.errors.LocalEntryNotFoundError(
     ),
 )
 def test_an_outage_is_not_the_users_fault(error, users, monkeypatch, tmp_path, capsys):
-    """Breaks when a hub that cannot be reached ends a launched run for good, one that says no is asked again, or the other reading of a
-    mistyped path is left out.
+    """Breaks when an unreachable hub ends a launched run for good, one that refuses is asked
+    again, or the message omits that a mistyped path looks like a hub id.
     """
     asked = []
 
@@ -280,7 +317,7 @@ def test_an_outage_is_not_the_users_fault(error, users, monkeypatch, tmp_path, c
 
 
 def test_a_hub_that_comes_back(tiny_base, monkeypatch):
-    """Breaks when one failed answer ends a start that the next would have let go on."""
+    """Breaks when one failed response ends a start that a retry would save."""
     answers = [type(UNREACHABLE)(*UNREACHABLE.args), failure(502)]
     monkeypatch.setattr(errors, "FIRST_DELAY", 0)
 
@@ -294,7 +331,9 @@ def test_a_hub_that_comes_back(tiny_base, monkeypatch):
 
 
 class Hub:
-    """A hub that holds one base, as `snapshot_download` and `HfFileSystem` show it; `read` counts the bytes read of weights in place."""
+    """A hub with one base, as `snapshot_download` and `HfFileSystem` show it; `read` counts bytes
+    read of remote weights.
+    """
 
     def __init__(self, base, cache, monkeypatch):
         self.base, self.cache, self.fetched, self.read = base, cache, [], 0
@@ -330,7 +369,9 @@ class Hub:
 def test_looking_at_a_base_of_the_hub_fetches_no_weights(
     tiny_base, tiny_params, tmp_path, monkeypatch, capsys, files_of_weights
 ):
-    """Breaks when `icae inspect --base`, or the sizes that a plan needs, download gigabytes; or the identity read in place is another."""
+    """Breaks when `icae inspect --base`, or the sizes for a plan, download gigabytes, or the
+    identity of remote weights differs.
+    """
     folder = shutil.copytree(tiny_base, tmp_path / "hub")
     if files_of_weights == "both":  # the one file counts, and the index beside it is old
         weights.save_params(
@@ -342,15 +383,19 @@ def test_looking_at_a_base_of_the_hub_fetches_no_weights(
         weights.save_params(folder, TINY, tiny_params, "bfloat16", max_file_bytes=size // 2)
         assert len(list(folder.glob("*.safetensors"))) > 2
     hub = Hub(folder, tmp_path / "cache", monkeypatch)
-    assert bases.sizes("org/tiny") == TINY and bases.load_tokenizer("org/tiny")("the cat")[
+    assert bases.sizes("org/tiny") == TINY and tokenizers.load_tokenizer("org/tiny")("the cat")[
         "input_ids"
     ] == [1, 8, 9]
     assert hub.fetched and not hub.read
     whole = bases.load_base(folder)
     adapter = adapters.Adapter(
-        CompressionConfig(k=3, rate=4, layout="sequential"), LoraConfig(4, 2.0, targets=("q_proj", "v_proj")),
-        targets.make_template("plain", whole.tokenizer), random_trained(TINY, 3), "org/tiny", whole.fingerprint,
-    )  # fmt: skip
+        CompressionConfig(k=3, rate=4, layout="sequential"),
+        LoraConfig(4, 2.0, targets=("q_proj", "v_proj")),
+        targets.make_template("plain", whole.tokenizer),
+        random_trained(TINY, 3),
+        "org/tiny",
+        whole.fingerprint,
+    )
     adapters.save_adapter(tmp_path / "adapter", adapter)
     assert cli.main(["inspect", str(tmp_path / "adapter"), "--base", "org/tiny"]) == 0
     assert "fits" in capsys.readouterr().out and not [
@@ -365,7 +410,9 @@ def test_looking_at_a_base_of_the_hub_fetches_no_weights(
 
 
 def test_a_tensor_is_read_where_it_is(tiny_base):
-    """Breaks when rows read in place are not the tensor's, in any dtype, or a file without the tensor ends in a traceback."""
+    """Breaks when rows read remotely are not the tensor's, in any dtype, or a file without it gives
+    a traceback.
+    """
     tensors = safetensors.numpy.load_file(tiny_base / "model.safetensors")
     with tempfile.TemporaryDirectory() as folder:
         folder = pathlib.Path(folder)
@@ -377,7 +424,9 @@ def test_a_tensor_is_read_where_it_is(tiny_base):
                 ("model.embed_tokens.weight", None),
                 ("model.norm.weight", None),
             ):
-                got = weights.read_rows(folder, lambda name: io.FileIO(folder / name), name, rows)
+                got = remote_rows.read_rows(
+                    folder, lambda name: io.FileIO(folder / name), name, rows
+                )
                 want = stored[name].astype("float32").reshape(-1, TINY.hidden_size)
                 assert (
                     got == (want if rows is None else want[rows])
@@ -389,19 +438,21 @@ def test_a_tensor_is_read_where_it_is(tiny_base):
         ):
             (folder / "model.safetensors").write_bytes(text)
             with pytest.raises(errors.UserError, match=r"model\.safetensors: no"):
-                weights.read_rows(
+                remote_rows.read_rows(
                     folder, lambda name: io.FileIO(folder / name), "model.norm.weight"
                 )
 
 
-# ------------------------------------------------------------------------------------------------------ object storage
+# ----------------------------------------------------------------------------------- object storage
 
 
 def test_url_is_copied_once(bucket, tiny_base, tmp_path, capsys, monkeypatch):
-    """Breaks when a file is not copied, what is not of the base is, or a second start copies again."""
+    """Breaks when a file is not copied, one that is not of the base is, or a second start copies
+    again.
+    """
     remote, opened = bucket
     bar = tqdm.tqdm
-    monkeypatch.setattr(locations.tqdm, "tqdm", lambda **kw: bar(**kw | {"delay": 0}))
+    monkeypatch.setattr(fetching.tqdm, "tqdm", lambda **kw: bar(**kw | {"delay": 0}))
     for name in (
         "README.md",
         "pytorch_model.bin",
@@ -425,7 +476,9 @@ def test_url_is_copied_once(bucket, tiny_base, tmp_path, capsys, monkeypatch):
 
 
 def test_changed_files_are_copied_again_and_removed_ones_go(bucket):
-    """Breaks when an old copy is used for a base that was replaced, or old weights are loaded beside new ones."""
+    """Breaks when an old copy is used for a base that was replaced, or old weights are loaded with
+    new ones.
+    """
     remote, opened = bucket
     locations.local_folder(URL)
     opened.clear()
@@ -442,15 +495,15 @@ def test_changed_files_are_copied_again_and_removed_ones_go(bucket):
 
 
 def test_broken_copying_leaves_no_half_file(bucket, monkeypatch):
-    """Breaks when a file that was not copied to its end is taken for whole at the next start."""
+    """Breaks when a partly copied file counts as complete at the next start."""
     remote, _ = bucket
-    copy = locations._copy
+    copy = fetching._copy
 
     def broken(source, target, length, *rest):
         copy(source, target, length + (source.name == "model.safetensors"), *rest)
 
     monkeypatch.setattr(errors, "FIRST_DELAY", 0)
-    monkeypatch.setattr(locations, "_copy", broken)
+    monkeypatch.setattr(fetching, "_copy", broken)
     with pytest.raises(
         ConnectionError,
         match=r"cannot be reached.*model\.safetensors ended after \d+ bytes, \d+ expected",
@@ -463,24 +516,24 @@ def test_broken_copying_leaves_no_half_file(bucket, monkeypatch):
 
 
 def test_orbax_copy_at_a_url(bucket, tiny_params, monkeypatch, tmp_path):
-    """Breaks when the weights are copied, though every host needs but its parts of them; or when they are not found where they are, or
-    taken though there are safetensors files.
+    """Breaks when the weights are copied, though every host needs only its shards; or they are not
+    found in the bucket, or used though there are safetensors files.
     """
     remote, _ = bucket
-    weights.save_orbax(remote, tiny_params)
+    orbax_copy.save_orbax(remote, tiny_params)
     folder = locations.local_folder(URL)
-    assert not weights.is_orbax(folder) and not (folder / weights.ORBAX_URL).exists()
+    assert not orbax_copy.is_orbax(folder) and not (folder / orbax_copy.ORBAX_URL).exists()
     (remote / "model.safetensors").unlink()
     folder = locations.local_folder(URL)
     assert (
-        weights.is_orbax(folder)
+        orbax_copy.is_orbax(folder)
         and not (folder / "params").exists()
         and not (folder / "model.safetensors").exists()
     )
-    assert (folder / weights.ORBAX_URL).read_text() == f"{URL}/params\n"
-    # tensorstore reads buckets by itself, without epath: here its path is the folder that stands for the bucket.
+    assert (folder / orbax_copy.ORBAX_URL).read_text() == f"{URL}/params\n"
+    # tensorstore reads buckets itself, without epath: it is given the folder behind the bucket.
     local = types.SimpleNamespace(Path=lambda url: epath.Path(url.replace(URL, str(remote))))
-    monkeypatch.setattr(weights, "epath", local)
+    monkeypatch.setattr(orbax_copy, "epath", local)
     loaded = weights.load_params(folder, TINY)
     assert all(
         (got == want).all()
@@ -488,12 +541,14 @@ def test_orbax_copy_at_a_url(bucket, tiny_params, monkeypatch, tmp_path):
     )
     convert_base.convert(folder, tmp_path / "hub")
     assert sorted(contents(tmp_path / "hub")) == sorted(
-        {*contents(folder), "model.safetensors"} - {weights.ORBAX_URL}
+        {*contents(folder), "model.safetensors"} - {orbax_copy.ORBAX_URL}
     )
 
 
 def test_looking_at_a_base_in_a_bucket_copies_no_weights(bucket, tiny_base):
-    """Breaks when the weights are copied for a look, or weights of an earlier copy stand for others that have come in their place."""
+    """Breaks when the weights are copied just to inspect a base, or weights of an earlier copy
+    stand for their replacements.
+    """
     remote, opened = bucket
     assert bases.sizes(URL) == TINY and "model.safetensors" not in opened and opened
     opened.clear()
@@ -512,10 +567,12 @@ def test_looking_at_a_base_in_a_bucket_copies_no_weights(bucket, tiny_base):
 
 
 def test_a_bucket_that_comes_back(bucket, tiny_base, monkeypatch):
-    """Breaks when one failed read of a bucket ends a start, a lasting one counts as bad input, or half a file stays."""
+    """Breaks when one failed read of a bucket ends a start, a lasting failure counts as bad input,
+    or half a file stays.
+    """
     remote, _ = bucket
     copy, failures = (
-        locations._copy,
+        fetching._copy,
         [OSError(errno.EIO, "Input/output error"), ConnectionResetError(104, "reset")],
     )
 
@@ -526,7 +583,7 @@ def test_a_bucket_that_comes_back(bucket, tiny_base, monkeypatch):
         copy(source, target, *rest)
 
     monkeypatch.setattr(errors, "FIRST_DELAY", 0)
-    monkeypatch.setattr(locations, "_copy", broken)
+    monkeypatch.setattr(fetching, "_copy", broken)
     assert contents(locations.local_folder(URL)) == contents(tiny_base) and not failures
     failures += [ConnectionResetError(104, "reset")] * errors.TRIES
     os.utime(remote / "model.safetensors", (1, 1))
@@ -540,13 +597,16 @@ def test_a_bucket_that_comes_back(bucket, tiny_base, monkeypatch):
 
 def test_where_tensorstore_looks():
     """Breaks when a bucket is read as a folder of this machine, or by another storage's driver."""
-    assert weights._store(pathlib.Path("/a/params")) == {"driver": "file", "path": "/a/params/"}
-    assert weights._store(epath.Path("gs://b/x/params")) == {
+    assert orbax_copy._kvstore(pathlib.Path("/a/params")) == {
+        "driver": "file",
+        "path": "/a/params/",
+    }
+    assert orbax_copy._kvstore(epath.Path("gs://b/x/params")) == {
         "driver": "gcs",
         "bucket": "b",
         "path": "x/params/",
     }
-    assert weights._store(epath.Path("s3://b/params")) == {
+    assert orbax_copy._kvstore(epath.Path("s3://b/params")) == {
         "driver": "s3",
         "bucket": "b",
         "path": "params/",
@@ -554,13 +614,15 @@ def test_where_tensorstore_looks():
 
 
 def test_the_hubs_own_urls_offline(monkeypatch):
-    """Breaks when hf://… without a network is taken for an outage, after which launchers start again and again."""
+    """Breaks when hf://… without a network counts as an outage, after which launchers start again
+    and again.
+    """
 
     def asked(*_):
         raise huggingface_hub.errors.OfflineModeIsEnabled("offline mode is enabled")
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(locations, "_remote_files", asked)
+    monkeypatch.setattr(fetching, "_remote_files", asked)
     with pytest.raises(
         errors.UserError,
         match="'hf://org/name' cannot be read: what is asked for is not in the hub's cache",
@@ -569,7 +631,9 @@ def test_the_hubs_own_urls_offline(monkeypatch):
 
 
 def test_what_a_url_can_lack(bucket, monkeypatch):
-    """Breaks when an absent folder, one without a base, or an absent package ends in a traceback, or leaves a folder in the cache."""
+    """Breaks when a missing folder, one without a base, or a missing package gives a traceback, or
+    leaves a folder in the cache.
+    """
     remote, _ = bucket
     with pytest.raises(
         errors.UserError, match="base 'gs://bucket/absent' cannot be read: FileNotFoundError"

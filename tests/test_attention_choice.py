@@ -1,4 +1,6 @@
-"""Which attention a run computes: what is asked for, or what is fastest; never what its device, dtype or mesh cannot do."""
+"""Which attention a run uses: the requested or the fastest one, never one that device, dtype or
+mesh rule out.
+"""
 
 import dataclasses
 import types
@@ -12,7 +14,7 @@ from icae_jax.runtime import attention_choice, sharding
 
 
 def on(platform, tensor=1, devices=1):
-    """What stands in for a mesh of such devices."""
+    """A stand-in for a mesh of such devices."""
     shape = {"data": devices // tensor, "fsdp": 1, "tensor": tensor}
     device = types.SimpleNamespace(platform=platform, device_kind=f"a {platform}")
     return types.SimpleNamespace(local_devices=[device], shape=shape, size=devices)
@@ -35,7 +37,7 @@ def test_a_cpu_has_one_and_measures_nothing(monkeypatch):
 
 
 def test_auto_takes_the_fastest_of_one_device_s_share(monkeypatch):
-    """Breaks when another size than a device's own is timed, or the choice is not told."""
+    """Breaks when other sizes than one device's are timed, or the choice is not reported."""
     asked = {}
 
     def fastest(**sizes):
@@ -57,7 +59,9 @@ def test_auto_takes_the_fastest_of_one_device_s_share(monkeypatch):
 
 
 def test_the_same_sizes_are_timed_once(monkeypatch):
-    """Breaks when every compressor of a process times attention anew, or one takes what was measured for other sizes."""
+    """Breaks when every compressor of a process times attention anew, or timings of other sizes are
+    used.
+    """
     asked = []
 
     def fastest(**sizes):
@@ -80,7 +84,7 @@ def test_the_same_sizes_are_timed_once(monkeypatch):
 
 
 def test_auto_tells_what_the_device_refused(monkeypatch):
-    """Breaks when a kernel that fails to compile looks like one that was slower."""
+    """Breaks when a kernel that fails to compile looks merely slower."""
     monkeypatch.setattr(
         kernels,
         "fastest",

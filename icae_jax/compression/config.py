@@ -1,0 +1,111 @@
+"""The configuration of a compressor."""
+
+import dataclasses
+
+from icae_jax.compression import method as methods
+from icae_jax.compression.layout import Layout
+from icae_jax.compression.method import Method
+from icae_jax.errors import UserError
+
+TRIGGERS = ("trained", "bos")
+
+
+@dataclasses.dataclass(frozen=True)
+class CompressionConfig:
+    """What is compressed into how much, by which method.
+
+    Attributes:
+      method: the name of a method (`compression.methods`); "" for the first one, icae.
+      k: memory tokens per segment.
+      rate: text tokens per memory token; a segment holds at most k x rate tokens.
+      k_choices: the numbers of memory tokens that one model learns, rising up to k; each uses a
+        prefix of the memory table. () for k alone.
+      layout: the name of one of the method's position layouts; "" for its default.
+      memory_init: "embedding" draws the memory table from N(mean, std) of the base's token
+        embeddings, "normal" from N(0, 1).
+      trigger: what asks for the text back: "trained", the table's [AE] row, or "bos", the
+        tokenizer's own token; "" for the method's default.
+      trigger_token: a token whose embedding the [AE] row starts from ("" for none); a base that was
+        trained with a copying token already knows what to do after it.
+      decoder_lora: the decoder has a LoRA tree of its own, with the sizes of `lora`.
+    """
+
+    method: str = ""
+    k: int = 128
+    rate: float = 4.0
+    k_choices: tuple[int, ...] = ()
+    layout: str = ""
+    memory_init: str = "embedding"
+    trigger: str = ""
+    trigger_token: str = ""
+    decoder_lora: bool = False
+
+    def __post_init__(self):
+        object.__setattr__(self, "method", self.method or methods.default().name)
+        method = methods.get(self.method)
+        for name in ("k", "rate"):
+            if getattr(self, name) <= 0:
+                raise UserError(f"compression.{name} is {getattr(self, name)}; it must be positive")
+        if self.segment_tokens < 1:
+            raise UserError(
+                f"compression.rate is {self.rate} with compression.k {self.k}: a segment holds no "
+                "token; raise one of them"
+            )
+        choices = self.k_choices
+        if choices and (
+            min(choices) < 1 or list(choices) != sorted(set(choices)) or choices[-1] != self.k
+        ):
+            raise UserError(
+                f"compression.k_choices is {choices}; give rising numbers from 1 on, the last of "
+                f"them k ({self.k})"
+            )
+        if self.memory_init not in ("embedding", "normal"):
+            raise UserError(
+                f"compression.memory_init is {self.memory_init!r}; choose embedding or normal"
+            )
+        object.__setattr__(self, "layout", self.layout or method.default_layout)
+        object.__setattr__(self, "trigger", self.trigger or method.trigger)
+        if self.trigger not in TRIGGERS:
+            raise UserError(f"compression.trigger is {self.trigger!r}; choose trained or bos")
+        if self.layout not in method.layouts:
+            raise UserError(
+                f"compression.layout is {self.layout!r}, not one of method {self.method}; choose "
+                f"from {', '.join(method.layouts)}"
+            )
+
+    @property
+    def spec(self) -> Method:
+        """The `Method` of that name."""
+        return methods.get(self.method)
+
+    @property
+    def position_layout(self) -> Layout:
+        """The position layout of that name."""
+        return self.spec.layouts[self.layout]
+
+    @property
+    def bos_before_text(self) -> bool:
+        """Whether the encoder reads the text with the tokenizer's `<s>` in front."""
+        return self.spec.bos_before_text and self.position_layout.bos_before_text
+
+    @property
+    def segment_tokens(self) -> int:
+        """The most text tokens that a segment holds, whatever k is chosen for it."""
+        return round(self.k * self.rate)
+
+    @property
+    def choices(self) -> tuple[int, ...]:
+        """The numbers of memory tokens per segment that can be asked for."""
+        return self.k_choices or (self.k,)
+
+    def choose(self, k: int | None = None) -> int:
+        """`k` if it is one of `choices`, the largest if None. UserError otherwise."""
+        if k is None:
+            return self.k
+        if k not in self.choices:
+            known = ", ".join(map(str, self.choices))
+            raise UserError(
+                f"k is {k}; this compressor was trained with {known} memory tokens per segment; "
+                "choose one of these"
+            )
+        return int(k)

@@ -1,0 +1,86 @@
+"""What a compression method is: one `Method`, registered by name. Nothing else knows its name.
+
+A method is one file in `compression.methods`: a function that writes contexts into a memory, and a
+call of `register`. How a memory is read belongs to its kind (`compression.memory`); a new kind is a
+subclass of `Memory`.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+from icae_jax.compression.layout import Layout
+from icae_jax.errors import UserError
+
+PROMPT_EMBEDS = "prompt_embeds"  # a server's prompt embeddings
+HF_CACHE = "hf_cache"  # a key/value cache of transformers
+PEFT = "peft"  # a plain PEFT folder with code that writes the memory
+EXPORTS = (PROMPT_EMBEDS, HF_CACHE, PEFT)
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """A way to compress contexts.
+
+    Attributes:
+      name: in configurations, adapters and memory files.
+      title: in print.
+      write: `write(base, trained, contexts, config, dropout_key) -> Memory`, see
+        `encoder.compress`.
+      memory: the kind of memory that `write` returns, a subclass of `memory.Memory`.
+      layouts: position layouts by their names in configurations, the default first.
+      trigger: by default, what asks for the text back: "trained", the [AE] row, or "bos", the
+        tokenizer's own token.
+      bos_before_text: whether the encoder reads the text as the base would, with the tokenizer's
+        `<s>`.
+      appends_memory_tokens: whether the encoder reads k memory tokens behind each segment;
+        otherwise the text alone.
+      keeps: what `write` keeps of the encoder's pass at k tokens of each segment: "hidden", the
+        last hidden states, or "kv", keys and values of every layer. FLOPs are counted by it.
+      exports: the exports it has, of `EXPORTS`.
+    """
+
+    name: str
+    title: str
+    write: Callable[..., Any]
+    memory: type
+    layouts: Mapping[str, Layout]
+    trigger: Literal["trained", "bos"] = "trained"
+    bos_before_text: bool = True
+    appends_memory_tokens: bool = True
+    keeps: Literal["hidden", "kv"] = "hidden"
+    exports: tuple[str, ...] = ()
+
+    @property
+    def default_layout(self) -> str:
+        """The name of the layout that is taken where none is named."""
+        return next(iter(self.layouts))
+
+    def check_export(self, export: str) -> None:
+        """UserError if the method does not have an export."""
+        if export not in self.exports:
+            others = ", ".join(self.exports) or "none"
+            raise UserError(
+                f"method {self.name} ({self.title}) has no export {export}; it has {others}"
+            )
+
+
+METHODS: dict[str, Method] = {}
+
+
+def register(method: Method) -> Method:
+    """Makes a method known by its name."""
+    METHODS[method.name] = method
+    return method
+
+
+def get(name: str, field: str = "compression.method") -> Method:
+    """The method of that name. UserError, which calls the name `field`, if there is none."""
+    if name not in METHODS:
+        raise UserError(f"{field} is {name!r}; choose from {', '.join(METHODS)}")
+    return METHODS[name]
+
+
+def default() -> Method:
+    """The method of a configuration that names none: the first one registered."""
+    return next(iter(METHODS.values()))

@@ -1,0 +1,97 @@
+"""Loading compressors: a base with an adapter, perhaps with a memory file to read."""
+
+import os
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from icae_jax.compression.memory import Memory
+from icae_jax.errors import UserError
+from icae_jax.inference import memory_file
+from icae_jax.inference.compressor import Compressor
+from icae_jax.inference.memory_file import TextId
+from icae_jax.interop.adapters import folder as adapters
+from icae_jax.interop.hub import base as bases
+from icae_jax.interop.hub import locations
+from icae_jax.runtime import sharding
+
+
+def load_base(
+    source: str | os.PathLike, dtype: Any = "float32", mesh: jax.sharding.Mesh | None = None
+) -> bases.Base:
+    """A base for a `Compressor`, split over the mesh's devices, by default on one device.
+
+    source: folder, hub id or URL.
+    """
+    placement = None if mesh is None else sharding.Placement(mesh, bases.sizes(source))
+    return bases.load_base(
+        source,
+        jnp.dtype(dtype),
+        None if placement is None else placement.parameter,
+        progress=jax.process_index() == 0,
+    )
+
+
+def load(
+    adapter: str | os.PathLike,
+    base: str | os.PathLike | None = None,
+    *,
+    dtype: Any = "float32",
+    mesh: jax.sharding.Mesh | None = None,
+) -> Compressor:
+    """Loads a `Compressor`.
+
+    Args:
+        adapter: adapter folder, training workdir, hub id `org/name[@revision]`, or URL (gs://…).
+        base: model-hub folder, hub id or URL; by default the one that the adapter names.
+        dtype: of base and activations, "float32" or "bfloat16".
+        mesh: devices (`runtime.sharding`) that base and batches are split over, by default one.
+
+    Raises:
+        UserError: the base is not the one that the adapter was trained on.
+    """
+    folder, name = adapters.locate(adapter)
+    # Checked before the base is loaded, which takes minutes.
+    _, stated = adapters.read_adapter_info(folder, name)
+    loaded = load_base(base or adapters.check_base(stated.base, name), dtype, mesh)
+    return Compressor(loaded, adapters.load_adapter(folder, loaded), name, dtype, mesh)
+
+
+def load_with_memory(
+    memory_path: str | os.PathLike,
+    adapter: str | os.PathLike | None = None,
+    base: str | os.PathLike | None = None,
+    *,
+    dtype: Any = "float32",
+    mesh: jax.sharding.Mesh | None = None,
+    only_ids: Sequence[str] = (),
+) -> tuple[Compressor, Memory, list[TextId]]:
+    """A memory file's compressor, memory and ids.
+
+    Args:
+        memory_path: the memory file.
+        adapter: as for `load`; by default the one that the memory names.
+        base: as for `load`.
+        dtype: as for `load`.
+        mesh: as for `load`.
+        only_ids: only the texts of these ids, by default all.
+
+    Raises:
+        UserError: the file is damaged, is of another adapter or base, or lacks an id.
+    """
+    metadata = memory_file.read_metadata(memory_path)
+    rows = memory_file.rows_of(memory_file.read_ids(memory_path, metadata), only_ids)
+    adapter = adapter or metadata["adapter"]
+    if not pathlib.Path(adapter).is_dir() and not locations.is_remote(str(adapter)):
+        raise UserError(
+            f"--memory {memory_path} names adapter {adapter}, which is not here; give the "
+            "adapter's folder with --adapter"
+        )
+    compressor = load(adapter, base, dtype=dtype, mesh=mesh)
+    memory, ids = compressor.load_memory(memory_path)
+    if only_ids:
+        memory, ids = memory[rows], [ids[row] for row in rows]
+    return compressor, memory, ids

@@ -1,0 +1,61 @@
+"""Writing memories: contexts, in batches, through the encoder."""
+
+from collections.abc import Sequence
+
+import jax
+
+from icae_jax.compression import encoder, segments
+from icae_jax.compression.config import CompressionConfig
+from icae_jax.compression.memory import Memory
+from icae_jax.compression.segments import Contexts
+from icae_jax.inference.batching import batch_starts, concatenate, round_up
+from icae_jax.inference.devices import Devices
+from icae_jax.models.llama import FrozenModel
+
+# Compiled once for all compressors of one base and configuration.
+_compress = jax.jit(encoder.compress, static_argnames="config")
+
+
+class MemoryWriter:
+    """Writes contexts into memory.
+
+    Attributes:
+        base: the frozen base, with the attention that is fastest for whole segments.
+        trained: the encoder's LoRA and the memory table.
+        config: method, layout and sizes.
+        devices: where it runs.
+        pad_id: what shorter segments are padded with.
+    """
+
+    def __init__(
+        self,
+        base: FrozenModel,
+        trained: dict,
+        config: CompressionConfig,
+        devices: Devices,
+        pad_id: int,
+    ):
+        self.base, self.trained, self.config = base, trained, config
+        self.devices, self.pad_id = devices, pad_id
+
+    def write(self, contexts: Sequence[Sequence[int]], k: int, batch_size: int) -> Memory:
+        """The memory of lists of token ids, on the host. k: memory tokens per segment."""
+        memories = []
+        for start in batch_starts(len(contexts), batch_size):
+            batch = contexts[start : start + batch_size]
+            rows = self.devices.rows(batch_size if start else len(batch))
+            padded = [*batch, *[[]] * (rows - len(batch))]
+            arrays = segments.segment_contexts(padded, self.config, self._shape(batch), self.pad_id)
+            ids, lengths = self.devices.put(arrays)
+            with self.devices.active():
+                memory = _compress(
+                    self.base, self.trained, Contexts(ids, lengths, k), config=self.config
+                )
+            memories.append(jax.device_get(memory)[: len(batch)])
+        return concatenate(memories, self.config)
+
+    def _shape(self, contexts):
+        """Segments, and tokens per segment rounded up, so that few shapes are compiled."""
+        shapes = [segments.segment_shape(len(context), self.config) for context in contexts]
+        tokens = round_up(max(tokens for _, tokens in shapes))
+        return max(count for count, _ in shapes), min(tokens, self.config.segment_tokens)

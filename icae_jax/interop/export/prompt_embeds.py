@@ -1,0 +1,194 @@
+"""Memories as prompt embeddings, for servers such as vLLM.
+
+vLLM's `prompt_embeds` takes the input embeddings of a prompt and numbers their positions
+0, 1, 2, …  Slots are such embeddings, if the layout reads them at these positions.
+"""
+
+import base64
+import dataclasses
+import io
+import json
+import os
+import pathlib
+
+import jax
+import numpy as np
+from jaxtyping import Float
+
+from icae_jax import errors, files
+from icae_jax.compression.decoder import Decoder
+from icae_jax.compression.memory import Slots
+from icae_jax.compression.method import PROMPT_EMBEDS
+from icae_jax.errors import UserError
+from icae_jax.interop.adapters import folder as adapters
+from icae_jax.interop.export.reader import NamedMemory, Reader
+from icae_jax.interop.prompts import question_ids
+from icae_jax.interop.templates import fill_in
+
+DTYPES = ("bfloat16", "float32", "float16")  # what vLLM takes; the default first
+URL = "http://localhost:8000"
+ANSWER_TOKENS = 128  # most tokens of an answer, as in `Compressor.ask`
+SPARE_TOKENS = 16  # how much longer than its original a restored text may be
+SCRIPT = pathlib.Path(__file__).parent / "scripts" / "request.py"
+COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
+
+_embed = jax.jit(Decoder.embed)
+
+
+@dataclasses.dataclass(frozen=True)
+class Requests:
+    """Which requests are written.
+
+    Attributes:
+        questions: asked of every text.
+        restore: whether to ask for the texts back, too.
+        model: the server's name for the base; by default the base's path.
+        url: of the server.
+        dtype: of the embeddings, one of `DTYPES`.
+    """
+
+    questions: tuple[str, ...] = ()
+    restore: bool = False
+    model: str | None = None
+    url: str = URL
+    dtype: str = DTYPES[0]
+
+    def __post_init__(self):
+        if self.dtype not in DTYPES:
+            raise UserError(f"--dtype is {self.dtype}; choose from {', '.join(DTYPES)}")
+
+
+def check_readable(memory: Slots, reader: Reader) -> None:
+    """Raises UserError if a server could not read the memory as it was trained to be read.
+
+    It must be at positions 0, 1, 2, …, with the prompt right behind it.
+    """
+    mask = np.asarray(memory.mask)
+    misplaced = mask & (np.asarray(memory.positions) != mask.cumsum(1) - 1)
+    compression = reader.adapter.compression
+    restarts = compression.position_layout.ae_restarts
+    if restarts or misplaced.any() or (np.asarray(memory.end) != mask.sum(1)).any():
+        raise UserError(
+            f"compression.layout of the adapter is {compression.layout}, whose memory is not read "
+            "at positions 0, 1, 2, … as a server numbers prompt embeddings; train with layout "
+            "servable, or use `icae export hf_cache`"
+        )
+
+
+def slots_of(memory: Slots, row: int) -> Float[np.ndarray, "M D"]:
+    """The slots of one text, without padding."""
+    return np.asarray(memory.slots[row])[np.asarray(memory.mask[row])]
+
+
+def prompt_embeddings(
+    reader: Reader, slots_MD: Float[np.ndarray, "M D"], question: str | None = None
+) -> Float[np.ndarray, "T D"]:
+    """The input embeddings of a whole prompt, for positions 0 … T - 1.
+
+    With a question: the template's head, slots, and the question in the template. Without: slots
+    and trigger. UserError if the base has too few positions.
+    """
+    template, tokenizer = reader.adapter.template, reader.base.tokenizer
+    head, behind = reader.head("restore"), [reader.framing.trigger]
+    if question is not None:
+        head = reader.head("ask")
+        behind = template.prompt(question_ids(question, tokenizer, template))
+
+    def embed(ids):
+        return np.asarray(_embed(reader.decoder, np.asarray(ids, np.int32)), np.float32)
+
+    x_TD = np.concatenate([embed(head), np.asarray(slots_MD, np.float32), embed(behind)])
+    if len(x_TD) >= reader.positions:
+        raise UserError(
+            f"the prompt of memory and question takes {len(x_TD)} positions, the base has "
+            f"{reader.positions}; shorten one of them"
+        )
+    return x_TD
+
+
+def pt_bytes(x_TD: Float[np.ndarray, "T D"], dtype: str) -> bytes:
+    """What `torch.save` writes for a tensor; vLLM loads it with weights_only=True."""
+    torch = errors.need_torch("prompt_embeds")
+    tensor = torch.from_numpy(np.ascontiguousarray(x_TD, np.float32))
+    buffer = io.BytesIO()
+    torch.save(tensor.to(getattr(torch, dtype)), buffer)
+    return buffer.getvalue()
+
+
+def save_prompt_embeds(
+    folder: str | os.PathLike, named: NamedMemory, reader: Reader, requests: Requests
+) -> int:
+    """Writes what a vLLM server with `--enable-prompt-embeds` needs; returns how many requests.
+
+    The folder, new or empty, then holds
+
+        memory-ROW.pt                        slots `[M, D]`, for a content part of a chat
+        ask-ROW-QUESTION.pt, restore-ROW.pt  whole prompts `[T, D]`, for completions
+        requests.jsonl                       one request a line: kind (chat, ask, restore), id,
+                                             question, file, path, and its JSON body
+        request.py                           sends one of them
+
+    UserError if a server could not read the memory (see `check_readable`) or PyTorch is missing.
+    """
+    files.check_new_folder(folder)
+    reader.adapter.compression.spec.check_export(PROMPT_EMBEDS)
+    adapters.refuse_decoder_lora(reader.adapter, "a prompt embedding")
+    check_readable(named.memory, reader)
+    with files.replacing_folder(folder) as tmp:
+        writer = _Writer(tmp, reader, requests)
+        for row, text_id in enumerate(named.ids):
+            writer.add_text(row, text_id, named.memory)
+        lines = [json.dumps(line, ensure_ascii=False) + "\n" for line in writer.lines]
+        (tmp / "requests.jsonl").write_text("".join(lines), encoding="utf-8")
+        script = fill_in(SCRIPT.read_text(encoding="utf-8"), {"URL": requests.url})
+        (tmp / "request.py").write_text(script, encoding="utf-8")
+    return len(writer.lines)
+
+
+class _Writer:
+    """Writes the tensors of an export and collects its requests in `lines`."""
+
+    def __init__(self, folder: pathlib.Path, reader: Reader, requests: Requests):
+        self.folder, self.reader, self.requests = folder, reader, requests
+        self.lines: list[dict] = []
+
+    def add_text(self, row, text_id, memory):
+        """The requests about one text: chats, then completions."""
+        slots, questions = slots_of(memory, row), self.requests.questions
+        self._add_chats(row, text_id, slots)
+        prompts = [("ask", f"ask-{row}-{i}.pt", q, ANSWER_TOKENS) for i, q in enumerate(questions)]
+        if self.requests.restore:
+            length = int(memory.lengths[row]) + SPARE_TOKENS
+            prompts.append(("restore", f"restore-{row}.pt", None, length))
+        for kind, file, question, tokens in prompts:
+            x_TD = prompt_embeddings(self.reader, slots, question)
+            fields = {"prompt": None, "prompt_embeds": self._write(file, x_TD)}
+            line = {"kind": kind, "id": text_id, "question": question, "file": file}
+            room = self.reader.positions - len(x_TD)
+            self._add(line, COMPLETIONS, fields, min(tokens, room))
+
+    def _add_chats(self, row, text_id, slots):
+        file = f"memory-{row}.pt"
+        part = {"type": "prompt_embeds", "data": self._write(file, slots)}
+        for question in self.requests.questions or [None]:
+            text = [] if question is None else [{"type": "text", "text": question}]
+            fields = {"messages": [{"role": "user", "content": [part, *text]}]}
+            line = {"kind": "chat", "id": text_id, "question": question, "file": file}
+            self._add(line, CHAT, fields, ANSWER_TOKENS)
+
+    def _write(self, name, x_TD):
+        """Writes a tensor; returns it in base64."""
+        data = pt_bytes(x_TD, self.requests.dtype)
+        (self.folder / name).write_bytes(data)
+        return base64.b64encode(data).decode("ascii")
+
+    def _add(self, line, path, fields, max_tokens):
+        objective = "restore" if line["kind"] == "restore" else "ask"
+        body = {
+            "model": self.requests.model or self.reader.base_path,
+            **fields,
+            "max_tokens": max_tokens,
+            "temperature": 0.0,
+            "stop_token_ids": self.reader.stop_ids(objective),
+        }
+        self.lines.append(line | {"path": path, "body": body})

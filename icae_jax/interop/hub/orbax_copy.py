@@ -1,0 +1,151 @@
+"""An Orbax copy of a base's weights, from which each host reads only its own shards."""
+
+import contextlib
+import pathlib
+from collections.abc import Iterator
+
+import jax
+import tqdm
+from etils import epath
+
+from icae_jax import errors
+from icae_jax.errors import UserError
+from icae_jax.interop.hub import placing, stored
+
+CHUNK_BYTES = 4 << 20  # small, so that a shard of a parameter is read without the rest
+ORBAX = "params"  # the folder of the copy, beside config.json and the tokenizer's files
+# In its place, if the copy is elsewhere: its URL, so that each host reads its shards from there.
+ORBAX_URL = "params.url"
+
+
+def is_orbax(folder: str | pathlib.Path) -> bool:
+    """Whether a folder's weights are an Orbax copy and not safetensors files."""
+    folder = pathlib.Path(folder)
+    if any((folder / name).exists() for name in (stored.WHOLE, stored.INDEX)):
+        return False
+    return (folder / ORBAX / "_METADATA").is_file() or (folder / ORBAX_URL).is_file()
+
+
+def save_orbax(folder: str | pathlib.Path, params: dict) -> None:
+    """Writes an Orbax copy of the parameters into `folder/params`, which must not exist."""
+    import orbax.checkpoint as ocp  # takes a second, which loading safetensors need not wait for
+
+    args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), params)
+    handler = ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_zarr3=False, use_compression=False)
+    with ocp.Checkpointer(handler) as checkpointer:
+        checkpointer.save(
+            pathlib.Path(folder).resolve() / ORBAX, args=ocp.args.PyTreeSave(params, save_args=args)
+        )
+
+
+def load_orbax(
+    folder: pathlib.Path,
+    targets: dict[placing.Path, jax.ShapeDtypeStruct],
+    wanted: dict[placing.Path, jax.ShapeDtypeStruct],
+    bar: tqdm.tqdm,
+) -> dict[placing.Path, jax.Array]:
+    """The wanted parameters from the Orbax copy of a folder.
+
+    Args:
+        folder: satisfies `is_orbax`.
+        targets: all parameters of the model. UserError if the copy's names or shapes differ.
+        wanted: those to load.
+        bar: progress in bytes.
+    """
+    import tensorstore
+
+    source = _location(folder)
+    _check_shapes(source, targets)
+    # Through tensorstore, in whose format Orbax writes: Orbax's own restore holds two shards, and
+    # the chunks of 128 threads beside them.
+    context = tensorstore.Context(
+        {"file_io_concurrency": {"limit": 8}, "cache_pool": {"total_bytes_limit": 0}}
+    )
+    params = {}
+    for path, target in wanted.items():
+        kvstore = {"driver": "ocdbt", "base": _kvstore(source), "path": f"{'.'.join(path)}/"}
+        spec = {"driver": "zarr", "kvstore": kvstore}
+        with _naming(source):
+            array = errors.retrying(
+                lambda spec=spec: tensorstore.open(spec, read=True, context=context).result(),
+                f"reading {source}",
+            )
+        array = tensorstore.cast(array, target.dtype)
+
+        def read(ranges, array=array):
+            slices = tuple(slice(*axis) for axis in ranges)
+            with _naming(source):
+                shard = errors.retrying(lambda: array[slices].read().result(), f"reading {source}")
+            bar.update(shard.nbytes)
+            return shard
+
+        params[path] = placing.place(target, read)
+    return params
+
+
+def _location(folder):
+    """The path of a folder's Orbax copy, here or in a bucket."""
+    url = folder / ORBAX_URL
+    if not url.is_file():
+        return folder.resolve() / ORBAX
+    text = url.read_text(encoding="utf-8").strip()
+    if "://" not in text or text.startswith("file:"):
+        raise UserError(
+            f"{url}: {text!r} is not where a bucket has an Orbax copy; "
+            f"give its URL, such as gs://BUCKET/BASE/{ORBAX}"
+        )
+    return epath.Path(text)
+
+
+def _check_shapes(source, targets):
+    """UserError if a copy's parameters are not those of the model."""
+    import orbax.checkpoint as ocp
+
+    with _naming(source), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        # If Orbax cannot read the metadata, it does not say why.
+        errors.retrying((source / "_METADATA").read_bytes, f"reading {source}")
+        metadata = checkpointer.metadata(source).item_metadata
+        if metadata is None:
+            raise UserError("files are missing")
+    shapes = {
+        tuple(key.key for key in keys): tuple(x.shape)
+        for keys, x in jax.tree_util.tree_leaves_with_path(metadata.tree)
+    }
+    missing, unknown = targets.keys() - shapes.keys(), shapes.keys() - targets.keys()
+    stored.refuse(
+        source,
+        {
+            "missing": [".".join(path) for path in missing],
+            "not in the model of config.json": [".".join(path) for path in unknown],
+            "of another shape": [
+                f"{'.'.join(path)} has shape {shapes[path]}, "
+                f"config.json implies {targets[path].shape}"
+                for path in targets.keys() & shapes.keys()
+                if shapes[path] != targets[path].shape
+            ],
+        },
+    )
+
+
+def _kvstore(source):
+    """The tensorstore spec of a folder, here or in a bucket."""
+    scheme, _, rest = str(source).rpartition("://")
+    if not scheme:
+        return {"driver": "file", "path": f"{source}/"}
+    bucket, _, path = rest.partition("/")
+    return {"driver": {"gs": "gcs"}.get(scheme, scheme), "bucket": bucket, "path": f"{path}/"}
+
+
+@contextlib.contextmanager
+def _naming(source: object) -> Iterator[None]:
+    """Names the copy where it is damaged, of which Orbax and tensorstore raise plain Exceptions."""
+    try:
+        yield
+    except Exception as error:
+        if errors.transient(error) or isinstance(error, MemoryError):
+            raise
+        cause = str(error).strip().splitlines()
+        raise UserError(
+            f"{source}: not a readable Orbax copy of a base ({cause[0] if cause else error!r}); "
+            "make it anew"
+        ) from error

@@ -1,0 +1,178 @@
+"""A method defined in this file: it trains, compresses, asks, restores, saves, plans, exports.
+
+The method: no memory tokens; the memory is the last hidden state of k text tokens of each segment,
+spread evenly over it, read as embeddings. Nothing outside this file knows of it. """
+
+import dataclasses
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import TINY, WORDS, write_jsonl
+
+from icae_jax.compression import layout, method
+from icae_jax.compression.encoder import encode
+from icae_jax.compression.memory import Slots, place
+from icae_jax.errors import UserError
+from icae_jax.inference.loading import load
+from icae_jax.interop.adapters import folder as adapters
+from icae_jax.performance import flops, programs
+from icae_jax.runtime import sharding
+from icae_jax.training import train
+from icae_jax.training.compressor_task import CompressorTask
+from icae_jax.training.config import TrainConfig
+from icae_jax.training.config_file import from_dict
+
+
+def write(base, trained, contexts, config, dropout_key=None):
+    B, S, _ = contexts.ids.shape
+    k, lengths = contexts.k, contexts.lengths.reshape(B * S, 1)
+    at = jnp.arange(1, k + 1)[None] * lengths // k - 1  # the last token of each of k equal parts
+    hidden, _ = encode(base, trained, contexts, config, dropout_key, memory_tokens=0, at=at)
+    return place(Slots, {"slots": hidden.reshape(B, S * k, -1)}, contexts.lengths, config)
+
+
+TOY = method.Method(
+    name="every-rth",
+    title="every r-th token",
+    write=write,
+    memory=Slots,
+    layouts={"sequential": layout.SEQUENTIAL},
+    bos_before_text=False,
+    appends_memory_tokens=False,
+    exports=(method.HF_CACHE,),
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _registered():
+    method.register(TOY)
+    yield
+    del method.METHODS[TOY.name]
+
+
+@pytest.fixture(scope="module")
+def config(tiny_base, tmp_path_factory):
+    folder, rng = tmp_path_factory.mktemp("toy"), np.random.default_rng(0)
+    texts = [{"text": " ".join(rng.choice(WORDS[8:], size=30))} for _ in range(8)]
+    raw = {
+        "base": str(tiny_base),
+        "steps": 3,
+        "batch_size": 4,
+        "compression": {"method": TOY.name, "k": 4, "rate": 4.0, "decoder_lora": True},
+        "lora": {"rank": 2},
+        "data": {
+            "train": write_jsonl(folder / "text.jsonl", texts),
+            "context_lengths": [24],
+            "cache_dir": str(folder / "cache"),
+        },
+    }
+    return from_dict(TrainConfig, raw)
+
+
+@pytest.fixture(scope="module")
+def workdir(config, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run") / "workdir"
+    assert train.train(config, CompressorTask(config, workdir=folder), folder) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def compressor(workdir):
+    return load(workdir)
+
+
+TEXTS = [" ".join(WORDS[20:40]), " ".join(WORDS[30:37])]
+
+
+def test_it_is_trained(config, workdir):
+    """Breaks when training asks more of a method than its contract, or one of its LoRAs does not learn."""
+    start = CompressorTask(config).init()
+    trained = load(workdir).trained
+    moved = {
+        name: max(
+            float(np.abs(a - b).max()) for a, b in zip(*map(jax.tree.leaves, pair), strict=True)
+        )
+        for name, pair in {n: (start[n], trained[n]) for n in start}.items()
+    }
+    assert set(moved) == {"lora", "memory_table", "decoder_lora"} and min(moved.values()) > 0
+
+
+def test_it_compresses_restores_and_asks(compressor):
+    """Breaks when inference does not take what the method wrote: k slots for each segment."""
+    memory = compressor.compress(TEXTS)
+    assert type(memory) is Slots and memory.tokens.tolist() == [8, 4]
+    assert memory.lengths.tolist() == [20, 7], "the text is read without <s>"
+    alone = compressor.compress(TEXTS[1])
+    np.testing.assert_allclose(memory.slots[1][:4], alone.slots[0], rtol=1e-4, atol=1e-5)
+    assert len(compressor.restore(memory, 5)) == 2
+    assert len(compressor.ask(memory, ["what ?", "who ?"], 5)) == 2
+    assert all(score.log_prob < 0 for score in compressor.score(memory, TEXTS))
+
+
+def test_its_memories_and_adapters_are_saved_and_loaded(compressor, tmp_path):
+    """Breaks when a file's format knows its methods by name."""
+    memory = compressor.compress(TEXTS)
+    compressor.save(tmp_path / "m.safetensors", memory, ["a", "b"])
+    loaded, ids = compressor.load_memory(tmp_path / "m.safetensors")
+    assert ids == ["a", "b"]
+    jax.tree.map(np.testing.assert_array_equal, loaded, memory)
+    adapters.save_adapter(tmp_path / "adapter", compressor.adapter)
+    again = load(tmp_path / "adapter")
+    assert again.adapter.compression == compressor.adapter.compression
+    jax.tree.map(np.testing.assert_array_equal, again.trained, compressor.trained)
+
+
+def test_it_is_planned(config):
+    """Breaks when planning counts another encoder than the method's."""
+    config = dataclasses.replace(config, remat="none", remat_decoder="none")
+    spec = programs.Spec("compress", config, TINY, contexts=4, length=16)
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    counted = programs.lower(programs.few_layers(spec, 2), mesh, ("cpu",)).cost_analysis()["flops"]
+    assert programs.least(spec) <= counted < 1.3 * programs.least(spec)
+    icae = flops.compress(TINY, config.lora, (4, 1, 16), 4, method.get("icae"))
+    toy = flops.compress(TINY, config.lora, (4, 1, 16), 4, TOY)
+    assert toy.total < icae.total, "it reads no memory tokens"
+    for what in ("train", "decode"):
+        spec = dataclasses.replace(spec, what=what)
+        assert programs.positions_needed(spec) < TINY.max_position_embeddings
+        assert programs.lower(spec, mesh, ("cpu",)) and programs.least(spec) > 0
+
+
+def test_exports_that_it_lacks_are_refused():
+    """Breaks when an export takes a method that does not have it, or does not name the method."""
+    TOY.check_export(method.HF_CACHE)
+    for export in (method.PROMPT_EMBEDS, method.PEFT):
+        with pytest.raises(UserError, match=f"every-rth .every r-th token. has no export {export}"):
+            TOY.check_export(export)
+
+
+def test_nothing_else_knows_a_methods_name():
+    """Breaks when another module compares names, so that a new method is not one file."""
+    package = pathlib.Path(method.__file__).parents[1]
+    names = [f'"{name}"' for name in ("icae", "x500")]
+    known = {
+        path.relative_to(package).as_posix()
+        for path in package.rglob("*.py")
+        if any(name in path.read_text() for name in names)
+    }
+    print(sorted(known))
+    assert {
+        path
+        for path in known
+        if path.startswith(
+            (
+                "compression/",
+                "objectives/",
+                "models/",
+                "training/compressor",
+                "performance/",
+                "inference/",
+            )
+        )
+    } <= {
+        "compression/methods/icae.py",
+        "compression/methods/x500.py",
+    }
