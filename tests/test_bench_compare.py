@@ -337,10 +337,10 @@ def test_a_folder_of_other_sizes_is_refused(bench, tmp_path):
     """Breaks when an earlier run's base is measured under this run's sizes, or someone's files are written over."""
     (tmp_path / "sizes.json").write_text('{"hidden": 512, "tokens": 128}')
     with pytest.raises(ValueError, match=r"made with hidden 512 \(now 64\)"):
-        bench("compare").prepare(tmp_path, {"hidden": 64, "tokens": 128, "rounds": 3})
+        bench("problem").prepare(tmp_path, {"hidden": 64, "tokens": 128, "rounds": 3})
     (tmp_path / "sizes.json").rename(tmp_path / "other.json")
     with pytest.raises(ValueError, match="is not empty"):
-        bench("compare").prepare(tmp_path, {"hidden": 64})
+        bench("problem").prepare(tmp_path, {"hidden": 64})
 
 
 @pytest.mark.nightly
