@@ -14,7 +14,7 @@ from conftest import ROOT
 from launch_helpers import COMMAND, write_stubs
 
 SLICE = ["--name", "icae", "--zone", "us-west4-a", "--type", "v5litepod-16"]
-# A stand-in for gcloud. In $CLOUD `slice` and `queue` hold states, w0 and w1 are the workers' homes,
+# A stand-in for gcloud. In $CLOUD `slice` and `queue` are states, w0 and w1 the workers' homes,
 # and `calls` has a line for each call. A worker's commands run here, in its home.
 GCLOUD = """
 import json, os, pathlib, shutil, subprocess, sys
