@@ -14,6 +14,8 @@ A passage goes into 11 memory tokens, in fewer steps (`…-4x`), or into 11 and 
 
 from ml_collections import ConfigDict
 
+METHODS = ("x500", "icae")  # the sooner trained first
+
 
 def get_config(arg="pretrain-icae"):
     """The fields of a phase of a method.
@@ -23,7 +25,7 @@ def get_config(arg="pretrain-icae"):
     """
     phase, method, only = (*arg.split("-"), "", "")[:3]
     method = method or "icae"
-    known = phase in ("pretrain", "finetune") and method in ("icae", "x500") and only in ("", "4x")
+    known = phase in ("pretrain", "finetune") and method in METHODS and only in ("", "4x")
     if not known or arg.count("-") > 2:
         raise ValueError(
             f"quickstart:{arg}: choose :pretrain-METHOD[-4x] or :finetune-METHOD[-4x] "

@@ -125,7 +125,7 @@ def limit() -> int:
     return parse_gib(os.environ.get(VARIABLE) or DEFAULT_GIB, VARIABLE)
 
 
-def parse_gib(gib: str | float, name: str) -> int:
+def parse_gib(gib: str | int | float, name: str) -> int:
     """A number of GiB in bytes. UserError, which names the flag or variable, if it is not one."""
     try:
         size = float(gib)

@@ -21,7 +21,7 @@ MUTANTS = [
         "if tied_head is not None and not _equal(stored[TABLE][1], tied_head[1]):", "if False:", "test_stored.py -k tied",
     ),
     Mutant(
-        "o_proj loses its bias", "models/llama.py", 'self.config.o_bias, name="o_proj"', 'name="o_proj"', "test_llama.py -k bias",
+        "o_proj loses its bias", "models/blocks.py", 'self.config.o_bias, name="o_proj"', 'name="o_proj"', "test_llama.py -k bias",
     ),
     # ------------------------------------------------------------------------------------------------------- tokenizers, ids
     Mutant(
@@ -52,7 +52,7 @@ MUTANTS = [
         "test_tokenizer.py -k not_finite",
     ),
     Mutant(
-        "a run asks in today's words", "training/compressor_task.py", "if kept is None or kept == made.as_json():", "if True:",
+        "a run asks in today's words", "training/compressor_task.py", "if stored is None or stored == template.as_json():", "if True:",
         "test_identity.py -k words_that_it",
     ),
     # ------------------------------------------------------------------------------------------------------------- adapters

@@ -1,4 +1,6 @@
-"""Attention: every implementation gives what a plain computation in float64 gives, and the kernels compile for the devices they are for."""
+"""Attention: every implementation gives what a plain computation in float64 gives, and the kernels
+compile for the devices they are for.
+"""
 
 import functools
 import json
@@ -15,7 +17,7 @@ from conftest import ROOT, close, eight_devices, seen_devices
 from jax._src.cudnn import fused_attention_stablehlo
 from jax.sharding import AbstractMesh, AxisType
 
-from icae_jax.models import attention, plain_attention
+from icae_jax.models import attention, axes, plain_attention
 from icae_jax.runtime import sharding
 
 KERNELS = attention.splash_attention_kernel
@@ -23,7 +25,9 @@ RULES = (("batch", ("data", "fsdp")), ("heads", "tensor"), ("kv_heads", "tensor"
 
 
 def on_cpu(monkeypatch):
-    """Runs the kernels' own arithmetic here: splash interpreted, and in cuDNN's place XLA, called as cuDNN is."""
+    """Runs the kernels' own arithmetic here: splash interpreted, and in cuDNN's place XLA, called
+    as cuDNN is.
+    """
     monkeypatch.setattr(
         KERNELS, "make_splash_mha", functools.partial(KERNELS.make_splash_mha, interpret=True)
     )
@@ -31,7 +35,9 @@ def on_cpu(monkeypatch):
 
 
 class Case:
-    """Random numbers of the given sizes; `real` has padding within each row but the first, the prefixes at their ends."""
+    """Random numbers of the given sizes; `real` has padding within each row but the first, the
+    prefixes at their ends.
+    """
 
     def __init__(self, B, S, N, K, H, P=0, Bp=1, at=None):
         rng = np.random.default_rng(B * S + H)
@@ -109,7 +115,9 @@ A_PREFIX_EACH = Case(4, 24, 4, 2, 8, P=21, Bp=4)
 
 @pytest.mark.parametrize("name", CASES)
 def test_plain_against_the_definition(name):
-    """Breaks when a query reads a later key, padding or another row's prefix, or a query head another key head."""
+    """Breaks when a query reads a later key, padding or another row's prefix, or a query head
+    another key head.
+    """
     close(CASES[name].plain[0], CASES[name].wanted())
 
 
@@ -119,7 +127,9 @@ def test_plain_against_the_definition(name):
     ids=["a text", "two texts", "a text, unrolled"],
 )
 def test_texts_in_turns(monkeypatch, scores, unroll):
-    """Breaks when texts that are computed one after another get each other's keys, masks or gradients, or their order changes."""
+    """Breaks when texts that are computed one after another get each other's keys, masks or
+    gradients, or their order changes.
+    """
     case = A_PREFIX_EACH
     want = case.plain
     monkeypatch.setattr(plain_attention, "SCORES", scores)
@@ -142,7 +152,9 @@ def test_texts_in_turns(monkeypatch, scores, unroll):
     "name", [name for name in CASES if name != "the last times"]
 )  # to kernels they are as those within
 def test_kernels_against_plain(monkeypatch, name, implementation):
-    """Breaks when a kernel's padding is seen, its queries stand at other times, or a shared prefix misses some of its rows' gradients."""
+    """Breaks when a kernel's padding is seen, its queries stand at other times, or a shared prefix
+    misses some of its rows' gradients.
+    """
     on_cpu(monkeypatch)
     for got, want in zip(CASES[name].both(implementation), CASES[name].plain, strict=True):
         close(got, want)
@@ -150,7 +162,9 @@ def test_kernels_against_plain(monkeypatch, name, implementation):
 
 @pytest.mark.parametrize("fused", [4, 1], ids=["one backward kernel", "two"])
 def test_several_blocks(monkeypatch, fused):
-    """Breaks when splash's blocks of keys are not summed, the last one's padding is seen, or long sequences have no backward pass."""
+    """Breaks when splash's blocks of keys are not summed, the last one's padding is seen, or long
+    sequences have no backward pass.
+    """
     on_cpu(monkeypatch)
     monkeypatch.setattr(attention, "BLOCKS", (128,))
     monkeypatch.setattr(attention, "MOST_FUSED", fused)
@@ -170,13 +184,17 @@ def test_several_blocks(monkeypatch, fused):
     ],
 )
 def test_blocks(length, blocks):
-    """Breaks when blocks are not multiples of what splash takes, do not hold the length, or are so small that starting them is the cost."""
+    """Breaks when blocks are not multiples of what splash takes, do not hold the length, or are so
+    small that starting them is the cost.
+    """
     assert attention._blocks(length) == blocks
 
 
 @pytest.mark.parametrize("implementation", ["xla", "cudnn"])
 def test_any_mask(monkeypatch, implementation):
-    """Breaks when a mask with a line for each query is taken for another one, for the sequence or the prefix, or for another row's."""
+    """Breaks when a mask with a line for each query is taken for another one, for the sequence or
+    the prefix, or for another row's.
+    """
     on_cpu(monkeypatch)
     case = CASES["a prefix for two rows"]
     q, k, v, pk, pv = case.arrays
@@ -207,7 +225,9 @@ def test_one_mask_for_all_rows(monkeypatch, implementation):
 
 
 def test_times_of_each_row_and_times_told_late(monkeypatch):
-    """Breaks when times that are no numpy array, or are each row's own, are taken for others, or splash refuses or ignores them."""
+    """Breaks when times that are no numpy array, or are each row's own, are taken for others, or
+    splash refuses or ignores them.
+    """
     on_cpu(monkeypatch)
     q, k, v = CASES["grouped heads"].arrays
     real, own = np.ones((2, 24), bool), np.array([[3, 9, 23], [0, 5, 6]])
@@ -231,7 +251,9 @@ def test_times_of_each_row_and_times_told_late(monkeypatch):
 
 @pytest.mark.parametrize("implementation", ["cudnn", "splash"])
 def test_queries_that_are_padding(monkeypatch, implementation):
-    """Breaks when a row or a query that sees nothing real gives NaN, which any gradient would carry on."""
+    """Breaks when a row or a query that sees nothing real gives NaN, which any gradient would carry
+    on.
+    """
     on_cpu(monkeypatch)
     q, k, v = CASES["grouped heads"].arrays
     real = np.ones((2, 24), bool)
@@ -280,7 +302,7 @@ def test_what_cannot_be_computed(changed, said):
         attention.attend(**given)
 
 
-# --------------------------------------------------------------------------------------------------- which can be had
+# --------------------------------------------------------------------------------- which can be had
 
 
 @pytest.mark.parametrize(
@@ -306,7 +328,9 @@ def test_what_cannot_be_computed(changed, said):
     ],
 )
 def test_supported(implementation, platform, changed, said):
-    """Breaks when a run that cannot work is started, or a reason does not say what stands in the way."""
+    """Breaks when a run that cannot work is started, or a reason does not say what stands in the
+    way.
+    """
     sizes = {"dtype": jnp.bfloat16, "head_dim": 64, "heads": 8, "kv_heads": 2} | changed
     why = attention.supported(implementation, platform, **sizes)
     assert why is None if said is None else said in why
@@ -316,7 +340,9 @@ SIZES = {"rows": 2, "length": 16, "heads": 4, "kv_heads": 2, "head_dim": 8}
 
 
 def test_fastest_is_measured(monkeypatch):
-    """Breaks when a slower one is chosen, one that the device refuses ends the run, or what is timed has no backward pass."""
+    """Breaks when a slower one is chosen, one that the device refuses ends the run, or what is
+    timed has no backward pass.
+    """
     monkeypatch.setattr(attention, "supported", lambda *_, **__: None)
     on_cpu(monkeypatch)
 
@@ -355,7 +381,9 @@ def test_fastest_is_measured(monkeypatch):
 
 
 def test_fastest_of_what_this_machine_has(monkeypatch):
-    """Breaks when one candidate is timed, or a backend's own refusal is not among those that are caught."""
+    """Breaks when one candidate is timed, or a backend's own refusal is not among those that are
+    caught.
+    """
     if jax.devices()[0].platform != "cpu":
         pytest.skip("needs a machine without accelerators")
     choice = attention.fastest(**SIZES, dtype=jnp.bfloat16, seconds=None)
@@ -373,12 +401,14 @@ def test_fastest_of_what_this_machine_has(monkeypatch):
     )
 
 
-# ------------------------------------------------------------------------------------------------------------- devices
+# ------------------------------------------------------------------------------------------ devices
 
 
 @pytest.mark.parametrize("mesh", [False, True], ids=["one device", "a mesh"])
 def test_lowered_for_cuda(monkeypatch, mesh):
-    """Breaks when what is passed to cuDNN is not what it takes (lengths, heads, dtypes), or the mesh's parts are not the devices' own."""
+    """Breaks when what is passed to cuDNN is not what it takes (lengths, heads, dtypes), or the
+    mesh's parts are not the devices' own.
+    """
     monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
     monkeypatch.setattr(fused_attention_stablehlo, "check_compute_capability", lambda _: True)
     monkeypatch.setattr(
@@ -406,7 +436,8 @@ def test_lowered_for_cuda(monkeypatch, mesh):
     )
     masks = like(4, 37, dtype=bool), like(2, 31, dtype=bool)
     devices = AbstractMesh((1, 2, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
-    with jax.sharding.use_abstract_mesh(devices), nn.logical_axis_rules(RULES if mesh else ()):
+    rules = RULES if mesh else axes.UNCONSTRAINED
+    with jax.sharding.use_abstract_mesh(devices), nn.logical_axis_rules(rules):
         lowered = (
             jax.jit(jax.grad(total, range(5)))
             .trace(*given, *masks)
@@ -427,7 +458,9 @@ def test_lowered_for_cuda(monkeypatch, mesh):
 
 @pytest.mark.parametrize(("kept", "kernels"), [(["attention"], 2), ([], 3)])
 def test_rematerialised(kept, kernels):
-    """Breaks when a policy that keeps what attention gave runs the forward kernel twice all the same."""
+    """Breaks when a policy that keeps what attention gave runs the forward kernel twice all the
+    same.
+    """
     case = CASES["grouped heads"]
     kept = jax.checkpoint_policies.save_only_these_names(*kept)
     total = jax.checkpoint(
@@ -443,7 +476,9 @@ def test_rematerialised(kept, kernels):
 
 
 def test_on_a_mesh(monkeypatch):
-    """Breaks when a device gets other rows, heads or prefixes than its own, or everything runs whole on each."""
+    """Breaks when a device gets other rows, heads or prefixes than its own, or everything runs
+    whole on each.
+    """
     with eight_devices(), seen_devices(4, backend="cpu"):
         on_cpu(monkeypatch)
         # Both kernels are called in the same way, so that each of these is tried with one of them.
@@ -515,17 +550,19 @@ import numpy as np
 import test_attention as t
 from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
-from icae_jax.models import attention, plain_attention
-from icae_jax.training import sharding
+from icae_jax.models import attention
+from icae_jax.runtime import sharding
 
 jax.config.update("jax_exec_time_optimization_effort", -1.0)
 devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices
 
-def peak(B, K, H, mesh=sharding.MeshConfig(1, 2, 2), P=0, at=None, implementation="splash", T=640, N=32):
+MESH = sharding.MeshConfig(1, 2, 2)
+
+def peak(B, K, H, mesh=MESH, P=0, at=None, implementation="splash", T=640, N=32):
     mesh = sharding.make_mesh(mesh, devices) if mesh else sharding.make_mesh(devices=devices[:1])
 
     def like(*shape, dtype=jnp.bfloat16):
-        spec = PartitionSpec(("data", "fsdp"), None, "tensor") if len(shape) == 4 else PartitionSpec(("data", "fsdp"))
+        spec = PartitionSpec(("data", "fsdp"), *((None, "tensor") if len(shape) == 4 else ()))
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
 
     def total(q, k, v, pk, pv, mask, p_mask):
@@ -535,27 +572,39 @@ def peak(B, K, H, mesh=sharding.MeshConfig(1, 2, 2), P=0, at=None, implementatio
 
     with jax.set_mesh(mesh), nn.logical_axis_rules(t.RULES):
         kv = like(B, T, K, H), like(B, T, K, H), like(2, P, K, H), like(2, P, K, H)
-        given = like(B, T if at is None else len(at), N, H), *kv, like(B, T, dtype=bool), like(2, P, dtype=bool)
-        compiled = jax.jit(jax.grad(total, range(5))).trace(*given).lower(lowering_platforms=("tpu",)).compile()
+        masks = like(B, T, dtype=bool), like(2, P, dtype=bool)
+        traced = jax.jit(jax.grad(total, range(5))).trace(
+            like(B, T if at is None else len(at), N, H), *kv, *masks
+        )
+        compiled = traced.lower(lowering_platforms=("tpu",)).compile()
     kernels = compiled.as_text().count('custom_call_target="tpu_custom_call"')
     return kernels, compiled.memory_analysis().peak_memory_in_bytes
 
 print(json.dumps({
-    "one": peak(2, 8, 128, None), "mesh": peak(2, 8, 128), "plain": peak(2, 8, 128, implementation="xla"),
-    "the last behind a prefix": peak(4, 2, 64, P=130, at=np.arange(512, 640), N=8), "long": peak(2, 2, 128, T=3200, N=8),
+    "one": peak(2, 8, 128, None),
+    "mesh": peak(2, 8, 128),
+    "plain": peak(2, 8, 128, implementation="xla"),
+    "the last behind a prefix": peak(4, 2, 64, P=130, at=np.arange(512, 640), N=8),
+    "long": peak(2, 2, 128, T=3200, N=8),
 }))
 """
 
 
 @pytest.mark.nightly
 def test_compiled_for_a_tpu():
-    """Breaks when Mosaic refuses the kernel's blocks or the mesh's parts, or the scores live after all."""
+    """Breaks when Mosaic refuses the kernel's blocks or the mesh's parts, or the scores live after
+    all.
+    """
     pytest.importorskip("libtpu")
     quiet = {"TPU_STDERR_LOG_LEVEL": "3", "TPU_MIN_LOG_LEVEL": "3", "TPU_LOG_DIR": "disabled"}
     said = child(FOR_A_TPU, TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1", **quiet)
     found = json.loads(said.splitlines()[-1])
     assert {name: kernels for name, (kernels, _) in found.items()} == {
-        "one": 2, "mesh": 2, "plain": 0, "the last behind a prefix": 2, "long": 3,
-    }  # fmt: skip
+        "one": 2,
+        "mesh": 2,
+        "plain": 0,
+        "the last behind a prefix": 2,
+        "long": 3,
+    }
     assert found["mesh"][1] < 0.7 * found["plain"][1]
     assert found["mesh"][1] < 0.35 * found["one"][1]

@@ -3,11 +3,13 @@ mesh rule out.
 """
 
 import dataclasses
-import types
+from unittest import mock
 
+import jax
 import jax.numpy as jnp
 import pytest
 from conftest import TINY
+from jax.sharding import Mesh
 
 from icae_jax.models import attention as kernels
 from icae_jax.runtime import attention_choice, sharding
@@ -16,13 +18,13 @@ from icae_jax.runtime import attention_choice, sharding
 def on(platform, tensor=1, devices=1):
     """A stand-in for a mesh of such devices."""
     shape = {"data": devices // tensor, "fsdp": 1, "tensor": tensor}
-    device = types.SimpleNamespace(platform=platform, device_kind=f"a {platform}")
-    return types.SimpleNamespace(local_devices=[device], shape=shape, size=devices)
+    device = mock.Mock(spec=jax.Device, platform=platform, device_kind=f"a {platform}")
+    return mock.Mock(spec=Mesh, local_devices=[device], shape=shape, size=devices)
 
 
 @pytest.fixture(autouse=True)
 def _nothing_measured(monkeypatch):
-    monkeypatch.setattr(attention_choice, "_MEASURED", {}, raising=False)
+    monkeypatch.setattr(attention_choice, "_TIMINGS", {})
 
 
 def choose(asked, mesh, dtype=jnp.bfloat16, model=TINY):

@@ -1,7 +1,8 @@
-"""Batches as a function of (seed, step): windows, questions, buckets, epochs, process shares, held-out examples."""
+"""Batches as a function of (seed, step): windows, questions, buckets, epochs, process shares,
+held-out examples.
+"""
 
 import collections
-import dataclasses
 import hashlib
 import tracemalloc
 
@@ -9,87 +10,38 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from batch_helpers import (
+    BOS,
+    COMPRESSION,
+    EOS,
+    SHARES,
+    TEMPLATE,
+    context,
+    finetune,
+    make_tokens,
+    pretrain,
+    seq,
+    target,
+)
 
 from icae_jax.compression.config import CompressionConfig
 from icae_jax.data.config import DataConfig
-from icae_jax.data.drawing import StaticInt, draw_k, example_at
+from icae_jax.data.drawing import StaticInt, draw_k
 from icae_jax.data.examples import Examples
 from icae_jax.data.index import ExampleSpec
-from icae_jax.data.mixture import Mixture, interleave
 from icae_jax.data.prefetch import train_batches
-from icae_jax.data.tokens import Tokens
 from icae_jax.errors import UserError
-from icae_jax.objectives.targets import AE, Framing, Template
+from icae_jax.objectives.targets import AE, Framing
 
-BOS, EOS = 1, 2
-TEMPLATE = Template("plain", (), (3,), (4,), EOS)
-COMPRESSION = CompressionConfig(k=5, rate=8)  # 40 tokens a segment
-SHARES = ([0, 3], [1, 2])  # rows of a batch of four that two processes make
-
-
-def flat(pieces):
-    return np.concatenate(
-        [np.zeros(0, np.int32), *(np.asarray(p, np.int32) for p in pieces)]
-    ), np.cumsum([0, *map(len, pieces)])
-
-
-def make_tokens(lengths, questions=()):
-    """Texts of the given lengths (text i holds 1000 i, 1000 i + 1, …); questions: for each text (prompt, answer) lengths."""
-    questions = [*questions, *[[]] * (len(lengths) - len(questions))]
-    pairs = [pair for group in questions for pair in group]
-    texts = flat([range(1000 * (i + 1), 1000 * (i + 1) + n) for i, n in enumerate(lengths)])
-    prompts, answers = (
-        flat(
-            [
-                range(100 * (q + 1) + 50 * j, 100 * (q + 1) + 50 * j + p[j])
-                for q, p in enumerate(pairs)
-            ]
-        )
-        for j in (0, 1)
-    )
-    return Tokens(*texts, *prompts, *answers, np.cumsum([0, *map(len, questions)]), "key")
-
-
-def pretrain(lengths, objectives=("ae", "lm"), bos=(BOS,), **config):
-    framing = Framing(bos, AE, EOS)
-    data = DataConfig(**config)
-    spec = ExampleSpec(data, COMPRESSION, "pretrain", objectives, TEMPLATE, framing)
-    return Examples(make_tokens(lengths), spec)
-
-
-def finetune(lengths, questions, objectives=("qa",), **config):
-    framing = Framing((BOS,), AE, EOS)
-    data = DataConfig(**config)
-    spec = ExampleSpec(data, COMPRESSION, "finetune", objectives, TEMPLATE, framing)
-    return Examples(make_tokens(lengths, questions), spec)
-
-
-def target(batch, objective, b, g=0):
-    """(input ids, labels) of one packed target, None where it is absent."""
-    t = batch["targets"][objective]
-    count = int(t["label_mask"][b, g].sum())
-    inputs = t["label_at"][b, g, count - 1] + 1
-    return (t["ids"][b, g, :inputs].tolist(), t["labels"][b, g, :count].tolist()) if count else None
-
-
-def context(batch, b):
-    return [
-        t
-        for ids, n in zip(batch["context"][b], batch["lengths"][b], strict=True)
-        for t in ids[:n].tolist()
-    ]
-
-
-def seq(text, start, stop):
-    return list(range(1000 * (text + 1) + start, 1000 * (text + 1) + stop))
-
-
-# ------------------------------------------------------------------------------------------------------------- pretrain
+# ----------------------------------------------------------------------------------------- pretrain
 
 
 def test_windows_and_the_windows_after_them():
-    """Breaks when AE and LM are not on neighbouring windows of one text, or a rest, short text or continuation is misjudged."""
-    # With <s>, a window of 80 holds 79 tokens. Texts: LM of a whole window, of 65, none of 63, a rest under half, a short text.
+    """Breaks when AE and LM are not on adjacent windows of one text, or the rule for rests, short
+    texts or continuations is wrong.
+    """
+    # With <s>, a window of 80 holds 79 tokens. Texts: LM of a whole window, of 65, none of 63, a
+    # rest under half, a short text.
     examples = pretrain([79 + 79, 79 + 65, 79 + 63, 79 + 39, 10], context_lengths=(80,))
     assert examples.buckets[0].examples.tolist() == [
         [0, 0, 79, 158], [0, 79, 158, 158],
@@ -119,7 +71,9 @@ def test_windows_and_the_windows_after_them():
 
 
 def test_windows_shorter_than_the_minimum_still_make_language_modelling():
-    """Breaks when small context lengths leave LM without any target: there, a whole window after the window is enough."""
+    """Breaks when short context lengths leave LM without targets; there a full continuation
+    suffices.
+    """
     examples = pretrain([20 + 20 + 19], bos=(), context_lengths=(20,))
     assert examples.buckets[0].examples.tolist() == [
         [0, 0, 20, 40],
@@ -130,10 +84,12 @@ def test_windows_shorter_than_the_minimum_still_make_language_modelling():
 
 @pytest.mark.parametrize("length", [2, 4, 6, 7, 8, 9])
 def test_windows_without_labels_for_language_modelling_are_refused(length):
-    """Breaks when a length whose continuations are all within the unlabelled tokens ends in a traceback, or trains no LM in silence."""
+    """Breaks when a length whose continuations hold no labels gives a traceback, or silently trains
+    no LM.
+    """
     with pytest.raises(
         UserError,
-        match=f"^data.context_lengths holds {length}, too short for objectives.lm.*give at least 10",
+        match=f"^data.context_lengths holds {length}, too short for objectives.lm.* at least 10",
     ):
         pretrain([100], context_lengths=(length, 64))
     assert pretrain([100], ("ae",), context_lengths=(length,)).collate(0, np.asarray([0]))[
@@ -142,37 +98,41 @@ def test_windows_without_labels_for_language_modelling_are_refused(length):
 
 
 def test_the_shortest_windows_of_language_modelling_have_labels():
-    """Breaks when the bound on short windows refuses one that has a label, or lets one through that has none."""
+    """Breaks when the bound on short windows refuses one with a label, or accepts one without."""
     batch = pretrain([100], context_lengths=(10,)).collate(0, np.asarray([0]))
     assert target(batch, "lm", 0) == (seq(0, 9, 17), [seq(0, 9, 18)[-1]])
 
 
 def test_without_bos_and_with_one_objective():
-    """Breaks when a tokenizer without <s> gets one, or an objective without weight is made."""
+    """Breaks when a tokenizer without <s> gets one, or an objective without a weight is made."""
     batch = pretrain([20], ("ae",), (), context_lengths=(20,)).collate(0, np.asarray([0]))
     assert set(batch["targets"]) == {"ae"} and context(batch, 0) == seq(0, 0, 20)
 
 
 def test_every_text_fits_in_its_bucket():
-    """Breaks when a bucket of 50, two segments of 25, has no room for a text of 40 tokens, which is one segment."""
+    """Breaks when a bucket of 50 (two segments of 25) has no room for a text of 40 (one
+    segment).
+    """
     examples = pretrain([39, 49], context_lengths=(50,))
     batch = examples.collate(0, np.arange(2))
     assert [context(batch, b) for b in range(2)] == [[BOS, *seq(0, 0, 39)], [BOS, *seq(1, 0, 49)]]
 
 
 def test_bucket_weights():
-    """Breaks when weights are ignored or given to another bucket, or a bucket without examples is drawn."""
+    """Breaks when bucket weights are ignored or permuted, or an empty bucket is drawn."""
     examples = pretrain([100], context_lengths=(16, 32, 64), context_weights=(0.0, 3.0, 1.0))
     assert [b.shape for b in examples.buckets] == [(1, 16), (1, 32), (2, 40)]
     drawn = collections.Counter(examples.draw(0, step, 1)[0] for step in range(400))
     assert set(drawn) == {1, 2} and 250 < drawn[1] < 350
 
 
-# ------------------------------------------------------------------------------------------------------------- finetune
+# ----------------------------------------------------------------------------------------- finetune
 
 
 def test_questions_of_a_context():
-    """Breaks when questions go to another context or bucket, groups overlap, or an answer loses its stop."""
+    """Breaks when questions go to another context or bucket, groups overlap, or an answer loses its
+    stop.
+    """
     pairs = [[(2, 1)] * 3, [(1, 2)], []]
     examples = finetune(
         [30, 9, 20], pairs, ("qa", "ae"), context_lengths=(10, 31), questions_per_context=2
@@ -196,7 +156,9 @@ def test_questions_of_a_context():
 
 
 def test_what_is_too_long_is_left_out_and_counted():
-    """Breaks when a text or question is cut or dropped silently, or an example without any target left stays."""
+    """Breaks when a text or question is cut or silently dropped, or an example without targets
+    stays.
+    """
     pairs = [[(1, 1), (1, 9), (8, 1)], [(9, 9)], [(1, 1), (1, 1)]]
     examples = finetune(
         [9, 9, 10], pairs, context_lengths=(10,), questions_per_context=2, max_target_tokens=10
@@ -222,7 +184,9 @@ def test_what_is_too_long_is_left_out_and_counted():
 
 
 def test_questions_take_no_memory_until_they_are_drawn():
-    """Breaks when every question's target is made at the start and kept, which takes kilobytes a question in every process."""
+    """Breaks when the targets of all questions are made at the start and kept: kilobytes a question
+    in each process.
+    """
     count = 20_000
     data = make_tokens([9] * count, [[(20, 20)]] * count)
     config, framing = DataConfig(context_lengths=(10,)), Framing((BOS,), AE, EOS)
@@ -237,11 +201,13 @@ def test_questions_take_no_memory_until_they_are_drawn():
     assert examples.qa_shape == (1 + 20 + 1 + 20, 21) == TEMPLATE.target_sizes(20, 20)
 
 
-# ---------------------------------------------------------------------------------------------------------------- draws
+# -------------------------------------------------------------------------------------------- draws
 
 
 def test_epochs_cover_every_example_once():
-    """Breaks when an example is drawn twice before all were drawn, also where an epoch ends inside a batch."""
+    """Breaks when an example is drawn twice in an epoch, also where an epoch ends inside a
+    batch.
+    """
     examples = pretrain([5] * 10, ("ae",), context_lengths=(8,))
     drawn = np.concatenate([examples.draw(0, step, 4)[1] for step in range(10)]).reshape(4, 10)
     assert [sorted(epoch) for epoch in drawn.tolist()] == [list(range(10))] * 4
@@ -249,7 +215,9 @@ def test_epochs_cover_every_example_once():
 
 
 def test_draws_depend_on_seed_and_step_alone():
-    """Breaks when a draw depends on what was drawn before (a resumed run would then see other batches), or not on the seed."""
+    """Breaks when a draw depends on earlier draws (a resumed run would see other batches), or not
+    on the seed.
+    """
     config = {"context_lengths": (16, 32), "objectives": ("ae",)}
     one, other = pretrain([70] * 30, **config), pretrain([70] * 30, **config)
     draws = {step: one.draw(3, step, 4) for step in range(20)}
@@ -261,7 +229,9 @@ def test_draws_depend_on_seed_and_step_alone():
 
 
 def test_process_shares_make_up_the_global_batch():
-    """Breaks when processes overlap, disagree on the bucket, or a run that starts later sees other batches."""
+    """Breaks when processes overlap or disagree on the bucket, or a resumed run sees other
+    batches.
+    """
     examples = pretrain([70] * 9, context_lengths=(16, 32))
 
     def contexts(start, *rows):
@@ -279,7 +249,9 @@ def test_process_shares_make_up_the_global_batch():
 
 
 def test_k_is_drawn_from_seed_and_step_alone():
-    """Breaks when k is never drawn, depends on the process or on what was drawn before, or is an array that jit would trace."""
+    """Breaks when k is constant, depends on the process or on earlier draws, or is traced by
+    jit.
+    """
     examples = pretrain([70] * 9, context_lengths=(16,))
 
     def drawn(start, *rows):
@@ -305,7 +277,9 @@ def test_k_is_drawn_from_seed_and_step_alone():
 
 
 def test_labels_on_the_padding_where_asked_for():
-    """Breaks when the reference's loss on padding covers less or more than the padded segments and one eos, or anything by default."""
+    """Breaks when labels on padding (as in the reference) do not cover exactly the padded segments
+    and one eos, or are on by default.
+    """
     compression = CompressionConfig(method="x500", layout="reference", k=5, rate=8)
     framing = Framing((), BOS, EOS)
     for pad, behind in ((True, 40 - 7), (False, 0)):
@@ -325,7 +299,7 @@ def test_labels_on_the_padding_where_asked_for():
 
 
 def test_held_out_examples_come_once_with_blank_rows():
-    """Breaks when the last held-out batch repeats or loses examples, or evaluation sees others every time."""
+    """Breaks when held-out batches repeat or lose examples, or differ between evaluations."""
     examples = pretrain([15] * 7, ("ae",), context_lengths=(16,))
     rows = [rows.tolist() for _, rows in examples.held_out(4, 100)]
     assert [len(r) for r in rows] == [4, 4] and rows[1][3] == -1
@@ -349,8 +323,9 @@ def digest(examples):
 
 
 def test_batches_without_weights_are_those_of_earlier_versions():
-    """Breaks when a run that was started with an earlier version would see other batches after it is continued: the values are those of
-    the code before sources could be weighted."""
+    """Breaks when a run of an earlier version would see other batches when continued. The values
+    were computed before sources had weights.
+    """
     examples = pretrain(
         [70, 158, 33, 9, 120], context_lengths=(16, 32, 80), context_weights=(1.0, 2.0, 1.0)
     )
@@ -363,147 +338,6 @@ def test_batches_without_weights_are_those_of_earlier_versions():
         [30, 9, 20, 15], pairs, ("qa", "ae"), context_lengths=(10, 31), questions_per_context=2
     )
     assert digest(examples) == "86807be5733d7aa0706f8f4dd2af89b894e83276074bc83726ce50bf1e737d4f"
-
-
-# -------------------------------------------------------------------------------------------------------------- mixtures
-
-
-@pytest.mark.parametrize(
-    "shares",
-    [(1,), (3, 1), (1, 3), (1, 0, 1), (50, 30, 20), (1, 1, 1, 1, 1), (997, 2, 1), (0, 7, 31, 11)],
-)
-def test_interleaving_is_exact_over_any_stretch(shares):
-    """Breaks when a share comes too seldom or too often anywhere, a position of a source is left out or doubled, or 0 is drawn."""
-    row = [interleave(i, shares) for i in range(3000)]
-    for number, share in enumerate(shares):
-        assert [before for chosen, before in row if chosen == number] == list(
-            range(sum(chosen == number for chosen, _ in row))
-        )
-        surplus = np.cumsum([0, *(chosen == number for chosen, _ in row)]) - np.arange(
-            3001
-        ) * share / sum(shares)
-        assert surplus.max() - surplus.min() < 2
-    far = 10**12
-    assert interleave(far, shares) == interleave(far, shares) and sum(interleave(far + i, shares)[0] == 0 for i in range(sum(shares))) in (
-        shares[0] - 1, shares[0], shares[0] + 1,
-    )  # fmt: skip
-
-
-def tagged(examples, number):
-    """Examples whose texts can be told from those of other sources."""
-    text_ids = examples.tokens.text_ids + 100_000 * (number + 1)
-    tokens = dataclasses.replace(examples.tokens, text_ids=text_ids, key=f"key{number}")
-    return Examples(tokens, examples.spec)
-
-
-def sources_of(batch):
-    """The source of each row of a batch, from its text."""
-    return [context(batch, b)[-1] // 100_000 - 1 for b in range(len(batch["context"]))]
-
-
-def mixed(weights, made):
-    return Mixture(
-        {
-            n: (tagged(examples, n), w)
-            for n, (examples, w) in enumerate(zip(made, weights, strict=True))
-        }
-    )
-
-
-def drawn(mixture, steps, size=8):
-    return collections.Counter(
-        s
-        for batch in train_batches(mixture, 5, size, range(steps), (5,))
-        for s in sources_of(batch)
-    )
-
-
-def test_sources_are_drawn_by_their_weights():
-    """Breaks when a large source takes the place of a small one, epochs leave examples out, or the bucket ignores context_weights."""
-    config = {"context_lengths": (16, 40), "context_weights": (1.0, 3.0), "objectives": ("ae",)}
-    mixture = mixed((3, 1), [pretrain([30] * 5, **config), pretrain([70] * 90, **config)])
-    assert mixture.weights.tolist() == [0.25, 0.75] and drawn(mixture, 20) == {0: 120, 1: 40}
-    one = mixed((1, 1, 2), [pretrain([9] * n, ("ae",), context_lengths=(16,)) for n in (4, 5, 7)])
-    rows = np.concatenate([one.draw(5, step, 8)[1] for step in range(8)])
-    for source, count in enumerate((4, 5, 7)):
-        of_source = rows[rows[:, 0] == source, 1]
-        assert sorted(of_source[:count]) == list(range(count)) and sorted(
-            of_source[count : 2 * count]
-        ) == list(range(count))
-
-
-def test_fine_tuning_keeps_the_weights_over_buckets():
-    """Breaks when a source whose contexts are mostly long, or many, is drawn more or less often than its weight says."""
-    asked = [[(1, 1)]]
-    made = [
-        finetune([9] * 30 + [30] * 10, asked * 40, context_lengths=(10, 31, 50)),
-        finetune([30] * 3 + [45], asked * 4, context_lengths=(10, 31, 50)),
-    ]
-    mixture = mixed((2, 1), made)
-    np.testing.assert_allclose(mixture.weights, [2 / 3 * 3 / 4, 2 / 3 / 4 + 1 / 4, 1 / 3 / 4])
-    count = drawn(mixture, 1200)
-    assert abs(count[0] / (8 * 1200) - 2 / 3) < 0.02
-    longest = [
-        b
-        for b in train_batches(mixture, 5, 8, range(300), (5,))
-        if b["context"].shape[1:] == made[0].buckets[2].shape
-    ]
-    assert longest and all(set(sources_of(b)) == {1} for b in longest), (
-        "the first source has no context of this length"
-    )
-
-
-def test_a_mixture_is_a_function_of_seed_and_step():
-    """Breaks when a resumed run or another process sees other batches, or sources of one size are read in one order."""
-    config = {"context_lengths": (16, 32), "objectives": ("ae", "lm")}
-    mixture = mixed((1, 2), [pretrain([70] * 9, **config), pretrain([70] * 9, **config)])
-
-    def contexts(start, *rows):
-        return [
-            batch["context"] for batch in train_batches(mixture, 5, 4, range(start, 8), (5,), *rows)
-        ]
-
-    every, shares, later = (
-        contexts(0),
-        [contexts(0, np.asarray(rows)) for rows in SHARES],
-        contexts(5),
-    )
-    for step, (whole, *parts) in enumerate(zip(every, *shares, strict=True)):
-        np.testing.assert_array_equal(whole[np.concatenate(SHARES)], np.concatenate(parts))
-        if step >= 5:
-            np.testing.assert_array_equal(whole, later[step - 5])
-    assert any(
-        mixture.draw(6, s, 4)[1].tolist() != mixture.draw(5, s, 4)[1].tolist() for s in range(8)
-    )
-    assert [example_at(5, 0, i, 9, 0) for i in range(9)] != [
-        example_at(5, 0, i, 9, 1) for i in range(9)
-    ]
-
-
-def test_questions_of_several_sources_have_one_shape():
-    """Breaks when a batch of two sources cannot be packed, processes disagree on its shape, or a source's own key or losses are lost."""
-    made = [
-        finetune([9], [[(2, 1), (1, 3), (1, 90)]], context_lengths=(10,), max_target_tokens=20),
-        finetune([9, 15], [[(6, 1)], [(1, 1)]], context_lengths=(10,)),
-    ]
-    shapes = [examples.qa_shape for examples in made]
-    mixture = mixed((1, 1), made)
-    assert (
-        mixture.qa_shape == tuple(map(max, *shapes))
-        and shapes[0] != shapes[1]
-        and shapes[0] != mixture.qa_shape != shapes[1]
-    )
-    assert mixture.key == "key0,key1"
-    assert mixture.dropped == {
-        "questions longer than data.max_target_tokens": 1, "contexts longer than the largest of data.context_lengths": 1,
-    }  # fmt: skip
-    batch = mixture.collate(0, np.asarray([[1, 0], [0, 0]]))
-    assert (
-        sources_of(batch) == [1, 0]
-        and target(batch, "qa", 0)[1] == [150, EOS]
-        and target(batch, "qa", 1)[1] == [150, EOS]
-    )
-    assert target(batch, "qa", 1, 1) == ([3, 200, 4, 250, 251, 252], [250, 251, 252, EOS])
 
 
 @pytest.mark.parametrize(

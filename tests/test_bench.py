@@ -1,4 +1,4 @@
-"""`icae bench train`: what it refuses before anything compiles, what it tells of a real step, and how results are held together."""
+"""`icae bench train`: bad input, what it tells of a real step, and how reports are compared."""
 
 import dataclasses
 import json
@@ -56,7 +56,7 @@ def saved(tiny_base, tmp_path_factory):
     return folder / "saved.json", "\n".join(told)
 
 
-# ----------------------------------------------------------------------------------------------------------- bad input
+# ---------------------------------------------------------------------------------------- bad input
 
 BAD = {
     "no base": ({"base": None}, [], "base is not set; name it, --config.base=NAME"),
@@ -146,11 +146,11 @@ def test_a_file_that_is_no_result(content, tiny_base, tmp_path, monkeypatch, cap
     assert f"{tmp_path / 'f.json'}: not " in capsys.readouterr().err
 
 
-# ---------------------------------------------------------------------------------------------------- a real measurement
+# ------------------------------------------------------------------------------- a real measurement
 
 
 def test_the_fields_of_a_report_fit_each_other(saved):
-    """Breaks when a figure is of a context where it should be of a step, a median is none, or rates are not of the same time."""
+    """Breaks when a figure is per context instead of per step, or rates are of different times."""
     r = json.loads(saved[0].read_text())
     assert (r["contexts"], r["context_tokens"], r["label_tokens"]) == (4, 64, 4 * 2 * 17) and (
         r["steps"],
@@ -183,7 +183,7 @@ def test_the_fields_of_a_report_fit_each_other(saved):
 
 
 def test_what_is_printed(saved):
-    """Breaks when the text lacks what the JSON has, or does not say where the trace is and how it is opened."""
+    """Breaks when the text lacks what the JSON has, or where the trace is and how to open it."""
     path, told = saved
     assert "1 x cpu, mesh data 1, fsdp 1, tensor 1" in told and "its own weights, float32" in told
     assert (
@@ -196,7 +196,7 @@ def test_what_is_printed(saved):
 
 
 def test_the_same_again(saved, tiny_base, tmp_path, monkeypatch, capsys):
-    """Breaks when a result is not held against its like, or the ratio is turned round; and when --json prints more than one line."""
+    """Breaks when a report is not compared, the ratio is inverted, or --json prints two lines."""
     before = json.loads(saved[0].read_text())
     now = {name: value for name, value in before.items() if name not in ("profile", "config")}
     now |= {"compile_seconds": 2.0, "matmul_share": 0.3}
@@ -252,12 +252,13 @@ def test_unlike_results_are_refused(saved, tiny_base, tmp_path, monkeypatch, cap
     assert "lacks matmul_share; make it anew" in capsys.readouterr().err
 
 
-# ----------------------------------------------------------------------------------------------------------- stood in for
+# ------------------------------------------------------------------------------------- stood in for
 
 
 class Fake:
-    """A training step that takes 0.5 s and 0.25 s a context, twice that the second time it is measured, and so on, as on a machine that
-    other work slows down; it does not fit with more than 4.
+    """A training step of 0.5 s plus 0.25 s a context, slower at each measurement.
+
+    It does not fit with more than 4 contexts.
     """
 
     def __init__(self, spec, params):
@@ -272,9 +273,7 @@ class Fake:
 
 
 def test_growth(monkeypatch):
-    """Breaks when growth is of all steps together, sizes are not held together as measured in one turn, linear is not from the first
-    number on, or one that does not fit ends all.
-    """
+    """Breaks when sizes of different turns are compared, or one that does not fit ends all."""
     monkeypatch.setattr(steps, "TrainingStep", Fake)
     config = from_dict(TrainConfig, {"base": "b", "data": {"train": "-"}})
     args = bench.Options(steps=3, repeats=2)

@@ -1,7 +1,7 @@
-"""The data sets' builders, each on small files in the published form: what is read, what is refused, what is left behind."""
+"""The data sets' builders on small files in the published form: what is read and refused, and what
+stays behind.
+"""
 
-import gzip
-import json
 import os
 import pathlib
 import subprocess
@@ -9,46 +9,16 @@ import sys
 import time
 
 import pytest
-import zstandard
+from builder_helpers import made, nothing_left, rows, write
 from conftest import ROOT, shared
 
 from icae_jax.data import builders, sources
 from icae_jax.data.builders import shards
-from icae_jax.data.builders.arxiv_abstracts import arxiv_abstracts_dataset_builder as arxiv
 from icae_jax.data.builders.inputs import Request
 from icae_jax.data.builders.mrqa import mrqa_dataset_builder as mrqa
 from icae_jax.workflows.prepare import prepare
 
-
-def write(path, lines):
-    """Writes lines (objects as JSON, text as it is), packed as the name says, and returns the path as text."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    raw = "".join(
-        (line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines
-    ).encode()
-    pack = {".gz": gzip.compress, ".zst": zstandard.ZstdCompressor().compress}.get(
-        path.suffix, bytes
-    )
-    path.write_bytes(pack(raw))
-    return str(path)
-
-
-def made(tmp_path, name, *paths, processes=1, label="", **request):
-    """A set prepared in tmp_path/sets."""
-    request = Request(paths=tuple(map(str, paths)), **request)
-    return prepare(builders.builder(name), request, tmp_path / "sets", label, processes)[0]
-
-
-def rows(tmp_path, source):
-    return list(sources.read_rows(source, str(tmp_path / "sets")))
-
-
-def nothing_left(tmp_path, name):
-    """Whether there is no trace of the set that a failed preparation was to make."""
-    return not list((tmp_path / "sets").glob(f"{name}/*"))
-
-
-# ------------------------------------------------------------------------------------------------------------------ PwC
+# ---------------------------------------------------------------------------------------------- PwC
 
 PWC = [
     {"input": f"context {i} œ\nsecond line", "prompt": f"prompt {i}", "answer": f"answer {i}"}
@@ -57,7 +27,9 @@ PWC = [
 
 
 def test_pwc(tmp_path):
-    """Breaks when a field lands in another's place, a split is read from the other's file, or rows change their order."""
+    """Breaks when fields are mixed up, a split is read from the other's file, or rows change their
+    order.
+    """
     write(tmp_path / "in/PwC_train.jsonl", PWC)
     write(tmp_path / "in/deep/PwC_test.jsonl.zst", PWC[:2])
     builder = made(tmp_path, "pwc", tmp_path / "in")
@@ -73,7 +45,7 @@ def test_pwc(tmp_path):
 
 
 def test_links_go_by_their_own_names(tmp_path):
-    """Breaks when the hub's cache, whose files are links to ones without names, counts as holding no data."""
+    """Breaks when the hub's cache, whose files are links to nameless files, counts as empty."""
     (tmp_path / "in").mkdir()
     os.rename(write(tmp_path / "x.jsonl", PWC), tmp_path / "0f3a")
     (tmp_path / "in/PwC_train.jsonl").symlink_to(tmp_path / "0f3a")
@@ -84,7 +56,9 @@ def test_links_go_by_their_own_names(tmp_path):
 
 
 def test_absent_files_are_named_with_where_they_are_found(tmp_path):
-    """Breaks when half a set is prepared unasked, or the user is not told what to fetch and how to go on without it."""
+    """Breaks when half a set is prepared unasked, or the user is not told what to fetch or how to
+    do without.
+    """
     train = write(tmp_path / "PwC_train.jsonl.gz", PWC)
     with pytest.raises(
         ValueError,
@@ -124,7 +98,9 @@ def test_absent_files_are_named_with_where_they_are_found(tmp_path):
 )
 @pytest.mark.parametrize("name", ["PwC_train.jsonl", "PwC_train.jsonl.gz"])
 def test_a_bad_line_is_named_and_nothing_is_left(tmp_path, monkeypatch, line, message, name):
-    """Breaks when a bad line passes, is misnumbered where another part of the file holds it, or half a set stays behind."""
+    """Breaks when a bad line passes or is misnumbered in a later part of the file, or half a set
+    stays behind.
+    """
     monkeypatch.setattr(shards, "PART", 100)
     path = write(tmp_path / name, [*PWC, "", line, PWC[0]])
     with pytest.raises(ValueError, match=rf"^{path}:7: .*{message}"):
@@ -133,7 +109,7 @@ def test_a_bad_line_is_named_and_nothing_is_left(tmp_path, monkeypatch, line, me
 
 
 def test_a_truncated_file_is_named(tmp_path):
-    """Breaks when a download that was cut short is prepared as if it were whole."""
+    """Breaks when a truncated download is prepared as if it were complete."""
     for name in ("PwC_train.jsonl.gz", "PwC_train.jsonl.zst"):
         path = write(
             tmp_path / name,
@@ -146,7 +122,7 @@ def test_a_truncated_file_is_named(tmp_path):
         os.remove(path)
 
 
-# ----------------------------------------------------------------------------------------------------------------- MRQA
+# --------------------------------------------------------------------------------------------- MRQA
 
 
 def mrqa_file(dataset, split, contexts=2, questions=2):
@@ -175,8 +151,9 @@ def mrqa_file(dataset, split, contexts=2, questions=2):
 
 
 def test_mrqa(tmp_path):
-    """Breaks when a split takes another's files (they have the same names), the header counts as a row, a subset or answer is lost, or
-    markers go."""
+    """Breaks when a split takes another's files (they have the same names), the header counts as a
+    row, or a subset, an answer or a marker is lost.
+    """
     assert len(mrqa.FILES) == 18
     for part in mrqa.FILES:
         folder = "train" if part.split == "train" else "dev"
@@ -205,7 +182,9 @@ def test_mrqa(tmp_path):
 
 
 def test_only_some_subsets_of_mrqa(tmp_path):
-    """Breaks when the absent subsets are not all named with their addresses, or choosing some takes others."""
+    """Breaks when not all absent subsets are named with their addresses, or choosing some takes
+    others.
+    """
     for folder in ("train", "dev"):
         write(tmp_path / f"in/{folder}/SQuAD.jsonl.gz", mrqa_file("SQuAD", folder))
     write(tmp_path / "in/dev/RACE.jsonl", mrqa_file("RACE", "dev"))
@@ -246,155 +225,20 @@ def test_only_some_subsets_of_mrqa(tmp_path):
     ],
 )
 def test_bad_rows_of_mrqa_are_named(tmp_path, change, message):
-    """Breaks when a malformed question is skipped, or its line is not named (the header is line 1)."""
+    """Breaks when a malformed question is skipped, or its line misnamed (the header is line 1)."""
     header, row = mrqa_file("SQuAD", "train", contexts=1)
     path = write(tmp_path / "train/SQuAD.jsonl.gz", [header, row | change])
     with pytest.raises(ValueError, match=f"^{path}:2: {message}"):
         made(tmp_path, "mrqa", path, only=("train/SQuAD",))
 
 
-# ------------------------------------------------------------------------------------------------------ arXiv's abstracts
-
-
-def paper(arxiv_id, created, text="  A text\nin lines.\n"):
-    """A line of the dump."""
-    versions = [
-        {"version": "v1", "created": created},
-        {"version": "v2", "created": "Tue, 24 Jul 2018 20:10:27 GMT"},
-    ]
-    fields = {
-        "submitter": "A B",
-        "authors": "A. B\nand C. D",
-        "title": "T",
-        "comments": None,
-        "journal-ref": None,
-        "doi": None,
-    }
-    more = {
-        "report-no": None,
-        "categories": "hep-ph",
-        "license": None,
-        "abstract": text,
-        "versions": versions,
-    }
-    return {
-        "id": arxiv_id,
-        **fields,
-        **more,
-        "update_date": "2018-11-26",
-        "authors_parsed": [["B", "A.", ""], ["D", "C.", ""]],
-    }
-
-
-@pytest.mark.parametrize(
-    ("arxiv_id", "created", "month"),
-    [
-        ("0704.0001", "Mon, 2 Apr 2007 19:18:42 GMT", "2007_04"),
-        (
-            "1501.00001",
-            "Wed, 31 Dec 2014 20:01:01 GMT",
-            "2015_01",
-        ),  # a new month's id for the old month's last night
-        ("2312.12345v2", "Wed, 20 Dec 2023 20:01:01 GMT", "2023_12"),
-        ("hep-th/9901001", "Fri, 1 Jan 1999 19:18:42 GMT", "1999_01"),
-        ("math.AG/0309136", "Sun, 7 Sep 2003 19:18:42 GMT", "2003_09"),
-        ("acc-phys/9411001", "Mon, 31 Oct 1994 15:24:11 GMT", "1994_11"),
-        ("oddly named", "Sat, 2 Mar 2019 19:18:42 GMT", "2019_03"),
-    ],
-)
-def test_the_month_of_a_paper(arxiv_id, created, month):
-    """Breaks when an id of the old or new form is read wrongly (1999 is not 2099), or the first version does not stand in for it."""
-    counts = {arxiv.APART: 0}
-    assert arxiv.abstract(paper(arxiv_id, created), counts) == (month, arxiv_id, "A text in lines.")
-    assert counts == {arxiv.APART: 0}
-
-
-def test_ids_at_odds_with_the_first_version_are_counted():
-    """Breaks when papers whose month is in doubt go into a split without a word, or the date wins over the id."""
-    counts = {arxiv.APART: 0}
-    assert (
-        arxiv.abstract(paper("hep-th/9201001", "Thu, 5 Mar 2009 10:00:00 GMT"), counts)[0]
-        == "1992_01"
-    )
-    assert counts == {arxiv.APART: 1}
-    for bad in ("9913.0001", "x/9913001", "paper7"):
-        with pytest.raises(ValueError, match=f"id is '{bad}', which tells no month"):
-            arxiv.abstract({"id": bad, "text": "t"}, counts)
-
-
-def test_arxiv_abstracts(tmp_path, monkeypatch):
-    """Breaks when a row is lost or doubled where parts of the dump or months meet, the result depends on the number of processes, or a
-    month's rows change their order."""
-    ids = [
-        f"{year:02d}{month:02d}.{n:05d}"
-        for n in range(3)
-        for year in (23, 24)
-        for month in (1, 2, 11)
-    ]
-    lines = [paper(i, f"Mon, 2 Jan 20{i[:2]} 19:18:42 GMT") for i in ids]
-    dump = write(
-        tmp_path / "arxiv-metadata-oai-snapshot.json", [*lines, "", paper("2401.99999", "", " \n")]
-    )
-    builder = made(tmp_path, "arxiv_abstracts", dump)
-    assert list(builder.info.splits) == [
-        "2023_01",
-        "2023_02",
-        "2023_11",
-        "2024_01",
-        "2024_02",
-        "2024_11",
-    ]
-    noted = dict(builder.info.metadata["noted"])
-    assert noted == {"empty texts left out": 1, arxiv.APART: 6}  # those of November, dated January
-    got = rows(tmp_path, "tfds:arxiv_abstracts:2023-11..2024-01")
-    assert [row.id for row in got] == [f"{m}.{n:05d}" for m in ("2311", "2401") for n in range(3)]
-    assert (
-        got[0].text == "A text in lines." and got[3].where == "tfds:arxiv_abstracts:2024_01 row 0"
-    )
-
-    monkeypatch.setattr(shards, "PART", 1500)  # a few lines
-    other = made(tmp_path, "arxiv_abstracts", dump, label="parts", processes=2)
-    one, two = (
-        rows(tmp_path, f"tfds:{name}:..") for name in ("arxiv_abstracts", "arxiv_abstracts/parts")
-    )
-    assert [(row.id, row.text) for row in one] == [(row.id, row.text) for row in two] and len(
-        one
-    ) == len(ids)
-    assert other.info.metadata["noted"] == noted
-    assert {p.suffix for p in other.data_path.iterdir()} == {
-        ".json",
-        ".array_record-00000-of-00001",
-    }, "nothing in passing stays"
-
-
-def test_abstracts_that_tell_no_month_are_named(tmp_path):
-    """Breaks when such a row goes anywhere, or its line is not named."""
-    path = write(
-        tmp_path / "a.jsonl", [{"id": "2401.00001", "text": "t"}, {"id": "17", "text": "t"}]
-    )
-    with pytest.raises(ValueError, match=f"^{path}:2: id is '17', which tells no month"):
-        made(tmp_path, "arxiv_abstracts", path)
-    assert nothing_left(tmp_path, "arxiv_abstracts")
-
-
-def test_arxiv_abstracts_on_real_ones(tmp_path):
-    """Breaks when real abstracts are lost, changed but for their white space, or held-out months reach into earlier ones."""
-    paths = [shared(f"data/arxiv/{name}.jsonl.gz") for name in ("valid", "test")]
-    made(tmp_path, "arxiv_abstracts", *paths)
-    want = {
-        row.id: " ".join(row.text.split()) for path in paths for row in sources.read_rows(str(path))
-    }
-    got = rows(tmp_path, "tfds:arxiv_abstracts:..")
-    assert {row.id: row.text for row in got} == want and len(got) == 2000
-    june = rows(tmp_path, "tfds:arxiv_abstracts:2026-06..")
-    assert len(june) == 1000 and all(row.id.startswith("2606.") for row in june)
-
-
-# ------------------------------------------------------------------------------------------------------------- ArxivQA
+# ------------------------------------------------------------------------------------------ ArxivQA
 
 
 def test_arxivqa(tmp_path):
-    """Breaks when a file of that form is not read, or the user looks in vain for one that nobody can have."""
+    """Breaks when a file of that form is not read, or the user is not told that the set is not
+    public.
+    """
     row = {"context": "c", "question": "q", "answer": "a"}
     for split in ("train", "validation", "test"):
         write(tmp_path / f"in/{split}.jsonl", [row | {"question": split}])
@@ -404,16 +248,18 @@ def test_arxivqa(tmp_path):
     ]
     with pytest.raises(
         ValueError,
-        match=r"absent; (.|\n)*train\.jsonl .*: not public(.|\n)*any file of lines with context, question",
+        match=r"absent; (.|\n)*train\.jsonl .*: not public(.|\n)*any file of lines with context,",
     ):
         made(tmp_path, "arxivqa", write(tmp_path / "other.jsonl", [row]))
 
 
-# ------------------------------------------------------------------------------------------------------------- json_text
+# ---------------------------------------------------------------------------------------- json_text
 
 
 def test_json_text(tmp_path):
-    """Breaks when one of the packings, the field, an id or a split's name is not heeded, or empty texts get in or go unsaid."""
+    """Breaks when a packing, the field, an id or a split's name is ignored, or empty texts are kept
+    or not reported.
+    """
     write(tmp_path / "in/a.jsonl.zst", [{"content": "one", "id": 7}, {"content": " \n", "id": 8}])
     write(tmp_path / "in/b.json.gz", [{"content": "two", "meta": {"pile_set_name": "x"}}])
     write(tmp_path / "in/c.jsonl", [{"content": "three"}])
@@ -435,7 +281,7 @@ def test_json_text(tmp_path):
         made(tmp_path, "json_text", tmp_path / "in/b.json.gz", label="other")
     with pytest.raises(
         ValueError,
-        match=r"no examples for split 'train': left out 1 empty texts \(the first: .*empty\.jsonl:1\)",
+        match=r"no examples for split 'train': left out 1 empty texts \(the first: .*\.jsonl:1\)",
     ):
         made(tmp_path, "json_text", write(tmp_path / "empty.jsonl", [{"text": ""}]), label="other")
 
@@ -450,7 +296,7 @@ def test_json_text(tmp_path):
     ],
 )
 def test_bad_splits_are_named(tmp_path, patterns, message):
-    """Breaks when a split that TFDS cannot name, or one without files, is found out while writing."""
+    """Breaks when a split of a bad name or without files is noticed only while writing."""
     with pytest.raises(ValueError, match=message):
         made(tmp_path, "json_text", patterns=patterns)
 
@@ -464,7 +310,7 @@ def test_json_text_on_real_texts(tmp_path):
 
 
 def test_parts_and_shards(tmp_path, monkeypatch):
-    """Breaks when a line is lost, doubled or moved where a file is cut into parts, or a part into shards."""
+    """Breaks when a line is lost, doubled or moved at a boundary of parts or shards."""
     texts = [f"text {i} " + "œ" * (7 * i % 40) for i in range(200)]
     path = write(tmp_path / "a.jsonl", [{"text": text} for text in texts])
     monkeypatch.setattr(shards, "SHARD", 300)
@@ -482,11 +328,13 @@ def test_parts_and_shards(tmp_path, monkeypatch):
     assert [row.text for row in rows(tmp_path, "tfds:json_text:train")] == texts
 
 
-# ------------------------------------------------------------------------------------------------------ again, or killed
+# --------------------------------------------------------------------------------- again, or killed
 
 
 def test_preparing_again(tmp_path):
-    """Breaks when a prepared set is made anew, another's files pass for prepared, or the remedy does not work."""
+    """Breaks when a prepared set is made again, a set of other files passes for it, or the remedy
+    does not work.
+    """
     path = write(tmp_path / "a.jsonl", [{"text": "one"}])
     first = prepare(builders.builder("json_text"), Request(paths=(path,)), tmp_path / "sets")
     info = tmp_path / "sets/json_text/1.0.0/dataset_info.json"
@@ -497,7 +345,7 @@ def test_preparing_again(tmp_path):
     for changed in ({"field": "id"}, {"paths": (write(tmp_path / "b.jsonl", [{"text": "two"}]),)}):
         with pytest.raises(
             ValueError,
-            match=r"json_text/1\.0\.0 was prepared from other files or with other options; .*--name",
+            match=r"json_text/1\.0\.0 was prepared from other files or with other .*--name",
         ):
             prepare(
                 builders.builder("json_text"),
@@ -514,7 +362,7 @@ def test_preparing_again(tmp_path):
 
 
 def test_what_a_killed_preparation_leaves_is_no_set(tmp_path):
-    """Breaks when an unfinished folder is read, stands in the way of another try, or its room is never got back."""
+    """Breaks when an unfinished folder is read, blocks another try, or is never removed."""
     folder = tmp_path / "sets/json_text/incomplete.ABC123_1.0.0"
     folder.mkdir(parents=True)
     (folder / "json_text-train.array_record-00000-of-00001").write_bytes(b"half")
@@ -529,13 +377,15 @@ def test_what_a_killed_preparation_leaves_is_no_set(tmp_path):
 
 
 def test_a_dying_process_is_an_error():
-    """Breaks when a process that the system kills leaves the others waiting for ever, or ends in a traceback."""
+    """Breaks when a process killed by the system leaves the others waiting forever, or gives a
+    traceback.
+    """
     with pytest.raises(ValueError, match=r"a process died while testing .*fewer --processes"):
         shards.run(os._exit, [(1,), (1,)], 2, "testing")
 
 
 def report_and_wait(path):
-    """Work that says which process it runs in, and takes long."""
+    """Work that reports its process and takes long."""
     with open(f"{path}.new", "w") as f:
         f.write(str(os.getpid()))
     os.rename(f"{path}.new", path)
@@ -543,7 +393,7 @@ def report_and_wait(path):
 
 
 def wait_for(condition):
-    for _ in range(300):
+    for _ in range(1200):
         if condition():
             return True
         time.sleep(0.1)
@@ -559,10 +409,11 @@ def ended(pid):
     not os.path.exists("/proc/self/stat"), reason="needs /proc to see processes end"
 )
 def test_processes_end_with_a_killed_parent(tmp_path):
-    """Breaks when killing a preparation leaves its processes behind for ever, with what they hold in memory."""
+    """Breaks when killing a preparation leaves its processes running forever."""
     code = (
         "from icae_jax.data.builders import shards; import test_builders; "
-        f"shards.run(test_builders.report_and_wait, [({str(tmp_path / 'a')!r},), ({str(tmp_path / 'b')!r},)], 2, 'testing')"
+        f"jobs = [({str(tmp_path / 'a')!r},), ({str(tmp_path / 'b')!r},)]; "
+        "shards.run(test_builders.report_and_wait, jobs, 2, 'testing')"
     )
     env = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
     parent = subprocess.Popen([sys.executable, "-c", code], env=env)

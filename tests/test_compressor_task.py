@@ -64,7 +64,9 @@ def shapes(batch):
 
 
 def of_two_lengths(raw, tmp_path, examples):
-    """A task that fine-tunes with contexts of up to 12 and up to 32 tokens. examples: (words of a context, questions on it)."""
+    """A task that fine-tunes with contexts of up to 12 and up to 32 tokens. examples: (words of a
+    context, questions on it).
+    """
     words = [
         " ".join(WORDS[8 + i % 40] for i in range(at, at + n)) for at, (n, _) in enumerate(examples)
     ]
@@ -84,8 +86,9 @@ def of_two_lengths(raw, tmp_path, examples):
 
 @pytest.mark.parametrize("batch_size", [1, 4])
 def test_the_control_reads_another_text_s_memory(raw, tmp_path, batch_size):
-    """Breaks when the control reads the right memory somewhere: alone in a batch, beside another question on the same context, beside the
-    same text once more, or where no other text has its length; when examples are left out, or the two programs are not one.
+    """Breaks when the control reads the right memory somewhere: alone in a batch, beside another
+    question on the same context, beside the same text once more, or where no other text has its
+    length; when examples are left out, or the two programs are not one.
     """
     windows = task(raw, batch_size=batch_size)
     twice = write_jsonl(
@@ -125,7 +128,9 @@ def test_the_control_reads_another_text_s_memory(raw, tmp_path, batch_size):
 
 
 def test_one_text_has_no_control(raw, tmp_path):
-    """Breaks when the only text's own memory, or a blank one, passes for a wrong one: the control is left out, and training goes on."""
+    """Breaks when the only text's own memory, or a blank one, passes for a wrong one: the control
+    is left out, and training goes on.
+    """
     one = of_two_lengths(raw | {"batch_size": 2}, tmp_path, [(20, 3)])
     assert [list(kinds) for kinds in one.eval_batches()] == [["memory"]] * 2
 
@@ -166,8 +171,9 @@ def test_the_control_differs_from_the_memory_at_batch_size_1(raw):
 
 @pytest.fixture(scope="module")
 def losses_of_one_row(raw):
-    """(a function of whether the memory is cut off from gradients and of whether rows have one another's contexts: `(sum of losses, its
-    gradients by the encoder's embeddings and by the trained tree)`), of a task of k 1 or 4, with k 1.
+    """(a function of whether the memory is cut off from gradients and of whether rows have one
+    another's contexts: `(sum of losses, its gradients by the encoder's embeddings and by the
+    trained tree)`), of a task of k 1 or 4, with k 1.
     """
     compression = {"k": 4, "rate": 4, "k_choices": [1, 4]}
     made = task(
@@ -199,7 +205,9 @@ def losses_of_one_row(raw):
 
 
 def test_the_decoder_sees_the_context_through_the_memory_alone(losses_of_one_row):
-    """Breaks when the context reaches the loss past the memory: gradients with respect to it must vanish when the memory is cut."""
+    """Breaks when the context reaches the loss past the memory: gradients with respect to it must
+    vanish when the memory is cut.
+    """
     value, (gradient, _) = losses_of_one_row()
     assert np.abs(gradient).max() > 0
     assert not np.any(losses_of_one_row(cut=True)[1][0])
@@ -222,7 +230,7 @@ def test_fine_tuning_starts_from_the_adapter_and_checks_it(raw, tmp_path):
         np.testing.assert_array_equal(a, b)
     with pytest.raises(
         ValueError,
-        match=r"compression\.k is 8, but init_from .* was trained with 4; give --config\.compression\.k=4",
+        match=r"compression\.k is 8, but init_from .* with 4; give --config\.compression\.k=4",
     ):
         task(raw, **qa | {"compression": {"k": 8, "rate": 4}})
     with pytest.raises(ValueError, match=r"lora\.targets is \('k_proj',\)"):
@@ -242,8 +250,9 @@ def finetuning(raw, folder, **changes):
 
 
 def test_weighted_sources(raw, tmp_path):
-    """Breaks when the weights do not reach the batches, a source is missing from what a resumed run is held against, or one without
-    usable examples goes unsaid."""
+    """Breaks when the weights do not reach the batches, a source is missing from what a resumed run
+    is held against, or one without usable examples goes unsaid.
+    """
     cats = write_jsonl(tmp_path / "cats.jsonl", [{"text": "cat " * 30}])
     data = raw["data"] | {"train": f"{raw['data']['train']}, {cats}", "train_weights": [1, 3]}
     made = task(raw, data=data)
@@ -257,18 +266,20 @@ def test_weighted_sources(raw, tmp_path):
     assert task(raw, data=data | {"train_weights": [1, 0]}).identity["data.train"] == plain
     with pytest.raises(
         ValueError,
-        match=rf"data\.train source {cats}, of weight 3: no examples for phase finetune in the data",
+        match=rf"data\.train source {cats}, of weight 3: no examples for phase finetune",
     ):
         task(raw, **finetuning(raw, tmp_path / "w", data=data | {"train": f"{raw['qa']},{cats}"}))
     with pytest.raises(
         ValueError,
-        match=r"data\.train source absent\.jsonl, of weight 1: data file absent\.jsonl: no such file",
+        match=r"data\.train source absent\.jsonl, of weight 1: .*absent\.jsonl: no such file",
     ):
         task(raw, data=data | {"train": f"absent.jsonl,{cats}"})
 
 
 def test_k_is_drawn_in_fine_tuning_unless_asked_for_in_pretraining(raw, tmp_path):
-    """Breaks when pretraining draws k unasked, fine-tuning does not, an adapter offers what was not trained, or a k is not evaluated."""
+    """Breaks when pretraining draws k unasked, fine-tuning does not, an adapter offers what was not
+    trained, or a k is not evaluated.
+    """
     some = {"compression": {"k": 4, "rate": 4, "k_choices": [1, 4]}}
     for changes, choices in (
         (some, (4,)),
@@ -309,7 +320,9 @@ def test_losses_of_a_k_depend_on_its_rows_alone(losses_of_one_row):
 def test_a_base_without_bos_gets_a_trained_trigger_and_says_so(
     raw, tmp_path, tiny_params, tiny_tokenizer
 ):
-    """Breaks when 500xCompressor cannot be trained on a base without <s>, or its adapter claims to be triggered by one."""
+    """Breaks when 500xCompressor cannot be trained on a base without <s>, or its adapter claims to
+    be triggered by one.
+    """
     x500 = {
         "compression": {"method": "x500", "k": 4, "rate": 4},
         "objectives": {"ae": 1.0, "lm": 0.0},
@@ -332,7 +345,9 @@ def test_a_base_without_bos_gets_a_trained_trigger_and_says_so(
 
 
 def test_room_for_the_positions_of_the_reference_layout(raw):
-    """Breaks when a fixed length that the base has no positions for is found out while compiling, or later."""
+    """Breaks when a fixed length that the base has no positions for is found out while compiling,
+    or later.
+    """
     reference = {"method": "x500", "k": 4, "layout": "reference"}
     assert (
         task(raw, compression=reference | {"rate": 62.0}).framing.start == ()

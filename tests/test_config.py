@@ -1,4 +1,4 @@
-"""Configurations: conversion with errors by field, and what may change when a workdir is continued."""
+"""Configurations: conversion from nested dicts, and errors that name the field."""
 
 import dataclasses
 
@@ -56,7 +56,7 @@ def test_conversion():
     ],
 )
 def test_wrong_fields_and_types_are_named(change, message):
-    """Breaks when a misspelt field is ignored, or a value of another type is let through or silently cast."""
+    """Breaks when a misspelt field is ignored, or a value of another type is accepted or cast."""
     with pytest.raises(ValueError, match=message):
         from_dict(TrainConfig, RAW | change)
 

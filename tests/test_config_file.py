@@ -1,4 +1,4 @@
-"""Loading a configuration: files and shipped names, what is left to defaults, overrides, and errors."""
+"""Loading a configuration: files and shipped names, defaults, overrides, and errors."""
 
 import os
 import subprocess
@@ -108,7 +108,7 @@ def test_a_named_base_becomes_its_hub_id(file, tmp_path, monkeypatch):
 WRONG = {
     "no file": (None, {}, "--config is not given; .* icae, quickstart, tiny_base, x500"),
     "absent": ("absent", {}, "absent: no such file, and not one of the shipped .* icae, quick"),
-    "unknown": ("icae", {"compresion.k": "4"}, r"compresion\.k is not a field of the configuration; is compr"),
+    "unknown": ("icae", {"compresion.k": "4"}, "k is not a field of .*; is compression.k meant"),
     "a group": ("icae", {"lora": "4"}, "^lora is not a field"),
     "below a field": ("icae", {"steps.more": "4"}, r"steps\.more is not a field"),
     "wrong type": ("icae", {"steps": "many"}, r"config\.steps is 'many'; expected int"),
@@ -150,7 +150,7 @@ print(config_file.load(TrainConfig, "icae:llama2_7b", {"data.train": "t"}).base)
 
 
 def test_configurations_are_in_the_wheel(tmp_path):
-    """Breaks when `--config icae:llama2_7b` needs the repository: in a wheel, from another folder."""
+    """Breaks when `--config icae:llama2_7b` needs the repository, or the wheel lacks its files."""
     build = [sys.executable, "setup.py", "-q", "build", "-b", tmp_path, "egg_info", "-e", tmp_path]
     subprocess.run(build, cwd=ROOT, check=True, capture_output=True)
     (installed,) = tmp_path.glob("lib*")

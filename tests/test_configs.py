@@ -33,12 +33,14 @@ BASES = {
     "mistral_7b": "mistralai/Mistral-7B-Instruct-v0.2",
     "qwen3_8b": "Qwen/Qwen3-8B",
 }
+PHASES_BASES = [f"{phase}-{base}" for phase in PHASES for base in BASES]
+PHASES_KS = [f"{phase}-{k}" for phase in PHASES for k in (16, 4, 1)]
+RECIPES = ("-icae", "-x500")
 ARGS = {
-    "icae": [*PHASES, *BASES, *[f"{phase}-{base}" for phase in PHASES for base in BASES], "llama2_7b-finetune"],
-    "x500": [*PHASES, "4", *[f"{phase}-{k}" for phase in PHASES for k in (16, 4, 1)], *BASES,
-             *[f"{phase}-{base}" for phase in PHASES for base in BASES], "1-qwen3_8b-finetune"],
-    "quickstart": [*PHASES, *[f"{phase}-{method}{only}" for phase in PHASES for method in ("icae", "x500") for only in ("", "-4x")]],
-}  # fmt: skip
+    "icae": [*PHASES, *BASES, *PHASES_BASES, "llama2_7b-finetune"],
+    "x500": [*PHASES, "4", *PHASES_KS, *BASES, *PHASES_BASES, "1-qwen3_8b-finetune"],
+    "quickstart": [*PHASES, *map("".join, itertools.product(PHASES, RECIPES, ("", "-4x")))],
+}
 
 
 UNSET = {"base": "base", "init_from": "before", "data.train": "train.jsonl"}
@@ -63,40 +65,97 @@ def test_every_argument_gives_a_configuration(name, arg):
 # What follows from defaults and files together: as it was while the files set every field.
 RESOLVED = {
     "icae:pretrain": {
-        "seed": 0, "steps": 200_000, "batch_size": 32, "accumulate": 1, "dtype": "bfloat16", "remat": "frozen", "attention": "auto",
-        "unroll": 1, "loss_chunk": 128, "log_every": 10, "eval_every": 1000, "eval_examples": 256, "checkpoint_every": 1000,
-        "draw_k": ("finetune",), "compression.method": "icae", "compression.rate": 4.0, "compression.k_choices": (),
-        "compression.layout": "servable", "compression.memory_init": "embedding", "compression.trigger": "trained",
-        "lora.scale": 2.0, "lora.dropout": 0.05, "objectives.ae": 0.5, "objectives.lm": 0.5, "objectives.pad_labels": False,
-        "optimizer.name": "adamw", "optimizer.learning_rate": 1e-4, "optimizer.warmup_steps": 300, "optimizer.b1": 0.9,
-        "optimizer.b2": 0.95, "optimizer.weight_decay": 0.1, "optimizer.clip": 2.0, "data.context_weights": (0.5, 0.25, 0.25),
-        "data.questions_per_context": 4, "data.max_target_tokens": 256, "data.max_row_bytes": 64 << 20, "data.strict": False,
+        "seed": 0,
+        "steps": 200_000,
+        "batch_size": 32,
+        "accumulate": 1,
+        "dtype": "bfloat16",
+        "remat": "frozen",
+        "attention": "auto",
+        "unroll": 1,
+        "loss_chunk": 128,
+        "log_every": 10,
+        "eval_every": 1000,
+        "eval_examples": 256,
+        "checkpoint_every": 1000,
+        "draw_k": ("finetune",),
+        "compression.method": "icae",
+        "compression.rate": 4.0,
+        "compression.k_choices": (),
+        "compression.layout": "servable",
+        "compression.memory_init": "embedding",
+        "compression.trigger": "trained",
+        "lora.scale": 2.0,
+        "lora.dropout": 0.05,
+        "objectives.ae": 0.5,
+        "objectives.lm": 0.5,
+        "objectives.pad_labels": False,
+        "optimizer.name": "adamw",
+        "optimizer.learning_rate": 1e-4,
+        "optimizer.warmup_steps": 300,
+        "optimizer.b1": 0.9,
+        "optimizer.b2": 0.95,
+        "optimizer.weight_decay": 0.1,
+        "optimizer.clip": 2.0,
+        "data.context_weights": (0.5, 0.25, 0.25),
+        "data.questions_per_context": 4,
+        "data.max_target_tokens": 256,
+        "data.max_row_bytes": 64 << 20,
+        "data.strict": False,
     },
     "x500:finetune-4": {
-        "steps": 78_000, "batch_size": 32, "compression.rate": 125.0, "optimizer.b1": 0.9, "optimizer.b2": 0.999,
-        "optimizer.weight_decay": 0.01, "objectives.ae": 0.0, "objectives.qa": 1.0, "data.max_target_tokens": 256,
+        "steps": 78_000,
+        "batch_size": 32,
+        "compression.rate": 125.0,
+        "optimizer.b1": 0.9,
+        "optimizer.b2": 0.999,
+        "optimizer.weight_decay": 0.01,
+        "objectives.ae": 0.0,
+        "objectives.qa": 1.0,
+        "data.max_target_tokens": 256,
     },
     "quickstart:finetune-icae": {
-        "steps": 180, "batch_size": 32, "dtype": "float32", "remat": "none", "log_every": 10, "eval_every": 100, "eval_examples": 64,
-        "compression.k_choices": (2, 11), "compression.layout": "servable", "compression.trigger_token": "<repeat>",
-        "objectives.ae": 0.6, "objectives.qa": 0.4, "optimizer.schedule": "cosine", "optimizer.learning_rate": 1.5e-3,
+        "steps": 180,
+        "batch_size": 32,
+        "dtype": "float32",
+        "remat": "none",
+        "log_every": 10,
+        "eval_every": 100,
+        "eval_examples": 64,
+        "compression.k_choices": (2, 11),
+        "compression.layout": "servable",
+        "compression.trigger_token": "<repeat>",
+        "objectives.ae": 0.6,
+        "objectives.qa": 0.4,
+        "optimizer.schedule": "cosine",
+        "optimizer.learning_rate": 1.5e-3,
     },
     "quickstart:pretrain-x500-4x": {
-        "steps": 120, "batch_size": 16, "compression.k_choices": (), "compression.layout": "clean", "compression.trigger": "trained",
-        "optimizer.name": "muon", "optimizer.learning_rate": 0.01, "optimizer.warmup_steps": 5, "eval_examples": 0,
+        "steps": 120,
+        "batch_size": 16,
+        "compression.k_choices": (),
+        "compression.layout": "clean",
+        "compression.trigger": "trained",
+        "optimizer.name": "muon",
+        "optimizer.learning_rate": 0.01,
+        "optimizer.warmup_steps": 5,
+        "eval_examples": 0,
     },
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", RESOLVED)
 def test_what_the_files_leave_to_the_defaults(name):
-    """Breaks when a default changes under a configuration that relies on it, or a file loses a field."""
+    """Breaks when a default changes under a configuration, or a file loses a field."""
     flat = config_file.flatten(dataclasses.asdict(filled(*name.split(":"))))
     assert {field: flat[field] for field in RESOLVED[name]} == RESOLVED[name]
 
 
 def test_papers_sizes():
-    """Breaks when a configuration strays from the published sizes (arXiv 2307.06945, section 3; arXiv 2408.03094, section 4)."""
+    """Breaks when a configuration strays from the published sizes.
+
+    arXiv 2307.06945, section 3; arXiv 2408.03094, section 4.
+    """
     icae = filled("icae", "pretrain")
     assert (
         icae.compression.k,
@@ -138,7 +197,7 @@ def test_papers_sizes():
 
 @pytest.mark.parametrize(("base", "phase"), itertools.product(BASES, PHASES))
 def test_papers_recipes_on_named_bases(base, phase):
-    """Breaks when a named base is another model, or is not trained as the papers train (arXiv 2307.06945; arXiv 2408.03094)."""
+    """Breaks when a named base is another model, or is not trained as the papers train."""
     icae, x500 = filled("icae", f"{phase}-{base}"), filled("x500", f"{phase}-{base}")
     assert icae.base == BASES[base] and x500.base == BASES[base].replace(
         "Llama-3-8B", "Llama-3-8B-Instruct"
@@ -173,11 +232,19 @@ def test_papers_recipes_on_named_bases(base, phase):
 @pytest.mark.parametrize(
     ("name", "arg"),
     [
-        ("icae", "tune"), ("icae", "pretrain-finetune"), ("icae", "pretrain-llama2_7b-qwen3_8b"), ("icae", "pretrain-16"),
-        ("x500", "pretrain-2"), ("x500", "pretrain-16-4"), ("x500", "pretrain-4-4"), ("x500", "llama9"), ("quickstart", "other"),
-        ("quickstart", "pretrain-icae-22x"), ("quickstart", "pretrain-icae-4x-4x"),
+        ("icae", "tune"),
+        ("icae", "pretrain-finetune"),
+        ("icae", "pretrain-llama2_7b-qwen3_8b"),
+        ("icae", "pretrain-16"),
+        ("x500", "pretrain-2"),
+        ("x500", "pretrain-16-4"),
+        ("x500", "pretrain-4-4"),
+        ("x500", "llama9"),
+        ("quickstart", "other"),
+        ("quickstart", "pretrain-icae-22x"),
+        ("quickstart", "pretrain-icae-4x-4x"),
     ],
-)  # fmt: skip
+)
 def test_an_unknown_argument_is_named(name, arg):
     """Breaks when a word is ignored, or one of two that exclude each other."""
     with pytest.raises(
@@ -201,7 +268,7 @@ def test_the_base_of_the_quickstart():
     assert (o.b1, o.b2, o.weight_decay, o.clip) == (0.9, 0.98, 0.05, 1.0)
 
 
-# --------------------------------------------------------------------------------------------- named bases, without weights
+# ----------------------------------------------------------------- named bases, without weights
 
 FRAMING = {"icae": targets.Framing((1,), targets.AE, 2), "x500": targets.Framing((), 1, 2)}
 TEMPLATE = targets.Template(

@@ -1,4 +1,4 @@
-"""`icae convert adapter`: what is recognised, what flags say, the check by restoring, and every way there and back."""
+"""`icae convert adapter`: what is recognised, the check by restoring, every way there and back."""
 
 import json
 import re
@@ -35,7 +35,7 @@ def world(tmp_path_factory):
 
 @pytest.fixture
 def convert(world, tmp_path, capsys):
-    """Runs the verb with the world's base and texts unless told otherwise: (exit code, stdout, stderr)."""
+    """Runs the verb on the world's base and texts by default: (exit code, stdout, stderr)."""
 
     def run(source, to, *flags, base=world / "base", texts=world / "texts.jsonl"):
         capsys.readouterr()
@@ -70,7 +70,7 @@ def assert_same(got, want):
 
 
 def assert_equal_adapters(folder, want, base):
-    """The same tensors, method, layout, scale and template; where a memory holds only the memory tokens' rows, only these."""
+    """The same tensors, method, layout, scale and template; of a memory only its tokens' rows."""
     got, want = adapters.load_adapter(folder, base), adapters.load_adapter(want, base)
     jax.tree.map(np.testing.assert_array_equal, got.trained["lora"], want.trained["lora"])
     rows = K if got.compression.method == "x500" else K + 3
@@ -84,7 +84,7 @@ def assert_equal_adapters(folder, want, base):
     ]
 
 
-# --------------------------------------------------------------------------------------------------------- there and back
+# ----------------------------------------------------------------------------------- there and back
 
 
 @pytest.mark.slow
@@ -92,9 +92,9 @@ def assert_equal_adapters(folder, want, base):
     ("method", "form"), [("icae", "icae-v1"), ("icae", "icae-v2"), ("x500", "x500")]
 )
 def test_out_and_in_again(world, convert, tmp_path, method, form):
-    """Breaks when anything is lost on the way out and back: told beside the file, by flags without that, and tensor for tensor.
+    """Breaks when anything is lost on the way out and back, with the reading or with flags.
 
-    The wrong alpha, which a file does not say, is found by restoring; so is nothing at all written then.
+    The wrong alpha, which a file does not say, is found by restoring, and nothing is written then.
     """
     base = bases.load_base(world / "base")
     code, out, err = convert(world / method, tmp_path / "out", "--format", form)
@@ -128,7 +128,7 @@ def test_out_and_in_again(world, convert, tmp_path, method, form):
 
 
 def test_the_wrong_base_is_found_by_restoring(world, convert, tmp_path, tiny_tokenizer):
-    """Breaks when a base of the same shape, with other weights, gets an adapter with its fingerprint in it."""
+    """Breaks when another base of the same shape gets an adapter with its fingerprint in it."""
     assert convert(world / "icae", tmp_path / "out", "--format", "icae-v2")[0] == 0
     file = shutil.copy(tmp_path / "out" / "icae.safetensors", tmp_path / "alone")
     bases.save_base(
@@ -146,7 +146,7 @@ def test_the_wrong_base_is_found_by_restoring(world, convert, tmp_path, tiny_tok
     code, _, err = convert(file, tmp_path / "to", *flags, "--force", base=tmp_path / "other")
     assert code == 0 and "far from restoring" in err
     assert json.loads((tmp_path / "to" / "icae.json").read_text())["origin"]["forced"]
-    # What was forced stays so: neither its folder nor what is exported from it counts as known to fit.
+    # What was forced stays so: neither its folder nor its exports count as known to fit.
     other = [
         "--from",
         str(tmp_path / "to"),
@@ -190,7 +190,7 @@ def test_the_wrong_base_is_found_by_restoring(world, convert, tmp_path, tiny_tok
 
 
 def test_native_forms(world, convert, tmp_path):
-    """Breaks when a workdir, its checkpoints, one step, an adapter folder or a PEFT folder is not the same adapter."""
+    """Breaks when a workdir, its checkpoints, adapter or PEFT folder are not one adapter."""
     base = bases.load_base(world / "base")
     work = world / "x500"
     step = next((work / "checkpoints").glob("step_*"))
@@ -211,24 +211,33 @@ def test_native_forms(world, convert, tmp_path):
 
 
 def test_an_adapter_of_known_base_need_not_restore(world, convert, tmp_path):
-    """Breaks when an adapter that its fingerprint ties to the base cannot be converted because it was trained on other texts."""
+    """Breaks when an adapter of the right base is refused because it restores only other texts."""
     code, out, err = convert(world / "icae", tmp_path / "a", "--format", "icae-v2", texts=None)
     assert code == 0 and "restores" in out and "perhaps it was trained on other texts" in err
 
 
 def test_a_converted_adapter_is_trained_on(world, convert, tmp_path):
-    """Breaks when what was converted is no start for fine-tuning: released weights on one's own questions."""
+    """Breaks when released weights, once converted, cannot be fine-tuned on one's own questions."""
     assert convert(world / "icae", tmp_path / "out", "--format", "icae-v2")[0] == 0
     assert convert(tmp_path / "out", tmp_path / "in")[0] == 0
     rows = [
         {"context": "the cat sat on a mat", "question": "who sat ?", "answers": ["the cat"]}
     ] * 2
     raw = {
-        "phase": "finetune", "init_from": str(tmp_path / "in"), "base": str(world / "base"), "steps": 2, "batch_size": 1,
-        "compression": {"k": K, "rate": CONTEXT / K, "layout": "sequential"}, "lora": {"rank": 16},
+        "phase": "finetune",
+        "init_from": str(tmp_path / "in"),
+        "base": str(world / "base"),
+        "steps": 2,
+        "batch_size": 1,
+        "compression": {"k": K, "rate": CONTEXT / K, "layout": "sequential"},
+        "lora": {"rank": 16},
         "objectives": {"ae": 0.0, "lm": 0.0, "qa": 1.0},
-        "data": {"train": write_jsonl(tmp_path / "qa.jsonl", rows), "context_lengths": [CONTEXT], "cache_dir": str(tmp_path / "cache")},
-    }  # fmt: skip
+        "data": {
+            "train": write_jsonl(tmp_path / "qa.jsonl", rows),
+            "context_lengths": [CONTEXT],
+            "cache_dir": str(tmp_path / "cache"),
+        },
+    }
     config = from_dict(TrainConfig, raw)
     task = CompressorTask(config)
     jax.tree.map(
@@ -239,7 +248,7 @@ def test_a_converted_adapter_is_trained_on(world, convert, tmp_path):
     assert train(config, task, tmp_path / "w") == 0
 
 
-# -------------------------------------------------------------------------------------------------------------- bad input
+# ---------------------------------------------------------------------------------------- bad input
 
 
 @pytest.fixture
@@ -327,7 +336,7 @@ def test_bad_input_is_named(world, convert, tmp_path, exported):
 
 
 def test_bases_without_a_tokenizer(world, convert, tmp_path, exported):
-    """Breaks when nothing tells that a text could not be restored, or a template of words is made up without any."""
+    """Breaks when a missing tokenizer goes unmentioned, or a template is made up without one."""
     bare = shutil.copytree(world / "base", tmp_path / "bare")
     for file in bare.glob("tokenizer*"):
         file.unlink()
@@ -357,7 +366,7 @@ def test_bases_without_a_tokenizer(world, convert, tmp_path, exported):
     }
 
 
-# -------------------------------------------------------------------------------------------------------------- the check
+# ---------------------------------------------------------------------------------------- the check
 
 
 @pytest.mark.parametrize(
@@ -375,12 +384,12 @@ def test_bases_without_a_tokenizer(world, convert, tmp_path, exported):
     ],
 )
 def test_far_from_restoring(values, far):
-    """Breaks when a memory that tells nothing passes, or one at a high ratio that tells much does not."""
+    """Breaks when a memory that tells nothing passes, or a useful one at a high ratio does not."""
     assert check.Restoring(*values).failed is far
 
 
 def test_built_in_paragraphs():
-    """Breaks when the texts of the check are of other lengths than compressors are trained on, or alike."""
+    """Breaks when the texts of the check are unlike what compressors are trained on, or alike."""
     texts = (check.PARAGRAPH, check.CONTROL)
     one, other = (set(text.lower().split()) for text in texts)
     assert (

@@ -22,7 +22,7 @@ def convert(*argv):
 
 @pytest.fixture
 def folder(tiny_base, tmp_path):
-    """The tiny base as hub folders are: with a licence, a chat template, other copies of the weights."""
+    """The tiny base as hub folders are: with a licence, a chat template, more copies of weights."""
     folder = shutil.copytree(tiny_base, tmp_path / "base")
     for name in (
         "LICENSE.txt",
@@ -46,7 +46,7 @@ def folder(tiny_base, tmp_path):
 
 
 def test_transformers_computes_the_same(tmp_path):
-    """Breaks when a base goes through Orbax and back and transformers' logits change in a single bit."""
+    """Breaks when a base goes through Orbax and back and a bit of transformers' logits changes."""
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
@@ -116,7 +116,7 @@ def test_what_is_carried_over(folder, tmp_path, tiny_params, form, capsys):
 
 
 def test_the_result_as_json(folder, tmp_path, capsys):
-    """Breaks when --json prints anything but one object, or a program cannot read what was written."""
+    """Breaks when --json prints anything but one object, or describes another base."""
     assert convert("--from", folder, "--to", tmp_path / "new", "--json") == 0
     written = json.loads(capsys.readouterr().out)
     assert (written["path"], written["format"], written["tensors"], written["dtype"]) == (
@@ -129,7 +129,7 @@ def test_the_result_as_json(folder, tmp_path, capsys):
 
 
 def test_dtype_is_the_sources_own(folder, tmp_path):
-    """Breaks when weights are rounded unasked, or a configuration without a dtype stops the conversion."""
+    """Breaks when weights are rounded unasked, or a missing dtype stops the conversion."""
     convert("--from", folder, "--to", tmp_path / "same")
     assert (tmp_path / "same" / "model.safetensors").stat().st_size == (
         folder / "model.safetensors"
@@ -143,7 +143,7 @@ def test_dtype_is_the_sources_own(folder, tmp_path):
     (folder / "config.json").write_text(json.dumps(raw | {"torch_dtype": "float64"}))
     with pytest.raises(
         ValueError,
-        match=r"config\.json: dtype is 'float64'; choose one with --dtype: bfloat16, float32, float16",
+        match=r"config\.json: dtype is 'float64'; choose one with --dtype: bfloat16, float32",
     ):
         convert("--from", folder, "--to", tmp_path / "other")
 

@@ -16,7 +16,7 @@ CONFIG = CompressionConfig(k=3, rate=4)
 RNG = np.random.default_rng(0)
 TEXTS = [RNG.integers(3, 64, n).tolist() for n in (5, 12, 13, 25, 17)]
 
-# ------------------------------------------------------------------------------------------------------------ segments
+# ----------------------------------------------------------------------------------------- segments
 
 
 @pytest.mark.parametrize(
@@ -32,7 +32,9 @@ TEXTS = [RNG.integers(3, 64, n).tolist() for n in (5, 12, 13, 25, 17)]
     ],
 )
 def test_segment_shape(tokens, shape):
-    """Breaks when segments are cut full, full, rest; when k x rate tokens need two; or when a rounding is the other way."""
+    """Breaks when segments are cut full, full, rest; when k x rate tokens need two; or when a
+    rounding is the other way.
+    """
     assert segment_shape(tokens, CONFIG) == shape
 
 
@@ -49,13 +51,17 @@ def test_segments_hold_the_text_in_order():
 
 
 def test_a_full_segment_fits_in_the_shape_of_a_longer_text():
-    """Breaks when a batch of up to 13 tokens, two segments of 7, gets no room for a text of 12 tokens, one segment."""
+    """Breaks when a batch of up to 13 tokens, two segments of 7, gets no room for a text of 12
+    tokens, one segment.
+    """
     ids, lengths = segment_contexts([TEXTS[2], TEXTS[1]], CONFIG)
     assert ids.shape == (2, 2, 12) and lengths.tolist() == [[7, 6], [12, 0]]
 
 
 def test_fixed_length_pads_to_the_whole_segment_with_the_given_id():
-    """Breaks when the reference layout's texts are padded to the batch, or with another id than eos."""
+    """Breaks when the reference layout's texts are padded to the batch, or with another id than
+    eos.
+    """
     config = CompressionConfig(method="x500", layout="reference", k=3, rate=4)
     ids, lengths = segment_contexts([[5, 6, 7], [8]], config, pad_id=2)
     assert ids.tolist() == [[[5, 6, 7] + [2] * 9], [[8] + [2] * 11]] and lengths.tolist() == [
@@ -65,7 +71,7 @@ def test_fixed_length_pads_to_the_whole_segment_with_the_given_id():
     assert segment_contexts([[5]], config, (2, 3), 2)[0].shape == (1, 2, 12)
 
 
-# ------------------------------------------------------------------------------------------------------- configuration
+# ------------------------------------------------------------------------------------ configuration
 
 
 def test_defaults_of_a_method():
@@ -105,11 +111,13 @@ def test_choosing_k():
         many.choose(2)
 
 
-# -------------------------------------------------------------------------------------------------------- memory table
+# ------------------------------------------------------------------------------------- memory table
 
 
 def test_memory_table_starts_like_token_embeddings():
-    """Breaks when mean or std of the embeddings is ignored, taken over the wrong axis, or the trigger row is another."""
+    """Breaks when mean or std of the embeddings is ignored, taken over the wrong axis, or the
+    trigger row is another.
+    """
     embeddings = RNG.standard_normal((500, 4)) * [0.1, 0.2, 0.3, 0.4] + [0, 1, 2, 3]
     params, key = {"embed": jnp.asarray(embeddings, jnp.bfloat16)}, jax.random.key(0)
     table = init_memory_table(key, params["embed"], CompressionConfig(k=4000), trigger_id=7)
@@ -127,7 +135,9 @@ def test_memory_table_starts_like_token_embeddings():
 
 
 def test_negative_ids_are_rows_of_the_table_from_its_end():
-    """Breaks when [AE], [LM], [FT] take each other's rows or a memory token's, or id 0 is taken for one of them."""
+    """Breaks when [AE], [LM], [FT] take each other's rows or a memory token's, or id 0 is taken for
+    one of them.
+    """
     base = {"embed": np.arange(10.0, dtype=np.float32).reshape(5, 2)}
     table = 100 + np.arange(12.0, dtype=np.float32).reshape(6, 2)
     ids = np.asarray([[targets.AE, 0], [targets.LM, 4], [targets.FT, 1]])

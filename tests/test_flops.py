@@ -1,6 +1,8 @@
-"""Counts of FLOPs, held against XLA's of the programs that run and against those of Llama-2-7B worked out elsewhere.
+"""Counts of FLOPs, held against XLA's of the programs that run and against those of Llama-2-7B
+worked out elsewhere.
 
-XLA counts the unrolled program as traced, before anything is compiled: what it adds to matmuls is under a hundredth at these sizes.
+XLA counts the unrolled program as traced, before anything is compiled: what it adds to matmuls is
+under a hundredth at these sizes.
 """
 
 import dataclasses
@@ -61,7 +63,9 @@ def shapes(B, S, N, k, targets):
 
 
 def program(compression):
-    """(model, base parameters, trained tree) of shapes alone; the layers unrolled, so that each is counted."""
+    """(model, base parameters, trained tree) of shapes alone; the layers unrolled, so that each is
+    counted.
+    """
     table = jax.ShapeDtypeStruct((compression.k + SPECIAL_ROWS, SMALL.hidden_size), jnp.float32)
     tree = jax.eval_shape(lambda: lora.init_lora(jax.random.key(0), SMALL, LORA))
     return (
@@ -112,7 +116,9 @@ DAILY = {("icae", "ae+lm"), ("x500", "qa")}  # every objective, both methods, se
     ],
 )
 def test_a_training_step_as_xla_counts_it(method, targets, segments, k):
-    """Breaks when a part is left out or counted twice: an adapter, a segment, the memory, a head, a neighbour's keys, a label."""
+    """Breaks when a part is left out or counted twice: an adapter, a segment, the memory, a head, a
+    neighbour's keys, a label.
+    """
     compression = CompressionConfig(method=method, k=32, rate=4.0, k_choices=(16, 32))
     batch = shapes(3, segments, 128, k, targets)
     model, params, trained = program(compression)
@@ -144,7 +150,9 @@ def test_a_training_step_as_xla_counts_it(method, targets, segments, k):
 
 
 def test_keys_behind_a_chunk_are_not_looked_at(monkeypatch):
-    """Breaks when causal attention computes scores that no query of a chunk may see: of 640 tokens two fifths."""
+    """Breaks when causal attention computes scores that no query of a chunk may see: of 640 tokens
+    two fifths.
+    """
     q, kv = (jax.ShapeDtypeStruct((2, 640, n, 64), jnp.float32) for n in (4, 2))
     real = jnp.ones((1, 640), bool)
 
@@ -163,7 +171,9 @@ def test_keys_behind_a_chunk_are_not_looked_at(monkeypatch):
 
 
 def test_the_forward_passes_as_xla_counts_them():
-    """Breaks when writing a memory or a new token is counted with gradients, without its keys, or without the output head."""
+    """Breaks when writing a memory or a new token is counted with gradients, without its keys, or
+    without the output head.
+    """
     compression = CompressionConfig(k=32)
     model, params, trained = program(compression)
     batch = shapes(3, 2, 128, 32, {})
@@ -215,8 +225,9 @@ def test_the_forward_passes_as_xla_counts_them():
     ids=["ae", "ae+lm", "qa"],
 )
 def test_llama_2_7b_with_a_memory_of_128_tokens(targets, head, tera):
-    """Breaks when the definition drifts: figures worked out independently, for 512 tokens, LoRA of rank 128 on q and v, of 32 layers that
-    are all whole. What is not computed of the last one is less than a layer.
+    """Breaks when the definition drifts: figures worked out independently, for 512 tokens, LoRA of
+    rank 128 on q and v, of 32 layers that are all whole. What is not computed of the last one is
+    less than a layer.
     """
     compression = CompressionConfig(k=128)
     heads = {o: tuple(range(head)) for o in targets}
@@ -234,7 +245,9 @@ def test_llama_2_7b_with_a_memory_of_128_tokens(targets, head, tera):
 
 
 def test_parts():
-    """Breaks when FLOPs are booked under another part, or padding of the batch's rows is not work."""
+    """Breaks when FLOPs are booked under another part, or padding of the batch's rows is not
+    work.
+    """
     compression = CompressionConfig(k=32, rate=4.0)
     one, two = (
         flops.least(SMALL, LORA, compression, shapes(B, 1, 128, 32, {"ae": AE})) for B in (1, 2)
@@ -266,7 +279,9 @@ def test_parts():
 
 
 def test_an_unknown_k_is_refused_and_the_largest_is_the_default():
-    """Breaks when a batch of another number of memory tokens is counted as one of this compressor's."""
+    """Breaks when a batch of another number of memory tokens is counted as one of this
+    compressor's.
+    """
     compression = CompressionConfig(k=32, k_choices=(8, 32))
     batch = shapes(1, 1, 128, 32, {"ae": AE})
     assert flops.least(SMALL, LORA, compression, arrays(batch)) == flops.least(

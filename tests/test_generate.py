@@ -26,7 +26,9 @@ LONGEST = 24
 
 @functools.partial(jax.jit, static_argnums=2)
 def full_pass(params, ids, model):
-    """The best next token behind every position of one padded sequence (the causal mask hides the padding)."""
+    """The best next token behind every position of one padded sequence (the causal mask hides the
+    padding).
+    """
     hidden, _ = model.apply(
         {"params": params}, ids[None], jnp.arange(LONGEST)[None], llama.causal_mask(LONGEST)
     )
@@ -65,7 +67,9 @@ def run(params, prefix, starts, rows, model=MODEL, limits=None, **kw):
 
 
 def test_cached_batched_decoding_equals_full_passes(tiny_params):
-    """Breaks when the cache, its positions or its mask are off, or when padding or neighbours are seen."""
+    """Breaks when the cache, its positions or its mask are off, or when padding or neighbours are
+    seen.
+    """
     rows = prompts()
     out = run(tiny_params, no_prefix(TINY, 3), np.zeros(3, np.int32), rows, stop_ids=(-1,))
     want = [slow_greedy(tiny_params, row) for row in rows]
@@ -75,8 +79,8 @@ def test_cached_batched_decoding_equals_full_passes(tiny_params):
 
 @pytest.mark.parametrize("model", [MODEL, WINDOWED], ids=["plain", "windowed"])
 def test_decoding_behind_a_prefix_shared_by_rows(model, tiny_params):
-    """Breaks when rows of one memory read another's, or as much as another holds, its positions are lost, or a layer's window is not
-    kept to.
+    """Breaks when rows of one memory read another's, or as much as another holds, its positions are
+    lost, or a layer's window is not kept to.
     """
     rng = np.random.default_rng(1)
     heads, lengths = rng.integers(8, 64, (2, 5)), np.asarray([5, 3])
@@ -104,7 +108,9 @@ def test_decoding_behind_a_prefix_shared_by_rows(model, tiny_params):
 
 @pytest.fixture(scope="module")
 def seven(tiny_params):
-    """Seven prompts, what each brings forth without a stop, and two stop ids: in the middle of some texts, at once in one."""
+    """Seven prompts, what each brings forth without a stop, and two stop ids: in the middle of some
+    texts, at once in one.
+    """
     rows = [*prompts(), *prompts(4), prompts(5)[0]]
     free = [slow_greedy(tiny_params, row) for row in rows]
     return rows, free, (free[0][2], free[5][0])
@@ -177,7 +183,9 @@ def test_one_row_and_many_rows_agree(tiny_params, seven):
 
 
 def test_each_row_ends_by_its_own_limit(tiny_params, seven):
-    """Breaks when a row's limit is another's, text goes on behind it, or what ends a row at its limit is counted otherwise than alone."""
+    """Breaks when a row's limit is another's, text goes on behind it, or what ends a row at its
+    limit is counted otherwise than alone.
+    """
     _, free, stops = seven
     limits = [2, 1, 2, NEW, NEW, 1, 2]  # a stop right behind a limit, in the middle, at once
     # Twins of one stop and of what a row repeats: two equal best logits wherever these are chosen.

@@ -1,6 +1,8 @@
-"""The reference implementation's outputs on tiny random models: slots, loss, logits, gradients, greedy text.
+"""The reference implementation's outputs on tiny random models: slots, loss, logits, gradients,
+greedy text.
 
-Breaks when any part of the encoder, the decoder layouts, the loss or the gradients strays from the reference.
+Breaks when any part of the encoder, the decoder layouts, the loss or the gradients strays from the
+reference.
 """
 
 import functools
@@ -93,7 +95,7 @@ class Case:
         )
 
 
-# --------------------------------------------------------------------------------------------------------------- ICAE
+# --------------------------------------------------------------------------------------------- ICAE
 
 
 @pytest.fixture(scope="module", params=cases("icae_*"))
@@ -134,7 +136,8 @@ def test_loss_logits_and_gradients(case, objective):
     assert_equal_to_reference(case, objective)
 
 
-# A head is the same tokens behind the same base whatever the memory's sizes: one case a day, the others by night.
+# A head is the same tokens behind the same base whatever the memory's sizes: one case a day, the
+# others by night.
 @pytest.mark.parametrize(
     "case",
     [pytest.param(c, marks=NIGHTLY) if "v2_mistral" not in c else c for c in cases("icae_*")],
@@ -194,7 +197,8 @@ def test_slots_and_greedy_restoration(case):
     slots, prefix = written_and_read(case.trained, case.base)
     close(np.asarray(slots)[0], golden["slots"])
 
-    # The first version of the reference stops on id 1, the second on id 2; what follows a stop does not count.
+    # The first version of the reference stops on id 1, the second on id 2; what follows a stop does
+    # not count.
     stop = 1 if list(case.folder.glob("*zeroweight*")) else 2
     want = golden["ae_greedy"].tolist()
     want = want[: want.index(stop)] if stop in want else want
@@ -209,11 +213,13 @@ def test_slots_and_greedy_restoration(case):
     assert len(want) > 0 and got.tolist() == want
 
 
-# ------------------------------------------------------------------------------------------------------ 500xCompressor
+# ----------------------------------------------------------------------------------- 500xCompressor
 
 
 class X500Case:
-    """Texts padded with eos to a fixed length, memory in the decoder's future, `<s>` as trigger, loss on the padding too."""
+    """Texts padded with eos to a fixed length, memory in the decoder's future, `<s>` as trigger,
+    loss on the padding too.
+    """
 
     def __init__(self, name):
         self.folder = GOLDEN / name
@@ -260,7 +266,9 @@ def x500_case(request):
 
 
 def test_x500_loss_logits_and_gradients(x500_case):
-    """Breaks when padding is masked, memory or targets sit at other positions, or the loss leaves the padding out."""
+    """Breaks when padding is masked, memory or targets sit at other positions, or the loss leaves
+    the padding out.
+    """
     case, golden, length = x500_case, x500_case.golden, x500_case.meta["max_length"]
     rows = [[targets.ae_target(text, case.framing, padded_to=length)] for text in case.texts]
     packed = pack(rows, 1, length + 1, length + 1)
@@ -307,7 +315,9 @@ def test_x500_loss_logits_and_gradients(x500_case):
 
 
 def test_x500_memory_and_greedy_regeneration(x500_case):
-    """Breaks when K is kept or rotated for other positions, or decoding starts elsewhere than at m."""
+    """Breaks when K is kept or rotated for other positions, or decoding starts elsewhere than
+    at m.
+    """
     case, golden = x500_case, x500_case.golden
     prefix = jax.jit(
         lambda trained, base: case.compress(trained, base).read(

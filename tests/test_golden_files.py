@@ -1,4 +1,6 @@
-"""The reference implementations' own files through the command line: in from each, read as they were trained, and out again."""
+"""The reference implementations' own files through the command line: in from each, read as they
+were trained, and out again.
+"""
 
 import json
 import shutil
@@ -14,7 +16,8 @@ from icae_jax.inference.loading import load
 from icae_jax.interop.adapters import formats, tensor_files
 
 FILES = {
-    "icae_v1_llama/icae.safetensors": "icae-v2",  # tensors alone tell no version; the template is a flag
+    # Tensors tell no version; the template is a flag.
+    "icae_v1_llama/icae.safetensors": "icae-v2",
     "icae_v1_llama/icae_v1_zeroweight.pt": "icae-v1",
     "icae_v2_llama/icae.safetensors": "icae-v2",
     "icae_v2_mistral/icae.safetensors": "icae-v2",
@@ -24,7 +27,8 @@ FILES = {
 }
 
 
-# One file of each format; the others hold the same kinds of tensors in other ways, and are read by night.
+# One file of each format; the others hold the same kinds of tensors in other ways, and are read by
+# night.
 DAILY = (
     "icae_v1_llama/icae_v1_zeroweight.pt",
     "icae_v2_mistral/icae.safetensors",
@@ -38,7 +42,9 @@ DAILY = (
     ]
 )
 def case(request, tmp_path):
-    """(the file, its format, its case's folder, its base with a tokenizer that the case does not have)."""
+    """(the file, its format, its case's folder, its base with a tokenizer that the case does not
+    have).
+    """
     path = GOLDEN / request.param
     if not path.exists():
         pytest.skip(f"needs {path}, which is not here")
@@ -56,7 +62,9 @@ def tensors_of(path):
 
 
 def test_in_and_out(case, tmp_path, capsys):
-    """Breaks when a file is not recognised, is read otherwise than it was trained, or comes back with other tensors."""
+    """Breaks when a file is not recognised, is read otherwise than it was trained, or comes back
+    with other tensors.
+    """
     path, form, folder, base = case
     meta = json.loads((folder / "meta.json").read_text())
     flags = (

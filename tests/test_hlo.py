@@ -1,4 +1,4 @@
-"""Reading compiled programs: hand-written ones whose counts are plain, and real ones held against XLA's own count."""
+"""Reading compiled programs: hand-written ones, and real ones compared with XLA's own count."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,12 @@ import pytest
 
 from icae_jax.performance import hlo
 
-SUM = "%sum (a: f32[], b: f32[]) -> f32[] {\n  %a = f32[] parameter(0)\n  %b = f32[] parameter(1)\n  ROOT %c = f32[] add(%a, %b)\n}\n"
+SUM = """%sum (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %c = f32[] add(%a, %b)
+}
+"""
 
 
 def program(entry, *computations):
@@ -16,7 +21,8 @@ def program(entry, *computations):
         f"{head} {{\n" + "".join(f"  {line}\n" for line in lines) + "}" for head, lines in blocks
     )
     return hlo.Program(
-        f"HloModule jit_f, entry_computation_layout={{(f32[8]{{0}})->f32[8]{{0}}}}\n\n{SUM}\n{text}\n"
+        "HloModule jit_f, entry_computation_layout={(f32[8]{0})->f32[8]{0}}\n\n"
+        f"{SUM}\n{text}\n"
     )
 
 
@@ -25,7 +31,7 @@ def traffic(*lines, computations=()):
     return program(lines, *computations).bytes_accessed()
 
 
-# --------------------------------------------------------------------------------------------------------------- loops
+# -------------------------------------------------------------------------------------------- loops
 
 STATE = "(s32[], f32[8]{0})"
 BODY = (
@@ -72,7 +78,8 @@ def loop(condition, attributes="", *more):
     [
         (
             CONSTANT,
-            ', metadata={op_name="jit(f)/while"}, backend_config={"known_trip_count":{"n":"5"},"known_init_step":{"init":"0"}}',
+            ', metadata={op_name="jit(f)/while"}, '
+            'backend_config={"known_trip_count":{"n":"5"},"known_init_step":{"init":"0"}}',
             5,
         ),
         (CONSTANT, ', metadata={op_name="jit(f)/while" source_line=99}', 7),
@@ -82,18 +89,21 @@ def loop(condition, attributes="", *more):
     ids=["known", "constant", "fused constant", "neither"],
 )
 def test_turns_of_a_loop(condition, attributes, turns):
-    """Breaks when one of the ways in which a loop's bound is written is not read, and so a layer counts as all of them."""
+    """Breaks when a way of writing a loop's bound is not read, so that a layer counts as all."""
     read = loop(condition, attributes, FUSED_BODY)
     assert read.collectives() == [("all-reduce", 32, turns, "f32[8]")]
     assert read.bytes_accessed() == turns * 2 * 32  # all-reduce alone
 
 
 def test_nested_loops_and_calls_multiply():
-    """Breaks when a loop within a loop counts as often as it turns itself, or a computation called twice counts once."""
-    outer = ("%outer (s: (s32[], f32[8])) -> (s32[], f32[8])", [
-        f"%s3 = {STATE} parameter(0)",
-        f"ROOT %w2 = {STATE} while(%s3), condition=%condition, body=%body",
-    ])  # fmt: skip
+    """Breaks when nested loops do not multiply, or a computation called twice counts once."""
+    outer = (
+        "%outer (s: (s32[], f32[8])) -> (s32[], f32[8])",
+        [
+            f"%s3 = {STATE} parameter(0)",
+            f"ROOT %w2 = {STATE} while(%s3), condition=%condition, body=%body",
+        ],
+    )
     known = 'backend_config={"known_trip_count":{"n":"3"}}'
     both = [
         f"%p = {STATE} parameter(0)",
@@ -117,12 +127,13 @@ def test_every_branch_of_a_conditional_counts():
     lines = [
         "%p = f32[8]{0} parameter(0)",
         "%which = s32[] constant(1)",
-        'ROOT %c = f32[8]{0} conditional(%which, %p, %p), branch_computations={%b0, %b1}, metadata={op_name="%b0"}',
+        "ROOT %c = f32[8]{0} conditional(%which, %p, %p), branch_computations={%b0, "
+        '%b1}, metadata={op_name="%b0"}',
     ]
     assert program(lines, *branches).bytes_accessed() == 2 * 2 * 32
 
 
-# --------------------------------------------------------------------------------------------------------- collectives
+# -------------------------------------------------------------------------------------- collectives
 
 
 @pytest.mark.parametrize(
@@ -145,11 +156,13 @@ def test_every_branch_of_a_conditional_counts():
             ("all-reduce", 16, 1, "bf16[8]"),
         ),
         (
-            "%g = (bf16[8]{0}, bf16[8]{0}, u32[], u32[]) collective-permute-start(%p), channel_id=1, source_target_pairs={{0,1}}",
+            "%g = (bf16[8]{0}, bf16[8]{0}, u32[], u32[]) collective-permute-start(%p), "
+            "channel_id=1, source_target_pairs={{0,1}}",
             ("collective-permute", 16, 1, "bf16[8]"),
         ),
         (
-            "%g = ((bf16[8]{0}, s8[4]{0}), (bf16[32]{0}, /*index=1*/s8[16]{0})) all-gather-start(%p, %q), channel_id=1, dimensions={0}",
+            "%g = ((bf16[8]{0}, s8[4]{0}), (bf16[32]{0}, /*index=1*/s8[16]{0})) "
+            "all-gather-start(%p, %q), channel_id=1, dimensions={0}",
             ("all-gather", 80, 1, "bf16[32], s8[16]"),
         ),
         (
@@ -168,7 +181,7 @@ def test_every_branch_of_a_conditional_counts():
     ],
 )
 def test_kinds_of_collectives(line, wanted):
-    """Breaks when -start and -done count as two, an operand within a -start's result counts, or the smaller side of one is taken."""
+    """Breaks when -start and -done count as two, or the smaller side of a collective is taken."""
     kind = line.split("(%")[0].split(" ")[-1]
     done = (
         [f"%d = bf16[32]{{0}} {kind.removesuffix('-start')}-done(%g), channel_id=1"]
@@ -190,8 +203,9 @@ def fusion(name, *lines):
 
 
 def test_a_collective_within_several_fusions_is_one():
-    """Breaks when a collective that goes on beside other work counts at its start, beside it and at its end, or its buffers as traffic
-    of each of these.
+    """Breaks when a collective that overlaps other work counts at its start and its end.
+
+    Nor may its buffers count as traffic of each of these.
     """
     gather = "all-gather(%x), channel_id=9, dimensions={0}"
     beside = fusion(
@@ -208,7 +222,8 @@ def test_a_collective_within_several_fusions_is_one():
         "%p = bf16[8]{0} parameter(0)",
         "%o = bf16[8]{0} parameter(1)",
         '%room = bf16[32]{0} custom-call(), custom_call_target="AllocateBuffer"',
-        "%f = (bf16[8]{0}, bf16[32]{0}) fusion(%p, %room, %o), kind=kOutput, output_to_operand_aliasing={{1}: (1, {})}, calls=%beside",
+        "%f = (bf16[8]{0}, bf16[32]{0}) fusion(%p, %room, %o), kind=kOutput, "
+        "output_to_operand_aliasing={{1}: (1, {})}, calls=%beside",
         "ROOT %e = bf16[32]{0} fusion(%p), kind=kCustom, calls=%ended",
     ]
     read = program(lines, beside, ended)
@@ -217,7 +232,7 @@ def test_a_collective_within_several_fusions_is_one():
     assert read.bytes_accessed() == 3 * 16 + (16 + 64)
 
 
-# ------------------------------------------------------------------------------------------------------------- traffic
+# ------------------------------------------------------------------------------------------ traffic
 
 
 @pytest.mark.parametrize(
@@ -240,8 +255,9 @@ def test_a_collective_within_several_fusions_is_one():
     ],
 )
 def test_traffic_of_an_instruction(line, wanted):
-    """Breaks when a slice counts as what it is taken of, an update as all that it is put into, what lies on the chip as main memory, or
-    a name for the same bytes as a copy.
+    """Breaks when a slice or an update counts as the whole array, or a renaming as a copy.
+
+    Arrays on the chip do not count as main memory.
     """
     given = [
         "%p = f32[8]{0} parameter(0)",
@@ -264,7 +280,8 @@ STACK = [
         (
             [
                 "%b = f32[32,8,1]{2,1,0} bitcast(%stack)",
-                "%s = f32[1,8,1]{2,1,0} dynamic-slice(%b, %at, %at, %at), dynamic_slice_sizes={1,8,1}",
+                "%s = f32[1,8,1]{2,1,0} dynamic-slice(%b, %at, %at, %at), "
+                "dynamic_slice_sizes={1,8,1}",
                 "ROOT %o = f32[1,8]{1,0} bitcast(%s)",
             ],
             "f32[1,8]{1,0}",
@@ -298,7 +315,7 @@ STACK = [
     ids=["slice", "update in place", "update among others", "slice and all of it"],
 )
 def test_fusions_count_what_they_touch(inner, result, wanted):
-    """Breaks when a layer's turn of a scan counts the weights of all layers, or the whole of what it adds its own result to."""
+    """Breaks when a turn of a scan counts all layers' weights, or all of what it updates."""
     lines = [*STACK, f"ROOT %f = {result} fusion(%stack, %at, %one), kind=kLoop, calls=%fused"]
     assert (
         traffic(*lines, computations=[("%fused (a: f32[32,8]) -> f32[1,8]", [*STACK, *inner])])
@@ -313,7 +330,7 @@ def test_what_is_no_program_is_refused():
         hlo.Program("HloModule m\n\n%f (x: f32[]) -> f32[] {\n  ROOT %x = f32[] parameter(0)\n}\n")
 
 
-# ------------------------------------------------------------------------------------------------------ real programs
+# ------------------------------------------------------------------------------------ real programs
 
 
 def compiled(function, *shapes):
@@ -343,7 +360,7 @@ def test_a_program_without_loops_as_xla_counts_it(function, shapes):
 
 
 def test_a_scan_moves_its_body_s_bytes_every_turn():
-    """Breaks when a loop of a real program counts once, as in XLA's own count, or the stack of weights at every turn."""
+    """Breaks when a real program's loop counts once, or the stack of weights at every turn."""
     one = hlo.Program(compiled(layer, (256, 512), (512, 512)).as_text()).bytes_accessed()
     scan = compiled(
         lambda x, ws: jax.lax.scan(lambda x, w: (layer(x, w), None), x, ws)[0],

@@ -1,4 +1,6 @@
-"""Writing texts into memory and reading it: segments, masks, independence, and that memory is the only way through."""
+"""Writing texts into memory and reading it: segments, masks, independence, and that memory is the
+only way through.
+"""
 
 import functools
 
@@ -36,7 +38,7 @@ def segments(texts, shape=None):
     return segment_contexts(texts, CONFIG, shape)
 
 
-# ------------------------------------------------------------------------------------------------------- independence
+# ------------------------------------------------------------------------------------- independence
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +48,9 @@ def batch(tiny_params):
 
 
 def test_batch_neighbours_and_padding_do_not_change_slots(tiny_params, batch):
-    """Breaks when padding is attended to, or positions count padded tokens: each text alone, unpadded, gives the same slots."""
+    """Breaks when padding is attended to, or positions count padded tokens: each text alone,
+    unpadded, gives the same slots.
+    """
     memory = batch[2]
     assert memory.slots.shape == (5, 9, 32)
     for b in (0, 2, 4):
@@ -75,7 +79,9 @@ def test_content_of_padding_never_matters(tiny_params, batch):
 
 
 def test_segments_do_not_see_each_other(tiny_params, batch):
-    """Breaks when segments share attention: a changed middle segment may change its own slots only."""
+    """Breaks when segments share attention: a changed middle segment may change its own slots
+    only.
+    """
     ids, lengths, memory = batch
     ids = ids.copy()
     ids[3, 1, 0] = 63
@@ -87,7 +93,9 @@ def test_segments_do_not_see_each_other(tiny_params, batch):
 
 
 def test_memory_tokens_see_those_before_them(tiny_params, batch):
-    """Breaks when memory tokens stand in another order, or see later ones: row 1 of the table reaches slots 1 and 2 alone."""
+    """Breaks when memory tokens stand in another order, or see later ones: row 1 of the table
+    reaches slots 1 and 2 alone.
+    """
     ids, lengths, memory = batch
     table = TRAINED["memory_table"].at[1].multiply(2.0)
     other = compress(tiny_params, TRAINED | {"memory_table": table}, ids, lengths)
@@ -95,13 +103,15 @@ def test_memory_tokens_see_those_before_them(tiny_params, batch):
     assert not changed[:, :, 0].any() and (changed[:, :, 1:] > 1e-4).all()
 
 
-# -------------------------------------------------------------------------------------------- memory is the only way
+# --------------------------------------------------------------------------- memory is the only way
 
 
 @jax.jit
 @functools.partial(jax.value_and_grad, argnums=1)
 def decoder_loss(params, trained, ids, lengths, packed, cut, visible):
-    """AE loss; cut: no gradient through the slots. visible: false hides the memory from the decoder."""
+    """AE loss; cut: no gradient through the slots. visible: false hides the memory from the
+    decoder.
+    """
     memory = encoder.compress(
         FrozenModel(MODEL, params), trained, Contexts(ids, lengths, CONFIG.k), CONFIG
     )
@@ -120,7 +130,9 @@ def decoder_loss(params, trained, ids, lengths, packed, cut, visible):
 
 
 def test_decoder_learns_of_the_context_through_memory_alone(tiny_params):
-    """Breaks when LoRA is on in the decoder, the decoder sees context tokens, or masked memory is still attended to."""
+    """Breaks when LoRA is on in the decoder, the decoder sees context tokens, or masked memory is
+    still attended to.
+    """
     packed = pack([[targets.ae_target(TEXTS[2], FRAMING)]], 1, 14, 14)
     context = segments([TEXTS[2]])
     one, other = context, (np.flip(context[0], 2), context[1])
@@ -149,7 +161,9 @@ def test_decoder_learns_of_the_context_through_memory_alone(tiny_params):
 
 
 def test_head_runs_in_front_of_the_memory(tiny_params):
-    """Breaks when the head's embeddings or positions are off (head and slots equal one longer memory), or the mask is ignored."""
+    """Breaks when the head's embeddings or positions are off (head and slots equal one longer
+    memory), or the mask is ignored.
+    """
     head, lengths = (1, 3), jnp.asarray([[5], [9]])
     slots = jnp.asarray(RNG.standard_normal((2, 3, 32)), jnp.float32)
     memory = memories.place(memories.Slots, {"slots": slots}, lengths, CONFIG)

@@ -95,7 +95,7 @@ def test_what_each_is(made, capsys):
 
 
 def test_a_base_with_biases(tmp_path, tiny_tokenizer, capsys):
-    """Breaks when biases are left out, a base without `architectures` is not one, or columns run together."""
+    """Breaks when biases are left out, `architectures` must be stated, or columns run together."""
     config = dataclasses.replace(TINY, qkv_bias=True, o_bias=True)
     bases.save_base(tmp_path / "base", config, random_params(config), tiny_tokenizer)
     path = tmp_path / "base" / "config.json"
@@ -122,7 +122,7 @@ def test_a_base_with_biases(tmp_path, tiny_tokenizer, capsys):
 
 
 def test_known_bases_by_their_sizes(tmp_path, capsys):
-    """Breaks when released weights do not lead to their base: 4096 with 1024 for v is Mistral-7B, too."""
+    """Breaks when released weights do not lead to their base by hidden size and width of v."""
     tensors = {"memory_token_embed.weight": np.zeros((131, 4096), np.float16)}
     shapes = {
         "q_proj.lora_A": (2, 4096),

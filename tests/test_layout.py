@@ -18,13 +18,17 @@ LAYOUTS = {name: layout for m in METHODS.values() for name, layout in m.layouts.
 
 
 def test_one_layout_has_two_names():
-    """Breaks when "servable" and "clean" come apart: files of either name hold the same positions."""
+    """Breaks when "servable" and "clean" come apart: files of either name hold the same
+    positions.
+    """
     assert LAYOUTS["servable"] is LAYOUTS["clean"] is layout.SPREAD
     assert len(set(LAYOUTS.values())) == len(LAYOUTS) - 1
 
 
 def test_spread():
-    """Breaks when memory tokens do not stand at the centre of their share of the text, or leave it."""
+    """Breaks when memory tokens do not stand at the centre of their share of the text, or leave
+    it.
+    """
     assert spread(2, np.asarray([8, 4, 1])).tolist() == [[3, 7], [2, 4], [1, 1]]
     assert spread(4, np.asarray(16)).tolist() == [3, 7, 11, 15]
     lengths = np.arange(1, 40)
@@ -50,7 +54,9 @@ def test_spread():
     ],
 )
 def test_encoder_positions(name, want):
-    """Breaks when text starts elsewhere, or memory positions count padded tokens (texts of 4 and 2 padded to 5)."""
+    """Breaks when text starts elsewhere, or memory positions count padded tokens (texts of 4 and 2
+    padded to 5).
+    """
     assert encoder_positions(LAYOUTS[name], 5, 2, np.asarray([4, 2])).tolist() == want
 
 
@@ -74,7 +80,9 @@ def test_encoder_positions(name, want):
     ],
 )
 def test_decoder_positions(name, positions, end):
-    """Breaks when missing segments take positions, or uniform positions restart in every segment."""
+    """Breaks when missing segments take positions, or uniform positions restart in every
+    segment.
+    """
     got, got_end = decoder_positions(LAYOUTS[name], 2, LENGTHS, 10)
     assert got.shape == (2, 4) and got_end.tolist() == end
     assert [got[0].tolist(), got[1, :2].tolist()] == positions
@@ -102,7 +110,9 @@ def test_a_missing_segment_takes_no_positions_wherever_it_is(name):
 @pytest.mark.parametrize("name", LAYOUTS)
 @pytest.mark.parametrize("k", [1, 3])
 def test_the_budget_bounds_the_positions_used(name, k):
-    """Breaks when a text is let through whose positions the base does not have, or refused though it fits."""
+    """Breaks when a text is let through whose positions the base does not have, or refused though
+    it fits.
+    """
     where, sizes, fixed = LAYOUTS[name], [5, 5, 4], 8
     method = next(m.name for m in METHODS.values() if name in m.layouts)
     config = CompressionConfig(method, k=k, rate=fixed / k, layout=name)
@@ -117,7 +127,9 @@ def test_the_budget_bounds_the_positions_used(name, k):
 
 
 def test_the_budget_counts_what_stands_around_the_memory():
-    """Breaks when a head, a bucket's longer segments or the targets behind the memory take no positions."""
+    """Breaks when a head, a bucket's longer segments or the targets behind the memory take no
+    positions.
+    """
     config = CompressionConfig(k=4, rate=4, layout="sequential")
     assert position_budget(config, 20) == (10 + 4, 8, 8)  # two segments of 10 tokens
     budget = position_budget(config, 20, segment_tokens=16, head=3)

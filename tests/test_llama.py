@@ -1,4 +1,6 @@
-"""The Llama family: equal to transformers' own, causal, and the same through KV prefixes, rematerialisation and unrolling."""
+"""The Llama family: equal to transformers' own, causal, and the same through KV prefixes,
+rematerialisation and unrolling.
+"""
 
 import dataclasses
 import functools
@@ -39,7 +41,7 @@ def logits(config, params, ids):
     return hidden @ llama.head_kernel(params)
 
 
-# ---------------------------------------------------------------------------------------------------- transformers' own
+# -------------------------------------------------------------------------------- transformers' own
 
 SIZES = {
     "vocab_size": 64,
@@ -65,31 +67,47 @@ OPTIONS = {
         "head_dim": 6,
         "rope_parameters": {"rope_type": "default", "rope_theta": 50.0},
     },
-    "llama_llama3_eps": GQA | {"rope_parameters": {"rope_theta": 100.0, **LLAMA3}, "rms_norm_eps": 0.1},
-    "llama_linear": GQA | {"rope_parameters": {"rope_theta": 100.0, "rope_type": "linear", "factor": 3.0}},
+    "llama_llama3_eps": GQA
+    | {"rope_parameters": {"rope_theta": 100.0, **LLAMA3}, "rms_norm_eps": 0.1},
+    "llama_linear": GQA
+    | {"rope_parameters": {"rope_theta": 100.0, "rope_type": "linear", "factor": 3.0}},
     "llama_yarn": GQA | {"rope_parameters": {"rope_theta": 100.0, **YARN}},
     "llama_yarn_options": GQA
     | {
         "rope_parameters": {
-            "rope_theta": 100.0, **YARN, "beta_fast": 4.0, "beta_slow": 0.5, "truncate": False, "mscale": 0.7, "mscale_all_dim": 0.3,
+            "rope_theta": 100.0,
+            **YARN,
+            "beta_fast": 4.0,
+            "beta_slow": 0.5,
+            "truncate": False,
+            "mscale": 0.7,
+            "mscale_all_dim": 0.3,
         }
     },
-    "llama_yarn_magnitude": GQA | {"rope_parameters": {"rope_theta": 100.0, **YARN, "attention_factor": 1.7}},
+    "llama_yarn_magnitude": GQA
+    | {"rope_parameters": {"rope_theta": 100.0, **YARN, "attention_factor": 1.7}},
     "llama_bias_attention": GQA | {"attention_bias": True},
     "llama_bias_mlp": GQA | {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
     "mistral": GQA | {"sliding_window": None},
     "mistral_window": GQA | {"sliding_window": 7},
     "qwen2": GQA,
-    "qwen2_tied_mha": {"num_key_value_heads": 4, "tie_word_embeddings": True, "rope_parameters": {"rope_theta": 1e6, **YARN}},
+    "qwen2_tied_mha": {
+        "num_key_value_heads": 4,
+        "tie_word_embeddings": True,
+        "rope_parameters": {"rope_theta": 1e6, **YARN},
+    },
     "qwen2_window": GQA | {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
     "qwen3_head_dim": GQA | {"head_dim": 12},
     "qwen3_bias": GQA | {"head_dim": 8, "attention_bias": True},
     "qwen3_tied_window": GQA
     | {
-        "head_dim": 8, "tie_word_embeddings": True, "use_sliding_window": True, "sliding_window": 6,
+        "head_dim": 8,
+        "tie_word_embeddings": True,
+        "use_sliding_window": True,
+        "sliding_window": 6,
         "layer_types": ["sliding_attention", "full_attention"],
     },
-}  # fmt: skip
+}
 
 
 TURNED = (
@@ -101,7 +119,9 @@ UNSEEN = "{} changes nothing here, so the comparison shows nothing of it"
 
 
 def blank(params, kind):
-    """Parameters as if the projections of that kind had no bias, or queries and keys no scale of their own in their norms."""
+    """Parameters as if the projections of that kind had no bias, or queries and keys no scale of
+    their own in their norms.
+    """
 
     def leaf(path, x):
         name = ".".join(part.key for part in path)
@@ -123,8 +143,8 @@ def old_spelling(raw):
 
 @pytest.mark.parametrize("option", OPTIONS)
 def test_logits_equal_transformers(option, tmp_path, tiny_tokenizer, monkeypatch):
-    """Breaks when any part of a family, or the reading of config.json in either spelling of RoPE, strays from the hub's, or when what
-    `save_base` writes of it is another model to transformers.
+    """Breaks when any part of a family, or the reading of config.json in either spelling of RoPE,
+    strays from the hub's, or when what `save_base` writes of it is another model to transformers.
     """
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     kind = option.split("_")[0].capitalize()
@@ -202,7 +222,7 @@ def test_real_model_equals_transformers():
     assert (np.argmax(got, -1) == np.argmax(want, -1)).all()
 
 
-# ------------------------------------------------------------------------------------------------------- ways to call it
+# ---------------------------------------------------------------------------------- ways to call it
 
 
 @functools.partial(jax.jit, static_argnames="return_kv")
@@ -219,7 +239,9 @@ def whole(tiny_params):
 
 
 def test_prefix_equals_the_tokens_in_front(tiny_params, whole):
-    """Breaks when prefix keys are rotated wrongly, the prefix mask is ignored, or the causal mask is aligned with the prefix."""
+    """Breaks when prefix keys are rotated wrongly, the prefix mask is ignored, or the causal mask
+    is aligned with the prefix.
+    """
     hidden, (k, v) = whole
     padded = [
         np.pad(t[:, :, :10], ((0, 0), (0, 0), (0, 3), (0, 0), (0, 0)), constant_values=9.0)
@@ -233,7 +255,9 @@ def test_prefix_equals_the_tokens_in_front(tiny_params, whole):
 
 
 def test_shared_prefix_equals_a_repeated_one(tiny_params, whole):
-    """Breaks when rows read the prefix of another: 2 prefixes serve 3 rows each, the first the first three."""
+    """Breaks when rows read the prefix of another: 2 prefixes serve 3 rows each, the first the
+    first three.
+    """
     k, v = (t[:, :, :10] for t in whole[1])
     at = np.tile(positions(0, 10), (2, 1))
     real = np.ones((2, 10), bool)
@@ -253,8 +277,9 @@ def test_shared_prefix_equals_a_repeated_one(tiny_params, whole):
 
 
 def test_windows_reach_into_the_prefix(tiny_params, whole):
-    """Breaks when a layer's window is not counted in positions, reaches only the sequence itself, or is the same in every layer:
-    16 tokens in one pass, and the last 6 of them behind the K/V of the others, for one and for two rows on one prefix.
+    """Breaks when a layer's window is not counted in positions, reaches only the sequence itself,
+    or is the same in every layer: 16 tokens in one pass, and the last 6 of them behind the K/V of
+    the others, for one and for two rows on one prefix.
     """
     config = dataclasses.replace(TINY, windows=(5, 0))
     ids, first = IDS[:, :16], np.tile(positions(0, 10), (2, 1))
@@ -291,8 +316,9 @@ def test_kept_positions_are_those_asked_for(tiny_params, whole):
 
 @functools.partial(jax.jit, static_argnames=("config", "known"))
 def at_some(config, params, adapters, at=None, weights=None, known=None):
-    """((a value, (hidden states, K/V)), gradients of embeddings and adapters) of positions told while it runs, known before, or all: these
-    count by weights."""
+    """((a value, (hidden states, K/V)), gradients of embeddings and adapters) of positions told
+    while it runs, known before, or all: these count by weights.
+    """
     real = jnp.ones((2, 24), bool).at[1, 2:4].set(False)
     given = {} if weights is not None else {"at": at if known is None else np.asarray(known, int)}
     model = llama.Llama(config, lora_scale=0.5)
@@ -320,8 +346,8 @@ def at_some(config, params, adapters, at=None, weights=None, known=None):
     ids=["tail", "any, windows", "each row its own", "each row its own, windows", "nowhere"],
 )
 def test_hidden_states_at_some_positions(at, windows, tiny_params):
-    """Breaks when what is left out of the last layer is read after all, by hidden states, K/V or a gradient, or queries stand at the wrong
-    position: masks, windows and RoPE go by it.
+    """Breaks when what is left out of the last layer is read after all, by hidden states, K/V or a
+    gradient, or queries stand at the wrong position: masks, windows and RoPE go by it.
     """
     config, asked = (
         dataclasses.replace(TINY, windows=windows),
@@ -345,15 +371,17 @@ def test_hidden_states_at_some_positions(at, windows, tiny_params):
         close(gradient[0], all_gradient[0])
 
 
-# Behind a mask with a line for each query, splash is computed as xla is; a window is part of the mask.
+# Behind a mask with a line for each query, splash is computed as xla is; a window is part of the
+# mask.
 @pytest.mark.parametrize(
     ("implementation", "window"), [("xla", None), ("xla", 5), ("cudnn", 5), ("splash", None)]
 )
 def test_a_block_s_queries_at_some_positions_behind_any_mask(
     implementation, window, tiny_params, monkeypatch
 ):
-    """Breaks when queries at some positions see what those at the first ones see: each has a row of the mask of its own, wherever it
-    stands and however that is told, with and without a prefix and a window.
+    """Breaks when queries at some positions see what those at the first ones see: each has a row of
+    the mask of its own, wherever it stands and however that is told, with and without a prefix and
+    a window.
     """
     on_cpu(monkeypatch)
     block = blocks.Block(TINY, 1.0, 0.0, implementation, False, False)
@@ -385,7 +413,9 @@ def test_a_block_s_queries_at_some_positions_behind_any_mask(
 
 
 def test_hidden_states_at_some_positions_behind_a_mask_of_rows(tiny_params, whole):
-    """Breaks when the last layer's queries see what the first positions see, where their positions are known when the program is traced."""
+    """Breaks when the last layer's queries see what the first positions see, where their positions
+    are known when the program is traced.
+    """
 
     at = np.asarray([4, 6])
     got = jax.jit(
@@ -395,13 +425,17 @@ def test_hidden_states_at_some_positions_behind_a_mask_of_rows(tiny_params, whol
 
 
 def test_embeddings_equal_ids(tiny_params, whole):
-    """Breaks when embeddings given as input are treated otherwise than those looked up, such as scaled."""
+    """Breaks when embeddings given as input are treated otherwise than those looked up, such as
+    scaled.
+    """
     x = np.asarray(tiny_params["embed"])[IDS]
     close(run(tiny_params, x, positions(0, 24), causal(24))[0], whole[0])
 
 
 def test_masked_keys_do_not_matter(tiny_params, whole):
-    """Breaks when the mask's axes are swapped: with key 3 hidden, later tokens change, and do not depend on its content."""
+    """Breaks when the mask's axes are swapped: with key 3 hidden, later tokens change, and do not
+    depend on its content.
+    """
     mask = causal(24) & (np.arange(24) != 3)
     one, other = (
         np.asarray(run(tiny_params, ids, positions(0, 24), mask)[0])
@@ -412,7 +446,9 @@ def test_masked_keys_do_not_matter(tiny_params, whole):
 
 
 def test_no_token_depends_on_later_ones(tiny_params):
-    """Breaks when the mask lets the future through: the gradient of token 4 reaches tokens 0 … 4 and no other."""
+    """Breaks when the mask lets the future through: the gradient of token 4 reaches tokens 0 … 4
+    and no other.
+    """
     x = np.asarray(tiny_params["embed"])[IDS[:1, :9]]
     hidden = lambda x: MODEL.apply({"params": tiny_params}, x, positions(0, 9), causal(9))[0]  # noqa: E731
     reach = np.abs(
@@ -424,7 +460,9 @@ def test_no_token_depends_on_later_ones(tiny_params):
 
 
 def test_rematerialised_and_unrolled_layers_compute_the_same(tiny_params):
-    """Breaks when remat or unrolling changes values or gradients, or is not done at all (the programs must differ)."""
+    """Breaks when remat or unrolling changes values or gradients, or is not done at all (the
+    programs must differ).
+    """
     ids = IDS[:, :8]
 
     def program(remat, unroll):
@@ -459,7 +497,7 @@ def test_rematerialised_and_unrolled_layers_compute_the_same(tiny_params):
         jax.tree.map(close, got_gradient, gradient)
 
 
-# --------------------------------------------------------------------------------------------------------------- sizes
+# -------------------------------------------------------------------------------------------- sizes
 
 
 def test_impossible_sizes_are_refused():
@@ -479,7 +517,9 @@ def test_impossible_sizes_are_refused():
 
 
 def test_initial_parameters():
-    """Breaks when tied models get a head, or output projections are not scaled down by 1/sqrt(2 L)."""
+    """Breaks when tied models get a head, or output projections are not scaled down by 1/sqrt(2
+    L).
+    """
     params = jax.jit(llama.init_params, static_argnums=1)(
         jax.random.key(0), dataclasses.replace(TINY, num_layers=8)
     )

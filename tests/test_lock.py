@@ -241,7 +241,7 @@ def test_a_filesystem_without_flocks(holders, tmp_path, monkeypatch):
 
 
 def test_two_who_take_it_at_once(tmp_path, shared, monkeypatch):
-    """Breaks when of two processes that find the lock free on a shared disk, both or none take it."""
+    """Breaks when two that find the lock free on a shared disk both take it, or neither does."""
     monkeypatch.setattr(lock, "flock", lambda *_: None)
     monkeypatch.setattr(lock, "SETTLING_SECONDS", 0.2)
     monkeypatch.setattr(lock, "STALE_SECONDS", 5.0)

@@ -27,7 +27,9 @@ def base_output(tiny_params):
 
 
 def test_training_starts_at_the_base_model(tiny_params, base_output):
-    """Breaks when B does not start at zero, or A is not drawn as PEFT draws it (nothing could then be learned, or too fast)."""
+    """Breaks when B does not start at zero, or A is not drawn as PEFT draws it (nothing could then
+    be learned, or too fast).
+    """
     config = lora.LoraConfig(rank=4, targets=("q_proj", "down_proj"))
     tree = jax.device_get(
         jax.jit(lora.init_lora, static_argnums=(1, 2))(jax.random.key(0), TINY, config)
@@ -39,9 +41,11 @@ def test_training_starts_at_the_base_model(tiny_params, base_output):
         for x, v in ab.items()
     }
     assert shapes == {
-        "self_attn.q_proj.a": (2, 32, 4), "self_attn.q_proj.b": (2, 4, 32),
-        "mlp.down_proj.a": (2, 48, 4), "mlp.down_proj.b": (2, 4, 32),
-    }  # fmt: skip
+        "self_attn.q_proj.a": (2, 32, 4),
+        "self_attn.q_proj.b": (2, 4, 32),
+        "mlp.down_proj.a": (2, 48, 4),
+        "mlp.down_proj.b": (2, 4, 32),
+    }
     for module, name, d_in in (("self_attn", "q_proj", 32), ("mlp", "down_proj", 48)):
         a = np.abs(tree["layers"][module][name]["a"])
         assert 0.95 * d_in**-0.5 < a.max() <= d_in**-0.5 and not np.array_equal(a[0], a[1])
@@ -65,7 +69,9 @@ def test_equals_merged_kernels(tiny_params, base_output):
 
 
 def test_dropout_only_with_a_key(tiny_params, base_output):
-    """Breaks when dropout runs in inference, ignores its key, touches the base path, or is the same in every layer."""
+    """Breaks when dropout runs in inference, ignores its key, touches the base path, or is the same
+    in every layer.
+    """
     adapter = random_lora(TINY)
     without, one, same, other = (
         np.asarray(hidden(tiny_params, adapter, k)) for k in (None, *map(jax.random.key, (0, 0, 1)))

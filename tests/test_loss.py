@@ -1,4 +1,6 @@
-"""Losses at label positions: chunked cross-entropy behind a frozen head, and targets packed behind one memory."""
+"""Losses at label positions: chunked cross-entropy behind a frozen head, and targets packed behind
+one memory.
+"""
 
 import functools
 
@@ -40,7 +42,7 @@ def question(n, seed):
     return targets.Target([targets.FT, *np.random.default_rng(seed).integers(3, 64, n).tolist()], 3)
 
 
-# --------------------------------------------------------------------------------------------------- the frozen head
+# ---------------------------------------------------------------------------------- the frozen head
 
 
 H = jnp.asarray(RNG.standard_normal((2, 13, 8)), jnp.float32)
@@ -56,7 +58,9 @@ def chunked(h, w, chunk):
 
 @pytest.mark.parametrize("chunk", [1, 5, 13, 64])
 def test_frozen_head_losses_are_softmax_cross_entropy(chunk):
-    """Breaks when padding of a chunk leaks in, chunks are joined in another order, or dX is wrong."""
+    """Breaks when padding of a chunk leaks in, chunks are joined in another order, or dX is
+    wrong.
+    """
     logits = np.einsum("bud,dv->buv", np.asarray(H, np.float64), np.asarray(W, np.float64))
     p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
     onehot = np.eye(17)[LABELS]
@@ -74,11 +78,13 @@ def test_logits_of_all_positions_never_live():
     assert "[2,13,17]" not in jaxpr and "[2,5,17]" in jaxpr
 
 
-# ------------------------------------------------------------------------------------------------- packing is exact
+# --------------------------------------------------------------------------------- packing is exact
 
 
 def written(kind, segments, seed):
-    """The contents of a memory of texts with so many segments each, at most two; the first text's are always the same."""
+    """The contents of a memory of texts with so many segments each, at most two; the first text's
+    are always the same.
+    """
     sizes = kind.sizes(TINY)
     layers, axes = sizes[: kind.TEXT_AXIS], sizes[kind.TEXT_AXIS :]
     first, others = (np.random.default_rng(s) for s in (0, seed))
@@ -94,7 +100,9 @@ def written(kind, segments, seed):
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["icae", "x500"])
 def test_packed_target_has_the_loss_and_gradient_it_has_alone(tiny_params, method):
-    """Breaks when a target sees its neighbours or padding, starts elsewhere, or a row reads another row's memory."""
+    """Breaks when a target sees its neighbours or padding, starts elsewhere, or a row reads another
+    row's memory.
+    """
     target, c, kind = (
         continuation(15, 1),
         CompressionConfig(method=method, k=K, rate=4),
@@ -152,7 +160,7 @@ def test_packed_target_has_the_loss_and_gradient_it_has_alone(tiny_params, metho
             )
 
 
-# ------------------------------------------------------------------------------------- several objectives in one call
+# ------------------------------------------------------------------- several objectives in one call
 
 LENGTHS = [len(c) for c in CONTEXTS]
 SHAPE = (2, 13, 13)  # the same for every objective, so that they are joined wherever they may be
@@ -203,7 +211,9 @@ def at_labels(losses, objective):
 
 
 def test_objectives_in_one_call_equal_separate_calls(tiny_params):
-    """Breaks when joined objectives are split at the wrong place, or a head reaches an objective that has none."""
+    """Breaks when joined objectives are split at the wrong place, or a head reaches an objective
+    that has none.
+    """
     memory = memory_in("servable")
     got = in_one_call(tiny_params, memory, "servable", PACKED)
     assert set(got) == {"ae", "lm", "qa"}
@@ -218,7 +228,9 @@ def test_objectives_in_one_call_equal_separate_calls(tiny_params):
 
 
 def test_uniform_layout_restarts_autoencoding_at_zero_only(tiny_params):
-    """Breaks when AE shares LM's start positions under UPL's layout (both come in one call), or LM does not follow the text."""
+    """Breaks when AE shares LM's start positions under UPL's layout (both come in one call), or LM
+    does not follow the text.
+    """
     memory = memory_in("uniform")
     got = in_one_call(tiny_params, memory, "uniform", {o: PACKED[o] for o in ("ae", "lm")})
     zero, after = np.zeros(3, int), np.asarray(LENGTHS) + 1

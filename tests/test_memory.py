@@ -35,7 +35,9 @@ choose = jax.jit(lambda memory, rows: memory[rows])
     ],
 )
 def test_choosing_rows(memory, rows, want):
-    """Breaks when a single row loses its batch axis, a field is left behind, or K/V are cut along their layers."""
+    """Breaks when a single row loses its batch axis, a field is left behind, or K/V are cut along
+    their layers.
+    """
     chosen = memory[rows]
     assert len(chosen) == len(want) and type(chosen) is type(memory)
     for name, every in vars(memory).items():
@@ -47,7 +49,9 @@ def test_choosing_rows(memory, rows, want):
 
 
 def test_sizes():
-    """Breaks when masked tokens are counted, bytes ignore the dtype, or K/V count one layer or K alone."""
+    """Breaks when masked tokens are counted, bytes ignore the dtype, or K/V count one layer or K
+    alone.
+    """
     for memory, size in ((SLOTS, 20), (KVS, 80)):
         assert memory.lengths.tolist() == [13, 5, 16] and memory.tokens.tolist() == [4, 2, 4]
         assert memory.ratio.tolist() == [3.25, 2.5, 4.0] and memory.tokens_per_segment == 2

@@ -1,4 +1,6 @@
-"""What must hold for every method and layout: k prefixes of one table, joined memories, independence, memory as the only way."""
+"""What must hold for every method and layout: k prefixes of one table, joined memories,
+independence, memory as the only way.
+"""
 
 import functools
 
@@ -18,7 +20,8 @@ from icae_jax.models.llama import FrozenModel
 from icae_jax.objectives import loss, targets
 from icae_jax.objectives.packing import pack
 
-# Every layout with one method, each method with several: a layout is positions and padding, a method what is taken of the encoder's pass.
+# Every layout with one method, each method with several: a layout is positions and padding, a
+# method what is taken of the encoder's pass.
 EVERY = [
     ("icae", "servable"),
     ("icae", "sequential"),
@@ -43,7 +46,12 @@ def config(request):
 
 @functools.partial(jax.jit, static_argnames=("config", "k"))
 def _compress(params, trained, ids, lengths, config, k):
-    return encoder.compress(FrozenModel(MODEL, params), trained, Contexts(ids, lengths, k), config)
+    return encoder.compress(
+        FrozenModel(MODEL, params),
+        trained,
+        Contexts(ids, lengths, config.k if k is None else k),
+        config,
+    )
 
 
 def compress(params, texts, config, k=None, trained=TRAINED, shape=None):
@@ -73,7 +81,9 @@ def tokens_of(memory):
 
 
 def assert_same(got, want):
-    """The same tokens at the same positions, contents to float32 accuracy; what is masked does not matter."""
+    """The same tokens at the same positions, contents to float32 accuracy; what is masked does not
+    matter.
+    """
     assert type(got) is type(want)
     for name in ("mask", "end", "segment_lengths"):
         np.testing.assert_array_equal(getattr(got, name), getattr(want, name))
@@ -84,7 +94,9 @@ def assert_same(got, want):
 
 
 def test_every_layout_is_tried():
-    """Breaks when a layout is added that nothing here runs, or one of them goes to a method that does not know it."""
+    """Breaks when a layout is added that nothing here runs, or one of them goes to a method that
+    does not know it.
+    """
     tried = {METHODS[method].layouts[layout] for method, layout in EVERY}
     assert tried == {layout for m in METHODS.values() for layout in m.layouts.values()}
 
@@ -100,7 +112,9 @@ def test_the_configuration_decides_the_kind(tiny_params, config):
 
 
 def test_a_chosen_k_equals_a_model_of_that_k(tiny_params, config):
-    """Breaks when a smaller k uses other rows, cuts the text into other segments, or keeps positions or masks of the larger one."""
+    """Breaks when a smaller k uses other rows, cuts the text into other segments, or keeps
+    positions or masks of the larger one.
+    """
     small = CompressionConfig(method=config.method, layout=config.layout, k=2, rate=6)
     rows = np.asarray([0, 1, 4, 5, 6])  # two memory tokens, and the special rows
     alone = compress(
@@ -126,7 +140,9 @@ def test_an_unknown_k_is_refused(tiny_params, config):
 
 
 def test_joined_memories_equal_segments_compressed_at_once(tiny_params, config):
-    """Breaks when a joined memory's positions, order or masks differ from those of one text of two segments."""
+    """Breaks when a joined memory's positions, order or masks differ from those of one text of two
+    segments.
+    """
     every = compress(tiny_params, TEXTS, config)
     parts = compress(
         tiny_params, [TEXTS[0][:12], TEXTS[0][12:], TEXTS[2]], config, shape=(2, 12)
@@ -134,7 +150,7 @@ def test_joined_memories_equal_segments_compressed_at_once(tiny_params, config):
     halves = [first_segment(parts[b]) for b in (0, 1)]
     assert_same(memories.join(halves, config), every[0])
     with pytest.raises(
-        ValueError, match=r"memories of 4, 2 memory tokens a segment cannot be joined"
+        ValueError, match=r"memories of 4, 2 memory tokens per segment cannot be joined"
     ):
         memories.join([halves[0], compress(tiny_params, TEXTS, config, 2)[0]], config)
     with pytest.raises(ValueError, match=r"memories of 1, 3 texts cannot be joined"):
@@ -142,7 +158,9 @@ def test_joined_memories_equal_segments_compressed_at_once(tiny_params, config):
 
 
 def test_a_missing_segment_in_the_middle_takes_no_positions(tiny_params, config):
-    """Breaks when a joined memory of a short and a long text leaves a gap where the short one has no second segment."""
+    """Breaks when a joined memory of a short and a long text leaves a gap where the short one has
+    no second segment.
+    """
     memory = compress(tiny_params, TEXTS, config)[:2]
     joined = memories.join([memory, memory], config)
     whole = memories.join([first_segment(memory[1])] * 2, config)
@@ -153,7 +171,9 @@ def test_a_missing_segment_in_the_middle_takes_no_positions(tiny_params, config)
 
 
 def test_neighbours_and_padding_do_not_change_a_memory(tiny_params, config):
-    """Breaks when a text's memory depends on the batch that it was compressed in: its rows, segments or (but for fixed layouts) tokens."""
+    """Breaks when a text's memory depends on the batch that it was compressed in: its rows,
+    segments or (but for fixed layouts) tokens.
+    """
     assert_same(
         first_segment(compress(tiny_params, TEXTS, config)[1]),
         compress(tiny_params, [TEXTS[1]], config),
@@ -162,10 +182,13 @@ def test_neighbours_and_padding_do_not_change_a_memory(tiny_params, config):
 
 @functools.partial(jax.jit, static_argnames="config")
 def _loss(params, trained, ids, lengths, packed, scale, config):
-    """AE loss; scale: 0 cuts the gradient through what was written, and None of it may pass another way."""
+    """AE loss; scale: 0 cuts the gradient through what was written, and None of it may pass another
+    way.
+    """
 
     def of(embeddings, trained):
-        # The encoder reads a copy of the embeddings, so that a gradient there is one of the context.
+        # The encoder reads a copy of the embeddings, so that a gradient there is one of the
+        # context.
         memory = encoder.compress(
             FrozenModel(MODEL, params | {"embed": embeddings}),
             trained,

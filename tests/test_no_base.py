@@ -1,4 +1,4 @@
-"""What is given as a base and is none: each is told what it is, and what to give instead."""
+"""What is given as a base and is none: the error says what it is, and what to give instead."""
 
 import huggingface_hub
 import pytest
@@ -46,7 +46,8 @@ PEFT = '{"base_model_name_or_path": "meta-llama/Llama-3.2-1B"}'
     ids=lambda value: ", ".join(value) or "nothing" if isinstance(value, dict) else None,
 )
 def test_what_is_no_base_is_told(held, message, tmp_path, monkeypatch):
-    """Breaks when a folder of another kind is blamed on its tokenizer, or nobody says what to give instead; here and on the hub."""
+    """Breaks when the error blames the tokenizer, or does not say what to give instead; for folders
+    here and on the hub."""
     folder = tmp_path / "given"
     folder.mkdir()
     for name, text in held.items():
@@ -69,7 +70,7 @@ def test_what_is_no_base_is_told(held, message, tmp_path, monkeypatch):
     ],
 )
 def test_a_file_is_no_base(name, message, tmp_path, monkeypatch):
-    """Breaks when a file's path is asked of the hub as an id, or a file of weights only hears that it is no folder."""
+    """Breaks when the hub is asked for a file, or the error says only that it is no folder."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(
         huggingface_hub, "snapshot_download", lambda *a, **k: pytest.fail("asked the hub")
@@ -82,7 +83,7 @@ def test_a_file_is_no_base(name, message, tmp_path, monkeypatch):
 
 
 def test_a_workdir_is_no_base(tiny_base, tmp_path):
-    """Breaks when the folder of a training run, given as its base, is blamed on its tokenizer or its sizes."""
+    """Breaks when a training run's folder is refused for its tokenizer or its sizes."""
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / "config.json").write_text(
@@ -111,7 +112,7 @@ def test_a_workdir_is_no_base(tiny_base, tmp_path):
     ],
 )
 def test_a_url_that_is_no_storages(url, message):
-    """Breaks when a repository's page, or a URL of any other sort, ends in a traceback, or its remedy is not named."""
+    """Breaks when a URL that is no storage's ends in a traceback, or its remedy is not named."""
     for ask, kind in ((locations.local_folder, "base"), (locations.local_adapter, "adapter")):
         with pytest.raises(errors.UserError) as error:
             ask(url)

@@ -1,4 +1,6 @@
-"""Where data lie: folders, globs, names with commas, object storage, the hub; known by content wherever they are."""
+"""Where data are: folders, globs, names with commas, object storage, the hub; and that their
+identity is their content.
+"""
 
 import glob
 import gzip
@@ -25,7 +27,7 @@ def texts(source):
 
 @pytest.fixture
 def corpus(tmp_path):
-    """A folder as a repository of the hub has it: rows at two depths, and what is none."""
+    """A folder as in a repository of the hub: rows at two depths, and other files."""
     folder = tmp_path / "corpus"
     for name in (".git", "deep/deeper"):
         (folder / name).mkdir(parents=True)
@@ -40,7 +42,9 @@ def corpus(tmp_path):
 
 
 def test_a_folder_is_its_files_of_rows(corpus, tmp_path, capsys):
-    """Breaks when a file of a folder is lost or comes in another order, or what is no data is read; or goes unread without a word."""
+    """Breaks when a file of a folder is lost or out of order, a file that is not data is read, or
+    skipped files are not reported.
+    """
     rows = list(sources.read_rows(str(corpus)))
     assert [(row.text, row.id) for row in rows] == [
         ("a", "a.jsonl.gz:0"),
@@ -66,7 +70,9 @@ def test_a_folder_is_its_files_of_rows(corpus, tmp_path, capsys):
 
 
 def test_links_and_copies_in_a_folder(corpus, tmp_path):
-    """Breaks when a linked folder is lost, one that leads back is entered for ever, or a backup doubles its rows."""
+    """Breaks when a linked folder is lost, a cycle of links is followed forever, or a backup
+    doubles its rows.
+    """
     write_jsonl(tmp_path / "x.jsonl", [{"text": "linked"}])
     (tmp_path / "far").mkdir()
     (tmp_path / "far" / "z.jsonl").symlink_to(tmp_path / "x.jsonl")
@@ -79,14 +85,16 @@ def test_links_and_copies_in_a_folder(corpus, tmp_path):
 
 
 def test_a_folder_of_texts_is_its_texts(tmp_path):
-    """Breaks when texts are read only beside rows, or a licence or hidden file becomes one of them."""
+    """Breaks when texts are read only beside rows, or a licence or hidden file is one of them."""
     for name in ("2.txt", "1.md", "LICENSE", "LICENSE.txt", ".hidden.txt", "Makefile"):
         (tmp_path / name).write_text(name)
     assert texts(str(tmp_path)) == ["1.md", "2.txt"]
 
 
 def test_globs(corpus):
-    """Breaks when a pattern is looked for as a file, its matches come in no order, or folders among them are not entered."""
+    """Breaks when a pattern is taken for a file name, matches are unordered, or matching folders
+    are not entered.
+    """
     assert texts(f"{corpus}/*.jsonl*") == ["a", "b", "c"] and texts(f"{corpus}/**/*.csv") == ["d"]
     assert texts(f"{corpus}/*") == ["a", "b", "c", "d"] and texts(f"{corpus}/de[e]p") == ["d"]
     odd = corpus / "odd [1].jsonl"
@@ -110,7 +118,9 @@ def test_globs(corpus):
     ],
 )
 def test_sources_that_stand_for_nothing(corpus, tmp_path, monkeypatch, source, message):
-    """Breaks when an empty folder or a pattern that matches nothing passes for data without rows, or a URL for a file."""
+    """Breaks when an empty folder or a pattern without matches passes as empty data, or a URL as a
+    file.
+    """
     (tmp_path / "empty").mkdir()
     monkeypatch.chdir(tmp_path)
     for read in (sources.check_present, sources.identity, texts):
@@ -120,14 +130,16 @@ def test_sources_that_stand_for_nothing(corpus, tmp_path, monkeypatch, source, m
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may read all")
 def test_a_closed_folder_is_named(corpus):
-    """Breaks when a folder that this user may not read counts as one without files, and half of the data is trained on."""
+    """Breaks when an unreadable folder counts as empty, so that half of the data is trained on."""
     (corpus / "deep").chmod(0)
     with pytest.raises(UserError, match="permission denied"):
         texts(str(corpus))
 
 
 def test_names_with_commas_and_spaces(tmp_path, monkeypatch):
-    """Breaks when a file cannot be named for a comma in its name, or one that is absent takes its neighbour's name in."""
+    """Breaks when a comma in a file's name makes it unusable, or an absent file swallows its
+    neighbour.
+    """
     monkeypatch.chdir(tmp_path)
     for name in ("a, b.jsonl", "a", "c.jsonl", "x=y, z.jsonl"):
         write_jsonl(tmp_path / name, [{"text": name}])
@@ -147,12 +159,12 @@ def test_names_with_commas_and_spaces(tmp_path, monkeypatch):
     assert list(examples.named_sources("x=y, z.jsonl")) == ["x=y, z"]
 
 
-# ------------------------------------------------------------------------------------------------------- object storage
+# ----------------------------------------------------------------------------------- object storage
 
 
 @pytest.fixture
 def bucket(corpus, tmp_path):
-    """gs://bucket as a folder of this machine, with the corpus and a table."""
+    """gs://bucket as a local folder, with the corpus and a table."""
     root = tmp_path / "bucket"
     shutil.copytree(corpus, root / "corpus")
     pa.parquet.write_table(pa.table({"text": ["p"]}), root / "p.parquet")
@@ -173,7 +185,9 @@ def bucket(corpus, tmp_path):
 
 
 def test_object_storage(bucket, corpus, tmp_path, tiny_tokenizer):
-    """Breaks when a file, folder or glob of a bucket is not read, in another order than here, or counts as other data than a copy here."""
+    """Breaks when a file, folder or glob of a bucket is not read, has another order than locally,
+    or another identity than a local copy.
+    """
     assert texts("gs://bucket/corpus") == ["a", "b", "c", "d"] and texts(
         "gs://bucket/corpus/*.jsonl*"
     ) == ["a", "b", "c"]
@@ -191,7 +205,9 @@ def test_object_storage(bucket, corpus, tmp_path, tiny_tokenizer):
 
 
 def test_the_hash_of_a_large_remote_file_is_kept(bucket, tmp_path, monkeypatch):
-    """Breaks when gigabytes of a bucket are read at each start, or the hash is kept after the file changed."""
+    """Breaks when gigabytes are read from a bucket at each start, or a hash outlives a change of
+    the file.
+    """
     monkeypatch.setattr(tokens, "REMEMBERED", 10)
     hashed, content_hash = [], tokens.reading.content_hash
     monkeypatch.setattr(
@@ -220,7 +236,7 @@ def test_the_hash_of_a_large_remote_file_is_kept(bucket, tmp_path, monkeypatch):
     ],
 )
 def test_what_a_bucket_has_not(bucket, source, message):
-    """Breaks when an absent or unknown file of a bucket ends in a library's words or a traceback."""
+    """Breaks when an absent or unknown file of a bucket gives a traceback."""
     for read in (sources.check_present, sources.identity):
         with pytest.raises(UserError, match=f"^{message}"):
             read(source)
@@ -236,7 +252,9 @@ def failing(error):
 
 
 def test_what_a_storage_answers(monkeypatch):
-    """Breaks when a fault of the network ends a run for good (exit code 2) or is not tried again; or an answer that says no is tried."""
+    """Breaks when a network fault ends a run for good (exit code 2) or is not retried, or a refusal
+    is retried.
+    """
     monkeypatch.setattr(errors, "FIRST_DELAY", 0.0)
     with failing(ConnectionResetError("reset")), pytest.raises(ConnectionResetError):
         sources.read_all("gs://bucket/a.jsonl")
@@ -257,11 +275,11 @@ def test_what_a_storage_answers(monkeypatch):
             sources.read_all("gs://bucket/a.jsonl")
 
 
-# -------------------------------------------------------------------------------------------------------------- the hub
+# ------------------------------------------------------------------------------------------ the hub
 
 
 class FakeSet:
-    """A data set as the `datasets` library gives it."""
+    """A data set as the `datasets` library returns it."""
 
     _fingerprint = "f0"
 
@@ -291,7 +309,7 @@ SET = FakeSet(
 
 @pytest.fixture
 def library(monkeypatch):
-    """The `datasets` library, which loads SET; the calls and what it raises instead."""
+    """A fake `datasets` library that loads SET: its calls, and what it raises instead."""
     asked, raised = [], []
 
     def load_dataset(*args, **kw):
@@ -320,7 +338,9 @@ def library(monkeypatch):
     ],
 )
 def test_sets_of_the_hub(library, monkeypatch, spec, asked):
-    """Breaks when a configuration, revision or split is lost, a batch's rows are, or a set's own code would run."""
+    """Breaks when a configuration, revision, split or row is lost, or a set's own code would
+    run.
+    """
     monkeypatch.setattr(hub_sets, "BATCH", 1)
     sieve = Sieve()
     rows = list(sources.read_rows(spec, sieve=sieve))
@@ -337,7 +357,9 @@ def test_sets_of_the_hub(library, monkeypatch, spec, asked):
 
 
 def test_sets_of_the_hub_that_cannot_be_read(library, monkeypatch):
-    """Breaks when a wrong name, no network with HF_HUB_OFFLINE, or the absent library is no one line for the user; or an outage is one."""
+    """Breaks when a wrong name, HF_HUB_OFFLINE or an absent library is not one line for the user,
+    or an outage is.
+    """
     _, raised, config = library
     raised[:] = [FileNotFoundError("no such\nset")]
     with pytest.raises(
@@ -359,13 +381,13 @@ def test_sets_of_the_hub_that_cannot_be_read(library, monkeypatch):
 
 
 def test_which_names_are_sets():
-    """Breaks when a URL of the hub's files is taken for a set of its library."""
+    """Breaks when the URL of a file of the hub is taken for a set."""
     assert places.is_set("hf:org/name") and places.is_set("tfds:x:train")
     assert not places.is_set("hf://datasets/org/name/a.jsonl") and not places.is_set("hf.jsonl")
 
 
 def test_a_pipe_is_no_data_file(tmp_path):
-    """Breaks when a pipe, which gives its rows once, is waited for without end or read as prose."""
+    """Breaks when a pipe, which can be read only once, is waited for forever or read as text."""
     os.mkfifo(tmp_path / "rows.jsonl")
     with pytest.raises(
         UserError, match=r"rows\.jsonl: no plain file, which is read twice; save it as one"

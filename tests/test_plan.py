@@ -1,4 +1,4 @@
-"""`icae plan`: bad input, the search for the most contexts, what is told, and real programs compiled for a TPU slice."""
+"""`icae plan`: bad input, the search, what is told, and real programs compiled for a TPU slice."""
 
 import dataclasses
 import importlib.util
@@ -25,10 +25,20 @@ needs_libtpu = pytest.mark.skipif(
 def base_folder(folder, **changes):
     """A folder that holds the config.json of a base, and no weights."""
     sizes = {
-        "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_act": "silu", "vocab_size": 256, "hidden_size": 128,
-        "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 4,
-        "max_position_embeddings": 256, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": False,
-    }  # fmt: skip
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "hidden_act": "silu",
+        "vocab_size": 256,
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 256,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": False,
+    }
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(sizes | changes))
     return str(folder)
@@ -64,7 +74,7 @@ def make_spec(what="train", contexts=4, **changes):
     return programs.Spec(what, from_dict(TrainConfig, raw), TINY, contexts, 512)
 
 
-# ----------------------------------------------------------------------------------------------------------- bad input
+# ---------------------------------------------------------------------------------------- bad input
 
 NO_COMPILATION = {"kind": "TPU v5 lite", "chips": 16}
 BAD = {
@@ -166,7 +176,7 @@ def test_a_topology_that_does_not_exist(tiny_base, capsys):
     assert "--topology v5e:3x3: " in told and "such as v5e:4x4" in told and told.count("\n") == 1
 
 
-# -------------------------------------------------------------------------------------------------------------- search
+# ------------------------------------------------------------------------------------------- search
 
 ROOM = 15.75  # GiB that programs get of the chip's 16
 SHAPES = {  # GiB by contexts a part, calls at most
@@ -186,7 +196,7 @@ SHAPES = {  # GiB by contexts a part, calls at most
 @pytest.mark.parametrize("told", [True, False], ids=["", "failures of unknown size"])
 @pytest.mark.parametrize("name", SHAPES)
 def test_search_finds_the_most_that_fit(name, told, monkeypatch):
-    """Breaks when a search ends too early, goes on for ever, or compiles many times (each takes minutes)."""
+    """Breaks when a search ends too early, never, or compiles often (which takes minutes each)."""
     peak, most_calls = SHAPES[name]
     asked, said = [], []
 
@@ -219,21 +229,29 @@ def test_search_where_nothing_fits(monkeypatch):
     assert found == failure and spec.contexts == 4 and lines == ["4 contexts: do not fit"]
 
 
-# ------------------------------------------------------------------------------------------------------------- telling
+# ------------------------------------------------------------------------------------------ telling
 
 
 @pytest.mark.parametrize(
     ("message", "peak"),
     [
-        ("RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 17.25G of 15.75G hbm. "
-         "Exceeded hbm capacity by 1.50G.\n\nTotal hbm usage >= 17.50G:", 17.25 * GIB),
-        ("RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (1.50T) exceeds available "
-         "HBM (15.75G).", 1536 * GIB),
+        (
+            "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in "
+            "memory space hbm. Used 17.25G of 15.75G hbm. "
+            "Exceeded hbm capacity by 1.50G.\n\nTotal hbm usage >= 17.50G:",
+            17.25 * GIB,
+        ),
+        (
+            "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO "
+            "temporaries (1.50T) exceeds available "
+            "HBM (15.75G).",
+            1536 * GIB,
+        ),
         ("RESOURCE_EXHAUSTED: something new", None),
     ],
-)  # fmt: skip
+)
 def test_what_a_program_that_does_not_fit_wanted(message, peak, monkeypatch):
-    """Breaks when a compiler's message is not understood, or one that says nothing ends the plan."""
+    """Breaks when a compiler's message is misread, or one that says nothing ends the plan."""
 
     def ask(request):
         raise plan.worker.OutOfMemory(message)
@@ -244,7 +262,7 @@ def test_what_a_program_that_does_not_fit_wanted(message, peak, monkeypatch):
 
 
 def test_advice_names_the_cheapest_change_first():
-    """Breaks when a setting is advised that is set already, that does not divide, or the costly ones come first."""
+    """Breaks when advice is moot, does not divide, or the costly changes come first."""
     shape = {"data": 2, "fsdp": 4, "tensor": 1}
     spec = make_spec(contexts=24, remat="dots", accumulate=2)
     assert plan.advice(spec, shape) == [
@@ -269,9 +287,18 @@ def test_advice_names_the_cheapest_change_first():
 
 
 FOUND = {
-    "fits": True, "peak_bytes": 12 * GIB, "argument_bytes": 5 * GIB, "temporary_bytes": 7 * GIB, "hbm_bytes": 8.19e11, "notes": ["a note"],
-    "collectives": [["all-gather", 2e9, 30, "bf16[1,8]"], ["all-gather", 3e9, 1, "bf16[9,9]"], ["all-reduce", 1e9, 2, "f32[7]"]],
-}  # fmt: skip
+    "fits": True,
+    "peak_bytes": 12 * GIB,
+    "argument_bytes": 5 * GIB,
+    "temporary_bytes": 7 * GIB,
+    "hbm_bytes": 8.19e11,
+    "notes": ["a note"],
+    "collectives": [
+        ["all-gather", 2e9, 30, "bf16[1,8]"],
+        ["all-gather", 3e9, 1, "bf16[9,9]"],
+        ["all-reduce", 1e9, 2, "f32[7]"],
+    ],
+}
 
 
 def summary(monkeypatch, found, what="train", flops=5e14):
@@ -282,8 +309,9 @@ def summary(monkeypatch, found, what="train", flops=5e14):
 
 
 def test_the_estimate(monkeypatch):
-    """Breaks when the slowest of computing, memory and links is not the time, a collective's turns do not count, or MFU counts what is
-    recomputed.
+    """Breaks when the slowest of compute, memory and links is not the time, or MFU counts too much.
+
+    Too much is what is recomputed; a collective counts with its turns.
     """
     got = summary(monkeypatch, FOUND)
     assert got["collectives"]["all-gather"] == {
@@ -341,21 +369,28 @@ def test_decoding_says_how_much_is_read_and_written(monkeypatch):
     assert "; 32 more of a question, 256 answered" in plan_summary.text(got)
 
 
-# --------------------------------------------------------------------------------------------------- compiled for TPUs
+# -------------------------------------------------------------------------------- compiled for TPUs
 
 KEYS = {
-    "flops_per_chip", "least_flops_per_chip", "peak_hbm_bytes_per_chip", "fits", "contexts_per_chip", "estimated_seconds", "estimated_mfu"
-}  # fmt: skip
+    "flops_per_chip",
+    "least_flops_per_chip",
+    "peak_hbm_bytes_per_chip",
+    "fits",
+    "contexts_per_chip",
+    "estimated_seconds",
+    "estimated_mfu",
+}
 
 
 @needs_libtpu
 @pytest.mark.slow
 def test_a_training_step_gathers_one_layer_at_a_time(tmp_path, monkeypatch, capsys):
-    """Breaks when the whole base is gathered at once, as where a layer's weights are no longer gathered within the loop: it would not
-    fit; or when what a chip holds is not a quarter of the base, or the program does not compile for a TPU.
+    """Breaks when the whole base is gathered at once, which would not fit.
+
+    Also when a chip does not hold a quarter of the base, or the program does not compile for a TPU.
     """
     base = base_folder(tmp_path / "base")
-    # FLOPs are counted in processes of their own, and the evaluation compiled in one: what is planned below has all of it.
+    # FLOPs and the evaluation take processes of their own; planning below includes them.
     monkeypatch.setattr(plan, "count_flops", lambda *_: (4e9, {"data": 1, "fsdp": 4, "tensor": 1}))
     restoring = [
         "--config.objectives.ae=1.0",
@@ -410,7 +445,7 @@ def test_every_program(what, tiny_base, capsys):
 @needs_libtpu
 @pytest.mark.nightly
 def test_a_program_that_really_does_not_fit(tmp_path, capsys):
-    """Breaks when the compiler's refusal is not recognised, or what it says it wanted is misread."""
+    """Breaks when the compiler's refusal, or the memory that it wanted, is misread."""
     broad = base_folder(
         tmp_path / "base", hidden_size=1024, intermediate_size=2**21 + 2**20, num_hidden_layers=2
     )
@@ -434,7 +469,7 @@ def test_a_program_that_really_does_not_fit(tmp_path, capsys):
 
 @pytest.mark.parametrize(("evaluation", "fits", "peak"), [(3.0, True, 2.0), (None, False, 9.0)])
 def test_a_training_s_evaluation_is_planned_too(evaluation, fits, peak, monkeypatch):
-    """Breaks when a plan says that a run fits whose held-out evaluation, at its first step, does not."""
+    """Breaks when a plan says that a run fits whose held-out evaluation does not."""
     asked = []
 
     def compile_for(spec, topology, exact):
@@ -454,14 +489,16 @@ def test_a_training_s_evaluation_is_planned_too(evaluation, fits, peak, monkeypa
         evaluation or 9.0,
     )
     for spec, compiled in (
-        (make_spec(what="decode"), {"fits": True}), (make_spec(eval_examples=0), {"fits": True}), (make_spec(), {"fits": False}),
-    ):  # fmt: skip
+        (make_spec(what="decode"), {"fits": True}),
+        (make_spec(eval_examples=0), {"fits": True}),
+        (make_spec(), {"fits": False}),
+    ):
         assert plan.with_evaluation(spec, compiled, "v5e:2x2") == compiled
     assert len(asked) == 1
 
 
 def test_the_evaluation_that_is_planned_is_the_one_that_runs():
-    """Breaks when the plan's evaluation has other shapes than the training's, or is not in microbatches: it has no gradient, but a scan."""
+    """Breaks when the planned evaluation has other shapes than training's, or no microbatches."""
     spec = dataclasses.replace(make_spec(accumulate=2), what=programs.EVALUATE)
     mesh = sharding.make_mesh(spec.config.mesh, jax.devices()[:1])
     text = programs.lower(spec, mesh).as_text()
@@ -469,6 +506,6 @@ def test_the_evaluation_that_is_planned_is_the_one_that_runs():
         dataclasses.replace(spec, config=dataclasses.replace(spec.config, accumulate=1)), mesh
     ).as_text()
     assert text.count("stablehlo.while") > alone.count("stablehlo.while")
-    assert len(
-        programs.lower(dataclasses.replace(spec, what="train"), mesh).as_text()
-    ) > 1.5 * len(text)
+    assert len(programs.lower(dataclasses.replace(spec, what="train"), mesh).as_text()) > 1.5 * len(
+        text
+    )

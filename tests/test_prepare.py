@@ -29,7 +29,7 @@ def printed_sources(text, tfds_dir):
 
 
 def test_prepare_then_read(corpus, tmp_path, capsys):
-    """Breaks when the printed source does not read, counts are wrong, or a second run prepares again."""
+    """Breaks when a printed source does not read, counts are wrong, or a set is prepared twice."""
     sets = str(tmp_path / "sets")
     assert (
         cli.main(["prepare", "json_text", "--from", corpus, "--tfds_dir", sets, "--processes", "1"])
@@ -64,7 +64,7 @@ def test_the_result_as_json(corpus, tmp_path, capsys):
 
 
 def test_another_source_into_the_same_place(corpus, tmp_path, capsys):
-    """Breaks when a prepared set is replaced by or kept for other files, or --name does not help."""
+    """Breaks when a set is replaced by or kept for other files, or --name does not help."""
     sets = str(tmp_path / "sets")
     common = ["prepare", "json_text", "--tfds_dir", sets, "--processes", "1"]
     assert cli.main([*common, "--from", corpus]) == 0
@@ -72,8 +72,8 @@ def test_another_source_into_the_same_place(corpus, tmp_path, capsys):
     capsys.readouterr()
     assert cli.main([*common, *other]) == 2
     assert (
-        "was prepared from other files or with other options; give this one a name of its own with --name"
-        in capsys.readouterr().err
+        "was prepared from other files or with other options; "
+        "give this one a name of its own with --name" in capsys.readouterr().err
     )
     assert cli.main([*common, *other, "--name", "twice"]) == 0
     found = printed_sources(capsys.readouterr().out, sets)
@@ -84,9 +84,9 @@ def test_another_source_into_the_same_place(corpus, tmp_path, capsys):
 
 
 def test_what_is_left_out_is_said(tmp_path, capsys):
-    """Breaks when an unanswerable question gets into the set, is left out silently, or passes --strict.
+    """Breaks when an unanswerable question is kept, is left out silently, or passes --strict.
 
-    Also when strictness makes another set of the same files, or a prepared set hides what it left out.
+    Also when strictness makes another set of the same files, or what was left out is forgotten.
     """
     rows = [{"input": "c", "prompt": f"q{i}", "answer": "" if i == 1 else "a"} for i in range(3)]
     path, sets = (
@@ -126,7 +126,7 @@ def test_what_is_left_out_is_said(tmp_path, capsys):
 
 
 def test_months_are_offered_as_a_range(tmp_path, capsys):
-    """Breaks when hundreds of months are listed one by one as sources, or their range does not read."""
+    """Breaks when hundreds of months are listed one by one, or their range does not read."""
     path = write_jsonl(
         tmp_path / "a.jsonl", [{"id": f"24{m:02d}.00001", "text": f"month {m}"} for m in (1, 2, 5)]
     )
@@ -169,7 +169,7 @@ def test_months_are_offered_as_a_range(tmp_path, capsys):
 def test_bad_flags_are_named_before_anything_is_written(
     corpus, tmp_path, monkeypatch, capsys, argv, message
 ):
-    """Breaks when a flag that does nothing is taken, or a bad one is found out after a folder was made."""
+    """Breaks when a useless flag is taken, or a bad one is found after a folder was made."""
     monkeypatch.chdir(tmp_path)
     argv = [corpus if a == "CORPUS" else a for a in argv]
     assert cli.main(["prepare", "--tfds_dir", "sets", *argv]) == 2

@@ -1,4 +1,4 @@
-"""A trace added up by the parts of a step: of a real one on this machine's CPU, and of written-out ones as GPUs and TPUs give them."""
+"""Traces summed by the parts of a step: a real one on this CPU, and ones as GPUs and TPUs write."""
 
 import dataclasses
 
@@ -18,7 +18,8 @@ from icae_jax.training.config_file import from_dict
     ("op_name", "wanted"),
     [
         (
-            "jit(step)/jvp(encoder)/Llama/while/body/closed_call/layers/mlp/up_proj/...i,io->...o/dot_general",
+            "jit(step)/jvp(encoder)/Llama/while/body/closed_call/layers/mlp/up_proj/"
+            "...i,io->...o/dot_general",
             ("encoder", "mlp", "forward"),
         ),
         (
@@ -30,7 +31,8 @@ from icae_jax.training.config_file import from_dict
             ("decoder", "projections", "backward"),
         ),
         (
-            "jit(step)/transpose(jvp(decoder))/Llama/while/body/checkpoint/rematted_computation/layers/self_attn/attention/div",
+            "jit(step)/transpose(jvp(decoder))/Llama/while/body/checkpoint/"
+            "rematted_computation/layers/self_attn/attention/div",
             ("decoder", "attention", "recomputed"),
         ),
         ("jit(step)/jvp(memory_prefix)/Llama/norm/mul", ("memory_prefix", "norms", "forward")),
@@ -61,7 +63,7 @@ def test_where_an_instruction_belongs(op_name, wanted):
 
 @pytest.fixture(scope="module")
 def traced(tmp_path_factory):
-    """(the profile of a step whose vocabulary is most of its work, seconds of wall and CPU a step)."""
+    """(profile of a step that spends most on its vocabulary, its wall and CPU seconds)."""
     model = dataclasses.replace(TINY, vocab_size=16384)
     raw = {
         "base": "b",
@@ -81,11 +83,12 @@ def traced(tmp_path_factory):
     folder = tmp_path_factory.mktemp("trace")
     with profiler.tracing(folder):
         told = step.run(3)
-    return profile.read_profile(profile.newest_trace(folder), step.compiled.as_text(), 3), told.wall_seconds / 3
+    trace = profile.newest_trace(folder)
+    return profile.read_profile(trace, step.compiled.as_text(), 3), told.wall_seconds / 3
 
 
 def test_a_real_step_sums_to_its_total(traced):
-    """Breaks when nested events count twice, a loop's turns are lost, or the steps are not divided by."""
+    """Breaks when nested events count twice, a loop's turns are lost, or steps are not averaged."""
     found, wall = traced
     assert sum(row.seconds for row in found.rows) == pytest.approx(found.busy_seconds)
     assert sum(row.share for row in found.rows) == pytest.approx(1)
@@ -96,7 +99,7 @@ def test_a_real_step_sums_to_its_total(traced):
 
 
 def test_the_part_that_was_made_slow_is_the_longest(traced):
-    """Breaks when instructions are put down to the wrong part: a fusion without a name of its own, a copy, a loop's body."""
+    """Breaks when a nameless fusion, a copy or a loop's body is put down to the wrong part."""
     found, _ = traced
     parts = {
         part: sum(row.seconds for row in found.rows if row.part == part) for part in profile.PARTS
@@ -117,13 +120,13 @@ def test_the_part_that_was_made_slow_is_the_longest(traced):
     assert lines[-2].endswith("100.0 %") and lines[-1].startswith("idle, or without a name")
 
 
-# ------------------------------------------------------------------------------------------------------ written-out traces
+# ------------------------------------------------------------------------------- written-out traces
 
 HLO = """HloModule jit_step, is_scheduled=true
 
 %fused (p: f32[4]) -> f32[4] {
   %p = f32[4]{0} parameter(0)
-  ROOT %m = f32[4]{0} multiply(%p, %p), metadata={op_name="jit(step)/jvp(encoder)/Llama/layers/mlp/mul"}
+  ROOT %m = f32[4]{0} multiply(%p, %p), metadata={op_name="jit(step)/jvp(encoder)/layers/mlp/mul"}
 }
 
 %body (a: f32[4]) -> f32[4] {
@@ -139,30 +142,33 @@ HLO = """HloModule jit_step, is_scheduled=true
 
 ENTRY %main (x: f32[4]) -> f32[4] {
   %x = f32[4]{0} parameter(0)
-  %while.1 = f32[4]{0} while(%x), condition=%cond, body=%body, metadata={op_name="jit(step)/transpose(jvp(decoder))/Llama/while"}
+  %while.1 = f32[4]{0} while(%x), condition=%cond, body=%body, metadata={op_name="transpose(jvp(decoder))/while"}
   ROOT %adam = f32[4]{0} add(%while.1, %x), metadata={op_name="jit(step)/optimizer/add"}
 }
-"""
+"""  # noqa: E501
 
 
 def plane(name, lines, stat="hlo_op"):
     """A plane of a trace: `lines` are (name, [(instruction, start, microseconds)])."""
     names = sorted({event for _, events in lines for event, _, _ in events})
     number = {event: i + 1 for i, event in enumerate(names)}
-    text = f'planes {{ id: 1 name: "{name}" stat_metadata {{ key: 1 value {{ id: 1 name: "{stat}" }} }}\n'
+    text = f'planes {{ id: 1 name: "{name}" '
+    text += f'stat_metadata {{ key: 1 value {{ id: 1 name: "{stat}" }} }}\n'
     for event, i in number.items():
         text += f'event_metadata {{ key: {i} value {{ id: {i} name: "{event}" }} }}\n'
     for i, (line, events) in enumerate(lines):
         text += f'lines {{ id: {i} name: "{line}" timestamp_ns: 1000\n'
         for event, start, length in events:
             stats = f'stats {{ metadata_id: 1 str_value: "{event}" }}' if stat == "hlo_op" else ""
-            text += f"events {{ metadata_id: {number[event]} offset_ps: {start}000000 duration_ps: {length}000000 {stats} }}\n"
+            times = f"offset_ps: {start}000000 duration_ps: {length}000000"
+            text += f"events {{ metadata_id: {number[event]} {times} {stats} }}\n"
         text += "}\n"
     return text + "}\n"
 
 
 def read(*planes, steps=1):
-    return profile.read_profile(jax.profiler.ProfileData.from_text_proto("".join(planes)), HLO, steps)
+    trace = jax.profiler.ProfileData.from_text_proto("".join(planes))
+    return profile.read_profile(trace, HLO, steps)
 
 
 WANTED = {
@@ -177,7 +183,7 @@ def seconds(found):
 
 
 def test_a_gpu_s_streams():
-    """Breaks when a kernel of a loop counts once, a copy is nobody's, idle time counts, or the host's plane is counted too."""
+    """Breaks when a loop's kernel counts once, idle time counts, or the host's plane does too."""
     compute = (
         "Stream #13(Compute)",
         [("plain", 0, 2), ("plain", 4, 2), ("copy.1", 6, 1), ("adam", 7, 3)],
@@ -200,7 +206,7 @@ def test_a_gpu_s_streams():
 
 
 def test_a_tpu_s_line_of_operations():
-    """Breaks when a loop counts beside what it holds, or the lines of whole steps and modules beside that of operations."""
+    """Breaks when a loop counts beside its body, or whole steps and modules beside operations."""
     whole = ("XLA Modules", [("jit_step", 0, 10)])
     events = [
         ("%while.1 = f32[4] while(%x)", 0, 7),

@@ -1,4 +1,6 @@
-"""Programs planned from shapes: the shapes of real batches, all programs of both methods, and FLOPs counted in worker processes."""
+"""Programs planned from shapes: the shapes of real batches, all programs of both methods, and FLOPs
+counted in worker processes.
+"""
 
 import dataclasses
 
@@ -28,7 +30,8 @@ def sources(tiny_base, tmp_path_factory):
     def words(n):
         return " ".join(rng.choice(WORDS[8:], size=n))
 
-    # The longest question that max_target_tokens of 12 lets in: 7 tokens of the template's, 3 of the question, 2 and </s> answered.
+    # The longest question that max_target_tokens of 12 lets in: 7 tokens of the template's, 3 of
+    # the question, 2 and </s> answered.
     qa = [{"context": words(12), "question": words(3), "answers": [words(2)]} for _ in range(3)]
     return {
         "base": str(tiny_base),
@@ -58,7 +61,7 @@ def as_shapes(batch):
     return jax.tree.map(lambda x: (x.shape, np.dtype(x.dtype).kind), batch)
 
 
-# --------------------------------------------------------------------------------------------------------------- shapes
+# ------------------------------------------------------------------------------------------- shapes
 
 
 @pytest.mark.parametrize(
@@ -95,7 +98,9 @@ def as_shapes(batch):
     ],
 )
 def test_batches_have_the_shapes_of_real_ones(sources, changes):
-    """Breaks when what is planned is another batch than a run's: a segment, a question, a microbatch, or the padding of a layout."""
+    """Breaks when what is planned is another batch than a run's: a segment, a question, a
+    microbatch, or the padding of a layout.
+    """
     config = config_of(sources, **dict(changes))
     task = CompressorTask(config)
     real = next(iter(task.train_batches(0, 1)))
@@ -130,7 +135,9 @@ def test_batches_have_the_shapes_of_real_ones(sources, changes):
 @pytest.mark.parametrize("method", ["icae", "x500"])
 @pytest.mark.parametrize("what", programs.WHATS)
 def test_programs_lower(sources, method, what):
-    """Breaks when a program cannot be traced from shapes, does not take what the real one takes, or holds the base as constants."""
+    """Breaks when a program cannot be traced from shapes, does not take what the real one takes, or
+    holds the base as constants.
+    """
     config = config_of(
         sources, compression={"method": method, "k": 4, "rate": 4.0}, batch_size=4, accumulate=2
     )
@@ -150,7 +157,9 @@ def test_programs_lower(sources, method, what):
 
 
 def test_the_least_flops_are_those_of_the_training_metrics(sources):
-    """Breaks when a plan's MFU and a run's are of different definitions, or contexts, microbatches and new tokens do not add up."""
+    """Breaks when a plan's MFU and a run's are of different definitions, or contexts, microbatches
+    and new tokens do not add up.
+    """
     config = config_of(sources, batch_size=8, accumulate=2)
     spec = programs.Spec("train", config, TINY, 4, 32)
     task = CompressorTask(config)
@@ -169,7 +178,7 @@ def test_the_least_flops_are_those_of_the_training_metrics(sources):
     assert two - one == flops.decode(TINY, 4, room + 1).total
 
 
-# ---------------------------------------------------------------------------------------------------------------- FLOPs
+# -------------------------------------------------------------------------------------------- FLOPs
 
 # Wide enough that what is not a matmul is little, of four heads to split.
 WIDE = dataclasses.replace(
@@ -221,7 +230,9 @@ def ratio(spec, mesh):
 
 
 def test_devices_share_a_step_s_work():
-    """Breaks when devices repeat one another's work, on a mesh that splits rows, weights and heads."""
+    """Breaks when devices repeat one another's work, on a mesh that splits rows, weights and
+    heads.
+    """
     raw = {
         "base": "b",
         "data": {"train": "-"},
@@ -241,7 +252,9 @@ def test_devices_share_a_step_s_work():
 @pytest.mark.nightly
 @pytest.mark.parametrize(("remat", "low", "high"), [("none", 1.0, 1.05), ("full", 1.25, 1.42)])
 def test_flops_of_a_partitioned_step(sources, remat, low, high):
-    """Breaks when devices repeat one another's work, a layer is not counted, or recomputation is counted where there is none."""
+    """Breaks when devices repeat one another's work, a layer is not counted, or recomputation is
+    counted where there is none.
+    """
     assert low <= ratio(wide(sources, remat=remat), FSDP) <= high
 
 
@@ -260,7 +273,9 @@ def test_a_chip_s_flops_stay_with_more_chips(sources):
 
 @pytest.mark.nightly
 def test_layers_continue_a_straight_line(sources):
-    """Breaks when the count of a deep base, from two and three layers, is another than that of the base itself."""
+    """Breaks when the count of a deep base, from two and three layers, is another than that of the
+    base itself.
+    """
     spec, mesh = wide(sources), FSDP
     (direct,) = worker.ask(
         {"kind": "host", "specs": [programs.few_layers(spec, 4)], "mesh": MeshConfig(**mesh)}, 4
@@ -270,13 +285,17 @@ def test_layers_continue_a_straight_line(sources):
 
 @pytest.mark.nightly
 def test_a_decoding_loop_counts_every_token(sources):
-    """Breaks when the loop's body, which XLA counts once, is that of one token, or the prompt counts as often as tokens do."""
+    """Breaks when the loop's body, which XLA counts once, is that of one token, or the prompt
+    counts as often as tokens do.
+    """
     spec, mesh = wide(sources, "decode"), {"data": 1, "fsdp": 2, "tensor": 1}
     assert 1.0 <= ratio(spec, mesh) < 1.1
 
 
 def test_microbatches_and_a_smaller_mesh_to_count_on(monkeypatch):
-    """Breaks when accumulation is not multiplied in, or counting on fewer devices changes a chip's share of contexts."""
+    """Breaks when accumulation is not multiplied in, or counting on fewer devices changes a chip's
+    share of contexts.
+    """
     asked = []
 
     def ask(request, devices):
@@ -302,6 +321,6 @@ def test_microbatches_and_a_smaller_mesh_to_count_on(monkeypatch):
     ] == [(2, 2, 1), (3, 3, 1)]
     with pytest.raises(
         ValueError,
-        match=r"mesh is .*'fsdp': 257.*too large to count FLOPs on 256 host devices; use even sizes",
+        match=r"mesh is .*'fsdp': 257.*too large to count FLOPs on 256 host devices; use even",
     ):
         plan.counting_mesh({"data": 1, "fsdp": 257, "tensor": 1})

@@ -112,7 +112,7 @@ def test_a_quantised_base_computes_what_its_numbers_say(params):
 
 
 def test_a_quantised_base_lies_on_a_mesh():
-    """Breaks when sharding does not reach a quantised leaf's arrays, or fails on axes of length 1."""
+    """Breaks when sharding does not reach a leaf's arrays, or fails on axes of length 1."""
     stored = quantized(random_params(TINY))
     want, _ = loss_of(TRAINED, stored)
     with eight_devices():

@@ -1,4 +1,4 @@
-"""The quickstart, cut to a few steps: every part runs, the page and the numbers are there, and the adapter answers."""
+"""The quickstart, cut to a few steps: every part runs, and the adapter answers."""
 
 import contextlib
 import io
@@ -10,7 +10,7 @@ import pytest
 from icae_jax.cli import main as cli
 from icae_jax.data import synthetic
 from icae_jax.training import config_file
-from icae_jax.workflows import quickstart
+from icae_jax.workflows import quickstart, quickstart_results
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +19,7 @@ def ran(tmp_path_factory):
     monkeypatch = pytest.MonkeyPatch()
     monkeypatch.setattr(quickstart, "TRAIN_PASSAGES", 200)
     monkeypatch.setattr(quickstart, "SHOWN_EVERY", 2)
-    monkeypatch.setattr(quickstart, "BATCH", 6)
+    monkeypatch.setattr(quickstart_results, "BATCH", 6)
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         assert (
@@ -32,7 +32,7 @@ def ran(tmp_path_factory):
 
 @pytest.mark.slow
 def test_results_report_and_next_commands(ran, capsys):
-    """Breaks when an arm is missing, bytes are not a memory's, the base cannot answer, or the printed next commands do not run."""
+    """Breaks when an arm is missing, the base cannot answer, or the printed commands do not run."""
     ran, _, _ = ran
     results = json.loads((ran / "results.json").read_text())
     base = results["qa_exact_match"]
@@ -59,7 +59,7 @@ def test_results_report_and_next_commands(ran, capsys):
         "<del>",
         "icae ask --memory",
         "BLEU-4",
-        "500x, 11 tokens",
+        "500xCompressor, 11 tokens",
     ):
         assert part in page
 
@@ -87,14 +87,17 @@ def test_results_report_and_next_commands(ran, capsys):
 
 @pytest.mark.slow
 def test_what_is_on_the_screen(ran):
-    """Breaks when a phase says more than its progress bar and its restored sentences, the plan is missing or long, or no memory answers
-    before the second method is trained.
+    """Breaks when a phase says more than its progress bar and its restored sentences.
+
+    Also when the announcement is missing or long, or no memory answers before the second method is
+    trained.
     """
     _, out, err = ran
     plan, _, rest = err.partition("\n\n")
     assert len(plan.splitlines()) == 3 and "minutes" in plan and "report.html" in plan
     lines = [line for part in rest.replace("\r", "\n").split("\n") if (line := part.strip())]
-    bars = ("500x, restoring", "500x, answering", "ICAE, restoring", "ICAE, answering")
+    methods, phases = ("500xCompressor", "ICAE"), ("restoring", "answering")
+    bars = tuple(f"{method}, {phase}" for method in methods for phase in phases)
     shown = [line for line in lines if not line.startswith(bars)]
     assert len(shown) == 4 and all(
         re.fullmatch(r"step +2 .+ → .*\(0 of 6 passages came back whole\)", line) for line in shown
@@ -116,13 +119,18 @@ def test_what_is_on_the_screen(ran):
 
 @pytest.mark.slow
 def test_run_again_it_shows_the_result_without_training(ran, capsys):
+    """Breaks when a finished phase is trained again, or --json prints anything but one object."""
     ran, _, _ = ran
     before = {p: p.read_bytes() for p in ran.glob("*/*/metrics.jsonl")}
     results = json.loads((ran / "results.json").read_text())
     assert len(before) == 4
-    assert cli.main(["quickstart", "--workdir", str(ran), "--steps", "3", "--held_out", "6"]) == 0
+    argv = ["quickstart", "--workdir", str(ran), "--steps", "3", "--held_out", "6", "--json"]
+    assert cli.main(argv) == 0
     out = capsys.readouterr()
-    assert "QA exact match" in out.out and "The first answer" in out.out and "step" not in out.err
+    assert "The first answer" in out.err and "step" not in out.err
+    printed = json.loads(out.out)
+    assert printed["report"] == str((ran / "report.html").resolve()) and len(printed["next"]) == 3
+    assert {name: printed[name] for name in results} == results
     assert {p: p.read_bytes() for p in ran.glob("*/*/metrics.jsonl")} == before
     assert json.loads((ran / "results.json").read_text()) == results
 
@@ -136,7 +144,7 @@ def test_bad_arguments(tmp_path, capsys):
 
 @pytest.mark.parametrize("full", [False, True])
 def test_full_is_both_ratios_in_a_folder_of_its_own(full, tmp_path, monkeypatch, capsys):
-    """Breaks when --full trains one ratio, the default run two, both share a workdir by default, or one is told of the other's times."""
+    """Breaks when --full trains one ratio or the default two, or both share a workdir or times."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(quickstart, "TRAIN_PASSAGES", 3)
     seen = []
@@ -150,7 +158,9 @@ def test_full_is_both_ratios_in_a_folder_of_its_own(full, tmp_path, monkeypatch,
         cli.main(["quickstart", "--held_out", "2", *(["--full", "--verbose"] if full else [])]) == 3
     )
     folder, choices = ("quickstart_full", (2, 11)) if full else ("quickstart", (11,))
-    assert seen == [(choices, f"{folder}/x500/pretrain", "500x, restoring", 2 if full else 0)]
+    assert seen == [
+        (choices, f"{folder}/x500/pretrain", "500xCompressor, restoring", 2 if full else 0)
+    ]
     plan = capsys.readouterr().err
     assert ("11 and 2 tokens" in plan) == full and ("within 5 (--full" in plan) == (not full)
 

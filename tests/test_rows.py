@@ -1,4 +1,4 @@
-"""The forms of a row, which errors name place and field, and what is left out of them."""
+"""The forms of a row, errors that name place and field, and what is left out."""
 
 import json
 import re
@@ -57,7 +57,7 @@ QUESTION = {"context": "c", "question": "q"}
     ],
 )
 def test_rows_of_every_form(raw, row):
-    """Breaks when a documented form is not read, or a field lands in another's place."""
+    """Breaks when a documented form is not read, or fields are mixed up."""
     (made,) = forms.parse(raw, "w", "0")
     assert made[:6] == row and made.own_id == bool(raw.get("id"))
     assert made.answer == (row[2] and "a")
@@ -130,7 +130,7 @@ def test_rows_of_every_form(raw, row):
     ],
 )
 def test_bad_rows_name_place_and_field(raw, message):
-    """Breaks when a bad row is skipped, or its error does not say where it stands and what is wrong."""
+    """Breaks when a bad row is skipped, or its error does not say where and what is wrong."""
     with pytest.raises(UserError, match=f"^a.jsonl:3: {message}") as error:
         forms.parse(raw, "a.jsonl:3", "2")
     assert len(str(error.value)) < 1000 and "\n" not in str(error.value)
@@ -140,17 +140,23 @@ SQUAD = {
     "version": "v2.0",
     "data": [
         {"title": "a", "paragraphs": [{"context": "c", "qas": [
-            {"id": "i", "question": "q", "answers": [{"text": "a", "answer_start": 0}], "is_impossible": False},
-            {"id": "j", "question": "r", "answers": [], "is_impossible": True, "plausible_answers": [{"text": "x"}]},
+            {"id": "i", "question": "q", "answers": [{"text": "a", "answer_start": 0}],
+             "is_impossible": False},
+            {"id": "j", "question": "r", "answers": [], "is_impossible": True,
+             "plausible_answers": [{"text": "x"}]},
         ]}]},
-        {"title": "b", "paragraphs": [{"context": "d", "qas": [{"question": "s", "is_impossible": True}]}, {"context": "e", "qas": []}]},
+        {"title": "b", "paragraphs": [
+            {"context": "d", "qas": [{"question": "s", "is_impossible": True}]},
+            {"context": "e", "qas": []},
+        ]},
     ],
 }  # fmt: skip
 
 
 def test_squad_as_it_is_published():
-    """Breaks when the nested form of SQuAD is not read, plausible answers count as right, a text of many questions makes many memories, or
-    the place of a question is lost."""
+    """Breaks when SQuAD's nesting is not read, plausible answers count as right, a text with many
+    questions becomes many memories, or a question's place is lost.
+    """
     made = [row for raw in forms.unwrapped(SQUAD, "w", "0") for row in forms.parse(*raw)]
     assert [row[:3] for row in made] == [
         ("c", "q", ("a",)),
@@ -168,7 +174,9 @@ def test_squad_as_it_is_published():
     "impossible", [True, "true", "TRUE", "1", 1, "yes", False, "false", "0", 0.0, "No", "", None]
 )
 def test_an_impossible_question_has_no_answer(impossible):
-    """Breaks when an answer that stands beside is_impossible is trained on, or a text that says false counts as true."""
+    """Breaks when an answer beside is_impossible is trained on, or the text "false" counts as
+    true.
+    """
     beside = {"answers": ["a"], "is_impossible": impossible}
     nested = {"context": "c", "qas": [{"question": "q"} | beside]}
     for raw in (QUESTION | beside, nested):
@@ -240,7 +248,9 @@ def chat(*turns):
     ],
 )
 def test_chats(raw, row):
-    """Breaks when the last reply is not the answer, what came before is lost, or a reply stands in the text that it answers from."""
+    """Breaks when the last reply is not the answer, earlier messages are lost, or the text contains
+    the reply.
+    """
     (made,) = forms.parse(raw, "w", "0")
     assert made[:3] == row
 
@@ -248,13 +258,16 @@ def test_chats(raw, row):
 @pytest.mark.parametrize(
     "spelled",
     [
-        '{"text": "\\ud83d"}', '{"messages": [{"role": "user", "content": "\\ud83d"}]}', '{"context": "c", "qas": [{"question": "\\udc00", '
-        '"answers": []}]}', '{"context": "c", "question": "q", "answers": [{"text": "\\ud83d"}]}', '{"content": "\\ud83d"}',
+        '{"text": "\\ud83d"}',
+        '{"content": "\\ud83d"}',
+        '{"messages": [{"role": "user", "content": "\\ud83d"}]}',
+        '{"context": "c", "qas": [{"question": "\\udc00", "answers": []}]}',
+        '{"context": "c", "question": "q", "answers": [{"text": "\\ud83d"}]}',
         '{"instruction": "q", "input": "c", "output": "\\ud83d"}',
     ],
-)  # fmt: skip
+)
 def test_half_a_surrogate_pair_is_refused_in_every_form(spelled):
-    """Breaks when half an emoji, which JSON can spell, reaches the tokenizer or a file by one of the forms."""
+    """Breaks when half a surrogate pair, which JSON can spell, passes in some form."""
     with pytest.raises(UserError, match=r"^w: .*is not valid text: .*half of a surrogate pair"):
         forms.parse(json.loads(spelled), "w", "0")
 
@@ -280,7 +293,9 @@ TAKEN = [
 
 @pytest.mark.parametrize(("raw", "taken", "reason"), TAKEN)
 def test_what_cannot_be_used_is_left_out_and_counted(raw, taken, reason):
-    """Breaks when one empty row ends a run, is used, or is left out without a word; or when strictness lets it pass."""
+    """Breaks when an empty row ends a run, is used, or is left out silently; or when strict mode
+    lets it pass.
+    """
     (row,) = forms.parse(raw, "f:1", "0")
     sieve = rows.Sieve()
     made = sieve.take(row)
@@ -296,7 +311,7 @@ def test_what_cannot_be_used_is_left_out_and_counted(raw, taken, reason):
 
 
 def test_an_answer_of_ones_own():
-    """Breaks when it replaces answers that are there, or answers a question that is empty."""
+    """Breaks when no_answer replaces existing answers, or answers an empty question."""
     sieve = rows.Sieve(no_answer="none")
     made = [
         sieve.take(forms.parse(QUESTION | more, "w", "0")[0])
@@ -311,7 +326,9 @@ def test_an_answer_of_ones_own():
 
 
 def test_who_reads_texts_alone_asks_for_no_answers():
-    """Breaks when compressing refuses or counts a text because a question on it has no answer."""
+    """Breaks when compressing refuses or counts a text because a question about it has no
+    answer.
+    """
     sieve = rows.Sieve("--strict", questions=False)
     assert sieve.take(forms.parse(QUESTION | {"answers": []}, "w", "0")[0])[:3] == ("c", None, None)
     with pytest.raises(UserError, match=re.escape("w: the text is empty")):

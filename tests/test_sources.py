@@ -22,7 +22,9 @@ from icae_jax.workflows.prepare import prepare
 
 
 def test_json_lines_plain_text_and_several_paths(tmp_path):
-    """Breaks when gz, blank lines, plain text or comma-joined paths are read otherwise, or line numbers skip blank lines."""
+    """Breaks when gz, blank lines, plain text or comma-joined paths are misread, or line numbers
+    skip blank lines.
+    """
     one = tmp_path / "one.jsonl.gz"
     with gzip.open(one, "wt") as f:
         f.write('{"text": "first"}\n\n{"text": "third"}\n')
@@ -38,7 +40,9 @@ def test_json_lines_plain_text_and_several_paths(tmp_path):
 
 
 def test_default_ids_of_joined_files_differ(tmp_path):
-    """Breaks when rows of two files get one id, so that one of them cannot be asked for: also where the files have one name."""
+    """Breaks when rows of two files get one id, so that one of them cannot be asked for, even if
+    the files have the same name.
+    """
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
         write_jsonl(
@@ -55,8 +59,9 @@ def row(text, where, own=None, question=None):
 
 
 def test_no_id_is_lost_or_stands_for_two_texts():
-    """Breaks when two rows of one text keep one id alone, a context with many questions becomes many memories, a row's number takes the id
-    that another row has of its own, or one id stands for two texts."""
+    """Breaks when one of two rows of a text loses its id, a context with many questions becomes
+    many memories, a row's number takes another row's own id, or one id names two texts.
+    """
     rows = [
         row("x", "0"),
         row("y", "1", "a"),
@@ -79,7 +84,9 @@ def test_no_id_is_lost_or_stands_for_two_texts():
 
 
 def test_zst_is_read_as_gz_is(tmp_path):
-    """Breaks when a .zst of one frame or many, of a wide window, or without its size in front ends early, or its lines are misnumbered."""
+    """Breaks when a .zst with one or many frames, a wide window or an unknown size ends early, or
+    its lines are misnumbered.
+    """
     lines = [json.dumps({"text": f"text {i} œ"}) for i in range(9)]
     params = zstandard.ZstdCompressionParameters(window_log=28)
 
@@ -108,7 +115,7 @@ def test_zst_is_read_as_gz_is(tmp_path):
 
 
 def handed_out(monkeypatch):
-    """A list that grows by the sizes of the pieces that a .zst file is unpacked into."""
+    """A list of the sizes of the blocks that .zst files are unpacked into."""
     sizes, readinto = [], unpacking.ZstdFile.readinto
 
     def counted(self, buffer):
@@ -123,8 +130,10 @@ def handed_out(monkeypatch):
 @pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
 @pytest.mark.parametrize("name", ["a.jsonl", "a.txt"])
 def test_a_line_is_bounded(tmp_path, monkeypatch, name, suffix):
-    """Breaks when kilobytes of a packed file, without an end of line, become gigabytes in memory: more is unpacked than the bound and a
-    block; or when the error leaves out file, line, bound or setting, or the bound cuts a line that is just as long as it."""
+    """Breaks when a small packed file without line ends becomes gigabytes in memory (more than the
+    bound and one block is unpacked); or when the error lacks file, line, bound or setting, or a
+    line of exactly the bound is refused.
+    """
     pack = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.compress}[suffix]
     path = tmp_path / (name + suffix)
     fine = b'{"text": "fine"}\n'
@@ -136,7 +145,7 @@ def test_a_line_is_bounded(tmp_path, monkeypatch, name, suffix):
         assert next(rows).text == "fine"
     with pytest.raises(
         UserError,
-        match=f"^{where}: longer than 100,000 bytes, .*; split it \\(in training, data.max_row_bytes",
+        match=f"^{where}: longer than 100,000 bytes, .*; split it \\(in training, data.max_row",
     ):
         next(rows)
     assert (suffix == ".zst") == bool(sizes) and sum(sizes) <= 100_000 + 2 * unpacking.CHUNK + len(
@@ -147,7 +156,9 @@ def test_a_line_is_bounded(tmp_path, monkeypatch, name, suffix):
 
 
 def test_builders_bound_a_line_too(tmp_path, monkeypatch):
-    """Breaks when preparing a set reads a line of any length, or takes the end of one for a line where a part begins in its middle."""
+    """Breaks when preparing a set reads lines of any length, or takes the end of a line for a line
+    where a part begins inside it.
+    """
     monkeypatch.setattr(reading, "MAX_ROW_BYTES", 1000)
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"a": 1}\n{"a": "' + b"b" * 3_000_000 + b'"}\n{"a": 2}\n')
@@ -157,7 +168,7 @@ def test_builders_bound_a_line_too(tmp_path, monkeypatch):
 
 
 def test_frames_that_tools_write(tmp_path):
-    """Breaks when frames to be skipped (pzstd), checksums, or blocks of one repeated byte or of plain bytes are misread."""
+    """Breaks when skippable frames (pzstd), checksums, RLE blocks or raw blocks are misread."""
     checked = zstandard.ZstdCompressor(write_checksum=True)
     noise = json.dumps({"text": random.Random(0).randbytes(300_000).hex()}).encode() + b"\n"
     path = tmp_path / "a.jsonl.zst"
@@ -177,7 +188,7 @@ def test_frames_that_tools_write(tmp_path):
 
 
 def test_ends_of_lines_in_a_text(tmp_path):
-    """Breaks when a text written on another system comes out with other tokens than before: its lines end with \\n alone."""
+    """Breaks when a text's line ends, which depend on the system, change its tokens."""
     (tmp_path / "a.txt").write_bytes(b"one\r\ntwo\rthree\n")
     assert next(sources.read_rows(str(tmp_path / "a.txt"))).text == "one\ntwo\nthree\n"
 
@@ -191,7 +202,9 @@ def test_ends_of_lines_in_a_text(tmp_path):
     ],
 )
 def test_faults_that_pass_are_no_bad_input(tmp_path, monkeypatch, error):
-    """Breaks when a network file system's fault ends a run for good (exit code 2), or is not tried again."""
+    """Breaks when a transient fault of a network file system ends a run for good (exit code 2), or
+    is not retried.
+    """
     path, tried = write_jsonl(tmp_path / "a.jsonl", [{"text": "fine"}]), []
 
     def open_bytes(path):
@@ -218,7 +231,7 @@ def test_faults_that_pass_are_no_bad_input(tmp_path, monkeypatch, error):
     ],
 )
 def test_half_a_surrogate_pair_is_refused(tmp_path, raw, field):
-    """Breaks when half an emoji, which JSON can spell, reaches the tokenizer or a file, which raise TypeError or UnicodeEncodeError."""
+    """Breaks when half a surrogate pair, which JSON can spell, reaches the tokenizer or a file."""
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "whole \\ud83d\\ude00"}\n' + json.dumps(raw))
     rows = sources.read_rows(str(path))
@@ -228,7 +241,7 @@ def test_half_a_surrogate_pair_is_refused(tmp_path, raw, field):
 
 
 def test_deep_json_names_file_and_line(tmp_path):
-    """Breaks when a line of brackets ends in a RecursionError."""
+    """Breaks when a line of brackets raises RecursionError."""
     path = tmp_path / "a.jsonl"
     path.write_text("[" * 1_000_000)
     for read in (
@@ -240,7 +253,7 @@ def test_deep_json_names_file_and_line(tmp_path):
 
 
 def test_malformed_json_names_file_and_line(tmp_path):
-    """Breaks when the line is miscounted, or reading goes on past it."""
+    """Breaks when the line is miscounted, or reading goes on after it."""
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "fine"}\n\n{"text": "cut')
     rows = sources.read_rows(str(path))
@@ -283,7 +296,9 @@ def not_gzip(tmp_path):
     [truncated_gzip, truncated_zst, not_gzip, not_zst, lambda tmp_path: tmp_path / "absent.jsonl"],
 )
 def test_unreadable_files_are_named(make, tmp_path):
-    """Breaks when a broken file ends quietly (a truncated gz would train on half the data) or with a traceback."""
+    """Breaks when a damaged file gives a traceback or ends silently (half the data would be trained
+    on).
+    """
     path = make(tmp_path)
     with pytest.raises(ValueError, match=f"^data file {path}: cannot be read"):
         list(sources.read_rows(str(path)))
@@ -304,8 +319,9 @@ def test_missing_and_empty_sources(tmp_path):
 
 
 def test_identity_is_the_content_of_files(tmp_path):
-    """Breaks when `touch`, a copy or another folder counts as other data (the same command could not continue its run), or other content,
-    or another way to read it, as the same."""
+    """Breaks when `touch`, a copy or another folder changes the identity of data (the same command
+    could not continue its run), or other content or another format does not.
+    """
     path = tmp_path / "a.jsonl"
     write_jsonl(path, [{"text": "one"}])
     before = sources.identity(str(path))
@@ -327,7 +343,9 @@ def test_identity_is_the_content_of_files(tmp_path):
 
 
 def test_identity_of_a_large_file_is_sampled(tmp_path, monkeypatch):
-    """Breaks when a large file is read whole at each start, or its first or last bytes, or its size, do not count."""
+    """Breaks when a large file is read whole at each start, or its first bytes, last bytes or size
+    do not count.
+    """
     monkeypatch.setattr(reading, "WHOLE", 100)
     monkeypatch.setattr(reading, "BLOCK", 10)
     monkeypatch.setattr(reading, "BLOCKS", 5)
@@ -355,9 +373,10 @@ class TinyQa(tfds.core.GeneratorBasedBuilder):
     VERSION = tfds.core.Version("1.0.0")
 
     def _info(self):
-        features = {"id": tfds.features.Text(), "context": tfds.features.Text(), "question": tfds.features.Text()}
-        answers = tfds.features.Sequence({"text": tfds.features.Text(), "answer_start": np.int32})
-        return self.dataset_info_from_configs(features=tfds.features.FeaturesDict(features | {"answers": answers}))
+        features = {name: tfds.features.Text() for name in ("id", "context", "question")}
+        answer = {"text": tfds.features.Text(), "answer_start": np.int32}
+        features["answers"] = tfds.features.Sequence(answer)
+        return self.dataset_info_from_configs(features=tfds.features.FeaturesDict(features))
 
     def _split_generators(self, dl_manager):
         return {"train": self._generate_examples(2), "validation": self._generate_examples(1)}
@@ -365,12 +384,15 @@ class TinyQa(tfds.core.GeneratorBasedBuilder):
     def _generate_examples(self, count):
         for i in range(count):
             answers = {"text": [f"answer {i}", "another"], "answer_start": [0, 3]}
-            yield i, {"id": f"row{i}", "context": "the œ text", "question": f"question {i}", "answers": answers}
+            row = {"id": f"row{i}", "context": "the œ text", "question": f"question {i}"}
+            yield i, row | {"answers": answers}
 """
 
 
 def test_prepared_tfds_set(tmp_path, monkeypatch):
-    """Breaks when a prepared TFDS set's bytes and arrays are not turned into texts, or the split is ignored."""
+    """Breaks when bytes and arrays of a prepared TFDS set do not become texts, or the split is
+    ignored.
+    """
     pytest.importorskip("tensorflow_datasets")
     package = tmp_path / "tiny_qa"
     package.mkdir()
@@ -400,7 +422,9 @@ def test_prepared_tfds_set(tmp_path, monkeypatch):
 
 
 def months(folder, texts=("2401", "2402", "2411")):
-    """A set with a split for each of some months, prepared in folder; what it reads by its name."""
+    """A set with splits for some months, prepared in a folder; returns a function that reads it by
+    name.
+    """
     folder.mkdir(exist_ok=True)
     path = write_jsonl(
         folder / "abstracts.jsonl",
@@ -411,7 +435,9 @@ def months(folder, texts=("2401", "2402", "2411")):
 
 
 def test_months_of_a_set(tmp_path):
-    """Breaks when a range loses an end, or takes a month from beyond it: text that should be held out would be trained on."""
+    """Breaks when a range loses an end or includes a month beyond it: held-out text would be
+    trained on.
+    """
     tfds_dir = months(tmp_path)
 
     def read(split):
@@ -441,7 +467,9 @@ def test_months_of_a_set(tmp_path):
 
 
 def test_identity_of_a_prepared_set_is_its_content(tmp_path):
-    """Breaks when a set that was prepared anew passes for the old one, or a moved folder counts as other data (no run could resume)."""
+    """Breaks when a set that was prepared again from other files keeps its identity, or a moved
+    folder changes it (no run could resume).
+    """
     one, same, other = (
         months(tmp_path / "one"),
         months(tmp_path / "same"),

@@ -1,4 +1,6 @@
-"""The timed training step: that it is training's own, what its random arrays are, and what is counted of it."""
+"""The timed training step: that it is training's own, what its random arrays are, and what is
+counted of it.
+"""
 
 import dataclasses
 import math
@@ -48,14 +50,21 @@ def raw(tiny_base, tmp_path_factory):
     lora = {"rank": 4, "dropout": 0.1}
     optimizer = {"warmup_steps": 1, "learning_rate": 0.01}
     return {
-        "base": str(tiny_base), "batch_size": 4, "accumulate": 2, "compression": {"k": 4, "rate": 4.0}, "lora": lora, "data": data,
+        "base": str(tiny_base),
+        "batch_size": 4,
+        "accumulate": 2,
+        "compression": {"k": 4, "rate": 4.0},
+        "lora": lora,
+        "data": data,
         "optimizer": optimizer,
-    }  # fmt: skip
+    }
 
 
 @pytest.mark.slow
 def test_the_step_is_training_s(raw):
-    """Breaks when what is timed is another step than a run's: other losses, dropout, accumulation, or no update of the state."""
+    """Breaks when what is timed is another step than a run's: other losses, dropout, accumulation,
+    or no update of the state.
+    """
     config = from_dict(TrainConfig, raw)
     task = CompressorTask(config)
     batches, trained = list(task.train_batches(0, 2)), jax.tree.map(np.asarray, task.init())
@@ -85,7 +94,9 @@ def test_the_step_is_training_s(raw):
 
 
 def test_what_steps_took(raw):
-    """Breaks when losses are those of a later step, a caller's arrays are consumed, or steps do not go on from one another."""
+    """Breaks when losses are those of a later step, a caller's arrays are consumed, or steps do not
+    go on from one another.
+    """
     params = steps.random_params(
         TINY, sharding.Placement(sharding.local_mesh(), TINY), "float32", seed=1
     )
@@ -123,8 +134,9 @@ def test_what_steps_took(raw):
 
 @pytest.mark.nightly
 def test_a_step_that_was_compiled_before_is_read_from_the_cache():
-    """Breaks when a step's program depends on anything that another run of the same configuration has not, such as an object's address, so
-    that every start compiles anew; or when a hit is not told.
+    """Breaks when a step's program depends on anything that another run of the same configuration
+    has not, such as an object's address, so that every start compiles anew; or when a hit is not
+    told.
     """
     assert jax.config.jax_compilation_cache_dir
     before = jax.config.jax_persistent_cache_min_compile_time_secs
@@ -147,7 +159,9 @@ def test_a_step_that_was_compiled_before_is_read_from_the_cache():
     ],
 )
 def test_random_batches_are_full(changes):
-    """Breaks when a context or target has padding that real ones of this length have not, or a label is predicted from another place."""
+    """Breaks when a context or target has padding that real ones of this length have not, or a
+    label is predicted from another place.
+    """
     spec = make_spec(**changes)
     batch = steps.random_batch(spec)
     steps._check_batch(spec, batch)
@@ -177,7 +191,9 @@ def test_a_batch_of_another_shape_is_refused():
 
 
 def test_random_parameters_start_as_bases_do():
-    """Breaks when random weights give numbers that a step is slow or wrong with: all alike, infinite, norms of nothing; or B is not 0."""
+    """Breaks when random weights give numbers that a step is slow or wrong with: all alike,
+    infinite, norms of nothing; or B is not 0.
+    """
     model = dataclasses.replace(TINY, qkv_bias=True)
     params = steps.random_params(
         model, sharding.Placement(sharding.local_mesh(), model), "bfloat16"
@@ -198,8 +214,8 @@ def test_random_parameters_start_as_bases_do():
 
 
 def test_a_large_base_is_made_layer_by_layer():
-    """Breaks when making random weights takes a float32 copy of any, or the random bits of a whole stack at once: of Llama-2-7B's MLP
-    gigabytes beside the 2.9 of the kernel.
+    """Breaks when making random weights takes a float32 copy of any, or the random bits of a whole
+    stack at once: of Llama-2-7B's MLP gigabytes beside the 2.9 of the kernel.
     """
     model = sizes.find("meta-llama/Llama-2-7b-hf")
     placement = sharding.Placement(sharding.local_mesh(), model)
@@ -237,8 +253,8 @@ WIDE = dataclasses.replace(
 
 
 def test_two_and_three_layers_are_continued_to_all(monkeypatch):
-    """Breaks when layers beyond the third are left out, microbatches are not multiplied in, a kernel is counted as nothing, or a count
-    that XLA does not give is taken for one.
+    """Breaks when layers beyond the third are left out, microbatches are not multiplied in, a
+    kernel is counted as nothing, or a count that XLA does not give is taken for one.
     """
     lowered = []
 
@@ -266,7 +282,9 @@ def test_two_and_three_layers_are_continued_to_all(monkeypatch):
     ("changes", "low", "high"), [({}, 1.0, 1.06), ({"remat": "full"}, 1.2, 1.5)]
 )
 def test_xla_counts_what_the_mathematics_asks_for(changes, low, high):
-    """Breaks when layers beyond the third are left out, microbatches are not multiplied in, or recomputation is not seen."""
+    """Breaks when layers beyond the third are left out, microbatches are not multiplied in, or
+    recomputation is not seen.
+    """
     wide = {
         "compression": {"k": 16, "rate": 4.0},
         "objectives": {"ae": 1.0, "lm": 0.0},
@@ -278,8 +296,9 @@ def test_xla_counts_what_the_mathematics_asks_for(changes, low, high):
 
 
 def test_the_rate_of_large_matmuls(monkeypatch):
-    """Breaks when the rate is of one side's dimension, of all chains instead of the best, or a chain is not waited for, or at each of its
-    products. Stood in for by products that take an eighth of a second once they are waited for, or two in a chain that is slowed down.
+    """Breaks when the rate is of one side's dimension, of all chains instead of the best, or a
+    chain is not waited for, or at each of its products. Stood in for by products that take an
+    eighth of a second once they are waited for, or two in a chain that is slowed down.
     """
     waits, asked, clock = [], 0, 0.0
 

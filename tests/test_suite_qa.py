@@ -20,7 +20,7 @@ from suite_helpers import (
 )
 
 from icae_jax.evaluation import plain, statistics
-from icae_jax.evaluation.examples import QUESTIONS_AT_ONCE
+from icae_jax.evaluation.examples import QUESTIONS_AT_ONCE, Example
 from icae_jax.evaluation.suites import common
 from icae_jax.evaluation.suites.common import CUT, FULL, MEMORY, NONE, SHUFFLED, Options
 from icae_jax.evaluation.suites.qa import EMPTY_QUESTION, Qa, retention
@@ -288,19 +288,10 @@ def test_a_longer_plain_template_is_given_room(tiny_base):
 
 def record(name, full, memory):
     return {
-        **common.record(made_example(name)),
+        **common.record(Example("", name, name, name[0], ())),
         "set": name[0],
         "sums": {"f1": {FULL: [full, 1.0], MEMORY: [memory, 1.0]}},
     }
-
-
-def made_example(name):
-    class Example:
-        id = cluster = name
-        set = name[0]
-        group = {}  # noqa: RUF012
-
-    return Example
 
 
 def test_retention_is_the_mean_over_sets(tiny_base):

@@ -1,4 +1,4 @@
-"""What is reported of a sweep: states, losses, axis, figure and page, from metrics as training writes them."""
+"""What is reported of a sweep: states, losses, axis, figure and page, from metrics of training."""
 
 import json
 
@@ -25,7 +25,7 @@ def losses(value, k=""):
 
 @pytest.fixture
 def made(tmp_path):
-    """A function: the results of points, each (changes of groups of fields, held-out losses or None, whether it is done)."""
+    """Makes the results of points, each (changes, held-out losses or None, whether it is done)."""
 
     def make(*points, codes=()):
         listed = []
@@ -63,7 +63,7 @@ def ranks(*values):
 
 
 def test_what_a_point_came_to(made, tmp_path):
-    """Breaks when a state, the last or the best loss, or the speed (without the first, which compiles) is another."""
+    """Breaks when a state, the last or best loss, or the speed without compilation is wrong."""
     points = [
         *ranks(2, 4),
         ({"lora.rank": 8}, losses(2.0), False),
@@ -71,8 +71,11 @@ def test_what_a_point_came_to(made, tmp_path):
     ]
     results = made(*points, codes={"p2": -9})
     assert [(p["state"], p["exit_code"], p["steps"]) for p in results["points"]] == [
-        ("done", 0, 4), ("done", 0, 4), ("failed", -9, 4), ("not started", None, 0),
-    ]  # fmt: skip
+        ("done", 0, 4),
+        ("done", 0, 4),
+        ("failed", -9, 4),
+        ("not started", None, 0),
+    ]
     first = results["points"][0]
     assert (
         first["held_out"] == losses(0.5)
@@ -113,7 +116,7 @@ def test_what_a_point_came_to(made, tmp_path):
 
 
 def test_a_loss_that_is_no_number_is_never_the_best(made, tmp_path):
-    """Breaks when a held-out loss of NaN, with which no comparison holds, hides the best one by coming first."""
+    """Breaks when a NaN loss, with which no comparison holds, hides the best one."""
     made(*ranks(2))
     lines = [
         {"step": step, "eval": {}, "eval_loss": loss}
@@ -128,7 +131,7 @@ def test_a_loss_that_is_no_number_is_never_the_best(made, tmp_path):
 
 
 def test_numeric_axis(made):
-    """Breaks when a line joins points out of order, leaves out a kind of loss, or an axis over a decade is linear."""
+    """Breaks when points are joined out of order, a loss is left out, or the axis is not linear."""
     left, right = sweep_results.figure(made(*ranks(8, 2, 4))).axes
     assert (
         left.get_xlabel() == "lora.rank"
@@ -148,7 +151,7 @@ def test_numeric_axis(made):
 
 
 def test_wide_axis_several_k_and_missing_losses(made):
-    """Breaks when values over a decade are not on a log axis, or one point without some losses takes the figure down."""
+    """Breaks when a wide range has no log axis, or a point without losses stops the figure."""
     rates = [
         ({"optimizer.learning_rate": r}, losses(1.0) | losses(2.0, "_k2"), True)
         for r in (1e-4, 1e-3)
@@ -169,7 +172,7 @@ def test_wide_axis_several_k_and_missing_losses(made):
 
 
 def test_names_and_grids_are_categories(made):
-    """Breaks when values that are no numbers, or that several points share, are drawn as positions on a numeric axis."""
+    """Breaks when names, or values that points share, are drawn on a numeric axis."""
     methods = [({"compression.method": m}, losses(1.0), True) for m in ("icae", "x500")]
     left, _ = sweep_results.figure(made(*methods)).axes
     assert [t.get_text() for t in left.get_xticklabels()] == [
@@ -180,7 +183,7 @@ def test_names_and_grids_are_categories(made):
 
 
 def test_values_stand_in_the_figure_as_they_are(made, tmp_path):
-    """Breaks when a value such as a file's name is set as a formula, or fails as one when all points are trained."""
+    """Breaks when a value such as a file's name is typeset as a formula, or fails as one."""
     results = made(
         *(({"data.eval": name}, losses(1.0), True) for name in ("5$_a_$6.jsonl", "$\\undefined$"))
     )
@@ -207,7 +210,7 @@ def test_grid(made):
 
 
 def test_files(made, tmp_path):
-    """Breaks when the page is not self-contained or unescaped, or weights that differ are not said so."""
+    """Breaks when the page is not self-contained or unescaped, or says weights differ if not."""
     results = made(*ranks(2, 4))
     sweep_results.write(tmp_path, results)
     text = sweep_results.text(tmp_path, results)

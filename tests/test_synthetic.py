@@ -19,7 +19,7 @@ def test_passages_are_a_function_of_the_seed_and_differ():
 
 
 def test_every_answer_stands_beside_its_person_and_needs_the_name():
-    """Breaks when the kind of fact alone tells the answer: in every passage kinds are told about both people."""
+    """Breaks when the kind of fact alone tells the answer: both people have facts of most kinds."""
     shared = 0
     for row in ROWS:
         sentences = re.split(r"(?<=\.) ", row["context"])
@@ -40,7 +40,7 @@ def test_every_answer_stands_beside_its_person_and_needs_the_name():
 
 
 def test_bits_of_a_passage():
-    """Breaks when the generator's tables and the count part ways; one table's change moves the count by what it adds."""
+    """Breaks when the generator's tables and the count of its passages disagree."""
     bits = synthetic.passage_bits()
     assert 55 < bits < 70
     names = synthetic.FIRST_NAMES

@@ -32,7 +32,9 @@ def test_autoencoding():
     ],
 )
 def test_framing(tiny_tokenizer, fields, framing):
-    """Breaks when 500xCompressor's encoder reads <s>, ICAE's does not, or another token asks for the text back."""
+    """Breaks when 500xCompressor's encoder reads <s>, ICAE's does not, or another token asks for
+    the text back.
+    """
     assert (
         dataclasses.astuple(targets.make_framing(CompressionConfig(**fields), tiny_tokenizer, 1))
         == framing
@@ -56,7 +58,9 @@ def test_framing_without_the_tokens_it_needs(tiny_tokenizer):
 
 
 def test_padded_autoencoding():
-    """Breaks when the reference's padded labels are miscounted: the text and padding to 5 tokens, then the final eos."""
+    """Breaks when the reference's padded labels are miscounted: the text and padding to 5 tokens,
+    then the final eos.
+    """
     assert targets.ae_target([9, 10], targets.Framing((), 1, 2), padded_to=5) == (
         [1, 9, 10, 2, 2, 2, 2],
         1,
@@ -64,7 +68,9 @@ def test_padded_autoencoding():
 
 
 def test_language_modelling():
-    """Breaks when the first 8 tokens are labels (with or without [LM] in front), or an </s> is added."""
+    """Breaks when the first 8 tokens are labels (with or without [LM] in front), or an </s> is
+    added.
+    """
     text = list(range(10, 22))
     assert targets.lm_target(text) == (text, 8)
     assert targets.lm_target(text, trigger=True) == ([LM, *text], 9)
@@ -81,7 +87,9 @@ def test_language_modelling():
     ],
 )
 def test_templates(tiny_tokenizer, name, head, sequence, labels):
-    """Breaks when a template puts anything elsewhere, labels the prompt, or stops on another id (v1 stops on 1, not on </s>)."""
+    """Breaks when a template puts anything elsewhere, labels the prompt, or stops on another id (v1
+    stops on 1, not on </s>).
+    """
     template = targets.make_template(name, tiny_tokenizer)
     assert list(template.head) == ids(head) and template.stop == sequence[-1]
     target = template.target(ids("who sat"), ids("the cat"))
@@ -106,13 +114,18 @@ def test_impossible_templates_are_refused(tiny_tokenizer):
 
 
 def test_pack():
-    """Breaks when a label is predicted from another place than the token before it, or padding counts as labels."""
+    """Breaks when a label is predicted from another place than the token before it, or padding
+    counts as labels.
+    """
     batch = pack(
         [[targets.Target([5, 6, 7, 8], 2), None], [None, targets.Target([9, 10], 1)], []], 2, 4, 3
     )
     assert {k: v.shape for k, v in batch.items()} == {
-        "ids": (3, 2, 4), "label_at": (3, 2, 3), "labels": (3, 2, 3), "label_mask": (3, 2, 3),
-    }  # fmt: skip
+        "ids": (3, 2, 4),
+        "label_at": (3, 2, 3),
+        "labels": (3, 2, 3),
+        "label_mask": (3, 2, 3),
+    }
     assert batch["ids"][:2].tolist() == [[[5, 6, 7, 0], [0] * 4], [[0] * 4, [9, 0, 0, 0]]]
     assert batch["label_at"][0, 0].tolist() == [1, 2, 0] and batch["labels"][0, 0].tolist() == [
         7,
@@ -125,7 +138,9 @@ def test_pack():
 
 @pytest.mark.parametrize(("G", "T", "U"), [(1, 3, 2), (2, 2, 2), (2, 3, 1)])
 def test_pack_refuses_what_does_not_fit(G, T, U):
-    """Breaks when targets are cut silently: two targets of 3 inputs and 2 labels need G 2, T 3 and U 2."""
+    """Breaks when targets are cut silently: two targets of 3 inputs and 2 labels need G 2, T 3 and
+    U 2.
+    """
     rows = [[targets.Target([5, 6, 7, 8], 2)] * 2]
     assert pack(rows, 2, 3, 2)["label_mask"].sum() == 4
     with pytest.raises(ValueError, match="3 inputs and 2 labels does not fit"):

@@ -34,7 +34,9 @@ def qa(context, question, answer):
 
 
 def test_questions_are_grouped_by_context(tmp_path, cache, tiny_tokenizer):
-    """Breaks when questions are counted to another context, special tokens get in, or equal plain texts are merged."""
+    """Breaks when questions go to another context, special tokens are added, or equal plain texts
+    are merged.
+    """
     rows = [
         qa("the cat sat", "who", "cat"),
         {"text": "the dog"},
@@ -61,7 +63,7 @@ def test_questions_are_grouped_by_context(tmp_path, cache, tiny_tokenizer):
 def test_cache_is_used_until_source_or_tokenizer_change(
     tmp_path, cache, tiny_tokenizer, monkeypatch
 ):
-    """Breaks when tokens are made again every time, or stale ones are used after the data or the tokenizer changed."""
+    """Breaks when the cache is never used, or is used after the data or the tokenizer changed."""
     path = tmp_path / "a.jsonl"
     write_jsonl(path, [{"text": "the cat"}])
     builds, build = [], tokenising.write_arrays
@@ -95,7 +97,7 @@ def test_cache_is_used_until_source_or_tokenizer_change(
 
 
 def test_a_failed_build_leaves_no_cache(tmp_path, cache, tiny_tokenizer, monkeypatch):
-    """Breaks when a cache that was cut short (a full disk) is taken for whole by the next run."""
+    """Breaks when a cache entry cut short by a full disk is used by the next run."""
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": "the cat"}])
     extend, extended = tokenising.Column.extend, []
 
@@ -113,8 +115,10 @@ def test_a_failed_build_leaves_no_cache(tmp_path, cache, tiny_tokenizer, monkeyp
 
 
 def test_the_first_version_s_key_is_still_known(tmp_path, cache, tiny_tokenizer):
-    """Breaks when a workdir of an earlier version cannot be continued: its key was sha256 over version 1, the tokenizer, and each file's
-    name, size, time of change, and sha256 of its first and last MiB."""
+    """Breaks when a workdir of the first version cannot be continued. Its key was sha256 over
+    version 1, the tokenizer, and each file's name, size, modification time, and sha256 of its first
+    and last MiB.
+    """
     path = tmp_path / "a.jsonl"
     write_jsonl(path, [{"text": "the cat"}])
     content, stat = path.read_bytes(), path.stat()
@@ -129,14 +133,19 @@ def test_the_first_version_s_key_is_still_known(tmp_path, cache, tiny_tokenizer)
 
 
 def test_questions_of_rows_that_stand_apart(tmp_path, cache, tiny_tokenizer, monkeypatch):
-    """Breaks when streaming orders texts or questions otherwise than the first version, which held all rows at once:
-    texts by first appearance, one with questions once; questions by their text, then by their row. Also at the seams of batches."""
+    """Breaks when the order of texts or questions changes, also at batch boundaries. It is that of
+    the first version, which held all rows at once: texts by first appearance, those with questions
+    once; questions by text, then by row.
+    """
     rng = random.Random(0)
-    rows = [
-        {"text": rng.choice(("the cat", "a dog"))} if rng.random() < 0.3
-        else qa(f"{rng.choice(WORDS[7:20])} {rng.choice(('the', 'cat'))}", rng.choice(WORDS[7:]), " ".join(rng.choices(WORDS[7:], k=3)))
-        for _ in range(200)
-    ]  # fmt: skip
+    rows = []
+    for _ in range(200):
+        if rng.random() < 0.3:
+            rows.append({"text": rng.choice(("the cat", "a dog"))})
+        else:
+            text = f"{rng.choice(WORDS[7:20])} {rng.choice(('the', 'cat'))}"
+            answer = " ".join(rng.choices(WORDS[7:], k=3))
+            rows.append(qa(text, rng.choice(WORDS[7:]), answer))
     texts, questions, place = [], [], {}
     for row in rows:
         at = len(texts) if "text" in row else place.setdefault(row["context"], len(texts))
@@ -162,7 +171,7 @@ def test_questions_of_rows_that_stand_apart(tmp_path, cache, tiny_tokenizer, mon
 
 
 def test_rows_are_read_as_they_are_tokenised(tmp_path, cache, tiny_tokenizer, monkeypatch):
-    """Breaks when all of a corpus is read before any of it is tokenised and written, so that it must fit into memory."""
+    """Breaks when a whole corpus is read into memory before any of it is tokenised and written."""
     monkeypatch.setattr(tokenising, "BATCH", 10)
     monkeypatch.setattr(tokenising, "BATCH_CHARACTERS", 60)
     read, seen, made = sources.read_rows, [], tokenising.user_ids
@@ -200,7 +209,9 @@ def test_rows_are_read_as_they_are_tokenised(tmp_path, cache, tiny_tokenizer, mo
 def test_one_process_tokenises_and_the_others_wait(
     tmp_path, cache, tiny_tokenizer, monkeypatch, capsys
 ):
-    """Breaks when every process of a host tokenises the same source, at once; or one that died leaves the others waiting."""
+    """Breaks when several processes of a host tokenise the same source at once, or wait forever for
+    one that died.
+    """
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": "the cat"}])
     builds, build, begun, go_on = [], tokenising.write_arrays, threading.Event(), threading.Event()
 
@@ -237,7 +248,9 @@ def test_one_process_tokenises_and_the_others_wait(
 def test_a_source_is_read_again_after_a_fault_that_passes(
     tmp_path, cache, tiny_tokenizer, monkeypatch
 ):
-    """Breaks when a stale file handle in the middle of a corpus ends a run, or rows that were read before it count twice."""
+    """Breaks when a stale file handle in the middle of a corpus ends a run, or rows read before it
+    count twice.
+    """
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": "the cat"}, {"text": "a dog"}])
     read, failed = sources.read_rows, []
 
@@ -259,7 +272,9 @@ def test_a_source_is_read_again_after_a_fault_that_passes(
 
 
 def test_what_a_text_spells_is_no_control_token(tmp_path, cache, tiny_tokenizer):
-    """Breaks when `</s>` or `<s>` that a user wrote, in a text, a question or an answer, ends or begins a sequence (prompt injection)."""
+    """Breaks when `</s>` or `<s>` written by a user in a text, question or answer becomes a control
+    token (prompt injection).
+    """
     rows = [qa("the cat </s> sat <s>", "who </s>", "cat</s>"), {"text": "a</s>b <s>the"}]
     data = tokens.tokenise(write_jsonl(tmp_path / "a.jsonl", rows), tiny_tokenizer, cache)
     control = {WORDS.index(word) for word in ("<s>", "</s>")}
@@ -271,7 +286,9 @@ def test_what_a_text_spells_is_no_control_token(tmp_path, cache, tiny_tokenizer)
 
 
 def test_the_hash_of_a_large_file_is_kept(tmp_path, monkeypatch):
-    """Breaks when a huge file is hashed at each start, or a hash is kept after the file changed, or while it may still be changing."""
+    """Breaks when a huge file is hashed at each start, or a hash is kept after a change of the
+    file, or stored while it may still be changing.
+    """
     monkeypatch.setattr(tokens, "REMEMBERED", 10)
     path, hashed, content_hash = tmp_path / "a.jsonl", [], tokens.reading.content_hash
     monkeypatch.setattr(
@@ -291,17 +308,19 @@ def test_the_hash_of_a_large_file_is_kept(tmp_path, monkeypatch):
 
 
 def test_a_cache_that_cannot_be_written_is_named(tmp_path, tiny_tokenizer):
-    """Breaks when the error does not say what the folder is for, or how to name another; or a cache that is there needs to be written."""
+    """Breaks when the error does not say what the folder is for or how to choose another, or
+    reading an existing entry needs write access.
+    """
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": "the cat"}])
     with pytest.raises(
         UserError,
-        match=r"^cache /proc/nope/tokens: cannot be written: .*; set data\.cache_dir or \$ICAE_CACHE",
+        match=r"^cache /proc/nope/tokens: cannot be written: .*; set data\.cache_dir or \$ICAE_",
     ):
         tokens.tokenise(path, tiny_tokenizer, "/proc/nope")
 
 
 def test_long_sources_are_encoded_in_batches(tmp_path, cache, tiny_tokenizer, monkeypatch):
-    """Breaks when texts at the seams of the tokenizer's batches are lost."""
+    """Breaks when texts at the boundaries of the tokenizer's batches are lost."""
     monkeypatch.setattr(tokenising, "BATCH", 2)
     texts = ["the cat", "a dog", "bird", "the fish sat", "a"]
     data = tokens.tokenise(
@@ -330,8 +349,9 @@ WITHOUT_TOKENS = [
 def test_what_has_no_tokens_is_left_out_and_counted(
     tmp_path, cache, tiny_tokenizer, monkeypatch, batch
 ):
-    """Breaks when one empty row ends a run, gets into training, goes without a word, or moves another row's question to another text;
-    or when the count is lost with the next start, which reads the cache."""
+    """Breaks when a row without tokens ends a run, is trained on, is left out silently, or shifts
+    questions to another text; or when the count is lost at the next start, from the cache.
+    """
     monkeypatch.setattr(tokenising, "BATCH", batch)
     path = write_jsonl(tmp_path / "a.jsonl", WITHOUT_TOKENS)
     for _ in range(2):
@@ -358,7 +378,9 @@ def test_what_has_no_tokens_is_left_out_and_counted(
 
 
 def test_strict_data_are_refused_whatever_the_cache_holds(tmp_path, cache, tiny_tokenizer):
-    """Breaks when data.strict lets an empty row pass, changes what data are known by, or is not heeded once they are in the cache."""
+    """Breaks when data.strict lets an empty row pass, changes the key, or is ignored for cached
+    data.
+    """
     path = write_jsonl(tmp_path / "a.jsonl", WITHOUT_TOKENS[:2])
     for _ in range(2):
         with pytest.raises(
@@ -376,7 +398,9 @@ def test_strict_data_are_refused_whatever_the_cache_holds(tmp_path, cache, tiny_
 
 
 def test_an_answer_of_ones_own_is_part_of_the_key(tmp_path, cache, tiny_tokenizer):
-    """Breaks when data.no_answer trains nothing, takes the tokens that were made without it, or changes the key of all other data."""
+    """Breaks when data.no_answer trains nothing, uses tokens cached without it, or changes the key
+    of other data.
+    """
     path = write_jsonl(
         tmp_path / "a.jsonl",
         [qa("the cat", "who", "cat"), {"context": "the cat", "question": "what", "answers": []}],
@@ -391,7 +415,9 @@ def test_an_answer_of_ones_own_is_part_of_the_key(tmp_path, cache, tiny_tokenize
 
 
 def test_the_key_of_sources_read_as_before(tmp_path, cache, tiny_tokenizer):
-    """Breaks when tokens that were made before there were tables, folders and other packings are not found again."""
+    """Breaks when tokens cached before tables, folders and other packings were supported are not
+    found.
+    """
     for name, how, packed in (
         ("a.jsonl", "json lines", ""),
         ("a.txt", "text", ""),
@@ -410,7 +436,7 @@ def test_the_key_of_sources_read_as_before(tmp_path, cache, tiny_tokenizer):
 
 
 def test_a_cache_without_counts_is_read(tmp_path, cache, tiny_tokenizer):
-    """Breaks when tokens that were written before anything could be left out do not load."""
+    """Breaks when cache entries from before rows could be left out do not load."""
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": "the cat"}])
     tokens.tokenise(path, tiny_tokenizer, cache)
     about = next((tmp_path / "cache/tokens").glob("*/about.json"))
@@ -420,7 +446,7 @@ def test_a_cache_without_counts_is_read(tmp_path, cache, tiny_tokenizer):
 
 @pytest.mark.parametrize("content", [b"", bytes(400), None], ids=["empty", "zeros", "gone"])
 def test_a_damaged_cache_is_made_anew(tmp_path, cache, tiny_tokenizer, content, capfd):
-    """Breaks when what a power loss left in the cache ends every later run, or is trained on."""
+    """Breaks when a cache entry damaged by a power loss ends every later run, or is trained on."""
     path = write_jsonl(
         tmp_path / "a.jsonl",
         [{"context": "the cat saw", "question": "who", "answers": ["the cat"]}],
@@ -441,7 +467,7 @@ def test_a_damaged_cache_is_made_anew(tmp_path, cache, tiny_tokenizer, content, 
 
 
 def test_arrays_of_another_length_are_no_cache(tmp_path, cache, tiny_tokenizer):
-    """Breaks when arrays are used that do not belong together."""
+    """Breaks when arrays whose lengths do not match are used."""
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": "the cat saw"}])
     tokens.tokenise(path, tiny_tokenizer, cache)
     np.save(next((tmp_path / "cache/tokens").glob("*/text_ids.npy")), np.zeros(1, np.int32))
@@ -454,12 +480,13 @@ def test_arrays_of_another_length_are_no_cache(tmp_path, cache, tiny_tokenizer):
         ([{}], "data source .*a.jsonl: no rows; the data set is empty"),
         (
             [{"text": " "}, {"text": ""}],
-            r"no rows; all were left out: 1 empty texts \(the first: .*:2\); 1 texts without tokens \(.*:1\)",
+            r"no rows; all were left out: 1 empty texts \(the first: .*:2\); "
+            r"1 texts without tokens \(.*:1\)",
         ),
     ],
 )
 def test_a_source_without_texts_is_refused(tmp_path, cache, tiny_tokenizer, rows, message):
-    """Breaks when training begins on nothing, or the error does not say why nothing is left."""
+    """Breaks when training starts without data, or the error does not say why nothing is left."""
     path = write_jsonl(tmp_path / "a.jsonl", rows)
     if not rows[0]:
         (tmp_path / "a.jsonl").write_text("\n")
@@ -468,7 +495,7 @@ def test_a_source_without_texts_is_refused(tmp_path, cache, tiny_tokenizer, rows
 
 
 def test_missing_source_is_named(cache, tiny_tokenizer):
-    """Breaks when a wrong path is only found after the tokenizer ran."""
+    """Breaks when a wrong path is noticed only after the tokenizer ran."""
     with pytest.raises(ValueError, match="data file absent"):
         tokens.tokenise("absent.jsonl", tiny_tokenizer, cache)
     assert places.split_source("a.jsonl,b.txt") == ["a.jsonl", "b.txt"]

@@ -48,7 +48,7 @@ def test_what_done_tells(tmp_path):
 
 
 def test_a_continued_workdir_may_change_what_is_no_mathematics(tmp_path):
-    """Breaks when a harmless change is refused, is not recorded, or an unchanged configuration counts as changed."""
+    """Breaks when a harmless change is refused or not recorded, or none counts as a change."""
     assert (
         check_workdir(tmp_path, CONFIG, IDENTITY) == []
         and check_workdir(tmp_path, CONFIG, IDENTITY) == []
@@ -97,7 +97,8 @@ def test_a_continued_workdir_may_change_what_is_no_mathematics(tmp_path):
     ],
 )
 def test_a_continued_workdir_may_not_change_the_mathematics(tmp_path, config, identity, names):
-    """Breaks when a run goes on with other mathematics, a field is not listed, or the refused configuration is recorded."""
+    """Breaks when a run continues with other mathematics, a field is not listed, or a refused
+    configuration is recorded."""
     check_workdir(tmp_path, CONFIG, IDENTITY)
     before = (tmp_path / "config.json").read_text()
     with pytest.raises(ValueError, match="started with another configuration") as error:
@@ -108,7 +109,8 @@ def test_a_continued_workdir_may_not_change_the_mathematics(tmp_path, config, id
 
 
 def test_a_workdir_from_before_a_field_goes_on_with_its_default(tmp_path):
-    """Breaks when a run that an earlier version started cannot be continued, or may be with another value of what came since."""
+    """Breaks when a run of an earlier version cannot be continued, or may be with another value of
+    a newer field."""
     check_workdir(tmp_path, CONFIG, IDENTITY)
     path = tmp_path / "config.json"
     older = {
@@ -126,7 +128,8 @@ def test_a_workdir_from_before_a_field_goes_on_with_its_default(tmp_path):
 
 
 def test_an_identity_of_an_earlier_version_counts_as_the_same(tmp_path):
-    """Breaks when a run that knew its data by their times cannot be continued by a version that knows them by content, or any may be."""
+    """Breaks when a run that fingerprinted its data by their times cannot be continued by a version
+    that does by content, or any run may be."""
     check_workdir(tmp_path, CONFIG, IDENTITY | {"data.train": "by time"})
     with pytest.raises(ValueError, match=r"identity\.data\.train: 'by time' -> 'other'"):
         check_workdir(tmp_path, CONFIG, IDENTITY | {"data.train": ("other", "by another time")})
@@ -144,7 +147,7 @@ def test_an_identity_of_an_earlier_version_counts_as_the_same(tmp_path):
 
 
 def test_a_cosine_run_may_go_on_only_where_its_decay_is_fixed(tmp_path):
-    """Breaks when more steps stretch the cosine: every earlier step would have had another learning rate."""
+    """Breaks when more steps stretch the cosine: earlier steps had other learning rates then."""
     cosine = changed(optimizer__schedule="cosine")
     check_workdir(tmp_path / "to_the_end", cosine, IDENTITY)
     with pytest.raises(ValueError, match="steps: 100 -> 200"):
@@ -172,7 +175,7 @@ def test_a_cosine_run_may_go_on_only_where_its_decay_is_fixed(tmp_path):
     ],
 )
 def test_a_run_s_file_that_was_edited_is_named(field, value, said, tmp_path):
-    """Breaks when a wrong type in a workdir's config.json ends in a traceback, or is written over."""
+    """Breaks when a wrong type in a workdir's config.json is a traceback, or is overwritten."""
     check_workdir(tmp_path, CONFIG, IDENTITY)
     path = tmp_path / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {field: value}))
@@ -183,7 +186,8 @@ def test_a_run_s_file_that_was_edited_is_named(field, value, said, tmp_path):
 
 
 def test_what_counts_as_trained(tmp_path):
-    """Breaks when a workdir with a checkpoint, a damaged one, or metrics of a step may be given to another configuration."""
+    """Breaks when another configuration may take a workdir with a checkpoint, damaged or not, or
+    with metrics of a step."""
     assert nothing_trained(tmp_path) and nothing_trained(tmp_path / "absent")
     (tmp_path / "metrics.jsonl").write_text('{"step": 0, "eval_loss": 1.0}\n')
     assert nothing_trained(tmp_path)

@@ -1,4 +1,4 @@
-"""Compilations in processes of their own: what comes back of one that fails, is killed, or finds no room."""
+"""Compilations in processes of their own: what is told of one that fails, dies or does not fit."""
 
 import pathlib
 import re
@@ -23,9 +23,10 @@ def made_of(monkeypatch, code):
 
 
 def test_an_answer_among_other_output(monkeypatch):
-    """Breaks when a line that a library prints is taken for the answer, or the process does not get its devices and stays off the TPU."""
+    """Breaks when a library's output is taken for the answer, or the process gets other devices."""
     code = (
-        "import json, os, pickle, sys; r = pickle.load(sys.stdin.buffer); print('a library, loading'); r['env'] = dict(os.environ)\n"
+        "import json, os, pickle, sys; r = pickle.load(sys.stdin.buffer)\n"
+        "print('a library, loading'); r['env'] = dict(os.environ)\n"
         f"print({worker.MARK!r} + json.dumps(r)); print('goodbye')"
     )
     made_of(monkeypatch, code)
@@ -43,7 +44,7 @@ def test_an_answer_among_other_output(monkeypatch):
     [
         (
             "import os; os.kill(os.getpid(), 9)",
-            r"compiling failed \(SIGKILL, as a rule for want of this machine's memory\): $",
+            r"compiling failed \(SIGKILL, usually because this machine ran out of memory\): $",
         ),
         (
             "import os, sys; print('bad fold', file=sys.stderr); os.abort()",
@@ -58,7 +59,7 @@ def test_an_answer_among_other_output(monkeypatch):
     ids=["killed", "aborted", "much output", "no answer"],
 )
 def test_a_process_that_dies(monkeypatch, code, said):
-    """Breaks when a crash is taken for a program that does not fit or for bad input, or why it happened is lost."""
+    """Breaks when a crash is taken for a program that does not fit, or its reason is lost."""
     made_of(monkeypatch, code)
     with pytest.raises(RuntimeError, match=said) as caught:
         worker.ask({"kind": "host"})
@@ -66,7 +67,7 @@ def test_a_process_that_dies(monkeypatch, code, said):
 
 
 def test_answers_that_are_errors(monkeypatch):
-    """Breaks when a program that does not fit looks like bad input, which ends a search, or the reverse."""
+    """Breaks when a program that does not fit looks like bad input, or the reverse."""
     made_of(monkeypatch, f'print({worker.MARK!r} + \'{{"out_of_memory": "Used 2G of 1G hbm"}}\')')
     with pytest.raises(worker.OutOfMemory, match=r"^Used 2G of 1G hbm$"):
         worker.ask({})
@@ -94,15 +95,20 @@ def gone(pid):
 def test_no_worker_outlives_its_caller(number, tmp_path):
     """Breaks when Ctrl-C or a job's end leaves a compilation behind that goes on for minutes."""
     busy = (
-        "import os, pathlib, time; from icae_jax.planning import worker\n"
+        "import os, pathlib, time; from icae_jax.performance import worker\n"
         f"pid = pathlib.Path({str(tmp_path / 'pid')!r})\n"
-        "worker.KINDS['topology'] = lambda topology: (pid.write_text(str(os.getpid())), time.sleep(60))\n"
-        "worker.main()"
+        "def wait(topology):\n"
+        "    pid.write_text(str(os.getpid()))\n"
+        "    time.sleep(60)\n"
+        "worker.KINDS['topology'] = wait\n"
+        "worker.answer_request()"
     )
     caller = (
-        "import signal, subprocess; from icae_jax.planning import worker; run = subprocess.run\n"
-        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # jobs in the background inherit that it is ignored
-        f"worker.subprocess.run = lambda command, **given: run([command[0], '-c', {busy!r}], **given)\n"
+        "import signal, subprocess; from icae_jax.performance import worker; run = subprocess.run\n"
+        # Jobs in the background inherit that the signal is ignored.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "worker.subprocess.run = lambda command, **given: "
+        f"run([command[0], '-c', {busy!r}], **given)\n"
         "worker.ask({'kind': 'topology', 'topology': 'v5e:2x2'})"
     )
     process = subprocess.Popen(
@@ -127,12 +133,12 @@ def test_no_worker_outlives_its_caller(number, tmp_path):
         process.communicate()
 
 
-# ------------------------------------------------------------------------------------------------------- with libtpu
+# -------------------------------------------------------------------------------------- with libtpu
 
 
 @pytest.mark.nightly
 def test_topologies(monkeypatch):
-    """Breaks when a topology that does not exist is not refused by name, or the devices of one are cores instead of chips."""
+    """Breaks when a topology that does not exist is taken, or its devices are single cores."""
     pytest.importorskip("libtpu", reason="needs libtpu, which is not installed")
     assert worker.ask({"kind": "topology", "topology": "v5e:2x4"}) == {
         "kind": "TPU v5 lite",
@@ -148,8 +154,9 @@ def test_topologies(monkeypatch):
         worker.ask({"kind": "topology", "topology": "v3:2x2"})
     made_of(  # all in one process
         monkeypatch,
-        "import json; from icae_jax.planning import worker\n"
-        f"print(worker.MARK + json.dumps({{name: worker.KINDS['topology'](name) for name in {list(bad)!r}}}))",
+        "import json; from icae_jax.performance import worker\n"
+        f"answers = {{name: worker.KINDS['topology'](name) for name in {list(bad)!r}}}\n"
+        "print(worker.MARK + json.dumps(answers))",
     )
     for name, answer in worker.ask({}).items():
         assert (

@@ -1,4 +1,6 @@
-"""K/V memories: that reading them equals running their tokens, and what the reference's layout does otherwise."""
+"""K/V memories: that reading them equals running their tokens, and what the reference's layout does
+otherwise.
+"""
 
 import functools
 
@@ -54,12 +56,14 @@ def straight(params, ids, positions, mask):
     return hidden @ llama.head_kernel(params), kv
 
 
-# ------------------------------------------------------------------------------------------------------------- identity
+# ----------------------------------------------------------------------------------------- identity
 
 
 @pytest.mark.parametrize("head", [(), (1, 3)])
 def test_a_prefix_of_real_tokens_equals_running_them_in_front(tiny_params, head):
-    """Breaks when K is rotated twice or to other positions, the prefix is masked wrongly, or targets start elsewhere."""
+    """Breaks when K is rotated twice or to other positions, the prefix is masked wrongly, or
+    targets start elsewhere.
+    """
     m, h, T = 7, len(head), BEHIND.shape[2]
     ids = RNG.integers(3, 64, (2, m)).astype(np.int32)
     in_front = np.concatenate(
@@ -85,8 +89,9 @@ def test_a_prefix_of_real_tokens_equals_running_them_in_front(tiny_params, head)
 
 
 def test_without_lora_memory_tokens_are_tokens_behind_the_text(tiny_params):
-    """Breaks when the encoder keeps other positions' K/V, or the decoder sees more of the text than they carry: the base run over
-    text, tokens and continuation at once, the continuation blind to the text, gives the same logits.
+    """Breaks when the encoder keeps other positions' K/V, or the decoder sees more of the text than
+    they carry: the base run over text, tokens and continuation at once, the continuation blind to
+    the text, gives the same logits.
     """
     tokens = [9, 30, 11]
     table = TRAINED["memory_table"].at[:3].set(tiny_params["embed"][jnp.asarray(tokens)])
@@ -101,7 +106,7 @@ def test_without_lora_memory_tokens_are_tokens_behind_the_text(tiny_params):
     close(logits_behind(tiny_params, memory, BEHIND), want, 2e-5)
 
 
-# ------------------------------------------------------------------------------------------------------ what is written
+# ---------------------------------------------------------------------------------- what is written
 
 
 def test_shapes_and_bytes(tiny_params):
@@ -118,7 +123,9 @@ def test_shapes_and_bytes(tiny_params):
 
 @pytest.mark.parametrize("layout", METHODS["x500"].layouts)
 def test_padding_counts_in_the_reference_layout_alone(tiny_params, layout):
-    """Breaks when a layout of masked padding attends to it, or `reference` masks it (its memory would not be the authors')."""
+    """Breaks when a layout of masked padding attends to it, or `reference` masks it (its memory
+    would not be the authors').
+    """
     ids, lengths = segments(TEXTS, config(layout))
     memory = compress(tiny_params, TRAINED, ids, lengths, config=config(layout))
     real = np.arange(ids.shape[2]) < lengths[..., None]
@@ -128,7 +135,9 @@ def test_padding_counts_in_the_reference_layout_alone(tiny_params, layout):
 
 
 def test_reference_positions(tiny_params):
-    """Breaks when the memory is read elsewhere than behind the padded text, or the decoder starts elsewhere than at the memory's count."""
+    """Breaks when the memory is read elsewhere than behind the padded text, or the decoder starts
+    elsewhere than at the memory's count.
+    """
     memory = compress(
         tiny_params, TRAINED, *segments(TEXTS, config("reference")), config=config("reference")
     )

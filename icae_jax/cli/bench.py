@@ -71,7 +71,7 @@ def _flags(kind):
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--config", metavar="FILE[:arg]", help="a configuration")
+    flags.config_flag(parser)
     add("--contexts", type=int, help="contexts of a step, over microbatches (default: batch_size)")
     add(
         "--context_length",

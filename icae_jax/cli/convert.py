@@ -86,6 +86,7 @@ def _adapter(parser, argv):
 
 
 def _adapter_flags(parser):
+    from icae_jax.compression import method
     from icae_jax.objectives import targets
     from icae_jax.workflows import convert_adapter
 
@@ -139,7 +140,7 @@ def _adapter_flags(parser):
     add = parser.add_argument_group(
         "what tensors cannot tell; each format has a default, which is printed"
     ).add_argument
-    add("--method", choices=("icae", "x500"))
+    add("--method", choices=tuple(method.METHODS))
     add("--alpha", type=float, help="LoRA's alpha; its scale is alpha / r")
     add("--rate", type=float, help="text tokens per memory token; --context_length is k times this")
     add("--context_length", type=int, help="most text tokens of a segment")

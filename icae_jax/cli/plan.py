@@ -36,7 +36,7 @@ def _flags(programs):
     parser = flags.parser("plan", HELP)
     parser.description, parser.epilog = f"{HELP}.", EPILOG
     add = parser.add_argument
-    add("--config", metavar="FILE[:arg]", help="a configuration")
+    flags.config_flag(parser)
     add("--topology", required=True, help="TPU slice, such as v5e:4x4, v5p:2x2x2, v6e:4x4")
     add(
         "--what",

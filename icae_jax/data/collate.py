@@ -31,15 +31,9 @@ def target_shapes(
 ) -> dict[str, tuple[int, int, int]]:
     """`{objective: (G, T, U)}` of a bucket's targets, see `pack`.
 
-    AE and LM targets have one shape, so that both run in one decoder call.
-
-    Args:
-      config: limits on questions.
-      compression: how contexts are cut into segments.
-      objectives: the objectives that have a weight.
-      length: most tokens of a context.
-      qa_shape: (T, U) of questions with their answers.
-      pad_labels: AE targets go on to the end of the padded segments.
+    AE and LM targets have one shape, so that both run in one decoder call. `length` is the most
+    tokens of a context; `qa_shape` is (T, U) of questions with their answers. With `pad_labels` AE
+    targets go on to the end of the padded segments.
     """
     size = 1 + (padded_length(length, compression) if pad_labels else length)
     return {
@@ -66,13 +60,9 @@ def collate(
     spec: ExampleSpec,
     qa_shape: tuple[int, int] | None,
 ) -> Batch:
-    """`context [B, S, N]`, `lengths [B, S]` and `targets` of the examples of one bucket.
+    """`context [B, S, N]`, `lengths [B, S]` and `targets` of examples with up to `length` tokens.
 
-    Args:
-      examples: one for each row of the batch.
-      length: the bucket's most tokens of a context.
-      spec: how the examples were made.
-      qa_shape: (inputs, labels) that hold every question; None without questions.
+    qa_shape: (inputs, labels) that hold every question; None without questions.
     """
     shapes = target_shapes(
         spec.data, spec.compression, spec.objectives, length, qa_shape, spec.pad_labels

@@ -31,14 +31,8 @@ def positions(step: int, batch_size: int) -> range:
 def example_at(seed: int, bucket: int, position: int, count: int, *source: int) -> int:
     """The example at a position of the endless sequence of epochs over a bucket.
 
-    Each epoch visits the bucket's `count` examples once, in an order of its own.
-
-    Args:
-      seed: the run's seed.
-      bucket: number of the bucket.
-      position: position in the sequence.
-      count: examples in the bucket.
-      source: number of the source in a mixture, so that sources of one size differ in their order.
+    Each epoch visits the bucket's `count` examples once, in an order of its own. In a mixture
+    `source` is the number of the source, so that sources of one size differ in their order.
     """
     epoch, index = divmod(position, count)
     return int(_permutation(seed, bucket, epoch, count, *source)[index])

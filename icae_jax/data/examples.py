@@ -30,6 +30,7 @@ from icae_jax.objectives.targets import ae_target
 BLANK = -1  # the number of a row of a batch without an example
 
 
+@typing.runtime_checkable
 class TrainingExamples(typing.Protocol):
     """What training draws from: the `Examples` of one source, or a `Mixture` of several.
 

@@ -1,5 +1,6 @@
 """The format of a data file, and its raw rows."""
 
+import os
 import pathlib
 import re
 import sys
@@ -32,14 +33,14 @@ LISTED = (
 )
 
 
-def suffixes(path: str) -> list[str]:
+def suffixes(path: str | os.PathLike) -> list[str]:
     """The suffixes of a file's name in lower case, without that of its packing."""
     name = pathlib.PurePath(path).name
     name = name[: len(name) - len(packing(path))]
     return [s for s in (s.lower() for s in pathlib.PurePath(name).suffixes) if _SUFFIX.fullmatch(s)]
 
 
-def kind_by_name(path: str) -> str:
+def kind_by_name(path: str | os.PathLike) -> str:
     """The kind of a file by its name, "" if unknown.
 
     A name with a suffix of JSON anywhere is JSON; a name without a suffix is text.
@@ -50,7 +51,7 @@ def kind_by_name(path: str) -> str:
     return KINDS.get(named[-1], "") if named else TEXT
 
 
-def kind(path: str) -> str:
+def kind(path: str | os.PathLike) -> str:
     """The kind of a file by its name. UserError if unknown."""
     known = kind_by_name(path)
     if not known:
@@ -66,13 +67,8 @@ def raw_rows(
 ) -> Iterator[tuple[object, str, str | int]]:
     """Yields (raw row, its place, its number) of a file; of a text one row `{"text": …}`.
 
-    Args:
-      path: the file.
-      most: most bytes of a row.
-      fields: the columns that are wanted of a table.
-
-    Raises:
-      UserError: something in the file is wrong; names the file and the place.
+    `most` is the most bytes of a row, `fields` are the columns that are wanted of a table.
+    UserError if anything in the file is wrong; the message names the file and the place.
     """
     file_kind = kind(path)
     with reading.naming(path):

@@ -10,8 +10,8 @@ from icae_jax.errors import UserError, shown
 from icae_jax.interop.hub.text import check_encodable
 
 EXPECTED = (
-    "expected text, or context, question and answers, or input, prompt and answer (README.md, "
-    "Data, lists the other forms; a table's first line names its columns)"
+    "expected text, or context, question and answers, or input, prompt and answer "
+    "(icae_jax/data/README.md lists the other forms; a table's first line names its columns)"
 )
 QUESTION_FORMS = (  # the fields of the text, of the question and of its answer
     ("input", "prompt", "answer"),  # PwC

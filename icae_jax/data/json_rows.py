@@ -66,15 +66,9 @@ def seems_lines(text: str) -> bool:
 def values(file: io.BufferedReader, path: str, most: int) -> Iterator[tuple[object, int, int]]:
     """Yields (value, its line, its number) of a JSON file.
 
-    The number counts from 0: the line of JSON lines, else the value.
-
-    Args:
-      file: UTF-8 text, as from `reading.open_text`.
-      path: named in messages.
-      most: most bytes of a row.
-
-    Raises:
-      UserError: the file is not valid JSON, or a row is too long; names file and line.
+    The number counts lines of JSON lines, else values, from 0. The file is as from
+    `reading.open_text`. UserError if it is not valid JSON or a row is longer than `most` bytes; the
+    message names file and line.
     """
     before = _skip_blank_lines(file)
     if file.peek(1)[:1] == b"[":

@@ -18,9 +18,7 @@ def interleave(position: int, shares: Sequence[int]) -> tuple[int, int]:
     The result needs no history: the first source takes evenly spaced positions, the second evenly
     spaced ones of those that remain, and so on.
 
-    Args:
-      position: position in the endless sequence of all sources.
-      shares: the sources' shares, integers >= 0 that are not all zero.
+    shares: integers >= 0 that are not all zero.
     """
     before, after, left = position, position + 1, sum(shares)
     for source, share in enumerate(shares):

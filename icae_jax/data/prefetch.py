@@ -22,15 +22,10 @@ def train_batches(
     k_choices: Sequence[int],
     rows: slice | np.ndarray = slice(None),
 ) -> Iterator[Batch]:
-    """Iterates over the batches of steps, each with the `k` of its step.
+    """Iterates over the batches of consecutive steps, each with a `k` drawn from `k_choices`.
 
-    Args:
-      examples: what is drawn from.
-      seed: the run's seed.
-      batch_size: rows of the global batch.
-      steps: the steps to make batches for.
-      k_choices: memory tokens per segment to draw from; all processes draw the same.
-      rows: the rows of the global batch to make, such as those of one process.
+    rows: the rows of the global batch to make, such as those of one process. All processes draw the
+    same bucket and k.
     """
 
     def make(step):

@@ -173,7 +173,7 @@ def check_size(size: int, where: str, most: int) -> None:
 
 
 def numbered_lines(
-    f: BinaryIO, path: str | os.PathLike, most: int = MAX_ROW_BYTES, first: int = 1
+    f: io.BufferedReader, path: str | os.PathLike, most: int = MAX_ROW_BYTES, first: int = 1
 ) -> Iterator[tuple[int, bytes]]:
     """Yields (number, line) of an open file, whose next line has number `first`.
 

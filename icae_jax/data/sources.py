@@ -42,13 +42,8 @@ def identity(
 ) -> list:
     """The identity of a source as JSON: formats and contents of files, wherever they are.
 
-    A set gives its own description.
-
-    Args:
-      source: the source.
-      tfds_dir: where prepared TFDS sets are.
-      content_hash: hashes a file; may remember the hashes of large files.
-      no_answer: the answer given to unanswerable questions.
+    Prepared sets give their own description. `content_hash` may remember hashes of large files;
+    `no_answer` is that of `Sieve`.
     """
     result = []
     for part in _parts(source):
@@ -134,13 +129,7 @@ def read_all(source: str, tfds_dir: str | None = None, sieve: Sieve | None = Non
 def read_texts(source: str, flag: str, strict: str = "") -> list[Row]:
     """All texts of a source, without questions; says on stderr what was left out.
 
-    Args:
-      source: the source.
-      flag: the flag that names it, for messages.
-      strict: as for `Sieve`.
-
-    Raises:
-      UserError: as for `read_rows`, or no text is left.
+    UserError as for `read_rows`, or if no text is left. flag: the flag that names the source.
     """
     check_present(source)
     sieve = Sieve(strict, questions=False)

@@ -1,14 +1,16 @@
-"""A small world of made-up people: passages, questions, a tokenizer, and the documents a tiny base model is trained on.
+"""A small world of made-up people: passages, questions, a tokenizer, and training documents.
 
-Everything is a function of a seed, nothing is downloaded. A passage tells a few facts about each of two people, most of them of
-the same kinds (both have a trade, both play something, …), so that a question is answered only by who has not lost track of *whose*
-fact is asked for. `passage_bits` says how much there is to remember.
+Everything is a function of a seed; nothing is downloaded. A passage states a few facts about each
+of two people, most of them of the same kinds (both have a trade, both play an instrument, …), so
+that answering a question takes knowing *whose* fact is asked for. `passage_bits` says how much
+there is to remember. The documents train a tiny base model.
 """
 
 import itertools
 import math
 import random
 import re
+from typing import Any, NamedTuple
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
@@ -18,7 +20,7 @@ from icae_jax.errors import UserError
 UNK, BOS, EOS, REPEAT = "<unk>", "<s>", "</s>", "<repeat>"
 
 
-def _words(text):
+def _words(text: str) -> tuple[str, ...]:
     return tuple(text.split())
 
 
@@ -26,44 +28,50 @@ FIRST_NAMES = _words(
     "Anna Boris Clara David Elena Felix Greta Hugo Irene Jonas Karin Louis Maria Nils Olga Pavel"
 )
 LAST_NAMES = _words(
-    "Abbott Baker Carter Dunn Ellis Fisher Grant Hayes Irwin Jensen Keller Lambert Mason Novak Olsen Parker"
+    "Abbott Baker Carter Dunn Ellis Fisher Grant Hayes Irwin Jensen Keller Lambert Mason Novak "
+    "Olsen Parker"
 )
 
-# How a person is brought in, with the full name; every other sentence has the first name alone.
+# How a person is introduced, with the full name; every other sentence has the first name alone.
 OPENINGS = ("Meet {first} {last}.", "Here comes {first} {last}.")
 
-# One row a kind of fact: what it is called, two ways to state it, and its values. No value belongs to two kinds: an answer then
-# shows which fact it came from. A value stands four words after the name it belongs to, so that a tiny model needs to look at few
-# distances.
+# Kinds of facts: two ways to state each, and its values. No value belongs to two kinds, so answers
+# show which fact they came from. A value stands four words after its person's name, so a tiny model
+# needs to look at few distances only.
 KINDS = {
     "birthplace": (
         ("{name} was born in {value}.", "{name} grew up in {value}."),
         _words(
-            "Paris London Rome Madrid Vienna Oslo Cairo Lima Tokyo Delhi Athens Dublin Lisbon Prague Warsaw Berlin"
+            "Paris London Rome Madrid Vienna Oslo Cairo Lima Tokyo Delhi Athens Dublin Lisbon "
+            "Prague Warsaw Berlin"
         ),
     ),
     "trade": (
         ("{name} works as a {value}.", "{name} trained as a {value}."),
         _words(
-            "tailor doctor painter lawyer farmer teacher nurse pilot judge cook miner sailor plumber singer writer banker"
+            "tailor doctor painter lawyer farmer teacher nurse pilot judge cook miner sailor "
+            "plumber singer writer banker"
         ),
     ),
     "pet": (
         ("{name} looks after a {value}.", "{name} lives with a {value}."),
         _words(
-            "dog cat parrot rabbit hamster turtle goat pony lizard ferret snake hen duck donkey lamb pigeon"
+            "dog cat parrot rabbit hamster turtle goat pony lizard ferret snake hen duck donkey "
+            "lamb pigeon"
         ),
     ),
     "instrument": (
         ("{name} practises on the {value}.", "{name} performs on the {value}."),
         _words(
-            "violin piano flute cello harp drums guitar trumpet clarinet organ banjo oboe viola tuba lute horn"
+            "violin piano flute cello harp drums guitar trumpet clarinet organ banjo oboe viola "
+            "tuba lute horn"
         ),
     ),
     "favourite dish": (
         ("{name} likes to eat {value}.", "{name} loves to cook {value}."),
         _words(
-            "rice soup bread cheese salad pasta beans fish pancakes mushrooms lentils noodles carrots eggs potatoes plums"
+            "rice soup bread cheese salad pasta beans fish pancakes mushrooms lentils noodles "
+            "carrots eggs potatoes plums"
         ),
     ),
     "arrival year": (
@@ -73,66 +81,87 @@ KINDS = {
 }
 LAST_NAME = "last name"
 QUESTION = "What is the {kind} of {name}?"
-TEMPLATE = "Question: {question} Answer:"  # what a question becomes for the model; the answer and `</s>` follow
+# What a question becomes for the model; the answer and `</s>` follow.
+TEMPLATE = "Question: {question} Answer:"
 
-FACTS = 3  # facts told about each person in a passage
-FEWEST_SHARED = 2  # of these, so many at least are of kinds told about the other person too
-
-
-# ------------------------------------------------------------------------------------------------------------ passages
+FACTS = 3  # facts stated about each person in a passage
+FEWEST_SHARED = 2  # at least so many of them are of kinds stated about the other person too
 
 
-def _draw(rng, facts, people=2, fewest_shared=None):
-    """`people` people: `[(first, last, opening, [(kind, value, phrasing), …]), …]`.
+class _Fact(NamedTuple):
+    """phrasing: which of the kind's ways to state it."""
 
-    fewest_shared: kinds that each has in common with the first person at least; by default all of them.
+    kind: str
+    value: str
+    phrasing: int
+
+
+class _Person(NamedTuple):
+    """opening: which of `OPENINGS` introduces them."""
+
+    first: str
+    last: str
+    opening: int
+    facts: list[_Fact]
+
+
+# ----------------------------------------------------------------------------------------- passages
+
+
+def _draw(
+    rng: random.Random, facts: int, people: int = 2, fewest_shared: int | None = None
+) -> list[_Person]:
+    """Draws people with `facts` facts each.
+
+    fewest_shared: the fewest kinds that each shares with the first person; by default all.
     """
     fewest = facts if fewest_shared is None else min(facts, fewest_shared)
     firsts, lasts = rng.sample(FIRST_NAMES, people), rng.sample(LAST_NAMES, people)
-    told, taken = [], {kind: set() for kind in KINDS}
+    drawn, taken = [], {kind: set() for kind in KINDS}
     kinds = rng.sample(sorted(KINDS), facts)
     for first, last in zip(firsts, lasts, strict=True):
-        while told:  # rejection keeps every admissible pair of kind sets equally likely, as passage_bits counts them
+        while drawn:
+            # Rejection keeps all admissible pairs of kind sets equally likely, as `passage_bits`
+            # counts them.
             kinds = rng.sample(sorted(KINDS), facts)
-            if len({kind for kind, *_ in told[0][3]} & set(kinds)) >= fewest:
+            if len({fact.kind for fact in drawn[0].facts} & set(kinds)) >= fewest:
                 break
         own = []
         for kind in kinds:
             phrasings, values = KINDS[kind]
-            value = rng.choice(
-                [v for v in values if v not in taken[kind]]
-            )  # never another person's value
-            taken[kind].add(value)
-            own.append((kind, value, rng.randrange(len(phrasings))))
-        told.append((first, last, rng.randrange(len(OPENINGS)), own))
-    return told
+            value = rng.choice([v for v in values if v not in taken[kind]])
+            taken[kind].add(value)  # no two people share a value
+            own.append(_Fact(kind, value, rng.randrange(len(phrasings))))
+        drawn.append(_Person(first, last, rng.randrange(len(OPENINGS)), own))
+    return drawn
 
 
-def _sentences(people):
-    """The sentences of a passage, each with the words that say what cannot be guessed: `[(text, words), …]`."""
-    out = []
-    for first, last, opening, own in people:
-        out.append((OPENINGS[opening].format(first=first, last=last), (first, last)))
-        out += [
+def _sentences(people: list[_Person]) -> list[tuple[str, tuple[str, ...]]]:
+    """The sentences of a passage, each with its words that cannot be guessed."""
+    sentences = []
+    for first, last, opening, facts in people:
+        sentences.append((OPENINGS[opening].format(first=first, last=last), (first, last)))
+        sentences += [
             (KINDS[kind][0][phrasing].format(name=first, value=value), (value,))
-            for kind, value, phrasing in own
+            for kind, value, phrasing in facts
         ]
-    return out
+    return sentences
 
 
-def _text(people):
+def _text(people: list[_Person]) -> str:
     return " ".join(sentence for sentence, _ in _sentences(people))
 
 
-def _questions(people):
-    out = []
-    for first, last, _, own in people:
-        for kind, value in [(LAST_NAME, last), *((kind, value) for kind, value, _ in own)]:
-            out.append((QUESTION.format(kind=kind, name=first), value))
-    return out
+def _questions(people: list[_Person]) -> list[tuple[str, str]]:
+    """(question, answer) for every fact and last name."""
+    return [
+        (QUESTION.format(kind=kind, name=person.first), answer)
+        for person in people
+        for kind, answer in [(LAST_NAME, person.last), *(fact[:2] for fact in person.facts)]
+    ]
 
 
-def passages(seed, count):
+def passages(seed: int, count: int) -> list[dict[str, Any]]:
     """`count` rows `{"context": text, "questions": [{"question": text, "answers": [text]}, …]}`.
 
     Row i depends on `seed` and i alone. The questions ask for every fact and both last names.
@@ -145,27 +174,30 @@ def passages(seed, count):
     return rows
 
 
-def passage_bits():
-    """Bits of information in a passage: log2 of how many distinct ones `passages` can draw (all equally likely, or nearly)."""
+def passage_bits() -> float:
+    """Bits of information in a passage.
+
+    This is log2 of how many distinct passages can be drawn; all are (nearly) equally likely.
+    """
     choices = 0
     for one, two in itertools.product(itertools.combinations(KINDS, FACTS), repeat=2):
         if len(set(one) & set(two)) < FEWEST_SHARED:
             continue
-        told = math.prod(len(KINDS[kind][0]) * len(KINDS[kind][1]) for kind in one)
-        # The second person's value differs from the first person's where they share the kind.
-        told *= math.prod(
+        first = math.prod(len(KINDS[kind][0]) * len(KINDS[kind][1]) for kind in one)
+        # In a shared kind, the second person's value differs from the first person's.
+        second = math.prod(
             len(KINDS[kind][0]) * (len(KINDS[kind][1]) - (kind in one)) for kind in two
         )
-        choices += told
+        choices += first * second
     names = math.perm(len(FIRST_NAMES), 2) * math.perm(len(LAST_NAMES), 2)
     return math.log2(choices * names * math.factorial(FACTS) ** 2 * len(OPENINGS) ** 2)
 
 
-# ----------------------------------------------------------------------------------------------------------- tokenizer
+# ---------------------------------------------------------------------------------------- tokenizer
 
 
-def _pieces():
-    """Words and marks of everything the generator can say, sorted."""
+def _pieces() -> list[str]:
+    """Words and punctuation marks of everything the generator can say, sorted."""
     text = [*FIRST_NAMES, *LAST_NAMES, *OPENINGS, QUESTION, TEMPLATE, LAST_NAME]
     for kind, (phrasings, values) in KINDS.items():
         text += [kind, *phrasings, *values]
@@ -177,11 +209,12 @@ def _marks():
     return pre_tokenizers.Punctuation(behavior="isolated")
 
 
-def build_tokenizer():
-    """A word-level `PreTrainedTokenizerFast` over the generator's words, which puts `<s>` in front as Llama's tokenizers do.
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """A word-level tokenizer over the generator's words; puts `<s>` in front as Llama's do.
 
-    A word carries the space before it (as "▁word"), a mark of punctuation is a token of its own without one, so that decoding
-    gives back the text exactly, and a text tokenised in parts equals the whole.
+    A word carries the space before it (as "▁word"), and a punctuation mark is a token of its own
+    without one. So decoding gives back the text exactly, and a text tokenised in parts equals the
+    whole.
     """
     marks, words = [], []
     for piece in _pieces():
@@ -190,13 +223,13 @@ def build_tokenizer():
     tokenizer = Tokenizer(
         models.WordLevel({piece: i for i, piece in enumerate(vocabulary)}, unk_token=UNK)
     )
-    # A part that begins with a mark has no space to carry: the sign for one is taken away again.
+    # A part that begins with a mark has no space to carry, so the sign for it is removed.
     no_space = pre_tokenizers.Split(Regex(r"▁(?=[^\w▁])"), "removed")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Metaspace(prepend_scheme="always"), no_space, _marks()]
     )
     tokenizer.decoder = decoders.Metaspace(prepend_scheme="always")
-    # The spaces round <repeat> belong to it; they would otherwise come out as words of their own.
+    # The spaces around <repeat> belong to it; otherwise they would decode to words of their own.
     tokenizer.add_special_tokens(
         [UNK, BOS, EOS, AddedToken(REPEAT, lstrip=True, rstrip=True, special=True)]
     )
@@ -212,29 +245,35 @@ def build_tokenizer():
     )
 
 
-# ------------------------------------------------------------------------------------- what the base model is trained on
+# ---------------------------------------------------------------- what the base model is trained on
 
-# Telling whose fact is whose takes a tiny model hours if it starts from passages with questions: it stays where it knows the kind
-# of fact alone. It takes minutes if it first learns to look up a word by the word before it (pairs), then facts by name and kind
-# in short and long form (mentions), then as questions too (quiz).
+# If a tiny model starts with passages and questions, learning whose fact is whose takes hours: it
+# gets stuck where it knows only the kind of a fact. It takes minutes if the model first learns to
+# look up a word by the word before it (pairs), then facts by name and kind in short and long form
+# (mentions), then as questions too (quiz).
 WEIGHT = 1.0  # of what can be known: answers, mentions of known facts, copies
-LITTLE = 0.05  # of what cannot be foretold: its gradient is mostly noise
+LITTLE = 0.05  # of what cannot be predicted, whose gradient is mostly noise
+
+Document = list[tuple[str, float]]  # (text, weight of its tokens in the loss)
 
 
-def _mentions(rng, people, forms, words):
-    """Facts mentioned again and again, in the given forms, about `words` words in all. A first mention is never a question.
+def _mentions(
+    rng: random.Random, people: list[_Person], forms: dict[str, int | float], words: int
+) -> Document:
+    """Facts mentioned again and again, in the given forms, about `words` words in all.
 
-    forms: `{form: share}` of "bare" (name, value), "short" (name, kind, value), "statement" and "question".
+    forms: `{form: share}` of "bare" (name, value), "short" (name, kind, value), "statement" and
+    "question"; a first mention is never a question.
     """
-    facts = [(first, kind, value) for first, _, _, own in people for kind, value, _ in own]
+    facts = [(p.first, fact.kind, fact.value) for p in people for fact in p.facts]
     if "bare" not in forms:
-        facts += [(first, LAST_NAME, last) for first, last, _, _ in people]
+        facts += [(person.first, LAST_NAME, person.last) for person in people]
     new = rng.sample(facts, len(facts))
-    parts, told = [], set()
+    parts, mentioned = [], set()
     while words > 0:
         first, kind, value = new.pop() if new else rng.choice(facts)
         form = rng.choices(list(forms), list(forms.values()))[0]
-        if form == "question" and (first, kind) not in told:
+        if form == "question" and (first, kind) not in mentioned:
             form = "statement"
         end = "."
         if form == "bare":
@@ -252,10 +291,10 @@ def _mentions(rng, people, forms, words):
             start, end = TEMPLATE.format(question=QUESTION.format(kind=kind, name=first)), EOS
         parts += [
             (start, LITTLE),
-            (value, WEIGHT if (first, kind) in told else LITTLE),
+            (value, WEIGHT if (first, kind) in mentioned else LITTLE),
             (end, LITTLE),
         ]
-        told.add((first, kind))
+        mentioned.add((first, kind))
         words -= len(start.split()) + 2
     return parts
 
@@ -281,9 +320,8 @@ def _passage_questions(rng):
     people = _draw(rng, *rng.choice(((3, 2), (3, 2), (2, 2), (1, 3))), fewest_shared=FEWEST_SHARED)
     questions = _questions(people)
     parts = [(_text(people), LITTLE)]
-    for question, answer in rng.sample(
-        questions, 4
-    ):  # few, so that answers can hardly be told from earlier ones
+    # Few questions, so that earlier answers hardly help.
+    for question, answer in rng.sample(questions, 4):
         parts += [(TEMPLATE.format(question=question), LITTLE), (answer, WEIGHT), (EOS, LITTLE)]
     return parts
 
@@ -298,15 +336,15 @@ def _repeat(rng):
 
 
 def _notes(rng):
-    """A passage as somebody might note it down: names and values stay, every other word is left out with one probability."""
+    """A passage from notes: names and values, and other words left out with one probability."""
     leave_out = rng.random()
 
     def noted(people):
-        kept = []
-        for sentence, must in _sentences(people):
+        notes = []
+        for sentence, needed in _sentences(people):
             words = [*sentence.removesuffix(".").split(), "."]
-            kept += [word for word in words if word in must or rng.random() >= leave_out]
-        return " ".join(kept).replace(" .", ".")
+            notes += [word for word in words if word in needed or rng.random() >= leave_out]
+        return " ".join(notes).replace(" .", ".")
 
     return _copy(rng, noted)
 
@@ -316,13 +354,13 @@ DOCUMENTS = {
     "mentions": _facts,  # facts in short and in full, again and again
     "quiz": _quiz,  # the same with questions among them
     "questions": _passage_questions,  # a passage, then questions in the plain template
-    "repeat": _repeat,  # a passage, <repeat>, the passage again with <s> and </s> round it: teaches copying
-    "notes": _notes,  # the same from notes: teaches writing out in full what stands there in short
+    "repeat": _repeat,  # a passage, <repeat>, the passage in <s> and </s>: teaches copying
+    "notes": _notes,  # the same from notes: teaches writing out in full
 }
 
 
-def base_document(seed, kind):
-    """One document of a kind in `DOCUMENTS` for plain language modelling: a list of `(text, weight of its tokens in the loss)`.
+def base_document(seed: int | str, kind: str) -> Document:
+    """One document of a kind in `DOCUMENTS`, for plain language modelling.
 
     The parts are tokenised one by one without special tokens; `<s>` goes in front of each document.
     """

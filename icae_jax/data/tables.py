@@ -35,15 +35,9 @@ def read_csv(
 ) -> Iterator[tuple[dict, str, int]]:
     """Yields (row, its place, its number) of a csv whose first line names the columns.
 
-    Args:
-      file: UTF-8 text, as from `reading.open_text`.
-      path: named in messages.
-      most: most bytes of a row.
-      fields: columns that are read, by which the delimiter is recognised.
-      delimiter: "" to recognise it from the first line.
-
-    Raises:
-      UserError: a row has too many or too few cells, is too long or wrongly quoted; names its line.
+    The file is as from `reading.open_text`. `fields` are the columns that are read, by which a
+    delimiter of "" is recognised from the first line. UserError if a row has too many or too few
+    cells, is wrongly quoted or longer than `most` bytes; the message names its line.
     """
     lines = _Lines(file, path, most)
     csv.field_size_limit(min(sys.maxsize, most + 1))

@@ -63,15 +63,15 @@ class Tokens:
     left_out: dict[str, int] = dataclasses.field(default_factory=dict)
     held: BinaryIO | None = dataclasses.field(default=None, repr=False, compare=False)
 
-    def text(self, i) -> Int32[np.ndarray, " n"]:
+    def text(self, i: int | np.integer) -> Int32[np.ndarray, " n"]:
         """The ids of text i."""
         return self.text_ids[self.text_offsets[i] : self.text_offsets[i + 1]]
 
-    def prompt(self, q) -> Int32[np.ndarray, " n"]:
+    def prompt(self, q: int | np.integer) -> Int32[np.ndarray, " n"]:
         """The ids of the prompt of question q."""
         return self.prompt_ids[self.prompt_offsets[q] : self.prompt_offsets[q + 1]]
 
-    def answer(self, q) -> Int32[np.ndarray, " n"]:
+    def answer(self, q: int | np.integer) -> Int32[np.ndarray, " n"]:
         """The ids of the answer of question q."""
         return self.answer_ids[self.answer_offsets[q] : self.answer_offsets[q + 1]]
 
@@ -87,19 +87,9 @@ def tokenise(
 ) -> Tokens:
     """`Tokens` of a source, from the cache if it holds the same data with the same tokenizer.
 
-    Otherwise one process of the host tokenises it. Transient faults are retried.
-
-    Args:
-      source: the source.
-      tokenizer: the tokenizer.
-      cache_dir: the cache folder, if not the default one.
-      tfds_dir: where prepared TFDS sets are.
-      max_row_bytes: most bytes of a line or text.
-      no_answer: as for `rows.Sieve`.
-      strict: as for `rows.Sieve`.
-
-    Raises:
-      UserError: a row is malformed, and the message names file and line; or no rows are left.
+    Otherwise one process of the host tokenises it. Transient faults are retried. `no_answer` and
+    `strict` are those of `rows.Sieve`. UserError if no rows are left or one is malformed; the
+    message names file and line.
     """
     what = f"tokenising {source}"
     hash_file = functools.partial(_content_hash, cache_dir)

@@ -9,7 +9,7 @@ import numpy as np
 from icae_jax.compression.decoder import Decoder, Prefix
 from icae_jax.errors import UserError
 from icae_jax.inference import generate as decoding
-from icae_jax.inference.batching import batch_starts
+from icae_jax.inference.batching import batch_starts, round_up
 from icae_jax.inference.compressor import Compressor
 from icae_jax.inference.reading import Generation, Score
 from icae_jax.interop.hub import tokenizer as tokenizers
@@ -21,10 +21,6 @@ Ids = Sequence[int]
 
 STEP = 64  # lengths are padded to multiples of this, so that few shapes are compiled
 LOSS_CHUNK = 128
-
-
-def _round_up(n: int, step: int = STEP) -> int:
-    return -(-n // step) * step
 
 
 def no_prefix(config: ModelConfig, rows: int, dtype=jnp.float32) -> Prefix:
@@ -94,7 +90,7 @@ def generate(
     for start in batch_starts(len(prompts), batch_size):
         chunk = prompts[start : start + batch_size]
         rows = compressor.devices.rows(batch_size if start else len(chunk))
-        ids = np.zeros((rows, _round_up(max(map(len, chunk)))), np.int32)
+        ids = np.zeros((rows, round_up(max(map(len, chunk)), STEP)), np.int32)
         lengths, most = np.ones(rows, np.int32), np.ones(rows, np.int32)
         for i, row in enumerate(chunk):
             ids[i, : len(row)], lengths[i], most[i] = row, len(row), limits[start + i]
@@ -105,7 +101,7 @@ def generate(
                 decoding.Prompts(
                     *compressor.devices.put((ids, lengths, np.zeros(rows, np.int32), most))
                 ),
-                max_new_tokens=_round_up(int(most.max()), 32),
+                max_new_tokens=round_up(int(most.max())),
                 stop_ids=stop_ids,
             )
         out = jax.device_get(out)
@@ -138,8 +134,8 @@ def score(
     for start in batch_starts(len(rows), batch_size):
         chunk = rows[start : start + batch_size]
         size = compressor.devices.rows(batch_size if start else len(chunk))
-        T = _round_up(max(len(row.ids) - 1 for row in chunk))
-        U = _round_up(max(len(row.ids) - row.label_start for row in chunk))
+        T = round_up(max(len(row.ids) - 1 for row in chunk), STEP)
+        U = round_up(max(len(row.ids) - row.label_start for row in chunk), STEP)
         packed = pack([[row] for row in chunk] + [[]] * (size - len(chunk)), 1, T, U)
         batch = {name: x[:, 0] for name, x in packed.items()}
         placed = compressor.devices.put((batch["ids"], batch["label_at"], batch["labels"]))

@@ -204,7 +204,7 @@ class Compressor:
         )
 
     def save(
-        self, path: str | os.PathLike, memory: Memory, ids: Sequence[TextId] | None = None
+        self, path: str | os.PathLike, memory: Memory, ids: Sequence[Any] | None = None
     ) -> None:
         """Writes a memory file. ids: of the texts, by default their numbers."""
         ids = [str(i) for i in range(len(memory))] if ids is None else ids

@@ -92,8 +92,8 @@ def _check_ids(ids: list, count: int) -> None:
     for text_id in ids:
         if not _is_id(text_id):
             raise UserError(
-                f"the id {errors.shown(text_id)} is neither a text nor a number; give each text one "
-                "that is"
+                f"the id {errors.shown(text_id)} is neither a text nor a number; give each text "
+                "one that is"
             )
         check_encodable(str(text_id), f"the id {text_id!r}")
     counts = collections.Counter(map(str, ids))
@@ -102,10 +102,11 @@ def _check_ids(ids: list, count: int) -> None:
         raise UserError(f"two memories have the id {repeated!r}; give each text an id of its own")
 
 
-def save(path: str | os.PathLike, memory: Memory, ids: Sequence[TextId], origin: Origin) -> None:
+def save(path: str | os.PathLike, memory: Memory, ids: Sequence[Any], origin: Origin) -> None:
     """Writes a memory file; an existing one is replaced only when the new one is complete.
 
-    ids: of the texts, distinct.
+    ids: of the texts, distinct texts or numbers. UserError if they are not, or if the memory is not
+    finite.
     """
     ids = list(ids)
     _check_ids(ids, len(memory))

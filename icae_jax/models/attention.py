@@ -9,7 +9,8 @@
 All compute scores and softmax in float32, and none keeps scores for the backward pass: memory grows
 with T + S, not T x S (flash attention, arXiv 2205.14135). xla materialises one chunk's scores at a
 time; the kernels keep theirs on the chip. Letters: see `models.llama`; here there are S keys behind
-P keys of a prefix, and T queries at some of the S times."""
+P keys of a prefix, and T queries at some of the S times.
+"""
 
 import statistics
 import time
@@ -348,7 +349,8 @@ def fastest(
     rows, heads, kv_heads: of one device. windows: whether layers see only a window. seconds: times
     a jitted function on its arguments. A single candidate is not timed. One that the backend
     refuses is left out; xla is chosen if it refuses all. Call it where no mesh is active. Processes
-    may measure different winners: all must take one's."""
+    may measure different winners: all must take one's.
+    """
     device = device or jax.local_devices()[0]
     sizes = {
         "dtype": dtype,

@@ -6,7 +6,8 @@ T + S, not T x S (as in flash attention, arXiv 2205.14135).
 
 Queries are `[b, K, G, Q, T, H]`: those of b texts, each read by G rows (B = b * G). A source of
 keys is `(k, v, mask)`: k and v `[b, G, S, K, H]`, each row's own, or `[b, S, K, H]`, one text's for
-all its rows; mask `[b or 1, 1, G or 1, 1, T or 1, S]`."""
+all its rows; mask `[b or 1, 1, G or 1, 1, T or 1, S]`.
+"""
 
 import functools
 from typing import Any, NamedTuple

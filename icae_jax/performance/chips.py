@@ -1,18 +1,20 @@
-"""Published peaks of accelerators, by the name that jax gives a device."""
+"""Published peaks of accelerators, by the name that JAX gives a device."""
 
 import dataclasses
 
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """What one jax device can do at most, as its vendor publishes it.
+    """The published peaks of one JAX device.
 
-    kind: `device_kind` of its jax device; a device of TPU v4 and v5p is a whole chip of two cores.
-    bf16_flops: dense bfloat16 matmuls, FLOP/s, a multiplication and an addition being two.
-    hbm_bytes: memory, bytes; programs get a little less, since the runtime keeps some.
-    hbm_bandwidth: between memory and cores, bytes/s.
-    link_bandwidth: what it can send to other chips over all its links together, bytes/s in one direction: half of the "bidirectional"
-        figures that vendors print. Google's "Gbps" of a chip are one direction's: 1600 of TPU v5e are 200e9 bytes/s, over four links.
+    Attributes:
+        kind: its `device_kind`; a device of TPU v4 and v5p is a whole chip of two cores.
+        bf16_flops: dense bfloat16 matmuls, FLOP/s; a multiplication and an addition are two.
+        hbm_bytes: memory; programs get a little less, since the runtime keeps some.
+        hbm_bandwidth: between memory and cores, bytes/s.
+        link_bandwidth: to other chips over all links together, bytes/s in one direction: half of
+            the "bidirectional" figures that vendors print. Google's "Gbps" of a chip are in one
+            direction: 1600 of TPU v5e are 200e9 bytes/s, over four links.
     """
 
     kind: str
@@ -22,8 +24,9 @@ class Chip:
     link_bandwidth: float
 
 
-# Device kinds, FLOP/s, GiB, bytes/s of memory, bytes/s of links. Vendors write "GB" for capacities in GiB (an H200 of "141 GB" reports
-# 143,771 MiB), and NVIDIA's datasheets give FLOP/s "with sparsity", twice those here.
+# Device kinds, FLOP/s, GiB, bytes/s of memory, bytes/s of links. Vendors write "GB" for capacities
+# in GiB (an H200 of "141 GB" reports 143,771 MiB), and NVIDIA's datasheets give FLOP/s
+# "with sparsity", twice those here.
 _PUBLISHED = (
     # cloud.google.com/tpu/docs/v4; links: arXiv 2304.01433, six of 50 GB/s
     (("TPU v4",), 275e12, 32, 1200e9, 300e9),
@@ -43,7 +46,8 @@ _PUBLISHED = (
     (("NVIDIA H100 PCIe",), 756e12, 80, 2000e9, 64e9),
     # NVIDIA H200 datasheet (SXM): 141 GB
     (("NVIDIA H200",), 989e12, 141, 4800e9, 450e9),
-    # NVIDIA DGX B200 datasheet: 1,440 GB and 64 TB/s of eight; 4.5 PFLOPS each with sparsity; NVLink 1.8 TB/s
+    # NVIDIA DGX B200 datasheet: 1,440 GB and 64 TB/s of eight; 4.5 PFLOPS each with sparsity;
+    # NVLink 1.8 TB/s
     (("NVIDIA B200",), 2250e12, 180, 8000e9, 900e9),
 )
 CHIPS = {
@@ -53,6 +57,6 @@ CHIPS = {
 }
 
 
-def find(device_kind):
-    """The `Chip` of a jax device's `device_kind`; None for one that is not in the table, as every CPU."""
+def find(device_kind: str) -> Chip | None:
+    """The peaks of a device kind; None for one that is not in the table, such as a CPU."""
     return CHIPS.get(device_kind)

@@ -1,4 +1,4 @@
-"""The training step of a configuration on the devices at hand: made of random arrays, compiled, run, timed and counted."""
+"""The training step of a configuration on the devices at hand, timed and counted."""
 
 import dataclasses
 import functools
@@ -6,15 +6,17 @@ import math
 import resource
 import sys
 import time
-import typing
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import PyTree
 
 from icae_jax.compression import segments
 from icae_jax.compression import trained as trained_tree
 from icae_jax.models import llama
+from icae_jax.models.llama import ModelConfig
 from icae_jax.objectives import targets
 from icae_jax.objectives.packing import pack
 from icae_jax.performance import programs
@@ -24,14 +26,16 @@ from icae_jax.training.compressor_task import CompressorLosses, with_attention
 from icae_jax.training.optimizer import make_optimizer
 
 
-class Measured(typing.NamedTuple):
-    """What some steps took. wall_seconds; cpu_seconds: of all threads of this process, user and system. losses: `{objective: mean nats}`
-    of the first of them.
+class Measured(NamedTuple):
+    """What some steps took.
+
+    cpu_seconds: of all threads of this process, user and system. losses: of the first step, mean
+    nats by objective.
     """
 
     wall_seconds: float
     cpu_seconds: float
-    losses: dict
+    losses: dict[str, float]
 
 
 # ------------------------------------------------------------------------------------ random arrays
@@ -39,8 +43,9 @@ class Measured(typing.NamedTuple):
 
 @functools.lru_cache
 def _maker(shape, rows, constant, dtype, where):
-    """The program that makes an array of a key: of `constant`, or, where that is None, of normal(0.02) numbers, `rows` at a time. Arrays
-    of one shape share it.
+    """The program that makes an array from a key; arrays of one shape share it.
+
+    It is filled with `constant`, or, if that is None, with normal(0.02) numbers, `rows` at a time.
     """
 
     def make(key):
@@ -54,10 +59,12 @@ def _maker(shape, rows, constant, dtype, where):
     return jax.jit(make, out_shardings=where)
 
 
-def random_params(model, placement, dtype, seed=0):
-    """Random parameters of a base in `dtype`, made where they lie: layer by layer, so that no leaf exists in another dtype or place.
+def random_params(
+    model: ModelConfig, placement: sharding.Placement, dtype: Any, seed: int = 0
+) -> PyTree:
+    """Random parameters of a base in `dtype`, made on the devices that hold them.
 
-    model: `models.llama.ModelConfig`. placement: `runtime.sharding.Placement`.
+    They are made layer by layer, so that no leaf exists in another dtype or place.
     """
     shapes = llama.param_shapes(model)
 
@@ -77,8 +84,8 @@ def random_params(model, placement, dtype, seed=0):
     return jax.tree.unflatten(tree, [make(key) for make, key in zip(leaves, keys, strict=True)])
 
 
-def initial(spec, params, seed=0):
-    """The trained tree that training starts from, float32: LoRA with B zero, and the memory table drawn as the base's embeddings are."""
+def initial(spec: programs.Spec, params: PyTree, seed: int = 0) -> PyTree:
+    """The trained tree that training starts from (`compression.trained.init`)."""
     return _initial(
         jax.random.key(seed), params["embed"], spec.model, spec.config.lora, spec.compression
     )
@@ -89,17 +96,18 @@ def _initial(key, embed, model, lora_config, compression):
     return trained_tree.init(key, embed, model, lora_config, compression)
 
 
-def random_batch(spec, seed=0):
-    """A training batch (numpy) of the shapes of `programs.batch`: contexts of `spec.length` random tokens, every target as long as its
-    arrays let it be.
+def random_batch(spec: programs.Spec, seed: int = 0) -> dict[str, Any]:
+    """A training batch (numpy) of the shapes of `programs.batch`.
+
+    Contexts have `spec.length` random tokens; targets are as long as their arrays allow.
     """
     rng, shapes = np.random.default_rng(seed), programs.batch(spec)
 
     def tokens(size):
         return rng.integers(0, spec.model.vocab_size, size, np.int32).tolist()
 
-    def packed(of):
-        (rows, G, T), U = of["ids"].shape, of["labels"].shape[2]
+    def packed(target):
+        (rows, G, T), U = target["ids"].shape, target["labels"].shape[2]
         return pack(
             [[targets.Target(tokens(T + 1), T + 1 - U) for _ in range(G)] for _ in range(rows)],
             G,
@@ -114,16 +122,17 @@ def random_batch(spec, seed=0):
     return {
         "context": context,
         "lengths": lengths,
-        "targets": {o: packed(of) for o, of in shapes["targets"].items()},
+        "targets": {o: packed(target) for o, target in shapes["targets"].items()},
         "k": shapes["k"],
     }
 
 
 def _check_batch(spec, batch):
-    """UserError where a batch has other shapes than the specification, whose FLOPs would then be another step's."""
+    """ValueError if a batch has other shapes than the specification, whose FLOPs are counted."""
     if batch.get("k") != spec.compression.k:
         raise ValueError(
-            f"batch k is {batch.get('k')}, the specification's is {spec.compression.k}; give a batch of this k"
+            f"batch k is {batch.get('k')}, the specification's is {spec.compression.k}; give a "
+            "batch of this k"
         )
     named = [
         {
@@ -133,10 +142,11 @@ def _check_batch(spec, batch):
         for tree in (batch, programs.batch(spec))
     ]
     for name in sorted(named[0].keys() | named[1].keys()):
-        given, wanted = (of.get(name) for of in named)
+        given, wanted = (shapes.get(name) for shapes in named)
         if given != wanted:
             raise ValueError(
-                f"batch {name} has shape {given}, the specification's is {wanted}; give a batch of its shapes"
+                f"batch {name} has shape {given}, the specification's is {wanted}; give a batch of "
+                "its shapes"
             )
 
 
@@ -144,32 +154,43 @@ def _check_batch(spec, batch):
 
 
 class TrainingStep:
-    """The jitted step that `icae train` runs, on real arrays on this process's devices, arranged as `spec.config.mesh` says.
+    """The jitted step that `icae train` runs, on real arrays on this process's devices.
 
-    spec: `performance.programs.Spec` of "train". params: the base's tree, by default `random_params` in the configuration's dtype. batch: as
-    training's are, of the shapes of `programs.batch(spec)`, by default `random_batch`. trained: the trained tree, by default `initial`.
-    Nothing stands before the memory (`objectives.template` is not looked at).
+    Args:
+      spec: of "train"; its mesh says how devices are arranged. Nothing stands before the memory
+        (`objectives.template` is ignored).
+      params: the base's tree, by default `random_params` in the configuration's dtype.
+      batch: of the shapes of `programs.batch(spec)`, by default `random_batch`.
+      trained: the trained tree, by default `initial`.
+      seed: of what is random.
 
-    contexts, context_tokens, label_tokens, least_flops: of one step, all microbatches together; the FLOPs as `performance.flops` counts
-    them. spec: with the attention that is computed. notes: lines on how that was found, and on what the mesh cannot split. UserError
-    where rows do not divide over the mesh, or the batch has other shapes.
+    Attributes:
+      spec: with the attention that is computed.
+      notes: lines on how that was found, and on what the mesh cannot split.
+      contexts, context_tokens, label_tokens, least_flops: of one step, over all microbatches; FLOPs
+        as `performance.flops` counts them.
+
+    UserError if rows do not divide over the mesh. ValueError if the batch has other shapes.
     """
 
-    def __init__(self, spec, params=None, batch=None, trained=None, seed=0):
-        c = spec.config
-        self.mesh, self.contexts = (
-            sharding.make_mesh(c.mesh, jax.local_devices()),
-            spec.contexts * c.accumulate,
-        )
-        sharding.check_batch_size(self.mesh, self.contexts, c.accumulate)
-        c = dataclasses.replace(c, batch_size=self.contexts)
+    def __init__(
+        self,
+        spec: programs.Spec,
+        params: PyTree = None,
+        batch: dict[str, Any] | None = None,
+        trained: PyTree = None,
+        seed: int = 0,
+    ):
+        self.mesh = sharding.make_mesh(spec.config.mesh, jax.local_devices())
+        self.contexts = spec.contexts * spec.config.accumulate
+        sharding.check_batch_size(self.mesh, self.contexts, spec.config.accumulate)
+        c = dataclasses.replace(spec.config, batch_size=self.contexts)
         c, notes = with_attention(c, spec.model, spec.compression, self.mesh, spec.length)
         self.spec = spec = dataclasses.replace(spec, config=c)
-        if batch is None:
-            batch = random_batch(spec, seed)
+        batch = random_batch(spec, seed) if batch is None else batch
         _check_batch(spec, batch)
         self.context_tokens = int(np.sum(batch["lengths"]))
-        self.label_tokens = sum(int(np.sum(of["label_mask"])) for of in batch["targets"].values())
+        self.label_tokens = sum(int(np.sum(t["label_mask"])) for t in batch["targets"].values())
         self.least_flops = programs.least(spec)
         self.placement = sharding.Placement(self.mesh, spec.model)
         self.notes = self.placement.notes() + notes
@@ -179,23 +200,21 @@ class TrainingStep:
             params = random_params(spec.model, self.placement, c.jnp_dtype, seed)
         self.params = jax.device_put(params, self.placement.tree(params))
         with self.placement.active():
-            state = step.init_state(
-                initial(spec, self.params, seed) if trained is None else trained, optimizer
-            )
+            trained = initial(spec, self.params, seed) if trained is None else trained
+            state = step.init_state(trained, optimizer)
             shardings = self.placement.tree(state)
             self.state = sharding.put(state, shardings)
-            self.batch = sharding.put_batch(
-                self.mesh, batch, np.arange(self.contexts), self.contexts
-            )
-        self.compiled, self._step = (
-            None,
-            step.make_train_step(task, optimizer, c.seed, c.accumulate, shardings),
-        )
+            rows = np.arange(self.contexts)
+            self.batch = sharding.put_batch(self.mesh, batch, rows, self.contexts)
+        self.compiled = None
+        self._step = step.make_train_step(task, optimizer, c.seed, c.accumulate, shardings)
 
-    def compile(self):
-        """Compiles the step: `{"trace_seconds": tracing and lowering, "compile_seconds": the compiler, or reading its cache, "cache_hit"}`.
+    def compile(self) -> dict[str, Any]:
+        """Compiles the step.
 
-        cache_hit: whether the program came from JAX's persistent cache; None where none is in use.
+        Returns `trace_seconds` (tracing and lowering), `compile_seconds` (the compiler, or reading
+        its cache) and `cache_hit` (whether the program came from JAX's persistent cache, None if
+        none is in use).
         """
         events = []
 
@@ -222,32 +241,33 @@ class TrainingStep:
             "cache_hit": hit,
         }
 
-    def run(self, steps):
-        """Runs so many steps, each from the state that the last one left, and waits for them: `Measured`."""
+    def run(self, steps: int) -> Measured:
+        """Runs so many steps, each from the state that the last one left, and waits for them."""
         if self.compiled is None:
             self.compile()
         first = last = None
         jax.block_until_ready((self.state, self.params, self.batch))
         wall, cpu = time.perf_counter(), time.process_time()
         for _ in range(steps):
-            self.state, told = self.compiled(self.state, self.params, self.batch)
-            jax.block_until_ready(
-                last
-            )  # one step late, as training reads them: the device is already busy with the next
-            first, last = first or told, told
+            self.state, metrics_of_step = self.compiled(self.state, self.params, self.batch)
+            # One step late, as training reads them: the device is already busy with the next.
+            jax.block_until_ready(last)
+            first, last = first or metrics_of_step, metrics_of_step
         jax.block_until_ready(self.state)
         wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
         first = jax.device_get(first)
         return Measured(wall, cpu, metrics.means(first["sums"], first["counts"]))
 
-    def xla_flops(self):
-        """XLA's count of one step over all devices, see `xla_flops`."""
+    def xla_flops(self) -> float | None:
+        """XLA's count of a step's FLOPs over all devices, see `xla_flops`."""
         return xla_flops(self.spec, self.mesh)
 
-    def memory(self):
-        """Bytes, None where they are not known: `device_peak_bytes` of the fullest device since the process began (accelerators),
-        `process_peak_bytes` resident (CPU), and what the compiler says of one device's part of the step: `argument_bytes`,
-        `temporary_bytes`, `program_peak_bytes`.
+    def memory(self) -> dict[str, int | None]:
+        """Bytes, None where they are unknown.
+
+        `device_peak_bytes`: of the fullest device since the process began (accelerators).
+        `process_peak_bytes`: resident (CPU). `argument_bytes`, `temporary_bytes` and
+        `program_peak_bytes`: the compiler's figures for one device's part of the step.
         """
         stats = [device.memory_stats() or {} for device in self.mesh.local_devices]
         resident = None
@@ -255,28 +275,29 @@ class TrainingStep:
             resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
                 1 if sys.platform == "darwin" else 1024
             )
-        told = self.compiled and self.compiled.memory_analysis()
+        analysis = self.compiled and self.compiled.memory_analysis()
         return {
             "device_peak_bytes": max(
                 (s["peak_bytes_in_use"] for s in stats if "peak_bytes_in_use" in s), default=None
             ),
             "process_peak_bytes": resident,
-            "argument_bytes": told and told.argument_size_in_bytes,
-            "temporary_bytes": told and told.temp_size_in_bytes,
-            "program_peak_bytes": told and told.peak_memory_in_bytes,
+            "argument_bytes": analysis and analysis.argument_size_in_bytes,
+            "temporary_bytes": analysis and analysis.temp_size_in_bytes,
+            "program_peak_bytes": analysis and analysis.peak_memory_in_bytes,
         }
 
 
-def xla_flops(spec, mesh):
-    """XLA's count of a training step's FLOPs over all devices of a mesh, or None where it gives none.
+def xla_flops(spec: programs.Spec, mesh: Any) -> float | None:
+    """XLA's count of a training step's FLOPs over all devices of a mesh, None if it gives none.
 
-    Of the programs of 2 and of 3 layers, unrolled and lowered for CPUs but not compiled, continued in a straight line to all layers.
-    What is recomputed counts as often as it is computed; attention as the plain one, since XLA does not look into kernels.
+    Extrapolated linearly from programs of 2 and 3 layers, unrolled and lowered for CPUs but not
+    compiled. Recomputation counts as often as it happens. Attention is counted as xla's, since XLA
+    does not look into kernels.
     """
-    plain = dataclasses.replace(spec, config=dataclasses.replace(spec.config, attention="xla"))
+    xla = dataclasses.replace(spec, config=dataclasses.replace(spec.config, attention="xla"))
     counted = []
     for layers in (2, 3):
-        lowered = programs.lower(programs.few_layers(plain, layers), mesh, ("cpu",))
+        lowered = programs.lower(programs.few_layers(xla, layers), mesh, ("cpu",))
         counted.append((lowered.cost_analysis() or {}).get("flops"))
     if None in counted:
         return None
@@ -284,9 +305,11 @@ def xla_flops(spec, mesh):
     return (two + (three - two) * (spec.model.num_layers - 2)) * spec.config.accumulate
 
 
-def matmul_rate(dtype, seconds=1.0):
-    """FLOP/s of large square matmuls in `dtype` on one of this process's devices, at this moment: the best of five chains, each of which
-    is waited for once. seconds: about how long all of it takes, once compiled.
+def matmul_rate(dtype: Any, seconds: float = 1.0) -> float:
+    """FLOP/s that large square matmuls reach now on one of this process's devices.
+
+    The best of five chains, each of which is waited for once. seconds: about how long all of it
+    takes, once compiled.
     """
     device = jax.local_devices()[0]
     size = 2048 if device.platform == "cpu" else 8192

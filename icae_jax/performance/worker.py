@@ -1,6 +1,7 @@
-"""One compilation in a process of its own: the number of host devices, and libtpu, are fixed once a process has touched JAX.
+"""One compilation in a process of its own, since JAX fixes host devices and libtpu when it starts.
 
-`python -m icae_jax.performance.worker` reads a pickled request on standard input, and prints its answer as one line of JSON.
+`python -m icae_jax.performance.worker` reads a pickled request on standard input and prints its
+answer as one line of JSON.
 """
 
 import importlib.metadata
@@ -13,6 +14,8 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from icae_jax.errors import UserError
 
@@ -23,23 +26,29 @@ class OutOfMemory(Exception):
     """The program does not fit; the message is the compiler's."""
 
 
-def ask(request, host_devices=1):
-    """The answer to a request, `{"kind": "tpu" or "host", …}` as `_tpu` and `_host` take them, from another process.
+def ask(request: Mapping[str, Any], host_devices: int = 1) -> dict[str, Any]:
+    """The answer of another process to a request.
 
-    OutOfMemory where the compiler says so, UserError where the request is at fault; RuntimeError, with what it wrote, where the process
-    dies, which is nobody's input.
+    request: `{"kind": …}` of `KINDS`, with the arguments of that function. OutOfMemory if the
+    compiler says so, UserError if the request is at fault. RuntimeError, with the process's output,
+    if it dies, which no input should cause.
     """
     flags = (
         f"--xla_force_host_platform_device_count={host_devices} --xla_backend_optimization_level=0"
     )
-    if importlib.metadata.version("jaxlib").startswith(
-        "0.10."
-    ):  # a third of the time; with 0.11 the flag would end the process
+    # Takes a third of the time; jaxlib 0.11 does not know the flag and would exit.
+    if importlib.metadata.version("jaxlib").startswith("0.10."):
         flags += " --xla_cpu_use_fusion_emitters=false"
     environment = os.environ | {
-        "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-        "TPU_STDERR_LOG_LEVEL": "3", "TPU_MIN_LOG_LEVEL": "3", "TF_CPP_MIN_LOG_LEVEL": "3", "TPU_LOG_DIR": "disabled",
-    }  # fmt: skip
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": flags,
+        "TPU_SKIP_MDS_QUERY": "1",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+        "TPU_STDERR_LOG_LEVEL": "3",
+        "TPU_MIN_LOG_LEVEL": "3",
+        "TF_CPP_MIN_LOG_LEVEL": "3",
+        "TPU_LOG_DIR": "disabled",
+    }
     with tempfile.TemporaryFile() as log:
         command = [sys.executable, "-m", "icae_jax.performance.worker"]
         done = subprocess.run(
@@ -57,7 +66,7 @@ def ask(request, host_devices=1):
         why = f"exit code {done.returncode}"
         if done.returncode < 0:
             why = signal.Signals(-done.returncode).name
-            why += ", as a rule for want of this machine's memory" if why == "SIGKILL" else ""
+            why += ", usually because this machine ran out of memory" if why == "SIGKILL" else ""
         raise RuntimeError(f"compiling failed ({why}): {written.strip()[-2000:]}")
     answer = json.loads(lines[-1].removeprefix(MARK))
     if "out_of_memory" in answer:
@@ -67,26 +76,24 @@ def ask(request, host_devices=1):
     return answer
 
 
-def _tpu(spec, topology, mesh, exact=False):
-    """Compiles for the chips of a topology: bytes a chip, collectives, and the kind of chip.
+def _tpu(spec: Any, topology: str, mesh: Any, exact: bool = False) -> dict[str, Any]:
+    """Compiles a `programs.Spec` for a topology: bytes a chip, collectives, and the kind of chip.
 
-    exact: with all the compiler's effort, as a run does, instead of as little as tells the same.
+    exact: compile with full effort, as a run does.
     """
     import jax
 
     from icae_jax.performance import hlo, programs
     from icae_jax.runtime import sharding
 
-    found = _devices(topology)
-    if isinstance(found, str):
-        return {"error": found}
-    if not exact:
-        jax.config.update(
-            "jax_exec_time_optimization_effort", -1.0
-        )  # a fifth of the time; memory within a few per cent
-    placed = sharding.make_mesh(mesh, found)
+    devices = _devices(topology)
+    if isinstance(devices, str):
+        return {"error": devices}
+    if not exact:  # takes a fifth of the time, and tells memory within a few per cent
+        jax.config.update("jax_exec_time_optimization_effort", -1.0)
+    device_mesh = sharding.make_mesh(mesh, devices)
     began = time.process_time()
-    lowered = programs.lower(spec, placed)
+    lowered = programs.lower(spec, device_mesh)
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
@@ -95,10 +102,10 @@ def _tpu(spec, topology, mesh, exact=False):
         return {"out_of_memory": str(error)}
     memory, program = compiled.memory_analysis(), hlo.Program(compiled.as_text())
     return {
-        "kind": found[0].device_kind,
-        "chips": len(found),
-        "mesh": dict(placed.shape),
-        "notes": sharding.Placement(placed, spec.model).notes(),
+        "kind": devices[0].device_kind,
+        "chips": len(devices),
+        "mesh": dict(device_mesh.shape),
+        "notes": sharding.Placement(device_mesh, spec.model).notes(),
         "argument_bytes": memory.argument_size_in_bytes,
         "temporary_bytes": max(0, memory.peak_memory_in_bytes - memory.argument_size_in_bytes),
         "peak_bytes": memory.peak_memory_in_bytes,
@@ -108,7 +115,7 @@ def _tpu(spec, topology, mesh, exact=False):
     }
 
 
-def _devices(topology):
+def _devices(topology: str) -> Sequence[Any] | str:
     """The devices of a topology, or what is wrong with its name."""
     from jax.experimental import topologies
 
@@ -116,47 +123,54 @@ def _devices(topology):
         return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
     except (RuntimeError, ValueError) as error:
         lines = str(error).strip().splitlines() or [repr(error)]
-        return f"--topology {topology}: {lines[0]}; give NAME:SHAPE such as v5e:4x4, v5p:2x2x2 or v6e:4x4"
+        return (
+            f"--topology {topology}: {lines[0]}; "
+            "give NAME:SHAPE such as v5e:4x4, v5p:2x2x2 or v6e:4x4"
+        )
 
 
-def _topology(topology):
+def _topology(topology: str) -> dict[str, Any]:
     """The number of chips of a topology, and their kind."""
-    found = _devices(topology)
-    if isinstance(found, str):
-        return {"error": found}
-    if any(device.core_on_chip for device in found):
+    devices = _devices(topology)
+    if isinstance(devices, str):
+        return {"error": devices}
+    if any(device.core_on_chip for device in devices):
         return {
-            "error": f"--topology {topology}: libtpu compiles for its single cores, where a run's devices are chips; name another kind"
+            "error": f"--topology {topology}: libtpu compiles for its single cores, "
+            "where a run's devices are chips; name another kind"
         }
-    return {"kind": found[0].device_kind, "chips": len(found)}
+    return {"kind": devices[0].device_kind, "chips": len(devices)}
 
 
-def _host(specs, mesh):
+def _host(specs: Sequence[Any], mesh: Any) -> dict[str, Any]:
     """Compiles for this process's host devices: FLOPs of one device's part of each program."""
     from icae_jax.performance import programs
     from icae_jax.runtime import sharding
 
-    placed = sharding.make_mesh(mesh)
-    return {
-        "flops": [programs.lower(spec, placed).compile().cost_analysis()["flops"] for spec in specs]
-    }
+    device_mesh = sharding.make_mesh(mesh)
+    compiled = [programs.lower(spec, device_mesh).compile() for spec in specs]
+    return {"flops": [program.cost_analysis()["flops"] for program in compiled]}
 
 
 KINDS = {"tpu": _tpu, "topology": _topology, "host": _host}
 
 
-def _end_with(parent):
-    """Ends this process once its parent has gone: a compilation may go on for minutes, and nobody would read its answer."""
+def _end_with(parent: int) -> None:
+    """Ends this process once its parent has gone.
+
+    A compilation may go on for minutes, and nobody would read its answer.
+    """
     while os.getppid() == parent:
         time.sleep(1)
     os._exit(1)
 
 
-def main():
+def answer_request() -> None:
+    """Answers the request on standard input."""
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     request = pickle.loads(sys.stdin.buffer.read())
     print(MARK + json.dumps(KINDS[request.pop("kind")](**request)), flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    answer_request()

@@ -21,7 +21,7 @@ from icae_jax.workflows import restoring
 from icae_jax.workflows.released import Unstated, read_released
 from icae_jax.workflows.restoring import Restoring
 
-FORMATS = ("native", "peft", "icae-v1", "icae-v2", "x500")
+FORMATS = ("native", "peft", *formats.FORMATS)
 DTYPES = ("float32", "bfloat16", "float16")
 MOST_TEXTS = 8  # restored by the check
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from icae_jax.compression.trained import SPECIAL_ROWS
 from icae_jax.errors import UserError
 from icae_jax.interop.adapters import folder as adapters
 from icae_jax.interop.adapters import formats
@@ -50,7 +51,7 @@ def read_released(
     recorded = released.reading or {}
     method, source_of_method = _method(released, unstated, recorded)
     trained = formats.read_trained(released.kind, released.tensors, base, released.path)
-    k = trained["memory_table"].shape[0] - formats.SPECIAL_ROWS
+    k = trained["memory_table"].shape[0] - SPECIAL_ROWS
     phase = unstated.phase or "finetune"
     defaults = formats.defaults(released.kind, method, phase, k)
     given = {

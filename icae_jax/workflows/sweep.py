@@ -14,6 +14,7 @@ from typing import Any
 
 from icae_jax import files, lock
 from icae_jax.errors import UserError
+from icae_jax.training import config_file
 from icae_jax.training.train import DIVERGED, DONE, PREEMPTED
 from icae_jax.training.workdir import FREE_FIELDS
 from icae_jax.workflows import sweep_jobs, sweep_points, sweep_results
@@ -45,8 +46,9 @@ class Sweep:
     @property
     def identity(self) -> dict[str, Any]:
         """What sweep.json records."""
+        path, arg = config_file.find(self.config)  # the same by the file's path and by its name
         return {
-            "config": pathlib.Path(self.config).name,
+            "config": f"{path.name}:{arg}" if arg else path.name,
             "sweep": self.name,
             "overrides": dict(self.overrides),
             "points": {point.name: point.changes for point in self.points},

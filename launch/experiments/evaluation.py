@@ -119,7 +119,7 @@ def on_quickstart(trained, workdir, limit):
         "tokens": [held_out],
     }
     common = ["--base", base, "--limit", limit, "--batch_size", 50]
-    for method in quickstart.METHODS:
+    for method in quickstart.trained_methods():
         for suite, (data, *flags) in runs.items():
             out = workdir / f"quickstart-{method}-{suite}"
             evaluate(suite, out, [trained / method / "finetune"], data, *common, *flags)

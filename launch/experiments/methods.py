@@ -17,7 +17,7 @@ compiled.set_up()  # before anything imports JAX
 from icae_jax import files  # noqa: E402
 from icae_jax.data import synthetic  # noqa: E402
 from icae_jax.evaluation import report  # noqa: E402
-from icae_jax.workflows import quickstart  # noqa: E402
+from icae_jax.workflows import quickstart, quickstart_results  # noqa: E402
 
 SEGMENT = 55  # text tokens, as in configs/quickstart.py
 
@@ -32,7 +32,7 @@ def main():
         help="output folder; the same command continues",
     )
     parser.add_argument(
-        "--methods", nargs="+", default=["icae", "x500"], choices=list(quickstart.METHODS)
+        "--methods", nargs="+", default=["icae", "x500"], choices=list(quickstart.trained_methods())
     )
     parser.add_argument(
         "--k", nargs="+", type=int, default=[11, 2], help="memory tokens of a passage of 46"
@@ -52,22 +52,24 @@ def main():
             if value < least or (most and value > most):
                 bounds = f"at least {least}" + (f" and at most {most}" if most else "")
                 parser.error(f"--{name} is {value}; it must be {bounds}")
-    data, steps = args.workdir / "data", dict(zip(quickstart.PHASES, args.steps, strict=True))
+    data = args.workdir / "data"
+    steps = dict(zip(quickstart_results.PHASES, args.steps, strict=True))
     quickstart.write_data(data, quickstart.TRAIN_PASSAGES, args.held_out)
-    base, trained = quickstart.load_base(quickstart.SHIPPED_BASE), []
+    base = quickstart.load_base(quickstart.SHIPPED_BASE)
+    training, trained = quickstart.Training(base, data, steps=steps), []
     for k in args.k:
         for method in args.methods:
             workdir = args.workdir / f"{method}-{k}"
             fields = {"k": k, "rate": SEGMENT / k, "k_choices": ()}
-            code, *compressors = quickstart.train_method(method, workdir, base, data, steps, fields)
+            code, trained_method = training.train(method, workdir, fields)
             if code:
                 return code
-            trained.append((method, workdir, *compressors))
-    result, _ = quickstart.compare(
+            trained.append(trained_method)
+    result, _ = quickstart_results.compare(
         trained, synthetic.passages(quickstart.HELD_OUT_SEED, args.held_out)
     )
     files.write_json(args.workdir / "results.json", result)
-    print(report.text_table(*quickstart.summary_table(result)))
+    print(report.text_table(*quickstart_results.summary_table(result)))
     return 0
 
 

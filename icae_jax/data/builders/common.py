@@ -7,6 +7,7 @@ import collections
 import contextlib
 import functools
 import io
+import os
 import pathlib
 import shutil
 import tempfile
@@ -15,7 +16,7 @@ from collections.abc import Iterator
 import tensorflow_datasets as tfds
 
 from icae_jax.data import forms, reading
-from icae_jax.data.builders import shards
+from icae_jax.data.builders import inputs, shards
 from icae_jax.data.builders.inputs import Input, Request
 from icae_jax.data.rows import Row, Sieve
 from icae_jax.errors import UserError
@@ -58,7 +59,8 @@ def _fingerprint(file):
 class LocalBuilder(tfds.core.DatasetBuilder, skip_registration=True):
     """A TFDS set made of the user's own files.
 
-    A subclass says in `sources` which files these are, and in `parse` which rows a raw row holds.
+    A subclass says in `FILES` or `sources` which files these are, and in `parse` which rows a raw
+    row holds.
     Builders are not in TFDS's registry, where other sets may have their names: a prepared set is
     read by its files alone.
 
@@ -77,6 +79,7 @@ class LocalBuilder(tfds.core.DatasetBuilder, skip_registration=True):
     ABOUT = ""  # what it is made of, in one line
     FLAGS = ("from", "only")  # the parts of a request that it takes
     FEATURES = None  # `{name: tfds feature}` of an example
+    FILES = ()  # the `inputs.Published` files of a published set
 
     def __init__(
         self,
@@ -92,8 +95,8 @@ class LocalBuilder(tfds.core.DatasetBuilder, skip_registration=True):
         self.inputs = self.sources(request) if request else {}
 
     def sources(self, request: Request) -> dict[str, list[Input]]:
-        """The files of each split."""
-        raise NotImplementedError
+        """The files of each split; by default those of `FILES` that the request asks for."""
+        return inputs.find(self.FILES, request)
 
     @staticmethod
     def parse(raw: dict, subset: str) -> Iterator[Row]:
@@ -149,7 +152,7 @@ class LocalBuilder(tfds.core.DatasetBuilder, skip_registration=True):
             self.download_and_prepare(download_dir=empty)
         return True
 
-    def left_overs(self) -> list[pathlib.Path]:
+    def left_overs(self) -> list[os.PathLike]:
         """Folders of unfinished preparations of this set, killed or still running."""
         return sorted(self.data_path.parent.glob(f"incomplete.*_{self.data_path.name}"))
 

@@ -94,13 +94,8 @@ def objects(
 ) -> Iterator[T]:
     """Yields what `handle(JSON object, its place)` yields for each row of a part.
 
-    Args:
-      part: what to read.
-      handle: gets the place as a line in a part that is a whole file, else as a byte.
-      columns: the columns that are wanted of a table.
-
-    Raises:
-      UserError: `handle` refuses a row, or it is malformed; names file and line.
+    The place is a line if the part begins the file, else a byte. UserError if a row is malformed or
+    `handle` raises one; the message names file and line. columns: those wanted of a table.
     """
     if part.start == 0 and part.stop is None:
         for raw, where, _ in formats.raw_rows(part.path, reading.MAX_ROW_BYTES, columns):
@@ -149,13 +144,8 @@ def write_shards(
 ) -> Written:
     """Writes the examples of parts, in order, as shards prefix.00000, ….
 
-    Args:
-      parts: what to read.
-      parse: makes rows of (raw row, subset); raises UserError if it is malformed.
-      features: a tfds `FeaturesDict`.
-      prefix: path of the shards.
-      sieve: decides which rows can be used; its counts stay as they are.
-      columns: the columns that are wanted of a table.
+    `parse` makes rows of (raw row, subset), and raises a UserError if it is malformed; `features`
+    is a tfds `FeaturesDict`. The sieve's own counts stay as they are.
     """
     sieve = sieve.fresh()
 
@@ -202,11 +192,7 @@ def _end_with_parent():
 def run(function: Callable[..., T], jobs: Sequence[tuple], processes: int, what: str) -> list[T]:
     """`[function(*job) for job in jobs]` in several processes, which end with the first error.
 
-    Args:
-      function: what each job calls; must be picklable.
-      jobs: arguments of each call; must be picklable.
-      processes: most processes; results do not depend on it.
-      what: label of the progress bar.
+    Function and jobs must be picklable. what: label of the progress bar.
     """
     if min(processes, len(jobs)) <= 1:
         return [function(*job) for job in tqdm.tqdm(jobs, desc=what, unit="part", disable=None)]

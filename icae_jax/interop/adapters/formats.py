@@ -287,7 +287,7 @@ def make_adapter(
     template: Template,
     *,
     method: str,
-    alpha: float,
+    alpha: float | int,
     context_length: int,
     layout: str,
 ) -> adapters.Adapter:

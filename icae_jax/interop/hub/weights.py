@@ -154,7 +154,7 @@ def save_params(
     config: llama.ModelConfig,
     params: dict,
     dtype: DTypeLike = "bfloat16",
-    max_file_bytes: float = 5e9,
+    max_file_bytes: int | float = 5e9,
 ) -> None:
     """Writes the parameters as the hub's safetensors files.
 

@@ -14,9 +14,9 @@ def number(
     source: object,
     *,
     whole: bool = False,
-    most: float = math.inf,
+    most: int | float = math.inf,
     zero: bool = False,
-) -> float:
+) -> int | float:
     """A positive, finite number, which may be written as a string.
 
     Args:

@@ -7,11 +7,13 @@ import collections
 import contextlib
 import email.utils
 import json
+import pathlib
 import re
+from collections.abc import Iterator
 
 from icae_jax.data import forms
 from icae_jax.data.builders import common, inputs, shards
-from icae_jax.data.rows import Sieve
+from icae_jax.data.rows import Row, Sieve
 from icae_jax.errors import UserError
 
 WHERE = (
@@ -45,7 +47,7 @@ def month_of_version(raw: dict) -> tuple[int, int] | None:
     return created.year, created.month
 
 
-def abstract(raw: dict, counts: collections.Counter) -> tuple[str, str, str]:
+def abstract(raw: dict, counts: dict[str, int]) -> tuple[str, str, str]:
     """(split such as "2023_07", id, text in one line) of a row of the dump, or of id and text.
 
     counts[APART] counts ids at odds with the date of the first version. UserError if neither gives
@@ -100,11 +102,14 @@ class Builder(common.LocalBuilder, skip_registration=True):
     FLAGS = ("from",)
     FEATURES = common.TEXTS
 
-    def sources(self, request):
+    def sources(self, request: inputs.Request) -> dict[str, list[inputs.Input]]:
+        """All files of the request, whose rows are sorted by month later."""
         files = inputs.files_in(request.paths)
         return {"months": [inputs.Input(str(file)) for file in files]}
 
-    def jobs(self, folder):
+    def jobs(
+        self, folder: pathlib.Path
+    ) -> tuple[dict[str, list[list[shards.Part]]], dict[str, int]]:
         """One pass over the dump sorts its rows by month; each month is then one job."""
         parts = [part for file in self.inputs["months"] for part in shards.parts_of(*file)]
         tasks = [
@@ -120,5 +125,6 @@ class Builder(common.LocalBuilder, skip_registration=True):
         return {month: [months[month]] for month in sorted(months)}, counts
 
     @staticmethod
-    def parse(raw, subset):
+    def parse(raw: dict, subset: str) -> Iterator[Row]:
+        """Yields the row of a sorted abstract."""
         yield common.row_of(raw["text"], raw["id"])

@@ -1,0 +1,1 @@
+"""Any corpus of texts."""

@@ -2,9 +2,11 @@
 
 import glob
 import re
+from collections.abc import Iterator
 
 from icae_jax.data import forms
 from icae_jax.data.builders import common, inputs
+from icae_jax.data.rows import Row
 from icae_jax.errors import UserError
 
 
@@ -18,7 +20,8 @@ class Builder(common.LocalBuilder, skip_registration=True):
     FLAGS = ("from", "split", "field")
     FEATURES = common.TEXTS
 
-    def sources(self, request):
+    def sources(self, request: inputs.Request) -> dict[str, list[inputs.Input]]:
+        """The files of `--from` as split train, or those of each `--split`."""
         if bool(request.paths) == bool(request.patterns):
             raise UserError(
                 "give either --from FILE_OR_FOLDER (all of it is split train) or --split "
@@ -44,12 +47,15 @@ class Builder(common.LocalBuilder, skip_registration=True):
             for split, of_split in paths.items()
         }
 
-    def options(self):
+    def options(self) -> dict[str, str]:
+        """The field of the text."""
         return {"field": self.request.field if self.request else "text"}
 
-    def columns(self):
+    def columns(self) -> frozenset[str]:
+        """The columns that are wanted of a table, the field of the text among them."""
         return forms.FIELDS | {self.options()["field"]}
 
     @staticmethod
-    def parse(raw, subset, field):
+    def parse(raw: dict, subset: str, field: str) -> Iterator[Row]:
+        """Yields the one text of a row."""
         yield common.row_of(common.text_of(raw, field), forms.name_of(raw, "id"))

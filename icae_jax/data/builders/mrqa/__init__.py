@@ -1,0 +1,1 @@
+"""The MRQA 2019 shared task."""

@@ -1,9 +1,12 @@
 """The MRQA 2019 shared task: extractive questions of twelve data sets (Fisch et al., 2019)."""
 
+from collections.abc import Iterator
+
 import tensorflow_datasets as tfds
 
 from icae_jax.data import forms
 from icae_jax.data.builders import common, inputs
+from icae_jax.data.rows import Row
 
 RELEASE = "https://s3.us-east-2.amazonaws.com/mrqa/release/v2"
 # The task's own download scripts shorten three of the names.
@@ -45,13 +48,12 @@ class Builder(common.LocalBuilder, skip_registration=True):
     """
 
     ABOUT = "train/NAME.jsonl.gz and dev/NAME.jsonl.gz of the MRQA 2019 shared task"
+    FILES = FILES
     FEATURES = common.QUESTIONS | {"id": tfds.features.Text(), "subset": tfds.features.Text()}
 
-    def sources(self, request):
-        return inputs.find(FILES, request)
-
     @staticmethod
-    def parse(raw, subset):
+    def parse(raw: dict, subset: str) -> Iterator[Row]:
+        """Yields a row for each question of a line."""
         if "header" in raw:
             return
         common.text_of(raw, "context")
