@@ -314,7 +314,7 @@ METHODS_PHASES = tuple(itertools.product(("icae", "x500"), PHASES))
 @pytest.mark.parametrize(
     ("name", "phase", "base"),
     [(*METHODS_PHASES[i % len(METHODS_PHASES)], base) for i, base in enumerate(BASES)],
-)  # every base, every method in every phase: what a step's shapes hang on, the method and the phase, does not hang on the base
+)  # a step's shapes depend on method and phase, not on the base: each base, each pair once
 def test_a_training_step_on_a_named_base_fits(name, phase, base):
     """Breaks when a shape of the step does not hold on an architecture."""
     config = filled(name, f"{phase}-{base}")
