@@ -421,7 +421,7 @@ def test_a_slice_that_cannot_be_had(cloud, fault, message, done):
 
 def test_a_pod_gets_committed_code_alone(cloud, checkout):
     """Breaks when the workers silently run something else than what the checkout holds."""
-    script = checkout / "launch" / "stories.sh"
+    script = checkout / "launch" / "experiments" / "stories.sh"
     text = script.read_text()
     script.write_text(text + "#\n")
     try:
