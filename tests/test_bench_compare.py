@@ -1,4 +1,4 @@
-"""The PyTorch baseline of launch/benchmarks computes what this package computes, and the comparison tells what it measured."""
+"""launch/benchmarks/compare.py: the PyTorch baseline computes the same, and ratios are right."""
 
 import dataclasses
 import functools
@@ -23,8 +23,16 @@ from icae_jax.training.compressor_task import CompressorLosses  # noqa: E402
 BENCH = ROOT / "launch" / "benchmarks"
 K, RANK = 4, 4
 SIZES = {
-    "seed": 0, "tokens": 16, "memory": K, "lora_rank": RANK, "questions": 3, "prompt": 4, "answer": 3, "batch": 2, "dtype": "float32",
-}  # fmt: skip
+    "seed": 0,
+    "tokens": 16,
+    "memory": K,
+    "lora_rank": RANK,
+    "questions": 3,
+    "prompt": 4,
+    "answer": 3,
+    "batch": 2,
+    "dtype": "float32",
+}
 
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux", reason="reads /proc and sets the cores of processes"
@@ -33,7 +41,7 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(scope="module", autouse=True)
 def _one_thread():
-    """PyTorch in one thread: at these sizes others only wait for work, and take a processor's time for it."""
+    """Runs PyTorch in one thread; at these sizes more threads only spin."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -63,7 +71,7 @@ def trained():
 
 @functools.cache
 def ours(sides, params, case):
-    """`{objective: (loss, gradient of the trained tree)}` of both contexts on our side, without dropout."""
+    """`{objective: (loss, gradient of the trained tree)}` of both contexts, without dropout."""
     config = dataclasses.replace(sides.train_config(case, SIZES, 2), remat="none", attention="xla")
     task, batch = (
         CompressorLosses(config, TINY, config.compression),
@@ -78,9 +86,7 @@ def ours(sides, params, case):
             },
             tree,
         )
-        alone = np.eye(
-            len(losses), dtype=np.float32
-        )  # a row weighs one objective and none of the others
+        alone = np.eye(len(losses), dtype=np.float32)  # a row weighs one objective alone
         return losses, jax.vmap(pull)(dict(zip(losses, alone.T, strict=True)))[0]
 
     losses, gradients = jax.device_get(all_of(trained()))
@@ -126,13 +132,13 @@ def passes(bench, model, objective):
     return bench("torch_icae").passes({**arrays(), "eos": bench("sides").EOS}, objective, rows)
 
 
-# --------------------------------------------------------------------------------------------------------- the baseline
+# ------------------------------------------------------------------------------------- the baseline
 
 
 @pytest.mark.parametrize("objective", ["ae", "lm", "qa"])
 @pytest.mark.parametrize("recipe", ["reference", "stronger"])
 def test_losses_and_gradients_agree(bench, torch_side, params, recipe, objective):
-    """Breaks when one side reads other tokens, positions or labels than the other, or trains or adapts what the other does not."""
+    """Breaks when the sides differ in tokens, positions, labels, or what is trained or adapted."""
     sides = bench("sides")
     want, grads = ours(sides, params, "qa" if objective == "qa" else "ae+lm")[objective]
     model = torch_side(recipe)
@@ -164,7 +170,7 @@ def test_autoencoding_alone_is_that_half_of_both(bench):
 
 
 def test_the_reference_decoder_is_a_frozen_copy_that_recomputes(bench, torch_side):
-    """Breaks when the baseline is not the recipe that it is named after, and its seconds are another one's."""
+    """Breaks when the baseline is not the recipe that its name says."""
     model = torch_side("reference")
     inner = {"encoder": model.encoder.get_base_model(), "decoder": model.decoder}
     pointers = [{p.data_ptr() for p in module.parameters()} for module in inner.values()]
@@ -173,12 +179,8 @@ def test_the_reference_decoder_is_a_frozen_copy_that_recomputes(bench, torch_sid
     )
     assert not any("lora" in name for name, _ in model.decoder.named_parameters())
     runs = dict.fromkeys(inner, 0)
-    for (
-        name,
-        module,
-    ) in (
-        inner.items()
-    ):  # recomputing stops within the MLP, at its last matmul: what starts is counted
+    # Calls are counted as they start, since recomputing stops within the MLP.
+    for name, module in inner.items():
         module.model.layers[0].mlp.register_forward_pre_hook(
             lambda *_, name=name: runs.update({name: runs[name] + 1})
         )
@@ -197,7 +199,7 @@ def test_the_reference_decoder_is_a_frozen_copy_that_recomputes(bench, torch_sid
 
 
 def test_the_stronger_recipe_has_one_base_and_recomputes_nothing(bench, torch_side):
-    """Breaks when the stronger baseline holds a second base, runs a layer more than twice, or leaves its adapters off."""
+    """Breaks when it holds a second base, runs a layer more than twice, or leaves adapters off."""
     model = torch_side("stronger")
     runs = []
     model.encoder.get_base_model().model.layers[0].mlp.register_forward_pre_hook(
@@ -224,7 +226,7 @@ def test_bfloat16(bench, torch_side, recipe):
 
 
 def test_flops_of_the_baseline_count_attention_and_what_is_recomputed(bench, torch_side):
-    """Breaks when the counter does not see the fused attention, the head, or the decoder's second forward pass."""
+    """Breaks when fused attention, the head, or the decoder's recomputation is not counted."""
     c, h = TINY, TINY.num_heads * TINY.head_dim
     for recipe in ("reference", "stronger"):
         model = torch_side(recipe)
@@ -238,19 +240,18 @@ def test_flops_of_the_baseline_count_attention_and_what_is_recomputed(bench, tor
         want = block * (2 * written + passes_read * read) + 3 * adapters_of * written
         want += 4 * c.num_layers * h * (3 * written**2 + (passes_read + 1) * read**2)
         want += 2 * c.hidden_size * c.vocab_size * (written + 2 * read)
-        if (
-            recipe == "reference"
-        ):  # recomputing stops at a block's last matmul, of which a frozen weight's gradient chain needs nothing
+        if recipe == "reference":
+            # Recomputing stops before a block's last matmul, whose result no gradient needs.
             want -= 2 * c.num_layers * c.hidden_size * c.intermediate_size * read
         assert model.flops(*rows) == B * want
         assert all(p.grad is None for p in model.trained)
 
 
-# ------------------------------------------------------------------------------------------------------- the comparison
+# ----------------------------------------------------------------------------------- the comparison
 
 
 class Fake:
-    """A side that has losses at hand, and seconds that the test chooses."""
+    """A side with a given loss."""
 
     def __init__(self, name, loss, batch=1):
         self.name, self.loss, self.batch = name, loss, batch
@@ -262,11 +263,9 @@ class Fake:
 
 @pytest.mark.parametrize("loss, fine", [(2.001, True), (2.005, False), (math.nan, False)])
 def test_sides_that_disagree_are_not_measured(bench, loss, fine):
-    """Breaks when two sides train different things and one is called faster, or when a loss that is no number agrees with any."""
-    compare, group = (
-        bench("compare"),
-        [Fake("ours", 2.0), Fake("reference", 2.0), Fake("stronger", loss)],
-    )
+    """Breaks when sides that train different things are compared, or NaN agrees with a loss."""
+    compare = bench("compare")
+    group = [Fake("ours", 2.0), Fake("reference", 2.0), Fake("stronger", loss)]
     if fine:
         assert compare.check(group, ["ae+lm"], 1e-3)["ae+lm"]["ours"] == {"ae": 1.0, "lm": 2.0}
         return
@@ -275,7 +274,7 @@ def test_sides_that_disagree_are_not_measured(bench, loss, fine):
 
 
 def test_every_second_round_is_reversed(bench):
-    """Breaks when the same side always runs first: what the one before leaves in caches would be the other's gain."""
+    """Breaks when the same side always runs first, and the other always with warm caches."""
     said = []
 
     class Recording(Fake):
@@ -292,7 +291,7 @@ def test_every_second_round_is_reversed(bench):
 
 
 def test_a_side_that_ends_is_named(bench, tmp_path, capfd):
-    """Breaks when a side that runs out of memory leaves the others waiting for ever, or does not say which it was."""
+    """Breaks when a side that dies is waited for forever, or is not named."""
     side = bench("compare").Side(
         "stronger",
         tmp_path,
@@ -325,7 +324,7 @@ def test_a_side_that_ends_is_named(bench, tmp_path, capfd):
     ids=lambda x: "" if isinstance(x, str) else " ".join(x),
 )
 def test_bad_flags_are_named(bench, tmp_path, capsys, flags, message):
-    """Breaks when a mistyped flag is found out by a process that has loaded a model."""
+    """Breaks when a mistyped flag is noticed only after a model was loaded."""
     with pytest.raises(SystemExit) as out:
         bench("compare").flags(["--workdir", str(tmp_path / "w"), *flags])
     assert (
@@ -334,24 +333,25 @@ def test_bad_flags_are_named(bench, tmp_path, capsys, flags, message):
 
 
 def test_a_folder_of_other_sizes_is_refused(bench, tmp_path):
-    """Breaks when an earlier run's base is measured under this run's sizes, or someone's files are written over."""
+    """Breaks when a base of other sizes is measured, or someone's files are overwritten."""
     (tmp_path / "sizes.json").write_text('{"hidden": 512, "tokens": 128}')
     with pytest.raises(ValueError, match=r"made with hidden 512 \(now 64\)"):
-        bench("compare").prepare(tmp_path, {"hidden": 64, "tokens": 128, "rounds": 3})
+        bench("problem").prepare(tmp_path, {"hidden": 64, "tokens": 128, "rounds": 3})
     (tmp_path / "sizes.json").rename(tmp_path / "other.json")
     with pytest.raises(ValueError, match="is not empty"):
-        bench("compare").prepare(tmp_path, {"hidden": 64})
+        bench("problem").prepare(tmp_path, {"hidden": 64})
 
 
 @pytest.mark.nightly
 def test_a_comparison(tmp_path):
-    """Breaks when the sides cannot be run beside each other, or the table's ratios are not those of the seconds that were measured."""
-    sizes = {
-        "hidden": 32, "layers": 2, "heads": 4, "intermediate": 48, "vocab": 64, "tokens": 16, "memory": 4, "lora_rank": 4,
-        "continuation": 12, "batch": 2, "contexts": 4, "rounds": 2, "cases": "ae+lm", "sides": "ours,reference",
-    }  # fmt: skip
+    """Breaks when the sides cannot run together, or ratios are not those of measured seconds."""
+    sizes = (
+        "--hidden 32 --layers 2 --heads 4 --intermediate 48 --vocab 64 --tokens 16 --memory 4 "
+        "--lora_rank 4 --continuation 12 --batch 2 --contexts 4 --rounds 2 --cases ae+lm "
+        "--sides ours,reference"
+    )
     command = [sys.executable, str(BENCH / "compare.py"), "--workdir", str(tmp_path / "w")]
-    command += [word for name, value in sizes.items() for word in (f"--{name}", str(value))]
+    command += sizes.split()
     out = subprocess.run(
         command, capture_output=True, text=True, env=os.environ | {"JAX_PLATFORMS": "cpu"}
     )

@@ -13,23 +13,22 @@ SCRIPTS = sorted([*(ROOT / "launch").rglob("*.sh"), *(ROOT / "launch").rglob("*.
 
 
 def test_there_are_scripts():
+    """Breaks when the scripts are moved, and the tests below test none."""
     assert SCRIPTS
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda p: p.name)
 def test_usage_and_syntax(script):
+    """Breaks when a script has a syntax error, or without arguments does anything but say usage."""
     out = subprocess.run(["bash", str(script)], capture_output=True, text=True)
-    assert (
-        out.returncode != 0
-        and f"usage: {script.relative_to(ROOT)}" in out.stderr
-        and not out.stdout
-    )
+    assert out.returncode != 0 and not out.stdout
+    assert f"usage: {script.relative_to(ROOT)}" in out.stderr
     if shutil.which("shellcheck"):
         subprocess.run(["shellcheck", str(script)], check=True)
 
 
 def called(script, *arguments):
-    """The exit code of a Python script of launch/, run in this process, which has imported what it needs."""
+    """The exit code of a Python script of launch/, run in this process, which is faster."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [str(script), *arguments])
         patch.syspath_prepend(script.parent)
@@ -42,26 +41,20 @@ def called(script, *arguments):
     "script", sorted((ROOT / "launch").glob("experiments/*.py")), ids=lambda p: p.name
 )
 def test_python_scripts_say_what_they_take(script, capsys):
+    """Breaks when a script does not import, or takes a missing --workdir for a default."""
     assert called(script, "--help") == 0 and "--workdir" in capsys.readouterr().out
     assert called(script) == 2
 
 
 def test_bad_arguments_of_the_comparison_are_named(tmp_path, capsys):
-    """Breaks when a number of memory tokens that no segment can have ends in a traceback, or in a started run."""
-    for flag, message in (
+    """Breaks when an impossible number of memory tokens ends in a traceback or starts a run."""
+    script, workdir = ROOT / "launch" / "experiments" / "methods.py", str(tmp_path / "w")
+    for flags, message in (
         (["--k", "0"], "--k is 0"),
         (["--steps", "5", "0"], "--steps is 0"),
         (["--k", "56"], "at most 55"),
     ):
-        assert (
-            called(
-                ROOT / "launch" / "experiments" / "methods.py",
-                "--workdir",
-                str(tmp_path / "w"),
-                *flag,
-            )
-            == 2
-        )
+        assert called(script, "--workdir", workdir, *flags) == 2
         assert message in capsys.readouterr().err
     assert not (tmp_path / "w").exists()
 
@@ -73,16 +66,15 @@ def evaluation(monkeypatch):
     return importlib.import_module("evaluation")
 
 
-def test_the_evaluation_of_everything_names_what_it_lacks(
-    evaluation, tmp_path, monkeypatch, capsys
-):
-    """Breaks when a missing folder, or half of what the stories need, is found out after an hour of training."""
+def test_the_evaluation_names_missing_arguments(evaluation, tmp_path, monkeypatch, capsys):
+    """Breaks when a missing folder is noticed only after an hour of training."""
     workdir = tmp_path / "w"
     bad = (
-        ([], "give --quickstart"), (["--stories", str(tmp_path)], "--stories and --data go together"),
+        ([], "give --quickstart"),
+        (["--stories", str(tmp_path)], "--stories and --data go together"),
         (["--quickstart", str(tmp_path / "absent")], "absent: no such folder"),
         (["--quickstart", str(tmp_path), "--limit", "0"], "--limit and --steps must be at least 1"),
-    )  # fmt: skip
+    )
     for flags, message in bad:
         monkeypatch.setattr(sys, "argv", ["evaluation.py", "--workdir", str(workdir), *flags])
         with pytest.raises(SystemExit) as error:
@@ -92,7 +84,7 @@ def test_the_evaluation_of_everything_names_what_it_lacks(
 
 
 def test_texts_of_the_evaluation_can_be_continued(evaluation, tmp_path):
-    """Breaks when segments are not whole passages, a name stands in two passages of a text, or a question asks for none of them."""
+    """Breaks when segments are not passages, names repeat, or questions ask for other passages."""
     from icae_jax.data import sources
     from icae_jax.interop.hub import tokenizer as tokenizers
     from icae_jax.workflows.quickstart import SHIPPED_BASE
@@ -109,7 +101,7 @@ def test_texts_of_the_evaluation_can_be_continued(evaluation, tmp_path):
                 == passages * evaluation.PASSAGE
             )
             names = [question.split("?")[0].rpartition(" of ")[2] for question in asked]
-            assert len(set(names)) == 2 * passages and all(f"{one} " in context for one in names)
+            assert len(set(names)) == 2 * passages and all(f"{name} " in context for name in names)
             assert all(
                 question.rpartition(" ")[2].removesuffix("</s>") in context for question in asked
             )

@@ -1,4 +1,4 @@
-"""launch/slurm.sbatch, as a job whose step is stood in for."""
+"""launch/slurm.sbatch, with stubs for srun and scontrol."""
 
 import re
 import shlex
@@ -11,7 +11,10 @@ from launch_helpers import COMMAND, write_stubs
 
 @pytest.fixture
 def slurm(tmp_path):
-    """A function that runs slurm.sbatch as a job whose step exits with a code: (finished process, words of srun, words of scontrol)."""
+    """Runs slurm.sbatch as a job whose step exits with $STEP.
+
+    Returns the finished process, the arguments of srun, and those of scontrol.
+    """
     stubs = {name: f'printf "%s\\0" "$@" >"{tmp_path}/{name}"' for name in ("srun", "scontrol")}
     stubs["srun"] += '; echo trained; echo -ne "50 %\\r$said" >&2; exit "$STEP"'
     clean = {
@@ -41,15 +44,19 @@ def slurm(tmp_path):
 @pytest.mark.parametrize(
     "code, environment, requeued",
     [
-        (0, {}, None), (2, {}, None), (3, {}, None), (75, {}, "7"), (134, {}, "7"), (1, {}, "7"), (137, {}, "7"),
-        (126, {}, None), (127, {}, None),
-        (75, {"SLURM_RESTART_COUNT": "99"}, "7"), (75, {"SLURM_RESTART_COUNT": "100"}, None),
+        *((code, {}, None) for code in (0, 2, 3, 126, 127)),
+        *((code, {}, "7") for code in (75, 134, 1, 137)),
+        (75, {"SLURM_RESTART_COUNT": "99"}, "7"),
+        (75, {"SLURM_RESTART_COUNT": "100"}, None),
         (1, {"SLURM_RESTART_COUNT": "2", "MAX_RESTARTS": "2"}, None),
         (75, {"SLURM_JOB_ID": "9", "SLURM_ARRAY_JOB_ID": "5", "SLURM_ARRAY_TASK_ID": "3"}, "5_3"),
     ],
-)  # fmt: skip
+)
 def test_a_slurm_job_is_requeued_until_it_is_done(slurm, code, environment, requeued):
-    """Breaks when a saved or crashed job is not taken up, one that cannot succeed is, for ever, or a whole array goes with one job."""
+    """Breaks when a saved or crashed job is not requeued, or one that cannot succeed is.
+
+    Also when one job of an array requeues the whole array, or restarts have no bound.
+    """
     out, step, requeue = slurm(
         *COMMAND[1:],
         STEP=str(code),
@@ -58,9 +65,8 @@ def test_a_slurm_job_is_requeued_until_it_is_done(slurm, code, environment, requ
         **environment,
     )
     assert out.returncode == code and requeue == (["requeue", requeued] if requeued else [])
-    assert step[-len(COMMAND) :] == COMMAND and {"--kill-on-bad-exit=0", "--gpu-bind=none"} <= set(
-        step
-    )
+    assert step[-len(COMMAND) :] == COMMAND
+    assert {"--kill-on-bad-exit=0", "--gpu-bind=none"} <= set(step)
     assert out.stdout == "trained\n" and out.stderr.startswith("before the requeue\n50 %\n")
 
 
@@ -68,9 +74,13 @@ def test_a_slurm_job_is_requeued_until_it_is_done(slurm, code, environment, requ
     "said, final", [("task 5: {} 2", 2), ("tasks 0-3,9: {} 3", 3), ("task 0: {} 255", 134)]
 )
 def test_a_slurm_job_tells_bad_input_from_what_it_broke(slurm, said, final):
-    """Breaks when one process's bad input or divergence is run again, as the crash of those that lost that process."""
-    said = said.format("Exited with exit code")
-    said = f"srun: error: node-7: tasks 1,2: Exited with exit code 1\nsrun: error: node-8: {said}\nsrun: error: node-7: task 7: Killed\n"
+    """Breaks when one process's exit code 2 or 3 is hidden by the crashes that follow from it."""
+    exited = "Exited with exit code"
+    said = (
+        f"srun: error: node-7: tasks 1,2: {exited} 1\n"
+        f"srun: error: node-8: {said.format(exited)}\n"
+        "srun: error: node-7: task 7: Killed\n"
+    )
     out, _, requeue = slurm("train", STEP="134", said=said)
     assert out.returncode == final and bool(requeue) == (final == 134) and said in out.stderr
 
@@ -85,14 +95,16 @@ UNABLE = "srun: error: Unable to create step for job 7: "
         (UNABLE + "More processors requested than permitted", 1, 2),
         (UNABLE + "Memory required by task is not available", 1, 2),
         (
-            "srun: fatal: SLURM_MEM_PER_CPU, SLURM_MEM_PER_GPU, and SLURM_MEM_PER_NODE are mutually exclusive.",
+            "srun: fatal: SLURM_MEM_PER_CPU, SLURM_MEM_PER_GPU, and SLURM_MEM_PER_NODE "
+            "are mutually exclusive.",
             1,
             2,
         ),
         ('srun: error: Invalid numeric value "x" for --cpus-per-task.', 255, 2),
         ("srun: unrecognized option '--gpu-bindd=none'", 1, 2),
         (
-            "slurmstepd: error: execve(): icae: Permission denied\nsrun: error: n: task 0: Exited with exit code 13",
+            "slurmstepd: error: execve(): icae: Permission denied\n"
+            "srun: error: n: task 0: Exited with exit code 13",
             13,
             2,
         ),
@@ -112,7 +124,8 @@ UNABLE = "srun: error: Unable to create step for job 7: "
             134,
         ),
         (
-            "srun: error: Node failure on n3\nsrun: Job step aborted: Waiting up to 32 seconds for job step to finish.",
+            "srun: error: Node failure on n3\n"
+            "srun: Job step aborted: Waiting up to 32 seconds for job step to finish.",
             137,
             137,
         ),
@@ -121,8 +134,9 @@ UNABLE = "srun: error: Unable to create step for job 7: "
     ],
 )
 def test_a_slurm_job_that_cannot_start_is_not_requeued(slurm, said, step, final):
-    """Breaks when a step that Slurm refuses is asked for a hundred times, or one that a busy or lost controller kept from starting is
-    given up.
+    """Breaks when a step that Slurm refuses is tried a hundred times.
+
+    Also when one that a busy or lost controller kept from starting is given up.
     """
     out, _, requeue = slurm("train", STEP=str(step), said=said + "\n")
     assert out.returncode == final and bool(requeue) == (final not in (0, 2)) and said in out.stderr
@@ -130,7 +144,7 @@ def test_a_slurm_job_that_cannot_start_is_not_requeued(slurm, said, step, final)
 
 
 def test_a_slurm_array_runs_the_jobs_of_a_sweep(slurm, tmp_path):
-    """Breaks when a job of the array runs another's file, or one without a file starts processes."""
+    """Breaks when a job runs another's file, or one without a file starts processes."""
     (tmp_path / "jobs").mkdir()
     (tmp_path / "jobs" / "point-011.sh").touch()
     array = {"SLURM_ARRAY_JOB_ID": "5", "SLURM_ARRAY_TASK_ID": "12"}
@@ -142,18 +156,14 @@ def test_a_slurm_array_runs_the_jobs_of_a_sweep(slurm, tmp_path):
 
 
 def test_a_slurm_job_has_a_process_for_each_gpu(slurm):
-    """Breaks when GPUs stay idle, or two processes want one: JAX gives each process under Slurm one GPU."""
+    """Breaks when a GPU is idle or shared, since JAX gives each process under Slurm one GPU."""
     text = (ROOT / "launch" / "slurm.sbatch").read_text()
     lines = dict(re.findall(r"^#SBATCH (--[a-z-]+)=(\S+)$", text, re.MULTILINE))
-    assert lines["--ntasks-per-node"] == lines["--gpus-per-node"] and lines["--signal"].startswith(
-        "TERM@"
-    )
+    assert lines["--ntasks-per-node"] == lines["--gpus-per-node"]
+    assert lines["--signal"].startswith("TERM@")
     out, step, _ = slurm("train", SLURM_GPUS_ON_NODE="4", SLURM_NTASKS_PER_NODE="8")
-    assert (
-        out.returncode == 2
-        and "--gpus-per-node is 4 and --ntasks-per-node 8" in out.stderr
-        and not step
-    )
+    assert out.returncode == 2 and not step
+    assert "--gpus-per-node is 4 and --ntasks-per-node 8" in out.stderr
 
 
 def test_a_dry_run_of_a_slurm_job(slurm):

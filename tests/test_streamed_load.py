@@ -1,4 +1,4 @@
-"""The memory that loading a base takes beside the parameters, measured by launch/benchmarks/streamed_load.py at a small size."""
+"""launch/benchmarks/streamed_load.py at a small size: the memory that loading a base takes."""
 
 import os
 import runpy
@@ -26,7 +26,10 @@ def measure(workdir, *flags):
 
 
 def test_loading_holds_one_part_at_a_time(tmp_path):
-    """Breaks when loading holds a second copy of all parameters (252 MiB), a whole stacked one (63 MiB), or a wrong part of a file."""
+    """Breaks when loading holds more than one device's part of a parameter, or reads a wrong part.
+
+    A second copy of all parameters takes 252 MiB, a whole stacked parameter 63 MiB.
+    """
     out = measure(tmp_path / "w", "--gib", "0.25", "--slack_mib", "150")
     assert out.returncode == 0, out.stdout + out.stderr
     rows = {line.split()[0]: line.split()[1:] for line in out.stdout.splitlines()[2:]}
@@ -45,7 +48,7 @@ def test_more_memory_than_allowed_is_a_failure(tmp_path):
 
 
 def test_a_copy_that_is_dropped_is_seen():
-    """Breaks when the samples miss memory that is held for a moment, or what is held for good is not taken off."""
+    """Breaks when samples miss memory that is held briefly, or the parameters count as excess."""
     memory = runpy.run_path(str(SCRIPT))["Memory"](lambda: 64 << 20)
     for _ in range(3):
         np.ones(128 << 20, np.uint8).sum()
@@ -54,7 +57,7 @@ def test_a_copy_that_is_dropped_is_seen():
 
 
 def test_bad_arguments_are_named(tmp_path):
-    """Breaks when a folder with something in it is written to, or an impossible size ends in a traceback."""
+    """Breaks when a folder that is not empty is written to, or a bad size ends in a traceback."""
     (tmp_path / "dear.txt").write_text("dear")
     for flags, message in (
         ((), "is not empty; give a new folder"),

@@ -14,8 +14,8 @@ from conftest import ROOT
 from launch_helpers import COMMAND, write_stubs
 
 SLICE = ["--name", "icae", "--zone", "us-west4-a", "--type", "v5litepod-16"]
-# A cloud in $CLOUD: `slice` and `queue` hold states, w0 and w1 are the homes of the workers, `calls` has a line for each call. The commands
-# of a worker run here, in its home.
+# A stand-in for gcloud. In $CLOUD `slice` and `queue` are states, w0 and w1 the workers' homes,
+# and `calls` has a line for each call. A worker's commands run here, in its home.
 GCLOUD = """
 import json, os, pathlib, shutil, subprocess, sys
 cloud = pathlib.Path(os.environ["CLOUD"])
@@ -57,11 +57,12 @@ else:
     for i, home in enumerate(homes):
         if flags["worker"] in ("all", str(i)):
             environment = os.environ | {"HOME": str(home), "WORKER": str(i)}
-            code = subprocess.run(["bash", "-c", flags["command"]], cwd=home, env=environment).returncode
+            command = ["bash", "-c", flags["command"]]
+            code = subprocess.run(command, cwd=home, env=environment).returncode
             code and sys.exit(code)
 """
-# What each attempt comes to stands in `plan`, a word each: an exit code, `late` (0 after a while), `preempt` or `hang`; `1,hang` is worker
-# 0's and worker 1's.
+# A stand-in for icae. `plan` has one word for each attempt: an exit code, `late` (0 after a while),
+# `preempt` or `hang`. In `1,hang` the first is worker 0's, the second worker 1's.
 ICAE = """
 n=$(($(cat "$CLOUD/attempts-$WORKER" 2>/dev/null || echo 0) + 1))
 echo "$n" >"$CLOUD/attempts-$WORKER"
@@ -97,7 +98,10 @@ def checkout(tmp_path_factory):
 
 @pytest.fixture
 def cloud(tmp_path, checkout):
-    """A function that runs tpu_pod.sh in a cloud of its own: (finished process, calls of gcloud, the cloud's folder)."""
+    """Runs tpu_pod.sh in a cloud of its own.
+
+    Returns the finished process, the calls of gcloud, and the cloud's folder.
+    """
     folder = tmp_path / "cloud"
     (tmp_path / "gcloud.py").write_text(GCLOUD)
     environment = write_stubs(
@@ -137,7 +141,7 @@ def cloud(tmp_path, checkout):
 
 
 def words(calls):
-    """A word for each call that does something: the verb, of an ssh what launch/tpu_worker.sh is to do; looks at the slice left out."""
+    """The verb of each call that changes something; for ssh, the verb of tpu_worker.sh."""
     done = []
     for _, verb, rest in calls:
         if verb == "ssh":
@@ -178,7 +182,10 @@ def check_slices(calls, queued):
 
 @pytest.mark.parametrize("queued", [False, True], ids=["on demand", "queued"])
 def test_a_pod_is_restarted_recreated_and_deleted(cloud, queued):
-    """Breaks when a saved run or a crash is not taken up, a preempted slice not replaced, an argument changed, or a slice left behind."""
+    """Breaks when a saved or crashed run is not restarted, or a preempted slice not replaced.
+
+    Also when an argument changes on its way, or a slice is left behind.
+    """
     out, calls, folder = cloud(
         "--spot",
         "--mount",
@@ -213,7 +220,7 @@ def test_a_pod_is_restarted_recreated_and_deleted(cloud, queued):
 
 @pytest.mark.parametrize("queued", [False, True], ids=["on demand", "queued"])
 def test_a_dry_run_shows_the_commands_of_a_run(tmp_path, queued):
-    """Breaks when the printed commands are not those of a run, in its order, do not survive a shell, or are run."""
+    """Breaks when the printed commands differ from a run's, do not survive a shell, or are run."""
     nothing = write_stubs(tmp_path / "bin", {"gcloud": "echo ran", "git": "echo ran"})
     flags = ["--spot", "--mount", "bucket:/mnt/runs", *["--queued"] * queued]
     command = ["bash", ROOT / "launch" / "tpu_pod.sh", *SLICE, *flags, "--dry_run", "--", *COMMAND]
@@ -247,7 +254,7 @@ def test_a_dry_run_shows_the_commands_of_a_run(tmp_path, queued):
 
 @pytest.mark.parametrize("code", [2, 3])
 def test_a_pod_does_not_repeat_what_cannot_succeed(cloud, code):
-    """Breaks when bad input or divergence on any worker is run again, or its exit code is lost behind another worker's crash."""
+    """Breaks when exit code 2 or 3 of any worker is retried, or hidden by another's crash."""
     out, calls, folder = cloud(plan=f"{code},134 0")
     assert (
         out.returncode == code
@@ -259,8 +266,8 @@ def test_a_pod_does_not_repeat_what_cannot_succeed(cloud, code):
 @pytest.mark.parametrize(
     "code, starts", [(0, 1), (2, 1), (3, 1), (75, 2), (1, 2), (137, 2), (134, 2)]
 )
-def test_what_a_pod_makes_of_each_exit_code(cloud, code, starts):
-    """Breaks when a run that can go on is not started again, one that cannot is, or its slice stays and costs money."""
+def test_restarts_by_exit_code(cloud, code, starts):
+    """Breaks when a run that can continue is not restarted, one that cannot is, or slices stay."""
     out, calls, folder = cloud(plan=f"{code} 0")
     assert out.returncode == (code if starts == 1 else 0) and words(calls).count("start") == starts
     assert (
@@ -284,22 +291,9 @@ SECRETS = [
     ["done", "failed", "interrupted", "dry run", "without env", "before the command", "within"],
 )
 def test_what_a_command_is_given_in_secret_is_not_shown(cloud, way):
-    """Breaks when the launcher prints the value of a variable, or of a flag for a secret, or it does not reach the command as it is."""
-    flags, code, told = (
-        [],
-        0,
-        {
-            "command": [
-                "env",
-                *SECRETS,
-                *COMMAND,
-                "--hub_token",
-                "S3CRET",
-                "--api-key=S3CRET",
-                "--steps=7",
-            ]
-        },
-    )
+    """Breaks when a secret variable or flag is printed, or does not reach the command unchanged."""
+    secret_flags = ["--hub_token", "S3CRET", "--api-key=S3CRET", "--steps=7"]
+    flags, code, told = [], 0, {"command": ["env", *SECRETS, *COMMAND, *secret_flags]}
     if way == "failed":
         flags, code, told["plan"] = ["--max_restarts", "1"], 1, "1 1"
     elif way == "interrupted":
@@ -311,13 +305,8 @@ def test_what_a_command_is_given_in_secret_is_not_shown(cloud, way):
     elif way == "before the command":
         flags, code = [SECRETS[0]], 2
     elif way == "within":
-        told = {
-            "command": [
-                "bash",
-                "-c",
-                "export HF_TOKEN='S3CRET' LOGIN=https://me:S3CRET@host; icae train",
-            ]
-        }
+        line = "export HF_TOKEN='S3CRET' LOGIN=https://me:S3CRET@host; icae train"
+        told = {"command": ["bash", "-c", line]}
     out, calls, folder = cloud(*flags, **told)
     said = out.stdout + out.stderr
     assert out.returncode == code and "S3CRET" not in said, said
@@ -338,7 +327,7 @@ def test_what_a_command_is_given_in_secret_is_not_shown(cloud, way):
 
 
 def test_what_a_worker_says_of_each_exit_code(tmp_path):
-    """Breaks when a code that launchers decide by is lost on its way, or a process that was killed counts as running or done."""
+    """Breaks when an exit code is lost, or a killed process counts as running or done."""
     worker = ["bash", str(ROOT / "launch" / "tpu_worker.sh")]
 
     def run(code, *arguments):
@@ -367,7 +356,7 @@ def test_what_a_worker_says_of_each_exit_code(tmp_path):
     [(["--max_restarts", "1"], 2, "--max_restarts"), ([], 6, "six failures")],
 )
 def test_a_pod_is_given_up_after_many_crashes(cloud, flags, attempts, why):
-    """Breaks when a run that crashes at once costs its slice for ever, or the last code is not handed on."""
+    """Breaks when a run that always crashes keeps its slice, or the last code is not returned."""
     out, calls, _ = cloud(*flags, plan="1 " * 9)
     assert (
         out.returncode == 1
@@ -379,7 +368,7 @@ def test_a_pod_is_given_up_after_many_crashes(cloud, flags, attempts, why):
 
 
 def test_a_worker_left_behind_is_stopped_before_the_restart(cloud):
-    """Breaks when a process that outlives another worker's crash keeps the TPU, or is killed before it could save."""
+    """Breaks when a process that survives another worker's crash keeps the TPU, or cannot save."""
     out, calls, folder = cloud("--grace", "1", "--keep", plan="134,hang late")
     assert out.returncode == 0 and words(calls) == [
         "create",
@@ -399,7 +388,7 @@ def test_a_worker_left_behind_is_stopped_before_the_restart(cloud):
 
 
 def test_a_slice_stays_until_its_last_worker_is_done(cloud):
-    """Breaks when a run counts as done by the first worker's exit code 0, and the others lose the slice while they write."""
+    """Breaks when the first worker's exit code 0 ends the run while the others still write."""
     out, _, folder = cloud(plan="0,late")
     assert out.returncode == 0 and (folder / "done-1").exists() and not (folder / "slice").exists()
     assert out.stdout == "attempt 1: 0\n"  # once, however often it was looked at
@@ -422,14 +411,17 @@ def test_an_interrupted_launcher_says_what_stays(cloud):
     [("no_capacity", "RESOURCE_EXHAUSTED", ["create"] * 3), ("offline", "UNAVAILABLE", [])],
 )
 def test_a_slice_that_cannot_be_had(cloud, fault, message, done):
-    """Breaks when a wrong zone or type is asked for for ever, or a slice that gcloud cannot describe is taken for a missing one."""
+    """Breaks when a wrong zone or type is retried forever.
+
+    Also when a slice that gcloud cannot describe counts as missing.
+    """
     out, calls, _ = cloud(faults=[fault])
     assert out.returncode == 1 and message in out.stderr and words(calls) == done
 
 
 def test_a_pod_gets_committed_code_alone(cloud, checkout):
     """Breaks when the workers silently run something else than what the checkout holds."""
-    script = checkout / "launch" / "stories.sh"
+    script = checkout / "launch" / "experiments" / "stories.sh"
     text = script.read_text()
     script.write_text(text + "#\n")
     try:

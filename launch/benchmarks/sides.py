@@ -1,7 +1,11 @@
-"""What a process of `compare.py` trains: our step, or a recipe of `torch_icae`, on the same base, memory table and tokens.
+"""The sides of `compare.py`: our step, and the recipes of `torch_icae`, on the same problem.
 
-A side answers `losses(case, contexts)`: `{objective: mean nats a label of the first contexts}` as it stands, `train(case, contexts)`: the
-same of training on so many contexts, done when it returns, `flops(case)`: `{"flops"}` of one context (and ours `"least"`), `peak_bytes()`.
+A side has these methods:
+
+  losses(case, contexts): `{objective: mean nats per label}` of the first contexts, as it stands.
+  train(case, contexts): the same, of training on that many contexts; done when it returns.
+  flops(case): `{"flops"}` of one context, ours with `"least"`.
+  peak_bytes(): the most memory that it took.
 """
 
 import resource
@@ -19,7 +23,7 @@ EOS = 2
 
 
 def make(side, workdir, sizes):
-    """A side on what `compare.prepare` wrote into `workdir`. sizes: the command's flags by name."""
+    """A side on what `problem.prepare` wrote into `workdir`. sizes: the command's flags by name."""
     arrays = safetensors.numpy.load_file(workdir / "problem.safetensors")
     if side.startswith("ours"):
         return Ours(workdir / "base", arrays, sizes, 1 if side == "ours-1" else sizes["batch"])
@@ -27,7 +31,7 @@ def make(side, workdir, sizes):
 
 
 def timed(train):
-    """(what `train()` returns once it is done, wall seconds, CPU-seconds of all threads of this process, user and system)."""
+    """What `train()` returns, its wall seconds, and its CPU-seconds over all threads."""
 
     def cpu():
         used = resource.getrusage(resource.RUSAGE_SELF)
@@ -39,7 +43,10 @@ def timed(train):
 
 
 class Ours:
-    """icae_jax's training step with all objectives of a case at once. batch: contexts a step; every step trains on the same ones."""
+    """icae_jax's training step with all objectives of a case at once.
+
+    Every step trains on the same `batch` contexts.
+    """
 
     def __init__(self, folder, arrays, sizes, batch):
         from icae_jax.interop.hub import base as bases
@@ -55,25 +62,18 @@ class Ours:
         from icae_jax.performance import programs, steps
 
         config, s = train_config(case, self.sizes, self.batch), self.sizes
-        spec = programs.Spec(
-            "train",
-            config,
-            self.base.config,
-            self.batch,
-            s["tokens"],
-            qa=(s["prompt"] + s["answer"], s["answer"] + 1),
-        )
+        qa = (s["prompt"] + s["answer"], s["answer"] + 1)
+        spec = programs.Spec("train", config, self.base.config, self.batch, s["tokens"], qa=qa)
         trained = {
             "lora": lora.init_lora(jax.random.key(s["seed"]), self.base.config, config.lora),
             "memory_table": self.arrays["memory_table"],
         }
-        return steps.TrainingStep(
-            spec, self.base.params, training_batch(config, self.arrays, self.batch), trained
-        )
+        batch = training_batch(config, self.arrays, self.batch)
+        return steps.TrainingStep(spec, self.base.params, batch, trained)
 
     def losses(self, case, contexts):
         if contexts != self.batch:
-            raise UserError(f"contexts is {contexts}; the step's are {self.batch}")
+            raise UserError(f"contexts is {contexts}; the step takes {self.batch}")
         return self.steps[case].run(1).losses
 
     def train(self, case, contexts):
@@ -85,8 +85,8 @@ class Ours:
         return {"flops": counted and counted / self.batch, "least": step.least_flops / self.batch}
 
     def peak_bytes(self):
-        told = next(iter(self.steps.values())).memory()
-        return told["device_peak_bytes"] or told["process_peak_bytes"]
+        memory = next(iter(self.steps.values())).memory()
+        return memory["device_peak_bytes"] or memory["process_peak_bytes"]
 
 
 def train_config(case, sizes, batch):
@@ -126,50 +126,42 @@ def train_config(case, sizes, batch):
 
 
 def training_batch(config, arrays, batch):
-    
-    from icae_jax.compression.segments import segment_contexts
     """The first `batch` contexts as training has them (`icae_jax.data.collate`)."""
+    from icae_jax.compression.segments import segment_contexts
     from icae_jax.data.collate import target_shapes
     from icae_jax.data.drawing import StaticInt
     from icae_jax.objectives import targets
     from icae_jax.objectives.packing import pack
 
-    framing, template = (
-        targets.Framing((), targets.AE, EOS),
-        targets.make_template("none", None, eos=EOS),
-    )
+    framing = targets.Framing((), targets.AE, EOS)
+    template = targets.make_template("none", None, eos=EOS)
 
-    def of(objective, row):
+    def targets_of(objective, b):
         if objective == "ae":
-            return [targets.ae_target(row["context"], framing)]
+            return [targets.ae_target(arrays["context"][b].tolist(), framing)]
         if objective == "lm":
-            return [targets.lm_target(row["continuation"])]
-        return [
-            template.target(*question)
-            for question in zip(row["prompt"], row["answer"], strict=True)
-        ]
+            return [targets.lm_target(arrays["continuation"][b].tolist())]
+        questions = zip(arrays["prompt"][b].tolist(), arrays["answer"][b].tolist(), strict=True)
+        return [template.target(prompt, answer) for prompt, answer in questions]
 
-    rows = [
-        {name: arrays[name][b].tolist() for name in ("context", "continuation", "prompt", "answer")}
-        for b in range(batch)
-    ]
-    objectives, (_, _, answer) = tuple(config.objectives.weights), arrays["answer"].shape
-    qa = (config.data.max_target_tokens, answer + 1)
-    shapes = target_shapes(
-        config.data, config.compression, objectives, arrays["context"].shape[1], qa, False
-    )
-    ids, lengths = segment_contexts([row["context"] for row in rows], config.compression)
-    made = {o: pack([of(o, row) for row in rows], *shape) for o, shape in shapes.items()}
-    return {
-        "context": ids,
-        "lengths": lengths,
-        "targets": made,
-        "k": StaticInt(config.compression.k),
+    objectives = tuple(config.objectives.weights)
+    qa = (config.data.max_target_tokens, arrays["answer"].shape[-1] + 1)
+    length = arrays["context"].shape[1]
+    shapes = target_shapes(config.data, config.compression, objectives, length, qa, False)
+    ids, lengths = segment_contexts(arrays["context"][:batch].tolist(), config.compression)
+    packed = {
+        objective: pack([targets_of(objective, b) for b in range(batch)], *shape)
+        for objective, shape in shapes.items()
     }
+    k = StaticInt(config.compression.k)
+    return {"context": ids, "lengths": lengths, "targets": packed, "k": k}
 
 
 class Torch:
-    """A recipe of `torch_icae`: one objective a pass, every pass a step; `reference` a row a pass, `stronger` as many as our contexts."""
+    """A recipe of `torch_icae`: one step for each pass, and one pass for each objective.
+
+    `reference` takes one row per pass, `stronger` as many as we take contexts.
+    """
 
     def __init__(self, recipe, folder, arrays, sizes):
         import torch
@@ -192,10 +184,8 @@ class Torch:
         )
         with torch.no_grad():
             self.model.table.weight.copy_(torch.from_numpy(arrays["memory_table"]))
-        self.arrays, self.rows = (
-            {**arrays, "eos": EOS},
-            1 if recipe == "reference" else sizes["batch"],
-        )
+        self.arrays = {**arrays, "eos": EOS}
+        self.rows = 1 if recipe == "reference" else sizes["batch"]
 
     def _passes(self, objective, contexts):
         import torch_icae
@@ -219,12 +209,13 @@ class Torch:
         }
         if self.device == "cuda":
             self.torch.cuda.synchronize()
-        return {o: of.mean().item() for o, of in losses.items()}
+        return {o: values.mean().item() for o, values in losses.items()}
 
     def flops(self, case):
         rows = [self._passes(objective, self.rows)[0] for objective in CASES[case]]
         passes = self.sizes["questions"] if case == "qa" else 1
-        return {"flops": passes * sum(self.model.flops(*of) for of in rows) / len(rows[0][0])}
+        total = passes * sum(self.model.flops(*arguments) for arguments in rows)
+        return {"flops": total / len(rows[0][0])}
 
     def peak_bytes(self):
         if self.device == "cuda":

@@ -1,11 +1,13 @@
-"""Host memory of loading a base onto a mesh: a random checkpoint of a few GiB, over 8 host devices, from safetensors and from Orbax.
+"""Host memory of loading a base onto a mesh, from safetensors and from an Orbax copy.
 
     python launch/benchmarks/streamed_load.py --workdir runs/streamed_load
-    python launch/benchmarks/streamed_load.py --workdir runs/streamed_load --accelerators      # onto the accelerators of this machine instead
+    python launch/benchmarks/streamed_load.py --workdir runs/streamed_load --accelerators
 
-Each load runs in a process of its own, which samples its anonymous memory (RssAnon: without the mapped files) all the while. At no time
-may it exceed the parameters loaded so far (which live in the same memory if the devices are the host's) by more than one device's part of
-one stacked parameter and some slack. Exit code 1 where it does, or where a loaded value is not the file's. Linux only.
+The base is a random checkpoint of a few GiB, split over 8 host devices, or with --accelerators over
+those of this machine. Each load runs in a process of its own, which samples its anonymous memory
+(RssAnon, without mapped files). At no time may that exceed the parameters loaded so far (host
+devices keep them in the same memory) by more than one device's part of one stacked parameter and
+some slack. The exit code is 1 if it does, or if a loaded value differs from the file. Linux only.
 """
 
 import argparse
@@ -22,18 +24,20 @@ import zlib
 
 import numpy as np
 
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))  # so that a checkout that is not installed works too
+
+from icae_jax.runtime import compiled  # noqa: E402
+
 DEVICES, LAYERS = 8, 16
-PERIOD = 65521  # random values, repeated through a tensor; prime, so that no two rows or layers are alike
+# Random values are repeated with this period; prime, so that no two rows or layers are equal.
+PERIOD = 65521
 FILE_BYTES = 512 << 20
-STAGES = (
-    "safetensors",
-    "copy",
-    "orbax",
-)  # what a process of its own does; "copy" makes the Orbax copy
+STAGES = ("safetensors", "copy", "orbax")  # each in its own process; "copy" makes the Orbax copy
 
 
 def model_config(gib):
-    """A Llama whose bfloat16 weights come to about so many GiB: 16 layers, widths in proportion."""
+    """A Llama of 16 layers whose bfloat16 weights take about `gib` GiB."""
     from icae_jax.models import llama
 
     hidden = max(256, round((gib * 2**30 / 448) ** 0.5 / 256) * 256)
@@ -43,7 +47,10 @@ def model_config(gib):
 
 
 def tensors(config, tree):
-    """(name, shape, leaf of a tree shaped like the parameters, layer or None, whether the leaf is transposed) of the hub's tensors."""
+    """The hub's tensors: (name, shape, leaf of the parameter tree, layer, whether transposed).
+
+    layer: None for a leaf that is not stacked over layers.
+    """
     from icae_jax.models.families import tensor_names
 
     for name, (path, layer, transposed) in tensor_names.tensor_names(config).items():
@@ -65,7 +72,7 @@ def values(name, shape):
 
 
 def write_checkpoint(folder, config):
-    """config.json, safetensors files and their index, one file's tensors in memory at a time."""
+    """Writes config.json, safetensors files and their index, one file in memory at a time."""
     import safetensors.numpy
 
     from icae_jax import files
@@ -92,7 +99,7 @@ def write_checkpoint(folder, config):
 
 
 def held():
-    """Bytes of all arrays in the host's memory, a buffer of several arrays counted once."""
+    """Bytes of all arrays in the host's memory; arrays that share a buffer count once."""
     import jax
 
     shards = [
@@ -102,7 +109,13 @@ def held():
 
 
 class Memory:
-    """Samples this process's RssAnon until it is stopped: `before`, `peak`, and `above`, the most by which it grew beside `held()`."""
+    """Samples this process's RssAnon until it is stopped.
+
+    Attributes:
+      before: at the start.
+      peak: the most.
+      above: the most by which it grew beyond `held()`.
+    """
 
     def __init__(self, held):
         self.held, self.above = held, 0
@@ -129,7 +142,7 @@ class Memory:
 
 
 def load(folder):
-    """Loads a folder split over all devices: (figures as plain numbers, parameters, configuration)."""
+    """Loads a folder over all devices; returns the figures, the parameters, the model config."""
     import jax
     from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -139,7 +152,7 @@ def load(folder):
     mesh = Mesh(np.asarray(jax.devices()), ("all",))
 
     def sharding(path, shape):
-        """The last axis that divides is split; norms are on every device."""
+        """Splits the last axis that divides; norms are replicated."""
         axes = [i for i, n in enumerate(shape.shape) if n % mesh.size == 0]
         spec = [None] * len(shape.shape)
         if path[-1] != "scale" and axes:
@@ -147,9 +160,8 @@ def load(folder):
         return NamedSharding(mesh, PartitionSpec(*spec))
 
     config = read_config(folder)
-    jax.block_until_ready(
-        jax.device_put(np.zeros(8), sharding(("scale",), np.zeros(8)))
-    )  # the runtime's own memory comes before
+    # So that the runtime's own memory is there before the first sample.
+    jax.block_until_ready(jax.device_put(np.zeros(8), sharding(("scale",), np.zeros(8))))
     memory, began = Memory(held), time.perf_counter()
     try:
         params = jax.block_until_ready(weights.load_params(folder, config, "bfloat16", sharding))
@@ -168,7 +180,10 @@ def load(folder):
 
 
 def wrong_tensors(config, params):
-    """Names of the tensors that are not what was written, among those of the first and the last layer and outside the layers."""
+    """Names of tensors that differ from what was written.
+
+    Looks at the first and the last layer, and at what is outside the layers.
+    """
     wrong = []
     for name, shape, leaf, layer, transposed in tensors(config, params):
         if layer not in (None, 0, config.num_layers - 1):
@@ -185,7 +200,7 @@ def wrong_tensors(config, params):
 
 
 def run_stage(stage, workdir):
-    """What a process of its own does; its last line on stdout is JSON."""
+    """One stage, in a process of its own; its last line on stdout is JSON."""
     folder, copy = workdir / "hub", workdir / "orbax"
     if stage == "copy":
         from icae_jax.interop.hub import orbax_copy
@@ -202,8 +217,7 @@ def run_stage(stage, workdir):
 
 def in_process(stage, args):
     command = [sys.executable, __file__, "--workdir", str(args.workdir), "--stage", stage]
-    paths = [str(pathlib.Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH", "")]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+    environment = dict(os.environ)
     if not args.accelerators:
         environment |= {
             "XLA_FLAGS": f"--xla_force_host_platform_device_count={DEVICES}",
@@ -242,6 +256,7 @@ def main():
     )
     parser.add_argument("--stage", choices=STAGES, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    compiled.set_up()  # before anything imports JAX
     if args.stage:
         run_stage(args.stage, args.workdir)
         return 0
@@ -254,7 +269,8 @@ def main():
     try:
         config = model_config(args.gib)
         print(
-            f"writing a random checkpoint: hidden_size {config.hidden_size}, {config.num_layers} layers",
+            f"writing a random checkpoint: hidden_size {config.hidden_size}, "
+            f"{config.num_layers} layers",
             file=sys.stderr,
         )
         write_checkpoint(args.workdir / "hub", config)

@@ -1,8 +1,9 @@
-"""ICAE training in PyTorch (transformers and PEFT), to measure against: the recipe of the reference implementation, and a stronger one.
+"""ICAE training in PyTorch (transformers and PEFT), as a baseline: two recipes.
 
-Both train LoRA on q_proj and v_proj and a memory table of k + 3 rows (k memory tokens, [AE], [LM], [FT]) with AdamW; one objective is one
-pass and one step. The encoder reads [context | memory tokens], its last hidden states there are the slots, and the frozen decoder reads
-[slots | target] with positions 0, 1, 2, … (layout `sequential`); logits are computed at all positions.
+Both train LoRA on q_proj and v_proj and a memory table of k + 3 rows (k memory tokens, [AE], [LM],
+[FT]) with AdamW; each objective is one pass and one step. The encoder reads [context | memory
+tokens], whose last hidden states are the slots. The frozen decoder reads [slots | target] at
+positions 0, 1, 2, … (layout `sequential`). Logits are computed at all positions.
 
 | recipe    | decoder                                                       | rows of a pass |
 |-----------|---------------------------------------------------------------|----------------|
@@ -28,7 +29,12 @@ LEARNING_RATE, CLIP = 1e-4, 2.0
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """own_decoder: the decoder is an independent copy of the base. checkpoints: its activations are recomputed in the backward pass."""
+    """How the decoder is run.
+
+    Attributes:
+      own_decoder: it is a second copy of the base.
+      checkpoints: its activations are recomputed in the backward pass.
+    """
 
     own_decoder: bool
     checkpoints: bool
@@ -41,19 +47,17 @@ RECIPES = {
 
 
 class TorchICAE:
-    """An ICAE on the base of a hub folder. recipe: of `RECIPES`. k: memory tokens. dtype: "float32" or "bfloat16", of the base; what is
-    trained is float32, and cast where it is used (autocast), as transformers' trainer does.
+    """An ICAE on the base of a hub folder, with k memory tokens.
+
+    `dtype`, "float32" or "bfloat16", is the base's. Trained parameters are float32 and cast where
+    they are used (autocast), as transformers' trainer does.
     """
 
     def __init__(
         self, folder, recipe, k, rank, alpha=32.0, dropout=0.05, dtype="float32", device="cpu"
     ):
-        self.recipe, self.k, self.device, self.dtype = (
-            RECIPES[recipe],
-            k,
-            torch.device(device),
-            getattr(torch, dtype),
-        )
+        self.recipe, self.k = RECIPES[recipe], k
+        self.device, self.dtype = torch.device(device), getattr(torch, dtype)
         lora = peft.LoraConfig(
             r=rank,
             lora_alpha=alpha,
@@ -65,16 +69,14 @@ class TorchICAE:
         self.table = torch.nn.Embedding(k + 3, self.encoder.config.hidden_size, device=self.device)
         self.decoder = self.encoder
         if self.recipe.own_decoder:
-            self.decoder = (
-                self._base(folder).requires_grad_(False).train()
-            )  # transformers recomputes in train mode alone
+            # In train mode, since transformers recomputes nothing otherwise.
+            self.decoder = self._base(folder).requires_grad_(False).train()
         if self.recipe.checkpoints:
             self.decoder.gradient_checkpointing_enable(
                 gradient_checkpointing_kwargs={"use_reentrant": False}
             )
-        self.trained = [p for p in self.encoder.parameters() if p.requires_grad] + [
-            self.table.weight
-        ]
+        lora = [p for p in self.encoder.parameters() if p.requires_grad]
+        self.trained = [*lora, self.table.weight]
         self.optimizer = torch.optim.AdamW(self.trained, lr=LEARNING_RATE)
 
     def _base(self, folder):
@@ -87,13 +89,13 @@ class TorchICAE:
         ).to(self.device)
 
     def _embed(self, ids):
-        """Embeddings of ids `[B, T]`, of which negative ones are rows of the memory table."""
+        """Embeddings of ids `[B, T]`; negative ids are rows of the memory table."""
         tokens = self.encoder.get_input_embeddings()(ids.clamp(min=0))
         special = self.table((ids % self.table.num_embeddings).where(ids < 0, 0))
         return torch.where((ids < 0)[..., None], special.to(tokens.dtype), tokens)
 
     def compress(self, context):
-        """Slots `[B, k, D]` of contexts `[B, n]`. The model is called whole: its head computes logits too."""
+        """Slots `[B, k, D]` of contexts `[B, n]`. The whole model runs, its head included."""
         memory = torch.arange(-self.k - 3, -3, device=self.device).expand(len(context), -1)
         out = self.encoder(
             inputs_embeds=self._embed(torch.cat([context, memory], 1)),
@@ -103,16 +105,12 @@ class TorchICAE:
         return out.hidden_states[-1][:, -self.k :]
 
     def loss(self, context, given, answer):
-        """Mean nats of the tokens `answer [B, a]` behind the slots of `context [B, n]` and the tokens `given [B, g]`."""
+        """Mean nats of `answer [B, a]` behind the slots of `context [B, n]` and `given [B, g]`."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype is torch.bfloat16):
             slots = self.compress(context)
             x = torch.cat([slots, self._embed(torch.cat([given, answer], 1)).to(slots.dtype)], 1)
-            without_adapters = (
-                contextlib.nullcontext()
-                if self.recipe.own_decoder
-                else self.encoder.disable_adapter()
-            )
-            with without_adapters:
+            shared = not self.recipe.own_decoder
+            with self.encoder.disable_adapter() if shared else contextlib.nullcontext():
                 logits = self.decoder(inputs_embeds=x, use_cache=False).logits
         labels = functional.pad(answer, (self.k + given.shape[1], 0), value=IGNORED)
         return functional.cross_entropy(
@@ -120,7 +118,7 @@ class TorchICAE:
         )
 
     def step(self, *rows):
-        """One optimizer step on the rows of one pass (arguments of `loss`): its loss before the update, on the device."""
+        """One optimizer step on one pass (`loss`'s arguments); returns the loss before it."""
         loss = self.loss(*rows)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.trained, CLIP)
@@ -129,8 +127,8 @@ class TorchICAE:
         return loss.detach()
 
     def flops(self, *rows):
-        """FLOPs of the matmuls of one pass, forward and backward, as PyTorch counts them; nothing is updated."""
-        # The counter does not know the CPU's fused attention; written out, attention is matmuls like the others.
+        """FLOPs of one pass's matmuls, forward and backward, as PyTorch counts; no update."""
+        # The counter does not know the CPU's fused attention, so attention is written out.
         with (
             torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
             flop_counter.FlopCounterMode(display=False) as counter,
@@ -141,10 +139,16 @@ class TorchICAE:
 
 
 def passes(tokens, objective, batch, device="cpu"):
-    """The passes over all contexts with one objective, `batch` rows each: `[(context, given, answer)]`, the arguments of `TorchICAE.loss`.
+    """The arguments of `TorchICAE.loss` for one objective on all contexts, `batch` rows a pass.
 
-    tokens: int arrays `context [C, n]`, `continuation [C, m]`, `prompt [C, Q, P]`, `answer [C, Q, A]`, and `eos`, the id that ends a
-    text. Every question is a row of its own, with its context in front.
+    Every question is a row of its own, with its context in front.
+
+    Args:
+      tokens: int arrays `context [C, n]`, `continuation [C, m]`, `prompt [C, Q, P]` and
+        `answer [C, Q, A]`, and `eos`, the id that ends a text.
+      objective: ae, lm or qa.
+      batch: rows of a pass.
+      device: where the rows are put.
     """
     context = tokens["context"]
     if objective == "ae":

@@ -1,11 +1,13 @@
-"""Every suite of `icae evaluate` on small models: the quickstart's adapters, and one of `launch/experiments/stories.sh` on a real base and text.
+"""Runs every suite of `icae evaluate` on small models.
 
     icae quickstart --full
     launch/experiments/stories.sh DATA runs/stories4
-    python launch/experiments/evaluation.py --workdir runs/evaluation --quickstart quickstart_full --stories runs/stories4 --data DATA
+    python launch/experiments/evaluation.py --workdir runs/evaluation \\
+        --quickstart quickstart_full --stories runs/stories4 --data DATA
 
-Trains the few variants that the ablations compare, then runs the suites one after another; run again, it continues. Each suite's folder
-in the workdir holds results.json and report.html.
+The models: the quickstart's adapters, and one of stories.sh on a real base and real text. Trains
+the few variants that the ablations compare, then runs the suites one after another; the same
+command continues. Each suite's folder in the workdir holds results.json and report.html.
 """
 
 import argparse
@@ -13,33 +15,49 @@ import json
 import pathlib
 import sys
 
-from icae_jax.cli import main as cli
+from icae_jax.runtime import compiled
 
-cli.set_up()  # before anything imports JAX
+compiled.set_up()  # before anything imports JAX
 
 from icae_jax import files  # noqa: E402
+from icae_jax.cli import main as cli  # noqa: E402
 from icae_jax.data import synthetic  # noqa: E402
 from icae_jax.interop.hub import tokenizer as tokenizers  # noqa: E402
 from icae_jax.workflows import quickstart  # noqa: E402
 
-PASSAGE = 45  # tokens; texts of several passages are made of those of this length, so that segments are passages
-SPANS = 4
+PASSAGE = 45  # tokens of the passages that are joined, so that each is one segment
+SPANS = 4  # passages in a joined text
 
 
 def icae(*argv):
-    """Runs one `icae` command, after printing it; leaves with its exit code where that is not 0."""
-    argv = [str(a) for a in argv]
+    """Prints and runs one `icae` command; exits with its code unless that is 0."""
+    argv = [str(argument) for argument in argv]
     print(f"\n$ icae {' '.join(argv)}\n", flush=True)
     code = cli.main(argv)
     if code:
         sys.exit(code)
 
 
-# ------------------------------------------------------------------------------------------------------- the quickstart
+def train(config, workdir, **fields):
+    """`icae train` with a shipped configuration and fields; `__` in a name stands for a dot."""
+    flags = [f"--config.{name.replace('__', '.')}={value}" for name, value in fields.items()]
+    icae("train", "--config", config, "--workdir", workdir, *flags)
+
+
+def evaluate(suite, out, adapters, data, *flags):
+    """`icae evaluate` of one suite."""
+    named = [word for adapter in adapters for word in ("--adapter", adapter)]
+    icae("evaluate", "--suite", suite, *named, "--data", data, *flags, "--out", out)
+
+
+# ----------------------------------------------------------------------------------- the quickstart
 
 
 def _asked(row):
-    """A passage's questions with their answers, in plain text. A full stop ends them, as it ends sentences: a text cannot spell `</s>`."""
+    """A passage's questions with their answers, as plain text.
+
+    Each ends with a full stop, as sentences do, since a text cannot spell `</s>`.
+    """
     return [
         synthetic.TEMPLATE.format(question=q["question"]) + f" {q['answers'][0]}."
         for q in row["questions"]
@@ -51,50 +69,47 @@ def _people(row):
 
 
 def write_texts(folder, count, seed=quickstart.HELD_OUT_SEED):
-    """Held-out texts that go on behind their passages: one passage with its questions; four with two questions on each of them.
+    """Writes held-out texts in which questions with answers follow passages.
 
-    In the latter no two passages tell of one name, and the questions come in the order of the passages, so that each number of joined
-    segments can answer those on the last ones alone.
+    continued.jsonl: one passage with its questions. spans.jsonl: four passages with two questions
+    on each. No two of the four share a name, and their questions follow in the same order, so that
+    with any number of joined segments those on the last passages can be answered.
     """
     tokenizer = tokenizers.load_tokenizer(quickstart.SHIPPED_BASE)
-    rows = synthetic.passages(seed, 20 * SPANS * count)
     rows = [
         row
-        for row in rows
+        for row in synthetic.passages(seed, 20 * SPANS * count)
         if len(tokenizer(row["context"], add_special_tokens=False)["input_ids"]) == PASSAGE
     ]
-    one = [" ".join([row["context"], *_asked(row)]) for row in rows[:count]]
-    several, group = [], []
+    continued = [" ".join([row["context"], *_asked(row)]) for row in rows[:count]]
+    joined, group = [], []
     for row in rows:
         if not any(_people(row) & _people(other) for other in group):
             group.append(row)
         if len(group) == SPANS:
-            several.append(
-                " ".join(
-                    [r["context"] for r in group] + [q for r in group for q in _asked(r)[1::4]]
-                )
-            )
+            contexts = [row["context"] for row in group]
+            joined.append(" ".join(contexts + [q for row in group for q in _asked(row)[1::4]]))
             group = []
-    for name, texts in (("continued", one), ("spans", several[:count])):
+    for name, texts in (("continued", continued), ("spans", joined[:count])):
+        rows = ({"id": str(i), "text": text} for i, text in enumerate(texts))
         with files.replacing_file(folder / f"{name}.jsonl") as tmp:
-            tmp.write_text(
-                "".join(
-                    json.dumps({"id": str(i), "text": text}) + "\n" for i, text in enumerate(texts)
-                ),
-                encoding="utf-8",
-            )
+            tmp.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def on_quickstart(trained, workdir, limit):
-    """All suites on both of the quickstart's adapters; the ablation: its ICAE against one that was never pretrained."""
+    """All suites on both of the quickstart's adapters; ablates the pretraining of its ICAE."""
     base, held_out = quickstart.SHIPPED_BASE, trained / "data" / "held_out.jsonl"
     write_texts(workdir / "data", limit)
     scratch = workdir / "scratch"
-    icae(
-        "train", "--config", "quickstart:finetune-icae", "--workdir", scratch, "--config.init_from=scratch",
-        f"--config.base={base}", f"--config.data.train={trained}/data/train.jsonl", f"--config.data.eval={held_out}",
-        f"--config.data.cache_dir={workdir}/cache",
-    )  # fmt: skip
+    train(
+        "quickstart:finetune-icae",
+        scratch,
+        init_from="scratch",
+        base=base,
+        data__train=trained / "data" / "train.jsonl",
+        data__eval=held_out,
+        data__cache_dir=workdir / "cache",
+    )
     runs = {
         "autoencode": [held_out],
         "continue": [workdir / "data" / "continued.jsonl", "--context_lengths", PASSAGE],
@@ -105,82 +120,74 @@ def on_quickstart(trained, workdir, limit):
     }
     common = ["--base", base, "--limit", limit, "--batch_size", 50]
     for method in quickstart.trained_methods():
-        for suite, (data, *rest) in runs.items():
+        for suite, (data, *flags) in runs.items():
             out = workdir / f"quickstart-{method}-{suite}"
-            icae(
-                "evaluate",
-                "--suite",
-                suite,
-                "--adapter",
-                trained / method / "finetune",
-                "--data",
-                data,
-                *common,
-                *rest,
-                "--out",
-                out,
-            )
-    adapters = [
-        "--adapter",
-        f"pretrained={trained}/icae/finetune",
-        "--adapter",
-        f"not pretrained={scratch}",
-    ]
-    out = workdir / "quickstart-ablate"
-    icae(
-        "evaluate",
-        "--suite",
-        "ablate",
-        *adapters,
-        "--data",
-        held_out,
-        *common,
-        "--k",
-        11,
-        "--max_new_tokens",
-        8,
-        "--out",
-        out,
-    )
+            evaluate(suite, out, [trained / method / "finetune"], data, *common, *flags)
+    adapters = [f"pretrained={trained}/icae/finetune", f"not pretrained={scratch}"]
+    flags = [*common, "--k", 11, "--max_new_tokens", 8]
+    evaluate("ablate", workdir / "quickstart-ablate", adapters, held_out, *flags)
 
 
-# ------------------------------------------------------------------------------------------------------- the real base
+# ------------------------------------------------------------------------------------ the real base
 
 
 def variants(data, workdir, steps):
-    """Trains on TinyStories by AE alone, by LM alone, and by both; then each, and one that was not pretrained, on FairytaleQA."""
-    shared = [
-        f"--config.base={data}/stories260K", "--config.dtype=float32", "--config.remat=none", "--config.unroll=5",
-        "--config.compression.k=8", "--config.compression.rate=4", "--config.lora.rank=32", "--config.lora.dropout=0.0",
-        "--config.optimizer.warmup_steps=50",
-        "--config.lora.targets=('q_proj','k_proj','v_proj','o_proj','gate_proj','up_proj','down_proj')",
-        "--config.optimizer.schedule=cosine", "--config.optimizer.weight_decay=0.0", "--config.log_every=20", "--config.eval_every=100000",
-        f"--config.data.cache_dir={workdir}/cache",
-    ]  # fmt: skip
+    """Trains the ablation's variants: pretrained by AE, LM and both, then fine-tuned.
+
+    Pretraining is on TinyStories, fine-tuning on FairytaleQA, which also starts from scratch.
+    """
+    shared = {
+        "base": data / "stories260K",
+        "dtype": "float32",
+        "remat": "none",
+        "unroll": 5,
+        "compression__k": 8,
+        "compression__rate": 4,
+        "lora__rank": 32,
+        "lora__dropout": 0.0,
+        "lora__targets": "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj",
+        "optimizer__warmup_steps": 50,
+        "optimizer__schedule": "cosine",
+        "optimizer__weight_decay": 0.0,
+        "log_every": 20,
+        "eval_every": 100_000,
+        "data__cache_dir": workdir / "cache",
+    }
     for name, (ae, lm) in {"ae": (1.0, 0.0), "lm": (0.0, 1.0), "both": (0.5, 0.5)}.items():
-        icae(
-            "train", "--config", "icae:pretrain", "--workdir", workdir / "pretrained" / name, *shared,
-            f"--config.data.train={data}/tinystories/train.jsonl.gz", "--config.data.context_lengths=(32,64)",
-            "--config.data.context_weights=(0.5,0.5)", f"--config.objectives.ae={ae}", f"--config.objectives.lm={lm}",
-            "--config.batch_size=32", "--config.optimizer.learning_rate=3e-3", f"--config.steps={steps[0]}",
-        )  # fmt: skip
+        train(
+            "icae:pretrain",
+            workdir / "pretrained" / name,
+            **shared,
+            data__train=data / "tinystories" / "train.jsonl.gz",
+            data__context_lengths="(32,64)",
+            data__context_weights="(0.5,0.5)",
+            objectives__ae=ae,
+            objectives__lm=lm,
+            batch_size=32,
+            optimizer__learning_rate=3e-3,
+            steps=steps[0],
+        )
     for name in ("scratch", "ae", "lm", "both"):
-        start = "scratch" if name == "scratch" else workdir / "pretrained" / name
-        icae(
-            "train", "--config", "icae:finetune", "--workdir", workdir / "finetuned" / name, *shared,
-            f"--config.init_from={start}", f"--config.data.train={data}/fairytaleqa/train.jsonl.gz", "--config.data.context_lengths=(256,)",
-            "--config.data.context_weights=()", "--config.batch_size=8", "--config.data.max_target_tokens=96",
-            "--config.optimizer.learning_rate=2e-3", f"--config.steps={steps[1]}",
-        )  # fmt: skip
+        train(
+            "icae:finetune",
+            workdir / "finetuned" / name,
+            **shared,
+            init_from="scratch" if name == "scratch" else workdir / "pretrained" / name,
+            data__train=data / "fairytaleqa" / "train.jsonl.gz",
+            data__context_lengths="(256,)",
+            data__context_weights="()",
+            batch_size=8,
+            data__max_target_tokens=96,
+            optimizer__learning_rate=2e-3,
+            steps=steps[1],
+        )
 
 
 def on_stories(trained, data, workdir, limit, steps):
-    """All suites on an adapter of `launch/experiments/stories.sh`, held-out TinyStories and FairytaleQA; the ablation: what it was pretrained by."""
+    """All suites on an adapter of `stories.sh`; ablates the objectives of its pretraining."""
     variants(data, workdir, steps)
-    texts, questions = (
-        data / "tinystories" / "valid.jsonl.gz",
-        data / "fairytaleqa" / "valid.jsonl.gz",
-    )
+    texts = data / "tinystories" / "valid.jsonl.gz"
+    questions = data / "fairytaleqa" / "valid.jsonl.gz"
     runs = {
         "autoencode": ["pretrain", texts, "--context_lengths", "16,32,64"],
         "continue": ["pretrain", texts, "--context_lengths", "32,64", "--continuation_tokens", 64],
@@ -190,64 +197,30 @@ def on_stories(trained, data, workdir, limit, steps):
         "tokens": ["pretrain", texts],
     }
     common = ["--base", data / "stories260K", "--limit", limit]
-    for suite, (phase, source, *rest) in runs.items():
+    for suite, (phase, source, *flags) in runs.items():
         out = workdir / f"stories-{suite}"
-        icae(
-            "evaluate",
-            "--suite",
-            suite,
-            "--adapter",
-            trained / phase,
-            "--data",
-            source,
-            *common,
-            *rest,
-            "--out",
-            out,
-        )
-    for phase, source, rest in (
+        evaluate(suite, out, [trained / phase], source, *common, *flags)
+    for phase, source, flags in (
         ("pretrained", texts, ["--continuation_tokens", 64]),
         ("finetuned", questions, ["--max_new_tokens", 32]),
     ):
-        names = [path.name for path in sorted((workdir / phase).iterdir())]
-        adapters = [
-            flag for name in names for flag in ("--adapter", f"{name}={workdir / phase / name}")
-        ]
-        icae(
-            "evaluate",
-            "--suite",
-            "ablate",
-            *adapters,
-            "--data",
-            source,
-            *common,
-            *rest,
-            "--out",
-            workdir / f"stories-ablate-{phase}",
-        )
+        adapters = [f"{path.name}={path}" for path in sorted((workdir / phase).iterdir())]
+        out = workdir / f"stories-ablate-{phase}"
+        evaluate("ablate", out, adapters, source, *common, *flags)
 
 
 def main():
+    """Runs what the flags name. Returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument(
-        "--workdir",
-        required=True,
-        type=pathlib.Path,
-        help="where everything goes; run again, it continues",
-    )
-    parser.add_argument(
-        "--quickstart", type=pathlib.Path, help="workdir of `icae quickstart --full`"
-    )
-    parser.add_argument("--stories", type=pathlib.Path, help="OUT of launch/experiments/stories.sh")
-    parser.add_argument("--data", type=pathlib.Path, help="DATA of launch/experiments/stories.sh")
-    parser.add_argument("--limit", type=int, default=100, help="texts of each set")
-    parser.add_argument(
-        "--steps",
-        nargs=2,
-        type=int,
-        default=[300, 100],
-        help="of the ablation's variants on stories: of both phases",
-    )
+    add = parser.add_argument
+    text = "output folder; the same command continues"
+    add("--workdir", required=True, type=pathlib.Path, help=text)
+    add("--quickstart", type=pathlib.Path, help="workdir of `icae quickstart --full`")
+    add("--stories", type=pathlib.Path, help="OUT of launch/experiments/stories.sh")
+    add("--data", type=pathlib.Path, help="DATA of launch/experiments/stories.sh")
+    add("--limit", type=int, default=100, help="texts of each set (default: %(default)s)")
+    text = "steps of both phases of the variants on stories (default: %(default)s)"
+    add("--steps", nargs=2, type=int, default=[300, 100], help=text)
     args = parser.parse_args()
     if not (args.quickstart or args.stories):
         parser.error("give --quickstart, or --stories and --data, or all")

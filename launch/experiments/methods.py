@@ -1,17 +1,18 @@
-"""Both methods at two ratios, one model each, on the quickstart's base and passages: a longer run of the quickstart's comparison.
+"""Compares both methods at two ratios, one model each, on the quickstart's base and passages.
 
     python launch/experiments/methods.py --workdir runs/methods
 
-Trains every (method, number of memory tokens) for the same steps with the same seed and data, and prints the table.
+Trains a model for every method and number of memory tokens, with the same steps, seed and data, and
+prints the quickstart's table.
 """
 
 import argparse
 import pathlib
 import sys
 
-from icae_jax.cli import main as cli
+from icae_jax.runtime import compiled
 
-cli.set_up()  # before anything imports JAX
+compiled.set_up()  # before anything imports JAX
 
 from icae_jax import files  # noqa: E402
 from icae_jax.data import synthetic  # noqa: E402
@@ -22,12 +23,13 @@ SEGMENT = 55  # text tokens, as in configs/quickstart.py
 
 
 def main():
+    """Trains and compares. Returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument(
         "--workdir",
         required=True,
         type=pathlib.Path,
-        help="where everything goes; run again, it continues",
+        help="output folder; the same command continues",
     )
     parser.add_argument(
         "--methods", nargs="+", default=["icae", "x500"], choices=list(quickstart.trained_methods())
@@ -40,7 +42,7 @@ def main():
         nargs=2,
         type=int,
         default=[400, 300],
-        help="of restoring, and of restoring and answering",
+        help="steps of restoring, and of restoring and answering",
     )
     parser.add_argument("--held_out", type=int, default=100, help="held-out passages to measure on")
     args = parser.parse_args()
@@ -48,19 +50,17 @@ def main():
         values = getattr(args, name)
         for value in values if isinstance(values, list) else [values]:
             if value < least or (most and value > most):
-                parser.error(
-                    f"--{name} is {value}; it must be at least {least}{f' and at most {most}' if most else ''}"
-                )
-    data, steps = args.workdir / "data", dict(zip(quickstart_results.PHASES, args.steps, strict=True))
+                bounds = f"at least {least}" + (f" and at most {most}" if most else "")
+                parser.error(f"--{name} is {value}; it must be {bounds}")
+    data = args.workdir / "data"
+    steps = dict(zip(quickstart_results.PHASES, args.steps, strict=True))
     quickstart.write_data(data, quickstart.TRAIN_PASSAGES, args.held_out)
-    base, trained = quickstart.load_base(quickstart.SHIPPED_BASE), []
-    training = quickstart.Training(base, data, steps=steps)
+    base = quickstart.load_base(quickstart.SHIPPED_BASE)
+    training, trained = quickstart.Training(base, data, steps=steps), []
     for k in args.k:
         for method in args.methods:
-            workdir, fields = (
-                args.workdir / f"{method}-{k}",
-                {"k": k, "rate": SEGMENT / k, "k_choices": ()},
-            )
+            workdir = args.workdir / f"{method}-{k}"
+            fields = {"k": k, "rate": SEGMENT / k, "k_choices": ()}
             code, trained_method = training.train(method, workdir, fields)
             if code:
                 return code
