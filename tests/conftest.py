@@ -9,8 +9,9 @@ import pathlib
 import shutil
 import socket
 
-# Compiling is most of the tests' time; without optimisation, and in one piece, it takes less than a fifth. Read when jax first touches a
-# device, which ends the process at a flag that it does not know: the others went with jaxlib 0.11.
+# Compiling is most of the tests' time; without optimisation, and in one piece, it takes less than a
+# fifth. Read when jax first touches a device, which ends the process at a flag that it does not
+# know: the others went with jaxlib 0.11.
 os.environ.setdefault(
     "XLA_FLAGS",
     "--xla_backend_optimization_level=0"
@@ -18,7 +19,8 @@ os.environ.setdefault(
     * importlib.metadata.version("jaxlib").startswith("0.10."),
 )
 
-# What one test compiled another need not, nor the next run: the processes that tests start keep programs too. Small ones take some KiB.
+# What one test compiled another need not, nor the next run: the processes that tests start keep
+# programs too. Small ones take some KiB.
 os.environ.setdefault(
     "JAX_COMPILATION_CACHE_DIR",
     str(pathlib.Path(__file__).resolve().parents[1] / ".cache" / "compiled"),
@@ -73,9 +75,10 @@ TINY = llama.ModelConfig(
 )
 FRAMING = targets.Framing((1,), targets.AE, 2)  # how an ICAE frames texts with the tokenizer below
 WORDS = """
-    <unk> <s> </s> [INST] [/INST] Question: Answer: a the cat dog bird fish mouse sat ran ate saw on in under over
-    mat tree house red blue green big small old new one two three four five who what where why when did does is
-    was and but then so very . , ? ! boy girl king queen milk bread sea sky sun
+    <unk> <s> </s> [INST] [/INST] Question: Answer: a the cat dog bird fish mouse sat ran ate saw
+    on in under over mat tree house red blue green big small old new one two three four five who
+    what where why when did does is was and but then so very . , ? ! boy girl king queen milk bread
+    sea sky sun
 """.split()  # noqa: SIM905
 assert len(set(WORDS)) == len(WORDS) == TINY.vocab_size
 
@@ -87,14 +90,18 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_collection_finish():
-    """What collecting imported stays for good: collections of garbage need not look through it each time."""
+    """What collecting imported stays for good: collections of garbage need not look through it each
+    time.
+    """
     gc.collect()
     gc.freeze()
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _forget_compiled():
-    """Every compiled program holds a few memory maps, of which a process may have 65,530 on Linux: all tests together make more."""
+    """Every compiled program holds a few memory maps, of which a process may have 65,530 on Linux:
+    all tests together make more.
+    """
     yield
     maps = pathlib.Path("/proc/self/maps")
     if (
@@ -105,7 +112,7 @@ def _forget_compiled():
 
 @contextlib.contextmanager
 def seen_devices(count, **backend):
-    """Within it JAX shows only so many devices, of the default backend or that named by `backend`."""
+    """Within it JAX shows so many devices only, of the default backend or of `backend`."""
     with pytest.MonkeyPatch.context() as patch:
         for name, every in EVERY_DEVICE.items():
             patch.setattr(
@@ -192,7 +199,9 @@ def training(base, tmp_path, **changes):
 
 
 def random_params(config, seed=0):
-    """Random base parameters large enough for every weight to matter (those of `init_params` hardly move the logits)."""
+    """Random base parameters large enough for every weight to matter (those of `init_params` hardly
+    move the logits).
+    """
     rng = np.random.default_rng(seed)
 
     def leaf(path, like):
@@ -220,7 +229,7 @@ def random_trained(config, k, seed=0):
 
 
 def write_adapter(path, base):
-    """Writes an adapter of random numbers for a loaded base of the `TINY` sizes; returns the path."""
+    """Writes a random adapter for a loaded base of the `TINY` sizes; returns the path."""
     template = targets.make_template("plain", base.tokenizer)
     identity = {"base_fingerprint": base.fingerprint, "base_identity": base.identity}
     made = (

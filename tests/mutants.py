@@ -1,10 +1,12 @@
-"""Plants deliberate faults, one at a time, in copies of the tree, and runs the tests that should fail of each.
+"""Plants deliberate faults, one at a time, in copies of the tree, and runs the tests that should
+fail of each.
 
     python tests/mutants.py [--only WORD] [--jobs N] [--tree FOLDER] [--check]
 
-Not collected by pytest. Each fault of `faults.py` is one text of one file replaced by another; a text that is not there exactly once is
-an error, so that the list keeps up with the code. The same tests are run without the fault too, and must pass: else they fail of
-something else. Exit code 0 where all were caught, 1 where one survived, 2 where one could not be planted or tried.
+Not collected by pytest. Each fault of `faults.py` is one text of one file replaced by another; a
+text that is not there exactly once is an error, so that the list keeps up with the code. The same
+tests are run without the fault too, and must pass: else they fail of something else. Exit code 0
+where all were caught, 1 where one survived, 2 where one could not be planted or tried.
 """
 
 import argparse
@@ -41,7 +43,9 @@ def copied(source, folder):
 
 
 def plant(mutant, tree):
-    """Writes the fault into a copy of the tree. ValueError where the text is not there exactly once."""
+    """Writes the fault into a copy of the tree. ValueError where the text is not there exactly
+    once.
+    """
     if mutant.what == UNCHANGED:
         return
     path = tree / "icae_jax" / mutant.file
@@ -77,7 +81,9 @@ def arguments(tests):
 
 
 def run(mutant, tree):
-    """In a process of its own, which has imported what tests need but nothing of the tree: ends with pytest's exit code."""
+    """In a process of its own, which has imported what tests need but nothing of the tree: ends
+    with pytest's exit code.
+    """
     import pytest
 
     os.chdir(tree)
@@ -174,8 +180,8 @@ def main():
     words = [found[m] if m.tests in sound or found[m] != "caught" else "not tried" for m in chosen]
     caught, survived = words.count("caught"), words.count("SURVIVED")
     print(
-        f"{len(words)} faults: {caught} caught, {survived} survived, {len(words) - caught - survived} not tried; "
-        f"{len(sound)} of {len(controls)} selections of tests pass without a fault"
+        f"{len(words)} faults: {caught} caught, {survived} survived, "
+        f"{len(words) - caught - survived} not tried; {len(sound)} of {len(controls)} selections of tests pass without a fault"
     )
     return 2 if caught + survived < len(words) else int(survived > 0)
 

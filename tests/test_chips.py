@@ -21,7 +21,9 @@ from icae_jax.performance import chips
     ],
 )
 def test_what_vendors_publish(kind, flops, gib, bandwidth, links):
-    """Breaks when a figure with sparsity, of both directions, in bits or in another unit gets into the table."""
+    """Breaks when a figure with sparsity, of both directions, in bits or in another unit gets into
+    the table.
+    """
     chip = chips.find(kind)
     assert chip.kind == kind
     assert chip.bf16_flops == pytest.approx(flops, rel=1e-3)
@@ -41,7 +43,9 @@ def test_units(chip):
 
 
 def test_both_names_of_a_chip_and_none_of_another():
-    """Breaks when a spelling of jax's is missing, or a device that is not in the table passes for one that is."""
+    """Breaks when a spelling of jax's is missing, or a device that is not in the table passes for
+    one that is.
+    """
     for one, other in (
         ("TPU v5 lite", "TPU v5e"),
         ("TPU v5", "TPU v5p"),

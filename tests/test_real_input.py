@@ -1,4 +1,6 @@
-"""A real pretrained base on real text, by the command line: the same path as a large run, at a size that minutes allow."""
+"""A real pretrained base on real text, by the command line: the same path as a large run, at a size
+that minutes allow.
+"""
 
 import pytest
 from conftest import ROOT, shared
@@ -12,11 +14,25 @@ SEVEN = "('q_proj','k_proj','v_proj','o_proj','gate_proj','up_proj','down_proj')
 
 def flags(phase, workdir, base, data, **changes):
     values = {
-        "base": base, "dtype": "float32", "remat": "none", "batch_size": 16, "compression.k": 8, "compression.rate": 2,
-        "lora.rank": 16, "lora.dropout": 0.0, "lora.targets": SEVEN, "data.context_weights": "()",
-        "data.train": data / "train.jsonl.gz", "data.eval": data / "valid.jsonl.gz", "data.cache_dir": workdir.parent / "cache",
-        "optimizer.learning_rate": 5e-3, "optimizer.warmup_steps": 10, "eval_examples": 32, "log_every": 50, "data.max_target_tokens": 64,
-    } | changes  # fmt: skip
+        "base": base,
+        "dtype": "float32",
+        "remat": "none",
+        "batch_size": 16,
+        "compression.k": 8,
+        "compression.rate": 2,
+        "lora.rank": 16,
+        "lora.dropout": 0.0,
+        "lora.targets": SEVEN,
+        "data.context_weights": "()",
+        "data.train": data / "train.jsonl.gz",
+        "data.eval": data / "valid.jsonl.gz",
+        "data.cache_dir": workdir.parent / "cache",
+        "optimizer.learning_rate": 5e-3,
+        "optimizer.warmup_steps": 10,
+        "eval_examples": 32,
+        "log_every": 50,
+        "data.max_target_tokens": 64,
+    } | changes
     return [
         "train",
         "--config",

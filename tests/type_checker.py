@@ -1,4 +1,4 @@
-"""The type checker of the tests' import hook: beartype, which takes an int where a float is asked."""
+"""The type checker of the tests' import hook: beartype, with ints allowed as floats."""
 
 from beartype import BeartypeConf, beartype
 

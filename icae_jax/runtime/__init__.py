@@ -1,1 +1,3 @@
-"""What training and inference need of the machine: devices, meshes, processes, the choice of attention."""
+"""What training and inference need of the machine: devices, meshes, processes, the choice of
+attention.
+"""

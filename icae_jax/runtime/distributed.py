@@ -33,7 +33,8 @@ T = TypeVar("T")
 START_SECONDS = 300  # initialization timeout: the processes wait so long for each other
 PATIENCE_SECONDS = 20  # after which a process says that it is waiting
 HEARTBEAT_SECONDS = 30  # heartbeat timeout, after which JAX aborts the other processes
-# Process 0's end aborts the others at once: it leaves them this grace period to report their errors.
+# Process 0's end aborts the others at once: it leaves them this grace period to report their
+# errors.
 LINGER_SECONDS = 5
 CRASHED = 1  # exit code of a process that failed, or lost the others
 

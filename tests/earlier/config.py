@@ -1,7 +1,8 @@
-"""The configuration of the small trainings and of the sweep whose files lie here, as a user's own file has it.
+"""The configuration of the small trainings and of the sweep whose files lie here, as a user's own
+file has it.
 
-Paths are relative to a copy of this folder. arg: "icae" (pretraining), "x500" (fine-tuning, of one memory token or four) or "finetune" (of
-what "icae" gave).
+Paths are relative to a copy of this folder. arg: "icae" (pretraining), "x500" (fine-tuning, of one
+memory token or four) or "finetune" (of what "icae" gave).
 """
 
 from ml_collections import ConfigDict

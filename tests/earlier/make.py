@@ -1,11 +1,14 @@
-"""Writes the files of this folder, and `expected.json`: what that revision's code reads out of them.
+"""Writes the files of this folder, and `expected.json`: what that revision's code reads out of
+them.
 
-Run with revision 3641a2d, the last before the package was taken apart: the files show that what users wrote with it is read alike ever
-after, so they are never made anew with later code. From a checkout of that revision, with this folder put into it:
+Run with revision 3641a2d, the last before the package was taken apart: the files show that what
+users wrote with it is read alike ever after, so they are never made anew with later code. From a
+checkout of that revision, with this folder put into it:
 
     PYTHONPATH=. python tests/earlier/make.py
 
-Everything is made in a folder of a neutral name, which is gone when the files are read: whoever reads them is elsewhere, too.
+Everything is made in a folder of a neutral name, which is gone when the files are read: whoever
+reads them is elsewhere, too.
 """
 
 import json
@@ -16,7 +19,9 @@ import signal
 import sys
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")  # as the tests' conftest.py
+os.environ.setdefault(
+    "XLA_FLAGS", "--xla_backend_optimization_level=0"
+)  # as the tests' conftest.py
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 import jax
@@ -39,14 +44,21 @@ from icae_jax.training.train import PREEMPTED, train
 
 HERE, WORK = pathlib.Path(__file__).resolve().parent, pathlib.Path("/tmp/icae_earlier")
 WORDS = """
-    <unk> <s> </s> [INST] [/INST] Question: Answer: a the cat dog bird fish mouse sat ran ate saw on in under over
-    mat tree house red blue green big small old new one two three four five who what where why when did does is
-    was and but then so very . , ? ! boy girl king queen milk bread sea sky sun
+    <unk> <s> </s> [INST] [/INST] Question: Answer: a the cat dog bird fish mouse sat ran ate saw
+    on in under over mat tree house red blue green big small old new one two three four five who
+    what where why when did does is was and but then so very . , ? ! boy girl king queen milk bread
+    sea sky sun
 """.split()  # noqa: SIM905
 SIZES = llama.ModelConfig(
-    vocab_size=len(WORDS), hidden_size=16, intermediate_size=24, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=8,
+    vocab_size=len(WORDS),
+    hidden_size=16,
+    intermediate_size=24,
+    num_layers=2,
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=8,
     max_position_embeddings=128,
-)  # fmt: skip
+)
 EVERY = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 # Layout, template, what has LoRA, trigger, ks
 ADAPTERS = {
@@ -63,13 +75,23 @@ SENTENCES = (5, 11, 17, 20)  # words of the documents: one segment or two, of 12
 
 
 def tokenizer():
-    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", WORDS.index("<s>"))])
-    made = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>", clean_up_tokenization_spaces=False
+    backend = Tokenizer(
+        models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>")
     )
-    made.chat_template = "{{ bos_token }}{% for m in messages %}[INST] {{ m['content'] }} [/INST]{% endfor %}"
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    backend.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", WORDS.index("<s>"))]
+    )
+    made = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        clean_up_tokenization_spaces=False,
+    )
+    made.chat_template = (
+        "{{ bos_token }}{% for m in messages %}[INST] {{ m['content'] }} [/INST]{% endfor %}"
+    )
     return made
 
 
@@ -94,25 +116,38 @@ def write_rows(path, rows):
 def write_data(rng):
     write_rows("text.jsonl", [{"text": sentence(rng, 46)} for _ in range(6)])
     contexts = [sentence(rng, 11) for _ in range(6)]
-    rows = [{"context": c, "question": sentence(rng, 4), "answers": [sentence(rng, 2)]} for c in contexts for _ in range(2)]
+    rows = [
+        {"context": c, "question": sentence(rng, 4), "answers": [sentence(rng, 2)]}
+        for c in contexts
+        for _ in range(2)
+    ]
     rows.append({"context": contexts[0], "question": "who ?", "answers": []})  # left out, counted
     write_rows("qa.jsonl", rows)
     ids = ["first", "second", "third", "fourth"]
-    write_rows("documents.jsonl", [{"id": i, "text": sentence(rng, n)} for i, n in zip(ids, SENTENCES, strict=True)])
+    write_rows(
+        "documents.jsonl",
+        [{"id": i, "text": sentence(rng, n)} for i, n in zip(ids, SENTENCES, strict=True)],
+    )
 
 
 def write_adapter(name, base, seed):
     layout, template, named, trigger, ks = ADAPTERS[name]
     rng = np.random.default_rng([seed, 7])
-    compression = CompressionConfig("x500" if name in observe.LAYOUTS["x500"] else "icae", 4, 3.0, ks, layout, trigger=trigger)
+    compression = CompressionConfig(
+        "x500" if name in observe.LAYOUTS["x500"] else "icae", 4, 3.0, ks, layout, trigger=trigger
+    )
     config = lora.LoraConfig(2, 2.0, 0.05, named)
     like = jax.eval_shape(lambda: lora.init_lora(jax.random.key(0), SIZES, config))
     tree = jax.tree.map(lambda x: jnp.asarray(np.float32(0.3 * rng.standard_normal(x.shape))), like)
-    table = jnp.asarray(np.float32(0.3 * rng.standard_normal((4 + SPECIAL_ROWS, SIZES.hidden_size))))
+    table = jnp.asarray(
+        np.float32(0.3 * rng.standard_normal((4 + SPECIAL_ROWS, SIZES.hidden_size)))
+    )
     made = targets.make_template(template, base.tokenizer)
     identity = {"base_fingerprint": base.fingerprint, "base_identity": base.identity}
     trained = {"lora": tree, "memory_table": table}
-    adapters.save_adapter(f"adapters/{name}", adapters.Adapter(compression, config, made, trained, "base", **identity))
+    adapters.save_adapter(
+        f"adapters/{name}", adapters.Adapter(compression, config, made, trained, "base", **identity)
+    )
 
 
 def interrupt(step):
@@ -137,17 +172,26 @@ def write_files():
     observe.train("icae", "icae")
     observe.train("x500", "x500")
     shutil.rmtree("workdirs/x500/checkpoints/step_3")
-    config, workdir = cli.load_config(TrainConfig, ["--config", "config.py:finetune", "--workdir", "workdirs/interrupted"])
-    assert train(config, CompressorTask(config, workdir=workdir), workdir, watch=interrupt(3)) == PREEMPTED
+    config, workdir = cli.load_config(
+        TrainConfig, ["--config", "config.py:finetune", "--workdir", "workdirs/interrupted"]
+    )
+    assert (
+        train(config, CompressorTask(config, workdir=workdir), workdir, watch=interrupt(3))
+        == PREEMPTED
+    )
 
     compress = ("compress", "--base", "base", "--input", "documents.jsonl", "--adapter")
     for name in ADAPTERS:
         observe.icae(*compress, f"adapters/{name}", "--output", f"memories/{name}.safetensors")
-    observe.icae(*compress, "adapters/clean", "--k", "1", "--output", "memories/clean_k1.safetensors")
+    observe.icae(
+        *compress, "adapters/clean", "--k", "1", "--output", "memories/clean_k1.safetensors"
+    )
     observe.icae(*compress, "workdirs/icae", "--output", "memories/trained.safetensors")
     compressor = observe.load("servable")
     first, second, third, fourth = observe.documents()
-    joined = compressor.join([compressor.compress([first, second]), compressor.compress([fourth, third])])  # of one segment, of two
+    joined = compressor.join(
+        [compressor.compress([first, second]), compressor.compress([fourth, third])]
+    )  # of one segment, of two
     compressor.save("memories/joined.safetensors", joined, ["first and fourth", 23])
     observe.export("hf-cache")
 
@@ -160,18 +204,30 @@ def write_files():
         if path.name != "progress.0.jsonl":
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     progress = pathlib.Path("evaluations/stopped/progress.0.jsonl")
-    progress.write_text("".join(progress.read_text().splitlines(keepends=True)[:3]))  # as after a kill behind the first batch of two
+    progress.write_text(
+        "".join(progress.read_text().splitlines(keepends=True)[:3])
+    )  # as after a kill behind the first batch of two
 
     observe.sweep()
-    large = [f"sweeps/k/*/{name}" for name in ("checkpoints", "adapter")]  # which nothing here reads again
-    for pattern in (*large, "**/tensorboard", "**/report.html", "**/sweep.png", "hf-cache/use_cache.py"):
+    large = [
+        f"sweeps/k/*/{name}" for name in ("checkpoints", "adapter")
+    ]  # which nothing here reads again
+    for pattern in (
+        *large,
+        "**/tensorboard",
+        "**/report.html",
+        "**/sweep.png",
+        "hf-cache/use_cache.py",
+    ):
         for path in pathlib.Path().glob(pattern):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def expected():
     found = {"versions": run.versions()}
-    found["adapters"] = {name: observe.adapter(name)[1] for name in (*ADAPTERS, "peft", "workdirs/icae")}
+    found["adapters"] = {
+        name: observe.adapter(name)[1] for name in (*ADAPTERS, "peft", "workdirs/icae")
+    }
     found["memories"] = {name: observe.kept(name) for name in observe.KEPT}
     found["inspected"] = {path: observe.inspected(path) for path in observe.INSPECTED}
     found["sweep"] = observe.sweep("--table")[0]
@@ -200,12 +256,21 @@ def main():
     os.chdir(WORK)
     write_files()
     found = expected()
-    made = sorted(path.name for path in WORK.iterdir() if path.name not in ("config.py", "__pycache__"))
+    made = sorted(
+        path.name for path in WORK.iterdir() if path.name not in ("config.py", "__pycache__")
+    )
     for name in made:
-        shutil.rmtree(HERE / name) if (HERE / name).is_dir() else (HERE / name).unlink(missing_ok=True)
-        shutil.copytree(WORK / name, HERE / name) if (WORK / name).is_dir() else shutil.copy(WORK / name, HERE / name)
+        shutil.rmtree(HERE / name) if (HERE / name).is_dir() else (HERE / name).unlink(
+            missing_ok=True
+        )
+        shutil.copytree(WORK / name, HERE / name) if (WORK / name).is_dir() else shutil.copy(
+            WORK / name, HERE / name
+        )
     found["resumed"] = resumed()
-    parts = [f"{json.dumps(name)}: {json.dumps(value, ensure_ascii=False)}" for name, value in found.items()]
+    parts = [
+        f"{json.dumps(name)}: {json.dumps(value, ensure_ascii=False)}"
+        for name, value in found.items()
+    ]
     (HERE / "expected.json").write_text("{\n" + ",\n".join(parts) + "\n}\n")
     shutil.rmtree(WORK)
 
