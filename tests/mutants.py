@@ -181,7 +181,8 @@ def main():
     caught, survived = words.count("caught"), words.count("SURVIVED")
     print(
         f"{len(words)} faults: {caught} caught, {survived} survived, "
-        f"{len(words) - caught - survived} not tried; {len(sound)} of {len(controls)} selections of tests pass without a fault"
+        f"{len(words) - caught - survived} not tried; "
+        f"{len(sound)} of {len(controls)} selections of tests pass without a fault"
     )
     return 2 if caught + survived < len(words) else int(survived > 0)
 

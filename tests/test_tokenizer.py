@@ -83,14 +83,14 @@ def test_the_file_decides_how_a_text_is_read(numbers, tmp_path):
     """
     text = "the year 2024, in 1999"
     own = Tokenizer.from_file(str(numbers / "tokenizer.json")).encode(text).tokens
-    assert "2024" in own and tokenizers.load_tokenizer(numbers).tokenize(text) == own
+    assert "2024" in own and reading.load_tokenizer(numbers).tokenize(text) == own
     named = shutil.copytree(numbers, tmp_path / "base")
     edit(named / "tokenizer_config.json", tokenizer_class="Qwen2Tokenizer")
     edit(named / "config.json", model_type="qwen2", architectures=["Qwen2ForCausalLM"])
     assert transformers.AutoTokenizer.from_pretrained(str(named)).tokenize(text) != own, (
         "else this shows nothing"
     )
-    assert tokenizers.load_tokenizer(named).tokenize(text) == own
+    assert reading.load_tokenizer(named).tokenize(text) == own
 
 
 def test_what_contradicts_the_file_is_refused(folder):
@@ -113,7 +113,7 @@ def test_what_contradicts_the_file_is_refused(folder):
         match=r"tokenizer\.json: transformers \S+ reads a text otherwise than "
         r"this file says \(\['year'",
     ):
-        tokenizers.load_tokenizer(folder)
+        reading.load_tokenizer(folder)
 
 
 def test_lengths_in_the_file_do_not_cut_texts(folder):
@@ -132,7 +132,7 @@ def test_lengths_in_the_file_do_not_cut_texts(folder):
     }
     edit(path, truncation=truncation, padding=padding)
     words = ["the", "cat", "saw", "the", "dog", "on", "the", "mat"]
-    assert user_ids(tokenizers.load_tokenizer(folder), " ".join(words)) == [
+    assert user_ids(reading.load_tokenizer(folder), " ".join(words)) == [
         WORDS.index(word) for word in words
     ]
 
@@ -142,10 +142,10 @@ def test_special_tokens_that_no_file_of_the_tokenizer_names(folder):
     or an explicit null is overruled.
     """
     (folder / "tokenizer_config.json").unlink()
-    tokenizer = tokenizers.load_tokenizer(folder)
+    tokenizer = reading.load_tokenizer(folder)
     assert (tokenizer.bos_token, tokenizer.eos_token, len(tokenizer)) == ("<s>", "</s>", 64)
     edit(folder / "tokenizer_config.json", bos_token=None, eos_token="</s>")
-    assert tokenizers.load_tokenizer(folder).bos_token is None
+    assert reading.load_tokenizer(folder).bos_token is None
 
 
 def test_an_end_that_was_named_late_is_text_in_a_text(folder):
@@ -154,7 +154,7 @@ def test_an_end_that_was_named_late_is_text_in_a_text(folder):
     """
     (folder / "tokenizer_config.json").unlink()
     edit(folder / "tokenizer.json", added_tokens=[])
-    tokenizer = tokenizers.load_tokenizer(folder)
+    tokenizer = reading.load_tokenizer(folder)
     assert tokenizer.eos_token_id == 2 and tokenizer("cat </s>")["input_ids"][-1] == 2, (
         "else this shows nothing"
     )
@@ -168,7 +168,7 @@ def test_dropout_of_the_model_is_refused(folder):
     raw["model"]["dropout"] = 0.003
     (folder / "tokenizer.json").write_text(json.dumps(raw))
     with pytest.raises(UserError, match=r"tokenizer\.json: dropout of its model is 0\.003"):
-        tokenizers.load_tokenizer(folder)
+        reading.load_tokenizer(folder)
 
 
 def test_two_files_that_differ(folder, capsys):
@@ -179,7 +179,7 @@ def test_two_files_that_differ(folder, capsys):
     edit(folder / "special_tokens_map.json", eos_token={"content": "mat"}, bos_token="<s>")
     theirs, ours = (
         transformers.AutoTokenizer.from_pretrained(str(folder)),
-        tokenizers.load_tokenizer(folder),
+        reading.load_tokenizer(folder),
     )
     assert (ours.eos_token, ours.chat_template) == (theirs.eos_token, theirs.chat_template)
     said = capsys.readouterr().err.splitlines()
@@ -194,14 +194,14 @@ def test_two_files_that_differ(folder, capsys):
 
 def test_what_stands_before_a_text_is_said(folder, capsys):
     """Breaks when one file asks for bos and the other adds none, or the reverse, silently."""
-    tokenizers.load_tokenizer(folder)
+    reading.load_tokenizer(folder)
     edit(folder / "tokenizer_config.json", add_bos_token=True)
-    tokenizers.load_tokenizer(folder)
+    reading.load_tokenizer(folder)
     assert capsys.readouterr().err == ""
     edit(folder / "tokenizer_config.json", add_bos_token=False)
     theirs, ours = (
         transformers.AutoTokenizer.from_pretrained(str(folder)),
-        tokenizers.load_tokenizer(folder),
+        reading.load_tokenizer(folder),
     )
     assert ours("a")["input_ids"] == theirs("a")["input_ids"]
     assert (
@@ -221,11 +221,11 @@ def test_an_added_token_of_another_id_is_said(folder, capsys):
     )
     theirs, ours = (
         transformers.AutoTokenizer.from_pretrained(str(folder)),
-        tokenizers.load_tokenizer(folder),
+        reading.load_tokenizer(folder),
     )
     assert ours.convert_tokens_to_ids("<name>") == theirs.convert_tokens_to_ids("<name>") == 64
     (folder / "added_tokens.json").write_text(json.dumps({"</s>": 2, "<s>": 9}))
-    tokenizers.load_tokenizer(folder)
+    reading.load_tokenizer(folder)
     said = capsys.readouterr().err
     for file, taken in (("tokenizer_config", "{'<name>': 64}"), ("added_tokens", "{'<s>': 1}")):
         assert (
@@ -245,7 +245,7 @@ def test_an_end_that_the_file_does_not_know_is_refused(folder):
             match=rf"eos_token is '{re.escape(token)}' by tokenizer_config\.json, "
             r"which tokenizer\.json does not know",
         ):
-            tokenizers.load_tokenizer(folder)
+            reading.load_tokenizer(folder)
 
 
 def test_the_library_and_the_file_are_named(folder):
@@ -257,7 +257,7 @@ def test_the_library_and_the_file_are_named(folder):
         UserError,
         match=rf"^{folder}/tokenizer\.json: .*tokenizers {tokenizers.__version__} does not read it",
     ) as error:
-        tokenizers.load_tokenizer(folder)
+        reading.load_tokenizer(folder)
     assert "\n" not in str(error.value)
 
 
@@ -273,7 +273,7 @@ def test_what_stands_in_the_place_of_a_tokenizers_file(folder, name):
         "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 9\n"
     )
     with pytest.raises(UserError, match=rf"{name}: a Git LFS pointer"):
-        tokenizers.load_tokenizer(folder)
+        reading.load_tokenizer(folder)
 
 
 def test_what_is_no_sentencepiece_model(folder):
@@ -287,7 +287,7 @@ def test_what_is_no_sentencepiece_model(folder):
         match=r"tokenizer\.model: no tokenizer could be loaded: "
         "neither a SentencePiece model nor tiktoken's",
     ):
-        tokenizers.load_tokenizer(folder)
+        reading.load_tokenizer(folder)
 
 
 def test_a_sentencepiece_model_alone(folder):
@@ -314,7 +314,7 @@ def test_a_sentencepiece_model_alone(folder):
         )
     edit(folder / "tokenizer_config.json", tokenizer_class="LlamaTokenizer")
     text = "the cat sat on 3 mats"
-    ours = user_ids(tokenizers.load_tokenizer(folder), text)
+    ours = user_ids(reading.load_tokenizer(folder), text)
     assert (
         ours
         == sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model")).encode(
@@ -324,7 +324,7 @@ def test_a_sentencepiece_model_alone(folder):
     )
     (folder / "tokenizer.model").write_bytes(b"\x0a\x0fgarbage")
     with pytest.raises(UserError, match="no tokenizer could be loaded") as error:
-        tokenizers.load_tokenizer(folder)
+        reading.load_tokenizer(folder)
     assert "\n" not in str(error.value)
 
 
@@ -350,7 +350,7 @@ def test_a_saved_base_is_read_alike_by_all(numbers, tiny_base):
             assert (
                 theirs(text, add_special_tokens=False)["input_ids"]
                 == want
-                == user_ids(tokenizers.load_tokenizer(folder), text)
+                == user_ids(reading.load_tokenizer(folder), text)
             )
 
 

@@ -75,7 +75,7 @@ class Decoder:
         *,
         at: Any = None,
         return_kv: bool = False,
-    ) -> tuple[Float[Array, "B T D"], Any]:
+    ) -> tuple[Float[Array, "B _ D"], Any]:
         """Runs tokens behind a prefix: each sees the prefix, and the tokens up to itself.
 
         x: token ids `[B, T]` or embeddings `[B, T, D]`, padded on the right only, where no real

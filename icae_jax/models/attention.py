@@ -42,9 +42,9 @@ MOST_FUSED = 4
 
 
 def attend(
-    q_BTNH: Float[Array, "B T N H"],
-    k_BSKH: Float[Array, "B S K H"],
-    v_BSKH: Float[Array, "B S K H"],
+    q_BTNH: Float[Any, "B T N H"],
+    k_BSKH: Float[Any, "B S K H"],
+    v_BSKH: Float[Any, "B S K H"],
     mask: Any,
     prefix: Any = None,
     *,

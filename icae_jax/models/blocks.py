@@ -77,7 +77,7 @@ class RMSNorm(nn.Module):
         return jnp.einsum("...d,d->...d", x32.astype(x.dtype), scale.astype(x.dtype))
 
 
-def rows(x: Shaped[Array, "..."], at: Any) -> Shaped[Array, "..."]:
+def rows(x: Shaped[Any, "..."], at: Any) -> Shaped[Array, "..."]:
     """`x [B or 1, T, …]` at time indices.
 
     at: `[U]` for all rows, `[B, U]` for each row, None for all times.

@@ -124,7 +124,7 @@ class Llama(nn.Module):
     @nn.compact
     def __call__(
         self,
-        x: Shaped[Array, "B T ..."],
+        x: Shaped[Any, "B T ..."],
         positions: Any,
         mask: Any,
         *,
@@ -244,12 +244,12 @@ class Head:
     weight: Any
     tied: bool = static()
 
-    def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
+    def logits(self, hidden: Float[Any, "... D"]) -> Float[Array, "... V"]:
         """Logits in float32."""
         multiply = linear_transposed if self.tied else linear
         return multiply(hidden, self.weight, jnp.float32)
 
-    def backward(self, d_logits: Float[Array, "... V"]) -> Float[Array, "... D"]:
+    def backward(self, d_logits: Float[Any, "... V"]) -> Float[Array, "... D"]:
         """The gradient of the hidden states from that of the logits, in the latter's dtype."""
         multiply = linear if self.tied else linear_transposed
         return multiply(d_logits, self.weight)

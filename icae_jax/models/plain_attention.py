@@ -41,10 +41,10 @@ class _Schedule(NamedTuple):
 
 
 def attend(
-    q_BTNH: Float[Array, "B T N H"],
-    k_BSKH: Float[Array, "B S K H"],
-    v_BSKH: Float[Array, "B S K H"],
-    mask: Bool[Array, "_ _ S"],
+    q_BTNH: Float[Any, "B T N H"],
+    k_BSKH: Float[Any, "B S K H"],
+    v_BSKH: Float[Any, "B S K H"],
+    mask: Bool[Any, "_ _ S"],
     prefix: Any,
     ends: tuple[int, ...],
     unroll: bool,

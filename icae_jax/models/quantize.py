@@ -25,17 +25,17 @@ class QuantizedMatrix:
         """The matrix as an array."""
         raise NotImplementedError
 
-    def matmul(self, x: Float[Array, "... in"], dtype: Any = None) -> Float[Array, "... out"]:
+    def matmul(self, x: Float[Any, "... in"], dtype: Any = None) -> Float[Array, "... out"]:
         """`x @ w`; see `linear`."""
         return linear(x, self.dequantize(x.dtype), dtype)
 
     def matmul_transposed(
-        self, x: Float[Array, "... out"], dtype: Any = None
+        self, x: Float[Any, "... out"], dtype: Any = None
     ) -> Float[Array, "... in"]:
         """`x @ w.T`; see `linear_transposed`."""
         return linear_transposed(x, self.dequantize(x.dtype), dtype)
 
-    def take_rows(self, ids: Int[Array, "..."]) -> Float[Array, "... out"]:
+    def take_rows(self, ids: Int[Any, "..."]) -> Float[Array, "... out"]:
         """Rows of the matrix; see `take_rows`."""
         return jnp.take(self.dequantize(jnp.float32), ids, axis=0)
 
@@ -43,7 +43,7 @@ class QuantizedMatrix:
 FrozenMatrix = Array | QuantizedMatrix
 
 
-def linear(x: Float[Array, "... in"], w: Any, dtype: Any = None) -> Float[Array, "... out"]:
+def linear(x: Float[Any, "... in"], w: Any, dtype: Any = None) -> Float[Array, "... out"]:
     """`x @ w` for a frozen matrix `w [in, out]`. dtype: of the result, x's by default."""
     if isinstance(w, QuantizedMatrix):
         return w.matmul(x, dtype)
@@ -51,7 +51,7 @@ def linear(x: Float[Array, "... in"], w: Any, dtype: Any = None) -> Float[Array,
 
 
 def linear_transposed(
-    x: Float[Array, "... out"], w: Any, dtype: Any = None
+    x: Float[Any, "... out"], w: Any, dtype: Any = None
 ) -> Float[Array, "... in"]:
     """`x @ w.T` for a frozen matrix `w [in, out]`. dtype: of the result, x's by default."""
     if isinstance(w, QuantizedMatrix):
@@ -59,7 +59,7 @@ def linear_transposed(
     return jnp.einsum("...o,io->...i", x, w.astype(x.dtype), preferred_element_type=dtype)
 
 
-def take_rows(w: Any, ids: Int[Array, "..."]) -> Float[Array, "... out"]:
+def take_rows(w: Any, ids: Int[Any, "..."]) -> Float[Array, "... out"]:
     """Rows of a frozen matrix `w [in, out]`, such as the embeddings of token ids."""
     if isinstance(w, QuantizedMatrix):
         return w.take_rows(ids)

@@ -1,13 +1,14 @@
 """Packing: the targets of a batch of examples as arrays of one shape."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Int
 
 from icae_jax.objectives.targets import Target
 
-PackedTargets = dict[str, Int[np.ndarray, "B G _"] | Bool[np.ndarray, "B G U"]]
+PackedTargets = dict[str, Int[Any, "B G _"] | Bool[Any, "B G U"]]
 
 
 def pack(rows: Sequence[Sequence[Target | None]], G: int, T: int, U: int) -> PackedTargets:

@@ -15,7 +15,7 @@ import safetensors
 import safetensors.numpy
 
 import icae_jax
-from icae_jax import cli
+from icae_jax.cli import main as cli  # a module; in the revision that wrote the files, a function
 
 LAYOUTS = {
     "icae": ("servable", "sequential", "uniform", "padded"),
@@ -96,7 +96,7 @@ def icae(*argv, code=0):
     """
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        got = cli.main([str(part) for part in argv])
+        got = getattr(cli, "main", cli)([str(part) for part in argv])
     assert got == code, f"icae {' '.join(map(str, argv))}: exit code {got}\n{err.getvalue()}"
     return out.getvalue(), err.getvalue()
 
