@@ -281,7 +281,11 @@ def test_queries_that_are_padding(monkeypatch, implementation):
             "choose xla or cudnn",
         ),
         (
-            {"implementation": "xla", "k_BSKH": np.zeros((2, 30, 2, 8))},
+            {
+                "implementation": "xla",
+                "k_BSKH": np.zeros((2, 30, 2, 8)),
+                "v_BSKH": np.zeros((2, 30, 2, 8)),
+            },
             "24 queries of 30 keys, and at is None",
         ),
         ({"at": np.arange(3)}, r"24 queries of 24 keys, and at is \(3,\)"),
@@ -386,13 +390,21 @@ def test_fastest_of_what_this_machine_has(monkeypatch):
     """
     if jax.devices()[0].platform != "cpu":
         pytest.skip("needs a machine without accelerators")
-    choice = attention.fastest(**SIZES, dtype=jnp.bfloat16, seconds=None)
+
+    def untimed(*_):
+        raise AssertionError("there is nothing to choose from")
+
+    choice = attention.fastest(**SIZES, dtype=jnp.bfloat16, seconds=untimed)
     assert (
         choice.implementation == "xla"
         and choice.seconds == {}
         and sorted(choice.refused) == ["cudnn", "splash"]
     )
     monkeypatch.setattr(attention, "supported", lambda *_, **__: None)
+
+    def untimed(*_):
+        raise AssertionError("there is nothing to choose from")
+
     choice = attention.fastest(**SIZES, dtype=jnp.bfloat16)
     assert (
         choice.implementation == "xla"

@@ -334,7 +334,7 @@ def test_a_base_without_bos_gets_a_trained_trigger_and_says_so(
     bases.save_base(tmp_path / "base", TINY, tiny_params, bare, dtype="float32")
     made = task(raw, **x500, base=str(tmp_path / "base"))
     assert made.framing.trigger == targets.AE and made.compression.trigger == "trained"
-    assert "has no bos token; a trained one asks" in made.notes()[0]
+    assert "has no bos token; a trained one is used" in made.notes()[0]
     with pytest.raises(
         ValueError, match=r"compression\.method is 'x500', but init_from .* was trained with 'icae'"
     ):

@@ -248,7 +248,7 @@ def test_a_run_keeps_the_words_that_it_began_with(folder, tmp_path, monkeypatch)
     )
     again = compressor_task.CompressorTask(config, first.base, workdir)
     assert again.template == first.template and any(
-        "words with which the run began are kept" in note for note in again.notes()
+        "goes on with the words that it began with" in note for note in again.notes()
     )
     assert not check_workdir(workdir, config, again.identity)
 

@@ -344,7 +344,7 @@ with distributed.ending_together(2):
 
     def damaged(folder, like):
         # As if one process could read a file that the other cannot.
-    if sys.argv[2] == "1" and folder.name == "step_2":
+        if sys.argv[2] == "1" and folder.name == "step_2":
             raise ValueError("DATA_LOSS: Error reading x")
         return restore(folder, like)
 

@@ -101,8 +101,8 @@ def test_programs_set_up_before_they_import_jax():
     reads then.
     """
     code = (
-        "import contextlib, sys; import icae_jax.cli.main as cli\n"
-        "cli.set_up = lambda: sys.exit(print('jax' in sys.modules))\n"
+        "import contextlib, sys; from icae_jax.runtime import compiled\n"
+        "compiled.set_up = lambda: sys.exit(print('jax' in sys.modules))\n"
         "sys.path.insert(0, 'launch/experiments')\n"
         "for name in ('evaluation', 'methods'):\n"
         "    with contextlib.suppress(SystemExit):\n"

@@ -122,7 +122,7 @@ OWN_FRAMES = {  # files that tokenise what we wrote, and how often
     "interop/hub/tokenizer.py": 2,
     "interop/adapters/peft_folder.py": 1,
     "objectives/targets.py": 1,
-    "workflows/quickstart.py": 1,
+    "workflows/quickstart_results.py": 1,
     "training/base_task.py": 1,
 }
 

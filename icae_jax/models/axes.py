@@ -10,7 +10,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Shaped
+from jaxtyping import Shaped
 
 # (input, output) of each kernel.
 PROJECTION_AXES = {
@@ -81,7 +81,7 @@ def split(name: str, n: int) -> tuple[Any, int]:
     return (None, 1) if count == 1 or n % count else (mesh_axes, count)
 
 
-def constrain(x: Shaped[Any, "..."], *names: str | None) -> Shaped[Array, "..."]:
+def constrain(x: Shaped[Any, "..."], *names: str | None) -> Shaped[Any, "..."]:
     """Splits `x` by one logical axis per dimension (None: not split). Returns x itself off a mesh.
 
     A dimension that its mesh axes do not divide stays whole, such as the single row of a head that

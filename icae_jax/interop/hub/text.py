@@ -4,7 +4,7 @@ import functools
 import json
 import weakref
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from icae_jax.errors import UserError
 
@@ -27,7 +27,7 @@ def set_stop_ids(tokenizer: Tokenizer, ids: Sequence[int]) -> None:
     setattr(tokenizer, _STOP_IDS, tuple(ids))
 
 
-def user_ids(tokenizer: Tokenizer, text: str | Sequence[str]) -> list[int] | list[list[int]]:
+def user_ids(tokenizer: Tokenizer, text: str | Sequence[Any]) -> list[int] | list[list[int]]:
     """The ids of a text, or of each text of a list, without special tokens.
 
     Neither does the tokenizer add any, nor can the text spell one: `</s>` in a web page or
