@@ -83,6 +83,11 @@ WORDS = """
 assert len(set(WORDS)) == len(WORDS) == TINY.vocab_size
 
 
+def head_kernel(params):
+    """The output matrix `[D, V]` of a base: its own, or the embedding table transposed."""
+    return params["lm_head"] if "lm_head" in params else params["embed"].T
+
+
 def pytest_collection_modifyitems(items):
     """Files with slow tests first: begun last, one would leave all other processes idle."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}

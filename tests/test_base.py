@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import transformers
-from conftest import ROOT, TINY, close, random_params, same
+from conftest import ROOT, TINY, close, head_kernel, random_params, same
 
 from icae_jax import errors
 from icae_jax.interop.hub import base as bases
@@ -52,7 +52,7 @@ def test_bfloat16_round_trip_through_transformers(tmp_path, tiny_params, tiny_to
         hidden, _ = llama.Llama(TINY).apply(
             {"params": params}, ids, jnp.arange(12)[None], llama.causal_mask(12)
         )
-        return hidden @ llama.head_kernel(params)
+        return hidden @ head_kernel(params)
 
     close(logits(base.params, jnp.asarray(ids)), want, 1e-4)
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import TINY, WORDS, eight_devices, random_trained
+from conftest import TINY, WORDS, eight_devices, head_kernel, random_trained
 
 import icae_jax
 from icae_jax.compression.config import CompressionConfig
@@ -188,7 +188,7 @@ def _pass(model, params, table, ids, contents):
     hidden, _ = model.apply(
         {"params": params}, x, positions[None], llama.causal_mask(x.shape[1]), prefix=prefix
     )
-    return jax.nn.log_softmax(hidden[0, -len(ids) :] @ llama.head_kernel(params))
+    return jax.nn.log_softmax(hidden[0, -len(ids) :] @ head_kernel(params))
 
 
 def test_scores_equal_one_straight_pass(compressor, memory):

@@ -10,6 +10,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import pytest
+from conftest import head_kernel
 
 from icae_jax.compression import encoder
 from icae_jax.compression.config import CompressionConfig
@@ -196,7 +197,7 @@ def test_the_forward_passes_as_xla_counts_them():
         hidden, _ = model.apply(
             {"params": params}, ids, at, one, prefix=(k, v, mask, positions), return_kv=True
         )
-        return jnp.einsum("btd,dv->btv", hidden, llama.head_kernel(params))
+        return jnp.einsum("btd,dv->btv", hidden, head_kernel(params))
 
     def like(dtype, *shape):
         return jax.ShapeDtypeStruct(shape, dtype)

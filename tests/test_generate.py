@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import TINY
+from conftest import TINY, head_kernel
 
 from icae_jax.compression.decoder import Decoder, Prefix
 from icae_jax.evaluation.plain import no_prefix
@@ -32,7 +32,7 @@ def full_pass(params, ids, model):
     hidden, _ = model.apply(
         {"params": params}, ids[None], jnp.arange(LONGEST)[None], llama.causal_mask(LONGEST)
     )
-    return jnp.argmax(hidden[0] @ llama.head_kernel(params), -1)
+    return jnp.argmax(hidden[0] @ head_kernel(params), -1)
 
 
 def slow_greedy(params, ids, model=MODEL):

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
-from conftest import GOLDEN
+from conftest import GOLDEN, head_kernel
 
 from icae_jax.compression import encoder
 from icae_jax.compression import layout as layouts
@@ -127,7 +127,7 @@ def loss_and_logits(trained, base, segments, packed, ids, *, model, compression,
     hidden = Decoder.of(FrozenModel(model, base), fixed).label_hidden(
         prefix, prefix.end, ids, jnp.arange(PADDED)[None, None]
     )
-    return total / count, hidden @ llama.head_kernel(base)
+    return total / count, hidden @ head_kernel(base)
 
 
 @pytest.mark.slow
@@ -294,7 +294,7 @@ def test_x500_loss_logits_and_gradients(x500_case):
         hidden = Decoder.of(FrozenModel(case.model, base), fixed).label_hidden(
             prefix, prefix.end, batch["ae"]["ids"], every
         )
-        return total / count, hidden @ llama.head_kernel(base)
+        return total / count, hidden @ head_kernel(base)
 
     (value, logits), gradient = jax.jit(jax.value_and_grad(loss_of, has_aux=True))(
         case.trained, case.base, batch

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import TINY, close, random_lora, shared
+from conftest import TINY, close, head_kernel, random_lora, shared
 from test_attention import on_cpu
 
 from icae_jax.interop.hub import base as bases
@@ -38,7 +38,7 @@ def logits(config, params, ids):
     hidden, _ = llama.Llama(config).apply(
         {"params": params}, ids, positions(0, T), llama.causal_mask(T)
     )
-    return hidden @ llama.head_kernel(params)
+    return hidden @ head_kernel(params)
 
 
 # -------------------------------------------------------------------------------- transformers' own
@@ -470,7 +470,7 @@ def test_rematerialised_and_unrolled_layers_compute_the_same(tiny_params):
 
         def loss(params):
             hidden, _ = model.apply({"params": params}, ids, positions(0, 8), causal(8))
-            return jnp.sum(jnp.sin(hidden @ llama.head_kernel(params)))
+            return jnp.sum(jnp.sin(hidden @ head_kernel(params)))
 
         return jax.value_and_grad(loss)
 

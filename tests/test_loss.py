@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import FRAMING, TINY, close, random_trained
+from conftest import FRAMING, TINY, close, head_kernel, random_trained
 
 from icae_jax.compression import memory as memories
 from icae_jax.compression.config import CompressionConfig
@@ -202,7 +202,7 @@ def by_itself(params, memory, head, starts, packed):
     )
     labels = packed["labels"].reshape(len(hidden), -1, 1)
     return -jnp.take_along_axis(
-        jax.nn.log_softmax(hidden @ llama.head_kernel(params)), labels, -1
+        jax.nn.log_softmax(hidden @ head_kernel(params)), labels, -1
     ).reshape(packed["labels"].shape)
 
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import TINY, close, random_trained
+from conftest import TINY, close, head_kernel, random_trained
 
 from icae_jax.compression import encoder
 from icae_jax.compression import memory as memories
@@ -46,14 +46,14 @@ def logits_behind(params, memory, ids, head=()):
     every = jnp.broadcast_to(jnp.arange(ids.shape[2]), ids.shape)
     return Decoder.of(FrozenModel(MODEL, params), TRAINED).label_hidden(
         prefix, prefix.end, ids, every
-    ) @ llama.head_kernel(params)
+    ) @ head_kernel(params)
 
 
 @jax.jit
 def straight(params, ids, positions, mask):
     """Logits of one pass of the base, and its K/V."""
     hidden, kv = MODEL.apply({"params": params}, ids, positions, mask, return_kv=True)
-    return hidden @ llama.head_kernel(params), kv
+    return hidden @ head_kernel(params), kv
 
 
 # ----------------------------------------------------------------------------------------- identity

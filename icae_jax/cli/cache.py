@@ -5,7 +5,7 @@ from icae_jax.cli import flags
 HELP = "list what the cache folder holds, or remove what was used least recently"
 
 
-def run(argv):
+def run(argv: list[str]) -> int:
     """Lists or prunes the cache. Returns the exit code."""
     from icae_jax import cache, errors
     from icae_jax.data.tokens import CACHE_VERSION

@@ -5,6 +5,7 @@ Their names are `hf:ORG/NAME:SPLIT` or `hf:ORG/NAME/CONFIG@REVISION:SPLIT`.
 
 import re
 from collections.abc import Iterator
+from typing import Any
 
 from icae_jax import errors
 from icae_jax.data import tables
@@ -20,7 +21,7 @@ _SPEC = re.compile(
 BATCH = 1000  # rows taken at once
 
 
-def open_set(spec: str):
+def open_set(spec: str) -> Any:
     """A split of a data set, downloaded if the library's cache does not hold it.
 
     Returns a `datasets.Dataset`. UserError if it cannot be read, says why.

@@ -6,6 +6,7 @@ import itertools
 import os
 import pathlib
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int
@@ -79,7 +80,7 @@ class _Sequences:
         self.offsets.close()
 
 
-def write_arrays(folder: pathlib.Path, rows: Iterable[Row], tokenizer, sieve: Sieve) -> int:
+def write_arrays(folder: pathlib.Path, rows: Iterable[Row], tokenizer: Any, sieve: Sieve) -> int:
     """Writes the arrays of `data.tokens.Tokens` into a folder; returns the number of texts.
 
     Texts are in order of first appearance; a text with questions is stored once, with all its

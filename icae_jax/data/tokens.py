@@ -12,7 +12,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from jaxtyping import Int32, Int64
@@ -78,7 +78,7 @@ class Tokens:
 
 def tokenise(
     source: str,
-    tokenizer,
+    tokenizer: Any,
     cache_dir: str | os.PathLike = "",
     tfds_dir: str | None = None,
     max_row_bytes: int = reading.MAX_ROW_BYTES,

@@ -5,6 +5,7 @@ import functools
 import re
 import string
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import sacrebleu
@@ -112,7 +113,7 @@ def sentence_bleu(counts: Sequence[float | int] | Float[np.ndarray, "10"]) -> fl
     ).score
 
 
-def bleu_from_counts(sums) -> Float[np.ndarray, "..."] | np.float64:
+def bleu_from_counts(sums: Any) -> Float[np.ndarray, "..."] | np.float64:
     """Corpus BLEU-4 [...] from summed `bleu_counts` [..., 10]: equals `bleu` of the same texts.
 
     0 where no text has four words, or no word matches. ValueError if the last axis is not 10.

@@ -1,7 +1,7 @@
 """How sure scores are: means, perplexities and BLEU with 95 % bootstrap intervals over contexts."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, UInt8
@@ -31,7 +31,7 @@ class Estimate(NamedTuple):
 # -------------------------------------------------------------------------------------- resampling
 
 
-def resample(clusters: Sequence | np.ndarray, seed, replicates: int = REPLICATES) -> Weights:
+def resample(clusters: Sequence | np.ndarray, seed: Any, replicates: int = REPLICATES) -> Weights:
     """Bootstrap weights: how often each example is drawn in each replicate.
 
     Whole clusters are drawn with replacement, as many as there are, since questions on one
@@ -65,19 +65,19 @@ def resample(clusters: Sequence | np.ndarray, seed, replicates: int = REPLICATES
 # ---------------------------------------------------------------- from summed vectors to a value
 
 
-def ratio(sums) -> Values:
+def ratio(sums: Any) -> Values:
     """First sum over the second, from sums [..., 2]: a mean, or nats per token. 0 / 0 is nan."""
     sums = np.asarray(sums, np.float64)
     with np.errstate(divide="ignore", invalid="ignore"):
         return sums[..., 0] / sums[..., 1]
 
 
-def perplexity(sums) -> Values:
+def perplexity(sums: Any) -> Values:
     """Token-weighted perplexity exp(nats / tokens) from sums [..., 2] of nats and of labels."""
     return np.exp(ratio(sums))
 
 
-def corpus_bleu(sums) -> Values:
+def corpus_bleu(sums: Any) -> Values:
     """Corpus BLEU-4 in percent from sums [..., 10] of `scores.bleu_counts`."""
     return scores.bleu_from_counts(sums)
 
@@ -85,7 +85,7 @@ def corpus_bleu(sums) -> Values:
 # --------------------------------------------------------------------------------------- estimates
 
 
-def estimate(vectors, aggregate: Callable, weights) -> Estimate:
+def estimate(vectors: Any, aggregate: Callable, weights: Any) -> Estimate:
     """The estimate of aggregate(sum of the vectors).
 
     Replicates without a value (nan: 0 tokens drawn) are left out of the interval.
@@ -103,7 +103,7 @@ def estimate(vectors, aggregate: Callable, weights) -> Estimate:
     return _estimate(point, replicates, len(vectors))
 
 
-def difference(vectors_a, vectors_b, aggregate: Callable, weights) -> Estimate:
+def difference(vectors_a: Any, vectors_b: Any, aggregate: Callable, weights: Any) -> Estimate:
     """The estimate of aggregate(sum of a) - aggregate(sum of b), on the same resampled examples.
 
     Both are [n, d], of the same examples in the same order. An interval without 0 tells the arms
@@ -160,7 +160,7 @@ def retention(per_set: Mapping[str, tuple]) -> tuple[Estimate, list[str]]:
     return _estimate(np.mean(points), np.mean(spreads, 0), n), left_out
 
 
-def win_lose_tie(scores_a, scores_b) -> tuple[float, float, float]:
+def win_lose_tie(scores_a: Any, scores_b: Any) -> tuple[float, float, float]:
     """(win, lose, tie) of a against b over the same examples, in percent; equal scores tie.
 
     Raises ValueError if lengths differ or are 0, or if a score is not finite.

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Shaped
+from jaxtyping import Array, Float, Shaped
 
 from icae_jax.models import rope
 from icae_jax.models.attention import attend, seen, usable
@@ -137,7 +137,7 @@ class Attention(nn.Module):
         return output(out), kv
 
     @nn.compact
-    def keys_and_values(self, x_BTD):
+    def keys_and_values(self, x_BTD: Float[Any, "B T D"]) -> tuple[Any, ...]:
         """(k before RoPE, v)."""
         return tuple(
             self._project(name, self.config.num_kv_heads, x_BTD) for name in ("k_proj", "v_proj")

@@ -262,13 +262,6 @@ def head(params: Params) -> Head:
     return Head(gathered(params["embed"], ("vocab", "embed")), tied=True)
 
 
-def head_kernel(params: Params) -> Float[Array, "D V"]:
-    """The output matrix as an array, where it is trained or looked at."""
-    if "lm_head" in params:
-        return gathered(params["lm_head"], ("embed", "vocab"))
-    return gathered(params["embed"], ("vocab", "embed")).T
-
-
 @pytree
 class FrozenModel:
     """A frozen base as one value: the module, which is static, and its parameters."""

@@ -173,16 +173,13 @@ class BaseTask:
         """The number of labels."""
         return jnp.sum(batch["weights"] > 0).astype(jnp.float32)
 
-    def losses(self, trained: PyTree, frozen: PyTree, batch: PyTree, dropout_key) -> LossSums:
+    def losses(self, trained: PyTree, frozen: PyTree, batch: PyTree, dropout_key: Any) -> LossSums:
         """The weighted sum of token losses, and the sum of weights."""
         T = batch["ids"].shape[1]
         hidden_BTD, _ = self.model.apply(
             {"params": trained}, batch["ids"], jnp.arange(T)[None], jnp.ones((1, T), bool)
         )
-        head_DV = llama.head_kernel(trained)
-        logits_BTV = jnp.einsum(
-            "btd,dv->btv", hidden_BTD, head_DV, preferred_element_type=jnp.float32
-        )
+        logits_BTV = llama.head(trained).logits(hidden_BTD)
         losses_BT = optax.softmax_cross_entropy_with_integer_labels(logits_BTV, batch["labels"])
         return {"lm": (jnp.sum(losses_BT * batch["weights"]), jnp.sum(batch["weights"]))}
 

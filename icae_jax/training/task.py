@@ -32,7 +32,7 @@ class Objectives(Protocol):
     def tokens(self, batch: PyTree) -> Float[Array, ""]:
         """Tokens that the batch makes the model process, for throughput."""
 
-    def losses(self, trained: PyTree, frozen: PyTree, batch: PyTree, dropout_key) -> LossSums:
+    def losses(self, trained: PyTree, frozen: PyTree, batch: PyTree, dropout_key: Any) -> LossSums:
         """Loss sums and counts of one (micro)batch; without dropout if `dropout_key` is None."""
 
 

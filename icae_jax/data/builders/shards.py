@@ -7,6 +7,7 @@ import os
 import threading
 import typing
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import tqdm
 from array_record.python.array_record_module import ArrayRecordWriter
@@ -137,7 +138,7 @@ def _example(row, features):
 def write_shards(
     parts: Sequence[Part],
     parse: Callable[[dict, str], Iterable[Row]],
-    features,
+    features: Any,
     prefix: str,
     sieve: Sieve,
     columns: frozenset[str] = FIELDS,
