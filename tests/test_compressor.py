@@ -245,7 +245,7 @@ def assert_takes_its_positions(compressor, memory, k):
     layout = compressor.config.position_layout
     for row, tokens in enumerate(memory.lengths.tolist()[:3]):
         needed, end = compressor.positions(tokens, k)
-        n = np.asarray(memory.segment_lengths[row]).max()
+        n = int(np.asarray(memory.segment_lengths[row]).max())
         placed = np.asarray(_placed(layout, 16 if layout.fixed_length else n, k, np.asarray(n)))
         last = max(
             np.asarray(memory.positions[row])[np.asarray(memory.mask[row])].max(), placed.max()
@@ -254,9 +254,9 @@ def assert_takes_its_positions(compressor, memory, k):
     joined = compressor.join([memory, memory])
     for row, tokens in enumerate(memory.lengths.tolist()):
         assert (
-            compressor.positions(2 * tokens, k, 2 * np.count_nonzero(memory.segment_lengths[row]))[
-                1
-            ]
+            compressor.positions(
+                2 * tokens, k, 2 * int(np.count_nonzero(memory.segment_lengths[row]))
+            )[1]
             == joined.end[row]
         )
 

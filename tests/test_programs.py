@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from conftest import TINY, WORDS, seen_devices, write_jsonl
 
+from icae_jax.compression import method
 from icae_jax.models import llama
 from icae_jax.performance import flops, plan, programs, utilisation, worker
 from icae_jax.runtime import sharding
@@ -169,7 +170,10 @@ def test_the_least_flops_are_those_of_the_training_metrics(sources):
     def of(what, contexts, **given):
         return programs.least(programs.Spec(what, config, TINY, contexts, 32), **given)
 
-    assert of("compress", 4) == flops.compress(TINY, config.lora, (4, 2, 16), 4, "icae").total
+    assert (
+        of("compress", 4)
+        == flops.compress(TINY, config.lora, (4, 2, 16), 4, method.get("icae")).total
+    )
     for what in programs.WHATS:
         assert of(what, 12) == 3 * of(what, 4) > 0
     one, two, most = (of("decode", 4, tokens=n) for n in (1, 2, 12))

@@ -2,6 +2,8 @@
 
 import dataclasses
 
+import numpy as np
+
 from icae_jax.compression import method as methods
 from icae_jax.compression.layout import Layout
 from icae_jax.compression.method import Method
@@ -98,7 +100,7 @@ class CompressionConfig:
         """The numbers of memory tokens per segment that can be asked for."""
         return self.k_choices or (self.k,)
 
-    def choose(self, k: int | None = None) -> int:
+    def choose(self, k: int | np.integer | None = None) -> int:
         """`k` if it is one of `choices`, the largest if None. UserError otherwise."""
         if k is None:
             return self.k

@@ -31,7 +31,7 @@ def segment_shape(tokens: int, config: CompressionConfig) -> tuple[int, int]:
 
 
 def segment_contexts(
-    contexts: Sequence[Sequence[int]],
+    contexts: Sequence[Sequence[int] | Int[np.ndarray, " n"]],
     config: CompressionConfig,
     shape: tuple[int, int] | None = None,
     pad_id: int = 0,

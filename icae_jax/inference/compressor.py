@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from icae_jax.compression import memory as memories
 from icae_jax.compression.decoder import Decoder
@@ -124,7 +125,7 @@ class Compressor:
     # --- Writing ---
 
     def positions(
-        self, tokens: int, k: int | None = None, segments: int | None = None
+        self, tokens: int, k: int | np.integer | None = None, segments: int | None = None
     ) -> tuple[int, int]:
         """Positions for compressing a text and reading its memory, and where targets start.
 
@@ -138,7 +139,7 @@ class Compressor:
         texts: str | Sequence[str],
         batch_size: int = BATCH_SIZE,
         where: Sequence[str] | None = None,
-        k: int | None = None,
+        k: int | np.integer | None = None,
     ) -> Memory:
         """The memory of each text, of the kind that the adapter's method makes.
 
@@ -172,7 +173,7 @@ class Compressor:
         self,
         contexts: Sequence[Sequence[int]],
         batch_size: int = BATCH_SIZE,
-        k: int | None = None,
+        k: int | np.integer | None = None,
         where: Sequence[str] | None = None,
     ) -> Memory:
         """The memory of each list of ids, as `context_ids` gives them; otherwise as `compress`."""

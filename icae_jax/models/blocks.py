@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float, Shaped
+from jaxtyping import Float, Shaped
 
 from icae_jax.models import rope
 from icae_jax.models.attention import attend, seen, usable
@@ -77,7 +77,7 @@ class RMSNorm(nn.Module):
         return jnp.einsum("...d,d->...d", x32.astype(x.dtype), scale.astype(x.dtype))
 
 
-def rows(x: Shaped[Any, "..."], at: Any) -> Shaped[Array, "..."]:
+def rows(x: Shaped[Any, "..."], at: Any) -> Shaped[Any, "..."]:
     """`x [B or 1, T, …]` at time indices.
 
     at: `[U]` for all rows, `[B, U]` for each row, None for all times.

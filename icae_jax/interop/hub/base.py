@@ -195,7 +195,7 @@ _DIFFERS = {
 }
 
 
-def check_identity(what: str, stated: dict[str, str], have: dict[str, str]) -> None:
+def check_identity(what: str, stated: dict[str, str | None], have: dict[str, str]) -> None:
     """UserError if an adapter or a memory was made with another tokenizer or other weights.
 
     A note says if it does not tell, as those of earlier versions do not.
