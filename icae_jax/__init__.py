@@ -12,7 +12,7 @@ from icae_jax.runtime import platforms
 if TYPE_CHECKING:
     import icae_jax.inference.compressor
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 
 def load(

@@ -181,7 +181,7 @@ def _identity(request, compressors, examples):
         "seed": request.seed,
         "base": base.fingerprint,
         "adapters": {name: c.adapter.fingerprint for name, c in compressors.items()},
-        "icae_jax": run.versions()["icae_jax"],
+        "icae_jax": run.SAME_SCORES_SINCE,
         "examples": run.content(examples),
         **base.identity,
         "stop_ids": list(base.stop_ids),

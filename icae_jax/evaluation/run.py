@@ -26,6 +26,7 @@ from icae_jax.evaluation.suites.common import Record
 from icae_jax.runtime import distributed
 
 PACKAGES = ("jax", "jaxlib", "numpy", "transformers", "sacrebleu", "rouge-score")
+SAME_SCORES_SINCE = "0.1.0"  # the first version whose examples and scores are those of this one
 # Parts of an identity that earlier versions did not record.
 NEW_IN_IDENTITY = {"tokenizer", "weights", "stop_ids", "plain_template"}
 
