@@ -85,7 +85,7 @@ def test_overrides_are_read_by_the_fields_types(field, file):
 def test_overrides_of_a_command_line():
     """Breaks when a spelling of a field is not understood, or anything else is taken for one."""
     argv = ["--config.a.b=1=2", "--config.c", "-1", "--config.d", "--config.e="]
-    assert config_file.overrides(argv) == {"a.b": "1=2", "c": "-1", "d": "true", "e": ""}
+    assert config_file.overrides(argv) == {"a.b": "1=2", "c": "-1", "d": True, "e": ""}
     for stray in ("more", "config.a=1", "--a=1"):
         with pytest.raises(UserError, match=f"'{stray}' is no flag; fields are written --config"):
             config_file.overrides([stray])
@@ -98,9 +98,8 @@ def test_a_named_base_becomes_its_hub_id(file, tmp_path, monkeypatch):
     for name, hub_id in sizes.SHORT_NAMES.items():
         assert load(TrainConfig, file("{'base': arg}") + f":{name}", fill).base == hub_id
         assert sizes.find(hub_id)
-    with pytest.raises(UserError, match=r"mine\.py:llama9: 'llama9' is not understood.*qwen3_8b"):
-        load(TrainConfig, file("{'base': arg}") + ":llama9", fill)
-    (tmp_path / "llama9").mkdir()
+    with pytest.raises(UserError, match=r"icae:llama9: 'llama9' is not understood.*qwen3_8b"):
+        load(TrainConfig, "icae:llama9", fill)
     assert load(TrainConfig, file("{'base': arg}") + ":llama9", fill).base == "llama9"
     assert load(TrainConfig, file("{'base': 'gpt2'}"), fill).base == "gpt2"
 
@@ -109,7 +108,7 @@ WRONG = {
     "no file": (None, {}, "--config is not given; .* icae, quickstart, tiny_base, x500"),
     "absent": ("absent", {}, "absent: no such file, and not one of the shipped .* icae, quick"),
     "unknown": ("icae", {"compresion.k": "4"}, "k is not a field of .*; is compression.k meant"),
-    "a group": ("icae", {"lora": "4"}, "^lora is not a field"),
+    "a group": ("icae", {"lora": "4"}, "^lora is a group of fields"),
     "below a field": ("icae", {"steps.more": "4"}, r"steps\.more is not a field"),
     "wrong type": ("icae", {"steps": "many"}, r"config\.steps is 'many'; expected int"),
     "no number": ("icae", {"steps": "1.5"}, r"config\.steps is '1\.5'; expected int"),
@@ -163,3 +162,71 @@ def test_configurations_are_in_the_wheel(tmp_path):
         text=True,
     )
     assert out.stdout == "meta-llama/Llama-2-7b-hf\n", out.stderr
+
+
+def test_what_a_file_derives_follows_an_override(tmp_path):
+    """Breaks when a field that a file computes by a FieldReference keeps its value under an
+    override.
+    """
+    path = tmp_path / "c.py"
+    path.write_text(
+        "from ml_collections import ConfigDict, FieldReference\n"
+        "def get_config():\n"
+        "    k = FieldReference(4)\n"
+        "    compression = ConfigDict({'k': k, 'rate': 12.0 / k})\n"
+        "    data = ConfigDict({'train': 't'})\n"
+        "    return ConfigDict({'base': 'b', 'compression': compression, 'data': data})\n"
+    )
+    made = config_file.load(TrainConfig, str(path), {"compression.k": "2"})
+    assert (made.compression.k, made.compression.rate) == (2, 6.0)
+
+
+def test_a_base_of_a_file_is_the_users(tmp_path, monkeypatch):
+    """Breaks when the folder or name that a user's file gives is taken for a shipped word, or a
+    word of a shipped file for a folder that happens to be here.
+    """
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "c.py"
+    path.write_text("def get_config(arg):\n    return {'base': arg, 'data.train': 't'}\n")
+
+    def base_of(config, **overrides):
+        return config_file.load(TrainConfig, config, {"data.train": "t"} | overrides).base
+
+    assert base_of(f"{path}:gpt2") == "gpt2"
+    assert base_of(f"{path}:mistral_7b") == sizes.hub_id("mistral_7b")
+    assert base_of("icae:pretrain", base="llama2_7b") == sizes.hub_id("llama2_7b")
+    (tmp_path / "mistral_7b").mkdir()
+    (tmp_path / "foo").mkdir()
+    assert base_of(f"{path}:mistral_7b") == "mistral_7b"
+    for overrides in ({}, {"base": "b"}):
+        with pytest.raises(UserError, match="icae:foo: 'foo' is not understood"):
+            base_of("icae:foo", **overrides)
+
+
+@pytest.mark.parametrize(
+    ("argument", "said"),
+    [
+        ("--config.base", "config.base is True; expected str"),
+        ("--config.steps", "config.steps is True; expected int"),
+        ("--config.compression.k_choices={[]:1}", "k_choices is .*; expected a tuple of int"),
+        ("--config.data=1", "data is a group of fields"),
+        ("--config.=1", "'' is not a field"),
+        ("config.steps=1", "is no flag"),
+    ],
+)
+def test_what_is_no_override(argument, said):
+    """Breaks when a switch becomes the text "true", or an odd value ends in a traceback."""
+    with pytest.raises(UserError, match=said):
+        config_file.load(TrainConfig, "icae:pretrain", config_file.overrides([argument]))
+
+
+def test_spellings_of_overrides():
+    """Breaks when a spelling that absl's flags took is refused."""
+    arguments = ["-config.steps=0x10", "--noconfig.data.strict", "--config.lora.targets=q_proj"]
+    made = config_file.load(
+        TrainConfig,
+        "icae:pretrain",
+        config_file.overrides([*arguments, "--config.base", "b", "--config.data.train=t"]),
+    )
+    assert (made.steps, made.data.strict, made.base) == (16, False, "b")
+    assert made.lora.targets == ("q_proj",)

@@ -76,12 +76,15 @@ def test_prompt_embeds(memory_file, tmp_path, capsys):
         "http://example:1",
     ]
     if method == "x500":
-        with pytest.raises(ValueError, match="has no export prompt_embeds; it has hf_cache, peft"):
+        with pytest.raises(
+            ValueError, match="has no export prompt_embeds; what it has: `icae export hf_cache`"
+        ):
             run(*argv)
         assert not (tmp_path / "out").exists()
         return
     assert run(*argv) == 0
-    printed = capsys.readouterr().out
+    captured = capsys.readouterr()
+    printed = captured.out + captured.err
     assert "trained with template plain" in printed and "10 requests of 2 texts" in printed
     requests = [
         json.loads(line) for line in (tmp_path / "out" / "requests.jsonl").read_text().splitlines()

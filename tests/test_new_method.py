@@ -157,7 +157,9 @@ def test_exports_that_it_lacks_are_refused(compressor, tmp_path):
     named = NamedMemory(compressor.compress(TEXTS), ["a", "b"])
     reader = Reader(compressor.base, adapter, compressor.decoder)
     refused = "method every-rth .every r-th token. has no export "
-    with pytest.raises(UserError, match=refused + "prompt_embeds; it has hf_cache"):
+    with pytest.raises(
+        UserError, match=refused + "prompt_embeds; what it has: `icae export hf_cache`"
+    ):
         prompt_embeds.save_prompt_embeds(tmp_path / "a", named, reader, prompt_embeds.Requests())
     with pytest.raises(UserError, match=refused + "peft"):
         peft_folder.save(tmp_path / "b", frozen, TINY)

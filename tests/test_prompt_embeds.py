@@ -224,7 +224,10 @@ def test_what_a_server_cannot_read_is_refused(base, tmp_path):
         ValueError, match=r"layout of the adapter is uniform.*train with layout servable"
     ):
         save(*make(base, "icae", "uniform"))
-    with pytest.raises(ValueError, match=r"x500 .* has no export prompt_embeds; it has hf_cache"):
+    with pytest.raises(
+        ValueError,
+        match=r"x500 .* has no export prompt_embeds; what it has: `icae export hf_cache`",
+    ):
         save(*make(base, "x500"))
     with pytest.raises(ValueError, match="a prompt embedding cannot carry a decoder LoRA"):
         save(*make(base, decoder_lora=True))

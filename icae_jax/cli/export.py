@@ -57,6 +57,7 @@ def _shared_flags(parser, run, dtypes):
     flags.base_flags(parser)
     add("--id", action="append", default=[], help="only the text of this id; may be repeated")
     add("--dtype", choices=dtypes, default=dtypes[0], help="of the tensors; %(default)s by default")
+    flags.json_flag(parser)
 
 
 def _load(args):
@@ -84,13 +85,15 @@ def _prompt_embeds(args):
     count = prompt_embeds.save_prompt_embeds(args.to, named, reader, requests)
     template = reader.adapter.template.name
     if template != "chat":
-        print(
+        errors.say(
             f"note: the adapter was trained with template {template}, and in a chat the server "
             "frames the memory with its own; the prompts for completions are framed as trained"
         )
-    print(
+    flags.print_result(
+        {"to": args.to, "requests": count, "texts": len(named.ids)},
+        args.json,
         f"{args.to}: {count} requests of {len(named.ids)} texts; python {args.to}/request.py "
-        "--help sends one"
+        "--help sends one",
     )
 
 
@@ -99,7 +102,9 @@ def _hf_cache(args):
 
     named, reader = _load(args)
     hf_cache.save_cache(args.to, named, reader, args.objective, args.dtype)
-    print(
+    flags.print_result(
+        {"to": args.to, "texts": len(named.ids), "for": args.objective},
+        args.json,
         f"{args.to}: the cache of {len(named.ids)} texts, to {args.objective}; python "
-        f"{args.to}/use_cache.py BASE reads it"
+        f"{args.to}/use_cache.py BASE reads it",
     )

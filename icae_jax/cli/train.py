@@ -68,7 +68,7 @@ def run(argv: list[str]) -> int:
 
 def _parsed(
     parser: argparse.ArgumentParser, argv: list[str]
-) -> tuple[argparse.Namespace, dict[str, str]]:
+) -> tuple[argparse.Namespace, dict[str, str | bool]]:
     """The flags and the configuration's overrides."""
     from icae_jax.training import config_file
 
@@ -78,7 +78,7 @@ def _parsed(
 
 def _train(
     args: argparse.Namespace,
-    overrides: dict[str, str],
+    overrides: dict[str, str | bool],
     kind: type,
     make_task: Callable[[Any, pathlib.Path], Any],
     make_meter: Callable[[Any], Any] = lambda task: None,

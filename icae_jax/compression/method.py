@@ -15,7 +15,11 @@ from icae_jax.errors import UserError
 PROMPT_EMBEDS = "prompt_embeds"  # a server's prompt embeddings
 HF_CACHE = "hf_cache"  # a key/value cache of transformers
 PEFT = "peft"  # a plain PEFT folder with code that writes the memory
-EXPORTS = (PROMPT_EMBEDS, HF_CACHE, PEFT)
+EXPORTS = {  # and the command that makes each
+    PROMPT_EMBEDS: "icae export prompt_embeds",
+    HF_CACHE: "icae export hf_cache",
+    PEFT: "icae convert adapter --format peft",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,9 +63,9 @@ class Method:
     def check_export(self, export: str) -> None:
         """UserError if the method does not have an export."""
         if export not in self.exports:
-            others = ", ".join(self.exports) or "none"
+            others = ", ".join(f"`{EXPORTS[name]}`" for name in self.exports) or "none"
             raise UserError(
-                f"method {self.name} ({self.title}) has no export {export}; it has {others}"
+                f"method {self.name} ({self.title}) has no export {export}; what it has: {others}"
             )
 
 

@@ -229,5 +229,7 @@ class BaseConfig(LoopConfig):
       mixture: stages of document kinds (`base_task.parse_mixture`).
     """
 
+    COMMAND = "icae train base"  # for messages; not a field
+
     model: TinyModelConfig = TinyModelConfig()
     mixture: tuple[str, ...] = ("0 questions=0.7 repeat=0.3",)

@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import os
 import pathlib
+import re
 import runpy
 import stat
 import traceback
@@ -57,16 +58,29 @@ def load(
         )
     path, arg = find(config)
     known = field_types(kind)
-    fields = _named_base(_fields_of_file(path, arg), config, arg)
-    fields |= {name: _parsed(text, known.get(name)) for name, text in overrides.items()}
+    given = {name: _parsed(text, known.get(name)) for name, text in overrides.items()}
+    raw = _config_of_file(path, arg)
+    _check_base_of_shipped(raw, path, config)
+    fields = _override(raw, given)
     fields |= {name: value for name, value in fallbacks.items() if fields.get(name, "") == ""}
-    for name in fields.keys() - known.keys():
-        near = difflib.get_close_matches(name, known, 1)
-        meant = f"; is {near[0]} meant?" if near else "; icae train --help lists the fields"
-        raise UserError(f"{name} is not a field of the configuration{meant}")
+    for name in sorted(fields.keys() - known.keys()):
+        raise UserError(_unknown(name, known, kind))
+    base = fields.get("base")
+    if isinstance(base, str) and base in sizes.SHORT_NAMES and not os.path.isdir(base):
+        fields["base"] = sizes.hub_id(base)
     merged = ConfigDict(nested(default_fields(kind), kind.__name__), type_safe=False).lock()
     merged.update_from_flattened_dict(fields)
     return from_dict(kind, merged.to_dict())
+
+
+def _unknown(name: str, known: Mapping[str, Any], kind: type) -> str:
+    """What to say of a field that a configuration does not have."""
+    if group := [field for field in known if field.startswith(f"{name}.")]:
+        return f"{name} is a group of fields; give one of them, such as {group[0]}"
+    command = getattr(kind, "COMMAND", "icae train")
+    near = difflib.get_close_matches(name, known, 1)
+    meant = f"; is {near[0]} meant?" if near else f"; `{command} --help` lists the fields"
+    return f"{name or repr(name)} is not a field of a configuration for `{command}`{meant}"
 
 
 def shipped() -> list[str]:
@@ -95,17 +109,31 @@ def find(config: str) -> tuple[pathlib.Path, str]:
     )
 
 
-def _fields_of_file(path: pathlib.Path, arg: str) -> dict[str, Any]:
-    """What `get_config` returns, flat. Any error in the file is the user's."""
+def _config_of_file(path: pathlib.Path, arg: str) -> ConfigDict:
+    """What `get_config` returns. Any error in the file is the user's."""
     try:
         get_config = runpy.run_path(str(path))["get_config"]
         raw = get_config(arg) if arg else get_config()
-        raw = raw.to_dict() if hasattr(raw, "to_dict") else raw
-        if not isinstance(raw, dict):
+        if isinstance(raw, Mapping):
+            raw = ConfigDict(nested(raw, path))
+        if not isinstance(raw, ConfigDict):
             raise TypeError(f"get_config returns {type(raw).__name__}, not a dict or ConfigDict")
+        raw.to_dict()  # computes what is derived by a FieldReference
     except Exception as error:
         raise UserError(f"--config: {_in_one_line(error, path)}") from error
-    return flatten(raw)
+    return raw
+
+
+def _override(raw: ConfigDict, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a file with overrides, flat.
+
+    Fields that the file sets are set in its ConfigDict, so that what it derives from them by a
+    `FieldReference` follows.
+    """
+    its_own = flatten(raw.to_dict())
+    with raw.unlocked(), raw.ignore_type():
+        raw.update_from_flattened_dict({k: v for k, v in given.items() if k in its_own})
+    return flatten(raw.to_dict()) | given
 
 
 def _in_one_line(error: Exception, path: pathlib.Path) -> str:
@@ -118,18 +146,15 @@ def _in_one_line(error: Exception, path: pathlib.Path) -> str:
     return f"{place}: {type(error).__name__}: {' '.join(str(error).split())}"
 
 
-def _named_base(fields: dict[str, Any], config: str, arg: str) -> dict[str, Any]:
-    """Replaces the short name of a known base, as a file takes it from `arg`, by its hub id."""
-    base = fields.get("base")
-    if base in sizes.SHORT_NAMES:
-        return fields | {"base": sizes.hub_id(base)}
-    if base and base in arg and "/" not in base and not os.path.isdir(base):
+def _check_base_of_shipped(raw: ConfigDict, path: pathlib.Path, config: str) -> None:
+    """UserError if a shipped file took a word of its argument for a base that is not known."""
+    base = raw.get("base")
+    if base and path.parent == _shipped_folder() and base not in sizes.SHORT_NAMES:
         raise UserError(
-            f"--config {config}: {base!r} is not understood; beside the words that the file's "
-            "get_config explains, it takes one phase, pretrain or finetune, and at most one known "
-            f"base: {', '.join(sizes.SHORT_NAMES)}"
+            f"--config {config}: {base!r} is not understood; give one phase, pretrain or finetune, "
+            "what else the file's get_config explains, and at most one known base: "
+            f"{', '.join(sizes.SHORT_NAMES)}"
         )
-    return fields
 
 
 # ------------------------------------------------------------------------------------- conversion
@@ -177,9 +202,10 @@ def _parsed(text: Any, hint: Any) -> Any:
             return _BOOLEANS.get(text.lower(), text)
         if isinstance(hint, types.GenericAlias):
             value = ast.literal_eval(text)
+            value = sorted(value) if isinstance(value, set) else value
             return value if isinstance(value, list | tuple) else (value,)
-        return hint(text)
-    except (ValueError, SyntaxError):
+        return int(text, 0) if hint is int else hint(text)
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         return tuple(text.split(",")) if typing.get_args(hint)[:1] == (str,) else text
 
 
@@ -240,7 +266,7 @@ def default_fields(kind: type) -> dict[str, Any]:
     return flatten(groups)
 
 
-def overrides(arguments: Sequence[str]) -> dict[str, str]:
+def overrides(arguments: Sequence[str]) -> dict[str, str | bool]:
     """`{dotted field: text}` of `--config.field=value …` (or `--config.field value`) arguments.
 
     UserError for an argument of any other form.
@@ -248,10 +274,16 @@ def overrides(arguments: Sequence[str]) -> dict[str, str]:
     given, rest = {}, list(arguments)
     while rest:
         argument = rest.pop(0)
-        if not argument.startswith("--config."):
+        if argument.startswith("--noconfig."):
+            given[argument.removeprefix("--noconfig.")] = False
+            continue
+        if not re.match(r"--?config\.", argument):
             raise UserError(f"{argument!r} is no flag; fields are written --config.FIELD=VALUE")
-        field, equals, text = argument.removeprefix("--config.").partition("=")
-        if not equals:  # the value follows, or a switch is turned on
-            text = rest.pop(0) if rest and not rest[0].startswith("--") else "true"
-        given[field] = text
+        field, equals, text = argument.lstrip("-").removeprefix("config.").partition("=")
+        if equals:
+            given[field] = text
+        elif rest and not rest[0].startswith("--"):  # the value follows
+            given[field] = rest.pop(0)
+        else:  # a switch; of a field that is none, True is refused for its type
+            given[field] = True
     return given

@@ -142,11 +142,17 @@ def _adapter(folder) -> Description:
     for name in ("method", "k", "rate", "layout", "k_choices"):
         if compression.get(name):
             about[name] = compression[name]
+    decoder = {}
+    if compression.get("decoder_lora"):
+        decoder, _ = tensor_files.open_tensors(
+            pathlib.Path(folder) / adapters.DECODER / "adapter_model.safetensors"
+        )
+        about["decoder_lora"] = f"{_parameter_count(decoder)} parameters"
     about |= {
         "template": info["template"]["name"],
         **_lora_sizes(tensors),
         "lora_scale": lora_fields.scale,
-        "trained_parameters": _parameter_count(tensors | table),
+        "trained_parameters": _parameter_count(tensors | table) + _parameter_count(decoder),
         "base": lora_fields.base,
         "base_fingerprint": info["base_fingerprint"],
     }
@@ -214,6 +220,8 @@ def _checkpoint(trained) -> Description:
         "base": "base",
         "base_fingerprint": "identity.base",
     }
+    if recorded.get("compression.decoder_lora"):
+        named["decoder_lora"] = "compression.decoder_lora"
     return {
         "what": f"checkpoint of a training run, {trained.path.name}",
         **{name: recorded.get(field) for name, field in named.items()},

@@ -36,7 +36,7 @@ class Sweep:
     config: str
     name: str
     workdir: pathlib.Path
-    overrides: Mapping[str, str]
+    overrides: Mapping[str, Any]
 
     @functools.cached_property
     def points(self) -> list[Point]:

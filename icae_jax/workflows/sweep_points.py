@@ -54,7 +54,7 @@ class Point(NamedTuple):
 
 
 def make_points(
-    config: str, name: str, workdir: pathlib.Path, overrides: Mapping[str, str]
+    config: str, name: str, workdir: pathlib.Path, overrides: Mapping[str, Any]
 ) -> list[Point]:
     """The points of `sweep_NAME`, with all of their configurations checked.
 
