@@ -90,7 +90,7 @@ def evaluate(
 
 
 def put_ahead(
-    mesh: jax.sharding.Mesh, host_batches: Iterable, rows: Rows | None, batch_size: int
+    mesh: Any, host_batches: Iterable, rows: Rows | None, batch_size: int
 ) -> Iterator[tuple]:
     """Yields `(host batch, device batch)`; each is transferred one step before it is used."""
     ready = None
