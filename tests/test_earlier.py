@@ -69,7 +69,14 @@ def check_arrays(got, want):
         np.testing.assert_allclose(got[name], value, rtol=BOUND, atol=BOUND, err_msg=name)
 
 
-@pytest.mark.parametrize("name", observe.ADAPTERS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        # One of each method; the other layouts compile as much again.
+        pytest.param(name, marks=[] if name in ("servable", "clean") else [pytest.mark.nightly])
+        for name in observe.ADAPTERS
+    ],
+)
 def test_adapters_of_every_layout_write_and_read_as_before(name):
     """Breaks when an adapter folder is refused, or any of its fields (layout, trigger, template,
     ks, LoRA's targets and scale) is read otherwise, or a memory, its positions, or what is
@@ -220,6 +227,7 @@ def test_the_reference_implementations_files_become_the_adapter_that_they_were(p
     check_arrays({"table": tables[0][:rows]}, {"table": tables[1][:rows]})
 
 
+@pytest.mark.nightly  # compiles three training steps
 @pytest.mark.parametrize("name", observe.RESUMED)
 def test_trainings_go_on_from_the_kept_step(name, here):
     """Breaks when a workdir is refused, or its training goes on from another step, with another
@@ -287,6 +295,7 @@ def anywhere(text):
     return [line for line in text.splitlines() if not line.startswith("report ")]
 
 
+@pytest.mark.nightly
 def test_a_stopped_evaluation_goes_on(here):
     """Breaks when the kept progress of an evaluation is refused or measured anew, or what is
     measured beside it scores otherwise.
