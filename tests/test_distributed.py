@@ -49,7 +49,7 @@ def get_config(arg=None):
 CHILD = """
 import json, os, sys, threading, time
 sys.modules["torch"] = None  # transformers would spend seconds on importing it
-from icae_jax import cli
+from icae_jax.cli import main as cli
 from icae_jax.data.examples import Examples
 from icae_jax.training.compressor_task import CompressorTask
 

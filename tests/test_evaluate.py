@@ -333,7 +333,7 @@ CHILD = """
 import json, sys
 import conftest, jax
 jax.config.update("jax_num_cpu_devices", int(sys.argv[2]))  # conftest asks for eight
-from icae_jax import cli
+from icae_jax.cli import main as cli
 code = cli.main(json.loads(sys.argv[1]))
 print("devices", jax.process_count(), jax.local_device_count())
 sys.exit(code)
