@@ -229,7 +229,7 @@ def read_adapter_info(folder: str | os.PathLike, name: str = "") -> tuple[dict, 
         files.check_fields(info, {"base_identity": dict}, path)
         identity = info["base_identity"]
         files.check_fields(identity, dict.fromkeys(identity, str), path)
-    if info.get("origin"):
+    if info.get("origin") is not None:
         files.check_fields(info, {"origin": dict}, path)
     return info, peft_config.read(lora_folder(folder) / LORA_CONFIG)
 
