@@ -238,7 +238,7 @@ def test_every_tensor_that_does_not_fit_is_listed(change, messages):
             "template stop: id -1, but the base's embedding table has 64 rows",
         ),
         (lambda f: edit(f / "icae.json", origin="x"), "origin is 'x', which is not an object"),
-        (lambda f: edit(f / "icae.json", origin=[]), "origin is [], which is not an object"),
+        (lambda f: edit(f / "icae.json", origin=[]), r"origin is \[\], which is not an object"),
         (
             lambda f: (f / "icae.json").write_text('{"format_version": 1}'),
             r"icae\.json: base_fingerprint, compression, .* missing",
