@@ -271,6 +271,17 @@ def field(name: str) -> str:
     return name if name.isidentifier() else shown(name)
 
 
+def counted(count: int, things: str) -> str:
+    """A number of things as messages show it: "1 text", "2,000 texts without tokens".
+
+    things: several of them; the first word without its s is one of them.
+    """
+    if count == 1:
+        first, *others = things.split(" ")
+        things = " ".join([first.removesuffix("s"), *others])
+    return f"{count:,} {things}"
+
+
 @functools.cache
 def say(text: str) -> None:
     """Prints a note on stderr, once per process: something happens that the user may not expect."""

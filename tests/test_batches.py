@@ -178,7 +178,7 @@ def test_what_is_too_long_is_left_out_and_counted():
     ):
         finetune([40], [[(1, 1)]], context_lengths=(10,))
     with pytest.raises(
-        ValueError, match="no examples for phase finetune in the data: 1 texts without a question"
+        ValueError, match="no examples for phase finetune in the data: 1 text without a question"
     ):
         finetune([5], [[]], context_lengths=(10,))
 

@@ -312,7 +312,7 @@ def test_empty_rows_of_a_table_are_left_out(trained, files, tmp_path, capsys):
     )
     err = capsys.readouterr().err
     assert f"data.train: left out 1 empty texts (the first: {table}:14)\n" in err
-    assert f"data.train: left out 1 questions without an answer (the first: {table}:15)\n" in err
+    assert f"data.train: left out 1 question without an answer (the first: {table}:15)\n" in err
     command = [
         "compress",
         "--adapter",

@@ -261,7 +261,7 @@ DATA = {
     "empty": ("\n", r"no rows; the data set is empty"),
     "no tokens": (
         '{"text": "  "}\n',
-        r"no rows; all were left out: 1 texts without tokens \(the first: .*data\.jsonl:1\)",
+        r"no rows; all were left out: 1 text without tokens \(the first: .*data\.jsonl:1\)",
     ),
     "empty row": (
         '{"text": "a cat"}\n{"text": ""}\n',

@@ -204,3 +204,16 @@ def test_a_path_of_the_users_is_named(tmp_path):
     with pytest.raises(OSError, match="Stale") as raised, errors.naming("--workdir w"):
         raise OSError(errno.ESTALE, "Stale file handle")
     assert not isinstance(raised.value, errors.UserError)
+
+
+@pytest.mark.parametrize(
+    ("count", "things", "message"),
+    [
+        (1, "texts", "1 text"),
+        (0, "texts without tokens", "0 texts without tokens"),
+        (1, "texts without tokens", "1 text without tokens"),
+        (2000, "steps", "2,000 steps"),
+    ],
+)
+def test_things_are_counted(count, things, message):
+    assert errors.counted(count, things) == message

@@ -597,11 +597,11 @@ LATE = {
     ),
     "no usable text": (
         {"more": ["--context_lengths", "99"]},
-        r"--data has no text for --suite autoencode: 5 x texts shorter than .* 99",
+        r"--data has no text for --suite autoencode: 5 texts shorter than .* 99",
     ),
     "no question": (
         {"suite": "qa"},
-        "--data has no text for --suite qa: 5 x texts without a question",
+        "--data has no text for --suite qa: 5 texts without a question",
     ),
     "one adapter for ablate": (
         {"suite": "ablate"},

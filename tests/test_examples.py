@@ -217,7 +217,7 @@ def test_the_limit_is_of_each_set_and_unusable_texts_are_replaced(tmp_path):
     )
     with pytest.raises(
         ValueError,
-        match=r"--data has no text for --suite counting: 1 x texts of a number that it does not ",
+        match=r"--data has no text for --suite counting: 1 text of a number that it does not ",
     ):
         drawn.make_examples(read(write_jsonl(tmp_path / "c.jsonl", ROWS[2:3])), 0, ByWords())
 

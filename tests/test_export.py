@@ -126,7 +126,7 @@ def test_hf_cache(memory_file, tmp_path, capsys):
         )
         == 0
     )
-    assert "the cache of 1 texts, to restore" in capsys.readouterr().out
+    assert "the cache of 1 text, to restore" in capsys.readouterr().out
     for folder, objective, ids, dtype in (
         ("ask", "ask", ["a", "b", "c"], "float32"),
         ("out", "restore", ["b"], "bfloat16"),

@@ -6,7 +6,7 @@ import re
 import pytest
 
 from icae_jax.data import forms, rows, sources
-from icae_jax.errors import UserError
+from icae_jax.errors import UserError, counted
 
 QUESTION = {"context": "c", "question": "q"}
 
@@ -301,7 +301,7 @@ def test_what_cannot_be_used_is_left_out_and_counted(raw, taken, reason):
     made = sieve.take(row)
     assert (made and (made.text, made.question or None, made.answers)) == taken
     assert sieve.left_out == ({reason: (1, "f:1")} if reason else {})
-    assert str(sieve) == (f"1 {reason} (the first: f:1)" if reason else "")
+    assert str(sieve) == (f"{counted(1, reason)} (the first: f:1)" if reason else "")
     strict = rows.Sieve("--strict")
     if reason:
         with pytest.raises(UserError, match=r"^f:1: the (text|question) .*without --strict$"):

@@ -97,5 +97,5 @@ def test_segments_and_texts_that_cannot_be(tiny_base):
             if fits:
                 [[record]] = suite.measure(examples)
                 assert set(record["sums"]["perplexity"]) == set(arms)
-    with pytest.raises(ValueError, match="no text for --suite span: 1 x texts shorter than"):
+    with pytest.raises(ValueError, match="no text for --suite span: 1 text shorter than"):
         made(Span(one, OPTIONS), text(5, 1))

@@ -481,7 +481,7 @@ def test_arrays_of_another_length_are_no_cache(tmp_path, cache, tiny_tokenizer):
         (
             [{"text": " "}, {"text": ""}],
             r"no rows; all were left out: 1 empty texts \(the first: .*:2\); "
-            r"1 texts without tokens \(.*:1\)",
+            r"1 text without tokens \(.*:1\)",
         ),
     ],
 )

@@ -1,5 +1,6 @@
 """`icae compress`: write texts into a memory file."""
 
+from icae_jax import errors
 from icae_jax.cli import flags
 
 HELP = "write texts into a memory file"
@@ -36,8 +37,8 @@ def run(argv: list[str]) -> int:
 
     summary = texts.summary(memory)
     line = (
-        "{output}: {texts} texts, {context_tokens} tokens in {memory_tokens} memory tokens "
+        "{output}: {counted}, {context_tokens} tokens in {memory_tokens} memory tokens "
         "({ratio:.2f}x), {bytes:,} bytes"
-    ).format(output=args.output, **summary)
+    ).format(output=args.output, counted=errors.counted(summary["texts"], "texts"), **summary)
     flags.print_result(summary | {"output": args.output}, args.json, line)
     return 0

@@ -92,7 +92,8 @@ def _prompt_embeds(args):
     flags.print_result(
         {"to": args.to, "requests": count, "texts": len(named.ids)},
         args.json,
-        f"{args.to}: {count} requests of {len(named.ids)} texts; python {args.to}/request.py "
+        f"{args.to}: {errors.counted(count, 'requests')} of "
+        f"{errors.counted(len(named.ids), 'texts')}; python {args.to}/request.py "
         "--help sends one",
     )
 
@@ -105,6 +106,6 @@ def _hf_cache(args):
     flags.print_result(
         {"to": args.to, "texts": len(named.ids), "for": args.objective},
         args.json,
-        f"{args.to}: the cache of {len(named.ids)} texts, to {args.objective}; python "
-        f"{args.to}/use_cache.py BASE reads it",
+        f"{args.to}: the cache of {errors.counted(len(named.ids), 'texts')}, to {args.objective}; "
+        f"python {args.to}/use_cache.py BASE reads it",
     )

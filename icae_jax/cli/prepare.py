@@ -4,6 +4,7 @@ import json
 import pathlib
 import sys
 
+from icae_jax import errors
 from icae_jax.cli import flags
 
 HELP = "make a data set of downloaded files, for training and evaluation to read"
@@ -76,13 +77,17 @@ def _text(about, tfds_dir):
     splits, months = about["splits"], about["months"]
     if months:
         count = sum(splits[month]["examples"] for month in months)
-        lines.append(f"  {len(months)} months, one split each, {count:,} examples")
+        lines.append(
+            f"  {errors.counted(len(months), 'months')}, one split each, "
+            f"{errors.counted(count, 'examples')}"
+        )
     lines += [
-        f"  {name:12} {split['examples']:>12,} examples in {split['shards']} shard(s)"
+        f"  {name:12} {split['examples']:>12,} examples in "
+        f"{errors.counted(split['shards'], 'shards')}"
         for name, split in splits.items()
         if name not in months
     ]
-    lines += [f"  {count:,} {what}" for what, count in about["noted"].items()]
+    lines += [f"  {errors.counted(count, what)}" for what, count in about["noted"].items()]
     lines += [
         f"  {folder}: left by a preparation that was killed, unless one is running; "
         "it can be deleted"

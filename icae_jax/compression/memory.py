@@ -218,4 +218,14 @@ def join(memories: Sequence[Memory], config: CompressionConfig) -> Memory:
         name: xp.concatenate([m.contents[name] for m in memories], kind.TEXT_AXIS + 1)
         for name in kind.CONTENTS
     }
-    return place(kind, contents, xp.concatenate([m.segment_lengths for m in memories], 1), config)
+    lengths = xp.concatenate([m.segment_lengths for m in memories], 1)
+    # Segments that a shorter text lacks come last, as they do where segments are cut.
+    order = xp.argsort(lengths == 0, axis=1, stable=True)
+    k = memories[0].tokens_per_segment
+    tokens = (order[..., None] * k + xp.arange(k)).reshape(len(order), -1)
+    after = (1,) * (kind.AXES - kind.TEXT_AXIS - 2)
+    tokens = tokens.reshape((1,) * kind.TEXT_AXIS + tokens.shape + after)
+    contents = {
+        name: xp.take_along_axis(x, tokens, kind.TEXT_AXIS + 1) for name, x in contents.items()
+    }
+    return place(kind, contents, xp.take_along_axis(lengths, order, 1), config)

@@ -24,7 +24,7 @@ from icae_jax.data.collate import (
 )
 from icae_jax.data.index import Example, ExampleSpec, Questions, Windows
 from icae_jax.data.tokens import Tokens
-from icae_jax.errors import UserError
+from icae_jax.errors import UserError, counted
 from icae_jax.objectives.targets import ae_target
 
 BLANK = -1  # the number of a row of a batch without an example
@@ -94,7 +94,7 @@ class Examples:
         ]
         weights = self._index.weights * [len(bucket.examples) > 0 for bucket in self.buckets]
         if not weights.sum() > 0:
-            reasons = [f"{count} {reason}" for reason, count in self.dropped.items()]
+            reasons = [counted(count, reason) for reason, count in self.dropped.items()]
             raise UserError(
                 f"no examples for phase {spec.phase} in the data: "
                 f"{'; '.join(reasons) or 'it has none of the kind needed'} "

@@ -9,7 +9,7 @@ import dataclasses
 import typing
 from collections.abc import Iterator, Sized
 
-from icae_jax.errors import UserError
+from icae_jax.errors import UserError, counted
 from icae_jax.interop.hub.text import check_encodable
 
 
@@ -136,7 +136,7 @@ class Sieve:
         }
 
     def __str__(self) -> str:
-        return "; ".join(f"{count} {reason}" for reason, count in self.counts.items())
+        return "; ".join(counted(count, reason) for reason, count in self.counts.items())
 
     def check_some(self, rows: Sized | int, what: str) -> None:
         """UserError if there are no rows (or a count of 0). what: the source as users name it."""

@@ -8,7 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from icae_jax.data import places, sources
 from icae_jax.data.rows import Sieve
-from icae_jax.errors import UserError
+from icae_jax.errors import UserError, counted
 
 QUESTIONS_AT_ONCE = 8  # of one context; more become several examples, so that batches stay small
 
@@ -174,7 +174,7 @@ def make_examples(
             examples += of_text
             used += 1
     if not examples:
-        why = "; ".join(f"{count} x {reason}" for reason, count in left_out.items())
+        why = "; ".join(counted(count, reason) for reason, count in left_out.items())
         raise UserError(f"--data has no text for --suite {suite.name}: {why}")
     return with_partners(examples), left_out
 

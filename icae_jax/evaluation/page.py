@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from icae_jax import errors
 from icae_jax.evaluation import published, report
 from icae_jax.evaluation.suites import common
 from icae_jax.evaluation.suites.tokens import first, without
@@ -55,11 +56,16 @@ def facts(result: dict[str, Any]) -> list[str]:
     base = result["base"]
     fingerprint = base["fingerprint"][:12]
     lines.append(f"base {base['path']} ({fingerprint}), {result['config']['base_dtype']}")
-    sets = ", ".join(f"{name} ({count} texts)" for name, count in result["data"]["texts"].items())
+    sets = ", ".join(
+        f"{name} ({errors.counted(count, 'texts')})"
+        for name, count in result["data"]["texts"].items()
+    )
     lines.append(f"data {sets}; seed {result['seed']}")
-    lines += [f"left out: {count} {reason}" for reason, count in result["left_out"].items()]
+    lines += [
+        f"left out: {errors.counted(count, reason)}" for reason, count in result["left_out"].items()
+    ]
     ties = ", ".join(
-        f"{arm} {counts['steps']} in {counts['texts']} texts"
+        f"{arm} {counts['steps']} in {errors.counted(counts['texts'], 'texts')}"
         for arm, counts in result["ties"].items()
         if counts["steps"]
     )

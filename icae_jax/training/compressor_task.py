@@ -22,7 +22,7 @@ from icae_jax.data.collate import bucket_shape
 from icae_jax.data.drawing import StaticInt
 from icae_jax.data.examples import Examples
 from icae_jax.data.index import ExampleSpec
-from icae_jax.errors import UserError
+from icae_jax.errors import UserError, counted
 from icae_jax.interop.adapters import folder as adapters
 from icae_jax.interop.hub import base as bases
 from icae_jax.interop.hub import tokenizer as tokenizers
@@ -340,7 +340,7 @@ class CompressorTask(CompressorLosses):
     def notes(self) -> list[str]:
         """Lines for the log: what differs from what was asked, and which data are left out."""
         left_out = [
-            f"{name}: left out {count} {reason}"
+            f"{name}: left out {counted(count, reason)}"
             for name, examples in self._sources()
             for reason, count in examples.dropped.items()
         ]

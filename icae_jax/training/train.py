@@ -204,7 +204,7 @@ class _Trace:
         jax.block_until_ready(state)
         self._context.close()
         count = self._last - self._first + 1
-        return f"traced {count} steps; look at them with: xprof {self._folder}"
+        return f"traced {errors.counted(count, 'steps')}; look at them with: xprof {self._folder}"
 
 
 def train(
@@ -409,5 +409,5 @@ def train(
             folder = errors.retrying(lambda: task.export(workdir, trained), "writing the result")
             errors.retrying(lambda: files.write_text(workdir / "DONE", f"{stop}\n"), "writing DONE")
             lowest = "" if best is None else f", lowest held-out loss at step {best}"
-            say(f"done: {stop} steps{lowest}; {folder}")
+            say(f"done: {errors.counted(stop, 'steps')}{lowest}; {folder}")
         return DONE

@@ -8,7 +8,7 @@ from typing import Any
 
 from icae_jax import files
 from icae_jax.data.sources import read_texts
-from icae_jax.errors import UserError
+from icae_jax.errors import UserError, counted
 from icae_jax.inference.compressor import Compressor
 from icae_jax.interop.adapters import folder as adapters
 from icae_jax.interop.adapters import formats, peft_folder, publishing
@@ -208,7 +208,9 @@ def _check_output(options):
 
 
 def _check_format(options, adapter):
-    """UserError if another implementation would misread the adapter in its format."""
+    """UserError if a format cannot hold the adapter, or its implementation would misread it."""
+    if options.format != FORMATS[0]:
+        adapters.refuse_decoder_lora(adapter, f"--format {options.format}")
     if options.format not in formats.FORMATS:
         return
     formats.need_torch_for(options.format)
@@ -242,7 +244,7 @@ def _figures(measured, text_count, source):
     """Lines for the model card. text_count: 0 for the built-in paragraph."""
     lines = []
     if measured:
-        what = f"{text_count} texts" if text_count else "a paragraph"
+        what = counted(text_count, "texts") if text_count else "a paragraph"
         lines.append(f"Restoring {what}: {measured}.")
     if losses := trained_compressors.held_out_losses(source):
         by_kind = "; ".join(
