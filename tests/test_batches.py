@@ -174,7 +174,7 @@ def test_what_is_too_long_is_left_out_and_counted():
         and target(batch, "qa", 0, 1) is None
     )
     with pytest.raises(
-        ValueError, match="no examples for phase finetune in the data: 1 contexts longer"
+        ValueError, match="no examples for phase finetune in the data: 1 context longer"
     ):
         finetune([40], [[(1, 1)]], context_lengths=(10,))
     with pytest.raises(
