@@ -14,6 +14,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     license_files=["LICENSE"],
+    author="The icae_jax authors",
     classifiers=[
         "Development Status :: 4 - Beta",
         "Environment :: Console",

@@ -52,10 +52,6 @@ def get_config(arg="pretrain"):
     config.eval_examples = 256
     config.checkpoint_every = 1000
 
-    config.compression = ConfigDict()
-    config.compression.layout = "servable"
-    config.compression.trigger = "trained"
-
     config.data = ConfigDict()
     config.data.context_lengths = (512, 1024, 2048)  # one, two and four segments
     config.data.context_weights = (0.5, 0.25, 0.25)
@@ -105,4 +101,4 @@ def sweep_learning_rate(add):
 def sweep_method(add):
     """Both methods with all else equal, each with its own layout and trigger."""
     for method in ("icae", "x500"):
-        add(**{"compression.method": method, "compression.layout": "", "compression.trigger": ""})
+        add(**{"compression.method": method})

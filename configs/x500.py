@@ -53,9 +53,7 @@ def get_config(arg="pretrain-16"):
     config.compression.method = "x500"
     config.compression.k = int(k)
     config.compression.rate = TEXT_TOKENS / int(k)
-    config.compression.layout = "clean"
     config.compression.memory_init = "normal"
-    config.compression.trigger = "bos"
 
     config.lora = ConfigDict({"rank": 64, "scale": 0.5})
     config.objectives = ConfigDict({"ae": 1.0, "lm": 0.0})
@@ -103,4 +101,4 @@ def sweep_learning_rate(add):
 def sweep_method(add):
     """Both methods with all else equal, each with its own layout and trigger."""
     for method in ("icae", "x500"):
-        add(**{"compression.method": method, "compression.layout": "", "compression.trigger": ""})
+        add(**{"compression.method": method})

@@ -101,7 +101,7 @@ BAD = {
         [],
         "mesh is data 1, fsdp 3, tensor 1, which does not make 1 devices",
     ),
-    "no such flag": ({}, ["--sav", "x"], "'--sav' is no flag"),
+    "no such flag": ({}, ["--sav", "x"], "unknown argument '--sav'"),
     "no file": (
         {},
         ["--compare", "nowhere.json"],

@@ -83,11 +83,11 @@ def test_overrides_are_read_by_the_fields_types(field, file):
 
 
 def test_overrides_of_a_command_line():
-    """Breaks when a spelling of a field is not understood, or anything else is taken for one."""
+    """Breaks when a spelling of a field is not known, or anything else is taken for one."""
     argv = ["--config.a.b=1=2", "--config.c", "-1", "--config.d", "--config.e="]
     assert config_file.overrides(argv) == {"a.b": "1=2", "c": "-1", "d": True, "e": ""}
     for stray in ("more", "config.a=1", "--a=1"):
-        with pytest.raises(UserError, match=f"'{stray}' is no flag; fields are written --config"):
+        with pytest.raises(UserError, match=f"argument '{stray}'; fields are set by --config"):
             config_file.overrides([stray])
 
 
@@ -98,7 +98,7 @@ def test_a_named_base_becomes_its_hub_id(file, tmp_path, monkeypatch):
     for name, hub_id in sizes.SHORT_NAMES.items():
         assert load(TrainConfig, file("{'base': arg}") + f":{name}", fill).base == hub_id
         assert sizes.find(hub_id)
-    with pytest.raises(UserError, match=r"icae:llama9: 'llama9' is not understood.*qwen3_8b"):
+    with pytest.raises(UserError, match=r"icae:llama9: 'llama9' is not known.*qwen3_8b"):
         load(TrainConfig, "icae:llama9", fill)
     assert load(TrainConfig, file("{'base': arg}") + ":llama9", fill).base == "llama9"
     assert load(TrainConfig, file("{'base': 'gpt2'}"), fill).base == "gpt2"
@@ -199,7 +199,7 @@ def test_a_base_of_a_file_is_the_users(tmp_path, monkeypatch):
     (tmp_path / "foo").mkdir()
     assert base_of(f"{path}:mistral_7b") == "mistral_7b"
     for overrides in ({}, {"base": "b"}):
-        with pytest.raises(UserError, match="icae:foo: 'foo' is not understood"):
+        with pytest.raises(UserError, match="icae:foo: 'foo' is not known"):
             base_of("icae:foo", **overrides)
 
 
@@ -211,7 +211,9 @@ def test_a_base_of_a_file_is_the_users(tmp_path, monkeypatch):
         ("--config.compression.k_choices={[]:1}", "k_choices is .*; expected a tuple of int"),
         ("--config.data=1", "data is a group of fields"),
         ("--config.=1", "'' is not a field"),
-        ("config.steps=1", "is no flag"),
+        ("--config.compression.rate=nan", "compression.rate is nan; expected a finite number"),
+        ("--config.optimizer.b1=inf", "optimizer.b1 is inf; expected a finite number"),
+        ("config.steps=1", "unknown argument"),
     ],
 )
 def test_what_is_no_override(argument, said):

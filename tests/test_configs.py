@@ -151,6 +151,16 @@ def test_what_the_files_leave_to_the_defaults(name):
     assert {field: flat[field] for field in RESOLVED[name]} == RESOLVED[name]
 
 
+@pytest.mark.parametrize("name", ["icae", "x500"])
+def test_another_method_brings_its_own_layout(name):
+    """Breaks when a file sets what the method has by default, so that another method is refused."""
+    for method in ("icae", "x500"):
+        own = config_file.load(TrainConfig, method, {}, UNSET).compression
+        asked = {"compression.method": method}
+        changed = config_file.load(TrainConfig, name, asked, UNSET).compression
+        assert (changed.layout, changed.trigger) == (own.layout, own.trigger)
+
+
 def test_papers_sizes():
     """Breaks when a configuration strays from the published sizes.
 
@@ -247,9 +257,7 @@ def test_papers_recipes_on_named_bases(base, phase):
 )
 def test_an_unknown_argument_is_named(name, arg):
     """Breaks when a word is ignored, or one of two that exclude each other."""
-    with pytest.raises(
-        UserError, match=rf"{name}:{arg}: ('\S+' is not understood|choose :pretrain)"
-    ):
+    with pytest.raises(UserError, match=rf"{name}:{arg}: ('\S+' is not known|choose :pretrain)"):
         filled(name, arg)
 
 

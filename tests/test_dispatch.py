@@ -159,7 +159,7 @@ BAD = {
         r"compression\.method is 'lm'; choose from icae, x500",
     ),
     "layout of another method": (
-        {"compression.method": "x500"},
+        {"compression.method": "x500", "compression.layout": "servable"},
         r"layout is 'servable', not one of method x500; choose from clean",
     ),
     "choices without k": (
@@ -197,7 +197,7 @@ def test_an_argument_that_is_no_flag_is_refused(stray, files, tmp_path, capsys):
     assert cli.main([*flags("pretrain", files, tmp_path / "w"), stray]) == 2
     assert (
         capsys.readouterr().err
-        == f"icae train: '{stray}' is no flag; fields are written --config.FIELD=VALUE\n"
+        == f"icae train: unknown argument '{stray}'; fields are set by --config.FIELD=VALUE\n"
     )
 
 

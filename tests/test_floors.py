@@ -22,7 +22,7 @@ FLOORS = (
     {"cli", "__init__"},
     {"__main__"},
 )
-# `icae_jax.load` stands for the library, so what it is made of may be asked for its version.
+LOOK_UPS = {"__version__", "__file__"}  # of the package, which every floor may ask for
 GROUND = (
     "errors",
     "files",
@@ -42,19 +42,29 @@ MODULES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
 
 
 def imports(source: str) -> set[str]:
-    """The modules of the package that a source file imports, anywhere in it."""
-    found = set()
+    """The modules of the package that a source file imports, anywhere in it.
+
+    "" is the package itself, of which `import icae_jax` alone uses nothing.
+    """
+    names = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.ImportFrom) and node.level:
             raise ValueError("write imports in full, so that they can be read")
-        if isinstance(node, ast.ImportFrom) and node.module:
-            for alias in node.names:
-                name = f"{node.module}.{alias.name}"
-                found.add(name if name.removeprefix("icae_jax.") in MODULES else node.module)
+        if isinstance(node, ast.ImportFrom):
+            names.update(f"{node.module}.{alias.name}" for alias in node.names)
         elif isinstance(node, ast.Import):
-            found.update(alias.name for alias in node.names)
-    inside = {name for name in found if name.split(".")[0] == "icae_jax" and "." in name}
-    return {name.removeprefix("icae_jax.") for name in inside}
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.Attribute) and getattr(node.value, "id", "") == "icae_jax":
+            names.add(f"icae_jax.{node.attr}")
+        elif isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "import_module":
+            names.update(str(a.value) for a in node.args if isinstance(a, ast.Constant))
+    inside = {name.removeprefix("icae_jax.") for name in names if name.startswith("icae_jax.")}
+    modules = set()
+    for name in inside - LOOK_UPS:
+        while name not in MODULES:  # the module of a function
+            name = name.rpartition(".")[0]
+        modules.add(name)
+    return modules
 
 
 IMPORTS = {name: imports(path.read_text(encoding="utf-8")) for name, path in MODULES.items()}
@@ -122,12 +132,17 @@ def test_configurations_import_nothing_of_the_package():
         ("def f():\n    from icae_jax.training import step", "training.step"),
         ("import icae_jax.cli.main", "cli.main"),
         ("from icae_jax.cli.main import command", "cli.main"),
+        ("from icae_jax import load", ""),
+        ("from icae_jax import *", ""),
+        ("import icae_jax\nicae_jax.load('a')", ""),
+        ("import importlib\nimportlib.import_module('icae_jax.cli.main')", "cli.main"),
     ],
 )
 def test_an_upward_import_is_seen(source, target):
     """Breaks when a way to write an import goes unseen, so that the tests above pass."""
     assert imports(source) == {target}
     assert upward({"models.llama": imports(source)}) == [f"models.llama imports {target}"]
+    assert imports("import icae_jax\nprint(icae_jax.__version__)") == set()
 
 
 def test_a_circle_is_seen():

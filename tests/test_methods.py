@@ -153,6 +153,7 @@ def test_joined_memories_equal_segments_compressed_at_once(tiny_params, config):
         ValueError, match=r"memories of 4, 2 memory tokens per segment cannot be joined"
     ):
         memories.join([halves[0], compress(tiny_params, TEXTS, config, 2)[0]], config)
+    assert len(memories.join([every[:0], every[:0]], config)) == 0
     with pytest.raises(ValueError, match=r"memories of 1, 3 texts cannot be joined"):
         memories.join([halves[0], every], config)
 

@@ -99,7 +99,7 @@ def test_texts_too_short_or_too_long_are_left_out(tiny_base):
             )
             found = suite.examples(text(n + 30, 1))
             assert isinstance(found, list) == fits and (
-                fits or found == "texts that need more than the base's 256 positions"
+                fits or found == "texts too long for the base's 256 positions"
             )
             if fits:
                 [[record]] = suite.measure(found)

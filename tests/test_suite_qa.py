@@ -251,7 +251,7 @@ def test_answers_end_at_the_limit_and_where_positions_end(tiny_base, calls):
         suite, text(most + 1, 1, [asked]), text(most, 2, [asked]), text(9, 3, [asked]), text(9, 4)
     )
     assert left_out == {
-        "texts that need more than the base's 256 positions": 1,
+        "texts too long for the base's 256 positions": 1,
         "texts without a question": 1,
     }
     assert [len(e.ids) for e in examples] == [9, most]

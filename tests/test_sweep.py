@@ -174,7 +174,12 @@ BAD = {
         ["--config.lorra.rank", "4"],
         r"lorra\.rank is not a field .*; is lora\.rank meant",
     ),
-    "unknown flag": ("rank", RANKS, ["--step=4"], r"'--step=4' is no flag; fields are written"),
+    "unknown flag": (
+        "rank",
+        RANKS,
+        ["--step=4"],
+        r"unknown argument '--step=4'; fields are set by",
+    ),
     "nothing to sum up": ("rank", RANKS, ["--table"], r"--workdir .* holds no sweep"),
 }
 

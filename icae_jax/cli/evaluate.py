@@ -45,7 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--no_answer", default="", metavar="TEXT", help=help_text)
     help_text = "refuse empty texts and questions without an answer instead of leaving them out"
     add("--strict", action="store_true", help=help_text)
-    add("--limit", type=int, default=0, help="texts of each set; 0 (the default) for all")
+    add("--limit", type=int, default=0, help="most texts of each set; 0, the default, takes all")
     add("--seed", type=int, default=0, help="draws the texts and the bootstrap replicates")
     help_text = "folder of results.json and report.html; the same command continues what is there"
     add("--out", type=pathlib.Path, help=help_text)

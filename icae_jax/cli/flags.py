@@ -47,7 +47,7 @@ def _with_underscores(argument: str) -> str:
 
 def parser(verb: str, text: str) -> argparse.ArgumentParser:
     """The parser of `icae VERB`, whose help says `text`."""
-    return argparse.ArgumentParser(prog=f"icae {verb}", description=text)
+    return argparse.ArgumentParser(prog=f"icae {verb}", description=text, allow_abbrev=False)
 
 
 def config_flag(parser: argparse.ArgumentParser) -> None:
@@ -73,7 +73,7 @@ def fields_help(kind: type) -> str:
 def process_flags(parser: argparse.ArgumentParser) -> None:
     """The flags of the verbs that several processes run together."""
     add = parser.add_argument_group(
-        "several processes (TPU slices and Slurm jobs are recognised without)"
+        "several processes (found by themselves on TPU slices and in Slurm jobs)"
     ).add_argument
     add("--coordinator", metavar="HOST:PORT", help="where process 0 serves the others")
     add("--processes", type=int, metavar="N", help="how many there are")

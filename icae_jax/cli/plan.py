@@ -4,7 +4,7 @@ import sys
 
 from icae_jax.cli import flags
 
-HELP = "say what a configuration takes on a TPU slice, by compiling it for one"
+HELP = "estimate the memory and time of a configuration on a TPU slice, by compiling it for one"
 
 EPILOG = (
     "The configuration is given as to icae train, --config FILE[:arg] [--config.field=value …]; "

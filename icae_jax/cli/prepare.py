@@ -82,7 +82,7 @@ def _text(about, tfds_dir):
             f"{errors.counted(count, 'examples')}"
         )
     lines += [
-        f"  {name:12} {split['examples']:>12,} examples in "
+        f"  {name:12} {errors.counted(split['examples'], 'examples'):>21} in "
         f"{errors.counted(split['shards'], 'shards')}"
         for name, split in splits.items()
         if name not in months

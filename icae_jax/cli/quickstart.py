@@ -32,11 +32,11 @@ def run(argv: list[str]) -> int:
 def _flags():
     parser = flags.parser("quickstart", HELP)
     add = parser.add_argument
-    add("--workdir", help="takes everything (default: ./quickstart, or ./quickstart_full)")
+    add("--workdir", help="folder to write (default: ./quickstart, or ./quickstart_full)")
     add("--full", action="store_true", help="one model per method for 4x and 22x, trained longer")
     add("--from_scratch", action="store_true", help="train the small base instead of the shipped")
     add("--steps", type=int, help="steps of each phase (default: the recipe's)")
     add("--held_out", type=int, default=100, help="held-out passages to measure on")
-    add("--verbose", action="store_true", help="let training say all: parameters, checkpoints")
+    add("--verbose", action="store_true", help="print the whole training log")
     add("--json", action="store_true", help="print one JSON object")
     return parser

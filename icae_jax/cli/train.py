@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from icae_jax import errors
 from icae_jax.cli import flags
 from icae_jax.errors import UserError
 
@@ -107,7 +108,10 @@ def _train(
     with distributed.ending_together(flags.BAD_INPUT):
         distributed.start(args.coordinator, args.processes, args.process)
         if finished(config, workdir):
-            print(ALREADY.format(workdir=workdir, steps=config.steps), file=sys.stderr)
+            print(
+                ALREADY.format(workdir=workdir, steps=errors.counted(config.steps, "steps")),
+                file=sys.stderr,
+            )
             return DONE
         if distributed.agreed(workdir.is_dir()):
             # Before anything is loaded: refuse a workdir that another run trains in.

@@ -1,6 +1,7 @@
 """The configuration of a compressor."""
 
 import dataclasses
+import math
 
 import numpy as np
 
@@ -46,7 +47,7 @@ class CompressionConfig:
         object.__setattr__(self, "method", self.method or methods.default().name)
         method = methods.get(self.method)
         for name in ("k", "rate"):
-            if getattr(self, name) <= 0:
+            if not 0 < getattr(self, name) < math.inf:  # NaN too
                 raise UserError(f"compression.{name} is {getattr(self, name)}; it must be positive")
         if self.segment_tokens < 1:
             raise UserError(

@@ -42,10 +42,12 @@ class Decoder:
     base: FrozenModel
     table: Float[Any, "rows D"]
     lora: Any = None
-    dropout_key: Any = None
+    dropout_key: jax.Array | None = None
 
     @classmethod
-    def of(cls, base: FrozenModel, trained: dict[str, Any], dropout_key: Any = None) -> "Decoder":
+    def of(
+        cls, base: FrozenModel, trained: dict[str, Any], dropout_key: jax.Array | None = None
+    ) -> "Decoder":
         """The decoder of a trained tree (`compression.trained`)."""
         lora = trained.get(DECODER_LORA)
         return cls(base, trained["memory_table"], lora, None if lora is None else dropout_key)

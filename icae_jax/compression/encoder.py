@@ -1,10 +1,12 @@
 """The encoder: base + LoRA reads `[segment | memory tokens]` of all contexts in one masked pass."""
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Bool
 
 from icae_jax.compression.config import CompressionConfig
 from icae_jax.compression.memory import Memory
@@ -18,7 +20,7 @@ def compress(
     trained: dict[str, Any],
     contexts: Contexts,
     config: CompressionConfig,
-    dropout_key: Any = None,
+    dropout_key: jax.Array | None = None,
 ) -> Memory:
     """Writes contexts into memory by the configuration's method.
 
@@ -34,16 +36,17 @@ def encode(
     trained: dict[str, Any],
     contexts: Contexts,
     config: CompressionConfig,
-    dropout_key: Any = None,
+    dropout_key: jax.Array | None = None,
     *,
     keeps: Literal["hidden", "kv"] = "hidden",
     memory_tokens: int | None = None,
     at: Any = None,
+    mask: Callable[[Bool[Array, "BS T"]], Bool[Array, "BS _ T"]] | None = None,
 ) -> tuple[Any, Any]:
-    """Runs base + LoRA over `[segment | memory tokens]` of every segment, for methods to keep from.
+    """Runs base + LoRA over `[segment | memory tokens]`; returns the outputs that a method keeps.
 
     Segments do not see each other. A memory token sees its segment's text and the memory tokens
-    before it.
+    before it, unless `mask` says otherwise.
 
     Args:
       base: the frozen base.
@@ -56,6 +59,8 @@ def encode(
       memory_tokens: how many memory tokens are appended to a segment, by default `contexts.k`.
       at: the kept token indices in `[segment | memory tokens]`, `[U]` or `[B * S, U]`, by default
         the memory tokens.
+      mask: makes of the real tokens of `[segment | memory tokens]` what each token sees (see
+        `Llama`); by default the real ones up to itself.
 
     Returns:
       Hidden states after the final norm, `[B * S, U, D]`, and None; or, for "kv", None and (K
@@ -83,7 +88,7 @@ def encode(
         hidden, kv = base(
             jnp.concatenate([tokens, memory], 1),
             layout.encoder_positions(N, k, lengths),
-            real,
+            real if mask is None else mask(real),
             lora=trained["lora"],
             dropout_key=dropout_key,
             **how,

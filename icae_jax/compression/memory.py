@@ -192,9 +192,9 @@ def place(
 
 
 def join(memories: Sequence[Memory], config: CompressionConfig) -> Memory:
-    """One memory that holds several, text by text, in order.
+    """Concatenates memories along their segments, text by text, in order.
 
-    It is what compressing the joined segments at once would give.
+    The result is what compressing the joined segments at once would give.
 
     UserError if they are of different kinds, or hold different numbers of texts or of memory tokens
     per segment.
@@ -222,7 +222,7 @@ def join(memories: Sequence[Memory], config: CompressionConfig) -> Memory:
     # Segments that a shorter text lacks come last, as they do where segments are cut.
     order = xp.argsort(lengths == 0, axis=1, stable=True)
     k = memories[0].tokens_per_segment
-    tokens = (order[..., None] * k + xp.arange(k)).reshape(len(order), -1)
+    tokens = (order[..., None] * k + xp.arange(k)).reshape(len(order), order.shape[1] * k)
     after = (1,) * (kind.AXES - kind.TEXT_AXIS - 2)
     tokens = tokens.reshape((1,) * kind.TEXT_AXIS + tokens.shape + after)
     contents = {

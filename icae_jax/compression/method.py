@@ -39,8 +39,11 @@ class Method:
         `<s>`.
       appends_memory_tokens: whether the encoder reads k memory tokens behind each segment;
         otherwise the text alone.
-      keeps: what `write` keeps of the encoder's pass at k tokens of each segment: "hidden", the
-        last hidden states, or "kv", keys and values of every layer. FLOPs are counted by it.
+      keeps: which outputs of the encoder become the memory, at k tokens of each segment: "hidden",
+        the last hidden states, or "kv", keys and values of every layer. FLOPs are counted by it.
+      flops: `flops(model_config, lora_config, shape, k) -> {part: FLOPs}` of writing contexts, by
+        the parts of `performance.flops.Flops`, for methods whose encoder runs otherwise than in one
+        pass over `[segment | memory tokens]`; None: that pass.
       exports: the exports it has, of `EXPORTS`.
     """
 
@@ -53,6 +56,7 @@ class Method:
     bos_before_text: bool = True
     appends_memory_tokens: bool = True
     keeps: Literal["hidden", "kv"] = "hidden"
+    flops: Callable[..., Mapping[str, int]] | None = None
     exports: tuple[str, ...] = ()
 
     @property

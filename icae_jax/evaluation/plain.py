@@ -1,11 +1,11 @@
 """Controls without a memory: the same base reads plain tokens, such as the full context or none."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from icae_jax.compression.decoder import Decoder, Prefix
 from icae_jax.errors import UserError
@@ -24,7 +24,7 @@ STEP = 64  # lengths are padded to multiples of this, so that few shapes are com
 LOSS_CHUNK = 128
 
 
-def no_prefix(config: ModelConfig, rows: int, dtype: Any = jnp.float32) -> Prefix:
+def no_prefix(config: ModelConfig, rows: int, dtype: DTypeLike = jnp.float32) -> Prefix:
     """A prefix of no positions: the decoder starts at position 0."""
     empty = np.zeros((config.num_layers, rows, 0, config.num_kv_heads, config.head_dim), dtype)
     return Prefix(

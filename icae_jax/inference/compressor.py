@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from icae_jax.compression import memory as memories
 from icae_jax.compression.decoder import Decoder
@@ -58,7 +59,7 @@ class Compressor:
         base: bases.Base,
         adapter: Adapter,
         path: str | os.PathLike,
-        dtype: Any = "float32",
+        dtype: DTypeLike = "float32",
         mesh: jax.sharding.Mesh | None = None,
     ):
         self.base, self.adapter, self.path = base, adapter, path

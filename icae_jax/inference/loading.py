@@ -3,10 +3,10 @@
 import os
 import pathlib
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from icae_jax.compression.memory import Memory
 from icae_jax.errors import UserError
@@ -20,7 +20,7 @@ from icae_jax.runtime import sharding
 
 
 def load_base(
-    source: str | os.PathLike, dtype: Any = "float32", mesh: jax.sharding.Mesh | None = None
+    source: str | os.PathLike, dtype: DTypeLike = "float32", mesh: jax.sharding.Mesh | None = None
 ) -> bases.Base:
     """A base for a `Compressor`, split over the mesh's devices, by default on one device.
 
@@ -39,7 +39,7 @@ def load(
     adapter: str | os.PathLike,
     base: str | os.PathLike | None = None,
     *,
-    dtype: Any = "float32",
+    dtype: DTypeLike = "float32",
     mesh: jax.sharding.Mesh | None = None,
 ) -> Compressor:
     """Loads a `Compressor`.
@@ -65,7 +65,7 @@ def load_with_memory(
     adapter: str | os.PathLike | None = None,
     base: str | os.PathLike | None = None,
     *,
-    dtype: Any = "float32",
+    dtype: DTypeLike = "float32",
     mesh: jax.sharding.Mesh | None = None,
     only_ids: Sequence[str] = (),
 ) -> tuple[Compressor, Memory, list[TextId]]:

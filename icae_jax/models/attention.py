@@ -25,6 +25,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
     splash_attention_mask,
 )
 from jax.sharding import PartitionSpec
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
 from icae_jax.errors import UserError
@@ -123,7 +124,7 @@ def seen(real_BS: Bool[Any, "_ S"], at: Any = None) -> Bool[Array, "_ T S"]:
 
 
 def usable(implementation: str, mask: Any) -> str:
-    """The implementation that a model computes a call with such a mask with.
+    """The implementation that computes a call with such a mask.
 
     Splash knows causal masks only. In the last layer of targets, queries are labels at times that
     are known only when the program runs; their 3-D mask is computed by xla.
@@ -135,7 +136,7 @@ def supported(
     implementation: str,
     platform: str,
     *,
-    dtype: Any,
+    dtype: DTypeLike,
     head_dim: int,
     heads: int = 1,
     kv_heads: int = 1,
@@ -339,7 +340,7 @@ def fastest(
     heads: int,
     kv_heads: int,
     head_dim: int,
-    dtype: Any,
+    dtype: DTypeLike,
     windows: bool = False,
     device: Any = None,
     seconds: Callable[..., float] = _seconds,

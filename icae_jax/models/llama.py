@@ -14,6 +14,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from icae_jax.errors import UserError
@@ -116,7 +117,7 @@ class Llama(nn.Module):
     config: ModelConfig
     lora_scale: float = 1.0
     lora_dropout: float = 0.0
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
     remat: str = "none"
     unroll: int = 1
     attention: str = "xla"
@@ -289,7 +290,14 @@ class FrozenModel:
         return embed(self.params, ids)
 
     def __call__(
-        self, x: Any, positions: Any, mask: Any, *, lora: Any = None, dropout_key: Any = None, **how
+        self,
+        x: Any,
+        positions: Any,
+        mask: Any,
+        *,
+        lora: Any = None,
+        dropout_key: jax.Array | None = None,
+        **how,
     ) -> tuple[Any, Any]:
         """Runs `Llama` with its arguments, through a LoRA tree if one is given.
 

@@ -29,8 +29,8 @@ SCORES = 1 << 20
 class _Schedule(NamedTuple):
     """How the work is cut.
 
-    ends: for each chunk of queries, how many keys of the first source it may see at most; those
-    behind are not even looked at. turns: groups into which the texts of each of `devices` are
+    ends: for each chunk of queries, how many keys of the first source it may see at most; later
+    keys are skipped. turns: groups into which the texts of each of `devices` are
     divided, computed one after another. unroll: whether the loop over groups is written out.
     """
 

@@ -8,6 +8,8 @@ of it.
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 
@@ -21,16 +23,18 @@ class QuantizedMatrix:
     multiply without forming the matrix.
     """
 
-    def dequantize(self, dtype: Any) -> Float[Array, "in out"]:
+    def dequantize(self, dtype: DTypeLike) -> Float[Array, "in out"]:
         """The matrix as an array."""
         raise NotImplementedError
 
-    def matmul(self, x: Float[Any, "... in"], dtype: Any = None) -> Float[Array, "... out"]:
+    def matmul(
+        self, x: Float[Any, "... in"], dtype: DTypeLike | None = None
+    ) -> Float[Array, "... out"]:
         """`x @ w`; see `linear`."""
         return linear(x, self.dequantize(x.dtype), dtype)
 
     def matmul_transposed(
-        self, x: Float[Any, "... out"], dtype: Any = None
+        self, x: Float[Any, "... out"], dtype: DTypeLike | None = None
     ) -> Float[Array, "... in"]:
         """`x @ w.T`; see `linear_transposed`."""
         return linear_transposed(x, self.dequantize(x.dtype), dtype)
@@ -40,10 +44,12 @@ class QuantizedMatrix:
         return jnp.take(self.dequantize(jnp.float32), ids, axis=0)
 
 
-FrozenMatrix = Array | QuantizedMatrix
+FrozenMatrix = Array | np.ndarray | QuantizedMatrix
 
 
-def linear(x: Float[Any, "... in"], w: Any, dtype: Any = None) -> Float[Array, "... out"]:
+def linear(
+    x: Float[Any, "... in"], w: "FrozenMatrix", dtype: DTypeLike | None = None
+) -> Float[Array, "... out"]:
     """`x @ w` for a frozen matrix `w [in, out]`. dtype: of the result, x's by default."""
     if isinstance(w, QuantizedMatrix):
         return w.matmul(x, dtype)
@@ -51,7 +57,7 @@ def linear(x: Float[Any, "... in"], w: Any, dtype: Any = None) -> Float[Array, "
 
 
 def linear_transposed(
-    x: Float[Any, "... out"], w: Any, dtype: Any = None
+    x: Float[Any, "... out"], w: "FrozenMatrix", dtype: DTypeLike | None = None
 ) -> Float[Array, "... in"]:
     """`x @ w.T` for a frozen matrix `w [in, out]`. dtype: of the result, x's by default."""
     if isinstance(w, QuantizedMatrix):
@@ -59,13 +65,13 @@ def linear_transposed(
     return jnp.einsum("...o,io->...i", x, w.astype(x.dtype), preferred_element_type=dtype)
 
 
-def take_rows(w: Any, ids: Int[Any, "..."]) -> Float[Array, "... out"]:
+def take_rows(w: "FrozenMatrix", ids: Int[Any, "..."]) -> Float[Array, "... out"]:
     """Rows of a frozen matrix `w [in, out]`, such as the embeddings of token ids."""
     if isinstance(w, QuantizedMatrix):
         return w.take_rows(ids)
     return jnp.take(w, ids, axis=0)
 
 
-def as_array(w: Any, dtype: Any) -> Float[Array, "in out"]:
+def as_array(w: "FrozenMatrix", dtype: DTypeLike) -> Float[Array, "in out"]:
     """A frozen matrix as an array."""
     return w.dequantize(dtype) if isinstance(w, QuantizedMatrix) else jnp.asarray(w, dtype)

@@ -81,6 +81,8 @@ def compress(
 
     shape: `(B, S, N)`, B texts of S segments of N tokens. k: memory tokens per segment.
     """
+    if method.flops:
+        return Flops(**method.flops(model_config, lora_config, shape, k))
     B, S, N = shape
     rows, length = B * S, N + (k if method.appends_memory_tokens else 0)
     hidden = method.keeps == "hidden"

@@ -74,7 +74,7 @@ def _placed(tree, shardings, dtype=None):
     )
 
 
-def batch(spec: Spec, mesh: Any = None) -> dict[str, Any]:
+def batch(spec: Spec, mesh: jax.sharding.Mesh | None = None) -> dict[str, Any]:
     """The shapes of a training batch, with every QA target as long as it may be."""
     c, where = spec.config, mesh and sharding.batch_sharding(mesh)
     rows = spec.contexts * (c.accumulate if spec.what in OF_TRAINING else 1)
@@ -122,7 +122,9 @@ def positions_needed(spec: Spec) -> int:
     return base_positions((), False, spec.compression, spec.length, behind)
 
 
-def lower(spec: Spec, mesh: Any, platforms: tuple[str, ...] | None = None) -> jax.stages.Lowered:
+def lower(
+    spec: Spec, mesh: jax.sharding.Mesh | None, platforms: tuple[str, ...] | None = None
+) -> jax.stages.Lowered:
     """The program on a mesh of devices, which may be those of a topology. Its arguments are shapes.
 
     platforms: to lower for these, such as ("cpu",), in place of the devices' own.

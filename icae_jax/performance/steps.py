@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import PyTree
 
 from icae_jax.compression import segments
@@ -60,7 +61,7 @@ def _maker(shape, rows, constant, dtype, where):
 
 
 def random_params(
-    model: ModelConfig, placement: sharding.Placement, dtype: Any, seed: int = 0
+    model: ModelConfig, placement: sharding.Placement, dtype: DTypeLike, seed: int = 0
 ) -> PyTree:
     """Random parameters of a base in `dtype`, made on the devices that hold them.
 
@@ -287,7 +288,7 @@ class TrainingStep:
         }
 
 
-def xla_flops(spec: programs.Spec, mesh: Any) -> float | None:
+def xla_flops(spec: programs.Spec, mesh: jax.sharding.Mesh | None) -> float | None:
     """XLA's count of a training step's FLOPs over all devices of a mesh, None if it gives none.
 
     Extrapolated linearly from programs of 2 and 3 layers, unrolled and lowered for CPUs but not
@@ -305,7 +306,7 @@ def xla_flops(spec: programs.Spec, mesh: Any) -> float | None:
     return (two + (three - two) * (spec.model.num_layers - 2)) * spec.config.accumulate
 
 
-def matmul_rate(dtype: Any, seconds: float = 1.0) -> float:
+def matmul_rate(dtype: DTypeLike, seconds: float = 1.0) -> float:
     """FLOP/s that large square matmuls reach now on one of this process's devices.
 
     The best of five chains, each of which is waited for once. seconds: about how long all of it

@@ -173,7 +173,9 @@ class BaseTask:
         """The number of labels."""
         return jnp.sum(batch["weights"] > 0).astype(jnp.float32)
 
-    def losses(self, trained: PyTree, frozen: PyTree, batch: PyTree, dropout_key: Any) -> LossSums:
+    def losses(
+        self, trained: PyTree, frozen: PyTree, batch: PyTree, dropout_key: jax.Array | None
+    ) -> LossSums:
         """The weighted sum of token losses, and the sum of weights."""
         T = batch["ids"].shape[1]
         hidden_BTD, _ = self.model.apply(

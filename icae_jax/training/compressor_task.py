@@ -50,7 +50,7 @@ def with_attention(
     config: TrainConfig,
     model_config: ModelConfig,
     compression: CompressionConfig,
-    mesh: Any,
+    mesh: jax.sharding.Mesh | None,
     length: int,
 ) -> tuple[TrainConfig, list[str]]:
     """The configuration with its attention decided on a mesh, and notes (`attention_choice`).
@@ -134,7 +134,9 @@ class CompressorLosses:
         """Context tokens encoded and label tokens predicted."""
         return jnp.sum(batch["lengths"]).astype(jnp.float32) + sum(self.counts(batch).values())
 
-    def losses(self, trained: PyTree, frozen: PyTree, batch: PyTree, dropout_key: Any) -> LossSums:
+    def losses(
+        self, trained: PyTree, frozen: PyTree, batch: PyTree, dropout_key: jax.Array | None
+    ) -> LossSums:
         """(sum, count) of losses by objective. The decoder sees a context through its memory."""
         c, targets = self.compression, batch["targets"]
         contexts = Contexts(batch["context"], batch["lengths"], int(batch["k"]))

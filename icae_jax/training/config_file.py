@@ -8,6 +8,7 @@ differ from the defaults, as an `ml_collections.ConfigDict` or a dict. `--config
 import ast
 import dataclasses
 import difflib
+import math
 import os
 import pathlib
 import re
@@ -119,6 +120,8 @@ def _config_of_file(path: pathlib.Path, arg: str) -> ConfigDict:
         if not isinstance(raw, ConfigDict):
             raise TypeError(f"get_config returns {type(raw).__name__}, not a dict or ConfigDict")
         raw.to_dict()  # computes what is derived by a FieldReference
+    except UserError as error:
+        raise UserError(f"--config: {error}") from error
     except Exception as error:
         raise UserError(f"--config: {_in_one_line(error, path)}") from error
     return raw
@@ -151,8 +154,8 @@ def _check_base_of_shipped(raw: ConfigDict, path: pathlib.Path, config: str) -> 
     base = raw.get("base")
     if base and path.parent == _shipped_folder() and base not in sizes.SHORT_NAMES:
         raise UserError(
-            f"--config {config}: {base!r} is not understood; give one phase, pretrain or finetune, "
-            "what else the file's get_config explains, and at most one known base: "
+            f"--config {config}: {base!r} is not known; give a phase (pretrain or finetune), what "
+            "else get_config of that file explains, and at most one base: "
             f"{', '.join(sizes.SHORT_NAMES)}"
         )
 
@@ -190,6 +193,8 @@ def _checked(hint: Any, value: object, where: str) -> Any:
         value = float(value)
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
         raise UserError(f"{where} is {value!r}; expected {hint.__name__}")
+    if hint is float and not math.isfinite(value):
+        raise UserError(f"{where} is {value}; expected a finite number")
     return value
 
 
@@ -278,7 +283,9 @@ def overrides(arguments: Sequence[str]) -> dict[str, str | bool]:
             given[argument.removeprefix("--noconfig.")] = False
             continue
         if not re.match(r"--?config\.", argument):
-            raise UserError(f"{argument!r} is no flag; fields are written --config.FIELD=VALUE")
+            raise UserError(
+                f"unknown argument {argument!r}; fields are set by --config.FIELD=VALUE"
+            )
         field, equals, text = argument.lstrip("-").removeprefix("config.").partition("=")
         if equals:
             given[field] = text

@@ -5,6 +5,7 @@ import pathlib
 from collections.abc import Iterator
 from typing import Any, Protocol, runtime_checkable
 
+import jax
 import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
 
@@ -32,7 +33,9 @@ class Objectives(Protocol):
     def tokens(self, batch: PyTree) -> Float[Array, ""]:
         """Tokens that the batch makes the model process, for throughput."""
 
-    def losses(self, trained: PyTree, frozen: PyTree, batch: PyTree, dropout_key: Any) -> LossSums:
+    def losses(
+        self, trained: PyTree, frozen: PyTree, batch: PyTree, dropout_key: jax.Array | None
+    ) -> LossSums:
         """Loss sums and counts of one (micro)batch; without dropout if `dropout_key` is None."""
 
 

@@ -25,7 +25,7 @@ from icae_jax.training.workdir import check_workdir, nothing_trained, shared_fie
 
 DONE, PREEMPTED, DIVERGED = 0, 75, 3  # exit codes; 2 is bad input
 QUIET, NORMAL, VERBOSE = 0, 1, 2  # how much `train` says
-ALREADY = "{workdir} is done already ({steps} steps)"
+ALREADY = "{workdir} is done already ({steps})"
 # Shapes, values or files depend on the versions of these.
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 TRACED = (3, 5)  # first and last step after a start that are traced: compilation is over by then
@@ -90,7 +90,7 @@ def evaluate(
 
 
 def put_ahead(
-    mesh: Any, host_batches: Iterable, rows: Rows | None, batch_size: int
+    mesh: jax.sharding.Mesh | None, host_batches: Iterable, rows: Rows | None, batch_size: int
 ) -> Iterator[tuple]:
     """Yields `(host batch, device batch)`; each is transferred one step before it is used."""
     ready = None
@@ -265,7 +265,7 @@ def train(
         sharding.check_batch_size(mesh, config.batch_size, config.accumulate)
         rows = sharding.local_rows(mesh, config.batch_size)
         if finished(config, workdir):  # another run may have finished it while this one waited
-            say(ALREADY.format(workdir=workdir, steps=config.steps))
+            say(ALREADY.format(workdir=workdir, steps=errors.counted(config.steps, "steps")))
             return DONE
         distributed.check_agreement(shared_by_processes(config) | task.shared_by_processes())
         binding = not distributed.agreed(nothing_trained(workdir))

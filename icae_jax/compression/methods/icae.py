@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import jax
+
 from icae_jax.compression import layout, method
 from icae_jax.compression.config import CompressionConfig
 from icae_jax.compression.encoder import encode
@@ -15,7 +17,7 @@ def write(
     trained: dict[str, Any],
     contexts: Contexts,
     config: CompressionConfig,
-    dropout_key: Any = None,
+    dropout_key: jax.Array | None = None,
 ) -> Slots:
     """The slots of contexts (section 2.2.1)."""
     B, S, _ = contexts.ids.shape

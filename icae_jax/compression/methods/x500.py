@@ -6,6 +6,8 @@ cache prefix.
 
 from typing import Any
 
+import jax
+
 from icae_jax.compression import layout, method
 from icae_jax.compression.config import CompressionConfig
 from icae_jax.compression.encoder import encode
@@ -19,7 +21,7 @@ def write(
     trained: dict[str, Any],
     contexts: Contexts,
     config: CompressionConfig,
-    dropout_key: Any = None,
+    dropout_key: jax.Array | None = None,
 ) -> KV:
     """K (before RoPE) and V of the memory tokens in every layer (section 3)."""
     B, S, _ = contexts.ids.shape

@@ -212,7 +212,7 @@ class Suite:
             needed.append(cut)
         if max(needed) <= self.positions:
             return None
-        return f"texts that need more than the base's {self.positions} positions"
+        return f"texts too long for the base's {self.positions} positions"
 
 
 def bucket(tokens: int) -> str:
