@@ -274,11 +274,12 @@ def field(name: str) -> str:
 def counted(count: int, things: str) -> str:
     """A number of things as messages show it: "1 text", "2,000 texts without tokens".
 
-    things: several of them; the first word without its s is one of them.
+    things: several of them, by a regular plural that is the first word.
     """
     if count == 1:
-        first, *others = things.split(" ")
-        things = " ".join([first.removesuffix("s"), *others])
+        several, *others = things.split(" ")
+        one = re.sub("(?<=ch|sh|ss)es$|(?<=x)es$|s$", "", re.sub("ies$", "y", several))
+        things = " ".join([one, *others])
     return f"{count:,} {things}"
 
 

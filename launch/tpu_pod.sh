@@ -33,7 +33,10 @@ bad() { echo "tpu_pod: $*" >&2 && exit 2; }
 
 name='' zone='' type='' version='' project='' mount='' spot='' queued='' keep=''
 max_restarts=100 poll=30 grace=120
-[[ $# -gt 0 && $1 != --help && $1 != -h ]] || { echo "$usage" >&2 && exit 2; }
+case ${1-} in
+  --help | -h) echo "$usage" && exit 0 ;;
+  '') echo "$usage" >&2 && exit 2 ;;
+esac
 while [[ $# -gt 0 && $1 != -- ]]; do
   case $1 in
     --*=*) set -- "${1%%=*}" "${1#*=}" "${@:2}" ;;

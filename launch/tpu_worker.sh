@@ -86,5 +86,6 @@ case ${1-} in
       tail -n 20 "$state/log" | sed "s/^/$(hostname): /"
     fi
     ;;
+  --help | -h) echo "$usage" ;;
   *) echo "$usage" >&2 && exit 2 ;;
 esac

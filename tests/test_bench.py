@@ -99,7 +99,7 @@ BAD = {
     "mesh": (
         {"mesh.fsdp": 3},
         [],
-        "mesh is data 1, fsdp 3, tensor 1, which does not make 1 devices",
+        "mesh is data 1, fsdp 3, tensor 1, which does not make 1 device",
     ),
     "no such flag": ({}, ["--sav", "x"], "unknown argument '--sav'"),
     "no file": (
@@ -117,7 +117,7 @@ def test_bad_input_is_one_line_before_anything_compiles(name, tiny_base, monkeyp
     monkeypatch.setattr(bench, "measure", lambda *_: pytest.fail("something was measured"))
     assert cli.main(command(str(tiny_base), *flags, **changes)) == 2
     told = capsys.readouterr().err
-    assert wanted in told and told.startswith("icae bench: ") and told.count("\n") == 1
+    assert wanted in told and told.startswith("icae bench train: ") and told.count("\n") == 1
 
 
 def test_questions_longer_than_training_takes(tiny_base, capsys):
@@ -187,7 +187,7 @@ def test_what_is_printed(saved):
     path, told = saved
     assert "1 x cpu, mesh data 1, fsdp 1, tensor 1" in told and "its own weights, float32" in told
     assert (
-        "4 contexts of 16 tokens in 1 microbatches, 136 labels" in told
+        "4 contexts of 16 tokens in 1 microbatch, 136 labels" in told
         and "compiled in" in told
         and "cross_entropy" in told
     )

@@ -62,7 +62,7 @@ def test_absent_files_are_named_with_where_they_are_found(tmp_path):
     train = write(tmp_path / "PwC_train.jsonl.gz", PWC)
     with pytest.raises(
         ValueError,
-        match=r"1 file\(s\) absent.*--only train\n  PwC_test\.jsonl .*hub data set sggetao/PwC",
+        match=r"1 file missing.*--only train\n  PwC_test\.jsonl .*hub data set sggetao/PwC",
     ):
         made(tmp_path, "pwc", train)
     assert not (tmp_path / "sets").exists()
@@ -189,7 +189,7 @@ def test_only_some_subsets_of_mrqa(tmp_path):
         write(tmp_path / f"in/{folder}/SQuAD.jsonl.gz", mrqa_file("SQuAD", folder))
     write(tmp_path / "in/dev/RACE.jsonl", mrqa_file("RACE", "dev"))
     with pytest.raises(
-        ValueError, match=r"15 file\(s\) absent; .*--only train/SQuAD,validation/SQuAD,test/RACE"
+        ValueError, match=r"15 files missing; .*--only train/SQuAD,validation/SQuAD,test/RACE"
     ) as error:
         made(tmp_path, "mrqa", tmp_path / "in")
     for line in (
@@ -248,7 +248,7 @@ def test_arxivqa(tmp_path):
     ]
     with pytest.raises(
         ValueError,
-        match=r"absent; (.|\n)*train\.jsonl .*: not public(.|\n)*any file of lines with context,",
+        match=r"missing; (.|\n)*train\.jsonl .*: not public(.|\n)*any file of lines with context,",
     ):
         made(tmp_path, "arxivqa", write(tmp_path / "other.jsonl", [row]))
 

@@ -109,6 +109,11 @@ WRONG = {
     "absent": ("absent", {}, "absent: no such file, and not one of the shipped .* icae, quick"),
     "unknown": ("icae", {"compresion.k": "4"}, "k is not a field of .*; is compression.k meant"),
     "a group": ("icae", {"lora": "4"}, "^lora is a group of fields"),
+    "of another command": (
+        "tiny_base",
+        {},
+        r"is not a field of .*`icae train` but of one for `icae train base`",
+    ),
     "below a field": ("icae", {"steps.more": "4"}, r"steps\.more is not a field"),
     "wrong type": ("icae", {"steps": "many"}, r"config\.steps is 'many'; expected int"),
     "no number": ("icae", {"steps": "1.5"}, r"config\.steps is '1\.5'; expected int"),

@@ -9,6 +9,7 @@ import pytest
 from cli_helpers import flags, make_files
 from conftest import ROOT
 
+from icae_jax import __version__
 from icae_jax.cli import main as cli
 from icae_jax.runtime import platforms
 from icae_jax.training import config_file
@@ -31,6 +32,25 @@ def test_module_and_help_list_the_verbs():
     ).stdout
     assert all(any(line.split()[:1] == [verb] for line in out.splitlines()) for verb in cli.VERBS)
     assert cli.main([]) == 2 and cli.main(["nonsense"]) == 2
+
+
+def test_the_version_is_printed(capsys):
+    assert cli.main(["--version"]) == 0 and capsys.readouterr().out == f"{__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("argv", "name"),
+    [
+        (["convert", "adapter", "--from", "x"], "icae convert adapter"),
+        (["train", "base", "--config", "x"], "icae train base"),
+        (["train", "--config", "base"], "icae train"),
+        (["ask", "base"], "icae ask"),
+        (["bench"], "icae bench"),
+    ],
+)
+def test_an_error_names_the_command(argv, name):
+    """Breaks when the kind of a verb is left out, or an argument is taken for one."""
+    assert cli.called(argv) == name
 
 
 def test_dispatching_does_not_import_jax():

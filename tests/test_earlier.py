@@ -187,7 +187,10 @@ def test_files_are_told_apart_as_before(path):
     """Breaks when a folder or file is taken for something else, or a name in what `icae inspect
     --json` prints is another.
     """
-    check(observe.inspected(path), EXPECTED["inspected"][path])
+    expected = EXPECTED["inspected"][path]
+    if "v" in expected:
+        expected = expected | {"k": 4}  # the shape of the tensor k stood there
+    check(observe.inspected(path), expected)
 
 
 @pytest.mark.parametrize(
@@ -287,7 +290,8 @@ def test_results_of_an_evaluation_are_shown_again(name, here):
         f"evaluations/{name} is done already" in err
         and (path.read_bytes(), path.stat().st_mtime_ns) == before
     )
-    assert anywhere(out) == anywhere(EXPECTED[name])
+    # One question was "1 questions" then.
+    assert anywhere(out) == anywhere(EXPECTED[name].replace(" 1 questions ", " 1 question "))
 
 
 def anywhere(text):

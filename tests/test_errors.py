@@ -213,6 +213,10 @@ def test_a_path_of_the_users_is_named(tmp_path):
         (0, "texts without tokens", "0 texts without tokens"),
         (1, "texts without tokens", "1 text without tokens"),
         (2000, "steps", "2,000 steps"),
+        (1, "microbatches", "1 microbatch"),
+        (1, "memories of a text", "1 memory of a text"),
+        (1, "devices", "1 device"),
+        (1, "boxes", "1 box"),
     ],
 )
 def test_things_are_counted(count, things, message):

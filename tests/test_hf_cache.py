@@ -12,10 +12,12 @@ from export_helpers import IDS, NEW, QUESTIONS, make, named, ours, reader_of
 
 import icae_jax
 from icae_jax.compression.method import METHODS
+from icae_jax.errors import UserError
 from icae_jax.interop.export import hf_cache
 from icae_jax.interop.export.reader import OBJECTIVES
 from icae_jax.interop.hub import base as bases
 from icae_jax.models import rope
+from icae_jax.workflows import inspection
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -219,6 +221,11 @@ def test_use_cache_runs_alone(base, tiny_base, tmp_path, capsys, monkeypatch):
     hf_cache.save_cache(
         tmp_path / "out", named(memory[:2], IDS[:2]), reader_of(compressor), "restore"
     )
+    file = tmp_path / "out" / "cache.safetensors"
+    about = inspection.describe(file)
+    assert "use_cache.py" in about["what"] and about["objective"] == "restore"
+    with pytest.raises(UserError, match="is an export for transformers"):
+        compressor.load_memory(file)
     monkeypatch.setattr("sys.argv", ["use_cache.py", str(tiny_base)])
     runpy.run_path(str(tmp_path / "out" / "use_cache.py"), run_name="__main__")
     want = compressor.restore(memory[:2], 128)

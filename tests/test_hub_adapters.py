@@ -240,7 +240,7 @@ def test_without_a_network(hub, monkeypatch):
     for name in ("org/none", "org/adapter@v9"):
         with pytest.raises(
             errors.UserError,
-            match=f"adapter '{name}': .*not in the hub's cache, and HF_HUB_OFFLINE is set",
+            match=f"adapter '{name}': .*no copy is in the local cache, and HF_HUB_OFFLINE is set",
         ):
             adapters.locate(name)
     with pytest.raises(

@@ -11,6 +11,7 @@ from conftest import TINY, random_params, random_trained
 
 from icae_jax.cli import main as cli
 from icae_jax.compression.config import CompressionConfig
+from icae_jax.inference import memory_file
 from icae_jax.inference.loading import load
 from icae_jax.interop.adapters import folder as adapters
 from icae_jax.interop.adapters import formats, peft_folder
@@ -92,6 +93,20 @@ def test_what_each_is(made, capsys):
     assert told["memory"]["texts"] == 2 and told["memory"]["slots"] == [2, 3, 32]
     for path in made.values():
         assert "what " in inspect(path, capsys)[1].out
+
+
+def test_a_memory_of_keys_and_values(tmp_path, capsys):
+    """Breaks when the tensor named k stands in the place of the number of memory tokens."""
+    shape = (2, 1, 3, 2, 8)
+    tensors = {"k": np.zeros(shape), "v": np.zeros(shape), "lengths": np.ones((1, 1), np.int32)}
+    stated = dict.fromkeys(memory_file._METADATA, "") | {
+        "format_version": memory_file.FORMAT_VERSION,
+        "k": "3",
+        "ids": '["a"]',
+    }
+    safetensors.numpy.save_file(tensors, tmp_path / "m.safetensors", stated)
+    about = json.loads(inspect(tmp_path / "m.safetensors", capsys, "--json")[1].out)
+    assert about["k"] == 3 and about["v"] == list(shape)
 
 
 def test_a_base_with_biases(tmp_path, tiny_tokenizer, capsys):

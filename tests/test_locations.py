@@ -625,7 +625,7 @@ def test_the_hubs_own_urls_offline(monkeypatch):
     monkeypatch.setattr(fetching, "_remote_files", asked)
     with pytest.raises(
         errors.UserError,
-        match="'hf://org/name' cannot be read: what is asked for is not in the hub's cache",
+        match="'hf://org/name' cannot be read: no copy is in the local cache",
     ):
         locations.local_folder("hf://org/name")
 

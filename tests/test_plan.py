@@ -159,7 +159,7 @@ def test_chips_without_published_peaks_and_no_libtpu(tiny_base, monkeypatch, cap
     monkeypatch.setattr(plan.importlib.util, "find_spec", lambda name: None)
     assert cli.main(command(str(tiny_base))) == 2
     assert (
-        "icae plan needs libtpu" in (told := capsys.readouterr().err)
+        "icae plan: libtpu is not installed" in (told := capsys.readouterr().err)
         and "pip install 'icae_jax[tpu]'" in told
     )
     monkeypatch.setattr(plan.importlib.util, "find_spec", lambda name: name)

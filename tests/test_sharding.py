@@ -304,11 +304,13 @@ def test_meshes_take_all_devices_or_say_so():
     assert sharding.MeshConfig(2, -1, 2).shape(8) == (2, 2, 2) and sharding.MeshConfig(
         1, 8, 1
     ).shape(8) == (1, 8, 1)
-    for sizes in ((1, 4, 1), (1, -1, 3), (2, 8, 1)):
-        with pytest.raises(
-            ValueError,
-            match=r"mesh is .*, which does not make 8 devices; set one of its axes to -1",
-        ):
+    for sizes, remedy in (
+        ((1, 4, 1), "set one of its axes to -1"),
+        ((1, -1, 3), "give smaller axes"),
+        ((2, 8, 1), "give smaller axes"),
+    ):
+        message = rf"mesh is .*, which does not make 8 devices; {remedy}"
+        with pytest.raises(ValueError, match=message):
             sharding.MeshConfig(*sizes).shape(8)
 
 

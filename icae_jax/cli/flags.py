@@ -50,13 +50,16 @@ def parser(verb: str, text: str) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(prog=f"icae {verb}", description=text, allow_abbrev=False)
 
 
-def config_flag(parser: argparse.ArgumentParser) -> None:
-    """`--config`, of every verb that takes a configuration; the fields are parsed separately."""
+def config_flag(parser: argparse.ArgumentParser, shipped: str = "icae:pretrain") -> None:
+    """`--config`, of every verb that takes a configuration; the fields are parsed separately.
+
+    shipped: the example of the help.
+    """
     parser.add_argument(
         "--config",
         metavar="FILE[:arg]",
         help="a configuration file with get_config(arg), or the name of a shipped one, such as "
-        "icae:pretrain",
+        f"{shipped}",
     )
 
 

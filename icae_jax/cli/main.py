@@ -5,6 +5,7 @@ import select
 import sys
 from collections.abc import Sequence
 
+import icae_jax
 from icae_jax import errors
 from icae_jax.cli import (
     ask,
@@ -49,6 +50,7 @@ VERBS = {
 
 # These run without devices, so JAX's settings do not matter; a sweep's runs check them.
 WITHOUT_DEVICES = ("prepare", "cache", "sweep")
+WITH_KINDS = ("bench", "convert", "export")
 TRAINING = ("train", "quickstart", "sweep", "bench")
 
 
@@ -61,8 +63,16 @@ Compress a language model's context into a few memory tokens.
 
 {verbs}
 
-icae help VERB, or icae VERB --help, lists a verb's options.
-On a CPU, {", ".join(TRAINING)} start over with huge pages, which saves a fifth of a step."""
+icae help VERB, or icae VERB --help, lists a verb's options; icae --version prints the version.
+On a CPU, {" and ".join(TRAINING)} restart themselves with huge pages when they begin, which saves
+a fifth of a step."""
+
+
+def called(argv: Sequence[str]) -> str:
+    """The command of these arguments, with its KIND: "icae compress", "icae convert base"."""
+    has_kind = argv[0] in WITH_KINDS or list(argv[:2]) == ["train", "base"]
+    kinds = [word for word in argv[1:2] if has_kind and not word.startswith("-")]
+    return " ".join(["icae", argv[0], *kinds])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -74,6 +84,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = flags.normalised(sys.argv[1:] if argv is None else argv)
     if argv[:1] == ["help"]:
         argv = [*argv[1:], "--help"]
+    if argv[:1] == ["--version"]:
+        print(icae_jax.__version__)
+        return 0
     verb = argv[0] if argv else "--help"
     if verb not in VERBS and verb not in ("-h", "--help"):
         print(f"icae: no verb {verb!r}\n\n{usage()}", file=sys.stderr)
@@ -100,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             message = str(error)
             if not isinstance(error, UserError) and "free space" not in message:  # a full disk
                 message += "; free space and run the same command again"
-        print(f"icae {verb}: {message}", file=sys.stderr)
+        print(f"{called(argv)}: {message}", file=sys.stderr)
         return BAD_INPUT
 
 

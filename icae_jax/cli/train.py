@@ -30,7 +30,7 @@ def parser(kind: type, base: bool) -> argparse.ArgumentParser:
         usage="%(prog)s --config FILE[:arg] --workdir DIR [--config.field=value …]",
         allow_abbrev=False,
     )
-    flags.config_flag(result)
+    flags.config_flag(result, "tiny_base" if base else "icae:pretrain")
     result.add_argument(
         "--workdir",
         metavar="DIR",

@@ -13,7 +13,7 @@ import json
 import os
 import pathlib
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -139,6 +139,11 @@ def save(path: str | os.PathLike, memory: Memory, ids: Sequence[Any], origin: Or
 # --- Reading ---
 
 
+def is_cache_export(metadata: Mapping[str, str]) -> bool:
+    """Whether a file's metadata are those of `icae export hf_cache`."""
+    return {"objective", "room", "method", "ids"} <= set(metadata)
+
+
 def read_metadata(path: str | os.PathLike) -> dict[str, str]:
     """The metadata of a memory file; UserError if it is not one, or is incomplete or damaged."""
     if not pathlib.Path(path).is_file():
@@ -149,6 +154,11 @@ def read_metadata(path: str | os.PathLike) -> dict[str, str]:
             return f.metadata() or {}
 
     metadata = files.read_safetensors(path, read, "memory")
+    if is_cache_export(metadata):
+        raise UserError(
+            f"--memory {path} is an export for transformers, which use_cache.py beside it reads; "
+            "give the memory file that it was made of"
+        )
     version = metadata.get("format_version")
     if version != FORMAT_VERSION:
         raise UserError(

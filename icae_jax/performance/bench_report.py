@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from icae_jax import files
-from icae_jax.errors import UserError
+from icae_jax.errors import UserError, counted
 from icae_jax.performance.programs import Spec
 from icae_jax.performance.subject import GIB
 from icae_jax.training.config import TrainConfig
@@ -132,8 +132,9 @@ def _subject_rows(r):
         ("base", f"{c['base']}, {whose}, {c['dtype']}"),
         (
             "step",
-            f"{c['contexts']} contexts of {c['context_length']} tokens in {c['accumulate']} "
-            f"microbatches, {r['label_tokens']:,} labels{questions}",
+            f"{counted(c['contexts'], 'contexts')} of {c['context_length']} tokens in "
+            f"{counted(c['accumulate'], 'microbatches')}, {r['label_tokens']:,} labels"
+            f"{questions}",
         ),
         (
             "method",

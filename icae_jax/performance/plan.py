@@ -58,7 +58,7 @@ def plan(options: Options, config: TrainConfig, say: Callable[[str], None]) -> d
     """
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(
-            "icae plan needs libtpu, which compiles for TPUs on any machine: "
+            "libtpu is not installed, which compiles for TPUs on any machine: "
             "pip install 'icae_jax[tpu]'"
         )
     slice_ = worker.ask({"kind": "topology", "topology": options.topology})

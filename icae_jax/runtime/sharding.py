@@ -31,7 +31,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Int, PyTree
 
-from icae_jax.errors import UserError
+from icae_jax.errors import UserError, counted
 from icae_jax.models import axes
 from icae_jax.models.llama import ModelConfig
 
@@ -68,9 +68,9 @@ class MeshConfig:
         """The sizes over this many devices. UserError if their product differs from it."""
         known = math.prod(size for size in self.sizes if size > 0)
         if devices % known or (-1 not in self.sizes and known != devices):
+            remedy = "give smaller axes" if devices % known else "set one of its axes to -1"
             raise UserError(
-                f"mesh is {self.text}, which does not make {devices} devices; "
-                "set one of its axes to -1"
+                f"mesh is {self.text}, which does not make {counted(devices, 'devices')}; {remedy}"
             )
         return tuple(devices // known if size == -1 else size for size in self.sizes)
 

@@ -95,6 +95,8 @@ class LoopConfig:
       mesh: how the devices are arranged (`runtime.sharding`).
     """
 
+    COMMAND = "icae train"  # for messages; not a field
+
     seed: int = 0
     steps: int = 1000
     batch_size: int = 8

@@ -26,6 +26,7 @@ import icae_jax
 from icae_jax import errors
 from icae_jax.errors import UserError
 from icae_jax.models.families import sizes
+from icae_jax.training.config import LoopConfig
 
 Config = TypeVar("Config")
 
@@ -78,7 +79,13 @@ def _unknown(name: str, known: Mapping[str, Any], kind: type) -> str:
     """What to say of a field that a configuration does not have."""
     if group := [field for field in known if field.startswith(f"{name}.")]:
         return f"{name} is a group of fields; give one of them, such as {group[0]}"
-    command = getattr(kind, "COMMAND", "icae train")
+    command = kind.COMMAND
+    for other in LoopConfig.__subclasses__():
+        if other is not kind and name in field_types(other):
+            return (
+                f"{name} is not a field of a configuration for `{command}` but of one for "
+                f"`{other.COMMAND}`; is that meant?"
+            )
     near = difflib.get_close_matches(name, known, 1)
     meant = f"; is {near[0]} meant?" if near else f"; `{command} --help` lists the fields"
     return f"{name or repr(name)} is not a field of a configuration for `{command}`{meant}"

@@ -1,6 +1,7 @@
 """Describes a file or folder: what it is, its sizes, its method, and which bases fit it."""
 
 import dataclasses
+import json
 import math
 import os
 import pathlib
@@ -8,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from icae_jax import files
-from icae_jax.errors import UserError
+from icae_jax.errors import UserError, counted
 from icae_jax.inference import memory_file
 from icae_jax.interop.adapters import folder as adapters
 from icae_jax.interop.adapters import formats, lora_tensors, tensor_files
@@ -123,9 +124,9 @@ def _trained_file(path, tensors) -> Description:
     if rest:
         zeros = sum(t.shape == () for t in rest.values())
         about["besides"] = (
-            f"{zeros} scalar placeholders of the base"
+            f"{counted(zeros, 'placeholders')} of the base, scalars"
             if zeros == len(rest)
-            else f"{len(rest)} tensors of the base"
+            else f"{counted(len(rest), 'tensors')} of the base"
         )
     reading = formats.read_reading(path)
     return about | ({"reading": reading} if reading else {})
@@ -194,13 +195,15 @@ def _base(folder) -> Description:
 def _memory(path) -> Description:
     metadata = memory_file.read_metadata(path)
     tensors, _ = tensor_files.open_tensors(path)
+    shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
+    shapes.pop("k", None)  # that of v; k is the number of memory tokens
     return {
         "what": "memory file",
         "method": metadata["method"],
         "layout": metadata["layout"],
         "k": int(metadata["k"]),
         "texts": len(memory_file.read_ids(path, metadata)),
-        **{name: list(tensor.shape) for name, tensor in tensors.items()},
+        **shapes,
         "bytes": path.stat().st_size,
         "adapter": metadata["adapter"],
         "adapter_fingerprint": metadata["adapter_fingerprint"],
@@ -230,6 +233,12 @@ def _checkpoint(trained) -> Description:
 
 def _tensors(path) -> Description:
     tensors, metadata = tensor_files.open_tensors(path)
+    if memory_file.is_cache_export(metadata):
+        return {
+            "what": "memories exported for transformers' generate, read by use_cache.py beside it",
+            **{name: json.loads(metadata[name]) for name in ("method", "layout", "objective")},
+            "base_fingerprint": json.loads(metadata["base_fingerprint"]),
+        }
     if {"format_version", "method", "ids"} <= set(metadata):
         return _memory(path)
     if formats.recognise(tensors):

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 
 from icae_jax.data import formats, places
 from icae_jax.data.unpacking import packing
-from icae_jax.errors import UserError
+from icae_jax.errors import UserError, counted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,7 +124,8 @@ def find(published: Sequence[Published], request: Request) -> dict[str, list[Inp
         remedy = f", or make the set of what there is: --only {present}" if present else ""
         lines = "\n".join(f"  {p.file}.jsonl (or .jsonl.gz, .jsonl.zst): {p.url}" for p in absent)
         raise UserError(
-            f"--from {' '.join(map(str, request.paths))}: {len(absent)} file(s) absent; get them"
+            f"--from {' '.join(map(str, request.paths))}: "
+            f"{counted(len(absent), 'files')} missing; get what is listed below"
             f"{remedy}\n{lines}"
         )
     return result

@@ -118,8 +118,8 @@ def asking(function: Callable[[], T], called: str, doing: str, whom: str, remedy
         except Exception as error:
             if _not_in_cache(error) and is_offline():
                 raise UserError(
-                    f"{doing}{'' if at_hub else ':'} what is asked for is not in the hub's cache, "
-                    f"and HF_HUB_OFFLINE is set ({_one_line(error)})"
+                    f"{doing}{'' if at_hub else ':'} no copy is in the local cache, and "
+                    f"HF_HUB_OFFLINE is set ({_one_line(error)})"
                 ) from error
             if not errors.answered_no(error):
                 raise
