@@ -124,7 +124,7 @@ def _trained_file(path, tensors) -> Description:
     if rest:
         zeros = sum(t.shape == () for t in rest.values())
         about["besides"] = (
-            f"{counted(zeros, 'placeholders')} of the base, scalars"
+            f"{zeros} scalar placeholders of the base"
             if zeros == len(rest)
             else f"{counted(len(rest), 'tensors')} of the base"
         )
