@@ -97,7 +97,7 @@ def test_its_dropout_is_its_own(tiny_params):
     assert dropped[0] == dropped[1] != dropped[2] and plain not in dropped
 
 
-@pytest.mark.parametrize("method", ["icae", pytest.param("x500", marks=pytest.mark.nightly)])
+@pytest.mark.parametrize("method", ["icae", "x500"])
 def test_its_flops_are_counted(method):
     """Breaks when a pass of its LoRA is not counted, or a head's gradient that it needs."""
     sizes = dataclasses.replace(TINY, hidden_size=256, intermediate_size=512, head_dim=64)
