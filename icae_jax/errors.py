@@ -272,14 +272,13 @@ def field(name: str) -> str:
 
 
 def counted(count: int, things: str) -> str:
-    """A number of things as messages show it: "1 text", "2,000 texts without tokens".
+    """A number of things as messages show it: "1 empty text", "2,000 texts without tokens".
 
-    things: several of them, by a regular plural that is the first word.
+    things: several of them; the first word that ends in s is the regular plural.
     """
     if count == 1:
-        several, *others = things.split(" ")
-        one = re.sub("(?<=ch|sh|ss)es$|(?<=x)es$|s$", "", re.sub("ies$", "y", several))
-        things = " ".join([one, *others])
+        plural = r"(\w+?)(?:(i)es|(?<=ch|sh|ss)es|(?<=x)es|s)\b"
+        things = re.sub(plural, lambda m: m[1] + ("y" if m[2] else ""), things, count=1)
     return f"{count:,} {things}"
 
 

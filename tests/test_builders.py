@@ -281,7 +281,7 @@ def test_json_text(tmp_path):
         made(tmp_path, "json_text", tmp_path / "in/b.json.gz", label="other")
     with pytest.raises(
         ValueError,
-        match=r"no examples for split 'train': left out 1 empty texts \(the first: .*\.jsonl:1\)",
+        match=r"no examples for split 'train': left out 1 empty text \(the first: .*\.jsonl:1\)",
     ):
         made(tmp_path, "json_text", write(tmp_path / "empty.jsonl", [{"text": ""}]), label="other")
 

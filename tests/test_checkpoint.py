@@ -378,7 +378,7 @@ def test_a_damaged_latest_checkpoint_is_gone_back_from(pattern, how, why, workdi
     )
     assert (
         said[1] == "going back from step 3 to step 2, the latest whole checkpoint: "
-        "training again 1 step"
+        "1 step to train again"
     )
     assert sorted(p.name for p in (workdir / "checkpoints").iterdir()) == [
         "damaged_step_3",

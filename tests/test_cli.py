@@ -311,7 +311,7 @@ def test_empty_rows_of_a_table_are_left_out(trained, files, tmp_path, capsys):
         == 0
     )
     err = capsys.readouterr().err
-    assert f"data.train: left out 1 empty texts (the first: {table}:14)\n" in err
+    assert f"data.train: left out 1 empty text (the first: {table}:14)\n" in err
     assert f"data.train: left out 1 question without an answer (the first: {table}:15)\n" in err
     command = [
         "compress",
@@ -327,7 +327,7 @@ def test_empty_rows_of_a_table_are_left_out(trained, files, tmp_path, capsys):
     out, err = capsys.readouterr()
     assert (
         json.loads(out)["texts"] == 7
-        and f"--input {folder}: left out 1 empty texts (the first: {table}:14)\n" == err
+        and f"--input {folder}: left out 1 empty text (the first: {table}:14)\n" == err
     )
     assert (
         cli.main([*command, "--strict"]) == 2

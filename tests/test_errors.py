@@ -214,6 +214,8 @@ def test_a_path_of_the_users_is_named(tmp_path):
         (1, "texts without tokens", "1 text without tokens"),
         (2000, "steps", "2,000 steps"),
         (1, "microbatches", "1 microbatch"),
+        (1, "empty texts", "1 empty text"),
+        (1, "scalar placeholders of the base", "1 scalar placeholder of the base"),
         (1, "memories of a text", "1 memory of a text"),
         (1, "devices", "1 device"),
         (1, "boxes", "1 box"),

@@ -36,7 +36,7 @@ def test_prepare_then_read(corpus, tmp_path, capsys):
         == 0
     )
     first = capsys.readouterr().out
-    assert f"{sets}/json_text/1.0.0: prepared\n" in first and "  1 empty texts left out\n" in first
+    assert f"{sets}/json_text/1.0.0: prepared\n" in first and "  1 empty text left out\n" in first
     assert re.search(r"^  train +2 examples in 1 shard$", first, re.M) and "# 2 examples" in first
     assert [(r.text, r.id) for r in printed_sources(first, sets)["tfds:json_text:train"]] == [
         ("the cat", "x"),
@@ -118,7 +118,7 @@ def test_what_is_left_out_is_said(tmp_path, capsys):
         )
         assert (
             f"left out 1 question without an answer (the first: {path}:2); "
-            f"1 empty texts (the first: {path}:4)\n" in err
+            f"1 empty text (the first: {path}:4)\n" in err
         )
     assert cli.main([*command, "--strict"]) == 2 and capsys.readouterr().err == strict
 

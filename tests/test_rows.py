@@ -6,8 +6,13 @@ import re
 import pytest
 
 from icae_jax.data import forms, rows, sources
-from icae_jax.errors import UserError, counted
+from icae_jax.errors import UserError
 
+ONE = {
+    "empty texts": "1 empty text",
+    "empty questions": "1 empty question",
+    "questions without an answer": "1 question without an answer",
+}
 QUESTION = {"context": "c", "question": "q"}
 
 
@@ -301,7 +306,7 @@ def test_what_cannot_be_used_is_left_out_and_counted(raw, taken, reason):
     made = sieve.take(row)
     assert (made and (made.text, made.question or None, made.answers)) == taken
     assert sieve.left_out == ({reason: (1, "f:1")} if reason else {})
-    assert str(sieve) == (f"{counted(1, reason)} (the first: f:1)" if reason else "")
+    assert str(sieve) == (f"{ONE[reason]} (the first: f:1)" if reason else "")
     strict = rows.Sieve("--strict")
     if reason:
         with pytest.raises(UserError, match=r"^f:1: the (text|question) .*without --strict$"):

@@ -480,7 +480,7 @@ def test_arrays_of_another_length_are_no_cache(tmp_path, cache, tiny_tokenizer):
         ([{}], "data source .*a.jsonl: no rows; the data set is empty"),
         (
             [{"text": " "}, {"text": ""}],
-            r"no rows; all were left out: 1 empty texts \(the first: .*:2\); "
+            r"no rows; all were left out: 1 empty text \(the first: .*:2\); "
             r"1 text without tokens \(.*:1\)",
         ),
     ],

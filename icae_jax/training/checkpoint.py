@@ -125,7 +125,7 @@ def resume(
     if damaged and max(damaged) > resumed:
         say(
             f"going back from step {max(damaged)} to step {resumed}, the latest whole checkpoint: "
-            f"training again {errors.counted(max(damaged) - resumed, 'steps')}"
+            f"{errors.counted(max(damaged) - resumed, 'steps')} to train again"
         )
     return resumed, state
 
