@@ -11,18 +11,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import TINY, WORDS, write_jsonl
+from conftest import TINY, WORDS, close, random_trained, write_jsonl
 
 from icae_jax.compression import layout, method
+from icae_jax.compression.config import CompressionConfig
 from icae_jax.compression.encoder import encode
 from icae_jax.compression.memory import Slots, place
+from icae_jax.compression.segments import Contexts, segment_contexts
 from icae_jax.errors import UserError
 from icae_jax.inference.loading import load
 from icae_jax.interop.adapters import folder as adapters
 from icae_jax.interop.adapters import peft_folder
 from icae_jax.interop.export import hf_cache, prompt_embeds
 from icae_jax.interop.export.reader import NamedMemory, Reader
-from icae_jax.models import lora
+from icae_jax.models import llama, lora
+from icae_jax.models.llama import FrozenModel
 from icae_jax.performance import flops, programs
 from icae_jax.runtime import sharding
 from icae_jax.training import train
@@ -187,6 +190,33 @@ def test_nothing_else_knows_a_methods_name():
         "evaluation/report.py",  # a salt of SVG's ids
         "workflows/sweep.py",
     }
+
+
+def test_an_export_that_would_compute_something_else_cannot_be_declared():
+    """Breaks when a PEFT folder would append memory tokens that the method never reads."""
+    with pytest.raises(ValueError, match="leave PEFT out of its exports"):
+        dataclasses.replace(TOY, exports=(method.PEFT,))
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_method_may_mask_the_encoder(tiny_params, causal):
+    """Breaks when `encode` ignores the mask, or gives it other tokens than the real ones."""
+    config = CompressionConfig(k=3, rate=4)
+    ids, lengths = segment_contexts([[5, 6, 7, 8, 9], [4] * 12], config)
+    base, contexts = FrozenModel(llama.Llama(TINY), tiny_params), Contexts(ids, lengths, config.k)
+    trained = random_trained(TINY, config.k)
+
+    def mask(real):
+        sees = jnp.broadcast_to(real[:, None], (*real.shape, real.shape[1]))
+        return sees & llama.causal_mask(real.shape[1]) if causal else sees
+
+    want, _ = encode(base, trained, contexts, config)
+    got, _ = encode(base, trained, contexts, config, mask=mask)
+    if causal:
+        close(got, want)
+    else:
+        # In both texts the first memory token now sees those behind it.
+        assert (jnp.abs(got - want).max((1, 2)) > 1e-3).all()
 
 
 def test_a_method_may_count_its_own_flops():

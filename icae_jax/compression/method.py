@@ -59,6 +59,13 @@ class Method:
     flops: Callable[..., Mapping[str, int]] | None = None
     exports: tuple[str, ...] = ()
 
+    def __post_init__(self):
+        if PEFT in self.exports and not self.appends_memory_tokens:
+            raise ValueError(
+                f"method {self.name}: a PEFT folder's code appends memory tokens, and this method "
+                "does not; leave PEFT out of its exports"
+            )
+
     @property
     def default_layout(self) -> str:
         """The name of the layout that is taken where none is named."""

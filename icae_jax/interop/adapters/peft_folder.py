@@ -113,8 +113,6 @@ def readme(adapter: adapters.Adapter, base_config: ModelConfig, folder: str = ".
     adapters.refuse_decoder_lora(adapter, "a PEFT folder")
     compression = adapter.compression
     compression.spec.check_export(PEFT)
-    if not compression.spec.appends_memory_tokens:
-        raise ValueError(f"{compression.spec.name}: the code below appends memory tokens")
     layout, k, N = compression.position_layout, compression.k, compression.segment_tokens
     _check_windows(compression, base_config.windows)
     text, after = "len(piece)", "len(piece) + j"
