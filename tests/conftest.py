@@ -100,7 +100,7 @@ def pytest_collection_modifyitems(items):
 
 def _keep_for_good():
     """Sets everything that lives aside from garbage collection, which then need not look through
-    it: after an hour's imports and programs a collection takes a third of a second.
+    it: late in a run a full collection takes a third of a second.
     """
     gc.collect()
     gc.freeze()

@@ -50,7 +50,7 @@ def test_the_version_is_printed(capsys):
 )
 def test_an_error_names_the_command(argv, name):
     """Breaks when the kind of a verb is left out, or an argument is taken for one."""
-    assert cli.called(argv) == name
+    assert cli.command_name(argv) == name
 
 
 def test_dispatching_does_not_import_jax():

@@ -11,6 +11,7 @@ from conftest import TINY, random_params, random_trained
 
 from icae_jax.cli import main as cli
 from icae_jax.compression.config import CompressionConfig
+from icae_jax.compression.memory import KV, place
 from icae_jax.inference import memory_file
 from icae_jax.inference.loading import load
 from icae_jax.interop.adapters import folder as adapters
@@ -97,14 +98,12 @@ def test_what_each_is(made, capsys):
 
 def test_a_memory_of_keys_and_values(tmp_path, capsys):
     """Breaks when the tensor named k stands in the place of the number of memory tokens."""
+    config = CompressionConfig("x500", k=3, rate=4)
     shape = (2, 1, 3, 2, 8)
-    tensors = {"k": np.zeros(shape), "v": np.zeros(shape), "lengths": np.ones((1, 1), np.int32)}
-    stated = dict.fromkeys(memory_file._METADATA, "") | {
-        "format_version": memory_file.FORMAT_VERSION,
-        "k": "3",
-        "ids": '["a"]',
-    }
-    safetensors.numpy.save_file(tensors, tmp_path / "m.safetensors", stated)
+    contents = {name: np.zeros(shape, np.float32) for name in ("k", "v")}
+    memory = place(KV, contents, np.ones((1, 1), np.int32), config)
+    origin = memory_file.Origin(config, "b" * 64, "a" * 64, tmp_path)
+    memory_file.save(tmp_path / "m.safetensors", memory, ["a"], origin)
     about = json.loads(inspect(tmp_path / "m.safetensors", capsys, "--json")[1].out)
     assert about["k"] == 3 and about["v"] == list(shape)
 

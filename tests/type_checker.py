@@ -1,9 +1,10 @@
 """What the tests' import hook checks, and with what: beartype, with ints allowed as floats.
 
-jaxtyping's hook decorates every function of the package, also those without annotations and those
-made anew at each call of another, and then binds their arguments and checks them twice: half of a
-test's time. `install` keeps that for functions that take or return arrays, whose sizes must agree.
-The others go to beartype alone if they are annotated at all, and all when they are first called.
+jaxtyping's hook wraps every function of the package, annotated or not, nested functions at each
+call of the outer one, and every call binds the arguments and checks them twice. That made tests of
+training take half as long again. `install` keeps it for functions that take or return arrays, whose
+sizes must agree; other annotated functions are checked by beartype alone. A function's checks are
+made when it is first called.
 """
 
 import functools
@@ -20,7 +21,7 @@ _everything_checked = jaxtyping.jaxtyped
 
 
 def check(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, its arguments and result checked from its first call on."""
+    """The function with its arguments and result checked; the check is made at the first call."""
     checked = None
 
     @functools.wraps(function)

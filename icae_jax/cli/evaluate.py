@@ -47,10 +47,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--strict", action="store_true", help=help_text)
     add("--limit", type=int, default=0, help="most texts of each set; 0, the default, takes all")
     add("--seed", type=int, default=0, help="draws the texts and the bootstrap replicates")
-    help_text = (
-        "folder of results.json and report.html, by default evaluation/SUITE-HASH; the same "
-    )
-    help_text += "command continues what is there"
+    help_text = "folder of results.json and report.html (default: evaluation/SUITE-HASH); the "
+    help_text += "same command continues what is there"
     add("--out", type=pathlib.Path, help=help_text)
     flags.json_flag(parser, "print what results.json holds")
 
@@ -68,9 +66,8 @@ def _parser() -> argparse.ArgumentParser:
     help_text = "numbers of segments to join (default: 1,2,4)"
     add("--spans", type=_numbers, default=default.spans, help=help_text)
     help_text = "template for the base without a memory; by default the adapter's"
-    names = "{" + ",".join(TEMPLATES) + "}"
-    choices = ("", *TEMPLATES)
-    add("--plain_template", default="", choices=choices, metavar=names, help=help_text)
+    templates = {"choices": ("", *TEMPLATES), "metavar": f"{{{','.join(TEMPLATES)}}}"}
+    add("--plain_template", default="", **templates, help=help_text)
     help_text = "only these arms, joined by commas; by default all"
     add("--arms", type=_words, default=(), help=help_text)
     return parser

@@ -58,8 +58,8 @@ def config_flag(parser: argparse.ArgumentParser, shipped: str = "icae:pretrain")
     parser.add_argument(
         "--config",
         metavar="FILE[:arg]",
-        help="a configuration file with get_config(arg), or the name of a shipped one, such as "
-        f"{shipped}",
+        help="a configuration file with get_config(arg), or the name of a shipped one, "
+        f"such as {shipped}",
     )
 
 
@@ -76,7 +76,7 @@ def fields_help(kind: type) -> str:
 def process_flags(parser: argparse.ArgumentParser) -> None:
     """The flags of the verbs that several processes run together."""
     add = parser.add_argument_group(
-        "several processes (found by themselves on TPU slices and in Slurm jobs)"
+        "several processes (set by themselves on TPU slices and in Slurm jobs)"
     ).add_argument
     add("--coordinator", metavar="HOST:PORT", help="where process 0 serves the others")
     add("--processes", type=int, metavar="N", help="how many there are")

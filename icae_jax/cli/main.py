@@ -68,7 +68,7 @@ On a CPU, {" and ".join(TRAINING)} restart themselves with huge pages when they 
 a fifth of a step."""
 
 
-def called(argv: Sequence[str]) -> str:
+def command_name(argv: Sequence[str]) -> str:
     """The command of these arguments, with its KIND: "icae compress", "icae convert base"."""
     has_kind = argv[0] in WITH_KINDS or list(argv[:2]) == ["train", "base"]
     kinds = [word for word in argv[1:2] if has_kind and not word.startswith("-")]
@@ -113,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             message = str(error)
             if not isinstance(error, UserError) and "free space" not in message:  # a full disk
                 message += "; free space and run the same command again"
-        print(f"{called(argv)}: {message}", file=sys.stderr)
+        print(f"{command_name(argv or [verb])}: {message}", file=sys.stderr)
         return BAD_INPUT
 
 

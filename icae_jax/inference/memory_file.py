@@ -13,7 +13,7 @@ import json
 import os
 import pathlib
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -28,6 +28,7 @@ from icae_jax.compression import memory as memories
 from icae_jax.compression.config import CompressionConfig
 from icae_jax.compression.memory import Memory
 from icae_jax.errors import UserError
+from icae_jax.interop.export import hf_cache
 from icae_jax.interop.hub import base as bases
 from icae_jax.interop.hub import locations
 from icae_jax.interop.hub.text import check_encodable
@@ -139,11 +140,6 @@ def save(path: str | os.PathLike, memory: Memory, ids: Sequence[Any], origin: Or
 # --- Reading ---
 
 
-def is_cache_export(metadata: Mapping[str, str]) -> bool:
-    """Whether a file's metadata are those of `icae export hf_cache`."""
-    return {"objective", "room", "method", "ids"} <= set(metadata)
-
-
 def read_metadata(path: str | os.PathLike) -> dict[str, str]:
     """The metadata of a memory file; UserError if it is not one, or is incomplete or damaged."""
     if not pathlib.Path(path).is_file():
@@ -154,7 +150,7 @@ def read_metadata(path: str | os.PathLike) -> dict[str, str]:
             return f.metadata() or {}
 
     metadata = files.read_safetensors(path, read, "memory")
-    if is_cache_export(metadata):
+    if hf_cache.is_cache(metadata):
         raise UserError(
             f"--memory {path} is an export for transformers, which use_cache.py beside it reads; "
             "give the memory file that it was made of"

@@ -21,7 +21,8 @@ from icae_jax.workflows import restoring
 from icae_jax.workflows.released import Unstated, read_released
 from icae_jax.workflows.restoring import Restoring
 
-FORMATS = ("native", "peft", *formats.FORMATS)
+NATIVE = "native"  # our adapter folder
+FORMATS = (NATIVE, "peft", *formats.FORMATS)
 DTYPES = ("float32", "bfloat16", "float16")
 MOST_TEXTS = 8  # restored by the check
 
@@ -48,7 +49,7 @@ class Options:
     source: str
     base: str
     to: str | None = None
-    format: str = "native"
+    format: str = NATIVE
     text: str | None = None
     dtype: str = "float32"
     base_dtype: str = "float32"
@@ -209,7 +210,7 @@ def _check_output(options):
 
 def _check_format(options, adapter):
     """UserError if a format cannot hold the adapter, or its implementation would misread it."""
-    if options.format != FORMATS[0]:
+    if options.format != NATIVE:
         adapters.refuse_decoder_lora(adapter, f"--format {options.format}")
     if options.format not in formats.FORMATS:
         return
@@ -279,7 +280,7 @@ def write(
     dtype: str,
 ) -> pathlib.Path:
     """Writes an adapter in one of `FORMATS`; returns the path to load."""
-    if form == "native":
+    if form == NATIVE:
         adapters.save_adapter(folder, adapter)
         return folder
     if form == "peft":

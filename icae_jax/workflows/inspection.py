@@ -13,6 +13,7 @@ from icae_jax.errors import UserError, counted
 from icae_jax.inference import memory_file
 from icae_jax.interop.adapters import folder as adapters
 from icae_jax.interop.adapters import formats, lora_tensors, tensor_files
+from icae_jax.interop.export import hf_cache
 from icae_jax.interop.hub import base as bases
 from icae_jax.models import lora as loras
 from icae_jax.models.families import config_json, tensor_names
@@ -124,7 +125,7 @@ def _trained_file(path, tensors) -> Description:
     if rest:
         zeros = sum(t.shape == () for t in rest.values())
         about["besides"] = (
-            f"{zeros} scalar placeholders of the base"
+            f"{counted(zeros, 'scalar placeholders')} of the base"
             if zeros == len(rest)
             else f"{counted(len(rest), 'tensors')} of the base"
         )
@@ -233,7 +234,7 @@ def _checkpoint(trained) -> Description:
 
 def _tensors(path) -> Description:
     tensors, metadata = tensor_files.open_tensors(path)
-    if memory_file.is_cache_export(metadata):
+    if hf_cache.is_cache(metadata):
         return {
             "what": "memories exported for transformers' generate, read by use_cache.py beside it",
             **{name: json.loads(metadata[name]) for name in ("method", "layout", "objective")},

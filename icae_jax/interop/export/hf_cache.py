@@ -10,6 +10,7 @@ import json
 import os
 import pathlib
 import shutil
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
@@ -147,6 +148,11 @@ def save_cache(
     with files.replacing_folder(folder) as tmp:
         safetensors.numpy.save_file(tensors, tmp / "cache.safetensors", metadata)
         shutil.copyfile(SCRIPT, tmp / "use_cache.py")
+
+
+def is_cache(metadata: Mapping[str, str]) -> bool:
+    """Whether the metadata of a file of tensors are those of a cache."""
+    return {"objective", "room", "method", "ids"} <= set(metadata)
 
 
 def _stored(x, dtype) -> Shaped[np.ndarray, "..."]:
