@@ -409,7 +409,9 @@ def quantized_shapes(
 # ---------------------------------------------------------------------------- quantising, on hosts
 
 
-def host_scales(w: Float[np.ndarray, "*layers in out"], kind: str, axis: int) -> dict[str, np.ndarray]:
+def host_scales(
+    w: Float[np.ndarray, "*layers in out"], kind: str, axis: int
+) -> dict[str, np.ndarray]:
     """All leaves but the codes of a quantised matrix; magnitudes are taken along `axis`."""
     if kind == "int8":
         return {"scales": np.abs(w).max(axis, keepdims=True) / np.float32(127)}

@@ -20,6 +20,8 @@ from icae_jax.errors import UserError
 from icae_jax.models import llama
 from icae_jax.runtime.sharding import on_host
 
+# Fields with a default that have always been part of fingerprints.
+_FIRST_FIELDS = ("rms_norm_eps", "rope_theta", "rope_scaling", "tie_word_embeddings")
 # Two sums of hashes with these salts stand for an array.
 _SALTS = (1, 0x9E3779B9)
 
@@ -46,8 +48,12 @@ def fingerprint_of(
     """`fingerprint` from the final norm and the embeddings of `fingerprint_rows`."""
     digest = hashlib.sha256()
     # Fields that were added later count only if they are used, so that older fingerprints hold.
-    plain = {"max_position_embeddings": config.max_position_embeddings, "windows": ()}
-    plain |= dict.fromkeys(("qkv_bias", "qk_norm", "o_bias", "mlp_bias"), False)
+    plain = {
+        field.name: field.default
+        for field in dataclasses.fields(config)
+        if field.default is not dataclasses.MISSING and field.name not in _FIRST_FIELDS
+    }
+    plain["max_position_embeddings"] = config.max_position_embeddings
     fields = {
         k: v for k, v in dataclasses.asdict(config).items() if k not in plain or v != plain[k]
     }
@@ -150,9 +156,7 @@ _DIFFERS = {
 }
 
 
-def check_identity(
-    what: str, stated: Mapping[str, str | None], have: Mapping[str, str]
-) -> None:
+def check_identity(what: str, stated: Mapping[str, str | None], have: Mapping[str, str]) -> None:
     """UserError if an adapter or a memory was made with another tokenizer or other weights.
 
     A note says if it does not tell, as those of earlier versions do not.
