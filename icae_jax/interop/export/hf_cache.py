@@ -28,6 +28,7 @@ from icae_jax.errors import UserError
 from icae_jax.interop.adapters import folder as adapters
 from icae_jax.interop.export.reader import OBJECTIVES, NamedMemory, Reader
 from icae_jax.models import rope
+from icae_jax.models.families.architectures import input_multiplier
 from icae_jax.models.llama import ModelConfig
 
 DTYPES = ("float32", "bfloat16")  # the default first
@@ -139,7 +140,9 @@ def save_cache(
     if dtype not in DTYPES:
         raise UserError(f"--dtype is {dtype}; choose from {', '.join(DTYPES)}")
     cache = filled_cache(named.memory, reader, objective)
-    special = reader.adapter.trained["memory_table"][-SPECIAL_ROWS:]
+    # Some models multiply input embeddings, which these rows are to transformers.
+    multiplier = input_multiplier(reader.base.config)
+    special = np.asarray(reader.adapter.trained["memory_table"][-SPECIAL_ROWS:]) / multiplier
     tensors = {
         "key": _stored(np.moveaxis(cache.key, 2, 3), dtype),
         "value": _stored(np.moveaxis(cache.value, 2, 3), dtype),
