@@ -686,9 +686,9 @@ def ae_loss(config, compression, tree, params):
     base = FrozenModel(llama.Llama(config, lora_scale=0.5, remat="frozen"), params)
     contexts = Contexts(*segment_contexts(TEXTS, compression), compression.k)
     packed = pack([[targets.ae_target(text, FRAMING)] for text in TEXTS], 1, 13, 13)
-    memory = encoder.compress(base, trained, contexts, compression)
-    decoder, batch = Decoder.of(base, trained), {"ae": packed}
-    losses = loss.label_losses(decoder, memory, batch, {"ae": ()}, compression.position_layout, 5)
+    written = encoder.compress(base, tree, contexts, compression)
+    decoder, batch = Decoder.of(base, tree), {"ae": packed}
+    losses = loss.label_losses(decoder, written, batch, {"ae": ()}, compression.position_layout, 5)
     return loss.objective_sums(losses, batch)["ae"][0]
 
 
