@@ -11,7 +11,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
-from conftest import FRAMING, TINY, close, random_lora, random_params, random_trained
+from conftest import (
+    FRAMING,
+    TINY,
+    close,
+    eight_devices,
+    random_lora,
+    random_params,
+    random_trained,
+)
+from test_attention import on_cpu
 from test_quantize import Int8, quantized, rounded
 
 from icae_jax.compression import encoder, memory, trained
@@ -412,6 +421,9 @@ def test_defaults_and_harmless_fields():
     smollm3 = parse("SmolLM3ForCausalLM", no_rope_layer_interval=2, rope_theta=5e6)
     assert smollm3.ropes == ("global", "none", "global") and smollm3.rope_theta == 5e6
     assert parse("SmolLM3ForCausalLM").rope_theta == 2e6
+    stated = {"use_sliding_window": False, "sliding_window": None, "max_window_layers": 28}
+    stated["layer_types"] = ["full_attention"] * 3
+    assert parse("SmolLM3ForCausalLM", **stated) == parse("SmolLM3ForCausalLM")
     granite = parse("GraniteForCausalLM")
     assert granite.attention_scale == 1.0 and granite.rms_norm_eps == 1e-6
     code = {"AutoConfig": "configuration_phi3.Phi3Config"}
@@ -587,6 +599,23 @@ def test_greedy_decoding_equals_the_full_forward_pass(config):
     assert len(set(text[:, 9:].ravel().tolist())) > 4
 
 
+def test_on_a_mesh(config):
+    """Breaks when a norm of whole projections sees one device's heads only, or what is scanned by
+    layer cannot be split.
+    """
+    params = params_of(config)
+    want = logits(config, params, IDS)
+    with eight_devices():
+        mesh = sharding.make_mesh(sharding.MeshConfig(1, 2, 2), jax.devices()[:4])
+        placement = sharding.Placement(mesh, config)
+        shardings = placement.tree(params)
+        kernel = shardings["layers"]["self_attn"]["q_proj"]["kernel"]
+        assert tuple(kernel.spec) == (None, "fsdp", "tensor")
+        with placement.active():
+            got = logits(config, jax.device_put(params, shardings), IDS)
+        close(jax.device_get(got), want)
+
+
 def test_further_rotation_is_that_of_each_layer(config):
     """Breaks when an exported cache turns all layers' keys by one RoPE, or turns what is not
     rotated.
@@ -648,6 +677,22 @@ def test_a_soft_cap_of_scores_and_its_gradient():
     with pytest.raises(UserError, match="attention is 'cudnn', but"):
         mesh = sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])
         attention_choice.choose("cudnn", GEMMA_LIKE, mesh, rows=1, length=8, dtype=jnp.bfloat16)
+
+
+@pytest.mark.parametrize("name", ["cudnn", "splash"])
+def test_kernels_scale_scores_as_xla_does(name, monkeypatch):
+    """Breaks when a kernel scales by H^-1/2 whatever it is told, or twice."""
+    on_cpu(monkeypatch)
+    q, k, v = (RNG.standard_normal((1, 9, n, 8)).astype(np.float32) for n in (4, 2, 2))
+    real = np.ones((1, 9), bool)
+
+    @functools.partial(jax.jit, static_argnums=(0, 1))
+    def attend(name, scale):
+        return attention.attend(q, k, v, real, scale=scale, implementation=name)
+
+    want = np.asarray(attend("xla", 1.5))
+    close(attend(name, 1.5), want)
+    assert np.abs(np.asarray(attend("xla", None)) - want).max() > 0.1
 
 
 @pytest.mark.parametrize("tied", [False, True])

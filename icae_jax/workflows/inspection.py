@@ -183,6 +183,8 @@ def _base(folder) -> Description:
         }
     if config.windows:
         about["windows"] = config.windows
+    if config.ropes:
+        about["rope_of_layers"] = config.ropes
     if config.biased:
         about["biases"] = config.biased
     about |= {
