@@ -105,6 +105,47 @@ MUTANTS = [
         "x1 * cos - x2 * sin", "x1 * cos + x2 * sin", "test_rope.py -k distances",
     ),
     Mutant(
+        "all layers' keys are rotated by the first layer's RoPE", "models/rope.py",
+        "(jnp.stack(tables)[layer_kinds(config)] for tables", "(jnp.stack(tables)[:1] for tables",
+        "test_families.py -k prefix_and_continuation",
+    ),
+    Mutant(
+        "a layer takes another layer's RoPE", "models/llama.py",
+        "jax.lax.dynamic_index_in_dim(t, kind, keepdims=False)", "t[0]", "test_families.py -k 'transformers and gemma3'",
+    ),
+    Mutant(
+        "an exported cache turns all layers alike", "interop/export/hf_cache.py",
+        ".astype(np.float64)[rope.layer_kinds(config)]", ".astype(np.float64)[:1]", "test_families.py -k further_rotation",
+    ),
+    Mutant(
+        "attention's gradient forgets the soft cap", "models/plain_attention.py",
+        "return gradient * (1 - jnp.square(jnp.tanh(scaled / self.softcap)))", "return gradient",
+        "test_families.py -k soft_cap_of_scores",
+    ),
+    Mutant(
+        "the loss's gradient forgets the logits' soft cap", "models/llama.py",
+        "d_logits * (1 - jnp.square(logits / self.softcap))", "d_logits", "test_families.py -k frozen_head",
+    ),
+    Mutant(
+        "the loss's gradient forgets the logits' divisor", "models/llama.py",
+        "else d_logits / self.divisor", "else d_logits", "test_families.py -k frozen_head",
+    ),
+    Mutant(
+        "memory starts among embeddings that are not multiplied", "compression/trained.py",
+        "as_array(embeddings, jnp.float32) * multiplier", "as_array(embeddings, jnp.float32)",
+        "test_families.py -k memory_starts",
+    ),
+    Mutant(
+        "k is read from the rows of q", "interop/hub/weights.py",
+        "stored_rows = slice(first_row + start, first_row + stop)", "stored_rows = slice(start, stop)",
+        "test_families.py -k fused_tensors",
+    ),
+    Mutant(
+        "a fused base has a fingerprint of its own", "interop/hub/base.py",
+        '_NEVER_COUNT = ("max_position_embeddings", "fused")', '_NEVER_COUNT = ("max_position_embeddings",)',
+        "test_families.py -k fingerprints",
+    ),
+    Mutant(
         "a window is one position too wide", "models/blocks.py",
         "(query_positions - positions[:, None] < window)", "(query_positions - positions[:, None] <= window)", "test_llama.py -k window",
     ),

@@ -4,11 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import TINY
 
 from icae_jax.compression.config import CompressionConfig
 from icae_jax.compression.decoder import Decoder
 from icae_jax.compression.segments import segment_contexts, segment_shape
 from icae_jax.compression.trained import init_memory_table
+from icae_jax.models import llama
 from icae_jax.models.llama import FrozenModel
 from icae_jax.objectives import targets
 
@@ -141,7 +143,8 @@ def test_negative_ids_are_rows_of_the_table_from_its_end():
     base = {"embed": np.arange(10.0, dtype=np.float32).reshape(5, 2)}
     table = 100 + np.arange(12.0, dtype=np.float32).reshape(6, 2)
     ids = np.asarray([[targets.AE, 0], [targets.LM, 4], [targets.FT, 1]])
-    out = np.asarray(jax.jit(Decoder.embed)(Decoder(FrozenModel(None, base), table), ids))
+    model = FrozenModel(llama.Llama(TINY), base)
+    out = np.asarray(jax.jit(Decoder.embed)(Decoder(model, table), ids))
     assert (
         out[:, 0].tolist() == table[3:].tolist()
         and out[:, 1].tolist() == base["embed"][[0, 4, 1]].tolist()

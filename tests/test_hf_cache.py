@@ -103,12 +103,30 @@ FAMILIES = {
     "mistral": {"rope_scaling": YARN, "windows": (70, 70)},
     "qwen2": {"qkv_bias": True},
     "qwen3": {"qk_norm": True, "rope_scaling": rope.LinearScaling(2.0)},
+    "gemma3_text": {
+        "norms": "both",
+        "norm_plus_one": True,
+        "activation": "gelu_tanh",
+        "qk_norm": True,
+        "embedding_multiplier": 32**0.5,
+        "windows": (70, 0),
+        "ropes": ("local", "global"),
+        "local_rope_theta": 20.0,
+    },
+    "granite": {"embedding_multiplier": 3.0, "logits_divisor": 0.5},
 }
 
 
 # K behind a head holds both what x500 kept and what the base made of the head, as of ICAE's slots.
 @pytest.mark.parametrize(
-    ("family", "method"), [("mistral", "icae"), ("qwen2", "x500"), ("qwen3", "x500")]
+    ("family", "method"),
+    [
+        ("mistral", "icae"),
+        ("qwen2", "x500"),
+        ("qwen3", "x500"),
+        ("gemma3_text", "x500"),
+        ("granite", "icae"),
+    ],
 )
 def test_every_family(tmp_path, tiny_tokenizer, family, method, monkeypatch):
     """Breaks when K is kept without a family's bias or norm, what RoPE scales is scaled again by

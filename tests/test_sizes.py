@@ -23,6 +23,15 @@ COUNTS = {
     "Qwen/Qwen2.5-0.5B": 494_032_768,
     "Qwen/Qwen3-0.6B": 596_049_920,
     "Qwen/Qwen3-8B": 8_190_735_360,
+    "google/gemma-2-2b": 2_614_341_888,
+    "google/gemma-2-9b": 9_241_705_984,
+    "google/gemma-3-270m": 268_098_176,
+    "google/gemma-3-1b-pt": 999_885_952,
+    "allenai/OLMo-2-1124-7B": 7_298_617_344,
+    "microsoft/phi-4": 14_659_507_200,
+    "ibm-granite/granite-3.0-2b-base": 2_533_531_648,
+    "HuggingFaceTB/SmolLM2-135M": 134_515_008,
+    "HuggingFaceTB/SmolLM3-3B": 3_075_098_624,
 }
 
 # What no parameter count shows, from the models' config.json and papers: heads, positions, RoPE,
@@ -44,6 +53,10 @@ CONSTANTS = {
     "mistralai/Mistral-7B-Instruct-v0.2": (32, 32768, 1e6, None, 1e-5, ()),
     "Qwen/Qwen2.5-0.5B": (14, 32768, 1e6, None, 1e-6, ()),
     "Qwen/Qwen3-8B": (32, 40960, 1e6, None, 1e-6, ()),
+    "google/gemma-2-2b": (8, 8192, 1e4, None, 1e-6, (4096, 0) * 13),
+    "google/gemma-3-270m": (4, 32768, 1e6, None, 1e-6, ((512,) * 5 + (0,)) * 3),
+    "google/gemma-3-1b-pt": (4, 32768, 1e6, None, 1e-6, ((512,) * 5 + (0,)) * 4 + (512, 512)),
+    "HuggingFaceTB/SmolLM3-3B": (16, 65536, 5e6, None, 1e-6, ()),
 }
 
 
@@ -82,6 +95,12 @@ def test_through_config_json(name):
         "Qwen/Qwen3": "qwen3",
         "Qwen/Qwen2.5": "qwen2",
         "mistralai/Mistral-7B-v0.1": "mistral",
+        "google/gemma-2": "gemma2",
+        "google/gemma-3": "gemma3_text",
+        "allenai/OLMo-2": "olmo2",
+        "microsoft/phi-4": "phi3",
+        "ibm-granite/granite-3": "granite",
+        "HuggingFaceTB/SmolLM3": "smollm3",
     }
     assert raw["model_type"] == next(
         (kind for start, kind in families.items() if name.startswith(start)), "llama"

@@ -13,7 +13,7 @@ from icae_jax.errors import UserError
 from icae_jax.interop.hub import base as bases
 from icae_jax.interop.hub import locations, orbax_copy, stored_scheme, weights
 from icae_jax.interop.hub.stored_scheme import StoredScheme
-from icae_jax.models.families import tensor_names
+from icae_jax.models.families import multimodal, tensor_names
 from icae_jax.models.families.config_fields import QUANTIZATION
 from icae_jax.models.families.config_json import parse_config, stored_dtype
 from icae_jax.models.quantize import SCHEMES
@@ -105,6 +105,7 @@ def convert(
         raise UserError(f"--to {to} is inside --from {source}; give a folder elsewhere")
     path = folder / "config.json"
     raw = files.read_json(path, "the base model's configuration")
+    raw = multimodal.text_part(raw, path)  # only that is written
     config = parse_config(raw, path)
     held = stored_scheme.read(folder)
     quantize = dtype if dtype in SCHEMES else None

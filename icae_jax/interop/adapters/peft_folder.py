@@ -22,6 +22,8 @@ from icae_jax.errors import UserError
 from icae_jax.interop.adapters import folder as adapters
 from icae_jax.interop.adapters import lora_tensors
 from icae_jax.interop.templates import fill_in
+from icae_jax.models.families.architectures import input_multiplier
+from icae_jax.models.families.tensor_names import FUSED
 from icae_jax.models.llama import ModelConfig
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -105,6 +107,22 @@ def _check_windows(compression: CompressionConfig, windows: tuple[int, ...]) -> 
         )
 
 
+def _check_base(config: ModelConfig) -> None:
+    """Raises UserError if PEFT cannot adapt the base's modules as ours are adapted."""
+    if config.fused:
+        parts = ", ".join(f"{whole} ({', '.join(parts)})" for whole, parts in FUSED.items())
+        raise UserError(
+            f"the base computes projections in one module each in transformers: {parts}; PEFT "
+            "would adapt them as one, and the adapter has its own for each part; use --format "
+            "native"
+        )
+    if input_multiplier(config) != 1:
+        raise UserError(
+            f"the base multiplies input embeddings by {config.embedding_multiplier:g} in "
+            "transformers, and memory tokens are not multiplied; use --format native"
+        )
+
+
 def readme(adapter: adapters.Adapter, base_config: ModelConfig, folder: str = ".") -> str:
     """README.md of an adapter, with code for its method, layout and sizes.
 
@@ -113,6 +131,7 @@ def readme(adapter: adapters.Adapter, base_config: ModelConfig, folder: str = ".
     adapters.refuse_decoder_lora(adapter, "a PEFT folder")
     compression = adapter.compression
     compression.spec.check_export(PEFT)
+    _check_base(base_config)
     layout, k, N = compression.position_layout, compression.k, compression.segment_tokens
     _check_windows(compression, base_config.windows)
     text, after = "len(piece)", "len(piece) + j"

@@ -24,6 +24,7 @@ from icae_jax.interop.adapters import folder as adapters
 from icae_jax.interop.export.reader import NamedMemory, Reader
 from icae_jax.interop.prompts import question_ids
 from icae_jax.interop.templates import fill_in
+from icae_jax.models.families.architectures import computed_by
 
 DTYPES = ("bfloat16", "float32", "float16")  # what vLLM takes; the default first
 URL = "http://localhost:8000"
@@ -61,8 +62,16 @@ class Requests:
 def check_readable(memory: Slots, reader: Reader) -> None:
     """Raises UserError if a server could not read the memory as it was trained to be read.
 
-    It must be at positions 0, 1, 2, …, with the prompt right behind it.
+    It must be at positions 0, 1, 2, …, with the prompt right behind it, and the server must take it
+    as what the first block reads. vLLM does so for Gemma 3, whose embeddings it multiplies when it
+    looks them up. Granite's it multiplies in all cases, and Gemma 2's in some of its versions.
     """
+    config = reader.base.config
+    if config.embedding_multiplier != 1 and computed_by(config) != "Gemma3ForCausalLM":
+        raise UserError(
+            f"the base multiplies embeddings by {config.embedding_multiplier:g}, and vLLM does the "
+            "same to prompt embeddings, in all or some of its versions; use `icae export hf_cache`"
+        )
     mask = np.asarray(memory.mask)
     misplaced = mask & (np.asarray(memory.positions) != mask.cumsum(1) - 1)
     compression = reader.adapter.compression

@@ -24,6 +24,7 @@ from icae_jax.interop.hub.text import Tokenizer, set_stop_ids
 from icae_jax.interop.hub.tokenizer import has_tokenizer, load_tokenizer
 from icae_jax.interop.hub.weights import save_params
 from icae_jax.models import llama
+from icae_jax.models.families.architectures import computed_by
 from icae_jax.models.families.config_json import hub_config, read_config
 from icae_jax.models.quantize import SCHEMES
 
@@ -66,13 +67,16 @@ def _as_llama(config: llama.ModelConfig, params: dict) -> tuple[llama.ModelConfi
     A Llama's tokenizer class is the one that tokenizer_config.json names, while Qwen2's has its own
     pre-tokenizer. None if the model is not a Llama.
     """
-    if not config.qkv_bias or config.windows or config.qk_norm:
+    if not config.qkv_bias or config.o_bias:
+        return None
+    as_llama = dataclasses.replace(config, o_bias=True)
+    if computed_by(as_llama) != "LlamaForCausalLM":
         return None
     attention = params["layers"]["self_attn"]
     zeros = jnp.zeros((config.num_layers, config.hidden_size), attention["o_proj"]["kernel"].dtype)
     attention = attention | {"o_proj": attention["o_proj"] | {"bias": zeros}}
     layers = params["layers"] | {"self_attn": attention}
-    return dataclasses.replace(config, o_bias=True), params | {"layers": layers}
+    return as_llama, params | {"layers": layers}
 
 
 def stop_ids(folder: str | os.PathLike, tokenizer: Tokenizer | None = None) -> tuple[int, ...]:

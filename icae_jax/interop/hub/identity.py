@@ -22,6 +22,8 @@ from icae_jax.runtime.sharding import on_host
 
 # Fields with a default that have always been part of fingerprints.
 _FIRST_FIELDS = ("rms_norm_eps", "rope_theta", "rope_scaling", "tie_word_embeddings")
+# Fields that change no result.
+_NEVER_COUNT = ("max_position_embeddings", "fused")
 # Two sums of hashes with these salts stand for an array.
 _SALTS = (1, 0x9E3779B9)
 
@@ -53,7 +55,7 @@ def fingerprint_of(
         for field in dataclasses.fields(config)
         if field.default is not dataclasses.MISSING and field.name not in _FIRST_FIELDS
     }
-    plain["max_position_embeddings"] = config.max_position_embeddings
+    plain |= {name: getattr(config, name) for name in _NEVER_COUNT}
     fields = {
         k: v for k, v in dataclasses.asdict(config).items() if k not in plain or v != plain[k]
     }

@@ -13,6 +13,7 @@ import safetensors
 from icae_jax import errors, files
 from icae_jax.errors import UserError
 from icae_jax.models import llama
+from icae_jax.models.families import multimodal
 
 WHOLE = "model.safetensors"  # one file with all tensors
 INDEX = "model.safetensors.index.json"  # or the index of several
@@ -101,7 +102,8 @@ def open_tensors(
 ) -> dict[str, tuple[pathlib.Path, Any]]:
     """`{name: (file, safetensors slice)}` of the model's tensors, none of which is read yet.
 
-    Only a tied head is compared with its embeddings. Other tensors in the files are named on
+    Only a tied head is compared with its embeddings. Of a multimodal checkpoint, the text part's
+    tensors go by the names that they have in a text model. Other tensors in the files are named on
     stderr.
 
     Args:
@@ -113,7 +115,7 @@ def open_tensors(
     Raises:
         UserError: the files and config.json contradict each other.
     """
-    index = weight_map(folder) or {}
+    index = {multimodal.text_name(name): f for name, f in (weight_map(folder) or {}).items()}
     holders: dict[str, dict[str, tuple]] = {}  # tensor name -> {file name: (path, slice)}
     for path in weight_files(folder):
         if not path.exists():
@@ -125,7 +127,8 @@ def open_tensors(
         )
         file = enter(file)
         for name in file.keys():  # noqa: SIM118 (it is no dictionary)
-            holders.setdefault(name, {})[path.name] = path, file.get_slice(name)
+            place = path, file.get_slice(name)
+            holders.setdefault(multimodal.text_name(name), {})[path.name] = place
     # As in transformers, the index decides, and the last file for tensors that it does not name.
     stored = {
         name: places.get(index[name]) if name in index else list(places.values())[-1]

@@ -276,13 +276,14 @@ class _Tensors:
 
     def __init__(self, folder: pathlib.Path, config: llama.ModelConfig, enter: Callable):
         slices = stored.open_tensors(folder, config, hub_shapes(config), enter)
-        self._tensors = {}  # path -> {layer or None: (tensor, transposed)}
-        for name, (path, layer, transposed) in tensor_names(config).items():
-            self._tensors.setdefault(path, {})[layer] = slices[name][1], transposed
+        self._tensors = {}  # path -> {layer or None: (tensor, transposed, first row)}
+        for name, places in tensor_names(config).items():
+            for path, layer, *where in places:
+                self._tensors.setdefault(path, {})[layer] = slices[name][1], *where
         self.blocks = {
             path: Q8_0_BLOCK
             for path, tensors in self._tensors.items()
-            if all(hasattr(tensor, "read_q8_0") for tensor, _ in tensors.values())
+            if all(hasattr(tensor, "read_q8_0") for tensor, *_ in tensors.values())
         }
 
     def reader(
@@ -302,14 +303,14 @@ def _read_shard(tensors, dtype, ranges):
     """One shard of a parameter as a host array.
 
     Args:
-        tensors: `{layer or None: (tensor of the file, transposed)}`.
+        tensors: `{layer or None: (tensor of the file, transposed, first row)}`.
         dtype: of the result.
         ranges: (start, stop) along each axis of the parameter.
     """
     shard = np.empty([stop - start for start, stop in ranges], dtype)
     layers = [(None, shard)] if None in tensors else zip(range(*ranges[0]), shard, strict=True)
     for layer, out in layers:
-        tensor, transposed = tensors[layer]
+        tensor, transposed, first_row = tensors[layer]
         axes = ranges if layer is None else ranges[1:]
         if transposed:
             out, axes = out.T, axes[::-1]
@@ -317,15 +318,17 @@ def _read_shard(tensors, dtype, ranges):
         rows = max(1, BLOCK_BYTES // max(1, out[:1].nbytes))
         for start in range(first, last, rows):
             stop = min(start + rows, last)
-            out[start - first : stop - first] = tensor[(slice(start, stop), *rest)]
+            stored_rows = slice(first_row + start, first_row + stop)
+            out[start - first : stop - first] = tensor[(stored_rows, *rest)]
     return shard
 
 
 def _read_int8(tensors, ranges):
     """(codes, scales) of a chunk of one layer, of which blocks are whole; see `_read_shard`."""
     stacked = None not in tensors
-    tensor, transposed = tensors[ranges[0][0] if stacked else None]
-    parts = tensor.read_q8_0(slice(*ranges[-1 if transposed else -2]))
+    tensor, transposed, first_row = tensors[ranges[0][0] if stacked else None]
+    start, stop = ranges[-1 if transposed else -2]
+    parts = tensor.read_q8_0(slice(first_row + start, first_row + stop))
     parts = [part.T if transposed else part for part in parts]
     return tuple(part[None] if stacked else part for part in parts)
 
@@ -353,9 +356,8 @@ def save_params(
     """
     folder, dtype, size = pathlib.Path(folder), jnp.dtype(dtype), 0
     contents, total = [[]], 0
-    for name, (path, layer, _) in tensor_names(config).items():
-        leaf = _leaf(params, path)
-        nbytes = math.prod(leaf.shape[0 if layer is None else 1 :]) * dtype.itemsize
+    for name, shape in hub_shapes(config).items():
+        nbytes = math.prod(shape) * dtype.itemsize
         if contents[-1] and size + nbytes > max_file_bytes:
             contents.append([])
             size = 0
@@ -377,9 +379,11 @@ def _hub_tensors(config, params, names, dtype):
     """`{name: host array}` of the hub's tensors with these names."""
     tensors, places = {}, tensor_names(config)
     for name in names:
-        path, layer, transposed = places[name]
-        leaf = _leaf(params, path)
-        # Only this layer: the host copy that `asarray` makes of a whole array stays cached.
-        value = np.asarray(leaf if layer is None else leaf[layer])
-        tensors[name] = np.ascontiguousarray((value.T if transposed else value).astype(dtype))
+        parts = []
+        for path, layer, transposed, _ in places[name]:
+            leaf = _leaf(params, path)
+            # Only this layer: the host copy that `asarray` makes of a whole array stays cached.
+            value = np.asarray(leaf if layer is None else leaf[layer])
+            parts.append((value.T if transposed else value).astype(dtype))
+        tensors[name] = np.ascontiguousarray(parts[0] if len(parts) == 1 else np.concatenate(parts))
     return tensors

@@ -30,6 +30,36 @@ def _qwen(*sizes: int, **fields) -> ModelConfig:
     return ModelConfig(151936, *sizes, rms_norm_eps=1e-6, rope_theta=1e6, **fields)
 
 
+def _gemma(*sizes: int, local: bool = False, window: int, **fields) -> ModelConfig:
+    """local: as Gemma 3, with five layers with a window and a RoPE of their own to one without;
+    else as Gemma 2, every other layer with a window.
+    """
+    hidden, _, layers, *_ = sizes
+    every = 6 if local else 2
+    windows = tuple(window if (i + 1) % every else 0 for i in range(layers))
+    if local:
+        fields |= {
+            "qk_norm": True,
+            "rope_theta": 1e6,
+            "local_rope_theta": 1e4,
+            "ropes": tuple("local" if width else "global" for width in windows),
+        }
+    else:
+        fields |= {"attention_softcap": 50.0, "final_softcap": 30.0}
+    return ModelConfig(
+        262144 if local else 256000,
+        *sizes,
+        rms_norm_eps=1e-6,
+        tie_word_embeddings=True,
+        norms="both",
+        norm_plus_one=True,
+        activation="gelu_tanh",
+        embedding_multiplier=hidden**0.5,
+        windows=windows,
+        **fields,
+    )
+
+
 # By hub id. Sizes in order: hidden, intermediate, layers, heads, KV heads, head_dim, positions.
 NAMED = {
     "meta-llama/Llama-2-7b-hf": _llama2(4096, 11008, 32, 32, 32),
@@ -50,6 +80,38 @@ NAMED = {
         1024, 3072, 28, 16, 8, 128, 40960, qk_norm=True, tie_word_embeddings=True
     ),
     "Qwen/Qwen3-8B": _qwen(4096, 12288, 36, 32, 8, 128, 40960, qk_norm=True),
+    "google/gemma-2-2b": _gemma(2304, 9216, 26, 8, 4, 256, 8192, window=4096),
+    "google/gemma-2-9b": _gemma(3584, 14336, 42, 16, 8, 256, 8192, window=4096),
+    "google/gemma-3-270m": _gemma(640, 2048, 18, 4, 1, 256, 32768, window=512, local=True),
+    "google/gemma-3-1b-pt": _gemma(1152, 6912, 26, 4, 1, 256, 32768, window=512, local=True),
+    "allenai/OLMo-2-1124-7B": ModelConfig(
+        *(100352, 4096, 11008, 32, 32, 32, 128, 4096),
+        rms_norm_eps=1e-6,
+        rope_theta=5e5,
+        norms="after",
+        qk_projection_norm=True,
+    ),
+    "microsoft/phi-4": ModelConfig(
+        *(100352, 5120, 17920, 40, 40, 10, 128, 16384), rope_theta=2.5e5, fused=True
+    ),
+    "ibm-granite/granite-3.0-2b-base": ModelConfig(
+        *(49155, 2048, 8192, 40, 32, 8, 64, 4096),
+        tie_word_embeddings=True,
+        embedding_multiplier=12.0,
+        residual_multiplier=0.22,
+        attention_scale=0.015625,
+        logits_divisor=8.0,
+    ),
+    "HuggingFaceTB/SmolLM2-135M": ModelConfig(
+        *(49152, 576, 1536, 30, 9, 3, 64, 8192), rope_theta=1e5, tie_word_embeddings=True
+    ),
+    "HuggingFaceTB/SmolLM3-3B": ModelConfig(
+        *(128256, 2048, 11008, 36, 16, 4, 128, 65536),
+        rms_norm_eps=1e-6,
+        rope_theta=5e6,
+        tie_word_embeddings=True,
+        ropes=("global", "global", "global", "none") * 9,
+    ),
 }
 
 # Short names, as the configurations take them.
