@@ -12,6 +12,7 @@ import safetensors
 
 from icae_jax import errors, files
 from icae_jax.errors import UserError
+from icae_jax.interop.hub import gguf_folder
 from icae_jax.models import llama
 
 WHOLE = "model.safetensors"  # one file with all tensors
@@ -34,7 +35,7 @@ NOT_READ = {
     "take the model in the hub's format",
     "consolidated*.safetensors": "the weights in their maker's own format, which is not read; "
     "take the model in the hub's format",
-    "*.gguf": "GGUF files are not read; take the model in the hub's format",
+    "*.gguf": "a GGUF file, which is a base by itself; give the file's own path as the base",
     "adapter_model.*": "a LoRA adapter and not a base; "
     "merge it into its base first (peft: merge_and_unload)",
     "*.safetensors": f"{INDEX}, which says which of them holds which tensor, is missing; "
@@ -74,8 +75,13 @@ def weight_map(folder: str | pathlib.Path) -> dict[str, str] | None:
 
 
 def weight_files(folder: str | pathlib.Path) -> list[pathlib.Path]:
-    """The folder's safetensors files. UserError, which names what is there instead, if none."""
+    """The folder's safetensors files, or the GGUF file that it stands for.
+
+    UserError, which names what is there instead, if there are none.
+    """
     folder = pathlib.Path(folder)
+    if gguf := gguf_folder.source(folder):
+        return [gguf]
     names = weight_map(folder)
     if names is not None:
         return sorted({folder / name for name in names.values()})
@@ -99,13 +105,15 @@ def open_tensors(
     shapes: dict[str, tuple[int, ...]],
     enter: Callable[[Any], Any],
 ) -> dict[str, tuple[pathlib.Path, Any]]:
-    """`{name: (file, safetensors slice)}` of the model's tensors, none of which is read yet.
+    """`{name: (file, slice)}` of the model's tensors, none of which is read yet.
+
+    A slice is safetensors', or one of a GGUF file that is indexed alike.
 
     Only a tied head is compared with its embeddings. Other tensors in the files are named on
     stderr.
 
     Args:
-        folder: holds the safetensors files.
+        folder: holds the safetensors files, or stands for a GGUF file.
         config: the model.
         shapes: of every tensor by its name, as config.json implies them.
         enter: enters the context of a file, in which its slices can be read.
@@ -115,14 +123,18 @@ def open_tensors(
     """
     index = weight_map(folder) or {}
     holders: dict[str, dict[str, tuple]] = {}  # tensor name -> {file name: (path, slice)}
+    is_gguf = gguf_folder.source(folder) is not None
     for path in weight_files(folder):
-        if not path.exists():
+        if is_gguf:
+            file = gguf_folder.open_tensors(folder)
+        elif path.exists():
+            file = files.read_safetensors(
+                path, lambda path: safetensors.safe_open(path, framework="numpy")
+            )
+        else:
             raise UserError(
                 f"{path}: named in the weight index but not there; download the folder again"
             )
-        file = files.read_safetensors(
-            path, lambda path: safetensors.safe_open(path, framework="numpy")
-        )
         file = enter(file)
         for name in file.keys():  # noqa: SIM118 (it is no dictionary)
             holders.setdefault(name, {})[path.name] = path, file.get_slice(name)

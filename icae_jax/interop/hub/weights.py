@@ -13,7 +13,7 @@ from jax.sharding import Sharding
 from jax.typing import DTypeLike
 
 from icae_jax import errors, files
-from icae_jax.interop.hub import orbax_copy, placing, stored
+from icae_jax.interop.hub import gguf_folder, orbax_copy, placing, stored
 from icae_jax.interop.hub.stored import INDEX, WHOLE
 from icae_jax.models import llama
 from icae_jax.models.families.tensor_names import hub_shapes, tensor_names
@@ -24,7 +24,7 @@ BLOCK_BYTES = 2 << 20
 
 def has_weights(folder: pathlib.Path) -> bool:
     """Whether a folder has all of a base's weights, or the location of their Orbax copy."""
-    if orbax_copy.is_orbax(folder):
+    if orbax_copy.is_orbax(folder) or gguf_folder.source(folder):
         return True
     index = stored.weight_map(folder)
     return all((folder / name).exists() for name in (set(index.values()) if index else [WHOLE]))
@@ -44,7 +44,8 @@ def load_params(
     time. What this process's devices do not need is not read; what several need is read once.
 
     Args:
-        folder: holds safetensors files or an Orbax copy (`orbax_copy`).
+        folder: holds safetensors files or an Orbax copy (`orbax_copy`), or stands for a GGUF file
+            (`gguf_folder`).
         config: the model.
         dtype: of the parameters.
         sharding: None for the default device, one for all parameters, or a function of the path,
