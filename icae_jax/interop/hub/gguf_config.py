@@ -93,7 +93,11 @@ class _Values:
 
 def architecture(file: GGUF) -> str:
     """The architecture's name in GGUF. UserError if it is absent or not supported."""
-    path, name, kind = file.path, file.get("general.architecture", str), file.get("general.type", str)
+    path, name, kind = (
+        file.path,
+        file.get("general.architecture", str),
+        file.get("general.type", str),
+    )
     if kind not in (None, "model"):
         raise UserError(f"{path}: it holds a {kind} (general.type) and not a model")
     supported = f"supported: {', '.join(ARCHITECTURES)}"

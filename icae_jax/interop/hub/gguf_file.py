@@ -83,7 +83,9 @@ class GGUF:
             value = float(value)
         if not files.is_kind(value, kind):
             names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
-            raise UserError(f"{self.path}: {key} is {errors.shown(value)}, which is not {names[kind]}")
+            raise UserError(
+                f"{self.path}: {key} is {errors.shown(value)}, which is not {names[kind]}"
+            )
         return value
 
 
@@ -240,8 +242,7 @@ class _Reader:
             stop = tensor.start + tensor.rows * tensor.row_bytes
             if stop > len(self.content):
                 raise self.damaged(
-                    f"it is truncated: tensor {name} ends at byte {stop:,} of "
-                    f"{len(self.content):,}"
+                    f"it is truncated: tensor {name} ends at byte {stop:,} of {len(self.content):,}"
                 )
             tensors[name] = tensor
             ranges.append((tensor.start, stop, name))

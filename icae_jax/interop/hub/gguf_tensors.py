@@ -170,5 +170,3 @@ class Q8Slice(TensorSlice):
 def read_whole(tensor: Tensor) -> Float32[np.ndarray, "..."]:
     """A small tensor."""
     return TensorSlice(tensor)[(slice(None),) * len(tensor.shape)]
-
-

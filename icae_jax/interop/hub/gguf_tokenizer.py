@@ -233,9 +233,7 @@ def _gpt2(file, vocabulary):
     )
     if pre.nfc:
         backend.normalizer = normalizers.NFC()
-    cuts = [
-        pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated") for pattern in pre.patterns
-    ]
+    cuts = [pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated") for pattern in pre.patterns]
     bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pre.gpt2)
     backend.pre_tokenizer = pre_tokenizers.Sequence([*cuts, bytes_])
     backend.decoder = decoders.ByteLevel()
@@ -279,7 +277,9 @@ def _sentencepiece(file, vocabulary):
 def _merges(model, vocabulary, scores):
     """The pairs of pieces that merge, those into the piece of the highest score first."""
     plain = {
-        vocabulary.tokens[i]: i for i in np.flatnonzero(vocabulary.kinds == NORMAL) if i < len(model)
+        vocabulary.tokens[i]: i
+        for i in np.flatnonzero(vocabulary.kinds == NORMAL)
+        if i < len(model)
     }
     merges = []
     for piece, number in plain.items():
@@ -302,9 +302,7 @@ def _add_tokens(file, backend, vocabulary):
     numbers = np.flatnonzero(special | (vocabulary.kinds == USER_DEFINED)).tolist()
     backend.add_tokens(
         [
-            tokenizers.AddedToken(
-                vocabulary.tokens[i], special=bool(special[i]), normalized=False
-            )
+            tokenizers.AddedToken(vocabulary.tokens[i], special=bool(special[i]), normalized=False)
             for i in numbers
         ]
     )
@@ -332,7 +330,9 @@ def _add_ends(file, backend, vocabulary, special):
         ids.append((token, special[f"{name}_token"]))
     if ids:
         backend.post_processor = processors.TemplateProcessing(
-            single=parts, pair=[*parts, *("$B" if p == "$A" else p for p in parts)], special_tokens=ids
+            single=parts,
+            pair=[*parts, *("$B" if p == "$A" else p for p in parts)],
+            special_tokens=ids,
         )
 
 
