@@ -175,7 +175,7 @@ def full_save(base, adapter):
     copy; embeddings with 4 rows more.
     """
     tensors = formats.tensors_of("icae-v2", adapter, TINY)
-    for name, (path, layer, transposed) in tensor_names.tensor_names(TINY).items():
+    for name, ((path, layer, transposed, _),) in tensor_names.tensor_names(TINY).items():
         value = base.params
         for key in path:
             value = value[key]

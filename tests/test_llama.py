@@ -331,7 +331,9 @@ def at_some(config, params, adapters, at=None, weights=None, known=None):
         one = jnp.sin(hidden) if weights is None else jnp.sin(hidden) * weights[..., None]
         return jnp.sum(one) + sum(jnp.sum(jnp.cos(t)) for t in kv), (hidden, kv)
 
-    return jax.value_and_grad(of, argnums=(0, 1), has_aux=True)(llama.embed(params, IDS), adapters)
+    return jax.value_and_grad(of, argnums=(0, 1), has_aux=True)(
+        llama.embed(params, TINY, IDS, jnp.float32), adapters
+    )
 
 
 @pytest.mark.parametrize(
@@ -394,7 +396,7 @@ def test_a_block_s_queries_at_some_positions_behind_any_mask(
 
     @jax.jit
     def run(told):
-        x, cos_sin = llama.embed(tiny_params, IDS), rope.tables(TINY, at)
+        x, cos_sin = llama.embed(tiny_params, TINY, IDS, jnp.float32), rope.tables(TINY, at)
 
         def hidden(mask, before, at=None):
             return block.apply(

@@ -111,7 +111,7 @@ def test_every_dtype_into_every_other(folder, tensors, stored, monkeypatch):
     )
     for dtype in (jnp.float32, jnp.bfloat16, jnp.float16):
         params = weights.load_params(folder, TINY, dtype)
-        for name, (path, layer, transposed) in tensor_names.tensor_names(TINY).items():
+        for name, ((path, layer, transposed, _),) in tensor_names.tensor_names(TINY).items():
             leaf = params
             for key in path:
                 leaf = leaf[key]

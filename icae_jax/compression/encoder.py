@@ -77,7 +77,7 @@ def encode(
                 f"included; these are {N}"
             )
         lengths = jnp.full_like(lengths, N)
-    tokens = base.embed(contexts.ids.reshape(B * S, N)).astype(base.dtype)
+    tokens = base.embed(contexts.ids.reshape(B * S, N))
     memory = jnp.broadcast_to(
         trained["memory_table"][:k].astype(base.dtype), (B * S, k, tokens.shape[-1])
     )

@@ -23,14 +23,22 @@ _init_lora = jax.jit(lora.init_lora, static_argnums=(1, 2))
 
 
 def init_memory_table(
-    key: Array, embeddings: Any, config: CompressionConfig, trigger_id: int | None = None
+    key: Array,
+    embeddings: Any,
+    config: CompressionConfig,
+    trigger_id: int | None = None,
+    multiplier: float = 1.0,
 ) -> Float[Array, "rows D"]:
     """The table of trained embeddings, float32: k memory tokens, then [AE], [LM], [FT].
 
-    embeddings: the base's token embeddings. trigger_id: the token whose embedding [AE] starts from,
-    if any.
+    Its rows, as slots, are what the first block reads, and so start among multiplied embeddings
+    where a model multiplies its embeddings. That keeps them as large as what they stand among,
+    whatever the multiplier, and what an encoder wrote is read as it is.
+
+    embeddings: the base's table. trigger_id: the token whose embedding [AE] starts from, if any.
+    multiplier: of embeddings, as in `ModelConfig`.
     """
-    embeddings = as_array(embeddings, jnp.float32)
+    embeddings = as_array(embeddings, jnp.float32) * multiplier
     table = jax.random.normal(key, (config.k + SPECIAL_ROWS, embeddings.shape[1]), jnp.float32)
     if config.memory_init == "embedding":
         table = embeddings.mean(0, keepdims=True) + embeddings.std(0, keepdims=True) * table
@@ -52,7 +60,9 @@ def init(
     `{"lora": …, "memory_table": …}`, and "decoder_lora" if the configuration has one. B of every
     LoRA is zero.
     """
-    table = init_memory_table(jax.random.fold_in(key, 1), embeddings, config, trigger_id)
+    table = init_memory_table(
+        jax.random.fold_in(key, 1), embeddings, config, trigger_id, model.embedding_multiplier
+    )
     tree = {
         "lora": _init_lora(jax.random.fold_in(key, 2), model, lora_config),
         "memory_table": table,

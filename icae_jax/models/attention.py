@@ -50,6 +50,8 @@ def attend(
     prefix: Any = None,
     *,
     at: Any = None,
+    scale: float | None = None,
+    softcap: float | None = None,
     implementation: str = "xla",
     unroll: bool = False,
 ) -> Float[Array, "B T NH"]:
@@ -66,6 +68,9 @@ def attend(
         b * B/Bp ... (b + 1) * B/Bp - 1, which is how many targets read one memory.
       at: the queries' times, `[T]` or each row's own `[B, T]`; None for all of T = S. Only a 2-D
         mask needs it.
+      scale: what scores are multiplied by, None for H^-1/2.
+      softcap: None, or c: scaled scores s become c tanh(s / c) (Gemma 2, arXiv 2408.00118), by xla
+        only.
       implementation: see the module, and `supported` for which can be had. The flash kernels repeat
         the prefix for each row. Splash needs 2-D masks; a query that is itself padding gets
         something finite, and gives no gradient to real tokens. Queries whose times are not a numpy
@@ -80,6 +85,9 @@ def attend(
     B, T, N, H = q_BTNH.shape
     S = k_BSKH.shape[1]
     _check(implementation)
+    if softcap and implementation != "xla":
+        raise UserError(f"attention {implementation} has no soft cap; choose xla")
+    scale = H**-0.5 if scale is None else scale
     if mask.ndim == 2 and (S if at is None else at.shape[-1]) != T:
         raise ValueError(
             f"{T} queries of {S} keys, and at is {at if at is None else at.shape}; give the time "
@@ -94,10 +102,10 @@ def attend(
             )
         first = 0 if at is None else _first(at)
         if first is not None:
-            return _splash(*qkv, mask, prefix, first).reshape(B, T, N * H)
+            return _splash(*qkv, mask, prefix, first, scale).reshape(B, T, N * H)
     if implementation == "cudnn":
         mask = seen(mask, at) if mask.ndim == 2 else mask
-        return _cudnn(*qkv, mask, prefix).reshape(B, T, N * H)
+        return _cudnn(*qkv, mask, prefix, scale).reshape(B, T, N * H)
     chunk = plain_attention.CHUNK
     ends = [S] * -(-T // chunk)
     if mask.ndim == 2:
@@ -106,7 +114,9 @@ def attend(
             times = np.arange(S) if at is None else at
             ends = [int(times[start : start + chunk].max()) + 1 for start in range(0, T, chunk)]
         mask = seen(mask, at)
-    return plain_attention.attend(*qkv, mask, prefix, tuple(ends), unroll).reshape(B, T, N * H)
+    scores = plain_attention.Scores(scale, softcap)
+    out = plain_attention.attend(*qkv, mask, prefix, tuple(ends), unroll, scores)
+    return out.reshape(B, T, N * H)
 
 
 def _check(implementation):
@@ -141,12 +151,14 @@ def supported(
     heads: int = 1,
     kv_heads: int = 1,
     windows: bool = False,
+    softcap: bool = False,
     tensor: int = 1,
 ) -> str | None:
     """Why an implementation cannot compute such a model's attention, None if it can.
 
-    platform: a device's, "cpu", "gpu" or "tpu". windows: whether layers see only a window. tensor:
-    devices that heads are split over. UserError for an unknown implementation.
+    platform: a device's, "cpu", "gpu" or "tpu". windows: whether layers see only a window.
+    softcap: whether scores are capped. tensor: devices that heads are split over. UserError for an
+    unknown implementation.
     """
     _check(implementation)
     if implementation == "xla":
@@ -162,6 +174,8 @@ def supported(
         return f"{implementation} computes in {names}; the dtype is {jnp.dtype(dtype).name}"
     if implementation == "cudnn" and (head_dim % 8 or head_dim > 256):
         return f"cudnn needs a head_dim that is a multiple of 8, up to 256; it is {head_dim}"
+    if softcap:
+        return f"{implementation} has no soft cap here; this model caps its attention's scores"
     if implementation == "splash" and windows:
         return "splash has one causal mask for all layers; this model's layers see windows"
     if heads % tensor == 0 and kv_heads % tensor:
@@ -222,7 +236,7 @@ def _on_devices(kernel, q_BTNH, k_BSKH, v_BSKH, *masks):
 # -------------------------------------------------------------------------------------------- cuDNN
 
 
-def _cudnn(q_BTNH, k_BSKH, v_BSKH, mask_BTS, prefix, inner="cudnn"):
+def _cudnn(q_BTNH, k_BSKH, v_BSKH, mask_BTS, prefix, scale, inner="cudnn"):
     """As `attend`, `[B, T, N, H]`, with lengths padded to multiples of 64.
 
     inner: the implementation of `jax.nn.dot_product_attention`.
@@ -240,7 +254,7 @@ def _cudnn(q_BTNH, k_BSKH, v_BSKH, mask_BTS, prefix, inner="cudnn"):
     mask = _padded(_padded(mask_BTS, 1, to), 2, key_to)[:, None]
 
     def kernel(q, k, v, mask):
-        return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation=inner)
+        return jax.nn.dot_product_attention(q, k, v, mask=mask, scale=scale, implementation=inner)
 
     return _on_devices(
         kernel, _padded(q_BTNH, 1, to), _padded(k, 1, key_to), _padded(v, 1, key_to), mask
@@ -265,14 +279,14 @@ def _blocks(length):
     return min(padded, key=lambda choice: choice[0])
 
 
-def _splash(q_BTNH, k_BSKH, v_BSKH, real_BS, prefix, first):
+def _splash(q_BTNH, k_BSKH, v_BSKH, real_BS, prefix, first, scale):
     """As `attend`, `[B, T, N, H]`, with a 2-D mask and queries at the times from `first` on.
 
     Real tokens and padding are two segments that see only themselves, so that every query sees at
     least itself, as the kernel needs. The residuals are named "attention", by which
     rematerialisation saves them (`jax.checkpoint_policies.save_only_these_names`).
     """
-    B, T, _, H = q_BTNH.shape
+    B, T = q_BTNH.shape[:2]
     k, v = _joined(k_BSKH, v_BSKH, prefix, q_BTNH.dtype, B)
     before = k.shape[1] - k_BSKH.shape[1]
     real = jnp.broadcast_to(real_BS, (B, real_BS.shape[1]))
@@ -303,7 +317,7 @@ def _splash(q_BTNH, k_BSKH, v_BSKH, real_BS, prefix, first):
         ids = splash_attention_kernel.SegmentIds(query_segments, segments)
         return jax.vmap(of_row)(*(x.swapaxes(1, 2) for x in (q, k, v)), ids).swapaxes(1, 2)
 
-    q = _padded(q_BTNH * jnp.asarray(H**-0.5, q_BTNH.dtype), 1, to)
+    q = _padded(q_BTNH * jnp.asarray(scale, q_BTNH.dtype), 1, to)
     ids = [_padded(x, 1, n).astype(jnp.int32) for x, n in ((real_queries, to), (real, key_to))]
     return _on_devices(kernel, q, _padded(k, 1, key_to), _padded(v, 1, key_to), *ids)[:, :T]
 
@@ -342,13 +356,14 @@ def fastest(
     head_dim: int,
     dtype: DTypeLike,
     windows: bool = False,
+    softcap: bool = False,
     device: Any = None,
     seconds: Callable[..., float] = _seconds,
 ) -> Choice:
     """Times the forward and backward pass of one layer on a device, by default the first.
 
-    rows, heads, kv_heads: of one device. windows: whether layers see only a window. seconds: times
-    a jitted function on its arguments. A single candidate is not timed. One that the backend
+    rows, heads, kv_heads: of one device. windows, softcap: as for `supported`. seconds: times a
+    jitted function on its arguments. A single candidate is not timed. One that the backend
     refuses is left out; xla is chosen if it refuses all. Call it where no mesh is active. Processes
     may measure different winners: all must take one's.
     """
@@ -359,6 +374,7 @@ def fastest(
         "heads": heads,
         "kv_heads": kv_heads,
         "windows": windows,
+        "softcap": softcap,
     }
     why_not = {name: supported(name, device.platform, **sizes) for name in IMPLEMENTATIONS}
     refused = {name: why for name, why in why_not.items() if why}

@@ -1,8 +1,9 @@
-"""The blocks of a Llama, in linen; letters as in `models.llama`.
+"""The blocks of the model, in linen; letters as in `models.llama`.
 
 `config` is a `models.llama.ModelConfig` throughout.
 """
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -64,17 +65,29 @@ class Projection(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square normalisation (arXiv 1910.07467), computed in float32."""
+    """Root-mean-square normalisation (arXiv 1910.07467), computed in float32.
+
+    plus_one: the result is multiplied by 1 + scale, in float32 (Gemma); else by the scale.
+    """
 
     eps: float
+    plus_one: bool = False
 
     @nn.compact
     def __call__(self, x):
         """Normalises the last axis of `x`."""
-        scale = frozen(self, "scale", nn.initializers.ones, (x.shape[-1],))
+        init = nn.initializers.zeros if self.plus_one else nn.initializers.ones
+        scale = frozen(self, "scale", init, (x.shape[-1],))
         x32 = x.astype(jnp.float32)
         x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), -1, keepdims=True) + self.eps)
+        if self.plus_one:
+            return jnp.einsum("...d,d->...d", x32, 1 + scale.astype(jnp.float32)).astype(x.dtype)
         return jnp.einsum("...d,d->...d", x32.astype(x.dtype), scale.astype(x.dtype))
+
+
+def norm(config: Any, name: str) -> RMSNorm:
+    """A norm of this model."""
+    return RMSNorm(config.rms_norm_eps, config.norm_plus_one, name=name)
 
 
 def rows(x: Shaped[Any, "..."], at: Any) -> Shaped[Any, "..."]:
@@ -106,10 +119,13 @@ class Attention(nn.Module):
         projection = Projection(
             heads * c.head_dim, self.lora_scale, self.lora_dropout, name in c.biased, name=name
         )
-        y = projection(x).reshape(*x.shape[:2], heads, c.head_dim)
+        y = projection(x)
+        if c.qk_projection_norm and name != "v_proj":
+            y = norm(c, f"{name[0]}_norm")(y)
+        y = y.reshape(*x.shape[:2], heads, c.head_dim)
         y = constrain(y, "batch", None, PROJECTION_AXES[name][1], None)
         if c.qk_norm and name != "v_proj":
-            return RMSNorm(c.rms_norm_eps, name=f"{name[0]}_norm")(y)
+            return norm(c, f"{name[0]}_norm")(y)
         return y
 
     @nn.compact
@@ -128,6 +144,8 @@ class Attention(nn.Module):
                 mask,
                 prefix,
                 at=at if mask.ndim == 2 else None,
+                scale=self.config.attention_scale,
+                softcap=self.config.attention_softcap,
                 implementation=usable(self.implementation, mask),
                 unroll=self.unroll,
             )
@@ -144,8 +162,12 @@ class Attention(nn.Module):
         )
 
 
+# By their names in `ModelConfig`.
+ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True)}
+
+
 class MLP(nn.Module):
-    """SwiGLU: `down(silu(gate(x)) * up(x))`."""
+    """A gated MLP (SwiGLU, GeGLU; arXiv 2002.05202): `down(activation(gate(x)) * up(x))`."""
 
     config: Any
     lora_scale: float
@@ -161,7 +183,8 @@ class MLP(nn.Module):
 
         gate = project("gate_proj", self.config.intermediate_size, x)
         up = project("up_proj", self.config.intermediate_size, x)
-        hidden = constrain(jax.nn.silu(gate) * up, "batch", None, "mlp")
+        activation = ACTIVATIONS[self.config.activation]
+        hidden = constrain(activation(gate) * up, "batch", None, "mlp")
         return project("down_proj", x.shape[-1], hidden)
 
 
@@ -183,7 +206,8 @@ class Block(nn.Module):
         # head once, before the scan, and keep it throughout.
         x, mask = jax.lax.optimization_barrier((x, mask))
         attention = Attention(c, *lora, self.implementation, self.unroll, name="self_attn")
-        normed = RMSNorm(c.rms_norm_eps, name="input_layernorm")(x)
+        before, after = c.norms != "after", c.norms != "before"
+        normed = norm(c, "input_layernorm")(x) if before else x
         if at is not None and not at.size:
             return rows(x, at), attention.keys_and_values(rows(normed, keep))
         if prefix is not None:
@@ -202,8 +226,17 @@ class Block(nn.Module):
                 near = query_positions - prefix_positions < window
                 prefix = k, v, jnp.repeat(prefix[2], copies, axis=0)[:, None] & near
         h, kv = attention(normed, cos_sin, mask, prefix, at)
-        x = constrain(rows(x, at) + h, "batch", None, None)
-        normed = RMSNorm(c.rms_norm_eps, name="post_attention_layernorm")(x)
-        x = constrain(x + MLP(c, *lora, name="mlp")(normed), "batch", None, None)
+        # The hub's names of norms: Llama calls the MLP's own "post_attention".
+        h = norm(c, "post_attention_layernorm")(h) if after else h
+        x = constrain(rows(x, at) + self._weighted(h), "batch", None, None)
+        name = "pre_feedforward_layernorm" if after else "post_attention_layernorm"
+        h = MLP(c, *lora, name="mlp")(norm(c, name)(x) if before else x)
+        h = norm(c, "post_feedforward_layernorm")(h) if after else h
+        x = constrain(x + self._weighted(h), "batch", None, None)
         # Sliced inside the scan, so that K/V of all positions never live for all layers at once.
         return x, tuple(rows(t, keep) for t in kv) if self.return_kv else None
+
+    def _weighted(self, h):
+        """What attention or MLP adds to the residual stream."""
+        multiplier = self.config.residual_multiplier
+        return h if multiplier == 1 else h * jnp.asarray(multiplier, h.dtype)

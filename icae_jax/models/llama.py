@@ -1,9 +1,12 @@
-"""The decoder-only Llama family in linen (Llama, Mistral, Qwen2, Qwen3).
+"""The decoder-only Llama family in linen: Llama, Mistral, Qwen, Gemma, OLMo 2, Phi-3, Granite, ….
 
-RMSNorm, rotary positions, grouped-query attention, SwiGLU. One letter per dimension, in names and
-comments throughout the package: B batch, G targets per memory, T decoder time, S source time, P
-prefix, M memory, D model width, N query heads, K key/value heads, Q queries per key/value head (N /
-K), H head size, F feed-forward, V vocabulary, L layers, R LoRA rank, U labels.
+RMSNorm, rotary positions, grouped-query attention, gated MLPs. What a member computes differently
+is a field of `ModelConfig`; which member has which is said in `models.families`.
+
+One letter per dimension, in names and comments throughout the package: B batch, G targets per
+memory, T decoder time, S source time, P prefix, M memory, D model width, N query heads, K key/value
+heads, Q queries per key/value head (N / K), H head size, F feed-forward, V vocabulary, L layers, R
+LoRA rank (of RoPE: the rotated numbers of a head), U labels.
 """
 
 import dataclasses
@@ -20,7 +23,7 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 from icae_jax.errors import UserError
 from icae_jax.models import axes, rope
 from icae_jax.models.axes import constrain, gathered
-from icae_jax.models.blocks import Block, RMSNorm, frozen
+from icae_jax.models.blocks import ACTIVATIONS, Block, frozen, norm
 from icae_jax.models.pytree import pytree, static
 from icae_jax.models.quantize import linear, linear_transposed, take_rows
 
@@ -53,9 +56,23 @@ class ModelConfig:
 
     qkv_bias: q, k and v projections have biases (Qwen2). o_bias, mlp_bias: so does attention's
     output projection, and so do the three projections of the MLP (Llama, by its config.json).
-    qk_norm: heads of q and k are normalised before RoPE (Qwen3). windows: for each layer, how many
-    positions back a query sees, itself included, 0 for no limit (Mistral, Qwen2); () if no layer
-    has a limit.
+    qk_norm: heads of q and k are normalised before RoPE (Qwen3, Gemma 3). windows: for each layer,
+    how many positions back a query sees, itself included, 0 for no limit (Mistral, Qwen2, Gemma);
+    () if no layer has a limit.
+
+    qk_projection_norm: q and k are normalised as a whole, all heads together (OLMo 2). norms: where
+    attention and MLP have a norm, "before", "after" (OLMo 2) or "both" (Gemma). norm_plus_one:
+    norms multiply by 1 + their scale (Gemma). activation: of the MLP, "silu" or "gelu_tanh"
+    (Gemma). embedding_multiplier: of looked-up embeddings (Gemma: the root of D; Granite).
+    residual_multiplier: of what attention and MLP add (Granite). attention_scale: what products of
+    queries and keys are multiplied by, None for H^-1/2 (Gemma, Granite). attention_softcap,
+    final_softcap: c of c tanh(x / c), of attention's scores and of logits, None for none (Gemma 2).
+    logits_divisor: of logits (Granite). rotary_dim: how many numbers of a head RoPE rotates, None
+    for all (Phi-3). ropes: the kind of RoPE of each layer (`rope.KINDS`), () if all have the
+    model's. local_rope_theta: of kind "local", unstretched (Gemma 3).
+
+    fused: the hub's checkpoints hold q, k and v as one tensor, gate and up as another (Phi-3). It
+    changes names of tensors only.
     """
 
     vocab_size: int
@@ -75,11 +92,28 @@ class ModelConfig:
     windows: tuple[int, ...] = ()
     o_bias: bool = False
     mlp_bias: bool = False
+    qk_projection_norm: bool = False
+    norms: str = "before"
+    norm_plus_one: bool = False
+    activation: str = "silu"
+    embedding_multiplier: float = 1.0
+    residual_multiplier: float = 1.0
+    attention_scale: float | None = None
+    attention_softcap: float | None = None
+    final_softcap: float | None = None
+    logits_divisor: float = 1.0
+    rotary_dim: int | None = None
+    ropes: tuple[str, ...] = ()
+    local_rope_theta: float | None = None
+    fused: bool = False
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.type in (int, float) and not 0 < value < math.inf:
+            numeric = field.type in (int, float) or (
+                field.type in (int | None, float | None) and value is not None
+            )
+            if numeric and not 0 < value < math.inf:
                 raise UserError(f"{field.name} of the model is {value}; it must be positive")
         if self.num_heads % self.num_kv_heads:
             raise UserError(
@@ -87,11 +121,37 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise UserError(f"head_dim is {self.head_dim}; rotary positions need an even one")
+        if self.rotary_dim and (self.rotary_dim % 2 or self.rotary_dim > self.head_dim):
+            raise UserError(
+                f"RoPE rotates {self.rotary_dim} numbers of a head of {self.head_dim}; it needs an "
+                "even number of them"
+            )
+        choices = {"norms": ("before", "after", "both"), "activation": tuple(ACTIVATIONS)}
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                raise UserError(
+                    f"{name} of the model is {getattr(self, name)!r}; choose from "
+                    f"{', '.join(known)}"
+                )
         if self.windows and (len(self.windows) != self.num_layers or min(self.windows) < 0):
             raise UserError(
                 f"windows of the model are {self.windows}; give one >= 0 for each of the "
                 f"{self.num_layers} layers"
             )
+        if self.ropes and (
+            len(self.ropes) != self.num_layers or not set(self.ropes) <= set(rope.KINDS)
+        ):
+            raise UserError(
+                f"ropes of the model are {self.ropes}; give one of {', '.join(rope.KINDS)} for "
+                f"each of the {self.num_layers} layers"
+            )
+        if rope.LOCAL in self.ropes and self.local_rope_theta is None:
+            raise UserError("local_rope_theta of the model is missing; layers have a local RoPE")
+
+    def first_layers(self, count: int) -> "ModelConfig":
+        """The same with its first layers only."""
+        by_layer = {name: getattr(self, name)[:count] for name in ("windows", "ropes")}
+        return dataclasses.replace(self, num_layers=count, **by_layer)
 
     @property
     def biased(self) -> tuple[str, ...]:
@@ -137,7 +197,8 @@ class Llama(nn.Module):
         """Runs the blocks.
 
         Args:
-          x: token ids `[B, T]` or embeddings `[B, T, D]`.
+          x: token ids `[B, T]`, or what the first block reads, `[B, T, D]`: embeddings as `embed`
+            gives them, multiplied, or memory, which is never multiplied.
           positions: `[B or 1, T]` integers.
           mask: bool. `[B or 1, T]`: real tokens; each token sees the real ones up to itself. Or `[B
             or 1, T or 1, T]`: whether a query (axis 1; 1: all alike) sees a key (axis 2). Both
@@ -158,12 +219,13 @@ class Llama(nn.Module):
         if jnp.issubdtype(x.dtype, jnp.integer):
             shape = (c.vocab_size, c.hidden_size)
             table = frozen(self, "embed", nn.initializers.normal(0.02), shape)
-            x = take_rows(gathered(table, ("vocab", "embed")), x)
+            x = embed({"embed": table}, c, x, self.dtype)
         x = constrain(x.astype(self.dtype), "batch", None, None)
         block = functools.partial(
             Block, c, self.lora_scale, self.lora_dropout, self.attention, self.unroll > 1, return_kv
         )
-        shared = rope.tables(c, positions), positions, mask
+        tables = [rope.tables(c, positions, kind) for kind in rope.kinds(c)]
+        shared = positions, mask
         if self.is_initializing():  # makes the parameters, those of all layers in one array each
             stacked = nn.scan(
                 Block,
@@ -173,27 +235,30 @@ class Llama(nn.Module):
                 length=c.num_layers,
                 metadata_params={nn.PARTITION_NAME: "layers"},
             )
-            x, _ = stacked(*block.args, name="layers")(x, None, None, *shared)
-            return RMSNorm(c.rms_norm_eps, name="norm")(x), None
+            x, _ = stacked(*block.args, name="layers")(x, None, None, tables[0], *shared)
+            return norm(c, "norm")(x), None
 
         # What differs between layers is scanned over, so that all layers are one program.
         params, adapters = (
             self.variables.get(kind, {}).get("layers") for kind in ("params", "lora")
         )
-        windows = keys = None
+        windows = kinds = keys = None
+        if len(tables) > 1:
+            tables = [tuple(map(jnp.stack, zip(*tables, strict=True)))]
+            kinds = jnp.asarray(rope.layer_kinds(c), jnp.int32)
         if c.windows:
             unlimited = jnp.iinfo(jnp.int32).max
             windows = jnp.asarray([w or unlimited for w in c.windows], jnp.int32)
         if self.has_rng("dropout"):
             keys = jax.random.split(self.make_rng("dropout"), c.num_layers)
-        scanned = adapters, None if prefix is None else prefix[:2], windows, keys
+        scanned = adapters, None if prefix is None else prefix[:2], windows, kinds, keys
         # If the last layer is a program of its own, slicing it off the frozen parameters would copy
         # all the others: then each layer slices its own.
         uniform = at is None
         count = c.num_layers if uniform else c.num_layers - 1
 
         def layer(x, xs, at=None):
-            layer_params, (layer_adapters, prefix_kv, window, key) = xs
+            layer_params, (layer_adapters, prefix_kv, window, kind, key) = xs
             if not uniform:
                 layer_params = jax.tree.map(
                     lambda w: jax.lax.dynamic_index_in_dim(w, layer_params, keepdims=False), params
@@ -203,8 +268,13 @@ class Llama(nn.Module):
                 variables["lora"] = layer_adapters
             layer_prefix = None if prefix is None else (*prefix_kv, *prefix[2:])
             rngs = None if key is None else {"dropout": key}
+            cos_sin = tables[0]
+            if kind is not None:
+                cos_sin = tuple(
+                    jax.lax.dynamic_index_in_dim(t, kind, keepdims=False) for t in cos_sin
+                )
             return block(parent=None).apply(
-                variables, x, layer_prefix, window, *shared, at, keep, rngs=rngs
+                variables, x, layer_prefix, window, cos_sin, *shared, at, keep, rngs=rngs
             )
 
         def checkpointed(policy, function, **options):
@@ -227,40 +297,63 @@ class Llama(nn.Module):
                 jnp.concatenate([t, end[None]]) for t, end in zip(kv, last_kv, strict=True)
             )
         kv = kv and tuple(constrain(t, *axes.KV_AXES) for t in kv)
-        return RMSNorm(c.rms_norm_eps, name="norm")(x), kv
+        return norm(c, "norm")(x), kv
 
 
 # ------------------------------------------------------------------------------------- the two ends
 
 
-def embed(params: Params, ids: Int[Any, "..."]) -> Float[Array, "... D"]:
-    """Token embeddings of ids, in the stored dtype."""
-    return take_rows(gathered(params["embed"], ("vocab", "embed")), ids)
+def embed(
+    params: Params, config: ModelConfig, ids: Int[Any, "..."], dtype: DTypeLike
+) -> Float[Array, "... D"]:
+    """What the first block reads of token ids: rows of the table, times the model's multiplier.
+
+    dtype: of the result; the multiplier is rounded to it, as in transformers.
+    """
+    x = take_rows(gathered(params["embed"], ("vocab", "embed")), ids).astype(dtype)
+    multiplier = config.embedding_multiplier
+    return x if multiplier == 1 else x * jnp.asarray(multiplier, dtype)
 
 
 @pytree
 class Head:
-    """The output matrix: `[D, V]`, or the embedding table `[V, D]` where the two are tied."""
+    """The output matrix: `[D, V]`, or the embedding table `[V, D]` where the two are tied.
+
+    divisor, softcap: of the products, before they are logits; see `ModelConfig`.
+    """
 
     weight: Any
     tied: bool = static()
+    divisor: float = static(default=1.0)
+    softcap: float | None = static(default=None)
 
     def logits(self, hidden: Float[Any, "... D"]) -> Float[Array, "... V"]:
         """Logits in float32."""
         multiply = linear_transposed if self.tied else linear
-        return multiply(hidden, self.weight, jnp.float32)
+        logits = multiply(hidden, self.weight, jnp.float32)
+        logits = logits if self.divisor == 1 else logits / self.divisor
+        return logits if self.softcap is None else self.softcap * jnp.tanh(logits / self.softcap)
 
-    def backward(self, d_logits: Float[Any, "... V"]) -> Float[Array, "... D"]:
-        """The gradient of the hidden states from that of the logits, in the latter's dtype."""
+    def backward(
+        self, d_logits: Float[Any, "... V"], logits: Float[Any, "... V"], dtype: DTypeLike
+    ) -> Float[Array, "... D"]:
+        """The gradient of the hidden states from that of the logits.
+
+        logits: what `logits` returned. dtype: of the result, and of the matmul.
+        """
+        if self.softcap is not None:
+            d_logits = d_logits * (1 - jnp.square(logits / self.softcap))
+        d_logits = d_logits if self.divisor == 1 else d_logits / self.divisor
         multiply = linear if self.tied else linear_transposed
-        return multiply(d_logits, self.weight)
+        return multiply(d_logits.astype(dtype), self.weight)
 
 
-def head(params: Params) -> Head:
-    """The head of a tree of parameters."""
+def head(params: Params, config: ModelConfig) -> Head:
+    """The head of a model's parameters."""
+    how = {"divisor": config.logits_divisor, "softcap": config.final_softcap}
     if "lm_head" in params:
-        return Head(gathered(params["lm_head"], ("embed", "vocab")), tied=False)
-    return Head(gathered(params["embed"], ("vocab", "embed")), tied=True)
+        return Head(gathered(params["lm_head"], ("embed", "vocab")), tied=False, **how)
+    return Head(gathered(params["embed"], ("vocab", "embed")), tied=True, **how)
 
 
 @pytree
@@ -283,11 +376,11 @@ class FrozenModel:
     @property
     def head(self) -> Head:
         """The output matrix."""
-        return head(self.params)
+        return head(self.params, self.config)
 
     def embed(self, ids: Int[Any, "..."]) -> Float[Array, "... D"]:
-        """Token embeddings of ids, in the stored dtype."""
-        return embed(self.params, ids)
+        """What the first block reads of token ids, in the dtype of activations."""
+        return embed(self.params, self.config, ids, self.dtype)
 
     def __call__(
         self,

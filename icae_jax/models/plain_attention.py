@@ -26,6 +26,23 @@ CHUNK = 128
 SCORES = 1 << 20
 
 
+class Scores(NamedTuple):
+    """How scores are made of products of queries and keys: scaled, then perhaps softly capped."""
+
+    scale: float
+    softcap: float | None = None
+
+    def capped(self, scaled: Any) -> Any:
+        """Capped scores of scaled ones."""
+        return scaled if self.softcap is None else self.softcap * jnp.tanh(scaled / self.softcap)
+
+    def uncapped_gradient(self, gradient: Any, scaled: Any) -> Any:
+        """The gradient of scaled scores from that of the capped ones."""
+        if self.softcap is None:
+            return gradient
+        return gradient * (1 - jnp.square(jnp.tanh(scaled / self.softcap)))
+
+
 class _Schedule(NamedTuple):
     """How the work is cut.
 
@@ -48,6 +65,7 @@ def attend(
     prefix: Any,
     ends: tuple[int, ...],
     unroll: bool,
+    scores: Scores,
 ) -> Float[Array, "B T N H"]:
     """As `attention.attend`; the prefix is read in place by all rows that it serves.
 
@@ -62,7 +80,7 @@ def attend(
         """`[1 or b or B, T or 1, S]` as a source has it."""
         return mask.reshape(min(len(mask), b), 1, -1, 1, *mask.shape[1:])
 
-    q = (q_BTNH * jnp.asarray(H**-0.5, q_BTNH.dtype)).reshape(b, B // b, T, K, N // K, H)
+    q = (q_BTNH * jnp.asarray(scores.scale, q_BTNH.dtype)).reshape(b, B // b, T, K, N // K, H)
     q = q.transpose(0, 3, 1, 4, 2, 5)
     own = (x.reshape(b, B // b, S, K, H) for x in (k_BSKH, v_BSKH))
     sources = ((*own, as_source(mask)),)
@@ -75,26 +93,27 @@ def attend(
     most = max(1, SCORES // (B // b * N * min(T, CHUNK) * keys))  # texts at a time
     texts = b // devices
     turns = next(n for n in range(1, texts + 1) if texts % n == 0 and texts // n <= most)
-    out = _softmax_attention(q, sources, _Schedule(tuple(ends), turns, devices, unroll))
+    schedule = _Schedule(tuple(ends), turns, devices, unroll)
+    out = _softmax_attention(q, sources, schedule, scores)
     return out.transpose(0, 2, 4, 1, 3, 5).reshape(B, T, N, H)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _softmax_attention(q, sources, schedule):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _softmax_attention(q, sources, schedule, scores):
     """Softmax attention over all keys of the sources, `[b, K, G, Q, T, H]`. q: scaled."""
-    return _attention_fwd(q, sources, schedule)[0]
+    return _attention_fwd(q, sources, schedule, scores)[0]
 
 
-@functools.partial(jax.jit, static_argnums=2)
-def _attention_fwd(q, sources, schedule):
-    forward = functools.partial(_forward, schedule.ends)
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _attention_fwd(q, sources, schedule, scores):
+    forward = functools.partial(_forward, schedule.ends, scores)
     out, logs = (checkpoint_name(x, "attention") for x in _in_turns(schedule, forward, q, sources))
     return out, (q, sources, out, logs)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _attention_bwd(schedule, residuals, g):
-    backward = functools.partial(_backward, schedule.ends)
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _attention_bwd(schedule, scores, residuals, g):
+    backward = functools.partial(_backward, schedule.ends, scores)
     d_q, d_sources = _in_turns(schedule, backward, *residuals, g)
     return d_q, tuple((*d_kv, None) for d_kv in d_sources)
 
@@ -143,11 +162,15 @@ def _letters(k):
     return "bgskh" if k.ndim == 5 else "bskh"
 
 
-def _scores(q, k, mask):
-    """Scores in float32, far below all others where the mask is false."""
+def _scaled(q, k):
+    """Scaled scores in float32; q is scaled."""
+    return _product(("bkgqth", q), (_letters(k), k), "bkgqts")
+
+
+def _masked(scores, mask):
+    """Scores, far below all others where the mask is false."""
     lowered = jnp.where(mask, np.float32(0), jnp.finfo(jnp.float32).min / 2)
-    scores = _product(("bkgqth", q), (_letters(k), k), "bkgqts")
-    return scores + jnp.broadcast_to(lowered, (*q.shape[:5], k.shape[-3]))
+    return scores + jnp.broadcast_to(lowered, scores.shape)
 
 
 def _chunks(sources, ends, T):
@@ -162,11 +185,11 @@ def _chunks(sources, ends, T):
         )
 
 
-def _forward(ends, q, sources):
+def _forward(ends, how, q, sources):
     """The output, and the logarithms of the softmax's sums, `[b, K, G, Q, T, 1]` float32."""
     outs, logs = [], []
     for at, visible in _chunks(sources, ends, q.shape[4]):
-        scores = [_scores(q[..., at, :], k, mask) for k, _, mask in visible]
+        scores = [_masked(how.capped(_scaled(q[..., at, :], k)), mask) for k, _, mask in visible]
         top = functools.reduce(jnp.maximum, (s.max(-1, keepdims=True) for s in scores))
         weights = [jnp.exp(s - top) for s in scores]
         total = sum(w.sum(-1, keepdims=True) for w in weights)
@@ -180,7 +203,7 @@ def _forward(ends, q, sources):
     return jnp.concatenate(outs, 4), jnp.concatenate(logs, 4)
 
 
-def _backward(ends, q, sources, out, logs, g):
+def _backward(ends, how, q, sources, out, logs, g):
     """The gradients of the queries, and of each source's keys and values. Scores are recomputed."""
     # The mean of the weights' gradients, weighted by the weights.
     mean = jnp.sum(g.astype(jnp.float32) * out.astype(jnp.float32), -1, keepdims=True)
@@ -190,9 +213,11 @@ def _backward(ends, q, sources, out, logs, g):
         d_q_at = 0.0
         for (k, v, mask), d in zip(visible, d_kv, strict=True):
             letters = _letters(k)
-            weights = jnp.exp(_scores(q_at, k, mask) - logs_at)
+            scaled = _scaled(q_at, k)
+            weights = jnp.exp(_masked(how.capped(scaled), mask) - logs_at)
             d_weights = _product(("bkgqth", g_at), (letters, v), "bkgqts")
-            d_scores = (weights * (d_weights - mean_at)).astype(q.dtype)
+            d_scores = weights * (d_weights - mean_at)
+            d_scores = how.uncapped_gradient(d_scores, scaled).astype(q.dtype)
             d_q_at += _product(("bkgqts", d_scores), (letters, k), "bkgqth")
             factors = ((d_scores, q_at), (weights.astype(g.dtype), g_at))
             for i, (scores, rows) in enumerate(factors):

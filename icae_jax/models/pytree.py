@@ -7,9 +7,12 @@ from flax import struct
 T = TypeVar("T", bound=type)
 
 
-def static() -> Any:
-    """A field of a `pytree` that belongs to the program, not to its data; it must be hashable."""
-    return struct.field(pytree_node=False)
+def static(**options: Any) -> Any:
+    """A field of a `pytree` that belongs to the program, not to its data; it must be hashable.
+
+    options: those of `dataclasses.field`, such as a default.
+    """
+    return struct.field(pytree_node=False, **options)
 
 
 @dataclass_transform(frozen_default=True, field_specifiers=(static,))

@@ -1,6 +1,7 @@
 """Rotary positions (RoPE, arXiv 2104.09864), and how bases stretch them over longer contexts.
 
-`config` is a `models.llama.ModelConfig` throughout; letters as there.
+`config` is a `models.llama.ModelConfig` throughout; letters as there. Layers may differ in their
+RoPE: `config.ropes` names that of each.
 """
 
 import dataclasses
@@ -11,7 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-Frequencies = Float[np.ndarray, " half_H"]
+Frequencies = Float[np.ndarray, " half_R"]
+# What a layer may have: the model's RoPE; one of other frequencies, unstretched (the layers with
+# windows of Gemma 3); or none, where tokens have no positions (SmolLM3).
+GLOBAL, LOCAL, NONE = KINDS = ("global", "local", "none")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,40 +89,68 @@ class YarnScaling:
 Scaling = LinearScaling | Llama3Scaling | YarnScaling
 
 
-def frequencies(config: Any) -> Frequencies:
-    """Angular frequencies in radians per position, float64."""
-    half = config.head_dim // 2
-    freqs = config.rope_theta ** (-np.arange(half, dtype=np.float64) / half)
-    scaling = config.rope_scaling
-    return freqs if scaling is None else scaling.stretch(freqs, config.rope_theta)
+def kinds(config: Any) -> tuple[str, ...]:
+    """The distinct kinds of RoPE (`KINDS`) that the layers have, by their first layer."""
+    return tuple(dict.fromkeys(config.ropes)) or (GLOBAL,)
+
+
+def layer_kinds(config: Any) -> Int[np.ndarray, " L"]:
+    """For each layer, the index of its kind in `kinds`."""
+    index = {kind: i for i, kind in enumerate(kinds(config))}
+    return np.asarray([index[kind] for kind in config.ropes or (GLOBAL,) * config.num_layers])
+
+
+def frequencies(config: Any, kind: str = GLOBAL) -> Frequencies:
+    """Angular frequencies in radians per position, float64, of the R rotated numbers of a head."""
+    half = (config.rotary_dim or config.head_dim) // 2
+    if kind == NONE:
+        return np.zeros(half)
+    theta = config.local_rope_theta if kind == LOCAL else config.rope_theta
+    freqs = theta ** (-np.arange(half, dtype=np.float64) / half)
+    scaling = config.rope_scaling if kind == GLOBAL else None
+    return freqs if scaling is None else scaling.stretch(freqs, theta)
 
 
 def tables(
-    config: Any, positions: Int[Any, "..."]
-) -> tuple[Float[Array, "... half_H"], Float[Array, "... half_H"]]:
+    config: Any, positions: Int[Any, "..."], kind: str = GLOBAL
+) -> tuple[Float[Array, "... half_R"], Float[Array, "... half_R"]]:
     """Cosines and sines of every position's angles, float32."""
     angles = jnp.einsum(
-        "...,h->...h", positions.astype(jnp.float32), jnp.asarray(frequencies(config), jnp.float32)
+        "...,h->...h",
+        positions.astype(jnp.float32),
+        jnp.asarray(frequencies(config, kind), jnp.float32),
     )
-    magnitude = getattr(config.rope_scaling, "attention_factor", 1.0)
+    scaling = config.rope_scaling if kind == GLOBAL else None
+    magnitude = getattr(scaling, "attention_factor", 1.0)
     return magnitude * jnp.cos(angles), magnitude * jnp.sin(angles)
 
 
 def rotate(
     x: Float[Any, "*time heads H"], cos_sin: tuple[Any, Any]
 ) -> Float[Array, "*time heads H"]:
-    """Rotates heads `[..., T, heads, H]` by cos and sin `[..., T, H / 2]`.
+    """Rotates heads `[..., T, heads, H]` by cos and sin `[..., T, R / 2]`.
 
-    Halves of a head are paired, as in the hub's Llama.
+    Halves of the first R numbers of a head are paired, as in the hub's Llama, where R is H. The
+    others stay (Phi-3's partial_rotary_factor).
     """
     cos, sin = (t[..., None, :] for t in cos_sin)
-    x1, x2 = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).astype(x.dtype)
+    half = cos.shape[-1]
+    ends = [end for end in (half, 2 * half) if end < x.shape[-1]]
+    x1, x2, *others = jnp.split(x.astype(jnp.float32), ends, axis=-1)
+    rotated = [x1 * cos - x2 * sin, x2 * cos + x1 * sin]
+    return jnp.concatenate([*rotated, *others], axis=-1).astype(x.dtype)
 
 
 def rotate_keys(
     config: Any, k_LBPKH: Float[Any, "L B P K H"], positions_BP: Int[Any, "_ P"]
 ) -> Float[Array, "L B P K H"]:
-    """Rotates the stacked, unrotated keys that `Llama` returns, for use as a prefix."""
-    cos, sin = tables(config, positions_BP)
-    return rotate(k_LBPKH, (cos[None], sin[None]))
+    """Rotates the stacked, unrotated keys that `Llama` returns, for use as a prefix.
+
+    Each layer's keys are rotated by its own RoPE.
+    """
+    each = [tables(config, positions_BP, kind) for kind in kinds(config)]
+    if len(each) == 1:
+        cos, sin = (table[None] for table in each[0])
+    else:
+        cos, sin = (jnp.stack(tables)[layer_kinds(config)] for tables in zip(*each, strict=True))
+    return rotate(k_LBPKH, (cos, sin))

@@ -58,7 +58,7 @@ def _frozen_head_fwd(h_BUD, head, labels_BU, chunk):
         h, labels = x
         losses, logits = _chunk_losses(h, head, labels)
         d_logits = jax.nn.softmax(logits, -1) - jax.nn.one_hot(labels, logits.shape[-1])
-        return losses, head.backward(d_logits.astype(h.dtype))
+        return losses, head.backward(d_logits, logits, h.dtype)
 
     chunks = _chunks(h_BUD, chunk), _chunks(labels_BU, chunk)
     losses, d_h = jax.lax.map(losses_and_gradient, chunks)

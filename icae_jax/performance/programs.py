@@ -207,8 +207,7 @@ def few_layers(spec: Spec, layers: int) -> Spec:
 
     XLA counts the body of a loop once.
     """
-    model = dataclasses.replace(spec.model, num_layers=layers, windows=spec.model.windows[:layers])
     config = dataclasses.replace(
         spec.config, unroll=layers, loss_chunk=1 << 30, accumulate=1, batch_size=spec.contexts
     )
-    return dataclasses.replace(spec, model=model, config=config)
+    return dataclasses.replace(spec, model=spec.model.first_layers(layers), config=config)

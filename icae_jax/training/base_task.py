@@ -181,7 +181,7 @@ class BaseTask:
         hidden_BTD, _ = self.model.apply(
             {"params": trained}, batch["ids"], jnp.arange(T)[None], jnp.ones((1, T), bool)
         )
-        logits_BTV = llama.head(trained).logits(hidden_BTD)
+        logits_BTV = llama.head(trained, self.model_config).logits(hidden_BTD)
         losses_BT = optax.softmax_cross_entropy_with_integer_labels(logits_BTV, batch["labels"])
         return {"lm": (jnp.sum(losses_BT * batch["weights"]), jnp.sum(batch["weights"]))}
 

@@ -12,7 +12,7 @@ from icae_jax import files
 from icae_jax.errors import UserError
 from icae_jax.interop.hub import base as bases
 from icae_jax.interop.hub import locations, orbax_copy, weights
-from icae_jax.models.families import tensor_names
+from icae_jax.models.families import multimodal, tensor_names
 from icae_jax.models.families.config_json import parse_config, stored_dtype
 
 DTYPES = ("bfloat16", "float32", "float16")
@@ -88,6 +88,7 @@ def convert(
         raise UserError(f"--to {to} is inside --from {source}; give a folder elsewhere")
     path = folder / "config.json"
     raw = files.read_json(path, "the base model's configuration")
+    raw = multimodal.text_part(raw, path)  # only that is written
     config = parse_config(raw, path)
     dtype = dtype or stored_dtype(raw, path) or "bfloat16"
     if dtype not in DTYPES:

@@ -16,7 +16,7 @@ from icae_jax.interop.adapters import formats, lora_tensors, tensor_files
 from icae_jax.interop.export import hf_cache
 from icae_jax.interop.hub import base as bases
 from icae_jax.models import lora as loras
-from icae_jax.models.families import config_json, tensor_names
+from icae_jax.models.families import config_json, multimodal, tensor_names
 from icae_jax.models.llama import ModelConfig
 from icae_jax.training import trained as trained_compressors
 from icae_jax.training.workdir import read_run
@@ -164,6 +164,7 @@ def _adapter(folder) -> Description:
 def _base(folder) -> Description:
     path = folder / "config.json"
     raw = files.read_json(path, "the base model's configuration")
+    raw = multimodal.text_part(raw, path)
     config = config_json.parse_config(raw, path)
     shapes = tensor_names.hub_shapes(config)
     about = {

@@ -53,7 +53,7 @@ def tensors(config, tree):
     """
     from icae_jax.models.families import tensor_names
 
-    for name, (path, layer, transposed) in tensor_names.tensor_names(config).items():
+    for name, ((path, layer, transposed, _),) in tensor_names.tensor_names(config).items():
         leaf = tree
         for key in path:
             leaf = leaf[key]

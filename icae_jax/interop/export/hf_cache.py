@@ -44,15 +44,18 @@ def rotate_further(
 ) -> Float[np.ndarray, "L B P K H"]:
     """Rotated keys, rotated by further whole positions, one offset per text; 0 changes no bit.
 
-    Uses the plain cos and sin of the base's frequencies. What else its RoPE does (YaRN scales them)
-    was done to the keys before.
+    Uses the plain cos and sin of the frequencies of each layer's RoPE. What else it does (YaRN
+    scales them) was done to the keys before.
     """
-    frequencies = rope.frequencies(config).astype(np.float32)  # the precision that both sides use
-    angles = np.multiply.outer(np.asarray(offsets_B, np.float64), frequencies.astype(np.float64))
-    angles = angles[:, None, None]
-    cos, sin = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
-    k1, k2 = np.split(np.asarray(k_LBPKH, np.float32), 2, axis=-1)
-    rotated = np.concatenate([k1 * cos - k2 * sin, k2 * cos + k1 * sin], -1).astype(k_LBPKH.dtype)
+    kinds = [rope.frequencies(config, kind) for kind in rope.kinds(config)]
+    # Rounded to the precision that both sides use.
+    frequencies = np.stack(kinds).astype(np.float32).astype(np.float64)[rope.layer_kinds(config)]
+    angles = np.einsum("b,lh->lbh", np.asarray(offsets_B, np.float64), frequencies)
+    cos, sin = (f(angles).astype(np.float32)[:, :, None, None] for f in (np.cos, np.sin))
+    half = cos.shape[-1]
+    k1, k2, others = np.split(np.asarray(k_LBPKH, np.float32), (half, 2 * half), axis=-1)
+    rotated = np.concatenate([k1 * cos - k2 * sin, k2 * cos + k1 * sin, others], -1)
+    rotated = rotated.astype(k_LBPKH.dtype)
     return np.where((np.asarray(offsets_B) == 0)[:, None, None, None], k_LBPKH, rotated)
 
 

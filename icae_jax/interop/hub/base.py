@@ -22,6 +22,7 @@ from icae_jax.interop.hub.text import Tokenizer, set_stop_ids
 from icae_jax.interop.hub.tokenizer import has_tokenizer, load_tokenizer
 from icae_jax.interop.hub.weights import load_params, save_params
 from icae_jax.models import llama
+from icae_jax.models.families.architectures import computed_by
 from icae_jax.models.families.config_json import hub_config, read_config
 from icae_jax.runtime.sharding import on_host
 
@@ -64,13 +65,16 @@ def _as_llama(config: llama.ModelConfig, params: dict) -> tuple[llama.ModelConfi
     A Llama's tokenizer class is the one that tokenizer_config.json names, while Qwen2's has its own
     pre-tokenizer. None if the model is not a Llama.
     """
-    if not config.qkv_bias or config.windows or config.qk_norm:
+    if not config.qkv_bias or config.o_bias:
+        return None
+    as_llama = dataclasses.replace(config, o_bias=True)
+    if computed_by(as_llama) != "LlamaForCausalLM":
         return None
     attention = params["layers"]["self_attn"]
     zeros = jnp.zeros((config.num_layers, config.hidden_size), attention["o_proj"]["kernel"].dtype)
     attention = attention | {"o_proj": attention["o_proj"] | {"bias": zeros}}
     layers = params["layers"] | {"self_attn": attention}
-    return dataclasses.replace(config, o_bias=True), params | {"layers": layers}
+    return as_llama, params | {"layers": layers}
 
 
 def stop_ids(folder: str | os.PathLike, tokenizer: Tokenizer | None = None) -> tuple[int, ...]:
@@ -110,6 +114,14 @@ def fingerprint(config: llama.ModelConfig, params: dict) -> str:
     return _fingerprint(config, *on_host([norm, rows]))
 
 
+# Fields of `ModelConfig`: those that count whatever they are, and those that change no result.
+_ALWAYS_COUNT = {
+    *("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads"),
+    *("head_dim", "rms_norm_eps", "rope_theta", "rope_scaling", "tie_word_embeddings"),
+}
+_NEVER_COUNT = ("max_position_embeddings", "fused")
+
+
 def _fingerprint_rows(config):
     return np.linspace(0, config.vocab_size - 1, 64).astype(int)
 
@@ -117,8 +129,8 @@ def _fingerprint_rows(config):
 def _fingerprint(config, norm, rows):
     digest = hashlib.sha256()
     # Fields that were added later count only if they are used, so that older fingerprints hold.
-    plain = {"max_position_embeddings": config.max_position_embeddings, "windows": ()}
-    plain |= dict.fromkeys(("qkv_bias", "qk_norm", "o_bias", "mlp_bias"), False)
+    plain = {f.name: f.default for f in dataclasses.fields(config) if f.name not in _ALWAYS_COUNT}
+    plain |= {name: getattr(config, name) for name in _NEVER_COUNT}
     fields = {
         k: v for k, v in dataclasses.asdict(config).items() if k not in plain or v != plain[k]
     }

@@ -12,6 +12,7 @@ from jaxtyping import Float32
 from icae_jax import errors, files
 from icae_jax.errors import UserError
 from icae_jax.interop.hub import stored
+from icae_jax.models.families import multimodal
 
 MOST_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
 
@@ -64,7 +65,9 @@ def _find_tensor(file, file_name, name):
         )
         raise UserError(f"{file_name}: {problem}")
     try:
-        header = json.loads(file.read(length))[name]
+        header = json.loads(file.read(length))
+        names = {multimodal.text_name(stored_name): stored_name for stored_name in header}
+        header = header[names[name]]
         dtype, (count, width) = stored.STORED_DTYPES[header["dtype"]], (1, *header["shape"])[-2:]
         return 8 + length + header["data_offsets"][0], dtype, count, width
     except (ValueError, KeyError, TypeError) as error:
@@ -76,6 +79,7 @@ def _find_tensor(file, file_name, name):
 def _file_with(folder, open_file, name):
     """The file that holds a tensor of a remote base, by the rules of `stored.weight_map`."""
     index = stored.weight_map(folder)
+    index = index and {multimodal.text_name(key): file for key, file in index.items()}
     if index is None:
         return stored.WHOLE
     if stored.WHOLE not in index.values():

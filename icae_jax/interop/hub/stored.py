@@ -14,6 +14,7 @@ from icae_jax import errors, files
 from icae_jax.errors import UserError
 from icae_jax.interop.hub import gguf_folder
 from icae_jax.models import llama
+from icae_jax.models.families import multimodal
 
 WHOLE = "model.safetensors"  # one file with all tensors
 INDEX = "model.safetensors.index.json"  # or the index of several
@@ -109,7 +110,8 @@ def open_tensors(
 
     A slice is safetensors', or one of a GGUF file that is indexed alike.
 
-    Only a tied head is compared with its embeddings. Other tensors in the files are named on
+    Only a tied head is compared with its embeddings. Of a multimodal checkpoint, the text part's
+    tensors go by the names that they have in a text model. Other tensors in the files are named on
     stderr.
 
     Args:
@@ -121,7 +123,7 @@ def open_tensors(
     Raises:
         UserError: the files and config.json contradict each other.
     """
-    index = weight_map(folder) or {}
+    index = {multimodal.text_name(name): f for name, f in (weight_map(folder) or {}).items()}
     holders: dict[str, dict[str, tuple]] = {}  # tensor name -> {file name: (path, slice)}
     is_gguf = gguf_folder.source(folder) is not None
     for path in weight_files(folder):
@@ -137,7 +139,8 @@ def open_tensors(
             )
         file = enter(file)
         for name in file.keys():  # noqa: SIM118 (it is no dictionary)
-            holders.setdefault(name, {})[path.name] = path, file.get_slice(name)
+            place = path, file.get_slice(name)
+            holders.setdefault(multimodal.text_name(name), {})[path.name] = place
     # As in transformers, the index decides, and the last file for tensors that it does not name.
     stored = {
         name: places.get(index[name]) if name in index else list(places.values())[-1]

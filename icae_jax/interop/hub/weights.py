@@ -109,9 +109,10 @@ def _load_safetensors(folder, config, wanted, bar):
     params = {}
     with contextlib.ExitStack() as stack:
         slices = stored.open_tensors(folder, config, hub_shapes(config), stack.enter_context)
-        tensors = {}  # path -> {layer or None: (safetensors slice, transposed)}
-        for name, (path, layer, transposed) in tensor_names(config).items():
-            tensors.setdefault(path, {})[layer] = slices[name][1], transposed
+        tensors = {}  # path -> {layer or None: (safetensors slice, transposed, first row)}
+        for name, places in tensor_names(config).items():
+            for path, layer, *where in places:
+                tensors.setdefault(path, {})[layer] = slices[name][1], *where
         for path, target in wanted.items():
             params[path] = placing.place(
                 target,
@@ -126,7 +127,7 @@ def _read_shard(tensors, dtype, ranges, bar):
     """One shard of a parameter as a host array.
 
     Args:
-        tensors: `{layer or None: (safetensors slice, transposed)}`.
+        tensors: `{layer or None: (safetensors slice, transposed, first row)}`.
         dtype: of the result.
         ranges: (start, stop) along each axis of the parameter.
         bar: progress in bytes.
@@ -134,7 +135,7 @@ def _read_shard(tensors, dtype, ranges, bar):
     shard = np.empty([stop - start for start, stop in ranges], dtype)
     layers = [(None, shard)] if None in tensors else zip(range(*ranges[0]), shard, strict=True)
     for layer, out in layers:
-        tensor, transposed = tensors[layer]
+        tensor, transposed, first_row = tensors[layer]
         axes = ranges if layer is None else ranges[1:]
         if transposed:
             out, axes = out.T, axes[::-1]
@@ -142,7 +143,8 @@ def _read_shard(tensors, dtype, ranges, bar):
         rows = max(1, BLOCK_BYTES // max(1, out[:1].nbytes))
         for start in range(first, last, rows):
             stop = min(start + rows, last)
-            out[start - first : stop - first] = tensor[(slice(start, stop), *rest)]
+            stored_rows = slice(first_row + start, first_row + stop)
+            out[start - first : stop - first] = tensor[(stored_rows, *rest)]
         bar.update(out.nbytes)
     return shard
 
@@ -170,9 +172,8 @@ def save_params(
     """
     folder, dtype, size = pathlib.Path(folder), jnp.dtype(dtype), 0
     contents, total = [[]], 0
-    for name, (path, layer, _) in tensor_names(config).items():
-        leaf = _leaf(params, path)
-        nbytes = math.prod(leaf.shape[0 if layer is None else 1 :]) * dtype.itemsize
+    for name, shape in hub_shapes(config).items():
+        nbytes = math.prod(shape) * dtype.itemsize
         if contents[-1] and size + nbytes > max_file_bytes:
             contents.append([])
             size = 0
@@ -194,9 +195,11 @@ def _hub_tensors(config, params, names, dtype):
     """`{name: host array}` of the hub's tensors with these names."""
     tensors, places = {}, tensor_names(config)
     for name in names:
-        path, layer, transposed = places[name]
-        leaf = _leaf(params, path)
-        # Only this layer: the host copy that `asarray` makes of a whole array stays cached.
-        value = np.asarray(leaf if layer is None else leaf[layer])
-        tensors[name] = np.ascontiguousarray((value.T if transposed else value).astype(dtype))
+        parts = []
+        for path, layer, transposed, _ in places[name]:
+            leaf = _leaf(params, path)
+            # Only this layer: the host copy that `asarray` makes of a whole array stays cached.
+            value = np.asarray(leaf if layer is None else leaf[layer])
+            parts.append((value.T if transposed else value).astype(dtype))
+        tensors[name] = np.ascontiguousarray(parts[0] if len(parts) == 1 else np.concatenate(parts))
     return tensors

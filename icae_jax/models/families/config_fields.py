@@ -81,6 +81,9 @@ HARMLESS_NAMES = re.compile(
     rf"\w+_token_ids?|\w*dropout\w*|\w+_pdrop|unsloth_\w+|({_LIBRARIES})_version|version"
 )
 
+ACTIVATIONS = ("hidden_act", "hidden_activation", "activation_function", "activation")
+GELU_TANH = ("gelu_pytorch_tanh",)  # the values of these fields that mean it
+
 # Harmless at these values, and at null.
 NEUTRAL = {
     "hidden_act": ("silu", "swish"),
@@ -114,6 +117,7 @@ NEUTRAL = {
     "logits_scaling": (1,),
     "logit_scale": (1,),
     "clip_qkv": (),
+    "sliding_window_pattern": (1,),
     "no_rope_layers": ([],),
     "no_rope_layer_interval": (),
     "use_rope": (True,),

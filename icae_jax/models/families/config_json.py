@@ -13,8 +13,14 @@ import numpy as np
 from icae_jax import errors, files
 from icae_jax.errors import UserError
 from icae_jax.models import llama, rope
-from icae_jax.models.families import config_fields, config_rope
-from icae_jax.models.families.architectures import FAMILIES, Family, architecture
+from icae_jax.models.families import config_fields, config_rope, multimodal
+from icae_jax.models.families.architectures import (
+    FAMILIES,
+    NUMBERS,
+    Family,
+    architecture,
+    computed_by,
+)
 from icae_jax.models.families.config_values import MOST_POSITIONS, flag, number
 
 # Sizes, required and optional, with the largest value that is accepted: beyond any real model, but
@@ -65,9 +71,18 @@ _QUANTISED = {
     "quant_config",
     "compression_config",
 }
+# Fields whose null is a value of its own, and no missing field.
+_NULL_COUNTS = {
+    "num_key_value_heads",
+    "sliding_window",
+    "attn_logit_softcapping",
+    "final_logit_softcapping",
+}
 # Defaults of transformers, where config.json omits the field.
-_WINDOW = 4096
+_MAX_POSITIONS = 2048
 _MAX_WINDOW_LAYERS = 28
+_SLIDING_WINDOW_PATTERN = 6
+_NO_ROPE_LAYER_INTERVAL = 4
 
 
 def read_config(folder: str | os.PathLike) -> llama.ModelConfig:
@@ -112,6 +127,7 @@ def stored_dtype(raw: dict, source: object = "config.json") -> object:
 
 
 def _parse_config(raw: dict, source: object) -> llama.ModelConfig:
+    raw = multimodal.text_part(raw, source)
     name = architecture(raw, source)
     family = FAMILIES[name]
     _check_fields(raw, name, family, source)
@@ -121,6 +137,12 @@ def _parse_config(raw: dict, source: object) -> llama.ModelConfig:
             "attention sees all at once"
         )
 
+    raw = raw | {
+        field: value
+        for field, value in family.defaults.items()
+        if field not in config_rope.DEFAULTS
+        and (field not in raw or (raw[field] is None and field not in _NULL_COUNTS))
+    }
     missing = [field for field in _SIZES if raw.get(field) is None]
     if missing:
         raise UserError(f"{source}: {', '.join(missing)} missing; is the file complete?")
@@ -130,11 +152,10 @@ def _parse_config(raw: dict, source: object) -> llama.ModelConfig:
         if raw.get(field) is not None
     }
     heads = sizes["num_attention_heads"]
-    positions = sizes.get("max_position_embeddings", family.max_positions)
-    # For transformers, null differs from a missing field here.
-    kv_heads = heads if "num_key_value_heads" in raw else family.kv_heads or heads
+    positions = sizes.get("max_position_embeddings", _MAX_POSITIONS)
+    head_dim = sizes.get("head_dim", sizes["hidden_size"] // heads)
     eps = raw.get("rms_norm_eps")
-    rope_theta, rope_scaling = config_rope.read_rope(raw, positions, source)
+    windows = _windows(raw, family, sizes["num_hidden_layers"], source)
     attention_bias = family.attention_bias and bool(flag(raw, "attention_bias", source))
     fields = dict(
         vocab_size=sizes["vocab_size"],
@@ -142,51 +163,103 @@ def _parse_config(raw: dict, source: object) -> llama.ModelConfig:
         intermediate_size=sizes["intermediate_size"],
         num_layers=sizes["num_hidden_layers"],
         num_heads=heads,
-        num_kv_heads=sizes.get("num_key_value_heads", kv_heads),
-        head_dim=sizes.get("head_dim", family.head_dim or sizes["hidden_size"] // heads),
+        num_kv_heads=sizes.get("num_key_value_heads", heads),
+        head_dim=head_dim,
         max_position_embeddings=positions,
         rms_norm_eps=1e-6 if eps is None else number(eps, "rms_norm_eps", source),
-        rope_theta=rope_theta,
-        rope_scaling=rope_scaling,
         tie_word_embeddings=bool(flag(raw, "tie_word_embeddings", source)),
-        qkv_bias=family.qkv_bias or attention_bias,
-        qk_norm=family.qk_norm,
-        windows=_windows(raw, family, sizes["num_hidden_layers"], source),
+        windows=windows,
         o_bias=attention_bias,
         mlp_bias=family.mlp_bias and bool(flag(raw, "mlp_bias", source)),
+        **config_rope.read_rope(raw, family, head_dim, positions, source),
+        **_numbers(raw, family, head_dim, source),
+        **family.always | ({"qkv_bias": True} if attention_bias else {}),
     )
+    if family.scaled_embeddings:
+        fields["embedding_multiplier"] = sizes["hidden_size"] ** 0.5
+    if family.local_rope and windows:
+        fields["ropes"] = tuple(rope.LOCAL if width else rope.GLOBAL for width in windows)
+    elif family.no_rope_layers:
+        fields["ropes"] = _ropes(raw, sizes["num_hidden_layers"], source)
     try:
         config = llama.ModelConfig(**fields)
     except UserError as error:  # it does not know the file
         raise UserError(f"{source}: {error}") from error
     try:
         with np.errstate(all="ignore"):
-            finite = np.isfinite(rope.frequencies(config)).all()
+            kinds = [rope.frequencies(config, kind) for kind in rope.kinds(config)]
+            finite = np.isfinite(kinds).all()
     except ArithmeticError:
         finite = False
     if not finite:
         raise UserError(
-            f"{source}: rope_theta {rope_theta:g} with {errors.shown(rope_scaling)} gives "
-            "frequencies of RoPE that are not finite"
+            f"{source}: rope_theta {config.rope_theta:g} with {errors.shown(config.rope_scaling)} "
+            "gives frequencies of RoPE that are not finite"
         )
     return config
+
+
+def _numbers(raw: dict, family: Family, head_dim: int, source: object) -> dict[str, float | None]:
+    """The fields of `ModelConfig` that `NUMBERS` give."""
+    fields = {}
+    for name in family.numbers:
+        if raw.get(name) is not None:
+            value = number(raw[name], name, source)
+            fields[NUMBERS[name]] = value**-0.5 if name == "query_pre_attn_scalar" else value
+    if fields.get("attention_scale") == head_dim**-0.5:  # what all others have
+        del fields["attention_scale"]
+    return fields
+
+
+def _ropes(raw: dict, layers: int, source: object) -> tuple[str, ...]:
+    """`ModelConfig.ropes` of a model whose config.json switches RoPE off for some layers."""
+    stated = raw.get("no_rope_layers")
+    if stated is None:
+        every = raw.get("no_rope_layer_interval")
+        every = (
+            _NO_ROPE_LAYER_INTERVAL
+            if every is None
+            else number(every, "no_rope_layer_interval", source, whole=True)
+        )
+        stated = [int((i + 1) % every != 0) for i in range(layers)]
+    if not isinstance(stated, list) or len(stated) < layers or not set(stated) <= {0, 1}:
+        raise UserError(
+            f"{source}: no_rope_layers is {errors.shown(stated)}; it must be a list with a 1 for "
+            f"each of the {layers} layers that has RoPE, and a 0 for each that has not"
+        )
+    stated = stated[:layers]
+    return () if all(stated) else tuple(rope.GLOBAL if has else rope.NONE for has in stated)
 
 
 def _check_fields(raw: dict, name: str, family: Family, source: object) -> None:
     """UserError on the first field that is neither read nor known to change nothing."""
     own_code = raw.get("auto_map")
     if isinstance(own_code, dict):
-        if not {part for part, code in own_code.items() if code} <= _OTHER_CODE:
+        code = {part: code for part, code in own_code.items() if code and code != family.hub_code}
+        if not set(code) <= _OTHER_CODE:
             raise UserError(
                 f"{source}: auto_map names the repository's own code, which is not run here; "
                 f"remove it if the model is {name} all the same"
             )
         own_code = None
     # Some files state what their architecture always has.
-    always = dict.fromkeys(("qk_norm", "use_qk_norm", "qk_layernorm"), (family.qk_norm,))
-    always |= dict.fromkeys(("qkv_bias", "use_qkv_bias", "add_qkv_bias"), (family.qkv_bias,))
+    qkv_bias = family.always.get("qkv_bias", False)
+    qk_norm = any(family.always.get(field) for field in ("qk_norm", "qk_projection_norm"))
+    always = dict.fromkeys(("qk_norm", "use_qk_norm", "qk_layernorm"), (qk_norm,))
+    always |= dict.fromkeys(("qkv_bias", "use_qkv_bias", "add_qkv_bias"), (qkv_bias,))
+    if family.always.get("activation") == "gelu_tanh":
+        always |= dict.fromkeys(config_fields.ACTIVATIONS, config_fields.GELU_TANH)
+    if family.windows_every:
+        always["sliding_window_pattern"] = (family.windows_every,)
     read = _READ | {field for field in ("attention_bias", "mlp_bias") if getattr(family, field)}
-    read |= {"attention_bias"} if family.qkv_bias else set()
+    read |= {"attention_bias"} if qkv_bias else set()
+    read |= set(family.numbers)
+    read |= {"rope_local_base_freq"} if family.local_rope else set()
+    read |= {"no_rope_layers", "no_rope_layer_interval"} if family.no_rope_layers else set()
+    read |= {"partial_rotary_factor"} if family.partial_rotary else set()
+    if family.windows == "all but every n-th" and not family.windows_every:
+        # The latter is what transformers saves of the former, beside layer_types.
+        read |= {"sliding_window_pattern", "_sliding_window_pattern"}
     neutral = config_fields.NEUTRAL | always
     for field, value in (raw | {"auto_map": own_code}).items():
         if field in read or config_fields.is_neutral(field, value, neutral):
@@ -208,7 +281,7 @@ def _check_fields(raw: dict, name: str, family: Family, source: object) -> None:
 def _windows(raw: dict, family: Family, layers: int, source: object) -> tuple[int, ...]:
     """`ModelConfig.windows`, by the rules and defaults of transformers."""
     types, use = raw.get("layer_types"), flag(raw, "use_sliding_window", source)
-    width = raw.get("sliding_window", _WINDOW if family.windows else None)
+    width = raw.get("sliding_window")
     first = raw.get("max_window_layers")
     by_layer = family.windows == "some layers"
     if by_layer and not use:
@@ -235,18 +308,31 @@ def _windows(raw: dict, family: Family, layers: int, source: object) -> tuple[in
         else:
             first = number(first, "max_window_layers", source, zero=True, **limits)
     sliding = [width is not None and (not by_layer or i >= first) for i in range(layers)]
+    by_types = family.windows == "all but every n-th"
+    if by_types:
+        every = family.windows_every or raw.get("sliding_window_pattern")
+        every = (
+            _SLIDING_WINDOW_PATTERN
+            if every is None
+            else number(every, "sliding_window_pattern", source, whole=True)
+        )
+        sliding = [(i + 1) % every != 0 for i in range(layers)]
     if types is not None:
         if not isinstance(types, list):
             raise UserError(f"{source}: layer_types is {errors.shown(types)}, which is not a list")
         stated = [t == "sliding_attention" for t in types]
         unknown = [t for t in types if t not in ("full_attention", "sliding_attention")]
-        may_differ = by_layer and (width is not None or not any(stated))
+        may_differ = by_types or (by_layer and (width is not None or not any(stated)))
         if unknown or len(types) != layers or (stated != sliding and not may_differ):
             raise UserError(
                 f"{source}: layer_types is {errors.shown(types)}, which {family.model_type} with "
                 f"sliding_window {width} does not compute"
             )
         sliding = stated
+    if by_types and width is None and any(sliding):
+        raise UserError(
+            f"{source}: sliding_window is null, and layers have one by layer_types; write its width"
+        )
     return tuple(width if s else 0 for s in sliding) if any(sliding) else ()
 
 
@@ -264,22 +350,27 @@ def hub_config(config: llama.ModelConfig, dtype: str, special_ids: dict) -> dict
     Raises:
         UserError: no architecture computes the model.
     """
-    name = next((name for name, f in FAMILIES.items() if _computes(f, config)), None)
+    name = computed_by(config)
     if name is None:
         biased = ", ".join(config.biased) or "no projection"
         raise UserError(
-            f"no architecture of the hub has biases of {biased}, qk_norm {config.qk_norm} and "
-            f"windows {config.windows}"
+            f"no architecture of the hub has biases of {biased}, qk_norm {config.qk_norm}, "
+            f"windows {config.windows} and the rest of {config}"
         )
     family = FAMILIES[name]
     windows = {}
+    types = ["sliding_attention" if w else "full_attention" for w in config.windows]
     if config.windows and family.windows == "all layers":
         windows = {"sliding_window": config.windows[0]}
+    elif family.windows == "all but every n-th":
+        width = max(config.windows, default=0) or family.defaults["sliding_window"]
+        types = types or ["full_attention"] * config.num_layers
+        windows = {"sliding_window": width, "layer_types": types}
     elif any(config.windows):
         windows = {
             "use_sliding_window": True,
             "sliding_window": max(config.windows),
-            "layer_types": ["sliding_attention" if w else "full_attention" for w in config.windows],
+            "layer_types": types,
             "max_window_layers": 0,
         }
     biases = {"mlp_bias": config.mlp_bias} if family.mlp_bias else {}
@@ -297,33 +388,34 @@ def hub_config(config: llama.ModelConfig, dtype: str, special_ids: dict) -> dict
         "head_dim": config.head_dim,
         "max_position_embeddings": config.max_position_embeddings,
         "rms_norm_eps": config.rms_norm_eps,
-        "rope_parameters": config_rope.rope_parameters(config),
-        "rope_theta": config.rope_theta,
+        **config_rope.rope_fields(config, family),
         "tie_word_embeddings": config.tie_word_embeddings,
-        "hidden_act": "silu",
+        **_activation(config),
+        **_hub_numbers(config, family),
         **biases,
         **windows,
         "dtype": dtype,
+        "pad_token_id": None,  # some classes' default is none of the vocabulary's
         **special_ids,
     }
 
 
-def _computes(family: Family, config: llama.ModelConfig) -> bool:
-    """Whether an architecture can have exactly these norms, biases and windows."""
-    biases = (config.qkv_bias, config.o_bias)
-    widths = set(config.windows) - {0}
-    match family.windows:
-        case "":
-            windows = not widths
-        case "all layers":  # without a window, the same model is written as a Llama
-            windows = bool(widths) and len(set(config.windows)) == 1
-        case _:
-            windows = len(widths) <= 1
-    return (
-        family.qk_norm == config.qk_norm
-        and (
-            biases == (family.qkv_bias, False) or (family.attention_bias and biases == (True, True))
-        )
-        and (family.mlp_bias or not config.mlp_bias)
-        and windows
-    )
+def _activation(config: llama.ModelConfig) -> dict[str, str]:
+    """The fields of config.json that name the MLP's activation."""
+    if config.activation == "silu":
+        return {"hidden_act": "silu"}
+    return {"hidden_activation": config_fields.GELU_TANH[0]}
+
+
+def _hub_numbers(config: llama.ModelConfig, family: Family) -> dict[str, int | float | None]:
+    """The fields of config.json that give `NUMBERS`."""
+    fields = {}
+    for name in family.numbers:
+        value = getattr(config, NUMBERS[name])
+        if NUMBERS[name] == "attention_scale":
+            value = config.head_dim**-0.5 if value is None else value
+        if name == "query_pre_attn_scalar":  # a whole number, but for rounding
+            value = round(value**-2, 6)
+            value = int(value) if value == int(value) else value
+        fields[name] = value
+    return fields
