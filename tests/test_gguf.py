@@ -7,19 +7,36 @@ import pathlib
 
 import gguf
 import gguf_files
+import hub_server
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import sentencepiece
-from conftest import WORDS, close, random_params, same, shared
+from conftest import WORDS, close, random_params, random_trained, same, shared, training
 from test_llama import logits
 
+import icae_jax
+from icae_jax.cli.main import main
+from icae_jax.compression.config import CompressionConfig
 from icae_jax.errors import UserError
+from icae_jax.interop.adapters import folder as adapters
+from icae_jax.interop.adapters import peft_config
 from icae_jax.interop.hub import base as bases
-from icae_jax.interop.hub import gguf_config, gguf_file, gguf_folder, gguf_tensors
+from icae_jax.interop.hub import (
+    fetching,
+    gguf_config,
+    gguf_file,
+    gguf_folder,
+    gguf_tensors,
+    locations,
+)
 from icae_jax.interop.hub.text import user_ids
-from icae_jax.models import llama
+from icae_jax.models import llama, lora
+from icae_jax.objectives import targets
+from icae_jax.performance import subject
+from icae_jax.training.compressor_task import CompressorTask
+from icae_jax.workflows import convert_base, inspection
 
 SMALL = llama.ModelConfig(
     vocab_size=90,
@@ -208,7 +225,7 @@ def test_a_split_file(models, split):
         bases.load_base(split[0])
 
 
-# -------------------------------------------------------------------------------- a pretrained model
+# ------------------------------------------------------------------------------ a pretrained model
 
 
 @pytest.fixture(scope="module")
@@ -379,3 +396,147 @@ def test_what_is_not_computed_is_refused(metadata, message):
     with pytest.raises(UserError, match=message) as error:
         gguf_config.config_json(header(metadata=metadata))
     assert str(error.value).startswith("x.gguf: ")
+
+
+# ------------------------------------------------------------------------------------------- names
+
+
+def test_a_file_of_the_hub(llama_file, tmp_path, monkeypatch):
+    """Breaks when a repository's GGUF file is not fetched alone, by its revision, with all parts,
+    or not found again without a network."""
+    content = llama_file.read_bytes()
+    fingerprint = bases.load_base(llama_file).fingerprint
+    with hub_server.serving(tmp_path / "hub", monkeypatch) as hub:
+        first = hub.commit("org/name", {"q4/m.gguf": content, "other.gguf": b"x" * 999})
+        hub.commit("org/name", {"q4/m.gguf": b"GGUF", "README.md": b"hi"})
+        name = f"org/name@{first}:q4/m.gguf"
+        assert locations.is_remote(name) and locations.hub_repository(name) == "org/name"
+        assert bases.load_base(name).fingerprint == fingerprint
+        assert not [request for request in hub.requests if "other.gguf" in request]
+        with pytest.raises(UserError, match=r"m\.gguf: not a readable GGUF file"):
+            bases.load_base("org/name:q4/m.gguf")
+        with pytest.raises(UserError, match="base 'org/name:no.gguf': of the hub id org/name"):
+            bases.load_base("org/name:no.gguf")
+        monkeypatch.setattr(hub_server.constants, "HF_HUB_OFFLINE", True)
+        assert bases.identify(name)[1] == fingerprint
+        with pytest.raises(UserError, match=r"org/name:no\.gguf': .*HF_HUB_OFFLINE is set"):
+            bases.sizes("org/name:no.gguf")
+
+
+def test_parts_of_the_hub(split, tmp_path, monkeypatch):
+    """Breaks when only the part that is named is fetched."""
+    with hub_server.serving(tmp_path / "hub", monkeypatch) as hub:
+        hub.commit("org/name", {path.name: path.read_bytes() for path in split})
+        base = bases.load_base(f"org/name:{split[0].name}")
+        assert base.fingerprint == bases.load_base(split[0]).fingerprint
+
+
+def test_a_file_of_a_bucket(llama_file, tmp_path, monkeypatch):
+    """Breaks when a URL's file is not copied, or copied with its neighbours, or again."""
+    from etils import epath
+
+    remote, opened = tmp_path / "bucket", []
+    remote.mkdir()
+    (remote / "m.gguf").write_bytes(llama_file.read_bytes())
+    (remote / "other.gguf").write_bytes(b"x")
+    monkeypatch.setenv("ICAE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(
+        fetching, "url_path", lambda kind, url: epath.Path(url.replace("gs://bucket", str(remote)))
+    )
+    copy = fetching._copy
+    monkeypatch.setattr(fetching, "_copy", lambda *a: (opened.append(a[0].name), copy(*a)))
+    for _ in range(2):
+        base = bases.load_base("gs://bucket/m.gguf")
+        assert base.path == "gs://bucket/m.gguf"
+    assert base.fingerprint == bases.load_base(llama_file).fingerprint and opened == ["m.gguf"]
+    with pytest.raises(UserError, match=r"has no absent\.gguf"):
+        bases.load_base("gs://bucket/absent.gguf")
+
+
+def test_an_adapter_of_a_file(llama_file, tmp_path, monkeypatch):
+    """Breaks when an adapter's own base is not found again by its name in icae.json's folder."""
+    base = bases.load_base(llama_file)
+    template = targets.make_template("plain", base.tokenizer)
+    monkeypatch.chdir(llama_file.parent)
+    made = adapters.Adapter(
+        CompressionConfig(k=4, rate=4),
+        lora.LoraConfig(4, 2.0, 0.0),
+        template,
+        random_trained(base.config, 4),
+        llama_file.name,
+        base_fingerprint=base.fingerprint,
+        base_identity=base.identity,
+    )
+    adapters.save_adapter(tmp_path / "a", made)
+    monkeypatch.chdir(tmp_path)
+    compressor = icae_jax.load(tmp_path / "a")
+    assert compressor.base.path == str(llama_file)
+    named = json.loads((tmp_path / "a" / "encoder" / "adapter_config.json").read_text())
+    assert named["base_model_name_or_path"] == str(llama_file)
+    assert inspection.try_bases(
+        tmp_path / "a", inspection.describe(tmp_path / "a"), [str(llama_file)]
+    )[str(llama_file)][0]
+    made = dataclasses.replace(made, base_path="org/name@rev:m.gguf")
+    raw = adapters.peft_json(made)
+    assert raw["base_model_name_or_path"] == "org/name@rev:m.gguf" and "revision" not in raw
+    (tmp_path / "c").write_text(json.dumps(raw))
+    assert peft_config.read(tmp_path / "c").base == "org/name@rev:m.gguf"
+    llama_file = tmp_path / "gone.gguf"
+    with pytest.raises(UserError, match=r"gone\.gguf, which is not a GGUF file that is here"):
+        adapters.check_base(str(llama_file), "a")
+
+
+def test_training_on_a_file(llama_file, tmp_path):
+    """Breaks when a configuration's base cannot be a GGUF file, or plans do not know its sizes."""
+    config = training(llama_file, tmp_path)
+    assert CompressorTask(config).base.fingerprint == bases.load_base(llama_file).fingerprint
+    assert subject.base_sizes(str(llama_file)) == bases.sizes(llama_file)
+
+
+# ------------------------------------------------------------------------------------- conversions
+
+
+def test_a_files_hub_folder(stories, tmp_path, capsys):
+    """Breaks when transformers computes other logits or tokens from a converted file."""
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    out = tmp_path / "hub"
+    assert main(["convert", "base", "--from", str(stories[1]), "--to", str(out)]) == 0
+    assert "float32" in capsys.readouterr().out
+    model = transformers.AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(out)
+    base, text = bases.load_base(stories[1]), "Once upon a time, Lily saw a dog."
+    ids = tokenizer(text)["input_ids"]
+    assert ids == base.tokenizer(text)["input_ids"] and len(ids) > 8
+    with torch.no_grad():
+        want = model(torch.tensor([ids])).logits.numpy()
+    close(logits(base.config, base.params, np.asarray([ids])), want, 1e-5)
+    assert bases.load_base(out).identity == base.identity
+    with pytest.raises(SystemExit) as status:
+        main(["convert", "base", "--from", str(stories[1]), "--to", str(out)])
+        raise SystemExit(2)
+    assert status.value.code == 2
+
+
+def test_a_quantised_file_is_written_in_float32(models, tmp_path):
+    """Breaks when dequantised numbers are rounded by default."""
+    path = tmp_path / "q.gguf"
+    gguf_files.from_folder(path, models["llama"][0], "llama", TOKENIZER, default="Q8_0")
+    converted = convert_base.convert(path, tmp_path / "hub")
+    assert converted.dtype == "float32"
+    same(bases.load_base(tmp_path / "hub").params, bases.load_base(path).params)
+    half = gguf_files.from_folder(
+        tmp_path / "h.gguf", models["llama"][0], "llama", TOKENIZER, default="BF16"
+    )
+    assert convert_base.convert(half, tmp_path / "h", "orbax").dtype == "bfloat16"
+    assert bases.load_base(tmp_path / "h").fingerprint == bases.load_base(half).fingerprint
+
+
+def test_a_description(llama_file, capsys):
+    """Breaks when inspect does not tell what a file holds, given as the path or as the base."""
+    for argv in ([str(llama_file)], ["--base", str(llama_file)]):
+        assert main(["inspect", *argv, "--json"]) == 0
+        about = json.loads(capsys.readouterr().out)
+        assert about["what"] == "base model, LlamaForCausalLM" and about["blocks"] == {"F32": 21}
+        assert about["tokenizer"] == "gpt2, gpt-2" and about["stop_ids"] == [2]
+        assert about["fingerprint"] == bases.load_base(llama_file).fingerprint
+        assert about["bytes"] == llama_file.stat().st_size

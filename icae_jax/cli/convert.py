@@ -37,7 +37,7 @@ def _base(parser, argv):
         required=True,
         dest="source",
         metavar="PATH",
-        help="folder, hub id (org/name or org/name@revision), or gs://…",
+        help="folder, FILE.gguf, hub id (org/name or org/name@revision), hub id:FILE.gguf, or gs://…",
     )
     add("--to", required=True, metavar="DIR", help="new folder to write")
     add(
@@ -46,7 +46,12 @@ def _base(parser, argv):
         choices=convert_base.FORMATS,
         help="hub: safetensors; orbax: loads faster on many hosts",
     )
-    add("--dtype", choices=convert_base.DTYPES, help="of the weights (default: the source's own)")
+    add(
+        "--dtype",
+        choices=convert_base.DTYPES,
+        help="of the weights (default: the source's own; float32 of a quantised GGUF file, since "
+        "fewer bits do not hold its numbers)",
+    )
     args = parser.parse_args(argv)
     converted = convert_base.convert(args.source, args.to, args.format, args.dtype, progress=True)
     flags.print_result(dataclasses.asdict(converted), args.json, str(converted))
@@ -98,7 +103,7 @@ def _adapter_flags(parser):
         metavar="PATH",
         help="adapter folder, workdir, checkpoint, hub id, gs://…, tensors (safetensors, .pt)",
     )
-    add("--base", required=True, help="the base model: folder, hub id, or gs://…")
+    add("--base", required=True, help="the base model: folder, FILE.gguf, hub id, or gs://…")
     add("--to", metavar="DIR", help="folder to write; optional with --push")
     add(
         "--format",

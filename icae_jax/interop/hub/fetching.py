@@ -278,6 +278,7 @@ def copy_url(
         progress: whether to show a bar on stderr.
         with_weights: whether to copy the safetensors files too.
         refusal: the message, from the URL and its path, if the folder is not of this kind.
+        copy_of: the URL by which the copy is found again, by default the folder's.
     """
     named = copy_of or url.rstrip("/")
     relative = pathlib.Path(f"{kind.name}s") / urllib.parse.quote(named, safe="")

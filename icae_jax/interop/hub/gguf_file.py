@@ -7,6 +7,7 @@ is within the file.
 
 import dataclasses
 import functools
+import itertools
 import math
 import mmap
 import pathlib
@@ -120,7 +121,7 @@ def read(path: pathlib.Path) -> GGUF:
     for number, part in enumerate(paths):
         header = _read_one(part)
         count, own = header.get("split.count", int, 1), header.get("split.no", int, 0)
-        if count != len(paths) and count > 1 or (count > 1 and own != number):
+        if count > 1 and (count, own) != (len(paths), number):
             raise UserError(
                 f"{part}: it says that it is part {own + 1} of {count}, which its name does not; "
                 "give the files the names that they were published under"
@@ -247,7 +248,7 @@ class _Reader:
             tensors[name] = tensor
             ranges.append((tensor.start, stop, name))
         ranges.sort()
-        for (_, stop, name), (start, _, other) in zip(ranges, ranges[1:], strict=False):
+        for (_, stop, name), (start, _, other) in itertools.pairwise(ranges):
             if start < stop:
                 raise self.damaged(f"tensors {name} and {other} overlap")
         return tensors

@@ -89,9 +89,11 @@ class Tensors:
         pass
 
     def keys(self) -> list[str]:
+        """The names of all tensors."""
         return list(self._slices)
 
     def get_slice(self, name: str) -> "TensorSlice":
+        """The tensor of a name, not read yet."""
         return self._slices[name]
 
 
@@ -109,9 +111,11 @@ class TensorSlice:
         self._tensor, self._heads, self._shift = tensor, permuted_heads, shift
 
     def get_shape(self) -> tuple[int, ...]:
+        """The shape that the hub's tensor has."""
         return self._tensor.shape
 
     def get_dtype(self) -> str:
+        """By safetensors' names, of what is read; stored are blocks."""
         return "F32"
 
     @functools.cached_property

@@ -1,8 +1,8 @@
 """The tokenizer in the metadata of a GGUF file -> tokenizer.json and its companions.
 
-Two models are read: `gpt2`, byte-level BPE whose merges are stored and whose pre-tokenizer is named,
-and `llama`, SentencePiece's BPE, whose merges follow from the scores of its pieces. A pre-tokenizer
-is what the hub's tokenizers of that name have, or refused by name.
+Two models are read: `gpt2`, byte-level BPE whose merges are stored and whose pre-tokenizer is
+named, and `llama`, SentencePiece's BPE, whose merges follow from the scores of its pieces. A
+pre-tokenizer is what the hub's tokenizers of that name have, or refused by name.
 """
 
 import pathlib
