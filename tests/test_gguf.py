@@ -415,7 +415,7 @@ def test_a_file_of_the_hub(llama_file, tmp_path, monkeypatch):
         assert not [request for request in hub.requests if "other.gguf" in request]
         with pytest.raises(UserError, match=r"m\.gguf: not a readable GGUF file"):
             bases.load_base("org/name:q4/m.gguf")
-        with pytest.raises(UserError, match="base 'org/name:no.gguf': of the hub id org/name"):
+        with pytest.raises(UserError, match=r"base 'org/name:no\.gguf': of the hub id org/name"):
             bases.load_base("org/name:no.gguf")
         monkeypatch.setattr(hub_server.constants, "HF_HUB_OFFLINE", True)
         assert bases.identify(name)[1] == fingerprint

@@ -204,7 +204,7 @@ def download(kind: Kind, hub_id: str, progress: bool, with_weights: bool = True)
 
 def _named_parts(name):
     """The names of all parts of a GGUF file of this name, which may be in subfolders."""
-    return [str(part) for part in gguf_file.parts(pathlib.PurePosixPath(name))]
+    return [str(part) for part in gguf_file.parts(pathlib.Path(name))]
 
 
 def download_gguf(hub_id: str, name: str, progress: bool) -> pathlib.Path:

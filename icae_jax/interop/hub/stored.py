@@ -125,9 +125,9 @@ def open_tensors(
     """
     index = {multimodal.text_name(name): f for name, f in (weight_map(folder) or {}).items()}
     holders: dict[str, dict[str, tuple]] = {}  # tensor name -> {file name: (path, slice)}
-    is_gguf = gguf_folder.source(folder) is not None
+    gguf = gguf_folder.source(folder)
     for path in weight_files(folder):
-        if is_gguf:
+        if gguf:
             file = gguf_folder.open_tensors(folder)
         elif path.exists():
             file = files.read_safetensors(
@@ -159,7 +159,7 @@ def open_tensors(
             "since config.json says that they are one"
         )
         stored[TABLE] = tied_head
-    _check(folder, config, shapes, stored, index)
+    _check(gguf or folder, config, shapes, stored, index)
     if tied_head is not None and not _equal(stored[TABLE][1], tied_head[1]):
         raise UserError(
             f"{folder}: tie_word_embeddings is true in config.json, and {HEAD} differs from "
