@@ -135,7 +135,7 @@ def special_tokens(file: GGUF) -> dict[str, int]:
     """`{"bos_token": id, …}` of bos, eos, unk and pad, where the file has them."""
     keys = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
     usual = {"bos": 1, "eos": 2, "unk": 0} if file.get(f"{KEY}.model", str) == "llama" else {}
-    count, ids = len(file.metadata.get(f"{KEY}.tokens", ())), {}
+    count, ids = len(_vocabulary(file, None).tokens), {}
     for name, key in keys.items():
         number = file.get(f"{KEY}.{key}_token_id", int, usual.get(name))
         if number is None or number == 2**32 - 1:  # -1 in an unsigned field: none
