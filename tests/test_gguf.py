@@ -33,6 +33,7 @@ from icae_jax.interop.hub import (
 )
 from icae_jax.interop.hub.text import user_ids
 from icae_jax.models import llama, lora
+from icae_jax.models.families import config_json
 from icae_jax.objectives import targets
 from icae_jax.performance import subject
 from icae_jax.training.compressor_task import CompressorTask
@@ -188,6 +189,57 @@ def test_a_changed_file_is_read_anew(models, tmp_path):
     gguf_files.from_folder(path, folder, "llama", TOKENIZER, more)
     base = bases.load_base(path)
     assert base.config.max_position_embeddings == 99 and base.stop_ids == (2, 5)
+
+
+GEMMAS = {
+    "gemma2": {
+        "architectures": ["Gemma2ForCausalLM"],
+        "model_type": "gemma2",
+        "query_pre_attn_scalar": 16,
+        "attn_logit_softcapping": 50.0,
+        "final_logit_softcapping": 30.0,
+    },
+    "gemma3": {
+        "architectures": ["Gemma3ForCausalLM"],
+        "model_type": "gemma3_text",
+        "query_pre_attn_scalar": 16,
+        "rope_local_base_freq": 10000.0,
+    },
+}
+
+
+@pytest.mark.parametrize("name", GEMMAS)
+def test_gemmas_files(name, hub_tokenizer, tmp_path):
+    """Breaks when a Gemma's norms keep the 1 that is added to them, one of its four norms gets
+    another's place, or its configuration is not the hub's."""
+    raw = {
+        "vocab_size": len(hub_tokenizer),
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "max_position_embeddings": 256,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1e6,
+        "sliding_window": 8,
+        "tie_word_embeddings": True,
+        **GEMMAS[name],
+    }
+    config = config_json.parse_config(raw)
+    bases.save_base(tmp_path / "hub", config, random_params(config), hub_tokenizer, "float32")
+    (tmp_path / "hub" / "config.json").write_text(json.dumps(raw))
+    more = {f"{name}.attention.sliding_window": 8}
+    more |= {
+        f"{name}.{key}": raw[key]
+        for key in ("attn_logit_softcapping", "final_logit_softcapping")
+        if key in raw
+    }
+    path = gguf_files.from_folder(tmp_path / "m.gguf", tmp_path / "hub", name, TOKENIZER, more)
+    hub, file = bases.load_base(tmp_path / "hub"), bases.load_base(path)
+    assert file.config == hub.config == config
+    jax.tree.map(lambda a, b: close(a, b, 1e-6), file.params, hub.params)
 
 
 # ------------------------------------------------------------------------------------ split files

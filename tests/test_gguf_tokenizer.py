@@ -89,6 +89,20 @@ def test_sentencepieces_ids(tmp_path):
     assert len(model.encode("the cat")) < 5  # merges are made at all
 
 
+def test_the_piece_of_the_highest_score_is_merged_first(tmp_path):
+    """Breaks when merges are ordered by the pieces' ids, which mostly are in the same order."""
+    tokens = ["<unk>", "<s>", "</s>", "a", "b", "c", "ab", "bc"]
+    metadata = {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.scores": [0.0] * 3 + [-9.0] * 3 + [-2.0, -1.0],
+        "tokenizer.ggml.token_type": [2, 3, 3, 1, 1, 1, 1, 1],
+        "tokenizer.ggml.add_space_prefix": False,
+    }
+    tokenizer = load(metadata, tmp_path / "t")
+    assert tokenizer.convert_ids_to_tokens(user_ids(tokenizer, "abc")) == ["a", "bc"]
+
+
 def test_user_defined_pieces_as_gemmas(tmp_path):
     """Breaks when a piece that a user defined is not found before all merges, or a text gets a
     space in front though add_space_prefix is false."""
