@@ -193,7 +193,11 @@ def check_continuation(real, texts=2):
 
 
 def converted_tokenizer(real):
-    """transformers' own conversion of the file's tokenizer."""
+    """transformers' own conversion of the file's tokenizer.
+
+    It knows no pre-tokenizers by name: SmolLM's is the one of the hub's tokenizer.json.
+    """
+    from tokenizers import pre_tokenizers
     from transformers.integrations import gguf as conversion
 
     fields = {"tokens", "merges", "scores", "token_type", "bos_token_id", "eos_token_id"}
@@ -206,6 +210,9 @@ def converted_tokenizer(real):
     architecture = real.reader.get_field("general.architecture").contents()
     content["tokenizer_type"] = content.pop("model")
     converted, _ = conversion.convert_gguf_tokenizer(architecture, content)
+    if architecture == "llama":
+        cuts = pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(False)
+        converted.pre_tokenizer = pre_tokenizers.Sequence(list(cuts))
     return converted
 
 
