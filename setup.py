@@ -56,6 +56,7 @@ setup(
         "jaxtyping",
         "numpy",
         "safetensors",
+        "gguf>=0.17",
         "sacrebleu",
         "rouge-score",
         "tensorboardX",

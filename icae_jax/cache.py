@@ -7,6 +7,7 @@ It holds only what can be made again. `icae cache` lists and prunes it.
 | tokens   | a folder for each tokenised source, with `about.json`  | mtime of about.json       |
 | compiled | JAX's compiled programs, a folder for each CPU type    | JAX keeps it in X-atime   |
 | hashes   | the hashes of large data files                         | mtime of the file         |
+| gguf     | configuration and tokenizer of each GGUF file          | newest mtime of its files |
 | bases    | base models copied from buckets: listed, never removed | newest mtime of its files |
 
 A process that uses a token folder holds a shared lock on its `about.json`, so that no other one
@@ -271,7 +272,7 @@ def entries(root: pathlib.Path, version: int) -> list[Entry]:
     for path in sorted((root / "compiled").glob("*/*-cache")):
         with contextlib.suppress(FileNotFoundError):
             result.append(_compiled_entry(path))
-    for kind, pattern in (("hashes", rf"{_KEY}\.json"), ("bases", r"[^.].*")):
+    for kind, pattern in (("hashes", rf"{_KEY}\.json"), ("gguf", _KEY), ("bases", r"[^.].*")):
         for path in _matching(root / kind, pattern):
             with contextlib.suppress(FileNotFoundError):
                 result.append(Entry(kind, path.name, (path,), _size(path), _newest(path)))
@@ -323,10 +324,10 @@ def bound_compiled(folder: pathlib.Path) -> None:
 
 
 def summary(entries: list[Entry]) -> list[dict]:
-    """The rows of `icae cache list`: programs and hashes summed by folder, others one by one."""
+    """The rows of `icae cache list`: tokens and bases one by one, the others summed by kind."""
     rows = {}
     for entry in entries:
-        name = "of data files" if entry.kind == "hashes" else entry.name
+        name = {"hashes": "of data files", "gguf": "of GGUF files"}.get(entry.kind, entry.name)
         path = entry.paths[0] if entry.kind == "tokens" else None
         row = rows.setdefault(
             (entry.kind, name, path),

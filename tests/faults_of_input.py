@@ -23,6 +23,44 @@ MUTANTS = [
     Mutant(
         "o_proj loses its bias", "models/blocks.py", 'self.config.o_bias, name="o_proj"', 'name="o_proj"', "test_llama.py -k bias",
     ),
+    Mutant(
+        "rows of q and k stay in the order of GGUF", "interop/hub/gguf_tensors.py",
+        "        return head * 2 * half + row % half * 2 + row // half\n", "        return head * 2 * half + row\n",
+        "test_gguf.py -k was_made_of",
+    ),
+    Mutant(
+        "columns of a block begin at its start", "interop/hub/gguf_tensors.py",
+        "first = start // numbers", "first = (start := start // numbers * numbers) // numbers", "test_gguf.py -k any_part",
+    ),
+    Mutant(
+        "other factors of RoPE pass for Llama 3.1's", "interop/hub/gguf_config.py",
+        "if not (np.abs(again - stored) <= _FACTORS_BOUND * stored).all():", "if False:", "test_gguf.py -k llama3s_scaling",
+    ),
+    Mutant(
+        "Gemma's windows are one layer off", "interop/hub/gguf_config.py",
+        "return [(i + 1) % stated != 0 for", "return [i % stated != 0 for", "test_gguf.py -k gemmas_layers",
+    ),
+    Mutant(
+        "a key that is not computed is passed over", "interop/hub/gguf_config.py",
+        "if own == key or own in _READ | _HARMLESS:", "if True:", "test_gguf.py -k not_computed",
+    ),
+    Mutant(
+        "tensors of a GGUF file may overlap", "interop/hub/gguf_file.py",
+        "            if start < stop:\n", "            if False:\n", "test_gguf_bad.py -k damaged_files",
+    ),
+    Mutant(
+        "a GGUF file that changed is taken as it was", "interop/hub/gguf_folder.py",
+        "status = part.stat() if part.exists() else None", "status = None", "test_gguf.py -k changed_file",
+    ),
+    Mutant(
+        "pieces merge by their ids and not their scores", "interop/hub/gguf_tokenizer.py",
+        "    merges.sort(key=lambda merge: -merge[0])\n", "", "test_gguf_tokenizer.py -k sentencepieces",
+    ),
+    Mutant(
+        "SmolLM's digits stay together", "interop/hub/gguf_tokenizer.py",
+        '"smollm": PreTokenizer((r"\\p{N}",), gpt2=True)', '"smollm": PreTokenizer(gpt2=True)',
+        "test_gguf_tokenizer.py -k of_the_hub",
+    ),
     # ------------------------------------------------------------------------------------------------------- tokenizers, ids
     Mutant(
         "transformers decides how a text is read", "interop/hub/tokenizer.py",

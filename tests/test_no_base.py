@@ -33,7 +33,7 @@ PEFT = '{"base_model_name_or_path": "meta-llama/Llama-3.2-1B"}'
         ),
         ({"params.json": "{}", "consolidated.00.pth": ""}, "the model's original files"),
         ({"consolidated.safetensors": ""}, "the model's original files"),
-        ({"model-Q4_K_M.gguf": "GGUF"}, "GGUF files are not read"),
+        ({"m-Q4_K_M.gguf": "GGUF"}, r"it holds m-Q4_K_M\.gguf; give the file, .*given.m-Q4_K_M"),
         (
             {"checkpoint-10/config.json": "{}", "trainer_state.json": "{}"},
             "checkpoint-10 in it has one; give that folder",
@@ -65,7 +65,7 @@ def test_what_is_no_base_is_told(held, message, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("model.gguf", "is a file; GGUF files are not read"),
+        ("model.gguf", r"model\.gguf: the file is empty"),
         ("x/model.safetensors", "is a file; give"),
     ],
 )

@@ -382,7 +382,7 @@ def test_what_stands_in_a_files_place_is_named(folder, tensors, text, message):
         ),
         ("consolidated.00.pth", r"consolidated\.00\.pth: pickled weights"),
         ("consolidated.safetensors", "in their maker's own format"),
-        ("model.gguf", r"model\.gguf: GGUF files are not read"),
+        ("model.gguf", r"model\.gguf: a GGUF file, which is a base by itself; give the file's own"),
         (
             "adapter_model.safetensors",
             r"a LoRA adapter and not a base; merge it into its base first",

@@ -11,8 +11,8 @@ KINDS = {"train": "a training step: time, FLOPs, memory, compilation, and where 
 
 EPILOG = (
     "The configuration is given as to icae train, --config FILE[:arg] [--config.field=value …]; "
-    "no data is needed. A base that is a folder with weights is loaded; a base known by its sizes "
-    "alone gets random weights, which take the same time."
+    "no data is needed. A GGUF file or a folder with weights is loaded as base; a base known by "
+    "its sizes alone gets random weights, which take the same time."
 )
 
 

@@ -38,7 +38,7 @@ def _base(parser, argv):
         required=True,
         dest="source",
         metavar="PATH",
-        help="folder, hub id (org/name or org/name@revision), or gs://…",
+        help="folder, FILE.gguf, hub id (org/name or org/name@revision), hub id:FILE.gguf, or gs://…",
     )
     add("--to", required=True, metavar="DIR", help="new folder to write")
     add(
@@ -52,7 +52,8 @@ def _base(parser, argv):
         choices=(*convert_base.DTYPES, *SCHEMES),
         metavar="DTYPE",
         help=f"of the weights: {', '.join((*convert_base.DTYPES, *SCHEMES))} "
-        "(default: the source's own)",
+        "(default: the source's own; float32 of a quantised GGUF file, since fewer bits do not hold "
+        "its numbers)",
     )
     args = parser.parse_args(argv)
     converted = convert_base.convert(args.source, args.to, args.format, args.dtype, progress=True)
@@ -105,7 +106,7 @@ def _adapter_flags(parser):
         metavar="PATH",
         help="adapter folder, workdir, checkpoint, hub id, gs://…, tensors (safetensors, .pt)",
     )
-    add("--base", required=True, help="the base model: folder, hub id, or gs://…")
+    add("--base", required=True, help="the base model: folder, FILE.gguf, hub id, or gs://…")
     add("--to", metavar="DIR", help="folder to write; optional with --push")
     add(
         "--format",

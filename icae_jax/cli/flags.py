@@ -96,7 +96,8 @@ def base_flags(parser: argparse.ArgumentParser) -> None:
     """The flags of every verb that runs an adapter's base."""
     parser.add_argument(
         "--base",
-        help="base model (folder, hub id or gs://…); by default the one that the adapter names",
+        help="base model (folder, FILE.gguf, hub id, hub id:FILE.gguf or gs://…); "
+        "by default the one that the adapter names",
     )
     parser.add_argument("--base_dtype", choices=BASE_DTYPES, metavar="DTYPE", help=BASE_DTYPE_HELP)
 

@@ -17,7 +17,7 @@ from jaxtyping import PyTree
 from icae_jax import files
 from icae_jax.errors import UserError
 from icae_jax.interop.hub import base as bases
-from icae_jax.interop.hub import orbax_copy
+from icae_jax.interop.hub import locations, orbax_copy
 from icae_jax.performance import bench_report, chips, profile, steps, subject, utilisation
 from icae_jax.performance.programs import Spec
 from icae_jax.runtime import profiler, sharding
@@ -151,15 +151,17 @@ def make_specs(options: Options, config: TrainConfig, parts: int) -> tuple[Spec,
 
 
 def _load_params(spec: Spec) -> PyTree | None:
-    """The base's parameters if it is a folder that holds them, else None."""
+    """The base's parameters if it is a GGUF file or a folder that holds them, else None."""
     folder = pathlib.Path(spec.config.base)
-    if not (
+    if not locations.is_gguf(spec.config.base) and not (
         folder.is_dir() and (orbax_copy.is_orbax(folder) or any(folder.glob("*.safetensors*")))
     ):
         return None
     mesh = sharding.make_mesh(spec.config.mesh, jax.local_devices())
     placement = sharding.Placement(mesh, spec.model)
-    base = bases.load_base(folder, spec.config.jnp_dtype, placement.parameter, need_tokenizer=False)
+    base = bases.load_base(
+        spec.config.base, spec.config.jnp_dtype, placement.parameter, need_tokenizer=False
+    )
     return base.params
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from icae_jax.errors import UserError
 from icae_jax.interop.hub import base as bases
+from icae_jax.interop.hub import locations
 from icae_jax.models.families import sizes
 from icae_jax.models.llama import ModelConfig
 from icae_jax.performance import programs
@@ -17,13 +18,17 @@ UNSET = "-"  # stands for a base or data that nobody named
 
 
 def base_sizes(base: str) -> ModelConfig:
-    """The sizes of a base: a folder on this machine, or a known hub id. UserError otherwise."""
+    """The sizes of a base: a folder on this machine, a GGUF file, or a known hub id.
+
+    UserError otherwise.
+    """
     if base == UNSET:
         raise UserError(
             "base is not set; name it, --config.base=NAME, or a configuration that does; "
             f"known are {', '.join(sizes.NAMED)}"
         )
-    return bases.sizes(base) if pathlib.Path(base).is_dir() else sizes.find(base)
+    is_here = pathlib.Path(base).is_dir() or locations.is_gguf(base)
+    return bases.sizes(base) if is_here else sizes.find(base)
 
 
 def load_config(config: str | None, overrides: Mapping[str, Any]) -> TrainConfig:

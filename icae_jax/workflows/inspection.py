@@ -1,5 +1,6 @@
 """Describes a file or folder: what it is, its sizes, its method, and which bases fit it."""
 
+import collections
 import dataclasses
 import json
 import math
@@ -15,7 +16,14 @@ from icae_jax.interop.adapters import folder as adapters
 from icae_jax.interop.adapters import formats, lora_tensors, tensor_files
 from icae_jax.interop.export import hf_cache
 from icae_jax.interop.hub import base as bases
-from icae_jax.interop.hub import stored_scheme
+from icae_jax.interop.hub import (
+    gguf_file,
+    gguf_folder,
+    gguf_tokenizer,
+    locations,
+    stored_scheme,
+)
+from icae_jax.interop.hub import tokenizer as tokenizers
 from icae_jax.models import lora as loras
 from icae_jax.models.families import config_json, multimodal, tensor_names
 from icae_jax.models.llama import ModelConfig
@@ -163,6 +171,33 @@ def _adapter(folder) -> Description:
     return about | ({"origin": info["origin"]} if info.get("origin") else {})
 
 
+def describe_base(base: str | os.PathLike) -> Description:
+    """What a base is: a folder, a GGUF file, a hub id or a URL, see `locations.local_folder`."""
+    folder = locations.local_folder(base, with_weights=locations.is_gguf(str(base)))
+    about = _base(folder)
+    if gguf := gguf_folder.source(folder):
+        about |= _gguf(gguf, folder)
+    return about
+
+
+def _gguf(path, folder) -> Description:
+    """What a GGUF file says beside the sizes; reads the rows that identify it."""
+    file = gguf_file.read(path)
+    blocks = collections.Counter(tensor.kind for tensor in file.tensors.values())
+    about = {
+        "name": file.get("general.name", str, ""),
+        "blocks": dict(sorted(blocks.items())),
+        "bytes": sum(part.stat().st_size for part in gguf_file.parts(path)),
+    }
+    if gguf_tokenizer.has_tokenizer(file):
+        model, pre = (file.get(f"{gguf_tokenizer.KEY}.{k}", str, "") for k in ("model", "pre"))
+        about["tokenizer"] = f"{model}, {pre}" if model == "gpt2" else model
+        about["tokenizer_fingerprint"] = tokenizers.fingerprint(tokenizers.load_tokenizer(folder))
+        about["chat_template"] = bool(file.get("tokenizer.chat_template", str))
+        about["stop_ids"] = gguf_tokenizer.end_ids(file)
+    return about | {"fingerprint": bases.identify(path)[1]}
+
+
 def _base(folder) -> Description:
     path = folder / "config.json"
     raw = files.read_json(path, "the base model's configuration")
@@ -266,6 +301,8 @@ def describe(path: str | os.PathLike) -> Description:
 
     UserError if it is nothing that this package knows.
     """
+    if locations.is_gguf(str(path)):
+        return describe_base(path)
     local = pathlib.Path(path)
     config_path = local / "config.json"
     config = files.read_json(config_path, "a configuration") if config_path.exists() else {}

@@ -107,7 +107,7 @@ def refuse_decoder_lora(adapter: Adapter, what: str) -> None:
 def peft_json(adapter: Adapter) -> dict:
     """The content of adapter_config.json. PEFT silently assumes r = alpha = 8 without them."""
     base, revision = adapter.base_path, ""
-    if pathlib.Path(base).is_dir():
+    if pathlib.Path(base).exists():  # a folder or a GGUF file
         base = str(pathlib.Path(base).resolve())
     elif locations.is_hub_id(base):  # PEFT keeps a hub id's revision in a field of its own
         base, _, revision = base.partition("@")
@@ -247,15 +247,16 @@ def read_adapter_info(folder: str | os.PathLike, name: str = "") -> tuple[dict, 
 
 
 def check_base(base: str, adapter: str) -> str:
-    """The base that an adapter names; UserError if it names none, or an absent folder."""
+    """The base that an adapter names; UserError if it names none, or what is not there."""
     if not base:
         raise UserError(
             f"adapter {adapter} names no base (base_model_name_or_path); give the base model with "
             "--base"
         )
-    if pathlib.Path(base).is_absolute() and not pathlib.Path(base).is_dir():
+    if pathlib.Path(base).is_absolute() and not pathlib.Path(base).exists():
+        kind = "GGUF file that is here" if locations.is_gguf(base) else "folder"
         raise UserError(
-            f"adapter {adapter} names its base as {base}, which is not a folder; give the base "
+            f"adapter {adapter} names its base as {base}, which is not a {kind}; give the base "
             "model with --base"
         )
     return base

@@ -49,7 +49,7 @@ def card(
     compression = adapter.compression
     method = compression.spec.title
     metadata = huggingface_hub.ModelCardData(
-        base_model=adapter.base_path.partition("@")[0],
+        base_model=locations.hub_repository(adapter.base_path),
         library_name="peft" if in_peft_form else "icae_jax",
         license=license,
         tags=["context-compression", method.lower(), "lora", "icae_jax"],

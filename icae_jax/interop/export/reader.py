@@ -56,7 +56,7 @@ class Reader:
     def base_path(self) -> str:
         """The base's folder as an absolute path; a hub id or URL as it is."""
         path = pathlib.Path(self.base.path)
-        return str(path.resolve()) if path.is_dir() else self.base.path
+        return str(path.resolve()) if path.exists() else self.base.path
 
     @property
     def positions(self) -> int:

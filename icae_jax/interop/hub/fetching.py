@@ -2,6 +2,7 @@
 
 import dataclasses
 import fnmatch
+import glob
 import os
 import pathlib
 import re
@@ -13,7 +14,7 @@ import tqdm
 
 from icae_jax import cache, errors, files
 from icae_jax.errors import UserError
-from icae_jax.interop.hub import orbax_copy, stored
+from icae_jax.interop.hub import gguf_file, orbax_copy, stored
 
 T = TypeVar("T")
 WEIGHTS = "*.safetensors"
@@ -175,13 +176,16 @@ def _not_in_cache(error):
 # ----------------------------------------------------------------------------------- fetching
 
 
+class NoBar(tqdm.tqdm):
+    """A bar of the hub's client that is not shown."""
+
+    def __init__(self, *args, name=None, **kw):
+        super().__init__(*args, **kw | {"disable": True})
+
+
 def download(kind: Kind, hub_id: str, progress: bool, with_weights: bool = True) -> pathlib.Path:
     """The snapshot of a hub repository, in the hub's own cache."""
     import huggingface_hub
-
-    class NoBar(tqdm.tqdm):
-        def __init__(self, *args, name=None, **kw):
-            super().__init__(*args, **kw | {"disable": True})
 
     repository, _, revision = hub_id.partition("@")
     folder = asking_for(
@@ -196,6 +200,50 @@ def download(kind: Kind, hub_id: str, progress: bool, with_weights: bool = True)
         ),
     )
     return pathlib.Path(folder)
+
+
+def _named_parts(name):
+    """The names of all parts of a GGUF file of this name, which may be in subfolders."""
+    return [str(part) for part in gguf_file.parts(pathlib.Path(name))]
+
+
+def download_gguf(hub_id: str, name: str, progress: bool) -> pathlib.Path:
+    """A GGUF file of a hub repository, in the hub's own cache; of a split file all parts.
+
+    Args:
+        hub_id: may name a revision.
+        name: the file's path in the repository, or the first part's.
+        progress: whether to show bars on stderr.
+    """
+    import huggingface_hub
+
+    repository, _, revision = hub_id.partition("@")
+    called = f"base '{hub_id}:{name}'"
+    remedy = "; see its files on the hub, or log in (`hf auth login`) if it is gated"
+    paths = [
+        asking(
+            lambda part=part: huggingface_hub.hf_hub_download(
+                repository,
+                part,
+                revision=revision or None,
+                tqdm_class=None if progress else NoBar,
+            ),
+            called,
+            f"{called}: of the hub id {repository}",
+            HUB,
+            remedy,
+        )
+        for part in _named_parts(name)
+    ]
+    return pathlib.Path(paths[0])
+
+
+def copy_gguf(url: str, progress: bool) -> pathlib.Path:
+    """A copy of a GGUF file in the cache, with all parts of a split one; as of `copy_url`."""
+    parent, _, name = url.rpartition("/")
+    wanted = tuple(glob.escape(part) for part in _named_parts(name))
+    kind = Kind("base", name, f"a folder that holds {name}", wanted, ())
+    return copy_url(kind, parent, progress, copy_of=url) / name
 
 
 def url_path(kind: Kind, url: str) -> Any:
@@ -220,6 +268,7 @@ def copy_url(
     progress: bool,
     with_weights: bool = True,
     refusal: Callable[[str, Any], str] | None = None,
+    copy_of: str = "",
 ) -> pathlib.Path:
     """A copy of a remote folder in the cache, file by file.
 
@@ -229,8 +278,10 @@ def copy_url(
         progress: whether to show a bar on stderr.
         with_weights: whether to copy the safetensors files too.
         refusal: the message, from the URL and its path, if the folder is not of this kind.
+        copy_of: the URL by which the copy is found again, by default the folder's.
     """
-    relative = pathlib.Path(f"{kind.name}s") / urllib.parse.quote(url.rstrip("/"), safe="")
+    named = copy_of or url.rstrip("/")
+    relative = pathlib.Path(f"{kind.name}s") / urllib.parse.quote(named, safe="")
     folder = cache.folder(holding=relative / kind.needed) / relative
 
     def look():

@@ -14,11 +14,13 @@ from typing import BinaryIO, NamedTuple
 
 from icae_jax import errors
 from icae_jax.errors import UserError
-from icae_jax.interop.hub import fetching
+from icae_jax.interop.hub import fetching, gguf_file, gguf_folder
 from icae_jax.interop.hub.fetching import ADAPTER, BASE
 
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(@[\w./-]+)?", re.ASCII)
 _COMMIT = re.compile("[0-9a-f]{40}")
+# A GGUF file of a repository: its hub id, a colon, and the file's path in it.
+_HUB_FILE = re.compile(rf"({_HUB_ID.pattern}):([\w. /-]+\.gguf)", re.ASCII)
 
 
 def is_hub_id(text: str) -> bool:
@@ -27,8 +29,25 @@ def is_hub_id(text: str) -> bool:
 
 
 def is_remote(text: str) -> bool:
-    """Whether a text names something remote: a URL, or a hub id that is not a local folder."""
-    return "://" in text or (is_hub_id(text) and not errors.is_there(text, stat.S_ISDIR))
+    """Whether a text names something remote: a URL, or a hub id that is not a local folder.
+
+    A GGUF file of a repository, `org/name:FILE.gguf`, is remote too.
+    """
+    if "://" in text:
+        return True
+    if is_gguf(text):
+        return bool(_HUB_FILE.fullmatch(text)) and not errors.is_there(text, stat.S_ISREG)
+    return is_hub_id(text) and not errors.is_there(text, stat.S_ISDIR)
+
+
+def is_gguf(text: str) -> bool:
+    """Whether a text names a GGUF file, here or elsewhere, and not a folder."""
+    return text.endswith(gguf_file.SUFFIX) and not errors.is_there(text, stat.S_ISDIR)
+
+
+def hub_repository(text: str) -> str:
+    """The repository's id in a hub id with a revision or a file."""
+    return re.split("[@:]", text, maxsplit=1)[0]
 
 
 # --------------------------------------------------------------------------------------- bases
@@ -46,22 +65,26 @@ def local_folder(
             it is not there (if offline, it must be);
             the URL of a folder that `etils.epath` reads (gs://, s3://, …), which is copied into
             `bases/` of the cache folder, where files of the same size and time are kept. The
-            weights of an Orbax copy are not copied (`orbax_copy.ORBAX_URL`).
+            weights of an Orbax copy are not copied (`orbax_copy.ORBAX_URL`);
+            a GGUF file: its path, `org/name:FILE.gguf` or `org/name@revision:FILE.gguf` on the
+            hub, or its URL. It is fetched as a whole, and what is returned is the folder that
+            stands for it (`gguf_folder`). Of a split file the first part is named.
         progress: whether to show bars on stderr if fetching takes over a second.
-        with_weights: whether to fetch the safetensors files too.
+        with_weights: whether to fetch safetensors files too.
 
     Raises:
         UserError: the base does not exist, or this user may not read it.
         ConnectionError: the hub or store could not be reached in several attempts.
     """
     text = str(base)
+    if is_gguf(text):
+        return gguf_folder.folder_of(_local_gguf(text, progress))
     if errors.is_there(text, stat.S_ISDIR):  # "" is not the current folder, as it is to pathlib
         folder = pathlib.Path(text)
     elif errors.is_there(text, stat.S_ISREG):
-        gguf = "GGUF files are not read; " if text.endswith(".gguf") else ""
         raise UserError(
-            f"base {text!r} is a file; {gguf}give the folder, in the model hub's format, that "
-            "holds config.json and weights"
+            f"base {text!r} is a file; give the folder, in the model hub's format, that "
+            "holds config.json and weights, or a GGUF file, whose name ends in .gguf"
         )
     elif "://" in text:
         folder = fetching.copy_url(BASE, text, progress, with_weights, refusal=_not_a_base)
@@ -70,11 +93,26 @@ def local_folder(
     else:
         raise UserError(
             f"base {text!r} is not a folder; give a model-hub folder with config.json, weights and "
-            "tokenizer, a hub id such as meta-llama/Llama-3.2-1B, or gs://…"
+            "tokenizer, a GGUF file, a hub id such as meta-llama/Llama-3.2-1B, or gs://…"
         )
     if not errors.is_there(folder / "config.json", stat.S_ISREG):
         raise UserError(_not_a_base(text, folder))
     return folder
+
+
+def _local_gguf(text, progress):
+    """The path on this machine of a GGUF file, which is fetched if it is on the hub or a URL."""
+    if errors.is_there(text, stat.S_ISREG):
+        return pathlib.Path(text)
+    if "://" in text:
+        return fetching.copy_gguf(text, progress)
+    match = _HUB_FILE.fullmatch(text)
+    if match is None:
+        raise UserError(
+            f"base {text!r}: no such file; give a GGUF file that is here, one of the hub as "
+            "org/name:FILE.gguf, or its URL, gs://…/FILE.gguf"
+        )
+    return fetching.download_gguf(match[1], match[3], progress)
 
 
 def _not_a_base(base, folder):
@@ -106,8 +144,12 @@ def _not_a_base(base, folder):
             f"{start}: it holds the model's original files (params.json, consolidated…); "
             "give the model in the hub's format"
         )
-    if fnmatch.filter(names, "*.gguf"):
-        return f"{start}: GGUF files are not read; give the model in the hub's format"
+    ggufs = fnmatch.filter(names, f"*{gguf_file.SUFFIX}")
+    if ggufs:
+        first = fnmatch.filter(ggufs, "*-00001-of-*") or ggufs
+        named = f"{str(base).rstrip('/')}{':' if is_hub_id(str(base)) else '/'}{first[0]}"
+        which = first[0] if len(first) == 1 else f"{len(first)} GGUF files, such as {first[0]}"
+        return f"{start}: it holds {which}; give the file, {named}"
     within = _bases_in(folder)
     if not within and (folder / "snapshots").is_dir():  # of the hub's cache
         within = [f"snapshots/{name}" for name in _bases_in(folder / "snapshots")]

@@ -12,6 +12,7 @@ import safetensors
 
 from icae_jax import errors, files
 from icae_jax.errors import UserError
+from icae_jax.interop.hub import gguf_folder
 from icae_jax.models import llama
 from icae_jax.models.families import multimodal
 
@@ -35,7 +36,7 @@ NOT_READ = {
     "take the model in the hub's format",
     "consolidated*.safetensors": "the weights in their maker's own format, which is not read; "
     "take the model in the hub's format",
-    "*.gguf": "GGUF files are not read; take the model in the hub's format",
+    "*.gguf": "a GGUF file, which is a base by itself; give the file's own path as the base",
     "adapter_model.*": "a LoRA adapter and not a base; "
     "merge it into its base first (peft: merge_and_unload)",
     "*.safetensors": f"{INDEX}, which says which of them holds which tensor, is missing; "
@@ -75,8 +76,13 @@ def weight_map(folder: str | pathlib.Path) -> dict[str, str] | None:
 
 
 def weight_files(folder: str | pathlib.Path) -> list[pathlib.Path]:
-    """The folder's safetensors files. UserError, which names what is there instead, if none."""
+    """The folder's safetensors files, or the GGUF file that it stands for.
+
+    UserError, which names what is there instead, if there are none.
+    """
     folder = pathlib.Path(folder)
+    if gguf := gguf_folder.source(folder):
+        return [gguf]
     names = weight_map(folder)
     if names is not None:
         return sorted({folder / name for name in names.values()})
@@ -100,14 +106,16 @@ def open_tensors(
     shapes: dict[str, tuple[int, ...]],
     enter: Callable[[Any], Any],
 ) -> dict[str, tuple[pathlib.Path, Any]]:
-    """`{name: (file, safetensors slice)}` of the model's tensors, none of which is read yet.
+    """`{name: (file, slice)}` of the model's tensors, none of which is read yet.
+
+    A slice is safetensors', or one of a GGUF file that is indexed alike.
 
     Only a tied head is compared with its embeddings. Of a multimodal checkpoint, the text part's
     tensors go by the names that they have in a text model. Other tensors in the files are named on
     stderr.
 
     Args:
-        folder: holds the safetensors files.
+        folder: holds the safetensors files, or stands for a GGUF file.
         config: the model.
         shapes: of every tensor by its name, as config.json implies them.
         enter: enters the context of a file, in which its slices can be read.
@@ -117,14 +125,18 @@ def open_tensors(
     """
     index = {multimodal.text_name(name): f for name, f in (weight_map(folder) or {}).items()}
     holders: dict[str, dict[str, tuple]] = {}  # tensor name -> {file name: (path, slice)}
+    gguf = gguf_folder.source(folder)
     for path in weight_files(folder):
-        if not path.exists():
+        if gguf:
+            file = gguf_folder.open_tensors(folder)
+        elif path.exists():
+            file = files.read_safetensors(
+                path, lambda path: safetensors.safe_open(path, framework="numpy")
+            )
+        else:
             raise UserError(
                 f"{path}: named in the weight index but not there; download the folder again"
             )
-        file = files.read_safetensors(
-            path, lambda path: safetensors.safe_open(path, framework="numpy")
-        )
         file = enter(file)
         for name in file.keys():  # noqa: SIM118 (it is no dictionary)
             place = path, file.get_slice(name)
@@ -147,7 +159,7 @@ def open_tensors(
             "since config.json says that they are one"
         )
         stored[TABLE] = tied_head
-    _check(folder, config, shapes, stored, index)
+    _check(gguf or folder, config, shapes, stored, index)
     if tied_head is not None and not _equal(stored[TABLE][1], tied_head[1]):
         raise UserError(
             f"{folder}: tie_word_embeddings is true in config.json, and {HEAD} differs from "

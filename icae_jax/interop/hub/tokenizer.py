@@ -54,10 +54,12 @@ def load_tokenizer(folder: str | pathlib.Path) -> Tokenizer:
             its file says.
     """
     # It imports JAX, which those who only tokenise do without.
-    from icae_jax.interop.hub import locations
+    from icae_jax.interop.hub import gguf_folder, locations
 
     folder = locations.local_folder(folder, progress=False, with_weights=False)
     if not has_tokenizer(folder):
+        if gguf := gguf_folder.source(folder):
+            raise UserError(f"{gguf}: it holds no tokenizer (tokenizer.ggml.model)")
         raise UserError(
             f"{folder}: {_NO_TOKENIZER} (it has no tokenizer.json, tokenizer.model or vocab.json)"
         )

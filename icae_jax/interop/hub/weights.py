@@ -17,6 +17,7 @@ from jax.typing import DTypeLike
 from icae_jax import errors, files
 from icae_jax.errors import UserError
 from icae_jax.interop.hub import (
+    gguf_folder,
     identity,
     orbax_copy,
     placing,
@@ -37,7 +38,7 @@ Q8_0_BLOCK = 32  # values that share a scale in GGUF's Q8_0
 
 def has_weights(folder: pathlib.Path) -> bool:
     """Whether a folder has all of a base's weights, or the location of their Orbax copy."""
-    if orbax_copy.is_orbax(folder):
+    if orbax_copy.is_orbax(folder) or gguf_folder.source(folder):
         return True
     index = stored.weight_map(folder)
     return all((folder / name).exists() for name in (set(index.values()) if index else [WHOLE]))
@@ -89,7 +90,8 @@ def load(
     together, for its scales and its identity; they must then all call this.
 
     Args:
-        folder: holds safetensors files or an Orbax copy (`orbax_copy`).
+        folder: holds safetensors files or an Orbax copy (`orbax_copy`), or stands for a GGUF file
+            (`gguf_folder`).
         config: the model.
         dtype: of the parameters that are not quantised.
         sharding: None for the default device, one for all parameters, or a function of the path,
