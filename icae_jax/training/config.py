@@ -9,6 +9,7 @@ from icae_jax.data.config import DataConfig
 from icae_jax.errors import UserError
 from icae_jax.models.llama import REMAT_POLICIES
 from icae_jax.models.lora import LoraConfig
+from icae_jax.models.quantize import parse_scheme
 from icae_jax.objectives.targets import OBJECTIVES
 from icae_jax.runtime import attention_choice
 from icae_jax.runtime.sharding import MeshConfig
@@ -147,6 +148,8 @@ class TrainConfig(LoopConfig):
     Attributes:
       phase: "pretrain" (AE, LM) or "finetune" (QA, AE).
       base: folder, hub id or URL of the base model.
+      quantize: of the frozen base, a scheme of `models.quantize`, such as "int8"; "" for none, or
+        for the one of a base that is stored quantised.
       init_from: an adapter folder, or the workdir of an earlier phase; fine-tuning needs one, or
         "scratch".
       draw_k: phases in which every step draws its number of memory tokens from
@@ -156,6 +159,7 @@ class TrainConfig(LoopConfig):
 
     phase: str = "pretrain"
     base: str = ""
+    quantize: str = ""
     init_from: str = ""
     draw_k: tuple[str, ...] = ("finetune",)
     remat_decoder: str = ""
@@ -166,6 +170,7 @@ class TrainConfig(LoopConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        parse_scheme(self.quantize)
         if self.remat_decoder and self.remat_decoder not in REMAT_POLICIES:
             raise UserError(
                 f"remat_decoder is {self.remat_decoder!r}; choose from "
