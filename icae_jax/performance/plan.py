@@ -221,6 +221,9 @@ def counting_mesh(shape: MeshShape) -> dict[str, int]:
 def count_flops(spec: Spec, shape: MeshShape, ask: Ask = plan_cache.ask) -> plan_summary.Counted:
     """FLOPs of one chip's part, with what a quantised base adds apart.
 
+    In float32: of bfloat16, CPUs convert each matmul's operands, which chips take as they are. So
+    nf4's levels count as CPUs look them up, where TPUs select among them.
+
     Counted on the partitioned program with 2 and with 3 unrolled layers, on host devices, and
     extrapolated to all layers. There, unlike in the scanned program, XLA drops what nothing reads
     of the last layer: of 500xCompressor's encoder everything beyond its K/V.
@@ -237,7 +240,8 @@ def _quantized(spec, scheme):
 def _count(spec, shape, ask):
     counted_on = counting_mesh(shape)
     contexts = spec.contexts // batch_parts(shape) * batch_parts(counted_on)
-    smaller = dataclasses.replace(spec, contexts=contexts)
+    config = dataclasses.replace(spec.config, dtype="float32")
+    smaller = dataclasses.replace(spec, contexts=contexts, config=config)
     request = {
         "kind": "host",
         "specs": [programs.few_layers(smaller, n) for n in (2, 3)],
