@@ -34,12 +34,12 @@ MUTANTS = [
         "test_tokenizer.py -k contradicts",
     ),
     Mutant(
-        "another tokenizer is not noticed", "interop/hub/base.py",
+        "another tokenizer is not noticed", "interop/hub/identity.py",
         'if stated.get(name) not in (None, "", own):', 'if name == "weights" and stated.get(name) not in (None, "", own):',
         "test_identity.py -k know_their",
     ),
     Mutant(
-        "a fine-tune is taken for its base", "interop/hub/base.py",
+        "a fine-tune is taken for its base", "interop/hub/identity.py",
         'if stated.get(name) not in (None, "", own):', 'if name == "tokenizer" and stated.get(name) not in (None, "", own):',
         "test_identity.py -k fine_tune",
     ),

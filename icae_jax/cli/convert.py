@@ -29,6 +29,7 @@ def run(argv: list[str]) -> int:
 
 
 def _base(parser, argv):
+    from icae_jax.models.quantize import SCHEMES
     from icae_jax.workflows import convert_base
 
     add = parser.add_argument
@@ -42,11 +43,17 @@ def _base(parser, argv):
     add("--to", required=True, metavar="DIR", help="new folder to write")
     add(
         "--format",
-        default="hub",
         choices=convert_base.FORMATS,
-        help="hub: safetensors; orbax: loads faster on many hosts",
+        help="hub: safetensors (default); orbax: loads faster on many hosts, and takes quantised "
+        "weights (default for these)",
     )
-    add("--dtype", choices=convert_base.DTYPES, help="of the weights (default: the source's own)")
+    add(
+        "--dtype",
+        choices=(*convert_base.DTYPES, *SCHEMES),
+        metavar="DTYPE",
+        help=f"of the weights: {', '.join((*convert_base.DTYPES, *SCHEMES))} "
+        "(default: the source's own)",
+    )
     args = parser.parse_args(argv)
     converted = convert_base.convert(args.source, args.to, args.format, args.dtype, progress=True)
     flags.print_result(dataclasses.asdict(converted), args.json, str(converted))
@@ -117,12 +124,7 @@ def _adapter_flags(parser):
         choices=convert_adapter.DTYPES,
         help="of the tensors written, in formats other than native",
     )
-    add(
-        "--base_dtype",
-        default="float32",
-        choices=convert_adapter.DTYPES[:2],
-        help="of the base during the check; bfloat16 takes half the memory",
-    )
+    add("--base_dtype", choices=flags.BASE_DTYPES, metavar="DTYPE", help=flags.BASE_DTYPE_HELP)
     add(
         "--base_id",
         metavar="ORG/NAME",

@@ -83,18 +83,22 @@ def process_flags(parser: argparse.ArgumentParser) -> None:
     add("--process", type=int, metavar="I", help="which this is, from 0")
 
 
+# `models.quantize.SCHEMES` behind the two plain ones; that module would import JAX too early.
+BASE_DTYPES = ("float32", "bfloat16", "int8", "nf4", "int8+ends", "nf4+ends")
+BASE_DTYPE_HELP = (
+    "of the base: bfloat16 takes half of float32's memory (activations and memory are in it too), "
+    "int8 a quarter, nf4 an eighth, +ends also of the embedding table and the head; by default "
+    "float32, or what the base is stored in if that is quantised"
+)
+
+
 def base_flags(parser: argparse.ArgumentParser) -> None:
     """The flags of every verb that runs an adapter's base."""
     parser.add_argument(
         "--base",
         help="base model (folder, hub id or gs://…); by default the one that the adapter names",
     )
-    parser.add_argument(
-        "--base_dtype",
-        choices=("float32", "bfloat16"),
-        default="float32",
-        help="of base, activations and memory; bfloat16 takes half the memory",
-    )
+    parser.add_argument("--base_dtype", choices=BASE_DTYPES, metavar="DTYPE", help=BASE_DTYPE_HELP)
 
 
 def mesh_flag(parser: argparse.ArgumentParser) -> None:

@@ -11,7 +11,7 @@ from icae_jax.compression.config import CompressionConfig
 from icae_jax.models import lora
 from icae_jax.models.llama import ModelConfig
 from icae_jax.models.lora import LoraConfig
-from icae_jax.models.quantize import as_array
+from icae_jax.models.quantize import as_array, is_quantized, take_rows
 
 SPECIAL_ROWS = 3  # [AE], [LM], [FT]: the last rows of the memory table
 DECODER_LORA = (
@@ -30,13 +30,25 @@ def init_memory_table(
     embeddings: the base's token embeddings. trigger_id: the token whose embedding [AE] starts from,
     if any.
     """
-    embeddings = as_array(embeddings, jnp.float32)
     table = jax.random.normal(key, (config.k + SPECIAL_ROWS, embeddings.shape[1]), jnp.float32)
     if config.memory_init == "embedding":
-        table = embeddings.mean(0, keepdims=True) + embeddings.std(0, keepdims=True) * table
+        moments = _moments_of_quantized if is_quantized(embeddings) else _moments
+        mean, std = moments(embeddings)
+        table = mean + std * table
     if trigger_id is not None:
-        table = table.at[config.k].set(embeddings[trigger_id])
+        row = take_rows(embeddings, jnp.asarray(trigger_id))
+        table = table.at[config.k].set(row.astype(jnp.float32))
     return table
+
+
+def _moments(embeddings):
+    """Mean and standard deviation of a table's columns, each `[1, D]`."""
+    embeddings = as_array(embeddings, jnp.float32)
+    return embeddings.mean(0, keepdims=True), embeddings.std(0, keepdims=True)
+
+
+# As one program, which does not form the dequantised table.
+_moments_of_quantized = jax.jit(_moments)
 
 
 def init(

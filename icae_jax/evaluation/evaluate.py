@@ -18,6 +18,7 @@ from icae_jax.evaluation.suites import SUITES
 from icae_jax.evaluation.suites.common import Options
 from icae_jax.inference.compressor import Compressor
 from icae_jax.inference.loading import load_base
+from icae_jax.interop.hub import base as bases
 from icae_jax.runtime import distributed, sharding
 from icae_jax.training import trained
 from icae_jax.training.trained import Trained
@@ -31,6 +32,7 @@ class Request:
 
     adapters: paths by name; only suite ablate takes several.
     base: None for the one that the first adapter names.
+    base_dtype: see `loading.load`.
     mesh: such as "fsdp=4,tensor=2", of this host's devices; None splits batches over all of them.
     data: `[NAME=]SOURCE`, several joined by commas.
     no_answer: the reference answer of questions without one; "" leaves them out.
@@ -44,7 +46,7 @@ class Request:
     adapters: dict[str, str]
     data: str
     base: str | None = None
-    base_dtype: str = "float32"
+    base_dtype: str | None = None
     mesh: str | None = None
     tfds_dir: str | None = None
     no_answer: str = ""
@@ -100,12 +102,16 @@ def find(named: dict[str, str]) -> dict[str, Trained]:
 
 
 def load(
-    adapters: dict[str, Trained], base: str | None, dtype: str, mesh: jax.sharding.Mesh | None
+    adapters: dict[str, Trained],
+    base: str | None,
+    dtype: str | None,
+    mesh: jax.sharding.Mesh | None,
 ) -> dict[str, Compressor]:
     """Loads adapters onto one base, by default the first one's. UserError if theirs differ."""
     loaded = load_base(base or trained.base_of(next(iter(adapters.values()))), dtype, mesh)
+    activations, _ = bases.precision(dtype)
     return {
-        name: Compressor(loaded, trained.open_adapter(one, loaded), one.name, dtype, mesh)
+        name: Compressor(loaded, trained.open_adapter(one, loaded), one.name, activations, mesh)
         for name, one in adapters.items()
     }
 
@@ -175,9 +181,10 @@ def _identity(request, compressors, examples):
     compressor = next(iter(compressors.values()))
     base, options = compressor.base, dataclasses.asdict(request.options)
     config = {name: value for name, value in options.items() if name != "batch_size"}
+    config["base_dtype"] = base.quantize or request.base_dtype or "float32"
     identity = {
         "suite": request.suite,
-        "config": json.loads(json.dumps(config | {"base_dtype": request.base_dtype})),
+        "config": json.loads(json.dumps(config)),
         "seed": request.seed,
         "base": base.fingerprint,
         "adapters": {name: c.adapter.fingerprint for name, c in compressors.items()},

@@ -203,6 +203,7 @@ class Compressor:
             self.path,
             self.base.identity,
             self.adapter.lora.scale,
+            self.base.quantize,
         )
 
     def save(

@@ -20,18 +20,22 @@ from icae_jax.runtime import sharding
 
 
 def load_base(
-    source: str | os.PathLike, dtype: DTypeLike = "float32", mesh: jax.sharding.Mesh | None = None
+    source: str | os.PathLike,
+    dtype: DTypeLike | None = None,
+    mesh: jax.sharding.Mesh | None = None,
 ) -> bases.Base:
     """A base for a `Compressor`, split over the mesh's devices, by default on one device.
 
-    source: folder, hub id or URL.
+    source: folder, hub id or URL. dtype: see `load`.
     """
+    activations, quantize = bases.precision(dtype)
     placement = None if mesh is None else sharding.Placement(mesh, bases.sizes(source))
     return bases.load_base(
         source,
-        jnp.dtype(dtype),
+        jnp.dtype(activations),
         None if placement is None else placement.parameter,
         progress=jax.process_index() == 0,
+        quantize=quantize,
     )
 
 
@@ -39,7 +43,7 @@ def load(
     adapter: str | os.PathLike,
     base: str | os.PathLike | None = None,
     *,
-    dtype: DTypeLike = "float32",
+    dtype: DTypeLike | None = None,
     mesh: jax.sharding.Mesh | None = None,
 ) -> Compressor:
     """Loads a `Compressor`.
@@ -47,7 +51,8 @@ def load(
     Args:
         adapter: adapter folder, training workdir, hub id `org/name[@revision]`, or URL (gs://…).
         base: model-hub folder, hub id or URL; by default the one that the adapter names.
-        dtype: of base and activations, "float32" or "bfloat16".
+        dtype: of base and activations, "float32" or "bfloat16"; or a scheme of `models.quantize`,
+            such as "int8", for the base alone. None is float32, or what the base is stored in.
         mesh: devices (`runtime.sharding`) that base and batches are split over, by default one.
 
     Raises:
@@ -57,7 +62,8 @@ def load(
     # Checked before the base is loaded, which takes minutes.
     _, stated = adapters.read_adapter_info(folder, name)
     loaded = load_base(base or adapters.check_base(stated.base, name), dtype, mesh)
-    return Compressor(loaded, adapters.load_adapter(folder, loaded), name, dtype, mesh)
+    activations, _ = bases.precision(dtype)
+    return Compressor(loaded, adapters.load_adapter(folder, loaded), name, activations, mesh)
 
 
 def load_with_memory(
@@ -65,7 +71,7 @@ def load_with_memory(
     adapter: str | os.PathLike | None = None,
     base: str | os.PathLike | None = None,
     *,
-    dtype: DTypeLike = "float32",
+    dtype: DTypeLike | None = None,
     mesh: jax.sharding.Mesh | None = None,
     only_ids: Sequence[str] = (),
 ) -> tuple[Compressor, Memory, list[TextId]]:

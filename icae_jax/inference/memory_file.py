@@ -4,7 +4,8 @@ A safetensors file with `slots [B, M, D]` (ICAE) or `k` and `v`, each `[L, B, M,
 RoPE (500xCompressor), and `lengths [B, S]` (context tokens of each segment, 0 where a text has
 fewer). Metadata: format_version, icae_jax_version, method, layout, k, base_fingerprint,
 adapter_fingerprint, adapter (its folder, hub id with the commit, or URL), ids (JSON); and, not in
-files of earlier versions, base_identity (JSON, `Base.identity`), lora_scale and segment_tokens.
+files of earlier versions, base_identity (JSON, `Base.identity`), lora_scale and segment_tokens;
+where the base was quantised, base_quantize.
 """
 
 import collections
@@ -29,8 +30,8 @@ from icae_jax.compression.config import CompressionConfig
 from icae_jax.compression.memory import Memory
 from icae_jax.errors import UserError
 from icae_jax.interop.export import hf_cache
-from icae_jax.interop.hub import base as bases
 from icae_jax.interop.hub import locations
+from icae_jax.interop.hub.identity import check_identity, compare_quantisation
 from icae_jax.interop.hub.text import check_encodable
 
 FORMAT_VERSION = "1"
@@ -50,6 +51,7 @@ class Origin:
         adapter_fingerprint: `Adapter.fingerprint`.
         adapter_path: folder, hub id or URL; only written.
         base_identity: `Base.identity`.
+        base_quantize: `Base.quantize`.
         lora_scale: of the adapter; None if not known, then not compared.
     """
 
@@ -59,6 +61,7 @@ class Origin:
     adapter_path: str | os.PathLike = ""
     base_identity: dict[str, str] = dataclasses.field(default_factory=dict)
     lora_scale: float | None = None
+    base_quantize: str = ""
 
 
 # --- Writing ---
@@ -129,6 +132,8 @@ def save(path: str | os.PathLike, memory: Memory, ids: Sequence[Any], origin: Or
     }
     if origin.base_identity:
         metadata["base_identity"] = json.dumps(origin.base_identity)
+    if origin.base_quantize:
+        metadata["base_quantize"] = origin.base_quantize
     if origin.lora_scale is not None:
         metadata["lora_scale"] = repr(origin.lora_scale)
     tensors = {name: np.ascontiguousarray(x) for name, x in memory.contents.items()}
@@ -289,7 +294,10 @@ def _check_origin(path: str | os.PathLike, metadata: dict[str, str], origin: Ori
                 "adapter that it names"
             )
     identity = _read_identity(path, metadata)
-    bases.check_identity(f"--memory {path}", identity, origin.base_identity)
+    check_identity(f"--memory {path}", identity, origin.base_identity)
+    compare_quantisation(
+        f"--memory {path}", metadata.get("base_quantize", ""), origin.base_quantize
+    )
     expected = {"segment_tokens": str(compression.segment_tokens)}
     if origin.lora_scale is not None:
         expected["lora_scale"] = repr(origin.lora_scale)

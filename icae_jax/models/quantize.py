@@ -35,7 +35,7 @@ class QuantizedMatrix:
         """The matrix's shape, layers included."""
         raise NotImplementedError
 
-    def dequantize(self, dtype: DTypeLike) -> Float[Array, "... in out"]:
+    def dequantize(self, dtype: DTypeLike) -> Float[Array, "*layers in out"]:
         """The matrix as an array."""
         raise NotImplementedError
 
@@ -105,7 +105,7 @@ def take_rows(w: "FrozenMatrix", ids: Int[Any, "..."]) -> Float[Array, "... out"
     return jnp.take(w, ids, axis=0)
 
 
-def as_array(w: "FrozenMatrix", dtype: DTypeLike) -> Float[Array, "... in out"]:
+def as_array(w: "FrozenMatrix", dtype: DTypeLike) -> Float[Array, "*layers in out"]:
     """A frozen matrix as an array."""
     return w.dequantize(dtype) if isinstance(w, QuantizedMatrix) else jnp.asarray(w, dtype)
 
@@ -134,7 +134,7 @@ class Int8Matrix(QuantizedMatrix):
         """The matrix's shape, layers included."""
         return self.codes.shape
 
-    def dequantize(self, dtype: DTypeLike) -> Float[Array, "... in out"]:
+    def dequantize(self, dtype: DTypeLike) -> Float[Array, "*layers in out"]:
         """The matrix as an array."""
         axis = _block_axis(self.codes, self.scales)
         return _scale(self.codes.astype(jnp.float32), self.scales, axis).astype(dtype)
@@ -254,7 +254,7 @@ class NF4Matrix(QuantizedMatrix):
         shape[self.axis] *= 2
         return tuple(shape)
 
-    def dequantize(self, dtype: DTypeLike) -> Float[Array, "... in out"]:
+    def dequantize(self, dtype: DTypeLike) -> Float[Array, "*layers in out"]:
         """The matrix as an array."""
         # Broadcast and shifted, not stacked: XLA would branch on every element of a stack.
         at = self.codes.ndim + self.axis + 1
@@ -338,7 +338,15 @@ def parse_scheme(text: str, what: str = "quantize") -> Scheme:
     return Scheme(kind, bool(ends))
 
 
-def leaf_shapes(
+LEAVES = ("codes", "block_scales", "scales")  # the names of the leaves of quantised matrices
+
+
+def make_matrix(kind: str, axis: int, leaves: dict[str, Any]) -> Int8Matrix | NF4Matrix:
+    """A matrix of its leaves by name. kind: "int8" or "nf4". axis: of the blocks."""
+    return Int8Matrix(**leaves) if kind == "int8" else NF4Matrix(**leaves, axis=axis)
+
+
+def matrix_shapes(
     shape: tuple[int, ...], kind: str, axis: int, block: int = 0
 ) -> Int8Matrix | NF4Matrix:
     """The matrix of `jax.ShapeDtypeStruct` of a quantised parameter.
@@ -357,24 +365,31 @@ def leaf_shapes(
 
     whole = shape[axis]
     if kind == "int8":
-        return Int8Matrix(divided(1, jnp.int8), divided(block or whole, jnp.float32))
-    return NF4Matrix(
-        divided(2, jnp.uint8), divided(NF4_BLOCK, jnp.uint8), divided(whole, jnp.float32), axis
-    )
+        blocks = {"codes": (1, jnp.int8), "scales": (block or whole, jnp.float32)}
+    else:
+        blocks = {
+            "codes": (2, jnp.uint8),
+            "block_scales": (NF4_BLOCK, jnp.uint8),
+            "scales": (whole, jnp.float32),
+        }
+    return make_matrix(kind, axis, {name: divided(*how) for name, how in blocks.items()})
 
 
-def quantized_shapes(shapes: Any, scheme: str, dtype: DTypeLike) -> Any:
+def quantized_shapes(
+    shapes: Any, scheme: str, dtype: DTypeLike, blocks: dict[tuple[str, ...], int] | None = None
+) -> Any:
     """The tree of `jax.ShapeDtypeStruct` of a quantised base.
 
     Args:
         shapes: the base's parameters, `llama.param_shapes`.
         scheme: see `parse_scheme`.
         dtype: of what is not quantised.
+        blocks: by path, the block length of int8 parameters that do not have one scale per output.
 
     Raises:
         UserError: nf4's blocks do not divide a parameter.
     """
-    parsed = parse_scheme(scheme)
+    parsed, blocks = parse_scheme(scheme), blocks or {}
 
     def of_leaf(keys, leaf):
         path = tuple(key.key for key in keys)
@@ -384,17 +399,19 @@ def quantized_shapes(shapes: Any, scheme: str, dtype: DTypeLike) -> Any:
         if parsed.kind == "nf4" and leaf.shape[axis] % NF4_BLOCK:
             raise UserError(
                 f"nf4 has blocks of {NF4_BLOCK}, which do not divide the width "
-                f"{leaf.shape[axis]} of {'.'.join(path)}; use int8"
+                f"{leaf.shape[axis]} of {'.'.join(path)}; use int8{'+ends' * parsed.ends}"
             )
-        return leaf_shapes(leaf.shape, parsed.kind, axis)
+        return matrix_shapes(leaf.shape, parsed.kind, axis, blocks.get(path, 0))
 
     return jax.tree_util.tree_map_with_path(of_leaf, shapes)
 
 
-# ------------------------------------------------------------------------------ quantising, on hosts
+# ---------------------------------------------------------------------------- quantising, on hosts
 
 
-def host_scales(w: Float[np.ndarray, "... in out"], kind: str, axis: int) -> dict[str, np.ndarray]:
+def host_scales(
+    w: Float[np.ndarray, "*layers in out"], kind: str, axis: int
+) -> dict[str, np.ndarray]:
     """All leaves but the codes of a quantised matrix; magnitudes are taken along `axis`."""
     if kind == "int8":
         return {"scales": np.abs(w).max(axis, keepdims=True) / np.float32(127)}
@@ -405,7 +422,7 @@ def host_scales(w: Float[np.ndarray, "... in out"], kind: str, axis: int) -> dic
 
 
 def host_codes(
-    w: Float[np.ndarray, "... in out"],
+    w: Float[np.ndarray, "*layers in out"],
     scales: dict[str, np.ndarray],
     kind: str,
     axis: int,
@@ -420,14 +437,10 @@ def host_codes(
         axis: of the blocks.
         start: an even number.
     """
-    if kind == "int8":
-        scale, length = scales["scales"], 0
-    else:
-        scale = scales["block_scales"] * (scales["scales"] * np.float32(1 / 255))
-        length = NF4_BLOCK
-    if length:
-        blocks = np.arange(start, start + w.shape[axis]) // length
-        scale = np.take(scale, blocks, axis)
+    scale = scales["scales"]
+    if kind == "nf4":
+        scale = scales["block_scales"] * (scale * np.float32(1 / 255))
+        scale = np.take(scale, np.arange(start, start + w.shape[axis]) // NF4_BLOCK, axis)
     unit = w / np.where(scale > 0, scale, np.float32(1))
     if kind == "int8":
         return np.clip(np.rint(unit), -127, 127).astype(np.int8)
@@ -442,10 +455,7 @@ def quantize_matrix(w: Any, kind: str, axis: int = -2) -> Int8Matrix | NF4Matrix
     """A matrix, or a stack of them, quantised on the host; its leaves are numpy arrays."""
     w = np.asarray(w, np.float32)
     scales = host_scales(w, kind, axis)
-    codes = host_codes(w, scales, kind, axis)
-    if kind == "int8":
-        return Int8Matrix(codes, **scales)
-    return NF4Matrix(codes, **scales, axis=axis)
+    return make_matrix(kind, axis, {"codes": host_codes(w, scales, kind, axis), **scales})
 
 
 def quantize_params(params: Any, scheme: str) -> Any:

@@ -170,7 +170,11 @@ class CompressorTask(CompressorLosses):
             adapters.read_adapter_info(start, c.init_from)  # checked before the base takes minutes
         self.placement = sharding.Placement(sharding.make_mesh(c.mesh), bases.sizes(c.base))
         self.base = base or bases.load_base(
-            c.base, c.jnp_dtype, self.placement.parameter, progress=jax.process_index() == 0
+            c.base,
+            c.jnp_dtype,
+            self.placement.parameter,
+            progress=jax.process_index() == 0,
+            quantize=c.quantize,
         )
         tokenizer = self.base.tokenizer
         compression, self._notes = compression_on(c, tokenizer)
@@ -202,6 +206,8 @@ class CompressorTask(CompressorLosses):
             "template": self.template.as_json(),
             **self.base.identity,
         }
+        if self.base.quantize:
+            self.identity["quantize"] = self.base.quantize
         if self.start_from:
             self.identity["init_from"] = self.start_from.fingerprint
 
@@ -415,6 +421,7 @@ class CompressorTask(CompressorLosses):
             self.config.base,
             base_fingerprint=self.base.fingerprint,
             base_identity=self.base.identity,
+            base_quantize=self.base.quantize,
         )
         folder = pathlib.Path(workdir) / adapters.IN_WORKDIR
         adapters.save_adapter(folder, adapter)

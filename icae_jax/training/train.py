@@ -16,6 +16,7 @@ from jaxtyping import PyTree
 from tqdm import tqdm
 
 from icae_jax import errors, files
+from icae_jax.models.quantize import is_quantized
 from icae_jax.runtime import distributed, profiler, sharding
 from icae_jax.training import checkpoint, metrics, step
 from icae_jax.training.config import BaseConfig, TrainConfig
@@ -46,15 +47,18 @@ def parameter_table(trained: PyTree, frozen: PyTree) -> str:
     """A text table with a row for each array, trained and frozen."""
     lines = [f"{'parameter':58}{'shape':>22}{'count':>14}"]
     for kind, tree in (("trained", trained), ("frozen", frozen)):
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-            name = "/".join(str(k.key) for k in path)
-            lines.append(f"{kind + ' ' + name:58}{leaf.shape!s:>22}{leaf.size:>14,}")
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_quantized):
+            name, size = "/".join(str(k.key) for k in path), math.prod(leaf.shape)
+            lines.append(f"{kind + ' ' + name:58}{leaf.shape!s:>22}{size:>14,}")
     return "\n".join(lines)
 
 
 def parameter_counts(trained: PyTree, frozen: PyTree) -> str:
     """One line: how many parameters are trained, of how many."""
-    ours, theirs = (sum(x.size for x in jax.tree.leaves(t)) for t in (trained, frozen))
+    ours, theirs = (
+        sum(math.prod(x.shape) for x in jax.tree.leaves(t, is_leaf=is_quantized))
+        for t in (trained, frozen)
+    )
     total = ours + theirs
     return f"trains {ours:,} of {total:,} parameters ({100 * ours / max(1, total):.2f} %)"
 

@@ -16,6 +16,7 @@ from icae_jax.interop.adapters import folder as adapters
 from icae_jax.interop.adapters import formats, tensor_files
 from icae_jax.interop.hub import base as bases
 from icae_jax.interop.hub import locations
+from icae_jax.interop.hub.identity import check_identity, compare_quantisation
 from icae_jax.objectives import targets
 from icae_jax.training import checkpoint_files, config_file, metrics
 from icae_jax.training.compressor_task import compression_on
@@ -166,7 +167,9 @@ def read_checkpoint(trained: Trained, base: bases.Base) -> tuple[pathlib.Path, a
             f"{base.fingerprint[:12]}; give the right base"
         )
     stated = {name: identity.get(name) for name in base.identity}
-    bases.check_identity(str(trained.path), stated, base.identity)
+    check_identity(str(trained.path), stated, base.identity)
+    quantize = identity.get("quantize", "")
+    compare_quantisation(str(trained.path), quantize, base.quantize)
     if base.tokenizer is None:
         raise UserError(
             f"base {base.path} has no tokenizer, which the run's template needs; "
@@ -195,6 +198,7 @@ def read_checkpoint(trained: Trained, base: bases.Base) -> tuple[pathlib.Path, a
         base.path,
         base.fingerprint,
         base_identity=base.identity,
+        base_quantize=quantize,
     )
     return step, adapter
 

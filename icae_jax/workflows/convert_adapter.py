@@ -52,7 +52,7 @@ class Options:
     format: str = NATIVE
     text: str | None = None
     dtype: str = "float32"
-    base_dtype: str = "float32"
+    base_dtype: str | None = None
     base_id: str | None = None
     force: bool = False
     publication: Publication | None = None
@@ -97,7 +97,10 @@ def convert(options: Options, say: Callable[[str], None]) -> Conversion:
     if options.text:
         rows = read_texts(options.text, "--text")
         texts = list(dict.fromkeys(row.text for row in rows))[:MOST_TEXTS]
-    base = bases.load_base(options.base, options.base_dtype, progress=True, need_tokenizer=False)
+    dtype, quantize = bases.precision(options.base_dtype)
+    base = bases.load_base(
+        options.base, dtype, progress=True, need_tokenizer=False, quantize=quantize
+    )
     adapter, assumed, base_is_certain = _read(source, base, options)
     if options.base_id or options.publication:
         adapter = dataclasses.replace(adapter, base_path=_base_on_hub(options, adapter))
@@ -116,7 +119,7 @@ def convert(options: Options, say: Callable[[str], None]) -> Conversion:
         say("  " + ", ".join(assumed))
     _check_format(options, adapter)
 
-    result.restoring, why = check(adapter, base, texts, source.path, options.base_dtype)
+    result.restoring, why = check(adapter, base, texts, source.path, dtype)
     say(f"  restores: {result.restoring or why}")
     if result.restoring is None or result.restoring.failed:
         result.warning = _warning(why, base, base_is_certain)

@@ -11,9 +11,12 @@ import jax
 from icae_jax import files
 from icae_jax.errors import UserError
 from icae_jax.interop.hub import base as bases
-from icae_jax.interop.hub import locations, orbax_copy, weights
+from icae_jax.interop.hub import locations, orbax_copy, stored_scheme, weights
+from icae_jax.interop.hub.stored_scheme import StoredScheme
 from icae_jax.models.families import tensor_names
+from icae_jax.models.families.config_fields import QUANTIZATION
 from icae_jax.models.families.config_json import parse_config, stored_dtype
+from icae_jax.models.quantize import SCHEMES
 
 DTYPES = ("bfloat16", "float32", "float16")
 FORMATS = ("hub", "orbax")
@@ -69,35 +72,67 @@ def files_to_carry(folder: str | os.PathLike) -> Iterator[pathlib.Path]:
 def convert(
     source: str | os.PathLike,
     to: str | os.PathLike,
-    form: str = "hub",
+    form: str | None = None,
     dtype: str | None = None,
     progress: bool = False,
 ) -> ConvertedBase:
     """Writes a base into a new folder.
 
-    source: see `locations.local_folder`. form: "hub" (safetensors) or "orbax" (`params/`).
-    dtype: one of DTYPES; by default the source's own. config.json keeps everything but its dtype,
-    so transformers loads the same model. The weights pass through our own parameter tree, which
-    checks them. UserError, before anything is written, if `to` holds something or the source does
-    not load.
+    config.json keeps everything but its dtype, so transformers loads the same model. The weights
+    pass through our own parameter tree, which checks them.
+
+    Args:
+        source: see `locations.local_folder`.
+        to: the folder.
+        form: "hub" (safetensors) or "orbax" (`params/`); by default the first, or the second where
+            the weights are quantised.
+        dtype: one of DTYPES or a scheme of `models.quantize`; by default the source's own.
+        progress: whether to show a bar.
+
+    Raises:
+        UserError: before anything is written, if `to` holds something, the source does not load,
+            or quantised weights are to be in the hub's format.
     """
     to = pathlib.Path(to)
     files.check_new_folder(to, "--to")
+    if form == "hub" and dtype in SCHEMES:
+        raise UserError(
+            f"--format hub has no place for {dtype}; leave --format out for an Orbax copy, or give "
+            f"--dtype {' or '.join(DTYPES)}"
+        )
     folder = locations.local_folder(source, progress)
     if to.resolve().is_relative_to(folder.resolve()):
         raise UserError(f"--to {to} is inside --from {source}; give a folder elsewhere")
     path = folder / "config.json"
     raw = files.read_json(path, "the base model's configuration")
     config = parse_config(raw, path)
-    dtype = dtype or stored_dtype(raw, path) or "bfloat16"
+    held = stored_scheme.read(folder)
+    quantize = dtype if dtype in SCHEMES else None
+    if held is not None and dtype is None:
+        quantize = held.scheme
+        if form == "hub":
+            raise UserError(
+                f"--format hub has no place for {quantize}, in which {source} is stored; leave "
+                f"--format out, or give --dtype {' or '.join(DTYPES)}"
+            )
+    own = stored_dtype(raw, path) or "bfloat16"
+    dtype = own if dtype is None or quantize else dtype
     if dtype not in DTYPES:
         raise UserError(f"{path}: dtype is {dtype!r}; choose one with --dtype: {', '.join(DTYPES)}")
-    params = weights.load_params(folder, config, dtype, _host_sharding(), progress)
+    form = form or ("orbax" if quantize else "hub")
+    loaded = weights.load(folder, config, dtype, _host_sharding(), progress, quantize=quantize)
+    params, fingerprint = loaded.params, loaded.fingerprint
+    if not loaded.quantize:  # of what is written, which may have been dequantised
+        fingerprint = bases.fingerprint(config, params)
     dtype_fields = [name for name in ("dtype", "torch_dtype") if name in raw] or ["dtype"]
+    raw = {name: value for name, value in raw.items() if held is None or name != QUANTIZATION}
+    raw |= dict.fromkeys(dtype_fields, dtype)
+    if loaded.quantize:
+        raw |= StoredScheme(loaded.quantize, fingerprint, loaded.weights).as_json()
     with files.replacing_folder(to) as tmp:
         for file in files_to_carry(folder):
             shutil.copyfile(file, tmp / file.name)
-        files.write_json(tmp / "config.json", raw | dict.fromkeys(dtype_fields, dtype))
+        files.write_json(tmp / "config.json", raw)
         if form == "orbax":
             orbax_copy.save_orbax(tmp, params)
         else:
@@ -107,9 +142,9 @@ def convert(
         path=str(to),
         format=form,
         tensors=len(leaves) if form == "orbax" else len(tensor_names.tensor_names(config)),
-        dtype=dtype,
+        dtype=loaded.quantize or dtype,
         bytes=sum(leaf.nbytes for leaf in leaves),
-        fingerprint=bases.fingerprint(config, params),
+        fingerprint=fingerprint,
     )
 
 

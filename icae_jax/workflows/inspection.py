@@ -15,6 +15,7 @@ from icae_jax.interop.adapters import folder as adapters
 from icae_jax.interop.adapters import formats, lora_tensors, tensor_files
 from icae_jax.interop.export import hf_cache
 from icae_jax.interop.hub import base as bases
+from icae_jax.interop.hub import stored_scheme
 from icae_jax.models import lora as loras
 from icae_jax.models.families import config_json, tensor_names
 from icae_jax.models.llama import ModelConfig
@@ -157,6 +158,7 @@ def _adapter(folder) -> Description:
         "trained_parameters": _parameter_count(tensors | table) + _parameter_count(decoder),
         "base": lora_fields.base,
         "base_fingerprint": info["base_fingerprint"],
+        **({"base_quantize": info["base_quantize"]} if info.get("base_quantize") else {}),
     }
     return about | ({"origin": info["origin"]} if info.get("origin") else {})
 
@@ -165,7 +167,7 @@ def _base(folder) -> Description:
     path = folder / "config.json"
     raw = files.read_json(path, "the base model's configuration")
     config = config_json.parse_config(raw, path)
-    shapes = tensor_names.hub_shapes(config)
+    shapes, held = tensor_names.hub_shapes(config), stored_scheme.read(folder)
     about = {
         "what": f"base model, {config_json.architecture(raw, path)}",
         **_base_sizes(config),
@@ -185,10 +187,12 @@ def _base(folder) -> Description:
     if config.biased:
         about["biases"] = config.biased
     about |= {
-        "dtype": config_json.stored_dtype(raw, path),
+        "dtype": held.scheme if held else config_json.stored_dtype(raw, path),
         "tensors": len(shapes),
         "parameters": _parameter_count(shapes),
     }
+    if held:
+        about |= {"fingerprint": held.fingerprint}
     published = _published(_base_sizes(config))
     return about | ({"sizes_of": published} if published else {})
 

@@ -7,6 +7,7 @@ from icae_jax.errors import UserError
 from icae_jax.interop.adapters import folder as adapters
 from icae_jax.interop.adapters import formats
 from icae_jax.interop.hub import base as bases
+from icae_jax.interop.hub.identity import check_identity, compare_quantisation
 from icae_jax.objectives import targets
 from icae_jax.training.trained import Trained
 
@@ -82,7 +83,8 @@ def read_released(
     _check_base(released, recorded, base)
     template = _template(template_name, released, recorded, base)
     adapters.check_template(template, base, released.path)
-    return formats.make_adapter(trained, base, template, method=method, **chosen), lines
+    adapter = formats.make_adapter(trained, base, template, method=method, **chosen)
+    return dataclasses.replace(adapter, base_quantize=recorded.get("base_quantize", "")), lines
 
 
 def _method(released, unstated, recorded):
@@ -130,7 +132,8 @@ def _check_base(released, recorded, base):
             f"({base.fingerprint[:12]}); give the right base"
         )
     identity = recorded.get("base_identity") or {}
-    bases.check_identity(str(released.path), identity, base.identity)
+    check_identity(str(released.path), identity, base.identity)
+    compare_quantisation(str(released.path), recorded.get("base_quantize", ""), base.quantize)
 
 
 def _template(name, released, recorded, base):

@@ -30,6 +30,7 @@ from icae_jax.interop.adapters.peft_config import LoraFields
 from icae_jax.interop.hub import base as bases
 from icae_jax.interop.hub import locations
 from icae_jax.interop.hub import tokenizer as tokenizers
+from icae_jax.interop.hub.identity import check_identity, compare_quantisation
 from icae_jax.models.lora import LoraConfig
 from icae_jax.objectives.targets import Template
 
@@ -58,6 +59,7 @@ class Adapter:
         base_fingerprint: that base's `Base.fingerprint`.
         origin: of a converted adapter, where it comes from and how well it restored a text.
         base_identity: that base's `Base.identity`, as far as the file says it.
+        base_quantize: that base's `Base.quantize`.
     """
 
     compression: CompressionConfig
@@ -68,6 +70,7 @@ class Adapter:
     base_fingerprint: str
     origin: dict | None = None
     base_identity: dict[str, str] = dataclasses.field(default_factory=dict)
+    base_quantize: str = ""
 
     @property
     def fingerprint(self) -> str:
@@ -132,6 +135,7 @@ def icae_json(adapter: Adapter) -> dict:
         "icae_jax_version": icae_jax.__version__,
         "base_fingerprint": adapter.base_fingerprint,
         **({"base_identity": adapter.base_identity} if adapter.base_identity else {}),
+        **({"base_quantize": adapter.base_quantize} if adapter.base_quantize else {}),
         "compression": compression,
         "template": dataclasses.asdict(adapter.template),
         **({"origin": adapter.origin} if adapter.origin else {}),
@@ -235,6 +239,8 @@ def read_adapter_info(folder: str | os.PathLike, name: str = "") -> tuple[dict, 
         files.check_fields(info, {"base_identity": dict}, path)
         identity = info["base_identity"]
         files.check_fields(identity, dict.fromkeys(identity, str), path)
+    if "base_quantize" in info:
+        files.check_fields(info, {"base_quantize": str}, path)
     if info.get("origin") is not None:
         files.check_fields(info, {"origin": dict}, path)
     return info, peft_config.read(lora_folder(folder) / LORA_CONFIG)
@@ -387,7 +393,9 @@ def load_adapter(folder: str | os.PathLike, base: bases.Base) -> Adapter:
             f"{info['base_fingerprint'][:12]} ({stated.base or 'not named'}), but {base.path} has "
             f"{base.fingerprint[:12]}; give the right base"
         )
-    bases.check_identity(f"adapter {folder}", info.get("base_identity", {}), base.identity)
+    check_identity(f"adapter {folder}", info.get("base_identity", {}), base.identity)
+    quantize = info.get("base_quantize", "")
+    compare_quantisation(f"adapter {folder}", quantize, base.quantize)
     compression = _from_json(
         CompressionConfig, info["compression"], f"{source}: compression", _LATER_FIELDS
     )
@@ -406,6 +414,7 @@ def load_adapter(folder: str | os.PathLike, base: bases.Base) -> Adapter:
         info["base_fingerprint"],
         info.get("origin"),
         info.get("base_identity", {}),
+        quantize,
     )
 
 

@@ -398,6 +398,7 @@ def reading_json(adapter: adapters.Adapter) -> dict[str, Any]:
         "base": adapter.base_path,
         "base_fingerprint": adapter.base_fingerprint,
         "base_identity": adapter.base_identity,
+        **({"base_quantize": adapter.base_quantize} if adapter.base_quantize else {}),
         "template_ids": adapter.template.as_json(),
         "forced": adapters.was_forced(adapter),
     }

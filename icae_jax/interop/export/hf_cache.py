@@ -130,7 +130,8 @@ def save_cache(
     [B, P]`, `special [3, D]` (embeddings of the negative ids in `before` and `after`). Its
     metadata, each value JSON: format_version, icae_jax_version, ids, objective, method, layout,
     before and after (ids around a prompt), stop (ids that end an answer), room (most tokens behind
-    the memory), base, base_fingerprint, base_identity, adapter_fingerprint, dtype.
+    the memory), base, base_fingerprint, base_identity, base_quantize (if the base is quantised),
+    adapter_fingerprint, dtype.
     """
     files.check_new_folder(folder)
     if dtype not in DTYPES:
@@ -177,4 +178,5 @@ def _info(named: NamedMemory, reader: Reader, objective: str) -> dict:
         "base_fingerprint": reader.base.fingerprint,
         "base_identity": reader.base.identity,
         "adapter_fingerprint": reader.adapter.fingerprint,
+        **({"base_quantize": reader.base.quantize} if reader.base.quantize else {}),
     }

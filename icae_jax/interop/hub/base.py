@@ -2,28 +2,30 @@
 
 import dataclasses
 import functools
-import hashlib
-import json
 import os
 import pathlib
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
-import numpy as np
 from jax.sharding import Sharding
 from jax.typing import DTypeLike
 
 from icae_jax import errors, files
 from icae_jax.errors import UserError
-from icae_jax.interop.hub import locations, placing, remote_rows, weights
+from icae_jax.interop.hub import locations, placing, remote_rows, stored_scheme, weights
 from icae_jax.interop.hub import tokenizer as tokenizers
+from icae_jax.interop.hub.identity import (
+    fingerprint,
+    fingerprint_of,
+    fingerprint_rows,
+    weights_fingerprint,
+)
 from icae_jax.interop.hub.text import Tokenizer, set_stop_ids
 from icae_jax.interop.hub.tokenizer import has_tokenizer, load_tokenizer
-from icae_jax.interop.hub.weights import load_params, save_params
+from icae_jax.interop.hub.weights import save_params
 from icae_jax.models import llama
 from icae_jax.models.families.config_json import hub_config, read_config
-from icae_jax.runtime.sharding import on_host
+from icae_jax.models.quantize import SCHEMES
 
 
 def save_base(
@@ -96,129 +98,6 @@ def stop_ids(folder: str | os.PathLike, tokenizer: Tokenizer | None = None) -> t
     return tuple(sorted({int(i) for i in ids if i is not None}))
 
 
-# ------------------------------------------------------------------------------------ identity
-
-
-def fingerprint(config: llama.ModelConfig, params: dict) -> str:
-    """Identity of a base: a sha256 of what is read quickly.
-
-    It covers the fields that change results, the final norm and 64 embedding rows in bfloat16.
-    Rows spread over the vocabulary tell bases apart, fine-tunes too, without reading gigabytes.
-    Rounding makes float32, bfloat16 and converted copies of one base agree.
-    """
-    norm, rows = params["norm"]["scale"], params["embed"][_fingerprint_rows(config)]
-    return _fingerprint(config, *on_host([norm, rows]))
-
-
-def _fingerprint_rows(config):
-    return np.linspace(0, config.vocab_size - 1, 64).astype(int)
-
-
-def _fingerprint(config, norm, rows):
-    digest = hashlib.sha256()
-    # Fields that were added later count only if they are used, so that older fingerprints hold.
-    plain = {"max_position_embeddings": config.max_position_embeddings, "windows": ()}
-    plain |= dict.fromkeys(("qkv_bias", "qk_norm", "o_bias", "mlp_bias"), False)
-    fields = {
-        k: v for k, v in dataclasses.asdict(config).items() if k not in plain or v != plain[k]
-    }
-    digest.update(json.dumps(fields, sort_keys=True).encode())
-    for value in (norm, rows):
-        digest.update(value.astype(np.float32).astype(ml_dtypes.bfloat16).tobytes())
-    return digest.hexdigest()
-
-
-@jax.jit
-def _checksums(params):
-    """Two checksums of every parameter in bfloat16, and whether it is finite; by layer if stacked.
-
-    A checksum is a sum, modulo 2^32, of each value's bits times a hash of its index, so it does not
-    depend on devices or the order of summation.
-    """
-
-    def hash_bits(x):  # constants of the lowbias32 hash
-        x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D)
-        x = (x ^ (x >> 15)) * jnp.uint32(0x846CA68B)
-        return x ^ (x >> 16)
-
-    def checksums(x):
-        bits = jax.lax.bitcast_convert_type(x.astype(jnp.bfloat16), jnp.uint16).astype(jnp.uint32)
-        index = jnp.zeros(x.shape, jnp.uint32)
-        for axis, n in enumerate(x.shape):
-            index = index * jnp.uint32(n) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
-        sums = [
-            jnp.sum((bits + 1) * hash_bits(index + jnp.uint32(salt)), dtype=jnp.uint32)
-            for salt in (1, 0x9E3779B9)
-        ]
-        return *sums, jnp.isfinite(x).all()
-
-    # Layer by layer, since XLA on CPUs materialises the indices.
-    layers = jax.tree.map(lambda x: jax.lax.map(checksums, x), params["layers"])
-    others = {name: value for name, value in params.items() if name != "layers"}
-    return jax.tree.map(checksums, others) | {"layers": layers}
-
-
-def weights_fingerprint(params: dict, source: str = "") -> str:
-    """Identity of all of a base's weights, rounded to bfloat16: a sha256 of their checksums.
-
-    A fine-tune may share the embedding rows and the norm that `fingerprint` reads with its base.
-
-    Args:
-        params: the base.
-        source: where it comes from, for messages.
-
-    Raises:
-        UserError: a weight is not finite.
-    """
-    digest = hashlib.sha256()
-    checksums = jax.tree_util.tree_leaves_with_path(
-        on_host(_checksums(params)), is_leaf=lambda x: isinstance(x, tuple)
-    )
-    for path, (*sums, finite) in checksums:
-        name = ".".join(key.key for key in path)
-        if not np.all(finite):
-            raise UserError(
-                f"base {source}: {name} holds numbers that are not finite; the weights are "
-                "damaged, download them again"
-            )
-        digest.update(name.encode())
-        for value in sums:
-            digest.update(np.asarray(value, np.uint32).tobytes())
-    return digest.hexdigest()
-
-
-_DIFFERS = {
-    "tokenizer": "encodes texts differently; give the base with the tokenizer that it was made "
-    "with",
-    "weights": "has other weights, as a fine-tune of that base has; give the base that it was made "
-    "with",
-}
-
-
-def check_identity(what: str, stated: dict[str, str | None], have: dict[str, str]) -> None:
-    """UserError if an adapter or a memory was made with another tokenizer or other weights.
-
-    A note says if it does not tell, as those of earlier versions do not.
-
-    Args:
-        what: the adapter or memory, for messages.
-        stated: the identities that it carries.
-        have: `Base.identity`.
-    """
-    for name, own in have.items():
-        if stated.get(name) not in (None, "", own):
-            raise UserError(
-                f"{what} was made with {name} {stated[name][:12]}, but the base's is {own[:12]}: "
-                f"it {_DIFFERS[name]}"
-            )
-    unstated = [name for name in have if not stated.get(name)]
-    if unstated:
-        errors.say(
-            f"{what} does not say with which {' and '.join(unstated)} it was made; "
-            "taken to be the base's"
-        )
-
-
 # ------------------------------------------------------------------------------------- loading
 
 
@@ -227,7 +106,8 @@ class Base:
     """A frozen base model and what identifies it.
 
     tokenizer: None if the folder has none and none was needed. path: as the user gave it, such as a
-    hub id or URL.
+    hub id or URL. quantize: the scheme that the parameters are in (`models.quantize`), "" for none.
+    weights: what `identity` says of a quantised base's weights; "" to compute it from `params`.
     """
 
     config: llama.ModelConfig
@@ -236,14 +116,33 @@ class Base:
     stop_ids: tuple[int, ...]
     fingerprint: str
     path: str
+    quantize: str = ""
+    weights: str = ""
 
     @functools.cached_property
     def identity(self) -> dict[str, str]:
-        """Fingerprints of what changes results beyond `fingerprint`: "weights", "tokenizer"."""
-        identity = {"weights": weights_fingerprint(self.params, self.path)}
+        """Fingerprints of what changes results beyond `fingerprint`: "weights", "tokenizer".
+
+        Those of a quantised base are of the weights that it was made of.
+        """
+        identity = {"weights": self.weights or weights_fingerprint(self.params, self.path)}
         if self.tokenizer is not None:
             identity["tokenizer"] = tokenizers.fingerprint(self.tokenizer)
         return identity
+
+
+def precision(base_dtype: str | DTypeLike | None) -> tuple[str, str | None]:
+    """(dtype of activations, `quantize` of `load_base`) for a value of --base_dtype.
+
+    With a quantised base, activations are bfloat16 on accelerators and float32 on CPUs. None is
+    float32, or what is stored. UserError if it is none of them.
+    """
+    if base_dtype is None:
+        return "float32", ""
+    name = base_dtype if base_dtype in SCHEMES else jnp.dtype(base_dtype).name
+    if name in SCHEMES:
+        return "float32" if jax.default_backend() == "cpu" else "bfloat16", name
+    return name, None
 
 
 def sizes(source: str | os.PathLike) -> llama.ModelConfig:
@@ -261,6 +160,7 @@ def load_base(
     sharding: Sharding | placing.Rule | None = None,
     progress: bool = False,
     need_tokenizer: bool = True,
+    quantize: str | None = "",
 ) -> Base:
     """Loads a base completely.
 
@@ -270,6 +170,7 @@ def load_base(
         sharding: see there.
         progress: see there.
         need_tokenizer: whether a folder without tokenizer files is an error.
+        quantize: a scheme of `models.quantize`; "" for what is stored, None for full precision.
     """
     folder = locations.local_folder(source, progress)
     config = read_config(folder)  # first: without one, a missing tokenizer is beside the point
@@ -289,8 +190,11 @@ def load_base(
                 f"base {source}: {beyond} token(s) of its tokenizer have no row in the embedding "
                 f"table of {config.vocab_size:,}; a text that holds one is refused"
             )
-    params = load_params(folder, config, dtype, sharding, progress)
-    return Base(config, params, tokenizer, stops, fingerprint(config, params), str(source))
+    loaded = weights.load(folder, config, dtype, sharding, progress, quantize=quantize)
+    own = loaded.fingerprint or fingerprint(config, loaded.params)
+    return Base(
+        config, loaded.params, tokenizer, stops, own, str(source), loaded.quantize, loaded.weights
+    )
 
 
 def identify(source: str | os.PathLike) -> tuple[llama.ModelConfig, str]:
@@ -301,12 +205,15 @@ def identify(source: str | os.PathLike) -> tuple[llama.ModelConfig, str]:
     """
     folder = locations.local_folder(source, with_weights=False)
     config = read_config(folder)
+    stored = stored_scheme.read(folder)
+    if stored is not None:
+        return config, stored.fingerprint
     remote = None if weights.has_weights(folder) else locations.remote_opener(source, folder)
     if remote is None:
-        params = load_params(folder, config, only=(("embed",), ("norm", "scale")))
+        params = weights.load_params(folder, config, only=(("embed",), ("norm", "scale")))
         return config, fingerprint(config, params)
     norm = remote_rows.read_rows(folder, remote, "model.norm.weight")
     rows = remote_rows.read_rows(
-        folder, remote, "model.embed_tokens.weight", _fingerprint_rows(config).tolist()
+        folder, remote, "model.embed_tokens.weight", fingerprint_rows(config).tolist()
     )
-    return config, _fingerprint(config, norm[0], rows)
+    return config, fingerprint_of(config, norm[0], rows)

@@ -1,16 +1,20 @@
 """An Orbax copy of a base's weights, from which each host reads only its own shards."""
 
 import contextlib
+import os
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import jax
-import tqdm
+import jax.numpy as jnp
+import numpy as np
 from etils import epath
+from jax.typing import DTypeLike
 
 from icae_jax import errors
 from icae_jax.errors import UserError
 from icae_jax.interop.hub import placing, stored
+from icae_jax.models import quantize
 
 CHUNK_BYTES = 4 << 20  # small, so that a shard of a parameter is read without the rest
 ORBAX = "params"  # the folder of the copy, beside config.json and the tokenizer's files
@@ -26,10 +30,22 @@ def is_orbax(folder: str | pathlib.Path) -> bool:
     return (folder / ORBAX / "_METADATA").is_file() or (folder / ORBAX_URL).is_file()
 
 
-def save_orbax(folder: str | pathlib.Path, params: dict) -> None:
-    """Writes an Orbax copy of the parameters into `folder/params`, which must not exist."""
+def save_orbax(folder: str | os.PathLike, params: dict) -> None:
+    """Writes an Orbax copy of the parameters into `folder/params`, which must not exist.
+
+    A quantised parameter is a folder of its arrays.
+    """
     import orbax.checkpoint as ocp  # takes a second, which loading safetensors need not wait for
 
+    params = jax.tree.map(
+        lambda w: (
+            {name: getattr(w, name) for name in quantize.LEAVES if hasattr(w, name)}
+            if quantize.is_quantized(w)
+            else w
+        ),
+        params,
+        is_leaf=quantize.is_quantized,
+    )
     args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), params)
     handler = ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_zarr3=False, use_compression=False)
     with ocp.Checkpointer(handler) as checkpointer:
@@ -38,49 +54,62 @@ def save_orbax(folder: str | pathlib.Path, params: dict) -> None:
         )
 
 
-def load_orbax(
-    folder: pathlib.Path,
-    targets: dict[placing.Path, jax.ShapeDtypeStruct],
-    wanted: dict[placing.Path, jax.ShapeDtypeStruct],
-    bar: tqdm.tqdm,
-) -> dict[placing.Path, jax.Array]:
-    """The wanted parameters from the Orbax copy of a folder.
+class OrbaxCopy:
+    """The Orbax copy of a folder, which satisfies `is_orbax`.
 
-    Args:
-        folder: satisfies `is_orbax`.
-        targets: all parameters of the model. UserError if the copy's names or shapes differ.
-        wanted: those to load.
-        bar: progress in bytes.
+    Attributes:
+        blocks: by path, the block length of parameters in int8 that do not have one scale per
+            output.
     """
-    import tensorstore
 
-    source = _location(folder)
-    _check_shapes(source, targets)
-    # Through tensorstore, in whose format Orbax writes: Orbax's own restore holds two shards, and
-    # the chunks of 128 threads beside them.
-    context = tensorstore.Context(
-        {"file_io_concurrency": {"limit": 8}, "cache_pool": {"total_bytes_limit": 0}}
-    )
-    params = {}
-    for path, target in wanted.items():
-        kvstore = {"driver": "ocdbt", "base": _kvstore(source), "path": f"{'.'.join(path)}/"}
+    def __init__(self, folder: pathlib.Path):
+        import tensorstore
+
+        self._source = _location(folder)
+        self._shapes = _stored_shapes(self._source)
+        self.blocks = {}
+        for path, codes in self._shapes.items():
+            scales = self._shapes.get((*path[:-1], "scales"))
+            if path[-1] == "codes" and scales is not None and len(scales) == len(codes):
+                axis = -1 if path[:-1] == ("embed",) else -2
+                if scales[axis] > 1 and codes[axis] % scales[axis] == 0:
+                    self.blocks[path[:-1]] = codes[axis] // scales[axis]
+        # Through tensorstore, in whose format Orbax writes: Orbax's own restore holds two shards,
+        # and the chunks of 128 threads beside them.
+        self._context = tensorstore.Context(
+            {"file_io_concurrency": {"limit": 8}, "cache_pool": {"total_bytes_limit": 0}}
+        )
+
+    def check(self, targets: Mapping[placing.Path, jax.ShapeDtypeStruct]) -> None:
+        """UserError if the copy's arrays are not those of the model."""
+        _check_shapes(self._source, self._shapes, targets)
+
+    def reader(
+        self, path: placing.Path, dtype: DTypeLike
+    ) -> Callable[[placing.Ranges], np.ndarray]:
+        """What reads (start, stop) along each axis of an array, in a dtype."""
+        import tensorstore
+
+        kvstore = {"driver": "ocdbt", "base": _kvstore(self._source), "path": f"{'.'.join(path)}/"}
         spec = {"driver": "zarr", "kvstore": kvstore}
-        with _naming(source):
+        with _naming(self._source):
             array = errors.retrying(
-                lambda spec=spec: tensorstore.open(spec, read=True, context=context).result(),
-                f"reading {source}",
+                lambda: tensorstore.open(spec, read=True, context=self._context).result(),
+                f"reading {self._source}",
             )
-        array = tensorstore.cast(array, target.dtype)
+        array = tensorstore.cast(array, jnp.dtype(dtype))
 
-        def read(ranges, array=array):
+        def read(ranges):
             slices = tuple(slice(*axis) for axis in ranges)
-            with _naming(source):
-                shard = errors.retrying(lambda: array[slices].read().result(), f"reading {source}")
-            bar.update(shard.nbytes)
-            return shard
+            with _naming(self._source):
+                return errors.retrying(
+                    lambda: array[slices].read().result(), f"reading {self._source}"
+                )
 
-        params[path] = placing.place(target, read)
-    return params
+        return read
+
+    def int8_reader(self, path: placing.Path) -> None:
+        """None: what is stored in int8 is read as it is."""
 
 
 def _location(folder):
@@ -97,8 +126,8 @@ def _location(folder):
     return epath.Path(text)
 
 
-def _check_shapes(source, targets):
-    """UserError if a copy's parameters are not those of the model."""
+def _stored_shapes(source):
+    """The shape of every array of a copy, by its path."""
     import orbax.checkpoint as ocp
 
     with _naming(source), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
@@ -107,10 +136,14 @@ def _check_shapes(source, targets):
         metadata = checkpointer.metadata(source).item_metadata
         if metadata is None:
             raise UserError("files are missing")
-    shapes = {
+    return {
         tuple(key.key for key in keys): tuple(x.shape)
         for keys, x in jax.tree_util.tree_leaves_with_path(metadata.tree)
     }
+
+
+def _check_shapes(source, shapes, targets):
+    """UserError if a copy's arrays are not those of the model."""
     missing, unknown = targets.keys() - shapes.keys(), shapes.keys() - targets.keys()
     stored.refuse(
         source,

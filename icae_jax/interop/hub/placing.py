@@ -2,7 +2,7 @@
 
 import gc
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import numpy as np
@@ -10,31 +10,46 @@ from jax.sharding import Sharding, SingleDeviceSharding
 from jax.typing import DTypeLike
 
 from icae_jax.errors import UserError
-from icae_jax.models import llama
+from icae_jax.models import llama, quantize
 
-Path = tuple[str, ...]  # of a parameter, such as ("layers", "mlp", "up_proj", "kernel")
+# Of a parameter, such as ("layers", "mlp", "up_proj", "kernel"); a quantised one's arrays have the
+# names of `quantize.LEAVES` behind that.
+Path = tuple[str, ...]
 Ranges = tuple[tuple[int, int], ...]  # (start, stop) along each axis of a parameter
 Rule = Callable[[Path, jax.ShapeDtypeStruct], Sharding]
 
 
-def make_targets(
-    config: llama.ModelConfig, dtype: DTypeLike, sharding: Sharding | Rule | None
-) -> dict[Path, jax.ShapeDtypeStruct]:
-    """The shape, dtype and sharding of every parameter to load.
+def parameter(path: Path) -> Path:
+    """The path of the parameter that an array belongs to."""
+    return path[:-1] if path[-1] in quantize.LEAVES else path
 
-    UserError if a parameter cannot be split by its sharding.
+
+def make_targets(
+    config: llama.ModelConfig,
+    dtype: DTypeLike,
+    sharding: Sharding | Rule | None,
+    scheme: str = "",
+    blocks: Mapping[Path, int] | None = None,
+) -> dict[Path, jax.ShapeDtypeStruct]:
+    """The shape, dtype and sharding of every array to load.
 
     Args:
         config: the model.
-        dtype: of all parameters.
-        sharding: None for the default device, one for all parameters, or a rule for each.
+        dtype: of all that is not quantised.
+        sharding: None for the default device, one for all parameters, or a rule for each; asked for
+            each array of a quantised parameter by the parameter's path.
+        scheme: see `quantize.quantized_shapes`.
+        blocks: likewise.
+
+    Raises:
+        UserError: a parameter cannot be split by its sharding, or quantised.
     """
     rule = sharding if callable(sharding) else lambda path, shape: sharding
+    shapes = quantize.quantized_shapes(llama.param_shapes(config), scheme, dtype, blocks)
     targets = {}
-    for keys, shape in jax.tree_util.tree_leaves_with_path(llama.param_shapes(config)):
-        path = tuple(key.key for key in keys)
-        shape = jax.ShapeDtypeStruct(shape.shape, dtype)
-        placed = rule(path, shape)
+    for keys, shape in jax.tree_util.tree_leaves_with_path(shapes):
+        path = tuple(getattr(key, "key", None) or key.name for key in keys)
+        placed = rule(parameter(path), shape)
         if placed is not None:
             try:
                 placed.shard_shape(shape.shape)
@@ -42,7 +57,7 @@ def make_targets(
                 raise UserError(
                     f"parameter {'.'.join(path)} {shape.shape} cannot be split by {placed}: {error}"
                 ) from error
-        targets[path] = jax.ShapeDtypeStruct(shape.shape, dtype, sharding=placed)
+        targets[path] = jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=placed)
     return targets
 
 

@@ -146,6 +146,9 @@ NEUTRAL = {
     "auto_map": ({},),
 }
 
+# How the weights beside config.json are quantised; its method, if this package quantised them.
+QUANTIZATION, QUANTIZED_HERE = "quantization_config", "icae_jax"
+
 # Fields of RoPE, besides those that each type reads (`config_rope.FIELDS`).
 ROPE_HARMLESS = frozenset(("finetuned", "original_max_position_embeddings"))
 ROPE_NEUTRAL = {"partial_rotary_factor": (1,), "extrapolation_factor": (1,), "attn_factor": (1,)}

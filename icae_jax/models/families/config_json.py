@@ -191,6 +191,8 @@ def _check_fields(raw: dict, name: str, family: Family, source: object) -> None:
     for field, value in (raw | {"auto_map": own_code}).items():
         if field in read or config_fields.is_neutral(field, value, neutral):
             continue
+        if field == config_fields.QUANTIZATION and _is_ours(value):
+            continue
         if field in _QUANTISED:
             raise UserError(f"{source}: {field} is set; use the unquantised checkpoint")
         if field in neutral:
@@ -203,6 +205,11 @@ def _check_fields(raw: dict, name: str, family: Family, source: object) -> None:
             f"{source}: {errors.field(field)} is {errors.shown(value)}, an unknown field that may "
             "change what the model computes; if it does not, remove it from config.json"
         )
+
+
+def _is_ours(value: object) -> bool:
+    """Whether weights were quantised by this package."""
+    return isinstance(value, dict) and value.get("quant_method") == config_fields.QUANTIZED_HERE
 
 
 def _windows(raw: dict, family: Family, layers: int, source: object) -> tuple[int, ...]:

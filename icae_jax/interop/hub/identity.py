@@ -1,0 +1,201 @@
+"""What a base is known by: fingerprints of its sizes, weights and tokenizer, and their comparison.
+
+A quantised base is known by the weights that it was made of.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from jaxtyping import Array, Float, Int, UInt32
+
+from icae_jax import errors
+from icae_jax.errors import UserError
+from icae_jax.models import llama
+from icae_jax.runtime.sharding import on_host
+
+# Fields with a default that have always been part of fingerprints.
+_FIRST_FIELDS = ("rms_norm_eps", "rope_theta", "rope_scaling", "tie_word_embeddings")
+# Two sums of hashes with these salts stand for an array.
+_SALTS = (1, 0x9E3779B9)
+
+
+def fingerprint(config: llama.ModelConfig, params: dict) -> str:
+    """Identity of a base: a sha256 of what is read quickly.
+
+    It covers the fields that change results, the final norm and 64 embedding rows in bfloat16.
+    Rows spread over the vocabulary tell bases apart, fine-tunes too, without reading gigabytes.
+    Rounding makes float32, bfloat16 and converted copies of one base agree.
+    """
+    norm, rows = params["norm"]["scale"], params["embed"][fingerprint_rows(config)]
+    return fingerprint_of(config, *on_host([norm, rows]))
+
+
+def fingerprint_rows(config: llama.ModelConfig) -> Int[np.ndarray, " rows"]:
+    """The tokens whose embeddings `fingerprint` covers."""
+    return np.linspace(0, config.vocab_size - 1, 64).astype(int)
+
+
+def fingerprint_of(
+    config: llama.ModelConfig, norm: Float[np.ndarray, " D"], rows: Float[np.ndarray, "rows D"]
+) -> str:
+    """`fingerprint` from the final norm and the embeddings of `fingerprint_rows`."""
+    digest = hashlib.sha256()
+    # Fields that were added later count only if they are used, so that older fingerprints hold.
+    plain = {
+        field.name: field.default
+        for field in dataclasses.fields(config)
+        if field.default is not dataclasses.MISSING and field.name not in _FIRST_FIELDS
+    }
+    plain["max_position_embeddings"] = config.max_position_embeddings
+    fields = {
+        k: v for k, v in dataclasses.asdict(config).items() if k not in plain or v != plain[k]
+    }
+    digest.update(json.dumps(fields, sort_keys=True).encode())
+    for value in (norm, rows):
+        digest.update(value.astype(np.float32).astype(ml_dtypes.bfloat16).tobytes())
+    return digest.hexdigest()
+
+
+def _hash_bits(x):
+    """The lowbias32 hash of integers."""
+    x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D)
+    x = (x ^ (x >> 15)) * jnp.uint32(0x846CA68B)
+    return x ^ (x >> 16)
+
+
+def _sums(x, index):
+    """Two sums, modulo 2^32, of each value's bits in bfloat16 times a hash of its index."""
+    bits = jax.lax.bitcast_convert_type(x.astype(jnp.bfloat16), jnp.uint16).astype(jnp.uint32)
+    return [
+        jnp.sum((bits + 1) * _hash_bits(index + jnp.uint32(salt)), dtype=jnp.uint32)
+        for salt in _SALTS
+    ]
+
+
+@jax.jit
+def matrix_checksums(
+    x: Float[Any, "rows columns"], row: Any, column: Any, width: Any
+) -> tuple[UInt32[Array, ""], UInt32[Array, ""], Any]:
+    """What a part of a matrix adds to its checksums, and whether all of it is finite.
+
+    Args:
+        x: the part.
+        row: where it begins in the matrix.
+        column: likewise.
+        width: columns of the matrix.
+    """
+    rows, columns = (jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) for axis in (0, 1))
+    row, column, width = (jnp.asarray(n, jnp.uint32) for n in (row, column, width))
+    return *_sums(x, (rows + row) * width + columns + column), jnp.isfinite(x).all()
+
+
+@jax.jit
+def checksums(params: dict) -> dict:
+    """Two checksums of every parameter in bfloat16, and whether it is finite; by layer if stacked.
+
+    A checksum is a sum, modulo 2^32, of each value's bits times a hash of its index, so it does not
+    depend on devices or the order of summation.
+    """
+
+    def of_array(x):
+        index = jnp.zeros(x.shape, jnp.uint32)
+        for axis, n in enumerate(x.shape):
+            index = index * jnp.uint32(n) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+        return *_sums(x, index), jnp.isfinite(x).all()
+
+    # Layer by layer, since XLA on CPUs materialises the indices.
+    layers = jax.tree.map(lambda x: jax.lax.map(of_array, x), params["layers"])
+    others = {name: value for name, value in params.items() if name != "layers"}
+    return jax.tree.map(of_array, others) | {"layers": layers}
+
+
+def weights_fingerprint(params: dict, source: str = "") -> str:
+    """Identity of all of a base's weights, rounded to bfloat16: a sha256 of their checksums.
+
+    A fine-tune may share the embedding rows and the norm that `fingerprint` reads with its base.
+
+    Args:
+        params: the base.
+        source: where it comes from, for messages.
+
+    Raises:
+        UserError: a weight is not finite.
+    """
+    return checksums_fingerprint(on_host(checksums(params)), source)
+
+
+def checksums_fingerprint(sums: dict, source: str = "") -> str:
+    """`weights_fingerprint` from the `checksums` of all parameters, on the host."""
+    digest = hashlib.sha256()
+    leaves = jax.tree_util.tree_leaves_with_path(sums, is_leaf=lambda x: isinstance(x, tuple))
+    for path, (*values, finite) in leaves:
+        name = ".".join(key.key for key in path)
+        if not np.all(finite):
+            raise UserError(
+                f"base {source}: {name} holds numbers that are not finite; the weights are "
+                "damaged, download them again"
+            )
+        digest.update(name.encode())
+        for value in values:
+            digest.update(np.asarray(value, np.uint32).tobytes())
+    return digest.hexdigest()
+
+
+_DIFFERS = {
+    "tokenizer": "encodes texts differently; give the base with the tokenizer that it was made "
+    "with",
+    "weights": "has other weights, as a fine-tune of that base has; give the base that it was made "
+    "with",
+}
+
+
+def check_identity(what: str, stated: Mapping[str, str | None], have: Mapping[str, str]) -> None:
+    """UserError if an adapter or a memory was made with another tokenizer or other weights.
+
+    A note says if it does not tell, as those of earlier versions do not.
+
+    Args:
+        what: the adapter or memory, for messages.
+        stated: the identities that it carries.
+        have: `Base.identity`.
+    """
+    for name, own in have.items():
+        if stated.get(name) not in (None, "", own):
+            raise UserError(
+                f"{what} was made with {name} {stated[name][:12]}, but the base's is {own[:12]}: "
+                f"it {_DIFFERS[name]}"
+            )
+    unstated = [name for name in have if not stated.get(name)]
+    if unstated:
+        errors.say(
+            f"{what} does not say with which {' and '.join(unstated)} it was made; "
+            "taken to be the base's"
+        )
+
+
+def compare_quantisation(what: str, stated: str, have: str) -> None:
+    """A note on stderr if an adapter or a memory was made on another quantisation of the base.
+
+    Args:
+        what: the adapter or memory, for messages.
+        stated: the scheme that it carries, "" for none.
+        have: `Base.quantize`.
+    """
+    if stated != have:
+        errors.say(
+            f"{what} was made on the base {precision_text(stated)}, and this base is "
+            f"{precision_text(have)}: its rounding differs, so memories are read somewhat worse "
+            "(icae_jax/interop/adapters/README.md says how much)"
+        )
+
+
+def precision_text(quantize: str) -> str:
+    """A scheme as messages say it."""
+    return f"in {quantize}" if quantize else "in full precision"
