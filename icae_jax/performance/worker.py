@@ -8,6 +8,7 @@ import importlib.metadata
 import json
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -119,8 +120,10 @@ def _devices(topology: str) -> Sequence[Any] | str:
     """The devices of a topology, or what is wrong with its name."""
     from jax.experimental import topologies
 
+    # By default libtpu asks for whole hosts, of several chips.
+    single = {"chips_per_host_bounds": (1, 1, 1)} if re.fullmatch(r"\w+:1(x1)+", topology) else {}
     try:
-        return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+        return topologies.get_topology_desc("tpu", topology_name=topology, **single).devices
     except (RuntimeError, ValueError) as error:
         lines = str(error).strip().splitlines() or [repr(error)]
         return (
