@@ -123,7 +123,7 @@ def _devices(topology: str) -> Sequence[Any] | str:
     # By default libtpu asks for whole hosts, of several chips.
     single = {"chips_per_host_bounds": (1, 1, 1)} if re.fullmatch(r"\w+:1(x1)+", topology) else {}
     try:
-        return topologies.get_topology_desc("tpu", topology_name=topology, **single).devices
+        return topologies.get_topology_desc(topology, "tpu", **single).devices
     except (RuntimeError, ValueError) as error:
         lines = str(error).strip().splitlines() or [repr(error)]
         return (
