@@ -17,13 +17,13 @@ UNSET = "-"  # stands for a base or data that nobody named
 
 
 def base_sizes(base: str) -> ModelConfig:
-    """The sizes of a base: a folder on this machine, or a known hub id. UserError otherwise."""
+    """The sizes of a base: a folder or GGUF file here, or a known hub id. UserError otherwise."""
     if base == UNSET:
         raise UserError(
             "base is not set; name it, --config.base=NAME, or a configuration that does; "
             f"known are {', '.join(sizes.NAMED)}"
         )
-    return bases.sizes(base) if pathlib.Path(base).is_dir() else sizes.find(base)
+    return bases.sizes(base) if pathlib.Path(base).exists() else sizes.find(base)
 
 
 def load_config(config: str | None, overrides: Mapping[str, Any]) -> TrainConfig:
