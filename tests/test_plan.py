@@ -453,6 +453,39 @@ def test_a_training_step_gathers_one_layer_at_a_time(tmp_path, monkeypatch, caps
 
 @needs_libtpu
 @pytest.mark.nightly
+@pytest.mark.parametrize(("scheme", "codes"), [("int8", "s8["), ("nf4", "u8[")])
+def test_a_quantised_base_is_gathered_in_its_codes(scheme, codes):
+    """Breaks when a layer is dequantised where it is stored, so that links carry as much as before,
+    or a chip holds full precision.
+    """
+    wide = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32}
+    model = dataclasses.replace(TINY, num_kv_heads=4, **wide)
+    config = make_spec(quantize=scheme, dtype="bfloat16", eval_examples=0).config
+    spec = programs.Spec("train", config, model, 4, 32)
+    compiled = plan.compile_for(spec, "v5e:2x2")
+    gathered = {shape for kind, *_, shape in compiled["collectives"] if kind == "all-gather"}
+    kernels = {"[1,128,128]", "[1,128,256]", "[1,256,128]", "[1,64,128]", "[1,64,256]"}
+    matrices = {shape for shape in gathered if shape[shape.index("[") :] in kernels}
+    assert matrices and all(shape.startswith(codes) for shape in matrices)
+    plain = dataclasses.replace(spec, config=dataclasses.replace(config, quantize=""))
+    saved = plan.compile_for(plain, "v5e:2x2")["argument_bytes"] - compiled["argument_bytes"]
+    shape = {"data": 1, "fsdp": 4, "tensor": 1}
+    less = programs.base_bytes(plain, shape) - programs.base_bytes(spec, shape)
+    assert saved == pytest.approx(less, rel=0.2)  # arrays are padded to tiles
+
+
+@needs_libtpu
+@pytest.mark.nightly
+def test_a_slice_of_one_chip():
+    """Breaks when only whole hosts can be planned."""
+    assert plan.worker.ask({"kind": "topology", "topology": "v5e:1x1"}) == {
+        "kind": "TPU v5 lite",
+        "chips": 1,
+    }
+
+
+@needs_libtpu
+@pytest.mark.nightly
 @pytest.mark.parametrize("what", programs.WHATS)
 def test_every_program(what, tiny_base, capsys):
     """Breaks when training with its evaluation, writing or reading memories cannot be planned."""

@@ -7,11 +7,11 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from conftest import TINY, WORDS, seen_devices, write_jsonl
+from conftest import TINY, WORDS, eight_devices, seen_devices, write_jsonl
 
 from icae_jax.compression import method
 from icae_jax.models import llama
-from icae_jax.performance import flops, plan, programs, utilisation, worker
+from icae_jax.performance import flops, plan, programs, steps, utilisation, worker
 from icae_jax.runtime import sharding
 from icae_jax.runtime.sharding import MeshConfig
 from icae_jax.training.compressor_task import CompressorTask
@@ -155,6 +155,48 @@ def test_programs_lower(sources, method, what):
     assert {"train": (7, 32), "compress": memory, "decode": (2, 12)}[what] in {
         x.shape for x in jax.tree.leaves(lowered.out_info)
     }
+
+
+@pytest.mark.parametrize("scheme", ["int8", "nf4+ends"])
+def test_programs_take_the_quantised_base(sources, scheme):
+    """Breaks when a plan is of full precision where the configuration says otherwise, a quantised
+    program cannot be traced, or a chip's part of the base is not what the program takes.
+    """
+    widths = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}  # in blocks of 64
+    model = dataclasses.replace(TINY, **widths)
+    config = config_of(sources, quantize=scheme, dtype="bfloat16")
+    with eight_devices():
+        mesh = sharding.make_mesh(MeshConfig(1, 2, 4))
+        for what in (*programs.WHATS, programs.EVALUATE):
+            spec = programs.Spec(what, config, model, 4, 32)
+            assert any(x.dtype.itemsize == 1 for x in jax.tree.leaves(programs.base_shapes(spec)))
+            avals = jax.tree.leaves(programs.lower(spec, mesh).in_avals)
+            integers = sum(x.size for x in avals if x.dtype in (np.int8, np.uint8))
+            expected = programs.base_shapes(spec)
+            assert integers == sum(
+                x.size for x in jax.tree.leaves(expected) if x.dtype in (np.int8, np.uint8)
+            )
+        params = steps.random_params(model, sharding.Placement(mesh, model), "bfloat16", 0, scheme)
+        parts = [x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(params)]
+    assert programs.base_bytes(spec, dict(mesh.shape)) == sum(parts)
+
+
+def test_dequantising_is_what_the_quantised_program_adds(sources):
+    """Breaks when it is counted in the matmuls, of another program, or in a dtype whose
+    conversions a CPU adds of its own.
+    """
+    asked = []
+
+    def ask(request, devices):
+        asked.extend((s.config.quantize, s.config.dtype) for s in request["specs"])
+        extra = 0.5 if request["specs"][0].config.quantize else 0.0
+        return {"flops": [10.0 + extra, 13.0 + 2 * extra]}
+
+    config = config_of(sources, quantize="nf4", dtype="bfloat16", accumulate=2, batch_size=8)
+    spec = programs.Spec("train", config, dataclasses.replace(TINY, num_layers=5), 4, 32)
+    counted = plan.count_flops(spec, {"data": 1, "fsdp": 4, "tensor": 1}, ask)
+    assert counted.matmuls == 2 * (10 + 3 * 3) and counted.dequantising == 2 * (0.5 + 3 * 0.5)
+    assert asked == [("", "float32")] * 2 + [("nf4", "float32")] * 2
 
 
 def test_the_least_flops_are_those_of_the_training_metrics(sources):
