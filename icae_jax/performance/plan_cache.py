@@ -141,7 +141,7 @@ def _keep(about, answer, more):
 
 # ----------------------------------------------------------------------------------- durations
 
-# Wall seconds on two cores of an Intel Xeon that do nothing else, see `worker.KINDS`.
+# Seconds, by `worker.KINDS`, of plans of Llama-2-7B on an Intel Xeon with nothing else to do.
 MEASURED = {"topology": 5.0, "tpu": 150.0, "host": 200.0}
 EXACT = 5  # times as long
 
@@ -194,7 +194,7 @@ def forecast(missing: Sequence[tuple[Request, int]]) -> str:
             seconds += MEASURED[request["kind"]] * (EXACT if request.get("exact") else 1)
     source = "as earlier plans took here"
     if rules:
-        source = "as measured on two free cores of an Intel Xeon; no plan like it was made here"
+        source = "as for Llama-2-7B on an idle Intel Xeon, since no plan like it was made here"
     return f"compiling {errors.counted(len(missing), 'programs')}: about {_time(seconds)}, {source}"
 
 
