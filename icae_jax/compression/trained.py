@@ -36,8 +36,8 @@ def init_memory_table(
         mean, std = moments(embeddings)
         table = mean + std * table
     if trigger_id is not None:
-        row = take_rows(embeddings, jnp.asarray(trigger_id))
-        table = table.at[config.k].set(row.astype(jnp.float32))
+        rows = take_rows(embeddings, jnp.asarray([trigger_id]))
+        table = table.at[config.k].set(rows[0].astype(jnp.float32))
     return table
 
 

@@ -1,0 +1,343 @@
+"""Loading quantised bases: streamed, split, from Orbax copies and int8 blocks; their identity."""
+
+import dataclasses
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import TINY, eight_devices, random_params, random_trained, same
+
+from icae_jax.cli import main as cli
+from icae_jax.compression.config import CompressionConfig
+from icae_jax.errors import UserError
+from icae_jax.inference import loading
+from icae_jax.interop.adapters import folder as adapters
+from icae_jax.interop.hub import base as bases
+from icae_jax.interop.hub import identity, quantizing, stored, weights
+from icae_jax.models import llama, quantize
+from icae_jax.models.lora import LoraConfig
+from icae_jax.objectives import targets
+from icae_jax.runtime import sharding
+from icae_jax.workflows import convert_base
+
+WIDE = dataclasses.replace(TINY, hidden_size=64, intermediate_size=128, head_dim=16)
+
+
+@pytest.fixture(scope="module")
+def params():
+    return random_params(WIDE)
+
+
+@pytest.fixture(scope="module")
+def folder(params, tiny_tokenizer, tmp_path_factory):
+    """A base's folder, in bfloat16."""
+    path = tmp_path_factory.mktemp("base") / "hub"
+    bases.save_base(path, WIDE, params, tiny_tokenizer)
+    return path
+
+
+@pytest.fixture(scope="module")
+def whole(folder):
+    """That base in full precision."""
+    return bases.load_base(folder)
+
+
+@pytest.fixture(scope="module")
+def copies(folder, tmp_path_factory):
+    """Its Orbax copies, by scheme."""
+    made = {}
+    for scheme in ("int8", "nf4+ends"):
+        made[scheme] = tmp_path_factory.mktemp("copies") / scheme
+        convert_base.convert(folder, made[scheme], dtype=scheme)
+    return made
+
+
+@pytest.mark.parametrize("scheme", quantize.SCHEMES)
+def test_streamed_as_quantised_in_memory(folder, whole, scheme, monkeypatch):
+    """Breaks when a chunk is cut wrongly, or the identity is not that of the source's weights."""
+    monkeypatch.setattr(quantizing, "CHUNK_BYTES", 5000)  # several chunks, the last one smaller
+    base = bases.load_base(folder, quantize=scheme)
+    want = quantize.quantize_params(whole.params, scheme)
+    same(base.params, want)
+    assert base.quantize == scheme and whole.quantize == ""
+    assert (base.fingerprint, base.identity) == (whole.fingerprint, whole.identity)
+    assert jax.tree.structure(base.params) == jax.tree.structure(want)
+
+
+@pytest.mark.parametrize("shape", [(1, 4, 2), (1, 1, 8), (2, 2, 1)])
+def test_a_load_onto_a_mesh(folder, whole, shape):
+    """Breaks when codes or scales depend on how devices split them, or a checksum counts twice."""
+    for scheme in ("int8+ends", "nf4+ends"):
+        with eight_devices():
+            devices = jax.devices()[: np.prod(shape)]
+            mesh = sharding.make_mesh(sharding.MeshConfig(*shape), devices)
+            placement = sharding.Placement(mesh, WIDE)
+            base = bases.load_base(folder, sharding=placement.parameter, quantize=scheme)
+            leaf = base.params["layers"]["self_attn"]["q_proj"]["kernel"].codes
+            split = leaf.sharding.shard_shape(leaf.shape)
+            assert split == (2, leaf.shape[1] // shape[1], leaf.shape[2] // shape[2])
+            assert (base.fingerprint, base.identity) == (whole.fingerprint, whole.identity)
+            same(jax.device_get(base.params), quantize.quantize_params(whole.params, scheme))
+
+
+def test_a_number_that_is_not_finite_is_named(folder, tmp_path, params, tiny_tokenizer):
+    """Breaks when NaN becomes a code."""
+    kernel = params["layers"]["mlp"]["up_proj"]["kernel"].at[1, 3, 5].set(np.nan)
+    mlp = params["layers"]["mlp"] | {"up_proj": {"kernel": kernel}}
+    broken = params | {"layers": params["layers"] | {"mlp": mlp}}
+    bases.save_base(tmp_path / "b", WIDE, broken, tiny_tokenizer)
+    with pytest.raises(UserError, match=r"up_proj\.kernel holds numbers that are not finite"):
+        bases.load_base(tmp_path / "b", quantize="int8")
+
+
+class _Blocks:
+    """A tensor of a file that stores int8 in blocks of 32."""
+
+    def __init__(self, shape, seed):
+        rng = np.random.default_rng(seed)
+        self.codes = rng.integers(-127, 128, shape).astype(np.int8)
+        self.scales = (rng.random((shape[0], shape[1] // 32)) / 99).astype(np.float16)
+
+    def get_shape(self):
+        return list(self.codes.shape)
+
+    def get_dtype(self):
+        return "F32"
+
+    def __getitem__(self, index):
+        scales = self.scales.astype(np.float32).repeat(32, 1)
+        return (self.codes * scales)[index]
+
+    def read_q8_0(self, rows):
+        return self.codes[rows], self.scales[rows]
+
+
+def test_int8_blocks_are_taken_as_they_are(folder, monkeypatch, tmp_path, tiny_tokenizer):
+    """Breaks when stored int8 blocks are rounded again, transposed, or known as other weights."""
+    real = stored.open_tensors
+
+    def open_tensors(folder, config, shapes, enter):
+        held = real(folder, config, shapes, enter)
+        quantised = [n for n in held if "mlp" in n or n in (stored.TABLE, stored.HEAD)]
+        return held | {n: ("file", _Blocks(shapes[n], i)) for i, n in enumerate(quantised)}
+
+    monkeypatch.setattr(weights.stored, "open_tensors", open_tensors)
+    whole, base = bases.load_base(folder), bases.load_base(folder, quantize="int8+ends")
+    assert (base.fingerprint, base.identity) == (whole.fingerprint, whole.identity)
+    for path in (("embed",), ("lm_head",), ("layers", "mlp", "down_proj", "kernel")):
+        w, want = base.params, whole.params
+        for key in path:
+            w, want = w[key], want[key]
+        same(w.dequantize(jnp.float32), want)
+        assert 32 in np.asarray(w.shape) // np.asarray(w.scales.shape)
+    assert base.params["layers"]["self_attn"]["q_proj"]["kernel"].scales.shape[1] == 1
+    convert_base.convert(folder, tmp_path / "copy", dtype="int8+ends")
+    monkeypatch.undo()
+    same(bases.load_base(tmp_path / "copy").params, base.params)
+
+
+# ------------------------------------------------------------------------------------ Orbax copies
+
+
+def test_a_copy_is_what_was_quantised(folder, whole, copies, capsys):
+    """Breaks when a copy loses its scheme, an array, or the identity of its source."""
+    for scheme, copy in copies.items():
+        base = bases.load_base(copy)
+        same(base.params, bases.load_base(folder, quantize=scheme).params)
+        assert base.quantize == scheme
+        assert (base.fingerprint, base.identity) == (whole.fingerprint, whole.identity)
+        assert bases.identify(copy) == (WIDE, whole.fingerprint)
+        capsys.readouterr()
+        plain = bases.load_base(copy, quantize=None)
+        assert f"stored in {scheme}; dequantised to float32" in capsys.readouterr().err
+        want = jax.tree.map(
+            lambda w: quantize.as_array(w, jnp.float32), base.params, is_leaf=quantize.is_quantized
+        )
+        same(plain.params, want)
+        assert plain.quantize == ""
+
+
+def test_a_copy_onto_a_mesh(copies):
+    """Breaks when a shard of stored codes is another's."""
+    for copy in copies.values():
+        want = bases.load_base(copy).params
+        with eight_devices():
+            placement = sharding.Placement(
+                sharding.make_mesh(sharding.MeshConfig(1, 4, 2), jax.devices()), WIDE
+            )
+            base = bases.load_base(copy, sharding=placement.parameter)
+            same(jax.device_get(base.params), want)
+
+
+def test_an_unquantised_copy_is_quantised(folder, whole, tmp_path):
+    """Breaks when an Orbax copy is read otherwise than safetensors."""
+    convert_base.convert(folder, tmp_path / "copy", "orbax")
+    base = bases.load_base(tmp_path / "copy", quantize="nf4+ends")
+    same(base.params, quantize.quantize_params(whole.params, "nf4+ends"))
+    assert (base.fingerprint, base.identity) == (whole.fingerprint, whole.identity)
+
+
+def test_converting_back(copies, tmp_path, whole, capsys):
+    """Breaks when a dequantised folder still says that it is quantised."""
+    assert (
+        cli.main(
+            [
+                "convert",
+                "base",
+                "--from",
+                str(copies["int8"]),
+                "--to",
+                str(tmp_path / "hub"),
+                "--dtype",
+                "float32",
+            ]
+        )
+        == 0
+    )
+    back = bases.load_base(tmp_path / "hub")
+    same(back.params, bases.load_base(copies["int8"], quantize=None).params)
+    assert "quantization_config" not in json.loads((tmp_path / "hub" / "config.json").read_text())
+    assert back.identity["weights"] != whole.identity["weights"]
+    convert_base.convert(copies["int8"], tmp_path / "again")  # in its own scheme
+    same(bases.load_base(tmp_path / "again").params, bases.load_base(copies["int8"]).params)
+
+
+def test_inspect_tells_the_scheme(copies, whole, capsys):
+    """Breaks when inspect calls a quantised folder's weights something else."""
+    assert cli.main(["inspect", str(copies["nf4+ends"]), "--json"]) == 0
+    about = json.loads(capsys.readouterr().out)
+    assert about["dtype"] == "nf4+ends" and about["fingerprint"] == whole.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ("--from BASE --to NEW --dtype nf4 --format hub", "--format hub has no place for nf4"),
+        ("--from COPY --to NEW --format hub", "--format hub has no place for int8"),
+        ("--from COPY --to NEW --dtype nf4", "stored in int8, of which nf4 cannot be made"),
+        ("--from TINY --to NEW --dtype nf4", "do not divide the width 32 of layers."),
+        ("--from TINY --to NEW --dtype int4", "invalid choice: 'int4'"),
+    ],
+)
+def test_bad_conversions(folder, copies, tiny_base, tmp_path, argv, message, capsys):
+    """Breaks when something is written that does not load, or the message names no remedy."""
+    places = {"BASE": folder, "COPY": copies["int8"], "TINY": tiny_base, "NEW": tmp_path / "new"}
+    words = [str(places.get(word, word)) for word in argv.split()]
+    try:
+        code = cli.main(["convert", "base", *words])
+    except SystemExit as error:
+        code = error.code
+    assert code == 2 and message in capsys.readouterr().err and not (tmp_path / "new").exists()
+
+
+def test_bad_folders(folder, copies, tmp_path):
+    """Breaks when a damaged record of the scheme ends in a traceback, or other weights load."""
+    copy = shutil.copytree(copies["int8"], tmp_path / "copy")
+    config = json.loads((copy / "config.json").read_text())
+
+    def refused(message, **changes):
+        field = config["quantization_config"] | changes
+        (copy / "config.json").write_text(json.dumps(config | {"quantization_config": field}))
+        with pytest.raises(UserError, match=message):
+            bases.load_base(copy)
+
+    refused("has the scheme 'int3'; this version reads int8", scheme="int3")
+    refused("fingerprint is 7, which is not", fingerprint=7)
+    refused("quantization_config is set; use the unquantised checkpoint", quant_method="awq")
+    refused("not in the model of config.json", scheme="nf4")
+    (copy / "config.json").write_text(json.dumps(config))
+    shutil.rmtree(copy / "params")
+    shutil.copy(folder / "model.safetensors", copy)
+    with pytest.raises(UserError, match="weights are in int8, and only Orbax copies are"):
+        bases.load_base(copy)
+    with pytest.raises(UserError, match=r"width 32 of layers\.mlp\.down_proj\S*; use int8"):
+        config = dataclasses.replace(WIDE, intermediate_size=32)
+        weights.load_params(folder, config, quantize="nf4")
+
+
+# ------------------------------------------------------------------------------ adapters, memories
+
+
+def _adapter(base, path):
+    compression = CompressionConfig("icae", k=3, rate=4)
+    template = targets.make_template("plain", base.tokenizer)
+    adapter = adapters.Adapter(
+        compression,
+        LoraConfig(4, 0.5),
+        template,
+        random_trained(WIDE, 3),
+        base.path,
+        base.fingerprint,
+        base_identity=base.identity,
+        base_quantize=base.quantize,
+    )
+    adapters.save_adapter(path, adapter)
+    return path
+
+
+def test_adapters_know_the_quantisation_they_were_trained_with(
+    folder, whole, copies, tmp_path, capsys, tiny_base
+):
+    """Breaks when another quantisation is refused or goes unsaid, or another base is taken."""
+    plain = _adapter(whole, tmp_path / "plain")
+    assert "base_quantize" not in json.loads((plain / "icae.json").read_text())
+    base = bases.load_base(copies["int8"])
+    trained = _adapter(base, tmp_path / "int8")
+    assert json.loads((trained / "icae.json").read_text())["base_quantize"] == "int8"
+    assert adapters.load_adapter(trained, base).base_quantize == "int8"
+    assert adapters.load_adapter(plain, whole).base_quantize == ""
+    assert capsys.readouterr().err == ""
+    adapters.load_adapter(trained, whole)
+    adapters.load_adapter(plain, base)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2
+    assert "made on the base in int8, and this base is in full precision" in lines[0]
+    assert "made on the base in full precision, and this base is in int8" in lines[1]
+    with pytest.raises(UserError, match="give the right base"):
+        adapters.load_adapter(trained, bases.load_base(tiny_base))
+
+
+def test_from_compressing_to_asking(folder, copies, tmp_path, capsys):
+    """Breaks when a verb takes no quantised base, or a memory does not say what wrote it."""
+    adapter = _adapter(bases.load_base(copies["int8"]), tmp_path / "adapter")
+    memory = tmp_path / "m.safetensors"
+    source = tmp_path / "text.txt"
+    source.write_text("the cat sat on the mat")
+    common = ["--adapter", str(adapter), "--base", str(folder)]
+    flag = ["--base_dtype", "int8"]
+    assert cli.main(["compress", str(source), "--output", str(memory), *common, *flag]) == 0
+    read = ["--memory", str(memory), *common, "--max_new_tokens", "3"]
+    assert cli.main(["restore", *read, *flag]) == 0
+    assert "precision" not in capsys.readouterr().err
+    assert cli.main(["restore", *read]) == 0
+    err = capsys.readouterr().err
+    assert f"--memory {memory} was made on the base in int8" in err
+    export = ["export", "hf-cache", "--memory", str(memory), *common, "--to", str(tmp_path / "c")]
+    assert cli.main([*export, *flag]) == 0
+    compressor = loading.load(adapter, copies["int8"])
+    assert compressor.base.quantize == "int8" and len(compressor.compress(["the dog ran"])) == 1
+
+
+def test_precision():
+    """Breaks when a value of --base_dtype gives another base or other activations."""
+    assert bases.precision(None) == ("float32", "")
+    assert bases.precision("bfloat16") == ("bfloat16", None)
+    assert bases.precision(jnp.float32) == ("float32", None)
+    assert bases.precision("nf4+ends") == ("float32", "nf4+ends")
+
+
+def test_fingerprints_stay(params):
+    """Breaks when a field of the model that is not used enters fingerprints of older files."""
+    text = identity.fingerprint(TINY, random_params(TINY))
+    changed = dataclasses.replace(TINY, qk_norm=True)
+    assert identity.fingerprint(changed, random_params(TINY)) != text
+    assert (
+        identity.fingerprint(
+            dataclasses.replace(TINY, max_position_embeddings=9), random_params(TINY)
+        )
+        == text
+    )
+    assert llama.ModelConfig.__dataclass_fields__["rope_theta"].default == 10000.0
