@@ -297,6 +297,10 @@ def test_how_long_a_plan_takes_is_learnt_from_like_ones(asked, root, monkeypatch
     between = request(spec=dataclasses.replace(SPEC, contexts=6))
     assert "about 75 s" in plan_cache.forecast([(between, 1)])
     assert "about 2 min" in plan_cache.forecast([(between, 1), (wider, 1)])
-    assert "no plan like it" in plan_cache.forecast([(request(exact=True), 1)])
+    evaluation = request(spec=dataclasses.replace(SPEC, what="evaluate"))
+    assert "about 60 s, as earlier" in plan_cache.forecast([(evaluation, 1)])
+    larger = request(spec=dataclasses.replace(SPEC, model=dataclasses.replace(TINY, vocab_size=9)))
+    for other in (request(exact=True), larger):
+        assert "no plan like it" in plan_cache.forecast([(other, 1)])
     monkeypatch.setattr(plan_cache.compiled, "processor", lambda: "another")
     assert plan_cache.forecast([(wider, 1)]) == rule

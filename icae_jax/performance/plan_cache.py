@@ -147,7 +147,7 @@ EXACT = 5  # times as long
 
 
 def _likeness(request, host_devices):
-    """What a request's duration depends on, the most important first."""
+    """What a request's duration depends on."""
     spec = request["spec"] if "spec" in request else next(iter(request.get("specs", [])), None)
     about = {"kind": request["kind"], "machine": [compiled.processor(), os.cpu_count()]}
     if spec is None:
@@ -165,7 +165,7 @@ def _likeness(request, host_devices):
     }
 
 
-_NEEDED = ("kind", "machine", "what", "exact")  # alike, or a kept duration says nothing
+_NEEDED = ("kind", "machine", "width", "exact")  # alike, or a kept duration says nothing
 
 
 def forecast(missing: Sequence[tuple[Request, int]]) -> str:
