@@ -8,6 +8,7 @@ It holds only what can be made again. `icae cache` lists and prunes it.
 | compiled | JAX's compiled programs, a folder for each CPU type    | JAX keeps it in X-atime   |
 | hashes   | the hashes of large data files                         | mtime of the file         |
 | gguf     | configuration and tokenizer of each GGUF file          | newest mtime of its files |
+| plans    | what plans compiled and counted, a file an answer      | mtime of the file         |
 | bases    | base models copied from buckets: listed, never removed | newest mtime of its files |
 
 A process that uses a token folder holds a shared lock on its `about.json`, so that no other one
@@ -42,7 +43,7 @@ COMPILED_PART = 4  # JAX keeps compiled programs within 1/4 of the limit
 RECENT = 3600  # seconds; entries used since then stay, whatever the limit
 LEFT_OVER = 86400  # seconds after which an unfinished or half-removed folder is garbage
 ABOUT = "about.json"
-_KEY = "[0-9a-f]{32}"  # the names of token folders and hashes
+_KEY = "[0-9a-f]{32}"  # the names of token folders, hashes and plans
 _UNFINISHED = r"\.(new|gone|lock)\..+"
 GIB = 1 << 30
 
@@ -272,7 +273,9 @@ def entries(root: pathlib.Path, version: int) -> list[Entry]:
     for path in sorted((root / "compiled").glob("*/*-cache")):
         with contextlib.suppress(FileNotFoundError):
             result.append(_compiled_entry(path))
-    for kind, pattern in (("hashes", rf"{_KEY}\.json"), ("gguf", _KEY), ("bases", r"[^.].*")):
+    json_file = rf"{_KEY}\.json"
+    patterns = {"hashes": json_file, "plans": json_file, "gguf": _KEY, "bases": r"[^.].*"}
+    for kind, pattern in patterns.items():
         for path in _matching(root / kind, pattern):
             with contextlib.suppress(FileNotFoundError):
                 result.append(Entry(kind, path.name, (path,), _size(path), _newest(path)))
@@ -324,10 +327,11 @@ def bound_compiled(folder: pathlib.Path) -> None:
 
 
 def summary(entries: list[Entry]) -> list[dict]:
-    """The rows of `icae cache list`: tokens and bases one by one, the others summed by kind."""
+    """The rows of `icae cache list`: small files are summed by folder, others listed one by one."""
+    summed = {"hashes": "of data files", "plans": "of programs", "gguf": "of GGUF files"}
     rows = {}
     for entry in entries:
-        name = {"hashes": "of data files", "gguf": "of GGUF files"}.get(entry.kind, entry.name)
+        name = summed.get(entry.kind, entry.name)
         path = entry.paths[0] if entry.kind == "tokens" else None
         row = rows.setdefault(
             (entry.kind, name, path),

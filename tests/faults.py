@@ -301,6 +301,42 @@ MUTANTS = [
         'self._run(instruction.called("body"), times * turns)', 'self._run(instruction.called("body"), times)', "test_hlo.py",
     ),
     Mutant(
+        "a plan outlives its sources", "performance/plan_cache.py",
+        "host_devices, source_digest(), _versions()", "host_devices, _versions()", "test_plan_cache.py -k anew",
+    ),
+    Mutant(
+        "a plan outlives its compiler", "performance/plan_cache.py",
+        "source_digest(), _versions(), _environment()", "source_digest(), _environment()", "test_plan_cache.py -k anew",
+    ),
+    Mutant(
+        "a damaged plan is believed", "performance/plan_cache.py",
+        'if isinstance(record, dict) and record.get("checksum") == _checksum(record):', "if isinstance(record, dict):",
+        "test_plan_cache.py -k damaged",
+    ),
+    Mutant(
+        "a plan of half-edited sources is kept", "performance/plan_cache.py",
+        "if about == identity(request, host_devices):", "if True:", "test_plan_cache.py -k while_it_compiles",
+    ),
+    Mutant(
+        "what does not fit is compiled again", "performance/plan_cache.py",
+        "answer = {OUT_OF_MEMORY: str(error)}", "raise", "test_plan_cache.py -k does_not_fit",
+    ),
+    Mutant(
+        "plans are of full precision", "performance/programs.py",
+        "quantized_shapes(shapes, c.quantize, c.jnp_dtype)", 'quantized_shapes(shapes, "", c.jnp_dtype)',
+        "test_programs.py -k take_the_quantised",
+    ),
+    Mutant(
+        "dequantising counts as matmuls", "performance/plan.py",
+        'matmuls = _count(_quantized(spec, ""), shape, ask)', "matmuls = _count(spec, shape, ask)",
+        "test_programs.py -k dequantising",
+    ),
+    Mutant(
+        "ratios of different turns are compared", "performance/bench_bases.py",
+        "value(turn[name]) / value(turn[first]) for turn in turns", "value(turn[name]) / value(turns[0][first]) for turn in turns",
+        "test_bench.py -k turns",
+    ),
+    Mutant(
         "points of a sweep share a folder", "workflows/sweep_points.py",
         'f"{name}-{number}" if name in names else name', "name", "test_sweep.py -k 'name or folder'",
     ),

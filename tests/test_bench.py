@@ -2,13 +2,19 @@
 
 import dataclasses
 import json
+import math
+import re
+import shutil
 
 import jax
 import pytest
-from conftest import ROOT, TINY
+from conftest import ROOT, TINY, eight_devices, same
 
 from icae_jax.cli import main as cli
-from icae_jax.performance import bench, bench_report, programs, steps
+from icae_jax.errors import UserError
+from icae_jax.models import llama, quantize
+from icae_jax.performance import bench, bench_bases, bench_report, programs, steps, worker
+from icae_jax.runtime import sharding
 from icae_jax.training.config import TrainConfig
 from icae_jax.training.config_file import from_dict
 
@@ -31,15 +37,18 @@ def command(folder, *more, phase="pretrain", **changes):
     return ["bench", "train", "--config", f"{ROOT / 'configs' / 'icae.py'}:{phase}", *config, *more]
 
 
+def counted(spec, mesh):
+    """In the place of `steps.xla_flops`, which has its own tests."""
+    return (1.25 + 0.5 * bool(spec.config.quantize)) * programs.least(spec) * mesh.size
+
+
 @pytest.fixture(scope="module")
 def saved(tiny_base, tmp_path_factory):
     """(the file that one real measurement wrote, what it printed)."""
     folder = tmp_path_factory.mktemp("bench")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(steps, "matmul_rate", lambda dtype: 1e12)
-        patch.setattr(
-            steps, "xla_flops", lambda spec, mesh: 1.25 * programs.least(spec) * mesh.size
-        )  # counted in tests of steps
+        patch.setattr(steps, "xla_flops", counted)
         told = []
         patch.setattr("builtins.print", lambda *args, **_: told.append(" ".join(map(str, args))))
         flags = [
@@ -108,6 +117,15 @@ BAD = {
         "nowhere.json: no such file; it should hold what icae bench train --save wrote",
     ),
     "a folder": ({}, ["--save", "."], "--save . is a folder; give another path"),
+    "a scheme": ({"quantize": "int4"}, [], "quantize is 'int4'; choose from int8, nf4"),
+    "one base": ({}, ["--bases", "int8"], "--bases is 'int8'; give at least two different ones"),
+    "a base twice": ({}, ["--bases", "int8,int8"], "give at least two different ones of float32"),
+    "unknown bases": ({}, ["--bases", "float32,int4"], "--bases is 'float32,int4'; give"),
+    "bases grown": (
+        {},
+        ["--bases", "float32,int8", "--growth", "1,2"],
+        "--bases and --growth exclude each other",
+    ),
 }
 
 
@@ -115,6 +133,7 @@ BAD = {
 def test_bad_input_is_one_line_before_anything_compiles(name, tiny_base, monkeypatch, capsys):
     changes, flags, wanted = BAD[name]
     monkeypatch.setattr(bench, "measure", lambda *_: pytest.fail("something was measured"))
+    monkeypatch.setattr(worker, "run", lambda *_: pytest.fail("a process was started"))
     assert cli.main(command(str(tiny_base), *flags, **changes)) == 2
     told = capsys.readouterr().err
     assert wanted in told and told.startswith("icae bench train: ") and told.count("\n") == 1
@@ -185,7 +204,8 @@ def test_the_fields_of_a_report_fit_each_other(saved):
 def test_what_is_printed(saved):
     """Breaks when the text lacks what the JSON has, or where the trace is and how to open it."""
     path, told = saved
-    assert "1 x cpu, mesh data 1, fsdp 1, tensor 1" in told and "its own weights, float32" in told
+    assert "1 x cpu, mesh data 1, fsdp 1, tensor 1" in told and "its own weights, loaded in" in told
+    assert "s; float32, 0.000 GiB, activations float32" in told
     assert (
         "4 contexts of 16 tokens in 1 microbatch, 136 labels" in told
         and "compiled in" in told
@@ -250,6 +270,115 @@ def test_unlike_results_are_refused(saved, tiny_base, tmp_path, monkeypatch, cap
     )
     assert cli.main(command(str(tiny_base), "--compare", str(tmp_path / "other.json"))) == 2
     assert "lacks matmul_share; make it anew" in capsys.readouterr().err
+
+
+# --------------------------------------------------------------------------------- quantised bases
+
+
+def leaf_bytes(scheme):
+    shapes = quantize.quantized_shapes(llama.param_shapes(TINY), scheme, "float32")
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(shapes))
+
+
+@pytest.mark.parametrize("stored", [True, False], ids=["its own weights", "random weights"])
+def test_a_quantised_base_is_measured(stored, tiny_base, tmp_path, monkeypatch, capsys):
+    """Breaks when the step that is measured multiplies with full precision, dequantising counts as
+    the step's FLOPs, or the report does not say what the base is.
+    """
+    monkeypatch.setattr(steps, "matmul_rate", lambda dtype: 1e12)
+    monkeypatch.setattr(steps, "xla_flops", counted)
+    base = tiny_base
+    if not stored:
+        base = tmp_path / "sizes"
+        base.mkdir()
+        shutil.copy(tiny_base / "config.json", base)
+    flags = ["--steps", "1", "--repeats", "1", "--json"]
+    assert cli.main(command(str(base), *flags, quantize="int8")) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["base_format"] == report["config"]["quantize"] == "int8"
+    assert report["base_bytes"] == leaf_bytes("int8") < leaf_bytes("") / 2
+    assert report["random_weights"] != stored
+    assert report["flops_ratio"] == 1.25
+    assert report["dequantising_flops"] == pytest.approx(0.5 * report["least_flops"])
+    assert f"and {report['dequantising_flops'] / 1e12:.3g} T of deq" in bench_report.text(report)
+    assert "random weights; int8" in bench_report.text(report) or stored
+
+
+def test_random_weights_are_those_of_full_precision_quantised():
+    """Breaks when another base is quantised than the one it is compared with, or lies elsewhere."""
+    with eight_devices():
+        mesh = sharding.make_mesh(sharding.MeshConfig(1, 4, 2))
+        placement = sharding.Placement(mesh, TINY)
+        whole = steps.random_params(TINY, placement, "float32", 3)
+        made = steps.random_params(TINY, placement, "float32", 3, "int8+ends")
+        wanted = quantize.quantize_params(whole, "int8+ends")
+        same(made, wanted)
+        assert jax.tree.map(lambda x: x.sharding, made) == placement.tree(made)
+
+
+def test_bases_take_turns_and_are_compared_within_one(monkeypatch, tmp_path, capsys):
+    """Breaks when formats are measured one after the other, a ratio is of two turns, or a format's
+    dtype and scheme are not those that are measured.
+    """
+    order = []
+
+    def run(module, request):
+        assert module == bench_bases.__name__ and request["kind"] == "measure"
+        assert (request["options"].repeats, request["options"].save) == (1, None)
+        name, turn = request["name"], len(order) // 2
+        order.append(name)
+        seconds = (turn + 1) * {"float32": 4.0, "nf4": 3.0}[name]  # slower from turn to turn
+        return {
+            **{"jax": "0", "device": "cpu", "devices": 1, "mesh": {}, "random_weights": True},
+            **{"contexts": 4, "label_tokens": 9, "load_seconds": 0.5, "base_bytes": 7 << 30},
+            "config": {"base": "b", "context_length": 16, "dtype": "float32", "quantize": name},
+            "seconds": {"median": seconds, "min": 0.0, "max": 9.0},
+            "peak_bytes": (turn + 2) * {"float32": 2 << 30, "nf4": 1 << 30}[name],
+            "memory": {"argument_bytes": 1, "temporary_bytes": 2},
+            "first_losses": {"ae": 5.0},
+        }
+
+    monkeypatch.setattr(worker, "run", run)
+    options = bench.Options(repeats=3, save=str(tmp_path / "report.json"))
+    config = from_dict(TrainConfig, {"base": "b", "data": {"train": "-"}})
+    report = bench_bases.compare(("float32", "nf4"), options, config)
+    assert order == ["float32", "nf4"] * 3
+    row = report["bases"]["nf4"]
+    assert row["seconds"] == {"median": 6.0, "min": 3.0, "max": 9.0}
+    assert (row["seconds_to_first"], row["peak_to_first"]) == (0.75, 0.5)
+    assert json.loads((tmp_path / "report.json").read_text()) == report
+    text = bench_bases.text(report).splitlines()
+    assert re.search(r"^nf4 +float32 +7\.000 +6 \(3 to 9\) +0\.750 +3 \(2 to 4\) +0\.500", text[-1])
+
+
+def test_a_base_that_is_stored_otherwise_is_refused(monkeypatch):
+    """Breaks when what is told as float32 was measured in int8."""
+    config = from_dict(TrainConfig, {"base": "b", "data": {"train": "-"}})
+    asked = []
+
+    def measured(options, config):
+        asked.append((config.dtype, config.quantize))
+        return {"base_format": "int8"}, ""
+
+    monkeypatch.setattr(bench, "bench", measured)
+    assert bench_bases._measure("int8", bench.Options(), config) == {"base_format": "int8"}
+    with pytest.raises(UserError, match="--bases names bfloat16, but b is stored in int8"):
+        bench_bases._measure("bfloat16", bench.Options(), config)
+    assert asked == [("float32", "int8"), ("bfloat16", "")]
+
+
+@pytest.mark.nightly
+def test_bases_in_processes_of_their_own(tiny_base, capsys):
+    """Breaks when a format is not measured by its own process, or the processes do not answer."""
+    flags = ["--bases", "float32,int8", "--steps", "1", "--repeats", "1", "--json"]
+    assert cli.main(command(str(tiny_base), *flags)) == 0
+    report = json.loads(capsys.readouterr().out)
+    full, small = report["bases"].values()
+    assert list(report["bases"]) == ["float32", "int8"]
+    assert (full["base_bytes"], small["base_bytes"]) == (leaf_bytes(""), leaf_bytes("int8"))
+    assert full["peak_bytes"]["max"] > 0 < small["seconds_to_first"]
+    assert small["first_losses"]["ae"] == pytest.approx(full["first_losses"]["ae"], rel=0.01)
+    assert small["first_losses"] != full["first_losses"]
 
 
 # ------------------------------------------------------------------------------------- stood in for

@@ -22,6 +22,12 @@ needs_libtpu = pytest.mark.skipif(
 )
 
 
+@pytest.fixture(autouse=True)
+def _nothing_kept(tmp_path, monkeypatch):
+    """Each test plans from nothing."""
+    monkeypatch.setenv("ICAE_CACHE", str(tmp_path / "cache"))
+
+
 def base_folder(folder, **changes):
     """A folder that holds the config.json of a base, and no weights."""
     sizes = {
@@ -163,7 +169,7 @@ def test_chips_without_published_peaks_and_no_libtpu(tiny_base, monkeypatch, cap
         and "pip install 'icae_jax[tpu]'" in told
     )
     monkeypatch.setattr(plan.importlib.util, "find_spec", lambda name: name)
-    monkeypatch.setattr(plan.worker, "ask", lambda request: {"kind": "TPU v9", "chips": 4})
+    monkeypatch.setattr(plan.worker, "ask", lambda *_: {"kind": "TPU v9", "chips": 4})
     assert cli.main(command(str(tiny_base), topology="v9:2x2")) == 2
     assert "--topology v9:2x2: no published peaks are known of TPU v9" in capsys.readouterr().err
 
@@ -195,13 +201,12 @@ SHAPES = {  # GiB by contexts a part, calls at most
 
 @pytest.mark.parametrize("told", [True, False], ids=["", "failures of unknown size"])
 @pytest.mark.parametrize("name", SHAPES)
-def test_search_finds_the_most_that_fit(name, told, monkeypatch):
+def test_search_finds_the_most_that_fit(name, told):
     """Breaks when a search ends too early, never, or compiles often (which takes minutes each)."""
     peak, most_calls = SHAPES[name]
     asked, said = [], []
 
-    def compile_for(spec, topology, exact):
-        assert (topology, exact) == ("v5e:2x2", False)
+    def compile_(spec):
         n = spec.contexts // 4
         asked.append(n)
         fits = peak(n) <= ROOM
@@ -211,8 +216,7 @@ def test_search_finds_the_most_that_fit(name, told, monkeypatch):
             "kind": "TPU v5 lite",
         }
 
-    monkeypatch.setattr(plan, "compile_for", compile_for)
-    spec, found = plan.search(make_spec(contexts=4), "v5e:2x2", False, said.append)
+    spec, found = plan.search(make_spec(contexts=4), compile_, said.append)
     best = max(n for n in range(1, 20000) if peak(n) <= ROOM)
     got = spec.contexts // 4
     assert found["fits"] and got <= best <= got + max(0, got // 50) and asked.count(got) == 1
@@ -220,12 +224,11 @@ def test_search_finds_the_most_that_fit(name, told, monkeypatch):
     assert said[0].startswith("4 contexts: fit, peak ")
 
 
-def test_search_where_nothing_fits(monkeypatch):
+def test_search_where_nothing_fits():
     """Breaks when the failure of the fewest contexts is searched below, or lost."""
     failure = {"fits": False, "peak_bytes": None, "message": "RESOURCE_EXHAUSTED"}
-    monkeypatch.setattr(plan, "compile_for", lambda *_: dict(failure))
     lines = []
-    spec, found = plan.search(make_spec(contexts=4), "v5e:2x2", False, lines.append)
+    spec, found = plan.search(make_spec(contexts=4), lambda spec: dict(failure), lines.append)
     assert found == failure and spec.contexts == 4 and lines == ["4 contexts: do not fit"]
 
 
@@ -253,12 +256,14 @@ def test_search_where_nothing_fits(monkeypatch):
 def test_what_a_program_that_does_not_fit_wanted(message, peak, monkeypatch):
     """Breaks when a compiler's message is misread, or one that says nothing ends the plan."""
 
-    def ask(request):
+    def ask(request, host_devices):
         raise plan.worker.OutOfMemory(message)
 
     monkeypatch.setattr(plan.worker, "ask", ask)
-    found = plan.compile_for(make_spec(), "v5e:2x2")
-    assert found == {"fits": False, "peak_bytes": peak, "message": message.splitlines()[0]}
+    for _ in range(2):  # as compiled, and as kept
+        found = plan.compile_for(make_spec(), "v5e:2x2")
+        monkeypatch.setattr(plan.worker, "ask", lambda *_: pytest.fail("asked again"))
+        assert found == {"fits": False, "peak_bytes": peak, "message": message.splitlines()[0]}
 
 
 def test_advice_names_the_cheapest_change_first():
@@ -269,6 +274,7 @@ def test_advice_names_the_cheapest_change_first():
         "--config.remat=full",
         "fewer contexts at once (--search finds how many): --config.accumulate=6",
         "the base over more chips: --config.mesh.data=1 --config.mesh.fsdp=8",
+        "a base of half the bytes: --config.quantize=int8 (nf4: of a quarter)",
         "activations over more chips too: --config.mesh.fsdp=2 --config.mesh.tensor=2",
         "a larger slice",
     ]
@@ -280,7 +286,8 @@ def test_advice_names_the_cheapest_change_first():
         == "--config.remat=full --config.remat_decoder=full"
     )
     nothing_left = {"data": 1, "fsdp": 4, "tensor": 2}
-    assert plan.advice(make_spec(remat="full"), nothing_left)[-1:] == ["a larger slice"]
+    quantised = make_spec(remat="full", quantize="int8")
+    assert plan.advice(quantised, nothing_left) == ["a larger slice"]
     assert plan.advice(make_spec("compress"), nothing_left | {"fsdp": 1, "data": 4})[0].startswith(
         "the base over more chips"
     )
@@ -301,11 +308,12 @@ FOUND = {
 }
 
 
-def summary(monkeypatch, found, what="train", flops=5e14):
+def summary(monkeypatch, found, what="train", flops=5e14, extra=0.0, **changes):
     shape = {"data": 1, "fsdp": 4, "tensor": 1}
     monkeypatch.setattr(programs, "least", lambda *_: 4 * 4e14)
-    spec = make_spec(what, contexts=8, accumulate=2)
-    return plan_summary.summarise(spec, shape, "v5e:2x2", V5E, found, (flops, shape))
+    spec = make_spec(what, contexts=8, accumulate=2, **changes)
+    counted = plan_summary.Counted(flops, extra, shape)
+    return plan_summary.summarise(spec, shape, "v5e:2x2", V5E, found, counted)
 
 
 def test_the_estimate(monkeypatch):
@@ -342,6 +350,30 @@ def test_the_estimate(monkeypatch):
         "1.250 of the least possible" in lines
         and "6.3 contexts/s, MFU 80 %" in lines
         and lines.endswith("\na note")
+    )
+
+
+def test_dequantising_is_told_apart(monkeypatch):
+    """Breaks when dequantising counts as matmuls, or the base's bytes are not the quantised."""
+    plain = summary(monkeypatch, FOUND)
+    got = summary(monkeypatch, FOUND, extra=1e13, quantize="int8")
+    same = ("flops_per_chip", "flops_ratio", "estimated_seconds", "estimated_mfu")
+    assert {name: got[name] for name in same} == {name: plain[name] for name in same}
+    assert got["dequantising_flops_per_chip"] == 1e13 and got["quantize"] == "int8"
+    lines = plan_summary.text(got)
+    assert re.search(r"^dequantising +10 T a chip, 2 % of these", lines, re.MULTILINE)
+    assert re.search(r"^base +int8, ", lines, re.MULTILINE)
+    assert "dequantising" not in plan_summary.text(plain)
+    # Four chips: kernels in a byte and a scale of 4 bytes an output; the table and the head stay.
+    kernels = [(32, 32), (32, 16), (32, 16), (32, 32), (32, 48), (32, 48), (48, 32)]
+    scales = sum(out for _, out in kernels) * 4
+    ends = 2 * 64 * 32 * 4
+    norms = (2 * 2 + 1) * 32 * 4
+    split = 2 * sum(n * m for n, m in kernels) + ends
+    # Scales are split where a kernel's outputs are: those of o and down, over the width.
+    o_and_down = 2 * 32 * 4
+    assert got["base_bytes_per_chip"] == (
+        split / 4 + norms + 2 * (scales - o_and_down + o_and_down / 4)
     )
 
 
@@ -391,7 +423,9 @@ def test_a_training_step_gathers_one_layer_at_a_time(tmp_path, monkeypatch, caps
     """
     base = base_folder(tmp_path / "base")
     # FLOPs and the evaluation take processes of their own; planning below includes them.
-    monkeypatch.setattr(plan, "count_flops", lambda *_: (4e9, {"data": 1, "fsdp": 4, "tensor": 1}))
+    shape = {"data": 1, "fsdp": 4, "tensor": 1}
+    counted = plan_summary.Counted(4e9, 1e8, shape)
+    monkeypatch.setattr(plan, "count_flops", lambda *_: counted)
     restoring = [
         "--config.objectives.ae=1.0",
         "--config.objectives.lm=0.0",
@@ -415,6 +449,39 @@ def test_a_training_step_gathers_one_layer_at_a_time(tmp_path, monkeypatch, caps
         < got["estimated_mfu"]
         < 1
     )
+
+
+@needs_libtpu
+@pytest.mark.nightly
+@pytest.mark.parametrize(("scheme", "codes"), [("int8", "s8["), ("nf4", "u8[")])
+def test_a_quantised_base_is_gathered_in_its_codes(scheme, codes):
+    """Breaks when a layer is dequantised where it is stored, so that links carry as much as before,
+    or a chip holds full precision.
+    """
+    wide = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32}
+    model = dataclasses.replace(TINY, num_kv_heads=4, **wide)
+    config = make_spec(quantize=scheme, dtype="bfloat16", eval_examples=0).config
+    spec = programs.Spec("train", config, model, 4, 32)
+    compiled = plan.compile_for(spec, "v5e:2x2")
+    gathered = {shape for kind, *_, shape in compiled["collectives"] if kind == "all-gather"}
+    kernels = {"[1,128,128]", "[1,128,256]", "[1,256,128]", "[1,64,128]", "[1,64,256]"}
+    matrices = {shape for shape in gathered if shape[shape.index("[") :] in kernels}
+    assert matrices and all(shape.startswith(codes) for shape in matrices)
+    plain = dataclasses.replace(spec, config=dataclasses.replace(config, quantize=""))
+    saved = plan.compile_for(plain, "v5e:2x2")["argument_bytes"] - compiled["argument_bytes"]
+    shape = {"data": 1, "fsdp": 4, "tensor": 1}
+    less = programs.base_bytes(plain, shape) - programs.base_bytes(spec, shape)
+    assert saved == pytest.approx(less, rel=0.2)  # arrays are padded to tiles
+
+
+@needs_libtpu
+@pytest.mark.nightly
+def test_a_slice_of_one_chip():
+    """Breaks when only whole hosts can be planned."""
+    assert plan.worker.ask({"kind": "topology", "topology": "v5e:1x1"}) == {
+        "kind": "TPU v5 lite",
+        "chips": 1,
+    }
 
 
 @needs_libtpu
@@ -468,21 +535,20 @@ def test_a_program_that_really_does_not_fit(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("evaluation", "fits", "peak"), [(3.0, True, 2.0), (None, False, 9.0)])
-def test_a_training_s_evaluation_is_planned_too(evaluation, fits, peak, monkeypatch):
+def test_a_training_s_evaluation_is_planned_too(evaluation, fits, peak):
     """Breaks when a plan says that a run fits whose held-out evaluation does not."""
     asked = []
 
-    def compile_for(spec, topology, exact):
-        asked.append((spec.what, topology, exact))
+    def compile_(spec):
+        asked.append(spec.what)
         return (
             {"fits": True, "peak_bytes": evaluation}
             if evaluation
             else {"fits": False, "peak_bytes": 9.0, "message": "why"}
         )
 
-    monkeypatch.setattr(plan, "compile_for", compile_for)
-    found = plan.with_evaluation(make_spec(), {"fits": True, "peak_bytes": 2.0}, "v5e:2x2", True)
-    assert asked == [("evaluate", "v5e:2x2", True)]
+    found = plan.with_evaluation(make_spec(), {"fits": True, "peak_bytes": 2.0}, compile_)
+    assert asked == ["evaluate"]
     assert (found["fits"], found["peak_bytes"], found["evaluation_peak_bytes"]) == (
         fits,
         peak,
@@ -493,7 +559,7 @@ def test_a_training_s_evaluation_is_planned_too(evaluation, fits, peak, monkeypa
         (make_spec(eval_examples=0), {"fits": True}),
         (make_spec(), {"fits": False}),
     ):
-        assert plan.with_evaluation(spec, compiled, "v5e:2x2") == compiled
+        assert plan.with_evaluation(spec, compiled, compile_) == compiled
     assert len(asked) == 1
 
 

@@ -7,11 +7,11 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from conftest import TINY, WORDS, seen_devices, write_jsonl
+from conftest import TINY, WORDS, eight_devices, seen_devices, write_jsonl
 
 from icae_jax.compression import method
 from icae_jax.models import llama
-from icae_jax.performance import flops, plan, programs, utilisation, worker
+from icae_jax.performance import flops, plan, programs, steps, utilisation, worker
 from icae_jax.runtime import sharding
 from icae_jax.runtime.sharding import MeshConfig
 from icae_jax.training.compressor_task import CompressorTask
@@ -157,6 +157,48 @@ def test_programs_lower(sources, method, what):
     }
 
 
+@pytest.mark.parametrize("scheme", ["int8", "nf4+ends"])
+def test_programs_take_the_quantised_base(sources, scheme):
+    """Breaks when a plan is of full precision where the configuration says otherwise, a quantised
+    program cannot be traced, or a chip's part of the base is not what the program takes.
+    """
+    widths = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}  # in blocks of 64
+    model = dataclasses.replace(TINY, **widths)
+    config = config_of(sources, quantize=scheme, dtype="bfloat16")
+    with eight_devices():
+        mesh = sharding.make_mesh(MeshConfig(1, 2, 4))
+        for what in (*programs.WHATS, programs.EVALUATE):
+            spec = programs.Spec(what, config, model, 4, 32)
+            assert any(x.dtype.itemsize == 1 for x in jax.tree.leaves(programs.base_shapes(spec)))
+            avals = jax.tree.leaves(programs.lower(spec, mesh).in_avals)
+            integers = sum(x.size for x in avals if x.dtype in (np.int8, np.uint8))
+            expected = programs.base_shapes(spec)
+            assert integers == sum(
+                x.size for x in jax.tree.leaves(expected) if x.dtype in (np.int8, np.uint8)
+            )
+        params = steps.random_params(model, sharding.Placement(mesh, model), "bfloat16", 0, scheme)
+        parts = [x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(params)]
+    assert programs.base_bytes(spec, dict(mesh.shape)) == sum(parts)
+
+
+def test_dequantising_is_what_the_quantised_program_adds(sources):
+    """Breaks when it is counted in the matmuls, of another program, or in a dtype whose
+    conversions a CPU adds of its own.
+    """
+    asked = []
+
+    def ask(request, devices):
+        asked.extend((s.config.quantize, s.config.dtype) for s in request["specs"])
+        extra = 0.5 if request["specs"][0].config.quantize else 0.0
+        return {"flops": [10.0 + extra, 13.0 + 2 * extra]}
+
+    config = config_of(sources, quantize="nf4", dtype="bfloat16", accumulate=2, batch_size=8)
+    spec = programs.Spec("train", config, dataclasses.replace(TINY, num_layers=5), 4, 32)
+    counted = plan.count_flops(spec, {"data": 1, "fsdp": 4, "tensor": 1}, ask)
+    assert counted.matmuls == 2 * (10 + 3 * 3) and counted.dequantising == 2 * (0.5 + 3 * 0.5)
+    assert asked == [("", "float32")] * 2 + [("nf4", "float32")] * 2
+
+
 def test_the_least_flops_are_those_of_the_training_metrics(sources):
     """Breaks when a plan's MFU and a run's are of different definitions, or contexts, microbatches
     and new tokens do not add up.
@@ -213,19 +255,16 @@ counted = {}
 def ask(request, devices):
     """A worker's answer, given by this process, which has as many devices."""
     assert devices == len(jax.devices())
-    return worker.KINDS[request.pop("kind")](**request)
+    return worker.KINDS[request["kind"]](**{k: v for k, v in request.items() if k != "kind"})
 
 
 def count(spec, mesh):
     key = spec.what, spec.config.remat, *mesh.values()
     if key not in counted:
-        with (
-            pytest.MonkeyPatch.context() as patch,
-            seen_devices(plan.shape_size(mesh), backend="cpu"),
-        ):
-            patch.setattr(plan.worker, "ask", ask)
-            counted[key], on = plan.count_flops(spec, mesh)
-        assert on == mesh
+        with seen_devices(plan.shape_size(mesh), backend="cpu"):
+            found = plan.count_flops(spec, mesh, ask)
+        assert found.on == mesh and not found.dequantising
+        counted[key] = found.matmuls
     return counted[key]
 
 
@@ -296,7 +335,7 @@ def test_a_decoding_loop_counts_every_token(sources):
     assert 1.0 <= ratio(spec, mesh) < 1.1
 
 
-def test_microbatches_and_a_smaller_mesh_to_count_on(monkeypatch):
+def test_microbatches_and_a_smaller_mesh_to_count_on():
     """Breaks when accumulation is not multiplied in, or counting on fewer devices changes a chip's
     share of contexts.
     """
@@ -306,14 +345,13 @@ def test_microbatches_and_a_smaller_mesh_to_count_on(monkeypatch):
         asked.append((request, devices))
         return {"flops": [10.0, 13.0]}
 
-    monkeypatch.setattr(plan.worker, "ask", ask)
     config = from_dict(
         TrainConfig, {"base": "b", "data": {"train": "-"}, "batch_size": 4096, "accumulate": 4}
     )
     model = dataclasses.replace(TINY, num_layers=32)
     spec = programs.Spec("train", config, model, 1024, 512)
-    got, on = plan.count_flops(spec, {"data": 4, "fsdp": 256, "tensor": 1})
-    assert got == 4 * (10 + 30 * 3) and on == {"data": 4, "fsdp": 64, "tensor": 1}
+    got = plan.count_flops(spec, {"data": 4, "fsdp": 256, "tensor": 1}, ask)
+    assert got.matmuls == 4 * (10 + 30 * 3) and got.on == {"data": 4, "fsdp": 64, "tensor": 1}
     ((request, devices),) = asked
     assert (
         devices == 256

@@ -22,7 +22,7 @@ def run(argv: list[str]) -> int:
         return flags.tell_kinds("bench", KINDS, argv)
     args, rest = _flags(argv[0]).parse_known_args(argv[1:])
 
-    from icae_jax.performance import bench, bench_report, subject
+    from icae_jax.performance import bench, bench_bases, bench_report, subject
     from icae_jax.training import config_file
 
     config = subject.load_config(args.config, config_file.overrides(rest))
@@ -42,6 +42,10 @@ def run(argv: list[str]) -> int:
         save=args.save,
         compare=args.compare,
     )
+    if args.bases:
+        report = bench_bases.compare(bench_bases.parse_formats(args.bases), options, config)
+        flags.print_result(report, args.json, bench_bases.text(report))
+        return 0
     report, profile = bench.bench(options, config)
     text = bench_report.text(report)
     if profile:
@@ -95,6 +99,12 @@ def _flags(kind):
         "--growth",
         metavar="N,N,…",
         help="measure these numbers of contexts too, and compare them with linear growth",
+    )
+    add(
+        "--bases",
+        metavar="FORMAT,FORMAT,…",
+        help="compare the base in these formats, each in processes of its own that take turns: "
+        f"{', '.join(flags.BASE_DTYPES)} (in place of config.dtype and config.quantize)",
     )
     add("--profile", metavar="DIR", help="trace some steps into DIR, and time each part of a step")
     add("--save", metavar="FILE", help="write the report as JSON")

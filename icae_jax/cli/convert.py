@@ -52,8 +52,8 @@ def _base(parser, argv):
         choices=(*convert_base.DTYPES, *SCHEMES),
         metavar="DTYPE",
         help=f"of the weights: {', '.join((*convert_base.DTYPES, *SCHEMES))} "
-        "(default: the source's own; float32 of a quantised GGUF file, since fewer bits do not hold "
-        "its numbers)",
+        "(default: the source's own; float32 of a quantised GGUF file, since fewer bits do not "
+        "hold its numbers)",
     )
     args = parser.parse_args(argv)
     converted = convert_base.convert(args.source, args.to, args.format, args.dtype, progress=True)

@@ -75,8 +75,13 @@ def bench(options: Options, config: TrainConfig) -> tuple[dict[str, Any], str]:
         "repeats": options.repeats,
     }
     saved = bench_report.read_saved(options.compare, report) if options.compare else None
-    params = _load_params(spec)
-    report["random_weights"] = params is None
+    began = time.perf_counter()
+    base = _load_base(spec)
+    if base is not None:  # perhaps it is stored quantised
+        spec = _quantized(spec, base.quantize)
+        grown = [_quantized(larger, base.quantize) for larger in grown]
+    params = base and base.params
+    report |= {"random_weights": base is None, "load_seconds": time.perf_counter() - began}
     with fitting(spec):
         measured, step = measure(options, spec, params)
     report |= measured
@@ -150,19 +155,22 @@ def make_specs(options: Options, config: TrainConfig, parts: int) -> tuple[Spec,
     return first, [spec(contexts, "--growth") for contexts in options.growth]
 
 
-def _load_params(spec: Spec) -> PyTree | None:
-    """The base's parameters if it is a GGUF file or a folder that holds them, else None."""
-    folder = pathlib.Path(spec.config.base)
-    if not locations.is_gguf(spec.config.base) and not (
-        folder.is_dir() and (orbax_copy.is_orbax(folder) or any(folder.glob("*.safetensors*")))
+def _load_base(spec: Spec) -> bases.Base | None:
+    """The base if its weights are on this machine, else None."""
+    path, c = pathlib.Path(spec.config.base), spec.config
+    if not locations.is_gguf(c.base) and not (
+        path.is_dir() and (orbax_copy.is_orbax(path) or any(path.glob("*.safetensors*")))
     ):
         return None
-    mesh = sharding.make_mesh(spec.config.mesh, jax.local_devices())
+    mesh = sharding.make_mesh(c.mesh, jax.local_devices())
     placement = sharding.Placement(mesh, spec.model)
-    base = bases.load_base(
-        spec.config.base, spec.config.jnp_dtype, placement.parameter, need_tokenizer=False
+    return bases.load_base(
+        c.base, c.jnp_dtype, placement.parameter, need_tokenizer=False, quantize=c.quantize
     )
-    return base.params
+
+
+def _quantized(spec: Spec, scheme: str) -> Spec:
+    return dataclasses.replace(spec, config=dataclasses.replace(spec.config, quantize=scheme))
 
 
 # --------------------------------------------------------------------------------------- measuring
@@ -183,7 +191,8 @@ def fitting(spec: Spec) -> Iterator[None]:
         ) from error
 
 
-def _spread(values: Sequence[float]) -> dict[str, float]:
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Their median, minimum and maximum."""
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
@@ -206,23 +215,29 @@ def measure(
     cpu = [run.cpu_seconds / options.steps for run in runs]
     seconds, devices, rate = statistics.median(wall), step.mesh.size, max(rates)
     flops_per_second, xla_flops = step.least_flops / seconds, step.xla_flops()
+    dequantising = 0.0
+    if spec.config.quantize and xla_flops is not None:
+        dequantising = step.xla_flops(spec.config.quantize) - xla_flops
     chip = chips.find(step.mesh.devices.flat[0].device_kind)
     measured = {
         "attention": step.spec.config.attention,
+        "base_format": spec.config.quantize or spec.config.dtype,
+        "base_bytes": sum(x.nbytes for x in jax.tree.leaves(step.params)),
         "notes": step.notes,
         "contexts": step.contexts,
         "context_tokens": step.context_tokens,
         "label_tokens": step.label_tokens,
         "first_losses": first.losses,
-        "seconds": _spread(wall),
-        "seconds_per_context": _spread([s / step.contexts for s in wall]),
-        "cpu_seconds_per_context": _spread([s / step.contexts for s in cpu]),
+        "seconds": spread(wall),
+        "seconds_per_context": spread([s / step.contexts for s in wall]),
+        "cpu_seconds_per_context": spread([s / step.contexts for s in cpu]),
         "seconds_per_label_token": seconds / step.label_tokens,
         "contexts_per_second": step.contexts / seconds,
         "context_tokens_per_second": step.context_tokens / seconds,
         "least_flops": step.least_flops,
         "xla_flops": xla_flops,
         "flops_ratio": xla_flops and xla_flops / step.least_flops,
+        "dequantising_flops": dequantising,
         "flops_per_second": flops_per_second,
         "matmul_flops_per_second": rate,
         "matmul_share": flops_per_second / (rate * devices),
@@ -267,7 +282,7 @@ def growth(options: Options, specs: Sequence[Spec], params: PyTree | None) -> li
             row |= {
                 "seconds": statistics.median(turn[n] for turn in turns),
                 "to_first": statistics.median(ratios),
-                "to_linear": _spread([ratio * first / n for ratio in ratios]),
+                "to_linear": spread([ratio * first / n for ratio in ratios]),
             }
         rows.append(row)
     return rows

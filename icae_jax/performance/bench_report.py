@@ -46,6 +46,7 @@ def comparable_fields(spec: Spec) -> dict[str, Any]:
         "contexts": c.batch_size,
         "accumulate": c.accumulate,
         "dtype": c.dtype,
+        "quantize": c.quantize,
         "remat": c.remat,
         "remat_decoder": c.remat_decoder or c.remat,
         "attention": c.attention,
@@ -126,10 +127,16 @@ def _subject_rows(r):
     if "questions" in c:
         inputs, labels = c["qa_tokens"]
         questions = f"; {c['questions']} questions of {inputs} tokens, {labels} labels"
-    whose = "random weights" if r["random_weights"] else "its own weights"
+    whose = "random weights"
+    if not r["random_weights"]:
+        whose = f"its own weights, loaded in {r['load_seconds']:.1f} s"
     return [
         ("device", f"{r['devices']} x {r['device']}, mesh {mesh}"),
-        ("base", f"{c['base']}, {whose}, {c['dtype']}"),
+        (
+            "base",
+            f"{c['base']}, {whose}; {r['base_format']}, {r['base_bytes'] / GIB:.3f} GiB, "
+            f"activations {c['dtype']}",
+        ),
         (
             "step",
             f"{counted(c['contexts'], 'contexts')} of {c['context_length']} tokens in "
@@ -148,14 +155,16 @@ def _speed_rows(r):
     counted = "not counted by XLA"
     if r["flops_ratio"] is not None:
         counted = f"XLA counts {r['flops_ratio']:.3f} of that"
+    if r["dequantising_flops"]:
+        counted += f", and {r['dequantising_flops'] / 1e12:.3g} T of dequantising"
     utilisation = "" if r["mfu"] is None else f", MFU {100 * r['mfu']:.1f} %"
     return [
         (
             "wall",
-            f"{_range(r['seconds_per_context'], ' s a context')}, {r['repeats']} times "
+            f"{ranged(r['seconds_per_context'], ' s a context')}, {r['repeats']} times "
             f"{r['steps']} steps; {r['seconds_per_label_token']:.3g} s a label token",
         ),
-        ("CPU", f"{_range(r['cpu_seconds_per_context'], ' s a context')}, all threads"),
+        ("CPU", f"{ranged(r['cpu_seconds_per_context'], ' s a context')}, all threads"),
         (
             "rate",
             f"{r['contexts_per_second']:.4g} contexts/s, "
@@ -199,9 +208,10 @@ def _growth_lines(rows):
         else:
             yield (
                 f"{row['contexts']:<16}{row['seconds']:12.4g}{row['to_first']:14.3f}"
-                f"{_range(row['to_linear']):>26}"
+                f"{ranged(row['to_linear']):>26}"
             )
 
 
-def _range(spread, unit=""):
+def ranged(spread: Mapping[str, float], unit: str = "") -> str:
+    """A median with its range."""
     return f"{spread['median']:.3g}{unit} ({spread['min']:.3g} to {spread['max']:.3g})"

@@ -3,7 +3,9 @@
 Says whether it fits, its memory, collectives and FLOPs, and estimates its time.
 """
 
+import contextlib
 import dataclasses
+import functools
 import importlib.util
 import math
 import re
@@ -11,7 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from icae_jax.errors import UserError
-from icae_jax.performance import chips, plan_summary, programs, subject, worker
+from icae_jax.performance import chips, plan_cache, plan_summary, programs, subject, worker
 from icae_jax.performance.programs import Spec
 from icae_jax.performance.subject import GIB
 from icae_jax.runtime.sharding import AXES, BATCH, MeshConfig
@@ -21,6 +23,8 @@ MOST_HOST_DEVICES = 256  # beyond, FLOPs are counted on a smaller mesh
 
 MeshShape = Mapping[str, int]  # {axis: devices}
 Compiled = dict[str, Any]  # what the compiler says, see `worker`, and whether it "fits"
+Ask = Callable[..., dict[str, Any]]  # `plan_cache.ask`, or one that knows kept answers alone
+Compile = Callable[[Spec], Compiled]  # `compile_for` on one topology
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,18 +65,20 @@ def plan(options: Options, config: TrainConfig, say: Callable[[str], None]) -> d
             "libtpu is not installed, which compiles for TPUs on any machine: "
             "pip install 'icae_jax[tpu]'"
         )
-    slice_ = worker.ask({"kind": "topology", "topology": options.topology})
+    slice_ = plan_cache.ask({"kind": "topology", "topology": options.topology})
     chip = chips.find(slice_["kind"])
     if chip is None:
         raise UserError(
             f"--topology {options.topology}: no published peaks are known of {slice_['kind']}"
         )
     spec, shape = make_spec(options, config, slice_["chips"])
+    say(forecast(options, spec, shape))
+    compile_ = functools.partial(compile_for, topology=options.topology, exact=options.exact)
     if options.search:
-        spec, compiled = search(spec, options.topology, options.exact, say)
+        spec, compiled = search(spec, compile_, say)
     else:
-        compiled = compile_for(spec, options.topology, options.exact)
-    compiled = with_evaluation(spec, compiled, options.topology, options.exact)
+        compiled = compile_(spec)
+    compiled = with_evaluation(spec, compiled, compile_)
     counted = count_flops(spec, shape)
     summary = plan_summary.summarise(spec, shape, options.topology, chip, compiled, counted)
     return summary if summary["fits"] else summary | {"advice": advice(spec, shape)}
@@ -113,10 +119,47 @@ def shape_size(shape: MeshShape) -> int:
     return shape["data"] * shape["fsdp"] * shape["tensor"]
 
 
+# ------------------------------------------------------------------------------ how long it takes
+
+SEARCHED = 6  # programs that a search compiles, about
+
+
+def forecast(options: Options, spec: Spec, shape: MeshShape) -> str:
+    """What a plan will compile, and how long that will take, for the user."""
+    missing: list[tuple[plan_cache.Request, int]] = []
+
+    def look(request, host_devices=1):
+        try:
+            return plan_cache.kept(request, host_devices)
+        except plan_cache.NotKept:
+            missing.append((request, host_devices))
+            raise
+
+    compile_ = functools.partial(
+        compile_for, topology=options.topology, exact=options.exact, ask=look
+    )
+    compiled: Compiled = {"fits": True}
+    with contextlib.suppress(plan_cache.NotKept):
+        if options.search:
+            spec, compiled = search(spec, compile_, lambda line: None)
+        else:
+            compiled = compile_(spec)
+    if options.search:
+        missing *= SEARCHED
+    with contextlib.suppress(plan_cache.NotKept):
+        with_evaluation(spec, compiled, compile_)
+    for scheme in dict.fromkeys(("", spec.config.quantize)):
+        with contextlib.suppress(plan_cache.NotKept):
+            _count(_quantized(spec, scheme), shape, look)
+    return plan_cache.forecast(missing)
+
+
 # --------------------------------------------------------------------------------------- compiling
 
 
-def compile_for(spec: Spec, topology: str, exact: bool = False) -> Compiled:
+def compile_for(
+    spec: Spec, topology: str, exact: bool = False, ask: Ask = plan_cache.ask
+) -> Compiled:
     """What the compiler says of a program on a topology, see `worker`.
 
     If it does not fit, `fits` is false and `peak_bytes` is what the program wanted, if known.
@@ -129,7 +172,7 @@ def compile_for(spec: Spec, topology: str, exact: bool = False) -> Compiled:
         "exact": exact,
     }
     try:
-        return worker.ask(request) | {"fits": True}
+        return ask(request) | {"fits": True}
     except worker.OutOfMemory as error:
         used = re.search(
             r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm"
@@ -141,18 +184,21 @@ def compile_for(spec: Spec, topology: str, exact: bool = False) -> Compiled:
         return {"fits": False, "peak_bytes": peak, "message": str(error).splitlines()[0]}
 
 
-def with_evaluation(spec: Spec, compiled: Compiled, topology: str, exact: bool = False) -> Compiled:
+def with_evaluation(spec: Spec, compiled: Compiled, compile_: Compile) -> Compiled:
     """Adds the held-out evaluation between training steps: `fits` is then whether both do.
 
     Other programs, and trainings without an evaluation, stay as they are.
     """
     if spec.what != "train" or not spec.config.eval_examples or not compiled["fits"]:
         return compiled
-    evaluation = compile_for(dataclasses.replace(spec, what=programs.EVALUATE), topology, exact)
+    evaluation = compile_(dataclasses.replace(spec, what=programs.EVALUATE))
     compiled = compiled | {"evaluation_peak_bytes": evaluation["peak_bytes"]}
     if evaluation["fits"]:
         return compiled
     return compiled | {key: evaluation[key] for key in ("fits", "peak_bytes", "message")}
+
+
+# --------------------------------------------------------------------------------------- counting
 
 
 def counting_mesh(shape: MeshShape) -> dict[str, int]:
@@ -172,35 +218,47 @@ def counting_mesh(shape: MeshShape) -> dict[str, int]:
     return smaller
 
 
-def count_flops(spec: Spec, shape: MeshShape) -> tuple[float, dict[str, int]]:
-    """(FLOPs of one chip's part, the mesh they were counted on).
+def count_flops(spec: Spec, shape: MeshShape, ask: Ask = plan_cache.ask) -> plan_summary.Counted:
+    """FLOPs of one chip's part, with what a quantised base adds apart.
+
+    In float32: of bfloat16, CPUs convert each matmul's operands, which chips take as they are. So
+    nf4's levels count as CPUs look them up, where TPUs select among them.
 
     Counted on the partitioned program with 2 and with 3 unrolled layers, on host devices, and
     extrapolated to all layers. There, unlike in the scanned program, XLA drops what nothing reads
     of the last layer: of 500xCompressor's encoder everything beyond its K/V.
     """
+    matmuls = _count(_quantized(spec, ""), shape, ask)
+    dequantising = _count(spec, shape, ask) - matmuls if spec.config.quantize else 0.0
+    return plan_summary.Counted(matmuls, dequantising, counting_mesh(shape))
+
+
+def _quantized(spec, scheme):
+    return dataclasses.replace(spec, config=dataclasses.replace(spec.config, quantize=scheme))
+
+
+def _count(spec, shape, ask):
     counted_on = counting_mesh(shape)
     contexts = spec.contexts // batch_parts(shape) * batch_parts(counted_on)
-    smaller = dataclasses.replace(spec, contexts=contexts)
+    config = dataclasses.replace(spec.config, dtype="float32")
+    smaller = dataclasses.replace(spec, contexts=contexts, config=config)
     request = {
         "kind": "host",
         "specs": [programs.few_layers(smaller, n) for n in (2, 3)],
         "mesh": MeshConfig(**counted_on),
     }
-    two, three = worker.ask(request, shape_size(counted_on))["flops"]
+    two, three = ask(request, shape_size(counted_on))["flops"]
     flops = two + (three - two) * (spec.model.num_layers - 2)
     if spec.what == "train":
-        return flops * spec.config.accumulate, counted_on
+        return flops * spec.config.accumulate
     # XLA counts the body of the decoding loop once.
-    return flops * programs.least(spec) / programs.least(spec, tokens=1), counted_on
+    return flops * programs.least(spec) / programs.least(spec, tokens=1)
 
 
 # --------------------------------------------------------------------------------------- searching
 
 
-def search(
-    spec: Spec, topology: str, exact: bool, say: Callable[[str], None]
-) -> tuple[Spec, Compiled]:
+def search(spec: Spec, compile_: Compile, say: Callable[[str], None]) -> tuple[Spec, Compiled]:
     """(the spec with the most contexts that fit, what the compiler says of it).
 
     The spec itself and its failure if not even the fewest fit. Beyond a hundred rows on each part
@@ -210,7 +268,7 @@ def search(
     tried: dict[int, Compiled] = {}
 
     def fits(n):
-        tried[n] = compile_for(dataclasses.replace(spec, contexts=n * unit), topology, exact)
+        tried[n] = compile_(dataclasses.replace(spec, contexts=n * unit))
         peak = tried[n]["peak_bytes"]
         size = "" if peak is None else f", peak {peak / GIB:.2f} GiB"
         say(f"{n * unit} contexts: {'fit' if tried[n]['fits'] else 'do not fit'}{size}")
@@ -260,6 +318,8 @@ def advice(spec: Spec, shape: MeshShape) -> list[str]:
         changes.append(f"fewer contexts at once (--search finds how many): {fewer}")
     if shape["data"] > 1:
         changes.append(f"the base over more chips: --config.mesh.data=1 --config.mesh.fsdp={parts}")
+    if not c.quantize:
+        changes.append("a base of half the bytes: --config.quantize=int8 (nf4: of a quarter)")
     if shape["tensor"] == 1 and shape["fsdp"] % 2 == 0:
         changes.append(
             "activations over more chips too: "

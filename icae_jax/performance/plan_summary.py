@@ -1,7 +1,7 @@
 """A plan as plain values, with a roofline estimate of its time, and as text."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from icae_jax.performance import programs
 from icae_jax.performance.chips import Chip
@@ -11,21 +11,31 @@ from icae_jax.performance.subject import GIB
 Summary = dict[str, Any]
 
 
+class Counted(NamedTuple):
+    """FLOPs of one chip's part of a program.
+
+    matmuls: of the program on a base that is not quantised, beside whose matmuls everything else
+    is little. dequantising: what the quantised base adds. on: the mesh that they were counted on.
+    """
+
+    matmuls: float
+    dequantising: float
+    on: Mapping[str, int]
+
+
 def summarise(
     spec: Spec,
     shape: Mapping[str, int],
     topology: str,
     chip: Chip,
     compiled: Mapping[str, Any],
-    counted_flops: tuple[float, Mapping[str, int]],
+    counted: Counted,
 ) -> Summary:
     """The plan as a flat dictionary, as `icae plan --json` prints it.
 
-    compiled: see `plan.compile_for`. counted_flops: see `plan.count_flops`. All bytes and FLOPs are
-    one chip's.
+    compiled: see `plan.compile_for`. All bytes and FLOPs are one chip's.
     """
     c, chip_count = spec.config, shape["data"] * shape["fsdp"] * shape["tensor"]
-    flops, counted_on = counted_flops
     least_flops = programs.least(spec) / chip_count
     summary = {
         "config_base": c.base,
@@ -37,6 +47,9 @@ def summarise(
         "remat": c.remat,
         "remat_decoder": c.remat_decoder or c.remat,
         "context_length": spec.length,
+        "dtype": c.dtype,
+        "quantize": c.quantize,
+        "base_bytes_per_chip": programs.base_bytes(spec, shape),
         "contexts": spec.contexts,
         "contexts_per_chip": spec.contexts / chip_count,
         "accumulate": c.accumulate if spec.what == "train" else 1,
@@ -44,10 +57,11 @@ def summarise(
         "peak_hbm_bytes_per_chip": compiled["peak_bytes"],
         "chip_hbm_bytes": chip.hbm_bytes,
         "evaluation_peak_hbm_bytes_per_chip": compiled.get("evaluation_peak_bytes"),
-        "flops_per_chip": flops,
+        "flops_per_chip": counted.matmuls,
         "least_flops_per_chip": least_flops,
-        "flops_ratio": flops / least_flops,
-        "counted_on": dict(counted_on),
+        "flops_ratio": counted.matmuls / least_flops,
+        "dequantising_flops_per_chip": counted.dequantising,
+        "counted_on": dict(counted.on),
     }
     if spec.what == "decode":
         summary |= {"prompt_tokens": programs.PROMPT, "new_tokens": c.data.max_target_tokens}
@@ -61,7 +75,7 @@ def summarise(
         for kind, collective in collectives.items()
     )
     parts = {
-        "compute": flops / chip.bf16_flops,
+        "compute": counted.matmuls / chip.bf16_flops,
         "memory": compiled["hbm_bytes"] / chip.hbm_bandwidth,
         "links": sent_bytes / chip.link_bandwidth,
     }
@@ -109,6 +123,12 @@ def text(plan: Summary) -> str:
         ),
         ("contexts", contexts),
     ]
+    rows.append(
+        (
+            "base",
+            f"{plan['quantize'] or plan['dtype']}, {_gib(plan['base_bytes_per_chip'])} a chip",
+        )
+    )
     rows += _memory_rows(plan)
     counted_on = ""
     if plan["counted_on"] != plan["mesh"]:
@@ -120,6 +140,12 @@ def text(plan: Summary) -> str:
             f"possible, {plan['least_flops_per_chip'] / 1e12:.1f} T{counted_on}",
         )
     )
+    if plan["quantize"]:
+        extra = plan["dequantising_flops_per_chip"]
+        share = f"{100 * extra / plan['flops_per_chip']:.2g} % of these"
+        rows.append(
+            ("dequantising", f"{extra / 1e12:.3g} T a chip, {share}; elementwise, not estimated")
+        )
     if plan["fits"]:
         rows.append(("estimate", _estimate(plan)))
     lines = [f"{name:12} {value}" for name, value in rows]

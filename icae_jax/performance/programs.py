@@ -2,10 +2,13 @@
 
 import dataclasses
 import functools
+import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import PyTree
 
 from icae_jax.compression import encoder, trained
 from icae_jax.compression.config import CompressionConfig
@@ -14,7 +17,7 @@ from icae_jax.compression.segments import Contexts
 from icae_jax.data.collate import bucket_shape, target_shapes
 from icae_jax.data.drawing import StaticInt
 from icae_jax.inference import generate
-from icae_jax.models import llama
+from icae_jax.models import llama, quantize
 from icae_jax.models.axes import KV_AXES
 from icae_jax.models.llama import FrozenModel
 from icae_jax.performance import flops
@@ -66,12 +69,29 @@ class Spec:
         return dataclasses.replace(self.config, attention="xla") if auto else self.config
 
 
-def _placed(tree, shardings, dtype=None):
+def _placed(tree, shardings):
     return jax.tree.map(
-        lambda x, where: jax.ShapeDtypeStruct(x.shape, dtype or x.dtype, sharding=where),
-        tree,
+        lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), tree, shardings
+    )
+
+
+def base_shapes(spec: Spec) -> PyTree[jax.ShapeDtypeStruct]:
+    """The base's parameters, in the dtype or the quantisation that the configuration names."""
+    shapes, c = llama.param_shapes(spec.model), spec.config
+    return quantize.quantized_shapes(shapes, c.quantize, c.jnp_dtype)
+
+
+def base_bytes(spec: Spec, shape: Mapping[str, int]) -> int:
+    """Bytes of one device's part of the base's parameters. shape: the mesh's, by axis."""
+    mesh = jax.sharding.AbstractMesh(tuple(shape.values()), tuple(shape))
+    shapes = base_shapes(spec)
+    shardings = sharding.Placement(mesh, spec.model).tree(shapes)
+    parts = jax.tree.map(
+        lambda x, where: math.prod(where.shard_shape(x.shape)) * x.dtype.itemsize,
+        shapes,
         shardings,
     )
+    return sum(jax.tree.leaves(parts))
 
 
 def batch(spec: Spec, mesh: jax.sharding.Mesh | None = None) -> dict[str, Any]:
@@ -137,8 +157,8 @@ def lower(
 def _trace(spec, mesh, placement):
     c, model = spec.measured_config, spec.model
     task = CompressorLosses(c, model, spec.compression)
-    shapes = llama.param_shapes(model)
-    params = _placed(shapes, placement.tree(shapes), c.jnp_dtype)
+    shapes = base_shapes(spec)
+    params = _placed(shapes, placement.tree(shapes))
     tree, given = trained.shapes(model, c.lora, spec.compression), batch(spec, mesh)
     if spec.what == "train":
         optimizer, _ = make_optimizer(c.optimizer, c.steps)

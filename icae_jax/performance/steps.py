@@ -16,7 +16,7 @@ from jaxtyping import PyTree
 
 from icae_jax.compression import segments
 from icae_jax.compression import trained as trained_tree
-from icae_jax.models import llama
+from icae_jax.models import llama, quantize
 from icae_jax.models.llama import ModelConfig
 from icae_jax.objectives import targets
 from icae_jax.objectives.packing import pack
@@ -61,13 +61,19 @@ def _maker(shape, rows, constant, dtype, where):
 
 
 def random_params(
-    model: ModelConfig, placement: sharding.Placement, dtype: DTypeLike, seed: int = 0
+    model: ModelConfig,
+    placement: sharding.Placement,
+    dtype: DTypeLike,
+    seed: int = 0,
+    scheme: str = "",
 ) -> PyTree:
     """Random parameters of a base in `dtype`, made on the devices that hold them.
 
-    They are made layer by layer, so that no leaf exists in another dtype or place.
+    They are made layer by layer, so that no leaf exists in another dtype or place. With a scheme
+    (`models.quantize`), each is quantised before the next is made.
     """
-    shapes = llama.param_shapes(model)
+    shapes, parsed = llama.param_shapes(model), quantize.parse_scheme(scheme)
+    quantize.quantized_shapes(shapes, scheme, dtype)  # UserError for a width that does not fit
 
     def leaf(path, shape, where):
         constant = {"scale": 1, "bias": 0}.get(path[-1].key)
@@ -80,9 +86,18 @@ def random_params(
         )
 
     makers = jax.tree_util.tree_map_with_path(leaf, shapes, placement.tree(shapes))
-    leaves, tree = jax.tree.flatten(makers)
-    keys = jax.random.split(jax.random.key(seed), len(leaves))
-    return jax.tree.unflatten(tree, [make(key) for make, key in zip(leaves, keys, strict=True)])
+    makers, tree = jax.tree_util.tree_flatten_with_path(makers)
+    keys = jax.random.split(jax.random.key(seed), len(makers))
+    leaves = []
+    for (path, make), key in zip(makers, keys, strict=True):
+        names = tuple(part.key for part in path)
+        axis, array = parsed.block_axis(names), make(key)
+        if axis is not None:
+            array = quantize.quantize_matrix(array, parsed.kind, axis)
+            where = functools.partial(placement.parameter, names)
+            array = jax.device_put(array, jax.tree.map(where, array))
+        leaves.append(array)
+    return jax.tree.unflatten(tree, leaves)
 
 
 def initial(spec: programs.Spec, params: PyTree, seed: int = 0) -> PyTree:
@@ -198,7 +213,7 @@ class TrainingStep:
         task = CompressorLosses(c, spec.model, spec.compression)
         optimizer, _ = make_optimizer(c.optimizer, c.steps)
         if params is None:
-            params = random_params(spec.model, self.placement, c.jnp_dtype, seed)
+            params = random_params(spec.model, self.placement, c.jnp_dtype, seed, c.quantize)
         self.params = jax.device_put(params, self.placement.tree(params))
         with self.placement.active():
             trained = initial(spec, self.params, seed) if trained is None else trained
@@ -259,9 +274,10 @@ class TrainingStep:
         first = jax.device_get(first)
         return Measured(wall, cpu, metrics.means(first["sums"], first["counts"]))
 
-    def xla_flops(self) -> float | None:
-        """XLA's count of a step's FLOPs over all devices, see `xla_flops`."""
-        return xla_flops(self.spec, self.mesh)
+    def xla_flops(self, scheme: str = "") -> float | None:
+        """XLA's count of a step's FLOPs over all devices, on a base quantised so: `xla_flops`."""
+        config = dataclasses.replace(self.spec.config, quantize=scheme)
+        return xla_flops(dataclasses.replace(self.spec, config=config), self.mesh)
 
     def memory(self) -> dict[str, int | None]:
         """Bytes, None where they are unknown.

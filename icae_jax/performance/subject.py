@@ -18,10 +18,7 @@ UNSET = "-"  # stands for a base or data that nobody named
 
 
 def base_sizes(base: str) -> ModelConfig:
-    """The sizes of a base: a folder on this machine, a GGUF file, or a known hub id.
-
-    UserError otherwise.
-    """
+    """The sizes of a base: a folder or GGUF file, or a known hub id. UserError otherwise."""
     if base == UNSET:
         raise UserError(
             "base is not set; name it, --config.base=NAME, or a configuration that does; "

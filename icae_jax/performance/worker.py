@@ -8,13 +8,14 @@ import importlib.metadata
 import json
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from icae_jax.errors import UserError
@@ -27,11 +28,10 @@ class OutOfMemory(Exception):
 
 
 def ask(request: Mapping[str, Any], host_devices: int = 1) -> dict[str, Any]:
-    """The answer of another process to a request.
+    """The answer of another process, which sees so many host devices, to a request.
 
     request: `{"kind": …}` of `KINDS`, with the arguments of that function. OutOfMemory if the
-    compiler says so, UserError if the request is at fault. RuntimeError, with the process's output,
-    if it dies, which no input should cause.
+    compiler says so, else as `run`.
     """
     flags = (
         f"--xla_force_host_platform_device_count={host_devices} --xla_backend_optimization_level=0"
@@ -39,7 +39,7 @@ def ask(request: Mapping[str, Any], host_devices: int = 1) -> dict[str, Any]:
     # Takes a third of the time; jaxlib 0.11 does not know the flag and would exit.
     if importlib.metadata.version("jaxlib").startswith("0.10."):
         flags += " --xla_cpu_use_fusion_emitters=false"
-    environment = os.environ | {
+    environment = {
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": flags,
         "TPU_SKIP_MDS_QUERY": "1",
@@ -49,14 +49,27 @@ def ask(request: Mapping[str, Any], host_devices: int = 1) -> dict[str, Any]:
         "TF_CPP_MIN_LOG_LEVEL": "3",
         "TPU_LOG_DIR": "disabled",
     }
+    answer = run("icae_jax.performance.worker", request, environment)
+    if "out_of_memory" in answer:
+        raise OutOfMemory(answer["out_of_memory"])
+    return answer
+
+
+def run(
+    module: str, request: Mapping[str, Any], environment: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """The answer to a request of a module that calls `answer_request`, in a process of its own.
+
+    environment: variables beside this process's. UserError if the request is at fault.
+    RuntimeError, with the process's output, if it dies, which no input should cause.
+    """
     with tempfile.TemporaryFile() as log:
-        command = [sys.executable, "-m", "icae_jax.performance.worker"]
         done = subprocess.run(
-            command,
+            [sys.executable, "-m", module],
             input=pickle.dumps(request),
             stdout=subprocess.PIPE,
             stderr=log,
-            env=environment,
+            env=os.environ | (environment or {}),
             check=False,
         )
         log.seek(0)
@@ -67,10 +80,8 @@ def ask(request: Mapping[str, Any], host_devices: int = 1) -> dict[str, Any]:
         if done.returncode < 0:
             why = signal.Signals(-done.returncode).name
             why += ", usually because this machine ran out of memory" if why == "SIGKILL" else ""
-        raise RuntimeError(f"compiling failed ({why}): {written.strip()[-2000:]}")
+        raise RuntimeError(f"{module} failed ({why}): {written.strip()[-2000:]}")
     answer = json.loads(lines[-1].removeprefix(MARK))
-    if "out_of_memory" in answer:
-        raise OutOfMemory(answer["out_of_memory"])
     if "error" in answer:
         raise UserError(answer["error"])
     return answer
@@ -119,8 +130,10 @@ def _devices(topology: str) -> Sequence[Any] | str:
     """The devices of a topology, or what is wrong with its name."""
     from jax.experimental import topologies
 
+    # By default libtpu asks for whole hosts, of several chips.
+    single = {"chips_per_host_bounds": (1, 1, 1)} if re.fullmatch(r"\w+:1(x1)+", topology) else {}
     try:
-        return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+        return topologies.get_topology_desc(topology, "tpu", **single).devices
     except (RuntimeError, ValueError) as error:
         lines = str(error).strip().splitlines() or [repr(error)]
         return (
@@ -165,12 +178,16 @@ def _end_with(parent: int) -> None:
     os._exit(1)
 
 
-def answer_request() -> None:
-    """Answers the request on standard input."""
+def answer_request(kinds: Mapping[str, Callable[..., dict[str, Any]]]) -> None:
+    """Answers the request on standard input: `{"kind": …}` of `kinds`, with its arguments."""
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     request = pickle.loads(sys.stdin.buffer.read())
-    print(MARK + json.dumps(KINDS[request.pop("kind")](**request)), flush=True)
+    try:
+        answer = kinds[request.pop("kind")](**request)
+    except UserError as error:
+        answer = {"error": str(error)}
+    print(MARK + json.dumps(answer), flush=True)
 
 
 if __name__ == "__main__":
-    answer_request()
+    answer_request(KINDS)

@@ -12,7 +12,7 @@ from icae_jax.errors import UserError
 from icae_jax.runtime import platforms
 
 
-def _processor() -> str:
+def processor() -> str:
     """Names the kind of processor, whose instructions a program compiled for CPUs consists of."""
     path = pathlib.Path("/proc/cpuinfo")
     lines = path.read_text().splitlines() if path.exists() else []
@@ -30,7 +30,7 @@ def keep_compiled() -> None:
     if own is None:
         folder = None
         with contextlib.suppress(UserError):  # no folder can be written: nothing is kept
-            folder = cache.folder().absolute() / "compiled" / _processor()
+            folder = cache.folder().absolute() / "compiled" / processor()
         if folder and cache.can_write(folder):
             os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)
             cache.bound_compiled(folder)
