@@ -29,8 +29,8 @@ def test_loading_holds_one_part_at_a_time(tmp_path):
     """Breaks when loading holds more than one device's part of a parameter, or reads a wrong part;
     or, of a quantised load, more than a layer's matrix in float32 beside it.
 
-    A second copy of all parameters takes 252 MiB, a whole stacked parameter 63 MiB, in float32 twice
-    that, a layer's matrix 8.
+    A second copy of all parameters takes 252 MiB, a whole stacked parameter 63 MiB, in float32
+    twice that, a layer's matrix 8.
     """
     out = measure(tmp_path / "w", "--gib", "0.25", "--slack_mib", "150")
     assert out.returncode == 0, out.stdout + out.stderr
