@@ -44,7 +44,7 @@ def test_loading_holds_one_part_at_a_time(tmp_path):
         parameters, part, before, peak, above = map(int, row[:5])
         assert (parameters, part) == sizes[f"/{scheme}" if scheme else ""]
         # Orbax's modules alone take about 40.
-        assert above < (40 if kind == "safetensors" else 120) + (30 if scheme else 0)
+        assert above < (40 if kind == "safetensors" else 120) + (70 if scheme else 0)
         assert peak > before + parameters  # the parameters themselves were seen
     assert not list((tmp_path / "w").iterdir())
 
