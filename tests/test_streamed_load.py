@@ -29,8 +29,8 @@ def test_loading_holds_one_part_at_a_time(tmp_path):
     """Breaks when loading holds more than one device's part of a parameter, or reads a wrong part;
     or, of a quantised load, more than a layer's matrix in float32 beside it.
 
-    A second copy of all parameters takes 252 MiB, a whole stacked parameter 63 MiB, in float32 twice
-    that, a layer's matrix 8.
+    A second copy of all parameters takes 252 MiB, a whole stacked parameter 63 MiB, in float32
+    twice that, a layer's matrix 8.
     """
     out = measure(tmp_path / "w", "--gib", "0.25", "--slack_mib", "150")
     assert out.returncode == 0, out.stdout + out.stderr
@@ -44,7 +44,7 @@ def test_loading_holds_one_part_at_a_time(tmp_path):
         parameters, part, before, peak, above = map(int, row[:5])
         assert (parameters, part) == sizes[f"/{scheme}" if scheme else ""]
         # Orbax's modules alone take about 40.
-        assert above < (40 if kind == "safetensors" else 120) + (30 if scheme else 0)
+        assert above < (40 if kind == "safetensors" else 120) + (70 if scheme else 0)
         assert peak > before + parameters  # the parameters themselves were seen
     assert not list((tmp_path / "w").iterdir())
 

@@ -7,13 +7,12 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-from jaxtyping import Array, Float, Int, UInt32
+from jaxtyping import Float, Int, UInt32
 
 from icae_jax import errors
 from icae_jax.errors import UserError
@@ -26,6 +25,7 @@ _FIRST_FIELDS = ("rms_norm_eps", "rope_theta", "rope_scaling", "tie_word_embeddi
 _NEVER_COUNT = ("max_position_embeddings", "fused")
 # Two sums of hashes with these salts stand for an array.
 _SALTS = (1, 0x9E3779B9)
+_BLOCK = 1 << 16  # values on the host that are summed at once
 
 
 def fingerprint(config: llama.ModelConfig, params: dict) -> str:
@@ -72,20 +72,22 @@ def _hash_bits(x):
     return x ^ (x >> 16)
 
 
-def _sums(x, index):
-    """Two sums, modulo 2^32, of each value's bits in bfloat16 times a hash of its index."""
+def _sums(x, index, counted=True):
+    """Two sums, modulo 2^32, of each value's bits in bfloat16 times a hash of its index.
+
+    counted: whether a value counts.
+    """
     bits = jax.lax.bitcast_convert_type(x.astype(jnp.bfloat16), jnp.uint16).astype(jnp.uint32)
     return [
-        jnp.sum((bits + 1) * _hash_bits(index + jnp.uint32(salt)), dtype=jnp.uint32)
+        jnp.sum((bits + 1) * _hash_bits(index + jnp.uint32(salt)), dtype=jnp.uint32, where=counted)
         for salt in _SALTS
     ]
 
 
-@jax.jit
 def matrix_checksums(
-    x: Float[Any, "rows columns"], row: Any, column: Any, width: Any
-) -> tuple[UInt32[Array, ""], UInt32[Array, ""], Any]:
-    """What a part of a matrix adds to its checksums, and whether all of it is finite.
+    x: Float[np.ndarray, "rows columns"], row: int, column: int, width: int
+) -> UInt32[np.ndarray, " 2"]:
+    """What a part of a matrix adds to its checksums.
 
     Args:
         x: the part.
@@ -93,9 +95,24 @@ def matrix_checksums(
         column: likewise.
         width: columns of the matrix.
     """
-    rows, columns = (jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) for axis in (0, 1))
-    row, column, width = (jnp.asarray(n, jnp.uint32) for n in (row, column, width))
-    return *_sums(x, (rows + row) * width + columns + column), jnp.isfinite(x).all()
+    rows, columns = (
+        np.arange(start, start + n, dtype=np.uint32)
+        for start, n in zip((row, column), x.shape, strict=True)
+    )
+    index = np.ravel(rows[:, None] * np.uint32(width) + columns[None])
+    values, total = np.ravel(x), np.zeros(2, np.uint32)
+    for start in range(0, values.size, _BLOCK):  # of one length, to compile one program
+        count = min(_BLOCK, values.size - start)
+        parts = (part[start : start + count] for part in (values, index))
+        block = (np.pad(part, (0, _BLOCK - count)) for part in parts)
+        total += np.asarray(_block_sums(*block, count))
+    return total
+
+
+@jax.jit
+def _block_sums(x, index, count):
+    """The checksums of the first `count` values."""
+    return jnp.stack(_sums(x, index, jnp.arange(x.size) < count))
 
 
 @jax.jit

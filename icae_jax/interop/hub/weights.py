@@ -70,7 +70,7 @@ def load_params(
     quantize: str | None = "",
 ) -> dict:
     """The parameters that `load` loads."""
-    return load(folder, config, dtype, sharding, progress, only, quantize).params
+    return load(folder, config, dtype, sharding, progress, only, quantize, False).params
 
 
 def load(
@@ -81,6 +81,7 @@ def load(
     progress: bool = False,
     only: Sequence[placing.Path] = (),
     quantize: str | None = "",
+    identify: bool = True,
 ) -> Loaded:
     """The parameters of a base's folder in our tree: layers stacked `[L, …]`, kernels `[in, out]`.
 
@@ -100,6 +101,8 @@ def load(
         only: paths of the parameters to load, by default all.
         quantize: a scheme of `models.quantize`; "" for what the folder holds, None for full
             precision (what is stored quantised is then dequantised).
+        identify: whether to tell the identity of a base that is quantised here. The checksums of
+            what stays as it is take several times an array's memory on CPUs.
 
     Raises:
         UserError: tensors are missing, have other shapes than config.json implies, or are there
@@ -144,7 +147,7 @@ def load(
         loaded = Loaded(_nest(params), str(scheme))
         if held is not None:
             loaded = loaded._replace(fingerprint=held.fingerprint, weights=held.weights)
-        elif sums and not only:
+        elif sums and identify and not only:
             own, all_weights = _identity(files, config, params, sums)
             loaded = loaded._replace(fingerprint=own, weights=all_weights)
     _say_unread_copies(folder, is_orbax)
