@@ -1,7 +1,6 @@
 """The plain PEFT folder: its README's code gives our memory, PEFT merges what we compute."""
 
 import dataclasses
-import functools
 import json
 import re
 
@@ -10,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
-from conftest import TINY, WORDS, close, random_trained
+from conftest import TINY, WORDS, close, random_params, random_trained
 
 from icae_jax.compression.config import CompressionConfig
 from icae_jax.compression.layout import Layout
@@ -47,7 +46,7 @@ def make_adapter(base, method="icae", layout=""):
     )
 
 
-rotate_keys = jax.jit(functools.partial(rope.rotate_keys, TINY))
+rotate_keys = jax.jit(rope.rotate_keys, static_argnums=0)
 encoder_positions = jax.jit(Layout.encoder_positions, static_argnums=(0, 1, 2))
 
 
@@ -65,8 +64,37 @@ def test_the_readme_makes_our_memory(base, tmp_path, monkeypatch, method, layout
     """Breaks when the code in README.md cuts, frames, pads or places a text otherwise than we do,
     or keeps another state.
     """
+    check_readme(base, method, layout, tmp_path, monkeypatch)
+
+
+GEMMA = dataclasses.replace(
+    TINY,
+    norms="both",
+    norm_plus_one=True,
+    activation="gelu_tanh",
+    qk_norm=True,
+    embedding_multiplier=32**0.5,
+    windows=(18, 0),  # as long as a segment and its memory
+    ropes=("local", "global"),
+    local_rope_theta=20.0,
+)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_readme_serves_a_gemma(method, tmp_path, tiny_tokenizer, monkeypatch):
+    """Breaks when memory tokens are multiplied as embeddings are, or layers share one RoPE."""
+    params = random_params(GEMMA)
+    bases.save_base(tmp_path / "base", GEMMA, params, tiny_tokenizer, dtype="float32")
+    base = bases.load_base(tmp_path / "base")
+    assert base.config == GEMMA
+    check_readme(base, method, "", tmp_path, monkeypatch)
+
+
+def check_readme(base, method, layout, tmp_path, monkeypatch):
+    """The code in README.md makes the memory that we make."""
     adapter = make_adapter(base, method, layout)
-    peft_folder.save(tmp_path / "out", adapter, TINY)
+    layout = adapter.compression.layout
+    peft_folder.save(tmp_path / "out", adapter, base.config)
     monkeypatch.chdir(tmp_path / "out")
     code = code_of(tmp_path / "out")
     assert 18 <= len([line for line in code.splitlines() if line.strip()]) <= 25
@@ -86,7 +114,7 @@ def test_the_readme_makes_our_memory(base, tmp_path, monkeypatch, method, layout
         lengths = lengths[lengths > 0]
         lengths = np.full_like(lengths, 15) if kind.fixed_length else lengths
         at = np.concatenate([np.asarray(encoder_positions(kind, 15, 3, n))[15:] for n in lengths])
-        k = rotate_keys(memory.k[:, :, real], at[None])
+        k = rotate_keys(base.config, memory.k[:, :, real], at[None])
         for mine, theirs in ((k, got[0]), (memory.v[:, :, real], got[1])):
             close(theirs.numpy(), np.moveaxis(np.asarray(mine)[:, 0], 1, 2))
 
