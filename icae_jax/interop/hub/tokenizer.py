@@ -57,9 +57,20 @@ def load_tokenizer(folder: str | pathlib.Path) -> Tokenizer:
     from icae_jax.interop.hub import gguf_folder, locations
 
     folder = locations.local_folder(folder, progress=False, with_weights=False)
+    gguf = gguf_folder.source(folder)
+    if gguf is None:
+        return _load_checked(folder)
     if not has_tokenizer(folder):
-        if gguf := gguf_folder.source(folder):
-            raise UserError(f"{gguf}: it holds no tokenizer (tokenizer.ggml.model)")
+        raise UserError(f"{gguf}: it holds no tokenizer (tokenizer.ggml.model)")
+    try:
+        return _load_checked(folder)
+    except UserError as error:  # the file is the user's, not what was made of it
+        raise UserError(f"{gguf}: its tokenizer cannot be read: {error}") from error
+
+
+def _load_checked(folder):
+    """The tokenizer of a folder on this machine."""
+    if not has_tokenizer(folder):
         raise UserError(
             f"{folder}: {_NO_TOKENIZER} (it has no tokenizer.json, tokenizer.model or vocab.json)"
         )
