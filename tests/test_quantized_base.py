@@ -78,7 +78,8 @@ def test_a_load_onto_a_mesh(folder, whole, shape):
             base = bases.load_base(folder, sharding=placement.parameter, quantize=scheme)
             leaf = base.params["layers"]["self_attn"]["q_proj"]["kernel"].codes
             split = leaf.sharding.shard_shape(leaf.shape)
-            assert split == (2, leaf.shape[1] // shape[1], leaf.shape[2] // shape[2])
+            tensor = 1 if shape[2] == 8 else shape[2]  # eight do not divide four heads
+            assert split == (2, leaf.shape[1] // shape[1], leaf.shape[2] // tensor)
             assert (base.fingerprint, base.identity) == (whole.fingerprint, whole.identity)
             same(jax.device_get(base.params), quantize.quantize_params(whole.params, scheme))
 
@@ -154,7 +155,9 @@ def test_a_copy_is_what_was_quantised(folder, whole, copies, capsys):
         plain = bases.load_base(copy, quantize=None)
         assert f"stored in {scheme}; dequantised to float32" in capsys.readouterr().err
         want = jax.tree.map(
-            lambda w: quantize.as_array(w, jnp.float32), base.params, is_leaf=quantize.is_quantized
+            lambda w: w.dequantize(jnp.float32) if quantize.is_quantized(w) else w,
+            base.params,
+            is_leaf=quantize.is_quantized,
         )
         same(plain.params, want)
         assert plain.quantize == ""
@@ -218,7 +221,7 @@ def test_inspect_tells_the_scheme(copies, whole, capsys):
         ("--from BASE --to NEW --dtype nf4 --format hub", "--format hub has no place for nf4"),
         ("--from COPY --to NEW --format hub", "--format hub has no place for int8"),
         ("--from COPY --to NEW --dtype nf4", "stored in int8, of which nf4 cannot be made"),
-        ("--from TINY --to NEW --dtype nf4", "do not divide the width 32 of layers."),
+        ("--from TINY --to NEW --dtype nf4", "do not divide the width 48 of layers."),
         ("--from TINY --to NEW --dtype int4", "invalid choice: 'int4'"),
     ],
 )
@@ -247,7 +250,7 @@ def test_bad_folders(folder, copies, tmp_path):
     refused("has the scheme 'int3'; this version reads int8", scheme="int3")
     refused("fingerprint is 7, which is not", fingerprint=7)
     refused("quantization_config is set; use the unquantised checkpoint", quant_method="awq")
-    refused("not in the model of config.json", scheme="nf4")
+    refused(r"7 tensors missing: layers\.mlp\.down_proj\.kernel\.block_scales", scheme="nf4")
     (copy / "config.json").write_text(json.dumps(config))
     shutil.rmtree(copy / "params")
     shutil.copy(folder / "model.safetensors", copy)
@@ -308,7 +311,9 @@ def test_from_compressing_to_asking(folder, copies, tmp_path, capsys):
     source.write_text("the cat sat on the mat")
     common = ["--adapter", str(adapter), "--base", str(folder)]
     flag = ["--base_dtype", "int8"]
-    assert cli.main(["compress", str(source), "--output", str(memory), *common, *flag]) == 0
+    assert (
+        cli.main(["compress", "--input", str(source), "--output", str(memory), *common, *flag]) == 0
+    )
     read = ["--memory", str(memory), *common, "--max_new_tokens", "3"]
     assert cli.main(["restore", *read, *flag]) == 0
     assert "precision" not in capsys.readouterr().err

@@ -26,25 +26,33 @@ def measure(workdir, *flags):
 
 
 def test_loading_holds_one_part_at_a_time(tmp_path):
-    """Breaks when loading holds more than one device's part of a parameter, or reads a wrong part.
+    """Breaks when loading holds more than one device's part of a parameter, or reads a wrong part;
+    or, of a quantised load, more than a layer's matrix in float32 beside it.
 
-    A second copy of all parameters takes 252 MiB, a whole stacked parameter 63 MiB.
+    A second copy of all parameters takes 252 MiB, a whole stacked parameter 63 MiB, in float32 twice
+    that, a layer's matrix 8.
     """
     out = measure(tmp_path / "w", "--gib", "0.25", "--slack_mib", "150")
     assert out.returncode == 0, out.stdout + out.stderr
     rows = {line.split()[0]: line.split()[1:] for line in out.stdout.splitlines()[2:]}
-    assert rows.keys() == {"safetensors", "orbax"}
-    for name, most in (("safetensors", 40), ("orbax", 120)):  # Orbax's modules alone take about 40
-        parameters, part, before, peak, above = map(int, rows[name][:5])
-        assert (parameters, part) == (252, 8) and above < most
-        assert peak > before + 252  # the parameters themselves were seen
+    sizes = {"": (252, 8), "/int8": (136, 4), "/nf4": (79, 2)}
+    assert rows.keys() == {
+        f"{kind}{scheme}" for kind in ("safetensors", "orbax") for scheme in sizes
+    }
+    for name, row in rows.items():
+        kind, _, scheme = name.partition("/")
+        parameters, part, before, peak, above = map(int, row[:5])
+        assert (parameters, part) == sizes[f"/{scheme}" if scheme else ""]
+        # Orbax's modules alone take about 40.
+        assert above < (40 if kind == "safetensors" else 120) + (30 if scheme else 0)
+        assert peak > before + parameters  # the parameters themselves were seen
     assert not list((tmp_path / "w").iterdir())
 
 
 def test_more_memory_than_allowed_is_a_failure(tmp_path):
     """Breaks when the script says ok whatever it measured."""
     out = measure(tmp_path / "w", "--gib", "0.02", "--slack_mib", "-1000")
-    assert out.returncode == 1 and out.stdout.count("NOT OK") == 2
+    assert out.returncode == 1 and out.stdout.count("NOT OK") == 6
 
 
 def test_a_copy_that_is_dropped_is_seen():

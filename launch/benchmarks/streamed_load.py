@@ -1,4 +1,4 @@
-"""Host memory of loading a base onto a mesh, from safetensors and from an Orbax copy.
+"""Host memory of loading a base onto a mesh: safetensors, an Orbax copy, quantised or not.
 
     python launch/benchmarks/streamed_load.py --workdir runs/streamed_load
     python launch/benchmarks/streamed_load.py --workdir runs/streamed_load --accelerators
@@ -6,8 +6,10 @@
 The base is a random checkpoint of a few GiB, split over 8 host devices, or with --accelerators over
 those of this machine. Each load runs in a process of its own, which samples its anonymous memory
 (RssAnon, without mapped files). At no time may that exceed the parameters loaded so far (host
-devices keep them in the same memory) by more than one device's part of one stacked parameter and
-some slack. The exit code is 1 if it does, or if a loaded value differs from the file. Linux only.
+devices keep them in the same memory) by more than one device's part of one stacked parameter, for a
+quantised load also one layer's largest matrix in float32, and some slack. The exit code is 1 if it
+does, or if a loaded value differs from the file (of a quantised load: from its codes' nearest
+values). Linux only.
 """
 
 import argparse
@@ -33,7 +35,13 @@ DEVICES, LAYERS = 8, 16
 # Random values are repeated with this period; prime, so that no two rows or layers are equal.
 PERIOD = 65521
 FILE_BYTES = 512 << 20
-STAGES = ("safetensors", "copy", "orbax")  # each in its own process; "copy" makes the Orbax copy
+SCHEMES = ("int8", "nf4")
+# Each in its own process; "copy" makes an Orbax copy.
+STAGES = tuple(
+    f"{stage}{scheme}"
+    for scheme in ("", *(f" {s}" for s in SCHEMES))
+    for stage in ("safetensors", "copy", "orbax")
+)
 
 
 def model_config(gib):
@@ -141,8 +149,11 @@ class Memory:
         self._thread.join()
 
 
-def load(folder):
-    """Loads a folder over all devices; returns the figures, the parameters, the model config."""
+def load(folder, scheme):
+    """Loads a folder over all devices; returns the figures, the parameters, the model config.
+
+    scheme: of `models.quantize`, "" for bfloat16.
+    """
     import jax
     from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -164,14 +175,18 @@ def load(folder):
     jax.block_until_ready(jax.device_put(np.zeros(8), sharding(("scale",), np.zeros(8))))
     memory, began = Memory(held), time.perf_counter()
     try:
-        params = jax.block_until_ready(weights.load_params(folder, config, "bfloat16", sharding))
+        params = jax.block_until_ready(
+            weights.load_params(folder, config, "bfloat16", sharding, quantize=scheme)
+        )
     finally:
         memory.stop()
     shards = [s.data.nbytes for x in jax.tree.leaves(params) for s in x.addressable_shards]
     seconds = time.perf_counter() - began
+    matrix = 4 * config.hidden_size * config.intermediate_size if scheme else 0
     sizes = {
         "held": sum(shards),
         "shard": max(shards),
+        "matrix": matrix,
         "before": memory.before,
         "peak": memory.peak,
         "above": memory.above,
@@ -184,11 +199,22 @@ def wrong_tensors(config, params):
 
     Looks at the first and the last layer, and at what is outside the layers.
     """
+    import jax
+
+    from icae_jax.models import quantize
+
     wrong = []
     for name, shape, leaf, layer, transposed in tensors(config, params):
         if layer not in (None, 0, config.num_layers - 1):
             continue
         want = values(name, shape).T if transposed else values(name, shape)
+        if quantize.is_quantized(leaf):
+            kind = "int8" if isinstance(leaf, quantize.Int8Matrix) else "nf4"
+            matrix = jax.tree.map(lambda x, layer=layer: np.asarray(x[layer]), leaf)
+            nearest = quantize.quantize_matrix(want, kind)
+            same = jax.tree.map(np.array_equal, matrix, nearest)
+            wrong += [] if all(jax.tree.leaves(same)) else [name]
+            continue
         for shard in leaf.addressable_shards:
             part, index = (
                 (shard.data, shard.index) if layer is None else (shard.data[layer], shard.index[1:])
@@ -201,17 +227,22 @@ def wrong_tensors(config, params):
 
 def run_stage(stage, workdir):
     """One stage, in a process of its own; its last line on stdout is JSON."""
-    folder, copy = workdir / "hub", workdir / "orbax"
+    stage, _, scheme = stage.partition(" ")
+    folder, copy = workdir / "hub", workdir / f"orbax{scheme}"
     if stage == "copy":
-        from icae_jax.interop.hub import orbax_copy
+        from icae_jax import files
+        from icae_jax.interop.hub import orbax_copy, stored_scheme
 
-        _, params, _ = load(folder)
+        _, params, _ = load(folder, scheme)
         copy.mkdir()
-        shutil.copy(folder / "config.json", copy)
+        raw = files.read_json(folder / "config.json", "a configuration")
+        if scheme:
+            raw |= stored_scheme.StoredScheme(scheme, "", "").as_json()
+        files.write_json(copy / "config.json", raw)
         orbax_copy.save_orbax(copy, params)
         print("{}")
         return
-    figures, params, config = load(folder if stage == "safetensors" else copy)
+    figures, params, config = load(folder if stage == "safetensors" else copy, scheme)
     print(json.dumps(figures | {"wrong": wrong_tensors(config, params)}))
 
 
@@ -277,19 +308,24 @@ def main():
         results = {stage: in_process(stage, args) for stage in STAGES}
     finally:
         if not args.keep:
-            for folder in ("hub", "orbax"):
+            for folder in ("hub", "orbax", *(f"orbax{scheme}" for scheme in SCHEMES)):
                 shutil.rmtree(args.workdir / folder, ignore_errors=True)
     rows, good = [], True
-    for stage in ("safetensors", "orbax"):
+    for stage in (stage for stage in STAGES if not stage.startswith("copy")):
         r = results[stage]
-        bound = r["shard"] + args.slack_mib * 2**20
+        bound = r["shard"] + r["matrix"] + args.slack_mib * 2**20
         verdict = (
             "wrong: " + r["wrong"][0] if r["wrong"] else "ok" if r["above"] <= bound else "NOT OK"
         )
         good &= verdict == "ok"
         sizes = (r["held"], r["shard"], r["before"], r["peak"], r["above"], bound)
         rows.append(
-            (stage, *(f"{size / 2**20:,.0f}" for size in sizes), f"{r['seconds']:.1f}", verdict)
+            (
+                stage.replace(" ", "/"),
+                *(f"{size / 2**20:,.0f}" for size in sizes),
+                f"{r['seconds']:.1f}",
+                verdict,
+            )
         )
     header = (
         "MiB",

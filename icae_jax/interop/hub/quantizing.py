@@ -19,9 +19,10 @@ from icae_jax.errors import UserError
 from icae_jax.interop.hub import identity, placing
 from icae_jax.models import quantize
 
-CHUNK_BYTES = 4 << 20  # of float32 values, quantised at once by each thread
+# Of float32 values, quantised at once by each thread; checksums take ten times as much meanwhile.
+CHUNK_BYTES = 1 << 20
 THREADS = min(8, os.cpu_count() or 1)
-Checksums = tuple[np.ndarray, np.ndarray, bool]  # as `identity.checksums` has them
+Checksums = tuple[Any, Any, bool]  # as `identity.checksums` has them
 
 
 class Source(NamedTuple):
@@ -63,7 +64,7 @@ class _Parameter(NamedTuple):
                     chunk[0] = (layer, layer + 1)
                 yield tuple(chunk)
 
-    def measure(self, chunk: placing.Ranges) -> tuple[dict[str, np.ndarray], list[np.ndarray]]:
+    def measure(self, chunk: placing.Ranges) -> tuple[dict[str, np.ndarray], list[Any]]:
         """(scales, checksums) of a chunk that is whole along the axis of blocks."""
         w = self.source.read(chunk)
         matrix = w if w.ndim == 2 else w[0]
