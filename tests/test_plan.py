@@ -460,7 +460,7 @@ def test_a_quantised_base_is_gathered_in_its_codes(scheme, codes):
     """
     wide = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32}
     model = dataclasses.replace(TINY, num_kv_heads=4, **wide)
-    config = make_spec(quantize=scheme, dtype="bfloat16", eval_examples=0).config
+    config = make_spec(quantize=scheme, dtype="bfloat16", lora={"rank": 4}).config
     spec = programs.Spec("train", config, model, 4, 32)
     compiled = plan.compile_for(spec, "v5e:2x2")
     gathered = {shape for kind, *_, shape in compiled["collectives"] if kind == "all-gather"}
