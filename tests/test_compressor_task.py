@@ -7,8 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tokenizers
 from conftest import TINY, WORDS, write_jsonl
 
+from icae_jax import files
 from icae_jax.compression import trained as trained_tree
 from icae_jax.interop.hub import base as bases
 from icae_jax.objectives import targets
@@ -334,7 +336,7 @@ def test_a_base_without_bos_gets_a_trained_trigger_and_says_so(
     bases.save_base(tmp_path / "base", TINY, tiny_params, bare, dtype="float32")
     made = task(raw, **x500, base=str(tmp_path / "base"))
     assert made.framing.trigger == targets.AE and made.compression.trigger == "trained"
-    assert "has no bos token; a trained one is used" in made.notes()[0]
+    assert "has no bos token; a trained trigger is used" in made.notes()[0]
     with pytest.raises(
         ValueError, match=r"compression\.method is 'x500', but init_from .* was trained with 'icae'"
     ):
@@ -362,6 +364,31 @@ def test_lora_is_drawn_by_one_program_whatever_the_run(raw):
     before = trained_tree._init_lora._cache_size()
     task(raw, seed=1).init()
     assert before and trained_tree._init_lora._cache_size() == before
+
+
+def test_a_bos_that_begins_no_texts_is_no_trigger(raw, tmp_path, tiny_params, tiny_tokenizer):
+    """Breaks when 500xCompressor asks for a text with a token behind which the base expects none of
+    it, such as the start of a chat's turn, or a run that goes on changes its trigger.
+    """
+    chat = copy.deepcopy(tiny_tokenizer)
+    chat.backend_tokenizer.post_processor = tokenizers.processors.TemplateProcessing("$A")
+    bases.save_base(tmp_path / "base", TINY, tiny_params, chat, dtype="float32")
+    x500 = {
+        "compression": {"method": "x500", "k": 4, "rate": 4},
+        "objectives": {"ae": 1.0, "lm": 0.0},
+        "base": str(tmp_path / "base"),
+    }
+    made = task(raw, **x500)
+    assert made.base.tokenizer.bos_token_id == 1
+    assert made.framing.trigger == targets.AE and made.compression.trigger == "trained"
+    assert "puts no bos token in front of texts; a trained trigger is used" in made.notes()[0]
+    for number, (recorded, trigger) in enumerate(
+        [({}, 1), ({"identity.trigger": "bos"}, 1), ({"identity.trigger": "trained"}, targets.AE)]
+    ):
+        workdir = tmp_path / str(number)
+        workdir.mkdir()
+        files.write_json(workdir / "config.json", {"steps": 3} | recorded)
+        assert CompressorTask(made.config, made.base, workdir).framing.trigger == trigger
 
 
 def test_trigger_token(raw):

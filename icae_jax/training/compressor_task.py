@@ -3,7 +3,7 @@
 import dataclasses
 import os
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -37,12 +37,29 @@ from icae_jax.training.workdir import recorded
 CHECKED = 1 << 22  # ids looked through at once
 
 
-def compression_on(config: TrainConfig, tokenizer: Any) -> tuple[CompressionConfig, list[str]]:
-    """What a configuration trains on a base with that tokenizer, and notes on what differs."""
+def compression_on(
+    config: TrainConfig, tokenizer: Any, run: Mapping[str, Any] | None = None
+) -> tuple[CompressionConfig, list[str]]:
+    """What a configuration trains on a base with that tokenizer, and notes on what differs.
+
+    The trigger "bos" is for bases that begin texts with their bos token. Where a tokenizer puts
+    none in front of a text, the token may mean anything to the base: behind SmolLM2's, which begins
+    a turn of a chat, it expects a role and nothing of the memory.
+
+    run: what a run that goes on has recorded (`workdir.recorded`); its trigger stays.
+    """
     compression = config.trained_compression
-    if compression.trigger != "bos" or tokenizer.bos_token_id is not None:
+    if compression.trigger != "bos":
         return compression, []
-    note = "compression.trigger: the base's tokenizer has no bos token; a trained one is used"
+    has_bos = tokenizer.bos_token_id is not None
+    if run:  # earlier versions did not record it
+        trigger = run.get("identity.trigger", "bos" if has_bos else "trained")
+    else:
+        trigger = "bos" if tokenizers.bos_id(tokenizer) is not None else "trained"
+    if trigger == "bos":
+        return compression, []
+    why = "puts no bos token in front of texts" if has_bos else "has no bos token"
+    note = f"compression.trigger: the base's tokenizer {why}; a trained trigger is used"
     return dataclasses.replace(compression, trigger="trained"), [note]
 
 
@@ -177,7 +194,8 @@ class CompressorTask(CompressorLosses):
             quantize=c.quantize,
         )
         tokenizer = self.base.tokenizer
-        compression, self._notes = compression_on(c, tokenizer)
+        run = {} if workdir is None else recorded(workdir)
+        compression, self._notes = compression_on(c, tokenizer, run)
         c, notes = with_attention(
             c, self.base.config, compression, self.placement.mesh, max(c.data.context_lengths)
         )
@@ -204,6 +222,7 @@ class CompressorTask(CompressorLosses):
             "base": self.base.fingerprint,
             "data.train": (self.train_examples.key, self.train_examples.earlier_key),
             "template": self.template.as_json(),
+            "trigger": compression.trigger,
             **self.base.identity,
         }
         if self.base.quantize:

@@ -156,7 +156,8 @@ def read_checkpoint(trained: Trained, base: bases.Base) -> tuple[pathlib.Path, a
     The step may differ from `trained.path`: a running training deletes old checkpoints.
     """
     path = trained.workdir / "config.json"
-    nested = config_file.nested(read_run(path), path)
+    run = read_run(path)
+    nested = config_file.nested(run, path)
     identity = nested.pop("identity", {})
     trained_on = identity.get("base") if isinstance(identity, dict) else None
     if trained_on is None:
@@ -176,7 +177,7 @@ def read_checkpoint(trained: Trained, base: bases.Base) -> tuple[pathlib.Path, a
             "add the tokenizer's files to it"
         )
     config = config_file.from_dict(TrainConfig, nested, f"{path}: config")
-    compression, _ = compression_on(config, base.tokenizer)
+    compression, _ = compression_on(config, base.tokenizer, run)
     recorded = identity.get("template")
     if recorded:
         template = targets.Template.from_json(recorded, path)

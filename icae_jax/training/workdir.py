@@ -32,7 +32,9 @@ FREE_FIELDS = PATH_FIELDS | {
     "data.strict",
 }
 # Fingerprints that older workdirs lack: the first run that finds none records its own.
-LATER_IDENTITY = frozenset({"identity.tokenizer", "identity.weights", "identity.template"})
+LATER_IDENTITY = frozenset(
+    {"identity.tokenizer", "identity.weights", "identity.template", "identity.trigger"}
+)
 
 
 # --------------------------------------------------------------------------------------- reading
