@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tokenizers
+import transformers
 from conftest import TINY, WORDS, write_jsonl
 
 from icae_jax import files
@@ -389,6 +390,34 @@ def test_a_bos_that_begins_no_texts_is_no_trigger(raw, tmp_path, tiny_params, ti
         workdir.mkdir()
         files.write_json(workdir / "config.json", {"steps": 3} | recorded)
         assert CompressorTask(made.config, made.base, workdir).framing.trigger == trigger
+
+
+def test_a_trigger_in_place_of_bos_starts_as_a_newline(raw, tmp_path, tiny_params, tiny_tokenizer):
+    """Breaks when the [AE] row starts at random on a base that is not asked with its bos, behind
+    which a frozen base looks back at nothing.
+    """
+    content = json.loads(tiny_tokenizer.backend_tokenizer.to_str())
+    content["model"]["vocab"]["\n"] = content["model"]["vocab"].pop(WORDS[-1])
+    content["post_processor"] = None
+    chat = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizers.Tokenizer.from_str(json.dumps(content)),
+        **tiny_tokenizer.special_tokens_map,
+    )
+    chat.add_tokens(["\n"])
+    bases.save_base(tmp_path / "base", TINY, tiny_params, chat, dtype="float32")
+    newline = np.asarray(tiny_params["embed"])[chat.convert_tokens_to_ids("\n")]
+
+    def row(method, **compression):
+        compression = {"method": method, "k": 4, "rate": 4, **compression}
+        objectives = {"ae": 1.0, "lm": 0.0}
+        base = str(tmp_path / "base")
+        made = task(raw, base=base, compression=compression, objectives=objectives)
+        return np.asarray(made.init()["memory_table"])[targets.AE]
+
+    np.testing.assert_array_equal(row("x500"), newline)
+    np.testing.assert_array_equal(row("icae", trigger_token="\n"), newline)
+    for others in (row("icae"), row("x500", trigger="trained"), row("x500", trigger_token="cat")):
+        assert not np.array_equal(others, newline)
 
 
 def test_trigger_token(raw):

@@ -29,7 +29,8 @@ class CompressionConfig:
       trigger: what asks for the text back: "trained", the table's [AE] row, or "bos", the
         tokenizer's own token; "" for the method's default.
       trigger_token: a token whose embedding the [AE] row starts from ("" for none); a base that was
-        trained with a copying token already knows what to do after it.
+        trained with a copying token already knows what to do after it. Where "bos" is replaced by
+        "trained" for a base whose texts begin with none, "" is a newline.
       decoder_lora: the decoder has a LoRA tree of its own, with the sizes of `lora`.
     """
 

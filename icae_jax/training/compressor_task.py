@@ -377,20 +377,27 @@ class CompressorTask(CompressorLosses):
         """The trained tree: from `init_from`, or new."""
         if self.start_from:
             return self.start_from.trained
-        c, tokenizer = self.config, self.base.tokenizer
-        trigger, token = None, c.compression.trigger_token
-        if token:
-            trigger = tokenizer.convert_tokens_to_ids(token)
-            if trigger is None or trigger == tokenizer.unk_token_id:
-                raise UserError(
-                    f"compression.trigger_token {token!r} is not a token of the base's tokenizer"
-                )
-            rows = self.base.config.vocab_size
-            tokenizers.check_ids(
-                [[trigger]], rows, lambda _: "compression.trigger_token", tokenizer
-            )
+        c, trigger = self.config, self._trigger_id()
         key, embeddings = jax.random.key(c.seed), sharding.on_host(self.frozen["embed"])
         return trained_tree.init(key, embeddings, self.base.config, c.lora, c.compression, trigger)
+
+    def _trigger_id(self) -> int | None:
+        """The token whose embedding the [AE] row starts from, None for a random row."""
+        tokenizer, token = self.base.tokenizer, self.config.compression.trigger_token
+        if not token:
+            # In place of a bos that begins no texts: behind a newline a base does look back at the
+            # text that it has read, and behind a random row hardly (launch/experiments/README.md).
+            replaced = self.compression.trigger != self.config.compression.trigger
+            newline = tokenizers.token_id(tokenizer, "\n") if replaced else None
+            return newline if newline is None or newline < self.base.config.vocab_size else None
+        trigger = tokenizers.token_id(tokenizer, token)
+        if trigger is None:
+            raise UserError(
+                f"compression.trigger_token {token!r} is not a token of the base's tokenizer"
+            )
+        rows = self.base.config.vocab_size
+        tokenizers.check_ids([[trigger]], rows, lambda _: "compression.trigger_token", tokenizer)
+        return trigger
 
     def train_batches(self, start: int, stop: int, rows: Rows = slice(None)) -> Iterator[PyTree]:
         """Batches of steps `start` to `stop - 1`, cut to `rows`."""
