@@ -576,3 +576,17 @@ def test_what_ends_a_text_is_control_whatever_the_tokenizer_calls_it(folder):
 def test_the_probe_stays_as_it_is():
     """Breaks when the probe text changes: every stored fingerprint would be wrong."""
     assert hashlib.sha256(reading.PROBE.encode()).hexdigest().startswith("a35012b9e8c6")
+
+
+def test_a_token_is_named_as_spelled_or_by_its_text(tiny_tokenizer):
+    """Breaks when a token is known by its spelling in the vocabulary alone, or the unknown token,
+    which some bases use otherwise too, is nobody's.
+    """
+    assert reading.token_id(tiny_tokenizer, "cat") == tiny_tokenizer.convert_tokens_to_ids("cat")
+    spelled = reading.token_id(tiny_tokenizer, " cat ")
+    assert spelled == reading.token_id(tiny_tokenizer, "cat")
+    assert reading.token_id(tiny_tokenizer, "nonsense") is None
+    assert reading.token_id(tiny_tokenizer, "cat cat") is None
+    unknown = tiny_tokenizer.unk_token
+    if unknown is not None:
+        assert reading.token_id(tiny_tokenizer, unknown) == tiny_tokenizer.unk_token_id

@@ -368,7 +368,7 @@ def bos_id(tokenizer: Tokenizer) -> int | None:
 def token_id(tokenizer: Tokenizer, token: str) -> int | None:
     """The id of a token, as the vocabulary spells it or as the text that it stands for."""
     number = tokenizer.convert_tokens_to_ids(token)
-    if number is not None and number != tokenizer.unk_token_id:
+    if number is not None and (number != tokenizer.unk_token_id or token == tokenizer.unk_token):
         return number
     ids = user_ids(tokenizer, token)
     return ids[0] if len(ids) == 1 and ids[0] != tokenizer.unk_token_id else None
