@@ -131,7 +131,6 @@ def contexts(config):
 
 PACKED = {
     "ae": pack([[targets.ae_target(text, FRAMING)] for text in TEXTS], 1, 13, 13),
-    "lm": pack([[targets.Target(text[::-1], 1)] for text in TEXTS], 1, 13, 13),
     "qa": pack([[targets.Target([targets.FT, 5, 6, n, 2], 3)] for n in (7, 8)], 1, 13, 13),
 }
 
@@ -172,10 +171,9 @@ def gradients_agree(got, want):
     ("scheme", "method", "remat", "tied"),
     [
         ("int8", "icae", "none", False),
-        ("nf4", "x500", "full", False),
+        ("nf4", "icae", "full", False),
         ("int8+ends", "x500", "frozen", True),
         ("nf4+ends", "icae", "dots", False),
-        ("nf4+ends", "x500", "none", True),
     ],
 )
 def test_a_quantised_base_computes_what_its_numbers_say(scheme, method, remat, tied):
@@ -188,16 +186,14 @@ def test_a_quantised_base_computes_what_its_numbers_say(scheme, method, remat, t
     assert sum(map(is_matrix, jax.tree.leaves(stored, is_leaf=is_matrix))) == 7 + ends
     same = dequantized(stored)
     got, d_got = losses(TRAINED, stored, method, remat)
-    want, d_want = losses(TRAINED, same, method, remat)
+    want, d_want = losses(TRAINED, same, method, "none")  # one program for all schemes
     close(got, want)
-    assert (
-        abs(float(want) - float(losses(TRAINED, dequantized(base("", tied)), method, remat)[0]))
-        > 1e-3
-    )
+    assert abs(float(want) - float(losses(TRAINED, base("", tied), method, "none")[0])) > 1e-3
     gradients_agree(d_got, d_want)
-    np.testing.assert_array_equal(
-        restored(TRAINED, stored, method).ids, restored(TRAINED, same, method).ids
-    )
+    if ends:
+        np.testing.assert_array_equal(
+            restored(TRAINED, stored, method).ids, restored(TRAINED, same, method).ids
+        )
 
 
 @pytest.mark.parametrize("kind", ["int8", "nf4"])
