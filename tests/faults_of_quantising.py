@@ -61,4 +61,8 @@ MUTANTS = [
         "the last piece of a matrix counts twice", "interop/hub/identity.py",
         "counted = places >= jnp.asarray(first, jnp.uint32)", "counted = True", "test_identity.py -k pieces",
     ),
+    Mutant(
+        "every process sums its own part of the checksums alone", "interop/hub/quantizing.py",
+        "        sums = _over_processes(sums)\n", "", "test_quantized_base.py -k two_processes -m nightly",
+    ),
 ]  # fmt: skip
