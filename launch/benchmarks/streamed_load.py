@@ -175,9 +175,9 @@ def load(folder, scheme):
     jax.block_until_ready(jax.device_put(np.zeros(8), sharding(("scale",), np.zeros(8))))
     memory, began = Memory(held), time.perf_counter()
     try:
-        # With the checksums of its source, by which a quantised base is known.
-        loaded = weights.load(folder, config, "bfloat16", sharding, quantize=scheme)
-        params = jax.block_until_ready(loaded.params)
+        params = jax.block_until_ready(
+            weights.load_params(folder, config, "bfloat16", sharding, quantize=scheme)
+        )
     finally:
         memory.stop()
     shards = [s.data.nbytes for x in jax.tree.leaves(params) for s in x.addressable_shards]
