@@ -132,7 +132,7 @@ MUTANTS = [
     ),
     Mutant(
         "memory starts among embeddings that are not multiplied", "compression/trained.py",
-        "as_array(embeddings, jnp.float32) * multiplier", "as_array(embeddings, jnp.float32)",
+        "table = multiplier * (mean + std * table)", "table = mean + std * table",
         "test_families.py -k memory_starts",
     ),
     Mutant(
@@ -141,7 +141,7 @@ MUTANTS = [
         "test_families.py -k fused_tensors",
     ),
     Mutant(
-        "a fused base has a fingerprint of its own", "interop/hub/base.py",
+        "a fused base has a fingerprint of its own", "interop/hub/identity.py",
         '_NEVER_COUNT = ("max_position_embeddings", "fused")', '_NEVER_COUNT = ("max_position_embeddings",)',
         "test_families.py -k fingerprints",
     ),

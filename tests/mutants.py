@@ -3,7 +3,7 @@ fail of each.
 
     python tests/mutants.py [--only WORD] [--jobs N] [--tree FOLDER] [--check]
 
-Not collected by pytest. Each fault of `faults.py` is one text of one file replaced by another; a
+Not collected by pytest. Each fault of `faults*.py` is one text of one file replaced by another; a
 text that is not there exactly once is an error, so that the list keeps up with the code. The same
 tests are run without the fault too, and must pass: else they fail of something else. Exit code 0
 where all were caught, 1 where one survived, 2 where one could not be planted or tried.
@@ -20,6 +20,7 @@ import time
 
 import faults
 import faults_of_input
+import faults_of_quantising
 from faults import Mutant
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -127,7 +128,7 @@ def main():
     args = parser.parse_args()
     chosen = [
         m
-        for m in faults.MUTANTS + faults_of_input.MUTANTS
+        for m in faults.MUTANTS + faults_of_input.MUTANTS + faults_of_quantising.MUTANTS
         if args.only in m.what or args.only in m.file
     ]
     if args.check:

@@ -131,6 +131,13 @@ def test_what_is_wrong_is_named(name):
     assert "\n" not in str(error.value)
 
 
+def test_a_base_is_trained_in_full_precision():
+    """Breaks when `icae train base` takes a scheme and trains codes, or only calls it unknown."""
+    message = "^`icae train base` has no quantize: it trains every parameter, in full precision"
+    with pytest.raises(UserError, match=message):
+        load(BaseConfig, "tiny_base", {"quantize": "int8"})
+
+
 def test_no_get_config_is_told(tmp_path):
     (tmp_path / "empty.py").touch()
     with pytest.raises(UserError, match=r"empty\.py defines no get_config"):

@@ -19,6 +19,7 @@ from conftest import (
     eight_devices,
     make_tokenizer,
     random_trained,
+    same,
     training,
     with_tokenizer,
     write_adapter,
@@ -33,6 +34,7 @@ from icae_jax.errors import UserError
 from icae_jax.interop.adapters import folder as adapters
 from icae_jax.interop.adapters import formats
 from icae_jax.interop.hub import base as bases
+from icae_jax.interop.hub import identity
 from icae_jax.interop.hub import tokenizer as reading
 from icae_jax.models.lora import LoraConfig
 from icae_jax.objectives import targets
@@ -166,6 +168,22 @@ def test_identity_does_not_hang_on_the_devices(tiny_params):
         assert bases.weights_fingerprint(split) == bases.weights_fingerprint(
             jax.device_get(tiny_params)
         )
+
+
+@pytest.mark.parametrize("piece", [40, 64, 100])
+def test_a_large_matrix_is_summed_in_pieces(tiny_params, monkeypatch, piece):
+    """Breaks when a piece is left out, counts twice or at another place, or is as large as the
+    matrix, of which XLA on CPUs makes several temporary arrays.
+    """
+    axes = tuple(map(identity._unsplit_axis, jax.tree.leaves(tiny_params)))
+    want = jax.device_get(identity.checksums(tiny_params))
+    sums = identity._checksums.__wrapped__  # not the compiled one, whose pieces are large
+    monkeypatch.setattr(identity, "_PIECE", piece)
+    cut = jax.jit(functools.partial(sums, axes=axes)).lower(tiny_params).compile()
+    same(jax.device_get(cut(tiny_params)), want)
+    tall = {"layers": {}, "embed": jax.ShapeDtypeStruct((1 << 12, 32), jnp.float32)}
+    compiled = jax.jit(functools.partial(sums, axes=(-2,))).lower(tall).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 4 * tall["embed"].size / 2
 
 
 def test_identity_does_not_hang_on_the_dtype(tiny_params):

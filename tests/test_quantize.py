@@ -16,7 +16,6 @@ from icae_jax.compression.config import CompressionConfig
 from icae_jax.compression.decoder import Decoder
 from icae_jax.compression.segments import Contexts, segment_contexts
 from icae_jax.errors import UserError
-from icae_jax.inference import generate
 from icae_jax.models import llama, lora, quantize
 from icae_jax.models.llama import FrozenModel
 from icae_jax.models.quantize import NF4_LEVELS, linear, linear_transposed, take_rows
@@ -129,36 +128,22 @@ def contexts(config):
     return Contexts(*segment_contexts(TEXTS, config), config.k)
 
 
-PACKED = {
-    "ae": pack([[targets.ae_target(text, FRAMING)] for text in TEXTS], 1, 13, 13),
-    "lm": pack([[targets.Target(text[::-1], 1)] for text in TEXTS], 1, 13, 13),
-    "qa": pack([[targets.Target([targets.FT, 5, 6, n, 2], 3)] for n in (7, 8)], 1, 13, 13),
-}
+PACKED = {"ae": pack([[targets.ae_target(text, FRAMING)] for text in TEXTS], 1, 13, 13)}
 
 
 @functools.partial(jax.jit, static_argnames=("method", "remat"))
 def losses(trained, params, method, remat):
-    """(sum of all losses, gradient)."""
+    """(sum of losses, gradient)."""
 
     def total(trained):
         config = CompressionConfig(method, k=3, rate=4)
         frozen = FrozenModel(llama.Llama(WIDE, lora_scale=0.5, remat=remat), params)
         memory = encoder.compress(frozen, trained, contexts(config), config)
-        decoder, heads = Decoder.of(frozen, trained), dict.fromkeys(PACKED, ())
+        decoder, heads = Decoder.of(frozen, trained), {"ae": ()}
         every = loss.label_losses(decoder, memory, PACKED, heads, config.position_layout, 5)
-        return sum(one for one, _ in loss.objective_sums(every, PACKED).values())
+        return loss.objective_sums(every, PACKED)["ae"][0]
 
     return jax.value_and_grad(total)(trained)
-
-
-@functools.partial(jax.jit, static_argnames="method")
-def restored(trained, params, method):
-    config = CompressionConfig(method, k=3, rate=4)
-    frozen = FrozenModel(llama.Llama(WIDE, lora_scale=0.5), params)
-    decoder = Decoder.of(frozen, trained)
-    prefix = encoder.compress(frozen, trained, contexts(config), config).read(decoder)
-    prompts = generate.Prompts(jnp.full((2, 1), targets.AE), jnp.ones(2, int), prefix.end)
-    return generate.greedy(decoder, prefix, prompts, max_new_tokens=6, stop_ids=(2,))
 
 
 def gradients_agree(got, want):
@@ -171,11 +156,9 @@ def gradients_agree(got, want):
 @pytest.mark.parametrize(
     ("scheme", "method", "remat", "tied"),
     [
-        ("int8", "icae", "none", False),
-        ("nf4", "x500", "full", False),
-        ("int8+ends", "x500", "frozen", True),
-        ("nf4+ends", "icae", "dots", False),
-        ("nf4+ends", "x500", "none", True),
+        ("int8", "icae", "frozen", False),
+        ("nf4+ends", "icae", "full", False),
+        ("int8+ends", "x500", "dots", True),
     ],
 )
 def test_a_quantised_base_computes_what_its_numbers_say(scheme, method, remat, tied):
@@ -188,16 +171,10 @@ def test_a_quantised_base_computes_what_its_numbers_say(scheme, method, remat, t
     assert sum(map(is_matrix, jax.tree.leaves(stored, is_leaf=is_matrix))) == 7 + ends
     same = dequantized(stored)
     got, d_got = losses(TRAINED, stored, method, remat)
-    want, d_want = losses(TRAINED, same, method, remat)
+    want, d_want = losses(TRAINED, same, method, "none")  # one program for all schemes
     close(got, want)
-    assert (
-        abs(float(want) - float(losses(TRAINED, dequantized(base("", tied)), method, remat)[0]))
-        > 1e-3
-    )
+    assert abs(float(want) - float(losses(TRAINED, base("", tied), method, "none")[0])) > 1e-3
     gradients_agree(d_got, d_want)
-    np.testing.assert_array_equal(
-        restored(TRAINED, stored, method).ids, restored(TRAINED, same, method).ids
-    )
 
 
 @pytest.mark.parametrize("kind", ["int8", "nf4"])
@@ -207,20 +184,17 @@ def test_no_dequantised_matrix_is_saved_for_the_backward_pass(remat, kind):
     params = base(kind)
     adapters = lora.init_lora(jax.random.key(1), WIDE, lora.LoraConfig(4))
     matrices = {w.shape[-2:] for w in jax.tree.leaves(params, is_leaf=is_matrix) if is_matrix(w)}
-    for at in (None, np.asarray([3])):
-        model = llama.Llama(WIDE, remat=remat)
+    at = None if kind == "int8" else np.asarray([3])  # the last block may keep some positions only
 
-        def total(adapters, model=model, at=at):
-            variables = {"params": params, "lora": adapters}
-            mask = llama.causal_mask(5)
-            hidden, _ = model.apply(
-                variables, jnp.ones((1, 5), int), jnp.arange(5)[None], mask, at=at
-            )
-            return jnp.sum(hidden**2)
+    def total(adapters):
+        ids, positions, mask = jnp.ones((1, 5), int), jnp.arange(5)[None], llama.causal_mask(5)
+        variables = {"params": params, "lora": adapters}
+        hidden, _ = llama.Llama(WIDE, remat=remat).apply(variables, ids, positions, mask, at=at)
+        return jnp.sum(hidden**2)
 
-        saved = jax.eval_shape(lambda adapters: jax.vjp(total, adapters)[1], adapters)
-        shapes = [x.shape for x in jax.tree.leaves(saved) if jnp.issubdtype(x.dtype, jnp.floating)]
-        assert shapes and not [shape for shape in shapes if shape[-2:] in matrices]
+    saved = jax.eval_shape(lambda adapters: jax.vjp(total, adapters)[1], adapters)
+    shapes = [x.shape for x in jax.tree.leaves(saved) if jnp.issubdtype(x.dtype, jnp.floating)]
+    assert shapes and not [shape for shape in shapes if shape[-2:] in matrices]
 
 
 def test_layers_are_dequantised_one_at_a_time():
@@ -251,7 +225,7 @@ def test_layers_are_dequantised_one_at_a_time():
 def test_a_quantised_base_lies_on_a_mesh():
     """Breaks when sharding does not reach a leaf's arrays, or fails on axes of length 1."""
     stored = base("nf4+ends")
-    want, d_want = losses(TRAINED, stored, "icae", "dots")
+    want, d_want = losses(TRAINED, stored, "icae", "full")
     with eight_devices():
         mesh = sharding.make_mesh(sharding.MeshConfig(1, 2, 2), jax.devices()[:4])
         placement = sharding.Placement(mesh, WIDE)
@@ -265,7 +239,7 @@ def test_a_quantised_base_lies_on_a_mesh():
                 jax.device_put(TRAINED, placement.tree(TRAINED)),
                 jax.device_put(stored, shardings),
                 "icae",
-                "dots",
+                "full",
             )
         close(jax.device_get(got), want)
         gradients_agree(jax.device_get(d_got), d_want)

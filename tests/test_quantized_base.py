@@ -2,24 +2,22 @@
 
 import dataclasses
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import TINY, eight_devices, random_params, random_trained, same
+from conftest import ROOT, TINY, close, eight_devices, free_port, random_params, same
 
 from icae_jax.cli import main as cli
-from icae_jax.compression.config import CompressionConfig
 from icae_jax.errors import UserError
-from icae_jax.inference import loading
-from icae_jax.interop.adapters import folder as adapters
 from icae_jax.interop.hub import base as bases
 from icae_jax.interop.hub import identity, quantizing, stored, weights
 from icae_jax.models import llama, quantize
-from icae_jax.models.lora import LoraConfig
-from icae_jax.objectives import targets
 from icae_jax.runtime import sharding
 from icae_jax.workflows import convert_base
 
@@ -67,21 +65,86 @@ def test_streamed_as_quantised_in_memory(folder, whole, scheme, monkeypatch):
     assert jax.tree.structure(base.params) == jax.tree.structure(want)
 
 
-@pytest.mark.parametrize("shape", [(1, 4, 2), (1, 1, 8), (2, 2, 1)])
-def test_a_load_onto_a_mesh(folder, whole, shape):
+@pytest.mark.parametrize(
+    ("scheme", "shape"), [("nf4+ends", (1, 4, 2)), ("int8", (1, 1, 8)), ("int8+ends", (2, 2, 1))]
+)
+def test_a_load_onto_a_mesh(folder, whole, scheme, shape):
     """Breaks when codes or scales depend on how devices split them, or a checksum counts twice."""
-    for scheme in ("int8+ends", "nf4+ends"):
-        with eight_devices():
-            devices = jax.devices()[: np.prod(shape)]
-            mesh = sharding.make_mesh(sharding.MeshConfig(*shape), devices)
-            placement = sharding.Placement(mesh, WIDE)
-            base = bases.load_base(folder, sharding=placement.parameter, quantize=scheme)
-            leaf = base.params["layers"]["self_attn"]["q_proj"]["kernel"].codes
-            split = leaf.sharding.shard_shape(leaf.shape)
-            tensor = 1 if shape[2] == 8 else shape[2]  # eight do not divide four heads
-            assert split == (2, leaf.shape[1] // shape[1], leaf.shape[2] // tensor)
-            assert (base.fingerprint, base.identity) == (whole.fingerprint, whole.identity)
-            same(jax.device_get(base.params), quantize.quantize_params(whole.params, scheme))
+    with eight_devices():
+        devices = jax.devices()[: np.prod(shape)]
+        mesh = sharding.make_mesh(sharding.MeshConfig(*shape), devices)
+        placement = sharding.Placement(mesh, WIDE)
+        base = bases.load_base(folder, sharding=placement.parameter, quantize=scheme)
+        leaf = base.params["layers"]["self_attn"]["q_proj"]["kernel"].codes
+        split = leaf.sharding.shard_shape(leaf.shape)
+        tensor = 1 if shape[2] == 8 else shape[2]  # eight do not divide four heads
+        assert split == (2, leaf.shape[1] // shape[1], leaf.shape[2] // tensor)
+        assert (base.fingerprint, base.identity) == (whole.fingerprint, whole.identity)
+        same(jax.device_get(base.params), quantize.quantize_params(whole.params, scheme))
+
+
+# Loads a base as one of two processes with two devices each, and runs it.
+PROCESS = """
+import json, pathlib, sys
+import jax
+import numpy as np
+from icae_jax.interop.hub import base as bases
+from icae_jax.models import llama
+from icae_jax.runtime import distributed, sharding
+
+folder, coordinator, process, out, *schemes = sys.argv[1:]
+distributed.start(coordinator, 2, int(process))
+placement = sharding.Placement(
+    sharding.make_mesh(sharding.MeshConfig(1, 2, 2)), bases.sizes(folder)
+)
+ids, results = np.arange(6)[None], {}
+for scheme in schemes:
+    base = bases.load_base(folder, sharding=placement.parameter, quantize=scheme)
+
+    def hidden(params):
+        position = np.arange(6)[None]
+        mask = llama.causal_mask(6)
+        return llama.Llama(base.config).apply({"params": params}, ids, position, mask)[0]
+
+    with placement.active():
+        x = sharding.on_host(jax.jit(hidden)(base.params))
+    leaves = [leaf.tolist() for leaf in jax.tree.leaves(sharding.on_host(base.params))]
+    results[scheme] = base.fingerprint, base.identity["weights"], leaves, x.tolist()
+pathlib.Path(out).write_text(json.dumps(results))
+"""
+
+
+@pytest.mark.nightly
+def test_a_load_by_two_processes(folder, whole, tmp_path):
+    """Breaks when a process quantises its shards by its own scales, sums a part of the checksums
+    twice or not at all, or waits for another.
+    """
+    coordinator, schemes = f"127.0.0.1:{free_port()}", ("int8+ends", "nf4+ends")
+    xla = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=2"
+    env = os.environ | {"XLA_FLAGS": xla, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    outs = [tmp_path / str(process) for process in range(2)]
+    children = [
+        subprocess.Popen(
+            [sys.executable, "-c", PROCESS, str(folder), coordinator, str(i), str(out), *schemes],
+            env=env,
+        )
+        for i, out in enumerate(outs)
+    ]
+    try:
+        assert [child.wait(240) for child in children] == [0, 0]
+    finally:
+        for child in children:
+            child.kill()
+            child.wait()
+    ids = np.arange(6)[None]
+    for scheme in schemes:
+        params = quantize.quantize_params(whole.params, scheme)
+        want, _ = llama.Llama(WIDE).apply({"params": params}, ids, ids, llama.causal_mask(6))
+        for out in outs:
+            own, weights_of_source, leaves, x = json.loads(out.read_text())[scheme]
+            assert (own, weights_of_source) == (whole.fingerprint, whole.identity["weights"])
+            same(leaves, [leaf.tolist() for leaf in jax.tree.leaves(params)])
+            close(x, want)
 
 
 def test_a_number_that_is_not_finite_is_named(folder, tmp_path, params, tiny_tokenizer):
@@ -261,69 +324,7 @@ def test_bad_folders(folder, copies, tmp_path):
         weights.load_params(folder, config, quantize="nf4")
 
 
-# ------------------------------------------------------------------------------ adapters, memories
-
-
-def _adapter(base, path):
-    compression = CompressionConfig("icae", k=3, rate=4)
-    template = targets.make_template("plain", base.tokenizer)
-    adapter = adapters.Adapter(
-        compression,
-        LoraConfig(4, 0.5),
-        template,
-        random_trained(WIDE, 3),
-        base.path,
-        base.fingerprint,
-        base_identity=base.identity,
-        base_quantize=base.quantize,
-    )
-    adapters.save_adapter(path, adapter)
-    return path
-
-
-def test_adapters_know_the_quantisation_they_were_trained_with(
-    folder, whole, copies, tmp_path, capsys, tiny_base
-):
-    """Breaks when another quantisation is refused or goes unsaid, or another base is taken."""
-    plain = _adapter(whole, tmp_path / "plain")
-    assert "base_quantize" not in json.loads((plain / "icae.json").read_text())
-    base = bases.load_base(copies["int8"])
-    trained = _adapter(base, tmp_path / "int8")
-    assert json.loads((trained / "icae.json").read_text())["base_quantize"] == "int8"
-    assert adapters.load_adapter(trained, base).base_quantize == "int8"
-    assert adapters.load_adapter(plain, whole).base_quantize == ""
-    assert capsys.readouterr().err == ""
-    adapters.load_adapter(trained, whole)
-    adapters.load_adapter(plain, base)
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 2
-    assert "made on the base in int8, and this base is in full precision" in lines[0]
-    assert "made on the base in full precision, and this base is in int8" in lines[1]
-    with pytest.raises(UserError, match="give the right base"):
-        adapters.load_adapter(trained, bases.load_base(tiny_base))
-
-
-def test_from_compressing_to_asking(folder, copies, tmp_path, capsys):
-    """Breaks when a verb takes no quantised base, or a memory does not say what wrote it."""
-    adapter = _adapter(bases.load_base(copies["int8"]), tmp_path / "adapter")
-    memory = tmp_path / "m.safetensors"
-    source = tmp_path / "text.txt"
-    source.write_text("the cat sat on the mat")
-    common = ["--adapter", str(adapter), "--base", str(folder)]
-    flag = ["--base_dtype", "int8"]
-    assert (
-        cli.main(["compress", "--input", str(source), "--output", str(memory), *common, *flag]) == 0
-    )
-    read = ["--memory", str(memory), *common, "--max_new_tokens", "3"]
-    assert cli.main(["restore", *read, *flag]) == 0
-    assert "precision" not in capsys.readouterr().err
-    assert cli.main(["restore", *read]) == 0
-    err = capsys.readouterr().err
-    assert f"--memory {memory} was made on the base in int8" in err
-    export = ["export", "hf-cache", "--memory", str(memory), *common, "--to", str(tmp_path / "c")]
-    assert cli.main([*export, *flag]) == 0
-    compressor = loading.load(adapter, copies["int8"])
-    assert compressor.base.quantize == "int8" and len(compressor.compress(["the dog ran"])) == 1
+# ---------------------------------------------------------------------------------------- identity
 
 
 def test_precision():

@@ -1,6 +1,7 @@
 """A training run's configuration: frozen dataclasses that check their values when made."""
 
 import dataclasses
+import types
 
 import jax.numpy as jnp
 
@@ -96,7 +97,9 @@ class LoopConfig:
       mesh: how the devices are arranged (`runtime.sharding`).
     """
 
-    COMMAND = "icae train"  # for messages; not a field
+    # For messages, and not fields: the command; fields of others that it has not, and why.
+    COMMAND = "icae train"
+    REFUSED = types.MappingProxyType({})
 
     seed: int = 0
     steps: int = 1000
@@ -236,7 +239,10 @@ class BaseConfig(LoopConfig):
       mixture: stages of document kinds (`base_task.parse_mixture`).
     """
 
-    COMMAND = "icae train base"  # for messages; not a field
+    COMMAND = "icae train base"
+    REFUSED = types.MappingProxyType(
+        {"quantize": "it trains every parameter, in full precision; leave it out"}
+    )
 
     model: TinyModelConfig = TinyModelConfig()
     mixture: tuple[str, ...] = ("0 questions=0.7 repeat=0.3",)

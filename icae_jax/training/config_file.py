@@ -80,6 +80,8 @@ def _unknown(name: str, known: Mapping[str, Any], kind: type) -> str:
     if group := [field for field in known if field.startswith(f"{name}.")]:
         return f"{name} is a group of fields; give one of them, such as {group[0]}"
     command = kind.COMMAND
+    if name in kind.REFUSED:
+        return f"`{command}` has no {name}: {kind.REFUSED[name]}"
     for other in LoopConfig.__subclasses__():
         if other is not kind and name in field_types(other):
             return (

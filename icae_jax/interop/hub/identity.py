@@ -4,6 +4,7 @@ A quantised base is known by the weights that it was made of.
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 from collections.abc import Mapping
@@ -26,6 +27,7 @@ _NEVER_COUNT = ("max_position_embeddings", "fused")
 # Two sums of hashes with these salts stand for an array.
 _SALTS = (1, 0x9E3779B9)
 _BLOCK = 1 << 16  # values on the host that are summed at once
+_PIECE = 1 << 18  # values of a larger matrix on a device that are
 
 
 def fingerprint(config: llama.ModelConfig, params: dict) -> str:
@@ -115,24 +117,68 @@ def _block_sums(x, index, count):
     return jnp.stack(_sums(x, index, jnp.arange(x.size) < count))
 
 
-@jax.jit
 def checksums(params: dict) -> dict:
     """Two checksums of every parameter in bfloat16, and whether it is finite; by layer if stacked.
 
     A checksum is a sum, modulo 2^32, of each value's bits times a hash of its index, so it does not
     depend on devices or the order of summation.
     """
+    return _checksums(params, tuple(map(_unsplit_axis, jax.tree.leaves(params))))
 
-    def of_array(x):
-        index = jnp.zeros(x.shape, jnp.uint32)
-        for axis, n in enumerate(x.shape):
-            index = index * jnp.uint32(n) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
-        return *_sums(x, index), jnp.isfinite(x).all()
 
-    # Layer by layer, since XLA on CPUs materialises the indices.
-    layers = jax.tree.map(lambda x: jax.lax.map(of_array, x), params["layers"])
-    others = {name: value for name, value in params.items() if name != "layers"}
-    return jax.tree.map(of_array, others) | {"layers": layers}
+def _unsplit_axis(x):
+    """The first axis of a matrix that devices do not split; None if there is none."""
+    shard = x.sharding.shard_shape(x.shape) if isinstance(x, jax.Array) else x.shape
+    axes = (-2, -1) if x.ndim > 1 else ()
+    return next((axis for axis in axes if shard[axis] == x.shape[axis]), None)
+
+
+@functools.partial(jax.jit, static_argnames="axes")
+def _checksums(params, axes):
+    """axes: of each parameter, the one along which it is cut."""
+    axes = jax.tree.unflatten(jax.tree.structure(params), axes)
+    layers = jax.tree.map(
+        lambda x, axis: jax.lax.map(lambda layer: _array_sums(layer, axis), x),
+        params["layers"],
+        axes["layers"],
+    )
+    others = {
+        name: jax.tree.map(_array_sums, value, axes[name])
+        for name, value in params.items()
+        if name != "layers"
+    }
+    return others | {"layers": layers}
+
+
+def _array_sums(x, axis):
+    """The checksums of an array; those of a large matrix in pieces along an axis.
+
+    XLA on CPUs materialises the indices and the bits of all that it sums at once.
+    """
+    if x.ndim < 2 or axis is None or x.size <= _PIECE:
+        return _piece_sums(x, x.shape, 0, 0, 0)
+    axis, n = axis % x.ndim, x.shape[axis]
+    length = max(1, _PIECE * n // x.size)
+
+    def sums(first):
+        start = jnp.minimum(first, n - length)  # the last piece begins earlier, to be as long
+        piece = jax.lax.dynamic_slice_in_dim(x, start, length, axis)
+        return _piece_sums(piece, x.shape, axis, start, first)
+
+    *totals, finite = jax.lax.map(sums, jnp.arange(0, n, length))
+    return *(jnp.sum(parts, dtype=jnp.uint32) for parts in totals), finite.all()
+
+
+def _piece_sums(piece, shape, axis, start, first):
+    """What a piece, from `start` along an axis of an array, adds to it; only from `first` on."""
+    index = jnp.zeros(piece.shape, jnp.uint32)
+    for i, n in enumerate(shape):
+        places = jax.lax.broadcasted_iota(jnp.uint32, piece.shape, i)
+        if i == axis:
+            places = places + jnp.asarray(start, jnp.uint32)
+            counted = places >= jnp.asarray(first, jnp.uint32)
+        index = index * jnp.uint32(n) + places
+    return *_sums(piece, index, counted), jnp.isfinite(piece).all()
 
 
 def weights_fingerprint(params: dict, source: str = "") -> str:

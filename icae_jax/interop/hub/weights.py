@@ -101,8 +101,8 @@ def load(
         only: paths of the parameters to load, by default all.
         quantize: a scheme of `models.quantize`; "" for what the folder holds, None for full
             precision (what is stored quantised is then dequantised).
-        identify: whether to tell the identity of a base that is quantised here. The checksums of
-            what stays as it is take several times an array's memory on CPUs.
+        identify: whether to tell the identity of a base that is quantised here, for which what
+            stays as it is is summed too.
 
     Raises:
         UserError: tensors are missing, have other shapes than config.json implies, or are there
