@@ -171,7 +171,7 @@ def quality_cells(result, first):
     """Texts, nats, perplexity and AE losses of one format against the first's."""
     from icae_jax.evaluation import statistics as intervals
 
-    if not result:
+    if not result or not first:
         return [""] * 7
     n = len(result["base"])
     weights = intervals.resample(range(n), 0)
@@ -179,7 +179,7 @@ def quality_cells(result, first):
         str(n),
         f"{intervals.ratio(sum_of(result['base'])):.4f}",
         estimate(intervals.estimate(result["base"], intervals.perplexity, weights), 2),
-        first and estimate(paired(result["base"], first["base"], intervals.perplexity), 4),
+        estimate(paired(result["base"], first["base"], intervals.perplexity), 4),
     ]
     if "own" not in result:
         return [*cells, "", "", ""]
@@ -191,7 +191,7 @@ def quality_cells(result, first):
     return [
         *cells,
         own,
-        first and estimate(paired(result["own"], first["own"], intervals.ratio), 4),
+        estimate(paired(result["own"], first["own"], intervals.ratio), 4),
         other,
     ]
 
