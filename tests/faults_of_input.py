@@ -29,6 +29,11 @@ MUTANTS = [
         "test_gguf.py -k was_made_of",
     ),
     Mutant(
+        "int8 blocks of a file are taken for nf4's", "interop/hub/weights.py",
+        'read_int8 = files.int8_reader(path) if scheme.kind == "int8" else None', "read_int8 = files.int8_reader(path)",
+        "test_quantized_base.py -k int8_blocks",
+    ),
+    Mutant(
         "columns of a block begin at its start", "interop/hub/gguf_tensors.py",
         "first = start // numbers", "first = (start := start // numbers * numbers) // numbers", "test_gguf.py -k any_part",
     ),

@@ -247,7 +247,7 @@ def test_smollm2s_tokens(smollm2):
     """Breaks when texts are cut otherwise than by transformers' conversion, or than the ids that
     the hub's tokenizer is known to give."""
     names = sorted((SHARED / "data").glob("*/valid.jsonl.gz"))
-    check_tokens(smollm2, names)
+    check_tokens(smollm2, names, every=4)
     known = {
         "The capital of France is": [504, 3575, 282, 4649, 314],
         "Hello world! 123": [19556, 905, 17, 216, 33, 34, 35],

@@ -180,7 +180,8 @@ class _Blocks:
 
 
 def test_int8_blocks_are_taken_as_they_are(folder, monkeypatch, tmp_path, tiny_tokenizer):
-    """Breaks when stored int8 blocks are rounded again, transposed, or known as other weights."""
+    """Breaks when stored int8 blocks are rounded again, transposed, or known as other weights; or
+    taken for nf4's."""
     real = stored.open_tensors
 
     def open_tensors(folder, config, shapes, enter):
@@ -198,6 +199,9 @@ def test_int8_blocks_are_taken_as_they_are(folder, monkeypatch, tmp_path, tiny_t
         same(w.dequantize(jnp.float32), want)
         assert 32 in np.asarray(w.shape) // np.asarray(w.scales.shape)
     assert base.params["layers"]["self_attn"]["q_proj"]["kernel"].scales.shape[1] == 1
+    other = bases.load_base(folder, quantize="nf4+ends")
+    same(other.params, quantize.quantize_params(whole.params, "nf4+ends"))
+    assert (other.fingerprint, other.identity) == (whole.fingerprint, whole.identity)
     convert_base.convert(folder, tmp_path / "copy", dtype="int8+ends")
     monkeypatch.undo()
     same(bases.load_base(tmp_path / "copy").params, base.params)

@@ -12,7 +12,9 @@ from icae_jax.errors import UserError
 from icae_jax.inference import generate as decoding
 from icae_jax.inference.batching import batch_starts, round_up
 from icae_jax.inference.compressor import Compressor
+from icae_jax.inference.devices import Devices
 from icae_jax.inference.reading import Generation, Score
+from icae_jax.interop.hub import base as bases
 from icae_jax.interop.hub import tokenizer as tokenizers
 from icae_jax.models.llama import FrozenModel, ModelConfig
 from icae_jax.objectives import loss, targets
@@ -122,11 +124,31 @@ def _losses(base: FrozenModel, ids_BT, label_at_BU, labels_BU):
 def score(
     compressor: Compressor, rows: Sequence[targets.Target], batch_size: int = 32
 ) -> list[Score]:
+    """`score_by_base` for a compressor's base, on its devices."""
+    model = compressor.plain_decoder.base
+    return score_by_base(compressor.base, model, rows, compressor.devices, batch_size)
+
+
+def score_by_base(
+    base: bases.Base,
+    model: FrozenModel,
+    rows: Sequence[targets.Target],
+    devices: Devices | None = None,
+    batch_size: int = 32,
+) -> list[Score]:
     """Log-probabilities of targets' labels under the base alone.
 
-    UserError where a target leaves the base's positions.
+    Args:
+        base: the base.
+        model: that base, computed in a dtype.
+        rows: the targets.
+        devices: where it runs; by default the default device.
+        batch_size: targets scored at once.
+
+    Raises:
+        UserError: a target leaves the base's positions, or an id has no embedding.
     """
-    base = compressor.base
+    devices = devices or Devices(None, base.config)
     tokenizers.check_ids(
         [row.ids for row in rows], base.config.vocab_size, lambda i: f"target {i}", base.tokenizer
     )
@@ -134,14 +156,14 @@ def score(
     scores = []
     for start in batch_starts(len(rows), batch_size):
         chunk = rows[start : start + batch_size]
-        size = compressor.devices.rows(batch_size if start else len(chunk))
+        size = devices.rows(batch_size if start else len(chunk))
         T = round_up(max(len(row.ids) - 1 for row in chunk), STEP)
         U = round_up(max(len(row.ids) - row.label_start for row in chunk), STEP)
         packed = pack([[row] for row in chunk] + [[]] * (size - len(chunk)), 1, T, U)
         batch = {name: x[:, 0] for name, x in packed.items()}
-        placed = compressor.devices.put((batch["ids"], batch["label_at"], batch["labels"]))
-        with compressor.devices.active():
-            losses = np.asarray(_losses(compressor.plain_decoder.base, *placed))
+        placed = devices.put((batch["ids"], batch["label_at"], batch["labels"]))
+        with devices.active():
+            losses = np.asarray(_losses(model, *placed))
         sums, counts = np.where(batch["label_mask"], losses, 0).sum(1), batch["label_mask"].sum(1)
         scores += [Score(-float(sums[i]), int(counts[i])) for i in range(len(chunk))]
     return scores

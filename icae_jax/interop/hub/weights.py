@@ -199,9 +199,8 @@ def _load(files, wanted, scheme, held, done):
         named = {leaf[-1]: target for leaf, target in targets.items()}
         if axis is not None and not held:
             shape = make_matrix(scheme.kind, axis, named).shape
-            source = quantizing.Source(
-                shape, files.reader(path, jnp.float32), files.int8_reader(path)
-            )
+            read_int8 = files.int8_reader(path) if scheme.kind == "int8" else None
+            source = quantizing.Source(shape, files.reader(path, jnp.float32), read_int8)
             params[path], sums[path] = quantizing.load(path, named, scheme.kind, axis, source, done)
             continue
         arrays = {}
