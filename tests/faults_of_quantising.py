@@ -4,7 +4,7 @@ from faults import Mutant
 
 MUTANTS = [
     Mutant(
-        "int8 has one scale for each input", "models/quantize.py",
+        "int8 has one scale for each input", "models/schemes.py",
         'return {"scales": np.abs(w).max(axis, keepdims=True) / np.float32(127)}',
         'return {"scales": np.abs(w).max(-3 - axis, keepdims=True) / np.float32(127)}', "test_quantize.py -k nearest",
     ),
@@ -13,7 +13,7 @@ MUTANTS = [
         "            y = y * _as_row(self.scales, inner, y.ndim)\n", "", "test_quantize.py -k products",
     ),
     Mutant(
-        "the halves of a byte change places", "models/quantize.py",
+        "the halves of a byte change places", "models/schemes.py",
         "return even | odd << 4", "return odd | even << 4", "test_quantize.py -k nearest",
     ),
     Mutant(
@@ -37,8 +37,8 @@ MUTANTS = [
     ),
     Mutant(
         "scales of int8 blocks are made anew", "interop/hub/quantizing.py",
-        'return {"scales": self.source.read_int8(chunk)[1].astype(np.float32)}, sums',
-        "return quantize.host_scales(w, self.kind, self.axis), sums", "test_quantized_base.py -k int8_blocks",
+        "scales = {} if stored else schemes.host_scales(w, self.kind, self.axis)",
+        "scales = schemes.host_scales(w, self.kind, self.axis)", "test_quantized_base.py -k int8_blocks",
     ),
     Mutant(
         "a run does not record its base's scheme", "training/compressor_task.py",
@@ -53,7 +53,7 @@ MUTANTS = [
         '        metadata["base_quantize"] = origin.base_quantize\n', "        pass\n", "test_quantized_use.py -k compressing_to",
     ),
     Mutant(
-        "nf4 cuts a width that its blocks do not divide", "models/quantize.py",
+        "nf4 cuts a width that its blocks do not divide", "models/schemes.py",
         'if parsed.kind == "nf4" and leaf.shape[axis] % NF4_BLOCK:', "if False:",
         "test_quantize.py -k shapes_are",
     ),
@@ -63,6 +63,19 @@ MUTANTS = [
     ),
     Mutant(
         "every process sums its own part of the checksums alone", "interop/hub/quantizing.py",
-        "        sums = _over_processes(sums)\n", "", "test_quantized_base.py -k two_processes -m nightly",
+        "sums, damaged = _over_processes(sums), _over_processes(damaged)", "pass", "test_quantized_base.py -k two_processes -m nightly",
+    ),
+    Mutant(
+        "a damaged number is seen by one process alone", "interop/hub/quantizing.py",
+        "        damaged += not finite\n", "", "test_quantized_base.py -k is_not_finite_is",
+    ),
+    Mutant(
+        "dequantised numbers pass for the source's", "interop/hub/weights.py",
+        "    return loaded._replace(\n        params=", '    return loaded._replace(\n        quantize="", params=',
+        "test_quantized_base.py -k a_copy_is",
+    ),
+    Mutant(
+        "a converted folder still points to the GGUF file", "workflows/convert_base.py",
+        "orbax_copy.ORBAX_URL, gguf_folder.NOTE)", "orbax_copy.ORBAX_URL)", "test_gguf.py -k hub_folder",
     ),
 ]  # fmt: skip

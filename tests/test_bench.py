@@ -12,7 +12,7 @@ from conftest import ROOT, TINY, eight_devices, same
 
 from icae_jax.cli import main as cli
 from icae_jax.errors import UserError
-from icae_jax.models import llama, quantize
+from icae_jax.models import llama, schemes
 from icae_jax.performance import bench, bench_bases, bench_report, programs, steps, worker
 from icae_jax.runtime import sharding
 from icae_jax.training.config import TrainConfig
@@ -276,7 +276,7 @@ def test_unlike_results_are_refused(saved, tiny_base, tmp_path, monkeypatch, cap
 
 
 def leaf_bytes(scheme):
-    shapes = quantize.quantized_shapes(llama.param_shapes(TINY), scheme, "float32")
+    shapes = schemes.quantized_shapes(llama.param_shapes(TINY), scheme, "float32")
     return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(shapes))
 
 
@@ -311,7 +311,7 @@ def test_random_weights_are_those_of_full_precision_quantised():
         placement = sharding.Placement(mesh, TINY)
         whole = steps.random_params(TINY, placement, "float32", 3)
         made = steps.random_params(TINY, placement, "float32", 3, "int8+ends")
-        wanted = quantize.quantize_params(whole, "int8+ends")
+        wanted = schemes.quantize_params(whole, "int8+ends")
         same(made, wanted)
         assert jax.tree.map(lambda x: x.sharding, made) == placement.tree(made)
 

@@ -3,6 +3,7 @@
 import dataclasses
 import gzip
 import json
+import os
 import pathlib
 
 import gguf
@@ -189,6 +190,11 @@ def test_a_changed_file_is_read_anew(models, tmp_path):
     gguf_files.from_folder(path, folder, "llama", TOKENIZER, more)
     base = bases.load_base(path)
     assert base.config.max_position_embeddings == 99 and base.stop_ids == (2, 5)
+    content, status = path.read_bytes(), path.stat()  # and one of the same size and time
+    path.write_bytes(content.replace(np.int32(99).tobytes(), np.int32(98).tobytes(), 1))
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert path.stat().st_size == status.st_size
+    assert bases.load_base(path).config.max_position_embeddings == 98
 
 
 GEMMAS = {
@@ -350,6 +356,9 @@ def test_scalings_of_rope():
     }
     older = gguf_config.config_json(header(metadata={"llama.rope.scale_linear": 2.0}))
     assert older["rope_scaling"] == {"rope_type": "linear", "factor": 2.0}
+    del linear["llama.rope.scaling.type"]  # as in llama.cpp, a factor alone is linear
+    alone = gguf_config.config_json(header(metadata=linear))
+    assert alone["rope_scaling"] == {"rope_type": "linear", "factor": 4.0}
     yarn = {
         "llama.rope.scaling.type": "yarn",
         "llama.rope.scaling.factor": 4.0,
@@ -414,7 +423,9 @@ def test_gemmas_layers():
     window = {"gemma2.attention.sliding_window": 4096, "gemma2.block_count": 46}
     raw = gguf_config.config_json(header(architecture="gemma2", metadata=window | caps))
     assert raw["layer_types"][:4] == ["sliding_attention", "full_attention"] * 2
-    assert raw["attn_logit_softcapping"] == 50 and raw["final_logit_softcapping"] == 30
+    older = gguf_config.config_json(header(architecture="gemma2", metadata=window))
+    for fields in (raw, older):  # early files do not state the caps
+        assert fields["attn_logit_softcapping"] == 50 and fields["final_logit_softcapping"] == 30
     assert raw["query_pre_attn_scalar"] == 64 // 4  # the 27B model's is not the width of a head
     assert raw["hidden_activation"] == "gelu_pytorch_tanh"
 
@@ -563,6 +574,7 @@ def test_a_files_hub_folder(stories, tmp_path, capsys):
         want = model(torch.tensor([ids])).logits.numpy()
     close(logits(base.config, base.params, np.asarray([ids])), want, 1e-5)
     assert bases.load_base(out).identity == base.identity
+    assert not (out / gguf_folder.NOTE).exists()  # it is a base without the file too
     with pytest.raises(SystemExit) as status:
         main(["convert", "base", "--from", str(stories[1]), "--to", str(out)])
         raise SystemExit(2)

@@ -101,6 +101,16 @@ def test_the_piece_of_the_highest_score_is_merged_first(tmp_path):
     }
     tokenizer = load(metadata, tmp_path / "t")
     assert tokenizer.convert_ids_to_tokens(user_ids(tokenizer, "abc")) == ["a", "bc"]
+    # Pieces that are never used, wherever they lie, change nothing.
+    for name, filler in (
+        ("tokens", ["[x]", "[y]"]),
+        ("scores", [0.0] * 2),
+        ("token_type", [5] * 2),
+    ):
+        values = metadata[f"tokenizer.ggml.{name}"]
+        metadata[f"tokenizer.ggml.{name}"] = values[:3] + filler + values[3:]
+    tokenizer = load(metadata, tmp_path / "unused")
+    assert tokenizer.convert_ids_to_tokens(user_ids(tokenizer, "abc")) == ["a", "bc"]
 
 
 def test_user_defined_pieces_as_gemmas(tmp_path):

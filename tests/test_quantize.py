@@ -16,7 +16,7 @@ from icae_jax.compression.config import CompressionConfig
 from icae_jax.compression.decoder import Decoder
 from icae_jax.compression.segments import Contexts, segment_contexts
 from icae_jax.errors import UserError
-from icae_jax.models import llama, lora, quantize
+from icae_jax.models import llama, lora, quantize, schemes
 from icae_jax.models.llama import FrozenModel
 from icae_jax.models.quantize import NF4_LEVELS, linear, linear_transposed, take_rows
 from icae_jax.objectives import loss, targets
@@ -45,14 +45,14 @@ def dequantized(params):
 @functools.cache
 def base(scheme, tied=False):
     """A quantised base, of weights moderate enough for float32's rounding to stay small."""
-    every = quantize.parse_scheme("int8+ends")
+    every = schemes.parse_scheme("int8+ends")
     params = jax.tree_util.tree_map_with_path(
         lambda keys, w: w if every.block_axis(tuple(k.key for k in keys)) is None else 4 * w,
         llama.init_params(jax.random.key(0), WIDE),
     )
     if tied:
         params = {name: w for name, w in params.items() if name != "lm_head"}
-    return quantize.quantize_params(params, scheme)
+    return schemes.quantize_params(params, scheme)
 
 
 # ------------------------------------------------------------------------------------ one matrix
@@ -64,7 +64,7 @@ def test_a_matrix_is_the_nearest_that_its_codes_can_say(kind, axis):
     """Breaks when a level, a scale, the order of codes in a byte, or a rounding is wrong."""
     w = RNG.standard_normal((3, 128, 192)).astype(np.float32)
     w[0, :64, :64] = 0  # blocks of zeros
-    stored = quantize.quantize_matrix(w, kind, axis)
+    stored = schemes.quantize_matrix(w, kind, axis)
     got = np.asarray(stored.dequantize(jnp.float32))
     assert stored.shape == w.shape and (got[0, :64, :64] == 0).all()
     assert all(leaf.ndim == 3 for leaf in jax.tree.leaves(stored))
@@ -92,11 +92,11 @@ def test_products_are_those_of_the_dequantised_matrix(kind, dtype):
     w = RNG.standard_normal((128, 64)).astype(np.float32)
     for axis in (-2, -1):
         if kind == "blocks of 32":
-            shapes = quantize.matrix_shapes(w.shape, "int8", axis, 32)
+            shapes = schemes.matrix_shapes(w.shape, "int8", axis, 32)
             scales = RNG.random(shapes.scales.shape).astype(np.float32)
             stored = quantize.Int8Matrix(RNG.integers(-9, 9, w.shape).astype(np.int8), scales)
         else:
-            stored = quantize.quantize_matrix(w, kind, axis)
+            stored = schemes.quantize_matrix(w, kind, axis)
         stored = jax.tree.map(jnp.asarray, stored)
         array = stored.dequantize(jnp.float32)
         for product, n in ((linear, 128), (linear_transposed, 64)):
@@ -116,7 +116,7 @@ def test_products_are_those_of_the_dequantised_matrix(kind, dtype):
 def test_rows_of_a_table_are_dequantised_alone():
     """Breaks when an embedding look-up forms the whole table in floats."""
     for kind in ("int8", "nf4"):
-        table = quantize.quantize_matrix(np.ones((512, 64), np.float32), kind, -1)
+        table = schemes.quantize_matrix(np.ones((512, 64), np.float32), kind, -1)
         text = jax.jit(take_rows).lower(table, np.zeros(2, int)).as_text()
         assert "512x64xf32" not in text and "512x32x2xf32" not in text and "2x64xf32" in text
 
@@ -208,7 +208,7 @@ def test_layers_are_dequantised_one_at_a_time():
         adapters = jax.eval_shape(
             lambda config=config: lora.init_lora(jax.random.key(1), config, lora.LoraConfig(4))
         )
-        params = quantize.quantized_shapes(plain, "nf4", jnp.float32)
+        params = schemes.quantized_shapes(plain, "nf4", jnp.float32)
 
         def total(adapters, params, config=config):
             variables, mask = {"params": params, "lora": adapters}, llama.causal_mask(2)
@@ -262,18 +262,18 @@ def test_the_memory_table_starts_from_the_embeddings():
 
 def test_schemes():
     """Breaks when a scheme's text is read otherwise than written, or the flag lists others."""
-    for text in ("", *quantize.SCHEMES):
-        assert str(quantize.parse_scheme(text)) == text
+    for text in ("", *schemes.SCHEMES):
+        assert str(schemes.parse_scheme(text)) == text
     with pytest.raises(UserError, match=r"config\.quantize is 'int4'; choose from int8, nf4"):
-        quantize.parse_scheme("int4", "config.quantize")
-    assert ("float32", "bfloat16", *quantize.SCHEMES) == flags.BASE_DTYPES
+        schemes.parse_scheme("int4", "config.quantize")
+    assert ("float32", "bfloat16", *schemes.SCHEMES) == flags.BASE_DTYPES
 
 
 def test_shapes_are_those_of_the_parameters():
     """Breaks when a plan counts other leaves than a load makes, or a bad width is not named."""
-    for scheme in quantize.SCHEMES:
-        shapes = quantize.quantized_shapes(llama.param_shapes(WIDE), scheme, jnp.float32)
+    for scheme in schemes.SCHEMES:
+        shapes = schemes.quantized_shapes(llama.param_shapes(WIDE), scheme, jnp.float32)
         like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), base(scheme))
         assert shapes == like
     with pytest.raises(UserError, match=r"do not divide the width 48 of layers\.\S+; use int8$"):
-        quantize.quantized_shapes(llama.param_shapes(TINY), "nf4", jnp.float32)
+        schemes.quantized_shapes(llama.param_shapes(TINY), "nf4", jnp.float32)

@@ -29,7 +29,7 @@ def run(argv: list[str]) -> int:
 
 
 def _base(parser, argv):
-    from icae_jax.models.quantize import SCHEMES
+    from icae_jax.models.schemes import SCHEMES
     from icae_jax.workflows import convert_base
 
     add = parser.add_argument

@@ -83,7 +83,7 @@ def process_flags(parser: argparse.ArgumentParser) -> None:
     add("--process", type=int, metavar="I", help="which this is, from 0")
 
 
-# `models.quantize.SCHEMES` behind the two plain ones; that module would import JAX too early.
+# `models.schemes.SCHEMES` behind the two plain ones; that module would import JAX too early.
 BASE_DTYPES = ("float32", "bfloat16", "int8", "nf4", "int8+ends", "nf4+ends")
 BASE_DTYPE_HELP = (
     "of the base: bfloat16 takes half of float32's memory (activations and memory are in it too), "

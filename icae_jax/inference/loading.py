@@ -51,7 +51,7 @@ def load(
     Args:
         adapter: adapter folder, training workdir, hub id `org/name[@revision]`, or URL (gs://…).
         base: model-hub folder, hub id or URL; by default the one that the adapter names.
-        dtype: of base and activations, "float32" or "bfloat16"; or a scheme of `models.quantize`,
+        dtype: of base and activations, "float32" or "bfloat16"; or a scheme of `models.schemes`,
             such as "int8", for the base alone. None is float32, or what the base is stored in.
         mesh: devices (`runtime.sharding`) that base and batches are split over, by default one.
 

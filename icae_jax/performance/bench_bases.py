@@ -11,7 +11,7 @@ from typing import Any
 
 from icae_jax import files
 from icae_jax.errors import UserError
-from icae_jax.models.quantize import SCHEMES
+from icae_jax.models.schemes import SCHEMES
 from icae_jax.performance import bench, bench_report, worker
 from icae_jax.performance.subject import GIB
 from icae_jax.training.config import TrainConfig

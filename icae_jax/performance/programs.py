@@ -17,7 +17,7 @@ from icae_jax.compression.segments import Contexts
 from icae_jax.data.collate import bucket_shape, target_shapes
 from icae_jax.data.drawing import StaticInt
 from icae_jax.inference import generate
-from icae_jax.models import llama, quantize
+from icae_jax.models import llama, schemes
 from icae_jax.models.axes import KV_AXES
 from icae_jax.models.llama import FrozenModel
 from icae_jax.performance import flops
@@ -78,7 +78,7 @@ def _placed(tree, shardings):
 def base_shapes(spec: Spec) -> PyTree[jax.ShapeDtypeStruct]:
     """The base's parameters, in the dtype or the quantisation that the configuration names."""
     shapes, c = llama.param_shapes(spec.model), spec.config
-    return quantize.quantized_shapes(shapes, c.quantize, c.jnp_dtype)
+    return schemes.quantized_shapes(shapes, c.quantize, c.jnp_dtype)
 
 
 def base_bytes(spec: Spec, shape: Mapping[str, int]) -> int:

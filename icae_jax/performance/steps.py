@@ -16,7 +16,7 @@ from jaxtyping import PyTree
 
 from icae_jax.compression import segments
 from icae_jax.compression import trained as trained_tree
-from icae_jax.models import llama, quantize
+from icae_jax.models import llama, schemes
 from icae_jax.models.llama import ModelConfig
 from icae_jax.objectives import targets
 from icae_jax.objectives.packing import pack
@@ -72,8 +72,8 @@ def random_params(
     They are made layer by layer, so that no leaf exists in another dtype or place. With a scheme
     (`models.quantize`), each is quantised before the next is made.
     """
-    shapes, parsed = llama.param_shapes(model), quantize.parse_scheme(scheme)
-    quantize.quantized_shapes(shapes, scheme, dtype)  # UserError for a width that does not fit
+    shapes, parsed = llama.param_shapes(model), schemes.parse_scheme(scheme)
+    schemes.quantized_shapes(shapes, scheme, dtype)  # UserError for a width that does not fit
 
     def leaf(path, shape, where):
         constant = {"scale": 1, "bias": 0}.get(path[-1].key)
@@ -93,7 +93,7 @@ def random_params(
         names = tuple(part.key for part in path)
         axis, array = parsed.block_axis(names), make(key)
         if axis is not None:
-            array = quantize.quantize_matrix(array, parsed.kind, axis)
+            array = schemes.quantize_matrix(array, parsed.kind, axis)
             where = functools.partial(placement.parameter, names)
             array = jax.device_put(array, jax.tree.map(where, array))
         leaves.append(array)

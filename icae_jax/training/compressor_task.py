@@ -42,9 +42,8 @@ def compression_on(
 ) -> tuple[CompressionConfig, list[str]]:
     """What a configuration trains on a base with that tokenizer, and notes on what differs.
 
-    The trigger "bos" is for bases that begin texts with their bos token. Where a tokenizer puts
-    none in front of a text, the token may mean anything to the base: behind SmolLM2's, which begins
-    a turn of a chat, it expects a role and nothing of the memory.
+    The trigger "bos" is for bases that begin texts with it. Elsewhere it may mean anything: behind
+    SmolLM2's, which begins a turn of a chat, the base expects a role and nothing of the memory.
 
     run: what a run that goes on has recorded (`workdir.recorded`); its trigger stays.
     """
@@ -200,7 +199,7 @@ class CompressorTask(CompressorLosses):
             c, self.base.config, compression, self.placement.mesh, max(c.data.context_lengths)
         )
         self._notes += notes
-        self.template = self._template(c.objectives.template, workdir)
+        self.template = self._template(c.objectives.template, run, workdir)
         super().__init__(c, self.base.config, compression, self.template.head)
         self.framing = targets.make_framing(
             self.compression, tokenizer, tokenizers.bos_id(tokenizer)
@@ -232,10 +231,10 @@ class CompressorTask(CompressorLosses):
 
     # --------------------------------------------------------------------------- what it is made of
 
-    def _template(self, name, workdir):
+    def _template(self, name, run, workdir):
         """The template that the run began with, or the tokenizer's for a new run."""
         template = targets.make_template(name, self.base.tokenizer)
-        stored = None if workdir is None else recorded(workdir).get("identity.template")
+        stored = run.get("identity.template")
         if stored is None or stored == template.as_json():
             return template
         first = targets.Template.from_json(stored, pathlib.Path(workdir) / "config.json")
@@ -385,18 +384,16 @@ class CompressorTask(CompressorLosses):
         """The token whose embedding the [AE] row starts from, None for a random row."""
         tokenizer, token = self.base.tokenizer, self.config.compression.trigger_token
         if not token:
-            # In place of a bos that begins no texts: behind a newline a base does look back at the
-            # text that it has read, and behind a random row hardly (launch/experiments/README.md).
-            replaced = self.compression.trigger != self.config.compression.trigger
-            newline = tokenizers.token_id(tokenizer, "\n") if replaced else None
-            return newline if newline is None or newline < self.base.config.vocab_size else None
+            # In place of bos: behind a newline a base looks back at what it has read, behind a
+            # random row hardly (launch/experiments/README.md).
+            token = "\n" if self.compression.trigger != self.config.compression.trigger else ""
+            trigger = tokenizers.token_id(tokenizer, token) if token else None
+            return None if trigger is None or trigger >= self.base.config.vocab_size else trigger
+        what = "compression.trigger_token"
         trigger = tokenizers.token_id(tokenizer, token)
         if trigger is None:
-            raise UserError(
-                f"compression.trigger_token {token!r} is not a token of the base's tokenizer"
-            )
-        rows = self.base.config.vocab_size
-        tokenizers.check_ids([[trigger]], rows, lambda _: "compression.trigger_token", tokenizer)
+            raise UserError(f"{what} {token!r} is not a token of the base's tokenizer")
+        tokenizers.check_ids([[trigger]], self.base.config.vocab_size, lambda _: what, tokenizer)
         return trigger
 
     def train_batches(self, start: int, stop: int, rows: Rows = slice(None)) -> Iterator[PyTree]:

@@ -10,7 +10,7 @@ from icae_jax.data.config import DataConfig
 from icae_jax.errors import UserError
 from icae_jax.models.llama import REMAT_POLICIES
 from icae_jax.models.lora import LoraConfig
-from icae_jax.models.quantize import parse_scheme
+from icae_jax.models.schemes import parse_scheme
 from icae_jax.objectives.targets import OBJECTIVES
 from icae_jax.runtime import attention_choice
 from icae_jax.runtime.sharding import MeshConfig
@@ -151,7 +151,7 @@ class TrainConfig(LoopConfig):
     Attributes:
       phase: "pretrain" (AE, LM) or "finetune" (QA, AE).
       base: folder, hub id or URL of the base model.
-      quantize: of the frozen base, a scheme of `models.quantize`, such as "int8"; "" for none, or
+      quantize: of the frozen base, a scheme of `models.schemes`, such as "int8"; "" for none, or
         for the one of a base that is stored quantised.
       init_from: an adapter folder, or the workdir of an earlier phase; fine-tuning needs one, or
         "scratch".

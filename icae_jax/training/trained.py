@@ -116,7 +116,11 @@ def _only_file(folder, path, name):
     if compressors:
         names = ", ".join(file.name for file in compressors)
         what = f"holds several trained compressors: {names}; name one"
-    raise UserError(f"{path} {what} (adapter folder, training workdir, safetensors or .pt file)")
+    bases = sorted(file.name for file in folder.glob("*.gguf"))
+    hint = f"; it holds {bases[0]}, a base: give that file" if bases else ""
+    raise UserError(
+        f"{path} {what} (adapter folder, training workdir, safetensors or .pt file){hint}"
+    )
 
 
 def find_whole(path: str | os.PathLike) -> Trained:

@@ -8,15 +8,15 @@ from collections.abc import Iterator
 
 import jax
 
-from icae_jax import files
+from icae_jax import errors, files
 from icae_jax.errors import UserError
 from icae_jax.interop.hub import base as bases
-from icae_jax.interop.hub import locations, orbax_copy, stored_scheme, weights
+from icae_jax.interop.hub import gguf_folder, locations, orbax_copy, stored_scheme, weights
 from icae_jax.interop.hub.stored_scheme import StoredScheme
 from icae_jax.models.families import multimodal, tensor_names
 from icae_jax.models.families.config_fields import QUANTIZATION
 from icae_jax.models.families.config_json import parse_config, stored_dtype
-from icae_jax.models.quantize import SCHEMES
+from icae_jax.models.schemes import SCHEMES
 
 DTYPES = ("bfloat16", "float32", "float16")
 FORMATS = ("hub", "orbax")
@@ -59,7 +59,7 @@ def files_to_carry(folder: str | os.PathLike) -> Iterator[pathlib.Path]:
     """
     for path in sorted(pathlib.Path(folder).iterdir()):
         left_out = (
-            path.name in ("config.json", orbax_copy.ORBAX_URL)
+            path.name in ("config.json", orbax_copy.ORBAX_URL, gguf_folder.NOTE)
             or path.name.endswith(".index.json")
             or path.name.startswith((".", "README"))
             or path.suffix in WEIGHT_SUFFIXES
@@ -86,7 +86,7 @@ def convert(
         to: the folder.
         form: "hub" (safetensors) or "orbax" (`params/`); by default the first, or the second where
             the weights are quantised.
-        dtype: one of DTYPES or a scheme of `models.quantize`; by default the source's own.
+        dtype: one of DTYPES or a scheme of `models.schemes`; by default the source's own.
         progress: whether to show a bar.
 
     Raises:
@@ -123,13 +123,17 @@ def convert(
     form = form or ("orbax" if quantize else "hub")
     loaded = weights.load(folder, config, dtype, _host_sharding(), progress, quantize=quantize)
     params, fingerprint = loaded.params, loaded.fingerprint
-    if not loaded.quantize:  # of what is written, which may have been dequantised
+    if not quantize:  # of what is written, which may have been dequantised
         fingerprint = bases.fingerprint(config, params)
     dtype_fields = [name for name in ("dtype", "torch_dtype") if name in raw] or ["dtype"]
     raw = {name: value for name, value in raw.items() if held is None or name != QUANTIZATION}
     raw |= dict.fromkeys(dtype_fields, dtype)
-    if loaded.quantize:
-        raw |= StoredScheme(loaded.quantize, fingerprint, loaded.weights).as_json()
+    if quantize:
+        raw |= StoredScheme(quantize, fingerprint, loaded.weights).as_json()
+    elif held is not None:
+        errors.say(
+            f"{to}: with the rounded weights it is another base than the one before {held.scheme}"
+        )
     with files.replacing_folder(to) as tmp:
         for file in files_to_carry(folder):
             shutil.copyfile(file, tmp / file.name)
@@ -143,7 +147,7 @@ def convert(
         path=str(to),
         format=form,
         tensors=len(leaves) if form == "orbax" else len(tensor_names.tensor_names(config)),
-        dtype=loaded.quantize or dtype,
+        dtype=quantize or dtype,
         bytes=sum(leaf.nbytes for leaf in leaves),
         fingerprint=fingerprint,
     )

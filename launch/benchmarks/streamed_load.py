@@ -152,7 +152,7 @@ class Memory:
 def load(folder, scheme):
     """Loads a folder over all devices; returns the figures, the parameters, the model config.
 
-    scheme: of `models.quantize`, "" for bfloat16.
+    scheme: of `models.schemes`, "" for bfloat16.
     """
     import jax
     from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -201,7 +201,7 @@ def wrong_tensors(config, params):
     """
     import jax
 
-    from icae_jax.models import quantize
+    from icae_jax.models import quantize, schemes
 
     wrong = []
     for name, shape, leaf, layer, transposed in tensors(config, params):
@@ -211,7 +211,7 @@ def wrong_tensors(config, params):
         if quantize.is_quantized(leaf):
             kind = "int8" if isinstance(leaf, quantize.Int8Matrix) else "nf4"
             matrix = jax.tree.map(lambda x, layer=layer: np.asarray(x[layer]), leaf)
-            nearest = quantize.quantize_matrix(want, kind)
+            nearest = schemes.quantize_matrix(want, kind)
             same = jax.tree.map(np.array_equal, matrix, nearest)
             wrong += [] if all(jax.tree.leaves(same)) else [name]
             continue

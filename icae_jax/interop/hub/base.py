@@ -26,7 +26,7 @@ from icae_jax.interop.hub.weights import save_params
 from icae_jax.models import llama
 from icae_jax.models.families.architectures import computed_by
 from icae_jax.models.families.config_json import hub_config, read_config
-from icae_jax.models.quantize import SCHEMES
+from icae_jax.models.schemes import SCHEMES
 
 
 def save_base(
@@ -110,7 +110,8 @@ class Base:
     """A frozen base model and what identifies it.
 
     tokenizer: None if the folder has none and none was needed. path: as the user gave it, such as a
-    hub id or URL. quantize: the scheme that the parameters are in (`models.quantize`), "" for none.
+    hub id or URL. quantize: the scheme that the parameters' numbers are in (`models.schemes`), ""
+    for none; those of a quantised copy stay rounded when they are dequantised.
     weights: what `identity` says of a quantised base's weights; "" to compute it from `params`.
     """
 
@@ -139,7 +140,7 @@ def precision(base_dtype: str | DTypeLike | None) -> tuple[str, str | None]:
     """(dtype of activations, `quantize` of `load_base`) for a value of --base_dtype.
 
     With a quantised base, activations are bfloat16 on accelerators and float32 on CPUs. None is
-    float32, or what is stored. UserError if it is none of them.
+    what is stored, with float32 activations everywhere. UserError if it is none of them.
     """
     if base_dtype is None:
         return "float32", ""
@@ -174,7 +175,7 @@ def load_base(
         sharding: see there.
         progress: see there.
         need_tokenizer: whether a folder without tokenizer files is an error.
-        quantize: a scheme of `models.quantize`; "" for what is stored, None for full precision.
+        quantize: a scheme of `models.schemes`; "" for what is stored, None for full precision.
     """
     folder = locations.local_folder(source, progress)
     config = read_config(folder)  # first: without one, a missing tokenizer is beside the point

@@ -192,8 +192,9 @@ def _gemma(values, raw, window):
         "hidden_activation": "gelu_pytorch_tanh",
         "hidden_act": "gelu_pytorch_tanh",
         "query_pre_attn_scalar": width,
-        "attn_logit_softcapping": None,
-        "final_logit_softcapping": None,
+        # Files of before llama.cpp wrote the caps have the published models' all the same.
+        "attn_logit_softcapping": 50.0 if name == "gemma2" else None,
+        "final_logit_softcapping": 30.0 if name == "gemma2" else None,
     }
     if not window:
         raise UserError(
@@ -228,8 +229,9 @@ def _rope_scaling(values, raw):
     path, name = values.file.path, values.architecture
     factors = values.file.tensors.get(gguf_tensors.FACTORS)
     older = values.get("rope.scale_linear", float)
-    kind = values.get("rope.scaling.type", str, "none" if older is None else "linear")
     factor = values.get("rope.scaling.factor", float, 1.0 if older is None else older)
+    # As in llama.cpp, a factor alone is linear.
+    kind = values.get("rope.scaling.type", str, "none" if factor == 1 else "linear")
     if kind not in ("none", "linear", "yarn"):
         raise UserError(
             f"{path}: {name}.rope.scaling.type is {errors.shown(kind)}, which is not computed "

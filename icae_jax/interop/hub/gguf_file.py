@@ -113,6 +113,10 @@ def read(path: pathlib.Path) -> GGUF:
     """
     paths, tensors, metadata = parts(path), {}, {}
     absent = [part for part in paths if not part.exists()]
+    if absent and len(paths) == 1:
+        raise UserError(
+            f"{path}: the GGUF file is not there any more; give the place that it is at"
+        )
     if absent:
         raise UserError(
             f"{path}: {errors.counted(len(absent), 'parts')} of {len(paths)} missing beside it, "

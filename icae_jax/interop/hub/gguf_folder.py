@@ -8,12 +8,13 @@ where that is.
 import hashlib
 import pathlib
 
-from icae_jax import cache, files
+from icae_jax import cache, errors, files
 from icae_jax.interop.hub import gguf_config, gguf_file, gguf_tensors, gguf_tokenizer
 from icae_jax.models.families import config_json
 
 NOTE = "params.gguf.json"
 _VERSION = 1  # of what is made of a file; it is made anew by another
+_HASHED_BYTES = 16 << 20  # the most metadata, those of a vocabulary of 262,144 tokens, are 9 MB
 
 
 def source(folder: pathlib.Path) -> pathlib.Path | None:
@@ -44,8 +45,13 @@ def folder_of(path: pathlib.Path) -> pathlib.Path:
     path = path.absolute()
     key = hashlib.sha256(f"{_VERSION} {path}".encode("utf-8", "surrogateescape"))
     for part in gguf_file.parts(path):
-        status = part.stat() if part.exists() else None
-        key.update(f" {status and (status.st_size, status.st_mtime_ns)}".encode())
+        if not part.exists():
+            continue  # `gguf_file.read` refuses it
+        status = part.stat()
+        key.update(f" {status.st_size} {status.st_mtime_ns} ".encode())
+        with errors.naming(f"{part}: cannot be read"), part.open("rb") as file:
+            # Also the metadata, since a file may be replaced by one of the same size and time.
+            key.update(file.read(_HASHED_BYTES))
     relative = pathlib.Path("gguf") / key.hexdigest()[:32]
     folder = cache.folder(holding=relative / NOTE) / relative
     if not (folder / NOTE).is_file():

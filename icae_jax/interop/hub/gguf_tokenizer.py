@@ -257,7 +257,7 @@ def _sentencepiece(file, vocabulary):
     backend = tokenizers.Tokenizer(
         models.BPE(
             model,
-            _merges(model, vocabulary, scores),
+            _merges(vocabulary, scores),
             unk_token=unknown[0] if unknown else None,
             fuse_unk=True,
             byte_fallback=bool((vocabulary.kinds == BYTE).any()),
@@ -274,13 +274,9 @@ def _sentencepiece(file, vocabulary):
     return backend
 
 
-def _merges(model, vocabulary, scores):
+def _merges(vocabulary, scores):
     """The pairs of pieces that merge, those into the piece of the highest score first."""
-    plain = {
-        vocabulary.tokens[i]: i
-        for i in np.flatnonzero(vocabulary.kinds == NORMAL)
-        if i < len(model)
-    }
+    plain = {vocabulary.tokens[i]: i for i in np.flatnonzero(vocabulary.kinds == NORMAL).tolist()}
     merges = []
     for piece, number in plain.items():
         pairs = [

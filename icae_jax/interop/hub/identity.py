@@ -256,8 +256,8 @@ def compare_quantisation(what: str, stated: str, have: str) -> None:
     if stated != have:
         errors.say(
             f"{what} was made on the base {precision_text(stated)}, and this base is "
-            f"{precision_text(have)}: its rounding differs, so memories are read somewhat worse "
-            "(icae_jax/interop/adapters/README.md says how much)"
+            f"{precision_text(have)}, whose rounding differs: of SmolLM2-135M, int8 raises the "
+            "perplexity by 0.4 %, nf4 by 28 %"
         )
 
 

@@ -14,7 +14,7 @@ from jax.typing import DTypeLike
 from icae_jax import errors
 from icae_jax.errors import UserError
 from icae_jax.interop.hub import placing, stored
-from icae_jax.models import quantize
+from icae_jax.models import quantize, schemes
 
 CHUNK_BYTES = 4 << 20  # small, so that a shard of a parameter is read without the rest
 ORBAX = "params"  # the folder of the copy, beside config.json and the tokenizer's files
@@ -39,7 +39,7 @@ def save_orbax(folder: str | os.PathLike, params: dict) -> None:
 
     params = jax.tree.map(
         lambda w: (
-            {name: getattr(w, name) for name in quantize.LEAVES if hasattr(w, name)}
+            {name: getattr(w, name) for name in schemes.LEAVES if hasattr(w, name)}
             if quantize.is_quantized(w)
             else w
         ),

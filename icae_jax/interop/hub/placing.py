@@ -10,10 +10,10 @@ from jax.sharding import Sharding, SingleDeviceSharding
 from jax.typing import DTypeLike
 
 from icae_jax.errors import UserError
-from icae_jax.models import llama, quantize
+from icae_jax.models import llama, schemes
 
 # Of a parameter, such as ("layers", "mlp", "up_proj", "kernel"); a quantised one's arrays have the
-# names of `quantize.LEAVES` behind that.
+# names of `schemes.LEAVES` behind that.
 Path = tuple[str, ...]
 Ranges = tuple[tuple[int, int], ...]  # (start, stop) along each axis of a parameter
 Rule = Callable[[Path, jax.ShapeDtypeStruct], Sharding]
@@ -21,7 +21,7 @@ Rule = Callable[[Path, jax.ShapeDtypeStruct], Sharding]
 
 def parameter(path: Path) -> Path:
     """The path of the parameter that an array belongs to."""
-    return path[:-1] if path[-1] in quantize.LEAVES else path
+    return path[:-1] if path[-1] in schemes.LEAVES else path
 
 
 def make_targets(
@@ -38,14 +38,14 @@ def make_targets(
         dtype: of all that is not quantised.
         sharding: None for the default device, one for all parameters, or a rule for each; asked for
             each array of a quantised parameter by the parameter's path.
-        scheme: see `quantize.quantized_shapes`.
+        scheme: see `schemes.quantized_shapes`.
         blocks: likewise.
 
     Raises:
         UserError: a parameter cannot be split by its sharding, or quantised.
     """
     rule = sharding if callable(sharding) else lambda path, shape: sharding
-    shapes = quantize.quantized_shapes(llama.param_shapes(config), scheme, dtype, blocks)
+    shapes = schemes.quantized_shapes(llama.param_shapes(config), scheme, dtype, blocks)
     targets = {}
     for keys, shape in jax.tree_util.tree_leaves_with_path(shapes):
         path = tuple(getattr(key, "key", None) or key.name for key in keys)

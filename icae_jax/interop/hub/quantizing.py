@@ -6,6 +6,7 @@ process holds. So the result does not depend on how devices split it.
 """
 
 import concurrent.futures
+import functools
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -17,7 +18,7 @@ from jaxtyping import Float
 
 from icae_jax.errors import UserError
 from icae_jax.interop.hub import identity, placing
-from icae_jax.models import quantize
+from icae_jax.models import schemes
 
 # Of float32 values, quantised at once by each thread.
 CHUNK_BYTES = 1 << 20
@@ -64,20 +65,19 @@ class _Parameter(NamedTuple):
                     chunk[0] = (layer, layer + 1)
                 yield tuple(chunk)
 
-    def measure(self, chunk: placing.Ranges) -> tuple[dict[str, np.ndarray], np.ndarray]:
-        """(scales, checksums) of a chunk that is whole along the axis of blocks."""
+    def measure(self, chunk: placing.Ranges) -> tuple[dict[str, np.ndarray], np.ndarray, bool]:
+        """(scales, checksums, whether all is finite) of a chunk whole along the axis of blocks.
+
+        Stored int8 blocks have scales of their own, which are read where they are needed.
+        """
         w = self.source.read(chunk)
         matrix = w if w.ndim == 2 else w[0]
         starts, width = [start for start, _ in chunk[-2:]], self.source.shape[-1]
         if not np.isfinite(matrix).all():
-            raise UserError(
-                f"{'.'.join(self.path)} holds numbers that are not finite; the weights are "
-                "damaged, download them again"
-            )
-        sums = identity.matrix_checksums(matrix, *starts, width)
-        if self.source.read_int8 is not None:
-            return {"scales": self.source.read_int8(chunk)[1].astype(np.float32)}, sums
-        return quantize.host_scales(w, self.kind, self.axis), sums
+            return {}, np.zeros(2, np.uint32), False
+        stored = self.source.read_int8 is not None
+        scales = {} if stored else schemes.host_scales(w, self.kind, self.axis)
+        return scales, identity.matrix_checksums(matrix, *starts, width), True
 
     def codes(self, chunk: placing.Ranges, scales: Mapping[str, np.ndarray]) -> np.ndarray:
         """The codes of a chunk. scales: of the whole parameter."""
@@ -90,7 +90,7 @@ class _Parameter(NamedTuple):
         whole[self.axis] = (0, None)
         index = tuple(slice(*axis) for axis in whole)
         parts = {name: leaf[index] for name, leaf in scales.items()}
-        return quantize.host_codes(self.source.read(chunk), parts, self.kind, self.axis, start)
+        return schemes.host_codes(self.source.read(chunk), parts, self.kind, self.axis, start)
 
 
 def load(
@@ -132,42 +132,69 @@ def load(
             list(pool.map(fill, parameter.chunks(tuple(wanted))))
             return shard
 
+        def read_stored_scales(ranges):
+            shard = np.empty([stop - start for start, stop in ranges], targets["scales"].dtype)
+            wanted = list(ranges)
+            wanted[axis] = (0, source.shape[axis])
+            for chunk in parameter.chunks(tuple(wanted)):
+                at = [slice(a - o, b - o) for (a, b), (o, _) in zip(chunk, ranges, strict=True)]
+                cut = [slice(None)] * len(chunk)
+                at[axis], cut[axis] = slice(None), slice(*ranges[axis])
+                shard[tuple(at)] = source.read_int8(chunk)[1][tuple(cut)]
+            return shard
+
         leaves = {}
         for name, target in targets.items():
-            values = scales.get(name)
-            leaves[name] = placing.place(
-                target,
-                read_codes
-                if values is None
-                else lambda ranges, values=values: values[tuple(slice(*r) for r in ranges)],
-            )
+            if name == "codes":
+                read = read_codes
+            elif name in scales:
+                read = functools.partial(_cut, scales[name])
+            else:
+                read = read_stored_scales
+            leaves[name] = placing.place(target, read)
             done(placing.local_bytes(target))
-    return quantize.make_matrix(kind, axis, leaves), sums
+    return schemes.make_matrix(kind, axis, leaves), sums
+
+
+def _cut(values, ranges):
+    """The part of an array at (start, stop) along each axis."""
+    return values[tuple(slice(*axis) for axis in ranges)]
 
 
 def _scales(parameter, targets, pool):
-    """(leaves beside the codes, checksums) of a whole parameter."""
+    """(leaves beside the codes, checksums) of a whole parameter.
+
+    No leaves if the file has them. UserError, in all processes, if a number is not finite.
+    """
     shape = parameter.source.shape
+    stored = parameter.source.read_int8 is not None
     scales = {
         name: np.zeros(target.shape, target.dtype)
         for name, target in targets.items()
-        if name != "codes"
+        if name != "codes" and not stored
     }
     layers = math.prod(shape[:-2])
-    sums = np.zeros((2, layers), np.uint32)
+    sums, damaged = np.zeros((2, layers), np.uint32), np.zeros(1, np.uint32)
     chunks = list(parameter.chunks(tuple((0, n) for n in shape)))
     mine = chunks[jax.process_index() :: jax.process_count()]
-    for chunk, (parts, chunk_sums) in zip(mine, pool.map(parameter.measure, mine), strict=True):
+    measured = pool.map(parameter.measure, mine)
+    for chunk, (parts, chunk_sums, finite) in zip(mine, measured, strict=True):
+        damaged += not finite
         at = [slice(*axis) for axis in chunk]
         at[parameter.axis] = slice(None)
         for name, part in parts.items():
             scales[name][tuple(at)] = part
         sums[:, 0 if len(shape) == 2 else chunk[0][0]] += chunk_sums
     if jax.process_count() > 1:
-        sums = _over_processes(sums)
+        sums, damaged = _over_processes(sums), _over_processes(damaged)
         for leaf in scales.values():
             for layer in leaf if leaf.ndim > 2 else [leaf]:  # a layer at a time, in little memory
                 layer[...] = _over_processes(layer)
+    if damaged[0]:
+        raise UserError(
+            f"{'.'.join(parameter.path)} holds numbers that are not finite; the weights are "
+            "damaged, download them again"
+        )
     first, second = sums if len(shape) > 2 else sums[:, 0]
     return scales, (first, second, True)
 

@@ -13,7 +13,7 @@ import pathlib
 from icae_jax import files
 from icae_jax.errors import UserError
 from icae_jax.models.families.config_fields import QUANTIZATION, QUANTIZED_HERE
-from icae_jax.models.quantize import SCHEMES
+from icae_jax.models.schemes import SCHEMES
 
 
 @dataclasses.dataclass(frozen=True)

@@ -28,7 +28,8 @@ from icae_jax.interop.hub import (
 from icae_jax.interop.hub.stored import INDEX, WHOLE
 from icae_jax.models import llama
 from icae_jax.models.families.tensor_names import hub_shapes, tensor_names
-from icae_jax.models.quantize import is_quantized, make_matrix, parse_scheme
+from icae_jax.models.quantize import is_quantized
+from icae_jax.models.schemes import make_matrix, parse_scheme
 from icae_jax.runtime.sharding import on_host
 
 # Read from a tensor at once: small enough to be transposed within the processor's cache.
@@ -49,7 +50,7 @@ class Loaded(NamedTuple):
 
     Attributes:
         params: the tree.
-        quantize: the scheme that it is in, "" for none.
+        quantize: the scheme that its numbers are in, "" for none; `params` may be dequantised.
         fingerprint: of a quantised base, `identity.fingerprint` of the weights it was made of.
         weights: likewise `identity.weights_fingerprint`; both are "" where `params` tell them.
     """
@@ -99,7 +100,7 @@ def load(
             such as ("layers", "mlp", "up_proj", "kernel"), and the `jax.ShapeDtypeStruct` of each.
         progress: whether to show a bar on stderr if loading takes over a second.
         only: paths of the parameters to load, by default all.
-        quantize: a scheme of `models.quantize`; "" for what the folder holds, None for full
+        quantize: a scheme of `models.schemes`; "" for what the folder holds, None for full
             precision (what is stored quantised is then dequantised).
         identify: whether to tell the identity of a base that is quantised here, for which what
             stays as it is is summed too.
@@ -156,7 +157,6 @@ def load(
     errors.say(f"{folder}: its weights are stored in {scheme}; dequantised to {jnp.dtype(dtype)}")
     plain = placing.make_targets(config, dtype, sharding)
     return loaded._replace(
-        quantize="",
         params=_nest({path: _dequantised(w, plain[path]) for path, w in params.items()}),
     )
 
