@@ -386,11 +386,10 @@ class CompressorTask(CompressorLosses):
         if not token:
             # In place of bos: behind a newline a base looks back at what it has read, behind a
             # random row hardly (launch/experiments/README.md).
-            token = "\n" if self.compression.trigger != self.config.compression.trigger else ""
-            trigger = tokenizers.token_id(tokenizer, token) if token else None
-            return None if trigger is None or trigger >= self.base.config.vocab_size else trigger
-        what = "compression.trigger_token"
-        trigger = tokenizers.token_id(tokenizer, token)
+            replaced = self.compression.trigger != self.config.compression.trigger
+            trigger = tokenizers.token_id(tokenizer, "\n") if replaced else None
+            return None if (trigger or 0) >= self.base.config.vocab_size else trigger
+        what, trigger = "compression.trigger_token", tokenizers.token_id(tokenizer, token)
         if trigger is None:
             raise UserError(f"{what} {token!r} is not a token of the base's tokenizer")
         tokenizers.check_ids([[trigger]], self.base.config.vocab_size, lambda _: what, tokenizer)
