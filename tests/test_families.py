@@ -21,7 +21,7 @@ from conftest import (
     random_trained,
 )
 from test_attention import on_cpu
-from test_quantize import Int8, quantized, rounded
+from test_quantize import dequantized
 
 from icae_jax.compression import encoder, memory, trained
 from icae_jax.compression.config import CompressionConfig
@@ -36,9 +36,10 @@ from icae_jax.interop.export import hf_cache, prompt_embeds
 from icae_jax.interop.export.reader import Reader
 from icae_jax.interop.hub import base as bases
 from icae_jax.interop.hub import remote_rows, stored, weights
-from icae_jax.models import attention, llama, lora, rope
+from icae_jax.models import attention, llama, lora, rope, schemes
 from icae_jax.models.families import architectures, config_json, tensor_names
 from icae_jax.models.llama import FrozenModel, Head
+from icae_jax.models.quantize import is_quantized
 from icae_jax.objectives import loss, targets
 from icae_jax.objectives.packing import pack
 from icae_jax.runtime import attention_choice, sharding
@@ -762,8 +763,9 @@ def test_a_quantised_gemma_computes_what_its_numbers_say():
     """
     compression, params = CompressionConfig(k=3, rate=4), params_of(GEMMA_LIKE)
     args = GEMMA_LIKE, compression, random_trained(GEMMA_LIKE, 3)
-    stored_, same = quantized(params), rounded(params)
-    assert isinstance(stored_["embed"], Int8)
+    stored_ = schemes.quantize_params(params, "int8+ends")
+    same = dequantized(stored_)
+    assert is_quantized(stored_["embed"])
     (got, d_got), (want, d_want) = graded_ae_loss(*args, stored_), graded_ae_loss(*args, same)
     close(got, want)
     jax.tree.map(lambda mine, theirs: close(mine, theirs, 1e-4), d_got["lora"], d_want["lora"])
