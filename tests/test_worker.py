@@ -44,17 +44,17 @@ def test_an_answer_among_other_output(monkeypatch):
     [
         (
             "import os; os.kill(os.getpid(), 9)",
-            r"compiling failed \(SIGKILL, usually because this machine ran out of memory\): $",
+            r"\.worker failed \(SIGKILL, usually because this machine ran out of memory\): $",
         ),
         (
             "import os, sys; print('bad fold', file=sys.stderr); os.abort()",
-            r"compiling failed \(SIGABRT\): bad fold",
+            r"icae_jax\.performance\.worker failed \(SIGABRT\): bad fold",
         ),
         (
             "import sys; sys.stderr.write('x' * 9000 + 'the end'); sys.exit(4)",
-            r"compiling failed \(exit code 4\): x{1993}the end$",
+            r"icae_jax\.performance\.worker failed \(exit code 4\): x{1993}the end$",
         ),
-        ("print('no answer')", r"compiling failed \(exit code 0\)"),
+        ("print('no answer')", r"icae_jax\.performance\.worker failed \(exit code 0\)"),
     ],
     ids=["killed", "aborted", "much output", "no answer"],
 )
@@ -101,7 +101,7 @@ def test_no_worker_outlives_its_caller(number, tmp_path):
         "    pid.write_text(str(os.getpid()))\n"
         "    time.sleep(60)\n"
         "worker.KINDS['topology'] = wait\n"
-        "worker.answer_request()"
+        "worker.answer_request(worker.KINDS)"
     )
     caller = (
         "import signal, subprocess; from icae_jax.performance import worker; run = subprocess.run\n"
