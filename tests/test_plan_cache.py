@@ -281,7 +281,7 @@ def test_how_long_a_plan_takes_is_learnt_from_like_ones(asked, root, monkeypatch
     """Breaks when a forecast takes the time of another kind, machine or program for this one's."""
     rule = plan_cache.forecast([(request(), 1)])
     assert rule == (
-        "compiling 1 program: about 2 min, as for Llama-2-7B on an idle Intel Xeon, "
+        "compiling 1 program: about 2 min, as for Llama-3-8B on an AMD EPYC, "
         "since no plan like it was made here"
     )
     times = {4: 60.0, 8: 90.0}
