@@ -119,13 +119,13 @@ def test_a_load_by_two_processes(folder, whole, tmp_path):
     """Breaks when a process quantises its shards by its own scales, sums a part of the checksums
     twice or not at all, or waits for another.
     """
-    coordinator, schemes = f"127.0.0.1:{free_port()}", ("int8+ends", "nf4+ends")
+    coordinator, both = f"127.0.0.1:{free_port()}", ("int8+ends", "nf4+ends")
     xla = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=2"
     env = os.environ | {"XLA_FLAGS": xla, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     outs = [tmp_path / str(process) for process in range(2)]
     children = [
         subprocess.Popen(
-            [sys.executable, "-c", PROCESS, str(folder), coordinator, str(i), str(out), *schemes],
+            [sys.executable, "-c", PROCESS, str(folder), coordinator, str(i), str(out), *both],
             env=env,
         )
         for i, out in enumerate(outs)
@@ -137,7 +137,7 @@ def test_a_load_by_two_processes(folder, whole, tmp_path):
             child.kill()
             child.wait()
     ids = np.arange(6)[None]
-    for scheme in schemes:
+    for scheme in both:
         params = schemes.quantize_params(whole.params, scheme)
         want, _ = llama.Llama(WIDE).apply({"params": params}, ids, ids, llama.causal_mask(6))
         for out in outs:
