@@ -384,8 +384,8 @@ class CompressorTask(CompressorLosses):
         """The token whose embedding the [AE] row starts from, None for a random row."""
         tokenizer, token = self.base.tokenizer, self.config.compression.trigger_token
         if not token:
-            # In place of bos: behind a newline a base looks back at what it has read, behind a
-            # random row hardly (launch/experiments/README.md).
+            # In place of bos: behind a newline a base looks back at what it has read
+            # (launch/experiments/README.md).
             replaced = self.compression.trigger != self.config.compression.trigger
             trigger = tokenizers.token_id(tokenizer, "\n") if replaced else None
             return None if (trigger or 0) >= self.base.config.vocab_size else trigger

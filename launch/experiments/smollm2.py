@@ -41,7 +41,7 @@ COMMON = {
     "checkpoint_every": 50,
 }
 
-# By method: what both phases share. See README.md for how the rates were chosen.
+# By method: what both phases share. ICAE's rate is a guess that nothing was trained with yet.
 OF_METHOD = {
     "x500": {"optimizer.learning_rate": 5e-4, "optimizer.warmup_steps": 20},
     "icae": {"optimizer.learning_rate": 2e-4, "optimizer.warmup_steps": 100},

@@ -192,7 +192,7 @@ def _gemma(values, raw, window):
         "hidden_activation": "gelu_pytorch_tanh",
         "hidden_act": "gelu_pytorch_tanh",
         "query_pre_attn_scalar": width,
-        # Files of before llama.cpp wrote the caps have the published models' all the same.
+        # The published models' caps, which files of early converters do not state.
         "attn_logit_softcapping": 50.0 if name == "gemma2" else None,
         "final_logit_softcapping": 30.0 if name == "gemma2" else None,
     }
