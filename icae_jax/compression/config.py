@@ -9,8 +9,11 @@ from icae_jax.compression import method as methods
 from icae_jax.compression.layout import Layout
 from icae_jax.compression.method import Method
 from icae_jax.errors import UserError
+from icae_jax.models.llama import ModelConfig
 
 TRIGGERS = ("trained", "bos")
+MASKS = ("causal", "slots", "all")
+OPTIONS = {"anchor_vectors": ("one", "each")}  # fields of single methods, the default first
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +27,14 @@ class CompressionConfig:
       k_choices: the numbers of memory tokens that one model learns, rising up to k; each uses a
         prefix of the memory table. () for k alone.
       layout: the name of one of the method's position layouts; "" for its default.
+      encoder_mask: what a token sees of its segment in the encoder: "causal", itself and what is
+        before it; "slots", memory tokens see each other as well (arXiv 2510.20797, section 3);
+        "all", everything; "" for the method's default. Where there is no memory token in the
+        encoder, "slots" is "causal".
+      encoder_layers: slots are read after so many layers of the encoder, without the final norm; 0:
+        after the last, with it. Not for K/V, which are of all layers.
+      anchor_vectors: what is added to the embeddings of SAC's anchors: "one" vector, as in the
+        paper, or "each" its own, by its number, as in the authors' code.
       memory_init: "embedding" draws the memory table from N(mean, std) of the base's token
         embeddings, "normal" from N(0, 1).
       trigger: what asks for the text back: "trained", the table's [AE] row, or "bos", the
@@ -39,6 +50,9 @@ class CompressionConfig:
     rate: float = 4.0
     k_choices: tuple[int, ...] = ()
     layout: str = ""
+    encoder_mask: str = ""
+    encoder_layers: int = 0
+    anchor_vectors: str = "one"
     memory_init: str = "embedding"
     trigger: str = ""
     trigger_token: str = ""
@@ -76,6 +90,29 @@ class CompressionConfig:
                 f"compression.layout is {self.layout!r}, not one of method {self.method}; choose "
                 f"from {', '.join(method.layouts)}"
             )
+        object.__setattr__(self, "encoder_mask", self.encoder_mask or method.encoder_mask)
+        if self.encoder_mask not in MASKS:
+            raise UserError(
+                f"compression.encoder_mask is {self.encoder_mask!r}; choose from {', '.join(MASKS)}"
+            )
+        for name, values in OPTIONS.items():
+            value = getattr(self, name)
+            if value not in values:
+                raise UserError(f"compression.{name} is {value!r}; choose from {', '.join(values)}")
+            if value != values[0] and name not in method.options:
+                raise UserError(
+                    f"compression.{name} is {value!r}, but method {self.method} has no such "
+                    f"choice; leave it {values[0]}"
+                )
+        if self.encoder_layers < 0 or (self.encoder_layers and method.keeps != "hidden"):
+            raise UserError(
+                f"compression.encoder_layers is {self.encoder_layers}; "
+                + (
+                    "give a number of layers, or 0 for all"
+                    if self.encoder_layers < 0
+                    else f"the memory of method {self.method} is of all layers, so set 0"
+                )
+            )
 
     @property
     def spec(self) -> Method:
@@ -98,14 +135,46 @@ class CompressionConfig:
         return round(self.k * self.rate)
 
     @property
+    def vectors(self) -> int:
+        """The rows of the memory table before its special rows."""
+        vectors = self.spec.vectors(self)
+        return self.k if vectors is None else vectors
+
+    @property
+    def any_k(self) -> bool:
+        """Whether any number of memory tokens can be asked for: none has a row of its own."""
+        return self.spec.vectors(self) is not None
+
+    def encoder_config(self, model: ModelConfig) -> ModelConfig:
+        """The sizes of the part of a base that encodes. UserError if it has too few layers."""
+        if self.encoder_layers > model.num_layers:
+            raise UserError(
+                f"compression.encoder_layers is {self.encoder_layers}; the base has "
+                f"{model.num_layers} layers"
+            )
+        return model.first_layers(self.encoder_layers or model.num_layers)
+
+    @property
     def choices(self) -> tuple[int, ...]:
-        """The numbers of memory tokens per segment that can be asked for."""
+        """The numbers of memory tokens per segment that were trained."""
         return self.k_choices or (self.k,)
 
+    @property
+    def trains_all_choices(self) -> bool:
+        """Whether one pass of the encoder writes the memories of all `choices`."""
+        return self.spec.write_several is not None and len(self.choices) > 1
+
     def choose(self, k: int | np.integer | None = None) -> int:
-        """`k` if it is one of `choices`, the largest if None. UserError otherwise."""
+        """`k` if it can be asked for, the largest of `choices` if None. UserError otherwise."""
         if k is None:
             return self.k
+        if self.any_k:
+            if not 1 <= k <= self.segment_tokens:
+                raise UserError(
+                    f"k is {k}; give memory tokens per segment from 1 to the {self.segment_tokens} "
+                    "tokens that a segment holds"
+                )
+            return int(k)
         if k not in self.choices:
             known = ", ".join(map(str, self.choices))
             raise UserError(

@@ -29,41 +29,58 @@ class Method:
     Attributes:
       name: in configurations, adapters and memory files.
       title: in print.
+      memory: the kind of memory that is written, a subclass of `memory.Memory`.
+      layouts: position layouts by their names in configurations, the default first.
       write: `write(base, trained, contexts, config, dropout_key) -> Memory`, see
         `encoder.compress`.
-      memory: the kind of memory that `write` returns, a subclass of `memory.Memory`.
-      layouts: position layouts by their names in configurations, the default first.
+      write_several: in its place, if the encoder's pass does not depend on k: `write_several(base,
+        trained, contexts, ks, config, dropout_key) -> (Memory of each k)` in one pass. Training
+        then learns all of `compression.k_choices` in every step.
       trigger: by default, what asks for the text back: "trained", the [AE] row, or "bos", the
         tokenizer's own token.
       bos_before_text: whether the encoder reads the text as the base would, with the tokenizer's
         `<s>`.
       appends_memory_tokens: whether the encoder reads k memory tokens behind each segment;
         otherwise the text alone.
+      encoder_mask: what a token of the encoder sees by default, one of `encoder.MASKS`.
       keeps: which outputs of the encoder become the memory, at k tokens of each segment: "hidden",
         the last hidden states, or "kv", keys and values of every layer. FLOPs are counted by it.
-      flops: `flops(model_config, lora_config, shape, k) -> {part: FLOPs}` of writing contexts, by
-        the parts of `performance.flops.Flops`, for methods whose encoder runs otherwise than in one
-        pass over `[segment | memory tokens]`; None: that pass.
+      pools: whether the memory is made of the last hidden states of all tokens, not of k of them.
+      vectors: `vectors(config) -> int`, the rows of the memory table before its special rows, for
+        methods that need no row for each memory token and so know every k; or None: k rows.
+      tensors: `tensors(model_config, config) -> {name: array}`: what is trained beside LoRA and
+        memory table, as training starts; float32, in `memory.safetensors` under these names.
+      options: fields of the configuration that concern this method alone (`config.OPTIONS`).
+      flops: `flops(model_config, shape, k) -> {part: FLOPs}` of what writing contexts of shape `(B,
+        S, N)` costs beside the encoder's pass, by the parts of `performance.flops.Flops`.
       exports: the exports it has, of `EXPORTS`.
     """
 
     name: str
     title: str
-    write: Callable[..., Any]
     memory: type
     layouts: Mapping[str, Layout]
+    write: Callable[..., Any] | None = None
+    write_several: Callable[..., tuple[Any, ...]] | None = None
     trigger: Literal["trained", "bos"] = "trained"
     bos_before_text: bool = True
     appends_memory_tokens: bool = True
+    encoder_mask: str = "causal"
     keeps: Literal["hidden", "kv"] = "hidden"
+    pools: bool = False
+    vectors: Callable[[Any], int | None] = lambda config: None
+    tensors: Callable[..., Mapping[str, Any]] | None = None
+    options: tuple[str, ...] = ()
     flops: Callable[..., Mapping[str, int]] | None = None
     exports: tuple[str, ...] = ()
 
     def __post_init__(self):
-        if PEFT in self.exports and not self.appends_memory_tokens:
+        if (self.write is None) == (self.write_several is None):
+            raise ValueError(f"method {self.name}: give one of write and write_several")
+        if PEFT in self.exports and not (self.appends_memory_tokens or self.pools):
             raise ValueError(
-                f"method {self.name}: a PEFT folder's code appends memory tokens, and this method "
-                "does not; leave PEFT out of its exports"
+                f"method {self.name}: a PEFT folder's code appends memory tokens or pools, and "
+                "this method does neither; leave PEFT out of its exports"
             )
 
     @property

@@ -1,4 +1,6 @@
-"""What is trained: the encoder's LoRA, the memory table, and perhaps a LoRA of the decoder."""
+"""What is trained: the encoder's LoRA, the memory table, what else the method has, and perhaps a
+LoRA of the decoder.
+"""
 
 import functools
 from typing import Any
@@ -29,7 +31,8 @@ def init_memory_table(
     trigger_id: int | None = None,
     multiplier: float = 1.0,
 ) -> Float[Array, "rows D"]:
-    """The table of trained embeddings, float32: k memory tokens, then [AE], [LM], [FT].
+    """The table of trained embeddings, float32: `config.vectors` rows of the method, such as its k
+    memory tokens, then [AE], [LM], [FT].
 
     Its rows, as slots, are what the first block reads, and so start among multiplied embeddings
     where a model multiplies its embeddings. That keeps them as large as what they stand among,
@@ -38,14 +41,16 @@ def init_memory_table(
     embeddings: the base's table. trigger_id: the token whose embedding [AE] starts from, if any.
     multiplier: of embeddings, as in `ModelConfig`.
     """
-    table = jax.random.normal(key, (config.k + SPECIAL_ROWS, embeddings.shape[1]), jnp.float32)
+    table = jax.random.normal(
+        key, (config.vectors + SPECIAL_ROWS, embeddings.shape[1]), jnp.float32
+    )
     if config.memory_init == "embedding":
         moments = _moments_of_quantized if is_quantized(embeddings) else _moments
         mean, std = moments(embeddings)
         table = multiplier * (mean + std * table)
     if trigger_id is not None:
         rows = take_rows(embeddings, jnp.asarray([trigger_id]))
-        table = table.at[config.k].set(multiplier * rows[0].astype(jnp.float32))
+        table = table.at[-SPECIAL_ROWS].set(multiplier * rows[0].astype(jnp.float32))
     return table
 
 
@@ -69,16 +74,18 @@ def init(
 ) -> dict[str, Any]:
     """The trained tree that training starts from, float32; arguments as for `init_memory_table`.
 
-    `{"lora": …, "memory_table": …}`, and "decoder_lora" if the configuration has one. B of every
-    LoRA is zero.
+    `{"lora": …, "memory_table": …}`, the method's own tensors, and "decoder_lora" if the
+    configuration has one. B of every LoRA is zero.
     """
     table = init_memory_table(
         jax.random.fold_in(key, 1), embeddings, config, trigger_id, model.embedding_multiplier
     )
     tree = {
-        "lora": _init_lora(jax.random.fold_in(key, 2), model, lora_config),
+        "lora": _init_lora(jax.random.fold_in(key, 2), config.encoder_config(model), lora_config),
         "memory_table": table,
     }
+    if config.spec.tensors:
+        tree |= config.spec.tensors(model, config)
     if config.decoder_lora:
         tree[DECODER_LORA] = _init_lora(jax.random.fold_in(key, 3), model, lora_config)
     return tree

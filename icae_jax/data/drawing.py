@@ -13,6 +13,11 @@ class StaticInt(int):
     """An int of a batch that is static under jit, which compiles once for each of its values."""
 
 
+@jax.tree_util.register_static
+class StaticInts(tuple):
+    """As `StaticInt`, several ints."""
+
+
 def draw_bucket(seed: int, step: int, weights: Float[np.ndarray, " buckets"]) -> int:
     """The bucket of a step's global batch, drawn with the given probabilities."""
     return int(np.random.default_rng([seed, 0, step]).choice(len(weights), p=weights))

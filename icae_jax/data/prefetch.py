@@ -21,16 +21,18 @@ def train_batches(
     steps: range,
     k_choices: Sequence[int],
     rows: slice | np.ndarray = slice(None),
+    all_k: bool = False,
 ) -> Iterator[Batch]:
     """Iterates over the batches of consecutive steps, each with a `k` drawn from `k_choices`.
 
     rows: the rows of the global batch to make, such as those of one process. All processes draw the
-    same bucket and k.
+    same bucket and k. all_k: every batch has all of `k_choices` instead.
     """
 
     def make(step):
         bucket, drawn = examples.draw(seed, step, batch_size)
-        return examples.collate(bucket, drawn[rows]) | {"k": drawing.draw_k(seed, step, k_choices)}
+        k = drawing.StaticInts(k_choices) if all_k else drawing.draw_k(seed, step, k_choices)
+        return examples.collate(bucket, drawn[rows]) | {"k": k}
 
     return prefetch(make, steps)
 

@@ -94,6 +94,7 @@ class Compressor:
             rows=BATCH_SIZE,
             length=self.config.segment_tokens + self.config.k,
             dtype=dtype,
+            mask=self.config.encoder_mask,
         )
         return fastest
 

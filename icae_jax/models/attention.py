@@ -3,8 +3,8 @@
     xla       plain XLA (`models.plain_attention`); any device, any mask
     cudnn     cuDNN's flash attention through `jax.nn.dot_product_attention`; NVIDIA GPUs, 16-bit
               dtypes, any mask
-    splash    the flash attention of `jax.experimental.pallas.ops.tpu`; TPUs, causal masks with
-              padding only
+    splash    the flash attention of `jax.experimental.pallas.ops.tpu`; TPUs, causal and full masks
+              with padding
 
 All compute scores and softmax in float32, and none keeps scores for the backward pass: memory grows
 with T + S, not T x S (flash attention, arXiv 2205.14135). xla materialises one chunk's scores at a
@@ -62,7 +62,7 @@ def attend(
       k_BSKH: keys, rotated.
       v_BSKH: values.
       mask: bool. `[B or 1, S]`, which keys are real: a query at time t sees the real ones up to t.
-        Or `[B or 1, T, S]`, what each query sees.
+        Or `[B or 1, T or 1, S]`, what each query sees.
       prefix: None or `(k, v, mask)` with k, v `[Bp, P, K, H]`, k rotated, and mask `[Bp, P]`, or
         `[B, T, P]` if queries see different parts of it. Bp divides B: prefix b serves rows
         b * B/Bp ... (b + 1) * B/Bp - 1, which is how many targets read one memory.
@@ -95,10 +95,14 @@ def attend(
         )
     qkv = q_BTNH, k_BSKH, v_BSKH
     if implementation == "splash":
+        if _is_full(mask) and prefix is None:
+            # Rows without a real token see their padding: the kernel needs something.
+            real = mask[:, 0] | ~mask[:, 0].any(1, keepdims=True)
+            return _splash(*qkv, real, None, None, scale).reshape(B, T, N * H)
         if mask.ndim != 2 or (prefix is not None and prefix[2].ndim != 2):
             raise UserError(
                 "attention splash: the mask says for each query what it sees, and splash is "
-                "causal; choose xla or cudnn"
+                "causal or full; choose xla or cudnn"
             )
         first = 0 if at is None else _first(at)
         if first is not None:
@@ -119,6 +123,11 @@ def attend(
     return out.reshape(B, T, N * H)
 
 
+def _is_full(mask):
+    """Whether all queries see the same keys."""
+    return mask.ndim == 3 and mask.shape[1] == 1
+
+
 def _check(implementation):
     if implementation not in IMPLEMENTATIONS:
         raise UserError(
@@ -136,10 +145,11 @@ def seen(real_BS: Bool[Any, "_ S"], at: Any = None) -> Bool[Array, "_ T S"]:
 def usable(implementation: str, mask: Any) -> str:
     """The implementation that computes a call with such a mask.
 
-    Splash knows causal masks only. In the last layer of targets, queries are labels at times that
-    are known only when the program runs; their 3-D mask is computed by xla.
+    Splash knows causal and full masks only. In the last layer of targets, queries are labels at
+    times that are known only when the program runs; their 3-D mask is computed by xla.
     """
-    return "xla" if implementation == "splash" and mask.ndim == 3 else implementation
+    unknown = mask.ndim == 3 and not _is_full(mask)
+    return "xla" if implementation == "splash" and unknown else implementation
 
 
 def supported(
@@ -153,12 +163,13 @@ def supported(
     windows: bool = False,
     softcap: bool = False,
     tensor: int = 1,
+    mask: str = "causal",
 ) -> str | None:
     """Why an implementation cannot compute such a model's attention, None if it can.
 
     platform: a device's, "cpu", "gpu" or "tpu". windows: whether layers see only a window.
-    softcap: whether scores are capped. tensor: devices that heads are split over. UserError for an
-    unknown implementation.
+    softcap: whether scores are capped. tensor: devices that heads are split over. mask: "causal",
+    "all" (each token sees all real ones), or another. UserError for an unknown implementation.
     """
     _check(implementation)
     if implementation == "xla":
@@ -178,6 +189,8 @@ def supported(
         return f"{implementation} has no soft cap here; this model caps its attention's scores"
     if implementation == "splash" and windows:
         return "splash has one causal mask for all layers; this model's layers see windows"
+    if implementation == "splash" and mask not in ("causal", "all"):
+        return f"splash has causal masks and full ones; the encoder's mask is {mask}"
     if heads % tensor == 0 and kv_heads % tensor:
         return (
             f"{heads} query heads are split over {tensor} devices, {kv_heads} key/value heads "
@@ -280,17 +293,17 @@ def _blocks(length):
 
 
 def _splash(q_BTNH, k_BSKH, v_BSKH, real_BS, prefix, first, scale):
-    """As `attend`, `[B, T, N, H]`, with a 2-D mask and queries at the times from `first` on.
+    """As `attend`, `[B, T, N, H]`, with queries at the times from `first` on; None: all see all.
 
-    Real tokens and padding are two segments that see only themselves, so that every query sees at
-    least itself, as the kernel needs. The residuals are named "attention", by which
+    Under a causal mask, real tokens and padding are two segments that see only themselves, so that
+    every query sees at least itself, as the kernel needs. The residuals are named "attention", by which
     rematerialisation saves them (`jax.checkpoint_policies.save_only_these_names`).
     """
     B, T = q_BTNH.shape[:2]
     k, v = _joined(k_BSKH, v_BSKH, prefix, q_BTNH.dtype, B)
     before = k.shape[1] - k_BSKH.shape[1]
     real = jnp.broadcast_to(real_BS, (B, real_BS.shape[1]))
-    real_queries = real[:, first : first + T]
+    real_queries = jnp.ones((B, T), bool) if first is None else real[:, first : first + T]
     if prefix is not None:
         real = jnp.concatenate([jnp.repeat(prefix[2], B // prefix[2].shape[0], axis=0), real], 1)
     (to, block), (key_to, key_block) = _blocks(T), _blocks(k.shape[1])
@@ -306,9 +319,12 @@ def _splash(q_BTNH, k_BSKH, v_BSKH, real_BS, prefix, first, scale):
     )
 
     def kernel(q, k, v, query_segments, segments):
-        causal = splash_attention_mask.CausalMask((to, key_to), offset=before + first)
+        if first is None:
+            mask = splash_attention_mask.FullMask((to, key_to))
+        else:
+            mask = splash_attention_mask.CausalMask((to, key_to), offset=before + first)
         of_row = splash_attention_kernel.make_splash_mha(
-            splash_attention_mask.MultiHeadMask([causal] * q.shape[2]),
+            splash_attention_mask.MultiHeadMask([mask] * q.shape[2]),
             block_sizes=sizes,
             head_shards=1,
             q_seq_shards=1,
@@ -357,13 +373,14 @@ def fastest(
     dtype: DTypeLike,
     windows: bool = False,
     softcap: bool = False,
+    mask: str = "causal",
     device: Any = None,
     seconds: Callable[..., float] = _seconds,
 ) -> Choice:
     """Times the forward and backward pass of one layer on a device, by default the first.
 
-    rows, heads, kv_heads: of one device. windows, softcap: as for `supported`. seconds: times a
-    jitted function on its arguments. A single candidate is not timed. One that the backend
+    rows, heads, kv_heads: of one device. windows, softcap, mask: as for `supported`. seconds: times
+    a jitted function on its arguments. A single candidate is not timed. One that the backend
     refuses is left out; xla is chosen if it refuses all. Call it where no mesh is active. Processes
     may measure different winners: all must take one's.
     """
@@ -375,6 +392,7 @@ def fastest(
         "kv_heads": kv_heads,
         "windows": windows,
         "softcap": softcap,
+        "mask": mask,
     }
     why_not = {name: supported(name, device.platform, **sizes) for name in IMPLEMENTATIONS}
     refused = {name: why for name, why in why_not.items() if why}
@@ -389,12 +407,15 @@ def fastest(
                 jax.random.split(jax.random.key(0), 3), (heads, kv_heads, kv_heads), strict=True
             )
         )
-        mask = jnp.ones((1, length, length) if windows else (1, length), bool)
-        mask = jnp.tril(mask) if windows else mask
+        sees = jnp.ones((1, length), bool)  # causal
+        if windows or mask not in ("causal", "all"):
+            sees = jnp.tril(jnp.ones((1, length, length), bool))
+        elif mask == "all":
+            sees = sees[:, None]
         for name in names:
 
             def loss(q, k, v, name=name):
-                out = attend(q, k, v, mask, implementation=name)
+                out = attend(q, k, v, sees, implementation=name)
                 return jnp.sum(jnp.square(out.astype(jnp.float32)))
 
             try:

@@ -27,7 +27,7 @@ KV_AXES = ("layers", "batch", None, "kv_heads", None)  # of stacked keys or valu
 UNCONSTRAINED = (("unconstrained", None),)  # rules that switch `constrain` off under a mesh
 
 
-def logical_axes(path: tuple[str, ...]) -> tuple[str, ...]:
+def logical_axes(path: tuple[str, ...]) -> tuple[str | None, ...]:
     """The logical axes of the parameter at a path, () if it is never split.
 
     A path is, for example, ("layers", "self_attn", "q_proj", "kernel"). LoRA's a and b have the
@@ -42,7 +42,11 @@ def logical_axes(path: tuple[str, ...]) -> tuple[str, ...]:
             "a": ("layers", d_in, "rank"),
             "b": ("layers", "rank", d_out),
         }[name]
-    return {"embed": ("vocab", "embed"), "lm_head": ("embed", "vocab")}.get(name, ())
+    return {
+        "embed": ("vocab", "embed"),
+        "lm_head": ("embed", "vocab"),
+        "projection": ("embed", None),  # of slots, `[D, D]`
+    }.get(name, ())
 
 
 def active() -> bool:

@@ -172,6 +172,8 @@ class Llama(nn.Module):
         rematerialised when `at` selects positions.
     unroll: blocks per iteration of the scan; if more than one, attention has no loops either.
     attention: its implementation, see `models.attention`.
+    stop: how many of the blocks run, the first ones, without the final norm; None: all, with it.
+        LoRA, prefix and K/V are then of these layers.
     """
 
     config: ModelConfig
@@ -181,6 +183,7 @@ class Llama(nn.Module):
     remat: str = "none"
     unroll: int = 1
     attention: str = "xla"
+    stop: int | None = None
 
     @nn.compact
     def __call__(
@@ -212,8 +215,8 @@ class Llama(nn.Module):
           keep: token indices `[M]` of the K/V to return, None for all.
 
         Returns:
-          Hidden states after the final norm, `[B, U or T, D]`, and None or (k, v), each `[L, B, M
-          or T, K, H]`, with k **before** RoPE.
+          Hidden states after the final norm, if all blocks run, `[B, U or T, D]`, and None or (k,
+          v), each `[L, B, M or T, K, H]`, with k **before** RoPE.
         """
         c = self.config
         if jnp.issubdtype(x.dtype, jnp.integer):
@@ -252,10 +255,11 @@ class Llama(nn.Module):
         if self.has_rng("dropout"):
             keys = jax.random.split(self.make_rng("dropout"), c.num_layers)
         scanned = adapters, None if prefix is None else prefix[:2], windows, kinds, keys
-        # If the last layer is a program of its own, slicing it off the frozen parameters would copy
-        # all the others: then each layer slices its own.
-        uniform = at is None
-        count = c.num_layers if uniform else c.num_layers - 1
+        # If not all layers run, or the last is a program of its own, slicing off the frozen
+        # parameters would copy the others: then each layer slices its own.
+        layers = self.stop or c.num_layers
+        uniform = at is None and layers == c.num_layers
+        count = layers if at is None else layers - 1
 
         def layer(x, xs, at=None):
             layer_params, (layer_adapters, prefix_kv, window, kind, key) = xs
@@ -288,7 +292,7 @@ class Llama(nn.Module):
             jax.tree.map(lambda t: t[:count], scanned),
         )
         x, kv = jax.lax.scan(body, x, xs, unroll=max(1, min(self.unroll, count)))
-        if not uniform:  # never rematerialised: the backward pass begins with this layer
+        if at is not None:  # never rematerialised: the backward pass begins with this layer
             last = jax.tree.map(lambda t: t[count], scanned)
             x, last_kv = checkpointed("none", functools.partial(layer, at=at))(
                 x, (jnp.asarray(count), last)
@@ -297,7 +301,7 @@ class Llama(nn.Module):
                 jnp.concatenate([t, end[None]]) for t, end in zip(kv, last_kv, strict=True)
             )
         kv = kv and tuple(constrain(t, *axes.KV_AXES) for t in kv)
-        return norm(c, "norm")(x), kv
+        return x if self.stop else norm(c, "norm")(x), kv
 
 
 # ------------------------------------------------------------------------------------- the two ends
@@ -377,6 +381,10 @@ class FrozenModel:
     def head(self) -> Head:
         """The output matrix."""
         return head(self.params, self.config)
+
+    def first_layers(self, count: int) -> "FrozenModel":
+        """The same, stopped behind so many layers, without the final norm."""
+        return FrozenModel(self.module.clone(stop=count), self.params)
 
     def embed(self, ids: Int[Any, "..."]) -> Float[Array, "... D"]:
         """What the first block reads of token ids, in the dtype of activations."""

@@ -13,10 +13,10 @@ of targets, everything except the labels, beyond K/V.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from icae_jax.compression.config import CompressionConfig
-from icae_jax.compression.method import Method
 from icae_jax.models import lora
 from icae_jax.models.llama import ModelConfig
 from icae_jax.models.lora import LoraConfig
@@ -74,24 +74,32 @@ def compress(
     model_config: ModelConfig,
     lora_config: LoraConfig,
     shape: tuple[int, int, int],
-    k: int,
-    method: Method,
+    ks: int | Sequence[int],
+    compression: CompressionConfig,
 ) -> Flops:
     """FLOPs of writing contexts into memory, without gradients (`compression.encoder.compress`).
 
-    shape: `(B, S, N)`, B texts of S segments of N tokens. k: memory tokens per segment.
+    shape: `(B, S, N)`, B texts of S segments of N tokens. ks: memory tokens per segment, or
+    several, if one pass of the encoder writes the memories of all (`Method.write_several`).
     """
-    if method.flops:
-        return Flops(**method.flops(model_config, lora_config, shape, k))
     B, S, N = shape
+    ks = [ks] if isinstance(ks, int) else ks
+    method, c, k = compression.spec, compression.encoder_config(model_config), max(ks)
     rows, length = B * S, N + (k if method.appends_memory_tokens else 0)
-    hidden = method.keeps == "hidden"
-    last = (rows * length, rows * k) if hidden else (rows * k, 0)
-    return Flops(
-        encoder=_linear(model_config, rows * length, *last),
-        lora=_linear(model_config, rows * length, *last, lora_config),
-        attention=_attention(model_config, rows, length, length, k if hidden else 0),
+    queries = {"hidden": length if method.pools else k, "kv": 0}[method.keeps]
+    last = (rows * (k if method.keeps == "kv" else length), rows * queries)
+    written = Flops(
+        encoder=_linear(c, rows * length, *last),
+        lora=_linear(c, rows * length, *last, lora_config),
+        attention=_attention(c, rows, length, length, queries),
     )
+    for k in ks if method.flops else ():
+        written = _added(written, Flops(**method.flops(model_config, shape, k)))
+    return written
+
+
+def _added(*parts):
+    return Flops(*map(sum, zip(*parts, strict=True)))
 
 
 def decode(
@@ -120,22 +128,29 @@ def least(
 ) -> Flops:
     """FLOPs of one training step, forward and backward, on a training batch.
 
-    batch: `context [B, S, N]`, `k`, and `targets` with `ids [B, G, T]` and `labels [B, G, U]` of
-    each objective; only shapes are read. heads: by objective, the ids before the memory, by default
-    none.
+    batch: `context [B, S, N]`, `k` (one or several), and `targets` with `ids [B, G, T]` and `labels
+    [B, G, U]` of each objective; only shapes are read. heads: by objective, the ids before the
+    memory, by default none.
 
     Head and memory run once for each distinct head. A memory of K/V does not run; its head runs
     once for the whole batch, and no gradient reaches it unless the decoder has a LoRA. UserError if
     `compression` does not know k.
     """
-    c, k, method = model_config, compression.choose(batch.get("k")), compression.spec
-    decoder_lora = lora_config if compression.decoder_lora else None
-    B, S, N = batch["context"].shape
+    k = batch.get("k")
+    ks = [compression.choose(k) for k in (k if isinstance(k, tuple) else (k,))]
+    written = compress(model_config, lora_config, batch["context"].shape, ks, compression)
+    trained = Flops(2 * written.encoder, 3 * written.lora, 0, 0, 3 * written.attention)
+    read = [_read(model_config, lora_config, compression, batch, heads or {}, k) for k in ks]
+    return _added(trained, *read)
+
+
+def _read(c, lora_config, compression, batch, heads, k):
+    """FLOPs of the decoder in a training step, behind memories of k tokens per segment."""
+    method, decoder_lora = compression.spec, lora_config if compression.decoder_lora else None
+    B, S, _ = batch["context"].shape
     M = S * k
-    written = compress(c, lora_config, (B, S, N), k, method)
-    adapters, attention = 3 * written.lora, 3 * written.attention
-    memory = targets = logits = 0
-    heads = {o: (heads or {}).get(o, ()) for o in batch["targets"]}
+    adapters = attention = memory = targets = logits = 0
+    heads = {o: heads.get(o, ()) for o in batch["targets"]}
     for h in map(len, set(heads.values())):
         runs = method.memory.RUNS_IN_DECODER
         rows, length = (B, h + M) if runs else (1, h)
@@ -151,4 +166,4 @@ def least(
         adapters += 3 * _linear(c, *tokens, decoder_lora) if decoder_lora else 0
         attention += 3 * _attention(c, B * G, T, len(heads[o]) + M + T, U)
         logits += 4 * c.hidden_size * c.vocab_size * math.prod(target["labels"].shape)
-    return Flops(2 * written.encoder, adapters, memory, targets, attention, logits)
+    return Flops(0, adapters, memory, targets, attention, logits)

@@ -244,11 +244,10 @@ def _count(spec, shape, ask):
     smaller = dataclasses.replace(spec, contexts=contexts, config=config)
     request = {
         "kind": "host",
-        "specs": [programs.few_layers(smaller, n) for n in (2, 3)],
+        "specs": programs.to_count(smaller),
         "mesh": MeshConfig(**counted_on),
     }
-    two, three = ask(request, shape_size(counted_on))["flops"]
-    flops = two + (three - two) * (spec.model.num_layers - 2)
+    flops = programs.of_all_layers(spec, ask(request, shape_size(counted_on))["flops"])
     if spec.what == "train":
         return flops * spec.config.accumulate
     # XLA counts the body of the decoding loop once.

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,7 +15,7 @@ from icae_jax.compression.config import CompressionConfig
 from icae_jax.compression.decoder import Decoder
 from icae_jax.compression.segments import Contexts
 from icae_jax.data.collate import bucket_shape, target_shapes
-from icae_jax.data.drawing import StaticInt
+from icae_jax.data.drawing import StaticInt, StaticInts
 from icae_jax.inference import generate
 from icae_jax.models import llama, schemes
 from icae_jax.models.axes import KV_AXES
@@ -113,6 +113,9 @@ def batch(spec: Spec, mesh: jax.sharding.Mesh | None = None) -> dict[str, Any]:
         spec.qa_shape,
         c.objectives.pad_labels,
     )
+    compression = spec.compression
+    # Where a step draws one of several k, the largest is the most work.
+    ks = StaticInts(compression.choices if compression.trains_all_choices else (compression.k,))
     targets = {
         o: {
             "ids": array(G, T),
@@ -126,7 +129,7 @@ def batch(spec: Spec, mesh: jax.sharding.Mesh | None = None) -> dict[str, Any]:
         "context": array(segments, size),
         "lengths": array(segments),
         "targets": targets,
-        "k": StaticInt(spec.compression.k),
+        "k": ks if len(ks) > 1 else StaticInt(*ks),
     }
 
 
@@ -211,7 +214,7 @@ def least(spec: Spec, tokens: int | None = None) -> int:
         return flops.least(spec.model, c.lora, spec.compression, given).total
     if spec.what == "compress":
         shape, k = given["context"].shape, spec.compression.k
-        return flops.compress(spec.model, c.lora, shape, k, spec.compression.spec).total
+        return flops.compress(spec.model, c.lora, shape, k, spec.compression).total
     memory = given["context"].shape[1] * spec.compression.k
     room = memory + PROMPT + c.data.max_target_tokens
     lora = c.lora if spec.compression.decoder_lora else None
@@ -222,12 +225,36 @@ def least(spec: Spec, tokens: int | None = None) -> int:
     return tokens * token.total + prompts
 
 
-def few_layers(spec: Spec, layers: int) -> Spec:
+def few_layers(spec: Spec, layers: int, encoder_layers: int = 0) -> Spec:
     """The same with so many layers, unrolled, one microbatch and one chunk of the loss.
 
-    XLA counts the body of a loop once.
+    XLA counts the body of a loop once. encoder_layers: of them, how many encode; 0 for all.
     """
+    compression = dataclasses.replace(spec.config.compression, encoder_layers=encoder_layers)
     config = dataclasses.replace(
-        spec.config, unroll=layers, loss_chunk=1 << 30, accumulate=1, batch_size=spec.contexts
+        spec.config,
+        unroll=layers,
+        loss_chunk=1 << 30,
+        accumulate=1,
+        batch_size=spec.contexts,
+        compression=compression,
     )
     return dataclasses.replace(spec, model=spec.model.first_layers(layers), config=config)
+
+
+def to_count(spec: Spec) -> list[Spec]:
+    """Programs of 2 and 3 layers, from whose FLOPs `of_all_layers` extrapolates."""
+    if not spec.compression.encoder_layers:
+        return [few_layers(spec, layers) for layers in (2, 3)]
+    return [few_layers(spec, *layers) for layers in ((2, 2), (3, 2), (3, 3))]
+
+
+def of_all_layers(spec: Spec, counted: Sequence[float]) -> float:
+    """FLOPs of a program, extrapolated linearly from those of `to_count(spec)`."""
+    model = spec.model.num_layers
+    if len(counted) == 2:
+        two, three = counted
+        return two + (three - two) * (model - 2)
+    two, deeper, encoder_deeper = counted
+    encoder = (encoder_deeper - deeper) * (spec.compression.encoder_layers - 2)
+    return two + (deeper - two) * (model - 2) + encoder

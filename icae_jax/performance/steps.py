@@ -145,10 +145,10 @@ def random_batch(spec: programs.Spec, seed: int = 0) -> dict[str, Any]:
 
 def _check_batch(spec, batch):
     """ValueError if a batch has other shapes than the specification, whose FLOPs are counted."""
-    if batch.get("k") != spec.compression.k:
+    k = programs.batch(spec)["k"]
+    if batch.get("k") != k:
         raise ValueError(
-            f"batch k is {batch.get('k')}, the specification's is {spec.compression.k}; give a "
-            "batch of this k"
+            f"batch k is {batch.get('k')}, the specification's is {k}; give a batch of this k"
         )
     named = [
         {
@@ -313,13 +313,12 @@ def xla_flops(spec: programs.Spec, mesh: jax.sharding.Mesh | None) -> float | No
     """
     xla = dataclasses.replace(spec, config=dataclasses.replace(spec.config, attention="xla"))
     counted = []
-    for layers in (2, 3):
-        lowered = programs.lower(programs.few_layers(xla, layers), mesh, ("cpu",))
+    for smaller in programs.to_count(xla):
+        lowered = programs.lower(smaller, mesh, ("cpu",))
         counted.append((lowered.cost_analysis() or {}).get("flops"))
     if None in counted:
         return None
-    two, three = counted
-    return (two + (three - two) * (spec.model.num_layers - 2)) * spec.config.accumulate
+    return programs.of_all_layers(spec, counted) * spec.config.accumulate
 
 
 def matmul_rate(dtype: DTypeLike, seconds: float = 1.0) -> float:

@@ -23,6 +23,7 @@ def choose(
     rows: int,
     length: int,
     dtype: DTypeLike,
+    mask: str = "causal",
 ) -> tuple[str, list[str]]:
     """(the implementation, notes on how it was chosen).
 
@@ -37,6 +38,7 @@ def choose(
         rows: rows of a batch on the whole mesh.
         length: tokens in a row.
         dtype: of the activations.
+        mask: of the encoder, which is most of the work, see `models.attention.supported`.
 
     Raises:
         UserError: the implementation that is asked for is not available here.
@@ -53,6 +55,7 @@ def choose(
             heads=model.num_heads,
             kv_heads=model.num_kv_heads,
             tensor=tensor,
+            mask=mask,
         )
         for name in attention.IMPLEMENTATIONS
     }
@@ -71,6 +74,7 @@ def choose(
         head_dim=model.head_dim,
         windows=any(model.windows),
         softcap=bool(model.attention_softcap),
+        mask=mask,
         rows=max(1, rows * tensor // mesh.size),
         length=length,
         heads=_share(model.num_heads, tensor),

@@ -79,8 +79,9 @@ def with_attention(
         model_config,
         mesh,
         rows=config.batch_size // config.accumulate * segments,
-        length=size + compression.k,
+        length=size + (compression.k if compression.spec.appends_memory_tokens else 0),
         dtype=config.jnp_dtype,
+        mask=compression.encoder_mask,
     )
     if name == "splash":
         notes = [*notes, "attention: xla in the last layer of targets, where splash cannot be used"]
@@ -107,6 +108,12 @@ def base_positions(
         compression, longest, segments=segments, segment_tokens=size, head=head
     )
     return budget.needed(behind)
+
+
+def ks_of(batch: Mapping[str, Any]) -> tuple[int, ...]:
+    """The numbers of memory tokens per segment that a batch is trained or measured with."""
+    k = batch["k"]
+    return tuple(map(int, k)) if isinstance(k, tuple) else (int(k),)
 
 
 class CompressorLosses:
@@ -141,9 +148,10 @@ class CompressorLosses:
         self.decoder = self.model.clone(remat=c.remat_decoder or c.remat)
 
     def counts(self, batch: PyTree) -> dict[str, Float[Array, ""]]:
-        """Label tokens by objective."""
+        """Label tokens by objective, those behind every memory of a context."""
         return {
-            o: jnp.sum(t["label_mask"]).astype(jnp.float32) for o, t in batch["targets"].items()
+            o: len(ks_of(batch)) * jnp.sum(t["label_mask"]).astype(jnp.float32)
+            for o, t in batch["targets"].items()
         }
 
     def tokens(self, batch: PyTree) -> Float[Array, ""]:
@@ -153,16 +161,25 @@ class CompressorLosses:
     def losses(
         self, trained: PyTree, frozen: PyTree, batch: PyTree, dropout_key: jax.Array | None
     ) -> LossSums:
-        """(sum, count) of losses by objective. The decoder sees a context through its memory."""
-        c, targets = self.compression, batch["targets"]
-        contexts = Contexts(batch["context"], batch["lengths"], int(batch["k"]))
+        """(sum, count) of losses by objective. The decoder sees a context through its memory.
+
+        A batch with several k has the losses behind the memories of all.
+        """
+        c, targets, ks = self.compression, batch["targets"], ks_of(batch)
+        contexts = Contexts(batch["context"], batch["lengths"], max(ks))
         base = FrozenModel(self.model, frozen)
-        memory = encoder.compress(base, trained, contexts, c, dropout_key)
+        memories = encoder.compress_several(base, trained, contexts, ks, c, dropout_key)
         decoder = Decoder.of(FrozenModel(self.decoder, frozen), trained, dropout_key)
-        losses = loss.label_losses(
-            decoder, memory, targets, self.heads, c.position_layout, self.config.loss_chunk
-        )
-        return loss.objective_sums(losses, targets)
+        by_k = [
+            loss.objective_sums(
+                loss.label_losses(
+                    decoder, memory, targets, self.heads, c.position_layout, self.config.loss_chunk
+                ),
+                targets,
+            )
+            for memory in memories
+        ]
+        return jax.tree.map(lambda *of_each: sum(of_each), *by_k)
 
 
 class CompressorTask(CompressorLosses):
@@ -312,7 +329,8 @@ class CompressorTask(CompressorLosses):
 
     def _check_start(self):
         """UserError if `init_from` was trained with another memory or LoRA."""
-        fields = ["method", "k", "layout", "trigger", "decoder_lora"]
+        fields = ["method", "layout", "trigger", "decoder_lora", "encoder_mask", "encoder_layers"]
+        fields += ["anchor_vectors"] + (["k"] if not self.compression.any_k else [])
         if self.compression.position_layout.fixed_length:
             fields.append("rate")  # there it determines the memory's positions
         groups = (
@@ -399,13 +417,15 @@ class CompressorTask(CompressorLosses):
         """Batches of steps `start` to `stop - 1`, cut to `rows`."""
         c = self.config
         steps, choices = range(start, stop), self.compression.choices
+        all_k = self.compression.trains_all_choices
         return prefetch.train_batches(
-            self.train_examples, c.seed, c.batch_size, steps, choices, rows
+            self.train_examples, c.seed, c.batch_size, steps, choices, rows, all_k
         )
 
     def describe(self, batch: PyTree) -> dict[str, Any]:
-        """Fields of a batch's metrics line: its k, if there are several."""
-        return {"k": int(batch["k"])} if len(self.compression.choices) > 1 else {}
+        """Fields of a batch's metrics line: its k, if one of several was drawn."""
+        ks = ks_of(batch)
+        return {"k": ks[0]} if len(self.compression.choices) > 1 and len(ks) == 1 else {}
 
     def held_out_loss(self, losses: MeanLosses) -> float:
         """The weighted loss with the right memory, averaged over k, to rank checkpoints by."""

@@ -1,7 +1,8 @@
 """The adapter folder: LoRA in PEFT's format, the memory table, and `icae.json`.
 
 icae.json                          method, layout, template, fingerprint of the base
-memory.safetensors                 memory_token_embed.weight [k + 3, D]
+memory.safetensors                 memory_token_embed.weight, by default [k + 3, D], and what else
+                                   the method trains, by its names
 encoder/adapter_config.json        the encoder's LoRA, as PEFT writes it
 encoder/adapter_model.safetensors
 decoder/…                          the decoder's LoRA, likewise, in adapters that have one
@@ -19,10 +20,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
+from jaxtyping import Float
 
 import icae_jax
 from icae_jax import errors, files
-from icae_jax.compression.config import CompressionConfig
+from icae_jax.compression.config import OPTIONS, CompressionConfig
 from icae_jax.compression.trained import DECODER_LORA, SPECIAL_ROWS
 from icae_jax.errors import UserError
 from icae_jax.interop.adapters import lora_tensors, peft_config
@@ -31,19 +33,23 @@ from icae_jax.interop.hub import base as bases
 from icae_jax.interop.hub import locations
 from icae_jax.interop.hub import tokenizer as tokenizers
 from icae_jax.interop.hub.identity import check_identity, compare_quantisation
+from icae_jax.models.llama import ModelConfig
 from icae_jax.models.lora import LoraConfig
 from icae_jax.objectives.targets import Template
 
 T = TypeVar("T")
 
 FORMAT_VERSION = 1
-MEMORY_TABLE = "memory_token_embed.weight"
+MEMORY_TENSORS, MEMORY_TABLE = "memory.safetensors", "memory_token_embed.weight"
 INFO = "icae.json"
 IN_WORKDIR = "adapter"  # the folder that training writes into its workdir
 ENCODER, DECODER = "encoder", "decoder"
 LORA_CONFIG, LORA_TENSORS = "adapter_config.json", "adapter_model.safetensors"
 # Fields of icae.json's `compression` that earlier versions did not write.
-_LATER_FIELDS = ("k_choices", "trigger", DECODER_LORA)
+_LATER_FIELDS = (
+    *("k_choices", "trigger", DECODER_LORA),
+    *("encoder_mask", "encoder_layers", "anchor_vectors"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +60,7 @@ class Adapter:
         compression: how it compresses.
         lora: sizes of its LoRA.
         template: how it is asked questions.
-        trained: `{"lora": tree, "memory_table": [k + 3, D]}`, and "decoder_lora" if it has one.
+        trained: the tree of `compression.trained.init`.
         base_path: the base that it was trained on: folder, hub id or URL.
         base_fingerprint: that base's `Base.fingerprint`.
         origin: of a converted adapter, where it comes from and how well it restored a text.
@@ -104,13 +110,17 @@ def refuse_decoder_lora(adapter: Adapter, what: str) -> None:
 # --- Writing ---
 
 
-def peft_json(adapter: Adapter) -> dict:
-    """The content of adapter_config.json. PEFT silently assumes r = alpha = 8 without them."""
+def peft_json(adapter: Adapter, lora: str = ENCODER) -> dict:
+    """The content of adapter_config.json. PEFT silently assumes r = alpha = 8 without them.
+
+    lora: whose, `ENCODER` or `DECODER`.
+    """
     base, revision = adapter.base_path, ""
     if pathlib.Path(base).exists():  # a folder or a GGUF file
         base = str(pathlib.Path(base).resolve())
     elif locations.is_hub_id(base):  # PEFT keeps a hub id's revision in a field of its own
         base, _, revision = base.partition("@")
+    layers = adapter.compression.encoder_layers if lora == ENCODER else 0
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -120,16 +130,31 @@ def peft_json(adapter: Adapter) -> dict:
         "lora_alpha": adapter.lora.scale * adapter.lora.rank,
         "lora_dropout": adapter.lora.dropout,
         "target_modules": list(adapter.lora.targets),
+        **({"layers_to_transform": list(range(layers))} if layers else {}),
         "bias": "none",
         "inference_mode": True,
+    }
+
+
+def memory_tensors(adapter: Adapter) -> dict[str, Float[np.ndarray, "rows D"]]:
+    """What is trained beside LoRA, by name, as memory.safetensors holds it."""
+    return {
+        MEMORY_TABLE if name == "memory_table" else name: np.asarray(x, np.float32)
+        for name, x in adapter.trained.items()
+        if name not in ("lora", DECODER_LORA)
     }
 
 
 def icae_json(adapter: Adapter) -> dict:
     """The content of icae.json."""
     compression = dataclasses.asdict(adapter.compression)
-    if not adapter.has_decoder_lora:
-        compression.pop(DECODER_LORA, None)  # unknown to earlier versions, which read the rest
+    # Unknown to earlier versions, which read the rest, so left out where they mean nothing new.
+    spec = adapter.compression.spec
+    earlier = {DECODER_LORA: False, "encoder_layers": 0, "encoder_mask": "causal"}
+    earlier |= {name: values[0] for name, values in OPTIONS.items()}
+    for name, value in earlier.items():
+        if compression[name] == value and (name != "encoder_mask" or spec.encoder_mask == value):
+            del compression[name]
     return {
         "format_version": FORMAT_VERSION,
         "icae_jax_version": icae_jax.__version__,
@@ -152,11 +177,8 @@ def save_adapter(folder: str | os.PathLike, adapter: Adapter) -> None:
             (tmp / name).mkdir()
             tensors = lora_tensors.lora_to_hub(lora)
             safetensors.numpy.save_file(tensors, tmp / name / LORA_TENSORS, {"format": "pt"})
-            files.write_json(tmp / name / LORA_CONFIG, peft_json(adapter))
-        table = np.asarray(adapter.trained["memory_table"], np.float32)
-        safetensors.numpy.save_file(
-            {MEMORY_TABLE: table}, tmp / "memory.safetensors", {"format": "pt"}
-        )
+            files.write_json(tmp / name / LORA_CONFIG, peft_json(adapter, name))
+        safetensors.numpy.save_file(memory_tensors(adapter), tmp / MEMORY_TENSORS, {"format": "pt"})
         files.write_json(tmp / INFO, icae_json(adapter))
 
 
@@ -340,13 +362,13 @@ def _from_json(
         raise UserError(f"{source}: {error}") from error
 
 
-def _load_lora(stated: LoraFields, base: bases.Base) -> tuple[dict, LoraConfig]:
-    """The LoRA tree beside an adapter_config.json, and its sizes."""
+def _load_lora(stated: LoraFields, model: ModelConfig) -> tuple[dict, LoraConfig]:
+    """The LoRA tree beside an adapter_config.json, for a model of these sizes, and its sizes."""
     path = stated.source.with_name(LORA_TENSORS)
     tensors = _tensors(path)
     _check_all_read(path, tensors, lora_tensors.is_peft_name)
     problems: list[str] = []
-    lora = lora_tensors.lora_from_hub(tensors, base.config, problems, stated)
+    lora = lora_tensors.lora_from_hub(tensors, model, problems, stated)
     if problems:
         raise UserError(
             lora_tensors.misfits(f"{path}: the adapter's tensors do not fit this base", problems)
@@ -370,7 +392,7 @@ def _load_decoder_lora(
                 f"(compression.{DECODER_LORA}); remove the folder if it is not the adapter's"
             )
         return {}
-    lora, config = _load_lora(peft_config.read(path), base)
+    lora, config = _load_lora(peft_config.read(path), base.config)
     if config.scale != encoder.scale:
         raise UserError(
             f"{path}: lora_alpha / r is {config.scale}, the encoder's {encoder.scale}; they must "
@@ -402,9 +424,12 @@ def load_adapter(folder: str | os.PathLike, base: bases.Base) -> Adapter:
     )
     template = _from_json(Template, info["template"], f"{source}: template")
     check_template(template, base, source)
-    lora, lora_config = _load_lora(stated, base)
-    table = _load_memory_table(folder / "memory.safetensors", compression, base)
-    trained = {"lora": lora, "memory_table": jnp.asarray(table)}
+    try:
+        encoder = compression.encoder_config(base.config)
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from error
+    lora, lora_config = _load_lora(stated, encoder)
+    trained = {"lora": lora} | _load_memory_tensors(folder / MEMORY_TENSORS, compression, base)
     trained |= _load_decoder_lora(folder, compression, lora_config, base)
     return Adapter(
         compression,
@@ -419,18 +444,23 @@ def load_adapter(folder: str | os.PathLike, base: bases.Base) -> Adapter:
     )
 
 
-def _load_memory_table(
+def _load_memory_tensors(
     path: pathlib.Path, compression: CompressionConfig, base: bases.Base
-) -> np.ndarray:
-    tensors = _tensors(path)
-    table = tensors.get(MEMORY_TABLE)
-    want = (compression.k + SPECIAL_ROWS, base.config.hidden_size)
-    if table is None or table.shape != want:
-        have = None if table is None else table.shape
-        raise UserError(f"{path}: {MEMORY_TABLE} is {have}, expected {want}")
-    _check_all_read(path, tensors, MEMORY_TABLE.__eq__)
-    problems: list[str] = []
-    table = lora_tensors.read_floats(table, MEMORY_TABLE, problems)
+) -> dict[str, Float[jax.Array, "rows D"]]:
+    """The memory table and the method's own tensors."""
+    tensors, problems, trained = _tensors(path), [], {}
+    shapes = {"memory_table": (compression.vectors + SPECIAL_ROWS, base.config.hidden_size)}
+    if compression.spec.tensors:
+        own = jax.eval_shape(lambda: compression.spec.tensors(base.config, compression))
+        shapes |= {name: x.shape for name, x in own.items()}
+    names = {name: MEMORY_TABLE if name == "memory_table" else name for name in shapes}
+    for name, want in shapes.items():
+        tensor = tensors.get(names[name])
+        have = None if tensor is None else tensor.shape
+        if have != want:
+            raise UserError(f"{path}: {names[name]} is {have}, expected {want}")
+        trained[name] = jnp.asarray(lora_tensors.read_floats(tensor, names[name], problems))
+    _check_all_read(path, tensors, set(names.values()).__contains__)
     if problems:
         raise UserError(f"{path}: {problems[0]}")
-    return table
+    return trained
