@@ -141,8 +141,8 @@ def test_it_is_planned(config):
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     counted = programs.lower(programs.few_layers(spec, 2), mesh, ("cpu",)).cost_analysis()["flops"]
     assert programs.least(spec) <= counted < 1.3 * programs.least(spec)
-    icae = flops.compress(TINY, config.lora, (4, 1, 16), 4, method.get("icae"))
-    toy = flops.compress(TINY, config.lora, (4, 1, 16), 4, TOY)
+    icae = flops.compress(TINY, config.lora, (4, 1, 16), 4, CompressionConfig(k=4))
+    toy = flops.compress(TINY, config.lora, (4, 1, 16), 4, config.compression)
     assert toy.total < icae.total, "it reads no memory tokens"
     for what in ("train", "decode"):
         spec = dataclasses.replace(spec, what=what)

@@ -159,11 +159,6 @@ class CompressionConfig:
         """The numbers of memory tokens per segment that were trained."""
         return self.k_choices or (self.k,)
 
-    @property
-    def trains_all_choices(self) -> bool:
-        """Whether one pass of the encoder writes the memories of all `choices`."""
-        return self.spec.write_several is not None and len(self.choices) > 1
-
     def choose(self, k: int | np.integer | None = None) -> int:
         """`k` if it can be asked for, the largest of `choices` if None. UserError otherwise."""
         if k is None:

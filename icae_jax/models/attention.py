@@ -296,8 +296,8 @@ def _splash(q_BTNH, k_BSKH, v_BSKH, real_BS, prefix, first, scale):
     """As `attend`, `[B, T, N, H]`, with queries at the times from `first` on; None: all see all.
 
     Under a causal mask, real tokens and padding are two segments that see only themselves, so that
-    every query sees at least itself, as the kernel needs. The residuals are named "attention", by which
-    rematerialisation saves them (`jax.checkpoint_policies.save_only_these_names`).
+    every query sees at least itself, as the kernel needs. The residuals are named "attention", by
+    which rematerialisation saves them (`jax.checkpoint_policies.save_only_these_names`).
     """
     B, T = q_BTNH.shape[:2]
     k, v = _joined(k_BSKH, v_BSKH, prefix, q_BTNH.dtype, B)

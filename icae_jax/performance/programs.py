@@ -113,9 +113,8 @@ def batch(spec: Spec, mesh: jax.sharding.Mesh | None = None) -> dict[str, Any]:
         spec.qa_shape,
         c.objectives.pad_labels,
     )
-    compression = spec.compression
     # Where a step draws one of several k, the largest is the most work.
-    ks = StaticInts(compression.choices if compression.trains_all_choices else (compression.k,))
+    ks = StaticInts(c.ks or (spec.compression.k,))
     targets = {
         o: {
             "ids": array(G, T),

@@ -417,9 +417,8 @@ class CompressorTask(CompressorLosses):
         """Batches of steps `start` to `stop - 1`, cut to `rows`."""
         c = self.config
         steps, choices = range(start, stop), self.compression.choices
-        all_k = self.compression.trains_all_choices
         return prefetch.train_batches(
-            self.train_examples, c.seed, c.batch_size, steps, choices, rows, all_k
+            self.train_examples, c.seed, c.batch_size, steps, choices, rows, all_k=len(c.ks) > 1
         )
 
     def describe(self, batch: PyTree) -> dict[str, Any]:

@@ -157,6 +157,8 @@ class TrainConfig(LoopConfig):
         "scratch".
       draw_k: phases in which every step draws its number of memory tokens from
         `compression.k_choices`; other phases train `compression.k` alone.
+      sum_k: where one pass of the encoder serves all of `k_choices` (method pooled), such a step
+        trains all of them, instead of drawing one.
       remat_decoder: the decoder's policy; "" for the encoder's, `remat`.
     """
 
@@ -165,6 +167,7 @@ class TrainConfig(LoopConfig):
     quantize: str = ""
     init_from: str = ""
     draw_k: tuple[str, ...] = ("finetune",)
+    sum_k: bool = True
     remat_decoder: str = ""
     compression: CompressionConfig = CompressionConfig()
     lora: LoraConfig = LoraConfig()
@@ -215,6 +218,14 @@ class TrainConfig(LoopConfig):
         if self.phase in self.draw_k:
             return self.compression
         return dataclasses.replace(self.compression, k_choices=())
+
+    @property
+    def ks(self) -> tuple[int, ...]:
+        """The numbers of memory tokens that a step trains; () if it draws one."""
+        c = self.trained_compression
+        if len(c.choices) == 1 or (self.sum_k and c.spec.write_several):
+            return c.choices
+        return ()
 
 
 @dataclasses.dataclass(frozen=True)
