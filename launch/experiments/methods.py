@@ -1,75 +1,609 @@
-"""Compares both methods at two ratios, one model each, on the quickstart's base and passages.
+"""Compares the methods, their encoder masks and the share of autoencoding, on the shipped base.
 
     python launch/experiments/methods.py --workdir runs/methods
+    python launch/experiments/methods.py --workdir runs/methods --summary
 
-Trains a model for every method and number of memory tokens, with the same steps, seed and data, and
-prints the quickstart's table.
+An arm is a method with an encoder mask, trained from scratch on `(1 - a) QA + a AE`. One model
+serves all numbers of memory tokens: every step draws one. Everything else is equal: data and their
+order, LoRA, steps, batch, optimizer. Each arm's learning rate is the best of three on a tenth of
+the steps. A run leaves its scores in the workdir; the same command continues with the next one.
 """
 
 import argparse
+import dataclasses
+import functools
+import itertools
+import json
+import math
 import pathlib
 import sys
+import time
+from typing import Any
 
 from icae_jax.runtime import compiled
 
 compiled.set_up()  # before anything imports JAX
 
+import jax  # noqa: E402
+import numpy as np  # noqa: E402
+import optax  # noqa: E402
+
 from icae_jax import files  # noqa: E402
+from icae_jax.compression.config import CompressionConfig  # noqa: E402
 from icae_jax.data import synthetic  # noqa: E402
-from icae_jax.evaluation import report  # noqa: E402
-from icae_jax.workflows import quickstart, quickstart_results  # noqa: E402
+from icae_jax.data.config import DataConfig  # noqa: E402
+from icae_jax.evaluation import plain, report, scores, statistics  # noqa: E402
+from icae_jax.inference.compressor import Compressor  # noqa: E402
+from icae_jax.interop.adapters import folder as adapters  # noqa: E402
+from icae_jax.models import lora  # noqa: E402
+from icae_jax.objectives import targets  # noqa: E402
+from icae_jax.performance import flops  # noqa: E402
+from icae_jax.runtime import sharding  # noqa: E402
+from icae_jax.training import step  # noqa: E402
+from icae_jax.training.compressor_task import CompressorTask  # noqa: E402
+from icae_jax.training.config import (  # noqa: E402
+    SCRATCH,
+    ObjectivesConfig,
+    OptimizerConfig,
+    TrainConfig,
+)
+from icae_jax.training.optimizer import make_optimizer  # noqa: E402
+from icae_jax.workflows import quickstart  # noqa: E402
 
-SEGMENT = 55  # text tokens, as in configs/quickstart.py
+RESULTS = pathlib.Path(__file__).parent / "methods" / "results.json"
+
+# Layouts: `servable` (the default) for slots, `uniform` for keys and values. The first six are the
+# comparison, each at both shares of AE.
+ARMS: dict[str, dict[str, Any]] = {
+    "icae-causal": {"method": "icae", "encoder_mask": "causal"},
+    "icae-slots": {"method": "icae", "encoder_mask": "slots"},
+    "pooled-causal": {"method": "pooled", "encoder_mask": "causal"},
+    "pooled-all": {"method": "pooled", "encoder_mask": "all"},
+    "x500": {"method": "x500", "layout": "uniform", "encoder_mask": "causal"},
+    "sac": {"method": "sac", "layout": "uniform", "encoder_mask": "all"},
+    # Listed apart.
+    "x500-slots": {"method": "x500", "layout": "uniform", "encoder_mask": "slots"},
+    "sac-causal": {"method": "sac", "layout": "uniform", "encoder_mask": "causal"},
+    "pooled-all-sum": {"method": "pooled", "encoder_mask": "all", "sum_k": True},
+    "icae-slots-lora": {"method": "icae", "encoder_mask": "slots", "decoder_lora": True},
+    "pooled-causal-lora": {"method": "pooled", "encoder_mask": "causal", "decoder_lora": True},
+    "x500-lora": {
+        "method": "x500",
+        "layout": "uniform",
+        "encoder_mask": "causal",
+        "decoder_lora": True,
+    },
+}
+MAIN = tuple(ARMS)[:6]
+SHARES = (0.0, 0.5)  # of AE
+RATES = (1e-3, 3e-3, 1e-2)
+WARMUP = 10  # steps
+CHECKED_EVERY = 20  # steps: whether the losses are finite
+TRAIN_SEED, CHOICE_SEED, HELD_OUT_SEED = 11, 12, 13  # of passages
+TRAIN_PASSAGES, CHOICE_PASSAGES = 4000, 32
+BATCH = 32  # passages measured at once
+ANSWER_TOKENS = 4
 
 
-def main():
-    """Trains and compares. Returns the exit code."""
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What all runs share. questions: for each passage of a training example."""
+
+    workdir: pathlib.Path
+    ks: tuple[int, ...]
+    people: int
+    steps: int
+    batch_size: int
+    questions: int
+    held_out: int
+
+    @property
+    def segment(self) -> int:
+        """Tokens that a segment holds: every passage fits."""
+        return 24 * self.people
+
+    @property
+    def shared(self) -> dict[str, Any]:
+        """What must not change while a workdir's runs are added to."""
+        return {
+            name: value
+            for name, value in dataclasses.asdict(self).items()
+            if name not in ("workdir",)
+        } | {"ks": list(self.ks)}
+
+
+def config_of(settings: Settings, arm: str, share: float, seed: int, base: str) -> TrainConfig:
+    """The configuration of a run. Its learning rate is 1: `Trainer` scales each update."""
+    fields = dict(ARMS[arm])
+    sum_k = fields.pop("sum_k", False)
+    k = max(settings.ks)
+    return TrainConfig(
+        phase="finetune",
+        base=base,
+        init_from=SCRATCH,
+        seed=seed,
+        steps=settings.steps,
+        batch_size=settings.batch_size,
+        attention="xla",
+        eval_examples=0,
+        sum_k=sum_k,
+        compression=CompressionConfig(
+            k=k,
+            rate=settings.segment / k,
+            k_choices=settings.ks,
+            trigger="trained",
+            trigger_token=synthetic.REPEAT,  # the base was trained to copy after it
+            **fields,
+        ),
+        lora=lora.LoraConfig(rank=32, dropout=0.0, targets=tuple(lora.PROJECTIONS)),
+        objectives=ObjectivesConfig(ae=share, lm=0.0, qa=1 - share),
+        optimizer=OptimizerConfig(learning_rate=1.0, warmup_steps=0, b2=0.98, weight_decay=0.0),
+        data=DataConfig(
+            train=str(settings.workdir / "train.jsonl"),
+            context_lengths=(settings.segment,),
+            questions_per_context=settings.questions,
+            max_target_tokens=32,
+            cache_dir=str(settings.workdir / "cache"),
+        ),
+    )
+
+
+# ----------------------------------------------------------------------------------------- training
+
+
+def decay(number: int, steps: int) -> float:
+    """The share of the rate at update `number`, from 1: a linear warm-up, then half a cosine."""
+    warmup = min(WARMUP, -(-steps // 4))
+    return min(1.0, number / warmup) * 0.5 * (1 + math.cos(math.pi * (number - 1) / steps))
+
+
+class Trainer:
+    """Trains an arm at any seed and learning rate with programs that are compiled once."""
+
+    def __init__(self, settings: Settings, base: Any, arm: str, share: float):
+        self.settings, self.arm, self.share, self.base = settings, arm, share, base
+        task = self.task(0)
+        one, _ = make_optimizer(task.config.optimizer, settings.steps)
+        # AdamW's update without decay is proportional to the rate, which is part of the state.
+        scale = optax.inject_hyperparams(optax.scale)(step_size=1.0)
+        self.optimizer = optax.chain(one, scale)
+        self.shardings = task.placement.tree(step.init_state(task.init(), self.optimizer))
+        self.step = step.make_train_step(task, self.optimizer, 0, 1, self.shardings)
+        self.flops = 0  # of a step, averaged over the numbers of memory tokens
+
+    def task(self, seed: int) -> CompressorTask:
+        """The task of a seed: parameters as training starts, and the order of data."""
+        config = config_of(self.settings, self.arm, self.share, seed, str(self.base.path))
+        return CompressorTask(config, self.base)
+
+    def train(self, seed: int, rate: float, steps: int) -> Compressor | None:
+        """The compressor after `steps`, its rate decayed to 0; None if it diverged."""
+        task = self.task(seed)
+        state = step.init_state(task.init(), self.optimizer)
+        state = sharding.put(state, self.shardings)
+        mesh, size, spent = task.placement.mesh, task.config.batch_size, 0
+        for number, batch in enumerate(task.train_batches(0, steps), 1):
+            spent += flops.least(
+                self.base.config, task.config.lora, task.compression, batch, task.heads
+            ).total
+            others, scale = state["opt_state"]
+            now = {"step_size": np.float32(rate * decay(number, steps))}
+            scale = scale._replace(
+                hyperparams=sharding.put(now, self.shardings["opt_state"][1].hyperparams)
+            )
+            state = state | {"opt_state": (others, scale)}
+            rows = sharding.local_rows(mesh, size)
+            device_batch = sharding.put_batch(mesh, batch, rows, size)
+            state, metrics = self.step(state, task.frozen, device_batch)
+            if number % CHECKED_EVERY == 0 or number == steps:
+                values = jax.device_get(metrics)
+                losses = {o: float(values["sums"][o] / values["counts"][o]) for o in values["sums"]}
+                if not np.isfinite([*losses.values(), float(values["param_norm"])]).all():
+                    return None
+                shown = " ".join(f"{o} {loss:.3f}" for o, loss in losses.items())
+                print(f"  step {number}: {shown}", file=sys.stderr, flush=True)
+        self.flops = spent / steps
+        return self.compressor(task, state["trained"])
+
+    def compressor(self, task: CompressorTask, trained: Any) -> Compressor:
+        """A compressor of trained parameters."""
+        base = self.base
+        adapter = adapters.Adapter(
+            task.compression, task.config.lora, task.template, trained, base.path, base.fingerprint
+        )
+        return Compressor(base, adapter, self.arm, mesh=task.placement.mesh)
+
+
+# --------------------------------------------------------------------------------------- measuring
+
+
+def measure(compressor: Compressor, rows: list[dict[str, Any]], k: int) -> dict[str, Any]:
+    """Scores of each passage at k memory tokens, as sums that `Summary` adds up.
+
+    qa, wrong_qa: EM, F1 (in percent) and the number of questions; ae, wrong_ae: nats and tokens;
+    bleu: `scores.bleu_counts`. Wrong: with the next passage's memory.
+    """
+    contexts = [row["context"] for row in rows]
+    asked = [[question["question"] for question in row["questions"]] for row in rows]
+    memory = compressor.compress(contexts, batch_size=BATCH, k=k)
+    wrong = memory[np.roll(np.arange(len(rows)), -1)]
+    measured = {"tokens": float(memory.tokens.mean()), "bytes": float(memory.bytes.mean())}
+    for name, given in (("qa", memory), ("wrong_qa", wrong)):
+        answers = compressor.ask(given, asked, ANSWER_TOKENS, batch_size=BATCH)
+        measured[name] = [qa_sums(of_one, row) for of_one, row in zip(answers, rows, strict=True)]
+    for name, given in (("ae", memory), ("wrong_ae", wrong)):
+        of_text = compressor.score_restoring(given, contexts, batch_size=BATCH)
+        measured[name] = [[-score.log_prob, score.tokens] for score in of_text]
+    restored = compressor.restore(memory, batch_size=BATCH)
+    pairs = list(zip(restored, contexts, strict=True))
+    measured["bleu"] = [scores.bleu_counts(*pair).astype(int).tolist() for pair in pairs]
+    return measured
+
+
+def qa_sums(answers: list[str], row: dict[str, Any]) -> list[float]:
+    """EM and F1 summed over a passage's questions, and how many there are."""
+    pairs = [
+        (answer, question["answers"])
+        for answer, question in zip(answers, row["questions"], strict=True)
+    ]
+    em, f1 = (sum(score(*pair) for pair in pairs) for score in (scores.squad_em, scores.squad_f1))
+    return [em, f1, len(pairs)]
+
+
+def held_out_loss(
+    compressor: Compressor, rows: list[dict[str, Any]], share: float, ks: tuple[int, ...]
+) -> float:
+    """The arm's own objective on held-out passages, averaged over the numbers of memory tokens."""
+    contexts, template = [row["context"] for row in rows], compressor.adapter.template
+    qa = [
+        [
+            template.target(compressor.question_ids(q["question"]), compressor.ids(q["answers"][0]))
+            for q in row["questions"]
+        ]
+        for row in rows
+    ]
+    ae = [
+        [targets.ae_target(compressor.context_ids(text), compressor.framing)] for text in contexts
+    ]
+    weighted = [("qa", 1 - share, qa), ("ae", share, ae)]
+    losses = []
+    for k in ks:
+        memory = compressor.compress(contexts, batch_size=BATCH, k=k)
+        for objective, weight, rows_of in weighted:
+            if weight:
+                of_rows = compressor.score_targets(memory, rows_of, objective, BATCH)
+                flat = list(itertools.chain(*of_rows))
+                nats = -sum(score.log_prob for score in flat) / sum(score.tokens for score in flat)
+                losses.append(weight * nats)
+    return sum(losses) / len(ks)
+
+
+def base_alone(compressor: Compressor, rows: list[dict[str, Any]]) -> dict[str, float]:
+    """EM of the base with the passage in its prompt, and without."""
+    asked = [[question["question"] for question in row["questions"]] for row in rows]
+    result = {}
+    for name, contexts in (("full", [row["context"] for row in rows]), ("none", None)):
+        answers = plain.answer(compressor, asked, contexts, ANSWER_TOKENS, BATCH)
+        sums = np.sum([qa_sums(*pair) for pair in zip(answers, rows, strict=True)], 0)
+        result[name] = float(sums[0] / sums[2])
+    return result
+
+
+# -------------------------------------------------------------------------------------- the runs
+
+
+def run(settings: Settings, arm: str, share: float, seed: int, trainer_of: Any) -> None:
+    """Trains and measures an arm at a seed, unless that is done; chooses its rate before.
+
+    trainer_of: `trainer_of(arm, share)`, the `Trainer`.
+    """
+    name = f"{arm}-ae{share:g}"
+    path = settings.workdir / "runs" / f"{name}-seed{seed}.json"
+    if path.exists():
+        return
+    trainer = trainer_of(arm, share)
+    rate = choose_rate(settings, name, trainer)
+    began = time.perf_counter()
+    compressor = trainer.train(seed, rate, settings.steps)
+    if compressor is None:
+        print(f"{name}, seed {seed}: diverged", file=sys.stderr, flush=True)
+        return
+    seconds = time.perf_counter() - began
+    rows = synthetic.passages(HELD_OUT_SEED, settings.held_out, settings.people)
+    by_k = {str(k): measure(compressor, rows, k) for k in settings.ks}
+    sizes = compressor.base.config, compressor.adapter.lora, (1, 1, settings.segment)
+    record = {
+        "arm": arm,
+        "share": share,
+        "seed": seed,
+        "rate": rate,
+        "steps": settings.steps,
+        "seconds": seconds,
+        "training_flops": trainer.flops * settings.steps,
+        "encoder_flops": {
+            str(k): flops.compress(*sizes, k, compressor.config).total for k in settings.ks
+        },
+        "by_k": by_k,
+    }
+    files.write_json(path, record)
+    em = {k: np.sum(of_k["qa"], 0) for k, of_k in by_k.items()}
+    em = {k: round(float(sums[0] / sums[2]), 1) for k, sums in em.items()}
+    spent = time.perf_counter() - began
+    print(f"{name}, seed {seed}: EM {em}, {spent:.0f} s", file=sys.stderr, flush=True)
+    alone = settings.workdir / "base.json"
+    if not alone.exists():
+        files.write_json(alone, base_alone(compressor, rows))
+
+
+def choose_rate(settings: Settings, name: str, trainer: Trainer) -> float:
+    """The rate of `RATES` with the lowest held-out loss after a tenth of the steps, at seed 0."""
+    path = settings.workdir / "runs" / f"{name}-rate.json"
+    if not path.exists():
+        rows = synthetic.passages(CHOICE_SEED, CHOICE_PASSAGES, settings.people)
+        losses = {}
+        for rate in RATES:
+            compressor = trainer.train(0, rate, max(settings.steps // 10, 1))
+            if compressor is not None:
+                losses[rate] = held_out_loss(compressor, rows, trainer.share, settings.ks)
+            print(f"{name}, rate {rate:g}: {losses.get(rate)}", file=sys.stderr, flush=True)
+        files.write_json(
+            path, {"rate": min(losses, key=losses.get), "losses": list(losses.items())}
+        )
+    return files.read_json(path, "the choice of a rate")["rate"]
+
+
+# --------------------------------------------------------------------------------------- summary
+
+
+AGGREGATES = {"qa": statistics.ratio, "wrong_qa": statistics.ratio}  # of the first and last number
+
+
+class Results:
+    """The records of a workdir. An arm is (name, share)."""
+
+    def __init__(self, records: list[dict[str, Any]]):
+        self.by_arm: dict[tuple[str, float], dict[int, dict]] = {}
+        for record in records:
+            runs = self.by_arm.setdefault((record["arm"], record["share"]), {})
+            runs[record["seed"]] = record
+        order = {name: number for number, name in enumerate(ARMS)}
+        self.arms = sorted(self.by_arm, key=lambda arm: (order[arm[0]], arm[1]))
+        self.ks = sorted((int(k) for k in records[0]["by_k"]), reverse=True) if records else []
+
+    def vectors(self, arm: tuple[str, float], k: int, score: str, seeds: list[int]) -> np.ndarray:
+        """Sums of each passage of each seed [seeds x passages, d], as `statistics` takes them."""
+        runs = self.by_arm[arm]
+        of_seeds = [np.asarray(runs[seed]["by_k"][str(k)][score], float) for seed in seeds]
+        joined = np.concatenate(of_seeds)
+        return joined[:, [0, -1]] if score in ("qa", "wrong_qa") else joined
+
+    def _weights(self, vectors, seeds):
+        # A passage is drawn with its scores of all seeds.
+        return statistics.resample(np.tile(np.arange(len(vectors) // len(seeds)), len(seeds)), 0)
+
+    def estimate(self, arm: tuple[str, float], k: int, score: str) -> statistics.Estimate:
+        """A score of an arm over all of its seeds, with its interval over passages."""
+        seeds = sorted(self.by_arm[arm])
+        vectors = self.vectors(arm, k, score, seeds)
+        return statistics.estimate(vectors, aggregate_of(score), self._weights(vectors, seeds))
+
+    def difference(
+        self, one: tuple[str, float], other: tuple[str, float], k: int, score: str
+    ) -> statistics.Estimate:
+        """The paired difference of two arms over the seeds that both have."""
+        seeds = sorted(self.by_arm[one].keys() & self.by_arm[other].keys())
+        a, b = (self.vectors(arm, k, score, seeds) for arm in (one, other))
+        return statistics.difference(a, b, aggregate_of(score), self._weights(a, seeds))
+
+    def of_seeds(self, arm: tuple[str, float], k: int, score: str) -> list[float]:
+        """A score of each seed by itself, which shows how much depends on the seed."""
+        aggregate, runs = aggregate_of(score), self.by_arm[arm]
+        return [float(aggregate(self.vectors(arm, k, score, [s]).sum(0))) for s in sorted(runs)]
+
+    def mean(self, arm: tuple[str, float], field: str, k: int | None = None) -> float:
+        """The mean over seeds of a number of a run."""
+        runs = self.by_arm[arm].values()
+        if k is None:
+            return float(np.mean([run[field] for run in runs]))
+        return float(np.mean([run["by_k"][str(k)][field] for run in runs]))
+
+
+def aggregate_of(score: str):
+    """What makes a value of summed scores."""
+    return statistics.corpus_bleu if score == "bleu" else statistics.ratio
+
+
+def comparisons(arms: list[tuple[str, float]]) -> list[tuple[str, tuple, tuple]]:
+    """(question, one arm, the other) of every pair that differs in one thing, if both are there."""
+    pairs = [("AE 0.5 against 0", (name, 0.5), (name, 0.0)) for name in ARMS]
+    for question, one, other in (
+        ("memory tokens see each other", "icae-slots", "icae-causal"),
+        ("all tokens see each other", "pooled-all", "pooled-causal"),
+        ("all tokens see each other", "sac", "sac-causal"),
+        ("memory tokens see each other", "x500-slots", "x500"),
+        ("pooling against slots, causal", "pooled-causal", "icae-causal"),
+        ("pooling against slots, bidirectional", "pooled-all", "icae-slots"),
+        ("SAC against 500x", "sac", "x500"),
+        ("SAC against 500x, both causal", "sac-causal", "x500"),
+        ("all k in every step", "pooled-all-sum", "pooled-all"),
+        ("decoder LoRA", "icae-slots-lora", "icae-slots"),
+        ("decoder LoRA", "pooled-causal-lora", "pooled-causal"),
+        ("decoder LoRA", "x500-lora", "x500"),
+    ):
+        pairs += [(question, (one, share), (other, share)) for share in SHARES]
+    # As published: SAC without AE, 500x at uniform positions with it.
+    pairs.append(("SAC against 500x, as published", ("sac", 0.0), ("x500", 0.5)))
+    return [pair for pair in pairs if pair[1] in arms and pair[2] in arms]
+
+
+def summary(results: Results) -> dict[str, Any]:
+    """The numbers of the tables: no texts, and no scores of single passages."""
+    arms, differences = [], []
+    for arm in results.arms:
+        runs = results.by_arm[arm]
+        first = next(iter(runs.values()))
+        row = {
+            "arm": arm[0],
+            "share": arm[1],
+            "seeds": sorted(runs),
+            "rate": first["rate"],
+            "steps": first["steps"],
+            "seconds": results.mean(arm, "seconds"),
+            "training_flops": results.mean(arm, "training_flops"),
+            "by_k": {},
+        }
+        for k in results.ks:
+            row["by_k"][str(k)] = {
+                **{
+                    score: list(results.estimate(arm, k, score)[:3])
+                    for score in ("qa", "wrong_qa", "ae", "wrong_ae", "bleu")
+                },
+                "qa_of_seeds": results.of_seeds(arm, k, "qa"),
+                "f1": f1_of(results, arm, k),
+                "tokens": results.mean(arm, "tokens", k),
+                "bytes": results.mean(arm, "bytes", k),
+                "encoder_flops": first["encoder_flops"][str(k)],
+            }
+        arms.append(row)
+    for question, one, other in comparisons(results.arms):
+        for k in results.ks:
+            of_scores = {
+                score: list(results.difference(one, other, k, score)[:3])
+                for score in ("qa", "ae", "bleu")
+            }
+            differences.append(
+                {"question": question, "one": list(one), "other": list(other), "k": k, **of_scores}
+            )
+    return {"arms": arms, "differences": differences}
+
+
+def f1_of(results: Results, arm: tuple[str, float], k: int) -> float:
+    """F1 over all seeds, in percent."""
+    runs = results.by_arm[arm].values()
+    sums = np.sum([np.sum(run["by_k"][str(k)]["qa"], 0) for run in runs], 0)
+    return float(sums[1] / sums[2])
+
+
+def tables(result: dict[str, Any]) -> str:
+    """The summary as text: scores of every arm, what a memory costs, and paired differences."""
+
+    def interval(values, digits=1):
+        mean, low, high = (f"{value:.{digits}f}" for value in values)
+        return f"{mean} [{low}, {high}]"
+
+    ks = [int(k) for k in result["arms"][0]["by_k"]] if result["arms"] else []
+    scored, costs = [], []
+    for row in result["arms"]:
+        label = f"{row['arm']}, AE {row['share']:g}"
+        for k in ks:
+            at = row["by_k"][str(k)]
+            scored.append(
+                (
+                    label,
+                    str(k),
+                    interval(at["qa"]),
+                    " ".join(f"{value:.0f}" for value in at["qa_of_seeds"]),
+                    f"{at['wrong_qa'][0]:.1f}",
+                    interval(at["ae"], 3),
+                    f"{at['wrong_ae'][0]:.3f}",
+                    f"{at['bleu'][0]:.1f}",
+                )
+            )
+            costs.append(
+                (
+                    label,
+                    str(k),
+                    f"{at['bytes']:,.0f}",
+                    f"{at['encoder_flops'] / 1e6:.0f} M",
+                    f"{row['training_flops'] / 1e12:.2f} T",
+                    f"{row['rate']:g}",
+                    f"{row['steps']}",
+                    f"{len(row['seeds'])}",
+                )
+            )
+    differences = [
+        (
+            d["question"],
+            "{} AE {:g}".format(*d["one"]),
+            "{} AE {:g}".format(*d["other"]),
+            str(d["k"]),
+            interval(d["qa"]),
+            interval(d["ae"], 3),
+            interval(d["bleu"]),
+        )
+        for d in result["differences"]
+    ]
+    return "\n\n".join(
+        report.text_table(*table)
+        for table in (
+            (("arm", "k", "EM", "of seeds", "wrong", "AE loss", "wrong", "BLEU-4"), scored),
+            (("arm", "k", "bytes", "encode", "training", "rate", "steps", "seeds"), costs),
+            (("question", "one", "other", "k", "EM", "AE loss", "BLEU-4"), differences),
+        )
+    )
+
+
+def summarise(workdir: pathlib.Path) -> None:
+    """Prints the tables of what is there, and copies their numbers beside the README."""
+    records = [
+        files.read_json(path, "a run's scores")
+        for path in sorted((workdir / "runs").glob("*-seed*.json"))
+    ]
+    result = summary(Results(records))
+    for name in ("settings", "base"):
+        path = workdir / f"{name}.json"
+        result[name] = files.read_json(path, name) if path.exists() else {}
+    files.write_json(workdir / "results.json", result)
+    print(tables(result))
+
+
+# ---------------------------------------------------------------------------------------- command
+
+
+def main() -> int:
+    """Trains what is missing. Returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument(
-        "--workdir",
-        required=True,
-        type=pathlib.Path,
-        help="output folder; the same command continues",
-    )
-    parser.add_argument(
-        "--methods", nargs="+", default=["icae", "x500"], choices=list(quickstart.trained_methods())
-    )
-    parser.add_argument(
-        "--k", nargs="+", type=int, default=[11, 2], help="memory tokens of a passage of 46"
-    )
-    parser.add_argument(
-        "--steps",
-        nargs=2,
-        type=int,
-        default=[400, 300],
-        help="steps of restoring, and of restoring and answering",
-    )
-    parser.add_argument("--held_out", type=int, default=100, help="held-out passages to measure on")
+    add = parser.add_argument
+    add("--workdir", required=True, type=pathlib.Path, help="the same command continues it")
+    add("--arms", nargs="+", default=list(MAIN), choices=list(ARMS), metavar="ARM")
+    add("--shares", nargs="+", type=float, default=list(SHARES), help="of AE in the loss")
+    add("--seeds", type=int, default=3, help="how many; seed by seed, so that all arms have some")
+    add("--k", nargs="+", type=int, default=[1, 3, 11], help="memory tokens of one model")
+    add("--people", type=int, default=2, help="in a passage, with 23 tokens each")
+    add("--steps", type=int, default=400)
+    add("--batch_size", type=int, default=8)
+    add("--questions", type=int, default=4, help="for each passage of a training example")
+    add("--held_out", type=int, default=64, help="passages to measure on")
+    add("--summary", action="store_true", help="train nothing; print what there is")
     args = parser.parse_args()
-    for name, least, most in (("k", 1, SEGMENT), ("steps", 1, None), ("held_out", 1, None)):
-        values = getattr(args, name)
-        for value in values if isinstance(values, list) else [values]:
-            if value < least or (most and value > most):
-                bounds = f"at least {least}" + (f" and at most {most}" if most else "")
-                parser.error(f"--{name} is {value}; it must be {bounds}")
-    data = args.workdir / "data"
-    steps = dict(zip(quickstart_results.PHASES, args.steps, strict=True))
-    quickstart.write_data(data, quickstart.TRAIN_PASSAGES, args.held_out)
-    base = quickstart.load_base(quickstart.SHIPPED_BASE)
-    training, trained = quickstart.Training(base, data, steps=steps), []
-    for k in args.k:
-        for method in args.methods:
-            workdir = args.workdir / f"{method}-{k}"
-            fields = {"k": k, "rate": SEGMENT / k, "k_choices": ()}
-            code, trained_method = training.train(method, workdir, fields)
-            if code:
-                return code
-            trained.append(trained_method)
-    result, _ = quickstart_results.compare(
-        trained, synthetic.passages(quickstart.HELD_OUT_SEED, args.held_out)
+    settings = Settings(
+        args.workdir,
+        tuple(sorted(args.k)),
+        args.people,
+        args.steps,
+        args.batch_size,
+        args.questions,
+        args.held_out,
     )
-    files.write_json(args.workdir / "results.json", result)
-    print(report.text_table(*quickstart_results.summary_table(result)))
+    if args.summary:
+        summarise(args.workdir)
+        return 0
+    args.workdir.mkdir(parents=True, exist_ok=True)
+    recorded = args.workdir / "settings.json"
+    if not recorded.exists():
+        files.write_json(recorded, settings.shared)
+    lines = [
+        json.dumps({"context": row["context"], **question}) + "\n"
+        for row in synthetic.passages(TRAIN_SEED, TRAIN_PASSAGES, args.people)
+        for question in row["questions"]
+    ]
+    files.write_text(args.workdir / "train.jsonl", "".join(lines))
+    base = quickstart.load_base(quickstart.SHIPPED_BASE)
+    trainer = functools.cache(functools.partial(Trainer, settings, base))
+    # Seed by seed, so that all arms can be compared whenever it is stopped.
+    for seed, arm, share in itertools.product(range(args.seeds), args.arms, args.shares):
+        run(settings, arm, share, seed, trainer)
+    summarise(args.workdir)
     return 0
 
 
