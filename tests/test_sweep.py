@@ -255,11 +255,14 @@ def test_sweeps_of_the_configurations(name, of, tmp_path):
                 for p in points
             )
         if of == "method":  # sweeps begun before go on in their folders
-            assert [p.name for p in points] == ["method=icae", "method=x500"]
-            assert [(p.config.compression.method, p.config.compression.layout) for p in points] == [
-                ("icae", "servable"),
-                ("x500", "clean"),
-            ]
+            compressions = {p.name: p.config.compression for p in points}
+            assert {name: (c.layout, c.encoder_mask) for name, c in compressions.items()} == {
+                "method=icae": ("servable", "causal"),
+                "method=pooled": ("servable", "all"),
+                "method=sac": ("uniform", "all"),
+                "method=x500": ("clean", "causal"),
+            }
+            assert all(name == f"method={c.method}" for name, c in compressions.items())
 
 
 # ------------------------------------------------------------------------------ training the points

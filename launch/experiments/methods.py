@@ -25,6 +25,7 @@ from icae_jax.runtime import compiled
 compiled.set_up()  # before anything imports JAX
 
 import jax  # noqa: E402
+import methods_table  # noqa: E402
 import numpy as np  # noqa: E402
 import optax  # noqa: E402
 
@@ -32,7 +33,7 @@ from icae_jax import files  # noqa: E402
 from icae_jax.compression.config import CompressionConfig  # noqa: E402
 from icae_jax.data import synthetic  # noqa: E402
 from icae_jax.data.config import DataConfig  # noqa: E402
-from icae_jax.evaluation import plain, report, scores, statistics  # noqa: E402
+from icae_jax.evaluation import plain, scores  # noqa: E402
 from icae_jax.inference.compressor import Compressor  # noqa: E402
 from icae_jax.interop.adapters import folder as adapters  # noqa: E402
 from icae_jax.models import lora  # noqa: E402
@@ -49,8 +50,6 @@ from icae_jax.training.config import (  # noqa: E402
 )
 from icae_jax.training.optimizer import make_optimizer  # noqa: E402
 from icae_jax.workflows import quickstart  # noqa: E402
-
-RESULTS = pathlib.Path(__file__).parent / "methods" / "results.json"
 
 # Layouts: `servable` (the default) for slots, `uniform` for keys and values. The first six are the
 # comparison, each at both shares of AE.
@@ -77,6 +76,7 @@ ARMS: dict[str, dict[str, Any]] = {
 MAIN = tuple(ARMS)[:6]
 SHARES = (0.0, 0.5)  # of AE
 RATES = (1e-3, 3e-3, 1e-2)
+TOKENS_OF_ONE = 24  # the most tokens of a passage for each person
 WARMUP = 10  # steps
 CHECKED_EVERY = 20  # steps: whether the losses are finite
 TRAIN_SEED, CHOICE_SEED, HELD_OUT_SEED = 11, 12, 13  # of passages
@@ -100,16 +100,7 @@ class Settings:
     @property
     def segment(self) -> int:
         """Tokens that a segment holds: every passage fits."""
-        return 24 * self.people
-
-    @property
-    def shared(self) -> dict[str, Any]:
-        """What must not change while a workdir's runs are added to."""
-        return {
-            name: value
-            for name, value in dataclasses.asdict(self).items()
-            if name not in ("workdir",)
-        } | {"ks": list(self.ks)}
+        return TOKENS_OF_ONE * self.people
 
 
 def config_of(settings: Settings, arm: str, share: float, seed: int, base: str) -> TrainConfig:
@@ -352,259 +343,83 @@ def choose_rate(settings: Settings, name: str, trainer: Trainer) -> float:
     return files.read_json(path, "the choice of a rate")["rate"]
 
 
-# --------------------------------------------------------------------------------------- summary
-
-
-AGGREGATES = {"qa": statistics.ratio, "wrong_qa": statistics.ratio}  # of the first and last number
-
-
-class Results:
-    """The records of a workdir. An arm is (name, share)."""
-
-    def __init__(self, records: list[dict[str, Any]]):
-        self.by_arm: dict[tuple[str, float], dict[int, dict]] = {}
-        for record in records:
-            runs = self.by_arm.setdefault((record["arm"], record["share"]), {})
-            runs[record["seed"]] = record
-        order = {name: number for number, name in enumerate(ARMS)}
-        self.arms = sorted(self.by_arm, key=lambda arm: (order[arm[0]], arm[1]))
-        self.ks = sorted((int(k) for k in records[0]["by_k"]), reverse=True) if records else []
-
-    def vectors(self, arm: tuple[str, float], k: int, score: str, seeds: list[int]) -> np.ndarray:
-        """Sums of each passage of each seed [seeds x passages, d], as `statistics` takes them."""
-        runs = self.by_arm[arm]
-        of_seeds = [np.asarray(runs[seed]["by_k"][str(k)][score], float) for seed in seeds]
-        joined = np.concatenate(of_seeds)
-        return joined[:, [0, -1]] if score in ("qa", "wrong_qa") else joined
-
-    def _weights(self, vectors, seeds):
-        # A passage is drawn with its scores of all seeds.
-        return statistics.resample(np.tile(np.arange(len(vectors) // len(seeds)), len(seeds)), 0)
-
-    def estimate(self, arm: tuple[str, float], k: int, score: str) -> statistics.Estimate:
-        """A score of an arm over all of its seeds, with its interval over passages."""
-        seeds = sorted(self.by_arm[arm])
-        vectors = self.vectors(arm, k, score, seeds)
-        return statistics.estimate(vectors, aggregate_of(score), self._weights(vectors, seeds))
-
-    def difference(
-        self, one: tuple[str, float], other: tuple[str, float], k: int, score: str
-    ) -> statistics.Estimate:
-        """The paired difference of two arms over the seeds that both have."""
-        seeds = sorted(self.by_arm[one].keys() & self.by_arm[other].keys())
-        a, b = (self.vectors(arm, k, score, seeds) for arm in (one, other))
-        return statistics.difference(a, b, aggregate_of(score), self._weights(a, seeds))
-
-    def of_seeds(self, arm: tuple[str, float], k: int, score: str) -> list[float]:
-        """A score of each seed by itself, which shows how much depends on the seed."""
-        aggregate, runs = aggregate_of(score), self.by_arm[arm]
-        return [float(aggregate(self.vectors(arm, k, score, [s]).sum(0))) for s in sorted(runs)]
-
-    def mean(self, arm: tuple[str, float], field: str, k: int | None = None) -> float:
-        """The mean over seeds of a number of a run."""
-        runs = self.by_arm[arm].values()
-        if k is None:
-            return float(np.mean([run[field] for run in runs]))
-        return float(np.mean([run["by_k"][str(k)][field] for run in runs]))
-
-
-def aggregate_of(score: str):
-    """What makes a value of summed scores."""
-    return statistics.corpus_bleu if score == "bleu" else statistics.ratio
-
-
-def comparisons(arms: list[tuple[str, float]]) -> list[tuple[str, tuple, tuple]]:
-    """(question, one arm, the other) of every pair that differs in one thing, if both are there."""
-    pairs = [("AE 0.5 against 0", (name, 0.5), (name, 0.0)) for name in ARMS]
-    for question, one, other in (
-        ("memory tokens see each other", "icae-slots", "icae-causal"),
-        ("all tokens see each other", "pooled-all", "pooled-causal"),
-        ("all tokens see each other", "sac", "sac-causal"),
-        ("memory tokens see each other", "x500-slots", "x500"),
-        ("pooling against slots, causal", "pooled-causal", "icae-causal"),
-        ("pooling against slots, bidirectional", "pooled-all", "icae-slots"),
-        ("SAC against 500x", "sac", "x500"),
-        ("SAC against 500x, both causal", "sac-causal", "x500"),
-        ("all k in every step", "pooled-all-sum", "pooled-all"),
-        ("decoder LoRA", "icae-slots-lora", "icae-slots"),
-        ("decoder LoRA", "pooled-causal-lora", "pooled-causal"),
-        ("decoder LoRA", "x500-lora", "x500"),
-    ):
-        pairs += [(question, (one, share), (other, share)) for share in SHARES]
-    # As published: SAC without AE, 500x at uniform positions with it.
-    pairs.append(("SAC against 500x, as published", ("sac", 0.0), ("x500", 0.5)))
-    return [pair for pair in pairs if pair[1] in arms and pair[2] in arms]
-
-
-def summary(results: Results) -> dict[str, Any]:
-    """The numbers of the tables: no texts, and no scores of single passages."""
-    arms, differences = [], []
-    for arm in results.arms:
-        runs = results.by_arm[arm]
-        first = next(iter(runs.values()))
-        row = {
-            "arm": arm[0],
-            "share": arm[1],
-            "seeds": sorted(runs),
-            "rate": first["rate"],
-            "steps": first["steps"],
-            "seconds": results.mean(arm, "seconds"),
-            "training_flops": results.mean(arm, "training_flops"),
-            "by_k": {},
-        }
-        for k in results.ks:
-            row["by_k"][str(k)] = {
-                **{
-                    score: list(results.estimate(arm, k, score)[:3])
-                    for score in ("qa", "wrong_qa", "ae", "wrong_ae", "bleu")
-                },
-                "qa_of_seeds": results.of_seeds(arm, k, "qa"),
-                "f1": f1_of(results, arm, k),
-                "tokens": results.mean(arm, "tokens", k),
-                "bytes": results.mean(arm, "bytes", k),
-                "encoder_flops": first["encoder_flops"][str(k)],
-            }
-        arms.append(row)
-    for question, one, other in comparisons(results.arms):
-        for k in results.ks:
-            of_scores = {
-                score: list(results.difference(one, other, k, score)[:3])
-                for score in ("qa", "ae", "bleu")
-            }
-            differences.append(
-                {"question": question, "one": list(one), "other": list(other), "k": k, **of_scores}
-            )
-    return {"arms": arms, "differences": differences}
-
-
-def f1_of(results: Results, arm: tuple[str, float], k: int) -> float:
-    """F1 over all seeds, in percent."""
-    runs = results.by_arm[arm].values()
-    sums = np.sum([np.sum(run["by_k"][str(k)]["qa"], 0) for run in runs], 0)
-    return float(sums[1] / sums[2])
-
-
-def tables(result: dict[str, Any]) -> str:
-    """The summary as text: scores of every arm, what a memory costs, and paired differences."""
-
-    def interval(values, digits=1):
-        mean, low, high = (f"{value:.{digits}f}" for value in values)
-        return f"{mean} [{low}, {high}]"
-
-    ks = [int(k) for k in result["arms"][0]["by_k"]] if result["arms"] else []
-    scored, costs = [], []
-    for row in result["arms"]:
-        label = f"{row['arm']}, AE {row['share']:g}"
-        for k in ks:
-            at = row["by_k"][str(k)]
-            scored.append(
-                (
-                    label,
-                    str(k),
-                    interval(at["qa"]),
-                    " ".join(f"{value:.0f}" for value in at["qa_of_seeds"]),
-                    f"{at['wrong_qa'][0]:.1f}",
-                    interval(at["ae"], 3),
-                    f"{at['wrong_ae'][0]:.3f}",
-                    f"{at['bleu'][0]:.1f}",
-                )
-            )
-            costs.append(
-                (
-                    label,
-                    str(k),
-                    f"{at['bytes']:,.0f}",
-                    f"{at['encoder_flops'] / 1e6:.0f} M",
-                    f"{row['training_flops'] / 1e12:.2f} T",
-                    f"{row['rate']:g}",
-                    f"{row['steps']}",
-                    f"{len(row['seeds'])}",
-                )
-            )
-    differences = [
-        (
-            d["question"],
-            "{} AE {:g}".format(*d["one"]),
-            "{} AE {:g}".format(*d["other"]),
-            str(d["k"]),
-            interval(d["qa"]),
-            interval(d["ae"], 3),
-            interval(d["bleu"]),
-        )
-        for d in result["differences"]
-    ]
-    return "\n\n".join(
-        report.text_table(*table)
-        for table in (
-            (("arm", "k", "EM", "of seeds", "wrong", "AE loss", "wrong", "BLEU-4"), scored),
-            (("arm", "k", "bytes", "encode", "training", "rate", "steps", "seeds"), costs),
-            (("question", "one", "other", "k", "EM", "AE loss", "BLEU-4"), differences),
-        )
-    )
-
-
-def summarise(workdir: pathlib.Path) -> None:
-    """Prints the tables of what is there, and copies their numbers beside the README."""
-    records = [
-        files.read_json(path, "a run's scores")
-        for path in sorted((workdir / "runs").glob("*-seed*.json"))
-    ]
-    result = summary(Results(records))
-    for name in ("settings", "base"):
-        path = workdir / f"{name}.json"
-        result[name] = files.read_json(path, name) if path.exists() else {}
-    files.write_json(workdir / "results.json", result)
-    print(tables(result))
-
-
 # ---------------------------------------------------------------------------------------- command
+
+
+def arguments() -> argparse.Namespace:
+    """The command line; ends the process where a value is impossible."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    add = parser.add_argument
+    add("--workdir", required=True, type=pathlib.Path, help="the same command continues it")
+    add("--arms", nargs="+", default=MAIN, choices=list(ARMS), help="by default the first six")
+    add("--shares", nargs="+", type=float, default=SHARES, help="of AE in the loss")
+    add("--seeds", type=int, default=3, help="how many")
+    add("--k", nargs="+", type=int, default=(1, 3, 11), help="memory tokens that each model learns")
+    add("--people", type=int, default=2, help="in a passage, about 23 tokens each")
+    add("--steps", type=int, default=400)
+    add("--batch_size", type=int, default=8)
+    add("--questions", type=int, default=4, help="on each passage of a batch")
+    add("--held_out", type=int, default=64, help="passages to measure on")
+    add("--summary", action="store_true", help="train nothing; print what there is")
+    args = parser.parse_args()
+    bounds = {
+        "shares": (0, 1),
+        "seeds": (1, None),
+        "k": (1, TOKENS_OF_ONE * args.people),
+        "people": (1, len(synthetic.FIRST_NAMES)),
+        "steps": (1, None),
+        "batch_size": (1, None),
+        "questions": (1, None),
+        "held_out": (2, None),  # each is also read with another's memory
+    }
+    for name, (least, most) in bounds.items():
+        values = getattr(args, name)
+        for value in [values] if isinstance(values, int) else values:
+            if not (value >= least and (most is None or value <= most)):
+                limits = f"at least {least}" + (f" and at most {most}" if most else "")
+                parser.error(f"--{name} is {value}; it must be {limits}")
+    return args
 
 
 def main() -> int:
     """Trains what is missing. Returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    add = parser.add_argument
-    add("--workdir", required=True, type=pathlib.Path, help="the same command continues it")
-    add("--arms", nargs="+", default=list(MAIN), choices=list(ARMS), metavar="ARM")
-    add("--shares", nargs="+", type=float, default=list(SHARES), help="of AE in the loss")
-    add("--seeds", type=int, default=3, help="how many; seed by seed, so that all arms have some")
-    add("--k", nargs="+", type=int, default=[1, 3, 11], help="memory tokens of one model")
-    add("--people", type=int, default=2, help="in a passage, with 23 tokens each")
-    add("--steps", type=int, default=400)
-    add("--batch_size", type=int, default=8)
-    add("--questions", type=int, default=4, help="for each passage of a training example")
-    add("--held_out", type=int, default=64, help="passages to measure on")
-    add("--summary", action="store_true", help="train nothing; print what there is")
-    args = parser.parse_args()
-    settings = Settings(
-        args.workdir,
-        tuple(sorted(args.k)),
-        args.people,
-        args.steps,
-        args.batch_size,
-        args.questions,
-        args.held_out,
-    )
-    if args.summary:
-        summarise(args.workdir)
-        return 0
-    args.workdir.mkdir(parents=True, exist_ok=True)
-    recorded = args.workdir / "settings.json"
-    if not recorded.exists():
-        files.write_json(recorded, settings.shared)
+    args = arguments()
+    workdir = args.workdir
+    if not args.summary:
+        ks = tuple(sorted(set(args.k)))
+        sizes = args.people, args.steps, args.batch_size, args.questions, args.held_out
+        settings = Settings(workdir, ks, *sizes)
+        prepare(settings)
+        base = quickstart.load_base(quickstart.SHIPPED_BASE)
+        trainer = functools.cache(functools.partial(Trainer, settings, base))
+        # Seed by seed, so that arms can be compared whenever it is stopped.
+        for seed, arm, share in itertools.product(range(args.seeds), args.arms, args.shares):
+            run(settings, arm, share, seed, trainer)
+    methods_table.summarise(workdir)
+    return 0
+
+
+def prepare(settings: Settings) -> None:
+    """Writes the training passages. Ends the process if the workdir's runs have other settings."""
+    fields = json.loads(json.dumps(dataclasses.asdict(settings) | {"workdir": ""}))
+    path = settings.workdir / "settings.json"
+    if path.exists():
+        before = files.read_json(path, "settings")
+        for name, value in fields.items():
+            if before.get(name, value) != value:
+                flag = "k" if name == "ks" else name
+                raise SystemExit(
+                    f"--{flag} is {value}, but the runs of {settings.workdir} have {before[name]}; "
+                    "give the same, or another --workdir"
+                )
+    settings.workdir.mkdir(parents=True, exist_ok=True)
+    files.write_json(path, fields)
     lines = [
         json.dumps({"context": row["context"], **question}) + "\n"
-        for row in synthetic.passages(TRAIN_SEED, TRAIN_PASSAGES, args.people)
+        for row in synthetic.passages(TRAIN_SEED, TRAIN_PASSAGES, settings.people)
         for question in row["questions"]
     ]
-    files.write_text(args.workdir / "train.jsonl", "".join(lines))
-    base = quickstart.load_base(quickstart.SHIPPED_BASE)
-    trainer = functools.cache(functools.partial(Trainer, settings, base))
-    # Seed by seed, so that all arms can be compared whenever it is stopped.
-    for seed, arm, share in itertools.product(range(args.seeds), args.arms, args.shares):
-        run(settings, arm, share, seed, trainer)
-    summarise(args.workdir)
-    return 0
+    files.write_text(settings.workdir / "train.jsonl", "".join(lines))
 
 
 if __name__ == "__main__":
