@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from conftest import TINY, WORDS, eight_devices, seen_devices, write_jsonl
 
-from icae_jax.compression import method
+from icae_jax.compression.config import CompressionConfig
 from icae_jax.models import llama
 from icae_jax.performance import flops, plan, programs, steps, utilisation, worker
 from icae_jax.runtime import sharding
@@ -214,7 +214,7 @@ def test_the_least_flops_are_those_of_the_training_metrics(sources):
 
     assert (
         of("compress", 4)
-        == flops.compress(TINY, config.lora, (4, 2, 16), 4, method.get("icae")).total
+        == flops.compress(TINY, config.lora, (4, 2, 16), 4, CompressionConfig(k=4)).total
     )
     for what in programs.WHATS:
         assert of(what, 12) == 3 * of(what, 4) > 0
