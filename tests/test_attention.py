@@ -602,7 +602,7 @@ devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").
 
 MESH = sharding.MeshConfig(1, 2, 2)
 
-def peak(B, K, H, mesh=MESH, P=0, at=None, implementation="splash", T=640, N=32):
+def peak(B, K, H, mesh=MESH, P=0, at=None, implementation="splash", T=640, N=32, full=False):
     mesh = sharding.make_mesh(mesh, devices) if mesh else sharding.make_mesh(devices=devices[:1])
 
     def like(*shape, dtype=jnp.bfloat16):
@@ -611,6 +611,7 @@ def peak(B, K, H, mesh=MESH, P=0, at=None, implementation="splash", T=640, N=32)
 
     def total(q, k, v, pk, pv, mask, p_mask):
         prefix = (pk, pv, p_mask) if P else None
+        mask = mask[:, None] if full else mask
         out = attention.attend(q, k, v, mask, prefix, at=at, implementation=implementation)
         return jnp.sum(jnp.square(out.astype(jnp.float32)))
 
@@ -630,6 +631,7 @@ print(json.dumps({
     "plain": peak(2, 8, 128, implementation="xla"),
     "the last behind a prefix": peak(4, 2, 64, P=130, at=np.arange(512, 640), N=8),
     "long": peak(2, 2, 128, T=3200, N=8),
+    "full": peak(4, 2, 64, T=512, N=8, full=True),
 }))
 """
 
@@ -649,6 +651,7 @@ def test_compiled_for_a_tpu():
         "plain": 0,
         "the last behind a prefix": 2,
         "long": 3,
+        "full": 2,
     }
     assert found["mesh"][1] < 0.7 * found["plain"][1]
     assert found["mesh"][1] < 0.35 * found["one"][1]
