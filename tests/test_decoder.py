@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import FRAMING, TINY, close, random_lora, random_trained
+from conftest import FRAMING, TINY, close, random_lora, random_trained, random_trained_of
 
 from icae_jax.compression import encoder, trained
 from icae_jax.compression.config import CompressionConfig
@@ -83,6 +83,32 @@ def test_its_lora_is_that_of_merged_weights(tiny_params, method):
     without = jax.jit(loss_of, static_argnums=2)(tree, tiny_params, c)
     assert abs(float(without) - float(value)) > 1e-2
     assert all(np.abs(x).max() > 0 for x in jax.tree.leaves(gradient["decoder_lora"]))
+
+
+@pytest.mark.parametrize("method", ["pooled", "sac"])
+def test_as_training_starts_it_changes_nothing(tiny_params, method):
+    """Breaks when a decoder LoRA whose B is zero moves a loss, or its A gets a gradient."""
+    c = config(method, decoder_lora=True)
+    tree = random_trained_of(c)
+    tree["decoder_lora"] = jax.tree_util.tree_map_with_path(
+        lambda path, x: x * (path[-1].key != "b"), tree["decoder_lora"]
+    )
+    step = jax.jit(jax.value_and_grad(loss_of), static_argnums=2)
+    value, gradient = step(tree, tiny_params, c)
+    close(value, jax.jit(loss_of, static_argnums=2)(without_lora(tree), tiny_params, c))
+    a, b = (
+        [
+            np.abs(x).max()
+            for path, x in jax.tree_util.tree_leaves_with_path(gradient["decoder_lora"])
+            if path[-1].key == name
+        ]
+        for name in "ab"
+    )
+    assert max(a) == 0 < min(b)
+
+
+def without_lora(tree):
+    return {name: x for name, x in tree.items() if name != "decoder_lora"}
 
 
 def test_its_dropout_is_its_own(tiny_params):
