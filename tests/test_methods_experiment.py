@@ -63,6 +63,7 @@ def run(methods, tmp_path_factory):
         patch.setattr(methods, "BATCH", 8)
         settings = methods.Settings(workdir, (2,), 1, 2, 8, 4, 3)
         methods.prepare(settings)
+        (workdir / "base.json").write_text("{}")  # the base alone is not measured
         base = quickstart.load_base(quickstart.SHIPPED_BASE)
         trainer = methods.Trainer(settings, base, "pooled-causal", 0.5)
         methods.run(settings, "pooled-causal", 0.5, 1, lambda arm, share: trainer)
