@@ -65,7 +65,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "sac-causal": {"method": "sac", "layout": "uniform", "encoder_mask": "causal"},
     "pooled-all-sum": {"method": "pooled", "encoder_mask": "all", "sum_k": True},
     "icae-slots-lora": {"method": "icae", "encoder_mask": "slots", "decoder_lora": True},
-    "pooled-causal-lora": {"method": "pooled", "encoder_mask": "causal", "decoder_lora": True},
+    "pooled-all-lora": {"method": "pooled", "encoder_mask": "all", "decoder_lora": True},
     "x500-lora": {
         "method": "x500",
         "layout": "uniform",

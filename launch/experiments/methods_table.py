@@ -37,7 +37,7 @@ PAIRS = (
     ("SAC against 500x, both causal", "sac-causal", "x500"),
     ("pooling: all k in every step", "pooled-all-sum", "pooled-all"),
     ("decoder LoRA", "icae-slots-lora", "icae-slots"),
-    ("decoder LoRA", "pooled-causal-lora", "pooled-causal"),
+    ("decoder LoRA", "pooled-all-lora", "pooled-all"),
     ("decoder LoRA", "x500-lora", "x500"),
 )
 SHARES = (0.0, 0.5)
