@@ -54,7 +54,7 @@ MUTANTS = [
     ),
     Mutant(
         "the projection is transposed", "compression/methods/pooled.py",
-        "mean, hidden) @ W)", "mean, hidden) @ W.T)", "test_pooled.py -k groups",
+        "(means @ W)", "(means @ W.T)", "test_pooled.py -k groups",
     ),
     Mutant(
         "an anchor of two numbers gets the second vector", "compression/methods/sac.py",
