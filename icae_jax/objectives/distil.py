@@ -33,7 +33,7 @@ def read_text(
     encoder's `<s>`. Neither they nor padding take positions.
     """
     B, S, N = ids_BSN.shape
-    real = jnp.arange(N) < lengths_BS[..., None]
+    real = jnp.arange(N)[None, None] < lengths_BS[..., None]
     real = real.at[:, 0, :skipped].set(False).reshape(B, S * N)
     real = jnp.concatenate([jnp.ones((B, len(before)), bool), real], 1)
     start = jnp.broadcast_to(jnp.asarray(before, jnp.int32), (B, len(before)))
@@ -59,7 +59,7 @@ def label_hidden(
     ids = ids_BGT.reshape(B * G, T)
     real = ids >= 0
     positions = jnp.repeat(prefix.end, G)[:, None] + _positions(real)
-    last_real = jax.lax.cummax(jnp.where(real, jnp.arange(T), 0), axis=1)
+    last_real = jax.lax.cummax(jnp.where(real, jnp.arange(T)[None], 0), axis=1)
     at = jnp.take_along_axis(last_real, label_at_BGU.reshape(B * G, -1), 1)
     ids = jnp.maximum(ids, 0)
     hidden, _ = teacher.run(ids, positions, prefix.visible, real=real, at=at)

@@ -210,7 +210,7 @@ class CompressorTask(CompressorLosses):
             c.data,
             self.compression,
             c.phase,
-            tuple(self.weights),
+            tuple(c.objectives.weights),
             self.template,
             self.framing,
             c.objectives.pad_labels,
