@@ -83,7 +83,7 @@ def test_logits_of_all_positions_never_live():
     assert "[2,13,17]" not in jaxpr and "[2,5,17]" in jaxpr
 
 
-# ------------------------------------------------------------------------------- what a teacher reads
+# ---------------------------------------------------------------------------- what a teacher reads
 
 TEXTS = [RNG.integers(3, 64, n).tolist() for n in (9, 22)]  # one segment, and two
 BEFORE, FT = (1, 3), targets.FT
