@@ -31,11 +31,6 @@ FAULTS_A = [
         "jnp.where(real, jnp.arange(T)[None], 0)", "jnp.arange(T)[None] + 0 * ids", "test_distil.py -k reads_the_whole",
     ),
     Mutant(
-        "a teacher is trained", "objectives/distil.py",
-        "teacher, hidden = jax.lax.stop_gradient(teacher), {}", "teacher, hidden = teacher, {}",
-        "test_distil.py -k without_it_nothing",
-    ),
-    Mutant(
         "every teacher is the base alone", "training/compressor_losses.py",
         "Decoder(FrozenModel(self.decoder, frozen), None, lora)", "Decoder(FrozenModel(self.decoder, frozen), None)",
         "test_distil.py -k teachers_differ",
