@@ -47,6 +47,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from icae_jax.compression import trained
 from icae_jax.compression.config import CompressionConfig
 from icae_jax.compression.trained import SPECIAL_ROWS
 from icae_jax.interop.adapters import folder as adapters
@@ -245,6 +246,13 @@ def random_trained(config, k, seed=0):
         (k + SPECIAL_ROWS, config.hidden_size)
     )
     return {"lora": random_lora(config, seed=seed), "memory_table": jnp.asarray(np.float32(table))}
+
+
+def random_trained_of(compression, config=TINY, seed=0):
+    """The trained tree of a configuration, all of it random, as after some training."""
+    rng = np.random.default_rng([seed, 3])
+    like = trained.shapes(config, lora.LoraConfig(4), compression)
+    return jax.tree.map(lambda x: jnp.asarray(np.float32(0.2 * rng.standard_normal(x.shape))), like)
 
 
 def write_adapter(path, base):

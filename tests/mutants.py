@@ -20,6 +20,7 @@ import time
 
 import faults
 import faults_of_input
+import faults_of_methods
 import faults_of_quantising
 from faults import Mutant
 
@@ -128,7 +129,8 @@ def main():
     args = parser.parse_args()
     chosen = [
         m
-        for m in faults.MUTANTS + faults_of_input.MUTANTS + faults_of_quantising.MUTANTS
+        for module in (faults, faults_of_input, faults_of_methods, faults_of_quantising)
+        for m in module.MUTANTS
         if args.only in m.what or args.only in m.file
     ]
     if args.check:

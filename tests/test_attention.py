@@ -224,6 +224,35 @@ def test_one_mask_for_all_rows(monkeypatch, implementation):
     close(np.asarray(got)[:, :20], case.wanted()[:, :20])
 
 
+@pytest.mark.parametrize("implementation", ["xla", "cudnn", "splash"])
+def test_every_query_sees_everything_real(monkeypatch, implementation):
+    """Breaks when a mask of one line for all queries is taken for a causal one, lets padding be
+    seen, or gives NaN to a row without a real token, which a memory's gradient would carry on.
+    """
+    on_cpu(monkeypatch)
+    q, k, v = (x[:, :20] for x in CASES["a prefix for two rows"].arrays[:3])
+    real = np.arange(20)[None] < np.asarray([20, 13, 1, 0])[:, None]
+
+    def total(arrays, at=None):
+        q, k, v = arrays
+        q = q if at is None else q[:, at]
+        out = attention.attend(q, k, v, real[:, None], implementation=implementation)
+        return jnp.sum(jnp.square(out) * real.any(1)[:, None, None]), out
+
+    step = jax.jit(jax.value_and_grad(total, has_aux=True))
+    (_, out), gradients = step([q, k, v])
+    assert np.isfinite(out).all() and all(np.isfinite(g).all() for g in gradients)
+    for b, n in enumerate((20, 13, 1)):
+        scores = np.einsum("tnh,snh->nts", q[b], np.repeat(k[b, :n], 4, 1)) / 4
+        weights = np.exp(scores - scores.max(-1, keepdims=True))
+        weights /= weights.sum(-1, keepdims=True)
+        want = np.einsum("nts,snh->tnh", weights, np.repeat(v[b, :n], 4, 1)).reshape(20, -1)
+        close(out[b], want)
+        assert not any(np.asarray(g)[b, n:].any() for g in gradients[1:])
+    some = jax.jit(functools.partial(total, at=np.asarray([3, 9, 19])))([q, k, v])[1]
+    close(some[:3], np.asarray(out)[:3, [3, 9, 19]])
+
+
 def test_times_of_each_row_and_times_told_late(monkeypatch):
     """Breaks when times that are no numpy array, or are each row's own, are taken for others, or
     splash refuses or ignores them.
@@ -322,6 +351,9 @@ def test_what_cannot_be_computed(changed, said):
         ("splash", "cpu", {}, "needs a tpu; the device is a cpu"),
         ("splash", "tpu", {"dtype": jnp.float16}, "the dtype is float16"),
         ("splash", "tpu", {"windows": True}, "windows"),
+        ("splash", "tpu", {"mask": "all"}, None),
+        ("splash", "tpu", {"mask": "slots"}, "causal masks and full ones; the encoder's mask is"),
+        ("cudnn", "gpu", {"mask": "slots"}, None),
         (
             "splash",
             "tpu",
@@ -570,7 +602,7 @@ devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").
 
 MESH = sharding.MeshConfig(1, 2, 2)
 
-def peak(B, K, H, mesh=MESH, P=0, at=None, implementation="splash", T=640, N=32):
+def peak(B, K, H, mesh=MESH, P=0, at=None, implementation="splash", T=640, N=32, full=False):
     mesh = sharding.make_mesh(mesh, devices) if mesh else sharding.make_mesh(devices=devices[:1])
 
     def like(*shape, dtype=jnp.bfloat16):
@@ -579,6 +611,7 @@ def peak(B, K, H, mesh=MESH, P=0, at=None, implementation="splash", T=640, N=32)
 
     def total(q, k, v, pk, pv, mask, p_mask):
         prefix = (pk, pv, p_mask) if P else None
+        mask = mask[:, None] if full else mask
         out = attention.attend(q, k, v, mask, prefix, at=at, implementation=implementation)
         return jnp.sum(jnp.square(out.astype(jnp.float32)))
 
@@ -598,6 +631,7 @@ print(json.dumps({
     "plain": peak(2, 8, 128, implementation="xla"),
     "the last behind a prefix": peak(4, 2, 64, P=130, at=np.arange(512, 640), N=8),
     "long": peak(2, 2, 128, T=3200, N=8),
+    "full": peak(4, 2, 64, T=512, N=8, full=True),
 }))
 """
 
@@ -617,6 +651,7 @@ def test_compiled_for_a_tpu():
         "plain": 0,
         "the last behind a prefix": 2,
         "long": 3,
+        "full": 2,
     }
     assert found["mesh"][1] < 0.7 * found["plain"][1]
     assert found["mesh"][1] < 0.35 * found["one"][1]

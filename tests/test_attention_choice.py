@@ -27,8 +27,8 @@ def _nothing_measured(monkeypatch):
     monkeypatch.setattr(attention_choice, "_TIMINGS", {})
 
 
-def choose(asked, mesh, dtype=jnp.bfloat16, model=TINY):
-    return attention_choice.choose(asked, model, mesh, rows=8, length=20, dtype=dtype)
+def choose(asked, mesh, dtype=jnp.bfloat16, model=TINY, mask="causal"):
+    return attention_choice.choose(asked, model, mesh, rows=8, length=20, dtype=dtype, mask=mask)
 
 
 def test_a_cpu_has_one_and_measures_nothing(monkeypatch):
@@ -57,7 +57,9 @@ def test_auto_takes_the_fastest_of_one_device_s_share(monkeypatch):
         and line == "attention: cudnn; a layer, forward and backward: xla 2.00 ms, cudnn 0.50 ms"
     )
     assert (asked["rows"], asked["heads"], asked["kv_heads"], asked["length"]) == (2, 2, 1, 20)
-    assert asked["dtype"] == jnp.bfloat16 and not asked["windows"]
+    assert asked["dtype"] == jnp.bfloat16 and not asked["windows"] and asked["mask"] == "causal"
+    choose("auto", on("gpu"), mask="all")
+    assert asked["mask"] == "all"
 
 
 def test_the_same_sizes_are_timed_once(monkeypatch):
@@ -80,9 +82,10 @@ def test_the_same_sizes_are_timed_once(monkeypatch):
         {"mesh": on("gpu", devices=2)},
         {"dtype": jnp.float16},
         {"model": dataclasses.replace(TINY, windows=(5, 0))},
+        {"mask": "slots"},
     ):
         assert choose("auto", **{"mesh": on("gpu"), **other}) == first
-    assert len(asked) == 4
+    assert len(asked) == 5
 
 
 def test_auto_tells_what_the_device_refused(monkeypatch):
@@ -118,6 +121,13 @@ def test_auto_tells_what_the_device_refused(monkeypatch):
 def test_what_cannot_be_had_is_refused_with_the_reason(asked, mesh, dtype, message):
     with pytest.raises(ValueError, match=message):
         choose(asked, mesh, dtype)
+
+
+def test_splash_is_refused_for_a_mask_that_it_does_not_know():
+    """Breaks when memory tokens that see each other are computed as causal ones."""
+    with pytest.raises(ValueError, match="causal masks and full ones; the encoder's mask is slots"):
+        choose("splash", on("tpu"), mask="slots")
+    assert choose("splash", on("tpu"), mask="all")[0] == "splash"
 
 
 def test_auto_on_a_mesh_that_no_kernel_can_be_split_over(monkeypatch):

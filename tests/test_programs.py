@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from conftest import TINY, WORDS, eight_devices, seen_devices, write_jsonl
 
-from icae_jax.compression import method
+from icae_jax.compression.config import CompressionConfig
 from icae_jax.models import llama
 from icae_jax.performance import flops, plan, programs, steps, utilisation, worker
 from icae_jax.runtime import sharding
@@ -133,7 +133,7 @@ def test_batches_have_the_shapes_of_real_ones(sources, changes):
     assert planned["k"] == config.compression.k
 
 
-@pytest.mark.parametrize("method", ["icae", "x500"])
+@pytest.mark.parametrize("method", ["icae", "x500", "pooled", "sac"])
 @pytest.mark.parametrize("what", programs.WHATS)
 def test_programs_lower(sources, method, what):
     """Breaks when a program cannot be traced from shapes, does not take what the real one takes, or
@@ -151,8 +151,9 @@ def test_programs_lower(sources, method, what):
     )  # K/V memories are written without the output head
     rows = {"train": 4, "compress": 2, "decode": 2}[what]
     assert any(x.shape[:1] == (rows,) for x in arguments)
-    memory = (2, 8, 32) if method == "icae" else (2, 2, 8, 2, 8)
-    assert {"train": (7, 32), "compress": memory, "decode": (2, 12)}[what] in {
+    memory = (2, 8, 32) if config.compression.spec.keeps == "hidden" else (2, 2, 8, 2, 8)
+    table = (config.compression.vectors + 3, 32)
+    assert {"train": table, "compress": memory, "decode": (2, 12)}[what] in {
         x.shape for x in jax.tree.leaves(lowered.out_info)
     }
 
@@ -214,7 +215,7 @@ def test_the_least_flops_are_those_of_the_training_metrics(sources):
 
     assert (
         of("compress", 4)
-        == flops.compress(TINY, config.lora, (4, 2, 16), 4, method.get("icae")).total
+        == flops.compress(TINY, config.lora, (4, 2, 16), 4, CompressionConfig(k=4)).total
     )
     for what in programs.WHATS:
         assert of(what, 12) == 3 * of(what, 4) > 0

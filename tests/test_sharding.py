@@ -7,20 +7,29 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import FRAMING, TINY, close, eight_devices, random_lora, random_params, random_trained
+from conftest import (
+    FRAMING,
+    TINY,
+    close,
+    eight_devices,
+    random_lora,
+    random_params,
+    random_trained_of,
+)
 from jax.sharding import AbstractMesh
 
 from icae_jax.compression import encoder
 from icae_jax.compression.config import CompressionConfig
 from icae_jax.compression.decoder import Decoder
 from icae_jax.compression.segments import Contexts, segment_contexts
-from icae_jax.data.drawing import StaticInt
+from icae_jax.data.drawing import StaticInt, StaticInts
 from icae_jax.models import llama, lora
 from icae_jax.models.llama import FrozenModel
 from icae_jax.objectives import loss, targets
 from icae_jax.objectives.packing import pack
 from icae_jax.runtime import sharding
 from icae_jax.training import step
+from icae_jax.training.compressor_task import ks_of
 from icae_jax.training.config import OptimizerConfig
 from icae_jax.training.optimizer import make_optimizer
 
@@ -32,7 +41,9 @@ class Autoencoding:
 
     def __init__(self, method, remat):
         self.model = llama.Llama(TINY, lora_scale=0.5, remat=remat)
-        self.compression = CompressionConfig(method=method, k=3, rate=8 / 3, k_choices=(2, 3))
+        self.compression = CompressionConfig(
+            method=method, k=3, rate=8 / 3, k_choices=(2, 3), encoder_mask=MASKS.get(method, "")
+        )
 
     def counts(self, batch):
         return {"ae": jnp.sum(batch["targets"]["label_mask"]).astype(jnp.float32)}
@@ -41,22 +52,22 @@ class Autoencoding:
         return self.counts(batch)["ae"]
 
     def losses(self, trained, frozen, batch, key):
-        c = self.compression
-        memory = encoder.compress(
+        c, ks = self.compression, ks_of(batch)
+        memories = encoder.compress_several(
             FrozenModel(self.model, frozen),
             trained,
-            Contexts(batch["context"], batch["lengths"], int(batch["k"])),
+            Contexts(batch["context"], batch["lengths"], max(ks)),
+            ks,
             c,
         )
-        losses = loss.label_losses(
-            Decoder.of(FrozenModel(self.model, frozen), trained),
-            memory,
-            {"ae": batch["targets"]},
-            {"ae": ()},
-            c.position_layout,
-            5,
-        )
-        return loss.objective_sums(losses, {"ae": batch["targets"]})
+        decoder, total = Decoder.of(FrozenModel(self.model, frozen), trained), 0.0
+        for memory in memories:
+            losses = loss.label_losses(
+                decoder, memory, {"ae": batch["targets"]}, {"ae": ()}, c.position_layout, 5
+            )
+            (of_k, count) = loss.objective_sums(losses, {"ae": batch["targets"]})["ae"]
+            total += of_k
+        return {"ae": (total, count)}
 
 
 def spec(x):
@@ -68,8 +79,8 @@ def spec(x):
 
 
 def train(method, mesh_config, remat):
-    """One accumulated step with a drawn k: its results, and how batch, parameters, optimizer state
-    and K/V lie on the mesh.
+    """One accumulated step with a drawn k, or with both where one pass serves them: its results,
+    and how batch, parameters, optimizer state and K/V lie on the mesh.
     """
     task, mesh = Autoencoding(method, remat), sharding.make_mesh(mesh_config)
     placement = sharding.Placement(mesh, TINY)
@@ -79,9 +90,12 @@ def train(method, mesh_config, remat):
     ]
     ids, lengths = segment_contexts(texts, task.compression)
     packed = pack([[targets.ae_target(t, FRAMING)] for t in texts], 1, 9, 9)
-    batch = {"context": ids, "lengths": lengths, "targets": packed, "k": StaticInt(2)}
+    several = task.compression.spec.write_several is not None
+    k = StaticInts((2, 3)) if several else StaticInt(2)
+    batch = {"context": ids, "lengths": lengths, "targets": packed, "k": k}
     optimizer, _ = make_optimizer(OptimizerConfig(warmup_steps=0), 1)
-    params, state = random_params(TINY), step.init_state(random_trained(TINY, 3), optimizer)
+    tree = random_trained_of(task.compression)
+    params, state = random_params(TINY), step.init_state(tree, optimizer)
     shardings = placement.tree(state)
     with placement.active():
         batch = sharding.put_batch(mesh, batch, sharding.local_rows(mesh, len(texts)), len(texts))
@@ -128,6 +142,8 @@ def keys(model, params, context_BSN):
     )[1][0]
 
 
+MASKS = {"icae": "slots"}  # other methods have their own
+
 # One axis, and all of them. Remat policies: one device uses none, test_distributed's eight dots.
 CASES = [("icae", (1, 8, 1), "full"), ("x500", (2, 2, 2), "frozen")]
 KV = sharding.MeshConfig(2, 2, 2)
@@ -141,6 +157,24 @@ def runs():
         return {
             case: train(case[0], sharding.MeshConfig(*case[1]), case[2]) for case in CASES
         }, alone
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["pooled", pytest.param("sac", marks=pytest.mark.nightly)])
+def test_methods_without_memory_tokens_on_eight_devices(method):
+    """Breaks when groups, anchors or the projection are of another device's rows, or the projection
+    is used in part or stored whole everywhere.
+    """
+    want = train(method, sharding.MeshConfig(), "none")
+    with eight_devices():
+        got = train(method, KV, "none")
+    assert got["loss"] == pytest.approx(want["loss"], rel=1e-5)
+    assert got["gradient"].keys() == want["gradient"].keys()
+    for name, value in want["gradient"].items():
+        close(got["gradient"][name], value)
+    if method == "pooled":
+        name = "['state']['trained']['projection']"
+        assert got["split"][name] == [[32, 32], [16, 32], ["fsdp", ""]]
 
 
 def test_biases_on_eight_devices():

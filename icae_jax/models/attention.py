@@ -256,13 +256,13 @@ def _cudnn(q_BTNH, k_BSKH, v_BSKH, mask_BTS, prefix, scale, inner="cudnn"):
     """
     B, T = q_BTNH.shape[:2]
     k, v = _joined(k_BSKH, v_BSKH, prefix, q_BTNH.dtype, B)
+    masks = [mask_BTS]
     if prefix is not None:
         p_mask = prefix[2]
         if p_mask.ndim == 2:
             p_mask = jnp.repeat(p_mask, B // p_mask.shape[0], axis=0)[:, None]
-        mask_BTS = jnp.concatenate(
-            [jnp.broadcast_to(m, (B, T, m.shape[2])) for m in (p_mask, mask_BTS)], 2
-        )
+        masks = [p_mask, mask_BTS]
+    mask_BTS = jnp.concatenate([jnp.broadcast_to(m, (B, T, m.shape[2])) for m in masks], 2)
     to, key_to = (-(-n // CUDNN_MULTIPLE) * CUDNN_MULTIPLE for n in (T, k.shape[1]))
     mask = _padded(_padded(mask_BTS, 1, to), 2, key_to)[:, None]
 

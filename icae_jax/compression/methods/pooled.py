@@ -28,12 +28,11 @@ def groups(k: int, lengths: Int[Any, " R"], N: int) -> Float[Array, "R k N"]:
 
     No group is empty: where a text has fewer than k tokens, some groups share one.
     """
-    j, n = jnp.arange(k), lengths[:, None]
+    j, n = jnp.arange(k)[None, :, None], lengths[:, None, None]
     first = j * n // k
     stop = jnp.maximum((j + 1) * n // k, first + 1)
-    tokens = jnp.arange(N)
-    inside = (tokens >= first[..., None]) & (tokens < stop[..., None])
-    return inside / (stop - first)[..., None]
+    tokens = jnp.arange(N)[None, None]
+    return ((first <= tokens) & (tokens < stop)) / (stop - first)
 
 
 def write_several(

@@ -32,10 +32,10 @@ def write(
     """
     B, S, N = contexts.ids.shape
     anchors = layout.spread(contexts.k, contexts.lengths.reshape(B * S)) - 1
-    tokens = jnp.arange(N)
-    is_anchor = (anchors[:, None] == tokens[:, None]).any(-1)
+    tokens = jnp.arange(N)[None, :, None]
+    is_anchor = (anchors[:, None] == tokens).any(-1)
     # The number of the first anchor at a token; one vector is row 0 for all.
-    number = (anchors[:, None] < tokens[:, None]).sum(-1)
+    number = (anchors[:, None] < tokens).sum(-1)
     vectors = trained["memory_table"][jnp.minimum(number, config.vectors - 1)]
     _, kv = encode(
         base,

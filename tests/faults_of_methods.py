@@ -1,0 +1,86 @@
+"""Deliberate faults in what methods, masks and distillation compute, as in `faults.py`."""
+
+from faults import Mutant
+
+MUTANTS = [
+    # ------------------------------------------------------------------------------------------------ masks and layers
+    Mutant(
+        "memory tokens stay causal under mask slots", "compression/encoder.py",
+        "return real[:, None] & (causal_mask(T) | mutual)", "return real[:, None] & causal_mask(T)",
+        "test_encoder_mask.py -k definition",
+    ),
+    Mutant(
+        "under mask slots padding is seen", "compression/encoder.py",
+        "return real[:, None] & (causal_mask(T) | mutual)", "return (real[:, None] & causal_mask(T)) | mutual | causal_mask(T)",
+        "test_encoder_mask.py -k definition",
+    ),
+    Mutant(
+        "the last layer takes a mask's first rows", "models/blocks.py",
+        "mask = mask if mask.shape[1] == 1 else rows(mask, at)", "mask = mask if mask.shape[1] == 1 or at is None else mask[:, : at.shape[-1]]",
+        "test_encoder_mask.py -k known_times",
+    ),
+    Mutant(
+        "an encoder that stops early has the final norm", "models/llama.py",
+        'return x if self.stop else norm(c, "norm")(x), kv', 'return norm(c, "norm")(x), kv', "test_encoder_mask.py -k stops_early",
+    ),
+    Mutant(
+        "an encoder that stops early runs one layer more", "models/llama.py",
+        "count = layers if at is None else layers - 1", "count = layers", "test_encoder_mask.py -k stops_early",
+    ),
+    Mutant(
+        "cuDNN pads a mask of one line with what nobody sees", "models/attention.py",
+        "mask_BTS = jnp.concatenate([jnp.broadcast_to(m, (B, T, m.shape[2])) for m in masks], 2)",
+        "mask_BTS = masks[0] if len(masks) == 1 else jnp.concatenate([jnp.broadcast_to(m, (B, T, m.shape[2])) for m in masks], 2)",
+        "test_attention.py -k everything_real",
+    ),
+    Mutant(
+        "splash computes a full mask as a causal one", "models/attention.py",
+        "return _splash(*qkv, real, None, None, scale)", "return _splash(*qkv, real, None, 0, scale)",
+        "test_attention.py -k everything_real",
+    ),
+    Mutant(
+        "splash gives NaN where a row is all padding", "models/attention.py",
+        "real = mask[:, 0] | ~mask[:, 0].any(1, keepdims=True)", "real = mask[:, 0]", "test_attention.py -k everything_real",
+    ),
+    Mutant(
+        "attention is timed causal, whatever the mask", "runtime/attention_choice.py",
+        "        mask=mask,\n        rows=max", "        rows=max", "test_attention_choice.py",
+    ),
+    # ------------------------------------------------------------------------------------------------- pooling and SAC
+    Mutant(
+        "a group is a token too long", "compression/methods/pooled.py",
+        "stop = jnp.maximum((j + 1) * n // k, first + 1)", "stop = jnp.maximum(((j + 1) * n + k - 1) // k, first + 1)",
+        "test_pooled.py -k groups",
+    ),
+    Mutant(
+        "the projection is transposed", "compression/methods/pooled.py",
+        "mean, hidden) @ W)", "mean, hidden) @ W.T)", "test_pooled.py -k groups",
+    ),
+    Mutant(
+        "an anchor of two numbers gets the second vector", "compression/methods/sac.py",
+        "number = (anchors[:, None] < tokens).sum(-1)", "number = (anchors[:, None] <= tokens).sum(-1) - 1",
+        "test_sac.py -k by_hand",
+    ),
+    Mutant(
+        "the vector is added to every token", "compression/methods/sac.py",
+        "jnp.where(is_anchor[..., None], vectors, 0)", "vectors", "test_sac.py",
+    ),
+    Mutant(
+        "anchors are a token late", "compression/methods/sac.py",
+        "contexts.lengths.reshape(B * S)) - 1", "contexts.lengths.reshape(B * S))", "test_sac.py",
+    ),
+    # ----------------------------------------------------------------------------------------------- FLOPs, several k
+    Mutant(
+        "layers that do not run are counted", "performance/flops.py",
+        "compression.encoder_config(model_config), max(ks)", "model_config, max(ks)", "test_flops.py -k every_method",
+    ),
+    Mutant(
+        "of a pooling encoder's last layer k rows are counted", "performance/flops.py",
+        "length if method.pools else k", "k", "test_flops.py -k every_method",
+    ),
+    Mutant(
+        "the decoder is counted once for several k", "performance/flops.py",
+        "for k in ks]\n    return _added(trained, *read)", "for k in ks[:1]]\n    return _added(trained, *read)",
+        "test_flops.py -k every_method",
+    ),
+]  # fmt: skip
