@@ -5,7 +5,7 @@ import math
 
 import numpy as np
 import pytest
-from cli_helpers import make_files
+from cli_helpers import compress, make_files
 from suite_helpers import compressor, words
 
 from icae_jax.cli import main as cli
@@ -13,6 +13,7 @@ from icae_jax.compression.config import CompressionConfig
 from icae_jax.compression.segments import choose_k
 from icae_jax.errors import UserError
 from icae_jax.inference import writing
+from icae_jax.interop.adapters import folder as adapters
 
 FEW = CompressionConfig(k=16, rate=4, k_choices=(1, 2, 5, 16))
 ANY = CompressionConfig(method="pooled", k=16, rate=4)
@@ -89,11 +90,11 @@ def test_memories_of_any_ratio_are_kept_and_joined(tiny_base, tmp_path):
 @pytest.mark.parametrize(("method", "passes"), [("pooled", 1), ("icae", 2)])
 def test_a_ladder_of_memories_is_that_of_single_ks(tiny_base, monkeypatch, method, passes):
     """Breaks when a memory of a ladder is another k's, or a pass that could be shared is not."""
-    one, calls, compress = compressor(tiny_base, method), [], writing._compress
+    one, calls, written = compressor(tiny_base, method), [], writing._compress
 
     def counted(*args, ks, **kw):
         calls.append(ks)
-        return compress(*args, ks=ks, **kw)
+        return written(*args, ks=ks, **kw)
 
     monkeypatch.setattr(writing, "_compress", counted)
     together = one.compress_ladder(TEXTS, (2, 4))
@@ -107,13 +108,14 @@ def test_a_ladder_of_memories_is_that_of_single_ks(tiny_base, monkeypatch, metho
 
 def test_the_command_takes_a_ratio_and_says_the_k(tiny_base, tmp_path, capsys):
     """Breaks when the flag does not reach the encoder, or the k is not told."""
-    files = make_files(tmp_path, tiny_base)
-    argv = ["compress", "--adapter", files["adapter"], "--input", files["texts"]]
-    argv = [str(a) for a in (*argv, "--output", tmp_path / "m.safetensors")]
-    assert cli.main([*argv, "--ratio", "1000", "--json"]) == 0
+    files, output = make_files(tmp_path, tiny_base), tmp_path / "m.safetensors"
+    adapters.save_adapter(tmp_path / "adapter", compressor(tiny_base, "pooled").adapter)
+    # Each text has 13 tokens with <s>; 3 is nearer to 13 / 5 than 2, and not one of k_choices.
+    argv = compress(tmp_path / "adapter", files, output, "--ratio", "5")
+    assert cli.main([*argv, "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
-    assert told["k"] * told["texts"] <= told["memory_tokens"]
-    assert cli.main([*argv, "--ratio", "1000"]) == 0
-    assert f"k {told['k']})" in capsys.readouterr().out
-    assert cli.main([*argv, "--tokens", "-1"]) == 2
-    assert "tokens is -1; it must be positive" in capsys.readouterr().err
+    assert (told["k"], told["memory_tokens"], told["texts"]) == (3, 18, 6)
+    assert cli.main([*argv[:-2], "--tokens", "3"]) == 0
+    assert "18 memory tokens (4.33x, k 3)" in capsys.readouterr().out
+    assert cli.main([*argv[:-1], "-1"]) == 2
+    assert "ratio is -1.0; it must be positive" in capsys.readouterr().err
