@@ -323,7 +323,7 @@ def test_the_page_says_what_was_measured_and_what_was_published(tmp_path):
 
 def several_k(suite="qa", **more):
     """Results of memories of two sizes, a cascade and controls."""
-    arms = ("memory", "memory k=2", "memory, cascade", "full context", "shuffled memory")
+    arms = ("memory", "memory k=2", "cascade", "full context", "shuffled memory")
     sizes = {
         arm: {"tokens": t, "bytes": 256.0 * t} for arm, t in zip(arms, (8, 4, 5.5), strict=False)
     }
@@ -339,7 +339,7 @@ def test_sizes_stand_in_the_table():
     assert re.split(r"\s{2,}", header.strip())[-3:] == ["memory tokens", "memory bytes", "n"]
     cells = {re.split(r"\s{2,}", row)[0]: re.split(r"\s{2,}", row)[4:] for row in rows}
     assert cells["memory"] == ["8", "2,048", "4"] and cells["memory k=2"] == ["4", "1,024", "4"]
-    assert cells["memory, cascade"] == ["5.5", "1,408", "4"] and cells["full context"] == ["4"]
+    assert cells["cascade"] == ["5.5", "1,408", "4"] and cells["full context"] == ["4"]
 
 
 def test_scores_are_drawn_against_tokens_and_bytes(monkeypatch, tmp_path):
@@ -356,7 +356,7 @@ def test_scores_are_drawn_against_tokens_and_bytes(monkeypatch, tmp_path):
         factor = 1 if series["memory"][0][0] == 4 else 256
         assert series == {
             "memory": ([4 * factor, 8 * factor], [(10, 9.5, 10.5), (0, -0.5, 0.5)]),
-            "memory, cascade": ([5.5 * factor], [(20, 19.5, 20.5)]),
+            "cascade": ([5.5 * factor], [(20, 19.5, 20.5)]),
         }
         assert how["levels"] == {"full context": (30, 29.5, 30.5)} and how["log_x"]
     seen.clear()

@@ -159,7 +159,7 @@ def evaluate(request: Request, say: Callable[[str], Any] = lambda text: None) ->
         records = run.measure(suite, examples, options.batch_size, progress)
         texts = {name: len({e.cluster for e in examples if e.set == name}) for name in sets}
         device = jax.local_devices()[0].device_kind
-        config = identity["config"] | {"batch_size": options.batch_size, "limit": r.limit}
+        config = dataclasses.asdict(options) | identity["config"] | {"limit": r.limit}
         result = {
             "suite": r.suite,
             **run.summarise(suite, records, r.seed),

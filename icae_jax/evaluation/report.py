@@ -55,7 +55,7 @@ COLOURS = (
 )
 CONTROLS = {
     "full context": "#000000",
-    "full context, decoder LoRA": "#555555",
+    "full context with decoder LoRA": "#555555",
     "no context": "#999999",
 }
 MARKERS = "osD^vP*Xp<>"  # tell arms apart without colours

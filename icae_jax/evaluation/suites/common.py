@@ -17,8 +17,8 @@ from icae_jax.inference.reading import Score
 
 MEMORY, SHUFFLED = "memory", "shuffled memory"
 FULL, CUT, NONE = "full context", "cut context", "no context"
-TUNED = "full context, decoder LoRA"
-CASCADE = "memory, cascade"
+TUNED = "full context with decoder LoRA"
+CASCADE = "cascade"
 BUCKET = 100  # tokens: the width of the papers' length buckets
 CONTINUATION_LEAST = 16  # tokens: on a shorter rest of a text, perplexity says little
 
