@@ -149,10 +149,6 @@ MUTANTS = [
         "jnp.zeros((1, base.config.hidden_size)), lora)", "jnp.zeros((1, base.config.hidden_size)), None)",
         "test_prepare_distil.py -k adapter_s",
     ),
-]  # fmt: skip
-
-
-FAULTS_B = [
     # ------------------------------------------------------------------------------------- any ratio, cascade, evaluation
     Mutant(
         "the nearest k is nearest in tokens",
@@ -266,4 +262,4 @@ FAULTS_B = [
         'xs = [sizes[arm]["tokens"] for arm in points]',
         "test_page.py -k tokens_and_bytes",
     ),
-]
+]  # fmt: skip
