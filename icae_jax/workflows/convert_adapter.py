@@ -169,7 +169,7 @@ def _read(
         step, adapter = trained_compressors.read_checkpoint(source, base)
         return adapter, [f"checkpoint {step.name}"], True
     adapter = adapters.load_adapter(source.path, base)
-    return adapter, [], not adapters.was_forced(adapter)
+    return adapter, [], not adapter.was_forced
 
 
 def check(
