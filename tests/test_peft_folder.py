@@ -15,6 +15,7 @@ from export_helpers import trained_of
 from icae_jax.compression.config import MASKS, CompressionConfig
 from icae_jax.compression.layout import Layout, spread
 from icae_jax.compression.method import METHODS
+from icae_jax.errors import UserError
 from icae_jax.inference.compressor import Compressor
 from icae_jax.interop.adapters import folder as adapters
 from icae_jax.interop.adapters import info, peft_folder
@@ -250,6 +251,68 @@ def test_bad_input(base, tmp_path):
     assert not (tmp_path / "out").exists()
     peft_folder.save(tmp_path / "out", make_adapter(base), wide)
     peft_folder.save(tmp_path / "other", make_adapter(base, "icae", "sequential"), narrow)
+
+
+@pytest.mark.parametrize(
+    ("method", "fields", "window", "message"),
+    [
+        ("icae", {"layout": "sequential", "encoder_mask": "slots"}, 18, "encoder_mask is slots"),
+        ("pooled", {}, 15, "encoder_mask is all"),
+        ("pooled", {"encoder_mask": "causal"}, 1, ""),
+        ("sac", {}, 16, "encoder_mask is all"),
+        ("sac", {"encoder_mask": "causal"}, 16, "the last 15 keys and values"),
+        ("x500", {"layout": "sequential"}, 4, "the last 3 keys and values"),
+    ],
+)
+def test_windows(base, method, fields, window, message):
+    """Breaks when a window is passed over where the code brings a mask of its own, or cuts off the
+    keys that it keeps; or a base is refused whose windows cut off nothing.
+    """
+    adapter = make_adapter(base, method, **fields)
+    windows = (0, window)
+    peft_folder.check(adapter, dataclasses.replace(TINY, windows=windows))
+    if message:
+        with pytest.raises(UserError, match=f"{message}.* in a window of {window}, or"):
+            peft_folder.check(adapter, dataclasses.replace(TINY, windows=(0, window - 1)))
+    # Layers behind those that encode do not matter.
+    if METHODS[method].keeps == "hidden":
+        first = make_adapter(base, method, **fields, encoder_layers=1)
+        peft_folder.check(first, dataclasses.replace(TINY, windows=(0, 1)))
+
+
+def test_a_multiplied_base(base, tmp_path):
+    """Breaks when rows of the table go unmultiplied into a base that multiplies its embeddings, or
+    a method without such rows is refused.
+    """
+    granite = dataclasses.replace(TINY, embedding_multiplier=3.0, logits_divisor=0.5)
+    for method in ("icae", "sac"):
+        with pytest.raises(UserError, match="multiplies input embeddings by 3"):
+            peft_folder.check(make_adapter(base, method), granite)
+    peft_folder.check(make_adapter(base, "pooled"), granite)
+
+
+def test_a_decoder_lora_has_a_folder_of_its_own(base, tmp_path, monkeypatch):
+    """Breaks when the decoder's LoRA is lost, is the encoder's, or the README's lines that load it
+    do not run; or it does not come back.
+    """
+    adapter = make_adapter(base, "pooled", encoder_layers=1, decoder_lora=True)
+    peft_folder.save(tmp_path / "out", adapter, TINY)
+    loaded = adapters.load_adapter(tmp_path / "out", base)
+    jax.tree.map(np.testing.assert_array_equal, loaded.trained, adapter.trained)
+    assert loaded.compression == adapter.compression
+    monkeypatch.chdir(tmp_path / "out")
+    readme = (tmp_path / "out" / "README.md").read_text()
+    assert "--enable-lora --max-lora-rank 8 --lora-modules decoder=./decoder" in readme
+    encodes, reads = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    names = {}
+    exec(encodes.partition("tokenizer =")[0] + reads, names)
+    assert names["decoder"].active_adapter == "decoder"
+    weights = dict(names["decoder"].get_base_model().named_modules())
+    for i in range(TINY.num_layers):
+        module = weights[f"model.layers.{i}.self_attn.v_proj"]
+        pair = adapter.trained["decoder_lora"]["layers"]["self_attn"]["v_proj"]
+        want = 1.5 * np.asarray(pair["a"][i] @ pair["b"][i]).T
+        close(module.get_delta_weight("decoder").detach().numpy(), want, 1e-6)
 
 
 def test_a_revision_of_the_base(base, tmp_path):

@@ -27,6 +27,7 @@ from icae_jax.models.families.tensor_names import FUSED
 from icae_jax.models.llama import ModelConfig
 
 DTYPES = ("float32", "bfloat16", "float16")
+SERVED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # of vLLM's --max-lora-rank
 README = pathlib.Path(__file__).with_name("peft_readme.md")
 
 # The parts of README.md that depend on the method: by what it does with memory tokens,
@@ -78,8 +79,8 @@ decoder = peft.PeftModel.from_pretrained(decoder, "decoder", adapter_name="decod
 ```
 
 A server needs it too, such as vLLM with
-`--enable-lora --max-lora-rank @RANK@ --lora-modules decoder=decoder`, which requests then name as
-their model."""
+`@SERVED@`, which requests
+then name as their model."""
 
 
 def save(
@@ -106,6 +107,12 @@ def save(
         safetensors.numpy.save_file(tensors, tmp / adapters.MEMORY_TENSORS, {"format": "pt"})
         files.write_json(tmp / info.INFO, info.icae_json(adapter))
         (tmp / "README.md").write_text(text, encoding="utf-8")
+
+
+def vllm_flags(adapter: adapters.Adapter, folder: str) -> str:
+    """Flags with which vLLM serves the decoder's LoRA in a folder, under the folder's name."""
+    rank = next((r for r in SERVED_RANKS if r >= adapter.lora.rank), adapter.lora.rank)
+    return f"--enable-lora --max-lora-rank {rank} --lora-modules {folder}=./{folder}"
 
 
 def check_modules(config: ModelConfig) -> None:
@@ -151,14 +158,10 @@ def _check_windows(compression: CompressionConfig, windows: tuple[int, ...]) -> 
         )
 
 
-def readme(adapter: adapters.Adapter, base_config: ModelConfig, folder: str = ".") -> str:
-    """README.md of an adapter, with code for its method, mask, layout and sizes.
-
-    folder: where PEFT's two files lie. UserError if transformers would compute another memory.
-    """
+def check(adapter: adapters.Adapter, base_config: ModelConfig) -> None:
+    """UserError if an adapter cannot be a PEFT folder: transformers would not write its memory."""
     compression = adapter.compression
-    spec, layout, layers = compression.spec, compression.position_layout, compression.encoder_layers
-    spec.check_export(PEFT)
+    compression.spec.check_export(PEFT)
     check_modules(base_config)
     if compression.vectors and input_multiplier(base_config) != 1:
         raise UserError(
@@ -166,6 +169,16 @@ def readme(adapter: adapters.Adapter, base_config: ModelConfig, folder: str = ".
             "transformers, and memory tokens are not multiplied; use --format native"
         )
     _check_windows(compression, compression.encoder_config(base_config).windows)
+
+
+def readme(adapter: adapters.Adapter, base_config: ModelConfig, folder: str = ".") -> str:
+    """README.md of an adapter, with code for its method, mask, layout and sizes.
+
+    folder: where PEFT's two files lie. UserError if transformers would compute another memory.
+    """
+    check(adapter, base_config)
+    compression = adapter.compression
+    spec, layout, layers = compression.spec, compression.position_layout, compression.encoder_layers
     first, after = "0", ""
     if layout.spread_encoder:
         first = "1"
@@ -179,7 +192,7 @@ def readme(adapter: adapters.Adapter, base_config: ModelConfig, folder: str = ".
         "K": str(compression.k),
         "N": str(compression.segment_tokens),
         "LAYERS": str(layers),
-        "RANK": str(adapter.lora.rank),
+        "SERVED": vllm_flags(adapter, adapters.DECODER),
         "REVISION": f', revision="{stated["revision"]}"' if "revision" in stated else "",
         "MAPS": "".join(f' @ trained["{name}"]' for name in names),
     }
