@@ -1,12 +1,9 @@
 """What the tests of exports share: texts, questions, and a compressor with their memory."""
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from conftest import TINY, WORDS
+from conftest import TINY, WORDS, random_trained, random_trained_of
 
 from icae_jax.compression.config import CompressionConfig
-from icae_jax.compression.trained import shapes
 from icae_jax.inference.compressor import Compressor
 from icae_jax.interop.adapters import folder as adapters
 from icae_jax.interop.export.reader import NamedMemory, Reader
@@ -28,24 +25,12 @@ NEW = 10  # tokens decoded
 MEMORIES = {}  # by (base, method, layout): a memory does not depend on the template
 
 
-def trained_of(compression, model=TINY, seed=4):
-    """A random trained tree of a configuration, for LoRA of rank 4."""
-    rng = np.random.default_rng(seed)
-
-    def leaf(path, like):
-        noise = 0.2 * rng.standard_normal(like.shape)
-        square = len(set(like.shape)) == 1 and path[0].key not in ("lora", "decoder_lora")
-        return jnp.asarray(np.float32(noise + np.eye(len(noise)) if square else noise))
-
-    return jax.tree_util.tree_map_with_path(leaf, shapes(model, LoraConfig(4), compression))
-
-
 def make(base, method="icae", layout="", template="plain", decoder_lora=False):
     """(`Compressor` with a random adapter, its memory of TEXTS)."""
     compression = CompressionConfig(
         method=method, k=4, rate=4, layout=layout, decoder_lora=decoder_lora
     )
-    trained = trained_of(compression)
+    trained = random_trained_of(compression) | random_trained(TINY, compression.vectors)
     adapter = adapters.Adapter(
         compression,
         LoraConfig(4, 2.0, 0.0),

@@ -87,7 +87,7 @@ def test_unpatched_generate_decodes_what_we_decode(
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["icae", "x500"])  # one of each kind of memory
 def test_turn_and_mask_are_needed(base, hub_model, tmp_path, monkeypatch, method, objective):
     """Breaks when the test above could not notice: keys left where they are, or padding seen, must
     give other texts.

@@ -7,8 +7,7 @@ import jax
 import numpy as np
 import pytest
 import safetensors.numpy
-from conftest import TINY, edit, same, training
-from export_helpers import trained_of
+from conftest import TINY, edit, random_trained_of, same, training
 
 from icae_jax.cli import main as cli
 from icae_jax.compression.config import CompressionConfig
@@ -32,7 +31,7 @@ def base(tiny_base):
 def make(base, method="icae", **fields):
     compression = CompressionConfig(method=method, k=3, rate=4, **fields)
     template = targets.make_template("plain", base.tokenizer)
-    trained = trained_of(compression)
+    trained = random_trained_of(compression)
     return adapters.Adapter(
         compression, LoraConfig(4, 2.0), template, trained, str(base.path), base.fingerprint
     )

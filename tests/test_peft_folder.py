@@ -9,8 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
-from conftest import TINY, WORDS, close, random_params
-from export_helpers import trained_of
+from conftest import TINY, WORDS, close, random_params, random_trained_of
 
 from icae_jax.compression.config import MASKS, CompressionConfig
 from icae_jax.compression.layout import Layout, spread
@@ -43,7 +42,7 @@ def make_adapter(base, method="icae", layout="", **compression):
         compression,
         LoraConfig(4, 1.5, 0.1),
         Template("plain", (), (5,), (6,), 2),
-        trained_of(compression, base.config),
+        random_trained_of(compression, base.config, 4),
         str(base.path),
         base.fingerprint,
     )

@@ -1,12 +1,11 @@
 """Memory files: compressed texts on disk, with all that is needed to read or to refuse them.
 
-A safetensors file with `slots [B, M, D]` (ICAE) or `k` and `v`, each `[L, B, M, K, H]`, k before
-RoPE (500xCompressor), and `lengths [B, S]` (context tokens of each segment, 0 where a text has
-fewer). Metadata: format_version, icae_jax_version, method, layout, k, base_fingerprint,
-adapter_fingerprint, adapter (its folder, hub id with the commit, or URL), ids (JSON); and, not in
-files of earlier versions, base_identity (JSON, `Base.identity`), lora_scale, segment_tokens and
-what else of the compression decides what is written (`_WRITES`); where the base was quantised,
-base_quantize.
+A safetensors file with `slots [B, M, D]` or `k` and `v`, each `[L, B, M, K, H]`, k before RoPE, and
+`lengths [B, S]` (context tokens of each segment, 0 where a text has fewer). Metadata:
+format_version, icae_jax_version, method, layout, k, base_fingerprint, adapter_fingerprint, adapter
+(its folder, hub id with the commit, or URL), ids (JSON); and, not in files of earlier versions,
+base_identity (JSON, `Base.identity`), lora_scale, segment_tokens and what else of the compression
+decides what is written (`_WRITES`); where the base was quantised, base_quantize.
 """
 
 import collections

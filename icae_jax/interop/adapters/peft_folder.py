@@ -70,7 +70,7 @@ _BOS = """    if tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id:
 """
 _PAD = "        piece = piece + [tokenizer.eos_token_id] * (@N@ - len(piece))\n"
 _CUT = "encoder.layers, encoder.norm = encoder.layers[:@LAYERS@], torch.nn.Identity()\n"
-_PLAIN_DECODER = "The decoder is the base without the adapter."
+_PLAIN_DECODER = "The decoder is the base without the adapter, loaded anew."
 _LORA_DECODER = """The decoder reads the memory, and all behind it, with the LoRA in `decoder/`:
 
 ```python
@@ -179,9 +179,7 @@ def readme(adapter: adapters.Adapter, base_config: ModelConfig, folder: str = ".
     check(adapter, base_config)
     compression = adapter.compression
     spec, layout, layers = compression.spec, compression.position_layout, compression.encoder_layers
-    first, after = "0", ""
-    if layout.spread_encoder:
-        first = "1"
+    text, after = "1, n + 1" if layout.spread_encoder else "n", ""
     if spec.appends_memory_tokens:
         after = ", *(n + j for j in range(k))"
         if layout.spread_encoder:
@@ -207,7 +205,7 @@ def readme(adapter: adapters.Adapter, base_config: ModelConfig, folder: str = ".
         "BOS": _BOS if compression.bos_before_text else "",
         "PAD": fill_in(_PAD, values) if layout.fixed_length else "",
         "INPUT": inserted,
-        "FIRST": first,
+        "TEXT": text,
         "AFTER": after,
         "MASK": _MASKS[_mask(compression)],
         "KEEP": fill_in(_MEANS, values) if spec.pools else _KEPT[spec.keeps],
