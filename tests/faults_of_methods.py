@@ -263,3 +263,75 @@ MUTANTS = [
         "test_page.py -k tokens_and_bytes",
     ),
 ]  # fmt: skip
+
+FAULTS_C = [
+    # ------------------------------------------------------------------------------- adapters and exports of every method
+    Mutant(
+        "the README's memory tokens stay causal under mask slots", "interop/adapters/peft_folder.py",
+        "        sees[memory[:, None], memory] = 1\n", "", "test_peft_folder.py -k sees_what",
+    ),
+    Mutant(
+        "the README's groups may be empty", "interop/adapters/peft_folder.py",
+        "max((j + 1) * n // k, j * n // k + 1)", "(j + 1) * n // k", "test_peft_folder.py -k any_k",
+    ),
+    Mutant(
+        "the README's anchors have the first vector all", "interop/adapters/peft_folder.py",
+        "table[min(kept.index(i), len(table) - 1)]", "table[0]", "test_peft_folder.py -k anchors",
+    ),
+    Mutant(
+        "the README's slots of a middle layer are normed", "interop/adapters/peft_folder.py",
+        "encoder.layers[:@LAYERS@], torch.nn.Identity()", "encoder.layers[:@LAYERS@], encoder.norm", "test_peft_folder.py -k stops",
+    ),
+    Mutant(
+        "the projection is not in the README", "interop/adapters/peft_folder.py",
+        "parts.append(means@MAPS@)", "parts.append(means)", "test_peft_folder.py -k any_k",
+    ),
+    Mutant(
+        "a mask of one's own passes a window over", "interop/adapters/peft_folder.py",
+        "    needed = segment if why else 0\n", '    needed = segment if why and mask == "causal" else 0\n', "test_peft_folder.py -k windows",
+    ),
+    Mutant(
+        "keys that a window cuts off are kept", "interop/adapters/peft_folder.py",
+        "needed = max(needed, held + 1)", "needed = max(needed, held)", "test_peft_folder.py -k windows",
+    ),
+    Mutant(
+        "the decoder's folder holds the encoder's LoRA", "interop/adapters/folder.py",
+        'adapter.trained["lora" if name == ENCODER else DECODER_LORA]', 'adapter.trained["lora"]', "test_peft_folder.py -k own",
+    ),
+    Mutant(
+        "the decoder's LoRA is of the encoder's layers", "interop/adapters/folder.py",
+        "layers = adapter.compression.encoder_layers if lora == ENCODER else 0", "layers = adapter.compression.encoder_layers",
+        "test_method_adapters.py -k first_layers",
+    ),
+    Mutant(
+        "a causal mask is lost where the method's default is another", "interop/adapters/info.py",
+        ' and not (masked and name == "encoder_mask")', "", "test_method_adapters.py -k round_trip",
+    ),
+    Mutant(
+        "earlier versions cannot read what they could", "interop/adapters/info.py",
+        "            del compression[name]\n", "            pass\n", "test_method_adapters.py -k earlier_versions",
+    ),
+    Mutant(
+        "a memory does not say how the encoder read", "inference/memory_file.py",
+        "    expected |= {name: str(getattr(compression, name)) for name in _WRITES}\n", "", "test_memory_file.py -k how_the_encoder",
+    ),
+    Mutant(
+        "files of earlier versions had any mask", "inference/memory_file.py",
+        "metadata.get(field, str(EARLIER.get(field, have)))", "metadata.get(field, have)", "test_memory_file.py -k how_the_encoder",
+    ),
+    Mutant(
+        "transformers decodes without the decoder's LoRA", "interop/export/scripts/use_cache.py",
+        "    return peft.PeftModel.from_pretrained(model, folder).eval().get_base_model()\n",
+        "    plain = peft.PeftModel.from_pretrained(model, folder).unload()\n    plain.peft_config = {}\n    return plain\n",
+        "test_hf_cache.py -k decoder_with",
+    ),
+    Mutant(
+        "a server reads without the decoder's LoRA", "interop/export/prompt_embeds.py",
+        "return DECODER_LORA if self.reader.adapter.has_decoder_lora else self.reader.base_path", "return self.reader.base_path",
+        "test_prompt_embeds.py -k served",
+    ),
+    Mutant(
+        "a causal implementation gets another mask", "interop/adapters/formats.py",
+        'if compression.encoder_mask != "causal":', "if False:", "test_method_adapters.py -k formats",
+    ),
+]  # fmt: skip
