@@ -262,9 +262,6 @@ MUTANTS = [
         'xs = [sizes[arm]["tokens"] for arm in points]',
         "test_page.py -k tokens_and_bytes",
     ),
-]  # fmt: skip
-
-FAULTS_C = [
     # ------------------------------------------------------------------------------- adapters and exports of every method
     Mutant(
         "the README's memory tokens stay causal under mask slots", "interop/adapters/peft_folder.py",
