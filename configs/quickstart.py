@@ -105,8 +105,8 @@ def sweep_k(add):
 
 
 def sweep_method(add):
-    """Both methods."""
-    for method in ("icae", "x500"):
+    """All methods, each with its own layout and encoder mask."""
+    for method in ("icae", "pooled", "sac", "x500"):
         add(**{"compression.method": method})
 
 

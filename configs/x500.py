@@ -99,6 +99,6 @@ def sweep_learning_rate(add):
 
 
 def sweep_method(add):
-    """Both methods with all else equal, each with its own layout and trigger."""
-    for method in ("icae", "x500"):
+    """All methods with all else equal, each with its own layout, trigger and encoder mask."""
+    for method in ("icae", "pooled", "sac", "x500"):
         add(**{"compression.method": method})

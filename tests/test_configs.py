@@ -39,6 +39,7 @@ RECIPES = ("-icae", "-x500")
 ARGS = {
     "icae": [*PHASES, *BASES, *PHASES_BASES, "llama2_7b-finetune"],
     "x500": [*PHASES, "4", *PHASES_KS, *BASES, *PHASES_BASES, "1-qwen3_8b-finetune"],
+    "best": [*PHASES, *BASES, *PHASES_BASES],
     "quickstart": [*PHASES, *map("".join, itertools.product(PHASES, RECIPES, ("", "-4x")))],
 }
 
@@ -246,6 +247,8 @@ def test_papers_recipes_on_named_bases(base, phase):
         ("icae", "pretrain-finetune"),
         ("icae", "pretrain-llama2_7b-qwen3_8b"),
         ("icae", "pretrain-16"),
+        ("best", "finetune-pretrain"),
+        ("best", "pretrain-16"),
         ("x500", "pretrain-2"),
         ("x500", "pretrain-16-4"),
         ("x500", "pretrain-4-4"),
@@ -278,7 +281,6 @@ def test_the_base_of_the_quickstart():
 
 # ----------------------------------------------------------------- named bases, without weights
 
-FRAMING = {"icae": targets.Framing((1,), targets.AE, 2), "x500": targets.Framing((), 1, 2)}
 TEMPLATE = targets.Template(
     "plain", (1, 3), (4,), (5,), 2
 )  # with a head before the memory, as the longest templates have
@@ -286,8 +288,10 @@ TEMPLATE = targets.Template(
 
 def longest_batch(config):
     """Two examples of the longest contexts, with all the targets that the phase has."""
-    method, length = config.compression.method, max(config.data.context_lengths)
-    framing, rows = FRAMING[method], {}
+    start = (1,) if config.compression.bos_before_text else ()
+    trigger = 1 if config.compression.trigger == "bos" else targets.AE
+    framing, rows = targets.Framing(start, trigger, 2), {}
+    length = max(config.data.context_lengths)
     contexts = [
         [*framing.start, *range(10, 10 + length - len(framing.start) - short)] for short in (0, 7)
     ]
@@ -316,12 +320,12 @@ BACKWARD = (
     "mistral_7b",
     "qwen3_8b",
 )  # of a forward pass that fits, JAX makes the backward one: seen once for each method
-METHODS_PHASES = tuple(itertools.product(("icae", "x500"), PHASES))
+NAMES_PHASES = itertools.product(("icae", "x500", "best"), PHASES)
 
 
 @pytest.mark.parametrize(
     ("name", "phase", "base"),
-    [(*METHODS_PHASES[i % len(METHODS_PHASES)], base) for i, base in enumerate(BASES)],
+    [(*pair, base) for pair, base in zip(NAMES_PHASES, itertools.cycle(BASES), strict=False)],
 )  # a step's shapes depend on method and phase, not on the base: each base, each pair once
 def test_a_training_step_on_a_named_base_fits(name, phase, base):
     """Breaks when a shape of the step does not hold on an architecture."""
@@ -349,14 +353,14 @@ def test_a_training_step_on_a_named_base_fits(name, phase, base):
         assert jax.tree.map(lambda x: (x.shape, x.dtype), gradient) == jax.tree.map(
             lambda x: (x.shape, x.dtype), trained
         )
-    assert trained["memory_table"].shape == (c.k + SPECIAL_ROWS, model_config.hidden_size)
+    assert trained["memory_table"].shape == (c.vectors + SPECIAL_ROWS, model_config.hidden_size)
     assert set(batch["targets"]) == (
-        {"qa"} if phase == "finetune" else {"ae", "lm"} if name == "icae" else {"ae"}
+        {"qa"} if phase == "finetune" else {"ae"} if name == "x500" else {"ae", "lm"}
     )
 
 
 @pytest.mark.parametrize(
-    ("name", "base", "phase"), itertools.product(("icae", "x500"), BASES, PHASES)
+    ("name", "base", "phase"), itertools.product(("icae", "x500", "best"), BASES, PHASES)
 )
 def test_a_named_base_has_positions_enough(name, base, phase):
     """Breaks when a position of the longest example lies past the base's last."""

@@ -49,12 +49,16 @@ def test_python_scripts_say_what_they_take(script, capsys):
 
 
 def test_bad_arguments_of_the_comparison_are_named(tmp_path, capsys):
-    """Breaks when an impossible number of memory tokens ends in a traceback or starts a run."""
+    """Breaks when an impossible number ends in a traceback or starts a run."""
     script, workdir = ROOT / "launch" / "experiments" / "methods.py", str(tmp_path / "w")
     for flags, message in (
         (["--k", "0"], "--k is 0"),
-        (["--steps", "5", "0"], "--steps is 0"),
-        (["--k", "56"], "at most 55"),
+        (["--k", "3", "49"], "--k is 49; it must be at least 1 and at most 48"),
+        (["--steps", "0"], "--steps is 0"),
+        (["--shares", "1.5"], "--shares is 1.5"),
+        (["--people", "17"], "at most 16"),
+        (["--held_out", "1"], "--held_out is 1"),
+        (["--arms", "icae"], "invalid choice: 'icae'"),
     ):
         assert called(script, "--workdir", workdir, *flags) == 2
         assert message in capsys.readouterr().err

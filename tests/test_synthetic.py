@@ -1,6 +1,7 @@
 """The made-up world: reproducible, answerable, tokenised without loss."""
 
 import collections
+import math
 import re
 
 import pytest
@@ -8,6 +9,11 @@ import pytest
 from icae_jax.data import synthetic
 
 ROWS = synthetic.passages(3, 200)
+OF_TWO = (  # what the quickstart and its base were made with
+    "Meet Pavel Keller. Pavel loves to cook eggs. Pavel works as a painter. "
+    "Pavel lives with a lizard. Here comes Felix Jensen. Felix practises on the tuba. "
+    "Felix works as a banker. Felix loves to cook salad."
+)
 
 
 def test_passages_are_a_function_of_the_seed_and_differ():
@@ -39,10 +45,30 @@ def test_every_answer_stands_beside_its_person_and_needs_the_name():
     assert shared / sum(len(row["questions"]) for row in ROWS) > 0.7
 
 
+def test_passages_about_more_people():
+    """Breaks when two people share a name or a value, or a passage about two is not what it was."""
+    assert ROWS[0]["context"] == OF_TWO and synthetic.passages(3, 1, people=2) == ROWS[:1]
+    for row in synthetic.passages(3, 50, people=4):
+        asked = [item["question"].removeprefix("What is the ") for item in row["questions"]]
+        kinds = collections.defaultdict(set)
+        for question in asked:
+            kind, name = question.rstrip("?").rsplit(" of ", 1)
+            kinds[name].add(kind)
+        answers = [answer for item in row["questions"] for answer in item["answers"]]
+        assert len(kinds) == 4 and len({*answers}) == len(answers) == 4 * (synthetic.FACTS + 1)
+        (first, *others) = kinds.values()
+        assert all(len(first & other) > synthetic.FEWEST_SHARED for other in others)
+
+
 def test_bits_of_a_passage():
     """Breaks when the generator's tables and the count of its passages disagree."""
     bits = synthetic.passage_bits()
-    assert 55 < bits < 70
+    assert bits == pytest.approx(60.4323, abs=1e-4)
+    # Of one person: names, opening, three of six kinds in any order, two phrasings of 16 values.
+    alone = 16 * 16 * 2 * 20 * 6 * 32**3
+    assert synthetic.passage_bits(people=1) == pytest.approx(math.log2(alone))
+    # A third person's passage is at most one of a person alone, less what others have taken.
+    assert math.log2(alone) - 5 < synthetic.passage_bits(people=3) - bits < math.log2(alone)
     names = synthetic.FIRST_NAMES
     try:
         synthetic.FIRST_NAMES = (*names, *(n + "a" for n in names))

@@ -42,7 +42,7 @@ class Method:
         `<s>`.
       appends_memory_tokens: whether the encoder reads k memory tokens behind each segment;
         otherwise the text alone.
-      encoder_mask: what a token of the encoder sees by default, one of `encoder.MASKS`.
+      encoder_mask: what a token of the encoder sees by default, one of `config.MASKS`.
       keeps: which outputs of the encoder become the memory, at k tokens of each segment: "hidden",
         the last hidden states, or "kv", keys and values of every layer. FLOPs are counted by it.
       pools: whether the memory is made of the last hidden states of all tokens, not of k of them. A

@@ -161,36 +161,40 @@ def _questions(people: list[_Person]) -> list[tuple[str, str]]:
     ]
 
 
-def passages(seed: int, count: int) -> list[dict[str, Any]]:
+def passages(seed: int, count: int, people: int = 2) -> list[dict[str, Any]]:
     """`count` rows `{"context": text, "questions": [{"question": text, "answers": [text]}, …]}`.
 
-    Row i depends on `seed` and i alone. The questions ask for every fact and both last names.
+    Row i depends on `seed`, i and `people` alone. The questions ask for every fact and every last
+    name. people: in each passage; all share kinds of facts with the first.
     """
     rows = []
     for i in range(count):
-        people = _draw(random.Random(f"passage {seed} {i}"), FACTS, fewest_shared=FEWEST_SHARED)
-        questions = [{"question": q, "answers": [a]} for q, a in _questions(people)]
-        rows.append({"context": _text(people), "questions": questions})
+        rng = random.Random(f"passage {seed} {i}")
+        drawn = _draw(rng, FACTS, people, fewest_shared=FEWEST_SHARED)
+        questions = [{"question": q, "answers": [a]} for q, a in _questions(drawn)]
+        rows.append({"context": _text(drawn), "questions": questions})
     return rows
 
 
-def passage_bits() -> float:
-    """Bits of information in a passage.
+def passage_bits(people: int = 2) -> float:
+    """Bits of information in a passage about so many people.
 
     This is log2 of how many distinct passages can be drawn; all are (nearly) equally likely.
     """
+    sets = list(itertools.combinations(KINDS, FACTS))
     choices = 0
-    for one, two in itertools.product(itertools.combinations(KINDS, FACTS), repeat=2):
-        if len(set(one) & set(two)) < FEWEST_SHARED:
-            continue
-        first = math.prod(len(KINDS[kind][0]) * len(KINDS[kind][1]) for kind in one)
-        # In a shared kind, the second person's value differs from the first person's.
-        second = math.prod(
-            len(KINDS[kind][0]) * (len(KINDS[kind][1]) - (kind in one)) for kind in two
-        )
-        choices += first * second
-    names = math.perm(len(FIRST_NAMES), 2) * math.perm(len(LAST_NAMES), 2)
-    return math.log2(choices * names * math.factorial(FACTS) ** 2 * len(OPENINGS) ** 2)
+    for first in sets:
+        like_it = [kinds for kinds in sets if len({*kinds} & {*first}) >= FEWEST_SHARED]
+        for others in itertools.product(like_it, repeat=people - 1):
+            stated = [kind for kinds in (first, *others) for kind in kinds]
+            # No two people share a value of a kind.
+            choices += math.prod(
+                len(phrasings) ** stated.count(kind) * math.perm(len(values), stated.count(kind))
+                for kind, (phrasings, values) in KINDS.items()
+            )
+    names = math.perm(len(FIRST_NAMES), people) * math.perm(len(LAST_NAMES), people)
+    orders = math.factorial(FACTS) * len(OPENINGS)
+    return math.log2(choices * names * orders**people)
 
 
 # ---------------------------------------------------------------------------------------- tokenizer
