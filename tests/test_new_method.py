@@ -214,11 +214,17 @@ def test_a_method_may_mask_the_encoder(tiny_params, causal):
         assert (jnp.abs(got - want).max((1, 2)) > 1e-3).all()
 
 
-def test_a_method_may_count_its_own_flops():
-    """Breaks when what a method says that writing costs is not what plans and MFU count."""
+def test_a_method_may_count_flops_of_its_own(monkeypatch):
+    """Breaks when what a method says that it computes beside the encoder's pass is not what plans
+    and MFU count, or takes the pass's place.
+    """
 
-    def flops_of(model_config, lora_config, shape, k):
+    def flops_of(model_config, shape, k):
         return {"encoder": shape[2] * k, "attention": 1}
 
-    own = dataclasses.replace(TOY, flops=flops_of)
-    assert flops.compress(TINY, lora.LoraConfig(4), (4, 1, 16), 4, own).total == 16 * 4 + 1
+    compression = CompressionConfig(TOY.name, k=4)
+    asked = TINY, lora.LoraConfig(4), (4, 1, 16), 4, compression
+    plain = flops.compress(*asked)
+    monkeypatch.setitem(method.METHODS, TOY.name, dataclasses.replace(TOY, flops=flops_of))
+    own = flops.compress(*asked)
+    assert own.encoder - plain.encoder == 16 * 4 and own.attention - plain.attention == 1
