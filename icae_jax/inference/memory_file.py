@@ -4,8 +4,8 @@ A safetensors file with `slots [B, M, D]` or `k` and `v`, each `[L, B, M, K, H]`
 `lengths [B, S]` (context tokens of each segment, 0 where a text has fewer). Metadata:
 format_version, icae_jax_version, method, layout, k, base_fingerprint, adapter_fingerprint, adapter
 (its folder, hub id with the commit, or URL), ids (JSON); and, not in files of earlier versions,
-base_identity (JSON, `Base.identity`), lora_scale, segment_tokens and what else of the compression
-decides what is written (`_WRITES`); where the base was quantised, base_quantize.
+base_identity (JSON, `Base.identity`), lora_scale, segment_tokens; where they are not as in earlier
+versions, encoder_mask and encoder_layers; where the base was quantised, base_quantize.
 """
 
 import collections
@@ -37,8 +37,6 @@ from icae_jax.interop.hub.text import check_encodable
 
 FORMAT_VERSION = "1"
 _METADATA = ("method", "layout", "k", "base_fingerprint", "adapter_fingerprint", "adapter", "ids")
-# Fields of the compression that are not seen in the trained tensors, but in the memory.
-_WRITES = ("encoder_mask", "encoder_layers")
 _REMEDY = "compress the texts again"
 
 TextId = str | int | float
@@ -65,6 +63,12 @@ class Origin:
     base_identity: dict[str, str] = dataclasses.field(default_factory=dict)
     lora_scale: float | None = None
     base_quantize: str = ""
+
+
+def _how_written(origin: Origin) -> dict[str, str]:
+    """What of the compression is not seen in the trained tensors, but in the memory."""
+    names = ("encoder_mask", "encoder_layers")
+    return {name: str(getattr(origin.compression, name)) for name in names}
 
 
 # --- Writing ---
@@ -130,7 +134,7 @@ def save(path: str | os.PathLike, memory: Memory, ids: Sequence[Any], origin: Or
         "base_fingerprint": origin.base_fingerprint,
         "adapter_fingerprint": origin.adapter_fingerprint,
         "segment_tokens": str(origin.compression.segment_tokens),
-        **{name: str(getattr(origin.compression, name)) for name in _WRITES},
+        **{n: value for n, value in _how_written(origin).items() if value != str(EARLIER[n])},
         "adapter": adapter,
         "ids": json.dumps(ids, ensure_ascii=False),
     }
@@ -305,9 +309,10 @@ def _check_origin(path: str | os.PathLike, metadata: dict[str, str], origin: Ori
     expected = {"segment_tokens": str(compression.segment_tokens)}
     if origin.lora_scale is not None:
         expected["lora_scale"] = repr(origin.lora_scale)
-    expected |= {name: str(getattr(compression, name)) for name in _WRITES}
+    expected |= _how_written(origin)
     for field, have in expected.items():
-        # Earlier versions did not write them, and knew one value of some.
+        # Earlier versions did not write them all; what says how the encoder reads is left out where
+        # it is as they knew it.
         stated = metadata.get(field, str(EARLIER.get(field, have)))
         if stated != have:
             raise UserError(
