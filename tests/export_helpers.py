@@ -1,7 +1,7 @@
 """What the tests of exports share: texts, questions, and a compressor with their memory."""
 
 import numpy as np
-from conftest import TINY, WORDS, random_trained
+from conftest import TINY, WORDS, random_trained, random_trained_of
 
 from icae_jax.compression.config import CompressionConfig
 from icae_jax.inference.compressor import Compressor
@@ -27,11 +27,12 @@ MEMORIES = {}  # by (base, method, layout): a memory does not depend on the temp
 
 def make(base, method="icae", layout="", template="plain", decoder_lora=False):
     """(`Compressor` with a random adapter, its memory of TEXTS)."""
-    trained = random_trained(TINY, 4)
-    if decoder_lora:
-        trained["decoder_lora"] = trained["lora"]
+    compression = CompressionConfig(
+        method=method, k=4, rate=4, layout=layout, decoder_lora=decoder_lora
+    )
+    trained = random_trained_of(compression) | random_trained(TINY, compression.vectors)
     adapter = adapters.Adapter(
-        CompressionConfig(method=method, k=4, rate=4, layout=layout, decoder_lora=decoder_lora),
+        compression,
         LoraConfig(4, 2.0, 0.0),
         targets.make_template(template, base.tokenizer),
         trained,

@@ -259,7 +259,8 @@ MUTANTS = [
     ),
     Mutant(
         "another base's memories are read", "inference/memory_file.py",
-        "if stated != have:", 'if stated != have and kind != "base":', "test_memory_file.py -k another_base",
+        "        if stated != have:\n            raise UserError(\n                f\"--memory {path} was",
+        '        if stated != have and kind != "base":\n            raise UserError(\n                f"--memory {path} was', "test_memory_file.py -k another_base",
     ),
     # ------------------------------------------------------------------------------------------------------- decoding
     Mutant(

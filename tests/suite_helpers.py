@@ -5,7 +5,7 @@ import pathlib
 
 import numpy as np
 import pytest
-from conftest import WORDS, random_trained
+from conftest import WORDS, random_lora, random_trained
 
 from icae_jax.compression.config import CompressionConfig
 from icae_jax.evaluation import examples as drawn
@@ -37,7 +37,14 @@ class InEights(Compressor):
 
 @functools.cache
 def compressor(
-    path, method="icae", template="plain", layout="", k_choices=(2, 4), seed=0, trigger_token=""
+    path,
+    method="icae",
+    template="plain",
+    layout="",
+    k_choices=(2, 4),
+    seed=0,
+    trigger_token="",
+    decoder_lora=False,
 ):
     """A random compressor of segments of 16 tokens; the same object for the same arguments, so that
     it compiles once.
@@ -50,8 +57,13 @@ def compressor(
         k_choices=k_choices,
         layout=layout,
         trigger_token=trigger_token,
+        decoder_lora=decoder_lora,
     )
-    trained = random_trained(base.config, k, seed)
+    trained = random_trained(base.config, config.vectors, seed)
+    if config.spec.tensors:
+        trained |= config.spec.tensors(base.config, config)
+    if decoder_lora:
+        trained["decoder_lora"] = random_lora(base.config, seed=seed + 9)
     adapter = adapters.Adapter(
         config,
         LoraConfig(4),

@@ -12,7 +12,7 @@ from conftest import TINY, close, random_lora, random_params, random_trained
 from icae_jax.compression.config import CompressionConfig
 from icae_jax.errors import UserError
 from icae_jax.interop.adapters import folder as adapters
-from icae_jax.interop.adapters import formats, lora_tensors, peft_folder
+from icae_jax.interop.adapters import formats, lora_tensors
 from icae_jax.interop.hub import base as bases
 from icae_jax.models import lora
 from icae_jax.objectives.targets import Template
@@ -351,6 +351,4 @@ def test_formats_that_cannot_carry_it_refuse_it(with_decoder, tmp_path, form):
     """Breaks when a file is written that is read without the LoRA that its decoder needs."""
     with pytest.raises(UserError, match=f"--format {form} cannot carry a decoder LoRA"):
         formats.write(form, tmp_path / "out", with_decoder, TINY)
-    with pytest.raises(UserError, match="a PEFT folder cannot carry a decoder LoRA"):
-        peft_folder.save(tmp_path / "out", with_decoder, TINY)
     assert not (tmp_path / "out").exists()

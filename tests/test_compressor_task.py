@@ -12,10 +12,11 @@ import transformers
 from conftest import TINY, WORDS, write_jsonl
 
 from icae_jax import files
+from icae_jax.compression import encoder
 from icae_jax.compression import trained as trained_tree
 from icae_jax.interop.hub import base as bases
 from icae_jax.objectives import targets
-from icae_jax.training import compressor_task, step, train
+from icae_jax.training import step, train
 from icae_jax.training.compressor_task import CompressorTask
 from icae_jax.training.config import TrainConfig
 from icae_jax.training.config_file import from_dict
@@ -182,7 +183,8 @@ def losses_of_one_row(raw):
     made = task(
         raw, compression=compression, draw_k=["pretrain"], objectives={"ae": 0.5, "lm": 0.5}
     )
-    batch, compress = next(iter(made.eval_batches()))["memory_k1"], compressor_task.encoder.compress
+    batch = next(iter(made.eval_batches()))["memory_k1"]
+    compress = encoder.compress_several
     rolled, trained = (
         batch | {"context": np.roll(batch["context"], 1, axis=0)},
         jax.tree.map(lambda x: np.asarray(x) + 0.1, made.init()),
@@ -192,13 +194,12 @@ def losses_of_one_row(raw):
         def cuttable(
             base, *rest
         ):  # the encoder alone reads `embeddings`; the decoder's copy of the base is held apart
-            memory = compress(base.replace(params=base.params | {"embed": embeddings}), *rest)
-            return memory.replace(
-                slots=jnp.where(cut, jax.lax.stop_gradient(memory.slots), memory.slots)
-            )
+            (memory,) = compress(base.replace(params=base.params | {"embed": embeddings}), *rest)
+            slots = jnp.where(cut, jax.lax.stop_gradient(memory.slots), memory.slots)
+            return (memory.replace(slots=slots),)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(compressor_task.encoder, "compress", cuttable)
+            patch.setattr(encoder, "compress_several", cuttable)
             return sum(s for s, _ in made.losses(trained, made.frozen, batch, None).values())
 
     run = jax.jit(jax.value_and_grad(loss, (0, 1)))

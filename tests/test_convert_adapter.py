@@ -190,16 +190,15 @@ def test_the_wrong_base_is_found_by_restoring(world, convert, tmp_path, tiny_tok
     assert code == 2 and "give the right base" in err and not (tmp_path / "to2").exists()
 
 
-@pytest.mark.parametrize("form", ["peft", "icae-v1"])
-def test_a_decoder_lora_is_refused_before_anything_is_measured(world, convert, tmp_path, form):
+def test_a_decoder_lora_is_refused_before_anything_is_measured(world, convert, tmp_path):
     """Breaks when a text is restored, which takes minutes, before the format is refused."""
     adapter = adapters.load_adapter(world / "icae" / "adapter", bases.load_base(world / "base"))
     trained = adapter.trained | {"decoder_lora": adapter.trained["lora"]}
     compression = dataclasses.replace(adapter.compression, decoder_lora=True)
     both = dataclasses.replace(adapter, compression=compression, trained=trained)
     adapters.save_adapter(tmp_path / "both", both)
-    code, out, err = convert(tmp_path / "both", tmp_path / "to", "--format", form)
-    assert code == 2 and f"--format {form} cannot carry a decoder LoRA" in err
+    code, out, err = convert(tmp_path / "both", tmp_path / "to", "--format", "icae-v1")
+    assert code == 2 and "--format icae-v1 cannot carry a decoder LoRA" in err
     assert "restores" not in out and not (tmp_path / "to").exists()
 
 

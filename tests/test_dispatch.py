@@ -176,7 +176,7 @@ BAD = {
     ),
     "unknown method": (
         {"compression.method": "lm"},
-        r"compression\.method is 'lm'; choose from icae, x500",
+        r"compression\.method is 'lm'; choose from icae, pooled, sac, x500",
     ),
     "layout of another method": (
         {"compression.method": "x500", "compression.layout": "servable"},

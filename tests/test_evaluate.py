@@ -195,6 +195,7 @@ def test_every_suite_from_the_command_line(suite, method, world, tmp_path, capsy
     others rely on.
     """
     more = ["--adapter", f"later={world['folder'] / 'other'}"] if suite == "ablate" else []
+    more += ["--ladder", "2,4"] if suite == "qa" else []
     flags = {"adapter": f"early={world['folder'] / 'icae'}"} if suite == "ablate" else {"limit": 2}
     assert (
         cli.main(

@@ -173,13 +173,19 @@ def test_ties_are_counted(tiny_params):
     assert tied.ties[0] >= 1
 
 
+def same_row(one, many, i):
+    """That one row alone is row i of many: its log-probability but for rounding."""
+    np.testing.assert_allclose(one.log_probs[0], many.log_probs[i], rtol=1e-5)
+    assert jax.tree.map(lambda x: x[0].tolist(), one[:-1]) == jax.tree.map(
+        lambda x: x[i].tolist(), many[:-1]
+    )
+
+
 def test_one_row_and_many_rows_agree(tiny_params, seven):
     many = in_one_batch(tiny_params, seven, [NEW] * 7)
     for i in range(7):
         one = alone(tiny_params, seven, i, NEW)
-        assert jax.tree.map(lambda x: x[0].tolist(), one) == jax.tree.map(
-            lambda x, i=i: x[i].tolist(), many
-        )
+        same_row(one, many, i)
 
 
 def test_each_row_ends_by_its_own_limit(tiny_params, seven):
@@ -205,6 +211,7 @@ def test_each_row_ends_by_its_own_limit(tiny_params, seven):
             )
             for name in ("lengths", "stopped", "ties"):
                 assert getattr(out, name)[i] == getattr(one, name)[0], name
+            np.testing.assert_allclose(out.log_probs[i], one.log_probs[0], rtol=1e-5)
         assert out.lengths.tolist() == [2, 1, 2, NEW, 3, 0, 2]
         assert out.stopped.tolist() == [True, False, False, False, True, True, False]
         # A tie behind the limit counts where it decided whether the row had come to its end.

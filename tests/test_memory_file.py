@@ -1,5 +1,6 @@
 """Memory files: what they refuse."""
 
+import dataclasses
 import json
 
 import ml_dtypes
@@ -243,3 +244,27 @@ def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         save(path)
     assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["m.safetensors"]
+
+
+@pytest.mark.parametrize(
+    "fields", [{"encoder_mask": "slots"}, {"encoder_layers": 1}], ids=lambda f: next(iter(f))
+)
+def test_a_memory_says_how_the_encoder_read(tmp_path, fields):
+    """Breaks when an adapter that differs in mask or layers alone, which its tensors do not show,
+    reads another's memory; or earlier files, which say neither, can no longer be read.
+    """
+    other = dataclasses.replace(CONFIG, **fields)
+    path = save(tmp_path / "m.safetensors")
+    ((name, value),) = fields.items()
+    with pytest.raises(UserError, match=rf"has {name} (causal|0), the adapter {value}; give the"):
+        memory_file.load(path, origin(other))
+    memory_file.save(path, memory(), ["a", "b"], origin(other, path=tmp_path))
+    assert memory_file.load(path, origin(other))[1] == ["a", "b"]
+    with safetensors.safe_open(path, framework="numpy") as f:
+        metadata = f.metadata()
+        tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
+    del metadata[name]
+    safetensors.numpy.save_file(tensors, path, metadata)
+    assert memory_file.load(path, origin())[1] == ["a", "b"]
+    with pytest.raises(UserError, match=f"the adapter {value}"):
+        memory_file.load(path, origin(other))

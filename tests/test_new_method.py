@@ -153,11 +153,6 @@ def test_it_is_planned(config):
 def test_exports_that_it_lacks_are_refused(compressor, tmp_path):
     """Breaks when an export takes a method that does not have it, or does not name the method."""
     adapter = compressor.adapter
-    frozen = dataclasses.replace(
-        adapter,
-        compression=dataclasses.replace(adapter.compression, decoder_lora=False),
-        trained={name: adapter.trained[name] for name in ("lora", "memory_table")},
-    )
     named = NamedMemory(compressor.compress(TEXTS), ["a", "b"])
     reader = Reader(compressor.base, adapter, compressor.decoder)
     refused = "method every-rth .every r-th token. has no export "
@@ -166,10 +161,10 @@ def test_exports_that_it_lacks_are_refused(compressor, tmp_path):
     ):
         prompt_embeds.save_prompt_embeds(tmp_path / "a", named, reader, prompt_embeds.Requests())
     with pytest.raises(UserError, match=refused + "peft"):
-        peft_folder.save(tmp_path / "b", frozen, TINY)
-    with pytest.raises(UserError, match="decoder"):
-        hf_cache.filled_cache(named.memory, reader)
+        peft_folder.save(tmp_path / "b", adapter, TINY)
     assert not list(tmp_path.iterdir())
+    hf_cache.save_cache(tmp_path / "c", named, reader)
+    assert (tmp_path / "c" / "decoder_lora" / "adapter_config.json").exists()
 
 
 def test_nothing_else_knows_a_methods_name():
@@ -219,11 +214,17 @@ def test_a_method_may_mask_the_encoder(tiny_params, causal):
         assert (jnp.abs(got - want).max((1, 2)) > 1e-3).all()
 
 
-def test_a_method_may_count_its_own_flops():
-    """Breaks when what a method says that writing costs is not what plans and MFU count."""
+def test_a_method_may_count_flops_of_its_own(monkeypatch):
+    """Breaks when what a method says that it computes beside the encoder's pass is not what plans
+    and MFU count, or takes the pass's place.
+    """
 
-    def flops_of(model_config, lora_config, shape, k):
+    def flops_of(model_config, shape, k):
         return {"encoder": shape[2] * k, "attention": 1}
 
-    own = dataclasses.replace(TOY, flops=flops_of)
-    assert flops.compress(TINY, lora.LoraConfig(4), (4, 1, 16), 4, own).total == 16 * 4 + 1
+    compression = CompressionConfig(TOY.name, k=4)
+    asked = TINY, lora.LoraConfig(4), (4, 1, 16), 4, compression
+    plain = flops.compress(*asked)
+    monkeypatch.setitem(method.METHODS, TOY.name, dataclasses.replace(TOY, flops=flops_of))
+    own = flops.compress(*asked)
+    assert own.encoder - plain.encoder == 16 * 4 and own.attention - plain.attention == 1

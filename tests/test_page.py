@@ -319,3 +319,52 @@ def test_the_page_says_what_was_measured_and_what_was_published(tmp_path):
     assert "Published figures" not in written(
         tmp_path, result("span", {"perplexity": {common.MEMORY: found(3)}})
     )
+
+
+def several_k(suite="qa", **more):
+    """Results of memories of two sizes, a cascade and controls."""
+    arms = ("memory", "memory k=2", "cascade", "full context", "shuffled memory")
+    sizes = {
+        arm: {"tokens": t, "bytes": 256.0 * t} for arm, t in zip(arms, (8, 4, 5.5), strict=False)
+    }
+    sizes |= {"full context": {"tokens": 0.0, "bytes": None}, "shuffled memory": sizes["memory"]}
+    by_arm = {arm: found(10 * i) for i, arm in enumerate(arms)}
+    scores = {"f1": by_arm, "em": by_arm, "rouge1": by_arm}
+    return result(suite, scores, sizes=sizes, **more)
+
+
+def test_sizes_stand_in_the_table():
+    """Breaks when a size stands in another arm's row, or an arm without a memory is given one."""
+    header, *rows = [line for line in page.text(several_k()).splitlines() if "---" not in line]
+    assert re.split(r"\s{2,}", header.strip())[-3:] == ["memory tokens", "memory bytes", "n"]
+    cells = {re.split(r"\s{2,}", row)[0]: re.split(r"\s{2,}", row)[4:] for row in rows}
+    assert cells["memory"] == ["8", "2,048", "4"] and cells["memory k=2"] == ["4", "1,024", "4"]
+    assert cells["cascade"] == ["5.5", "1,408", "4"] and cells["full context"] == ["4"]
+
+
+def test_scores_are_drawn_against_tokens_and_bytes(monkeypatch, tmp_path):
+    """Breaks when an arm is drawn at another's size or left out, the controls are no levels, or
+    results of one size or of an earlier version, which have none, are not shown as before.
+    """
+    seen, draw = [], report.lines
+    monkeypatch.setattr(report, "lines", lambda *a, **kw: (seen.append((a, kw)), draw(*a, **kw))[1])
+    assert written(tmp_path, several_k(), "set").count("<svg") == 3 + 4
+    assert [(args[1], args[2]) for args, _ in seen] == [
+        (x, y) for y in ("F1", "EM") for x in ("memory tokens", "memory bytes")
+    ]
+    for (series, *_), how in seen:
+        factor = 1 if series["memory"][0][0] == 4 else 256
+        assert series == {
+            "memory": ([4 * factor, 8 * factor], [(10, 9.5, 10.5), (0, -0.5, 0.5)]),
+            "cascade": ([5.5 * factor], [(20, 19.5, 20.5)]),
+        }
+        assert how["levels"] == {"full context": (30, 29.5, 30.5)} and how["log_x"]
+    seen.clear()
+    one = several_k("autoencode")
+    del one["scores"]["f1"]["memory k=2"], one["scores"]["em"], one["scores"]["rouge1"]
+    earlier = several_k()
+    del earlier["sizes"]
+    assert (
+        written(tmp_path, one).count("<svg") == 1 and written(tmp_path, earlier).count("<svg") == 3
+    )
+    assert not seen and "memory bytes" not in page.text(earlier)

@@ -9,14 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
-from conftest import TINY, WORDS, close, random_params, random_trained
+from conftest import TINY, WORDS, close, random_params, random_trained_of
 
-from icae_jax.compression.config import CompressionConfig
-from icae_jax.compression.layout import Layout
+from icae_jax.compression.config import MASKS, CompressionConfig
+from icae_jax.compression.layout import Layout, spread
 from icae_jax.compression.method import METHODS
+from icae_jax.errors import UserError
 from icae_jax.inference.compressor import Compressor
 from icae_jax.interop.adapters import folder as adapters
-from icae_jax.interop.adapters import peft_folder
+from icae_jax.interop.adapters import info, peft_folder
 from icae_jax.interop.hub import base as bases
 from icae_jax.models import rope
 from icae_jax.models.lora import LoraConfig
@@ -35,12 +36,13 @@ def base(tiny_base):
     return bases.load_base(tiny_base)
 
 
-def make_adapter(base, method="icae", layout=""):
+def make_adapter(base, method="icae", layout="", **compression):
+    compression = CompressionConfig(method=method, k=3, rate=5, layout=layout, **compression)
     return adapters.Adapter(
-        CompressionConfig(method=method, k=3, rate=5, layout=layout),
+        compression,
         LoraConfig(4, 1.5, 0.1),
         Template("plain", (), (5,), (6,), 2),
-        random_trained(TINY, 3),
+        random_trained_of(compression, base.config, 4),
         str(base.path),
         base.fingerprint,
     )
@@ -51,9 +53,9 @@ encoder_positions = jax.jit(Layout.encoder_positions, static_argnums=(0, 1, 2))
 
 
 def code_of(folder):
-    """The code block of README.md."""
-    (code,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
-    return code
+    """The code in README.md that compresses."""
+    blocks = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
+    return blocks[0]
 
 
 @pytest.mark.parametrize(
@@ -64,7 +66,52 @@ def test_the_readme_makes_our_memory(base, tmp_path, monkeypatch, method, layout
     """Breaks when the code in README.md cuts, frames, pads or places a text otherwise than we do,
     or keeps another state.
     """
-    check_readme(base, method, layout, tmp_path, monkeypatch)
+    check_readme(make_adapter(base, method, layout), base, tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("method", "mask"),
+    [
+        (name, mask)
+        for name, method in METHODS.items()
+        for mask in MASKS
+        if mask != method.encoder_mask
+    ],
+)
+def test_the_readme_sees_what_our_encoder_sees(base, tmp_path, monkeypatch, method, mask):
+    """Breaks when memory tokens or text see more or less than `compression.encoder_mask` says."""
+    adapter = make_adapter(base, method, encoder_mask=mask)
+    slots = check_readme(adapter, base, tmp_path, monkeypatch)
+    if mask == "slots" and METHODS[method].pools:
+        return
+    other = dataclasses.replace(
+        adapter, compression=dataclasses.replace(adapter.compression, encoder_mask="")
+    )
+    plain = np.asarray(next(iter(compress(base, other).contents.values())))
+    assert np.abs(plain - slots).max() > 0.01
+
+
+@pytest.mark.parametrize(
+    ("method", "layers"), [("icae", 1), ("icae", TINY.num_layers), ("pooled", 1)]
+)
+def test_the_readme_stops_where_our_encoder_stops(base, tmp_path, monkeypatch, method, layers):
+    """Breaks when slots are of another layer, or go through the final norm, as those of the last
+    layer do in transformers' list of hidden states.
+    """
+    adapter = make_adapter(base, method, encoder_layers=layers)
+    check_readme(adapter, base, tmp_path, monkeypatch)
+
+
+def test_anchors_may_have_vectors_of_their_own(base, tmp_path, monkeypatch):
+    """Breaks when an anchor gets another one's vector, or one that is an anchor twice gets two."""
+    adapter = make_adapter(base, "sac", anchor_vectors="each")
+    check_readme(adapter, base, tmp_path, monkeypatch, [*TEXTS, "cat dog"])
+
+
+def test_the_readme_takes_any_k(base, tmp_path, monkeypatch):
+    """Breaks when the code's groups are those of the k of training alone."""
+    adapter = make_adapter(base, "pooled")
+    check_readme(adapter, base, tmp_path, monkeypatch, [*TEXTS, "cat dog"], k=7)
 
 
 GEMMA = dataclasses.replace(
@@ -80,43 +127,58 @@ GEMMA = dataclasses.replace(
 )
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_the_readme_serves_a_gemma(method, tmp_path, tiny_tokenizer, monkeypatch):
-    """Breaks when memory tokens are multiplied as embeddings are, or layers share one RoPE."""
+@pytest.mark.parametrize(
+    ("method", "mask"), [("icae", ""), ("icae", "slots"), ("x500", ""), ("pooled", ""), ("sac", "")]
+)
+def test_the_readme_serves_a_gemma(method, mask, tmp_path, tiny_tokenizer, monkeypatch):
+    """Breaks when memory tokens are multiplied as embeddings are, layers share one RoPE, or a mask
+    does not reach the layers with windows.
+    """
     params = random_params(GEMMA)
     bases.save_base(tmp_path / "base", GEMMA, params, tiny_tokenizer, dtype="float32")
     base = bases.load_base(tmp_path / "base")
     assert base.config == GEMMA
-    check_readme(base, method, "", tmp_path, monkeypatch)
+    check_readme(make_adapter(base, method, encoder_mask=mask), base, tmp_path, monkeypatch)
 
 
-def check_readme(base, method, layout, tmp_path, monkeypatch):
-    """The code in README.md makes the memory that we make."""
-    adapter = make_adapter(base, method, layout)
-    layout = adapter.compression.layout
+def compress(base, adapter, texts=TEXTS, k=None):
+    return Compressor(base, adapter, "adapter").compress(texts, k=k)
+
+
+def check_readme(adapter, base, tmp_path, monkeypatch, texts=TEXTS, k=None):
+    """The code in README.md makes the memory that we make; the first of its contents."""
+    config = adapter.compression
+    layout, chosen = config.position_layout, k or 3
     peft_folder.save(tmp_path / "out", adapter, base.config)
     monkeypatch.chdir(tmp_path / "out")
     code = code_of(tmp_path / "out")
-    assert 18 <= len([line for line in code.splitlines() if line.strip()]) <= 25
+    assert 18 <= len([line for line in code.splitlines() if line.strip()]) <= 30
     names = {}
     exec(code, names)
-    every = Compressor(base, adapter, "adapter").compress(TEXTS)
-    for i, text in enumerate(TEXTS):
-        got, memory, real = names["compress"](text), every[i], every.mask[i]
-        if method == "icae":
+    every = compress(base, adapter, texts, k)
+    for i, text in enumerate(texts):
+        got = names["compress"](text) if k is None else names["compress"](text, k)
+        memory, real = every[i], every.mask[i]
+        if config.spec.keeps == "hidden":
             slots = memory.slots[0][real]
             close(got.numpy(), slots)
-            assert np.abs(slots[:3] - slots[-1]).max() > 0.1
+            assert len(text) < 10 or np.abs(slots[:3] - slots[-1]).max() > 0.1
             continue
         # Our K is kept before RoPE: rotated to where the encoder had it, it is the one in the
         # cache.
-        lengths, kind = memory.segment_lengths[0], METHODS[method].layouts[layout]
+        lengths = memory.segment_lengths[0]
         lengths = lengths[lengths > 0]
-        lengths = np.full_like(lengths, 15) if kind.fixed_length else lengths
-        at = np.concatenate([np.asarray(encoder_positions(kind, 15, 3, n))[15:] for n in lengths])
-        k = rotate_keys(base.config, memory.k[:, :, real], at[None])
-        for mine, theirs in ((k, got[0]), (memory.v[:, :, real], got[1])):
+        lengths = np.full_like(lengths, 15) if layout.fixed_length else lengths
+        if config.spec.anchors:
+            at = np.concatenate([np.asarray(spread(chosen, n)) for n in lengths])
+        else:
+            at = np.concatenate(
+                [np.asarray(encoder_positions(layout, 15, 3, n))[15:] for n in lengths]
+            )
+        k_real = rotate_keys(base.config, memory.k[:, :, real], at[None])
+        for mine, theirs in ((k_real, got[0]), (memory.v[:, :, real], got[1])):
             close(theirs.numpy(), np.moveaxis(np.asarray(mine)[:, 0], 1, 2))
+    return np.asarray(next(iter(every.contents.values())))
 
 
 def test_peft_merges_what_we_compute(base, tiny_base, tmp_path):
@@ -162,7 +224,7 @@ def test_nothing_else_is_lost(base, tmp_path):
     ]
     np.testing.assert_array_equal(table, adapter.trained["memory_table"])
     assert json.loads((tmp_path / "out" / "icae.json").read_text()) == json.loads(
-        json.dumps(adapters.icae_json(adapter))
+        json.dumps(info.icae_json(adapter))
     )
     peft_folder.save(tmp_path / "half", adapter, TINY, "bfloat16")
     for name in ("adapter_model.safetensors", "memory.safetensors"):
@@ -182,12 +244,74 @@ def test_bad_input(base, tmp_path):
         peft_folder.save(tmp_path / "out", make_adapter(base), TINY, "int8")
     narrow, wide = (dataclasses.replace(TINY, windows=(0, w)) for w in (17, 18))
     with pytest.raises(
-        ValueError, match=r"layout is servable.* windows of 17, .* \(18 tokens\) fit"
+        ValueError, match=r"layout is servable.* windows of 17; .* \(18 tokens\) fit"
     ):
         peft_folder.save(tmp_path / "out", make_adapter(base), narrow)
     assert not (tmp_path / "out").exists()
     peft_folder.save(tmp_path / "out", make_adapter(base), wide)
     peft_folder.save(tmp_path / "other", make_adapter(base, "icae", "sequential"), narrow)
+
+
+@pytest.mark.parametrize(
+    ("method", "fields", "window", "message"),
+    [
+        ("icae", {"layout": "sequential", "encoder_mask": "slots"}, 18, "encoder_mask is slots"),
+        ("pooled", {}, 15, "encoder_mask is all"),
+        ("pooled", {"encoder_mask": "causal"}, 1, ""),
+        ("sac", {}, 16, "encoder_mask is all"),
+        ("sac", {"encoder_mask": "causal"}, 16, "the last 15 keys and values"),
+        ("x500", {"layout": "sequential"}, 4, "the last 3 keys and values"),
+    ],
+)
+def test_windows(base, method, fields, window, message):
+    """Breaks when a window is passed over where the code brings a mask of its own, or cuts off the
+    keys that it keeps; or a base is refused whose windows cut off nothing.
+    """
+    adapter = make_adapter(base, method, **fields)
+    windows = (0, window)
+    peft_folder.check(adapter, dataclasses.replace(TINY, windows=windows))
+    if message:
+        with pytest.raises(UserError, match=f"{message}.* in a window of {window}, or"):
+            peft_folder.check(adapter, dataclasses.replace(TINY, windows=(0, window - 1)))
+    # Layers behind those that encode do not matter.
+    if METHODS[method].keeps == "hidden":
+        first = make_adapter(base, method, **fields, encoder_layers=1)
+        peft_folder.check(first, dataclasses.replace(TINY, windows=(0, 1)))
+
+
+def test_a_multiplied_base(base, tmp_path):
+    """Breaks when rows of the table go unmultiplied into a base that multiplies its embeddings, or
+    a method without such rows is refused.
+    """
+    granite = dataclasses.replace(TINY, embedding_multiplier=3.0, logits_divisor=0.5)
+    for method in ("icae", "sac"):
+        with pytest.raises(UserError, match="multiplies input embeddings by 3"):
+            peft_folder.check(make_adapter(base, method), granite)
+    peft_folder.check(make_adapter(base, "pooled"), granite)
+
+
+def test_a_decoder_lora_has_a_folder_of_its_own(base, tmp_path, monkeypatch):
+    """Breaks when the decoder's LoRA is lost, is the encoder's, or the README's lines that load it
+    do not run; or it does not come back.
+    """
+    adapter = make_adapter(base, "pooled", encoder_layers=1, decoder_lora=True)
+    peft_folder.save(tmp_path / "out", adapter, TINY)
+    loaded = adapters.load_adapter(tmp_path / "out", base)
+    jax.tree.map(np.testing.assert_array_equal, loaded.trained, adapter.trained)
+    assert loaded.compression == adapter.compression
+    monkeypatch.chdir(tmp_path / "out")
+    readme = (tmp_path / "out" / "README.md").read_text()
+    assert "--enable-lora --max-lora-rank 8 --lora-modules decoder=./decoder" in readme
+    encodes, reads = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    names = {}
+    exec(encodes.partition("tokenizer =")[0] + reads, names)
+    assert names["decoder"].active_adapter == "decoder"
+    weights = dict(names["decoder"].get_base_model().named_modules())
+    for i in range(TINY.num_layers):
+        module = weights[f"model.layers.{i}.self_attn.v_proj"]
+        pair = adapter.trained["decoder_lora"]["layers"]["self_attn"]["v_proj"]
+        want = 1.5 * np.asarray(pair["a"][i] @ pair["b"][i]).T
+        close(module.get_delta_weight("decoder").detach().numpy(), want, 1e-6)
 
 
 def test_a_revision_of_the_base(base, tmp_path):

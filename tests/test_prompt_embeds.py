@@ -42,26 +42,36 @@ def requests_of(folder):
 
 
 @pytest.mark.parametrize(
-    ("layout", "template"),
+    ("method", "layout", "template", "decoder_lora"),
     [
-        ("servable", "plain"),
-        ("servable", "chat"),
-        ("servable", "v1"),
-        ("sequential", "mistral"),
-        ("padded", "v1"),
+        ("icae", "servable", "plain", False),
+        ("icae", "servable", "chat", False),
+        ("icae", "servable", "v1", False),
+        ("icae", "servable", "plain", True),
+        ("icae", "sequential", "mistral", False),
+        ("icae", "padded", "v1", False),
+        ("pooled", "servable", "plain", False),
     ],
 )
-def test_prompts_read_by_transformers(base, hub_model, tmp_path, layout, template):
-    """Breaks when a prompt misses its head, its special rows, a slot, or holds another text's:
-    another model decodes it, from ids 0 on.
+def test_prompts_read_by_transformers(
+    base, tiny_base, hub_model, tmp_path, method, layout, template, decoder_lora
+):
+    """Breaks when a prompt misses its head, its special rows, a slot, or holds another text's, or
+    the decoder's LoRA is lost: another model decodes it, from ids 0 on.
     """
-    compressor, memory = make(base, "icae", layout, template)
+    compressor, memory = make(base, method, layout, template, decoder_lora)
     questions, rows = QUESTIONS[:2], [0, 1, 3]  # of 2, 1 and 3 segments
     names = [IDS[i] for i in rows]
     requests = Requests(tuple(questions), restore=True, dtype="float32", model="tiny")
     save_prompt_embeds(
         tmp_path / "out", named(memory[rows], names), reader_of(compressor), requests
     )
+    assert (tmp_path / "out" / "decoder_lora").exists() == decoder_lora
+    if decoder_lora:
+        peft = pytest.importorskip("peft")
+        plain = transformers.AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32)
+        hub_model = peft.PeftModel.from_pretrained(plain, tmp_path / "out" / "decoder_lora")
+        hub_model = hub_model.get_base_model()
     asked = [ours(compressor, memory, "ask", [q] * 5) for q in questions]
     want = {(IDS[i], q): ids[i] for q, ids in zip(questions, asked, strict=True) for i in rows}
     restored = ours(compressor, memory, "restore")
@@ -99,6 +109,24 @@ def test_prompts_read_by_transformers(base, hub_model, tmp_path, layout, templat
             : next((i for i, token in enumerate(out) if token in stops), NEW)
         ]
     assert got == want and len(got) == 9 and len({tuple(ids) for ids in got.values()}) >= 7
+
+
+def test_a_decoder_lora_is_served(base, tmp_path, capsys, monkeypatch):
+    """Breaks when requests name the base, which would read without the LoRA, or nothing says how
+    the server gets it.
+    """
+    compressor, memory = make(base, decoder_lora=True)
+    out = tmp_path / "out"
+    save_prompt_embeds(out, named(memory), reader_of(compressor), Requests(("why ?",)))
+    assert {request["body"]["model"] for request in requests_of(out)} == {"decoder_lora"}
+    monkeypatch.setattr("sys.argv", ["request.py", "--help"])
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(out / "request.py"), run_name="__main__")
+    flags = "--enable-lora --max-lora-rank 8 --lora-modules decoder_lora=./decoder_lora"
+    assert flags in capsys.readouterr().out
+    named_otherwise = Requests(("why ?",), model="mine")
+    save_prompt_embeds(tmp_path / "mine", named(memory), reader_of(compressor), named_otherwise)
+    assert {request["body"]["model"] for request in requests_of(tmp_path / "mine")} == {"mine"}
 
 
 def test_parts_of_a_chat(base, tmp_path):
@@ -212,7 +240,7 @@ def test_request_script(base, tmp_path, capsys, monkeypatch):
 
 def test_what_a_server_cannot_read_is_refused(base, tmp_path):
     """Breaks when prompt embeddings are written that a server would read at other positions than
-    trained, K/V pass for slots, or a decoder's LoRA is lost.
+    trained, or K/V pass for slots.
     """
 
     def save(compressor, memory, ids=IDS, requests=None):
@@ -229,8 +257,6 @@ def test_what_a_server_cannot_read_is_refused(base, tmp_path):
         match=r"x500 .* has no export prompt_embeds; what it has: `icae export hf_cache`",
     ):
         save(*make(base, "x500"))
-    with pytest.raises(ValueError, match="a prompt embedding cannot carry a decoder LoRA"):
-        save(*make(base, decoder_lora=True))
     compressor, memory = make(base)
     with pytest.raises(
         ValueError, match="the prompt of memory and question takes 307 positions, the base has 256"

@@ -307,3 +307,19 @@ def test_series_that_do_not_fit_are_refused():
         report.lines({"memory": ([1, 2, 3], estimates(2))}, "x", "y")
     with pytest.raises(ValueError, match="memory: 1 values for 2 groups"):
         report.bars(["a", "b"], {"memory": estimates(1)}, "y")
+
+
+def test_levels_cross_a_logarithmic_axis(drawn):
+    """Breaks when a level is not drawn over the whole width at its height, or the axis has ticks of
+    powers only.
+    """
+    series = {"memory": ([8, 64], estimates(2))}
+    svg = report.lines(series, "tokens", "F1", levels={"full context": (3.5, 3, 4)}, log_x=True)
+    ((figure, axes),) = drawn
+    line = next(line for line in axes.lines if line.get_label() == "full context")
+    assert axes.get_xscale() == "log" and axes.get_yscale() == "linear"
+    assert list(line.get_ydata()) == [3.5, 3.5] and line.get_linestyle() == "--"
+    assert line.get_transform() == axes.get_yaxis_transform("grid")
+    FigureCanvasAgg(figure).draw()
+    assert {"10", "20", "50"} <= {label.get_text() for label in axes.get_xticklabels()}
+    assert "full context" in svg

@@ -71,7 +71,7 @@ def test_a_perfect_copy_scores_100(tiny_base, method, monkeypatch):
         ids = [*(self.framing.start if with_start else ()), *said]
         return [
             Generation(
-                self.base.tokenizer.decode(ids, skip_special_tokens=True), ids[:stop], True, 0
+                self.base.tokenizer.decode(ids, skip_special_tokens=True), ids[:stop], True, 0, 0.0
             )
         ]
 

@@ -4,8 +4,11 @@ scores.
 
 import dataclasses
 
+import jax
+import jax.numpy as jnp
 import pytest
 from suite_helpers import (
+    InEights,
     arms_of_k,
     by_example,
     compressor,
@@ -19,10 +22,20 @@ from suite_helpers import (
     text,
 )
 
-from icae_jax.evaluation import plain, statistics
+from icae_jax.errors import UserError
+from icae_jax.evaluation import plain, run, statistics
 from icae_jax.evaluation.examples import QUESTIONS_AT_ONCE, Example
 from icae_jax.evaluation.suites import common
-from icae_jax.evaluation.suites.common import CUT, FULL, MEMORY, NONE, SHUFFLED, Options
+from icae_jax.evaluation.suites.common import (
+    CASCADE,
+    CUT,
+    FULL,
+    MEMORY,
+    NONE,
+    SHUFFLED,
+    TUNED,
+    Options,
+)
 from icae_jax.evaluation.suites.qa import EMPTY_QUESTION, Qa, retention
 from icae_jax.evaluation.suites.tokens import Tokens
 
@@ -320,3 +333,91 @@ def test_retention_is_the_mean_over_sets(tiny_base):
         {},
         [],
     )
+
+
+def test_sizes_and_the_cascade(tiny_base):
+    """Breaks when an arm's size is another arm's, the cascade answers otherwise than the library's,
+    or what it read is not what it counts.
+    """
+    one = compressor(tiny_base)
+    arms = (MEMORY, "memory k=2", NONE, CASCADE)
+    threshold = median_likelihood(one)
+    options = Options(max_new_tokens=5, arms=arms, ladder=(2, 4), threshold=threshold)
+    suite = Qa(one, options)
+    examples, records = measured(suite, *TEXTS)
+    rungs = one.compress_ids_ladder([one.framed(e.ids) for e in examples], (2, 4))
+    asked = [[q.text for q in e.questions] for e in examples]
+    answers = one.ask(rungs, asked, 5, details=True, threshold=threshold)
+    bytes_per_token = 4 * one.base.config.hidden_size
+    for e, of, row in zip(examples, records, answers, strict=True):
+        segments = -(-(len(e.ids) + 1) // 16)
+        for record, answer in zip(of, row, strict=True):
+            read = {MEMORY: 4 * segments, "memory k=2": 2 * segments, CASCADE: answer.tokens_read}
+            assert record["sizes"] == {
+                **{arm: [n, n * bytes_per_token] for arm, n in read.items()},
+                NONE: [0, None],
+            }
+            assert record["texts"][CASCADE] == answer.text or answer.ties
+            assert record["sums"]["f1"].keys() == set(arms)
+            assert CASCADE not in record["sums"]["answer_loss"]
+    assert {g.k for row in answers for g in row} == {2, 4}
+    flat = [record for of in records for record in of]
+    sizes = run.summarise(suite, flat, 0)["sizes"]
+    assert sizes[MEMORY] == {"tokens": 20 / 3, "bytes": 20 / 3 * bytes_per_token}
+    assert sizes[NONE] == {"tokens": 0.0, "bytes": None}
+    with pytest.raises(UserError, match="--arms 'cascade' is no arm"):
+        Qa(one, Options(arms=(CASCADE,)))
+    with pytest.raises(UserError, match=r"--ladder is \(4, 2\)"):
+        Qa(one, Options(ladder=(4, 2)))
+
+
+def median_likelihood(one):
+    """A threshold that some answers of k 2 reach."""
+    memory = one.compress([t.text for t in TEXTS], k=2)
+    questions = [[q.text for q in t.questions] for t in TEXTS]
+    means = sorted(
+        g.mean_log_prob for row in one.ask(memory, questions, 5, details=True) for g in row
+    )
+    return (means[0] + means[1]) / 2
+
+
+def test_the_full_context_is_also_read_with_the_decoders_lora(tiny_base):
+    """Breaks when the tuned arm is the base alone or the other way round, or exists for adapters
+    without a LoRA of the decoder; merged into the base's own matrices it is a base alone again.
+    """
+    one = compressor(tiny_base, decoder_lora=True)
+    options = Options(max_new_tokens=5, arms=(FULL, TUNED, CUT))
+    _, records = measured(Qa(one, options), *TEXTS)
+    layers = jax.tree.map(lambda w: w, one.base.params["layers"])
+    for module, projections in one.trained["decoder_lora"]["layers"].items():
+        for name, ab in projections.items():
+            update = one.adapter.lora.scale * jnp.einsum("lir,lro->lio", ab["a"], ab["b"])
+            layers[module][name]["kernel"] = layers[module][name]["kernel"] + update
+    base = dataclasses.replace(one.base, params=one.base.params | {"layers": layers})
+    merged = InEights(base, compressor(tiny_base).adapter, tiny_base)
+    _, wanted = measured(Qa(merged, dataclasses.replace(options, arms=(FULL,))), *TEXTS)
+    losses = set()
+    for of, of_wanted in zip(records, wanted, strict=True):
+        for got, want in zip(of, of_wanted, strict=True):
+            assert got["texts"][TUNED] == want["texts"][FULL] or got["ties"][TUNED]
+            near(got["sums"]["answer_loss"][TUNED], want["sums"]["answer_loss"][FULL], bound=1e-4)
+            losses |= {numbers[0] for numbers in got["sums"]["answer_loss"].values()}
+            assert got["sizes"] == {arm: [0, None] for arm in (FULL, TUNED, CUT)}
+    assert len(losses) == 9
+    with pytest.raises(UserError, match="decoder LoRA' is no arm of suite qa"):
+        Qa(compressor(tiny_base), Options(arms=(TUNED,)))
+
+
+def test_retention_against_the_tuned_full_context():
+    """Breaks when the tuned arm is compared with the plain one in both, or a record that an earlier
+    version left, without the arm, ends the summing up.
+    """
+    records = [record("a1", 80, 40), record("a2", 20, 10)]
+    records[0]["sums"]["f1"][TUNED] = [50.0, 1.0]
+
+    def weights(of, i):
+        return statistics.resample([r["cluster"] for r in of], [0, i])
+
+    assert retention(records, weights)[0][TUNED].mean == pytest.approx(100 * 50 / 80)
+    tuned, _ = retention(records, weights, TUNED)
+    assert tuned[MEMORY].mean == pytest.approx(80) and tuned[FULL].mean == pytest.approx(160)

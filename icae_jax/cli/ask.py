@@ -1,28 +1,50 @@
-"""`icae ask`: answer questions from a memory file."""
+"""`icae ask`: answer questions from a memory file, or from texts by a ladder of memories."""
+
+import argparse
 
 from icae_jax.cli import flags
+from icae_jax.errors import UserError
 
-HELP = "answer questions from a memory file"
+HELP = "answer questions from a memory file, or from texts by a ladder of memories"
+
+
+def _parser() -> argparse.ArgumentParser:
+    from icae_jax.inference.cascade import LIKELY
+
+    parser = flags.memory_parser("ask", HELP, required=False)
+    add = parser.add_argument
+    help_text = "asked of every text; may be given several times"
+    add("--question", required=True, action="append", help=help_text)
+    help_text = "ask only the text of this id in the memory file; may be given several times"
+    add("--id", action="append", default=[], help=help_text)
+    add = parser.add_argument_group("texts in place of a memory file").add_argument
+    add("--input", help="texts: JSON, tables, text files, a folder or glob of them")
+    help_text = "rising memory tokens per segment, such as 2,8,32: the answer is that of the first "
+    help_text += "at which it is likely enough, or of the last"
+    add("--ladder", type=flags.numbers, default=(), help=help_text)
+    help_text = "log-probability of an answer's tokens, in the mean, that is likely enough "
+    help_text += "(default: %(default).3f, probability 0.9)"
+    add("--threshold", type=float, default=LIKELY, help=help_text)
+    return parser
 
 
 def run(argv: list[str]) -> int:
     """Runs the verb. Returns the exit code 0; UserError on bad input."""
+    args = _parser().parse_args(argv)
+    if bool(args.memory) == bool(args.input):
+        raise UserError("give one of --memory, a memory file, and --input, texts")
+    if args.memory:
+        if args.ladder:
+            raise UserError(f"--ladder {args.ladder}: a memory file has its k; give --input, texts")
+        _from_memory(args)
+    else:
+        _from_texts(args)
+    return 0
+
+
+def _from_memory(args: argparse.Namespace) -> None:
     from icae_jax.inference import loading
 
-    parser = flags.memory_parser("ask", HELP)
-    parser.add_argument(
-        "--question",
-        required=True,
-        action="append",
-        help="asked of every text in the memory; may be given several times",
-    )
-    parser.add_argument(
-        "--id",
-        action="append",
-        default=[],
-        help="ask only the text of this id; may be given several times",
-    )
-    args = parser.parse_args(argv)
     compressor, memory, ids = loading.load_with_memory(
         args.memory,
         args.adapter,
@@ -37,4 +59,30 @@ def run(argv: list[str]) -> int:
         for question, answer in zip(args.question, row, strict=True):
             result = {"id": text_id, "question": question, "answer": answer}
             flags.print_result(result, args.json, answer)
-    return 0
+
+
+def _from_texts(args: argparse.Namespace) -> None:
+    from icae_jax.data.sources import read_texts, with_ids
+    from icae_jax.inference import loading
+
+    if not args.adapter or not args.ladder or args.id:
+        raise UserError("--input needs --adapter and --ladder, such as 2,8,32, and takes no --id")
+    rows = with_ids(read_texts(args.input, "--input", ""))
+    mesh = flags.mesh(args.mesh)
+    compressor = loading.load(args.adapter, args.base, dtype=args.base_dtype, mesh=mesh)
+    answers = compressor.ask(
+        [row.text for row in rows.values()],
+        [args.question] * len(rows),
+        args.max_new_tokens,
+        args.batch_size,
+        details=True,
+        ladder=args.ladder,
+        threshold=args.threshold,
+    )
+    for text_id, row in zip(rows, answers, strict=True):
+        for question, answer in zip(args.question, row, strict=True):
+            result = {"id": text_id, "question": question, "answer": answer.text}
+            result |= {"k": answer.k, "tokens_read": answer.tokens_read}
+            result |= {"mean_log_prob": answer.mean_log_prob}
+            line = f"{answer.text}\t(k {answer.k}, {answer.tokens_read} memory tokens read)"
+            flags.print_result(result, args.json, line)

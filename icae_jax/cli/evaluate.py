@@ -10,15 +10,6 @@ from icae_jax.cli import flags
 HELP = "measure a compressor by one of the papers' suites, with intervals and a report"
 
 
-def _numbers(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(number) for number in text.split(",") if number)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not a list of whole numbers such as 1,2,4"
-        ) from error
-
-
 def _words(text: str) -> tuple[str, ...]:
     return tuple(word.strip() for word in text.split(",") if word.strip())
 
@@ -56,18 +47,24 @@ def _parser() -> argparse.ArgumentParser:
     help_text = "contexts at once; changes no score (default: %(default)s)"
     add("--batch_size", type=int, default=default.batch_size, help=help_text)
     help_text = "memory tokens per segment, such as 2,11; by default all that the adapter supports"
-    add("--k", type=_numbers, default=default.k, help=help_text)
+    add("--k", type=flags.numbers, default=default.k, help=help_text)
     help_text = "tokens of a context, such as 128,256; by default what one segment holds"
-    add("--context_lengths", type=_numbers, default=default.context_lengths, help=help_text)
+    add("--context_lengths", type=flags.numbers, default=default.context_lengths, help=help_text)
     help_text = "at most (default: %(default)s)"
     add("--continuation_tokens", type=int, default=default.continuation_tokens, help=help_text)
     help_text = "of an answer (default: %(default)s)"
     add("--max_new_tokens", type=int, default=default.max_new_tokens, help=help_text)
     help_text = "numbers of segments to join (default: 1,2,4)"
-    add("--spans", type=_numbers, default=default.spans, help=help_text)
+    add("--spans", type=flags.numbers, default=default.spans, help=help_text)
     help_text = "template for the base without a memory; by default the adapter's"
     templates = {"choices": ("", *TEMPLATES), "metavar": f"{{{','.join(TEMPLATES)}}}"}
     add("--plain_template", default="", **templates, help=help_text)
+    help_text = "rising memory tokens per segment, such as 2,8,32: suite qa then also takes each "
+    help_text += "answer from the first at which it is likely enough, or the last"
+    add("--ladder", type=flags.numbers, default=default.ladder, help=help_text)
+    help_text = "of --ladder: log-probability of an answer's tokens, in the mean, that is likely "
+    help_text += "enough (default: %(default).3f, probability 0.9)"
+    add("--threshold", type=float, default=default.threshold, help=help_text)
     help_text = "only these arms, joined by commas; by default all"
     add("--arms", type=_words, default=(), help=help_text)
     return parser

@@ -32,7 +32,10 @@ def _parser() -> argparse.ArgumentParser:
     add = embeds.add_argument
     add("--question", action="append", default=[], help="asked of every text; may be repeated")
     add("--restore", action="store_true", help="also write prompts that ask for the texts back")
-    add("--model", help="the server's name for the base; by default the base's folder")
+    add(
+        "--model",
+        help="the server's name for what reads; by default the base's folder, or decoder_lora",
+    )
     add("--url", default=prompt_embeds.URL, help="of the server; %(default)s by default")
 
     text = "memories as a filled cache for transformers' generate"

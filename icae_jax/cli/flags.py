@@ -123,11 +123,21 @@ def json_flag(parser: argparse.ArgumentParser, text: str = "print one JSON objec
     parser.add_argument("--json", action="store_true", help=text)
 
 
-def memory_parser(verb: str, text: str) -> argparse.ArgumentParser:
-    """The parser of a verb that decodes from a memory file."""
+def numbers(text: str) -> tuple[int, ...]:
+    """The type of a flag that takes whole numbers joined by commas."""
+    try:
+        return tuple(int(number) for number in text.split(",") if number)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a list of whole numbers such as 1,2,4"
+        ) from error
+
+
+def memory_parser(verb: str, text: str, required: bool = True) -> argparse.ArgumentParser:
+    """The parser of a verb that decodes from a memory file. required: whether it always does."""
     result = parser(verb, text)
     add = result.add_argument
-    add("--memory", required=True, help="memory file that `icae compress` wrote")
+    add("--memory", required=required, help="memory file that `icae compress` wrote")
     add(
         "--adapter",
         help="adapter (folder, hub id or gs://…); by default the one that the memory names",

@@ -4,14 +4,19 @@ import json
 import pathlib
 import sys
 
+from tqdm import tqdm
+
 from icae_jax import errors
 from icae_jax.cli import flags
 
 HELP = "make a data set of downloaded files, for training and evaluation to read"
+DISTIL = "distil"  # beside the sets: what is made of a teacher's answers
 
 
 def run(argv: list[str]) -> int:
     """Prepares a set and prints what it holds and the sources to train on."""
+    if argv[:1] == [DISTIL]:
+        return _distil(argv[1:])
     from icae_jax.data import builders
     from icae_jax.workflows import prepare
 
@@ -35,6 +40,7 @@ def _flags(builders, processes):
     parser.epilog = "Sets: " + "; ".join(
         f"{name}, of {builders.builder(name).ABOUT}" for name in builders.NAMES
     )
+    parser.epilog += f". icae prepare {DISTIL} --help: a teacher's answers to a source's questions"
     add = parser.add_argument
     add("set", metavar="NAME", help=f"which set: {', '.join(builders.NAMES)}")
     add(
@@ -69,6 +75,50 @@ def _flags(builders, processes):
     )
     add("--json", action="store_true", help="print one JSON object")
     return parser
+
+
+def _distil(argv):
+    """Writes a teacher's answers and prints how many. Returns the exit code."""
+    from icae_jax.objectives.targets import TEMPLATES
+    from icae_jax.runtime import platforms
+    from icae_jax.workflows import distil
+
+    text = "write a teacher's greedy answers to a source's questions, as a source to train on"
+    parser, default = flags.parser(f"prepare {DISTIL}", text), distil.Request("", "")
+    add = parser.add_argument
+    help_text = "contexts with questions, whose answers may be missing, as training reads them"
+    add("--from", dest="source", required=True, metavar="SOURCE", help=help_text)
+    help_text = "the file to write (.jsonl); the same command goes on with what is there"
+    add("--output", required=True, metavar="FILE", help=help_text)
+    help_text = "the teacher, which reads whole contexts; by default the base of --adapter"
+    add("--base", default="", help=help_text)
+    add("--base_dtype", choices=flags.BASE_DTYPES, metavar="DTYPE", help=flags.BASE_DTYPE_HELP)
+    templates = {"choices": TEMPLATES, "metavar": f"{{{','.join(TEMPLATES)}}}"}
+    help_text = "how it is asked (default: the adapter's, or plain)"
+    add("--template", default="", **templates, help=help_text)
+    add("--adapter", default="", help="an adapter, with whose decoder LoRA the teacher answers")
+    add("--tfds_dir", help="folder of prepared sets, for sources tfds:NAME:SPLIT")
+    help_text = "questions answered at once (default: %(default)s)"
+    add("--batch_size", type=int, default=default.batch_size, help=help_text)
+    help_text = "most tokens of an answer (default: %(default)s)"
+    add("--max_new_tokens", type=int, default=default.max_new_tokens, help=help_text)
+    flags.json_flag(parser)
+    args = vars(parser.parse_args(argv))
+    as_json = args.pop("json")
+    platforms.check()
+    with tqdm(unit="question", desc=DISTIL, file=sys.stderr, disable=as_json) as bar:
+
+        def tell(done, total):
+            bar.total, bar.n = total, done
+            bar.refresh()
+
+        about = distil.distil(distil.Request(**args), tell)
+    state = "prepared" if about["prepared_now"] else "already prepared, of these files"
+    lines = [f"{about['path']}: {state}", f"  {errors.counted(about['answers'], 'answers')}"]
+    lines += [f"  left out {errors.counted(n, what)}" for what, n in about["left_out"].items()]
+    lines += ["", "To train on it:", f"  --config.data.train={about['path']}"]
+    flags.print_result(about, as_json, "\n".join(lines))
+    return 0
 
 
 def _text(about, tfds_dir):

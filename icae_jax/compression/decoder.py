@@ -75,16 +75,17 @@ class Decoder:
         positions: Int[Any, "... T"],
         prefix: tuple[Any, Any, Any, Any],
         *,
+        real: Bool[Any, "B T"] | None = None,
         at: Any = None,
         return_kv: bool = False,
     ) -> tuple[Float[Array, "B _ D"], Any]:
-        """Runs tokens behind a prefix: each sees the prefix, and the tokens up to itself.
+        """Runs tokens behind a prefix: each sees the prefix, and the real tokens up to itself.
 
         x: token ids `[B, T]` or embeddings `[B, T, D]`, padded on the right only, where no real
-        token sees the padding. prefix: `Prefix.visible`, or a longer cache of that form. at,
-        return_kv and the result: as for `models.llama.Llama`.
+        token sees the padding. prefix: `Prefix.visible`, or a longer cache of that form. real:
+        which tokens are, by default all. at, return_kv and the result: as for `models.llama.Llama`.
         """
-        real = jnp.ones((1, x.shape[1]), bool)
+        real = jnp.ones((1, x.shape[1]), bool) if real is None else real
         return self._run(x, positions, real, 1, prefix=prefix, at=at, return_kv=return_kv)
 
     def label_hidden(

@@ -42,10 +42,13 @@ class Method:
         `<s>`.
       appends_memory_tokens: whether the encoder reads k memory tokens behind each segment;
         otherwise the text alone.
-      encoder_mask: what a token of the encoder sees by default, one of `encoder.MASKS`.
+      encoder_mask: what a token of the encoder sees by default, one of `config.MASKS`.
       keeps: which outputs of the encoder become the memory, at k tokens of each segment: "hidden",
         the last hidden states, or "kv", keys and values of every layer. FLOPs are counted by it.
-      pools: whether the memory is made of the last hidden states of all tokens, not of k of them.
+      pools: whether the memory is made of the last hidden states of all tokens, not of k of them. A
+        PEFT folder's code takes the means of near-equal groups, times each of `tensors`.
+      anchors: whether memory tokens are k of the text's own, the centres of near-equal parts, with
+        rows of the memory table added to their embeddings.
       vectors: `vectors(config) -> int`, the rows of the memory table before its special rows, for
         methods that need no row for each memory token and so know every k; or None: k rows.
       tensors: `tensors(model_config, config) -> {name: array}`: what is trained beside LoRA and
@@ -68,6 +71,7 @@ class Method:
     encoder_mask: str = "causal"
     keeps: Literal["hidden", "kv"] = "hidden"
     pools: bool = False
+    anchors: bool = False
     vectors: Callable[[Any], int | None] = lambda config: None
     tensors: Callable[..., Mapping[str, Any]] | None = None
     options: tuple[str, ...] = ()
@@ -77,10 +81,11 @@ class Method:
     def __post_init__(self):
         if (self.write is None) == (self.write_several is None):
             raise ValueError(f"method {self.name}: give one of write and write_several")
-        if PEFT in self.exports and not (self.appends_memory_tokens or self.pools):
+        ways = (self.appends_memory_tokens, self.pools, self.anchors)
+        if PEFT in self.exports and sum(ways) != 1:
             raise ValueError(
-                f"method {self.name}: a PEFT folder's code appends memory tokens or pools, and "
-                "this method does neither; leave PEFT out of its exports"
+                f"method {self.name}: a PEFT folder's code appends memory tokens, pools, or marks "
+                "anchors, and this method does not do one of these; leave PEFT out of its exports"
             )
 
     @property

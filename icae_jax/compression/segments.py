@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Int
 
 from icae_jax.compression.config import CompressionConfig
+from icae_jax.errors import UserError
 from icae_jax.models.pytree import pytree, static
 
 
@@ -28,6 +29,50 @@ def segment_shape(tokens: int, config: CompressionConfig) -> tuple[int, int]:
     """(segments, tokens per segment): near-equal, at most k x rate tokens (reference ICAE, v2)."""
     segments = max(1, math.ceil(tokens / config.segment_tokens))
     return segments, math.ceil(tokens / segments)
+
+
+def choose_k(
+    config: CompressionConfig,
+    lengths: Sequence[int],
+    *,
+    k: int | np.integer | None = None,
+    tokens: int | None = None,
+    ratio: float | None = None,
+) -> int:
+    """The memory tokens per segment that a caller asks for; by default the most.
+
+    One k holds for all texts. Of those that the compressor knows (`config.choices`, or any up to
+    `config.segment_tokens`) it is the one for which the mean over texts of log²(memory tokens /
+    wanted memory tokens) is least; of two alike, the larger. So twice as many count as far off as
+    half as many, and with one text `tokens` and `ratio` are met as closely as they can be.
+
+    Args:
+      config: of the compressor.
+      lengths: context tokens of each text, `<s>` included where the encoder reads one.
+      k: memory tokens per segment.
+      tokens: wanted memory tokens of each text, over all of its segments.
+      ratio: wanted context tokens per memory token.
+
+    Raises:
+      UserError: more than one is given, k is unknown, or tokens or ratio is not positive.
+    """
+    given = {"k": k, "tokens": tokens, "ratio": ratio}
+    given = {name: value for name, value in given.items() if value is not None}
+    if len(given) > 1:
+        values = " and ".join(f"{name} {value}" for name, value in given.items())
+        raise UserError(f"{values} are given; give one of k, tokens and ratio")
+    for name in ("tokens", "ratio"):
+        if name in given and not 0 < given[name] < math.inf:  # NaN too
+            raise UserError(f"{name} is {given[name]}; it must be positive")
+    if not lengths or given.keys() <= {"k"}:
+        return config.choose(k)
+    n = np.asarray(lengths, float)
+    segments = np.asarray([segment_shape(length, config)[0] for length in lengths])
+    wanted = np.full_like(n, tokens) if ratio is None else n / ratio
+    # The mean of squared logs is least for the k nearest to this one.
+    best = np.log(wanted / segments).mean()
+    known = range(1, config.segment_tokens + 1) if config.any_k else config.choices
+    return min(known, key=lambda k: (round(abs(math.log(k) - best), 9), -k))
 
 
 def segment_contexts(

@@ -66,11 +66,17 @@ def unwrapped(raw: object, where: str, number: str) -> Iterator[tuple[object, st
         yield item, f"{where}: item {i + 1}", f"{number}.{i}"
 
 
-def parse(raw: object, where: str, default_id: str) -> list[Row]:
+ANSWERS = ("answers", "answer", "is_impossible")
+
+
+def parse(raw: object, where: str, default_id: str, unanswered: bool = False) -> list[Row]:
     """The `Row`s of one raw row: one per question of a SQuAD or MRQA paragraph, else one.
 
-    UserError names place and field.
+    unanswered: whether a row may have a question without a field for its answer. UserError names
+    place and field.
     """
+    if unanswered and isinstance(raw, dict) and "question" in raw and not raw.keys() & {*ANSWERS}:
+        raw = raw | {"answers": None}
     with placed(where):
         return list(_parse(raw, where, default_id, ""))
 

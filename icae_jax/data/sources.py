@@ -98,8 +98,11 @@ def read_rows(
     tfds_dir: str | None = None,
     max_row_bytes: int = reading.MAX_ROW_BYTES,
     sieve: Sieve | None = None,
+    unanswered: bool = False,
 ) -> Iterator[Row]:
     """Yields the usable `Row`s of a source in order; the sieve decides which, counts the others.
+
+    unanswered: see `forms.parse`.
 
     UserError if something is malformed or longer than `max_row_bytes`; names file and line.
     """
@@ -108,18 +111,23 @@ def read_rows(
     for part, name in zip(parts, _short_names(parts), strict=True):
         prefix = f"{name}:" if len(parts) > 1 else ""
         for raw, where, default_id in _raw_rows(part, name, prefix, tfds_dir, max_row_bytes):
-            for row in map(sieve.take, forms.parse(raw, where, default_id)):
+            for row in map(sieve.take, forms.parse(raw, where, default_id, unanswered)):
                 if row is not None:
                     yield row
 
 
-def read_all(source: str, tfds_dir: str | None = None, sieve: Sieve | None = None) -> list[Row]:
+def read_all(
+    source: str,
+    tfds_dir: str | None = None,
+    sieve: Sieve | None = None,
+    unanswered: bool = False,
+) -> list[Row]:
     """`read_rows` as a list; transient faults, such as of a network file system, are retried."""
     sieve = Sieve() if sieve is None else sieve
 
     def attempt():
         fresh = sieve.fresh()
-        return list(read_rows(source, tfds_dir, sieve=fresh)), fresh.left_out
+        return list(read_rows(source, tfds_dir, sieve=fresh, unanswered=unanswered)), fresh.left_out
 
     rows, left_out = errors.retrying(attempt, f"reading {source}")
     sieve.add(left_out)

@@ -64,6 +64,11 @@ class Request:
             )
         if self.seed < 0:
             raise UserError(f"--seed is {self.seed}; give a whole number from 0 on")
+        if self.options.ladder and self.suite != "qa":
+            raise UserError(
+                f"--ladder is {self.options.ladder}, but suite {self.suite} asks nothing; leave it "
+                "out, or take suite qa"
+            )
         rows.check_no_answer(self.no_answer, "--no_answer")
         if self.out and self.out.exists() and not self.out.is_dir():
             raise UserError(f"--out {self.out} is a file; give a folder")
@@ -154,7 +159,7 @@ def evaluate(request: Request, say: Callable[[str], Any] = lambda text: None) ->
         records = run.measure(suite, examples, options.batch_size, progress)
         texts = {name: len({e.cluster for e in examples if e.set == name}) for name in sets}
         device = jax.local_devices()[0].device_kind
-        config = identity["config"] | {"batch_size": options.batch_size, "limit": r.limit}
+        config = dataclasses.asdict(options) | identity["config"] | {"limit": r.limit}
         result = {
             "suite": r.suite,
             **run.summarise(suite, records, r.seed),
@@ -180,7 +185,9 @@ def _identity(request, compressors, examples):
     """What two runs must have alike for one to continue the other."""
     compressor = next(iter(compressors.values()))
     base, options = compressor.base, dataclasses.asdict(request.options)
-    config = {name: value for name, value in options.items() if name != "batch_size"}
+    # Without a ladder all is as it was before there were any, so that earlier results are found.
+    left_out = ("batch_size",) if options["ladder"] else ("batch_size", "ladder", "threshold")
+    config = {name: value for name, value in options.items() if name not in left_out}
     config["base_dtype"] = base.quantize or request.base_dtype or "float32"
     identity = {
         "suite": request.suite,

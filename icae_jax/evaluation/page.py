@@ -9,10 +9,14 @@ from typing import Any
 from icae_jax import errors
 from icae_jax.evaluation import published, report
 from icae_jax.evaluation.suites import common
+from icae_jax.evaluation.suites.common import MEMORY
 from icae_jax.evaluation.suites.tokens import first, without
 
 Scores = dict[str, dict[str, dict[str, Any]]]  # {metric: {arm: {"mean", "low", "high", "n"}}}
 
+Sizes = dict[str, dict[str, Any]]  # {arm: {"tokens", "bytes"}}, bytes None without a memory
+
+SIZES = {"memory tokens": "tokens", "memory bytes": "bytes"}  # by label
 SHOWN = 8  # examples on a page
 NUMBERS = re.compile(r"(\d+-)?\d+")  # groups with a place along an axis: "128", or "1-100"
 CELL = "{mean} [{low}, {high}]"
@@ -30,16 +34,25 @@ def cell(metric: str, estimate: dict[str, Any]) -> str:
     )
 
 
-def table(scores: Scores, arms: Sequence[str] | None = None, label: str = "") -> report.Table:
-    """A row for each arm, a column for each metric."""
+def table(
+    scores: Scores, arms: Sequence[str] | None = None, label: str = "", sizes: Sizes | None = None
+) -> report.Table:
+    """A row for each arm, a column for each metric, and those of the memory's size if known."""
     metrics = [m for m in scores if scores[m]]
     arms = arms or list(dict.fromkeys(arm for m in metrics for arm in scores[m]))
-    header = [label, *(common.METRICS[m].label for m in metrics), "n"]
+    header = [label, *(common.METRICS[m].label for m in metrics), *(SIZES if sizes else ()), "n"]
     rows = []
     for arm in arms:
         cells = [cell(m, scores[m][arm]) if arm in scores[m] else "" for m in metrics]
+        cells += _size_cells(sizes.get(arm)) if sizes else ()
         rows.append([arm, *cells, max(scores[m][arm]["n"] for m in metrics if arm in scores[m])])
     return header, rows
+
+
+def _size_cells(size: dict[str, Any] | None) -> list[str]:
+    if size is None or size["bytes"] is None:  # no memory
+        return ["", ""]
+    return [f"{size['tokens']:.4g}", f"{size['bytes']:,.0f}"]
 
 
 def facts(result: dict[str, Any]) -> list[str]:
@@ -53,6 +66,13 @@ def facts(result: dict[str, Any]) -> list[str]:
     wanted = result["config"]["k"] or next(iter(result["adapters"].values()))["k"]
     if len(wanted) > 1:
         lines.append(f"memory: with {max(wanted)} memory tokens a segment")
+    if ladder := result["config"].get("ladder"):
+        steps = ", ".join(map(str, ladder))
+        threshold = result["config"]["threshold"]
+        lines.append(
+            f"{common.CASCADE}: {steps} memory tokens a segment, the next where an answer's "
+            f"mean log-probability is below {threshold:.3f}; sizes are of all that was read"
+        )
     base = result["base"]
     fingerprint = base["fingerprint"][:12]
     lines.append(f"base {base['path']} ({fingerprint}), {result['config']['base_dtype']}")
@@ -102,7 +122,8 @@ def _tables(result, arms=None) -> list[report.Table]:
     Suite ablate measures different things in different groups, so it has no table of all.
     """
     ablate = result["suite"] == "ablate"
-    tables = [] if ablate else [table(result["scores"], arms)]
+    sizes = result.get("sizes")  # results of earlier versions have none
+    tables = [] if ablate else [table(result["scores"], arms, sizes=sizes)]
     for kind, values in result["groups"].items():
         if len(values) > 1 or ablate:
             tables += [table(scores, label=f"{kind} {value}") for value, scores in values.items()]
@@ -167,6 +188,43 @@ def figures(result: dict[str, Any], group_label: str) -> list[str]:
         if not with_metric:
             bars = {arm: [_triple(estimate)] for arm, estimate in by_arm.items()}
             svgs.append(report.bars([""], bars, label, colours=colours))
+    return svgs + _size_figures(result, colours)
+
+
+def _size_figures(result: dict[str, Any], colours: dict) -> list[str]:
+    """The main scores against memory tokens and bytes, where memories of several sizes were read.
+
+    Memories of one adapter make a line; the full context and none are levels across it.
+    """
+    sizes = result.get("sizes", {})
+    metrics = [m for m in ("f1", "em") if m in result["scores"]] or list(result["scores"])[:1]
+    svgs = []
+    for metric in metrics:
+        by_arm = result["scores"][metric]
+        arms = [arm for arm in by_arm if sizes.get(arm, {}).get("bytes")]
+        of_k = [arm for arm in arms if arm == MEMORY or arm.startswith(f"{MEMORY} k=")]
+        lines = {MEMORY: of_k} | {arm: [arm] for arm in arms if arm == common.CASCADE}
+        if len(of_k) < 2:
+            continue
+        own_colours = {MEMORY: colours[of_k[0]]} | colours
+        controls = (common.FULL, common.TUNED, common.NONE)
+        levels = {arm: _triple(by_arm[arm]) for arm in controls if arm in by_arm}
+        for label, unit in SIZES.items():
+            series = {}
+            for name, points in lines.items():
+                points = sorted(points, key=lambda arm: sizes[arm][unit])
+                xs = [sizes[arm][unit] for arm in points]
+                series[name] = (xs, [_triple(by_arm[arm]) for arm in points])
+            svgs.append(
+                report.lines(
+                    series,
+                    label,
+                    common.METRICS[metric].label,
+                    colours=own_colours,
+                    levels=levels,
+                    log_x=True,
+                )
+            )
     return svgs
 
 

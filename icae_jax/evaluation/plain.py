@@ -1,6 +1,10 @@
-"""Controls without a memory: the same base reads plain tokens, such as the full context or none."""
+"""Controls without a memory: the same base reads plain tokens, such as the full context or none.
+
+Where the decoder has a LoRA of its own, the base reads with it too (`Compressor.decoder`).
+"""
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -76,13 +80,15 @@ def generate(
     limits: Sequence[int],
     batch_size: int = 32,
     stop: int | None = None,
+    decoder: Decoder | None = None,
 ) -> list[Generation]:
     """Greedy continuations of prompts by the base alone, of at most `limits` new tokens each.
 
-    stop: an id that ends a text beside the base's own. UserError where a prompt is empty, or
-    leaves too few of the base's positions.
+    stop: an id that ends a text beside the base's own. decoder: in place of the base alone.
+    UserError where a prompt is empty, or leaves too few of the base's positions.
     """
     base, generations = compressor.base, []
+    decoder = decoder or compressor.plain_decoder
     if not all(map(len, prompts)):
         raise UserError(
             "a prompt without a memory has no tokens; the base has nothing to go on from"
@@ -99,8 +105,8 @@ def generate(
             ids[i, : len(row)], lengths[i], most[i] = row, len(row), limits[start + i]
         with compressor.devices.active():
             out = decoding.greedy(
-                compressor.plain_decoder,
-                no_prefix(base.config, rows, compressor.plain_decoder.base.dtype),
+                decoder,
+                no_prefix(base.config, rows, decoder.base.dtype),
                 decoding.Prompts(
                     *compressor.devices.put((ids, lengths, np.zeros(rows, np.int32), most))
                 ),
@@ -113,20 +119,24 @@ def generate(
 
 
 @jax.jit
-def _losses(base: FrozenModel, ids_BT, label_at_BU, labels_BU):
+def _losses(base: FrozenModel, lora, ids_BT, label_at_BU, labels_BU):
     B = ids_BT.shape[0]
-    decoder = Decoder(base, jnp.zeros((1, base.config.hidden_size)))  # without special rows
+    decoder = Decoder(base, jnp.zeros((1, base.config.hidden_size)), lora)  # no special rows
     prefix, starts = no_prefix(base.config, B, base.dtype), jnp.zeros(B, jnp.int32)
     hidden = decoder.label_hidden(prefix, starts, ids_BT[:, None], label_at_BU[:, None])
     return loss.frozen_head_losses(hidden, base.head, labels_BU, LOSS_CHUNK)
 
 
 def score(
-    compressor: Compressor, rows: Sequence[targets.Target], batch_size: int = 32
+    compressor: Compressor,
+    rows: Sequence[targets.Target],
+    batch_size: int = 32,
+    decoder: Decoder | None = None,
 ) -> list[Score]:
-    """`score_by_base` for a compressor's base, on its devices."""
-    model = compressor.plain_decoder.base
-    return score_by_base(compressor.base, model, rows, compressor.devices, batch_size)
+    """`score_by_base` for a compressor's base, on its devices. decoder: as for `generate`."""
+    decoder = decoder or compressor.plain_decoder
+    base, devices = compressor.base, compressor.devices
+    return score_by_base(base, decoder.base, rows, devices, batch_size, decoder.lora)
 
 
 def score_by_base(
@@ -135,6 +145,7 @@ def score_by_base(
     rows: Sequence[targets.Target],
     devices: Devices | None = None,
     batch_size: int = 32,
+    lora: Any = None,
 ) -> list[Score]:
     """Log-probabilities of targets' labels under the base alone.
 
@@ -144,6 +155,7 @@ def score_by_base(
         rows: the targets.
         devices: where it runs; by default the default device.
         batch_size: targets scored at once.
+        lora: a LoRA tree that the base is taken with; none by default.
 
     Raises:
         UserError: a target leaves the base's positions, or an id has no embedding.
@@ -163,7 +175,7 @@ def score_by_base(
         batch = {name: x[:, 0] for name, x in packed.items()}
         placed = devices.put((batch["ids"], batch["label_at"], batch["labels"]))
         with devices.active():
-            losses = np.asarray(_losses(model, *placed))
+            losses = np.asarray(_losses(model, lora, *placed))
         sums, counts = np.where(batch["label_mask"], losses, 0).sum(1), batch["label_mask"].sum(1)
         scores += [Score(-float(sums[i]), int(counts[i])) for i in range(len(chunk))]
     return scores

@@ -53,7 +53,11 @@ COLOURS = (
     "#DDCC77",
     "#AA4499",
 )
-CONTROLS = {"full context": "#000000", "no context": "#999999"}
+CONTROLS = {
+    "full context": "#000000",
+    "full context with decoder LoRA": "#555555",
+    "no context": "#999999",
+}
 MARKERS = "osD^vP*Xp<>"  # tell arms apart without colours
 MOST_LABELS = 16  # along the x axis
 _NO_WIDTH = "\u200b"  # a zero-width space
@@ -160,6 +164,8 @@ def lines(
     title: str | None = None,
     caption: str | None = None,
     colours: Mapping[str, str] | None = None,
+    levels: Mapping[str, Sequence] | None = None,
+    log_x: bool = False,
 ) -> str:
     """Lines with their 95 % bands as SVG; `bars` where there is only one position.
 
@@ -173,6 +179,8 @@ def lines(
       title: stands in the figure.
       caption: stands under it; the SVG then comes inside a <figure>.
       colours: a `palette` shared by several figures.
+      levels: estimates by name that hold at every position, such as of controls: dashed.
+      log_x: whether the x axis is logarithmic.
 
     Raises:
       ValueError: a series without exactly one value for each position.
@@ -184,10 +192,11 @@ def lines(
                 "give one value for each, and at least one"
             )
     positions = [x for xs, _ in series.values() for x in xs]
+    levels = levels or {}
     if len(set(positions)) == 1:
         return bars(
             [f"{positions[0]:g}"],
-            {name: e for name, (_, e) in series.items()},
+            {name: e for name, (_, e) in series.items()} | {n: [e] for n, e in levels.items()},
             ylabel,
             xlabel,
             title,
@@ -195,7 +204,7 @@ def lines(
             colours,
         )
     figure, axes = _axes(xlabel, ylabel, title, positions)
-    colours = colours or palette(series)
+    colours = colours or palette([*series, *levels])
     for i, (name, (xs, estimates)) in enumerate(series.items()):
         mean, low, high = np.array([e[:3] for e in estimates], float).T
         mark = {
@@ -208,6 +217,11 @@ def lines(
             _error_bars(axes, xs, mean, low, high, colours[name])
         else:
             axes.fill_between(xs, low, high, color=colours[name], alpha=0.15, linewidth=0)
+    for name, (mean, low, high, *_) in levels.items():
+        axes.axhline(mean, ls="--", label=literal(name), linewidth=1.6, color=colours[name])
+        axes.axhspan(low, high, color=colours[name], alpha=0.1, linewidth=0)
+    if log_x:
+        _logarithmic(axes, axes.xaxis)
     return _svg(figure, axes, log, caption)
 
 
@@ -273,15 +287,21 @@ def _axes(xlabel: str, ylabel: str, title: str | None, positions: Sequence = ())
     return figure, axes
 
 
+def _logarithmic(axes, axis) -> None:
+    from matplotlib import ticker
+
+    axes.set(**{f"{axis.axis_name}scale": "log"})
+    axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter(ticker.NullFormatter())
+
+
 def _svg(figure, axes, log: bool, caption: str | None) -> str:
     """The figure as SVG, inside a <figure> where it has a caption."""
-    from matplotlib import rc_context, ticker
+    from matplotlib import rc_context
 
     if log:
-        axes.set_yscale("log")
-        axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_formatter(ticker.NullFormatter())
+        _logarithmic(axes, axes.yaxis)
     # Beside the data, never on them.
     axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.01, 1))
     buffer = io.StringIO()

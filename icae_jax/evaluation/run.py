@@ -207,13 +207,16 @@ def summarise(suite: common.Measurement, records: Sequence[Record], seed: int) -
     result = {
         "scores": _estimates(suite.main(records), suite.METRICS, weights),
         "groups": _by_group(records, suite.METRICS, weights),
+        "sizes": _sizes(suite.main(records)),
     }
     if suite.name == "qa":
-        retained, without = qa.retention(records, weights)
-        if retained:
-            by_arm = {arm: _as_json(estimate) for arm, estimate in retained.items()}
-            result["scores"]["retention"] = by_arm
-        result["sets_without_retention"] = without
+        for name, full in (("retention", common.FULL), ("retention_tuned", common.TUNED)):
+            retained, without = qa.retention(records, weights, full)
+            if retained:
+                by_arm = {arm: _as_json(estimate) for arm, estimate in retained.items()}
+                result["scores"][name] = by_arm
+            if without or full == common.FULL:
+                result[f"sets_without_{name}"] = without
     if suite.name == "ablate":
         result["pairs"] = _pairs(records, suite.METRICS, weights)
     return result | {"ties": _ties(records), "examples": list(map(_own_scores, records))}
@@ -231,6 +234,25 @@ def _by_group(records, metrics, weights):
             for value in sorted(values, key=_natural)
         }
     return groups
+
+
+def _sizes(records):
+    """`{arm: {"tokens", "bytes"}}`: what an arm reads of memory for an example, in the mean.
+
+    Bytes are None for an arm without a memory.
+    """
+    by_arm = {}
+    for record in records:
+        for arm, size in record.get("sizes", {}).items():  # progress of earlier versions has none
+            by_arm.setdefault(arm, []).append(size)
+    means = {}
+    for arm, sizes in by_arm.items():
+        tokens, nbytes = zip(*sizes, strict=True)
+        means[arm] = {
+            "tokens": float(np.mean(tokens)),
+            "bytes": None if None in nbytes else float(np.mean(nbytes)),
+        }
+    return means
 
 
 def _ties(records):

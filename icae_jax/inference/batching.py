@@ -18,6 +18,11 @@ def round_up(n: int, step: int = SHAPE_STEP) -> int:
     return -(-n // step) * step
 
 
+def few_shapes(n: int, most: int) -> int:
+    """The smallest power of two that is not below n, but at most `most`; n if it is above that."""
+    return max(n, min(most, 1 << (n - 1).bit_length()))
+
+
 def batch_starts(count: int, batch_size: int) -> range:
     """The first row of each batch; UserError if batch_size is not positive."""
     if batch_size < 1:

@@ -12,10 +12,10 @@ from jax.typing import DTypeLike
 from icae_jax.compression import memory as memories
 from icae_jax.compression.decoder import Decoder
 from icae_jax.compression.memory import Memory
-from icae_jax.compression.segments import position_budget
+from icae_jax.compression.segments import choose_k, position_budget
 from icae_jax.compression.trained import SPECIAL_ROWS
 from icae_jax.errors import UserError
-from icae_jax.inference import memory_file
+from icae_jax.inference import cascade, memory_file
 from icae_jax.inference.devices import Devices
 from icae_jax.inference.generate import Generated
 from icae_jax.inference.memory_file import TextId
@@ -142,34 +142,70 @@ class Compressor:
         batch_size: int = BATCH_SIZE,
         where: Sequence[str] | None = None,
         k: int | np.integer | None = None,
+        *,
+        tokens: int | None = None,
+        ratio: float | None = None,
     ) -> Memory:
         """The memory of each text, of the kind that the adapter's method makes.
+
+        Give at most one of k, tokens and ratio. The last two choose the nearest k that the adapter
+        knows, one for all texts (see `segments.choose_k`, which says what nearest means).
 
         Args:
             texts: one or several.
             batch_size: texts compressed at once.
             where: names of the texts for error messages.
-            k: memory tokens per segment, one of those that the adapter was trained with; by default
-                the most.
+            k: memory tokens per segment, one of those that the adapter was trained with, or any
+                number where its method needs no vector for each; by default the most.
+            tokens: wanted memory tokens of a text, over all of its segments.
+            ratio: wanted context tokens per memory token.
 
         Raises:
-            UserError: a text has no tokens or exceeds the base's positions, or k is unknown.
+            UserError: a text has no tokens or exceeds the base's positions; k is unknown; several
+                of k, tokens and ratio are given, or one is not positive.
         """
-        k = self.config.choose(k)
+        contexts, where = self._contexts(texts, where)
+        k = choose_k(self.config, list(map(len, contexts)), k=k, tokens=tokens, ratio=ratio)
+        self._check_room(contexts, where, k)
+        return self.compress_ids(contexts, batch_size, k, where)
+
+    def compress_ladder(
+        self,
+        texts: str | Sequence[str],
+        ladder: Sequence[int],
+        batch_size: int = BATCH_SIZE,
+        where: Sequence[str] | None = None,
+    ) -> list[Memory]:
+        """The memories of texts at each of several k, which `ask` takes as a ladder.
+
+        In one pass of the encoder if the method can share it, else in one for each k. ladder:
+        rising memory tokens per segment. Otherwise as `compress`.
+        """
+        ladder = cascade.checked(ladder, self.config)
+        contexts, where = self._contexts(texts, where)
+        self._check_room(contexts, where, ladder[-1])
+        return self.compress_ids_ladder(contexts, ladder, batch_size, where)
+
+    def _contexts(self, texts, where=None) -> tuple[list[list[int]], list[str]]:
+        """Texts as the encoder reads them, and their names. UserError if one has no tokens."""
         texts = [texts] if isinstance(texts, str) else list(texts)
-        where = where or [f"text {i}" for i in range(len(texts))]
+        where = list(where or [f"text {i}" for i in range(len(texts))])
         contexts = [self.context_ids(text) for text in texts]
-        positions = self.base.config.max_position_embeddings
         for context, name in zip(contexts, where, strict=True):
             if len(context) == len(self.framing.start):
                 raise UserError(f"{name}: the text has no tokens")
+        return contexts, where
+
+    def _check_room(self, contexts, where, k) -> None:
+        """Raises UserError if a text exceeds the base's positions."""
+        positions = self.base.config.max_position_embeddings
+        for context, name in zip(contexts, where, strict=True):
             needed = position_budget(self.config, len(context), k=k).needed(behind=2)
             if needed > positions:
                 raise UserError(
                     f"{name}: {len(context)} tokens need {needed} positions, the base has "
                     f"{positions}; compress it in several parts"
                 )
-        return self.compress_ids(contexts, batch_size, k, where)
 
     def compress_ids(
         self,
@@ -179,10 +215,22 @@ class Compressor:
         where: Sequence[str] | None = None,
     ) -> Memory:
         """The memory of each list of ids, as `context_ids` gives them; otherwise as `compress`."""
+        k = self.config.choose(k)
+        return self.compress_ids_ladder(contexts, (k,), batch_size, where)[0]
+
+    def compress_ids_ladder(
+        self,
+        contexts: Sequence[Sequence[int]],
+        ladder: Sequence[int],
+        batch_size: int = BATCH_SIZE,
+        where: Sequence[str] | None = None,
+    ) -> list[Memory]:
+        """As `compress_ids` at each of several k, see `compress_ladder`."""
+        ladder = cascade.checked(ladder, self.config)
         if not contexts:
             raise UserError("texts is empty; give at least one text")
         self._check_ids(contexts, lambda i: where[i] if where else f"text {i}")
-        return self.writer.write(contexts, self.config.choose(k), batch_size)
+        return self.writer.write_several(contexts, ladder, batch_size)
 
     def join(self, parts: Sequence[Memory]) -> Memory:
         """One memory that holds several, text by text, in order.
@@ -244,34 +292,51 @@ class Compressor:
 
     def ask(
         self,
-        memory: Memory,
+        memory: Memory | Sequence[Memory] | str | Sequence[str],
         questions: str | Sequence[str | Sequence[str]],
         max_new_tokens: int | None = None,
         batch_size: int = BATCH_SIZE,
         details: bool = False,
+        *,
+        ladder: Sequence[int] = (),
+        threshold: float = cascade.LIKELY,
     ) -> list:
         """Answers, decoded greedily in the adapter's template.
 
+        Of a ladder of memories an answer comes from the smallest one that gives a likely answer
+        (FlexComp's cascade, arXiv 2609.11192): a question is asked again at the next k while the
+        log-probability of its answer, in the mean over its tokens and the stop token, is below
+        `threshold`. The last answer is taken as it is. Where this mean lies within rounding of the
+        threshold, another batch size may take another memory.
+
         Args:
-            memory: of one or several texts.
+            memory: of one or several texts. For a cascade either the memories of the same texts by
+                rising k, as `compress_ladder` gives them, or the texts themselves, with `ladder`.
+                Texts are compressed at all k at once if one pass of the encoder does it, else at a
+                larger k only where the smaller did not do.
             questions: one, asked of every text; or one entry per text, each a question or a list of
                 them. Of the memory of a single text, a list of questions is asked.
             max_new_tokens: of each answer.
             batch_size: texts read at once.
-            details: return `Generation`s instead of texts.
+            details: return `Generation`s instead of texts. They say which k gave an answer, and
+                how many memory tokens were read for it.
+            ladder: rising memory tokens per segment, all known to the adapter; for texts only.
+            threshold: of a cascade, in nats per token, by default log(0.9); -inf takes the smallest
+                memory, inf the largest.
 
         Returns:
             Answers, nested as the questions are.
         """
+        texts, rungs = self._rungs(memory, ladder, batch_size)
         if isinstance(questions, str):
-            questions = [questions] * len(memory)
-        single = len(memory) == 1 and len(questions) != 1
+            questions = [questions] * texts
+        single = texts == 1 and len(questions) != 1
         nested = [[q] if isinstance(q, str) else list(q) for q in questions]
         if single:
             nested = [list(questions)]
-        if len(nested) != len(memory) or not all(nested):
+        if len(nested) != texts or not all(nested):
             raise UserError(
-                f"questions has {len(nested)} entries for {len(memory)} texts; give at least one "
+                f"questions has {len(nested)} entries for {texts} texts; give at least one "
                 "question per text"
             )
         template = self.adapter.template
@@ -280,13 +345,37 @@ class Compressor:
             Request([template.prompt(self.question_ids(q, f"text {i}: ")) for q in row], most)
             for i, row in enumerate(nested)
         ]
-        generations = self.reader.generate(memory, requests, "qa", batch_size)
+        generations = cascade.generate(self.reader, rungs, requests, threshold, batch_size)
         rows = [[g if details else g.text for g in row] for row in generations]
         if single:
             return rows[0]
         return [
             row[0] if isinstance(q, str) else row for q, row in zip(questions, rows, strict=True)
         ]
+
+    def _rungs(self, memory, ladder, batch_size) -> tuple[int, list[cascade.Rung]]:
+        """The number of texts, and their memories by rising k, perhaps still to be written."""
+        texts = [memory] if isinstance(memory, Memory | str) else list(memory)
+        if not all(isinstance(text, str) for text in texts):
+            if ladder:
+                raise UserError(
+                    f"ladder is {tuple(ladder)}, but memories have their k; give texts, or leave "
+                    "ladder out"
+                )
+            rungs = cascade.rungs_of(texts)
+            return len(texts[0]), rungs
+        if not ladder:
+            raise UserError("texts are asked without a memory; compress them, or give a ladder")
+        if self.config.spec.write_several:
+            return self._rungs(self.compress_ladder(texts, ladder, batch_size), (), batch_size)
+        ladder = cascade.checked(ladder, self.config)
+        contexts, where = self._contexts(texts)
+        self._check_room(contexts, where, ladder[-1])
+
+        def at(k):
+            return lambda rows: self.compress_ids([contexts[row] for row in rows], batch_size, k)
+
+        return len(texts), [at(k) for k in ladder]
 
     def score(
         self,

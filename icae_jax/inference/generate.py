@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from icae_jax.compression.decoder import Decoder, Prefix
 from icae_jax.models import rope
@@ -32,23 +32,27 @@ class Generated(NamedTuple):
     """What `greedy` decoded.
 
     ids: new tokens, without the stop token, 0 after the end. lengths: how many. stopped: whether a
-    stop token came. ties: steps at which the two best logits lay within `TIE`.
+    stop token came. ties: steps at which the two best logits lay within `TIE`. log_probs: of the
+    new tokens and, where it came, the stop token, summed; nats, float32.
     """
 
     ids: Int[Any, "B n"]
     lengths: Int[Any, " B"]
     stopped: Bool[Any, " B"]
     ties: Int[Any, " B"]
+    log_probs: Float[Any, " B"]
 
 
 class _State(NamedTuple):
     """The loop's state.
 
-    token: the one chosen last, not yet written out. cache: K and V, `[prefix | prompt | new]`.
+    token: the one chosen last, not yet written out. log_prob: its own. cache: K and V, `[prefix |
+    prompt | new]`.
     """
 
     step: Int[Array, ""]
     token: Int[Array, " B"]
+    log_prob: Float[Array, " B"]
     done: Bool[Array, " B"]
     out: Generated
     cache: tuple[Array, Array]
@@ -75,18 +79,24 @@ def greedy(
     stops = jnp.asarray(stop_ids, jnp.int32)
 
     def choose(hidden_BD):
-        """(the best token, whether the second best ties with it, whether it is a stop token)."""
-        best, ids = jax.lax.top_k(head.logits(hidden_BD), 2)
+        """The best token of each row.
+
+        With its log-probability, whether the second best ties with it, and whether it is a stop
+        token.
+        """
+        logits = head.logits(hidden_BD)
+        best, ids = jax.lax.top_k(logits, 2)
         token = ids[:, 0].astype(jnp.int32)
+        log_prob = best[:, 0] - jax.nn.logsumexp(logits, axis=-1)
         is_stop = jnp.any(token[:, None] == stops[None], axis=1)
-        return token, best[:, 0] - best[:, 1] < TIE, is_stop
+        return token, log_prob, best[:, 0] - best[:, 1] < TIE, is_stop
 
     # ----------------------------------------------------------------------------------- the prompt
     positions = prompts.starts[:, None] + jnp.arange(T)[None]
     x = decoder.embed(prompts.ids)
     hidden, (k, v) = decoder.run(x, positions, prefix.visible, return_kv=True)
     last = jnp.take_along_axis(hidden, (prompts.lengths - 1)[:, None, None], axis=1)[:, 0]
-    token, tie, ends = choose(last)
+    token, log_prob, tie, ends = choose(last)
 
     def make_cache(prefix_kv, prompt_kv):
         new = jnp.zeros((L, B, n, K, H), prompt_kv.dtype)
@@ -128,7 +138,7 @@ def greedy(
             constrain(jax.lax.dynamic_update_slice_in_dim(c, new, P + T + i, 2), *KV_AXES)
             for c, new in zip(state.cache, (k, v), strict=True)
         )
-        token, tie, ends = choose(hidden[:, 0])
+        token, log_prob, tie, ends = choose(hidden[:, 0])
         full = i + 1 >= limits
         out = Generated(
             ids=out.ids.at[:, i].set(jnp.where(done, 0, state.token)),
@@ -137,10 +147,20 @@ def greedy(
             # The last step's choice is never written out unless it is a stop token; otherwise it is
             # no tie that counts.
             ties=out.ties + (tie & ~done & (~full | ends)),
+            # Of the token written here and, since it is never written, of a stop token chosen here.
+            log_probs=out.log_probs
+            + jnp.where(done, 0, state.log_prob)
+            + jnp.where(~done & ends, log_prob, 0),
         )
-        return _State(i + 1, token, done | ends | full, out, cache)
+        return _State(i + 1, token, log_prob, done | ends | full, out, cache)
 
     zeros = jnp.zeros(B, jnp.int32)
-    out = Generated(jnp.zeros((B, n), jnp.int32), zeros, ends, tie.astype(jnp.int32))
-    start = _State(jnp.zeros((), jnp.int32), token, ends, out, cache)
+    out = Generated(
+        jnp.zeros((B, n), jnp.int32),
+        zeros,
+        ends,
+        tie.astype(jnp.int32),
+        jnp.where(ends, log_prob, 0),
+    )
+    start = _State(jnp.zeros((), jnp.int32), token, log_prob, ends, out, cache)
     return jax.lax.while_loop(unfinished, step, start).out

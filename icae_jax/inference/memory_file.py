@@ -1,11 +1,11 @@
 """Memory files: compressed texts on disk, with all that is needed to read or to refuse them.
 
-A safetensors file with `slots [B, M, D]` (ICAE) or `k` and `v`, each `[L, B, M, K, H]`, k before
-RoPE (500xCompressor), and `lengths [B, S]` (context tokens of each segment, 0 where a text has
-fewer). Metadata: format_version, icae_jax_version, method, layout, k, base_fingerprint,
-adapter_fingerprint, adapter (its folder, hub id with the commit, or URL), ids (JSON); and, not in
-files of earlier versions, base_identity (JSON, `Base.identity`), lora_scale and segment_tokens;
-where the base was quantised, base_quantize.
+A safetensors file with `slots [B, M, D]` or `k` and `v`, each `[L, B, M, K, H]`, k before RoPE, and
+`lengths [B, S]` (context tokens of each segment, 0 where a text has fewer). Metadata:
+format_version, icae_jax_version, method, layout, k, base_fingerprint, adapter_fingerprint, adapter
+(its folder, hub id with the commit, or URL), ids (JSON); and, not in files of earlier versions,
+base_identity (JSON, `Base.identity`), lora_scale, segment_tokens; where they are not as in earlier
+versions, encoder_mask and encoder_layers; where the base was quantised, base_quantize.
 """
 
 import collections
@@ -29,6 +29,7 @@ from icae_jax.compression import memory as memories
 from icae_jax.compression.config import CompressionConfig
 from icae_jax.compression.memory import Memory
 from icae_jax.errors import UserError
+from icae_jax.interop.adapters.info import EARLIER
 from icae_jax.interop.export import hf_cache
 from icae_jax.interop.hub import locations
 from icae_jax.interop.hub.identity import check_identity, compare_quantisation
@@ -62,6 +63,12 @@ class Origin:
     base_identity: dict[str, str] = dataclasses.field(default_factory=dict)
     lora_scale: float | None = None
     base_quantize: str = ""
+
+
+def _how_written(origin: Origin) -> dict[str, str]:
+    """What of the compression is not seen in the trained tensors, but in the memory."""
+    names = ("encoder_mask", "encoder_layers")
+    return {name: str(getattr(origin.compression, name)) for name in names}
 
 
 # --- Writing ---
@@ -127,6 +134,7 @@ def save(path: str | os.PathLike, memory: Memory, ids: Sequence[Any], origin: Or
         "base_fingerprint": origin.base_fingerprint,
         "adapter_fingerprint": origin.adapter_fingerprint,
         "segment_tokens": str(origin.compression.segment_tokens),
+        **{n: value for n, value in _how_written(origin).items() if value != str(EARLIER[n])},
         "adapter": adapter,
         "ids": json.dumps(ids, ensure_ascii=False),
     }
@@ -301,11 +309,15 @@ def _check_origin(path: str | os.PathLike, metadata: dict[str, str], origin: Ori
     expected = {"segment_tokens": str(compression.segment_tokens)}
     if origin.lora_scale is not None:
         expected["lora_scale"] = repr(origin.lora_scale)
+    expected |= _how_written(origin)
     for field, have in expected.items():
-        if metadata.get(field, have) != have:  # earlier versions did not write them
+        # Earlier versions did not write them all; what says how the encoder reads is left out where
+        # it is as they knew it.
+        stated = metadata.get(field, str(EARLIER.get(field, have)))
+        if stated != have:
             raise UserError(
-                f"--memory {path} has {field} {metadata[field]}, the adapter {have}; give the "
-                f"adapter as it was, or {_REMEDY}"
+                f"--memory {path} has {field} {stated}, the adapter {have}; give the adapter as "
+                f"it was, or {_REMEDY}"
             )
 
 

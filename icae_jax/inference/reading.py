@@ -51,13 +51,25 @@ class Generation(NamedTuple):
     """One decoded text.
 
     ids: without the stop token. stopped: whether a stop token came. ties: steps at which the two
-    best logits lay within `generate.TIE`.
+    best logits lay within `generate.TIE`. log_prob: of the ids and, where it came, the stop token,
+    summed; nats. k, tokens: of the memory that it was decoded behind: memory tokens per segment,
+    and in all. tokens_read: memory tokens read in all, those of smaller memories of a ladder
+    included. These are 0 where there was no memory.
     """
 
     text: str
     ids: list[int]
     stopped: bool
     ties: int
+    log_prob: float
+    k: int = 0
+    tokens: int = 0
+    tokens_read: int = 0
+
+    @property
+    def mean_log_prob(self) -> float:
+        """The log-probability per token, stop token included: at most 0, nats."""
+        return self.log_prob / (len(self.ids) + self.stopped)
 
 
 class Score(NamedTuple):
@@ -171,7 +183,7 @@ class MemoryReader:
         room = self._room(memory, objective, needed)
         G, T = max(len(request.prompts) for request in requests), max(longest)
         T = T if T == 1 else round_up(T, PROMPT_STEP)
-        generations = []
+        generations, tokens = [], memory.tokens
         for start, rows in self._batches(len(requests), batch_size):
             ids = np.zeros((len(rows) * G, T), np.int32)
             lengths, limits = np.zeros((2, len(rows) * G), np.int32)
@@ -184,7 +196,9 @@ class MemoryReader:
             out = self._decode(memory[rows], ids, lengths, limits, objective)
             for b, request in enumerate(requests[start : start + batch_size]):
                 indices = range(b * G, b * G + len(request.prompts))
-                generations.append([self.generation(out, i) for i in indices])
+                size = {"k": memory.tokens_per_segment, "tokens": int(tokens[start + b])}
+                size["tokens_read"] = size["tokens"]
+                generations.append([self.generation(out, i)._replace(**size) for i in indices])
         return generations
 
     def _decode(self, memory, ids, lengths, limits, objective) -> decoding.Generated:
@@ -210,7 +224,8 @@ class MemoryReader:
         text = self.base.tokenizer.decode(
             ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
-        return Generation(text, ids, bool(out.stopped[i]), int(out.ties[i]))
+        log_prob = float(out.log_probs[i])
+        return Generation(text, ids, bool(out.stopped[i]), int(out.ties[i]), log_prob)
 
     # --- Scoring ---
 

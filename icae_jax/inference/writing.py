@@ -13,7 +13,7 @@ from icae_jax.inference.devices import Devices
 from icae_jax.models.llama import FrozenModel
 
 # Compiled once for all compressors of one base and configuration.
-_compress = jax.jit(encoder.compress, static_argnames="config")
+_compress = jax.jit(encoder.compress_several, static_argnames=("ks", "config"))
 
 
 class MemoryWriter:
@@ -40,7 +40,19 @@ class MemoryWriter:
 
     def write(self, contexts: Sequence[Sequence[int]], k: int, batch_size: int) -> Memory:
         """The memory of lists of token ids, on the host. k: memory tokens per segment."""
-        memories = []
+        return self._write(contexts, (k,), batch_size)[0]
+
+    def write_several(
+        self, contexts: Sequence[Sequence[int]], ks: Sequence[int], batch_size: int
+    ) -> list[Memory]:
+        """As `write` for each of several k: in one pass of the encoder if the method can."""
+        together = bool(self.config.spec.write_several)
+        passes = [tuple(ks)] if together else [(k,) for k in ks]
+        written = [self._write(contexts, of_pass, batch_size) for of_pass in passes]
+        return [memory for of_pass in written for memory in of_pass]
+
+    def _write(self, contexts, ks, batch_size) -> list[Memory]:
+        batches = []
         for start in batch_starts(len(contexts), batch_size):
             batch = contexts[start : start + batch_size]
             rows = self.devices.rows(batch_size if start else len(batch))
@@ -48,11 +60,15 @@ class MemoryWriter:
             arrays = segments.segment_contexts(padded, self.config, self._shape(batch), self.pad_id)
             ids, lengths = self.devices.put(arrays)
             with self.devices.active():
-                memory = _compress(
-                    self.base, self.trained, Contexts(ids, lengths, k), config=self.config
+                memories = _compress(
+                    self.base,
+                    self.trained,
+                    Contexts(ids, lengths, ks[-1]),
+                    ks=ks,
+                    config=self.config,
                 )
-            memories.append(jax.device_get(memory)[: len(batch)])
-        return concatenate(memories, self.config)
+            batches.append([memory[: len(batch)] for memory in jax.device_get(memories)])
+        return [concatenate(of_k, self.config) for of_k in zip(*batches, strict=True)]
 
     def _shape(self, contexts):
         """Segments, and tokens per segment rounded up, so that few shapes are compiled."""

@@ -3,7 +3,7 @@
 import functools
 import itertools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -73,9 +73,70 @@ def _frozen_head_bwd(chunk, d_h, g_BU):
 frozen_head_losses.defvjp(_frozen_head_fwd, _frozen_head_bwd)
 
 
+def _chunk_divergences(h, teacher_h, head, labels):
+    """Of one chunk: cross-entropy, KL, and what their gradients are formed of."""
+    losses, logits = _chunk_losses(h, head, labels)
+    log_p, teacher_log_p = (jax.nn.log_softmax(x, -1) for x in (logits, head.logits(teacher_h)))
+    divergences = jnp.sum(jnp.exp(teacher_log_p) * (teacher_log_p - log_p), -1)
+    return losses, divergences, (logits, log_p, teacher_log_p)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def distilled_head_losses(
+    h_BUD: Float[Array, "B U D"],
+    teacher_BUD: Float[Array, "B U D"],
+    head: Head,
+    labels_BU: Int[Any, "B U"],
+    weight: float,
+    chunk: int,
+) -> tuple[Float[Array, "B U"], Float[Array, "B U"]]:
+    """Cross-entropy of every label, and KL(teacher || student) there, in float32 nats.
+
+    As `frozen_head_losses`, with one head matmul more for the teacher, which gets no gradient; its
+    temperature is 1. weight: of the KL beside the cross-entropy.
+
+    One matmul forms the gradient of both together: what is differentiated must be the cross-entropy
+    plus `weight` times the KL, and its gradient passes through the cross-entropy alone.
+    """
+    chunks = _chunks(h_BUD, chunk), _chunks(teacher_BUD, chunk), _chunks(labels_BU, chunk)
+    both = jax.lax.map(lambda x: _chunk_divergences(x[0], x[1], head, x[2])[:2], chunks)
+    return tuple(_join(x, h_BUD.shape[1]) for x in both)
+
+
+def _distilled_head_fwd(h_BUD, teacher_BUD, head, labels_BU, weight, chunk):
+    def losses_and_gradient(x):
+        h, teacher_h, labels = x
+        *both, (logits, log_p, teacher_log_p) = _chunk_divergences(h, teacher_h, head, labels)
+        p, label = jnp.exp(log_p), jax.nn.one_hot(labels, logits.shape[-1])
+        d_logits = p - label + weight * (p - jnp.exp(teacher_log_p))
+        return *both, head.backward(d_logits, logits, h.dtype)
+
+    chunks = _chunks(h_BUD, chunk), _chunks(teacher_BUD, chunk), _chunks(labels_BU, chunk)
+    *both, d_h = (_join(x, h_BUD.shape[1]) for x in jax.lax.map(losses_and_gradient, chunks))
+    return tuple(both), d_h
+
+
+def _distilled_head_bwd(weight, chunk, d_h, gradients):
+    return (d_h * gradients[0][..., None]).astype(d_h.dtype), None, None, None
+
+
+distilled_head_losses.defvjp(_distilled_head_fwd, _distilled_head_bwd)
+
+
 # -------------------------------------------------------------------------------- behind one memory
 
 Targets = dict[str, dict[str, Any]]  # by objective, arrays of `packing.pack`
+KL = "_kl"  # behind the name of an objective: its KL to a teacher
+
+
+class Teaching(NamedTuple):
+    """What a teacher (`distil`) knows of the targets.
+
+    hidden: its states at labels, by objective. weight: of the KL beside the cross-entropy.
+    """
+
+    hidden: dict[str, Float[Array, "B G U D"]]
+    weight: float
 
 
 def label_losses(
@@ -85,16 +146,20 @@ def label_losses(
     heads: dict[str, tuple[int, ...]],
     layout: Layout,
     chunk: int,
+    teaching: Teaching | None = None,
 ) -> dict[str, Float[Array, "B G U"]]:
     """Losses of every label, by objective, in nats.
 
     heads: by objective, the ids before the memory. Head and memory run once for each distinct head.
-    Targets of one shape that start at one position behind the same head run in one call.
+    Targets of one shape that start at one position behind the same head run in one call. teaching:
+    adds the KL of the objectives that it has, by their names with `KL` behind them, to be
+    differentiated as `distilled_head_losses` says.
     """
-    losses = {}
+    losses, taught = {}, teaching.hidden if teaching else {}
     for head in dict.fromkeys(heads[o] for o in targets):
         prefix = memory.read(decoder, head)
-        for objectives in _alike([o for o in targets if heads[o] == head], targets, layout):
+        behind_head = [o for o in targets if heads[o] == head]
+        for objectives in _alike(behind_head, targets, layout, taught):
             packed = {
                 name: jnp.concatenate([targets[o][name] for o in objectives], 1)
                 for name in targets[objectives[0]]
@@ -104,20 +169,31 @@ def label_losses(
             B, G, U = packed["labels"].shape
             with jax.named_scope("cross_entropy"):
                 labels = packed["labels"].reshape(B * G, U)
-                flat = frozen_head_losses(hidden, decoder.base.head, labels, chunk)
+                if objectives[0] in taught:
+                    states = jnp.concatenate([taught[o] for o in objectives], 1)
+                    states = states.reshape(hidden.shape)
+                    flat, divergences = distilled_head_losses(
+                        hidden, states, decoder.base.head, labels, teaching.weight, chunk
+                    )
+                    by_name = {"": flat, KL: divergences}
+                else:
+                    by_name = {"": frozen_head_losses(hidden, decoder.base.head, labels, chunk)}
             widths = [targets[o]["labels"].shape[1] for o in objectives]
-            ends = itertools.accumulate(widths)
-            for o, width, end in zip(objectives, widths, ends, strict=True):
-                losses[o] = flat.reshape(B, G, U)[:, end - width : end]
+            for name, flat in by_name.items():
+                ends = itertools.accumulate(widths)
+                for o, width, end in zip(objectives, widths, ends, strict=True):
+                    losses[o + name] = flat.reshape(B, G, U)[:, end - width : end]
     return losses
 
 
-def _alike(objectives, targets, layout):
-    """Objectives grouped by what one decoder call shares: shapes, and where targets start."""
+def _alike(objectives, targets, layout, taught):
+    """Objectives grouped by what one decoder call shares: shapes, where targets start, and whether
+    there is a teacher.
+    """
     groups = {}
     for o in objectives:
         T, U = targets[o]["ids"].shape[2], targets[o]["labels"].shape[2]
-        groups.setdefault((T, U, layout.restarts(o)), []).append(o)
+        groups.setdefault((T, U, layout.restarts(o), o in taught), []).append(o)
     return groups.values()
 
 

@@ -21,6 +21,7 @@ from icae_jax.errors import UserError
 
 AE, LM, FT = -3, -2, -1
 OBJECTIVES = ("ae", "lm", "qa")
+TAUGHT = ("lm", "qa")  # those that a teacher knows something of (`distil`)
 # The first tokens of a continuation carry no loss: the memory says little about them (reference).
 LM_UNLABELLED = 8
 # A continuation must be longer than this to be an LM target (reference), if windows are longer.

@@ -28,7 +28,7 @@ class Flops(NamedTuple):
     encoder: the base's blocks over text and memory tokens. lora: LoRA branches, the encoder's and
     the decoder's. memory: the blocks over head (what stands before the memory) and memory in the
     decoder. targets: over targets or new tokens in the decoder. attention: scores and weighted sums
-    of all three. logits: the output head at labels.
+    of all three. logits: the output head at labels. teacher: all that it computes, forward only.
     """
 
     encoder: int = 0
@@ -37,6 +37,7 @@ class Flops(NamedTuple):
     targets: int = 0
     attention: int = 0
     logits: int = 0
+    teacher: int = 0
 
     @property
     def total(self) -> int:
@@ -125,12 +126,16 @@ def least(
     compression: CompressionConfig,
     batch: dict[str, Any],
     heads: dict[str, tuple[int, ...]] | None = None,
+    before: dict[str, tuple[int, ...]] | None = None,
+    teacher_lora: LoraConfig | None = None,
 ) -> Flops:
     """FLOPs of one training step, forward and backward, on a training batch.
 
     batch: `context [B, S, N]`, `k` (one or several), and `targets` with `ids [B, G, T]` and `labels
     [B, G, U]` of each objective; only shapes are read. heads: by objective, the ids before the
-    memory, by default none.
+    memory, by default none. before: by objective that a teacher knows (`objectives.distil`), the
+    ids before the text that it reads; by default there is no teacher. teacher_lora: of its LoRA, if
+    it has one.
 
     Head and memory run once for each distinct head. A memory of K/V does not run; its head runs
     once for the whole batch, and no gradient reaches it unless the decoder has a LoRA. UserError if
@@ -141,7 +146,29 @@ def least(
     written = compress(model_config, lora_config, batch["context"].shape, ks, compression)
     trained = Flops(2 * written.encoder, 3 * written.lora, 0, 0, 3 * written.attention)
     read = [_read(model_config, lora_config, compression, batch, heads or {}, k) for k in ks]
-    return _added(trained, *read)
+    taught = _taught(model_config, teacher_lora, batch, before or {}, len(ks))
+    return _added(trained, *read, taught)
+
+
+def _taught(c, lora_config, batch, before, memories):
+    """FLOPs of the teacher, which reads text and targets once, in a training step with so many
+    memories; the logits it is compared by are formed anew for each.
+    """
+    B, S, N = batch["context"].shape
+    total = 0
+
+    def blocks(*tokens):
+        return _linear(c, *tokens) + (_linear(c, *tokens, lora_config) if lora_config else 0)
+
+    for length in (len(ids) + S * N for ids in set(before.values())):
+        total += blocks(B * length, B * length, 0) + _attention(c, B, length, length, 0)
+    for o, ids in before.items():
+        target = batch["targets"][o]
+        (_, G, T), U = target["ids"].shape, target["labels"].shape[2]
+        total += blocks(B * G * T, B * G * T, B * G * U)
+        total += _attention(c, B * G, T, len(ids) + S * N + T, U)
+        total += memories * 2 * c.hidden_size * c.vocab_size * B * G * U
+    return Flops(teacher=total)
 
 
 def _read(c, lora_config, compression, batch, heads, k):

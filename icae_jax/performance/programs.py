@@ -23,7 +23,12 @@ from icae_jax.models.llama import FrozenModel
 from icae_jax.performance import flops
 from icae_jax.runtime import attention_choice, sharding
 from icae_jax.training import step
-from icae_jax.training.compressor_task import CompressorLosses, base_positions
+from icae_jax.training.compressor_losses import (
+    TEACHER_LORA,
+    CompressorLosses,
+    base_positions,
+    teacher_positions,
+)
 from icae_jax.training.config import TrainConfig
 from icae_jax.training.optimizer import make_optimizer
 
@@ -79,6 +84,17 @@ def base_shapes(spec: Spec) -> PyTree[jax.ShapeDtypeStruct]:
     """The base's parameters, in the dtype or the quantisation that the configuration names."""
     shapes, c = llama.param_shapes(spec.model), spec.config
     return schemes.quantized_shapes(shapes, c.quantize, c.jnp_dtype)
+
+
+def teacher_shapes(spec: Spec) -> dict[str, PyTree[jax.ShapeDtypeStruct]]:
+    """What is frozen beside the base: the LoRA of a teacher from an adapter, if there is one.
+
+    Of the sizes of the configuration's own LoRA; the adapter is not read.
+    """
+    if not spec.config.objectives.teacher_adapter:
+        return {}
+    own = dataclasses.replace(spec.compression, decoder_lora=True)
+    return {TEACHER_LORA: trained.shapes(spec.model, spec.config.lora, own)[trained.DECODER_LORA]}
 
 
 def base_bytes(spec: Spec, shape: Mapping[str, int]) -> int:
@@ -137,9 +153,10 @@ def positions_needed(spec: Spec) -> int:
     c, objectives = spec.config, spec.config.objectives
     if spec.what == "train":
         qa = spec.qa_shape[0] if "qa" in objectives.weights else 0
-        return base_positions(
+        own = base_positions(
             objectives.weights, objectives.pad_labels, spec.compression, spec.length, qa
         )
+        return max(own, teacher_positions(objectives.taught, spec.length, qa))
     behind = 0 if spec.what == "compress" else PROMPT + c.data.max_target_tokens
     return base_positions((), False, spec.compression, spec.length, behind)
 
@@ -160,6 +177,8 @@ def _trace(spec, mesh, placement):
     c, model = spec.measured_config, spec.model
     task = CompressorLosses(c, model, spec.compression)
     shapes = base_shapes(spec)
+    if spec.what in OF_TRAINING:
+        shapes = shapes | teacher_shapes(spec)
     params = _placed(shapes, placement.tree(shapes))
     tree, given = trained.shapes(model, c.lora, spec.compression), batch(spec, mesh)
     if spec.what == "train":
@@ -210,7 +229,9 @@ def least(spec: Spec, tokens: int | None = None) -> int:
     """
     c, given = spec.config, batch(spec)
     if spec.what == "train":
-        return flops.least(spec.model, c.lora, spec.compression, given).total
+        task = CompressorLosses(spec.measured_config, spec.model, spec.compression)
+        teacher = {"before": task.before, "teacher_lora": task.teacher_lora}
+        return flops.least(spec.model, c.lora, spec.compression, given, **teacher).total
     if spec.what == "compress":
         shape, k = given["context"].shape, spec.compression.k
         return flops.compress(spec.model, c.lora, shape, k, spec.compression).total

@@ -214,6 +214,9 @@ class TrainingStep:
         optimizer, _ = make_optimizer(c.optimizer, c.steps)
         if params is None:
             params = random_params(spec.model, self.placement, c.jnp_dtype, seed, c.quantize)
+        # Its LoRA is as new: what it teaches takes as long.
+        like = programs.teacher_shapes(spec)
+        params = params | jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
         self.params = jax.device_put(params, self.placement.tree(params))
         with self.placement.active():
             trained = initial(spec, self.params, seed) if trained is None else trained

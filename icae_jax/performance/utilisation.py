@@ -25,7 +25,12 @@ class Meter:
     def least_flops(self, batch: PyTree) -> int:
         """The fewest FLOPs that a step on a (global) batch of these shapes takes."""
         t = self._task
-        return flops.least(t.model.config, t.config.lora, t.compression, batch, t.heads).total
+        return flops.least(
+            *(t.model.config, t.config.lora, t.compression, batch),
+            heads=t.heads,
+            before=t.before,
+            teacher_lora=t.teacher_lora,
+        ).total
 
     def utilisation(self, least_flops: float, seconds: float) -> float | None:
         """The MFU of so many FLOPs in so much time; None for a chip whose peak is unknown."""

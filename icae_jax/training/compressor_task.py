@@ -7,16 +7,12 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import PyTree
 
-from icae_jax.compression import encoder
 from icae_jax.compression import trained as trained_tree
 from icae_jax.compression.config import CompressionConfig
-from icae_jax.compression.decoder import Decoder
-from icae_jax.compression.segments import Contexts, position_budget
-from icae_jax.compression.trained import SPECIAL_ROWS
+from icae_jax.compression.trained import DECODER_LORA, SPECIAL_ROWS
 from icae_jax.data import mixture, places, prefetch, tokens
 from icae_jax.data.collate import bucket_shape
 from icae_jax.data.drawing import StaticInt
@@ -26,12 +22,19 @@ from icae_jax.errors import UserError, counted
 from icae_jax.interop.adapters import folder as adapters
 from icae_jax.interop.hub import base as bases
 from icae_jax.interop.hub import tokenizer as tokenizers
-from icae_jax.models import llama
-from icae_jax.models.llama import FrozenModel, ModelConfig
-from icae_jax.objectives import loss, targets
+from icae_jax.models.llama import ModelConfig
+from icae_jax.objectives import targets
 from icae_jax.runtime import attention_choice, sharding
+from icae_jax.training.compressor_losses import (
+    FULL_TEXT,
+    TEACHER_LORA,
+    CompressorLosses,
+    base_positions,
+    ks_of,
+    teacher_positions,
+)
 from icae_jax.training.config import SCRATCH, TrainConfig
-from icae_jax.training.task import LossSums, MeanLosses, Rows
+from icae_jax.training.task import MeanLosses, Rows
 from icae_jax.training.workdir import recorded
 
 CHECKED = 1 << 22  # ids looked through at once
@@ -88,98 +91,10 @@ def with_attention(
     return dataclasses.replace(config, attention=name), notes
 
 
-def base_positions(
-    objectives: Any,
-    pad_labels: bool,
-    compression: CompressionConfig,
-    longest: int,
-    qa: int = 0,
-    head: int = 0,
-) -> int:
-    """Positions of the base that contexts of up to `longest` tokens take with these objectives.
-
-    qa: tokens of the longest question with its answer behind the memory. head: tokens before the
-    memory.
-    """
-    segments, size = bucket_shape(longest, compression)
-    restored = (segments * compression.segment_tokens if pad_labels else longest) + 1
-    behind = max(qa, restored if {"ae", "lm"} & set(objectives) else 0)
-    budget = position_budget(
-        compression, longest, segments=segments, segment_tokens=size, head=head
-    )
-    return budget.needed(behind)
-
-
-def ks_of(batch: Mapping[str, Any]) -> tuple[int, ...]:
-    """The numbers of memory tokens per segment that a batch is trained or measured with."""
-    k = batch["k"]
-    return tuple(map(int, k)) if isinstance(k, tuple) else (int(k),)
-
-
-class CompressorLosses:
-    """What a training step computes, without data or weights: the AE, LM and QA losses of batches.
-
-    config: its attention must be decided (`with_attention`), not "auto". model_config: the base's
-    sizes. compression: what is trained on that base (`compression_on`). head: ids before the memory
-    where questions are asked.
-    """
-
-    def __init__(
-        self,
-        config: TrainConfig,
-        model_config: ModelConfig,
-        compression: CompressionConfig,
-        head: tuple[int, ...] = (),
-    ):
-        c = config
-        if c.attention == attention_choice.AUTO:
-            raise ValueError("attention is auto; decide it first, see `with_attention`")
-        self.config, self.weights, self.compression = c, c.objectives.weights, compression
-        self.heads = {o: head if o == "qa" else () for o in self.weights}
-        self.model = llama.Llama(
-            model_config,
-            lora_scale=c.lora.scale,
-            lora_dropout=c.lora.dropout,
-            dtype=c.jnp_dtype,
-            remat=c.remat,
-            unroll=c.unroll,
-            attention=c.attention,
-        )
-        self.decoder = self.model.clone(remat=c.remat_decoder or c.remat)
-
-    def counts(self, batch: PyTree) -> dict[str, Float[Array, ""]]:
-        """Label tokens by objective, those behind every memory of a context."""
-        return {
-            o: len(ks_of(batch)) * jnp.sum(t["label_mask"]).astype(jnp.float32)
-            for o, t in batch["targets"].items()
-        }
-
-    def tokens(self, batch: PyTree) -> Float[Array, ""]:
-        """Context tokens encoded and label tokens predicted."""
-        return jnp.sum(batch["lengths"]).astype(jnp.float32) + sum(self.counts(batch).values())
-
-    def losses(
-        self, trained: PyTree, frozen: PyTree, batch: PyTree, dropout_key: jax.Array | None
-    ) -> LossSums:
-        """(sum, count) of losses by objective. The decoder sees a context through its memory.
-
-        A batch with several k has the losses behind the memories of all.
-        """
-        c, targets, ks = self.compression, batch["targets"], ks_of(batch)
-        contexts = Contexts(batch["context"], batch["lengths"], max(ks))
-        base = FrozenModel(self.model, frozen)
-        memories = encoder.compress_several(base, trained, contexts, ks, c, dropout_key)
-        decoder = Decoder.of(FrozenModel(self.decoder, frozen), trained, dropout_key)
-        by_k = [
-            loss.objective_sums(
-                loss.label_losses(
-                    decoder, memory, targets, self.heads, c.position_layout, self.config.loss_chunk
-                ),
-                targets,
-            )
-            for memory in memories
-        ]
-        return jax.tree.map(lambda *of_each: sum(of_each), *by_k)
+def _read_info(adapter):
+    """The folder of an adapter, and the checked contents of its icae.json."""
+    folder = adapters.locate(adapter, progress=jax.process_index() == 0).folder
+    return folder, adapters.read_adapter_info(folder, adapter)[0]
 
 
 class CompressorTask(CompressorLosses):
@@ -197,10 +112,17 @@ class CompressorTask(CompressorLosses):
         workdir: str | os.PathLike | None = None,
     ):
         c = config
-        start = None
+        start = teacher = None  # both are checked before the base takes minutes
         if c.init_from and c.init_from != SCRATCH:
-            start = adapters.locate(c.init_from, progress=jax.process_index() == 0).folder
-            adapters.read_adapter_info(start, c.init_from)  # checked before the base takes minutes
+            start, _ = _read_info(c.init_from)
+        if c.objectives.teacher_adapter:
+            teacher, info = _read_info(c.objectives.teacher_adapter)
+            if not info["compression"].get(DECODER_LORA):
+                raise UserError(
+                    f"objectives.teacher {c.objectives.teacher} has no decoder LoRA, so it would "
+                    "teach what the base alone does; give an adapter that was trained with "
+                    f"compression.{DECODER_LORA}, or leave it empty for the base alone"
+                )
         self.placement = sharding.Placement(sharding.make_mesh(c.mesh), bases.sizes(c.base))
         self.base = base or bases.load_base(
             c.base,
@@ -217,16 +139,22 @@ class CompressorTask(CompressorLosses):
         )
         self._notes += notes
         self.template = self._template(c.objectives.template, run, workdir)
-        super().__init__(c, self.base.config, compression, self.template.head)
-        self.framing = targets.make_framing(
-            self.compression, tokenizer, tokenizers.bos_id(tokenizer)
-        )
+        bos = tokenizers.bos_id(tokenizer)
+        before_text = () if bos is None else (bos,)
+        super().__init__(c, self.base.config, compression, self.template.head, before_text)
+        self.framing = targets.make_framing(self.compression, tokenizer, bos)
         self._check_framing()
         self.start_from = None
         if start:
             self.start_from = adapters.load_adapter(start, self.base)
             self._check_start()
         self.frozen = self.base.params
+        if teacher:
+            self.teacher = adapters.load_adapter(teacher, self.base)
+            self._check_teacher()
+            lora = self.teacher.trained[DECODER_LORA]
+            lora = sharding.put(lora, self.placement.tree(lora))
+            self.frozen = self.frozen | {TEACHER_LORA: lora}
         self.train_examples = (
             self._mixture() if c.data.train_weights else self._examples(c.data.train)
         )
@@ -245,6 +173,9 @@ class CompressorTask(CompressorLosses):
             self.identity["quantize"] = self.base.quantize
         if self.start_from:
             self.identity["init_from"] = self.start_from.fingerprint
+        if self.before:
+            own = c.objectives.teacher or "base"
+            self.identity["teacher"] = self.teacher.fingerprint if teacher else own
 
     # --------------------------------------------------------------------------- what it is made of
 
@@ -279,7 +210,7 @@ class CompressorTask(CompressorLosses):
             c.data,
             self.compression,
             c.phase,
-            tuple(self.weights),
+            tuple(c.objectives.weights),
             self.template,
             self.framing,
             c.objectives.pad_labels,
@@ -325,6 +256,24 @@ class CompressorTask(CompressorLosses):
                 f"data.context_lengths holds {longest}, which needs {needed} positions with "
                 f"compression.k {c.compression.k}; the base has {most}. Use shorter contexts (or "
                 "data.max_target_tokens), or a smaller k"
+            )
+        before = max(map(len, self.before.values()), default=0)
+        needed = teacher_positions(self.before, longest, qa, before, self.skipped)
+        if needed > most:
+            raise UserError(
+                f"objectives.kl is {c.objectives.kl}, whose teacher reads whole contexts: "
+                f"data.context_lengths holds {longest}, which takes it {needed} positions; the "
+                f"base has {most}. Use shorter contexts (or data.max_target_tokens), or set "
+                "objectives.kl to 0"
+            )
+
+    def _check_teacher(self):
+        """UserError if the teacher's LoRA is of another scale, of which a program has one only."""
+        theirs, ours = self.teacher.lora.scale, self.config.lora.scale
+        if theirs != ours:
+            raise UserError(
+                f"lora.scale is {ours}, but objectives.teacher {self.config.objectives.teacher} "
+                f"was trained with {theirs}; give --config.lora.scale={theirs}, or another teacher"
             )
 
     def _check_start(self):
@@ -427,9 +376,13 @@ class CompressorTask(CompressorLosses):
         return {"k": ks[0]} if len(self.compression.choices) > 1 and len(ks) == 1 else {}
 
     def held_out_loss(self, losses: MeanLosses) -> float:
-        """The weighted loss with the right memory, averaged over k, to rank checkpoints by."""
+        """The weighted loss with the right memory, averaged over k, to rank checkpoints by.
+
+        Without KL, so that it ranks runs with and without a teacher alike.
+        """
         right = [by_objective for kind, by_objective in losses.items() if kind.startswith("memory")]
-        total = sum(self.weights[o] * value for losses in right for o, value in losses.items())
+        weights = self.config.objectives.weights
+        total = sum(weights[o] * losses[o] for losses in right for o in losses if o in weights)
         return total / len(right)
 
     def eval_batches(self, rows: Rows = slice(None)) -> Iterator[dict[str, PyTree]]:
@@ -437,13 +390,16 @@ class CompressorTask(CompressorLosses):
 
         "memory" has each target behind its own context, "wrong_memory" behind another text's; the
         latter is missing if all held-out data are one text. If k is drawn, these two are of the
-        largest, and "memory_k4", "wrong_memory_k4", … of the others.
+        largest, and "memory_k4", "wrong_memory_k4", … of the others. A teacher reads the right text
+        for either.
         """
         examples = self.eval_examples
         if examples is None:
             return
         for bucket, chosen in examples.held_out(self.config.batch_size, self.config.eval_examples):
             batch = examples.collate(bucket, chosen[rows])
+            if self.before:
+                batch[FULL_TEXT] = {name: batch[name] for name in ("context", "lengths")}
             others = examples.other_contexts(bucket, chosen[rows])
             kinds = {"memory": batch} | ({"wrong_memory": batch | others} if others else {})
             by_k = {}

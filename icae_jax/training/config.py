@@ -1,17 +1,19 @@
 """A training run's configuration: frozen dataclasses that check their values when made."""
 
 import dataclasses
+import math
 import types
 
 import jax.numpy as jnp
 
 from icae_jax.compression.config import CompressionConfig
+from icae_jax.compression.trained import DECODER_LORA
 from icae_jax.data.config import DataConfig
 from icae_jax.errors import UserError
 from icae_jax.models.llama import REMAT_POLICIES
 from icae_jax.models.lora import LoraConfig
 from icae_jax.models.schemes import parse_scheme
-from icae_jax.objectives.targets import OBJECTIVES
+from icae_jax.objectives.targets import OBJECTIVES, TAUGHT
 from icae_jax.runtime import attention_choice
 from icae_jax.runtime.sharding import MeshConfig
 
@@ -24,6 +26,11 @@ class ObjectivesConfig:
 
     Attributes:
       ae, lm, qa: weight of an objective; 0 leaves it out.
+      kl: weight of the KL to the full-context teacher beside the cross-entropy of LM and QA; 0:
+        none (`objectives.distil`).
+      teacher: "" for the base alone; "decoder_lora" for the base with the decoder LoRA that is
+        trained; or an adapter (folder, workdir, hub id, URL), for the base with that adapter's
+        decoder LoRA.
       template: how questions and answers are framed (`objectives.targets`).
       pad_labels: also train AE on the padding of layout `reference`, as the authors' 500xCompressor
         does.
@@ -32,6 +39,8 @@ class ObjectivesConfig:
     ae: float = 0.5
     lm: float = 0.5
     qa: float = 0.0
+    kl: float = 0.0
+    teacher: str = ""
     template: str = "plain"
     pad_labels: bool = False
 
@@ -39,6 +48,37 @@ class ObjectivesConfig:
     def weights(self) -> dict[str, float]:
         """The weights of the objectives that are trained."""
         return {o: getattr(self, o) for o in OBJECTIVES if getattr(self, o) > 0}
+
+    @property
+    def taught(self) -> tuple[str, ...]:
+        """The objectives with a KL to the teacher."""
+        return tuple(o for o in TAUGHT if o in self.weights) if self.kl > 0 else ()
+
+    @property
+    def teacher_adapter(self) -> str:
+        """The adapter whose decoder LoRA the teacher has; "" if it needs none."""
+        return self.teacher if self.taught and self.teacher != DECODER_LORA else ""
+
+    def check_teacher(self, decoder_lora: bool) -> None:
+        """UserError if there is nothing to teach, or no such teacher.
+
+        decoder_lora: whether one is trained.
+        """
+        if not 0 <= self.kl < math.inf:
+            raise UserError(
+                f"objectives.kl is {self.kl}; give a weight >= 0, such as 1, or 0 for none"
+            )
+        if self.kl and not self.taught:
+            raise UserError(
+                f"objectives.kl is {self.kl}, but the teacher knows nothing of AE; train "
+                f"{' or '.join(f'objectives.{o}' for o in TAUGHT)} too, or set objectives.kl to 0"
+            )
+        if self.taught and self.teacher == DECODER_LORA and not decoder_lora:
+            raise UserError(
+                f"objectives.teacher is {DECODER_LORA}, which needs "
+                f"compression.{DECODER_LORA}=True; set it, or leave the teacher empty for the base "
+                "alone"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,6 +237,7 @@ class TrainConfig(LoopConfig):
                 f"objectives ae, lm, qa are {weights}; "
                 "give weights >= 0, at least one of them positive"
             )
+        self.objectives.check_teacher(self.compression.decoder_lora)
         absent = "qa" if self.phase == "pretrain" else "lm"
         if (weight := getattr(self.objectives, absent)) > 0:
             raise UserError(

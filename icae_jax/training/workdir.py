@@ -13,6 +13,7 @@ from icae_jax.training.config import LoopConfig
 # Paths are compared by the content that they stand for, which `identity` fingerprints.
 PATH_FIELDS = frozenset(
     {"base", "init_from", "data.train", "data.eval", "data.cache_dir", "data.tfds_dir"}
+    | {"objectives.teacher"}
 )
 # Fields that may change when a workdir is continued; any other changes the mathematics. On other
 # devices (mesh) results agree within rounding.

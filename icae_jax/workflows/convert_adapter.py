@@ -117,7 +117,7 @@ def convert(options: Options, say: Callable[[str], None]) -> Conversion:
     say(f"{result.source}: {result.kind}, r {result.rank}, k {result.k}, LoRA on {targets}")
     if assumed:
         say("  " + ", ".join(assumed))
-    _check_format(options, adapter)
+    _check_format(options, adapter, base.config)
 
     result.restoring, why = check(adapter, base, texts, source.path, dtype)
     say(f"  restores: {result.restoring or why}")
@@ -169,7 +169,7 @@ def _read(
         step, adapter = trained_compressors.read_checkpoint(source, base)
         return adapter, [f"checkpoint {step.name}"], True
     adapter = adapters.load_adapter(source.path, base)
-    return adapter, [], not adapters.was_forced(adapter)
+    return adapter, [], not adapter.was_forced
 
 
 def check(
@@ -211,10 +211,10 @@ def _check_output(options):
         raise UserError(f"--base_id {options.base_id!r} is no hub id; give ORG/NAME")
 
 
-def _check_format(options, adapter):
+def _check_format(options, adapter, model_config):
     """UserError if a format cannot hold the adapter, or its implementation would misread it."""
-    if options.format != NATIVE:
-        adapters.refuse_decoder_lora(adapter, f"--format {options.format}")
+    if options.format == "peft":
+        peft_folder.check(adapter, model_config)
     if options.format not in formats.FORMATS:
         return
     formats.need_torch_for(options.format)

@@ -13,7 +13,7 @@ from icae_jax import files
 from icae_jax.errors import UserError, counted
 from icae_jax.inference import memory_file
 from icae_jax.interop.adapters import folder as adapters
-from icae_jax.interop.adapters import formats, lora_tensors, tensor_files
+from icae_jax.interop.adapters import formats, info, lora_tensors, tensor_files
 from icae_jax.interop.export import hf_cache
 from icae_jax.interop.hub import base as bases
 from icae_jax.interop.hub import (
@@ -57,6 +57,8 @@ KNOWN = {
 }
 
 
+# How the encoder reads, beside the layout.
+ENCODER_FIELDS = ("encoder_mask", "encoder_layers", "anchor_vectors")
 SIZE_FIELDS = ("num_hidden_layers", "hidden_size", "q_width", "kv_width")
 
 
@@ -143,16 +145,18 @@ def _trained_file(path, tensors) -> Description:
 
 
 def _adapter(folder) -> Description:
-    info, lora_fields = adapters.read_adapter_info(folder)
+    stated, lora_fields = adapters.read_adapter_info(folder)
     lora_folder = lora_fields.source.parent
     tensors, _ = tensor_files.open_tensors(lora_folder / "adapter_model.safetensors")
     table, _ = tensor_files.open_tensors(pathlib.Path(folder) / "memory.safetensors")
-    compression = info["compression"]
+    compression = stated["compression"]
     is_peft = lora_folder == pathlib.Path(folder)
     about = {"what": "adapter folder in PEFT's form" if is_peft else "adapter folder"}
-    for name in ("method", "k", "rate", "layout", "k_choices"):
+    for name in ("method", "k", "rate", "layout", "k_choices", *ENCODER_FIELDS):
         if compression.get(name):
             about[name] = compression[name]
+    own = {n: list(t.shape) for n, t in table.items() if n != adapters.MEMORY_TABLE}
+    about |= {"trained_tensors": own} if own else {}
     decoder = {}
     if compression.get("decoder_lora"):
         decoder, _ = tensor_files.open_tensors(
@@ -160,15 +164,15 @@ def _adapter(folder) -> Description:
         )
         about["decoder_lora"] = f"{_parameter_count(decoder)} parameters"
     about |= {
-        "template": info["template"]["name"],
+        "template": stated["template"]["name"],
         **_lora_sizes(tensors),
         "lora_scale": lora_fields.scale,
         "trained_parameters": _parameter_count(tensors | table) + _parameter_count(decoder),
         "base": lora_fields.base,
-        "base_fingerprint": info["base_fingerprint"],
-        **({"base_quantize": info["base_quantize"]} if info.get("base_quantize") else {}),
+        "base_fingerprint": stated["base_fingerprint"],
+        **({"base_quantize": stated["base_quantize"]} if stated.get("base_quantize") else {}),
     }
-    return about | ({"origin": info["origin"]} if info.get("origin") else {})
+    return about | ({"origin": stated["origin"]} if stated.get("origin") else {})
 
 
 def describe_base(base: str | os.PathLike) -> Description:
@@ -266,8 +270,10 @@ def _checkpoint(trained) -> Description:
         "base": "base",
         "base_fingerprint": "identity.base",
     }
-    if recorded.get("compression.decoder_lora"):
-        named["decoder_lora"] = "compression.decoder_lora"
+    for name in ("decoder_lora", *ENCODER_FIELDS):
+        value = recorded.get(f"compression.{name}")  # None in runs of earlier versions
+        if value and (name == "encoder_mask" or value != info.EARLIER[name]):
+            named[name] = f"compression.{name}"
     return {
         "what": f"checkpoint of a training run, {trained.path.name}",
         **{name: recorded.get(field) for name, field in named.items()},

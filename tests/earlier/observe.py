@@ -149,9 +149,12 @@ def scored(compressor, memory):
     return {name: [[s.log_prob, s.tokens] for s in row] for name, row in rows.items()}
 
 
+FIELDS = 4  # of a generation, then: text, ids, stopped, ties
+
+
 def restored(compressor, memory):
     """The texts and ids that are read back out of each memory."""
-    return [list(g) for g in compressor.restore(memory, max_new_tokens=8, details=True)]
+    return [list(g)[:FIELDS] for g in compressor.restore(memory, max_new_tokens=8, details=True)]
 
 
 def asked(compressor, memory):
@@ -159,7 +162,7 @@ def asked(compressor, memory):
     answers = compressor.ask(
         memory, [list(QUESTIONS)] * len(memory), max_new_tokens=6, details=True
     )
-    return [[list(g) for g in row] for row in answers]
+    return [[list(g)[:FIELDS] for g in row] for row in answers]
 
 
 def adapter(name, base="base"):

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Int
 
 from icae_jax.compression import layout, method
 from icae_jax.compression.config import CompressionConfig
@@ -23,8 +23,8 @@ from icae_jax.models.llama import FrozenModel
 PROJECTION = "projection"  # W [D, D] in the trained tree, the identity at first
 
 
-def groups(k: int, lengths: Int[Any, " R"], N: int) -> Float[Array, "R k N"]:
-    """The matrix that averages each of k near-equal groups of the first `lengths` of N tokens.
+def groups(k: int, lengths: Int[Any, " R"], N: int) -> Bool[Array, "R k N"]:
+    """Which of N tokens each of k near-equal groups of the first `lengths` of them holds.
 
     No group is empty: where a text has fewer than k tokens, some groups share one.
     """
@@ -32,7 +32,7 @@ def groups(k: int, lengths: Int[Any, " R"], N: int) -> Float[Array, "R k N"]:
     first = j * n // k
     stop = jnp.maximum((j + 1) * n // k, first + 1)
     tokens = jnp.arange(N)[None, None]
-    return ((first <= tokens) & (tokens < stop)) / (stop - first)
+    return (first <= tokens) & (tokens < stop)
 
 
 def write_several(
@@ -49,8 +49,10 @@ def write_several(
     W = gathered(trained[PROJECTION].astype(hidden.dtype), ("embed", None))
 
     def slots(k):
-        mean = groups(k, contexts.lengths.reshape(B * S), N).astype(hidden.dtype)
-        return (jnp.einsum("rkn,rnd->rkd", mean, hidden) @ W).reshape(B, S * k, -1)
+        inside = groups(k, contexts.lengths.reshape(B * S), N).astype(hidden.dtype)
+        sums = jnp.einsum("rkn,rnd->rkd", inside, hidden, preferred_element_type=jnp.float32)
+        means = (sums / inside.sum(2, jnp.float32)[..., None]).astype(hidden.dtype)
+        return (means @ W).reshape(B, S * k, -1)
 
     return tuple(place(Slots, {"slots": slots(k)}, contexts.lengths, config) for k in ks)
 
@@ -68,6 +70,6 @@ method.register(
         vectors=lambda config: 0,
         tensors=lambda model, config: {PROJECTION: jnp.eye(model.hidden_size)},
         flops=lambda model, shape, k: {"lora": 2 * shape[0] * shape[1] * k * model.hidden_size**2},
-        exports=(method.PROMPT_EMBEDS, method.HF_CACHE),
+        exports=(method.PROMPT_EMBEDS, method.HF_CACHE, method.PEFT),
     )
 )

@@ -64,8 +64,9 @@ method.register(
         appends_memory_tokens=False,
         encoder_mask="all",
         keeps="kv",
+        anchors=True,
         vectors=lambda config: 1 if config.anchor_vectors == "one" else None,
         options=("anchor_vectors",),
-        exports=(method.HF_CACHE,),
+        exports=(method.HF_CACHE, method.PEFT),
     )
 )

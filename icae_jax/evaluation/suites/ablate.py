@@ -103,14 +103,14 @@ class Ablate:
 
 def _without_arms(record: common.Record) -> common.Record:
     texts = {name: text for name, text in record["texts"].items() if name != MEMORY}
-    return {**record, "sums": {}, "texts": texts, "ties": {}}
+    return {**record, "sums": {}, "sizes": {}, "texts": texts, "ties": {}}
 
 
 def _copy_arm(record: common.Record, into: common.Record, name: str) -> None:
     """Copies the memory's arm of a record into another record, as the arm `name`."""
     for metric, arms in record["sums"].items():
         into["sums"].setdefault(metric, {})[name] = arms[MEMORY]
-    for part in ("texts", "ties"):
+    for part in ("sizes", "texts", "ties"):
         if MEMORY in record[part]:
             into[part][name] = record[part][MEMORY]
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from icae_jax.evaluation import plain, scores
 from icae_jax.evaluation.examples import Example, Text, example
 from icae_jax.evaluation.suites import common
-from icae_jax.evaluation.suites.common import FULL, SHUFFLED
+from icae_jax.evaluation.suites.common import FULL, SHUFFLED, TUNED
 from icae_jax.inference.compressor import SPARE, Compressor
 from icae_jax.inference.reading import Generation
 from icae_jax.objectives import targets
@@ -52,7 +52,7 @@ class Autoencode(common.Suite):
 
     name = "autoencode"
     METRICS = ("ae_loss", *TEXT_METRICS)
-    ARMS = (SHUFFLED, FULL)
+    ARMS = (SHUFFLED, FULL, TUNED)
     group_label = "context tokens"
 
     def __init__(self, compressor: Compressor, options: common.Options):
@@ -62,7 +62,8 @@ class Autoencode(common.Suite):
 
     def known_arms(self) -> set[str]:
         """All arms; the full context only with a copying token."""
-        return super().known_arms() - (set() if self.compressor.config.trigger_token else {FULL})
+        copies = self.compressor.config.trigger_token
+        return super().known_arms() - (set() if copies else {FULL, TUNED})
 
     def examples(self, text: Text) -> list[Example] | str:
         """The text at each of the lengths; by default as much as one segment holds."""
@@ -91,9 +92,10 @@ class Autoencode(common.Suite):
         for record, text in zip(records, texts, strict=True):
             record["texts"]["original"] = text
 
-        def note(arm, losses, restored=None):
+        def note(arm, losses, restored=None, memory=None):
             for i, (record, loss) in enumerate(zip(records, losses, strict=True)):
                 common.add(record, arm, ae_loss=common.nats(loss))
+                common.add_size(record, arm, memory, i)
                 if restored:
                     ids = restored_ids(compressor, restored[i])
                     numbers = text_scores(restored[i].text, ids, texts[i], batch[i].ids)
@@ -106,11 +108,12 @@ class Autoencode(common.Suite):
 
         for arm, memory in self.memories(contexts):
             restored = compressor.restore(memory, batch_size=size, details=True)
-            note(arm, losses_behind(memory), restored)
+            note(arm, losses_behind(memory), restored, memory)
         wrong = self.shuffled(batch)
         if wrong is not None:
-            note(SHUFFLED, losses_behind(wrong))
-        if self.copy is not None and self.options.wants(FULL):
+            note(SHUFFLED, losses_behind(wrong), memory=wrong)
+        arms = [arm for arm in (FULL, TUNED) if self.copy is not None and self.wants(arm)]
+        if arms:
             start = plain.start_ids(compressor)
             prompts = [[*start, *e.ids, self.copy, *start] for e in batch]
             labelled = [
@@ -121,6 +124,9 @@ class Autoencode(common.Suite):
                 min(len(context) + SPARE, self.positions - len(prompt))
                 for context, prompt in zip(contexts, prompts, strict=True)
             ]
-            losses = plain.score(compressor, labelled, size)
-            note(FULL, losses, plain.generate(compressor, prompts, limits, size))
+            for arm in arms:
+                decoder = self.decoder(arm)
+                losses = plain.score(compressor, labelled, size, decoder)
+                restored = plain.generate(compressor, prompts, limits, size, decoder=decoder)
+                note(arm, losses, restored)
         return [[record] for record in records]

@@ -1,27 +1,33 @@
 """What all suites share: options, arms, metrics, and the record of an example's scores."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from icae_jax.compression import segments
+from icae_jax.compression.decoder import Decoder
 from icae_jax.compression.memory import Memory
 from icae_jax.errors import UserError
 from icae_jax.evaluation import scores, statistics
 from icae_jax.evaluation.examples import Example, Question, Text
+from icae_jax.inference import cascade
 from icae_jax.inference.compressor import Compressor
 from icae_jax.inference.reading import Score
 
 MEMORY, SHUFFLED = "memory", "shuffled memory"
 FULL, CUT, NONE = "full context", "cut context", "no context"
+TUNED = "full context with decoder LoRA"
+CASCADE = "cascade"
 BUCKET = 100  # tokens: the width of the papers' length buckets
 CONTINUATION_LEAST = 16  # tokens: on a shorter rest of a text, perplexity says little
 
 Record = dict[str, Any]
 """What one example, or one question, gave, as plain JSON.
 
-`{"id", "cluster", "set", "group", "sums": {metric: {arm: numbers}}, "texts", "ties"}`. Summed over
-examples, the numbers give the score of all, by the metric's `aggregate`.
+`{"id", "cluster", "set", "group", "sums": {metric: {arm: numbers}}, "sizes": {arm: [memory tokens,
+bytes]}, "texts", "ties"}`. Summed over examples, the numbers give the score of all, by the metric's
+`aggregate`. Bytes are those of the memory's dtype; an arm without a memory has 0 tokens and None.
 """
 
 
@@ -47,6 +53,7 @@ METRICS = {
     "rougeL": Metric("ROUGE-L", statistics.ratio, 1, "higher"),
     "answer_loss": Metric("answer loss, nats/token", statistics.ratio, 3, "lower"),
     "retention": Metric("F1 retained, %", None, 1, "higher"),
+    "retention_tuned": Metric("F1 retained of decoder LoRA's, %", None, 1, "higher"),
 }
 
 
@@ -60,6 +67,8 @@ class Options:
     spans: numbers of segments to join.
     plain_template: for the base without a memory; "" for the adapter's without trained tokens.
     arms: () for all.
+    ladder: rising memory tokens per segment of the cascade (`inference.cascade`); () for none.
+    threshold: of the cascade, nats per token.
     batch_size: contexts at once; it changes no score.
     """
 
@@ -70,6 +79,8 @@ class Options:
     spans: tuple[int, ...] = (1, 2, 4)
     plain_template: str = ""
     arms: tuple[str, ...] = ()
+    ladder: tuple[int, ...] = ()
+    threshold: float = cascade.LIKELY
     batch_size: int = 16
 
     def __post_init__(self):
@@ -84,6 +95,11 @@ class Options:
             raise UserError(
                 "--continuation_tokens is 1; give at least 2, since a continuation's first token "
                 "is not a label"
+            )
+        if not math.isfinite(self.threshold):  # results are JSON, which has no other numbers
+            raise UserError(
+                f"--threshold is {self.threshold}; give a finite number of nats per token, such as "
+                f"{cascade.LIKELY:.3f}"
             )
         if not self.spans:
             raise UserError("--spans is empty; give numbers of segments, such as 1,2,4")
@@ -124,7 +140,9 @@ class Suite:
         config = compressor.config
         choices = {config.choose(k) for k in options.k or config.choices}
         self.choices = sorted(choices, reverse=True)
+        self.has_decoder_lora = compressor.decoder.lora is not None
         self.positions = compressor.base.config.max_position_embeddings
+        self.most_k = self.choices[0]
         # Tokens of text that one segment holds.
         self.segment = max(1, config.segment_tokens - len(compressor.framing.start))
         known = self.known_arms()
@@ -149,7 +167,16 @@ class Suite:
 
     def known_arms(self) -> set[str]:
         """What --arms may name."""
-        return {*self.ARMS, *map(self.arm_of, self.choices)}
+        arms = {*self.ARMS, *map(self.arm_of, self.choices)}
+        return arms if self.has_decoder_lora else arms - {TUNED}
+
+    def wants(self, arm: str) -> bool:
+        """Whether an arm is to be measured, and can be."""
+        return self.options.wants(arm) and (arm != TUNED or self.has_decoder_lora)
+
+    def decoder(self, arm: str) -> Decoder:
+        """What reads the text itself in an arm: the base alone, or with the decoder's LoRA."""
+        return self.compressor.decoder if arm == TUNED else self.compressor.plain_decoder
 
     def one_length(self) -> int:
         """The one number of --context_lengths, by default what a segment holds.
@@ -204,9 +231,9 @@ class Suite:
           cut: the same for the cut context, where that may take more than the memory.
         """
         framed = tokens + len(self.compressor.framing.start)
-        written, start = self.compressor.positions(framed, self.choices[0])
+        written, start = self.compressor.positions(framed, self.most_k)
         needed = [written, start + behind]
-        if self.options.wants(FULL):
+        if self.wants(FULL) or self.wants(TUNED):
             needed.append(alone)
         if self.options.wants(CUT) or self.options.wants(NONE):
             needed.append(cut)
@@ -231,6 +258,7 @@ def record(
         "set": example.set,
         "group": group or example.group,
         "sums": {},
+        "sizes": {},
         "texts": {},
         "ties": {},
     }
@@ -244,6 +272,12 @@ def add(record: Record, arm: str, **numbers) -> None:
     for metric, value in numbers.items():
         values = value if isinstance(value, list | tuple) else (value, 1.0)
         record["sums"].setdefault(metric, {})[arm] = [float(v) for v in values]
+
+
+def add_size(record: Record, arm: str, memory: Memory | None = None, row: int = 0) -> None:
+    """Writes into a record what an arm reads: memory tokens and bytes of one text's memory."""
+    size = (0, None) if memory is None else (int(memory.tokens[row]), int(memory.bytes[row]))
+    record["sizes"][arm] = list(size)
 
 
 def nats(score: Score) -> list[float | int]:

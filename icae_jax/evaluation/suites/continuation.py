@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from icae_jax.evaluation import plain
 from icae_jax.evaluation.examples import Example, Text, example
 from icae_jax.evaluation.suites import common
-from icae_jax.evaluation.suites.common import CUT, FULL, NONE, SHUFFLED
+from icae_jax.evaluation.suites.common import CUT, FULL, NONE, SHUFFLED, TUNED
 from icae_jax.inference.reading import Score
 from icae_jax.objectives.targets import Target
 
@@ -21,7 +21,7 @@ def plain_arms(
     contexts: Sequence[Sequence[int]],
     cut_lengths: Sequence[int],
 ) -> Iterator[tuple[str, list[Score]]]:
-    """Yields (arm, scores) of the base alone.
+    """Yields (arm, scores) of the base alone, and of the full context with the decoder's LoRA.
 
     contexts: each example's ids. cut_lengths: how many of its last tokens, which matter most to
     what follows, each cut context has.
@@ -30,16 +30,17 @@ def plain_arms(
     start = plain.start_ids(compressor)
     arms = {
         FULL: contexts,
+        TUNED: contexts,
         CUT: [c[max(0, len(c) - n) :] for c, n in zip(contexts, cut_lengths, strict=True)],
         NONE: [()] * len(batch),
     }
     for arm, of_arm in arms.items():
-        if suite.options.wants(arm):
+        if suite.wants(arm):
             rows = [
                 Target([*start, *context, *e.continuation], len(start) + len(context) + 1)
                 for context, e in zip(of_arm, batch, strict=True)
             ]
-            yield arm, plain.score(compressor, rows, suite.options.batch_size)
+            yield arm, plain.score(compressor, rows, suite.options.batch_size, suite.decoder(arm))
 
 
 class Continue(common.Suite):
@@ -50,7 +51,7 @@ class Continue(common.Suite):
 
     name = "continue"
     METRICS = ("perplexity",)
-    ARMS = (FULL, CUT, NONE, SHUFFLED)
+    ARMS = (FULL, TUNED, CUT, NONE, SHUFFLED)
     group_label = "context tokens"
 
     def examples(self, text: Text) -> list[Example] | str:
@@ -82,21 +83,22 @@ class Continue(common.Suite):
         records = [common.record(e) for e in batch]
         rows = [[Target(list(e.continuation), 1)] for e in batch]
 
-        def note(arm, losses):
-            for record, loss in zip(records, losses, strict=True):
+        def note(arm, losses, memory=None):
+            for i, (record, loss) in enumerate(zip(records, losses, strict=True)):
                 common.add(record, arm, perplexity=common.nats(loss))
+                common.add_size(record, arm, memory, i)
 
         def losses_behind(memory):
             size = self.options.batch_size
             return [row[0] for row in self.compressor.score_targets(memory, rows, "lm", size)]
 
         for arm, memory in self.memories(self.framed(batch)):
-            note(arm, losses_behind(memory))
+            note(arm, losses_behind(memory), memory)
         contexts = [e.ids for e in batch]
         cut_lengths = [self.memory_tokens(len(ids)) for ids in contexts]
         for arm, losses in plain_arms(self, batch, contexts, cut_lengths):
             note(arm, losses)
         wrong = self.shuffled(batch)
         if wrong is not None:
-            note(SHUFFLED, losses_behind(wrong))
+            note(SHUFFLED, losses_behind(wrong), wrong)
         return [[record] for record in records]

@@ -68,8 +68,8 @@ class Memorise(common.Suite):
             rows = [[targets.ae_target(context, compressor.framing)] for context in contexts]
             losses = compressor.score_targets(memory, rows, "ae", size)
             restored = compressor.restore(memory, batch_size=size, details=True)
-            for record, by_arm, loss, generation in zip(
-                records, contents, losses, restored, strict=True
+            for i, (record, by_arm, loss, generation) in enumerate(
+                zip(records, contents, losses, restored, strict=True)
             ):
                 text, ids = decode(compressor, by_arm[arm]), restored_ids(compressor, generation)
                 numbers = text_scores(generation.text, ids, text, by_arm[arm])
@@ -77,4 +77,5 @@ class Memorise(common.Suite):
                 common.add(record, arm, ae_loss=common.nats(loss[0]), **numbers)
                 record["texts"] |= {f"original, {arm}": text, arm: generation.text}
                 record["ties"][arm] = generation.ties
+                common.add_size(record, arm, memory, i)
         return [[record] for record in records]

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from icae_jax.errors import UserError
 from icae_jax.evaluation.examples import Example, Text, example
 from icae_jax.evaluation.suites import common
-from icae_jax.evaluation.suites.common import CUT, FULL, NONE
+from icae_jax.evaluation.suites.common import CUT, FULL, NONE, TUNED
 from icae_jax.evaluation.suites.continuation import plain_arms
 from icae_jax.inference.compressor import Compressor
 from icae_jax.objectives.targets import Target
@@ -23,7 +23,7 @@ class Span(common.Suite):
 
     name = "span"
     METRICS = ("perplexity",)
-    ARMS = (FULL, CUT, NONE)
+    ARMS = (FULL, TUNED, CUT, NONE)
     group_label = "segments joined"
 
     def __init__(self, compressor: Compressor, options: common.Options):
@@ -72,16 +72,17 @@ class Span(common.Suite):
             for e in batch
         ]
 
-        def note(span, arm, losses):
-            for record, loss in zip(records[span], losses, strict=True):
+        def note(span, arm, losses, memory=None):
+            for i, (record, loss) in enumerate(zip(records[span], losses, strict=True)):
                 common.add(record, arm, perplexity=common.nats(loss))
+                common.add_size(record, arm, memory, i)
 
         for arm, memory in self.memories(segments):
             by_segment = [memory[i * len(batch) : (i + 1) * len(batch)] for i in range(self.most)]
             for n in spans:
                 joined = compressor.join(by_segment[self.most - n :])
                 losses = compressor.score_targets(joined, rows, "lm", size)
-                note(n, arm, [row[0] for row in losses])
+                note(n, arm, [row[0] for row in losses], joined)
         for n in spans:
             contexts = [e.ids[(self.most - n) * self.tokens :] for e in batch]
             cut_lengths = [n * self.choices[0]] * len(batch)

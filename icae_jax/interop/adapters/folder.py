@@ -8,26 +8,25 @@ encoder/adapter_model.safetensors
 decoder/…                          the decoder's LoRA, likewise, in adapters that have one
 """
 
-import dataclasses
-import hashlib
 import os
 import pathlib
-import typing
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
+from jax.typing import DTypeLike
 from jaxtyping import Float
 
-import icae_jax
 from icae_jax import errors, files
-from icae_jax.compression.config import OPTIONS, CompressionConfig
+from icae_jax.compression.config import CompressionConfig
 from icae_jax.compression.trained import DECODER_LORA, SPECIAL_ROWS
 from icae_jax.errors import UserError
+from icae_jax.interop.adapters import info as infos
 from icae_jax.interop.adapters import lora_tensors, peft_config
+from icae_jax.interop.adapters.adapter import Adapter
+from icae_jax.interop.adapters.info import INFO
 from icae_jax.interop.adapters.peft_config import LoraFields
 from icae_jax.interop.hub import base as bases
 from icae_jax.interop.hub import locations
@@ -37,74 +36,10 @@ from icae_jax.models.llama import ModelConfig
 from icae_jax.models.lora import LoraConfig
 from icae_jax.objectives.targets import Template
 
-T = TypeVar("T")
-
-FORMAT_VERSION = 1
 MEMORY_TENSORS, MEMORY_TABLE = "memory.safetensors", "memory_token_embed.weight"
-INFO = "icae.json"
 IN_WORKDIR = "adapter"  # the folder that training writes into its workdir
 ENCODER, DECODER = "encoder", "decoder"
 LORA_CONFIG, LORA_TENSORS = "adapter_config.json", "adapter_model.safetensors"
-# Fields of icae.json's `compression` that earlier versions did not write.
-_LATER_FIELDS = (
-    *("k_choices", "trigger", DECODER_LORA),
-    *("encoder_mask", "encoder_layers", "anchor_vectors"),
-)
-
-
-@dataclasses.dataclass(frozen=True)
-class Adapter:
-    """A trained compressor, apart from its base.
-
-    Attributes:
-        compression: how it compresses.
-        lora: sizes of its LoRA.
-        template: how it is asked questions.
-        trained: the tree of `compression.trained.init`.
-        base_path: the base that it was trained on: folder, hub id or URL.
-        base_fingerprint: that base's `Base.fingerprint`.
-        origin: of a converted adapter, where it comes from and how well it restored a text.
-        base_identity: that base's `Base.identity`, as far as the file says it.
-        base_quantize: that base's `Base.quantize`.
-    """
-
-    compression: CompressionConfig
-    lora: LoraConfig
-    template: Template
-    trained: dict
-    base_path: str
-    base_fingerprint: str
-    origin: dict | None = None
-    base_identity: dict[str, str] = dataclasses.field(default_factory=dict)
-    base_quantize: str = ""
-
-    @property
-    def fingerprint(self) -> str:
-        """sha256 over the trained tensors, in float32."""
-        digest = hashlib.sha256()
-        for path, leaf in jax.tree_util.tree_leaves_with_path(self.trained):
-            digest.update(jax.tree_util.keystr(path).encode())
-            digest.update(np.asarray(leaf, np.float32).tobytes())
-        return digest.hexdigest()
-
-    @property
-    def has_decoder_lora(self) -> bool:
-        """Whether the decoder reads with a LoRA of its own."""
-        return DECODER_LORA in self.trained
-
-
-def was_forced(adapter: Adapter) -> bool:
-    """Whether the adapter was converted without evidence that its base is the one of training."""
-    return bool(adapter.origin and adapter.origin.get("forced"))
-
-
-def refuse_decoder_lora(adapter: Adapter, what: str) -> None:
-    """Raises UserError if the adapter has a decoder LoRA, which `what` cannot carry."""
-    if adapter.has_decoder_lora:
-        raise UserError(
-            f"the adapter was trained with compression.{DECODER_LORA}, and {what} cannot carry a "
-            "decoder LoRA; use an adapter without one, or keep this one in an adapter folder"
-        )
 
 
 # --- Writing ---
@@ -145,41 +80,28 @@ def memory_tensors(adapter: Adapter) -> dict[str, Float[np.ndarray, "rows D"]]:
     }
 
 
-def icae_json(adapter: Adapter) -> dict:
-    """The content of icae.json."""
-    compression = dataclasses.asdict(adapter.compression)
-    # Unknown to earlier versions, which read the rest, so left out where they mean nothing new.
-    spec = adapter.compression.spec
-    earlier = {DECODER_LORA: False, "encoder_layers": 0, "encoder_mask": "causal"}
-    earlier |= {name: values[0] for name, values in OPTIONS.items()}
-    for name, value in earlier.items():
-        if compression[name] == value and (name != "encoder_mask" or spec.encoder_mask == value):
-            del compression[name]
-    return {
-        "format_version": FORMAT_VERSION,
-        "icae_jax_version": icae_jax.__version__,
-        "base_fingerprint": adapter.base_fingerprint,
-        **({"base_identity": adapter.base_identity} if adapter.base_identity else {}),
-        **({"base_quantize": adapter.base_quantize} if adapter.base_quantize else {}),
-        "compression": compression,
-        "template": dataclasses.asdict(adapter.template),
-        **({"origin": adapter.origin} if adapter.origin else {}),
-    }
+def save_lora(
+    folder: pathlib.Path, adapter: Adapter, name: str = ENCODER, dtype: DTypeLike = np.float32
+) -> None:
+    """Writes one of an adapter's LoRAs as PEFT reads it; the folder is made if it is absent.
+
+    name: `ENCODER` or `DECODER`. dtype: of the tensors.
+    """
+    lora = adapter.trained["lora" if name == ENCODER else DECODER_LORA]
+    tensors = {n: x.astype(dtype) for n, x in lora_tensors.lora_to_hub(lora).items()}
+    folder.mkdir(exist_ok=True)
+    safetensors.numpy.save_file(tensors, folder / LORA_TENSORS, {"format": "pt"})
+    files.write_json(folder / LORA_CONFIG, peft_json(adapter, name))
 
 
 def save_adapter(folder: str | os.PathLike, adapter: Adapter) -> None:
     """Writes the adapter folder; an existing one is replaced only when the new one is complete."""
-    loras = {ENCODER: adapter.trained["lora"]}
-    if adapter.has_decoder_lora:
-        loras[DECODER] = adapter.trained[DECODER_LORA]
     with files.replacing_folder(folder) as tmp:
-        for name, lora in loras.items():
-            (tmp / name).mkdir()
-            tensors = lora_tensors.lora_to_hub(lora)
-            safetensors.numpy.save_file(tensors, tmp / name / LORA_TENSORS, {"format": "pt"})
-            files.write_json(tmp / name / LORA_CONFIG, peft_json(adapter, name))
+        save_lora(tmp / ENCODER, adapter)
+        if adapter.has_decoder_lora:
+            save_lora(tmp / DECODER, adapter, DECODER)
         safetensors.numpy.save_file(memory_tensors(adapter), tmp / MEMORY_TENSORS, {"format": "pt"})
-        files.write_json(tmp / INFO, icae_json(adapter))
+        files.write_json(tmp / INFO, infos.icae_json(adapter))
 
 
 # --- Finding ---
@@ -247,25 +169,7 @@ def read_adapter_info(folder: str | os.PathLike, name: str = "") -> tuple[dict, 
     """The checked contents of icae.json and adapter_config.json. name: for error messages."""
     folder = pathlib.Path(folder)
     _check_is_adapter(folder, name or str(folder))
-    path = folder / INFO
-    info = files.read_json(path, "how the adapter is read")
-    version = info.get("format_version")
-    if version != FORMAT_VERSION or not files.is_kind(version, int):
-        raise UserError(
-            f"{path}: format_version is {version!r:.40}, this version reads {FORMAT_VERSION}"
-        )
-    kinds = {"base_fingerprint": str, "compression": dict, "template": dict}
-    files.check_fields(info, kinds, path)
-    files.check_fields(info["template"], {"name": str}, f"{path}: template")
-    if "base_identity" in info:
-        files.check_fields(info, {"base_identity": dict}, path)
-        identity = info["base_identity"]
-        files.check_fields(identity, dict.fromkeys(identity, str), path)
-    if "base_quantize" in info:
-        files.check_fields(info, {"base_quantize": str}, path)
-    if info.get("origin") is not None:
-        files.check_fields(info, {"origin": dict}, path)
-    return info, peft_config.read(lora_folder(folder) / LORA_CONFIG)
+    return infos.read(folder / INFO), peft_config.read(lora_folder(folder) / LORA_CONFIG)
 
 
 def check_base(base: str, adapter: str) -> str:
@@ -329,39 +233,6 @@ def _check_all_read(path: pathlib.Path, tensors: Mapping, is_read: Callable[[str
         )
 
 
-def _from_json(
-    kind: Callable[..., T], raw: dict[str, Any], source: str, later_fields: tuple[str, ...] = ()
-) -> T:
-    """Builds a dataclass from JSON, lists as tuples; UserError on unknown, missing or wrong fields.
-
-    later_fields: fields that older files lack; their defaults are what those files meant.
-    """
-    names = {field.name for field in dataclasses.fields(kind)}
-    wrong = sorted((set(raw) ^ names) - (set(later_fields) - set(raw)))
-    if wrong:
-        raise UserError(
-            f"{source}: fields {', '.join(map(errors.field, wrong))} unknown or missing; was it "
-            "written by another version of icae_jax?"
-        )
-    types = {
-        field.name: list if typing.get_origin(field.type) is tuple else field.type
-        for field in dataclasses.fields(kind)
-        if field.name in raw
-    }
-    files.check_fields(raw, types, source)
-    for name, type_ in types.items():
-        if type_ is list and not all(files.is_kind(value, int) for value in raw[name]):
-            raise UserError(f"{source}: {name} is {raw[name]!r}, which are not whole numbers")
-        if type_ in (int, float) and not abs(raw[name]) < 2**31:  # NaN too
-            raise UserError(
-                f"{source}: {name} is {raw[name]!r:.40}, which is not a number of sensible size"
-            )
-    try:
-        return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()})
-    except UserError as error:
-        raise UserError(f"{source}: {error}") from error
-
-
 def _load_lora(stated: LoraFields, model: ModelConfig) -> tuple[dict, LoraConfig]:
     """The LoRA tree beside an adapter_config.json, for a model of these sizes, and its sizes."""
     path = stated.source.with_name(LORA_TENSORS)
@@ -419,10 +290,10 @@ def load_adapter(folder: str | os.PathLike, base: bases.Base) -> Adapter:
     check_identity(f"adapter {folder}", info.get("base_identity", {}), base.identity)
     quantize = info.get("base_quantize", "")
     compare_quantisation(f"adapter {folder}", quantize, base.quantize)
-    compression = _from_json(
-        CompressionConfig, info["compression"], f"{source}: compression", _LATER_FIELDS
+    compression = infos.from_json(
+        CompressionConfig, info["compression"], f"{source}: compression", infos.LATER_FIELDS
     )
-    template = _from_json(Template, info["template"], f"{source}: template")
+    template = infos.from_json(Template, info["template"], f"{source}: template")
     check_template(template, base, source)
     try:
         encoder = compression.encoder_config(base.config)

@@ -26,6 +26,7 @@ from jaxtyping import Float
 
 from icae_jax import errors, files
 from icae_jax.compression.config import CompressionConfig
+from icae_jax.compression.method import PEFT
 from icae_jax.compression.trained import SPECIAL_ROWS
 from icae_jax.errors import UserError
 from icae_jax.interop.adapters import folder as adapters
@@ -303,6 +304,20 @@ def make_adapter(
 # --- Writing ---
 
 
+def _check_place(form: str, adapter: adapters.Adapter) -> None:
+    """UserError if a format has no place for a part of the adapter."""
+    if adapter.has_decoder_lora:
+        what = "a decoder LoRA"
+    elif adapter.compression.encoder_layers:
+        what = "an encoder of fewer layers than the base (compression.encoder_layers)"
+    else:
+        return
+    raise UserError(
+        f"--format {form} cannot carry {what}, which the adapter was trained with; use --format "
+        "native"
+    )
+
+
 def misreadings(form: str, adapter: adapters.Adapter) -> list[str]:
     """Why a format's implementation would read this adapter otherwise than trained, as lines.
 
@@ -312,12 +327,13 @@ def misreadings(form: str, adapter: adapters.Adapter) -> list[str]:
     conventions = FORMATS[form].methods.get(compression.method)
     if conventions is None:
         able = [name for name, f in FORMATS.items() if compression.method in f.methods]
-        choices = ", ".join(["native", "peft", *able])
+        peft = ["peft"] if PEFT in compression.spec.exports else []
+        choices = ", ".join(["native", *peft, *able])
         raise UserError(
             f"--format {form} cannot hold an adapter of method {compression.method}; choose from "
             f"{choices}"
         )
-    adapters.refuse_decoder_lora(adapter, f"--format {form}")
+    _check_place(form, adapter)
     lines = []
     if compression.layout != conventions.layout:
         lines.append(
@@ -326,6 +342,10 @@ def misreadings(form: str, adapter: adapters.Adapter) -> list[str]:
         )
     if compression.trigger != conventions.trigger:
         lines.append(f"the adapter's trigger is {compression.trigger}")
+    if compression.encoder_mask != "causal":
+        lines.append(
+            f"its encoder is causal, the adapter was trained with mask {compression.encoder_mask}"
+        )
     if set(adapter.lora.targets) != set(LORA_TARGETS):
         lines.append(
             f"it has LoRA on {' and '.join(LORA_TARGETS)}, the adapter on "
@@ -365,7 +385,7 @@ def write(
 
     dtype: of the tensors. UserError if the format is a pickle and PyTorch is not installed.
     """
-    adapters.refuse_decoder_lora(adapter, f"--format {form}")
+    _check_place(form, adapter)
     tensors = tensors_of(form, adapter, model_config)
     name = FORMATS[form].file_name
     torch = need_torch_for(form)
@@ -400,7 +420,7 @@ def reading_json(adapter: adapters.Adapter) -> dict[str, Any]:
         "base_identity": adapter.base_identity,
         **({"base_quantize": adapter.base_quantize} if adapter.base_quantize else {}),
         "template_ids": adapter.template.as_json(),
-        "forced": adapters.was_forced(adapter),
+        "forced": adapter.was_forced,
     }
 
 

@@ -65,10 +65,16 @@ def card(
         "method": method,
         "ratio": f"{compression.rate:g} text tokens for a memory token",
         "memory tokens": f"{', '.join(map(str, compression.choices))} for each segment of up to "
-        f"{compression.segment_tokens} text tokens",
+        f"{compression.segment_tokens} text tokens" + ("; any number" * compression.any_k),
         "position layout": compression.layout,
+        "encoder": f"mask {compression.encoder_mask}"
+        + (f", the first {layers} layers" if (layers := compression.encoder_layers) else ""),
         "LoRA": f"rank {adapter.lora.rank} on {', '.join(adapter.lora.targets)}",
     }
+    if adapter.has_decoder_lora:
+        rows["decoder LoRA"] = (
+            "the memory is read by the base with the LoRA in `decoder/`, so serve it with that"
+        )
     values = {
         "METADATA": metadata.to_yaml(),
         "TITLE": f"{repository.partition('/')[2]}: {method} for {adapter.base_path}",

@@ -25,7 +25,6 @@ from icae_jax.compression.memory import Memory
 from icae_jax.compression.method import HF_CACHE
 from icae_jax.compression.trained import SPECIAL_ROWS
 from icae_jax.errors import UserError
-from icae_jax.interop.adapters import folder as adapters
 from icae_jax.interop.export.reader import OBJECTIVES, NamedMemory, Reader
 from icae_jax.models import rope
 from icae_jax.models.families.architectures import input_multiplier
@@ -74,15 +73,14 @@ class FilledCache(NamedTuple):
 
 
 def filled_cache(memory: Memory, reader: Reader, objective: str = "ask") -> FilledCache:
-    """Runs the decoder over head and memory.
+    """Runs the decoder, with its LoRA if it has one, over head and memory.
 
     objective: a key of `OBJECTIVES`. UserError if nothing fits behind the memory.
     """
     if objective not in OBJECTIVES:
         raise UserError(f"--for is {objective}; choose from {', '.join(OBJECTIVES)}")
     compression = reader.adapter.compression
-    compression.spec.check_export(HF_CACHE)
-    adapters.refuse_decoder_lora(reader.adapter, "a cache for transformers")
+    reader.check_export(HF_CACHE)
     head = reader.head(objective)
     keys, values, masks, starts = [], [], [], []
     # One at a time, so that many texts take no more memory on the device than one.
@@ -135,7 +133,8 @@ def save_cache(
     metadata, each value JSON: format_version, icae_jax_version, ids, objective, method, layout,
     before and after (ids around a prompt), stop (ids that end an answer), room (most tokens behind
     the memory), base, base_fingerprint, base_identity, base_quantize (if the base is quantised),
-    adapter_fingerprint, dtype.
+    adapter_fingerprint, decoder_lora (whether the base must be loaded with decoder_lora/, the PEFT
+    folder beside), dtype.
     """
     files.check_new_folder(folder)
     if dtype not in DTYPES:
@@ -155,6 +154,7 @@ def save_cache(
     with files.replacing_folder(folder) as tmp:
         safetensors.numpy.save_file(tensors, tmp / "cache.safetensors", metadata)
         shutil.copyfile(SCRIPT, tmp / "use_cache.py")
+        reader.save_decoder_lora(tmp)
 
 
 def is_cache(metadata: Mapping[str, str]) -> bool:
@@ -184,5 +184,6 @@ def _info(named: NamedMemory, reader: Reader, objective: str) -> dict:
         "base_fingerprint": reader.base.fingerprint,
         "base_identity": reader.base.identity,
         "adapter_fingerprint": reader.adapter.fingerprint,
+        "decoder_lora": reader.adapter.has_decoder_lora,
         **({"base_quantize": reader.base.quantize} if reader.base.quantize else {}),
     }

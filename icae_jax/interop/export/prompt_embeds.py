@@ -20,8 +20,8 @@ from icae_jax.compression.decoder import Decoder
 from icae_jax.compression.memory import Slots
 from icae_jax.compression.method import PROMPT_EMBEDS
 from icae_jax.errors import UserError
-from icae_jax.interop.adapters import folder as adapters
-from icae_jax.interop.export.reader import NamedMemory, Reader
+from icae_jax.interop.adapters import peft_folder
+from icae_jax.interop.export.reader import DECODER_LORA, NamedMemory, Reader
 from icae_jax.interop.prompts import question_ids
 from icae_jax.interop.templates import fill_in
 from icae_jax.models.families.architectures import computed_by
@@ -43,7 +43,8 @@ class Requests:
     Attributes:
         questions: asked of every text.
         restore: whether to ask for the texts back, too.
-        model: the server's name for the base; by default the base's path.
+        model: the server's name for the base, or for the decoder's LoRA if it has one; by default
+            the base's path, or "decoder_lora".
         url: of the server.
         dtype: of the embeddings, one of `DTYPES`.
     """
@@ -136,12 +137,14 @@ def save_prompt_embeds(
         requests.jsonl                       one request a line: kind (chat, ask, restore), id,
                                              question, file, path, and its JSON body
         request.py                           sends one of them
+        decoder_lora/                        the decoder's LoRA in PEFT's form, if it has one; the
+                                             server must read with it (it is on projections, so
+                                             embeddings are the base's)
 
     UserError if a server could not read the memory (see `check_readable`) or PyTorch is missing.
     """
     files.check_new_folder(folder)
-    reader.adapter.compression.spec.check_export(PROMPT_EMBEDS)
-    adapters.refuse_decoder_lora(reader.adapter, "a prompt embedding")
+    reader.check_export(PROMPT_EMBEDS)
     check_readable(named.memory, reader)
     with files.replacing_folder(folder) as tmp:
         writer = _Writer(tmp, reader, requests)
@@ -149,8 +152,14 @@ def save_prompt_embeds(
             writer.add_text(row, text_id, named.memory)
         lines = [json.dumps(line, ensure_ascii=False) + "\n" for line in writer.lines]
         (tmp / "requests.jsonl").write_text("".join(lines), encoding="utf-8")
-        script = fill_in(SCRIPT.read_text(encoding="utf-8"), {"URL": requests.url})
+        served = ""
+        if reader.adapter.has_decoder_lora:
+            flags = peft_folder.vllm_flags(reader.adapter, DECODER_LORA)
+            served = f" \\\n        {flags}\n\nin this folder: the decoder reads with a LoRA"
+        values = {"URL": requests.url, "SERVED": served}
+        script = fill_in(SCRIPT.read_text(encoding="utf-8"), values)
         (tmp / "request.py").write_text(script, encoding="utf-8")
+        reader.save_decoder_lora(tmp)
     return len(writer.lines)
 
 
@@ -160,6 +169,11 @@ class _Writer:
     def __init__(self, folder: pathlib.Path, reader: Reader, requests: Requests):
         self.folder, self.reader, self.requests = folder, reader, requests
         self.lines: list[dict] = []
+
+    @property
+    def default_model(self):
+        """The server's name for what reads the memory, unless it is said."""
+        return DECODER_LORA if self.reader.adapter.has_decoder_lora else self.reader.base_path
 
     def add_text(self, row, text_id, memory):
         """The requests about one text: chats, then completions."""
@@ -194,7 +208,7 @@ class _Writer:
     def _add(self, line, path, fields, max_tokens):
         objective = "restore" if line["kind"] == "restore" else "ask"
         body = {
-            "model": self.requests.model or self.reader.base_path,
+            "model": self.requests.model or self.default_model,
             **fields,
             "max_tokens": max_tokens,
             "temperature": 0.0,

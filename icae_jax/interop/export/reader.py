@@ -8,11 +8,14 @@ from collections.abc import Sequence
 from icae_jax.compression.decoder import Decoder
 from icae_jax.compression.memory import Memory
 from icae_jax.errors import UserError
-from icae_jax.interop.adapters.folder import Adapter
+from icae_jax.interop.adapters import folder as adapters
+from icae_jax.interop.adapters import peft_folder
+from icae_jax.interop.adapters.adapter import Adapter
 from icae_jax.interop.hub import base as bases
 from icae_jax.interop.hub import tokenizer as tokenizers
 from icae_jax.objectives import targets
 
+DECODER_LORA = "decoder_lora"  # the folder of the decoder's LoRA, as PEFT reads it
 OBJECTIVES = {"ask": "qa", "restore": "ae"}  # what a reader does -> the objective it was trained on
 
 
@@ -44,6 +47,12 @@ class Reader:
     adapter: Adapter
     decoder: Decoder
 
+    def check_export(self, export: str) -> None:
+        """UserError if the method does not have an export, or PEFT not the decoder's LoRA."""
+        self.adapter.compression.spec.check_export(export)
+        if self.adapter.has_decoder_lora:
+            peft_folder.check_modules(self.base.config)
+
     @functools.cached_property
     def framing(self) -> targets.Framing:
         """What stands around a text."""
@@ -57,6 +66,11 @@ class Reader:
         """The base's folder as an absolute path; a hub id or URL as it is."""
         path = pathlib.Path(self.base.path)
         return str(path.resolve()) if path.exists() else self.base.path
+
+    def save_decoder_lora(self, folder: pathlib.Path) -> None:
+        """Writes the decoder's LoRA, if any, as PEFT reads it: `decoder_lora/` in a folder."""
+        if self.adapter.has_decoder_lora:
+            adapters.save_lora(folder / DECODER_LORA, self.adapter, adapters.DECODER)
 
     @property
     def positions(self) -> int:

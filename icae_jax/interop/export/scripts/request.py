@@ -1,6 +1,6 @@
-"""Sends one of the requests in requests.jsonl to a vLLM server. Start the server with
+r"""Sends one of the requests in requests.jsonl to a vLLM server. Start the server with
 
-    vllm serve BASE --enable-prompt-embeds --chat-template-content-format string
+    vllm serve BASE --enable-prompt-embeds --chat-template-content-format string@SERVED@
 
     python request.py ask [--id ID] [--question Q]    an exported prompt, exactly as in training
     python request.py restore [--id ID]               the text read back, if that was exported
@@ -25,7 +25,7 @@ parser.add_argument("kind", choices=("ask", "restore", "chat"))
 parser.add_argument("--id", help="of the text; by default the first")
 parser.add_argument("--question", help="by default the first that was exported")
 parser.add_argument("--url", default="@URL@")
-parser.add_argument("--model", help="the server's name for the base")
+parser.add_argument("--model", help="the server's name for what reads")
 parser.add_argument("--max_tokens", type=int)
 parser.add_argument("--dry_run", action="store_true")
 args = parser.parse_args()

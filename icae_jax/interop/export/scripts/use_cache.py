@@ -13,6 +13,16 @@ with safetensors.safe_open(pathlib.Path(__file__).with_name("cache.safetensors")
     TENSORS = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
 
+def with_lora(model):
+    """The model with the decoder's LoRA, if the cache was made with one."""
+    if not INFO.get("decoder_lora"):
+        return model
+    import peft
+
+    folder = pathlib.Path(__file__).with_name("decoder_lora")
+    return peft.PeftModel.from_pretrained(model, folder).eval().get_base_model()
+
+
 def load(model, rows=None):
     """(cache, its mask [rows, P]) of some rows, by default all.
 
@@ -27,8 +37,11 @@ def load(model, rows=None):
 def generate(model, tokenizer, questions, rows=None, max_new_tokens=128):
     """Token ids of the answers, greedily, one question per row.
 
-    In a cache made to restore texts, give the question "" for each: the texts are returned.
+    model: as `with_lora` gives it. In a cache made to restore texts, give the question "" for
+    each: the texts are returned.
     """
+    if INFO.get("decoder_lora") and not hasattr(model, "peft_config"):
+        raise ValueError("the cache is read with a LoRA of the decoder; give with_lora(model)")
     cache, mask = load(model, rows)
     asked = [
         tokenizer(q, add_special_tokens=False, split_special_tokens=True)["input_ids"]
@@ -76,6 +89,7 @@ if __name__ == "__main__":
     model = transformers.AutoModelForCausalLM.from_pretrained(
         base, trust_remote_code=False, dtype=getattr(torch, INFO["dtype"])
     )
+    model = with_lora(model)
     for question in sys.argv[2:] or [""]:
         answers = generate(model, tokenizer, [question] * len(INFO["ids"]))
         for name, ids in zip(INFO["ids"], answers, strict=True):
