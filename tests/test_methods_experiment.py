@@ -154,6 +154,7 @@ def test_differences_are_of_the_same_passages_and_seeds(table):
     assert [pair[1:] for pair in results.pairs()] == [(one, other)]
     assert results.difference(one, other, 2, "qa")[:3] == pytest.approx((25, 25, 25))
     assert results.difference(one, other, 2, "ae")[:3] == pytest.approx((-0.2, -0.2, -0.2))
+    assert results.differences_of_seeds(one, other, 2, "qa") == pytest.approx([25, 25])
     assert results.of_seeds(one, 2, "qa") == pytest.approx([81.25, 56.25, 0])
     twice = [record("sac", 0.0, seed, easy, [1, 2, 3, 4]) for seed in (0, 1)]
     once = table.Results(twice[:1]).estimate(one, 2, "qa")

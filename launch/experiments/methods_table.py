@@ -2,7 +2,8 @@
 
     python launch/experiments/methods_table.py --workdir runs/methods
 
-Intervals are 95 % bootstrap intervals over passages, each with its scores of all seeds.
+Intervals are 95 % bootstrap intervals over passages, each with its scores of all seeds: they do not
+say how much another seed would change, so the seeds are listed too.
 """
 
 import argparse
@@ -75,10 +76,17 @@ class Results:
         a, b = (self.vectors(arm, k, score, seeds) for arm in (one, other))
         return statistics.difference(a, b, SCORES[score][-1], _weights(a, seeds))
 
-    def of_seeds(self, arm: Arm, k: int, score: str) -> list[float]:
-        """A score of each seed by itself: what depends on the seed."""
-        sums = [self.vectors(arm, k, score, [seed]).sum(0) for seed in self.by_arm[arm]]
+    def of_seeds(self, arm: Arm, k: int, score: str, seeds: list[int] | None = None) -> list[float]:
+        """A score of each seed by itself, by default of all: what depends on the seed."""
+        seeds = list(self.by_arm[arm]) if seeds is None else seeds
+        sums = [self.vectors(arm, k, score, [seed]).sum(0) for seed in seeds]
         return [float(SCORES[score][-1](of_seed)) for of_seed in sums]
+
+    def differences_of_seeds(self, one: Arm, other: Arm, k: int, score: str) -> list[float]:
+        """The difference at each seed that both arms have, by which data and first values go."""
+        seeds = [seed for seed in self.by_arm[one] if seed in self.by_arm[other]]
+        both = [self.of_seeds(arm, k, score, seeds) for arm in (one, other)]
+        return [a - b for a, b in zip(*both, strict=True)]
 
     def pairs(self) -> list[tuple[str, Arm, Arm]]:
         """(question, one arm, the other) of arms that both have runs of one seed."""
@@ -116,6 +124,7 @@ def summary(results: Results) -> dict[str, Any]:
         )
     differences = [
         {"question": question, "one": list(one), "other": list(other), "k": k}
+        | {"qa_of_seeds": results.differences_of_seeds(one, other, k, "qa")}
         | {score: list(results.difference(one, other, k, score)[:3]) for score in COMPARED}
         for question, one, other in results.pairs()
         for k in results.ks
@@ -169,6 +178,7 @@ def tables(result: dict[str, Any]) -> str:
             "AE {:g}".format(d["one"][1]),
             str(d["k"]),
             _interval(d["qa"], 1),
+            " ".join(f"{value:.1f}" for value in d["qa_of_seeds"]),
             _interval(d["ae"], 3),
             _interval(d["bleu"], 1),
         )
@@ -180,7 +190,7 @@ def tables(result: dict[str, Any]) -> str:
         for header, rows in (
             ((*of_arm, "QA EM", "of seeds", "wrong", "AE loss", "wrong", "BLEU-4"), scored),
             ((*of_arm, "bytes", "encode", "train", "rate", "steps", "seeds"), costs),
-            (("difference", "", "k", "QA EM", "AE loss", "BLEU-4"), differences),
+            (("difference", "", "k", "QA EM", "of seeds", "AE loss", "BLEU-4"), differences),
         )
     )
 
