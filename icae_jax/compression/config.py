@@ -104,6 +104,11 @@ class CompressionConfig:
                     f"compression.{name} is {value!r}, but method {self.method} has no such "
                     f"choice; leave it {values[0]}"
                 )
+        if self.any_k and self.k > self.segment_tokens:
+            raise UserError(
+                f"compression.rate is {self.rate}: of {self.segment_tokens} tokens, method "
+                f"{self.method} makes no {self.k} memory tokens; give a rate of 1 or more"
+            )
         if self.encoder_layers < 0 or (self.encoder_layers and method.keeps != "hidden"):
             raise UserError(
                 f"compression.encoder_layers is {self.encoder_layers}; "

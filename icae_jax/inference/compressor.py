@@ -17,7 +17,6 @@ from icae_jax.compression.trained import SPECIAL_ROWS
 from icae_jax.errors import UserError
 from icae_jax.inference import cascade, memory_file
 from icae_jax.inference.devices import Devices
-from icae_jax.inference.generate import Generated
 from icae_jax.inference.memory_file import TextId
 from icae_jax.inference.reading import Generation, MemoryReader, Request, Score
 from icae_jax.inference.writing import MemoryWriter
@@ -435,7 +434,3 @@ class Compressor:
         start. UserError if a target leaves the base's positions.
         """
         return self.reader.score(memory, rows, objective, batch_size)
-
-    def generation(self, out: Generated, i: int) -> Generation:
-        """One row of what `generate.greedy` returned."""
-        return self.reader.generation(out, i)

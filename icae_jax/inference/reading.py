@@ -72,6 +72,14 @@ class Generation(NamedTuple):
         return self.log_prob / (len(self.ids) + self.stopped)
 
 
+def generation(base: bases.Base, out: decoding.Generated, i: int) -> Generation:
+    """One row of what `generate.greedy` returned."""
+    ids = out.ids[i, : out.lengths[i]].tolist()
+    text = base.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    log_prob = float(out.log_probs[i])
+    return Generation(text, ids, bool(out.stopped[i]), int(out.ties[i]), log_prob)
+
+
 class Score(NamedTuple):
     """log_prob: sum over the scored tokens, in nats. tokens: how many were scored."""
 
@@ -198,7 +206,8 @@ class MemoryReader:
                 indices = range(b * G, b * G + len(request.prompts))
                 size = {"k": memory.tokens_per_segment, "tokens": int(tokens[start + b])}
                 size["tokens_read"] = size["tokens"]
-                generations.append([self.generation(out, i)._replace(**size) for i in indices])
+                made = (generation(self.base, out, i) for i in indices)
+                generations.append([g._replace(**size) for g in made])
         return generations
 
     def _decode(self, memory, ids, lengths, limits, objective) -> decoding.Generated:
@@ -217,15 +226,6 @@ class MemoryReader:
                 stop_ids=self.stop_ids(objective),
             )
         return jax.device_get(out)
-
-    def generation(self, out: decoding.Generated, i: int) -> Generation:
-        """One row of what `generate.greedy` returned."""
-        ids = out.ids[i, : out.lengths[i]].tolist()
-        text = self.base.tokenizer.decode(
-            ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
-        log_prob = float(out.log_probs[i])
-        return Generation(text, ids, bool(out.stopped[i]), int(out.ties[i]), log_prob)
 
     # --- Scoring ---
 

@@ -53,7 +53,7 @@ class Qa(common.Suite):
         asked = [self.compressor.ids(q.text) for q in text.questions]
         prompts = [template.prompt(q) for q in asked]
         if self.options.wants(NONE):
-            prompts += [plain.prompt(self.compressor, self.plain, (), q) for q in asked]
+            prompts += [plain.prompt(self.compressor.base, self.plain, (), q) for q in asked]
         if not all(prompts):
             return EMPTY_QUESTION
         # Room for the reference answers and their end; longer answers are cut at the last position.
@@ -64,7 +64,7 @@ class Qa(common.Suite):
         )
         alone, cut = (
             max(
-                len(plain.prompt(self.compressor, self.plain, context, q)) + n
+                len(plain.prompt(self.compressor.base, self.plain, context, q)) + n
                 for q, n in zip(asked, room, strict=True)
             )
             for context in (ids, ids[: self.memory_tokens(len(ids))])
@@ -140,7 +140,7 @@ class Qa(common.Suite):
         for arm, of_arm in contexts.items():
             if self.wants(arm):
                 prompts = [
-                    [plain.prompt(compressor, self.plain, context, q) for q in of_example]
+                    [plain.prompt(compressor.base, self.plain, context, q) for q in of_example]
                     for context, of_example in zip(of_arm, asked, strict=True)
                 ]
                 note(arm, *self._alone(prompts, truth, self.decoder(arm)))
