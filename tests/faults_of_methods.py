@@ -367,5 +367,4 @@ MUTANTS = [
         "a base must have as few layers as an encoder runs", "workflows/inspection.py",
         'if compression.get("encoder_layers"):', 'if compression.get("no_such_field"):', "test_method_adapters.py -k inspecting",
     ),
-]
- # fmt: skip
+]  # fmt: skip

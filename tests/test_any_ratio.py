@@ -72,7 +72,6 @@ def test_what_cannot_be_meant_is_refused(given, message):
         choose_k(FEW, [10], **given)
 
 
-
 def test_memories_of_any_ratio_are_kept_and_joined(tiny_base, tmp_path):
     """Breaks when a ratio does not reach the encoder, or a file or a join knows trained ks only."""
     one = compressor(tiny_base, "pooled")
