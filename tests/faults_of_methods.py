@@ -373,4 +373,14 @@ MUTANTS = [
         "memory[np.roll(np.arange(len(rows)), -1)]", "memory[np.arange(len(rows))]",
         "test_methods_experiment.py -k scores_of_every",
     ),
+    # ------------------------------------------------------------------------------------------------ what is asked of a ladder
+    Mutant(
+        "texts are compressed before what is asked is checked", "inference/compressor.py",
+        "            written = functools.cache(", "            self.compress_ids_ladder(contexts, ladder, batch_size)\n            written = functools.cache(",
+        "test_cascade.py -k checked_before",
+    ),
+    Mutant(
+        "a base must have as few layers as an encoder runs", "workflows/inspection.py",
+        'if compression.get("encoder_layers"):', 'if compression.get("no_such_field"):', "test_method_adapters.py -k inspecting",
+    ),
 ]  # fmt: skip

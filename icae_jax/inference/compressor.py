@@ -1,5 +1,6 @@
 """`Compressor`: compress texts once, then restore them, ask about them, score continuations."""
 
+import functools
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -365,11 +366,15 @@ class Compressor:
             return len(texts[0]), rungs
         if not ladder:
             raise UserError("texts are asked without a memory; compress them, or give a ladder")
-        if self.config.spec.write_several:
-            return self._rungs(self.compress_ladder(texts, ladder, batch_size), (), batch_size)
         ladder = cascade.checked(ladder, self.config)
         contexts, where = self._contexts(texts)
         self._check_room(contexts, where, ladder[-1])
+        if self.config.spec.write_several:
+            # When the first is read: after all that is asked has been checked.
+            written = functools.cache(
+                lambda: cascade.rungs_of(self.compress_ids_ladder(contexts, ladder, batch_size))
+            )
+            return len(texts), [lambda rows, i=i: written()[i](rows) for i in range(len(ladder))]
 
         def at(k):
             return lambda rows: self.compress_ids([contexts[row] for row in rows], batch_size, k)

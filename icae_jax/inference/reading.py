@@ -99,6 +99,13 @@ class Request(NamedTuple):
     needed: int = 1
 
 
+def check_most(requests: Sequence[Request]) -> None:
+    """Raises UserError unless every `most` is positive."""
+    least = min((request.most for request in requests), default=1)
+    if least <= 0:
+        raise UserError(f"max_new_tokens is {least}; it must be positive")
+
+
 class MemoryReader:
     """Decodes and scores behind memories of one adapter.
 
@@ -180,9 +187,7 @@ class MemoryReader:
 
         requests: one per text. UserError if `most` is not positive or `needed` does not fit.
         """
-        least = min((request.most for request in requests), default=1)
-        if least <= 0:
-            raise UserError(f"max_new_tokens is {least}; it must be positive")
+        check_most(requests)
         if not requests:
             return []
         self._check_ids([request.prompts for request in requests], "prompt")

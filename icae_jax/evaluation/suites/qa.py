@@ -6,6 +6,7 @@ and the ROUGE rows of IC-Former on PwC.
 
 from collections.abc import Callable, Sequence
 
+from icae_jax.errors import UserError
 from icae_jax.evaluation import plain, scores, statistics
 from icae_jax.evaluation.examples import QUESTIONS_AT_ONCE, Example, Text, example
 from icae_jax.evaluation.suites import common
@@ -31,6 +32,8 @@ class Qa(common.Suite):
     group_label = "set"
 
     def __init__(self, compressor: Compressor, options: common.Options):
+        if CASCADE in options.arms and not options.ladder:
+            raise UserError(f"--arms {CASCADE} needs a ladder; give --ladder, such as 2,8,32")
         super().__init__(compressor, options)
         self.plain = plain.template_of(compressor, options.plain_template)
         self.ladder = ()
