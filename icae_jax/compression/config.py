@@ -95,6 +95,8 @@ class CompressionConfig:
             raise UserError(
                 f"compression.encoder_mask is {self.encoder_mask!r}; choose from {', '.join(MASKS)}"
             )
+        if self.encoder_mask == "slots" and not (method.appends_memory_tokens or method.anchors):
+            object.__setattr__(self, "encoder_mask", "causal")
         for name, values in OPTIONS.items():
             value = getattr(self, name)
             if value not in values:
@@ -158,6 +160,10 @@ class CompressionConfig:
                 f"{model.num_layers} layers"
             )
         return model.first_layers(self.encoder_layers or model.num_layers)
+
+    def encoder_tokens(self, segment_tokens: int, k: int | None = None) -> int:
+        """Tokens that the encoder reads of a segment, with its memory tokens (by default the most)."""
+        return segment_tokens + (self.choose(k) if self.spec.appends_memory_tokens else 0)
 
     @property
     def choices(self) -> tuple[int, ...]:

@@ -92,7 +92,7 @@ class Compressor:
             self.base.config,
             mesh,
             rows=BATCH_SIZE,
-            length=self.config.segment_tokens + self.config.k,
+            length=self.config.encoder_tokens(self.config.segment_tokens),
             dtype=dtype,
             mask=self.config.encoder_mask,
         )

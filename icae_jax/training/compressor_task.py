@@ -83,7 +83,7 @@ def with_attention(
         model_config,
         mesh,
         rows=config.batch_size // config.accumulate * segments,
-        length=size + (compression.k if compression.spec.appends_memory_tokens else 0),
+        length=compression.encoder_tokens(size),
         dtype=config.jnp_dtype,
         mask=compression.encoder_mask,
     )
@@ -398,7 +398,7 @@ class CompressorTask(CompressorLosses):
         """Fixed held-out batches, cut to `rows`, by kind.
 
         "memory" has each target behind its own context, "wrong_memory" behind another text's; the
-        latter is missing if all held-out data are one text. If k is drawn, these two are of the
+        latter is missing if all held-out data are one text. Of several k, these two are of the
         largest, and "memory_k4", "wrong_memory_k4", … of the others. A teacher reads the right text
         for either.
         """
