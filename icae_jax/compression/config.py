@@ -161,9 +161,9 @@ class CompressionConfig:
             )
         return model.first_layers(self.encoder_layers or model.num_layers)
 
-    def encoder_tokens(self, segment_tokens: int, k: int | None = None) -> int:
-        """Tokens that the encoder reads of a segment, with its memory tokens (by default the most)."""
-        return segment_tokens + (self.choose(k) if self.spec.appends_memory_tokens else 0)
+    def encoder_tokens(self, segment_tokens: int) -> int:
+        """Tokens that the encoder reads of a segment, with the most memory tokens."""
+        return segment_tokens + (self.k if self.spec.appends_memory_tokens else 0)
 
     @property
     def choices(self) -> tuple[int, ...]:
