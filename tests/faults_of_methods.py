@@ -43,6 +43,10 @@ MUTANTS = [
         "real = mask[:, 0] | ~mask[:, 0].any(1, keepdims=True)", "real = mask[:, 0]", "test_attention.py -k everything_real",
     ),
     Mutant(
+        "the mask of one query behind a prefix goes to splash", "models/attention.py",
+        "not (_is_full(mask) and prefix is None)", "not _is_full(mask)", "test_attention.py -k one_query",
+    ),
+    Mutant(
         "attention is timed causal, whatever the mask", "runtime/attention_choice.py",
         "        mask=mask,\n        rows=max", "        rows=max", "test_attention_choice.py",
     ),
@@ -139,6 +143,18 @@ MUTANTS = [
         "answers go to other questions", "workflows/distil.py",
         "progress.add(dict(zip(chunk, answers, strict=True)))", "progress.add(dict(zip(chunk[::-1], answers, strict=True)))",
         "test_prepare_distil.py -k whole_context",
+    ),
+    Mutant(
+        "paragraphs must have answers for a teacher too", "data/forms.py",
+        'for field in ("qas", "paragraphs") if', 'for field in () if', "test_prepare_distil.py -k paragraphs",
+    ),
+    Mutant(
+        "a benchmark of several k counts the labels of one", "performance/steps.py",
+        "len(ks_of(batch)) * labels", "labels", "test_steps.py -k labels_behind",
+    ),
+    Mutant(
+        "layers that the base has not are found out late", "training/compressor_task.py",
+        "c.compression.encoder_config(sizes)", "pass", "test_compressor_task.py -k more_encoder_layers",
     ),
     Mutant(
         "a killed run answers all anew", "workflows/distil.py",
@@ -356,5 +372,15 @@ MUTANTS = [
         "another passage's memory is the passage's own", "../launch/experiments/methods.py",
         "memory[np.roll(np.arange(len(rows)), -1)]", "memory[np.arange(len(rows))]",
         "test_methods_experiment.py -k scores_of_every",
+    ),
+    # ------------------------------------------------------------------------------------------------ what is asked of a ladder
+    Mutant(
+        "texts are compressed before what is asked is checked", "inference/compressor.py",
+        "            written = functools.cache(", "            self.compress_ids_ladder(contexts, ladder, batch_size)\n            written = functools.cache(",
+        "test_cascade.py -k checked_before",
+    ),
+    Mutant(
+        "a base must have as few layers as an encoder runs", "workflows/inspection.py",
+        'if compression.get("encoder_layers"):', 'if compression.get("no_such_field"):', "test_method_adapters.py -k inspecting",
     ),
 ]  # fmt: skip

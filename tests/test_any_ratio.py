@@ -63,6 +63,7 @@ def test_half_and_twice_are_as_far_and_the_larger_is_taken():
         ({"k": 2, "ratio": 4.0}, "k 2 and ratio 4.0 are given"),
         ({"tokens": 0}, "tokens is 0"),
         ({"ratio": math.nan}, "ratio is nan"),
+        ({"ratio": math.inf}, "ratio is inf; it must be positive and finite"),
         ({"k": 3}, "k is 3; this compressor was trained with 1, 2, 5, 16"),
     ],
 )

@@ -253,6 +253,20 @@ def test_every_query_sees_everything_real(monkeypatch, implementation):
     close(some[:3], np.asarray(out)[:3, [3, 9, 19]])
 
 
+def test_one_query_behind_a_prefix_is_no_full_mask(monkeypatch):
+    """Breaks when the mask of a single query, which has the shape of a full one, goes to splash
+    together with a prefix, which splash refuses.
+    """
+    on_cpu(monkeypatch)
+    q, k, v = (x[:, :8] for x in CASES["a prefix for two rows"].arrays[:3])
+    prefix = k[:2], v[:2], np.ones((2, 8), bool)
+    mask = attention.seen(np.ones((len(q), 8), bool), jnp.full((len(q), 1), 5))
+    name = attention.usable("splash", mask, prefix)
+    out = attention.attend(q[:, 5:6], k, v, mask, prefix, implementation=name)
+    close(out, attention.attend(q, k, v, np.ones((1, 8), bool), prefix)[:, 5:6])
+    assert attention.usable("splash", mask) == "splash"
+
+
 def test_times_of_each_row_and_times_told_late(monkeypatch):
     """Breaks when times that are no numpy array, or are each row's own, are taken for others, or
     splash refuses or ignores them.

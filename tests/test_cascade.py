@@ -12,6 +12,7 @@ from suite_helpers import compressor, words
 from icae_jax.cli import main as cli
 from icae_jax.errors import UserError
 from icae_jax.inference.batching import few_shapes
+from icae_jax.inference.writing import MemoryWriter
 from icae_jax.interop.adapters import folder as adapters
 from icae_jax.objectives.targets import Target
 
@@ -158,6 +159,18 @@ def test_bad_ladders_are_refused(one, rungs):
         one.ask(rungs, QUESTIONS, threshold=math.nan)
 
 
+def test_what_is_asked_is_checked_before_a_memory_is_written(one, monkeypatch):
+    """Breaks when texts are compressed for minutes before a bad question or number is refused."""
+    monkeypatch.setattr(MemoryWriter, "write_several", None)
+    for questions, most, threshold, message in (
+        (QUESTIONS, NEW, math.nan, "threshold is nan"),
+        (QUESTIONS, 0, 0.0, "max_new_tokens is 0"),
+        (QUESTIONS[:2], NEW, 0.0, "questions has 2 entries for 5 texts"),
+    ):
+        with pytest.raises(UserError, match=message):
+            one.ask(TEXTS, questions, most, ladder=LADDER, threshold=threshold)
+
+
 def test_the_command_asks_texts_by_a_ladder(tiny_base, tmp_path, capsys):
     """Breaks when ladder or threshold do not arrive, or what was read is not told."""
     files, one = make_files(tmp_path, tiny_base), compressor(tiny_base, k_choices=LADDER)
@@ -181,5 +194,6 @@ def test_the_command_asks_texts_by_a_ladder(tiny_base, tmp_path, capsys):
         ([*argv, *more[:2]], "--input needs --adapter and --ladder"),
         ([*argv, *more[:2], *more[2:], "--id", "doc1"], "takes no --id"),
         ([*argv, "--memory", "m.safetensors", *more[2:4]], "a memory file has its k"),
+        ([*argv, "--memory", "m.safetensors", "--threshold=-1"], "--threshold -1.0 counts only"),
     ):
         assert cli.main(spoiled) == 2 and message in capsys.readouterr().err

@@ -243,6 +243,13 @@ def test_fine_tuning_starts_from_the_adapter_and_checks_it(raw, tmp_path):
         task(raw, **qa | {"init_from": ""})
 
 
+def test_more_encoder_layers_than_the_base_has_are_refused_before_data_are_read(raw):
+    """Breaks when they are found out after minutes of loading and tokenising."""
+    data = raw["data"] | {"train": "no/such/file.jsonl"}
+    with pytest.raises(ValueError, match=r"encoder_layers is 9; the base has 2 layers"):
+        task(raw, compression={"k": 4, "rate": 4, "encoder_layers": 9}, data=data)
+
+
 def finetuning(raw, folder, **changes):
     task(raw).export(folder, task(raw).init())
     qa = {

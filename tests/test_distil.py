@@ -330,6 +330,8 @@ def test_an_adapter_teaches_and_belongs_to_the_run(raw, teacher, tmp_path):
         assert np.abs(leaf).max() > 0
     plain = CompressorTask(config(raw))
     assert made.identity["teacher"] == made.teacher.fingerprint
+    wide = CompressorTask(config(raw, {"teacher": str(teacher)}, lora={"rank": 8, "dropout": 0.0}))
+    assert wide.teacher_lora.rank == 4 != wide.config.lora.rank  # whose FLOPs the meter counts
     check_workdir(tmp_path, plain.config, plain.identity)
     (tmp_path / "DONE").write_text("1")
     with pytest.raises(UserError, match=r"identity\.teacher: 'base' -> "):

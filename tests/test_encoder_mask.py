@@ -136,6 +136,10 @@ def test_a_pooling_encoder_that_stops_early():
             {"method": "x500", "encoder_layers": 1},
             "encoder_layers is 1; the memory of method x500 is of all layers, so set 0",
         ),
+        (
+            {"method": "pooled", "k": 16, "rate": 0.5},
+            "compression.rate is 0.5: of 8 tokens, method pooled makes no 16 memory tokens",
+        ),
     ],
 )
 def test_bad_values_are_named(fields, message):

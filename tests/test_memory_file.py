@@ -14,6 +14,7 @@ from icae_jax.compression.config import CompressionConfig
 from icae_jax.errors import UserError
 from icae_jax.inference import memory_file
 from icae_jax.inference.memory_file import Origin
+from icae_jax.workflows import inspection
 
 CONFIG = CompressionConfig(k=2, rate=4)
 
@@ -260,6 +261,7 @@ def test_a_memory_says_how_the_encoder_read(tmp_path, fields):
         memory_file.load(path, origin(other))
     memory_file.save(path, memory(), ["a", "b"], origin(other, path=tmp_path))
     assert memory_file.load(path, origin(other))[1] == ["a", "b"]
+    assert inspection.describe(path)[name] == str(value)
     with safetensors.safe_open(path, framework="numpy") as f:
         metadata = f.metadata()
         tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118

@@ -180,6 +180,8 @@ def test_inspecting_an_adapter(base, tmp_path):
         *("pooled", "causal", 1),
     )
     assert about["trained_tensors"] == {"projection": [32, 32]}
+    # The base has as many layers as it likes behind those of the encoder.
+    assert about["base_must_have"] == {"hidden_size": 32, "q_width": 32, "kv_width": 16}
     assert about["decoder_lora"] == f"{2 * 4 * (32 + 32 + 32 + 16)} parameters"
     about = inspection.describe(save(tmp_path / "b", make(base, **KINDS[3])))
     assert (about["encoder_mask"], about["anchor_vectors"]) == ("slots", "each")
@@ -193,7 +195,7 @@ def test_a_model_card_says_how_memory_is_written_and_read(base):
     card = publishing.card(adapter, TINY, "org/name", False, [], None)
     for row in (
         "| method | mean pooling |",
-        "| encoder | mask causal, the first 1 layers |",
+        "| encoder | mask causal, layers read: 1 |",
         "| decoder LoRA | the memory is read by the base with the LoRA in `decoder/`",
         "of up to 12 text tokens; any number |",
         "--lora-modules decoder=./decoder",

@@ -87,15 +87,9 @@ def test_trained_tokens_are_left_out_of_the_prompt(tiny_base):
             plain.template_of(compressor, "") == got
             and plain.template_of(make(tiny_base, "none"), name) == got
         )
-    prompt = plain.prompt(compressor, plain.template_of(make(tiny_base, "mistral")), [10, 11], [12])
-    assert prompt == [1, 3, 10, 11, 12, 4] and plain.prompt(compressor, got, [10, 11], [12]) == [
-        1,
-        10,
-        11,
-        5,
-        12,
-        6,
-    ]
+    mistral = plain.template_of(make(tiny_base, "mistral"))
+    for template, prompt in ((mistral, [1, 3, 10, 11, 12, 4]), (got, [1, 10, 11, 5, 12, 6])):
+        assert plain.prompt(compressor.base, template, [10, 11], [12]) == prompt
     assert plain.answer(make(tiny_base, "mistral"), QUESTIONS, CONTEXTS, 3)[0]
 
 

@@ -135,6 +135,11 @@ BAD = {
         ["--context_length", "250"],
         "contexts of 250 tokens need 315 positions, the base has 256",
     ),
+    "encoder layers": (
+        {"batch_size": 16, "compression.encoder_layers": 9},
+        [],
+        r"compression\.encoder_layers is 9; the base has 2 layers",
+    ),
     "mesh": (
         {"mesh.fsdp": 3},
         [],

@@ -8,7 +8,7 @@ from suite_helpers import load_base, reference_answer
 
 from icae_jax.cli import main as cli
 from icae_jax.compression.config import CompressionConfig
-from icae_jax.data import sources
+from icae_jax.data import forms, sources
 from icae_jax.interop.adapters import folder as adapters
 from icae_jax.models.lora import LoraConfig
 from icae_jax.objectives import targets
@@ -62,6 +62,19 @@ def test_answers_are_the_base_s_of_the_whole_context(tiny_base, source, tmp_path
     other = command(tiny_base, source, output, "--template", "none")
     assert cli.main(other) == 2
     assert "was made of other files or with other options" in capsys.readouterr().err
+
+
+def test_questions_of_paragraphs_may_have_no_answer():
+    """Breaks when SQuAD's and MRQA's forms are refused without answers, which a teacher gives."""
+    asked = {
+        "context": "a cat",
+        "qas": [{"question": "who ?"}, {"question": "b", "answers": ["c"]}],
+    }
+    for raw in (asked, {"paragraphs": [asked]}):
+        rows = forms.parse(raw, "here", "0", unanswered=True)
+        assert [(row.question, row.answers) for row in rows] == [("who ?", ()), ("b", ("c",))]
+        with pytest.raises(ValueError, match="answers is missing in a question of qas"):
+            forms.parse(raw, "here", "0")
 
 
 def test_a_killed_run_goes_on(tiny_base, source, tmp_path, monkeypatch):

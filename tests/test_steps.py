@@ -18,6 +18,7 @@ from icae_jax.performance import programs, steps
 from icae_jax.runtime import sharding
 from icae_jax.training import metrics
 from icae_jax.training import step as training_step
+from icae_jax.training.compressor_losses import CompressorLosses
 from icae_jax.training.compressor_task import CompressorTask
 from icae_jax.training.config import TrainConfig
 from icae_jax.training.config_file import from_dict
@@ -176,6 +177,15 @@ def test_random_batches_are_full(changes):
         assert batch["targets"]["qa"]["ids"].shape[2:] == (9,) and batch["targets"]["qa"][
             "labels"
         ].shape[2:] == (3,)
+
+
+def test_labels_behind_the_memories_of_all_k_are_counted():
+    """Breaks when a benchmark of several k in one step counts the labels of one."""
+    compression = {"method": "pooled", "k": 4, "rate": 4.0, "k_choices": [2, 4]}
+    spec = make_spec(**QA | {"compression": compression, "attention": "xla"})
+    step = steps.TrainingStep(spec)
+    task = CompressorLosses(spec.config, TINY, spec.compression)
+    assert step.label_tokens == sum(map(float, task.counts(step.batch).values())) > 0
 
 
 def test_a_batch_of_another_shape_is_refused():

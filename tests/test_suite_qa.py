@@ -365,7 +365,7 @@ def test_sizes_and_the_cascade(tiny_base):
     sizes = run.summarise(suite, flat, 0)["sizes"]
     assert sizes[MEMORY] == {"tokens": 20 / 3, "bytes": 20 / 3 * bytes_per_token}
     assert sizes[NONE] == {"tokens": 0.0, "bytes": None}
-    with pytest.raises(UserError, match="--arms 'cascade' is no arm"):
+    with pytest.raises(UserError, match="--arms cascade needs a ladder; give --ladder"):
         Qa(one, Options(arms=(CASCADE,)))
     with pytest.raises(UserError, match=r"--ladder is \(4, 2\)"):
         Qa(one, Options(ladder=(4, 2)))

@@ -23,8 +23,8 @@ def _parser() -> argparse.ArgumentParser:
     help_text += "at which it is likely enough, or of the last"
     add("--ladder", type=flags.numbers, default=(), help=help_text)
     help_text = "log-probability of an answer's tokens, in the mean, that is likely enough "
-    help_text += "(default: %(default).3f, probability 0.9)"
-    add("--threshold", type=float, default=LIKELY, help=help_text)
+    help_text += f"(default: {LIKELY:.3f}, probability 0.9)"
+    add("--threshold", type=float, help=help_text)
     return parser
 
 
@@ -36,6 +36,8 @@ def run(argv: list[str]) -> int:
     if args.memory:
         if args.ladder:
             raise UserError(f"--ladder {args.ladder}: a memory file has its k; give --input, texts")
+        if args.threshold is not None:
+            raise UserError(f"--threshold {args.threshold} counts only with --input and --ladder")
         _from_memory(args)
     else:
         _from_texts(args)
@@ -63,7 +65,7 @@ def _from_memory(args: argparse.Namespace) -> None:
 
 def _from_texts(args: argparse.Namespace) -> None:
     from icae_jax.data.sources import read_texts, with_ids
-    from icae_jax.inference import loading
+    from icae_jax.inference import cascade, loading
 
     if not args.adapter or not args.ladder or args.id:
         raise UserError("--input needs --adapter and --ladder, such as 2,8,32, and takes no --id")
@@ -77,7 +79,7 @@ def _from_texts(args: argparse.Namespace) -> None:
         args.batch_size,
         details=True,
         ladder=args.ladder,
-        threshold=args.threshold,
+        threshold=cascade.LIKELY if args.threshold is None else args.threshold,
     )
     for text_id, row in zip(rows, answers, strict=True):
         for question, answer in zip(args.question, row, strict=True):

@@ -95,6 +95,8 @@ class CompressionConfig:
             raise UserError(
                 f"compression.encoder_mask is {self.encoder_mask!r}; choose from {', '.join(MASKS)}"
             )
+        if self.encoder_mask == "slots" and not (method.appends_memory_tokens or method.anchors):
+            object.__setattr__(self, "encoder_mask", "causal")
         for name, values in OPTIONS.items():
             value = getattr(self, name)
             if value not in values:
@@ -104,6 +106,11 @@ class CompressionConfig:
                     f"compression.{name} is {value!r}, but method {self.method} has no such "
                     f"choice; leave it {values[0]}"
                 )
+        if self.any_k and self.k > self.segment_tokens:
+            raise UserError(
+                f"compression.rate is {self.rate}: of {self.segment_tokens} tokens, method "
+                f"{self.method} makes no {self.k} memory tokens; give a rate of 1 or more"
+            )
         if self.encoder_layers < 0 or (self.encoder_layers and method.keeps != "hidden"):
             raise UserError(
                 f"compression.encoder_layers is {self.encoder_layers}; "
@@ -153,6 +160,10 @@ class CompressionConfig:
                 f"{model.num_layers} layers"
             )
         return model.first_layers(self.encoder_layers or model.num_layers)
+
+    def encoder_tokens(self, segment_tokens: int) -> int:
+        """Tokens that the encoder reads of a segment, with the most memory tokens."""
+        return segment_tokens + (self.k if self.spec.appends_memory_tokens else 0)
 
     @property
     def choices(self) -> tuple[int, ...]:

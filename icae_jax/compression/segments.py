@@ -63,7 +63,7 @@ def choose_k(
         raise UserError(f"{values} are given; give one of k, tokens and ratio")
     for name in ("tokens", "ratio"):
         if name in given and not 0 < given[name] < math.inf:  # NaN too
-            raise UserError(f"{name} is {given[name]}; it must be positive")
+            raise UserError(f"{name} is {given[name]}; it must be positive and finite")
     if not lengths or given.keys() <= {"k"}:
         return config.choose(k)
     n = np.asarray(lengths, float)

@@ -75,10 +75,19 @@ def parse(raw: object, where: str, default_id: str, unanswered: bool = False) ->
     unanswered: whether a row may have a question without a field for its answer. UserError names
     place and field.
     """
-    if unanswered and isinstance(raw, dict) and "question" in raw and not raw.keys() & {*ANSWERS}:
-        raw = raw | {"answers": None}
+    raw = _with_answers(raw) if unanswered else raw
     with placed(where):
         return list(_parse(raw, where, default_id, ""))
+
+
+def _with_answers(raw):
+    """A raw row whose questions have a field for their answer, null where it was missing."""
+    if not isinstance(raw, dict):
+        return raw
+    if "question" in raw and not raw.keys() & ANSWERS:
+        raw = raw | {"answers": None}
+    lists = (field for field in ("qas", "paragraphs") if isinstance(raw.get(field), list))
+    return raw | {field: list(map(_with_answers, raw[field])) for field in lists}
 
 
 def _parse(raw, where, default_id, subset):
@@ -93,7 +102,7 @@ def _parse(raw, where, default_id, subset):
         if {text, question, answer} <= raw.keys():
             yield Row(text_of(raw, text), text_of(raw, question), (text_of(raw, answer),), *origin)
             return
-    if "question" in raw and raw.keys() & {"answers", "answer", "is_impossible"}:
+    if "question" in raw and raw.keys() & ANSWERS:
         is_text = "text" in raw and not raw.keys() & set(CONTEXTS)
         context = "text" if is_text else _the_one(raw, CONTEXTS)
         yield Row(text_of(raw, context), text_of(raw, "question"), answers_of(raw), *origin)
@@ -205,7 +214,7 @@ def paragraph(raw: dict, where: str, default_id: str, subset: str = "") -> Itera
             raise UserError(
                 f"qas holds {shown(question)}, expected an object with question and answers"
             )
-        if not question.keys() & {"answers", "answer", "is_impossible"}:
+        if not question.keys() & ANSWERS:
             raise UserError(
                 f"answers is missing in a question of qas; its fields are {listed(question)}"
             )

@@ -17,7 +17,7 @@ from icae_jax.inference import generate as decoding
 from icae_jax.inference.batching import batch_starts, round_up
 from icae_jax.inference.compressor import Compressor
 from icae_jax.inference.devices import Devices
-from icae_jax.inference.reading import Generation, Score
+from icae_jax.inference.reading import Generation, Score, generation
 from icae_jax.interop.hub import base as bases
 from icae_jax.interop.hub import tokenizer as tokenizers
 from icae_jax.models.llama import FrozenModel, ModelConfig
@@ -42,21 +42,25 @@ def no_prefix(config: ModelConfig, rows: int, dtype: DTypeLike = jnp.float32) ->
     )
 
 
-def start_ids(compressor: Compressor) -> tuple[int, ...]:
+def start_ids(base: bases.Base) -> tuple[int, ...]:
     """The ids that the tokenizer puts before a text: `<s>`, or nothing."""
-    bos = tokenizers.bos_id(compressor.base.tokenizer)
+    bos = tokenizers.bos_id(base.tokenizer)
     return () if bos is None else (bos,)
 
 
 def template_of(compressor: Compressor, name: str | None = None) -> targets.Template:
     """The template in which the base alone is asked.
 
-    By default the adapter's without its trained tokens, which mean nothing without a memory.
-    name: another of `objectives.targets.TEMPLATES`.
+    name: of `objectives.targets.TEMPLATES`; by default the adapter's.
     """
     template = compressor.adapter.template
     if name:
         template = targets.make_template(name, compressor.base.tokenizer)
+    return without_trained(template)
+
+
+def without_trained(template: targets.Template) -> targets.Template:
+    """A template without its trained tokens, which mean nothing without a memory."""
     ids = (
         tuple(i for i in part if i >= 0)
         for part in (template.head, template.before, template.after)
@@ -65,13 +69,13 @@ def template_of(compressor: Compressor, name: str | None = None) -> targets.Temp
 
 
 def prompt(
-    compressor: Compressor, template: targets.Template, context_ids: Ids, question_ids: Ids
+    base: bases.Base, template: targets.Template, context_ids: Ids, question_ids: Ids
 ) -> list[int]:
     """What the decoder reads for a question, with text (or part, or none) in the memory's place.
 
     Begins with the template's head, else with `<s>` where the tokenizer puts one.
     """
-    return [*(template.head or start_ids(compressor)), *context_ids, *template.prompt(question_ids)]
+    return [*(template.head or start_ids(base)), *context_ids, *template.prompt(question_ids)]
 
 
 def generate(
@@ -85,10 +89,27 @@ def generate(
     """Greedy continuations of prompts by the base alone, of at most `limits` new tokens each.
 
     stop: an id that ends a text beside the base's own. decoder: in place of the base alone.
+    Otherwise as `generate_by_base`.
+    """
+    decoder, base = decoder or compressor.plain_decoder, compressor.base
+    return generate_by_base(base, decoder, prompts, limits, compressor.devices, batch_size, stop)
+
+
+def generate_by_base(
+    base: bases.Base,
+    decoder: Decoder,
+    prompts: Sequence[Ids],
+    limits: Sequence[int],
+    devices: Devices | None = None,
+    batch_size: int = 32,
+    stop: int | None = None,
+) -> list[Generation]:
+    """Greedy continuations of prompts, of at most `limits` new tokens each.
+
+    decoder: the base, perhaps with a LoRA. devices: where it runs; by default the default device.
     UserError where a prompt is empty, or leaves too few of the base's positions.
     """
-    base, generations = compressor.base, []
-    decoder = decoder or compressor.plain_decoder
+    devices, generations = devices or Devices(None, base.config), []
     if not all(map(len, prompts)):
         raise UserError(
             "a prompt without a memory has no tokens; the base has nothing to go on from"
@@ -98,23 +119,21 @@ def generate(
     stop_ids = tuple(sorted({*base.stop_ids, *([] if stop is None else [stop])}))
     for start in batch_starts(len(prompts), batch_size):
         chunk = prompts[start : start + batch_size]
-        rows = compressor.devices.rows(batch_size if start else len(chunk))
+        rows = devices.rows(batch_size if start else len(chunk))
         ids = np.zeros((rows, round_up(max(map(len, chunk)), STEP)), np.int32)
         lengths, most = np.ones(rows, np.int32), np.ones(rows, np.int32)
         for i, row in enumerate(chunk):
             ids[i, : len(row)], lengths[i], most[i] = row, len(row), limits[start + i]
-        with compressor.devices.active():
+        with devices.active():
             out = decoding.greedy(
                 decoder,
                 no_prefix(base.config, rows, decoder.base.dtype),
-                decoding.Prompts(
-                    *compressor.devices.put((ids, lengths, np.zeros(rows, np.int32), most))
-                ),
+                decoding.Prompts(*devices.put((ids, lengths, np.zeros(rows, np.int32), most))),
                 max_new_tokens=round_up(int(most.max())),
                 stop_ids=stop_ids,
             )
         out = jax.device_get(out)
-        generations += [compressor.generation(out, i) for i in range(len(chunk))]
+        generations += [generation(base, out, i) for i in range(len(chunk))]
     return generations
 
 
@@ -196,7 +215,7 @@ def answer(
     prompts = []
     for i, row in enumerate(questions):
         context = compressor.ids(contexts[i]) if contexts else []
-        prompts += [prompt(compressor, template, context, compressor.ids(q)) for q in row]
+        prompts += [prompt(compressor.base, template, context, compressor.ids(q)) for q in row]
     limits = [max_new_tokens] * len(prompts)
     answers = iter(generate(compressor, prompts, limits, batch_size, template.stop))
     return [[next(answers).text for _ in row] for row in questions]

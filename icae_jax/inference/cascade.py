@@ -11,7 +11,7 @@ from icae_jax.compression.config import CompressionConfig
 from icae_jax.compression.memory import Memory
 from icae_jax.errors import UserError
 from icae_jax.inference.batching import few_shapes
-from icae_jax.inference.reading import Generation, MemoryReader, Request
+from icae_jax.inference.reading import Generation, MemoryReader, Request, check_most
 
 LIKELY = math.log(0.9)  # nats a token: each token of the answer has probability 0.9, in the mean
 
@@ -71,6 +71,7 @@ def generate(
     """
     if math.isnan(threshold):
         raise UserError(f"threshold is {threshold}; give nats per token, such as {LIKELY:.3f}")
+    check_most(requests)  # before a memory is written
     answers = [[None] * len(request.prompts) for request in requests]
     left = {row: list(range(len(request.prompts))) for row, request in enumerate(requests)}
     width = max(map(len, left.values()), default=1)

@@ -1,5 +1,6 @@
 """`Compressor`: compress texts once, then restore them, ask about them, score continuations."""
 
+import functools
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,7 +18,6 @@ from icae_jax.compression.trained import SPECIAL_ROWS
 from icae_jax.errors import UserError
 from icae_jax.inference import cascade, memory_file
 from icae_jax.inference.devices import Devices
-from icae_jax.inference.generate import Generated
 from icae_jax.inference.memory_file import TextId
 from icae_jax.inference.reading import Generation, MemoryReader, Request, Score
 from icae_jax.inference.writing import MemoryWriter
@@ -92,7 +92,7 @@ class Compressor:
             self.base.config,
             mesh,
             rows=BATCH_SIZE,
-            length=self.config.segment_tokens + self.config.k,
+            length=self.config.encoder_tokens(self.config.segment_tokens),
             dtype=dtype,
             mask=self.config.encoder_mask,
         )
@@ -366,11 +366,15 @@ class Compressor:
             return len(texts[0]), rungs
         if not ladder:
             raise UserError("texts are asked without a memory; compress them, or give a ladder")
-        if self.config.spec.write_several:
-            return self._rungs(self.compress_ladder(texts, ladder, batch_size), (), batch_size)
         ladder = cascade.checked(ladder, self.config)
         contexts, where = self._contexts(texts)
         self._check_room(contexts, where, ladder[-1])
+        if self.config.spec.write_several:
+            # When the first is read: after all that is asked has been checked.
+            written = functools.cache(
+                lambda: cascade.rungs_of(self.compress_ids_ladder(contexts, ladder, batch_size))
+            )
+            return len(texts), [lambda rows, i=i: written()[i](rows) for i in range(len(ladder))]
 
         def at(k):
             return lambda rows: self.compress_ids([contexts[row] for row in rows], batch_size, k)
@@ -435,7 +439,3 @@ class Compressor:
         start. UserError if a target leaves the base's positions.
         """
         return self.reader.score(memory, rows, objective, batch_size)
-
-    def generation(self, out: Generated, i: int) -> Generation:
-        """One row of what `generate.greedy` returned."""
-        return self.reader.generation(out, i)

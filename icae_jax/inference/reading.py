@@ -72,6 +72,14 @@ class Generation(NamedTuple):
         return self.log_prob / (len(self.ids) + self.stopped)
 
 
+def generation(base: bases.Base, out: decoding.Generated, i: int) -> Generation:
+    """One row of what `generate.greedy` returned."""
+    ids = out.ids[i, : out.lengths[i]].tolist()
+    text = base.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    log_prob = float(out.log_probs[i])
+    return Generation(text, ids, bool(out.stopped[i]), int(out.ties[i]), log_prob)
+
+
 class Score(NamedTuple):
     """log_prob: sum over the scored tokens, in nats. tokens: how many were scored."""
 
@@ -89,6 +97,13 @@ class Request(NamedTuple):
     prompts: list[list[int]]
     most: int
     needed: int = 1
+
+
+def check_most(requests: Sequence[Request]) -> None:
+    """Raises UserError unless every `most` is positive."""
+    least = min((request.most for request in requests), default=1)
+    if least <= 0:
+        raise UserError(f"max_new_tokens is {least}; it must be positive")
 
 
 class MemoryReader:
@@ -172,9 +187,7 @@ class MemoryReader:
 
         requests: one per text. UserError if `most` is not positive or `needed` does not fit.
         """
-        least = min((request.most for request in requests), default=1)
-        if least <= 0:
-            raise UserError(f"max_new_tokens is {least}; it must be positive")
+        check_most(requests)
         if not requests:
             return []
         self._check_ids([request.prompts for request in requests], "prompt")
@@ -198,7 +211,8 @@ class MemoryReader:
                 indices = range(b * G, b * G + len(request.prompts))
                 size = {"k": memory.tokens_per_segment, "tokens": int(tokens[start + b])}
                 size["tokens_read"] = size["tokens"]
-                generations.append([self.generation(out, i)._replace(**size) for i in indices])
+                made = (generation(self.base, out, i) for i in indices)
+                generations.append([g._replace(**size) for g in made])
         return generations
 
     def _decode(self, memory, ids, lengths, limits, objective) -> decoding.Generated:
@@ -217,15 +231,6 @@ class MemoryReader:
                 stop_ids=self.stop_ids(objective),
             )
         return jax.device_get(out)
-
-    def generation(self, out: decoding.Generated, i: int) -> Generation:
-        """One row of what `generate.greedy` returned."""
-        ids = out.ids[i, : out.lengths[i]].tolist()
-        text = self.base.tokenizer.decode(
-            ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
-        log_prob = float(out.log_probs[i])
-        return Generation(text, ids, bool(out.stopped[i]), int(out.ties[i]), log_prob)
 
     # --- Scoring ---
 

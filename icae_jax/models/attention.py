@@ -72,8 +72,9 @@ def attend(
       softcap: None, or c: scaled scores s become c tanh(s / c) (Gemma 2, arXiv 2408.00118), by xla
         only.
       implementation: see the module, and `supported` for which can be had. The flash kernels repeat
-        the prefix for each row. Splash needs 2-D masks; a query that is itself padding gets
-        something finite, and gives no gradient to real tokens. Queries whose times are not a numpy
+        the prefix for each row. Splash needs 2-D masks or, without a prefix, `[B or 1, 1, S]`; a
+        query that is itself padding gets something finite, and gives no gradient to real tokens.
+        Queries whose times are not a numpy
         array that rises by one, and so known when tracing, are computed by xla.
       unroll: whether xla writes its loop over texts out, so that XLA counts the FLOPs of all.
 
@@ -142,13 +143,14 @@ def seen(real_BS: Bool[Any, "_ S"], at: Any = None) -> Bool[Array, "_ T S"]:
     return real_BS[:, None] & (jnp.arange(S)[None, None] <= times[:, :, None])
 
 
-def usable(implementation: str, mask: Any) -> str:
-    """The implementation that computes a call with such a mask.
+def usable(implementation: str, mask: Any, prefix: Any = None) -> str:
+    """The implementation that computes a call with such a mask and prefix, see `attend`.
 
-    Splash knows causal and full masks only. In the last layer of targets, queries are labels at
-    times that are known only when the program runs; their 3-D mask is computed by xla.
+    Splash knows causal masks, and full ones without a prefix. In the last layer of targets, queries
+    are labels at times that are known only when the program runs; their 3-D mask is computed by
+    xla.
     """
-    unknown = mask.ndim == 3 and not _is_full(mask)
+    unknown = mask.ndim == 3 and not (_is_full(mask) and prefix is None)
     return "xla" if implementation == "splash" and unknown else implementation
 
 

@@ -146,7 +146,7 @@ class Attention(nn.Module):
                 at=at if mask.ndim == 2 else None,
                 scale=self.config.attention_scale,
                 softcap=self.config.attention_softcap,
-                implementation=usable(self.implementation, mask),
+                implementation=usable(self.implementation, mask, prefix),
                 unroll=self.unroll,
             )
         output = Projection(

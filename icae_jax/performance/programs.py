@@ -129,8 +129,9 @@ def batch(spec: Spec, mesh: jax.sharding.Mesh | None = None) -> dict[str, Any]:
         spec.qa_shape,
         c.objectives.pad_labels,
     )
-    # Where a step draws one of several k, the largest is the most work.
-    ks = StaticInts(c.ks or (spec.compression.k,))
+    # Held-out losses are of one k at a time, and a step may draw one: the largest is most work.
+    several = c.ks if spec.what == "train" else ()
+    ks = StaticInts(several or (spec.compression.k,))
     targets = {
         o: {
             "ids": array(G, T),

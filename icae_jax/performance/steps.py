@@ -23,7 +23,8 @@ from icae_jax.objectives.packing import pack
 from icae_jax.performance import programs
 from icae_jax.runtime import sharding
 from icae_jax.training import metrics, step
-from icae_jax.training.compressor_task import CompressorLosses, with_attention
+from icae_jax.training.compressor_losses import CompressorLosses, ks_of
+from icae_jax.training.compressor_task import with_attention
 from icae_jax.training.optimizer import make_optimizer
 
 
@@ -206,7 +207,8 @@ class TrainingStep:
         batch = random_batch(spec, seed) if batch is None else batch
         _check_batch(spec, batch)
         self.context_tokens = int(np.sum(batch["lengths"]))
-        self.label_tokens = sum(int(np.sum(t["label_mask"])) for t in batch["targets"].values())
+        labels = sum(int(np.sum(t["label_mask"])) for t in batch["targets"].values())
+        self.label_tokens = len(ks_of(batch)) * labels
         self.least_flops = programs.least(spec)
         self.placement = sharding.Placement(self.mesh, spec.model)
         self.notes = self.placement.notes() + notes

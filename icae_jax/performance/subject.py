@@ -49,7 +49,8 @@ def context_length(asked: int | None, config: TrainConfig) -> int:
 
 
 def check_positions(spec: programs.Spec) -> None:
-    """UserError if a program needs more positions than its base has."""
+    """UserError if a program needs more positions or layers than its base has."""
+    spec.compression.encoder_config(spec.model)
     needed, most = programs.positions_needed(spec), spec.model.max_position_embeddings
     if needed > most:
         raise UserError(

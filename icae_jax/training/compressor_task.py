@@ -23,6 +23,7 @@ from icae_jax.interop.adapters import folder as adapters
 from icae_jax.interop.hub import base as bases
 from icae_jax.interop.hub import tokenizer as tokenizers
 from icae_jax.models.llama import ModelConfig
+from icae_jax.models.lora import LoraConfig
 from icae_jax.objectives import targets
 from icae_jax.runtime import attention_choice, sharding
 from icae_jax.training.compressor_losses import (
@@ -82,7 +83,7 @@ def with_attention(
         model_config,
         mesh,
         rows=config.batch_size // config.accumulate * segments,
-        length=size + (compression.k if compression.spec.appends_memory_tokens else 0),
+        length=compression.encoder_tokens(size),
         dtype=config.jnp_dtype,
         mask=compression.encoder_mask,
     )
@@ -123,7 +124,9 @@ class CompressorTask(CompressorLosses):
                     "teach what the base alone does; give an adapter that was trained with "
                     f"compression.{DECODER_LORA}, or leave it empty for the base alone"
                 )
-        self.placement = sharding.Placement(sharding.make_mesh(c.mesh), bases.sizes(c.base))
+        sizes = bases.sizes(c.base)
+        c.compression.encoder_config(sizes)
+        self.placement = sharding.Placement(sharding.make_mesh(c.mesh), sizes)
         self.base = base or bases.load_base(
             c.base,
             c.jnp_dtype,
@@ -317,6 +320,12 @@ class CompressorTask(CompressorLosses):
                         [ids[at : at + 1]], rows, lambda _, where=where: where, tokenizer
                     )
 
+    @property
+    def teacher_lora(self) -> LoraConfig | None:
+        """Sizes of the teacher's LoRA, those of its own adapter if it has one."""
+        own = self.config.objectives.teacher_adapter
+        return self.teacher.lora if own else super().teacher_lora
+
     # --------------------------------------------------------------------------------- the protocol
 
     def shared_by_processes(self) -> dict[str, object]:
@@ -389,7 +398,7 @@ class CompressorTask(CompressorLosses):
         """Fixed held-out batches, cut to `rows`, by kind.
 
         "memory" has each target behind its own context, "wrong_memory" behind another text's; the
-        latter is missing if all held-out data are one text. If k is drawn, these two are of the
+        latter is missing if all held-out data are one text. Of several k, these two are of the
         largest, and "memory_k4", "wrong_memory_k4", … of the others. A teacher reads the right text
         for either.
         """

@@ -13,7 +13,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from icae_jax import errors, files, lock
 from icae_jax.compression.decoder import Decoder
@@ -22,9 +21,9 @@ from icae_jax.data import rows as data_rows
 from icae_jax.data import sources
 from icae_jax.data.rows import Row, Sieve
 from icae_jax.errors import UserError
-from icae_jax.evaluation.plain import STEP, no_prefix
-from icae_jax.inference import generate, loading
-from icae_jax.inference.batching import batch_starts, round_up
+from icae_jax.evaluation import plain
+from icae_jax.inference import loading
+from icae_jax.inference.batching import batch_starts
 from icae_jax.interop.adapters import folder as adapters
 from icae_jax.interop.hub import base as bases
 from icae_jax.interop.hub import tokenizer as tokenizers
@@ -89,32 +88,22 @@ class Teacher:
     adapter: str = ""
 
     def prompt(self, row: Row) -> list[int]:
-        """The ids of a context and its question, as `evaluation.plain.prompt` has them."""
+        """The ids of a context and its question."""
         tokenizer = self.base.tokenizer
-        bos = tokenizers.bos_id(tokenizer)
-        head = self.template.head or (() if bos is None else (bos,))
         question = question_ids(row.question, tokenizer, self.template, f"{row.where}: ")
-        return [*head, *user_ids(tokenizer, row.text), *self.template.prompt(question)]
+        return plain.prompt(self.base, self.template, user_ids(tokenizer, row.text), question)
 
     def answers(self, prompts: Sequence[Sequence[int]], batch_size: int, most: int) -> list[str]:
-        """Greedy answers of at most `most` tokens to up to `batch_size` prompts."""
-        ids = np.zeros((batch_size, round_up(max(map(len, prompts)), STEP)), np.int32)
-        lengths = np.ones(batch_size, np.int32)
-        for i, prompt in enumerate(prompts):
-            ids[i, : len(prompt)], lengths[i] = prompt, len(prompt)
-        out = generate.greedy(
+        """Greedy answers of at most `most` tokens, `batch_size` prompts at once."""
+        made = plain.generate_by_base(
+            self.base,
             self.decoder,
-            no_prefix(self.base.config, batch_size, self.decoder.base.dtype),
-            generate.Prompts(ids, lengths, np.zeros(batch_size, np.int32)),
-            max_new_tokens=most,
-            stop_ids=tuple(sorted({*self.base.stop_ids, self.template.stop})),
+            prompts,
+            [most] * len(prompts),
+            batch_size=batch_size,
+            stop=self.template.stop,
         )
-        out = jax.device_get(out)
-        decode = self.base.tokenizer.decode
-        return [
-            decode(out.ids[i, : out.lengths[i]].tolist(), skip_special_tokens=True).strip()
-            for i in range(len(prompts))
-        ]
+        return [generation.text.strip() for generation in made]
 
 
 def load_teacher(request: Request) -> Teacher:
@@ -140,13 +129,10 @@ def load_teacher(request: Request) -> Teacher:
         template, fingerprint = adapter.template, adapter.fingerprint
     if name or template is None:
         template = targets.make_template(name or "plain", base.tokenizer)
-    parts = (template.head, template.before, template.after)
-    known = (tuple(i for i in part if i >= 0) for part in parts)
-    template = targets.Template(template.name, *known, template.stop)
     dtype, _ = bases.precision(request.base_dtype)
     model = FrozenModel(Llama(base.config, scale, dtype=jnp.dtype(dtype)), base.params)
     decoder = Decoder(model, jnp.zeros((1, base.config.hidden_size)), lora)
-    return Teacher(base, decoder, template, fingerprint)
+    return Teacher(base, decoder, plain.without_trained(template), fingerprint)
 
 
 class Progress:

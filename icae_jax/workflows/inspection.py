@@ -163,9 +163,12 @@ def _adapter(folder) -> Description:
             pathlib.Path(folder) / adapters.DECODER / "adapter_model.safetensors"
         )
         about["decoder_lora"] = f"{_parameter_count(decoder)} parameters"
+    sizes = _lora_sizes(tensors)
+    if compression.get("encoder_layers"):  # of the base's first layers alone
+        del sizes["base_must_have"]["num_hidden_layers"]
     about |= {
         "template": stated["template"]["name"],
-        **_lora_sizes(tensors),
+        **sizes,
         "lora_scale": lora_fields.scale,
         "trained_parameters": _parameter_count(tensors | table) + _parameter_count(decoder),
         "base": lora_fields.base,
@@ -248,6 +251,7 @@ def _memory(path) -> Description:
         "what": "memory file",
         "method": metadata["method"],
         "layout": metadata["layout"],
+        **{name: metadata[name] for name in ENCODER_FIELDS if name in metadata},
         "k": int(metadata["k"]),
         "texts": len(memory_file.read_ids(path, metadata)),
         **shapes,
@@ -280,6 +284,10 @@ def _checkpoint(trained) -> Description:
     }
 
 
+def _has_decoder_lora(metadata) -> bool:
+    return json.loads(metadata.get("decoder_lora", "false"))
+
+
 def _tensors(path) -> Description:
     tensors, metadata = tensor_files.open_tensors(path)
     if hf_cache.is_cache(metadata):
@@ -287,6 +295,7 @@ def _tensors(path) -> Description:
             "what": "memories exported for transformers' generate, read by use_cache.py beside it",
             **{name: json.loads(metadata[name]) for name in ("method", "layout", "objective")},
             "base_fingerprint": json.loads(metadata["base_fingerprint"]),
+            **({"decoder_lora": "decoder_lora/"} if _has_decoder_lora(metadata) else {}),
         }
     if {"format_version", "method", "ids"} <= set(metadata):
         return _memory(path)

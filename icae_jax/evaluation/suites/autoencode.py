@@ -114,7 +114,7 @@ class Autoencode(common.Suite):
             note(SHUFFLED, losses_behind(wrong), memory=wrong)
         arms = [arm for arm in (FULL, TUNED) if self.copy is not None and self.wants(arm)]
         if arms:
-            start = plain.start_ids(compressor)
+            start = plain.start_ids(compressor.base)
             prompts = [[*start, *e.ids, self.copy, *start] for e in batch]
             labelled = [
                 targets.Target([*prompt, *e.ids, compressor.framing.eos], len(prompt))

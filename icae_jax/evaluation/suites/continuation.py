@@ -27,7 +27,7 @@ def plain_arms(
     what follows, each cut context has.
     """
     compressor = suite.compressor
-    start = plain.start_ids(compressor)
+    start = plain.start_ids(compressor.base)
     arms = {
         FULL: contexts,
         TUNED: contexts,

@@ -6,6 +6,7 @@ and the ROUGE rows of IC-Former on PwC.
 
 from collections.abc import Callable, Sequence
 
+from icae_jax.errors import UserError
 from icae_jax.evaluation import plain, scores, statistics
 from icae_jax.evaluation.examples import QUESTIONS_AT_ONCE, Example, Text, example
 from icae_jax.evaluation.suites import common
@@ -31,6 +32,8 @@ class Qa(common.Suite):
     group_label = "set"
 
     def __init__(self, compressor: Compressor, options: common.Options):
+        if CASCADE in options.arms and not options.ladder:
+            raise UserError(f"--arms {CASCADE} needs a ladder; give --ladder, such as 2,8,32")
         super().__init__(compressor, options)
         self.plain = plain.template_of(compressor, options.plain_template)
         self.ladder = ()
@@ -53,7 +56,7 @@ class Qa(common.Suite):
         asked = [self.compressor.ids(q.text) for q in text.questions]
         prompts = [template.prompt(q) for q in asked]
         if self.options.wants(NONE):
-            prompts += [plain.prompt(self.compressor, self.plain, (), q) for q in asked]
+            prompts += [plain.prompt(self.compressor.base, self.plain, (), q) for q in asked]
         if not all(prompts):
             return EMPTY_QUESTION
         # Room for the reference answers and their end; longer answers are cut at the last position.
@@ -64,7 +67,7 @@ class Qa(common.Suite):
         )
         alone, cut = (
             max(
-                len(plain.prompt(self.compressor, self.plain, context, q)) + n
+                len(plain.prompt(self.compressor.base, self.plain, context, q)) + n
                 for q, n in zip(asked, room, strict=True)
             )
             for context in (ids, ids[: self.memory_tokens(len(ids))])
@@ -140,7 +143,7 @@ class Qa(common.Suite):
         for arm, of_arm in contexts.items():
             if self.wants(arm):
                 prompts = [
-                    [plain.prompt(compressor, self.plain, context, q) for q in of_example]
+                    [plain.prompt(compressor.base, self.plain, context, q) for q in of_example]
                     for context, of_example in zip(of_arm, asked, strict=True)
                 ]
                 note(arm, *self._alone(prompts, truth, self.decoder(arm)))

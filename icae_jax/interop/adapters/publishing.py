@@ -68,7 +68,7 @@ def card(
         f"{compression.segment_tokens} text tokens" + ("; any number" * compression.any_k),
         "position layout": compression.layout,
         "encoder": f"mask {compression.encoder_mask}"
-        + (f", the first {layers} layers" if (layers := compression.encoder_layers) else ""),
+        + (f", layers read: {layers}" if (layers := compression.encoder_layers) else ""),
         "LoRA": f"rank {adapter.lora.rank} on {', '.join(adapter.lora.targets)}",
     }
     if adapter.has_decoder_lora:
