@@ -63,7 +63,7 @@ method.register(
         title="mean pooling",
         write_several=write_several,
         memory=Slots,
-        layouts={"servable": layout.SEQUENTIAL, "uniform": layout.UNIFORM},
+        layouts={"servable": layout.SPREAD, "uniform": layout.UNIFORM},
         appends_memory_tokens=False,
         encoder_mask="all",
         pools=True,
