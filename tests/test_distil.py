@@ -166,6 +166,7 @@ def config(raw, objectives=None, **changes):
     return from_dict(TrainConfig, raw | changes)
 
 
+@pytest.mark.nightly
 def test_a_step_trains_the_kl_and_says_it_apart(raw):
     """Breaks when microbatches or several k change the loss, the teacher depends on what is
     trained, KL is left out of the gradient, or it does not fall.
@@ -209,6 +210,7 @@ def losses_of(objectives, raw, params, tree, batch, **changes):
     return jax.device_get(run(tree))[::-1]
 
 
+@pytest.mark.nightly
 def test_teachers_differ_and_get_no_gradient(raw, tiny_params):
     """Breaks when one teacher stands for another, KL reaches cross-entropy's value, or a decoder
     LoRA is trained as the teacher's too.
@@ -282,7 +284,7 @@ def test_the_meter_counts_the_teacher(raw):
     assert least[1] > 1.2 * least[0]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_devices_share_the_teacher_s_work(raw, tiny_params):
     """Breaks when a mesh changes the KL or its gradient's step."""
     values = []
