@@ -117,7 +117,7 @@ MUTANTS = [
     Mutant(
         "every teacher is the base alone", "training/compressor_losses.py",
         "Decoder(FrozenModel(self.decoder, frozen), None, lora)", "Decoder(FrozenModel(self.decoder, frozen), None)",
-        "test_distil.py -k teachers_differ",
+        "test_distil.py -k teachers_differ -m nightly",
     ),
     Mutant(
         "checkpoints are ranked with the KL", "training/compressor_task.py",
@@ -366,12 +366,12 @@ MUTANTS = [
     ),
     Mutant(
         "every rate trains alike", "../launch/experiments/methods.py",
-        "rate * decay(number, steps)", "decay(number, steps)", "test_methods_experiment.py -k every_rate",
+        "rate * decay(number, steps)", "decay(number, steps)", "test_methods_experiment.py -k every_rate -m nightly",
     ),
     Mutant(
         "another passage's memory is the passage's own", "../launch/experiments/methods.py",
         "memory[np.roll(np.arange(len(rows)), -1)]", "memory[np.arange(len(rows))]",
-        "test_methods_experiment.py -k scores_of_every",
+        "test_methods_experiment.py -k scores_of_every -m nightly",
     ),
     # ------------------------------------------------------------------------------------------------ what is asked of a ladder
     Mutant(

@@ -70,6 +70,7 @@ def run(methods, tmp_path_factory):
     return workdir, settings, trainer
 
 
+@pytest.mark.nightly
 def test_a_run_leaves_scores_of_every_passage(methods, run, monkeypatch):
     """Breaks when a run has other questions than asked, or a finished one is trained again."""
     workdir, settings, _ = run
@@ -91,6 +92,7 @@ def test_a_run_leaves_scores_of_every_passage(methods, run, monkeypatch):
     methods.run(settings, "pooled-causal", 0.5, 1, fail)
 
 
+@pytest.mark.nightly
 def test_one_program_trains_at_every_rate(run):
     """Breaks when the rate does not reach the update: the first one of AdamW is in proportion."""
     import jax
@@ -110,6 +112,7 @@ def test_one_program_trains_at_every_rate(run):
     np.testing.assert_allclose(moved[1e-2], 10 * moved[1e-3], rtol=0.02, atol=1e-5)
 
 
+@pytest.mark.nightly
 def test_other_settings_are_refused(methods, run):
     """Breaks when runs of other sizes are added to a table."""
     workdir, settings, _ = run

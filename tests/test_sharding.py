@@ -159,8 +159,8 @@ def runs():
         }, alone
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("method", ["pooled", pytest.param("sac", marks=pytest.mark.nightly)])
+@pytest.mark.nightly
+@pytest.mark.parametrize("method", ["pooled", "sac"])
 def test_methods_without_memory_tokens_on_eight_devices(method):
     """Breaks when groups, anchors or the projection are of another device's rows, or the projection
     is used in part or stored whole everywhere.

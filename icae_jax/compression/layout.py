@@ -14,10 +14,10 @@ n: tokens of a segment, k: its memory tokens, M: memory tokens of all segments, 
 
 `SEQUENTIAL` is the reference ICAE (arXiv 2307.06945), `UNIFORM` UPL's. `SPREAD` keeps UPL's encoder
 but is read at positions 0, 1, 2, …, as servers number the embeddings of a prompt; configurations of
-ICAE call it "servable", those of 500xCompressor "clean". `REFERENCE` is the reference
-500xCompressor (arXiv 2408.03094): the text is padded to N tokens with eos, which is attended to,
-and the memory's keys lie in the future of every query. `PADDED` is the ICAE that the same
-repository compares with. Encoder positions restart in every segment.
+slots call it "servable", those of K/V "clean". `REFERENCE` is the reference 500xCompressor (arXiv
+2408.03094): the text is padded to N tokens with eos, which is attended to, and the memory's keys
+lie in the future of every query. `PADDED` is the ICAE that the same repository compares with.
+Encoder positions restart in every segment.
 """
 
 import dataclasses
