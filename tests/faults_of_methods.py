@@ -383,4 +383,8 @@ MUTANTS = [
         "a base must have as few layers as an encoder runs", "workflows/inspection.py",
         'if compression.get("encoder_layers"):', 'if compression.get("no_such_field"):', "test_method_adapters.py -k inspecting",
     ),
+    Mutant(
+        "a run from before the encoder's mask cannot go on", "training/workdir.py",
+        "defaults | {k: v for k, v in earlier.items() if k in defaults} | found", "defaults | found", "test_workdir.py -k encoders_mask",
+    ),
 ]  # fmt: skip

@@ -127,6 +127,27 @@ def test_a_workdir_from_before_a_field_goes_on_with_its_default(tmp_path):
     )
 
 
+@pytest.mark.parametrize("method", ["icae", "x500"])
+def test_a_workdir_from_before_the_encoders_mask_goes_on(tmp_path, method):
+    """Breaks when a field whose default depends on others counts as that default's name, or another
+    mask than the one there was continues the run.
+    """
+    config = from_dict(TrainConfig, RAW | {"compression": {"method": method}})
+    check_workdir(tmp_path, config, IDENTITY)
+    path = tmp_path / "config.json"
+    raw = json.loads(path.read_text())
+    later = ("decoder_lora", "encoder_mask", "encoder_layers", "anchor_vectors")
+    for name in later:
+        del raw[f"compression.{name}"]
+    path.write_text(json.dumps(raw))
+    other = dataclasses.replace(
+        config, compression=dataclasses.replace(config.compression, encoder_mask="all")
+    )
+    with pytest.raises(UserError, match="encoder_mask: 'causal' -> 'all'"):
+        check_workdir(tmp_path, other, IDENTITY)
+    assert check_workdir(tmp_path, config, IDENTITY) == []
+
+
 def test_an_identity_of_an_earlier_version_counts_as_the_same(tmp_path):
     """Breaks when a run that fingerprinted its data by their times cannot be continued by a version
     that does by content, or any run may be."""

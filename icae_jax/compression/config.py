@@ -14,6 +14,13 @@ from icae_jax.models.llama import ModelConfig
 TRIGGERS = ("trained", "bos")
 MASKS = ("causal", "slots", "all")
 OPTIONS = {"anchor_vectors": ("one", "each")}  # fields of single methods, the default first
+# What fields mean in files of versions that did not have them.
+EARLIER = {
+    "decoder_lora": False,
+    "encoder_mask": "causal",
+    "encoder_layers": 0,
+    **{name: values[0] for name, values in OPTIONS.items()},
+}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -26,10 +26,9 @@ import safetensors.numpy
 import icae_jax
 from icae_jax import errors, files
 from icae_jax.compression import memory as memories
-from icae_jax.compression.config import CompressionConfig
+from icae_jax.compression.config import EARLIER, CompressionConfig
 from icae_jax.compression.memory import Memory
 from icae_jax.errors import UserError
-from icae_jax.interop.adapters.info import EARLIER
 from icae_jax.interop.export import hf_cache
 from icae_jax.interop.hub import locations
 from icae_jax.interop.hub.identity import check_identity, compare_quantisation

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from icae_jax import errors, files
+from icae_jax.compression.config import EARLIER
 from icae_jax.errors import UserError
 from icae_jax.training import config_file, metrics
 from icae_jax.training.config import LoopConfig
@@ -138,8 +139,8 @@ def check_workdir(
 ) -> list[str]:
     """Compares a configuration with the one a workdir was started with, and records the new one.
 
-    A field that is newer than the workdir counts as its default: defaults of new fields are chosen
-    so that this is what was done before.
+    A field that is newer than the workdir counts as its default, or as what `EARLIER` says where
+    that depends on other fields: as what was done before.
 
     Args:
       workdir: the run's folder.
@@ -178,7 +179,9 @@ def check_workdir(
         return [f"{note}, and so is its base"] if lost else []
     found = read_run(path)
     _check_types(found, now, path)
-    before = _as_json(config_file.default_fields(type(config))) | found
+    earlier = {f"compression.{name}": value for name, value in EARLIER.items()}
+    defaults = _as_json(config_file.default_fields(type(config)))
+    before = defaults | {k: v for k, v in earlier.items() if k in defaults} | found
     if identity is None:
         before = {k: v for k, v in before.items() if not k.startswith("identity.")}
     lines = {k: f"{k}: {before.get(k)!r} -> {now.get(k)!r}" for k in _changed(before, now)}

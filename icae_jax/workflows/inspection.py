@@ -10,10 +10,11 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from icae_jax import files
+from icae_jax.compression.config import EARLIER
 from icae_jax.errors import UserError, counted
 from icae_jax.inference import memory_file
 from icae_jax.interop.adapters import folder as adapters
-from icae_jax.interop.adapters import formats, info, lora_tensors, tensor_files
+from icae_jax.interop.adapters import formats, lora_tensors, tensor_files
 from icae_jax.interop.export import hf_cache
 from icae_jax.interop.hub import base as bases
 from icae_jax.interop.hub import (
@@ -276,7 +277,7 @@ def _checkpoint(trained) -> Description:
     }
     for name in ("decoder_lora", *ENCODER_FIELDS):
         value = recorded.get(f"compression.{name}")  # None in runs of earlier versions
-        if value and (name == "encoder_mask" or value != info.EARLIER[name]):
+        if value and (name == "encoder_mask" or value != EARLIER[name]):
             named[name] = f"compression.{name}"
     return {
         "what": f"checkpoint of a training run, {trained.path.name}",

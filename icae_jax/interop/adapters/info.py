@@ -8,8 +8,7 @@ from typing import Any, TypeVar
 
 import icae_jax
 from icae_jax import errors, files
-from icae_jax.compression.config import OPTIONS
-from icae_jax.compression.trained import DECODER_LORA
+from icae_jax.compression.config import EARLIER
 from icae_jax.errors import UserError
 from icae_jax.interop.adapters.adapter import Adapter
 
@@ -17,13 +16,6 @@ T = TypeVar("T")
 
 FORMAT_VERSION = 1
 INFO = "icae.json"
-# What fields of the compression mean in files of versions that did not have them.
-EARLIER = {
-    DECODER_LORA: False,
-    "encoder_mask": "causal",
-    "encoder_layers": 0,
-    **{name: values[0] for name, values in OPTIONS.items()},
-}
 # Fields that earlier versions did not write.
 LATER_FIELDS = ("k_choices", "trigger", *EARLIER)
 
