@@ -45,8 +45,7 @@ def test_loading_holds_one_part_at_a_time(tmp_path):
         assert (parameters, part) == sizes[f"/{scheme}" if scheme else ""]
         # Orbax's modules alone take about 40.
         assert above < (40 if kind == "safetensors" else 120) + (70 if scheme else 0)
-        # The parameters themselves were seen, but for pages that a system took back meanwhile.
-        assert peak > before + 0.9 * parameters
+        assert peak > before + parameters  # the parameters themselves were seen
     assert not list((tmp_path / "w").iterdir())
 
 
