@@ -456,24 +456,34 @@ def test_a_training_step_gathers_one_layer_at_a_time(tmp_path, monkeypatch, caps
     )
 
 
-@needs_libtpu
-@pytest.mark.nightly
-@pytest.mark.parametrize(("scheme", "codes"), [("int8", "s8["), ("nf4", "u8[")])
-def test_a_quantised_base_is_gathered_in_its_codes(scheme, codes):
-    """Breaks when a layer is dequantised where it is stored, so that links carry as much as before,
-    or a chip holds full precision.
-    """
+def small_training(scheme):
+    """A training step on a base in a scheme, and what planning it on four chips gives."""
     wide = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32}
     model = dataclasses.replace(TINY, num_kv_heads=4, **wide)
     config = make_spec(quantize=scheme, dtype="bfloat16", lora={"rank": 4}).config
     spec = programs.Spec("train", config, model, 4, 32)
-    compiled = plan.compile_for(spec, "v5e:2x2")
+    return spec, plan.compile_for(spec, "v5e:2x2")
+
+
+@pytest.fixture(scope="module")
+def full_precision():
+    return small_training("")
+
+
+@needs_libtpu
+@pytest.mark.nightly
+@pytest.mark.parametrize(("scheme", "codes"), [("int8", "s8["), ("nf4", "u8[")])
+def test_a_quantised_base_is_gathered_in_its_codes(full_precision, scheme, codes):
+    """Breaks when a layer is dequantised where it is stored, so that links carry as much as before,
+    or a chip holds full precision.
+    """
+    spec, compiled = small_training(scheme)
     gathered = {shape for kind, *_, shape in compiled["collectives"] if kind == "all-gather"}
     kernels = {"[1,128,128]", "[1,128,256]", "[1,256,128]", "[1,64,128]", "[1,64,256]"}
     matrices = {shape for shape in gathered if shape[shape.index("[") :] in kernels}
     assert matrices and all(shape.startswith(codes) for shape in matrices)
-    plain = dataclasses.replace(spec, config=dataclasses.replace(config, quantize=""))
-    saved = plan.compile_for(plain, "v5e:2x2")["argument_bytes"] - compiled["argument_bytes"]
+    plain, compiled_plain = full_precision
+    saved = compiled_plain["argument_bytes"] - compiled["argument_bytes"]
     shape = {"data": 1, "fsdp": 4, "tensor": 1}
     less = programs.base_bytes(plain, shape) - programs.base_bytes(spec, shape)
     assert saved == pytest.approx(less, rel=0.2)  # arrays are padded to tiles
