@@ -390,7 +390,7 @@ MUTANTS = [
     ),
     Mutant(
         "processes that differ train on", "runtime/distributed.py", "    if lines:\n        shown", "    if False:\n        shown",
-        "test_joining.py -k two_processes",
+        "test_joining.py -k two_processes -m nightly",
     ),
     Mutant(
         "an allocation's shell is one of several processes", "runtime/distributed.py",

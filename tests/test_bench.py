@@ -280,6 +280,7 @@ def leaf_bytes(scheme):
     return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(shapes))
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("stored", [True, False], ids=["its own weights", "random weights"])
 def test_a_quantised_base_is_measured(stored, tiny_base, tmp_path, monkeypatch, capsys):
     """Breaks when the step that is measured multiplies with full precision, dequantising counts as

@@ -405,6 +405,7 @@ def ended(pid):
     return not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] == "Z"
 
 
+@pytest.mark.nightly
 @pytest.mark.skipif(
     not os.path.exists("/proc/self/stat"), reason="needs /proc to see processes end"
 )

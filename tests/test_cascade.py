@@ -171,6 +171,7 @@ def test_what_is_asked_is_checked_before_a_memory_is_written(one, monkeypatch):
             one.ask(TEXTS, questions, most, ladder=LADDER, threshold=threshold)
 
 
+@pytest.mark.nightly
 def test_the_command_asks_texts_by_a_ladder(tiny_base, tmp_path, capsys):
     """Breaks when ladder or threshold do not arrive, or what was read is not told."""
     files, one = make_files(tmp_path, tiny_base), compressor(tiny_base, k_choices=LADDER)

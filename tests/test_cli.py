@@ -139,6 +139,7 @@ def trained_x500(files):
     return finetune
 
 
+@pytest.mark.nightly
 def test_key_value_memories_end_to_end(trained_x500, files, tmp_path, capsys):
     """Breaks when a verb takes only one kind of memory, k is not the caller's, evaluation leaves
     out a k, or bytes are those of slots."""
@@ -206,6 +207,7 @@ def test_a_memory_is_not_read_by_the_other_methods_adapter(
     assert "was written with adapter" in capsys.readouterr().err
 
 
+@pytest.mark.nightly
 def test_bfloat16_from_compressing_to_asking(trained, trained_x500, files, tmp_path, capsys):
     """Breaks when a base that only fits in half precision cannot be used, or gives float32."""
     for name, adapter in (("icae", trained), ("x500", trained_x500)):

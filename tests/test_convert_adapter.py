@@ -229,6 +229,7 @@ def test_an_adapter_of_known_base_need_not_restore(world, convert, tmp_path):
     assert code == 0 and "restores" in out and "perhaps it was trained on other texts" in err
 
 
+@pytest.mark.nightly
 def test_a_converted_adapter_is_trained_on(world, convert, tmp_path):
     """Breaks when released weights, once converted, cannot be fine-tuned on one's own questions."""
     assert convert(world / "icae", tmp_path / "out", "--format", "icae-v2")[0] == 0

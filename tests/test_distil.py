@@ -380,6 +380,7 @@ def test_refusals(raw, teacher, tmp_path, objectives, changes, message):
         CompressorTask(config(raw, objectives, **changes))
 
 
+@pytest.mark.nightly
 def test_several_k_have_one_teacher(raw, tiny_params):
     """Breaks when one of several memories is not held against the teacher."""
     compression = {"k": 4, "rate": 4, "k_choices": [2, 4]}

@@ -554,6 +554,7 @@ def test_lora_equals_merged_weights(config):
     assert np.abs(plain - got).max() > 0.1
 
 
+@pytest.mark.nightly
 def test_rematerialised_and_unrolled_layers_compute_the_same(config):
     """Breaks when remat or unrolling changes values or gradients: a residual that "frozen" saves is
     read for another, or the backward pass takes another layer's RoPE.
@@ -741,6 +742,7 @@ def ae_loss(config, compression, tree, params):
 graded_ae_loss = jax.jit(jax.value_and_grad(ae_loss, argnums=2), static_argnums=(0, 1))
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("method", ["icae", "x500"])
 def test_a_compressor_learns_on_a_gemma(method):
     """Breaks when gradients do not reach the adapter through memory, four norms and soft caps, or
@@ -757,6 +759,7 @@ def test_a_compressor_learns_on_a_gemma(method):
     assert float(before - after) == pytest.approx(1e-2, rel=0.1)
 
 
+@pytest.mark.nightly
 def test_a_quantised_gemma_computes_what_its_numbers_say():
     """Breaks when a norm's scale is quantised, or the multiplier of embeddings or the head's cap is
     lost on quantised leaves.

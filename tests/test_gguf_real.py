@@ -23,6 +23,8 @@ LENGTH, CONTINUED = 32, 64
 
 torch = pytest.importorskip("torch")
 
+pytestmark = pytest.mark.nightly
+
 
 def reads(path):
     """All texts of a file of the reference data."""
@@ -253,8 +255,7 @@ def test_smollm2s_continuation(smollm2):
 def test_smollm2s_tokens(smollm2):
     """Breaks when texts are cut otherwise than by transformers' conversion, or than the ids that
     the hub's tokenizer is known to give."""
-    names = sorted((SHARED / "data").glob("*/valid.jsonl.gz"))
-    check_tokens(smollm2, names, every=4)
+    check_tokens_of_reference_data(smollm2)
     known = {
         "The capital of France is": [504, 3575, 282, 4649, 314],
         "Hello world! 123": [19556, 905, 17, 216, 33, 34, 35],
@@ -270,25 +271,16 @@ def test_smollm2s_tokens(smollm2):
     assert chat.endswith("<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n")
 
 
-@pytest.mark.nightly
-def test_smollm2s_tokens_of_reference_data(smollm2):
-    """Breaks as the test above, on the reference data."""
-    check_tokens_of_reference_data(smollm2)
-
-
-@pytest.mark.nightly
 def test_gemma3s_logits(gemma3):
     """Breaks when a norm's 1 or a layer's window or RoPE is not Gemma's."""
     check_logits(gemma3)
 
 
-@pytest.mark.nightly
 def test_gemma3s_continuation(gemma3):
     """Breaks when greedy tokens differ from transformers'."""
     check_continuation(gemma3)
 
 
-@pytest.mark.nightly
 def test_gemma3s_tokens(gemma3):
     """Breaks when texts are cut otherwise than by transformers' conversion."""
     check_tokens_of_reference_data(gemma3)

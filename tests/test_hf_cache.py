@@ -128,9 +128,9 @@ FAMILIES = {
 @pytest.mark.parametrize(
     ("family", "method"),
     [
-        ("mistral", "icae"),
-        ("qwen2", "x500"),
-        ("qwen3", "x500"),
+        pytest.param("mistral", "icae", marks=pytest.mark.nightly),
+        pytest.param("qwen2", "x500", marks=pytest.mark.nightly),
+        pytest.param("qwen3", "x500", marks=pytest.mark.nightly),
         ("gemma3_text", "x500"),
         ("granite", "icae"),
     ],

@@ -391,6 +391,7 @@ def pair(code, *args):
     return [(child.returncode, err) for child, err in zip(children, errors, strict=True)]
 
 
+@pytest.mark.nightly
 def test_two_processes_agree_and_notice_that_their_folders_differ(tmp_path):
     """Breaks when a process goes by its own disk, two runs are taken for one because their workdirs
     have one name, or what the processes hold differs unnoticed or unnamed.

@@ -206,6 +206,7 @@ def test_a_model_card_says_how_memory_is_written_and_read(base):
     )
 
 
+@pytest.mark.nightly
 def test_a_run_is_inspected_and_converted(tiny_base, tmp_path, capsys):
     """Breaks when a checkpoint loses a method's tensors, mask, layers or decoder LoRA."""
     fields = {"k": 4, "rate": 4} | KINDS[1]

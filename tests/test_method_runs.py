@@ -96,6 +96,7 @@ def test_a_run_of_every_method(raw, tmp_path, method):
     assert all(score.log_prob < 0 for score in compressor.score(loaded, TEXTS))
 
 
+@pytest.mark.nightly
 def test_a_step_sums_over_all_numbers_of_memory_tokens(raw):
     """Breaks when one of them is left out or counted twice, when their labels are not counted, or
     when the gradient is not that of all together.

@@ -419,8 +419,8 @@ KEYS = {
 }
 
 
+@pytest.mark.nightly
 @needs_libtpu
-@pytest.mark.slow
 def test_a_training_step_gathers_one_layer_at_a_time(tmp_path, monkeypatch, capsys):
     """Breaks when the whole base is gathered at once, which would not fit.
 

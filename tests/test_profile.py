@@ -87,6 +87,7 @@ def traced(tmp_path_factory):
     return profile.read_profile(trace, step.compiled.as_text(), 3), told.wall_seconds / 3
 
 
+@pytest.mark.nightly
 def test_a_real_step_sums_to_its_total(traced):
     """Breaks when nested events count twice, a loop's turns are lost, or steps are not averaged."""
     found, wall = traced
@@ -98,6 +99,7 @@ def test_a_real_step_sums_to_its_total(traced):
     assert len({(row.part, row.piece, row.direction) for row in found.rows}) == len(found.rows)
 
 
+@pytest.mark.nightly
 def test_the_part_that_was_made_slow_is_the_longest(traced):
     """Breaks when a nameless fusion, a copy or a loop's body is put down to the wrong part."""
     found, _ = traced

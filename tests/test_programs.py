@@ -158,7 +158,7 @@ def test_programs_lower(sources, method, what):
     }
 
 
-@pytest.mark.parametrize("scheme", ["int8", "nf4+ends"])
+@pytest.mark.parametrize("scheme", ["int8", pytest.param("nf4+ends", marks=pytest.mark.nightly)])
 def test_programs_take_the_quantised_base(sources, scheme):
     """Breaks when a plan is of full precision where the configuration says otherwise, a quantised
     program cannot be traced, or a chip's part of the base is not what the program takes.

@@ -157,8 +157,8 @@ def gradients_agree(got, want):
     ("scheme", "method", "remat", "tied"),
     [
         ("int8", "icae", "frozen", False),
-        ("nf4+ends", "icae", "full", False),
-        ("int8+ends", "x500", "dots", True),
+        pytest.param("nf4+ends", "icae", "full", False, marks=pytest.mark.nightly),
+        pytest.param("int8+ends", "x500", "dots", True, marks=pytest.mark.nightly),
     ],
 )
 def test_a_quantised_base_computes_what_its_numbers_say(scheme, method, remat, tied):
@@ -222,6 +222,7 @@ def test_layers_are_dequantised_one_at_a_time():
     assert many - few < one and many < 4 * one  # eight layers more would be 8 * one
 
 
+@pytest.mark.nightly
 def test_a_quantised_base_lies_on_a_mesh():
     """Breaks when sharding does not reach a leaf's arrays, or fails on axes of length 1."""
     stored = base("nf4+ends")

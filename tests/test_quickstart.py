@@ -30,7 +30,7 @@ def ran(tmp_path_factory):
     monkeypatch.undo()
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_results_report_and_next_commands(ran, capsys):
     """Breaks when an arm is missing, the base cannot answer, or the printed commands do not run."""
     ran, _, _ = ran
@@ -85,7 +85,7 @@ def test_results_report_and_next_commands(ran, capsys):
     assert cli.main(["restore", "--memory", str(memory)]) == 0 and capsys.readouterr().out.strip()
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_what_is_on_the_screen(ran):
     """Breaks when a phase says more than its progress bar and its restored sentences.
 
@@ -117,7 +117,7 @@ def test_what_is_on_the_screen(ran):
         assert part in first
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_run_again_it_shows_the_result_without_training(ran, capsys):
     """Breaks when a finished phase is trained again, or --json prints anything but one object."""
     ran, _, _ = ran

@@ -197,6 +197,7 @@ def test_the_learning_rate_is_the_one_used():
     close(np.abs(after - np.asarray([0.5, -0.5, 1.0])), [0.2] * 3, 1e-4)
 
 
+@pytest.mark.nightly
 def test_bfloat16_stays_near_float32(tiny_params):
     """Breaks when bfloat16 changes the loss by over 0.5 % or the gradient by over 12 %, or trained
     parameters leave float32.
