@@ -284,6 +284,7 @@ SPLIT = ("--config.mesh.fsdp=2", "--config.mesh.tensor=2")
 
 
 @pytest.mark.nightly
+@pytest.mark.slow
 def test_devices_do_not_change_the_run(folder):
     """Breaks when losses, gradients or held-out losses on eight devices miss rows, count some
     twice, or give another adapter; also where these recompute what one device keeps.

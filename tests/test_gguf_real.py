@@ -23,7 +23,7 @@ LENGTH, CONTINUED = 32, 64
 
 torch = pytest.importorskip("torch")
 
-pytestmark = pytest.mark.nightly
+pytestmark = [pytest.mark.nightly, pytest.mark.slow]
 
 
 def reads(path):

@@ -420,6 +420,7 @@ KEYS = {
 
 
 @pytest.mark.nightly
+@pytest.mark.slow
 @needs_libtpu
 def test_a_training_step_gathers_one_layer_at_a_time(tmp_path, monkeypatch, capsys):
     """Breaks when the whole base is gathered at once, which would not fit.

@@ -31,6 +31,7 @@ def ran(tmp_path_factory):
 
 
 @pytest.mark.nightly
+@pytest.mark.slow
 def test_results_report_and_next_commands(ran, capsys):
     """Breaks when an arm is missing, the base cannot answer, or the printed commands do not run."""
     ran, _, _ = ran

@@ -12,6 +12,7 @@ SCRIPT = ROOT / "launch" / "benchmarks" / "streamed_load.py"
 
 pytestmark = [
     pytest.mark.nightly,
+    pytest.mark.slow,
     pytest.mark.skipif(sys.platform != "linux", reason="reads /proc"),
 ]
 
