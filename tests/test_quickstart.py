@@ -186,6 +186,7 @@ def test_from_scratch_trains_its_own_base_first(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(config_file, "load", small)
     monkeypatch.setattr(quickstart, "TRAIN_PASSAGES", 100)
+    monkeypatch.setattr(quickstart, "trained_methods", lambda: ("icae",))
     assert (
         cli.main(
             [
