@@ -80,6 +80,7 @@ def test_compress_restore_ask(trained, files, capsys):
     assert [(a["id"], a["question"]) for a in answers] == [
         (f"doc{i}", q) for i in range(6) for q in ("who ?", "where ?")
     ]
+    assert all(a["k"] == a["tokens_read"] == 4 and a["mean_log_prob"] < 0 for a in answers)
     assert cli.main([*ask, "--id", "doc3"]) == 0
     assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == answers[6:8]
     assert (

@@ -1,9 +1,16 @@
 """`icae ask`: answer questions from a memory file, or from texts by a ladder of memories."""
 
 import argparse
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 from icae_jax.cli import flags
 from icae_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from icae_jax.inference.reading import Generation
+else:
+    Generation = object  # importing it imports JAX, which takes seconds
 
 HELP = "answer questions from a memory file, or from texts by a ladder of memories"
 
@@ -56,11 +63,8 @@ def _from_memory(args: argparse.Namespace) -> None:
         only_ids=args.id,
     )
     questions = [args.question] * len(ids)
-    answers = compressor.ask(memory, questions, args.max_new_tokens, args.batch_size)
-    for text_id, row in zip(ids, answers, strict=True):
-        for question, answer in zip(args.question, row, strict=True):
-            result = {"id": text_id, "question": question, "answer": answer}
-            flags.print_result(result, args.json, answer)
+    answers = compressor.ask(memory, questions, args.max_new_tokens, args.batch_size, details=True)
+    _print(args, ids, answers)
 
 
 def _from_texts(args: argparse.Namespace) -> None:
@@ -81,10 +85,17 @@ def _from_texts(args: argparse.Namespace) -> None:
         ladder=args.ladder,
         threshold=cascade.LIKELY if args.threshold is None else args.threshold,
     )
-    for text_id, row in zip(rows, answers, strict=True):
+    _print(args, rows, answers)
+
+
+def _print(
+    args: argparse.Namespace, ids: Iterable[str | int], answers: Iterable[Iterable[Generation]]
+) -> None:
+    """Prints the answers of each text: as JSON with what was read for them."""
+    for text_id, row in zip(ids, answers, strict=True):
         for question, answer in zip(args.question, row, strict=True):
             result = {"id": text_id, "question": question, "answer": answer.text}
             result |= {"k": answer.k, "tokens_read": answer.tokens_read}
             result |= {"mean_log_prob": answer.mean_log_prob}
-            line = f"{answer.text}\t(k {answer.k}, {answer.tokens_read} memory tokens read)"
-            flags.print_result(result, args.json, line)
+            read = f"\t(k {answer.k}, {answer.tokens_read} memory tokens read)"
+            flags.print_result(result, args.json, answer.text + (read if args.ladder else ""))
