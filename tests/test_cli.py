@@ -199,6 +199,7 @@ def test_an_adapter_from_before_the_newer_fields_loads(trained, files, tmp_path,
     assert restored[0] == restored[1] and restored[0].strip()
 
 
+@pytest.mark.nightly
 def test_a_memory_is_not_read_by_the_other_methods_adapter(
     trained, trained_x500, files, tmp_path, capsys
 ):

@@ -134,7 +134,8 @@ def test_the_command_answers_from_a_kept_memory():
         "ask", *where, "--id", "second", "--question", observe.QUESTIONS[0], "--max_new_tokens", "6"
     )[0]
     answer = {"id": "second", "question": observe.QUESTIONS[0], "answer": want["asked"][1][0][0]}
-    assert observe.json_lines(asked) == [answer]
+    (told,) = observe.json_lines(asked)
+    assert told.items() >= answer.items()
     restored = observe.json_lines(observe.icae("restore", *where, "--max_new_tokens", "8")[0])
     assert restored == [
         {"id": i, "text": g[0]} for i, g in zip(want["ids"], want["restored"], strict=True)
