@@ -7,7 +7,7 @@ import hypothesis
 import pytest
 from hypothesis import strategies as st
 
-FEW, MANY = 150, 1000  # examples of each test, in every run and in nightly runs
+FEW, MANY = 150, 2000  # examples of each test, in every run and in nightly runs
 
 READ = []  # results of the running test's examples that were accepted
 

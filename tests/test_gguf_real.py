@@ -218,13 +218,13 @@ def converted_tokenizer(real):
     return converted
 
 
-def check_tokens(real, names, every=1):
-    """Every text has the ids that transformers' conversion gives it."""
+def check_tokens(real):
+    """Every text of the reference data has the ids that transformers' conversion gives it."""
     theirs = converted_tokenizer(real)
     theirs.encode_special_tokens = True  # as ours: a text cannot spell a control token
     count = 0
-    for path in names:
-        texts = list(reads(path))[::every]
+    for path in sorted((SHARED / "data").glob("*/*.jsonl.gz")):
+        texts = list(reads(path))
         got = user_ids(real.base.tokenizer, texts)
         want = theirs.encode_batch_fast(texts, add_special_tokens=False)
         for text, one, other in zip(texts, got, want, strict=True):
@@ -232,13 +232,6 @@ def check_tokens(real, names, every=1):
         count += len(texts)
     print(f"{real.path.name}: {count} texts with equal tokens")
     assert count > 100
-
-
-def check_tokens_of_reference_data(real):
-    """All texts, but of the largest file, which has most of them, every fourth."""
-    largest = SHARED / "data" / "arxiv" / "train.jsonl.gz"
-    check_tokens(real, sorted({*(SHARED / "data").glob("*/*.jsonl.gz")} - {largest}))
-    check_tokens(real, [largest], every=4)
 
 
 def test_smollm2s_logits(smollm2):
@@ -255,7 +248,7 @@ def test_smollm2s_continuation(smollm2):
 def test_smollm2s_tokens(smollm2):
     """Breaks when texts are cut otherwise than by transformers' conversion, or than the ids that
     the hub's tokenizer is known to give."""
-    check_tokens_of_reference_data(smollm2)
+    check_tokens(smollm2)
     known = {
         "The capital of France is": [504, 3575, 282, 4649, 314],
         "Hello world! 123": [19556, 905, 17, 216, 33, 34, 35],
@@ -283,7 +276,7 @@ def test_gemma3s_continuation(gemma3):
 
 def test_gemma3s_tokens(gemma3):
     """Breaks when texts are cut otherwise than by transformers' conversion."""
-    check_tokens_of_reference_data(gemma3)
+    check_tokens(gemma3)
 
 
 @pytest.fixture(autouse=True)
