@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import jax
+from jax.typing import DTypeLike
 
 from icae_jax.compression import encoder, segments
 from icae_jax.compression.config import CompressionConfig
@@ -10,10 +11,32 @@ from icae_jax.compression.memory import Memory
 from icae_jax.compression.segments import Contexts
 from icae_jax.inference.batching import batch_starts, concatenate, round_up
 from icae_jax.inference.devices import Devices
-from icae_jax.models.llama import FrozenModel
+from icae_jax.models.llama import FrozenModel, ModelConfig
+from icae_jax.runtime import attention_choice, sharding
 
 # Compiled once for all compressors of one base and configuration.
 _compress = jax.jit(encoder.compress_several, static_argnames=("ks", "config"))
+
+
+def fastest_attention(
+    model: ModelConfig,
+    config: CompressionConfig,
+    devices: Devices,
+    dtype: DTypeLike,
+    rows: int,
+) -> str:
+    """The implementation of attention that compresses whole segments fastest on the devices."""
+    mesh = devices.mesh or sharding.make_mesh(devices=jax.local_devices()[:1])
+    fastest, _ = attention_choice.choose(
+        attention_choice.AUTO,
+        model,
+        mesh,
+        rows=rows,
+        length=config.encoder_tokens(config.segment_tokens),
+        dtype=dtype,
+        mask=config.encoder_mask,
+    )
+    return fastest
 
 
 class MemoryWriter:
