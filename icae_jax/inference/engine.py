@@ -29,6 +29,7 @@ CHUNK = 512  # tokens of prompts that are prefilled between two steps of the oth
 ALONE = 4  # times as many where nobody waits for a step
 # Up to so many tokens, prompts and memories are padded to multiples of this.
 STEPS = ((64, 16), (256, 32), (1 << 62, 128))
+SHORT = 64  # tokens of a short chunk
 
 
 class Request(NamedTuple):
@@ -62,6 +63,7 @@ class Running:
       done: whether it has ended.
       stream: the text of the ids, if the engine has a tokenizer.
       piece: what the last step added to the text.
+      error: why the engine did not take it, if so (`Engine.stream`).
     """
 
     def __init__(self, request: Request, row: int, place: int, tokenizer: Any = None):
@@ -72,6 +74,7 @@ class Running:
         self.log_probs: list[float] = []
         self.alternatives: list[tuple[list[int], list[float]]] = []
         self.ties, self.stopped, self.done = 0, False, False
+        self.error: UserError | None = None
         self.prefilled = 0  # tokens of the prompt that were given to the devices
 
     @property
@@ -344,7 +347,10 @@ class Engine:
         return tokens, few_shapes(running.prefilled, self.tokens)
 
     def _chunks(self, together, tokens):
-        b = self.devices.rows(few_shapes(len(together), self.rows))
+        b = 1
+        while b < len(together):  # few sizes, and fewer where padding costs little
+            b *= 4 if tokens <= SHORT else 2
+        b = self.devices.rows(min(b, self.rows))
         ids, stops = np.zeros((b, tokens), np.int32), np.full((b, self.stop_ids), NO_STOP, np.int32)
         rows, lengths = np.full(b, self.rows, np.int32), np.ones(b, np.int32)
         offsets, lefts, start = np.zeros((3, b), np.int32)
@@ -367,12 +373,18 @@ class Engine:
         """Runs requests, as many at once as there are rows; yields each whenever it has new tokens.
 
         Requests are taken from the iterator when a row is free. Others that the engine holds go on.
+        One that does not fit is yielded once, with its error, and the others go on.
         """
         left, own = iter(requests), set()
         upcoming = next(left, None)
         while upcoming is not None or own:
             while upcoming is not None and self._free:
-                own.add(self.insert(upcoming))
+                try:
+                    own.add(self.insert(upcoming))
+                except UserError as error:
+                    refused = Running(upcoming, -1, -1)
+                    refused.done, refused.error = True, error
+                    yield refused
                 upcoming = next(left, None)
             for running in self.step():
                 if running in own:
