@@ -7,6 +7,7 @@ little-endian float32: `[..., H + 4]` of uint8. A number is code x scale, with c
 
 from typing import Any
 
+import jax
 import ml_dtypes
 import numpy as np
 from jaxtyping import Float, UInt8
@@ -71,13 +72,19 @@ def memory_of_numbers(
         name: np.expand_dims(x, kind.TEXT_AXIS)
         for name, x in zip(kind.CONTENTS, fields, strict=True)
     }
-    placed = memories.place(kind, contents, np.asarray([lengths], np.int32), config)
-    # Layouts that spread a memory compute positions in JAX.
-    return placed.replace(positions=np.asarray(placed.positions), end=np.asarray(placed.end))
+    return jax.device_get(memories.place(kind, contents, np.asarray([lengths], np.int32), config))
+
+
+def places(k: int, lengths: list[int], config: CompressionConfig) -> tuple[np.ndarray, int]:
+    """Where the decoder reads the tokens of one text's memory, and the position behind them."""
+    positions, end = config.position_layout.decoder_positions(
+        k, np.asarray([lengths], np.int32), config.segment_tokens
+    )
+    return np.asarray(positions)[0], int(np.asarray(end)[0])
 
 
 def prefix_numbers(prefix: Prefix) -> Float[np.ndarray, "2 L P K H"]:
-    """k and v of one text's prefix, without padding."""
+    """The k and v of one text's prefix, without padding."""
     real = np.asarray(prefix.mask)[0]
     return np.stack([np.asarray(x)[:, 0].compress(real, 1) for x in (prefix.k, prefix.v)])
 

@@ -150,9 +150,7 @@ class Info:
                 float(rows["lora_scale"]) if "lora_scale" in rows else None,
                 rows.get("base_quantize", ""),
             )
-            sizes, kv_sizes, head = (
-                _numbers(rows[name]) for name in ("sizes", "kv_sizes", "head")
-            )
+            sizes, kv_sizes, head = (_numbers(rows[name]) for name in ("sizes", "kv_sizes", "head"))
             names = ("dtype", "kv")
             texts = [str(rows[name]) for name in names]
             others = [str(rows[name]) for name in ("base", "shards", "created_by")]
