@@ -16,7 +16,7 @@ from store_helpers import INFO, KV_INFO, entry, kv_entry, origin, write
 from icae_jax import errors
 from icae_jax.errors import UserError
 from icae_jax.inference import store
-from icae_jax.inference.store import index
+from icae_jax.inference.store import entries, index
 
 
 def shards(path):
@@ -134,6 +134,15 @@ def test_an_index_that_was_tampered_with(two_shards, change, problem):
     with store.Writer(path) as writer:
         writer.remove(["b"])
     assert not damaged(path)[0]
+
+
+def test_numbers_that_are_not_finite(tmp_path, monkeypatch):
+    """Breaks when verify takes what has the right checksum for a memory."""
+    monkeypatch.setattr(entries, "_check_finite", lambda *of_entry: None)
+    nan = entry("a", [4])
+    nan = dataclasses.replace(nan, memory=nan.memory.replace(slots=nan.memory.slots * np.nan))
+    write(tmp_path / "s", [nan, entry("b", [4])]).close()
+    assert damaged(tmp_path / "s")[0] == {"a": "its numbers are not finite"}
 
 
 def test_a_row_without_a_shard(two_shards):
