@@ -78,6 +78,9 @@ def test_a_shard_that_is_cut_short_or_gone(two_shards):
     """
     path, first, second = two_shards
     file = path / "shards" / f"{first}.safetensors"
+    with open(file, "ab") as opened:
+        opened.write(b"x")
+    assert list(damaged(path)[0]) == [None]  # all entries are there
     with store.open_store(path) as s:
         _ = s["a"].memory, s["c"].memory  # mapped
         whole = file.stat().st_size
@@ -85,6 +88,8 @@ def test_a_shard_that_is_cut_short_or_gone(two_shards):
         assert s["a"].prefix is not None
         with pytest.raises(UserError, match=rf"entry 'c' .*{first}\.safetensors is cut short"):
             _ = s["c"].memory
+        with pytest.raises(UserError, match="is cut short"):  # begins before the file's end
+            _ = s["c"].prefix
     assert list(damaged(path)[0]) == ["c"]
     os.truncate(file, whole)  # zeros
     assert list(damaged(path)[0]) == ["c"]
