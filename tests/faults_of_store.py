@@ -75,8 +75,8 @@ MUTANTS = [
     ),
     Mutant(
         "a later version of a text is merged first", "inference/store/writer.py",
-        'key=lambda content: (content["written"], content["path"].name)',
-        'key=lambda content: -content["written"]', "test_store.py -k processes_leave",
+        'return sorted((store / PENDING).glob("[!.]*.json"))',
+        'return sorted((store / PENDING).glob("[!.]*.json"))[::-1]', "test_store.py -k processes_leave",
     ),
     Mutant(
         "a shard is an orphan while its writer lives", "inference/store/upkeep.py",

@@ -6,6 +6,7 @@ Nothing that was reported stored is lost, whatever fails.
 import contextlib
 import dataclasses
 import errno
+import json
 import os
 import sqlite3
 
@@ -132,11 +133,16 @@ def test_an_index_that_was_tampered_with(two_shards, change, problem):
     path, first, _ = two_shards
     with tampering(path) as connection:
         connection.execute(f"UPDATE entries SET {change} WHERE id = 'b'")
-    with store.open_store(path) as s, pytest.raises(UserError, match=f"entry 'b'.*{problem}"):
-        _ = s["b"].memory
+    with store.open_store(path) as s:
+        with pytest.raises(UserError, match=f"entry 'b'.*{problem}"):
+            _ = s["b"].prefix if "kv" in change else s["b"].memory
+        # The others are found.
+        assert [e.id for e in s.find() if e.id != "b"] == ["a", "c", "d"]
+        assert not list(s.find(where={"x": 1}))
     found, _ = damaged(path)
     assert list(found) == ["b"] and first in found["b"]
     with store.Writer(path) as writer:
+        assert writer.known("ab").keys() == {"a", "b"}
         writer.remove(["b"])
     assert not damaged(path)[0]
 
@@ -318,9 +324,19 @@ def test_a_damaged_pending_file(tmp_path):
     path = tmp_path / "s"
     with store.Writer(path, INFO, 1, 2) as other:
         name = other.add_shard([entry("a", [4])])
-    (path / "pending" / f"{name}.json").write_text('{"info": {}')
-    with pytest.raises(UserError, match=rf"pending/{name}\.json: not valid JSON"):
-        store.Writer(path, INFO)
+    (left,) = (path / "pending").glob("*.json")
+    whole = json.loads(left.read_text())
+    for content, message in (
+        ('{"info": {}', "not valid JSON"),
+        (json.dumps({"entries": [], "metadata": {}}), "info missing"),
+        (json.dumps(whole | {"entries": [{"id": "a"}]}), r"\{'id': 'a'\} is no entry"),
+    ):
+        left.write_text(content)
+        with pytest.raises(UserError, match=rf"pending/.*{name}\.json: {message}"):
+            store.Writer(path, INFO)
+    left.write_text(json.dumps(whole))
+    with store.Writer(path, INFO) as writer:
+        assert list(writer.known("a")) == ["a"]
 
 
 def test_media_that_cannot_be_written(tmp_path, monkeypatch):

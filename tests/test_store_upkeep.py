@@ -203,6 +203,7 @@ def test_shards_in_a_bucket(bucket, tmp_path):
     check(path, expected)
     with pytest.raises(UserError, match="far/shards has the shards of another store"):
         store.Writer(tmp_path / "t", INFO, shards="gs://bucket/far/shards")
+    write(tmp_path / "t", [entry("a", [4])]).close()
     with pytest.raises(UserError, match=r"keeps its shards in gs://bucket/far/shards; leave --sha"):
         store.Writer(path, INFO, shards="gs://bucket/elsewhere")
     with store.open_store(path) as s:

@@ -22,7 +22,7 @@ from icae_jax.inference.store import codec, index
 from icae_jax.inference.store.entries import Entry, checksum, entry_of_row
 from icae_jax.inference.store.info import Info
 from icae_jax.inference.store.shards import Shards
-from icae_jax.inference.store.writer import AT_ONCE, PENDING, check_known, is_text
+from icae_jax.inference.store.writer import AT_ONCE, check_known, is_text, pending_files
 
 if TYPE_CHECKING:
     from icae_jax.inference.compressor import Compressor
@@ -36,6 +36,7 @@ checksum, kv_offset, kv_nbytes, kv_checksum, metadata, shards.name AS shard,
 shards.number AS shard_number
 FROM entries JOIN shards ON shards.number = entries.shard
 """
+_HAS = "CASE WHEN json_valid(metadata) THEN json_extract(metadata, ?) = ? END"
 _ABSENT = object()
 
 
@@ -154,6 +155,8 @@ class Store:
     ) -> Iterator[Entry]:
         """Entries in their order; those of a prefix by their ids.
 
+        One whose row is damaged is left out, with a note on stderr.
+
         Args:
             where: values that an entry's metadata must have, by key.
             prefix: of the id.
@@ -161,7 +164,12 @@ class Store:
             after: the id behind which to begin, as of the last entry of an earlier call.
         """
         for row in self._rows(where or {}, prefix, limit, after):
-            yield entry_of_row(row, self)
+            try:
+                entry = entry_of_row(row, self)
+            except UserError as error:
+                errors.say(f"note: left out: {error}")
+                continue
+            yield entry
 
     def _rows(self, where, prefix, limit, after) -> Iterator[sqlite3.Row]:
         if limit is not None and limit < 0:
@@ -182,8 +190,8 @@ class Store:
         for key, value in where.items():
             # SQLite chooses, and `_matches` decides: its paths cannot spell every key, nor does it
             # tell true from 1.
-            if type(value) in (str, int, float, bool) and _is_plain(key) and is_text(str(value)):
-                conditions.append("json_extract(metadata, ?) = ?")
+            if _is_plain(key) and _is_comparable(value):
+                conditions.append(_HAS)
                 values += [f'$."{key}"', value]
         left = limit
         # The first id may be empty, and stands behind no other.
@@ -227,7 +235,7 @@ class Store:
 
     def pending(self) -> int:
         """Pending files: what other processes stored, and is not in the index yet."""
-        return len(list((self.path / PENDING).glob("[!.]*.json")))
+        return len(pending_files(self.path))
 
     def check(self, compressor: Compressor) -> None:
         """UserError if another compressor filled the store; all that differs is named."""
@@ -340,8 +348,18 @@ def _is_plain(key: str) -> bool:
     return is_text(key) and key.isprintable() and key != "" and not {'"', "\\"} & set(key)
 
 
+def _is_comparable(value: object) -> bool:
+    """Whether SQLite can hold a value, and finds it in JSON."""
+    if isinstance(value, str):
+        return is_text(value) and "\0" not in value
+    return isinstance(value, float) or (isinstance(value, int) and abs(value) < 1 << 63)
+
+
 def _matches(metadata: str, where: Mapping[str, Any]) -> bool:
-    have = json.loads(metadata)
+    try:
+        have = json.loads(metadata)
+    except (TypeError, ValueError, RecursionError):
+        return False
     return all(
         have.get(key, _ABSENT) == value and isinstance(have[key], bool) == isinstance(value, bool)
         for key, value in where.items()

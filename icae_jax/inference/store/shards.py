@@ -106,7 +106,7 @@ class Shards:
         """
         if not self.url:
             return
-        marker = (self._folder_url() if self.remote else self.folder) / MARKER
+        marker = self._marker()
 
         def claim():
             marker.parent.mkdir(parents=True, exist_ok=True)
@@ -117,9 +117,20 @@ class Shards:
         with errors.naming(f"--shards {self.url}", "give a place that can be written"):
             owner = errors.retrying(claim, f"writing {marker}")
         if owner != store:
-            raise UserError(
-                f"--shards {self.url} has the shards of another store; give a place of its own"
-            )
+            raise self._taken()
+
+    def check_free(self) -> None:
+        """UserError if a place outside of the store's folder is another store's."""
+        if self.url and errors.retrying(self._marker().exists, f"looking for {self._marker()}"):
+            raise self._taken()
+
+    def _marker(self) -> Any:
+        return (self._folder_url() if self.remote else self.folder) / MARKER
+
+    def _taken(self) -> UserError:
+        return UserError(
+            f"--shards {self.url} has the shards of another store; give a place of its own"
+        )
 
     def write(self, entries: Sequence[Encoded], info: Info) -> tuple[str, list[dict[str, int]]]:
         """Writes a shard of entries; it is on disk when this returns.

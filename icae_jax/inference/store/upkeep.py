@@ -14,7 +14,7 @@ from icae_jax.errors import UserError
 from icae_jax.inference.store import index
 from icae_jax.inference.store.entries import NAMING, PREFIXES, Encoded, entry_of_row
 from icae_jax.inference.store.reader import SELECT, Store
-from icae_jax.inference.store.writer import PENDING, Writer
+from icae_jax.inference.store.writer import PENDING, Writer, pending_files
 
 SHARD_ENTRIES = 10_000  # of a shard that compacting writes, at most
 SHARD_BYTES = 1 << 28
@@ -74,6 +74,7 @@ def verify(store: Store, progress: Callable[[int], None] | None = None) -> Verif
             progress(seen.entries)
     for row in store.query("SELECT id FROM entries WHERE shard NOT IN (SELECT number FROM shards)"):
         seen.damage.append(Damage(row["id"], None, "its shard is not in the index"))
+    names |= {path.stem.rpartition("-")[2] for path in pending_files(store.path)}
     seen.orphans = sum(name not in names for name in store.shards.names())
     return seen
 

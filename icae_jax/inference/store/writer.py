@@ -14,7 +14,7 @@ import secrets
 import sqlite3
 import time
 import types
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from icae_jax import errors, files, lock
@@ -75,8 +75,11 @@ class Writer:
         if shards and "://" not in shards:
             shards = str(pathlib.Path(shards).resolve())
         if self.process == 0:
-            made = None if info is None else _with_shards(info, shards or "")
-            rows = None if made is None else made.rows() | {"store": secrets.token_hex(8)}
+            rows = None
+            if info is not None and not index.exists(self.path):
+                Shards(self.path, shards or "").check_free()
+            if info is not None:
+                rows = _with_shards(info, shards or "").rows() | {"store": secrets.token_hex(8)}
             self._connection = index.open_writer(self.path, rows)
             stack.callback(self._close_index)
             stated = self._stated()
@@ -171,7 +174,7 @@ class Writer:
                     rows = connection.execute(f"{_KNOWN} ({', '.join('?' * len(some))})", some)
                     for text, content_hash, kv, metadata in rows:
                         found[text] = Known(content_hash, bool(kv), _metadata(metadata))
-        for content in self._pending_contents():
+        for _, content in self._pending_contents():
             for values in content["entries"]:
                 if values["id"] in asked:
                     kv = values["kv_offset"] is not None
@@ -201,6 +204,8 @@ class Writer:
     def add_encoded(self, entries: Sequence[Encoded]) -> str:
         """As `add_shard`, of entries that have been encoded."""
         self._lock.check()
+        if self.process == 0 < self.processes - 1:
+            self.merge()  # so that few are pending, which `known` of other processes reads
         name, places = self.shards.write(entries, self.info)
         empty = dict.fromkeys(COLUMNS)
         rows = [empty | entry.values | place for entry, place in zip(entries, places, strict=True)]
@@ -282,33 +287,28 @@ class Writer:
     # --- Pending ---
 
     def _leave(self, content):
-        """Writes a pending file. Later ones are merged later, whoever wrote them."""
-        written = time.time_ns()
-        about = {"info": self.info.rows(), "written": written, "process": self.process}
-        text = json.dumps(about | content, ensure_ascii=False)
-        name = content["shard"] or f"metadata-{self.process}-{written}"
+        """Writes a pending file, whose name begins with the time: later ones are merged later."""
+        text = json.dumps({"info": self.info.rows()} | content, ensure_ascii=False)
+        name = f"{time.time_ns():020}-{self.process}-{content['shard'] or 'metadata'}"
         self._pending.mkdir(parents=True, exist_ok=True)
         with files.replacing_file(self._pending / f"{name}.json") as tmp:
             tmp.write_text(text, encoding="utf-8")
         index.flush_folder(self._pending)
 
-    def _pending_files(self) -> list[pathlib.Path]:
-        return sorted(self._pending.glob("[!.]*.json")) if self._pending.is_dir() else []
-
-    def _pending_contents(self) -> list[dict[str, Any]]:
+    def _pending_contents(self) -> Iterator[tuple[pathlib.Path, dict[str, Any]]]:
         """What other processes left, in the order of writing; UserError if one is damaged."""
-        contents = []
-        for path in self._pending_files():
+        for path in pending_files(self.path):
             try:
                 content = files.read_json(path, "what a process has stored")
             except UserError as error:
                 if isinstance(error.__cause__, FileNotFoundError) or not path.exists():
                     continue  # merged meanwhile
                 raise
-            kinds = {"info": dict, "written": int, "entries": list, "metadata": dict}
-            files.check_fields(content, kinds, path)
-            contents.append(content | {"path": path})
-        return sorted(contents, key=lambda content: (content["written"], content["path"].name))
+            files.check_fields(content, {"info": dict, "entries": list, "metadata": dict}, path)
+            for row in content["entries"]:
+                if not isinstance(row, dict) or not row.keys() >= set(COLUMNS):
+                    raise UserError(f"{path}: {errors.shown(row)} is no entry; remove the file")
+            yield path, content
 
     def merge(self) -> int:
         """Indexes what other processes left. Returns how many pending files there were.
@@ -316,33 +316,36 @@ class Writer:
         Killed at any moment, it merges the rest when it is called again. Only in process 0.
         UserError if one is damaged, or of another store.
         """
-        contents = self._pending_contents()
-        for content in contents:
+        merged = []
+        for path, content in self._pending_contents():
+            self._lock.check()
             rows, own = content["info"], self.info.rows()
             different = sorted(
                 key
                 for key in own.keys() | rows.keys()
-                if key not in ("shards", "base", "adapter", "created_by")
-                and own.get(key) != rows.get(key)
+                if key not in ("base", "adapter", "created_by") and own.get(key) != rows.get(key)
             )
             if different:
                 raise UserError(
-                    f"{content['path']} is of another store: its {', '.join(different)} differ; "
+                    f"{path} is of another store: its {', '.join(different)} differ; "
                     "remove it, or move it to the store that it is of"
                 )
-        if not contents:
-            return 0
-        self._lock.check()
-        for content in contents:
             with index.translated(self.path), index.transaction(self.connection):
                 if content["entries"]:
                     self._insert(content["shard"], content["entries"])
                 self._update(content["metadata"])
-        for content in contents:
-            content["path"].unlink(missing_ok=True)
-        # Before anything newer is written: one that came back would undo it.
-        index.flush_folder(self._pending)
-        return len(contents)
+            merged.append(path)
+        for path in merged:
+            path.unlink(missing_ok=True)
+        if merged:
+            # Before anything newer is written: one that came back would undo it.
+            index.flush_folder(self._pending)
+        return len(merged)
+
+
+def pending_files(store: pathlib.Path) -> list[pathlib.Path]:
+    """What processes that do not write the index have left, in the order of writing."""
+    return sorted((store / PENDING).glob("[!.]*.json"))
 
 
 def check_known(path: str | os.PathLike, unknown: Sequence[str]) -> None:
