@@ -179,10 +179,20 @@ def test_no_index_and_others(tmp_path):
     path = tmp_path / "s"
     write(path, [entry("a", [4])]).close()
     whole = (path / "index.sqlite").read_bytes()
-    for content in (b"not a database, but a text that is long enough " * 9, b"", whole[:5000]):
+    for content, message in (
+        (b"not a database, but a text that is long enough " * 9, "is not a store's index, or is d"),
+        (whole[:5000], "is not a store's index, or is damaged"),
+        (b"", "s is empty: it is being made just now, or its making was stopped"),
+    ):
         (path / "index.sqlite").write_bytes(content)
-        with pytest.raises(UserError, match=r"index\.sqlite is not a store's index, or is damaged"):
-            store.open_store(path)["a"]
+        for opening in (lambda path: store.open_store(path)["a"], store.Writer):
+            with pytest.raises(UserError, match=message):
+                opening(path)
+    store.Writer(path, INFO).close()  # goes on with the making
+    assert not len(store.open_store(path))
+    for opening in (store.open_store, store.Writer):
+        with pytest.raises(UserError, match=r"gs://b/s: the index of a store is on this machine"):
+            opening("gs://b/s")
 
 
 def test_a_newer_version(tmp_path):

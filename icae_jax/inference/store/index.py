@@ -111,6 +111,15 @@ def open_writer(folder: pathlib.Path, rows: Mapping[str, str] | None) -> sqlite3
         return connection
 
 
+def check_made(folder: str | os.PathLike, connection: sqlite3.Connection) -> None:
+    """UserError if an index is empty: whoever makes it has not ended, or was killed."""
+    if not has_tables(connection):
+        raise UserError(
+            f"store {folder} is empty: it is being made just now, or its making was stopped; wait, "
+            "or run what made it again"
+        )
+
+
 def has_tables(connection: sqlite3.Connection) -> bool:
     """Whether an index has been made whole."""
     return bool(connection.execute("SELECT 1 FROM sqlite_schema LIMIT 1").fetchone())
@@ -137,6 +146,14 @@ def flush_folder(folder: str | os.PathLike) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def make_folder(folder: pathlib.Path) -> None:
+    """Makes a folder, and flushes those in which it or its parents are new."""
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in new:
+        flush_folder(path.parent)
 
 
 # --- Reading ---
@@ -200,8 +217,18 @@ def info_rows(connection: sqlite3.Connection) -> dict[str, str]:
     return {key: value for key, value in connection.execute("SELECT key, value FROM info")}
 
 
+def check_local(folder: str | os.PathLike) -> None:
+    """UserError if a store is to be at a URL, where SQLite cannot be."""
+    if "://" in str(folder):
+        raise UserError(
+            f"store {folder}: the index of a store is on this machine; give a folder, and the URL "
+            "for its shards (--shards) when it is made"
+        )
+
+
 def check_is_store(folder: str | os.PathLike) -> None:
     """UserError unless a folder is there and holds an index."""
+    check_local(folder)
     with errors.naming(f"store {folder}"):
         if exists(folder):
             return

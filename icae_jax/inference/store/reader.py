@@ -53,10 +53,11 @@ class Store:
 
     def __init__(self, path: str | os.PathLike):
         self.path = pathlib.Path(path)
-        index.check_is_store(self.path)
+        index.check_is_store(path)
         self._mutex = threading.RLock()
         self._connected: tuple[sqlite3.Connection, int, Any] | None = None
         with index.translated(self.path):
+            index.check_made(self.path, self._connection())
             rows = self.query("SELECT key, value FROM info")
         self.info = Info.from_rows({row["key"]: row["value"] for row in rows}, self.path)
         self.shards = Shards(self.path, self.info.shards)

@@ -23,13 +23,13 @@ import safetensors.numpy
 from icae_jax import errors, files
 from icae_jax.errors import UserError
 from icae_jax.inference.store.entries import NAMING, Encoded
-from icae_jax.inference.store.index import flush_folder
+from icae_jax.inference.store.index import flush_folder, make_folder
 from icae_jax.inference.store.info import FORMAT_VERSION, Info
 
 SUFFIX = ".safetensors"
 FOLDER = "shards"
 MARKER = "icae_store"
-_OPEN = 64  # shards that are kept mapped
+_OPEN = 256  # shards that are kept mapped
 _NAME = re.compile("[0-9a-f]{32}")
 _COMMON = ("created_by", "shards", "base", "adapter")  # of a store's info, that change no bytes
 
@@ -138,9 +138,9 @@ class Shards:
         Returns its name, and for each entry where its parts lie, as columns of the index.
         """
         name = name_of(entries, info)
-        self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / (name + SUFFIX)
         with errors.naming(f"shard {path}: cannot be written", "give a place that can be"):
+            make_folder(self.folder)
             if self.remote:
                 # On this machine first: a remote object is there once all of it has been sent.
                 with tempfile.NamedTemporaryFile(

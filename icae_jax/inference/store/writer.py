@@ -60,6 +60,7 @@ class Writer:
     ):
         if not 0 <= process < processes:
             raise UserError(f"process is {process} of {processes}; give one from 0 on")
+        index.check_local(path)
         self.path, self.process, self.processes = pathlib.Path(path), process, processes
         self._pending = self.path / PENDING
         self._connection: sqlite3.Connection | None = None
@@ -69,6 +70,9 @@ class Writer:
 
     def _open(self, stack, info, shards):
         self._check_folder(info)
+        if not index.exists(self.path):
+            with errors.naming(f"--store {self.path}", "give a folder that can be written"):
+                index.make_folder(self._pending)
         # Process 0 has the folder's lock; others have one of their own number.
         own = self.path if self.process == 0 else self._pending / f"process{self.process}"
         self._lock = stack.enter_context(lock.only_writer(own, "--store"))
@@ -123,7 +127,8 @@ class Writer:
     def _stated(self):
         """What the index says of the store."""
         with index.translated(self.path):
-            rows = index.info_rows(self._connection)
+            index.check_made(self.path, self.connection)
+            rows = index.info_rows(self.connection)
         return Info.from_rows(rows, self.path)
 
     def _stated_to_readers(self):
@@ -290,7 +295,7 @@ class Writer:
         """Writes a pending file, whose name begins with the time: later ones are merged later."""
         text = json.dumps({"info": self.info.rows()} | content, ensure_ascii=False)
         name = f"{time.time_ns():020}-{self.process}-{content['shard'] or 'metadata'}"
-        self._pending.mkdir(parents=True, exist_ok=True)
+        index.make_folder(self._pending)
         with files.replacing_file(self._pending / f"{name}.json") as tmp:
             tmp.write_text(text, encoding="utf-8")
         index.flush_folder(self._pending)
