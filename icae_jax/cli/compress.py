@@ -13,7 +13,7 @@ def run(argv: list[str]) -> int:
 
     parser = flags.parser("compress", HELP)
     add = parser.add_argument
-    add("--adapter", required=True, help="adapter folder, training workdir, hub id, or gs://…")
+    add("--adapter", required=True, help="adapter folder, workdir, checkpoint, hub id, or gs://…")
     flags.base_flags(parser)
     add("--input", required=True, help="texts: JSON, tables, text files, a folder or glob of them")
     add("--output", required=True, help="memory file to write (.safetensors)")

@@ -140,7 +140,8 @@ def memory_parser(verb: str, text: str, required: bool = True) -> argparse.Argum
     add("--memory", required=required, help="memory file that `icae compress` wrote")
     add(
         "--adapter",
-        help="adapter (folder, hub id or gs://…); by default the one that the memory names",
+        help="adapter (folder, workdir, checkpoint, hub id or gs://…); by default the one that the "
+        "memory names",
     )
     base_flags(result)
     mesh_flag(result)

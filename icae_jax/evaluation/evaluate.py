@@ -17,8 +17,7 @@ from icae_jax.evaluation import page, plain, run
 from icae_jax.evaluation.suites import SUITES
 from icae_jax.evaluation.suites.common import Options
 from icae_jax.inference.compressor import Compressor
-from icae_jax.inference.loading import load_base
-from icae_jax.interop.hub import base as bases
+from icae_jax.inference.loading import load_base, load_onto
 from icae_jax.runtime import distributed, sharding
 from icae_jax.training import trained
 from icae_jax.training.trained import Trained
@@ -114,11 +113,7 @@ def load(
 ) -> dict[str, Compressor]:
     """Loads adapters onto one base, by default the first one's. UserError if theirs differ."""
     loaded = load_base(base or trained.base_of(next(iter(adapters.values()))), dtype, mesh)
-    activations, _ = bases.precision(dtype)
-    return {
-        name: Compressor(loaded, trained.open_adapter(one, loaded), one.name, activations, mesh)
-        for name, one in adapters.items()
-    }
+    return {name: load_onto(loaded, one, dtype, mesh) for name, one in adapters.items()}
 
 
 def evaluate(request: Request, say: Callable[[str], Any] = lambda text: None) -> Evaluation:

@@ -13,10 +13,11 @@ from icae_jax.errors import UserError
 from icae_jax.inference import memory_file
 from icae_jax.inference.compressor import Compressor
 from icae_jax.inference.memory_file import TextId
-from icae_jax.interop.adapters import folder as adapters
 from icae_jax.interop.hub import base as bases
 from icae_jax.interop.hub import locations
 from icae_jax.runtime import sharding
+from icae_jax.training import trained
+from icae_jax.training.trained import Trained
 
 
 def load_base(
@@ -49,7 +50,8 @@ def load(
     """Loads a `Compressor`.
 
     Args:
-        adapter: adapter folder, training workdir, hub id `org/name[@revision]`, or URL (gs://…).
+        adapter: adapter folder, training workdir, checkpoint, hub id `org/name[@revision]`, or URL
+            (gs://…), see `training.trained.find`.
         base: model-hub folder, hub id or URL; by default the one that the adapter names.
         dtype: of base and activations, "float32" or "bfloat16"; or a scheme of `models.schemes`,
             such as "int8", for the base alone. None is float32, or what the base is stored in.
@@ -58,12 +60,24 @@ def load(
     Raises:
         UserError: the base is not the one that the adapter was trained on.
     """
-    folder, name = adapters.locate(adapter)
-    # Checked before the base is loaded, which takes minutes.
-    _, stated = adapters.read_adapter_info(folder, name)
-    loaded = load_base(base or adapters.check_base(stated.base, name), dtype, mesh)
+    found = trained.find_whole(adapter)
+    loaded = load_base(base or trained.base_of(found), dtype, mesh)
+    return load_onto(loaded, found, dtype, mesh)
+
+
+def load_onto(
+    base: bases.Base,
+    found: Trained,
+    dtype: DTypeLike | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+) -> Compressor:
+    """The `Compressor` of a trained compressor that was found, and of a loaded base.
+
+    dtype, mesh: those that the base was loaded with. UserError as for `load`.
+    """
+    name, adapter = trained.open_adapter(found, base)
     activations, _ = bases.precision(dtype)
-    return Compressor(loaded, adapters.load_adapter(folder, loaded), name, activations, mesh)
+    return Compressor(base, adapter, name, activations, mesh)
 
 
 def load_with_memory(
