@@ -258,9 +258,9 @@ MUTANTS = [
         '"lora_alpha": adapter.lora.scale * adapter.lora.rank', '"lora_alpha": adapter.lora.scale', "test_adapter.py",
     ),
     Mutant(
-        "another base's memories are read", "inference/memory_file.py",
-        "        if stated != have:\n            raise UserError(\n                f\"--memory {path} was",
-        '        if stated != have and kind != "base":\n            raise UserError(\n                f"--memory {path} was', "test_memory_file.py -k another_base",
+        "another base's memories are read", "inference/origin.py",
+        "        if written_with != have:\n            yield (\n                f\"{what} was",
+        '        if written_with != have and kind != "base":\n            yield (\n                f"{what} was', "test_memory_file.py -k another_base",
     ),
     # ------------------------------------------------------------------------------------------------------- decoding
     Mutant(
