@@ -13,7 +13,7 @@ import json
 import os
 import pathlib
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -80,16 +80,23 @@ def _check_ids(ids: list, count: int) -> None:
         raise UserError(f"two memories have the id {repeated!r}; give each text an id of its own")
 
 
-def save(path: str | os.PathLike, memory: Memory, ids: Sequence[Any], origin: Origin) -> None:
+def save(
+    path: str | os.PathLike,
+    memory: Memory,
+    ids: Sequence[Any],
+    origin: Origin,
+    others: Mapping[str, str] | None = None,
+) -> None:
     """Writes a memory file; an existing one is replaced only when the new one is complete.
 
-    ids: of the texts, distinct texts or numbers. UserError if they are not, or if the memory is not
-    finite.
+    ids: of the texts, distinct texts or numbers. others: more metadata. UserError if ids are not,
+    or if the memory is not finite.
     """
     ids = list(ids)
     _check_ids(ids, len(memory))
     check_finite(memory, lambda i: f"--output {path}: the memory of text {ids[i]!r}")
     metadata = {
+        **(others or {}),
         "format_version": FORMAT_VERSION,
         "icae_jax_version": icae_jax.__version__,
         "k": str(memory.tokens_per_segment),

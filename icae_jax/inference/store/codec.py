@@ -37,13 +37,18 @@ def decode(
     data: UInt8[np.ndarray, " bytes"], shape: tuple[int, ...], dtype: str
 ) -> Float[np.ndarray, "..."]:
     """Numbers of a shape from the bytes of what `encode` gave; those of int8 in float32."""
-    if dtype == "float32":
-        return data.view("<f4").reshape(shape)
-    if dtype == "bfloat16":
-        return data.view(ml_dtypes.bfloat16).reshape(shape)
-    rows = data.reshape(*shape[:-1], shape[-1] + 4)
+    rows = stored(data, shape, dtype)
+    if dtype != "int8":
+        return rows
     scales = np.ascontiguousarray(rows[..., -4:]).view(_SCALE)
     return rows[..., :-4].view(np.int8) * scales
+
+
+def stored(data: UInt8[np.ndarray, " bytes"], shape: tuple[int, ...], dtype: str) -> np.ndarray:
+    """What `encode` gave of numbers of a shape, from its bytes."""
+    if dtype == "int8":
+        return data.reshape(*shape[:-1], shape[-1] + 4)
+    return data.view("<f4" if dtype == "float32" else ml_dtypes.bfloat16).reshape(shape)
 
 
 def memory_numbers(memory: Memory) -> Float[np.ndarray, "..."]:

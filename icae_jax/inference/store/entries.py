@@ -18,14 +18,14 @@ from icae_jax.inference.store import codec
 from icae_jax.inference.store.info import Info
 from icae_jax.interop.hub.text import check_encodable
 
-PARTS = ("memory", "kv")
+PREFIXES = ("", "kv_")  # of the columns of an entry's parts, memory and stored prefix
 _DEEPEST = 64  # levels of an entry's metadata; SQLite's JSON functions end at 1,000
 # Columns of the index's table of entries, without its number and its shard's.
 COLUMNS = (
     "id", "content_hash", "tokens", "k", "lengths", "memory_tokens", "ratio", "bytes",
     "offset", "nbytes", "checksum", "kv_offset", "kv_nbytes", "kv_checksum", "metadata",
 )  # fmt: skip
-Row = tuple[Any, ...]  # the values of COLUMNS
+NAMING = ("id", "content_hash", "checksum", "kv_checksum")  # columns that name a shard
 
 
 def checksum(data: bytes | memoryview | np.ndarray) -> str:

@@ -27,7 +27,8 @@ CACHE_KIB = 65536
 _SCHEMA = """
 CREATE TABLE info (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE shards (
-  number INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE, nbytes INTEGER NOT NULL
+  number INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE,
+  nbytes INTEGER NOT NULL, data_nbytes INTEGER NOT NULL
 );
 CREATE TABLE entries (
   number INTEGER PRIMARY KEY,
@@ -186,6 +187,12 @@ def _connect(path: pathlib.Path, how: str) -> sqlite3.Connection:
         connection.close()
         raise
     return connection
+
+
+def checked_pages(connection: sqlite3.Connection) -> list[str]:
+    """What SQLite finds wrong with an index's pages; nothing of one that is whole."""
+    rows = [row[0] for row in connection.execute("PRAGMA quick_check(10)")]
+    return [] if rows == ["ok"] else rows
 
 
 def info_rows(connection: sqlite3.Connection) -> dict[str, str]:

@@ -30,9 +30,10 @@ else:
     Compressor = object  # imports much that a store does not need
 
 PAGE = 512  # entries of one query where many are listed
-_SELECT = """
+SELECT = """
 SELECT entries.number, id, content_hash, tokens, k, lengths, memory_tokens, offset, entries.nbytes,
-checksum, kv_offset, kv_nbytes, kv_checksum, metadata, shards.name AS shard
+checksum, kv_offset, kv_nbytes, kv_checksum, metadata, shards.name AS shard,
+shards.number AS shard_number
 FROM entries JOIN shards ON shards.number = entries.shard
 """
 _ABSENT = object()
@@ -55,7 +56,7 @@ class Store:
         self._mutex = threading.RLock()
         self._connected: tuple[sqlite3.Connection, int, Any] | None = None
         with index.translated(self.path):
-            rows = self._query("SELECT key, value FROM info")
+            rows = self.query("SELECT key, value FROM info")
         self.info = Info.from_rows({row["key"]: row["value"] for row in rows}, self.path)
         self.shards = Shards(self.path, self.info.shards)
 
@@ -96,15 +97,20 @@ class Store:
         status = os.stat(self.path / index.NAME)
         return status.st_ino, status.st_size, status.st_mtime_ns
 
-    def _query(self, query: str, values: Sequence[Any] = ()) -> list[sqlite3.Row]:
+    def query(self, query: str, values: Sequence[Any] = ()) -> list[sqlite3.Row]:
         """All rows of one query: of one transaction, none of which outlives the call."""
         with self._mutex, index.translated(self.path):
             return self._connection().execute(query, values).fetchall()
 
+    def index_problems(self) -> list[str]:
+        """What SQLite finds wrong with the index; nothing if it is whole."""
+        with self._mutex, index.translated(self.path):
+            return index.checked_pages(self._connection())
+
     def _row(self, text: object) -> sqlite3.Row | None:
         if not is_text(text):
             return None
-        rows = self._query(f"{_SELECT} WHERE id = ?", (text,))
+        rows = self.query(f"{SELECT} WHERE id = ?", (text,))
         return rows[0] if rows else None
 
     def __getitem__(self, text: str) -> Entry:
@@ -118,12 +124,12 @@ class Store:
         return self._row(text) is not None
 
     def __len__(self) -> int:
-        return self._query("SELECT count(*) FROM entries")[0][0]
+        return self.query("SELECT count(*) FROM entries")[0][0]
 
     def __iter__(self) -> Iterator[str]:
         last = -1
         query = "SELECT number, id FROM entries WHERE number > ? ORDER BY number LIMIT ?"
-        while rows := self._query(query, (last, PAGE)):
+        while rows := self.query(query, (last, PAGE)):
             yield from (row["id"] for row in rows)
             last = rows[-1]["number"]
 
@@ -134,7 +140,7 @@ class Store:
         texts = [text for text in dict.fromkeys(ids) if is_text(text)]
         for start in range(0, len(texts), AT_ONCE):
             some = texts[start : start + AT_ONCE]
-            for row in self._query(f"{_SELECT} WHERE id IN ({', '.join('?' * len(some))})", some):
+            for row in self.query(f"{SELECT} WHERE id IN ({', '.join('?' * len(some))})", some):
                 rows[row["id"]] = row
         check_known(self.path, [text for text in ids if text not in rows])
         return [entry_of_row(rows[text], self) for text in ids]
@@ -184,8 +190,8 @@ class Store:
         compared = ">=" if prefix and after is None else ">"
         while left is None or left > 0:
             asked = " AND ".join([f"entries.{order} {compared} ?", *conditions])
-            query = f"{_SELECT} WHERE {asked} ORDER BY entries.{order} LIMIT ?"
-            rows = self._query(query, (last, *values, PAGE if left is None else min(PAGE, left)))
+            query = f"{SELECT} WHERE {asked} ORDER BY entries.{order} LIMIT ?"
+            rows = self.query(query, (last, *values, PAGE if left is None else min(PAGE, left)))
             if not rows:
                 return
             for row in rows:
@@ -198,12 +204,15 @@ class Store:
 
     def stats(self) -> dict[str, Any]:
         """What the store holds: counts, and bytes in use and on disk."""
-        (row,) = self._query(
+        (row,) = self.query(
             "SELECT count(*) AS entries, count(kv_offset) AS with_kv, total(tokens) AS tokens, "
             "total(memory_tokens) AS memory_tokens, total(nbytes) AS memory_bytes, "
             "total(coalesce(kv_nbytes, 0)) AS kv_bytes FROM entries"
         )
-        (shards,) = self._query("SELECT count(*) AS shards, total(nbytes) AS bytes FROM shards")
+        (shards,) = self.query(
+            "SELECT count(*) AS shards, total(nbytes) AS bytes, total(data_nbytes) AS data "
+            "FROM shards"
+        )
         counts = {name: int(row[name]) for name in row.keys()}  # noqa: SIM118, a row is no dict
         live = counts["memory_bytes"] + counts["kv_bytes"]
         return {
@@ -211,10 +220,14 @@ class Store:
             "ratio": counts["tokens"] / max(1, counts["memory_tokens"]),
             "shards": shards["shards"],
             "shard_bytes": int(shards["bytes"]),
-            "unused_bytes": max(0, int(shards["bytes"]) - live),
+            "unused_bytes": int(shards["data"]) - live,
             "index_bytes": (self.path / index.NAME).stat().st_size,
-            "pending": len(list((self.path / PENDING).glob("[!.]*.json"))),
+            "pending": self.pending(),
         }
+
+    def pending(self) -> int:
+        """Pending files: what other processes stored, and is not in the index yet."""
+        return len(list((self.path / PENDING).glob("[!.]*.json")))
 
     def check(self, compressor: Compressor) -> None:
         """UserError if another compressor filled the store; all that differs is named."""
@@ -243,6 +256,12 @@ class Store:
         positions, end = codec.places(entry.k, list(entry.lengths), self.info.compression)
         places = np.concatenate([np.arange(head), head + positions])
         return codec.prefix_of_numbers(numbers, places, head + end)
+
+    def read_encoded(self, entry: Entry, part: str) -> np.ndarray:
+        """An entry's part, "memory" or "kv", as numbers of the store's dtype (`codec.encode`)."""
+        memory = part == "memory"
+        shape = (self.info.memory_shape if memory else self.info.kv_shape)(entry.memory_tokens)
+        return codec.stored(self._bytes(entry, part), shape, self.info.dtype)
 
     def _bytes(self, entry: Entry, part: str) -> np.ndarray:
         """The bytes of an entry's part, checked."""

@@ -22,12 +22,13 @@ import safetensors.numpy
 
 from icae_jax import errors, files
 from icae_jax.errors import UserError
-from icae_jax.inference.store.entries import Encoded
+from icae_jax.inference.store.entries import NAMING, Encoded
 from icae_jax.inference.store.index import flush_folder
 from icae_jax.inference.store.info import FORMAT_VERSION, Info
 
 SUFFIX = ".safetensors"
 FOLDER = "shards"
+MARKER = "icae_store"
 _OPEN = 64  # shards that are kept mapped
 _NAME = re.compile("[0-9a-f]{32}")
 _COMMON = ("created_by", "shards", "base", "adapter")  # of a store's info, that change no bytes
@@ -36,10 +37,7 @@ _COMMON = ("created_by", "shards", "base", "adapter")  # of a store's info, that
 def name_of(entries: Sequence[Encoded], info: Info) -> str:
     """The name of the shard of these entries: a hash of their ids, hashes and bytes."""
     about = {key: value for key, value in info.rows().items() if key not in _COMMON}
-    held = [
-        [e.values[key] for key in ("id", "content_hash", "checksum", "kv_checksum")]
-        for e in entries
-    ]
+    held = [[entry.values[key] for key in NAMING] for entry in entries]
     text = json.dumps([sorted(about.items()), held])
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
@@ -99,6 +97,29 @@ class Shards:
         self._mutex = threading.Lock()
 
     # --- Writing ---
+
+    def claim(self, store: str) -> None:
+        """Marks a place outside of the store's folder as this store's.
+
+        Compacting removes the shards there that the index does not have, so a place must not be
+        shared. UserError if another store has it. store: what the index calls itself.
+        """
+        if not self.url:
+            return
+        marker = (self._folder_url() if self.remote else self.folder) / MARKER
+
+        def claim():
+            marker.parent.mkdir(parents=True, exist_ok=True)
+            if not marker.exists():
+                marker.write_text(store)
+            return marker.read_text()
+
+        with errors.naming(f"--shards {self.url}", "give a place that can be written"):
+            owner = errors.retrying(claim, f"writing {marker}")
+        if owner != store:
+            raise UserError(
+                f"--shards {self.url} has the shards of another store; give a place of its own"
+            )
 
     def write(self, entries: Sequence[Encoded], info: Info) -> tuple[str, list[dict[str, int]]]:
         """Writes a shard of entries; it is on disk when this returns.

@@ -10,6 +10,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import secrets
 import sqlite3
 import time
 import types
@@ -19,7 +20,7 @@ from typing import Any
 from icae_jax import errors, files, lock
 from icae_jax.errors import UserError
 from icae_jax.inference.store import index
-from icae_jax.inference.store.entries import COLUMNS, Encoded, Known, NewEntry, encoded
+from icae_jax.inference.store.entries import COLUMNS, PREFIXES, Encoded, Known, NewEntry, encoded
 from icae_jax.inference.store.entries import metadata_text as checked_metadata
 from icae_jax.inference.store.info import Info
 from icae_jax.inference.store.shards import FOLDER, Shards
@@ -75,7 +76,7 @@ class Writer:
             shards = str(pathlib.Path(shards).resolve())
         if self.process == 0:
             made = None if info is None else _with_shards(info, shards or "")
-            rows = None if made is None else made.rows()
+            rows = None if made is None else made.rows() | {"store": secrets.token_hex(8)}
             self._connection = index.open_writer(self.path, rows)
             stack.callback(self._close_index)
             stated = self._stated()
@@ -95,6 +96,9 @@ class Writer:
         self.shards = Shards(self.path, stated.shards)
         stack.callback(self.shards.close)
         if self.process == 0:
+            with index.translated(self.path):
+                rows = index.info_rows(self.connection)
+            self.shards.claim(rows.get("store", ""))
             self.merge()
 
     def _check_folder(self, info):
@@ -247,15 +251,22 @@ class Writer:
         return self._connection
 
     def _insert(self, name, rows):
-        size = max(row["offset"] + row["nbytes"] for row in rows)
-        with_kv = [row["kv_offset"] + row["kv_nbytes"] for row in rows if row["kv_nbytes"]]
-        values = (name, max([size, *with_kv]))
-        self.connection.execute("INSERT OR IGNORE INTO shards (name, nbytes) VALUES (?, ?)", values)
-        query = "SELECT number FROM shards WHERE name = ?"
-        (number,) = self.connection.execute(query, (name,)).fetchone()
+        number = self.shard_number(name, rows)
         self.connection.executemany(
             _INSERT, ([number, *(row[column] for column in COLUMNS)] for row in rows)
         )
+
+    def shard_number(self, name: str, rows: Sequence[Mapping[str, Any]]) -> int:
+        """The number of a shard in the index, which has it afterwards. rows: its entries'."""
+        spans = [(row[f"{part}offset"], row[f"{part}nbytes"]) for row in rows for part in PREFIXES]
+        spans = [span for span in spans if None not in span]
+        ends, sizes = [sum(span) for span in spans], [size for _, size in spans]
+        self.connection.execute(
+            "INSERT OR IGNORE INTO shards (name, nbytes, data_nbytes) VALUES (?, ?, ?)",
+            (name, max(ends), sum(sizes)),
+        )
+        query = "SELECT number FROM shards WHERE name = ?"
+        return self.connection.execute(query, (name,)).fetchone()[0]
 
     def _update(self, texts):
         query = "UPDATE entries SET metadata = ? WHERE id = ?"
