@@ -165,6 +165,18 @@ def stated_compression(trained: Trained) -> dict[str, Any]:
     return {name.removeprefix(start): raw[name] for name in raw if name.startswith(start)}
 
 
+def stated_identity(trained: Trained) -> dict[str, str]:
+    """What `find_whole`'s adapter or run says of its base beside the fingerprint (`Base.identity`).
+
+    Earlier versions do not say it all.
+    """
+    if trained.kind != CHECKPOINT:
+        return adapters.read_adapter_info(trained.path, trained.name)[0].get("base_identity", {})
+    raw, _ = _recorded(trained)
+    names = {name: raw.get(f"identity.{name}") for name in ("weights", "tokenizer")}
+    return {name: value for name, value in names.items() if value}
+
+
 def _recorded(trained):
     """(the configuration of a checkpoint's run, its file)."""
     path = trained.workdir / "config.json"
