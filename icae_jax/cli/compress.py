@@ -85,8 +85,8 @@ def run(argv: list[str]) -> int:
 
 
 def _to_store(args: argparse.Namespace) -> int:
+    from icae_jax.inference.texts import Size
     from icae_jax.workflows import compress_store
-    from icae_jax.workflows.store_work import Size
 
     names = ("input", "store", "base", "base_dtype", "batch_size", "mesh", "strict", *STORE_FLAGS)
     request = compress_store.Request(

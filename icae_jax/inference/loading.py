@@ -10,7 +10,7 @@ from jax.typing import DTypeLike
 
 from icae_jax.compression.memory import Memory
 from icae_jax.errors import UserError
-from icae_jax.inference import memory_file
+from icae_jax.inference import memory_file, store
 from icae_jax.inference.compressor import Compressor
 from icae_jax.inference.memory_file import TextId
 from icae_jax.interop.hub import base as bases
@@ -105,13 +105,52 @@ def load_with_memory(
     metadata = memory_file.read_metadata(memory_path)
     rows = memory_file.rows_of(memory_file.read_ids(memory_path, metadata), only_ids)
     adapter = adapter or metadata["adapter"]
-    if not pathlib.Path(adapter).is_dir() and not locations.is_remote(str(adapter)):
-        raise UserError(
-            f"--memory {memory_path} names adapter {adapter}, which is not here; give the "
-            "adapter's folder with --adapter"
-        )
+    _check_here(adapter, f"--memory {memory_path}")
     compressor = load(adapter, base, dtype=dtype, mesh=mesh)
     memory, ids = compressor.load_memory(memory_path)
     if only_ids:
         memory, ids = memory[rows], [ids[row] for row in rows]
     return compressor, memory, ids
+
+
+def load_with_store(
+    store_path: str | os.PathLike,
+    adapter: str | os.PathLike | None = None,
+    base: str | os.PathLike | None = None,
+    *,
+    dtype: DTypeLike | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+) -> tuple[Compressor, store.Store]:
+    """A store, and the compressor that reads it.
+
+    Args:
+        store_path: the store's folder.
+        adapter: as for `load`; by default the one that the store names.
+        base: as for `load`; by default the one that the store names, if it is here.
+        dtype: as for `load`.
+        mesh: as for `load`.
+
+    Raises:
+        UserError: another adapter or base filled the store, or the one that it names is gone.
+    """
+    opened = store.open_store(store_path)
+    adapter = adapter or opened.info.adapter
+    _check_here(adapter, f"--store {store_path}")
+    compressor = load(adapter, base or store_base(opened.info), dtype=dtype, mesh=mesh)
+    opened.check(compressor)
+    return compressor, opened
+
+
+def store_base(info: store.Info) -> str | None:
+    """The base that a store names; None where it is not to be had, so that the adapter's counts."""
+    here = pathlib.Path(info.base).exists() or locations.is_remote(info.base)
+    return info.base if info.base and here else None
+
+
+def _check_here(adapter: str | os.PathLike, what: str) -> None:
+    """UserError if the adapter that a memory file or a store names is gone."""
+    if not pathlib.Path(adapter).is_dir() and not locations.is_remote(str(adapter)):
+        raise UserError(
+            f"{what} names adapter {adapter}, which is not here; give the adapter's folder with "
+            "--adapter"
+        )

@@ -20,9 +20,10 @@ from icae_jax.errors import UserError
 from icae_jax.inference import loading, store
 from icae_jax.inference.batching import concatenate
 from icae_jax.inference.compressor import Compressor
+from icae_jax.inference.texts import Size
 from icae_jax.inference.writing import Work
 from icae_jax.runtime import sharding
-from icae_jax.workflows.store_work import Group, Prepared, Problems, Share, Size
+from icae_jax.workflows.store_work import Group, Prepared, Problems, Share
 
 REMOVED_AT_ONCE = 512  # entries
 
@@ -147,7 +148,7 @@ def _stated(path: str) -> store.Info | None:
 def _prepare(request: Request, there: store.Info | None) -> tuple[Prepared, store.Info]:
     """The compressor without its base, and what the store says of itself once it is loaded."""
     adapter = request.adapter or there.adapter
-    base = request.base or (there.base if there is not None else "") or None
+    base = request.base or (None if there is None else loading.store_base(there))
     prepared = Prepared(adapter, base, request.base_dtype)
     kv = request.kv or bool(there is not None and there.kv)
     if kv and not prepared.config.spec.memory.RUNS_IN_DECODER:

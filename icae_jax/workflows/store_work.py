@@ -7,20 +7,19 @@ word.
 """
 
 import dataclasses
-import hashlib
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from icae_jax import errors
-from icae_jax.compression.config import CompressionConfig
-from icae_jax.compression.segments import choose_k, position_budget, segment_shape
+from icae_jax.compression.segments import position_budget, segment_shape
 from icae_jax.data.documents import Document
 from icae_jax.errors import UserError
 from icae_jax.inference import store
 from icae_jax.inference.origin import Origin
 from icae_jax.inference.store import entries as store_entries
+from icae_jax.inference.texts import Size, content_hash
 from icae_jax.interop.adapters.adapter import Adapter
 from icae_jax.interop.hub import base as bases
 from icae_jax.interop.hub import tokenizer as tokenizers
@@ -34,37 +33,6 @@ GROUP, GROUP_BYTES = 256, 256 << 20  # most documents of a group, and about the 
 CHARACTERS_PER_TOKEN = 3  # by which the bytes of a group are estimated
 SHOWN = 10  # problems that are told on stderr
 KEPT = 100  # problems that the result names
-
-
-@dataclasses.dataclass(frozen=True)
-class Size:
-    """The memory that a document is to have: at most one of k, tokens and ratio, as of `choose_k`.
-
-    tokens and ratio choose the nearest k for each document by itself.
-    """
-
-    k: int | None = None
-    tokens: int | None = None
-    ratio: float | None = None
-
-    def check(self, config: CompressionConfig) -> None:
-        """UserError if a compressor has no such memory."""
-        self.k_of(config, 1)
-
-    def k_of(self, config: CompressionConfig, tokens: int) -> int:
-        """Memory tokens per segment of a document of so many tokens."""
-        return choose_k(config, [tokens], k=self.k, tokens=self.tokens, ratio=self.ratio)
-
-    def asked(self, config: CompressionConfig) -> dict[str, int | float]:
-        """What the content hash says of it."""
-        given = {"tokens": self.tokens, "ratio": self.ratio}
-        given = {name: float(value) for name, value in given.items() if value is not None}
-        return given or {"k": config.choose(self.k)}
-
-
-def content_hash(text: str, asked: dict[str, int | float]) -> str:
-    """The hash by which a document counts as unchanged: of its text and the memory asked for."""
-    return hashlib.sha256(json.dumps([text, asked]).encode()).hexdigest()
 
 
 class Problems:
