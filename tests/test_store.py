@@ -220,9 +220,13 @@ def test_a_group_written_twice_is_one_file(tmp_path):
     (name,) = names["one"]
     one, two = (tmp_path / p / "shards" / f"{name}.safetensors" for p in ("one", "two"))
     assert one.read_bytes() == two.read_bytes()
-    other = [entries[0], dataclasses.replace(entries[1], content_hash="other")]
+    others = [
+        [dataclasses.replace(entries[0], content_hash="other"), *entries[1:]],
+        [entry("d0", [4, 2], 99), *entries[1:]],  # other numbers, as of another device
+        entries[1:],
+    ]
     with store.Writer(tmp_path / "one", INFO) as writer:
-        assert len({name, writer.add_shard(other), writer.add_shard(other[:1])}) == 3
+        assert len({name, *map(writer.add_shard, others)}) == 4
 
 
 def test_processes_leave_what_process_0_merges(tmp_path):

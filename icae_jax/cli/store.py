@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import pathlib
 import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -242,8 +243,6 @@ def _export(args):
         else:
             files.check_new_folder(args.to)
             with errors.naming(f"--to {args.to}", "give a folder that can be written"):
-                import pathlib
-
                 pathlib.Path(args.to).mkdir(parents=True, exist_ok=True)
             written = exchange.export_folder(opened, opened.find(), args.to, args.a_file)
         for path in written:

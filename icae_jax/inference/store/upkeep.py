@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import pathlib
 import sqlite3
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -115,8 +116,8 @@ def compact(writer: Writer, unused: float = 0.5) -> Compacted:
     UserError while another process fills the store.
     """
     with contextlib.ExitStack() as stack:
-        for folder in sorted((writer.path / PENDING).glob("process*")):
-            stack.enter_context(lock.only_writer(folder, "--store"))
+        held: set[pathlib.Path] = set()
+        _exclude_others(stack, held, writer)
         writer.merge()
         store = stack.enter_context(Store(writer.path))
         done, before = Compacted(), _bytes_on_disk(store)
@@ -127,10 +128,23 @@ def compact(writer: Writer, unused: float = 0.5) -> Compacted:
             writer.connection.execute(
                 "DELETE FROM shards WHERE number NOT IN (SELECT shard FROM entries)"
             )
-        done.removed = _sweep(store)
+        orphans = _orphans(store)
+        # Of a process that has come meanwhile, the shards may be about to be named.
+        _exclude_others(stack, held, writer)
+        for name in orphans:
+            store.shards.remove(name)
+        done.removed = len(orphans)
+        _remove_left_behind(store)
         _shrink(writer)
         done.freed_bytes = before - _bytes_on_disk(store)
         return done
+
+
+def _exclude_others(stack: contextlib.ExitStack, held: set[pathlib.Path], writer: Writer) -> None:
+    """Takes the locks of the job's other processes that are not `held` yet."""
+    for folder in sorted({*(writer.path / PENDING).glob("process*")} - held):
+        stack.enter_context(lock.only_writer(folder, "--store"))
+        held.add(folder)
 
 
 def _to_move(store: Store, unused: float) -> Iterator[sqlite3.Row]:
@@ -183,17 +197,18 @@ def _move(writer: Writer, group: list[tuple[int, Encoded]]) -> None:
         )
 
 
-def _sweep(store: Store) -> int:
-    """Removes shards that the index does not have, and files half written. Returns how many."""
+def _orphans(store: Store) -> list[str]:
+    """The shards that are there and that the index does not have."""
     named = {row["name"] for row in store.query("SELECT name FROM shards")}
-    orphans = [name for name in store.shards.names() if name not in named]
-    for name in orphans:
-        store.shards.remove(name)
+    return [name for name in store.shards.names() if name not in named]
+
+
+def _remove_left_behind(store: Store) -> None:
+    """Removes what killed processes had half written."""
     for path in store.shards.left_behind():
         path.unlink(missing_ok=True)
     for path in (store.path / PENDING).glob(".*.json.*"):
         path.unlink(missing_ok=True)
-    return len(orphans)
 
 
 def _shrink(writer: Writer) -> None:

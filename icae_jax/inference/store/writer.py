@@ -170,16 +170,16 @@ class Writer:
                     some = ids[start : start + AT_ONCE]
                     rows = connection.execute(f"{_KNOWN} ({', '.join('?' * len(some))})", some)
                     for text, content_hash, kv, metadata in rows:
-                        found[text] = Known(content_hash, bool(kv), json.loads(metadata))
+                        found[text] = Known(content_hash, bool(kv), _metadata(metadata))
         for content in self._pending_contents():
             for values in content["entries"]:
                 if values["id"] in asked:
                     kv = values["kv_offset"] is not None
-                    metadata = json.loads(values["metadata"])
+                    metadata = _metadata(values["metadata"])
                     found[values["id"]] = Known(values["content_hash"], kv, metadata)
             for text, metadata in content["metadata"].items():
                 if text in found:
-                    found[text] = found[text]._replace(metadata=json.loads(metadata))
+                    found[text] = found[text]._replace(metadata=_metadata(metadata))
         return found
 
     # --- Adding ---
@@ -235,8 +235,15 @@ class Writer:
         UserError, before any is removed, on an unknown id. Only in process 0.
         """
         ids = list(dict.fromkeys(ids))
-        known = self.known(ids)
-        check_known(self.path, [text for text in ids if text not in known])
+        query = "SELECT 1 FROM entries WHERE id = ?"
+        with index.translated(self.path):
+            unknown = [
+                text
+                for text in ids
+                if not (is_text(text) and self.connection.execute(query, (text,)).fetchone())
+            ]
+        check_known(self.path, unknown)
+        self._lock.check()
         with index.translated(self.path), index.transaction(self.connection):
             self.connection.executemany(
                 "DELETE FROM entries WHERE id = ?", [(text,) for text in ids]
@@ -352,6 +359,15 @@ def is_text(text: object) -> bool:
         return isinstance(text, str) and text.encode() is not None
     except UnicodeError:
         return False
+
+
+def _metadata(text: object) -> dict[str, Any]:
+    """The metadata in a row; none where the row is damaged, which `verify` tells."""
+    try:
+        metadata = json.loads(text)
+    except (TypeError, ValueError, RecursionError):
+        return {}
+    return metadata if isinstance(metadata, dict) else {}
 
 
 def _with_shards(info, shards):
