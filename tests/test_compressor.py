@@ -382,13 +382,14 @@ def test_room_is_each_rows_own(compressor, memory, monkeypatch):
     size = dataclasses.replace(compressor.base.config, max_position_embeddings=end + 8)
     few_positions = dataclasses.replace(compressor.base, config=size)
     small = compressors.Compressor(few_positions, compressor.adapter, compressor.path)
-    seen = []
-    greedy = reading.decoding.greedy
-    monkeypatch.setattr(
-        reading.decoding,
-        "greedy",
-        lambda *a, **kw: (seen.append(np.asarray(a[-1].limits)), greedy(*a, **kw))[1],
-    )
+    seen = {}
+    insert = reading.Engine.insert
+
+    def noted(self, request):
+        seen[request.tag] = request.sampling.max_new_tokens
+        return insert(self, request)
+
+    monkeypatch.setattr(reading.Engine, "insert", noted)
 
     asked = ["where did it eat ?", ["where ?", "what did it eat ?"], "why ?", "who ?", "why so ?"]
     answers = small.ask(memory, asked, 200, details=True)
@@ -397,9 +398,9 @@ def test_room_is_each_rows_own(compressor, memory, monkeypatch):
     prompt = [
         [len(compressor.adapter.template.prompt(compressor.ids(q))) for q in row] for row in nested
     ]
-    assert seen[0].reshape(5, 2).tolist() == [
-        [min(200, room[i] - n) for n in (row * 2)[:2]] for i, row in enumerate(prompt)
-    ]
+    assert seen == {
+        (i, j): min(200, room[i] - n) for i, row in enumerate(prompt) for j, n in enumerate(row)
+    }
     assert (
         max(len(g.ids) for g in (answers[0], *answers[1], *answers[2:])) > room[2]
     )  # the others go on where that has no room
@@ -411,7 +412,7 @@ def test_room_is_each_rows_own(compressor, memory, monkeypatch):
     monkeypatch.setattr(compressors, "SPARE", 9)
     rows = [1, 3, 1, 3, 1]
     compressor.restore(memory[rows], details=True)
-    assert seen[0].tolist() == [n + 9 for n in memory.lengths[rows].tolist()]
+    assert [seen[i, 0] for i in range(5)] == [n + 9 for n in memory.lengths[rows].tolist()]
 
 
 def test_targets_of_every_kind_are_scored_together(compressor, memory):

@@ -6,6 +6,8 @@ import dataclasses
 import functools
 import json
 
+import decoding_helper
+import greedy_loop
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -29,7 +31,6 @@ from icae_jax.compression.decoder import Decoder
 from icae_jax.compression.segments import Contexts, segment_contexts
 from icae_jax.errors import UserError
 from icae_jax.evaluation.plain import no_prefix
-from icae_jax.inference import generate
 from icae_jax.interop.adapters import folder as adapters
 from icae_jax.interop.adapters import peft_folder
 from icae_jax.interop.export import hf_cache, prompt_embeds
@@ -589,11 +590,11 @@ def test_greedy_decoding_equals_the_full_forward_pass(config):
     """Breaks when decoding embeds, rotates, masks or caps otherwise than one pass over the text."""
     params, n = params_of(config), 10
     decoder = Decoder(FrozenModel(llama.Llama(config), params), jnp.zeros((1, config.hidden_size)))
-    prompts = generate.Prompts(
+    prompts = greedy_loop.Prompts(
         jnp.asarray(IDS[:, :9]), jnp.full(2, 9), jnp.zeros(2, int), jnp.full(2, n)
     )
     prefix = no_prefix(config, 2, jnp.float32)
-    out = generate.greedy(decoder, prefix, prompts, max_new_tokens=n, stop_ids=())
+    out = decoding_helper.greedy(decoder, prefix, prompts, max_new_tokens=n, stop_ids=())
     assert not np.asarray(out.ties).any()
     text = np.concatenate([IDS[:, :9], out.ids], 1)
     every = np.asarray(logits(config, params, text))

@@ -3,6 +3,8 @@
 import dataclasses
 import functools
 
+import decoding_helper
+import greedy_loop
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +13,6 @@ from conftest import TINY, head_kernel
 
 from icae_jax.compression.decoder import Decoder, Prefix
 from icae_jax.evaluation.plain import no_prefix
-from icae_jax.inference import generate
 from icae_jax.models import llama, rope
 from icae_jax.models.llama import FrozenModel
 
@@ -63,7 +64,9 @@ def padded(rows, width=8):
 def run(params, prefix, starts, rows, model=MODEL, limits=None, **kw):
     kw = {"max_new_tokens": NEW, "stop_ids": (63,)} | kw
     decoder = Decoder(FrozenModel(model, params), TABLE)
-    return generate.greedy(decoder, prefix, generate.Prompts(*padded(rows), starts, limits), **kw)
+    return decoding_helper.greedy(
+        decoder, prefix, greedy_loop.Prompts(*padded(rows), starts, limits), **kw
+    )
 
 
 def test_cached_batched_decoding_equals_full_passes(tiny_params):

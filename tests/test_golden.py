@@ -8,6 +8,8 @@ reference.
 import functools
 import json
 
+import decoding_helper
+import greedy_loop
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,7 +23,6 @@ from icae_jax.compression.config import CompressionConfig
 from icae_jax.compression.decoder import Decoder
 from icae_jax.compression.segments import Contexts, segment_contexts, segment_shape
 from icae_jax.compression.trained import SPECIAL_ROWS
-from icae_jax.inference import generate
 from icae_jax.interop.adapters import lora_tensors
 from icae_jax.interop.hub import weights
 from icae_jax.models import llama
@@ -202,10 +203,12 @@ def test_slots_and_greedy_restoration(case):
     stop = 1 if list(case.folder.glob("*zeroweight*")) else 2
     want = golden["ae_greedy"].tolist()
     want = want[: want.index(stop)] if stop in want else want
-    out = generate.greedy(
+    out = decoding_helper.greedy(
         Decoder(FrozenModel(case.model, case.base), case.trained["memory_table"]),
         prefix,
-        generate.Prompts(np.full((1, 1), targets.AE, np.int32), np.ones(1, np.int32), prefix.end),
+        greedy_loop.Prompts(
+            np.full((1, 1), targets.AE, np.int32), np.ones(1, np.int32), prefix.end
+        ),
         max_new_tokens=len(golden["ae_greedy"]),
         stop_ids=(stop,),
     )
@@ -328,10 +331,10 @@ def test_x500_memory_and_greedy_regeneration(x500_case):
     close(np.transpose(prefix.v, (0, 1, 3, 2, 4)), golden["memory_v"])
 
     want, B = golden["regenerate_greedy"], len(case.texts)
-    out = generate.greedy(
+    out = decoding_helper.greedy(
         Decoder(FrozenModel(case.model, case.base), case.trained["memory_table"]),
         prefix,
-        generate.Prompts(
+        greedy_loop.Prompts(
             np.full((B, 1), case.framing.trigger, np.int32), np.ones(B, np.int32), prefix.end
         ),
         max_new_tokens=want.shape[1],

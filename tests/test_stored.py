@@ -86,15 +86,22 @@ def test_stored_prefixes_are_used_where_the_head_agrees(world):
     """Breaks when K/V behind a template's head are read where another one, or none, is wanted."""
     folder, compressor, _ = world
 
-    def takes(prefixes=None):
-        """As a compressor's `ask` does."""
-
     with store.open_store(folder / "store") as opened:
         entries = opened.get(["t2", "t0"])
-        found = stored.prefixes(takes, opened, entries, compressor.adapter.template.head)
-        assert [len(prefix.k) for prefix in found["prefixes"]] == [TINY.num_layers] * 2
-        assert stored.prefixes(takes, opened, entries, ()) == {}
-        assert stored.prefixes(takes, opened, entries, (1, 2)) == {}
+        found = stored.prefixes(opened, entries, compressor.adapter.template.head)
+        assert [len(prefix.k) for prefix in found] == [TINY.num_layers] * 2
+        assert stored.prefixes(opened, entries, ()) is None
+        assert stored.prefixes(opened, entries, (1, 2)) is None
+        # They are what is read: of another document, another answer is as likely.
+        memory = store.memory_of(entries, compressor.config)
+        questions, swapped = [["who ?"]] * 2, found[::-1]
+        answers = compressor.ask(memory, questions, 4, details=True)
+        stored_answers = stored.ask(compressor, opened, entries, ["who ?"], 4)
+        others = compressor.ask(memory, questions, 4, details=True, prefixes=swapped)
+        for row, own in enumerate(answers):
+            assert stored_answers[row][0].log_prob == pytest.approx(own[0].log_prob, abs=1e-3)
+            assert others[row][0].log_prob == pytest.approx(answers[1 - row][0].log_prob, abs=1e-3)
+        assert abs(answers[0][0].log_prob - answers[1][0].log_prob) > 0.01
 
 
 def test_memories_that_are_k_v_have_none(world, tmp_path, monkeypatch):

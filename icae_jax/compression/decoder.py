@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from icae_jax.compression.trained import DECODER_LORA
-from icae_jax.models import blocks, rope
-from icae_jax.models.llama import FrozenModel
+from icae_jax.models import blocks
+from icae_jax.models.llama import FrozenModel, layers_apart
 from icae_jax.models.pytree import pytree
 
 
@@ -52,6 +52,13 @@ class Decoder:
         lora = trained.get(DECODER_LORA)
         return cls(base, trained["memory_table"], lora, None if lora is None else dropout_key)
 
+    def layers_apart(self) -> "Decoder":
+        """The same, for decoding step by step on CPUs; see `FrozenModel.layers_apart`."""
+        lora = self.lora
+        if lora is not None:
+            lora = {**lora, "layers": layers_apart(lora["layers"], self.base.config.num_layers)}
+        return self.replace(base=self.base.layers_apart(), lora=lora)
+
     def embed(self, ids: Int[Any, "..."]) -> Float[Array, "... D"]:
         """Embeddings of ids, where negative ids are rows of the memory table from its end."""
         return embed_with_table(self.base, self.table, ids)
@@ -66,14 +73,14 @@ class Decoder:
     ) -> tuple[Float[Array, "L B P K H"], Float[Array, "L B P K H"]]:
         """K, rotated to its positions, and V of token ids `[B, P]` or embeddings `[B, P, D]`."""
         with jax.named_scope("memory_prefix"):
-            _, (k, v) = self._run(x, positions, real, 0, at=blocks.NOWHERE, return_kv=True)
-        return rope.rotate_keys(self.base.config, k, positions), v
+            how = {"at": blocks.NOWHERE, "return_kv": True, "rotated": True}
+            return self._run(x, positions, real, 0, **how)[1]
 
     def run(
         self,
         x: Any,
         positions: Int[Any, "... T"],
-        prefix: tuple[Any, Any, Any, Any],
+        prefix: Any,
         *,
         real: Bool[Any, "B T"] | None = None,
         at: Any = None,
@@ -82,11 +89,13 @@ class Decoder:
         """Runs tokens behind a prefix: each sees the prefix, and the real tokens up to itself.
 
         x: token ids `[B, T]` or embeddings `[B, T, D]`, padded on the right only, where no real
-        token sees the padding. prefix: `Prefix.visible`, or a longer cache of that form. real:
-        which tokens are, by default all. at, return_kv and the result: as for `models.llama.Llama`.
+        token sees the padding. prefix: `Prefix.visible`, or whatever `models.llama.Llama` takes.
+        real: which tokens are, by default all. at, return_kv and the result: as for `Llama`, with
+        K rotated to its positions.
         """
         real = jnp.ones((1, x.shape[1]), bool) if real is None else real
-        return self._run(x, positions, real, 1, prefix=prefix, at=at, return_kv=return_kv)
+        how = {"prefix": prefix, "at": at, "return_kv": return_kv, "rotated": return_kv}
+        return self._run(x, positions, real, 1, **how)
 
     def label_hidden(
         self,

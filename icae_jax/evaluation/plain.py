@@ -13,11 +13,12 @@ from jax.typing import DTypeLike
 
 from icae_jax.compression.decoder import Decoder, Prefix
 from icae_jax.errors import UserError
-from icae_jax.inference import generate as decoding
-from icae_jax.inference.batching import batch_starts, round_up
+from icae_jax.inference.batching import batch_starts, few_shapes, round_up
 from icae_jax.inference.compressor import Compressor
 from icae_jax.inference.devices import Devices
+from icae_jax.inference.engine import Engine, Request
 from icae_jax.inference.reading import Generation, Score, generation
+from icae_jax.inference.sampling import Sampling
 from icae_jax.interop.hub import base as bases
 from icae_jax.interop.hub import tokenizer as tokenizers
 from icae_jax.models.llama import FrozenModel, ModelConfig
@@ -109,7 +110,7 @@ def generate_by_base(
     decoder: the base, perhaps with a LoRA. devices: where it runs; by default the default device.
     UserError where a prompt is empty, or leaves too few of the base's positions.
     """
-    devices, generations = devices or Devices(None, base.config), []
+    devices = devices or Devices(None, base.config)
     if not all(map(len, prompts)):
         raise UserError(
             "a prompt without a memory has no tokens; the base has nothing to go on from"
@@ -117,24 +118,21 @@ def generate_by_base(
     tokenizers.check_ids(prompts, base.config.vocab_size, lambda i: f"prompt {i}", base.tokenizer)
     _check([len(p) + n for p, n in zip(prompts, limits, strict=True)], base.config)
     stop_ids = tuple(sorted({*base.stop_ids, *([] if stop is None else [stop])}))
-    for start in batch_starts(len(prompts), batch_size):
-        chunk = prompts[start : start + batch_size]
-        rows = devices.rows(batch_size if start else len(chunk))
-        ids = np.zeros((rows, round_up(max(map(len, chunk)), STEP)), np.int32)
-        lengths, most = np.ones(rows, np.int32), np.ones(rows, np.int32)
-        for i, row in enumerate(chunk):
-            ids[i, : len(row)], lengths[i], most[i] = row, len(row), limits[start + i]
-        with devices.active():
-            out = decoding.greedy(
-                decoder,
-                no_prefix(base.config, rows, decoder.base.dtype),
-                decoding.Prompts(*devices.put((ids, lengths, np.zeros(rows, np.int32), most))),
-                max_new_tokens=round_up(int(most.max())),
-                stop_ids=stop_ids,
-            )
-        out = jax.device_get(out)
-        generations += [generation(base, out, i) for i in range(len(chunk))]
-    return generations
+    batch_starts(len(prompts), batch_size)
+    if not prompts:
+        return []
+    engine = Engine(
+        decoder,
+        devices,
+        rows=few_shapes(min(len(prompts), batch_size), batch_size),
+        tokens=max(len(p) + n for p, n in zip(prompts, limits, strict=True)),
+    )
+    requests = (
+        Request(list(prompt), Sampling(max_new_tokens=limits[i]), stop_ids=stop_ids, tag=i)
+        for i, prompt in enumerate(prompts)
+    )
+    ended = {running.request.tag: running for running in engine.run(requests)}
+    return [generation(base, ended[i]) for i in range(len(prompts))]
 
 
 @jax.jit

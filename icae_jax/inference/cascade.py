@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Sequence
 
 from icae_jax.compression.config import CompressionConfig
+from icae_jax.compression.decoder import Prefix
 from icae_jax.compression.memory import Memory
 from icae_jax.errors import UserError
 from icae_jax.inference.batching import few_shapes
@@ -53,6 +54,7 @@ def generate(
     requests: Sequence[Request],
     threshold: float,
     batch_size: int,
+    prefixes: Sequence[Prefix] | None = None,
 ) -> list[list[Generation]]:
     """Answers by the cascade, nested as the prompts are.
 
@@ -65,6 +67,7 @@ def generate(
       requests: the questions of each text.
       threshold: the least mean log-probability of an answer's tokens, stop token included; nats.
       batch_size: texts read at once.
+      prefixes: of each text, where there is a single memory, which was read before.
 
     Raises:
       UserError: as `MemoryReader.generate` does, or threshold is no number.
@@ -74,24 +77,21 @@ def generate(
     check_most(requests)  # before a memory is written
     answers = [[None] * len(request.prompts) for request in requests]
     left = {row: list(range(len(request.prompts))) for row, request in enumerate(requests)}
-    width = max(map(len, left.values()), default=1)
     for rung in rungs:
         if not left:
             break
-        # Padded by repetition, so that few shapes are compiled whatever number is left.
-        count = few_shapes(len(left), min(len(requests), batch_size))
-        asked = few_shapes(max(map(len, left.values())), width)
-        rows = _repeated(list(left), count)
+        # Padded by repetition, so that memories are written in few shapes whatever number is left.
+        rows = _repeated(list(left), few_shapes(len(left), min(len(requests), batch_size)))
+        memory = rung(rows)
         again = [
-            requests[row]._replace(
-                prompts=_repeated([requests[row].prompts[i] for i in left[row]], asked)
-            )
-            for row in rows
+            requests[row]._replace(prompts=[requests[row].prompts[i] for i in indices])
+            for row, indices in left.items()
         ]
-        generations = reader.generate(rung(rows), again, "qa", batch_size)
+        memory = memory if len(memory) == len(again) else memory[: len(again)]
+        generations = reader.generate(memory, again, "qa", batch_size, prefixes)
         unlikely = {}
-        for (row, indices), of_row in zip(left.items(), generations[: len(left)], strict=True):
-            for i, generation in zip(indices, of_row[: len(indices)], strict=True):
+        for (row, indices), of_row in zip(left.items(), generations, strict=True):
+            for i, generation in zip(indices, of_row, strict=True):
                 answers[row][i] = _with_earlier(generation, answers[row][i])
             below = [i for i in indices if answers[row][i].mean_log_prob < threshold]
             if below:

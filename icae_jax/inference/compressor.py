@@ -11,7 +11,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from icae_jax.compression import memory as memories
-from icae_jax.compression.decoder import Decoder
+from icae_jax.compression.decoder import Decoder, Prefix
 from icae_jax.compression.memory import Memory
 from icae_jax.compression.segments import choose_k, position_budget
 from icae_jax.compression.trained import SPECIAL_ROWS
@@ -20,7 +20,8 @@ from icae_jax.inference import cascade, memory_file
 from icae_jax.inference.devices import Devices
 from icae_jax.inference.memory_file import TextId
 from icae_jax.inference.reading import Generation, MemoryReader, Request, Score
-from icae_jax.inference.writing import MemoryWriter
+from icae_jax.inference.sampling import GREEDY, Sampling
+from icae_jax.inference.writing import MemoryWriter, fastest_attention
 from icae_jax.interop.adapters.folder import Adapter
 from icae_jax.interop.hub import base as bases
 from icae_jax.interop.hub import tokenizer as tokenizers
@@ -29,7 +30,6 @@ from icae_jax.interop.prompts import question_ids
 from icae_jax.models.llama import FrozenModel, Llama
 from icae_jax.objectives import targets as target_layouts
 from icae_jax.objectives.targets import Target
-from icae_jax.runtime import attention_choice, sharding
 
 BATCH_SIZE = 16  # texts compressed or read at once
 SPARE = 16  # tokens that a restored text may be longer than the original
@@ -79,24 +79,12 @@ class Compressor:
             SPECIAL_ROWS,
         )
         # Only the encoder takes the fastest attention: decoding has one query a step.
-        encoder = FrozenModel(model.clone(attention=self._fastest_attention(dtype)), base.params)
+        fastest = fastest_attention(base.config, self.config, self.devices, dtype, BATCH_SIZE)
+        encoder = FrozenModel(model.clone(attention=fastest), base.params)
         self.writer = MemoryWriter(
             encoder, self.trained, self.config, self.devices, self.framing.eos
         )
         self.reader = MemoryReader(base, adapter, self.decoder, self.devices)
-
-    def _fastest_attention(self, dtype):
-        mesh = self.devices.mesh or sharding.make_mesh(devices=jax.local_devices()[:1])
-        fastest, _ = attention_choice.choose(
-            attention_choice.AUTO,
-            self.base.config,
-            mesh,
-            rows=BATCH_SIZE,
-            length=self.config.encoder_tokens(self.config.segment_tokens),
-            dtype=dtype,
-            mask=self.config.encoder_mask,
-        )
-        return fastest
 
     # --- Texts as ids ---
 
@@ -270,24 +258,36 @@ class Compressor:
 
     # --- Reading ---
 
+    def prefix(self, memory: Memory, template: bool = True) -> Prefix:
+        """What the decoder sees of memories, on the host: K/V that need not be computed again.
+
+        template: with the head of the adapter's template before the memory, as questions are asked;
+        else without, as texts are restored.
+        """
+        self.reader.check_kind(memory)
+        return jax.device_get(self.reader.read(memory, "qa" if template else "ae"))
+
     def restore(
         self,
         memory: Memory,
         max_new_tokens: int | None = None,
         batch_size: int = BATCH_SIZE,
         details: bool = False,
+        *,
+        prefixes: Sequence[Prefix] | None = None,
     ) -> list[str] | list[Generation]:
         """The texts read back out of memory, decoded greedily behind the trigger.
 
         max_new_tokens: of each text; by default its length, which the memory knows, and some to
-        spare. details: return `Generation`s instead of texts.
+        spare. details: return `Generation`s instead of texts. prefixes: of each text, where it is
+        at hand (`prefix`).
         """
         prompts = [[self.framing.trigger]]
         if max_new_tokens is not None:
             requests = [Request(prompts, max_new_tokens)] * len(memory)
         else:
             requests = [Request(prompts, n + SPARE, n + 1) for n in memory.lengths.tolist()]
-        rows = self.reader.generate(memory, requests, "ae", batch_size)
+        rows = self.reader.generate(memory, requests, "ae", batch_size, prefixes)
         return [row[0] if details else row[0].text for row in rows]
 
     def ask(
@@ -300,8 +300,10 @@ class Compressor:
         *,
         ladder: Sequence[int] = (),
         threshold: float = cascade.LIKELY,
+        sampling: Sampling = GREEDY,
+        prefixes: Sequence[Prefix] | None = None,
     ) -> list:
-        """Answers, decoded greedily in the adapter's template.
+        """Answers, decoded in the adapter's template: greedily, unless `sampling` says otherwise.
 
         Of a ladder of memories an answer comes from the smallest one that gives a likely answer
         (FlexComp's cascade, arXiv 2609.11192): a question is asked again at the next k while the
@@ -323,6 +325,8 @@ class Compressor:
             ladder: rising memory tokens per segment, all known to the adapter; for texts only.
             threshold: of a cascade, in nats per token, by default log(0.9); -inf takes the smallest
                 memory, inf the largest.
+            sampling: how tokens are chosen; max_new_tokens takes the place of its limit.
+            prefixes: of each text, where it is at hand (`prefix`); not for a ladder.
 
         Returns:
             Answers, nested as the questions are.
@@ -342,10 +346,18 @@ class Compressor:
         template = self.adapter.template
         most = ANSWER_TOKENS if max_new_tokens is None else max_new_tokens
         requests = [
-            Request([template.prompt(self.question_ids(q, f"text {i}: ")) for q in row], most)
+            Request(
+                [template.prompt(self.question_ids(q, f"text {i}: ")) for q in row],
+                most,
+                sampling=sampling,
+            )
             for i, row in enumerate(nested)
         ]
-        generations = cascade.generate(self.reader, rungs, requests, threshold, batch_size)
+        if prefixes is not None and len(rungs) > 1:
+            raise UserError("prefixes are given for a ladder; give them with a single memory")
+        generations = cascade.generate(
+            self.reader, rungs, requests, threshold, batch_size, prefixes
+        )
         rows = [[g if details else g.text for g in row] for row in generations]
         if single:
             return rows[0]

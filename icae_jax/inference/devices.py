@@ -5,6 +5,7 @@ from typing import TypeVar
 
 import jax
 
+from icae_jax.compression.decoder import Decoder
 from icae_jax.compression.memory import Memory
 from icae_jax.models.llama import ModelConfig
 from icae_jax.runtime import sharding
@@ -19,10 +20,22 @@ class Devices:
     def __init__(self, mesh: jax.sharding.Mesh | None, config: ModelConfig):
         self.mesh = mesh
         self.placement = None if mesh is None else sharding.Placement(mesh, config)
+        self._apart: list[tuple[Decoder, Decoder]] = []  # those that decoded last
 
     def active(self) -> contextlib.AbstractContextManager:
         """A context in which what is compiled is split over the mesh by `runtime.sharding`."""
         return contextlib.nullcontext() if self.placement is None else self.placement.active()
+
+    def for_decoding(self, decoder: Decoder) -> Decoder:
+        """A decoder as it decodes fastest here: on a CPU with its layers apart."""
+        if self.mesh is not None or jax.default_backend() != "cpu":
+            return decoder
+        for known, apart in self._apart:
+            if known is decoder:
+                return apart
+        apart = decoder.layers_apart()
+        self._apart = [*self._apart[-1:], (decoder, apart)]
+        return apart
 
     def rows(self, count: int) -> int:
         """`count`, rounded up to a multiple of the parts that the mesh splits a batch into."""

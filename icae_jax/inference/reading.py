@@ -1,21 +1,25 @@
 """Reading memories: greedy decoding and log-probabilities behind them, in batches."""
 
+import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import jax
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from icae_jax.compression.decoder import Decoder
+from icae_jax.compression.decoder import Decoder, Prefix
 from icae_jax.compression.layout import Layout
 from icae_jax.compression.memory import Memory
 from icae_jax.compression.trained import SPECIAL_ROWS
 from icae_jax.errors import UserError
-from icae_jax.inference import generate as decoding
-from icae_jax.inference.batching import batch_starts, round_up
+from icae_jax.inference.batching import batch_starts, few_shapes, round_up
 from icae_jax.inference.devices import Devices
+from icae_jax.inference.engine import Engine, Running
+from icae_jax.inference.engine import Request as EngineRequest
+from icae_jax.inference.sampling import GREEDY, Sampling
+from icae_jax.inference.streaming import decoded
 from icae_jax.interop.adapters.folder import Adapter
 from icae_jax.interop.hub import base as bases
 from icae_jax.interop.hub import tokenizer as tokenizers
@@ -24,7 +28,6 @@ from icae_jax.objectives.packing import PackedTargets, pack
 from icae_jax.objectives.targets import Target
 
 LOSS_CHUNK = 128  # labels whose logits are computed at once
-PROMPT_STEP = 16  # prompts are padded to multiples of this
 
 # Compiled once for all compressors of one base and configuration.
 _read = jax.jit(Memory.read, static_argnames="head")
@@ -51,10 +54,11 @@ class Generation(NamedTuple):
     """One decoded text.
 
     ids: without the stop token. stopped: whether a stop token came. ties: steps at which the two
-    best logits lay within `generate.TIE`. log_prob: of the ids and, where it came, the stop token,
+    best logits lay within `sampling.TIE`. log_prob: of the ids and, where it came, the stop token,
     summed; nats. k, tokens: of the memory that it was decoded behind: memory tokens per segment,
     and in all. tokens_read: memory tokens read in all, those of smaller memories of a ladder
-    included. These are 0 where there was no memory.
+    included. These are 0 where there was no memory. alternatives: for each id its log-probability
+    and `{id: log-probability}` of the most likely tokens, where the sampling asks for them.
     """
 
     text: str
@@ -65,6 +69,7 @@ class Generation(NamedTuple):
     k: int = 0
     tokens: int = 0
     tokens_read: int = 0
+    alternatives: tuple[tuple[float, dict[int, float]], ...] = ()
 
     @property
     def mean_log_prob(self) -> float:
@@ -72,12 +77,24 @@ class Generation(NamedTuple):
         return self.log_prob / (len(self.ids) + self.stopped)
 
 
-def generation(base: bases.Base, out: decoding.Generated, i: int) -> Generation:
-    """One row of what `generate.greedy` returned."""
-    ids = out.ids[i, : out.lengths[i]].tolist()
-    text = base.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    log_prob = float(out.log_probs[i])
-    return Generation(text, ids, bool(out.stopped[i]), int(out.ties[i]), log_prob)
+def generation(
+    base: bases.Base, running: Running, memory: Memory | None = None, text: int = 0
+) -> Generation:
+    """What an engine decoded, behind a text's memory where there was one."""
+    stream = running.stream
+    alternatives = zip(running.log_probs, running.alternatives, strict=False)  # but the stop's
+    made = Generation(
+        stream.text if stream else decoded(base.tokenizer, running.ids),
+        running.ids,
+        running.stopped,
+        running.ties,
+        running.log_prob,
+        alternatives=tuple((p, dict(zip(*others, strict=True))) for p, others in alternatives),
+    )
+    if memory is None:
+        return made
+    tokens = int(memory.tokens[text])
+    return made._replace(k=memory.tokens_per_segment, tokens=tokens, tokens_read=tokens)
 
 
 class Score(NamedTuple):
@@ -91,12 +108,14 @@ class Request(NamedTuple):
     """What is decoded behind one memory.
 
     prompts: each a list of ids. most: new tokens at most, fewer if the base's positions end.
-    needed: new tokens that must fit.
+    needed: new tokens that must fit. sampling: how they are chosen; `most` takes the place of its
+    limit.
     """
 
     prompts: list[list[int]]
     most: int
     needed: int = 1
+    sampling: Sampling = GREEDY
 
 
 def check_most(requests: Sequence[Request]) -> None:
@@ -180,57 +199,109 @@ class MemoryReader:
 
     # --- Decoding ---
 
-    def generate(
-        self, memory: Memory, requests: Sequence[Request], objective: str, batch_size: int
-    ) -> list[list[Generation]]:
-        """Decodes greedily behind every prompt of every memory, nested as the prompts are.
+    def read(self, memory: Memory, objective: str) -> Prefix:
+        """Head and memory as the decoder sees them, on the devices."""
+        with self.devices.active():
+            return _read(self.devices.put_memory(memory), self.decoder, head=self.head(objective))
 
-        requests: one per text. UserError if `most` is not positive or `needed` does not fit.
+    def engine(
+        self, objective: str, *, rows: int, tokens: int, memory_tokens: int, stop: bool = False
+    ) -> Engine:
+        """An engine of so many rows for prompts behind memories.
+
+        tokens: of a prompt with its answer. memory_tokens: of a memory, head not counted. stop:
+        whether texts end answers.
         """
+        return Engine(
+            self.decoder,
+            self.devices,
+            rows=rows,
+            tokens=tokens,
+            memory_tokens=len(self.head(objective)) + memory_tokens,
+            stop_ids=len(self.stop_ids(objective)),
+            tokenizer=self.base.tokenizer if stop else None,
+        )
+
+    def requests(
+        self,
+        memory: Memory,
+        requests: Sequence[Request],
+        objective: str,
+        batch_size: int,
+        prefixes: Sequence[Prefix] | None = None,
+    ) -> list[EngineRequest] | Iterator[EngineRequest]:
+        """What an engine takes, one for each prompt; tag: (text, prompt). Arguments: `generate`."""
         check_most(requests)
+        batch_starts(len(requests), batch_size)
         if not requests:
             return []
         self._check_ids([request.prompts for request in requests], "prompt")
         longest = [max(map(len, request.prompts)) for request in requests]
         needed = [n + request.needed for n, request in zip(longest, requests, strict=True)]
         room = self._room(memory, objective, needed)
-        G, T = max(len(request.prompts) for request in requests), max(longest)
-        T = T if T == 1 else round_up(T, PROMPT_STEP)
-        generations, tokens = [], memory.tokens
-        for start, rows in self._batches(len(requests), batch_size):
-            ids = np.zeros((len(rows) * G, T), np.int32)
-            lengths, limits = np.zeros((2, len(rows) * G), np.int32)
-            for b, row in enumerate(rows):
-                request = requests[row]
-                prompts = (request.prompts * G)[:G]  # missing prompts repeat others
-                for i, prompt in enumerate(prompts, b * G):
-                    ids[i, : len(prompt)], lengths[i] = prompt, len(prompt)
-                    limits[i] = min(request.most, room[row] - len(prompt))
-            out = self._decode(memory[rows], ids, lengths, limits, objective)
-            for b, request in enumerate(requests[start : start + batch_size]):
-                indices = range(b * G, b * G + len(request.prompts))
-                size = {"k": memory.tokens_per_segment, "tokens": int(tokens[start + b])}
-                size["tokens_read"] = size["tokens"]
-                made = (generation(self.base, out, i) for i in indices)
-                generations.append([g._replace(**size) for g in made])
+        return self._in_order(memory, requests, objective, batch_size, prefixes, room)
+
+    def _in_order(self, memory, requests, objective, batch_size, prefixes, room):
+        stop_ids = self.stop_ids(objective)
+        for text, prefix, i in self._prefixes(memory, objective, batch_size, prefixes):
+            start = int(self.layout.target_starts(objective, prefix.end)[i])
+            request = requests[text]
+            for j, prompt in enumerate(request.prompts):
+                most = min(request.most, int(room[text]) - len(prompt))
+                sampling = dataclasses.replace(request.sampling, max_new_tokens=most)
+                yield EngineRequest(prompt, sampling, start, prefix, i, stop_ids, (text, j))
+
+    def generate(
+        self,
+        memory: Memory,
+        requests: Sequence[Request],
+        objective: str,
+        batch_size: int,
+        prefixes: Sequence[Prefix] | None = None,
+    ) -> list[list[Generation]]:
+        """Decodes behind every prompt of every memory, nested as the prompts are.
+
+        requests: one per text. prefixes: of each text, where its memory was read before (`read`).
+        UserError if `most` is not positive or `needed` does not fit.
+        """
+        of_engine = self.requests(memory, requests, objective, batch_size, prefixes)
+        if not requests:
+            return []
+        positions = self.base.config.max_position_embeddings
+        longest = max(
+            min(len(prompt) + request.most, positions)
+            for request in requests
+            for prompt in request.prompts
+        )
+        count = sum(len(request.prompts) for request in requests)
+        at_once = batch_size * max(len(request.prompts) for request in requests)
+        own = memory.mask.shape[1]
+        if prefixes is not None:
+            own = max(prefix.mask.shape[1] for prefix in prefixes) - len(self.head(objective))
+        engine = self.engine(
+            objective,
+            rows=few_shapes(min(count, at_once), at_once),
+            tokens=longest,
+            memory_tokens=own,
+            stop=any(request.sampling.stop for request in requests),
+        )
+        generations: list[list] = [[None] * len(request.prompts) for request in requests]
+        for running in engine.run(of_engine):
+            text, j = running.request.tag
+            generations[text][j] = generation(self.base, running, memory, text)
         return generations
 
-    def _decode(self, memory, ids, lengths, limits, objective) -> decoding.Generated:
-        """Decodes behind one batch of memories, equally many prompts each, on the devices."""
-        memory = self.devices.put_memory(memory)
-        with self.devices.active():
-            prefix = _read(memory, self.decoder, head=self.head(objective))
-            starts_B = np.asarray(self.layout.target_starts(objective, prefix.end))
-            starts = np.repeat(starts_B, len(ids) // len(memory))
-            prompts = decoding.Prompts(*self.devices.put((ids, lengths, starts, limits)))
-            out = decoding.greedy(
-                self.decoder,
-                prefix,
-                prompts,
-                max_new_tokens=round_up(int(limits.max())),
-                stop_ids=self.stop_ids(objective),
-            )
-        return jax.device_get(out)
+    def _prefixes(self, memory, objective, batch_size, prefixes):
+        """Yields (text, prefix, which text of the prefix it is), read in batches."""
+        if prefixes is not None:
+            for text, prefix in enumerate(prefixes):
+                yield text, prefix, 0
+            return
+        for start, rows in self._batches(len(memory), batch_size):
+            prefix = self.read(memory[rows], objective)
+            prefix = prefix.replace(end=np.asarray(prefix.end))
+            for i in range(min(batch_size, len(memory) - start)):
+                yield start + i, prefix, i
 
     # --- Scoring ---
 

@@ -1,10 +1,9 @@
 """Reading what a store holds: requests behind stored memories, some entries at a time."""
 
-import inspect
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
 
+from icae_jax.compression.decoder import Prefix
 from icae_jax.compression.memory import Memory
 from icae_jax.errors import UserError
 from icae_jax.inference import store
@@ -31,20 +30,15 @@ def _by_k(entries: Sequence[store.Entry]) -> list[list[int]]:
 
 
 def prefixes(
-    read: Callable[..., Any],
-    opened: store.Store,
-    entries: Sequence[store.Entry],
-    head: Sequence[int],
-) -> dict[str, Any]:
-    """The argument `prefixes` of a compressor's `ask` or `restore`, where what is stored is of use.
+    opened: store.Store, entries: Sequence[store.Entry], head: Sequence[int]
+) -> list[Prefix] | None:
+    """The stored K/V of entries, where they can be used; None where another head, or none, is.
 
-    head: the ids that are to stand before the memory. Empty where another head, or none, is stored.
+    head: the ids that are to stand before the memory.
     """
     if not all(entry.has_kv for entry in entries) or opened.info.head != tuple(head):
-        return {}
-    if "prefixes" not in inspect.signature(read).parameters:
-        return {}
-    return {"prefixes": [entry.prefix for entry in entries]}
+        return None
+    return [entry.prefix for entry in entries]
 
 
 def ask(
@@ -60,7 +54,7 @@ def ask(
     for rows in _by_k(entries):
         some = [entries[row] for row in rows]
         memory = store.memory_of(some, compressor.config)
-        stored = prefixes(compressor.ask, opened, some, compressor.adapter.template.head)
+        found = prefixes(opened, some, compressor.adapter.template.head)
         nested = compressor.ask(
             memory,
             [list(questions)] * len(rows),
@@ -102,8 +96,8 @@ def restore(
     for rows in _by_k(entries):
         some = [entries[row] for row in rows]
         memory = store.memory_of(some, compressor.config)
-        stored = prefixes(compressor.restore, opened, some, ())
-        read = compressor.restore(memory, max_new_tokens, batch_size, **stored)
+        found = prefixes(opened, some, ())
+        read = compressor.restore(memory, max_new_tokens, batch_size, prefixes=found)
         for row, text in zip(rows, read, strict=True):
             texts[row] = text
     return texts

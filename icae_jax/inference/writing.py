@@ -4,7 +4,11 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
+<<<<<<< HEAD
 import numpy as np
+=======
+from jax.typing import DTypeLike
+>>>>>>> main
 
 from icae_jax.compression import encoder, segments
 from icae_jax.compression import memory as memories
@@ -18,12 +22,14 @@ from icae_jax.inference.batching import (
     segment_batches,
 )
 from icae_jax.inference.devices import Devices
-from icae_jax.models.llama import FrozenModel
+from icae_jax.models.llama import FrozenModel, ModelConfig
+from icae_jax.runtime import attention_choice, sharding
 
 # Compiled once for all compressors of one base and configuration.
 _compress = jax.jit(encoder.compress_several, static_argnames=("ks", "config"))
 
 
+<<<<<<< HEAD
 class Work(NamedTuple):
     """tokens: of contexts. computed: tokens that the encoder read for them, padding included."""
 
@@ -34,6 +40,27 @@ class Work(NamedTuple):
     def padding(self) -> float:
         """The share of what was computed that is padding."""
         return 1 - self.tokens / self.computed if self.computed else 0.0
+=======
+def fastest_attention(
+    model: ModelConfig,
+    config: CompressionConfig,
+    devices: Devices,
+    dtype: DTypeLike,
+    rows: int,
+) -> str:
+    """The implementation of attention that compresses whole segments fastest on the devices."""
+    mesh = devices.mesh or sharding.make_mesh(devices=jax.local_devices()[:1])
+    fastest, _ = attention_choice.choose(
+        attention_choice.AUTO,
+        model,
+        mesh,
+        rows=rows,
+        length=config.encoder_tokens(config.segment_tokens),
+        dtype=dtype,
+        mask=config.encoder_mask,
+    )
+    return fastest
+>>>>>>> main
 
 
 class MemoryWriter:

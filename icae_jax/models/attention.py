@@ -65,7 +65,8 @@ def attend(
         Or `[B or 1, T or 1, S]`, what each query sees.
       prefix: None or `(k, v, mask)` with k, v `[Bp, P, K, H]`, k rotated, and mask `[Bp, P]`, or
         `[B, T, P]` if queries see different parts of it. Bp divides B: prefix b serves rows
-        b * B/Bp ... (b + 1) * B/Bp - 1, which is how many targets read one memory.
+        b * B/Bp ... (b + 1) * B/Bp - 1, which is how many targets read one memory. Or a list of
+        them, all seen: their numbers of rows are B, or one other.
       at: the queries' times, `[T]` or each row's own `[B, T]`; None for all of T = S. Only a 2-D
         mask needs it.
       scale: what scores are multiplied by, None for H^-1/2.
@@ -95,6 +96,7 @@ def attend(
             "of every query"
         )
     qkv = q_BTNH, k_BSKH, v_BSKH
+    prefix = _one_prefix(prefix, B) if implementation != "xla" else prefix
     if implementation == "splash":
         if _is_full(mask) and prefix is None:
             # Rows without a real token see their padding: the kernel needs something.
@@ -150,7 +152,7 @@ def usable(implementation: str, mask: Any, prefix: Any = None) -> str:
     are labels at times that are known only when the program runs; their 3-D mask is computed by
     xla.
     """
-    unknown = mask.ndim == 3 and not (_is_full(mask) and prefix is None)
+    unknown = mask.ndim == 3 and not (_is_full(mask) and not prefix)
     return "xla" if implementation == "splash" and unknown else implementation
 
 
@@ -202,6 +204,23 @@ def supported(
 
 
 # --------------------------------------------------------------------------- what both kernels need
+
+
+def _one_prefix(prefix, rows):
+    """A list of prefixes as one, or None; see `attend`."""
+    if not isinstance(prefix, list) or len(prefix) < 2:
+        return prefix[0] if isinstance(prefix, list) and prefix else prefix or None
+
+    def joined(arrays, axis):
+        copies = [jnp.repeat(x, rows // len(x), axis=0) for x in arrays]
+        return jnp.concatenate(copies, axis)
+
+    ks, vs, masks = zip(*prefix, strict=True)
+    if any(mask.ndim == 3 for mask in masks):
+        masks = [mask[:, None] if mask.ndim == 2 else mask for mask in masks]
+        most = max(mask.shape[1] for mask in masks)
+        masks = [jnp.broadcast_to(m, (len(m), most, m.shape[2])) for m in masks]
+    return joined(ks, 1), joined(vs, 1), joined(masks, -1)
 
 
 def _joined(k, v, prefix, dtype, rows):

@@ -11,14 +11,59 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Float, Shaped
+from jaxtyping import Bool, Float, Int, Shaped
 
 from icae_jax.models import rope
 from icae_jax.models.attention import attend, seen, usable
 from icae_jax.models.axes import PROJECTION_AXES, constrain, gathered
+from icae_jax.models.pytree import pytree, static
 from icae_jax.models.quantize import linear
 
 NOWHERE = np.zeros(0, np.int32)  # as `at` of `Llama`: no hidden states are wanted
+
+
+@pytree
+class PrefixPart:
+    """Keys and values that a sequence sees before its own, of all layers or of one.
+
+    k, v: `[L, Bp, P, K, H]`, k rotated, or a tuple of L arrays; with `heads_first`, `[…, K, P, H]`,
+    in which a decoding step reads each head's keys in one piece. mask: which are real. positions:
+    what windows count. rows: for each row of the sequence the row of this part that it sees; by
+    default Bp divides B (see `attention.attend`). first: only so many of the P are read.
+    """
+
+    k: Any
+    v: Any
+    mask: Bool[Any, "Bp P"]
+    positions: Int[Any, "Bp P"]
+    rows: Int[Any, " B"] | None = None
+    heads_first: bool = static(default=False)
+    first: int | None = static(default=None)
+
+    def seen_by(self, query_positions: Any, window: Any, count: int) -> tuple[Any, Any, Any]:
+        """One layer's `(k, v, mask)` as `attention.attend` takes them, for `count` rows."""
+        k, v, mask, positions = self.k, self.v, self.mask, self.positions
+        if self.first is not None:
+            axis = 2 if self.heads_first else 1
+            k, v = (jax.lax.slice_in_dim(x, 0, self.first, axis=axis) for x in (k, v))
+        if self.rows is not None:
+            take = functools.partial(jnp.take, indices=self.rows, axis=0, mode="clip")
+            k, v, mask, positions = map(take, (k, v, mask, positions))
+        if self.heads_first:
+            k, v = (jnp.swapaxes(x, 1, 2) for x in (k, v))
+        # As for the sequence's own mask, see `Block`.
+        mask = jax.lax.optimization_barrier(mask)
+        if window is not None:
+            copies = count // k.shape[0]
+            near = query_positions - jnp.repeat(positions, copies, axis=0)[:, None] < window
+            mask = jnp.repeat(mask, copies, axis=0)[:, None] & near
+        return k, v, mask
+
+
+def prefix_parts(prefix: Any) -> list[PrefixPart]:
+    """The parts of `Llama`'s `prefix`: of None, a part, its first four fields, or a list."""
+    parts = prefix if isinstance(prefix, list) else [] if prefix is None else [prefix]
+    return [part if isinstance(part, PrefixPart) else PrefixPart(*part) for part in parts]
 
 
 def frozen(module: nn.Module, name: str, init: Any, shape: tuple[int, ...]) -> Any:
@@ -80,9 +125,11 @@ class RMSNorm(nn.Module):
         scale = frozen(self, "scale", init, (x.shape[-1],))
         x32 = x.astype(jnp.float32)
         x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), -1, keepdims=True) + self.eps)
+        # Not an einsum, for which XLA's CPU backend transposes x back and forth.
+        scale = scale.reshape((1,) * (x.ndim - 1) + (-1,))
         if self.plus_one:
-            return jnp.einsum("...d,d->...d", x32, 1 + scale.astype(jnp.float32)).astype(x.dtype)
-        return jnp.einsum("...d,d->...d", x32.astype(x.dtype), scale.astype(x.dtype))
+            return (x32 * (1 + scale.astype(jnp.float32))).astype(x.dtype)
+        return x32.astype(x.dtype) * scale.astype(x.dtype)
 
 
 def norm(config: Any, name: str) -> RMSNorm:
@@ -113,6 +160,7 @@ class Attention(nn.Module):
     lora_dropout: float
     implementation: str
     unroll: bool
+    rotated: bool = False
 
     def _project(self, name, heads, x):
         c = self.config
@@ -132,14 +180,15 @@ class Attention(nn.Module):
     def __call__(self, x_BTD, cos_sin, mask, prefix, at):
         """Attention of the queries at `at` over keys at all times.
 
-        Returns `[B, U or T, D]` and (k before RoPE, v).
+        Returns `[B, U or T, D]` and (k, v), k before RoPE or, if `rotated`, behind it.
         """
-        kv = k, v = self.keys_and_values(x_BTD)
+        k, v = self._keys_and_values(x_BTD)
+        rotated = rope.rotate(k, cos_sin)
         q = self._project("q_proj", self.config.num_heads, rows(x_BTD, at))
         with jax.named_scope("attention"):
             out = attend(
                 rope.rotate(q, tuple(rows(table, at) for table in cos_sin)),
-                rope.rotate(k, cos_sin),
+                rotated,
                 v,
                 mask,
                 prefix,
@@ -152,11 +201,15 @@ class Attention(nn.Module):
         output = Projection(
             x_BTD.shape[-1], self.lora_scale, self.lora_dropout, self.config.o_bias, name="o_proj"
         )
-        return output(out), kv
+        return output(out), (rotated if self.rotated else k, v)
 
     @nn.compact
-    def keys_and_values(self, x_BTD: Float[Any, "B T D"]) -> tuple[Any, ...]:
-        """(k before RoPE, v)."""
+    def keys_and_values(self, x_BTD: Float[Any, "B T D"], cos_sin: Any) -> tuple[Any, Any]:
+        """(k, v), k before RoPE or, if `rotated`, behind it."""
+        k, v = self._keys_and_values(x_BTD)
+        return rope.rotate(k, cos_sin) if self.rotated else k, v
+
+    def _keys_and_values(self, x_BTD):
         return tuple(
             self._project(name, self.config.num_kv_heads, x_BTD) for name in ("k_proj", "v_proj")
         )
@@ -197,6 +250,7 @@ class Block(nn.Module):
     implementation: str
     unroll: bool
     return_kv: bool
+    rotated: bool = False
 
     @nn.compact
     def __call__(self, x, prefix, window, cos_sin, positions, mask, at=None, keep=None):
@@ -205,27 +259,24 @@ class Block(nn.Module):
         # The barrier ties the mask to the block's input; otherwise XLA would expand it for every
         # head once, before the scan, and keep it throughout.
         x, mask = jax.lax.optimization_barrier((x, mask))
-        attention = Attention(c, *lora, self.implementation, self.unroll, name="self_attn")
+        how = self.implementation, self.unroll, self.rotated
+        attention = Attention(c, *lora, *how, name="self_attn")
         before, after = c.norms != "after", c.norms != "before"
         normed = norm(c, "input_layernorm")(x) if before else x
         if at is not None and not at.size:
-            return rows(x, at), attention.keys_and_values(rows(normed, keep))
-        if prefix is not None:
-            k, v, prefix_mask, prefix_positions = prefix
-            prefix = k, v, jax.lax.optimization_barrier(prefix_mask)
+            kept = tuple(rows(table, keep) for table in cos_sin)
+            return rows(x, at), attention.keys_and_values(rows(normed, keep), kept)
         if mask.ndim == 3:
             mask = mask if mask.shape[1] == 1 else rows(mask, at)  # a single row is for all queries
         elif window is not None or isinstance(at, jax.Array):
             mask = seen(mask, at)
+        query_positions = None
         if window is not None:
             query_positions = rows(positions, at)[:, :, None]
             mask = mask & (query_positions - positions[:, None] < window)
-            if prefix is not None:
-                copies = x.shape[0] // k.shape[0]
-                prefix_positions = jnp.repeat(prefix_positions, copies, axis=0)[:, None]
-                near = query_positions - prefix_positions < window
-                prefix = k, v, jnp.repeat(prefix[2], copies, axis=0)[:, None] & near
-        h, kv = attention(normed, cos_sin, mask, prefix, at)
+        parts = prefix_parts(prefix)
+        seen_before = [part.seen_by(query_positions, window, len(x)) for part in parts]
+        h, kv = attention(normed, cos_sin, mask, seen_before, at)
         # The hub's names of norms: Llama calls the MLP's own "post_attention".
         h = norm(c, "post_attention_layernorm")(h) if after else h
         x = constrain(rows(x, at) + self._weighted(h), "batch", None, None)

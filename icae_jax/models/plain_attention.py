@@ -67,14 +67,15 @@ def attend(
     unroll: bool,
     scores: Scores,
 ) -> Float[Array, "B T N H"]:
-    """As `attention.attend`; the prefix is read in place by all rows that it serves.
+    """As `attention.attend`; a prefix is read in place by all rows that it serves.
 
     ends: the most keys that each chunk of `CHUNK` queries sees, counted from the first.
     """
     B, T, N, H = q_BTNH.shape
-    S, K = k_BSKH.shape[1:3]
-    prefix = prefix if prefix is not None and prefix[0].shape[1] else None
-    b = B if prefix is None else len(prefix[0])
+    K = k_BSKH.shape[2]
+    prefixes = prefix if isinstance(prefix, list) else [] if prefix is None else [prefix]
+    prefixes = [part for part in prefixes if part[0].shape[1]]
+    b = min((len(k) for k, _, _ in prefixes), default=B)
 
     def as_source(mask):
         """`[1 or b or B, T or 1, S]` as a source has it."""
@@ -82,12 +83,15 @@ def attend(
 
     q = (q_BTNH * jnp.asarray(scores.scale, q_BTNH.dtype)).reshape(b, B // b, T, K, N // K, H)
     q = q.transpose(0, 3, 1, 4, 2, 5)
-    own = (x.reshape(b, B // b, S, K, H) for x in (k_BSKH, v_BSKH))
-    sources = ((*own, as_source(mask)),)
-    if prefix is not None:
-        k, v, prefix_mask = prefix
-        prefix_mask = prefix_mask[:, None] if prefix_mask.ndim == 2 else prefix_mask
-        sources += ((k, v, as_source(prefix_mask)),)
+
+    def by_text(x):
+        """Keys or values of each row, by its text."""
+        return x.reshape(b, B // b, *x.shape[1:])
+
+    sources = ((by_text(k_BSKH), by_text(v_BSKH), as_source(mask)),)
+    for k, v, seen in prefixes:
+        kv = (k, v) if len(k) == b else (by_text(k), by_text(v))
+        sources += ((*kv, as_source(seen[:, None] if seen.ndim == 2 else seen)),)
     _, devices = axes.split("batch", b)
     keys = sum(mask.shape[-1] for _, _, mask in sources)
     most = max(1, SCORES // (B // b * N * min(T, CHUNK) * keys))  # texts at a time

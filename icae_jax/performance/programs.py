@@ -8,15 +8,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import PyTree
+from jaxtyping import Int, PyTree
 
 from icae_jax.compression import encoder, trained
 from icae_jax.compression.config import CompressionConfig
-from icae_jax.compression.decoder import Decoder
+from icae_jax.compression.decoder import Decoder, Prefix
 from icae_jax.compression.segments import Contexts
 from icae_jax.data.collate import bucket_shape, target_shapes
 from icae_jax.data.drawing import StaticInt, StaticInts
-from icae_jax.inference import generate
+from icae_jax.inference import decoding
 from icae_jax.models import llama, schemes
 from icae_jax.models.axes import KV_AXES
 from icae_jax.models.llama import FrozenModel
@@ -209,17 +209,41 @@ def _trace(spec, mesh, placement):
             for name, x in vars(prefix).items()
         }
     )
-    ids, row = (
-        jax.ShapeDtypeStruct((spec.contexts, *shape), jnp.int32, sharding=prefix.end.sharding)
-        for shape in ((PROMPT,), ())
+    ids = jax.ShapeDtypeStruct((spec.contexts, PROMPT), jnp.int32, sharding=prefix.end.sharding)
+    return jax.jit(decode, static_argnames="new_tokens").trace(
+        decoder, prefix, ids, new_tokens=c.data.max_target_tokens
     )
-    return generate.greedy.trace(
-        decoder,
-        prefix,
-        generate.Prompts(ids, row, row, row),
-        max_new_tokens=c.data.max_target_tokens,
-        stop_ids=(2,),
+
+
+def decode(
+    decoder: Decoder, prefix: Prefix, ids_BT: Int[Any, "B T"], *, new_tokens: int
+) -> Int[Any, "B n"]:
+    """The engine's work for a batch: it reads prompts behind memories, and decodes n new tokens."""
+    B, T = ids_BT.shape
+    cache, rows = decoding.empty(
+        decoder, rows=B, tokens=T + new_tokens, memory_tokens=prefix.mask.shape[1], stop_ids=1
     )
+    cache = cache.put_memory(prefix, jnp.arange(B))
+    row, zeros = jnp.arange(B), jnp.zeros(B, jnp.int32)
+    chunks = decoding.Chunks(
+        rows=row,
+        ids=ids_BT,
+        lengths=zeros + T,
+        offsets=zeros,
+        lefts=zeros + new_tokens + 1,
+        memory=row,
+        start=prefix.end,
+        stops=rows.stops,
+        settings=rows.settings,
+    )
+    how = decoding.How("own", plain=True, alternatives=0)
+    cache, rows, *_ = decoding.prefill(decoder, cache, rows, chunks, how=how)
+
+    def step(state, _):
+        cache, rows, *_ = decoding.step(decoder, *state, jnp.int32(0), how=how)
+        return (cache, rows), state[1].token
+
+    return jax.lax.scan(step, (cache, rows), length=new_tokens)[1].T
 
 
 def least(spec: Spec, tokens: int | None = None) -> int:

@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 from tqdm import tqdm
 
@@ -305,25 +304,12 @@ def _prefixes(compressor: Compressor, memories: Sequence[Memory], batch_size: in
             batch = of_count[start : start + rows]
             filled = np.resize(batch, rows)  # the rows repeat
             memory = concatenate([memories[i] for i in filled], compressor.config, segments)
-            prefix = _read(compressor, memory)
+            prefix = compressor.prefix(memory)
             for row, i in enumerate(batch):
                 at = slice(row, row + 1)
                 fields = (prefix.k[:, at], prefix.v[:, at], prefix.mask[at])
                 prefixes[i] = Prefix(*fields, prefix.positions[at], prefix.end[at])
     return prefixes
-
-
-_read_memory = jax.jit(Memory.read, static_argnames="head")
-
-
-def _read(compressor: Compressor, memory: Memory) -> Prefix:
-    """The K/V that the decoder reads of a memory behind the template's head, on the host."""
-    if hasattr(compressor, "prefix"):
-        return compressor.prefix(memory)
-    with compressor.devices.active():
-        placed = compressor.devices.put_memory(memory)
-        head = tuple(compressor.adapter.template.head)
-        return jax.device_get(_read_memory(placed, compressor.decoder, head=head))
 
 
 def _prune(path: str | pathlib.Path, writer: store.Writer, documents: Documents) -> int:

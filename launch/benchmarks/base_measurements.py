@@ -9,11 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 from streamed_load import Memory
 
-from icae_jax.compression.memory import Memory as TextMemory
 from icae_jax.data import sources
 from icae_jax.errors import UserError
 from icae_jax.evaluation import plain
-from icae_jax.inference import generate, loading
+from icae_jax.inference import loading
+from icae_jax.inference.engine import Request
+from icae_jax.inference.sampling import Sampling
 from icae_jax.interop.hub import base as bases
 from icae_jax.interop.hub import tokenizer as tokenizers
 from icae_jax.interop.hub.text import user_ids
@@ -25,8 +26,6 @@ from icae_jax.training import trained
 NEW_TOKENS, ANSWERS = 32, 5
 QUESTION = "What is this text about?"
 BATCH = 10
-
-_read = jax.jit(TextMemory.read, static_argnames="head")
 
 
 def load(base: str, form: str) -> dict[str, Any]:
@@ -105,23 +104,24 @@ def ask(base: str, form: str, texts: str, adapter: str, window: int) -> dict[str
     compressor = _compressor(adapter, loading.load_base(base, form), activations)
     ids = compressor.ids(sources.read_texts(texts, "--texts")[0].text)[:window]
     memory = compressor.compress_ids([compressor.framed(ids)])
-    reader, layout = compressor.reader, compressor.config.position_layout
     prompt = compressor.adapter.template.prompt(compressor.question_ids(QUESTION))
-    length = np.asarray([len(prompt)], np.int32)
+    engine = compressor.reader.engine(
+        "qa", rows=1, tokens=len(prompt) + NEW_TOKENS, memory_tokens=memory.mask.shape[1]
+    )
+    start = int(compressor.config.position_layout.target_starts("qa", memory.end)[0])
+    start += len(compressor.reader.head("qa"))
+    sampling = Sampling(max_new_tokens=NEW_TOKENS)
 
     def answer():
-        prefix = _read(memory, compressor.decoder, head=reader.head("qa"))
-        starts = np.asarray(layout.target_starts("qa", prefix.end))
-        prompts = generate.Prompts(np.asarray([prompt], np.int32), length, starts)
-        return generate.greedy(
-            compressor.decoder, prefix, prompts, max_new_tokens=NEW_TOKENS, stop_ids=()
-        )
+        prefix = compressor.reader.read(memory, "qa")
+        request = Request(prompt, sampling, start, prefix)
+        return next(engine.run([request]))
 
-    assert int(jax.block_until_ready(answer()).lengths[0]) == NEW_TOKENS
+    assert len(answer().ids) == NEW_TOKENS
     seconds = []
     for _ in range(ANSWERS):
         began = time.perf_counter()
-        jax.block_until_ready(answer())
+        answer()
         seconds.append(time.perf_counter() - began)
     return {"seconds": statistics.median(seconds)}
 

@@ -1,14 +1,12 @@
-"""Greedy decoding behind a memory: one compiled loop over a preallocated K/V cache, batched."""
+"""What the engine is compared with: greedy decoding of a batch in one compiled loop."""
 
 import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
 
 from icae_jax.compression.decoder import Decoder, Prefix
-from icae_jax.models import rope
 from icae_jax.models.axes import KV_AXES, constrain
 
 TIE = 1e-4  # where the two best logits lie closer, another batch size may choose the other token
@@ -22,10 +20,10 @@ class Prompts(NamedTuple):
     maximum; None for the maximum.
     """
 
-    ids: Int[Any, "B T"]
-    lengths: Int[Any, " B"]
-    starts: Int[Any, " B"]
-    limits: Int[Any, " B"] | None = None
+    ids: Any
+    lengths: Any
+    starts: Any
+    limits: Any | None = None
 
 
 class Generated(NamedTuple):
@@ -36,11 +34,11 @@ class Generated(NamedTuple):
     new tokens and, where it came, the stop token, summed; nats, float32.
     """
 
-    ids: Int[Any, "B n"]
-    lengths: Int[Any, " B"]
-    stopped: Bool[Any, " B"]
-    ties: Int[Any, " B"]
-    log_probs: Float[Any, " B"]
+    ids: Any
+    lengths: Any
+    stopped: Any
+    ties: Any
+    log_probs: Any
 
 
 class _State(NamedTuple):
@@ -50,12 +48,12 @@ class _State(NamedTuple):
     prompt | new]`.
     """
 
-    step: Int[Array, ""]
-    token: Int[Array, " B"]
-    log_prob: Float[Array, " B"]
-    done: Bool[Array, " B"]
+    step: Any
+    token: Any
+    log_prob: Any
+    done: Any
     out: Generated
-    cache: tuple[Array, Array]
+    cache: tuple[Any, Any]
 
 
 @functools.partial(jax.jit, static_argnames=("max_new_tokens", "stop_ids"))
@@ -73,7 +71,7 @@ def greedy(
     A row ends at its limit whatever its neighbours do.
     """
     (B, T), n = prompts.ids.shape, max_new_tokens
-    config, head = decoder.base.config, decoder.base.head
+    head = decoder.base.head
     L, Bp, P, K, H = prefix.k.shape
     limits = jnp.full(B, n) if prompts.limits is None else prompts.limits
     stops = jnp.asarray(stop_ids, jnp.int32)
@@ -104,7 +102,7 @@ def greedy(
         return constrain(jnp.concatenate([rows, prompt_kv, new], axis=2), *KV_AXES)
 
     cache = (
-        make_cache(prefix.k, rope.rotate_keys(config, k, positions)),
+        make_cache(prefix.k, k),
         make_cache(prefix.v, v),
     )
 
@@ -133,7 +131,6 @@ def greedy(
         hidden, (k, v) = decoder.run(
             state.token[:, None], position, (*state.cache, mask, cache_positions), return_kv=True
         )
-        k = rope.rotate_keys(config, k, position)
         cache = tuple(
             constrain(jax.lax.dynamic_update_slice_in_dim(c, new, P + T + i, 2), *KV_AXES)
             for c, new in zip(state.cache, (k, v), strict=True)

@@ -1,0 +1,246 @@
+"""The engine: rows that come and go, memories that are shared, chunks, stops and errors."""
+
+import dataclasses
+import functools
+
+import decoding_helper
+import greedy_loop
+import jax
+import numpy as np
+import pytest
+from conftest import TINY, eight_devices
+from test_generate import MODEL, NEW, TABLE, padded, prompts, slow_greedy
+
+from icae_jax.compression.decoder import Decoder, Prefix
+from icae_jax.errors import UserError
+from icae_jax.evaluation.plain import no_prefix
+from icae_jax.inference import decoding
+from icae_jax.inference.devices import Devices
+from icae_jax.inference.engine import Engine, Request
+from icae_jax.inference.sampling import GREEDY, Sampling
+from icae_jax.models import llama
+from icae_jax.models.llama import FrozenModel
+from icae_jax.runtime import sharding
+from icae_jax.runtime.sharding import MeshConfig
+
+LIMIT = Sampling(max_new_tokens=NEW)
+
+
+@pytest.fixture(scope="module")
+def decoder(tiny_params):
+    return Decoder(FrozenModel(MODEL, tiny_params), TABLE)
+
+
+@pytest.fixture(scope="module")
+def engine_of(decoder):
+    """Makes engines of two rows, of one shape, so that their programs are compiled once."""
+
+    def make(**given):
+        sizes = {"rows": 2, "tokens": 24, "memory_tokens": 5, "chunk": 8}
+        return Engine(decoder, Devices(None, TINY), **(sizes | given))
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def memories(tiny_params):
+    """K/V of three texts of 5, 3 and 4 tokens, and the ids that they stand for."""
+    heads, lengths = np.random.default_rng(1).integers(8, 64, (3, 5)), np.asarray([5, 3, 4])
+    positions = np.tile(np.arange(5), (3, 1))
+
+    @jax.jit
+    def kv():
+        variables = {"params": tiny_params}
+        mask = llama.causal_mask(5)
+        how = {"return_kv": True, "rotated": True}
+        return MODEL.apply(variables, heads, positions[:1], mask, **how)[1]
+
+    prefix = Prefix(*jax.device_get(kv()), np.arange(5) < lengths[:, None], positions, lengths)
+    return prefix, [row[:n].tolist() for row, n in zip(heads, lengths, strict=True)]
+
+
+def test_rows_that_come_and_go_decode_what_they_would_alone(decoder):
+    """Breaks when a row is left with its last tenant's tokens, or neighbours disturb each other."""
+    rows = [*prompts(), *prompts(4), *prompts(5)]
+    limits = np.asarray([6, 1, 4, 2, 6, 3, 5, 6, 1])
+    batch = greedy_loop.Prompts(*padded(rows), np.zeros(9, np.int32), limits)
+    how = {"max_new_tokens": NEW, "stop_ids": (63,)}
+    want = jax.device_get(greedy_loop.greedy(decoder, no_prefix(TINY, 9), batch, **how))
+    for at_once in (2, 9):
+        got = decoding_helper.greedy(
+            decoder, no_prefix(TINY, 9), batch, at_once=at_once, chunk=8, **how
+        )
+        np.testing.assert_allclose(got.log_probs, want.log_probs, rtol=1e-5)
+        for mine, theirs in zip(got[:-1], want[:-1], strict=True):
+            np.testing.assert_array_equal(mine, theirs)
+
+
+def test_stacked_layers_and_layers_apart_decode_alike(decoder, memories, monkeypatch):
+    """Breaks when a cache in one array per layer is written or read otherwise than a stacked one,
+    which accelerators use.
+    """
+    prefix, texts = memories
+    rows = prompts(2)
+    batch = greedy_loop.Prompts(*padded(rows), prefix.end)
+    how = {"max_new_tokens": NEW, "stop_ids": (-1,), "chunk": 4}
+    apart = decoding_helper.greedy(decoder, prefix, batch, **how)
+    assert isinstance(Devices(None, TINY).for_decoding(decoder).base.params["layers"], tuple)
+    monkeypatch.setattr(Devices, "for_decoding", lambda self, decoder: decoder)
+    stacked = decoding_helper.greedy(decoder, prefix, batch, **how)
+    want = [slow_greedy(decoder.base.params, [*t, *r]) for t, r in zip(texts, rows, strict=True)]
+    assert apart.ids.tolist() == stacked.ids.tolist() == want
+
+
+def test_memories_are_shared_and_their_places_used_again(engine_of, memories, decoder):
+    """Breaks when a row reads another's memory or one that was in its place before, when requests
+    without a memory see one, or when questions about one memory do not share its place.
+    """
+    prefix, texts = memories
+    engine, loaded = engine_of(rows=3), []
+    load = engine._programs.load
+
+    def noted(cache, prefix, which, places):
+        if prefix is memories[0]:
+            loaded.extend(int(i) for i, place in zip(which, places, strict=True) if place < 3)
+        return load(cache, prefix, which, places)
+
+    engine._programs = engine._programs._replace(load=noted)
+    rows = [*prompts(2), *prompts(6), *prompts(7)]
+    order = [0, 0, 0, 1, 2, None, 1, 1, 0]
+    requests = [
+        Request(row, LIMIT, 0 if text is None else len(texts[text]), *behind, tag=i)
+        for i, (row, text) in enumerate(zip(rows, order, strict=True))
+        for behind in [(None, 0) if text is None else (prefix, text)]
+    ]
+    ended = {running.request.tag: running.ids for running in engine.run(requests)}
+    for i, text in enumerate(order):
+        before = [] if text is None else texts[text]
+        assert ended[i] == slow_greedy(decoder.base.params, [*before, *rows[i]]), i
+    assert loaded.count(0) <= 2 and loaded.count(1) <= 2, loaded  # of 4 and 3 requests
+
+
+def test_a_long_prompt_does_not_stop_the_others(engine_of, decoder):
+    """Breaks when chunks are put at the wrong places, or the others wait for the whole prompt."""
+    long, short = np.random.default_rng(3).integers(8, 64, 17).tolist(), prompts()[0]
+    engine = engine_of(tokens=32)
+    first = engine.insert(Request(short, LIMIT))
+    while not first.ids:
+        engine.step()
+    second, between = engine.insert(Request(long, LIMIT)), []
+    while not second.ids:
+        engine.step()
+        between.append(len(first.ids))
+    assert between[-1] >= 3  # three chunks of eight, and a step between any two
+    while not (first.done and second.done):
+        engine.step()
+    assert first.ids == slow_greedy(decoder.base.params, short)
+    assert second.ids == slow_greedy(decoder.base.params, long)
+
+
+def test_a_request_can_be_ended_early(engine_of, decoder):
+    """Breaks when the row is not free then, or what was left in it disturbs the next request."""
+    engine = engine_of(rows=1)
+    gone = engine.insert(Request(prompts()[1], LIMIT))
+    assert engine.insert(Request(prompts()[0], LIMIT)) is None  # no row is free
+    engine.step(), engine.step()
+    engine.remove(gone)
+    engine.remove(gone)  # does nothing
+    assert gone.done and engine.free == 1 and not len(engine)
+    (running,) = engine.run([Request(prompts()[2], LIMIT)])
+    assert running.ids == slow_greedy(decoder.base.params, prompts()[2])
+
+
+def test_what_does_not_fit_is_a_requests_own_error(engine_of, memories, decoder):
+    """Breaks when one bad request ends the others, or is cut without a word."""
+    prefix, _ = memories
+    longer = dataclasses.replace(prefix, mask=np.ones((3, 50), bool))
+    good = Request(prompts()[0], LIMIT, tag="good")
+    bad = {
+        "has no tokens|no tokens": Request([], LIMIT),
+        "exceed the 32 tokens of a row": Request([9] * 30, LIMIT),
+        "exceeds the engine's 16": Request([9], LIMIT, 0, longer),
+        "stop_ids are given": Request([9], LIMIT, stop_ids=tuple(range(9))),
+        "make it with a tokenizer": Request([9], Sampling(4, stop=["."])),
+    }
+    engine = engine_of()
+    for match, request in bad.items():
+        ended = list(engine.run([request, good]))
+        assert [running.request.tag for running in ended] == [None, "good"]
+        with pytest.raises(UserError, match=match):
+            raise ended[0].error
+        assert ended[1].ids == slow_greedy(decoder.base.params, prompts()[0])
+    with pytest.raises(UserError, match="rows of the engine is 0"):
+        engine_of(rows=0)
+
+
+def test_alternatives_are_the_models_own_probabilities(engine_of, decoder):
+    """Breaks when log-probabilities are not of the tokens that they stand beside."""
+    (running,) = engine_of().run(
+        [Request(prompts()[0], dataclasses.replace(LIMIT, alternatives=3))]
+    )
+    assert len(running.alternatives) == len(running.ids) == NEW
+    for token, log_prob, (ids, log_probs) in zip(
+        running.ids, running.log_probs, running.alternatives, strict=False
+    ):
+        assert ids[0] == token and log_probs[0] == pytest.approx(log_prob, abs=1e-5)
+        assert len(ids) == 3 and log_probs == sorted(log_probs, reverse=True)
+
+
+def test_draws_depend_on_the_seed_alone(engine_of):
+    """Breaks when a draw depends on the row, on neighbours, or on how many steps were made before;
+    or when a seed does nothing.
+    """
+    hot = [Sampling(NEW, temperature=1.5, seed=seed, top_k=40) for seed in (1, 2, 1, 3)]
+    engine = engine_of()
+    requests = [Request(prompts()[1], how, tag=i) for i, how in enumerate(hot)]
+    mixed = [requests[0], Request(prompts()[0], LIMIT, tag="greedy"), *requests[1:]]
+    ended = {running.request.tag: running.ids for running in engine.run(mixed)}
+    assert ended[0] == ended[2] and len({tuple(ended[i]) for i in (0, 1, 3)}) == 3
+    (alone,) = engine_of().run([requests[3]])
+    assert alone.ids == ended[3]
+    (greedy,) = engine_of().run([mixed[1]])
+    assert ended["greedy"] == greedy.ids
+
+
+def test_a_penalty_counts_prompt_and_answer(engine_of, decoder):
+    """Breaks when tokens of the prompt, of the answer, or of another request are penalised wrongly:
+    with a large penalty no token comes twice, and none of the prompt.
+    """
+    strict = dataclasses.replace(LIMIT, repetition_penalty=1e6)
+    prompt = prompts()[1]
+    plain = slow_greedy(decoder.base.params, prompt)
+    requests = [Request(prompt, strict), Request(plain[:1], strict), Request(prompt, strict)]
+    ended = [running.ids for running in engine_of(rows=1).run(requests)]
+    for ids, request in zip(ended, requests, strict=True):
+        assert len(set(ids)) == NEW and not set(ids) & set(request.prompt)
+    assert ended[0] == ended[2]
+
+
+def test_on_a_mesh(decoder, memories):
+    """Breaks when rows that are split over devices are written or read at the wrong places."""
+    prefix, texts = memories
+    rows = [*prompts(2), *prompts(6)]
+    requests = [
+        Request(row, LIMIT, len(texts[i % 3]), prefix, i % 3, tag=i) for i, row in enumerate(rows)
+    ]
+    with eight_devices():
+        devices = Devices(sharding.make_mesh(MeshConfig(2, 2, 2)), TINY)
+        params = devices.put_parameters(decoder.base.params)
+        sizes = {"rows": 3, "tokens": 24, "memory_tokens": 5, "chunk": 4}
+        engine = Engine(Decoder(FrozenModel(MODEL, params), TABLE), devices, **sizes)
+        assert engine.rows == 4
+        ended = {running.request.tag: running.ids for running in engine.run(requests)}
+        assert len(engine._cache.k.sharding.device_set) == 8
+    for i, row in enumerate(rows):
+        assert ended[i] == slow_greedy(decoder.base.params, [*texts[i % 3], *row])
+
+
+def test_one_program_for_each_bucket(engine_of):
+    """Breaks when a request compiles a program of its own, or a step one for each state of rows."""
+    programs, counts = decoding.programs(), []
+    for _ in range(2):
+        engine = engine_of(rows=5)
+        list(engine.run(Request(row, LIMIT) for row in [*prompts(), *prompts(8)]))
+        counts.append([program._cache_size() for program in (programs.prefill, programs.step)])
+    assert counts[0] == counts[1]
+    assert functools.reduce(int.__add__, counts[0]) > 0 and GREEDY.greedy
