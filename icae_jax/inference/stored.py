@@ -61,7 +61,7 @@ def ask(
             max_new_tokens,
             batch_size,
             details=True,
-            **stored,
+            prefixes=found,
         )
         for row, of_entry in zip(rows, nested, strict=True):
             answers[row] = of_entry

@@ -4,11 +4,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
-<<<<<<< HEAD
 import numpy as np
-=======
 from jax.typing import DTypeLike
->>>>>>> main
 
 from icae_jax.compression import encoder, segments
 from icae_jax.compression import memory as memories
@@ -29,7 +26,6 @@ from icae_jax.runtime import attention_choice, sharding
 _compress = jax.jit(encoder.compress_several, static_argnames=("ks", "config"))
 
 
-<<<<<<< HEAD
 class Work(NamedTuple):
     """tokens: of contexts. computed: tokens that the encoder read for them, padding included."""
 
@@ -40,7 +36,8 @@ class Work(NamedTuple):
     def padding(self) -> float:
         """The share of what was computed that is padding."""
         return 1 - self.tokens / self.computed if self.computed else 0.0
-=======
+
+
 def fastest_attention(
     model: ModelConfig,
     config: CompressionConfig,
@@ -60,7 +57,6 @@ def fastest_attention(
         mask=config.encoder_mask,
     )
     return fastest
->>>>>>> main
 
 
 class MemoryWriter:
