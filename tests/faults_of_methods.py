@@ -263,8 +263,8 @@ MUTANTS = [
     Mutant(
         "a memory's size is the first text's",
         "evaluation/suites/common.py",
-        "(int(memory.tokens[row]), int(memory.bytes[row]))",
-        "(int(memory.tokens[0]), int(memory.bytes[0]))",
+        "tokens = int(memory.tokens[row])",
+        "tokens = int(memory.tokens[0])",
         "test_suite_qa.py -k sizes",
     ),
     Mutant(

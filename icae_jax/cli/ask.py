@@ -1,4 +1,4 @@
-"""`icae ask`: answer questions from a memory file, or from texts by a ladder of memories."""
+"""`icae ask`: answer questions from a memory file, a store, or texts by a ladder of memories."""
 
 import argparse
 from collections.abc import Iterable
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 else:
     Generation = object  # importing it imports JAX, which takes seconds
 
-HELP = "answer questions from a memory file, or from texts by a ladder of memories"
+HELP = "answer questions from a memory file or a store, or from texts by a ladder of memories"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -22,8 +22,8 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     help_text = "asked of every text; may be given several times"
     add("--question", required=True, action="append", help=help_text)
-    help_text = "ask only the text of this id in the memory file; may be given several times"
-    add("--id", action="append", default=[], help=help_text)
+    help_text = "with --store: read the documents of --id together, as one memory"
+    add("--join", action="store_true", help=help_text)
     add = parser.add_argument_group("texts in place of a memory file").add_argument
     add("--input", help="texts: JSON, tables, text files, a folder or glob of them")
     help_text = "rising memory tokens per segment, such as 2,8,32: the answer is that of the first "
@@ -38,14 +38,16 @@ def _parser() -> argparse.ArgumentParser:
 def run(argv: list[str]) -> int:
     """Runs the verb. Returns the exit code 0; UserError on bad input."""
     args = _parser().parse_args(argv)
-    if bool(args.memory) == bool(args.input):
-        raise UserError("give one of --memory, a memory file, and --input, texts")
-    if args.memory:
+    if sum(map(bool, (args.memory, args.store, args.input))) != 1:
+        raise UserError("give one of --memory, a memory file, --store, a store, and --input, texts")
+    if args.join and not (args.store and args.id):
+        raise UserError("--join reads documents of a store together; give --store and their --id")
+    if not args.input:
         if args.ladder:
-            raise UserError(f"--ladder {args.ladder}: a memory file has its k; give --input, texts")
+            raise UserError(f"--ladder {args.ladder}: a memory has its k; give --input, texts")
         if args.threshold is not None:
             raise UserError(f"--threshold {args.threshold} counts only with --input and --ladder")
-        _from_memory(args)
+        (_from_store if args.store else _from_memory)(args)
     else:
         _from_texts(args)
     return 0
@@ -65,6 +67,23 @@ def _from_memory(args: argparse.Namespace) -> None:
     questions = [args.question] * len(ids)
     answers = compressor.ask(memory, questions, args.max_new_tokens, args.batch_size, details=True)
     _print(args, ids, answers)
+
+
+def _from_store(args: argparse.Namespace) -> None:
+    from icae_jax.inference import loading, stored
+
+    compressor, opened = loading.load_with_store(
+        args.store, args.adapter, args.base, dtype=args.base_dtype, mesh=flags.mesh(args.mesh)
+    )
+    limits = {"max_new_tokens": args.max_new_tokens, "batch_size": args.batch_size}
+    if args.join:
+        memory = stored.joined(compressor, opened.get(args.id))
+        answers = compressor.ask(memory, [args.question], details=True, **limits)
+        _print(args, [args.id], answers)
+        return
+    for entries in stored.batches(opened, args.id):
+        answers = stored.ask(compressor, opened, entries, args.question, **limits)
+        _print(args, [entry.id for entry in entries], answers)
 
 
 def _from_texts(args: argparse.Namespace) -> None:
@@ -89,9 +108,14 @@ def _from_texts(args: argparse.Namespace) -> None:
 
 
 def _print(
-    args: argparse.Namespace, ids: Iterable[str | int], answers: Iterable[Iterable[Generation]]
+    args: argparse.Namespace,
+    ids: Iterable[str | int | list[str]],
+    answers: Iterable[Iterable[Generation]],
 ) -> None:
-    """Prints the answers of each text: as JSON with what was read for them."""
+    """Prints the answers of each text: as JSON with what was read for them.
+
+    ids: of each text, a list where several were read together.
+    """
     for text_id, row in zip(ids, answers, strict=True):
         for question, answer in zip(args.question, row, strict=True):
             result = {"id": text_id, "question": question, "answer": answer.text}
