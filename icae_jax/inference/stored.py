@@ -9,6 +9,7 @@ from icae_jax.errors import UserError
 from icae_jax.inference import store
 from icae_jax.inference.compressor import Compressor
 from icae_jax.inference.reading import Generation
+from icae_jax.inference.sampling import GREEDY, Sampling
 
 AT_ONCE = 64  # entries read at once, whatever a store holds
 
@@ -48,6 +49,7 @@ def ask(
     questions: Sequence[str],
     max_new_tokens: int | None = None,
     batch_size: int = 16,
+    sampling: Sampling = GREEDY,
 ) -> list[list[Generation]]:
     """Answers to all questions from each entry's memory, nested by entry."""
     answers: list[list[Generation]] = [[] for _ in entries]
@@ -61,6 +63,7 @@ def ask(
             max_new_tokens,
             batch_size,
             details=True,
+            sampling=sampling,
             prefixes=found,
         )
         for row, of_entry in zip(rows, nested, strict=True):
