@@ -27,9 +27,9 @@ from icae_jax.inference.streaming import TextStream
 
 CHUNK = 512  # tokens of prompts that are prefilled between two steps of the others
 ALONE = 4  # times as many where nobody waits for a step
-# Up to so many tokens, prompts and memories are padded to multiples of this.
+# Up to so many tokens, memories and rows are padded to multiples of this.
 STEPS = ((64, 16), (256, 32), (1 << 62, 128))
-SHORT = 64  # tokens of a short chunk
+SHORT = 64  # tokens of a short chunk; longer ones are padded to multiples of it
 
 
 class Request(NamedTuple):
@@ -111,7 +111,7 @@ class Running:
 
 
 def padded(tokens: int) -> int:
-    """What a prompt, a memory or a row of so many tokens is padded to."""
+    """What a memory or a row of so many tokens is padded to."""
     return round_up(tokens, next(step for most, step in STEPS if tokens <= most))
 
 
@@ -338,7 +338,8 @@ class Engine:
 
     def _chunk_shape(self, running):
         """What the next chunk of a prompt is padded to, and how far it looks back."""
-        tokens = padded(min(running.waiting, self.chunk))
+        tokens = min(running.waiting, self.chunk)
+        tokens = round_up(tokens, SHORT) if tokens > SHORT else max(16, few_shapes(tokens, SHORT))
         if not running.prefilled:
             return tokens, 0
         return tokens, few_shapes(running.prefilled, self.tokens)
