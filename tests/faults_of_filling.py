@@ -40,13 +40,6 @@ MUTANTS = [
         "test_compress_store.py -k are_named",
     ),
     Mutant(
-        "after a fault of the network documents come again",
-        "data/documents.py",
-        "rows = itertools.islice(again, done, None)",
-        "rows = again",
-        "test_compress_store.py -k network",
-    ),
-    Mutant(
         "--strict passes what cannot be stored",
         "workflows/store_work.py",
         "        if self.strict:\n",
