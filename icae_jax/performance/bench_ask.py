@@ -11,6 +11,7 @@ import math
 import os
 import pathlib
 import statistics
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -115,6 +116,10 @@ def bench(options: Options) -> dict[str, Any]:
     return report
 
 
+def _progress(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
 def _ways(options: Options, ours: Side) -> list[str]:
     """The ways that are measured."""
     if options.decoding:
@@ -166,27 +171,26 @@ def _of_length(options, length, ways, ours, theirs):
     prompts = {n: ours.ask("prompts", tokens=length, requests=n) for n in options.requests}
     run = {"tokens": length, "new_tokens": options.new_tokens}
 
-    def measure(n, name, **more):
+    def measure(n, name, margins=False):
         if name == THEIRS:
-            return theirs.ask("run", prompts=prompts[n], new_tokens=options.new_tokens, **more)
+            how = {"new_tokens": options.new_tokens, "margins": margins}
+            return theirs.ask("run", prompts=prompts[n], **how)
         return ours.ask("run", way=name, requests=n, **run)
 
     # They take turns within a way too: the one to compare with stands beside its rival.
     names = [name for way in ways for name in (way, THEIRS) if way == "full" or name == way]
     names = [name for name in names if theirs is not None or name != THEIRS]
     texts = {}
+    _progress(f"context of {length} tokens: compiling")
     for n in options.requests:  # compiles, and gives the texts
-        first = {name: measure(n, name, **{"margins": True} * (name == THEIRS)) for name in names}
+        first = {name: measure(n, name, margins=True) for name in names}
         if THEIRS in first and "full" in first:
             texts[n] = compare_texts(first["full"], first[THEIRS])
-    rounds = [
-        {
-            (n, name): figures(measure(n, name), len(prompts[n][0]))
-            for n in options.requests
-            for name in names
-        }
-        for _ in range(options.rounds)
-    ]
+    rounds = []
+    for turn in range(options.rounds):
+        _progress(f"context of {length} tokens: round {turn + 1} of {options.rounds}")
+        keys = [(n, name) for n in options.requests for name in names]
+        rounds.append({key: figures(measure(*key), len(prompts[key[0]][0])) for key in keys})
     return [_point(length, n, names, rounds, texts.get(n), prompts[n]) for n in options.requests]
 
 
@@ -288,13 +292,15 @@ def throughput(options: Options, ours: Any) -> dict[str, Any]:
     def run(rows):
         return ours.ask("throughput", drawn=drawn, rows=rows)
 
-    together, alone = run(options.rows), run(1)  # compiles
+    _progress("compiling")
+    together, alone = run(options.rows), run(1)
     equal = [a == b for a, b in zip(together["ids"], alone["ids"], strict=True)]
     tied = [bool(ties) for ties in together["ties"]]
-    rounds = [
-        {"together": run(options.rows)["seconds"], "alone": run(1)["seconds"]}
-        for _ in range(options.rounds)
-    ]
+    rounds = []
+    for turn in range(options.rounds):
+        _progress(f"round {turn + 1} of {options.rounds}")
+        seconds = {"together": run(options.rows)["seconds"], "alone": run(1)["seconds"]}
+        rounds.append(seconds)
     tokens = sum(new for _, new in drawn)
     return {
         "requests": len(drawn),
