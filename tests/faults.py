@@ -85,7 +85,7 @@ MUTANTS = [
     ),
     Mutant(
         "K is kept after RoPE", "models/blocks.py",
-        "return output(out), kv", "return output(out), (rope.rotate(k, cos_sin), v)", "test_x500.py -k real_tokens",
+        "return output(out), (rotated if self.rotated else k, v)", "return output(out), (rotated, v)", "test_x500.py -k real_tokens",
     ),
     Mutant(
         "K/V are read at the head's positions", "compression/memory.py",
@@ -167,7 +167,7 @@ MUTANTS = [
     ),
     Mutant(
         "the last layer keeps the keys of all positions", "models/blocks.py",
-        "attention.keys_and_values(rows(normed, keep))", "attention.keys_and_values(rows(normed, None))", "test_x500.py",
+        "attention.keys_and_values(rows(normed, keep), kept)", "attention.keys_and_values(rows(normed, None), cos_sin)", "test_x500.py",
     ),
     Mutant(
         "remat frozen does a matmul twice", "models/llama.py",
@@ -264,24 +264,86 @@ MUTANTS = [
     ),
     # ------------------------------------------------------------------------------------------------------- decoding
     Mutant(
-        "tokens after the end are written out", "inference/generate.py",
-        "jnp.where(done, 0, state.token)", "state.token", "test_generate.py",
+        "a row goes on behind its limit", "inference/engine.py",
+        "if not full and not stopped:", "if not stopped:", "test_generate.py -k limit",
     ),
     Mutant(
-        "a row's limit is one too long", "inference/generate.py",
-        "full = i + 1 >= limits", "full = i >= limits", "test_generate.py -k limit",
+        "a row's limit is one too short", "inference/decoding.py",
+        "left = jnp.where(stopped | (chunks.lefts == 0), 0, chunks.lefts - 1)",
+        "left = jnp.where(stopped | (chunks.lefts == 0), 0, chunks.lefts - 2)", "test_generate.py -k limit",
     ),
     Mutant(
-        "ties after the end are counted", "inference/generate.py",
-        "(tie & ~done & (~full | ends))", "(tie & (~full | ends))", "test_generate.py -k 'ties or limit or one_row'",
+        "ties after the end are counted", "inference/engine.py",
+        "if not full or stopped:\n            self.ties", "if True:\n            self.ties", "test_generate.py -k limit",
     ),
     Mutant(
-        "rows read their neighbour's prefix", "inference/generate.py",
-        "jnp.repeat(prefix_kv, B // Bp, axis=1)", "jnp.tile(prefix_kv, (1, B // Bp, 1, 1, 1))", "test_generate.py -k prefix",
+        "stop ids end nothing on the devices", "inference/decoding.py",
+        "jnp.where(active & ~stopped, rows.left - 1, 0)", "jnp.where(active, rows.left - 1, 0)", "test_engine.py -k come_and_go",
     ),
     Mutant(
-        "rows read as much as their neighbour's prefix holds", "inference/generate.py",
-        "jnp.repeat(prefix.mask, B // Bp, axis=0)", "jnp.tile(prefix.mask, (B // Bp, 1))", "test_generate.py -k prefix",
+        "rows read their neighbour's memory", "inference/cache.py",
+        "rows=slots, heads_first=True)", "rows=None, heads_first=True)", "test_engine.py -k shared",
+    ),
+    Mutant(
+        "rows read as much as their place ever held", "inference/cache.py",
+        "memory_mask=self.memory_mask.at[slots].set(mask, mode=\"drop\"),",
+        "memory_mask=self.memory_mask.at[slots].max(mask, mode=\"drop\"),", "test_engine.py -k shared",
+    ),
+    Mutant(
+        "requests without a memory see what is in their place", "inference/engine.py",
+        "prefix, text = self._nothing, 0", "prefix, text = self._memories[self._free[0]] or (self._nothing, 0)",
+        "test_engine.py -k shared",
+    ),
+    Mutant(
+        "one memory for all is that of the first row", "inference/engine.py",
+        "np.int32(ready[0].place), how=how", "np.int32(ready[0].row), how=how", "test_engine.py -k shared",
+    ),
+    Mutant(
+        "chunks are put at the start of a row", "inference/decoding.py",
+        "_behind(chunks.offsets, choice.token)", "_behind(0 * chunks.offsets, choice.token)", "test_engine.py -k long_prompt",
+    ),
+    Mutant(
+        "a later chunk does not see the earlier ones", "inference/decoding.py",
+        "    if how.reach:\n", "    if False:\n", "test_engine.py -k long_prompt",
+    ),
+    Mutant(
+        "others wait for a whole prompt", "inference/engine.py",
+        "self._decode_next = True", "self._decode_next = False", "test_engine.py -k long_prompt",
+    ),
+    Mutant(
+        "a removed row stays taken", "inference/engine.py",
+        "        self._free = sorted([*self._free, running.row])\n", "        self._free = sorted(self._free)\n", "test_engine.py -k early",
+    ),
+    Mutant(
+        "draws depend on the row", "inference/sampling.py",
+        "drawn = jax.vmap(draw)(settings.key, number_R, allowed)",
+        "drawn = jax.vmap(draw)(settings.key, number_R + jnp.arange(len(number_R)), allowed)", "test_engine.py -k seed",
+    ),
+    Mutant(
+        "the penalty forgets the prompt", "inference/decoding.py",
+        "ids = jnp.where(real, chunks.ids, before.shape[1])", "ids = jnp.where(real, before.shape[1], before.shape[1])",
+        "test_engine.py -k penalty",
+    ),
+    Mutant(
+        "the penalty counts the last tenant's tokens", "inference/decoding.py",
+        "& (chunks.offsets > 0)[:, None]", "& (chunks.offsets >= 0)[:, None]", "test_engine.py -k penalty",
+    ),
+    Mutant(
+        "top_p leaves out the token that reaches p", "inference/sampling.py",
+        "before = jnp.cumsum(probabilities, -1) - probabilities", "before = jnp.cumsum(probabilities, -1)", "test_sampling.py -k allowed",
+    ),
+    Mutant(
+        "half a character is shown", "inference/streaming.py",
+        "if last or not now.endswith(INCOMPLETE):", "if True:", "test_sampling.py -k whole_characters",
+    ),
+    Mutant(
+        "a stop text within one token alone is found", "inference/streaming.py",
+        "        end = len(self._held) - keep\n", "        end = len(self._held)\n", "test_sampling.py -k across",
+    ),
+    Mutant(
+        "stacked layers write their cache elsewhere", "inference/cache.py",
+        "return constrain(jax.vmap(put)(cached, new), *AXES)", "return constrain(jax.vmap(put)(cached, new[::-1]), *AXES)",
+        "test_engine.py -k stacked",
     ),
     # ----------------------------------------------------------------------------------------- evaluation, plans, sweeps
     Mutant(

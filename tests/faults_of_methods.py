@@ -40,7 +40,7 @@ MUTANTS = [
     ),
     Mutant(
         "the mask of one query behind a prefix goes to splash", "models/attention.py",
-        "not (_is_full(mask) and prefix is None)", "not _is_full(mask)", "test_attention.py -k one_query",
+        "not (_is_full(mask) and not prefix)", "not _is_full(mask)", "test_attention.py -k one_query",
     ),
     Mutant(
         "attention is timed causal, whatever the mask", "runtime/attention_choice.py",
@@ -192,16 +192,16 @@ MUTANTS = [
     ),
     Mutant(
         "the stop token's log-probability is left out",
-        "inference/generate.py",
-        "+ jnp.where(~done & ends, log_prob, 0),",
-        "",
+        "inference/engine.py",
+        "            self.log_probs.append(float(choice.log_prob[i]))",
+        "            self.log_probs += [] if stopped else [float(choice.log_prob[i])]",
         "test_cascade.py -k scoring_gives",
     ),
     Mutant(
-        "a token's log-probability is that of the one behind it",
-        "inference/generate.py",
-        "+ jnp.where(done, 0, state.log_prob)",
-        "+ jnp.where(done, 0, log_prob)",
+        "a token's log-probability is that of its neighbour in the vocabulary",
+        "inference/sampling.py",
+        "log_prob = jnp.take_along_axis(logits_RV, at, 1)[:, 0] - total",
+        "log_prob = jnp.take_along_axis(logits_RV, at - 1, 1)[:, 0] - total",
         "test_cascade.py -k scoring_gives",
     ),
     Mutant(
@@ -228,8 +228,8 @@ MUTANTS = [
     Mutant(
         "the first questions of a text go on, not those left",
         "inference/cascade.py",
-        "requests[row].prompts[i] for i in left[row]",
-        "requests[row].prompts[i] for i in range(len(left[row]))",
+        "requests[row].prompts[i] for i in indices",
+        "requests[row].prompts[i] for i in range(len(indices))",
         "test_cascade.py -k rung_that_they_name",
     ),
     Mutant(

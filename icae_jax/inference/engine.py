@@ -170,6 +170,12 @@ class Engine:
             self._cache, self._rows = self._programs.empty(
                 self.decoder, rows=self.rows, **sizes, stop_ids=stop_ids
             )
+        # As what the programs return is, for which they would be compiled once more.
+        leaves = jax.tree.leaves(self.decoder.base.params)
+        committed = [x for x in leaves if isinstance(x, jax.Array) and x.committed]
+        if devices.mesh is None and committed:
+            where = committed[0].sharding
+            self._cache, self._rows = jax.device_put((self._cache, self._rows), where)
 
     def __len__(self):
         """Requests that it holds."""

@@ -125,9 +125,11 @@ class RMSNorm(nn.Module):
         scale = frozen(self, "scale", init, (x.shape[-1],))
         x32 = x.astype(jnp.float32)
         x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), -1, keepdims=True) + self.eps)
+        # Not an einsum, for which XLA's CPU backend transposes x back and forth.
+        scale = scale.reshape((1,) * (x.ndim - 1) + (-1,))
         if self.plus_one:
-            return jnp.einsum("...d,d->...d", x32, 1 + scale.astype(jnp.float32)).astype(x.dtype)
-        return jnp.einsum("...d,d->...d", x32.astype(x.dtype), scale.astype(x.dtype))
+            return (x32 * (1 + scale.astype(jnp.float32))).astype(x.dtype)
+        return x32.astype(x.dtype) * scale.astype(x.dtype)
 
 
 def norm(config: Any, name: str) -> RMSNorm:

@@ -454,7 +454,8 @@ def layers_apart(stacked: Params, count: int) -> tuple[Params, ...]:
 def _of_layer(x, i):
     """A layer's part of a stacked array, in the same memory where that is the host's."""
     if isinstance(x, jax.Array) and x.is_fully_addressable and x.platform() == "cpu":
-        return jax.device_put(np.asarray(x)[i], x.sharding, may_alias=True)
+        device = x.sharding if x.committed else None
+        return jax.device_put(np.asarray(x)[i], device, may_alias=True)
     return x[i]
 
 
