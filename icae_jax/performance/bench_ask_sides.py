@@ -102,7 +102,7 @@ class Ours:
         from icae_jax.performance.bench_ask_throughput import Throughput
 
         if self._throughput is None:
-            self._throughput = Throughput(self.ways.compressor, drawn)
+            self._throughput = Throughput(self.ways.compressor, list(map(tuple, drawn)))
         return self._throughput.run(rows)
 
     def peak(self, **run):
