@@ -19,6 +19,7 @@ import tempfile
 import time
 
 import faults
+import faults_of_bench_ask
 import faults_of_input
 import faults_of_methods
 import faults_of_quantising
@@ -129,7 +130,7 @@ def main():
     args = parser.parse_args()
     chosen = [
         m
-        for module in (faults, faults_of_input, faults_of_methods, faults_of_quantising)
+        for module in (faults, faults_of_bench_ask, faults_of_input, faults_of_methods, faults_of_quantising)
         for m in module.MUTANTS
         if args.only in m.what or args.only in m.file
     ]
