@@ -11,6 +11,7 @@ from icae_jax.runtime import platforms
 
 if TYPE_CHECKING:
     import icae_jax.inference.compressor
+    import icae_jax.inference.store
 
 __version__ = "0.2.0"
 
@@ -23,3 +24,14 @@ def load(
     from icae_jax.inference import loading  # importing JAX takes seconds
 
     return loading.load(adapter, base, **options)
+
+
+def open_store(path: str | os.PathLike) -> "icae_jax.inference.store.Store":
+    """Opens a folder of compressed documents that `icae compress --store` filled, to read them.
+
+    `open_store(DIR)["doc"].memory` is the memory of one document. UserError if DIR is no store.
+    """
+    platforms.quiet_libraries()
+    from icae_jax.inference import store
+
+    return store.open_store(path)

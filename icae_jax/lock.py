@@ -60,6 +60,11 @@ def _is_local(folder: pathlib.Path) -> bool:
     return kind in _LOCAL
 
 
+def is_local(folder: pathlib.Path) -> bool:
+    """Whether a folder, an absolute path, is on a disk of this host alone; shared if unknown."""
+    return _is_local(folder)
+
+
 def _boot() -> str:
     """The id of this boot of this host; empty on systems without one."""
     return _read("/proc/sys/kernel/random/boot_id")

@@ -258,9 +258,9 @@ MUTANTS = [
         '"lora_alpha": adapter.lora.scale * adapter.lora.rank', '"lora_alpha": adapter.lora.scale', "test_adapter.py",
     ),
     Mutant(
-        "another base's memories are read", "inference/memory_file.py",
-        "        if stated != have:\n            raise UserError(\n                f\"--memory {path} was",
-        '        if stated != have and kind != "base":\n            raise UserError(\n                f"--memory {path} was', "test_memory_file.py -k another_base",
+        "another base's memories are read", "inference/origin.py",
+        "        if written_with != have:\n            yield (\n                f\"{what} was",
+        '        if written_with != have and kind != "base":\n            yield (\n                f"{what} was', "test_memory_file.py -k another_base",
     ),
     # ------------------------------------------------------------------------------------------------------- decoding
     Mutant(
@@ -268,17 +268,16 @@ MUTANTS = [
         "if not full and not stopped:", "if not stopped:", "test_generate.py -k limit",
     ),
     Mutant(
-        "a row's limit is one too short", "inference/decoding.py",
-        "left = jnp.where(stopped | (chunks.lefts == 0), 0, chunks.lefts - 1)",
-        "left = jnp.where(stopped | (chunks.lefts == 0), 0, chunks.lefts - 2)", "test_generate.py -k limit",
-    ),
-    Mutant(
         "ties after the end are counted", "inference/engine.py",
         "if not full or stopped:\n            self.ties", "if True:\n            self.ties", "test_generate.py -k limit",
     ),
     Mutant(
-        "stop ids end nothing on the devices", "inference/decoding.py",
-        "jnp.where(active & ~stopped, rows.left - 1, 0)", "jnp.where(active, rows.left - 1, 0)", "test_engine.py -k come_and_go",
+        "a stop id is kept in the text", "inference/engine.py",
+        "if not full and not stopped:", "if not full:", "test_generate.py -k stop_id",
+    ),
+    Mutant(
+        "rows that are prefilled decode along", "inference/decoding.py",
+        "written=rows.written + active,", "written=rows.written + 1,", "test_engine.py -k 'long_prompt or come_and_go'",
     ),
     Mutant(
         "rows read their neighbour's memory", "inference/cache.py",

@@ -263,8 +263,8 @@ MUTANTS = [
     Mutant(
         "a memory's size is the first text's",
         "evaluation/suites/common.py",
-        "(int(memory.tokens[row]), int(memory.bytes[row]))",
-        "(int(memory.tokens[0]), int(memory.bytes[0]))",
+        "tokens = int(memory.tokens[row])",
+        "tokens = int(memory.tokens[0])",
         "test_suite_qa.py -k sizes",
     ),
     Mutant(
@@ -321,12 +321,12 @@ MUTANTS = [
         "            del compression[name]\n", "            pass\n", "test_method_adapters.py -k earlier_versions",
     ),
     Mutant(
-        "a memory does not say how the encoder read", "inference/memory_file.py",
+        "a memory does not say how the encoder read", "inference/origin.py",
         "    expected |= _how_written(origin)\n", "", "test_memory_file.py -k how_the_encoder",
     ),
     Mutant(
-        "files of earlier versions had any mask", "inference/memory_file.py",
-        "metadata.get(field, str(EARLIER.get(field, have)))", "metadata.get(field, have)", "test_memory_file.py -k how_the_encoder",
+        "files of earlier versions had any mask", "inference/origin.py",
+        "stated.get(field, str(EARLIER.get(field, have)))", "stated.get(field, have)", "test_memory_file.py -k how_the_encoder",
     ),
     Mutant(
         "transformers decodes without the decoder's LoRA", "interop/export/scripts/use_cache.py",

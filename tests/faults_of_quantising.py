@@ -49,8 +49,8 @@ MUTANTS = [
         "    if stated != have:\n        errors.say(", "    if False:\n        errors.say(", "test_quantized_use.py -k quantisation",
     ),
     Mutant(
-        "a memory hides what wrote it", "inference/memory_file.py",
-        '        metadata["base_quantize"] = origin.base_quantize\n', "        pass\n", "test_quantized_use.py -k compressing_to",
+        "a memory hides what wrote it", "inference/origin.py",
+        '        written["base_quantize"] = origin.base_quantize\n', "        pass\n", "test_quantized_use.py -k compressing_to",
     ),
     Mutant(
         "nf4 cuts a width that its blocks do not divide", "models/schemes.py",

@@ -20,9 +20,11 @@ import time
 
 import faults
 import faults_of_bench_ask
+import faults_of_filling
 import faults_of_input
 import faults_of_methods
 import faults_of_quantising
+import faults_of_store
 from faults import Mutant
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -130,7 +132,15 @@ def main():
     args = parser.parse_args()
     chosen = [
         m
-        for module in (faults, faults_of_bench_ask, faults_of_input, faults_of_methods, faults_of_quantising)
+        for module in (
+            faults,
+            faults_of_bench_ask,
+            faults_of_filling,
+            faults_of_input,
+            faults_of_methods,
+            faults_of_quantising,
+            faults_of_store,
+        )
         for m in module.MUTANTS
         if args.only in m.what or args.only in m.file
     ]

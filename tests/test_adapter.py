@@ -257,10 +257,6 @@ def test_every_tensor_that_does_not_fit_is_listed(change, messages):
             "which is neither a text nor a list of texts",
         ),
         (lambda f: (f / "icae.json").unlink(), r"has no icae\.json, so it is no adapter"),
-        (
-            lambda f: ((f / "icae.json").unlink(), (f / "checkpoints").mkdir()),
-            "is the workdir of a training that has not ended",
-        ),
         (lambda f: (f / "memory.safetensors").unlink(), r"memory\.safetensors: no such file"),
         (
             lambda f: (f / "memory.safetensors").write_bytes(b"x" * 20),

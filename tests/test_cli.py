@@ -343,7 +343,7 @@ def test_bad_paths_of_the_other_verbs(trained, files, tmp_path, capsys):
     output = str(tmp_path / "m.safetensors")
     good = compress(trained, files, output)
     for flag, value, message in (
-        ("--adapter", str(tmp_path), "has no icae.json, so it is no adapter"),
+        ("--adapter", str(tmp_path), "holds no trained compressor (adapter folder, training"),
         ("--input", "absent.jsonl", "absent.jsonl: no such file"),
         ("--output", str(tmp_path / "no" / "m"), "absent or cannot be written"),
         ("--base", "absent", "not a folder"),

@@ -159,7 +159,7 @@ def test_the_other_verbs(world, hub, tmp_path, capsys):
     want = adapters.load_adapter(world / "adapter", base)
     same(compressor.adapter.trained, want.trained)
     same(
-        trained.open_adapter(trained.find("org/adapter"), base).trained,
+        trained.open_adapter(trained.find("org/adapter"), base)[1].trained,
         want.trained,
     )
     rows = [

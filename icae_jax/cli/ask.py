@@ -1,18 +1,19 @@
-"""`icae ask`: answer questions from a memory file, or from texts by a ladder of memories."""
+"""`icae ask`: answer questions from a memory file, a store, or texts by a ladder of memories."""
 
 import argparse
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from icae_jax.cli import flags
 from icae_jax.errors import UserError
 
 if TYPE_CHECKING:
     from icae_jax.inference.reading import Generation
+    from icae_jax.inference.sampling import Sampling
 else:
     Generation = object  # importing it imports JAX, which takes seconds
 
-HELP = "answer questions from a memory file, or from texts by a ladder of memories"
+HELP = "answer questions from a memory file or a store, or from texts by a ladder of memories"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -22,8 +23,9 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     help_text = "asked of every text; may be given several times"
     add("--question", required=True, action="append", help=help_text)
-    help_text = "ask only the text of this id in the memory file; may be given several times"
-    add("--id", action="append", default=[], help=help_text)
+    help_text = "with --store: read the documents of --id together, as one memory"
+    add("--join", action="store_true", help=help_text)
+    _sampling_flags(parser)
     add = parser.add_argument_group("texts in place of a memory file").add_argument
     add("--input", help="texts: JSON, tables, text files, a folder or glob of them")
     help_text = "rising memory tokens per segment, such as 2,8,32: the answer is that of the first "
@@ -35,17 +37,48 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "stop")
+
+
+def _sampling_flags(parser: argparse.ArgumentParser) -> None:
+    from icae_jax.inference.sampling import GREEDY
+
+    add = parser.add_argument_group("how tokens are chosen").add_argument
+    help_text = "0, the default, takes the best token; higher draws more freely"
+    add("--temperature", type=float, default=GREEDY.temperature, help=help_text)
+    help_text = "draw from so many most likely tokens; 0, the default: from all"
+    add("--top_k", type=int, default=GREEDY.top_k, help=help_text)
+    help_text = "draw from the most likely tokens whose probabilities sum to this (default: 1)"
+    add("--top_p", type=float, default=GREEDY.top_p, help=help_text)
+    help_text = "draw only tokens of this part of the best one's probability (default: 0)"
+    add("--min_p", type=float, default=GREEDY.min_p, help=help_text)
+    help_text = "above 1: tokens of question and answer are less likely again (default: 1)"
+    add("--repetition_penalty", type=float, default=GREEDY.repetition_penalty, help=help_text)
+    add("--seed", type=int, default=GREEDY.seed, help="of the draws (default: 0)")
+    help_text = "a text before which an answer ends; may be given several times"
+    add("--stop", action="append", default=[], help=help_text)
+
+
+def _sampling(args: argparse.Namespace) -> "Sampling":
+    from icae_jax.inference.sampling import Sampling
+
+    return Sampling(**{name: getattr(args, name) for name in SAMPLING})
+
+
 def run(argv: list[str]) -> int:
     """Runs the verb. Returns the exit code 0; UserError on bad input."""
     args = _parser().parse_args(argv)
-    if bool(args.memory) == bool(args.input):
-        raise UserError("give one of --memory, a memory file, and --input, texts")
-    if args.memory:
+    args.sampling = _sampling(args)  # checked before anything is loaded
+    if sum(map(bool, (args.memory, args.store, args.input))) != 1:
+        raise UserError("give one of --memory, a memory file, --store, a store, and --input, texts")
+    if args.join and not (args.store and args.id):
+        raise UserError("--join reads documents of a store together; give --store and their --id")
+    if not args.input:
         if args.ladder:
-            raise UserError(f"--ladder {args.ladder}: a memory file has its k; give --input, texts")
+            raise UserError(f"--ladder {args.ladder}: a memory has its k; give --input, texts")
         if args.threshold is not None:
             raise UserError(f"--threshold {args.threshold} counts only with --input and --ladder")
-        _from_memory(args)
+        (_from_store if args.store else _from_memory)(args)
     else:
         _from_texts(args)
     return 0
@@ -63,8 +96,30 @@ def _from_memory(args: argparse.Namespace) -> None:
         only_ids=args.id,
     )
     questions = [args.question] * len(ids)
-    answers = compressor.ask(memory, questions, args.max_new_tokens, args.batch_size, details=True)
+    answers = compressor.ask(memory, questions, details=True, **_limits(args))
     _print(args, ids, answers)
+
+
+def _limits(args: argparse.Namespace) -> dict[str, Any]:
+    names = ("max_new_tokens", "batch_size", "sampling")
+    return {name: getattr(args, name) for name in names}
+
+
+def _from_store(args: argparse.Namespace) -> None:
+    from icae_jax.inference import loading, stored
+
+    compressor, opened = loading.load_with_store(
+        args.store, args.adapter, args.base, dtype=args.base_dtype, mesh=flags.mesh(args.mesh)
+    )
+    limits = _limits(args)
+    if args.join:
+        memory = stored.joined(compressor, opened.get(args.id))
+        answers = compressor.ask(memory, [args.question], details=True, **limits)
+        _print(args, [args.id], answers)
+        return
+    for entries in stored.batches(opened, args.id):
+        answers = stored.ask(compressor, opened, entries, args.question, **limits)
+        _print(args, [entry.id for entry in entries], answers)
 
 
 def _from_texts(args: argparse.Namespace) -> None:
@@ -79,9 +134,8 @@ def _from_texts(args: argparse.Namespace) -> None:
     answers = compressor.ask(
         [row.text for row in rows.values()],
         [args.question] * len(rows),
-        args.max_new_tokens,
-        args.batch_size,
         details=True,
+        **_limits(args),
         ladder=args.ladder,
         threshold=cascade.LIKELY if args.threshold is None else args.threshold,
     )
@@ -89,9 +143,14 @@ def _from_texts(args: argparse.Namespace) -> None:
 
 
 def _print(
-    args: argparse.Namespace, ids: Iterable[str | int], answers: Iterable[Iterable[Generation]]
+    args: argparse.Namespace,
+    ids: Iterable[str | int | list[str]],
+    answers: Iterable[Iterable[Generation]],
 ) -> None:
-    """Prints the answers of each text: as JSON with what was read for them."""
+    """Prints the answers of each text: as JSON with what was read for them.
+
+    ids: of each text, a list where several were read together.
+    """
     for text_id, row in zip(ids, answers, strict=True):
         for question, answer in zip(args.question, row, strict=True):
             result = {"id": text_id, "question": question, "answer": answer.text}

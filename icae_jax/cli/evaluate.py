@@ -24,7 +24,12 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--suite", required=True, choices=list(SUITES), help="what to measure")
     help_text = "adapter folder, workdir, checkpoint, hub id, or gs://…; several with suite ablate"
-    add("--adapter", required=True, action="append", metavar="[NAME=]DIR", help=help_text)
+    add("--adapter", default=[], action="append", metavar="[NAME=]DIR", help=help_text)
+    help_text = (
+        "read memories from a store in place of compressing (suites qa, autoencode), of the "
+    )
+    help_text += "texts of --data by their content or id; --adapter is by default the one it names"
+    add("--store", metavar="DIR", help=help_text)
     flags.base_flags(parser)
     help_text = "this host's devices, such as fsdp=4,tensor=2; by default batches use all of them"
     add("--mesh", help=help_text)

@@ -56,7 +56,8 @@ def _shared_flags(parser, run, dtypes):
     add = parser.add_argument
     add("--memory", required=True, help="memory file that `icae compress` wrote")
     add("--to", required=True, help="folder to write, new or empty")
-    add("--adapter", help="adapter (folder, hub id or gs://…); by default the memory's")
+    help_text = "adapter folder, workdir, checkpoint, hub id or gs://…; by default the memory's"
+    add("--adapter", help=help_text)
     flags.base_flags(parser)
     add("--id", action="append", default=[], help="only the text of this id; may be repeated")
     add("--dtype", choices=dtypes, default=dtypes[0], help="of the tensors; %(default)s by default")

@@ -134,13 +134,21 @@ def numbers(text: str) -> tuple[int, ...]:
 
 
 def memory_parser(verb: str, text: str, required: bool = True) -> argparse.ArgumentParser:
-    """The parser of a verb that decodes from a memory file. required: whether it always does."""
+    """The parser of a verb that decodes from a memory file or a store.
+
+    required: whether it always does.
+    """
     result = parser(verb, text)
+    memory = result.add_mutually_exclusive_group(required=required).add_argument
+    memory("--memory", help="memory file that `icae compress` wrote")
+    memory("--store", help="folder of a store that `icae compress` filled")
     add = result.add_argument
-    add("--memory", required=required, help="memory file that `icae compress` wrote")
+    help_text = "only the text of this id in the memory file or store; may be given several times"
+    add("--id", action="append", default=[], help=help_text)
     add(
         "--adapter",
-        help="adapter (folder, hub id or gs://…); by default the one that the memory names",
+        help="adapter (folder, workdir, checkpoint, hub id or gs://…); by default the one that the "
+        "memory names",
     )
     base_flags(result)
     mesh_flag(result)

@@ -21,6 +21,7 @@ from icae_jax.cli import (
     prepare,
     quickstart,
     restore,
+    store,
     sweep,
     train,
 )
@@ -39,6 +40,7 @@ VERBS = {
     "compress": (compress.run, compress.HELP),
     "restore": (restore.run, restore.HELP),
     "ask": (ask.run, ask.HELP),
+    "store": (store.run, store.HELP),
     "plan": (plan.run, plan.HELP),
     "bench": (bench.run, bench.HELP),
     "evaluate": (evaluate.run, evaluate.HELP),
@@ -50,7 +52,7 @@ VERBS = {
 
 # These run without devices, so JAX's settings do not matter; a sweep's runs check them.
 WITHOUT_DEVICES = ("prepare", "cache", "sweep")
-WITH_KINDS = ("bench", "convert", "export")
+WITH_KINDS = ("bench", "convert", "export", "store")
 TRAINING = ("train", "quickstart", "sweep", "bench")
 
 

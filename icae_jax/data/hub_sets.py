@@ -72,10 +72,13 @@ def identity(spec: str) -> list:
     return ["hf", dataset._fingerprint, len(dataset)]
 
 
-def raw_rows(spec: str) -> Iterator[tuple[dict, str, str]]:
-    """Yields (row as JSON would have it, its place, its number). UserError as for `open_set`."""
+def raw_rows(spec: str, fields: frozenset[str] = FIELDS) -> Iterator[tuple[dict, str, str]]:
+    """Yields (row as JSON would have it, its place, its number). UserError as for `open_set`.
+
+    fields: the columns that are read.
+    """
     dataset = open_set(spec)
-    dataset = dataset.select_columns(tables.wanted(dataset.column_names, FIELDS, spec))
+    dataset = dataset.select_columns(tables.wanted(dataset.column_names, fields, spec))
     for start in range(0, len(dataset), BATCH):
         columns = dataset[start : start + BATCH]
         for number, values in enumerate(zip(*columns.values(), strict=True), start):

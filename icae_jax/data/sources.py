@@ -6,7 +6,7 @@
 import itertools
 import pathlib
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from icae_jax import errors
 from icae_jax.data import formats, forms, hub_sets, places, reading, tfds_sets
@@ -77,14 +77,14 @@ def earlier_identity(source: str, tfds_dir: str | None = None) -> list:
     return result
 
 
-def _raw_rows(part, name, prefix, tfds_dir, max_row_bytes):
+def _raw_rows(part, name, prefix, tfds_dir, max_row_bytes, fields):
     """Yields (raw row, its place, its default id) of a set or file."""
     if part.startswith(tfds_sets.PREFIX):
         raw_rows = tfds_sets.raw_rows(part, tfds_dir)
     elif places.is_set(part):
-        raw_rows = hub_sets.raw_rows(part)
+        raw_rows = hub_sets.raw_rows(part, fields)
     else:
-        raw_rows = formats.raw_rows(part, max_row_bytes)
+        raw_rows = formats.raw_rows(part, max_row_bytes, fields)
         if formats.kind(part) == formats.TEXT:
             for raw, where, _ in raw_rows:
                 yield raw, where, name
@@ -107,13 +107,32 @@ def read_rows(
     UserError if something is malformed or longer than `max_row_bytes`; names file and line.
     """
     sieve = Sieve() if sieve is None else sieve
-    parts = _parts(source, report=True)
+    for row, _ in read_with_raw(source, tfds_dir, max_row_bytes, sieve, unanswered):
+        yield row
+
+
+def read_with_raw(
+    source: str,
+    tfds_dir: str | None = None,
+    max_row_bytes: int = reading.MAX_ROW_BYTES,
+    sieve: Sieve | None = None,
+    unanswered: bool = False,
+    fields: Iterable[str] = (),
+) -> Iterator[tuple[Row, object]]:
+    """As `read_rows`, each `Row` with the raw row that it was made of.
+
+    fields: of raw rows that are wanted beside those that rows are made of; other columns of a table
+    are not read.
+    """
+    sieve = Sieve() if sieve is None else sieve
+    parts, columns = _parts(source, report=True), forms.FIELDS.union(fields)
     for part, name in zip(parts, _short_names(parts), strict=True):
         prefix = f"{name}:" if len(parts) > 1 else ""
-        for raw, where, default_id in _raw_rows(part, name, prefix, tfds_dir, max_row_bytes):
+        raw_rows = _raw_rows(part, name, prefix, tfds_dir, max_row_bytes, columns)
+        for raw, where, default_id in raw_rows:
             for row in map(sieve.take, forms.parse(raw, where, default_id, unanswered)):
                 if row is not None:
-                    yield row
+                    yield row, raw
 
 
 def read_all(

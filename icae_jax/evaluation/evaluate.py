@@ -13,12 +13,12 @@ from icae_jax import errors, files
 from icae_jax.data import rows, sources
 from icae_jax.errors import UserError
 from icae_jax.evaluation import examples as suite_examples
-from icae_jax.evaluation import page, plain, run
+from icae_jax.evaluation import page, plain, run, stored
 from icae_jax.evaluation.suites import SUITES
 from icae_jax.evaluation.suites.common import Options
 from icae_jax.inference.compressor import Compressor
-from icae_jax.inference.loading import load_base
-from icae_jax.interop.hub import base as bases
+from icae_jax.inference.loading import load_base, load_onto, store_base
+from icae_jax.inference.store import open_store
 from icae_jax.runtime import distributed, sharding
 from icae_jax.training import trained
 from icae_jax.training.trained import Trained
@@ -30,7 +30,8 @@ RESULTS, PAGE = "results.json", "report.html"
 class Request:
     """What to measure; the fields are `icae evaluate`'s flags.
 
-    adapters: paths by name; only suite ablate takes several.
+    adapters: paths by name; only suite ablate takes several. {} for the one that the store names.
+    store: of memories that suites qa and autoencode read in place of compressing; None to compress.
     base: None for the one that the first adapter names.
     base_dtype: see `loading.load`.
     mesh: such as "fsdp=4,tensor=2", of this host's devices; None splits batches over all of them.
@@ -45,6 +46,7 @@ class Request:
     suite: str
     adapters: dict[str, str]
     data: str
+    store: str | None = None
     base: str | None = None
     base_dtype: str | None = None
     mesh: str | None = None
@@ -62,6 +64,10 @@ class Request:
                 f"--adapter is given {len(self.adapters)} times; suite {self.suite} takes one "
                 "(ablate compares several)"
             )
+        if not self.adapters and not self.store:
+            raise UserError("--adapter is not given; name a compressor, or a --store")
+        if self.store:
+            self._check_store()
         if self.seed < 0:
             raise UserError(f"--seed is {self.seed}; give a whole number from 0 on")
         if self.options.ladder and self.suite != "qa":
@@ -72,6 +78,23 @@ class Request:
         rows.check_no_answer(self.no_answer, "--no_answer")
         if self.out and self.out.exists() and not self.out.is_dir():
             raise UserError(f"--out {self.out} is a file; give a folder")
+
+    def _check_store(self):
+        if self.suite not in stored.SUITES:
+            raise UserError(
+                f"--store holds memories of whole texts, which suite {self.suite} does not read; "
+                f"take suite {' or '.join(stored.SUITES)}, or leave --store out"
+            )
+        if self.options.ladder:
+            raise UserError(
+                f"--ladder is {self.options.ladder}, but a store's memories have their k; leave it "
+                "out, or leave --store out"
+            )
+        if self.suite == "autoencode" and self.options.context_lengths:
+            raise UserError(
+                f"--context_lengths is {self.options.context_lengths}, but a store holds memories "
+                "of whole texts; leave it out"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,11 +137,7 @@ def load(
 ) -> dict[str, Compressor]:
     """Loads adapters onto one base, by default the first one's. UserError if theirs differ."""
     loaded = load_base(base or trained.base_of(next(iter(adapters.values()))), dtype, mesh)
-    activations, _ = bases.precision(dtype)
-    return {
-        name: Compressor(loaded, trained.open_adapter(one, loaded), one.name, activations, mesh)
-        for name, one in adapters.items()
-    }
+    return {name: load_onto(loaded, one, dtype, mesh) for name, one in adapters.items()}
 
 
 def evaluate(request: Request, say: Callable[[str], Any] = lambda text: None) -> Evaluation:
@@ -136,12 +155,24 @@ def evaluate(request: Request, say: Callable[[str], Any] = lambda text: None) ->
 
     # -------------------------------------------------------------------- what is measured, on what
     mesh = sharding.local_mesh(sharding.parse(r.mesh)) if r.mesh else sharding.local_mesh()
-    adapters = find(r.adapters)
-    compressors = load(adapters, r.base, r.base_dtype, mesh)
+    opened = open_store(r.store) if r.store else None
+    named = r.adapters or {"adapter": opened.info.adapter}
+    base = r.base or (None if opened is None else store_base(opened.info))
+    adapters = find(named)
+    compressors = load(adapters, base, r.base_dtype, mesh)
     compressor = next(iter(compressors.values()))
+    memories = None
+    if opened is not None:
+        opened.check(compressor)
+        texts = [text for of_set in sets.values() for text in of_set]
+        memories = stored.StoredMemories(opened, compressor, texts)
+        options = dataclasses.replace(options, k=options.k or memories.ks)
     suite = SUITES[r.suite](compressors if r.suite == "ablate" else compressor, options)
+    suite.stored = memories
     examples, left_out = suite_examples.make_examples(sets, r.limit, suite)
     identity = _identity(r, compressors, examples)
+    if memories is not None:
+        identity["store"] = memories.identity()
     # Hosts with other data, or a workdir whose best changed meanwhile, would mix their scores.
     distributed.check_agreement(identity)
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
@@ -166,6 +197,7 @@ def evaluate(request: Request, say: Callable[[str], Any] = lambda text: None) ->
             "config": config,
             "adapters": {name: _facts(c) for name, c in compressors.items()},
             "base": {"path": compressor.base.path, "fingerprint": compressor.base.fingerprint},
+            **({"store": {"path": r.store} | opened.stats()} if opened is not None else {}),
             "data": {"sources": suite_examples.named_sources(r.data), "texts": texts},
             "left_out": sieve.counts | left_out,
             "seed": r.seed,

@@ -1,6 +1,7 @@
 """Batches of few shapes, so that few programs are compiled, and their memories joined again."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -11,6 +12,7 @@ from icae_jax.compression.memory import Memory
 from icae_jax.errors import UserError
 
 SHAPE_STEP = 32  # lengths are padded to multiples of this
+LENGTHS = 16  # to which segments are padded where many documents are written
 
 
 def round_up(n: int, step: int = SHAPE_STEP) -> int:
@@ -23,6 +25,55 @@ def few_shapes(n: int, most: int) -> int:
     return max(n, min(most, 1 << (n - 1).bit_length()))
 
 
+class SegmentBatch(NamedTuple):
+    """Segments that are encoded at once.
+
+    segments: their numbers. rows: of the program, at least as many. tokens: of a row, at least as
+    many as each segment has.
+    """
+
+    segments: list[int]
+    rows: int
+    tokens: int
+
+
+def segment_batches(
+    lengths: Sequence[int],
+    config: CompressionConfig,
+    batch_size: int,
+    rounded: Callable[[int], int] = int,
+) -> list[SegmentBatch]:
+    """Batches of segments of like lengths, so that little is padding and few programs are compiled.
+
+    A batch has about the tokens of `batch_size` whole segments. Rows are padded to one of about 16
+    lengths. What the last batch lacks is not filled up: it is cut into batches of a half, a quarter
+    and an eighth, and only what these leave is padded with rows.
+
+    Args:
+      lengths: tokens of each segment.
+      config: how long a segment may be, and whether all are padded to that.
+      batch_size: whole segments of a batch.
+      rounded: a number of rows, rounded up to one that the devices can split.
+    """
+    batch_starts(0, batch_size)  # checks it
+    longest = config.segment_tokens
+    step = round_up(-(-longest // LENGTHS), 8)
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    batches, start = [], 0
+    while start < len(order):
+        tokens = min(round_up(lengths[order[start]], step), longest)
+        if config.position_layout.fixed_length:
+            tokens = longest
+        most = rounded(1 << (max(1, batch_size * longest // tokens).bit_length() - 1))
+        least = rounded(-(-most // 8))
+        rows, left = most, len(order) - start
+        while rows > left and rows > least:
+            rows = max(least, rounded(-(-rows // 2)))
+        batches.append(SegmentBatch(order[start : start + rows], rows, tokens))
+        start += rows
+    return batches
+
+
 def batch_starts(count: int, batch_size: int) -> range:
     """The first row of each batch; UserError if batch_size is not positive."""
     if batch_size < 1:
@@ -30,12 +81,17 @@ def batch_starts(count: int, batch_size: int) -> range:
     return range(0, count, batch_size)
 
 
-def concatenate(batches: Sequence[Memory], config: CompressionConfig) -> Memory:
+def concatenate(batches: Sequence[Memory], config: CompressionConfig, segments: int = 0) -> Memory:
     """The memory of all texts of several batches, padded to the most segments.
 
     What a batch held in its padding is set to zero, so that no trace of its shape is left.
+
+    segments: to which memories are padded at least.
     """
-    memory = batches[0] if len(batches) == 1 else _concatenate(batches, config)
+    if len(batches) == 1 and batches[0].segment_lengths.shape[1] >= segments:
+        memory = batches[0]
+    else:
+        memory = _concatenate(batches, config, segments)
     axis = memory.TEXT_AXIS
     cleared = {}
     for name, x in memory.contents.items():
@@ -44,9 +100,9 @@ def concatenate(batches: Sequence[Memory], config: CompressionConfig) -> Memory:
     return memory.replace(**cleared)
 
 
-def _concatenate(batches, config):
+def _concatenate(batches, config, segments):
     kind, k = type(batches[0]), batches[0].tokens_per_segment
-    segments = max(batch.segment_lengths.shape[1] for batch in batches)
+    segments = max(segments, *(batch.segment_lengths.shape[1] for batch in batches))
 
     def joined(arrays, text_axis, size):
         """Joins along the axis of texts; the axis behind it is padded to `size`."""

@@ -19,26 +19,21 @@ from icae_jax.inference.sampling import GREEDY, Choice, Settings
 from icae_jax.models.pytree import pytree
 from icae_jax.runtime import compiler_options
 
-NO_STOP = -1  # in place of a stop id
-
 
 @pytree
 class Rows:
     """What the devices know of each row.
 
     memory: the place of its memory. start: the position of its prompt's first token. written: how
-    many tokens its cache holds. token: chosen last, not yet run. left: how many may still be
-    chosen; 0: the row is free, prefilled or done. number: how many were chosen. stops: ids that end
-    it, padded with `NO_STOP`. seen: tokens that it holds, kept where a row has a penalty.
+    many tokens its cache holds. token: chosen last, not yet run. number: how many were chosen.
+    seen: tokens that it holds, kept where a row has a penalty.
     """
 
     memory: Int[Any, " R"]
     start: Int[Any, " R"]
     written: Int[Any, " R"]
     token: Int[Any, " R"]
-    left: Int[Any, " R"]
     number: Int[Any, " R"]
-    stops: Int[Any, "R n"]
     settings: Settings
     seen: Bool[Any, "R V"]
 
@@ -46,18 +41,17 @@ class Rows:
 class Chunks(NamedTuple):
     """A chunk of each of some prompts, right-padded.
 
-    rows: their rows; a row beyond the last is padding. offsets: tokens written before. lefts: how
-    many tokens may be chosen behind the prompt, 0 if this is not its last chunk.
+    rows: their rows; a row beyond the last is padding. offsets: tokens written before. last:
+    whether the prompt ends with this chunk. The others: as of `Rows`.
     """
 
     rows: Int[Any, " b"]
     ids: Int[Any, "b T"]
     lengths: Int[Any, " b"]
     offsets: Int[Any, " b"]
-    lefts: Int[Any, " b"]
+    last: Bool[Any, " b"]
     memory: Int[Any, " b"]
     start: Int[Any, " b"]
-    stops: Int[Any, "b n"]
     settings: Settings
 
 
@@ -98,14 +92,10 @@ def _behind(first, token):
     return jnp.minimum(first, first + token)
 
 
-def _ends(token, stops):
-    return jnp.any(token[:, None] == stops, axis=1)
-
-
 def prefill(
     decoder: Decoder, cache: Cache, rows: Rows, chunks: Chunks, *, how: How
-) -> tuple[Cache, Rows, Choice, Any]:
-    """Runs chunks of prompts, and chooses the token behind each; with whether it is a stop."""
+) -> tuple[Cache, Rows, Choice]:
+    """Runs chunks of prompts, and chooses the token behind each."""
     b, T = chunks.ids.shape
     positions = chunks.start[:, None] + chunks.offsets[:, None] + jnp.arange(T)[None]
     parts = _memory_parts(cache, how, chunks.memory, chunks.memory[0])
@@ -128,14 +118,12 @@ def prefill(
     number = jnp.zeros(b, jnp.int32)
     behind = jnp.take(seen, chunks.rows, 0, mode="clip") if not how.plain else None
     choice = _choose(decoder, hidden, how, chunks.settings, behind, number)
-    stopped = _ends(choice.token, chunks.stops)
-    left = jnp.where(stopped | (chunks.lefts == 0), 0, chunks.lefts - 1)
 
     def put(x, new):
         return x.at[chunks.rows].set(new, mode="drop")
 
     if not how.plain:
-        chosen = jnp.where(chunks.lefts > 0, choice.token, seen.shape[1])
+        chosen = jnp.where(chunks.last, choice.token, seen.shape[1])
         seen = seen.at[chunks.rows, chosen].set(True, mode="drop")
     cache = cache.put_tokens(kv, chunks.rows, _behind(chunks.offsets, choice.token))
     rows = rows.replace(
@@ -143,24 +131,28 @@ def prefill(
         start=put(rows.start, chunks.start),
         written=put(rows.written, chunks.offsets + chunks.lengths),
         token=put(rows.token, choice.token),
-        left=put(rows.left, left),
         number=put(rows.number, jnp.ones(b, jnp.int32)),
-        stops=put(rows.stops, chunks.stops),
         settings=jax.tree.map(put, rows.settings, chunks.settings),
         seen=seen,
     )
-    return cache, rows, choice, stopped
+    return cache, rows, choice
 
 
 def step(
-    decoder: Decoder, cache: Cache, rows: Rows, place: Int[Any, ""], *, how: How
-) -> tuple[Cache, Rows, Choice, Any]:
-    """Runs the token that each row chose last, and chooses the next; with whether it is a stop.
+    decoder: Decoder,
+    cache: Cache,
+    rows: Rows,
+    active: Bool[Any, " R"],
+    place: Int[Any, ""],
+    *,
+    how: How,
+) -> tuple[Cache, Rows, Choice]:
+    """Runs the token that each row chose last, and chooses the next.
 
-    place: the one that all read, if `how` says so.
+    active: the rows that have their prompts; what the others choose means nothing. place: the one
+    that all read, if `how` says so.
     """
     R = len(rows.token)
-    active = rows.left > 0
     positions = (rows.start + rows.written)[:, None]
     parts = [
         *_memory_parts(cache, how, rows.memory, place),
@@ -169,7 +161,6 @@ def step(
     x = decoder.embed(rows.token[:, None])
     hidden, kv = decoder.run(x, positions, parts, return_kv=True)
     choice = _choose(decoder, hidden[:, 0], how, rows.settings, rows.seen, rows.number)
-    stopped = _ends(choice.token, rows.stops)
     cache = cache.put_tokens(kv, jnp.arange(R), _behind(rows.written, choice.token))
     seen = rows.seen
     if not how.plain:
@@ -178,11 +169,10 @@ def step(
     rows = rows.replace(
         written=rows.written + active,
         token=jnp.where(active, choice.token, rows.token),
-        left=jnp.where(active & ~stopped, rows.left - 1, 0),
         number=rows.number + active,
         seen=seen,
     )
-    return cache, rows, choice, stopped
+    return cache, rows, choice
 
 
 def load(cache: Cache, prefix: Prefix, texts: Int[Any, " b"], slots: Int[Any, " b"]) -> Cache:
@@ -194,18 +184,12 @@ def load(cache: Cache, prefix: Prefix, texts: Int[Any, " b"], slots: Int[Any, " 
     return cache.put_memory(taken, slots)
 
 
-def release(rows: Rows, row: Int[Any, ""]) -> Rows:
-    """Ends a row."""
-    return rows.replace(left=rows.left.at[row].set(0))
-
-
 class Programs(NamedTuple):
     """Compiled once for all engines of the same shapes."""
 
     prefill: Any
     step: Any
     load: Any
-    release: Any
     empty: Any
 
 
@@ -218,14 +202,11 @@ def programs() -> Programs:
         jax.jit(prefill, **how),
         jax.jit(step, **how),
         jax.jit(load, donate_argnums=0),
-        jax.jit(release, donate_argnums=0),
-        jax.jit(empty, static_argnames=("rows", "tokens", "memory_tokens", "stop_ids")),
+        jax.jit(empty, static_argnames=("rows", "tokens", "memory_tokens")),
     )
 
 
-def empty(
-    decoder: Decoder, *, rows: int, tokens: int, memory_tokens: int, stop_ids: int
-) -> tuple[Cache, Rows]:
+def empty(decoder: Decoder, *, rows: int, tokens: int, memory_tokens: int) -> tuple[Cache, Rows]:
     """An empty cache, and rows that are free. Sizes: as of `engine.Engine`."""
     cache = caches.make(
         decoder,
@@ -235,7 +216,6 @@ def empty(
         memory_tokens=memory_tokens,
     )
     settings = jax.tree.map(jnp.asarray, Settings.of([GREEDY] * rows))
-    zeros = [jnp.zeros(rows, jnp.int32) for _ in range(6)]
-    stops = jnp.full((rows, stop_ids), NO_STOP, jnp.int32)
+    zeros = [jnp.zeros(rows, jnp.int32) for _ in range(5)]
     seen = jnp.zeros((rows, decoder.base.config.vocab_size), bool)
-    return cache, Rows(*zeros, stops, settings, seen)
+    return cache, Rows(*zeros, settings, seen)

@@ -20,7 +20,7 @@ from icae_jax.compression.decoder import Decoder, Prefix
 from icae_jax.errors import UserError
 from icae_jax.inference import decoding
 from icae_jax.inference.batching import few_shapes, round_up
-from icae_jax.inference.decoding import NO_STOP, Chunks, How
+from icae_jax.inference.decoding import Chunks, How
 from icae_jax.inference.devices import Devices
 from icae_jax.inference.sampling import GREEDY, MOST_ALTERNATIVES, Choice, Sampling, Settings
 from icae_jax.inference.streaming import TextStream
@@ -87,9 +87,10 @@ class Running:
         """Tokens of the prompt that are not yet prefilled."""
         return len(self.request.prompt) - self.prefilled
 
-    def take(self, choice: Choice, i: int, stopped: bool) -> None:
+    def take(self, choice: Choice, i: int) -> None:
         """Takes row i of what a program chose."""
         sampling = self.request.sampling
+        stopped = int(choice.token[i]) in self.request.stop_ids
         full = len(self.ids) >= sampling.max_new_tokens  # then only a stop token counts
         if not full or stopped:
             self.ties += int(choice.tie[i])
@@ -105,6 +106,7 @@ class Running:
             new = [] if full or stopped else self.ids[-1:]
             self.piece = self.stream.add(new, self.done)
             stopped |= bool(self.stream.stopped_by)
+            self.done |= stopped
         self.stopped = stopped
 
 
@@ -130,7 +132,6 @@ class Engine:
         rows: int,
         tokens: int,
         memory_tokens: int = 0,
-        stop_ids: int = 8,
         chunk: int = CHUNK,
         tokenizer: Any = None,
     ):
@@ -142,7 +143,6 @@ class Engine:
           rows: see the class; rounded up to what a mesh can split.
           tokens: see the class; rounded up.
           memory_tokens: see the class; rounded up.
-          stop_ids: of a request, at most.
           chunk: tokens of prompts that are prefilled between two steps of the others.
           tokenizer: makes text of tokens as they come; stop texts need it.
 
@@ -155,7 +155,7 @@ class Engine:
         self.devices, self.decoder = devices, devices.for_decoding(decoder)
         self.rows, self.tokens = devices.rows(rows), padded(tokens)
         self.memory_tokens = padded(memory_tokens) if memory_tokens else 0
-        self.stop_ids, self.chunk, self.tokenizer = stop_ids, chunk, tokenizer
+        self.chunk, self.tokenizer = chunk, tokenizer
         self._free = list(range(self.rows))
         self._running: dict[int, Running] = {}  # by row
         self._prefilling: collections.deque[Running] = collections.deque()
@@ -167,9 +167,7 @@ class Engine:
         sizes = {"tokens": self.tokens, "memory_tokens": self.memory_tokens}
         self._programs = decoding.programs()
         with devices.active():
-            self._cache, self._rows = self._programs.empty(
-                self.decoder, rows=self.rows, **sizes, stop_ids=stop_ids
-            )
+            self._cache, self._rows = self._programs.empty(self.decoder, rows=self.rows, **sizes)
         # As what the programs return is, for which they would be compiled once more.
         leaves = jax.tree.leaves(self.decoder.base.params)
         committed = [x for x in leaves if isinstance(x, jax.Array) and x.committed]
@@ -202,11 +200,6 @@ class Engine:
             raise UserError(
                 f"a memory of {memory} tokens, head included, exceeds the engine's "
                 f"{self.memory_tokens}; make one with more memory_tokens"
-            )
-        if len(request.stop_ids) > self.stop_ids:
-            raise UserError(
-                f"{len(request.stop_ids)} stop_ids are given, the engine was made for "
-                f"{self.stop_ids}; make one for more"
             )
         if request.sampling.stop and self.tokenizer is None:
             raise UserError(
@@ -256,8 +249,6 @@ class Engine:
         running.done = True
         if running in self._prefilling:
             self._prefilling.remove(running)
-        with self.devices.active():
-            self._rows = self._programs.release(self._rows, np.int32(running.row))
         self._leave(running)
 
     def _leave(self, running):
@@ -283,9 +274,7 @@ class Engine:
                 self._decode_next = False
                 moved = self._decode(ready) if ready else []
         for running in moved:
-            if running.stopped and not running.done:  # by a text, of which the devices do not know
-                self.remove(running)
-            elif running.done:
+            if running.done:
                 self._leave(running)
         return moved
 
@@ -293,12 +282,14 @@ class Engine:
         own = all(running.row == running.place for running in ready)
         one = len({running.place for running in ready}) == 1 and len(ready) > 1
         how = self._how(ready, "own" if own else "one" if one else "any")
-        self._cache, self._rows, *out = self._programs.step(
-            self.decoder, self._cache, self._rows, np.int32(ready[0].place), how=how
+        active = np.zeros(self.rows, bool)
+        active[[running.row for running in ready]] = True
+        self._cache, self._rows, out = self._programs.step(
+            self.decoder, self._cache, self._rows, active, np.int32(ready[0].place), how=how
         )
-        choice, stopped = jax.device_get(out)
+        choice = jax.device_get(out)
         for running in ready:
-            running.take(choice, running.row, bool(stopped[running.row]))
+            running.take(choice, running.row)
         return ready
 
     def _how(self, requests, sharing, reach=0):
@@ -332,17 +323,17 @@ class Engine:
         chunks = self._chunks(together, tokens)
         one = len({running.place for running in together}) == 1
         how = self._how(together, "one" if one else "any", reach)
-        self._cache, self._rows, *out = self._programs.prefill(
+        self._cache, self._rows, out = self._programs.prefill(
             self.decoder, self._cache, self._rows, self.devices.put(chunks), how=how
         )
         for i, running in enumerate(together):
             running.prefilled += int(chunks.lengths[i])
         complete = [(i, r) for i, r in enumerate(together) if not r.waiting]
         if complete:
-            choice, stopped = jax.device_get(out)
+            choice = jax.device_get(out)
             for i, running in complete:
                 self._prefilling.remove(running)
-                running.take(choice, i, bool(stopped[i]))
+                running.take(choice, i)
         return [running for _, running in complete]
 
     def _chunk_shape(self, running):
@@ -357,9 +348,9 @@ class Engine:
         while b < len(together):  # few sizes, and fewer where padding costs little
             b *= 4 if tokens <= SHORT else 2
         b = self.devices.rows(min(b, self.rows))
-        ids, stops = np.zeros((b, tokens), np.int32), np.full((b, self.stop_ids), NO_STOP, np.int32)
+        ids, last = np.zeros((b, tokens), np.int32), np.zeros(b, bool)
         rows, lengths = np.full(b, self.rows, np.int32), np.ones(b, np.int32)
-        offsets, lefts, start = np.zeros((3, b), np.int32)
+        offsets, start = np.zeros((2, b), np.int32)
         places = np.full(b, together[0].place, np.int32)
         samplings = [running.request.sampling for running in together]
         for i, running in enumerate(together):
@@ -367,11 +358,9 @@ class Engine:
             piece = request.prompt[done : done + self.chunk]
             rows[i], ids[i, : len(piece)], lengths[i] = running.row, piece, len(piece)
             offsets[i], places[i], start[i] = done, running.place, request.start
-            stops[i, : len(request.stop_ids)] = request.stop_ids
-            if done + len(piece) == len(request.prompt):
-                lefts[i] = request.sampling.max_new_tokens + request.sampling.past_limit
+            last[i] = done + len(piece) == len(request.prompt)
         settings = Settings.of(samplings + [GREEDY] * (b - len(together)))
-        return Chunks(rows, ids, lengths, offsets, lefts, places, start, stops, settings)
+        return Chunks(rows, ids, lengths, offsets, last, places, start, settings)
 
     # --- Many requests ---
 

@@ -9,12 +9,11 @@ versions, encoder_mask and encoder_layers; where the base was quantised, base_qu
 """
 
 import collections
-import dataclasses
 import json
 import os
 import pathlib
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -26,48 +25,17 @@ import safetensors.numpy
 import icae_jax
 from icae_jax import errors, files
 from icae_jax.compression import memory as memories
-from icae_jax.compression.config import EARLIER, CompressionConfig
 from icae_jax.compression.memory import Memory
 from icae_jax.errors import UserError
+from icae_jax.inference import origin as origins
+from icae_jax.inference.origin import REMEDY, Origin
 from icae_jax.interop.export import hf_cache
-from icae_jax.interop.hub import locations
-from icae_jax.interop.hub.identity import check_identity, compare_quantisation
 from icae_jax.interop.hub.text import check_encodable
 
 FORMAT_VERSION = "1"
 _METADATA = ("method", "layout", "k", "base_fingerprint", "adapter_fingerprint", "adapter", "ids")
-_REMEDY = "compress the texts again"
 
 TextId = str | int | float
-
-
-@dataclasses.dataclass(frozen=True)
-class Origin:
-    """The compressor that writes or reads a memory file.
-
-    Attributes:
-        compression: of the adapter.
-        base_fingerprint: `Base.fingerprint`.
-        adapter_fingerprint: `Adapter.fingerprint`.
-        adapter_path: folder, hub id or URL; only written.
-        base_identity: `Base.identity`.
-        base_quantize: `Base.quantize`.
-        lora_scale: of the adapter; None if not known, then not compared.
-    """
-
-    compression: CompressionConfig
-    base_fingerprint: str
-    adapter_fingerprint: str
-    adapter_path: str | os.PathLike = ""
-    base_identity: dict[str, str] = dataclasses.field(default_factory=dict)
-    lora_scale: float | None = None
-    base_quantize: str = ""
-
-
-def _how_written(origin: Origin) -> dict[str, str]:
-    """What of the compression is not seen in the trained tensors, but in the memory."""
-    names = ("encoder_mask", "encoder_layers")
-    return {name: str(getattr(origin.compression, name)) for name in names}
 
 
 # --- Writing ---
@@ -112,37 +80,29 @@ def _check_ids(ids: list, count: int) -> None:
         raise UserError(f"two memories have the id {repeated!r}; give each text an id of its own")
 
 
-def save(path: str | os.PathLike, memory: Memory, ids: Sequence[Any], origin: Origin) -> None:
+def save(
+    path: str | os.PathLike,
+    memory: Memory,
+    ids: Sequence[Any],
+    origin: Origin,
+    others: Mapping[str, str] | None = None,
+) -> None:
     """Writes a memory file; an existing one is replaced only when the new one is complete.
 
-    ids: of the texts, distinct texts or numbers. UserError if they are not, or if the memory is not
-    finite.
+    ids: of the texts, distinct texts or numbers. others: more metadata. UserError if ids are not,
+    or if the memory is not finite.
     """
     ids = list(ids)
     _check_ids(ids, len(memory))
     check_finite(memory, lambda i: f"--output {path}: the memory of text {ids[i]!r}")
-    adapter = str(origin.adapter_path)
-    if not locations.is_remote(adapter):
-        adapter = str(pathlib.Path(adapter).resolve())
     metadata = {
+        **(others or {}),
         "format_version": FORMAT_VERSION,
         "icae_jax_version": icae_jax.__version__,
-        "method": origin.compression.method,
-        "layout": origin.compression.layout,
         "k": str(memory.tokens_per_segment),
-        "base_fingerprint": origin.base_fingerprint,
-        "adapter_fingerprint": origin.adapter_fingerprint,
-        "segment_tokens": str(origin.compression.segment_tokens),
-        **{n: value for n, value in _how_written(origin).items() if value != str(EARLIER[n])},
-        "adapter": adapter,
+        **origins.metadata(origin),
         "ids": json.dumps(ids, ensure_ascii=False),
     }
-    if origin.base_identity:
-        metadata["base_identity"] = json.dumps(origin.base_identity)
-    if origin.base_quantize:
-        metadata["base_quantize"] = origin.base_quantize
-    if origin.lora_scale is not None:
-        metadata["lora_scale"] = repr(origin.lora_scale)
     tensors = {name: np.ascontiguousarray(x) for name, x in memory.contents.items()}
     tensors["lengths"] = np.asarray(memory.segment_lengths, np.int32)
     with files.replacing_file(path) as tmp:
@@ -174,9 +134,9 @@ def read_metadata(path: str | os.PathLike) -> dict[str, str]:
         )
     missing = [name for name in _METADATA if name not in metadata]
     if missing:
-        raise UserError(f"--memory {path}: {', '.join(missing)} missing in its metadata; {_REMEDY}")
+        raise UserError(f"--memory {path}: {', '.join(missing)} missing in its metadata; {REMEDY}")
     if not re.fullmatch("[1-9][0-9]*", metadata["k"], re.ASCII):
-        raise UserError(f"--memory {path}: k is {metadata['k']!r} in its metadata; {_REMEDY}")
+        raise UserError(f"--memory {path}: k is {metadata['k']!r} in its metadata; {REMEDY}")
     read_ids(path, metadata)
     return metadata
 
@@ -194,7 +154,7 @@ def read_ids(path: str | os.PathLike, metadata: dict[str, str]) -> list[TextId]:
     if not isinstance(ids, list) or not all(map(_is_id, ids)):
         raise UserError(
             f"--memory {path}: ids in its metadata are {metadata['ids'][:40]!r}, which is not a "
-            f"list of texts or numbers; {_REMEDY}"
+            f"list of texts or numbers; {REMEDY}"
         )
     return ids
 
@@ -232,7 +192,7 @@ def _check_tensors(
         )
         raise UserError(
             f"--memory {path}: {wrong} does not hold {texts} texts of segments of k {k} "
-            f"({shapes}); {_REMEDY}"
+            f"({shapes}); {REMEDY}"
         )
     lengths = tensors["lengths"]
     absent = lengths == 0  # missing segments of a shorter text come last
@@ -244,7 +204,7 @@ def _check_tensors(
     ):
         raise UserError(
             f"--memory {path}: lengths are not those of segments of 1 to {segment_tokens} tokens; "
-            f"{_REMEDY}"
+            f"{REMEDY}"
         )
 
 
@@ -269,57 +229,6 @@ def _wrong_tensor(
     return None
 
 
-def _read_identity(path: str | os.PathLike, metadata: dict[str, str]) -> dict[str, str]:
-    """`base_identity` of the metadata; empty if an earlier version wrote the file."""
-    name = "base_identity"
-    try:
-        value = json.loads(metadata.get(name, "{}"))
-    except (ValueError, RecursionError):
-        value = None
-    if not isinstance(value, dict) or not all(isinstance(v, str) for v in value.values()):
-        raise UserError(
-            f"--memory {path}: {name} in its metadata is {metadata[name][:50]!r}, which is not an "
-            f"object of texts; {_REMEDY}"
-        )
-    return value
-
-
-def _check_origin(path: str | os.PathLike, metadata: dict[str, str], origin: Origin) -> None:
-    """Raises UserError if another compressor wrote the file, or one that is read otherwise."""
-    compression = origin.compression
-    for kind, have in (("base", origin.base_fingerprint), ("adapter", origin.adapter_fingerprint)):
-        stated = metadata[f"{kind}_fingerprint"]
-        if stated != have:
-            raise UserError(
-                f"--memory {path} was written with {kind} {stated[:12]}, but {have[:12]} is "
-                f"loaded; give that {kind}"
-            )
-    for field, have in (("method", compression.method), ("layout", compression.layout)):
-        if metadata[field] != have:
-            raise UserError(
-                f"--memory {path} has {field} {metadata[field]}, the adapter {have}; give the "
-                "adapter that it names"
-            )
-    identity = _read_identity(path, metadata)
-    check_identity(f"--memory {path}", identity, origin.base_identity)
-    compare_quantisation(
-        f"--memory {path}", metadata.get("base_quantize", ""), origin.base_quantize
-    )
-    expected = {"segment_tokens": str(compression.segment_tokens)}
-    if origin.lora_scale is not None:
-        expected["lora_scale"] = repr(origin.lora_scale)
-    expected |= _how_written(origin)
-    for field, have in expected.items():
-        # Earlier versions did not write them all; what says how the encoder reads is left out where
-        # it is as they knew it.
-        stated = metadata.get(field, str(EARLIER.get(field, have)))
-        if stated != have:
-            raise UserError(
-                f"--memory {path} has {field} {stated}, the adapter {have}; give the adapter as "
-                f"it was, or {_REMEDY}"
-            )
-
-
 def load(path: str | os.PathLike, origin: Origin) -> tuple[Memory, list[TextId]]:
     """The memory and the ids of a memory file.
 
@@ -327,12 +236,12 @@ def load(path: str | os.PathLike, origin: Origin) -> tuple[Memory, list[TextId]]
     wrote it, if the adapter is now read otherwise, or if a number in it is not finite.
     """
     metadata = read_metadata(path)
-    _check_origin(path, metadata, origin)
+    origins.check(f"--memory {path}", metadata, origin)
     tensors = files.read_safetensors(path, safetensors.numpy.load_file, "memory")
     kind = origin.compression.spec.memory
     absent = [name for name in (*kind.CONTENTS, "lengths") if name not in tensors]
     if absent:
-        raise UserError(f"--memory {path}: tensors {', '.join(absent)} missing; {_REMEDY}")
+        raise UserError(f"--memory {path}: tensors {', '.join(absent)} missing; {REMEDY}")
     ids = read_ids(path, metadata)
     segment_tokens = origin.compression.segment_tokens
     _check_tensors(path, kind, tensors, int(metadata["k"]), len(ids), segment_tokens)

@@ -218,7 +218,6 @@ class MemoryReader:
             rows=rows,
             tokens=tokens,
             memory_tokens=len(self.head(objective)) + memory_tokens,
-            stop_ids=len(self.stop_ids(objective)),
             tokenizer=self.base.tokenizer if stop else None,
         )
 

@@ -1,9 +1,14 @@
-"""Compressing rows of data, each distinct text once."""
+"""Compressing rows of data, each distinct text once; what a document of a store is made of."""
 
+import dataclasses
+import hashlib
+import json
 from collections.abc import Mapping
 from typing import Any
 
+from icae_jax.compression.config import CompressionConfig
 from icae_jax.compression.memory import Memory
+from icae_jax.compression.segments import choose_k
 from icae_jax.data.rows import Row
 from icae_jax.inference.compressor import Compressor
 
@@ -42,3 +47,34 @@ def summary(memory: Memory) -> dict[str, Any]:
         "ratio": context_tokens / memory_tokens,
         "bytes": int(memory.bytes.sum()),
     }
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """The memory that a document is to have: at most one of k, tokens and ratio, as of `choose_k`.
+
+    tokens and ratio choose the nearest k for each document by itself.
+    """
+
+    k: int | None = None
+    tokens: int | None = None
+    ratio: float | None = None
+
+    def check(self, config: CompressionConfig) -> None:
+        """UserError if a compressor has no such memory."""
+        self.k_of(config, 1)
+
+    def k_of(self, config: CompressionConfig, tokens: int) -> int:
+        """Memory tokens per segment of a document of so many tokens."""
+        return choose_k(config, [tokens], k=self.k, tokens=self.tokens, ratio=self.ratio)
+
+    def asked(self, config: CompressionConfig) -> dict[str, int | float]:
+        """What the content hash says of it."""
+        given = {"tokens": self.tokens, "ratio": self.ratio}
+        given = {name: float(value) for name, value in given.items() if value is not None}
+        return given or {"k": config.choose(self.k)}
+
+
+def content_hash(text: str, asked: dict[str, int | float]) -> str:
+    """The hash by which a document counts as unchanged: of its text and the memory asked for."""
+    return hashlib.sha256(json.dumps([text, asked]).encode()).hexdigest()

@@ -221,7 +221,7 @@ def decode(
     """The engine's work for a batch: it reads prompts behind memories, and decodes n new tokens."""
     B, T = ids_BT.shape
     cache, rows = decoding.empty(
-        decoder, rows=B, tokens=T + new_tokens, memory_tokens=prefix.mask.shape[1], stop_ids=1
+        decoder, rows=B, tokens=T + new_tokens, memory_tokens=prefix.mask.shape[1]
     )
     cache = cache.put_memory(prefix, jnp.arange(B))
     row, zeros = jnp.arange(B), jnp.zeros(B, jnp.int32)
@@ -230,17 +230,17 @@ def decode(
         ids=ids_BT,
         lengths=zeros + T,
         offsets=zeros,
-        lefts=zeros + new_tokens + 1,
+        last=jnp.ones(B, bool),
         memory=row,
         start=prefix.end,
-        stops=rows.stops,
         settings=rows.settings,
     )
     how = decoding.How("own", plain=True, alternatives=0)
-    cache, rows, *_ = decoding.prefill(decoder, cache, rows, chunks, how=how)
+    cache, rows, _ = decoding.prefill(decoder, cache, rows, chunks, how=how)
 
     def step(state, _):
-        cache, rows, *_ = decoding.step(decoder, *state, jnp.int32(0), how=how)
+        active = jnp.ones(B, bool)
+        cache, rows, _ = decoding.step(decoder, *state, active, jnp.int32(0), how=how)
         return (cache, rows), state[1].token
 
     return jax.lax.scan(step, (cache, rows), length=new_tokens)[1].T

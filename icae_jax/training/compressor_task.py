@@ -3,7 +3,7 @@
 import dataclasses
 import os
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -26,6 +26,7 @@ from icae_jax.models.llama import ModelConfig
 from icae_jax.models.lora import LoraConfig
 from icae_jax.objectives import targets
 from icae_jax.runtime import attention_choice, sharding
+from icae_jax.training import trained
 from icae_jax.training.compressor_losses import (
     FULL_TEXT,
     TEACHER_LORA,
@@ -34,36 +35,11 @@ from icae_jax.training.compressor_losses import (
     ks_of,
     teacher_positions,
 )
-from icae_jax.training.config import SCRATCH, TrainConfig
+from icae_jax.training.config import SCRATCH, TrainConfig, compression_on
 from icae_jax.training.task import MeanLosses, Rows
 from icae_jax.training.workdir import recorded
 
 CHECKED = 1 << 22  # ids looked through at once
-
-
-def compression_on(
-    config: TrainConfig, tokenizer: Any, run: Mapping[str, Any] | None = None
-) -> tuple[CompressionConfig, list[str]]:
-    """What a configuration trains on a base with that tokenizer, and notes on what differs.
-
-    The trigger "bos" is for bases that begin texts with it. Elsewhere it may mean anything: behind
-    SmolLM2's, which begins a turn of a chat, the base expects a role and nothing of the memory.
-
-    run: what a run that goes on has recorded (`workdir.recorded`); its trigger stays.
-    """
-    compression = config.trained_compression
-    if compression.trigger != "bos":
-        return compression, []
-    has_bos = tokenizer.bos_token_id is not None
-    if run:  # earlier versions did not record it
-        trigger = run.get("identity.trigger", "bos" if has_bos else "trained")
-    else:
-        trigger = "bos" if tokenizers.bos_id(tokenizer) is not None else "trained"
-    if trigger == "bos":
-        return compression, []
-    why = "puts no bos token in front of texts" if has_bos else "has no bos token"
-    note = f"compression.trigger: the base's tokenizer {why}; a trained trigger is used"
-    return dataclasses.replace(compression, trigger="trained"), [note]
 
 
 def with_attention(
@@ -92,12 +68,6 @@ def with_attention(
     return dataclasses.replace(config, attention=name), notes
 
 
-def _read_info(adapter):
-    """The folder of an adapter, and the checked contents of its icae.json."""
-    folder = adapters.locate(adapter, progress=jax.process_index() == 0).folder
-    return folder, adapters.read_adapter_info(folder, adapter)[0]
-
-
 class CompressorTask(CompressorLosses):
     """LoRA and memory table trained on a frozen base: losses, data, and where all of it lies.
 
@@ -115,10 +85,12 @@ class CompressorTask(CompressorLosses):
         c = config
         start = teacher = None  # both are checked before the base takes minutes
         if c.init_from and c.init_from != SCRATCH:
-            start, _ = _read_info(c.init_from)
+            start = trained.find_whole(c.init_from, progress=jax.process_index() == 0)
         if c.objectives.teacher_adapter:
-            teacher, info = _read_info(c.objectives.teacher_adapter)
-            if not info["compression"].get(DECODER_LORA):
+            teacher = trained.find_whole(
+                c.objectives.teacher_adapter, progress=jax.process_index() == 0
+            )
+            if not trained.stated_compression(teacher).get(DECODER_LORA):
                 raise UserError(
                     f"objectives.teacher {c.objectives.teacher} has no decoder LoRA, so it would "
                     "teach what the base alone does; give an adapter that was trained with "
@@ -149,11 +121,11 @@ class CompressorTask(CompressorLosses):
         self._check_framing()
         self.start_from = None
         if start:
-            self.start_from = adapters.load_adapter(start, self.base)
+            _, self.start_from = trained.open_adapter(start, self.base)
             self._check_start()
         self.frozen = self.base.params
         if teacher:
-            self.teacher = adapters.load_adapter(teacher, self.base)
+            _, self.teacher = trained.open_adapter(teacher, self.base)
             self._check_teacher()
             lora = self.teacher.trained[DECODER_LORA]
             lora = sharding.put(lora, self.placement.tree(lora))

@@ -3,6 +3,8 @@
 import dataclasses
 import math
 import types
+from collections.abc import Mapping
+from typing import Any
 
 import jax.numpy as jnp
 
@@ -10,6 +12,7 @@ from icae_jax.compression.config import CompressionConfig
 from icae_jax.compression.trained import DECODER_LORA
 from icae_jax.data.config import DataConfig
 from icae_jax.errors import UserError
+from icae_jax.interop.hub import tokenizer as tokenizers
 from icae_jax.models.llama import REMAT_POLICIES
 from icae_jax.models.lora import LoraConfig
 from icae_jax.models.schemes import parse_scheme
@@ -193,8 +196,8 @@ class TrainConfig(LoopConfig):
       base: folder, hub id or URL of the base model.
       quantize: of the frozen base, a scheme of `models.schemes`, such as "int8"; "" for none, or
         for the one of a base that is stored quantised.
-      init_from: an adapter folder, or the workdir of an earlier phase; fine-tuning needs one, or
-        "scratch".
+      init_from: an adapter folder, a checkpoint, or the workdir of an earlier phase; fine-tuning
+        needs one, or "scratch".
       draw_k: phases in which every step draws its number of memory tokens from
         `compression.k_choices`; other phases train `compression.k` alone.
       sum_k: where one pass of the encoder serves all of `k_choices` (method pooled), such a step
@@ -267,6 +270,31 @@ class TrainConfig(LoopConfig):
         if len(c.choices) == 1 or (self.sum_k and c.spec.write_several):
             return c.choices
         return ()
+
+
+def compression_on(
+    config: TrainConfig, tokenizer: Any, run: Mapping[str, Any] | None = None
+) -> tuple[CompressionConfig, list[str]]:
+    """What a configuration trains on a base with that tokenizer, and notes on what differs.
+
+    The trigger "bos" is for bases that begin texts with it. Elsewhere it may mean anything: behind
+    SmolLM2's, which begins a turn of a chat, the base expects a role and nothing of the memory.
+
+    run: what a run that goes on has recorded (`workdir.recorded`); its trigger stays.
+    """
+    compression = config.trained_compression
+    if compression.trigger != "bos":
+        return compression, []
+    has_bos = tokenizer.bos_token_id is not None
+    if run:  # earlier versions did not record it
+        trigger = run.get("identity.trigger", "bos" if has_bos else "trained")
+    else:
+        trigger = "bos" if tokenizers.bos_id(tokenizer) is not None else "trained"
+    if trigger == "bos":
+        return compression, []
+    why = "puts no bos token in front of texts" if has_bos else "has no bos token"
+    note = f"compression.trigger: the base's tokenizer {why}; a trained trigger is used"
+    return dataclasses.replace(compression, trigger="trained"), [note]
 
 
 @dataclasses.dataclass(frozen=True)

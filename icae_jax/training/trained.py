@@ -1,6 +1,7 @@
-"""A trained compressor, wherever it is: adapter folder, workdir, checkpoint, released file.
+"""A trained compressor, wherever it is: adapter folder, workdir, checkpoint, hub id, URL, file.
 
-`find` recognises it by its content, `open_adapter` loads it onto a base.
+The one way to open any of them: `find` recognises it by its content, before the base is loaded,
+which takes minutes; `open_adapter` loads it onto the base.
 """
 
 import dataclasses
@@ -19,8 +20,7 @@ from icae_jax.interop.hub import locations
 from icae_jax.interop.hub.identity import check_identity, compare_quantisation
 from icae_jax.objectives import targets
 from icae_jax.training import checkpoint_files, config_file, metrics
-from icae_jax.training.compressor_task import compression_on
-from icae_jax.training.config import TrainConfig
+from icae_jax.training.config import TrainConfig, compression_on
 from icae_jax.training.workdir import read_run, steps_done
 
 CHECKPOINT = "orbax"  # kind of a training run's checkpoint
@@ -66,12 +66,17 @@ class Trained:
         return self.path.parent.parent if self.kind == CHECKPOINT else self.path.parent
 
 
-def find(path: str | os.PathLike) -> Trained:
-    """Finds the trained compressor at a path, a hub id or a URL.
+def find(path: str | os.PathLike, progress: bool = True) -> Trained:
+    """Finds the trained compressor at a path, a hub id or a URL; may download it.
+
+    A workdir means its `adapter/`, or while its training goes on the best of its whole checkpoints,
+    the latest where none was evaluated.
+
+    progress: whether to show bars of a download on stderr.
 
     UserError if there is none, or it is an adapter folder that cannot be read.
     """
-    folder, name = adapters.locate(path)
+    folder, name = adapters.locate(path, progress)
     name = name if locations.is_remote(name) else str(path)
     if folder.is_file():
         return _in_file(folder, name)
@@ -113,6 +118,8 @@ def _only_file(folder, path, name):
     if not compressors and (folder / "adapter_config.json").exists():
         adapters.read_adapter_info(folder, name)  # raises, naming what is missing
     what = "holds no trained compressor"
+    if (folder / "checkpoints").is_dir():
+        what = "is a training's workdir without a whole checkpoint yet; it holds no compressor"
     if compressors:
         names = ", ".join(file.name for file in compressors)
         what = f"holds several trained compressors: {names}; name one"
@@ -123,9 +130,9 @@ def _only_file(folder, path, name):
     )
 
 
-def find_whole(path: str | os.PathLike) -> Trained:
+def find_whole(path: str | os.PathLike, progress: bool = True) -> Trained:
     """As `find`, but UserError for a bare file of tensors, which must be converted first."""
-    trained = find(path)
+    trained = find(path, progress)
     if trained.is_file:
         raise UserError(
             f"{path} is a file of tensors ({trained.kind}); "
@@ -141,17 +148,53 @@ def base_of(trained: Trained) -> str:
     """
     if trained.kind != CHECKPOINT:
         return adapters.check_base(trained.base, trained.name)
-    path = trained.workdir / "config.json"
-    raw = files.read_json(path, "the run's configuration")
+    raw, path = _recorded(trained)
     files.check_fields(raw, {"base": str}, path)
     return adapters.check_base(raw["base"], trained.name)
 
 
-def open_adapter(trained: Trained, base: bases.Base) -> adapters.Adapter:
-    """Loads what `find_whole` found. UserError if it was trained on another base."""
+def stated_compression(trained: Trained) -> dict[str, Any]:
+    """The fields of the compression as `find_whole`'s adapter or run states them.
+
+    Those of earlier versions lack some, which then have their defaults.
+    """
+    if trained.kind != CHECKPOINT:
+        return adapters.read_adapter_info(trained.path, trained.name)[0]["compression"]
+    raw, _ = _recorded(trained)
+    start = "compression."
+    return {name.removeprefix(start): raw[name] for name in raw if name.startswith(start)}
+
+
+def stated_identity(trained: Trained) -> dict[str, str]:
+    """What `find_whole`'s adapter or run says of its base beside the fingerprint (`Base.identity`).
+
+    Earlier versions do not say it all.
+    """
+    if trained.kind != CHECKPOINT:
+        return adapters.read_adapter_info(trained.path, trained.name)[0].get("base_identity", {})
+    raw, _ = _recorded(trained)
+    names = {name: raw.get(f"identity.{name}") for name in ("weights", "tokenizer")}
+    return {name: value for name, value in names.items() if value}
+
+
+def _recorded(trained):
+    """(the configuration of a checkpoint's run, its file)."""
+    path = trained.workdir / "config.json"
+    return read_run(path), path
+
+
+def open_adapter(trained: Trained, base: bases.Base) -> tuple[str, adapters.Adapter]:
+    """(what names it to whoever reads its memories later, adapter) of what `find_whole` found.
+
+    The name is an absolute path, for a checkpoint its own, or a hub id with the commit, or a URL.
+    UserError if it was trained on another base.
+    """
     if trained.kind == CHECKPOINT:
-        return read_checkpoint(trained, base)[1]
-    return adapters.load_adapter(trained.path, base)
+        step, adapter = read_checkpoint(trained, base)
+        return os.path.abspath(step), adapter
+    remote = locations.is_remote(trained.name)
+    name = trained.name if remote else os.path.abspath(trained.path)
+    return name, adapters.load_adapter(trained.path, base)
 
 
 def read_checkpoint(trained: Trained, base: bases.Base) -> tuple[pathlib.Path, adapters.Adapter]:

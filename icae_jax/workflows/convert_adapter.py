@@ -168,7 +168,7 @@ def _read(
     if source.kind == trained_compressors.CHECKPOINT:
         step, adapter = trained_compressors.read_checkpoint(source, base)
         return adapter, [f"checkpoint {step.name}"], True
-    adapter = adapters.load_adapter(source.path, base)
+    _, adapter = trained_compressors.open_adapter(source, base)
     return adapter, [], not adapter.was_forced
 
 

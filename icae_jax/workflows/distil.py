@@ -24,13 +24,13 @@ from icae_jax.errors import UserError
 from icae_jax.evaluation import plain
 from icae_jax.inference import loading
 from icae_jax.inference.batching import batch_starts
-from icae_jax.interop.adapters import folder as adapters
 from icae_jax.interop.hub import base as bases
 from icae_jax.interop.hub import tokenizer as tokenizers
 from icae_jax.interop.hub.text import user_ids
 from icae_jax.interop.prompts import question_ids
 from icae_jax.models.llama import FrozenModel, Llama
 from icae_jax.objectives import targets
+from icae_jax.training import trained
 
 EMPTY = "empty answers"
 TOO_LONG = "questions whose context does not fit the base"
@@ -111,20 +111,19 @@ def load_teacher(request: Request) -> Teacher:
 
     UserError if the adapter has no decoder LoRA, or is of another base.
     """
-    source, folder, name, scale, lora = request.base, None, request.template, 1.0, None
+    source, found, name, scale, lora = request.base, None, request.template, 1.0, None
     if request.adapter:
-        folder, given = adapters.locate(request.adapter)
-        info, stated = adapters.read_adapter_info(folder, given)
-        if not info["compression"].get(DECODER_LORA):
+        found = trained.find_whole(request.adapter)
+        if not trained.stated_compression(found).get(DECODER_LORA):
             raise UserError(
                 f"--adapter {request.adapter} has no decoder LoRA, so the base answers alone; "
                 "leave --adapter out, and name the base with --base"
             )
-        source = source or adapters.check_base(stated.base, given)
+        source = source or trained.base_of(found)
     base = loading.load_base(source, request.base_dtype)
     template, fingerprint = None, ""
-    if folder:
-        adapter = adapters.load_adapter(folder, base)
+    if found:
+        _, adapter = trained.open_adapter(found, base)
         scale, lora = adapter.lora.scale, jax.device_put(adapter.trained[DECODER_LORA])
         template, fingerprint = adapter.template, adapter.fingerprint
     if name or template is None:

@@ -13,16 +13,15 @@ from icae_jax.data import sources
 from icae_jax.errors import UserError
 from icae_jax.evaluation import plain
 from icae_jax.inference import loading
-from icae_jax.inference.compressor import Compressor
 from icae_jax.inference.engine import Request
 from icae_jax.inference.sampling import Sampling
-from icae_jax.interop.adapters import folder as adapters
 from icae_jax.interop.hub import base as bases
 from icae_jax.interop.hub import tokenizer as tokenizers
 from icae_jax.interop.hub.text import user_ids
 from icae_jax.models.llama import FrozenModel, Llama
 from icae_jax.objectives.targets import Target, ae_target
 from icae_jax.performance import worker
+from icae_jax.training import trained
 
 NEW_TOKENS, ANSWERS = 32, 5
 QUESTION = "What is this text about?"
@@ -128,8 +127,7 @@ def ask(base: str, form: str, texts: str, adapter: str, window: int) -> dict[str
 
 
 def _compressor(adapter, base, activations):
-    folder, name = adapters.locate(adapter)
-    return Compressor(base, adapters.load_adapter(folder, base), name, activations)
+    return loading.load_onto(base, trained.find_whole(adapter), activations)
 
 
 def _sums(scores):

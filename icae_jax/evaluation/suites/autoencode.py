@@ -74,7 +74,8 @@ class Autoencode(common.Suite):
         lengths = [n for n in wanted if n <= len(ids)]
         if wanted and not lengths:
             return f"texts shorter than the shortest of --context_lengths, {min(wanted)} tokens"
-        lengths = lengths or [min(len(ids), self.segment)]
+        whole = self.stored is not None  # a store holds memories of whole texts
+        lengths = lengths or [len(ids) if whole else min(len(ids), self.segment)]
         longest = max(lengths)
         behind = longest + len(self.compressor.framing.start) + 2
         alone = 0 if self.copy is None else 2 * longest + 3
@@ -95,7 +96,7 @@ class Autoencode(common.Suite):
         def note(arm, losses, restored=None, memory=None):
             for i, (record, loss) in enumerate(zip(records, losses, strict=True)):
                 common.add(record, arm, ae_loss=common.nats(loss))
-                common.add_size(record, arm, memory, i)
+                self.add_size(record, arm, memory, i)
                 if restored:
                     ids = restored_ids(compressor, restored[i])
                     numbers = text_scores(restored[i].text, ids, texts[i], batch[i].ids)

@@ -11,6 +11,7 @@ from icae_jax.compression.memory import Memory
 from icae_jax.errors import UserError
 from icae_jax.evaluation import scores, statistics
 from icae_jax.evaluation.examples import Example, Question, Text
+from icae_jax.evaluation.stored import StoredMemories
 from icae_jax.inference import cascade
 from icae_jax.inference.compressor import Compressor
 from icae_jax.inference.reading import Score
@@ -135,6 +136,8 @@ class Suite:
     ARMS: tuple[str, ...] = (SHUFFLED,)
     group_label = ""  # the x axis of figures by group
 
+    stored: StoredMemories | None = None  # memories of a store, read in place of compressing
+
     def __init__(self, compressor: Compressor, options: Options):
         self.compressor, self.options = compressor, options
         config = compressor.config
@@ -199,10 +202,23 @@ class Suite:
         for k in self.choices:
             arm = self.arm_of(k)
             if self.options.wants(arm):
-                yield arm, self.compressor.compress_ids(contexts, self.options.batch_size, k)
+                if self.stored is not None:
+                    yield arm, self.stored.read(contexts, k)
+                else:
+                    yield arm, self.compressor.compress_ids(contexts, self.options.batch_size, k)
+
+    def add_size(self, record: Record, arm: str, memory: Memory | None, row: int) -> None:
+        """Writes into a record what an arm reads of one text, in bytes as it is kept."""
+        size = (0, None)
+        if memory is not None:
+            stored = self.stored is not None and arm != SHUFFLED
+            per_token = self.stored.bytes_per_token if stored else memory.bytes_per_token
+            tokens = int(memory.tokens[row])
+            size = (tokens, tokens * per_token)
+        record["sizes"][arm] = list(size)
 
     def shuffled(self, batch: Sequence[Example]) -> Memory | None:
-        """The memories of the examples' partners.
+        """The memories of the examples' partners, which are compressed even with a store.
 
         None where a partner is missing or the arm is not wanted.
         """
@@ -272,12 +288,6 @@ def add(record: Record, arm: str, **numbers) -> None:
     for metric, value in numbers.items():
         values = value if isinstance(value, list | tuple) else (value, 1.0)
         record["sums"].setdefault(metric, {})[arm] = [float(v) for v in values]
-
-
-def add_size(record: Record, arm: str, memory: Memory | None = None, row: int = 0) -> None:
-    """Writes into a record what an arm reads: memory tokens and bytes of one text's memory."""
-    size = (0, None) if memory is None else (int(memory.tokens[row]), int(memory.bytes[row]))
-    record["sizes"][arm] = list(size)
 
 
 def nats(score: Score) -> list[float | int]:

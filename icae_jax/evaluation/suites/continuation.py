@@ -86,7 +86,7 @@ class Continue(common.Suite):
         def note(arm, losses, memory=None):
             for i, (record, loss) in enumerate(zip(records, losses, strict=True)):
                 common.add(record, arm, perplexity=common.nats(loss))
-                common.add_size(record, arm, memory, i)
+                self.add_size(record, arm, memory, i)
 
         def losses_behind(memory):
             size = self.options.batch_size

@@ -77,5 +77,5 @@ class Memorise(common.Suite):
                 common.add(record, arm, ae_loss=common.nats(loss[0]), **numbers)
                 record["texts"] |= {f"original, {arm}": text, arm: generation.text}
                 record["ties"][arm] = generation.ties
-                common.add_size(record, arm, memory, i)
+                self.add_size(record, arm, memory, i)
         return [[record] for record in records]

@@ -119,7 +119,7 @@ class Qa(common.Suite):
             for i, (of_example, of_losses) in enumerate(zip(records, losses, strict=True)):
                 for record, loss in zip(of_example, of_losses, strict=True):
                     common.add(record, arm, answer_loss=common.nats(loss))
-                    common.add_size(record, arm, memory, i)
+                    self.add_size(record, arm, memory, i)
 
         def ask(arm, memory):
             answers = compressor.ask(memory, texts, self.options.max_new_tokens, size, details=True)

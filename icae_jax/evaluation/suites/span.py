@@ -75,7 +75,7 @@ class Span(common.Suite):
         def note(span, arm, losses, memory=None):
             for i, (record, loss) in enumerate(zip(records[span], losses, strict=True)):
                 common.add(record, arm, perplexity=common.nats(loss))
-                common.add_size(record, arm, memory, i)
+                self.add_size(record, arm, memory, i)
 
         for arm, memory in self.memories(segments):
             by_segment = [memory[i * len(batch) : (i + 1) * len(batch)] for i in range(self.most)]

@@ -142,12 +142,6 @@ def _check_is_adapter(folder: pathlib.Path, name: str) -> None:
         )
     if (folder / INFO).exists():
         return
-    if (folder / "checkpoints").is_dir():
-        raise UserError(
-            f"{name!r} is the workdir of a training that has not ended, so it holds no "
-            f"{IN_WORKDIR}/ yet; let it end, or make an adapter of its latest checkpoint with "
-            f"icae convert adapter --from {name}"
-        )
     what = "it is no adapter of this package"
     if (folder / LORA_CONFIG).exists():
         what = "it is an ordinary PEFT adapter, without memory tokens"

@@ -202,6 +202,26 @@ def load_base(
     )
 
 
+def without_weights(source: str | os.PathLike, weights: str, quantize: str | None = "") -> Base:
+    """A base without parameters: what tells in seconds whether something is of it.
+
+    It reads, or fetches, only a small part of the weights.
+
+    Args:
+        source: a folder, a hub id or a URL, see `locations.local_folder`.
+        weights: what its `identity` is to say of them.
+        quantize: see `load_base`.
+    """
+    folder = locations.local_folder(source, with_weights=False)
+    config, own = identify(source)
+    stored = stored_scheme.read(folder)
+    scheme = stored.scheme if stored and quantize == "" else quantize or ""
+    tokenizer = load_tokenizer(folder)
+    stops = stop_ids(folder, tokenizer)
+    set_stop_ids(tokenizer, stops)
+    return Base(config, {}, tokenizer, stops, own, str(source), scheme, weights)
+
+
 def identify(source: str | os.PathLike) -> tuple[llama.ModelConfig, str]:
     """(sizes, fingerprint) of a base; reads, or fetches, only a small part of its weights.
 
