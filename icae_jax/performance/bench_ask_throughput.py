@@ -10,7 +10,7 @@ from icae_jax.inference.compressor import Compressor
 from icae_jax.inference.engine import Engine, Request
 from icae_jax.inference.sampling import Sampling
 
-PROMPT_TOKENS, NEW_TOKENS = (16, 256), (8, 64)  # least and most of a request
+PROMPT_TOKENS, NEW_TOKENS = (16, 128), (4, 32)  # least and most of a request
 
 Drawn = Sequence[tuple[int, int]]
 
