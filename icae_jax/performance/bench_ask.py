@@ -110,10 +110,15 @@ def bench(options: Options) -> dict[str, Any]:
             report |= {"new_tokens": options.new_tokens, "ways": _ways(options, ours)}
             report["points"] = points(options, report["ways"], ours, theirs)
             if options.memory:
+                _save(options, report)  # what took longest is not lost with a process of the rest
                 _add_memory(options, report, ours)
+    _save(options, report)
+    return report
+
+
+def _save(options, report):
     if options.save:
         files.write_json(options.save, report)
-    return report
 
 
 def _progress(text: str) -> None:
