@@ -98,6 +98,7 @@ def bench(options: Options) -> dict[str, Any]:
     """
     with contextlib.ExitStack() as stack:
         ours = stack.enter_context(Side("ours", **options.subject))
+        ways = _ways(options, ours)
         if not options.throughput:
             contexts = () if options.decoding else options.contexts
             ours.ask("check", contexts=contexts, new_tokens=options.new_tokens)
@@ -107,8 +108,8 @@ def bench(options: Options) -> dict[str, Any]:
             report["throughput"] = throughput(options, ours)
         else:
             theirs, report["against"] = _theirs(options, ours, stack)
-            report |= {"new_tokens": options.new_tokens, "ways": _ways(options, ours)}
-            report["points"] = points(options, report["ways"], ours, theirs)
+            report |= {"new_tokens": options.new_tokens, "ways": ways}
+            report["points"] = points(options, ways, ours, theirs)
             if options.memory:
                 _save(options, report)  # what took longest is not lost with a process of the rest
                 _add_memory(options, report, ours)
