@@ -19,6 +19,7 @@ import tempfile
 import time
 
 import faults
+import faults_of_bench_ask
 import faults_of_filling
 import faults_of_input
 import faults_of_methods
@@ -133,6 +134,7 @@ def main():
         m
         for module in (
             faults,
+            faults_of_bench_ask,
             faults_of_filling,
             faults_of_input,
             faults_of_methods,

@@ -1,15 +1,19 @@
-"""`icae bench train`."""
+"""`icae bench train` and `icae bench ask`."""
 
 import argparse
+import dataclasses
 
 from icae_jax.cli import flags
 from icae_jax.errors import UserError
 
-HELP = "measure a training step on the devices at hand"
+HELP = "measure a training step, or answers to questions, on the devices at hand"
 
-KINDS = {"train": "a training step: time, FLOPs, memory, compilation, and where the time goes"}
+KINDS = {
+    "train": "a training step: time, FLOPs, memory, compilation, and where the time goes",
+    "ask": "answers: time to the first token, tokens/s and memory, with a memory and without",
+}
 
-EPILOG = (
+TRAIN_EPILOG = (
     "The configuration is given as to icae train, --config FILE[:arg] [--config.field=value …]; "
     "no data is needed. A GGUF file or a folder with weights is loaded as base; a base known by "
     "its sizes alone gets random weights, which take the same time."
@@ -20,7 +24,14 @@ def run(argv: list[str]) -> int:
     """Measures and prints a report; returns 0."""
     if not argv or argv[0] not in KINDS:
         return flags.tell_kinds("bench", KINDS, argv)
-    args, rest = _flags(argv[0]).parse_known_args(argv[1:])
+    return {"train": _train, "ask": _ask}[argv[0]](argv[1:])
+
+
+# ------------------------------------------------------------------------------------------- train
+
+
+def _train(argv):
+    args, rest = _train_flags().parse_known_args(argv)
 
     from icae_jax.performance import bench, bench_bases, bench_report, subject
     from icae_jax.training import config_file
@@ -67,11 +78,11 @@ def _numbers(text, flag, example, count=None):
     return tuple(int(p) for p in parts)
 
 
-def _flags(kind):
+def _train_flags():
     parser = argparse.ArgumentParser(
-        prog=f"icae bench {kind}",
-        description=f"measure {KINDS[kind]}.",
-        epilog=EPILOG,
+        prog="icae bench train",
+        description=f"measure {KINDS['train']}.",
+        epilog=TRAIN_EPILOG,
         allow_abbrev=False,
     )
     add = parser.add_argument
@@ -115,3 +126,70 @@ def _flags(kind):
     )
     add("--json", action="store_true", help="print one line of JSON")
     return parser
+
+
+# --------------------------------------------------------------------------------------------- ask
+
+ASK_EPILOG = (
+    "Ways to answer: full, the base reads context and question; compress, the context is "
+    "compressed and its memory asked; memory, the memory is at hand; kv, what the decoder sees of "
+    "it is at hand (of methods whose memory is K/V that is the memory). Transformers' generate "
+    "answers from the full context beside them, in a process of its own that takes turns with ours."
+)
+
+
+def _ask(argv):
+    from icae_jax.performance import bench_ask, bench_ask_report
+
+    args = vars(_ask_flags(bench_ask.Options, bench_ask.AGAINST).parse_args(argv))
+    as_json = args.pop("json")
+    report = bench_ask.bench(bench_ask.Options(**args))
+    flags.print_result(report, as_json, bench_ask_report.text(report))
+    return 0
+
+
+def _ask_flags(options, against):
+    """options: the dataclass whose fields the flags are, and which has their defaults."""
+    parser = argparse.ArgumentParser(
+        prog="icae bench ask",
+        description=f"measure {KINDS['ask']}.",
+        epilog=ASK_EPILOG,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    shown = "(default: %(default)s)"
+    add("--adapter", help="adapter (folder, hub id or gs://…); by default an untrained one")
+    flags.base_flags(parser)
+    add("--method", help=f"of an untrained adapter {shown}")
+    add("--k", type=int, help=f"memory tokens of a segment, of an untrained adapter {shown}")
+    add("--ratio", type=float, help=f"tokens per memory token, of an untrained adapter {shown}")
+    add("--contexts", type=flags.numbers, metavar="N,N,…", help="tokens of a context (512,2048)")
+    add("--requests", type=flags.numbers, metavar="N,N,…", help="requests at once (1,8)")
+    add("--new_tokens", type=int, help=f"of each answer; stop tokens are ignored {shown}")
+    add("--rounds", type=int, help=f"the report has their median and range {shown}")
+    add("--ways", type=_words, metavar="WAY,WAY,…", help="which are measured, by default all")
+    add("--against", choices=against, help=f"what is measured beside ours {shown}")
+    add(
+        "--no_memory",
+        dest="memory",
+        action="store_false",
+        help="leave out peak memory, for which every way runs once more in a process of its own",
+    )
+    add("--decoding", action="store_true", help="prompts of 128 tokens alone, without memories")
+    add(
+        "--throughput",
+        type=int,
+        metavar="N",
+        help="N requests of different lengths: through an engine against one at a time",
+    )
+    add("--rows", type=int, help=f"of the engine of --throughput {shown}")
+    add("--seed", type=int, help=f"of contexts and lengths {shown}")
+    add("--save", metavar="FILE", help="write the report as JSON")
+    flags.json_flag(parser)
+    defaults = {field.name: field.default for field in dataclasses.fields(options)}
+    parser.set_defaults(**defaults)
+    return parser
+
+
+def _words(text):
+    return tuple(word for word in text.split(",") if word)
