@@ -156,6 +156,24 @@ def test_a_request_can_be_ended_early(engine_of, decoder):
     assert running.ids == slow_greedy(decoder.base.params, prompts()[2])
 
 
+def test_two_streams_share_an_engine(engine_of, decoder):
+    """Breaks when what ends during another's step is never yielded, or a stream that its caller
+    leaves keeps its rows.
+    """
+    engine, rows = engine_of(), prompts()
+    quick = engine.stream([Request(rows[0], Sampling(2))])
+    assert next(quick).ids == slow_greedy(decoder.base.params, rows[0])[:1]
+    (slow,) = engine.run([Request(rows[1], LIMIT)])  # whose steps end the other's text
+    ended = list(quick)
+    assert ended[-1].done and ended[-1].ids == slow_greedy(decoder.base.params, rows[0])[:2]
+    assert slow.ids == slow_greedy(decoder.base.params, rows[1]) and engine.free == 2
+    left = engine.stream([Request(rows[2], LIMIT)])
+    next(left)
+    assert engine.free == 1
+    left.close()
+    assert engine.free == 2 and not len(engine)
+
+
 def test_what_does_not_fit_is_a_requests_own_error(engine_of, memories, decoder):
     """Breaks when one bad request ends the others, or is cut without a word."""
     prefix, _ = memories
@@ -211,7 +229,7 @@ def test_a_penalty_counts_prompt_and_answer(engine_of, decoder):
     """Breaks when tokens of the prompt, of the answer, or of another request are penalised wrongly:
     with a large penalty no token comes twice, and none of the prompt.
     """
-    strict = dataclasses.replace(LIMIT, repetition_penalty=1e6)
+    strict = dataclasses.replace(LIMIT, repetition_penalty=1000.0)
     prompt = prompts()[1]
     plain = slow_greedy(decoder.base.params, prompt)
     requests = [Request(prompt, strict), Request(plain[:1], strict), Request(prompt, strict)]

@@ -62,14 +62,15 @@ class Running:
       stopped: whether a stop token or a stop text came.
       done: whether it has ended.
       stream: the text of the ids, if the engine has a tokenizer.
-      piece: what the last step added to the text.
+      news: whether it has got on since `Engine.stream` yielded it last.
       error: why the engine did not take it, if so (`Engine.stream`).
     """
 
     def __init__(self, request: Request, row: int, place: int, tokenizer: Any = None):
         self.request, self.row, self.place = request, row, place
         self.stream = tokenizer and TextStream(tokenizer, request.sampling.stop)
-        self.piece = ""
+        self.news = False
+        self._taken = 0  # characters of the text
         self.ids: list[int] = []
         self.log_probs: list[float] = []
         self.alternatives: list[tuple[list[int], list[float]]] = []
@@ -104,10 +105,15 @@ class Running:
         self.done = stopped or full or at_limit
         if self.stream:
             new = [] if full or stopped else self.ids[-1:]
-            self.piece = self.stream.add(new, self.done)
+            self.stream.add(new, self.done)
             stopped |= bool(self.stream.stopped_by)
             self.done |= stopped
-        self.stopped = stopped
+        self.stopped, self.news = stopped, True
+
+    def take_text(self) -> str:
+        """What the text has grown by since this was called last; whole characters."""
+        taken, self._taken = self._taken, len(self.stream.text)
+        return self.stream.text[taken:]
 
 
 def padded(tokens: int) -> int:
@@ -371,21 +377,27 @@ class Engine:
         Requests are taken from the iterator when a row is free. Others that the engine holds go on.
         One that does not fit is yielded once, with its error, and the others go on.
         """
-        left, own = iter(requests), set()
+        left, own = iter(requests), []
         upcoming = next(left, None)
-        while upcoming is not None or own:
-            while upcoming is not None and self._free:
-                try:
-                    own.add(self.insert(upcoming))
-                except UserError as error:
-                    refused = Running(upcoming, -1, -1)
-                    refused.done, refused.error = True, error
-                    yield refused
-                upcoming = next(left, None)
-            for running in self.step():
-                if running in own:
+        try:
+            while upcoming is not None or own:
+                while upcoming is not None and self._free:
+                    try:
+                        own.append(self.insert(upcoming))
+                    except UserError as error:
+                        refused = Running(upcoming, -1, -1)
+                        refused.done, refused.error = True, error
+                        yield refused
+                    upcoming = next(left, None)
+                if not any(running.news for running in own):  # nor by another's step
+                    self.step()
+                for running in [running for running in own if running.news]:
+                    running.news = False
                     yield running
-            own = {running for running in own if not running.done}
+                own = [running for running in own if running.news or not running.done]
+        finally:
+            for running in own:  # the caller has gone away
+                self.remove(running)
 
     def run(self, requests: Iterable[Request]) -> Iterator[Running]:
         """As `stream`, but yields each request when it has ended."""

@@ -53,12 +53,13 @@ def _losses(
 class Generation(NamedTuple):
     """One decoded text.
 
-    ids: without the stop token. stopped: whether a stop token came. ties: steps at which the two
-    best logits lay within `sampling.TIE`. log_prob: of the ids and, where it came, the stop token,
-    summed; nats. k, tokens: of the memory that it was decoded behind: memory tokens per segment,
-    and in all. tokens_read: memory tokens read in all, those of smaller memories of a ladder
-    included. These are 0 where there was no memory. alternatives: for each id its log-probability
-    and `{id: log-probability}` of the most likely tokens, where the sampling asks for them.
+    ids: without the stop token. stopped: whether a stop token or a stop text came. ties: steps at
+    which the two best logits lay within `sampling.TIE`. log_prob: of the ids and, where it came,
+    the stop token, summed; nats. k, tokens: of the memory that it was decoded behind: memory tokens
+    per segment, and in all. tokens_read: memory tokens read in all, those of smaller memories of a
+    ladder included. These are 0 where there was no memory. alternatives: for each id its
+    log-probability and `{id: log-probability}` of the most likely tokens, where the sampling asks
+    for them. stopped_by: the stop text before which it ended, "" if none did.
     """
 
     text: str
@@ -70,11 +71,13 @@ class Generation(NamedTuple):
     tokens: int = 0
     tokens_read: int = 0
     alternatives: tuple[tuple[float, dict[int, float]], ...] = ()
+    stopped_by: str = ""
 
     @property
     def mean_log_prob(self) -> float:
         """The log-probability per token, stop token included: at most 0, nats."""
-        return self.log_prob / (len(self.ids) + self.stopped)
+        stop_tokens = int(self.stopped and not self.stopped_by)
+        return self.log_prob / (len(self.ids) + stop_tokens)
 
 
 def generation(
@@ -90,6 +93,7 @@ def generation(
         running.ties,
         running.log_prob,
         alternatives=tuple((p, dict(zip(*others, strict=True))) for p, others in alternatives),
+        stopped_by=stream.stopped_by if stream else "",
     )
     if memory is None:
         return made

@@ -52,10 +52,13 @@ class Sampling:
         checks = {
             "max_new_tokens": (self.max_new_tokens >= 1, "it must be positive"),
             "temperature": (finite, "give 0 for the best token, or a positive number"),
-            "top_k": (self.top_k >= 0, "give 0 for all tokens, or a positive number"),
+            "top_k": (0 <= self.top_k < 2**31, "give 0 for all tokens, or a number below 2^31"),
             "top_p": (0 < self.top_p <= 1, "give a number above 0 and up to 1"),
             "min_p": (0 <= self.min_p <= 1, "give a number from 0 to 1"),
-            "repetition_penalty": (0 < self.repetition_penalty < math.inf, "it must be positive"),
+            "repetition_penalty": (
+                0.001 <= self.repetition_penalty <= 1000,
+                "give 1 for none, or a number from 0.001 to 1000",
+            ),
             "seed": (0 <= self.seed < 2**63, "give a whole number from 0 to 2^63 - 1"),
             "stop": (all(self.stop), "a stop text must not be empty"),
             "alternatives": (
@@ -97,7 +100,7 @@ class Settings:
         seeds = column("seed", np.uint64)
         return cls(
             column("temperature", np.float32),
-            np.minimum(column("top_k", np.int64), np.iinfo(np.int32).max).astype(np.int32),
+            column("top_k", np.int32),
             column("top_p", np.float32),
             column("min_p", np.float32),
             column("repetition_penalty", np.float32),
