@@ -125,6 +125,25 @@ def test_memories_are_shared_and_their_places_used_again(engine_of, memories, de
     assert loaded.count(0) <= 3 and loaded.count(1) <= 2, loaded  # of 4 and 3 requests
 
 
+@pytest.mark.parametrize("places", [1, 2])
+def test_fewer_places_than_rows(engine_of, memories, decoder, places):
+    """Breaks when a request takes a place that others read, or waits for ever for one."""
+    prefix, texts = memories
+    engine = engine_of(rows=3, memories=places)
+    assert engine._cache.memory_mask.shape[0] == places
+    order = [0, 0, 1, 0, 2, 2, None]
+    requests = [
+        Request(row, LIMIT, len(texts[text]) if text is not None else 0, *behind, tag=i)
+        for i, (row, text) in enumerate(zip([*prompts(2), *prompts(6), [9, 8]], order, strict=True))
+        for behind in [(None, 0) if text is None else (prefix, text)]
+    ]
+    ended = {running.request.tag: running for running in engine.run(requests)}
+    for i, text in enumerate(order):
+        before = [] if text is None else texts[text]
+        want = slow_greedy(decoder.base.params, [*before, *requests[i].prompt])
+        assert ended[i].ids == want, i
+
+
 def test_a_long_prompt_does_not_stop_the_others(engine_of, decoder):
     """Breaks when chunks are put at the wrong places, or the others wait for the whole prompt."""
     long, short = np.random.default_rng(3).integers(8, 64, 17).tolist(), prompts()[0]

@@ -100,9 +100,8 @@ def test_equal_logits_are_a_tie(logits):
     [
         ("max_new_tokens", 0), ("max_new_tokens", -3), ("temperature", -1.0),
         ("temperature", float("nan")),
-        ("top_k", -1), ("top_k", 2**31), ("top_p", 0.0), ("top_p", 1.1), ("min_p", -0.1), 
+        ("top_k", -1), ("top_k", 2**31), ("top_p", 0.0), ("top_p", 1.1), ("min_p", -0.1),
         ("repetition_penalty", 0.0), ("repetition_penalty", 1e-39),
-       
         ("seed", -1), ("stop", [".", ""]), ("alternatives", 21),
     ],
 )  # fmt: skip

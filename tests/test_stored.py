@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -177,6 +178,27 @@ def test_what_cannot_be_asked_is_told(world, more, message, capsys):
 
 
 # --- evaluate ---
+
+
+def test_a_damaged_document_is_its_own_error(world, tmp_path, capsys):
+    """Breaks when one document whose bytes were changed keeps the others from being asked."""
+    shutil.copytree(world[0] / "store", tmp_path / "library")
+    with store.open_store(tmp_path / "library") as opened:
+        first = next(iter(opened.find()))
+        names, path = list(opened), next((tmp_path / "library" / "shards").glob("*"))
+        at = first.spans["memory"].offset
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1
+    path.write_bytes(data)
+    for verb, more in (("ask", ["--question", "who ?"]), ("restore", [])):
+        code = cli.main(
+            [verb, "--store", str(tmp_path / "library"), "--max_new_tokens", "4", "--json", *more]
+        )
+        out, err = capsys.readouterr()
+        rows = [json.loads(line) for line in out.splitlines()]
+        assert code == 2 and first.id in err and path.stem in err
+        assert [row["id"] for row in rows if "error" not in row] == names[1:]
+        assert [row["id"] for row in rows if "error" in row] == [first.id]
 
 
 @pytest.mark.parametrize("suite, data", [("qa", "qa.jsonl"), ("autoencode", "texts.jsonl")])

@@ -78,7 +78,9 @@ def run(argv: list[str]) -> int:
             raise UserError(f"--ladder {args.ladder}: a memory has its k; give --input, texts")
         if args.threshold is not None:
             raise UserError(f"--threshold {args.threshold} counts only with --input and --ladder")
-        (_from_store if args.store else _from_memory)(args)
+        if args.store:
+            return _from_store(args)
+        _from_memory(args)
     else:
         _from_texts(args)
     return 0
@@ -105,7 +107,7 @@ def _limits(args: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(args, name) for name in names}
 
 
-def _from_store(args: argparse.Namespace) -> None:
+def _from_store(args: argparse.Namespace) -> int:
     from icae_jax.inference import loading, stored
 
     compressor, opened = loading.load_with_store(
@@ -116,10 +118,12 @@ def _from_store(args: argparse.Namespace) -> None:
         memory = stored.joined(compressor, opened.get(args.id))
         answers = compressor.ask(memory, [args.question], details=True, **limits)
         _print(args, [args.id], answers)
-        return
-    for entries in stored.batches(opened, args.id):
+        return 0
+    damaged: list[stored.Damaged] = []
+    for entries in stored.batches(opened, args.id, damaged):
         answers = stored.ask(compressor, opened, entries, args.question, **limits)
         _print(args, [entry.id for entry in entries], answers)
+    return flags.tell_damaged(damaged, args.json)
 
 
 def _from_texts(args: argparse.Namespace) -> None:

@@ -166,6 +166,15 @@ def print_result(value: Any, as_json: bool, text: str) -> None:
     print(json.dumps(value, ensure_ascii=False) if as_json else text)
 
 
+def tell_damaged(damaged: Sequence[Any], as_json: bool) -> int:
+    """Says which entries of a store could not be read (`stored.Damaged`). Returns the exit code."""
+    for entry_id, error in damaged:
+        if as_json:
+            print_result({"id": entry_id, "error": str(error)}, True, "")
+        print(f"error: {error}", file=sys.stderr)
+    return BAD_INPUT if damaged else 0
+
+
 def tell_kinds(verb: str, kinds: Mapping[str, str], argv: list[str]) -> int:
     """Lists a verb's kinds, `{kind: what it is}`. Returns the exit code: 0 for help."""
     asked = argv[:1] in (["-h"], ["--help"])

@@ -17,10 +17,11 @@ def run(argv: list[str]) -> int:
     limits = {"max_new_tokens": args.max_new_tokens, "batch_size": args.batch_size}
     if args.store:
         compressor, opened = loading.load_with_store(args.store, args.adapter, args.base, **how)
-        for entries in stored.batches(opened, args.id):
+        damaged: list[stored.Damaged] = []
+        for entries in stored.batches(opened, args.id, damaged):
             texts = stored.restore(compressor, opened, entries, **limits)
             _print(args, [entry.id for entry in entries], texts)
-        return 0
+        return flags.tell_damaged(damaged, args.json)
     compressor, memory, ids = loading.load_with_memory(
         args.memory, args.adapter, args.base, only_ids=args.id, **how
     )

@@ -202,17 +202,19 @@ def programs() -> Programs:
         jax.jit(prefill, **how),
         jax.jit(step, **how),
         jax.jit(load, donate_argnums=0),
-        jax.jit(empty, static_argnames=("rows", "tokens", "memory_tokens")),
+        jax.jit(empty, static_argnames=("rows", "tokens", "memories", "memory_tokens")),
     )
 
 
-def empty(decoder: Decoder, *, rows: int, tokens: int, memory_tokens: int) -> tuple[Cache, Rows]:
+def empty(
+    decoder: Decoder, *, rows: int, tokens: int, memories: int, memory_tokens: int
+) -> tuple[Cache, Rows]:
     """An empty cache, and rows that are free. Sizes: as of `engine.Engine`."""
     cache = caches.make(
         decoder,
         rows=rows,
         tokens=tokens,
-        memories=rows if memory_tokens else 0,
+        memories=memories,
         memory_tokens=memory_tokens,
     )
     settings = jax.tree.map(jnp.asarray, Settings.of([GREEDY] * rows))

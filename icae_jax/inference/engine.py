@@ -127,6 +127,7 @@ class Engine:
     Attributes:
       rows: R.
       tokens: of a prompt and its answer together, at most.
+      memories: places for memories; rows with one memory share its place.
       memory_tokens: of a memory with its head, at most; 0: requests have none.
     """
 
@@ -137,6 +138,7 @@ class Engine:
         *,
         rows: int,
         tokens: int,
+        memories: int | None = None,
         memory_tokens: int = 0,
         chunk: int = CHUNK,
         tokenizer: Any = None,
@@ -148,6 +150,7 @@ class Engine:
           devices: where it runs.
           rows: see the class; rounded up to what a mesh can split.
           tokens: see the class; rounded up.
+          memories: see the class; by default one for each row.
           memory_tokens: see the class; rounded up.
           chunk: tokens of prompts that are prefilled between two steps of the others.
           tokenizer: makes text of tokens as they come; stop texts need it.
@@ -161,19 +164,21 @@ class Engine:
         self.devices, self.decoder = devices, devices.for_decoding(decoder)
         self.rows, self.tokens = devices.rows(rows), padded(tokens)
         self.memory_tokens = padded(memory_tokens) if memory_tokens else 0
+        self.memories = devices.rows(min(memories or self.rows, self.rows)) if memory_tokens else 0
         self.chunk, self.tokenizer = chunk, tokenizer
         self._free = list(range(self.rows))
         self._running: dict[int, Running] = {}  # by row
         self._prefilling: collections.deque[Running] = collections.deque()
-        self._memories: list[tuple[Prefix, int] | None] = [None] * self.rows  # in each place
-        self._readers = [0] * self.rows  # requests that read each place
+        self._memories: list[tuple[Prefix, int] | None] = [None] * self.memories  # in each place
+        self._readers = [0] * self.memories  # requests that read each place
         self._to_load: list[tuple[Prefix, int, int]] = []  # prefix, text, place
         self._decode_next = False  # a chunk was prefilled last, so it is the others' turn
         self._nothing = _no_memory(self.decoder) if memory_tokens else None
-        sizes = {"tokens": self.tokens, "memory_tokens": self.memory_tokens}
+        sizes = {"rows": self.rows, "tokens": self.tokens}
+        sizes |= {"memories": self.memories, "memory_tokens": self.memory_tokens}
         self._programs = decoding.programs()
         with devices.active():
-            self._cache, self._rows = self._programs.empty(self.decoder, rows=self.rows, **sizes)
+            self._cache, self._rows = self._programs.empty(self.decoder, **sizes)
         # As what the programs return is, for which they would be compiled once more.
         leaves = jax.tree.leaves(self.decoder.base.params)
         committed = [x for x in leaves if isinstance(x, jax.Array) and x.committed]
@@ -216,16 +221,22 @@ class Engine:
     # --- Requests come and go ---
 
     def insert(self, request: Request) -> Running | None:
-        """Puts a request into a free row; None if there is none. UserError if it does not fit."""
+        """Puts a request into a free row; None if none, or no place for its memory, is free.
+
+        UserError if it does not fit.
+        """
         self.check(request)
         if not self._free:
             return None
         row, place = self._free[0], 0
-        if self.memory_tokens:
+        if self.memories:
             prefix, text = request.prefix, request.text
             if prefix is None:
                 prefix, text = self._nothing, 0
-            row, place = self._place(prefix, text)
+            found = self._place(prefix, text)
+            if found is None:
+                return None
+            row, place = found
             self._readers[place] += 1
         self._free.remove(row)
         running = Running(request, row, place, self.tokenizer)
@@ -234,13 +245,14 @@ class Engine:
         return running
 
     def _place(self, prefix, text):
-        """A free row and the place of its memory, which is loaded if no place holds it."""
+        """A free row and the place of its memory, which is loaded if none holds it; or None."""
         for place, held in enumerate(self._memories):
             if held is not None and held[0] is prefix and held[1] == text:
                 return self._free[0], place
-        # A row's own place if it can be, for a step is faster where all rows read their own. There
-        # is always a place without readers, for there are no more readers than rows.
+        # A row's own place if it can be, for a step is faster where all rows read their own.
         unread = [place for place, readers in enumerate(self._readers) if not readers]
+        if not unread:
+            return None
         row = next((row for row in self._free if row in unread), self._free[0])
         place = row if row in unread else unread[0]
         self._memories[place] = prefix, text
@@ -260,7 +272,7 @@ class Engine:
     def _leave(self, running):
         del self._running[running.row]
         self._free = sorted([*self._free, running.row])
-        if self.memory_tokens:
+        if self.memories:
             self._readers[running.place] -= 1
 
     # --- Prefilling and decoding ---
@@ -285,7 +297,7 @@ class Engine:
         return moved
 
     def _decode(self, ready):
-        own = all(running.row == running.place for running in ready)
+        own = self.memories == self.rows and all(r.row == r.place for r in ready)
         one = len({running.place for running in ready}) == 1 and len(ready) > 1
         how = self._how(ready, "own" if own else "one" if one else "any")
         active = np.zeros(self.rows, bool)
@@ -301,7 +313,7 @@ class Engine:
     def _how(self, requests, sharing, reach=0):
         samplings = [running.request.sampling for running in requests]
         return How(
-            sharing if self.memory_tokens else "none",
+            sharing if self.memories else "none",
             all(sampling.greedy for sampling in samplings),
             MOST_ALTERNATIVES if any(sampling.alternatives for sampling in samplings) else 0,
             reach,
@@ -313,8 +325,8 @@ class Engine:
             prefix = self._to_load[0][0]
             alike = [load for load in self._to_load if load[0] is prefix]
             self._to_load = [load for load in self._to_load if load[0] is not prefix]
-            count = few_shapes(len(alike), self.rows)
-            texts, places = np.zeros(count, np.int32), np.full(count, self.rows, np.int32)
+            count = few_shapes(len(alike), self.memories)
+            texts, places = np.zeros(count, np.int32), np.full(count, self.memories, np.int32)
             for i, (_, text, place) in enumerate(alike):
                 texts[i], places[i] = text, place
             self._cache = self._programs.load(self._cache, prefix, texts, places)
@@ -383,11 +395,15 @@ class Engine:
             while upcoming is not None or own:
                 while upcoming is not None and self._free:
                     try:
-                        own.append(self.insert(upcoming))
+                        running = self.insert(upcoming)
                     except UserError as error:
-                        refused = Running(upcoming, -1, -1)
-                        refused.done, refused.error = True, error
-                        yield refused
+                        running = Running(upcoming, -1, -1)
+                        running.done, running.error = True, error
+                        yield running
+                    else:
+                        if running is None:  # no place for its memory, until others end
+                            break
+                        own.append(running)
                     upcoming = next(left, None)
                 if not any(running.news for running in own):  # nor by another's step
                     self.step()

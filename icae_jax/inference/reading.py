@@ -209,18 +209,26 @@ class MemoryReader:
             return _read(self.devices.put_memory(memory), self.decoder, head=self.head(objective))
 
     def engine(
-        self, objective: str, *, rows: int, tokens: int, memory_tokens: int, stop: bool = False
+        self,
+        objective: str,
+        *,
+        rows: int,
+        tokens: int,
+        memory_tokens: int,
+        memories: int | None = None,
+        stop: bool = False,
     ) -> Engine:
         """An engine of so many rows for prompts behind memories.
 
-        tokens: of a prompt with its answer. memory_tokens: of a memory, head not counted. stop:
-        whether texts end answers.
+        tokens: of a prompt with its answer. memory_tokens: of a memory, head not counted. memories:
+        places for them, by default one for each row. stop: whether texts end answers.
         """
         return Engine(
             self.decoder,
             self.devices,
             rows=rows,
             tokens=tokens,
+            memories=memories,
             memory_tokens=len(self.head(objective)) + memory_tokens,
             tokenizer=self.base.tokenizer if stop else None,
         )
@@ -285,6 +293,7 @@ class MemoryReader:
             objective,
             rows=few_shapes(min(count, at_once), at_once),
             tokens=longest,
+            memories=few_shapes(min(len(requests), at_once), at_once),
             memory_tokens=own,
             stop=any(request.sampling.stop for request in requests),
         )

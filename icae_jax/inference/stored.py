@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 from icae_jax.compression.decoder import Prefix
 from icae_jax.compression.memory import Memory
@@ -14,14 +15,33 @@ from icae_jax.inference.sampling import GREEDY, Sampling
 AT_ONCE = 64  # entries read at once, whatever a store holds
 
 
+class Damaged(NamedTuple):
+    """An entry whose bytes are not those that were stored, and what is wrong with them."""
+
+    id: str
+    error: UserError
+
+
 def batches(
-    opened: store.Store, ids: Sequence[str], count: int = AT_ONCE
+    opened: store.Store, ids: Sequence[str], damaged: list[Damaged], count: int = AT_ONCE
 ) -> Iterator[list[store.Entry]]:
-    """Entries of these ids, by default of all, some at a time; UserError on an unknown id."""
+    """Entries of these ids, by default of all, some at a time; UserError on an unknown id.
+
+    damaged: takes those that cannot be read; the others are yielded.
+    """
     entries: Iterable[store.Entry] = opened.get(ids) if ids else opened.find()
     remaining = iter(entries)
     while batch := list(itertools.islice(remaining, count)):
-        yield batch
+        good = []
+        for entry in batch:
+            try:
+                _ = entry.memory, entry.prefix  # which are read anew where they are needed
+            except UserError as error:
+                damaged.append(Damaged(entry.id, error))
+            else:
+                good.append(entry)
+        if good:
+            yield good
 
 
 def _by_k(entries: Sequence[store.Entry]) -> list[list[int]]:

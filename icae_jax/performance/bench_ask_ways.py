@@ -179,7 +179,8 @@ class Ways:
         """Of each text what the decoder sees; None where the memory is K/V itself."""
         if issubclass(self.compressor.config.spec.memory, KV):
             return None
-        return self._prefixes(tokens, requests)
+        # New objects, which the engine does not know to be in its cache from the last round.
+        return [prefix.replace() for prefix in self._prefixes(tokens, requests)]
 
     def _engine(self, way: str, rows: int, tokens: int, context: int = 0) -> Engine:
         """An engine, made once: ways behind a memory share it."""

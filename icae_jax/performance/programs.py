@@ -221,7 +221,7 @@ def decode(
     """The engine's work for a batch: it reads prompts behind memories, and decodes n new tokens."""
     B, T = ids_BT.shape
     cache, rows = decoding.empty(
-        decoder, rows=B, tokens=T + new_tokens, memory_tokens=prefix.mask.shape[1]
+        decoder, rows=B, tokens=T + new_tokens, memories=B, memory_tokens=prefix.mask.shape[1]
     )
     cache = cache.put_memory(prefix, jnp.arange(B))
     row, zeros = jnp.arange(B), jnp.zeros(B, jnp.int32)

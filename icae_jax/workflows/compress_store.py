@@ -150,16 +150,16 @@ def _prepare(request: Request, there: store.Info | None) -> tuple[Prepared, stor
     base = request.base or (None if there is None else loading.store_base(there))
     prepared = Prepared(adapter, base, request.base_dtype)
     kv = request.kv or bool(there is not None and there.kv)
-    if kv and not prepared.config.spec.memory.RUNS_IN_DECODER:
-        raise UserError(
-            f"--kv: the memory of method {prepared.config.method} is K/V already, which no pass of "
-            "the decoder has to make; leave --kv out"
-        )
     dtype = request.dtype or (there.dtype if there is not None else "float32")
     template = prepared.adapter.template.name if kv else ""
     info = store.Info.of(prepared, dtype, template, base=prepared.base_path)
     if there is not None:
         there.check(request.store, info)
+    if kv and not prepared.config.spec.memory.RUNS_IN_DECODER:
+        raise UserError(
+            f"--kv: the memory of method {prepared.config.method} is K/V already, which no pass of "
+            "the decoder has to make; leave --kv out"
+        )
     return prepared, info
 
 

@@ -241,4 +241,6 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 
 def _kv_text(kv: str, head: tuple[int, ...]) -> str:
-    return f"K/V behind the head {list(head)} of template {kv}" if kv else "no K/V of the decoder"
+    if not kv:
+        return "no K/V of the decoder"
+    return f"K/V of the decoder behind the head of template {kv} (ids {list(head)})"
