@@ -314,6 +314,10 @@ MUTANTS = [
         "        self._free = sorted([*self._free, running.row])\n", "        self._free = sorted(self._free)\n", "test_engine.py -k early",
     ),
     Mutant(
+        "what is not finite reaches the next in a row", "inference/engine.py",
+        "if running.error is not None:  # else", "if False:  # else", "test_engine.py -k finite",
+    ),
+    Mutant(
         "draws depend on the row", "inference/sampling.py",
         "drawn = jax.vmap(draw)(settings.key, number_R, allowed)",
         "drawn = jax.vmap(draw)(settings.key, number_R + jnp.arange(len(number_R)), allowed)", "test_engine.py -k seed",

@@ -87,29 +87,29 @@ MUTANTS = [
         "workflows/compress_store.py",
         "at = slice(row, row + 1)",
         "at = slice(0, 1)",
-        "test_stored.py -k what_the_decoder_reads",
+        "test_stored_memories.py -k what_the_decoder_reads",
     ),
     # -------------------------------------------------------------------------------------------------------- reading
     Mutant(
         "K/V behind any head are used",
         "inference/stored.py",
-        " or opened.info.head != tuple(head)",
-        "",
-        "test_stored.py -k head_agrees",
+        "opened.info.head == tuple(head), iter(entries)",
+        "True, iter(entries)",
+        "test_stored_memories.py -k head_agrees",
     ),
     Mutant(
         "a text is measured behind any memory of its id",
         "evaluation/stored.py",
         "if (entry.k, entry.tokens) == (k, len(context)):",
         "if True:",
-        "test_stored.py -k needs_its_texts",
+        "test_stored_memories.py -k needs_its_texts",
     ),
     Mutant(
         "bytes of a stored memory are those of float32",
         "evaluation/suites/common.py",
         "self.stored.bytes_per_token if stored else memory.bytes_per_token",
         "memory.bytes_per_token",
-        "test_stored.py -k those_of_compressing",
+        "test_stored_memories.py -k those_of_compressing",
     ),
     # ------------------------------------------------------------------------------------------------------ the opener
     Mutant(

@@ -214,7 +214,7 @@ MUTANTS = [
     Mutant(
         "likelihood is not by the token",
         "inference/reading.py",
-        "return self.log_prob / (len(self.ids) + self.stopped)",
+        "return self.log_prob / (len(self.ids) + stop_tokens)",
         "return self.log_prob",
         "test_cascade.py -k scoring_gives",
     ),

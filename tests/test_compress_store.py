@@ -213,6 +213,12 @@ def test_what_changed_is_replaced(world, copied, tmp_path, groups_of_5):
     assert result["pruned"] == 1 and result["stored"] == 0
     with store.open_store(copied) as opened:
         assert len(opened) == len(LENGTHS) - 1 and rows()[0]["id"] not in opened
+    # Rows that say nothing of metadata leave what is kept.
+    silent = write_jsonl(tmp_path / "silent.jsonl", [row | {"metadata": None} for row in changed])
+    result = compress_store.compress_store(Request(silent, copied, **SHAPE))
+    assert result["unchanged"] == len(changed) and not result["metadata_changed"]
+    with store.open_store(copied) as opened:
+        assert opened[changed[4]["id"]].metadata == {"new": [1, None]}
 
 
 def test_a_killed_run_goes_on_to_the_same_bytes(world, filled, tmp_path, groups_of_5):

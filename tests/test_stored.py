@@ -1,260 +1,401 @@
-"""Reading from a store: `ask`, `restore` and `evaluate --store`, and the decoder's stored K/V."""
+"""Which files of a base hold its tensors, and contradictions between them and config.json."""
 
 import dataclasses
+import io
 import json
 import shutil
 
 import jax
 import numpy as np
 import pytest
-from cli_helpers import sentence
-from conftest import TINY, close, random_trained, write_jsonl
+import safetensors.numpy
+from conftest import TINY, same
 
-from icae_jax.cli import main as cli
-from icae_jax.compression.config import CompressionConfig
-from icae_jax.errors import UserError
-from icae_jax.evaluation import evaluate
-from icae_jax.evaluation.suites.common import Options
-from icae_jax.inference import loading, store, stored
-from icae_jax.interop.adapters import folder as adapters
-from icae_jax.interop.hub import base as bases
-from icae_jax.models.lora import LoraConfig
-from icae_jax.objectives import targets
-from icae_jax.workflows import compress_store
-from icae_jax.workflows.compress_store import Request
-
-LENGTHS = (10, 12, 70, 14, 30, 11)  # words of the texts, in segments of 16 tokens
-SHORT = [i for i, n in enumerate(LENGTHS) if n < 16]
-ASK = ["--question", "who ?", "--question", "where ?", "--max_new_tokens", "4", "--json"]
+from icae_jax import errors
+from icae_jax.interop.hub import orbax_copy, remote_rows, stored, weights
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory, tiny_base):
-    """(folder, what compresses, path of its texts); a store with K/V and a memory file of them.
-
-    The template has a head, so that K/V behind it and behind none differ.
+def shards(folder, tensors, **moved):
+    """Splits the tensors over two files with an index. moved: `{file: {name: value}}`, further
+    tensors of these files.
     """
-    folder, rng = tmp_path_factory.mktemp("stored"), np.random.default_rng(4)
-    base = bases.load_base(tiny_base)
-    for method in ("icae", "x500"):
-        adapter = adapters.Adapter(
-            CompressionConfig(method=method, k=4, rate=4),
-            LoraConfig(4),
-            targets.make_template("mistral", base.tokenizer),
-            random_trained(TINY, 4),
-            str(tiny_base),
-            base.fingerprint,
+    names = sorted(tensors)
+    parts = {"one.safetensors": names[::2], "two.safetensors": names[1::2]}
+    for file, held in parts.items():
+        more = moved.get(file.partition(".")[0], {})
+        safetensors.numpy.save_file({name: tensors[name] for name in held} | more, folder / file)
+    (folder / "model.safetensors").unlink(missing_ok=True)
+    held = {name: file for file, names in parts.items() for name in names}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": held}))
+    return held
+
+
+def said(capsys):
+    """Returns stderr since the last call, and lets notes be printed again."""
+    errors.say.cache_clear()
+    return capsys.readouterr().err
+
+
+TIED = dataclasses.replace(TINY, tie_word_embeddings=True)
+
+
+def test_a_tied_head_is_the_embeddings(folder, tensors, tiny_params, capsys):
+    """Breaks when a tied base whose file also holds the same head is refused, one with another head
+    is read without it, or one whose file has the head alone is refused.
+    """
+    tied = {k: v for k, v in tiny_params.items() if k != "lm_head"}
+    table, path = tensors["model.embed_tokens.weight"], folder / "model.safetensors"
+    said(capsys)
+    for head in (table, table.astype(np.float64)):
+        safetensors.numpy.save_file(tensors | {"lm_head.weight": head}, path)
+        same(weights.load_params(folder, TIED), tied)
+    assert not said(capsys)
+    last = table.copy()
+    last[-1, -1] += 1e-3
+    for head in (last, np.pad(table, ((0, 8), (0, 0))), table.astype(np.int8)):
+        safetensors.numpy.save_file(tensors | {"lm_head.weight": head}, path)
+        for only in ((), (("norm", "scale"),)):
+            with pytest.raises(
+                errors.UserError,
+                match=r"lm_head\.weight differs from .*; "
+                r"set tie_word_embeddings to false in config\.json",
+            ):
+                weights.load_params(folder, TIED, only=only)
+    rest = {k: v for k, v in tensors.items() if k != "model.embed_tokens.weight"}
+    safetensors.numpy.save_file(rest | {"lm_head.weight": table}, path)
+    same(weights.load_params(folder, TIED), tied)
+    assert "lm_head.weight is read for it" in said(capsys)
+
+
+def test_large_tables_are_compared_to_their_end(folder, tensors, monkeypatch):
+    """Breaks when comparing head and embeddings omits the rows of a last, shorter block."""
+    monkeypatch.setattr(stored, "COMPARED_NUMBERS", 5 * TINY.hidden_size)
+    for row in (63, 60, 0):
+        head = tensors["model.embed_tokens.weight"].copy()
+        head[row, 0] += 1
+        safetensors.numpy.save_file(
+            tensors | {"lm_head.weight": head}, folder / "model.safetensors"
         )
-        adapters.save_adapter(folder / method, adapter)
-    rows = [{"id": f"t{i}", "text": sentence(rng, n)} for i, n in enumerate(LENGTHS)]
-    source = write_jsonl(folder / "texts.jsonl", rows)
-    asked = [
-        {"id": f"q{i}", "context": rows[i]["text"], "question": "who ?", "answers": ["the cat"]}
-        for i in SHORT
-    ]
-    write_jsonl(folder / "qa.jsonl", asked)
-    argv = ["compress", "--adapter", str(folder / "icae"), "--input", source]
-    assert cli.main([*argv, "--store", str(folder / "store"), "--kv", "--batch_size", "2"]) == 0
-    assert cli.main([*argv, "--output", str(folder / "m.safetensors")]) == 0
-    return folder, loading.load(folder / "icae"), source
+        with pytest.raises(errors.UserError, match="differs from"):
+            weights.load_params(folder, TIED)
 
 
-def printed(capsys):
-    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-
-
-# --- The decoder's K/V ---
-
-
-def test_stored_prefixes_are_what_the_decoder_reads(world):
-    """Breaks when K/V are of another document, or of a row that fills a batch; when they are behind
-    no head, or segments that are padding are kept.
-    """
-    folder, compressor, _ = world
-    head = tuple(compressor.adapter.template.head)
-    assert head
-    with store.open_store(folder / "store") as opened:
-        assert opened.info.kv == "mistral" and len(opened) == len(LENGTHS)
-        for entry in opened.find():
-            want = jax.device_get(entry.memory.read(compressor.decoder, head))
-            for name in ("k", "v"):
-                close(getattr(entry.prefix, name), getattr(want, name))
-            assert (entry.prefix.positions == want.positions).all()
-            assert entry.prefix.end == want.end
-
-
-def test_stored_prefixes_are_used_where_the_head_agrees(world):
-    """Breaks when K/V behind a template's head are read where another one, or none, is wanted."""
-    folder, compressor, _ = world
-
-    with store.open_store(folder / "store") as opened:
-        entries = opened.get(["t2", "t0"])
-        found = stored.prefixes(opened, entries, compressor.adapter.template.head)
-        assert [len(prefix.k) for prefix in found] == [TINY.num_layers] * 2
-        assert stored.prefixes(opened, entries, ()) is None
-        assert stored.prefixes(opened, entries, (1, 2)) is None
-        # They are what is read: of another document, another answer is as likely.
-        memory = store.memory_of(entries, compressor.config)
-        questions, swapped = [["who ?"]] * 2, found[::-1]
-        answers = compressor.ask(memory, questions, 4, details=True)
-        stored_answers = stored.ask(compressor, opened, entries, ["who ?"], 4)
-        others = compressor.ask(memory, questions, 4, details=True, prefixes=swapped)
-        for row, own in enumerate(answers):
-            assert stored_answers[row][0].log_prob == pytest.approx(own[0].log_prob, abs=1e-3)
-            assert others[row][0].log_prob == pytest.approx(answers[1 - row][0].log_prob, abs=1e-3)
-        assert abs(answers[0][0].log_prob - answers[1][0].log_prob) > 0.01
-
-
-def test_memories_that_are_k_v_have_none(world, tmp_path, monkeypatch):
-    """Breaks when `--kv` of a method whose memory is K/V already does anything."""
-    folder, _, source = world
-    monkeypatch.setattr(loading, "load_base", lambda *a, **b: pytest.fail("the base was loaded"))
-    with pytest.raises(UserError, match="memory of method x500 is K/V already"):
-        compress_store.compress_store(
-            Request(source, str(tmp_path / "s"), str(folder / "x500"), kv=True)
-        )
-
-
-# --- ask and restore ---
-
-
-def test_answers_are_those_from_a_memory_file(world, capsys):
-    """Breaks when a document is answered from another's memory, or is not found; or when documents
-    that are read together are not those that were named, in their order.
-    """
-    folder, compressor, _ = world
-    assert cli.main(["ask", "--memory", str(folder / "m.safetensors"), *ASK]) == 0
-    want = printed(capsys)
-    ask = ["ask", "--store", str(folder / "store"), *ASK]
-    assert cli.main([*ask, "--id", "t2", "--id", "t0"]) == 0
-    by_id = {(row["id"], row["question"]): row["answer"] for row in want}
-    some = printed(capsys)
-    assert [row["id"] for row in some] == ["t2", "t2", "t0", "t0"]
-    assert all(row["answer"] == by_id[row["id"], row["question"]] for row in some)
-    assert cli.main(ask) == 0
-    assert {(row["id"], row["question"]): row["answer"] for row in printed(capsys)} == by_id
-
-    assert cli.main([*ask, "--id", "t2", "--id", "t0", "--join"]) == 0
-    joined = printed(capsys)
-    memory, _ = compressor.load_memory(folder / "m.safetensors")
-    memory = compressor.join([memory[[2]], memory[[0]]])
-    answers = compressor.ask(memory, ["who ?", "where ?"], 4)
-    assert [(row["id"], row["answer"]) for row in joined] == [(["t2", "t0"], a) for a in answers]
-    assert joined[0]["tokens_read"] == int(memory.tokens[0]) == 4 * 6
-
-
-def test_restored_texts_are_those_of_a_memory_file(world, capsys):
-    """Breaks when `restore` reads stored K/V behind the head of questions, or mixes documents."""
-    folder, _, _ = world
-    more = ["--max_new_tokens", "5", "--json"]
-    assert cli.main(["restore", "--memory", str(folder / "m.safetensors"), *more]) == 0
-    want = printed(capsys)
-    assert cli.main(["restore", "--store", str(folder / "store"), *more]) == 0
-    assert sorted(printed(capsys), key=lambda row: row["id"]) == want
-    for source in (["--memory", str(folder / "m.safetensors")], ["--store", str(folder / "store")]):
-        assert cli.main(["restore", *source, "--id", "t4", *more]) == 0
-        assert printed(capsys) == [want[4]]
+LAYER, VECTOR = "model.layers.0.", np.zeros(8, np.float32)
 
 
 @pytest.mark.parametrize(
-    "more, message",
+    ("name", "remedy"),
     [
-        (["--id", "t9"], "has no entry 't9'"),
-        (["--join"], "give --store and their --id"),
-        (["--adapter", "x500"], "method"),
-        (["--memory", "m"], "not allowed with argument"),
-        (["--ladder", "1,2"], "a memory has its k"),
+        (
+            LAYER + "self_attn.q_proj.bias",
+            "attention_bias and mlp_bias of config.json say which projections have biases",
+        ),
+        (LAYER + "mlp.down_proj.bias", "attention_bias and mlp_bias of config.json"),
+        (LAYER + "self_attn.q_norm.weight", ""),
+        (LAYER + "pre_feedforward_layernorm.weight", ""),
+        ("model.layers.2.mlp.up_proj.weight", "num_hidden_layers is 2"),
+        ("model.norm.bias", ""),
+        ("lm_head.bias", ""),
+        ("model.embed_tokens.lora_embedding_A", "merge LoRA into its base"),
+        (
+            "base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight",
+            "merge LoRA into its base",
+        ),
+        ("lm_head.weight_scale", "take weights that are not quantised"),
+        (LAYER + "mlp.up_proj.SCB", "take weights that are not quantised"),
+        (LAYER + "mlp.up_proj.qweight", "take weights that are not quantised"),
+        (
+            LAYER + "mlp.up_proj.weight.quant_state.bitsandbytes__nf4",
+            "take weights that are not quantised",
+        ),
+        ("somewhere.input_scale", "take weights that are not quantised"),
     ],
 )
-def test_what_cannot_be_asked_is_told(world, more, message, capsys):
-    """Breaks when an unknown document, another adapter or flags that say nothing pass."""
-    folder, _, _ = world
-    more = [str(folder / "x500") if argument == "x500" else argument for argument in more]
-    try:
-        code = cli.main(["ask", "--store", str(folder / "store"), *ASK, *more])
-    except SystemExit as error:
-        code = error.code
-    assert code == 2 and message in capsys.readouterr().err
-
-
-# --- evaluate ---
-
-
-def test_a_damaged_document_is_its_own_error(world, tmp_path, capsys):
-    """Breaks when one document whose bytes were changed keeps the others from being asked."""
-    shutil.copytree(world[0] / "store", tmp_path / "library")
-    with store.open_store(tmp_path / "library") as opened:
-        first = next(iter(opened.find()))
-        names, path = list(opened), next((tmp_path / "library" / "shards").glob("*"))
-        at = first.spans["memory"].offset
-    data = bytearray(path.read_bytes())
-    data[at] ^= 1
-    path.write_bytes(data)
-    for verb, more in (("ask", ["--question", "who ?"]), ("restore", [])):
-        code = cli.main(
-            [verb, "--store", str(tmp_path / "library"), "--max_new_tokens", "4", "--json", *more]
-        )
-        out, err = capsys.readouterr()
-        rows = [json.loads(line) for line in out.splitlines()]
-        assert code == 2 and first.id in err and path.stem in err
-        assert [row["id"] for row in rows if "error" not in row] == names[1:]
-        assert [row["id"] for row in rows if "error" in row] == [first.id]
-
-
-@pytest.mark.parametrize("suite, data", [("qa", "qa.jsonl"), ("autoencode", "texts.jsonl")])
-def test_scores_from_a_store_are_those_of_compressing(world, suite, data, tmp_path):
-    """Breaks when a text is measured behind another's memory, or compressed although it is stored;
-    or when bytes are not those on disk.
-    """
-    folder, compressor, _ = world
-    options = Options(max_new_tokens=4, arms=("memory",), batch_size=4, context_lengths=())
-    if suite == "autoencode":  # texts of one segment, which compressing takes whole too
-        rows = [json.loads(line) for line in (folder / data).read_text().splitlines()]
-        source = write_jsonl(tmp_path / "short.jsonl", [rows[i] for i in SHORT])
-    else:
-        source = str(folder / data)
-    request = evaluate.Request(suite, {"a": str(folder / "icae")}, source, options=options)
-    want = evaluate.evaluate(dataclasses.replace(request, out=tmp_path / "a")).result
-    half = str(tmp_path / "half")
-    compress_store.compress_store(
-        Request(source, half, str(folder / "icae"), dtype="bfloat16", batch_size=2)
+def test_tensors_that_config_json_does_not_announce_are_refused(
+    folder, tensors, monkeypatch, name, remedy
+):
+    """Breaks when a base is loaded without one of its parts: it would be another model."""
+    monkeypatch.setattr(weights, "_read_shard", lambda *args: pytest.fail("read"))
+    safetensors.numpy.save_file(tensors | {name: VECTOR}, folder / "model.safetensors")
+    with pytest.raises(errors.UserError) as caught:
+        weights.load_params(folder, TINY)
+    before, _, after = str(caught.value).partition(
+        f"{folder}: 1 tensor not in the model of config.json: {name}"
     )
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(type(compressor), "compress_ids", lambda *a, **b: pytest.fail("compressed"))
-        results = [
-            evaluate.evaluate(
-                dataclasses.replace(request, adapters={}, store=path, out=tmp_path / name)
-            ).result
-            for name, path in (("b", str(folder / "store")), ("c", half))
-        ]
-    for metric, arms in want["scores"].items():
-        for result in results:
-            bound = 1e-4 if result is results[0] else 0.1
-            assert result["scores"][metric]["memory"]["mean"] == pytest.approx(
-                arms["memory"]["mean"], rel=bound, abs=bound
-            )
-    assert [r["store"]["entries"] for r in results] == [len(LENGTHS), len(SHORT)]
-    assert results[0]["identity"]["store"] != results[1]["identity"]["store"]
-    sizes = [r["sizes"]["memory"]["bytes"] for r in (want, *results)]
-    assert sizes[0] == sizes[1] == 2 * sizes[2]
+    assert not before and remedy in after and bool(after) == bool(remedy)
 
 
-def test_an_evaluation_needs_its_texts_in_the_store(world, tmp_path):
-    """Breaks when texts without a memory are compressed or left out silently, or a suite that
-    reads parts of texts takes a store.
+def test_tensors_beside_the_model_are_named(folder, tensors, tiny_params, capsys):
+    """Breaks when further tensors (another task's head, a vision tower) are dropped silently or
+    refused, or buffers that everybody recomputes are named.
     """
-    folder, _, _ = world
-    other = write_jsonl(tmp_path / "other.jsonl", [{"id": "t0", "text": "a dog"}] * 2)
-    request = evaluate.Request(
-        "autoencode", {}, other, store=str(folder / "store"), out=tmp_path / "out"
+    said(capsys)
+    harmless = {
+        LAYER + "self_attn.rotary_emb.inv_freq": VECTOR,
+        "model.rotary_emb.inv_freq": VECTOR,
+    }
+    safetensors.numpy.save_file(tensors | harmless, folder / "model.safetensors")
+    same(weights.load_params(folder, TINY), tiny_params)
+    assert not said(capsys)
+    others = [
+        "ema.model.layers.0.x",
+        "model.vision_tower.layers.0.weight",
+        "mtp.layers.0.weight",
+        "score.weight",
+        "step",
+        "v_head.weight",
+    ]
+    safetensors.numpy.save_file(
+        tensors | dict.fromkeys(others, VECTOR), folder / "model.safetensors"
     )
-    with pytest.raises(UserError, match=r"has no memory of text 't0' \(3 tokens, k 4\)"):
-        evaluate.evaluate(request)
-    for changes, message in (
-        ({"suite": "span"}, "which suite span does not read"),
-        ({"options": Options(context_lengths=(8,))}, "--context_lengths is"),
-        ({"suite": "qa", "options": Options(ladder=(2, 4))}, "--ladder is"),
-        ({"store": None}, "--adapter is not given"),
+    same(weights.load_params(folder, TINY), tiny_params)
+    told = said(capsys)
+    assert (
+        f"not of this model and not read: 6 tensors ({', '.join(others[:5])}, …)" in told
+        and told.count("\n") == 1
+    )
+
+
+def test_what_config_json_announces_is_there(folder, tensors):
+    """Breaks when a missing head or bias is made up, or the message does not name the field that
+    announced it.
+    """
+    safetensors.numpy.save_file(
+        {k: v for k, v in tensors.items() if k != "lm_head.weight"}, folder / "model.safetensors"
+    )
+    with pytest.raises(
+        errors.UserError,
+        match=r"1 tensor missing: lm_head\.weight; where the head is .* "
+        "set tie_word_embeddings to true",
     ):
-        with pytest.raises(UserError, match=message):
-            dataclasses.replace(request, **changes)
+        weights.load_params(folder, TINY)
+    with pytest.raises(
+        errors.UserError,
+        match=r"6 tensors missing: model\.layers\.0\.mlp\.down_proj\.bias.*; "
+        "attention_bias and mlp_bias",
+    ):
+        weights.load_params(folder, dataclasses.replace(TIED, mlp_bias=True))
+    safetensors.numpy.save_file(
+        {f"module.{name}": value for name, value in tensors.items()}, folder / "model.safetensors"
+    )
+    with pytest.raises(
+        errors.UserError,
+        match=r"21 tensors missing: .*; 21 tensors not in the model of config\.json: "
+        r"module\.lm_head",
+    ):
+        weights.load_params(folder, TINY)
+
+
+def test_a_table_of_fewer_rows_is_named(folder):
+    """Breaks when a remote base's identity is read from beyond a table that is shorter than
+    config.json says.
+    """
+    with pytest.raises(
+        errors.UserError,
+        match=r"model\.embed_tokens\.weight has 64 rows, config\.json implies 80 or more",
+    ):
+        remote_rows.read_rows(
+            folder, lambda name: io.FileIO(folder / name), "model.embed_tokens.weight", [0, 79]
+        )
+
+
+# -------------------------------------------------------------------------- two copies of one thing
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../other/model.safetensors",
+        "/x/m.safetensors",
+        "sub/m.safetensors",
+        "C:\\m.safetensors",
+        "x\0.safetensors",
+        "..",
+        "",
+        3,
+        "a.bin",
+    ],
+)
+def test_an_index_names_files_of_its_folder_alone(folder, tensors, name):
+    """Breaks when a downloaded index makes other files of this machine be read."""
+    (folder.parent / "other").mkdir()
+    shutil.copyfile(folder / "model.safetensors", folder.parent / "other" / "model.safetensors")
+    held = dict.fromkeys(tensors, "model.safetensors") | {"model.norm.weight": name}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": held}))
+    for read in (
+        stored.weight_files,
+        weights.has_weights,
+        lambda folder: weights.load_params(folder, TINY),
+    ):
+        with pytest.raises(
+            errors.UserError,
+            match=r"weight_map has model\.norm\.weight in .*; only .* of the folder itself",
+        ):
+            read(folder)
+
+
+@pytest.mark.parametrize(
+    "content", ["[]", "{}", '{"weight_map": []}', '{"weight_map": {}}', '{"weight_map": null}']
+)
+def test_an_index_without_a_map_is_named(folder, content):
+    """Breaks when a truncated index gives a traceback, or counts as a base without weights."""
+    (folder / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(
+        errors.UserError, match=r"model\.safetensors\.index\.json: (no weight_map|not an object)"
+    ):
+        weights.load_params(folder, TINY)
+
+
+def test_one_file_comes_before_shards(folder, tensors, tiny_params, capsys):
+    """Breaks when an old index leads to old shards beside the file that transformers reads, or the
+    unread ones are not named, wherever weights are looked at.
+    """
+    said(capsys)
+    shards(folder, {name: -value for name, value in tensors.items()})
+    safetensors.numpy.save_file(tensors, folder / "model.safetensors")
+    assert stored.weight_files(folder) == [folder / "model.safetensors"] and weights.has_weights(
+        folder
+    )
+    same(weights.load_params(folder, TINY), tiny_params)
+    told = said(capsys)
+    assert (
+        f"{folder / 'model.safetensors'} is read, as by transformers; "
+        "model.safetensors.index.json and the 2 files" in told
+    )
+    assert told.count("\n") == 1
+    opened = []
+
+    def open_file(name):
+        opened.append(name)
+        return io.FileIO(folder / name)
+
+    (folder / "elsewhere").mkdir()  # holds only the index
+    shutil.copy(folder / "model.safetensors.index.json", folder / "elsewhere")
+    rows = remote_rows.read_rows(folder / "elsewhere", open_file, "model.embed_tokens.weight", [5])
+    assert (rows == tensors["model.embed_tokens.weight"][[5]]).all() and set(opened) == {
+        "model.safetensors"
+    }
+    (folder / "model.safetensors").unlink()
+    rows = remote_rows.read_rows(folder / "elsewhere", open_file, "model.embed_tokens.weight", [5])
+    assert (rows == -tensors["model.embed_tokens.weight"][[5]]).all()
+    same(weights.load_params(folder, TINY), jax.tree.map(lambda x: -x, tiny_params))
+
+
+def test_an_index_may_name_the_one_file(folder, tensors, tiny_params, capsys):
+    """Breaks when a base of one file that has an index too, or with a shard of that name, is
+    misread.
+    """
+    said(capsys)
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": dict.fromkeys(tensors, "model.safetensors")})
+    )
+    same(weights.load_params(folder, TINY), tiny_params)
+    assert not said(capsys)
+
+
+def test_the_index_says_which_file_holds_a_tensor(folder, tensors, tiny_params, capsys):
+    """Breaks when a tensor is not read from the file that the index names, or one that is missing
+    there is looked for elsewhere.
+    """
+    said(capsys)
+    names = sorted(tensors)
+    wrong = {"two": {names[0]: -tensors[names[0]]}, "one": {names[1]: -tensors[names[1]]}}
+    held = shards(folder, tensors, **wrong)
+    same(weights.load_params(folder, TINY), tiny_params)
+    assert (
+        "read from the one that model.safetensors.index.json names: "
+        f"2 tensors ({names[0]}, {names[1]})" in said(capsys)
+    )
+    shards(folder, tensors)
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": held | {names[0]: "two.safetensors"}})
+    )
+    with pytest.raises(
+        errors.UserError,
+        match=rf"1 tensor not where model\.safetensors\.index\.json has them: "
+        rf"{names[0]} .in two\.safe",
+    ):
+        weights.load_params(folder, TINY)
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {k: v for k, v in held.items() if k != names[0]}})
+    )
+    same(weights.load_params(folder, TINY), tiny_params)
+    with pytest.raises(
+        errors.UserError, match=rf"index\.json: weight_map does not have {names[0]}"
+    ):
+        remote_rows.read_rows(folder, lambda name: io.FileIO(folder / name), names[0])
+
+
+def test_other_copies_are_named(folder, tiny_params, capsys):
+    """Breaks when a folder holds the weights twice and no note says which are read."""
+    said(capsys)
+    (folder / "pytorch_model.bin").write_bytes(b"x")
+    orbax_copy.save_orbax(folder, tiny_params)
+    same(weights.load_params(folder, TINY), tiny_params)
+    assert f"{folder}: safetensors is read, not params/ and pytorch_model.bin" in said(capsys)
+    (folder / "model.safetensors").rename(
+        folder / "consolidated.safetensors"
+    )  # in a format that is not read, so not a second copy
+    assert orbax_copy.is_orbax(folder)
+    same(weights.load_params(folder, TINY), tiny_params)
+    (folder / "adapter_config.json").write_text("{}")
+    assert f"{folder}: the Orbax copy in params/ is read, not pytorch_model.bin" in said(capsys)
+    weights.load_params(folder, TINY)
+    assert f"{folder}: the LoRA adapter beside the weights is not applied" in said(capsys)
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (POINTER, "a Git LFS pointer"),
+        ("", "the file is empty"),
+        ("<!doctype html><html>", "a page of HTML"),
+    ],
+)
+def test_what_stands_in_a_files_place_is_named(folder, tensors, text, message):
+    """Breaks when a clone without its large files, or a server's error page, counts as a damaged
+    file.
+    """
+    shards(folder, tensors)
+    (folder / "two.safetensors").write_text(text)
+    with pytest.raises(errors.UserError, match=rf"two\.safetensors: {message}"):
+        weights.load_params(folder, TINY)
+    with pytest.raises(errors.UserError, match=rf"two\.safetensors: {message}"):
+        remote_rows.read_rows(
+            folder, lambda name: io.FileIO(folder / name), "model.embed_tokens.weight"
+        )
+    (folder / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(errors.UserError, match=rf"index\.json: {message}"):
+        weights.load_params(folder, TINY)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (
+            "pytorch_model-00001-of-00002.bin",
+            r"pytorch_model-00001-of-00002\.bin: pickled weights .* are not read; "
+            "transformers loads them",
+        ),
+        ("consolidated.00.pth", r"consolidated\.00\.pth: pickled weights"),
+        ("consolidated.safetensors", "in their maker's own format"),
+        ("model.gguf", r"model\.gguf: a GGUF file, which is a base by itself; give the file's own"),
+        (
+            "adapter_model.safetensors",
+            r"a LoRA adapter and not a base; merge it into its base first",
+        ),
+        (
+            "model-00001-of-00001.safetensors",
+            r"model\.safetensors\.index\.json, which says which .* is missing",
+        ),
+        ("notes.md", "no Orbax copy$"),
+    ],
+)
+def test_other_forms_of_weights_are_named(folder, name, message):
+    """Breaks when a folder with weights in another format is only said to have none."""
+    (folder / "model.safetensors").rename(folder / name)
+    with pytest.raises(errors.UserError, match=message):
+        weights.load_params(folder, TINY)

@@ -120,9 +120,10 @@ def _from_store(args: argparse.Namespace) -> int:
         _print(args, [args.id], answers)
         return 0
     damaged: list[stored.Damaged] = []
-    for entries in stored.batches(opened, args.id, damaged):
-        answers = stored.ask(compressor, opened, entries, args.question, **limits)
-        _print(args, [entry.id for entry in entries], answers)
+    named = len(opened) > 1 and len(args.id) != 1  # whose answer it is
+    for documents in stored.batches(opened, args.id, compressor.adapter.template.head, damaged):
+        answers = stored.ask(compressor, documents, args.question, **limits)
+        _print(args, [document.id for document in documents], answers, named)
     return flags.tell_damaged(damaged, args.json)
 
 
@@ -150,10 +151,12 @@ def _print(
     args: argparse.Namespace,
     ids: Iterable[str | int | list[str]],
     answers: Iterable[Iterable[Generation]],
+    named: bool = False,
 ) -> None:
     """Prints the answers of each text: as JSON with what was read for them.
 
-    ids: of each text, a list where several were read together.
+    ids: of each text, a list where several were read together. named: whether an answer begins with
+    its text's id.
     """
     for text_id, row in zip(ids, answers, strict=True):
         for question, answer in zip(args.question, row, strict=True):
@@ -161,4 +164,5 @@ def _print(
             result |= {"k": answer.k, "tokens_read": answer.tokens_read}
             result |= {"mean_log_prob": answer.mean_log_prob}
             read = f"\t(k {answer.k}, {answer.tokens_read} memory tokens read)"
-            flags.print_result(result, args.json, answer.text + (read if args.ladder else ""))
+            text = (f"{text_id}\t" if named else "") + answer.text
+            flags.print_result(result, args.json, text + (read if args.ladder else ""))

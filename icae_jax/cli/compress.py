@@ -74,7 +74,9 @@ def _store_flags(parser: argparse.ArgumentParser) -> None:
 def run(argv: list[str]) -> int:
     """Runs the verb. Returns the exit code 0; UserError on bad input."""
     args = _parser().parse_args(argv)
-    if args.store:
+    if args.output is None:
+        if not args.store:
+            raise UserError("--store is empty; give the folder of a store, new or not")
         return _to_store(args)
     given = [name for name, default in STORE_FLAGS.items() if getattr(args, name) != default]
     if given:

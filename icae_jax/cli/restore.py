@@ -18,9 +18,9 @@ def run(argv: list[str]) -> int:
     if args.store:
         compressor, opened = loading.load_with_store(args.store, args.adapter, args.base, **how)
         damaged: list[stored.Damaged] = []
-        for entries in stored.batches(opened, args.id, damaged):
-            texts = stored.restore(compressor, opened, entries, **limits)
-            _print(args, [entry.id for entry in entries], texts)
+        for documents in stored.batches(opened, args.id, (), damaged):
+            texts = stored.restore(compressor, documents, **limits)
+            _print(args, [document.id for document in documents], texts)
         return flags.tell_damaged(damaged, args.json)
     compressor, memory, ids = loading.load_with_memory(
         args.memory, args.adapter, args.base, only_ids=args.id, **how

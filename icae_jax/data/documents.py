@@ -121,11 +121,10 @@ class Documents:
 
     def _metadata(self, raw):
         if not isinstance(raw, dict):
-            return {}
+            return None
         if self.fields:
             return {name: raw[name] for name in self.fields if name in raw}
-        value = raw.get(METADATA)
-        return {} if value is None else value
+        return raw.get(METADATA)
 
     def _look_up(self, key):
         query = "SELECT text, place FROM seen WHERE key = ?"

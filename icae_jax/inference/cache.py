@@ -73,6 +73,19 @@ class Cache:
         k, v = (_by_layer(put, x, new) for x, new in zip((self.k, self.v), kv, strict=True))
         return self.replace(k=k, v=v)
 
+    def clear(self, row: Int[Any, ""], place: Int[Any, ""]) -> "Cache":
+        """With zeros in a row and in a place for memories; one beyond the last is left out."""
+
+        def zeros(cached, at):
+            return _by_layer(lambda x, _: x.at[at].set(0, mode="drop"), cached, cached)
+
+        return self.replace(
+            k=zeros(self.k, row),
+            v=zeros(self.v, row),
+            memory_k=zeros(self.memory_k, place),
+            memory_v=zeros(self.memory_v, place),
+        )
+
     def memory_part(self, slots: Int[Any, " b"] | None) -> PrefixPart:
         """The memories that rows see. slots: of each row, None where row i sees memory i."""
         kv, known = (self.memory_k, self.memory_v), (self.memory_mask, self.memory_positions)

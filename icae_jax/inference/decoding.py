@@ -184,12 +184,18 @@ def load(cache: Cache, prefix: Prefix, texts: Int[Any, " b"], slots: Int[Any, " 
     return cache.put_memory(taken, slots)
 
 
+def clear(cache: Cache, row: Int[Any, ""], place: Int[Any, ""]) -> Cache:
+    """Writes zeros over a row and a place: NaN survives the mask's product with 0."""
+    return cache.clear(row, place)
+
+
 class Programs(NamedTuple):
     """Compiled once for all engines of the same shapes."""
 
     prefill: Any
     step: Any
     load: Any
+    clear: Any
     empty: Any
 
 
@@ -202,6 +208,7 @@ def programs() -> Programs:
         jax.jit(prefill, **how),
         jax.jit(step, **how),
         jax.jit(load, donate_argnums=0),
+        jax.jit(clear, donate_argnums=0),
         jax.jit(empty, static_argnames=("rows", "tokens", "memories", "memory_tokens")),
     )
 

@@ -10,6 +10,7 @@ step (`inference.decoding`).
 """
 
 import collections
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -63,12 +64,12 @@ class Running:
       done: whether it has ended.
       stream: the text of the ids, if the engine has a tokenizer.
       news: whether it has got on since `Engine.stream` yielded it last.
-      error: why the engine did not take it, if so (`Engine.stream`).
+      error: why the engine did not take it (`Engine.stream`) or gave it up, if so.
     """
 
     def __init__(self, request: Request, row: int, place: int, tokenizer: Any = None):
         self.request, self.row, self.place = request, row, place
-        self.stream = tokenizer and TextStream(tokenizer, request.sampling.stop)
+        self.stream = None if tokenizer is None else TextStream(tokenizer, request.sampling.stop)
         self.news = False
         self._taken = 0  # characters of the text
         self.ids: list[int] = []
@@ -91,6 +92,13 @@ class Running:
     def take(self, choice: Choice, i: int) -> None:
         """Takes row i of what a program chose."""
         sampling = self.request.sampling
+        if not math.isfinite(choice.log_prob[i]):
+            self.done, self.news = True, True
+            self.error = UserError(
+                "what the base computes is not finite: base, memory or adapter are damaged, or "
+                "overflow in their dtype; load them in float32"
+            )
+            return
         stopped = int(choice.token[i]) in self.request.stop_ids
         full = len(self.ids) >= sampling.max_new_tokens  # then only a stop token counts
         if not full or stopped:
@@ -111,7 +119,12 @@ class Running:
         self.stopped, self.news = stopped, True
 
     def take_text(self) -> str:
-        """What the text has grown by since this was called last; whole characters."""
+        """What the text has grown by since this was called last: whole characters.
+
+        Nothing if the engine has no tokenizer.
+        """
+        if self.stream is None:
+            return ""
         taken, self._taken = self._taken, len(self.stream.text)
         return self.stream.text[taken:]
 
@@ -206,6 +219,19 @@ class Engine:
                 f"{self.tokens} tokens of a row of the engine; shorten one, or make an engine with "
                 "more tokens"
             )
+        config, table = self.decoder.base.config, len(self.decoder.table)
+        lowest, highest = min(request.prompt), max(request.prompt)
+        if lowest < -table or highest >= config.vocab_size:
+            raise UserError(
+                f"the prompt holds id {lowest if lowest < -table else highest}, of which the base "
+                f"has no embedding; ids are below {config.vocab_size}"
+            )
+        if request.start + len(request.prompt) + most > config.max_position_embeddings:
+            raise UserError(
+                f"a prompt of {len(request.prompt)} tokens from position {request.start} on and "
+                f"max_new_tokens {most} exceed the base's {config.max_position_embeddings} "
+                "positions; shorten one"
+            )
         memory = 0 if request.prefix is None else request.prefix.mask.shape[1]
         if memory > self.memory_tokens:
             raise UserError(
@@ -271,6 +297,13 @@ class Engine:
 
     def _leave(self, running):
         del self._running[running.row]
+        if running.error is not None:  # else what is not finite would reach the next in this row
+            place = running.place if self.memories else 0
+            with self.devices.active():
+                row = np.int32(running.row)
+                self._cache = self._programs.clear(self._cache, row, np.int32(place))
+            if self.memories:
+                self._memories[place] = None
         self._free = sorted([*self._free, running.row])
         if self.memories:
             self._readers[running.place] -= 1

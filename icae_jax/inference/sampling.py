@@ -181,7 +181,9 @@ def _allowed(scaled_RV, settings) -> Bool[Array, "R V"]:
     falling = jnp.where(jnp.arange(V)[None] < top_k, falling, -jnp.inf)
     probabilities = jax.nn.softmax(falling, -1)
     before = jnp.cumsum(probabilities, -1) - probabilities
-    kept = jnp.where(before < settings.top_p[:, None], falling, jnp.inf)
+    top_p = settings.top_p[:, None]
+    # Rounded, the sum may exceed 1 before the last token.
+    kept = jnp.where((before < top_p) | (top_p >= 1), falling, jnp.inf)
     least = jnp.min(jnp.where(jnp.isfinite(kept), kept, jnp.inf), -1, keepdims=True)
     least = jnp.maximum(least, falling[:, :1] + jnp.log(settings.min_p)[:, None])
     return scaled_RV >= jnp.minimum(least, falling[:, :1])

@@ -8,6 +8,7 @@ from icae_jax.compression.decoder import Prefix
 from icae_jax.compression.memory import Memory
 from icae_jax.errors import UserError
 from icae_jax.inference import store
+from icae_jax.inference.batching import concatenate
 from icae_jax.inference.compressor import Compressor
 from icae_jax.inference.reading import Generation
 from icae_jax.inference.sampling import GREEDY, Sampling
@@ -15,68 +16,68 @@ from icae_jax.inference.sampling import GREEDY, Sampling
 AT_ONCE = 64  # entries read at once, whatever a store holds
 
 
+class Document(NamedTuple):
+    """What a store holds of a document. prefix: None where there is none behind the wanted head."""
+
+    id: str
+    memory: Memory
+    prefix: Prefix | None
+
+
 class Damaged(NamedTuple):
-    """An entry whose bytes are not those that were stored, and what is wrong with them."""
+    """A document whose bytes are not those that were stored, and what is wrong with them."""
 
     id: str
     error: UserError
 
 
 def batches(
-    opened: store.Store, ids: Sequence[str], damaged: list[Damaged], count: int = AT_ONCE
-) -> Iterator[list[store.Entry]]:
-    """Entries of these ids, by default of all, some at a time; UserError on an unknown id.
+    opened: store.Store,
+    ids: Sequence[str],
+    head: Sequence[int],
+    damaged: list[Damaged],
+    count: int = AT_ONCE,
+) -> Iterator[list[Document]]:
+    """Documents of these ids, by default of all, some at a time; UserError on an unknown id.
 
-    damaged: takes those that cannot be read; the others are yielded.
+    head: the ids that are to stand before a memory; only K/V behind them are read. damaged: takes
+    the documents that cannot be read.
     """
     entries: Iterable[store.Entry] = opened.get(ids) if ids else opened.find()
-    remaining = iter(entries)
+    with_kv, remaining = opened.info.head == tuple(head), iter(entries)
     while batch := list(itertools.islice(remaining, count)):
-        good = []
+        documents = []
         for entry in batch:
             try:
-                _ = entry.memory, entry.prefix  # which are read anew where they are needed
+                prefix = entry.prefix if with_kv and entry.has_kv else None
+                documents.append(Document(entry.id, entry.memory, prefix))
             except UserError as error:
                 damaged.append(Damaged(entry.id, error))
-            else:
-                good.append(entry)
-        if good:
-            yield good
+        if documents:
+            yield documents
 
 
-def _by_k(entries: Sequence[store.Entry]) -> list[list[int]]:
-    """The numbers of entries of one k each: only such make one memory."""
-    ks = sorted({entry.k for entry in entries})
-    return [[i for i, entry in enumerate(entries) if entry.k == k] for k in ks]
-
-
-def prefixes(
-    opened: store.Store, entries: Sequence[store.Entry], head: Sequence[int]
-) -> list[Prefix] | None:
-    """The stored K/V of entries, where they can be used; None where another head, or none, is.
-
-    head: the ids that are to stand before the memory.
-    """
-    if not all(entry.has_kv for entry in entries) or opened.info.head != tuple(head):
-        return None
-    return [entry.prefix for entry in entries]
+def _by_k(compressor, documents):
+    """Yields (rows, memory, prefixes) of documents of one k each: only such make one memory."""
+    ks = [document.memory.tokens_per_segment for document in documents]
+    for k in sorted(set(ks)):
+        rows = [row for row, of_row in enumerate(ks) if of_row == k]
+        memory = concatenate([documents[row].memory for row in rows], compressor.config)
+        prefixes = [documents[row].prefix for row in rows]
+        yield rows, memory, None if None in prefixes else prefixes
 
 
 def ask(
     compressor: Compressor,
-    opened: store.Store,
-    entries: Sequence[store.Entry],
+    documents: Sequence[Document],
     questions: Sequence[str],
     max_new_tokens: int | None = None,
     batch_size: int = 16,
     sampling: Sampling = GREEDY,
 ) -> list[list[Generation]]:
-    """Answers to all questions from each entry's memory, nested by entry."""
-    answers: list[list[Generation]] = [[] for _ in entries]
-    for rows in _by_k(entries):
-        some = [entries[row] for row in rows]
-        memory = store.memory_of(some, compressor.config)
-        found = prefixes(opened, some, compressor.adapter.template.head)
+    """Answers to all questions from each document's memory, nested by document."""
+    answers: list[list[Generation]] = [[] for _ in documents]
+    for rows, memory, prefixes in _by_k(compressor, documents):
         nested = compressor.ask(
             memory,
             [list(questions)] * len(rows),
@@ -84,10 +85,10 @@ def ask(
             batch_size,
             details=True,
             sampling=sampling,
-            prefixes=found,
+            prefixes=prefixes,
         )
-        for row, of_entry in zip(rows, nested, strict=True):
-            answers[row] = of_entry
+        for row, of_document in zip(rows, nested, strict=True):
+            answers[row] = of_document
     return answers
 
 
@@ -109,18 +110,14 @@ def joined(compressor: Compressor, entries: Sequence[store.Entry]) -> Memory:
 
 def restore(
     compressor: Compressor,
-    opened: store.Store,
-    entries: Sequence[store.Entry],
+    documents: Sequence[Document],
     max_new_tokens: int | None = None,
     batch_size: int = 16,
 ) -> list[str]:
-    """The texts read back out of each entry's memory."""
-    texts = [""] * len(entries)
-    for rows in _by_k(entries):
-        some = [entries[row] for row in rows]
-        memory = store.memory_of(some, compressor.config)
-        found = prefixes(opened, some, ())
-        read = compressor.restore(memory, max_new_tokens, batch_size, prefixes=found)
+    """The texts read back out of each document's memory."""
+    texts = [""] * len(documents)
+    for rows, memory, prefixes in _by_k(compressor, documents):
+        read = compressor.restore(memory, max_new_tokens, batch_size, prefixes=prefixes)
         for row, text in zip(rows, read, strict=True):
             texts[row] = text
     return texts

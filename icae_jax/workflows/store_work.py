@@ -231,13 +231,15 @@ class Share:
         asked = self.size.asked(self.prepared.config)
         to_do, hashes, metadata, unchanged = [], [], {}, 0
         for document in group:
+            there, own_hash = known.get(document.id), content_hash(document.text, asked)
+            value = document.metadata
+            if value is None:  # the row says nothing: what is kept stays
+                value = {} if there is None else there.metadata
             try:
-                text = store_entries.metadata_text(document.metadata, "the row")
+                value = json.loads(store_entries.metadata_text(value, "the row"))
             except UserError as error:
                 problems(document, str(error))
                 continue
-            value, own_hash = json.loads(text), content_hash(document.text, asked)
-            there = known.get(document.id)
             if there is None or there.content_hash != own_hash or there.kv < bool(self.info.kv):
                 to_do.append(document._replace(metadata=value))
                 hashes.append(own_hash)
