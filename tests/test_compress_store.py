@@ -362,7 +362,7 @@ def test_an_input_is_read_a_window_at_a_time(monkeypatch):
     monkeypatch.setattr(sources, "read_with_raw", endless)
     first = next(store_work.windows(documents.Documents("x")))
     assert len(first) == store_work.WINDOW and len(read) == store_work.WINDOW + 1
-    assert first[7] == documents.Document("7", "text 7", "here", {})
+    assert first[7] == documents.Document("7", "text 7", "here", None)
     long = [first[0]._replace(text="x" * (store_work.WINDOW_CHARACTERS // 2))] * 5
     assert list(map(len, store_work.windows(long))) == [2, 2, 1]
     grouped = store_work.groups(long, lambda _: store_work.GROUP_BYTES // 2)

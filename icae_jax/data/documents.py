@@ -24,7 +24,7 @@ class Document(NamedTuple):
         id: the row's own, else its number; prefixed by the file's name if a source has several.
         text: the text.
         where: file and line, for messages.
-        metadata: the user's, as the row has it, not checked.
+        metadata: the user's, as the row has it, not checked; None if it says nothing.
     """
 
     id: str
