@@ -83,12 +83,7 @@ class Generation(NamedTuple):
 def generation(
     base: bases.Base, running: Running, memory: Memory | None = None, text: int = 0
 ) -> Generation:
-    """What an engine decoded, behind a text's memory where there was one.
-
-    UserError if the engine gave it up.
-    """
-    if running.error is not None:
-        raise running.error
+    """What an engine decoded, behind a text's memory where there was one."""
     stream = running.stream
     alternatives = zip(running.log_probs, running.alternatives, strict=False)  # but the stop's
     made = Generation(

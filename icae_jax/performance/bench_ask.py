@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from icae_jax import files
+from icae_jax.compression.config import CompressionConfig
 from icae_jax.errors import UserError
 from icae_jax.inference.sampling import TIE
 from icae_jax.performance import bench_ask_throughput, bench_ask_transformers
@@ -42,7 +43,7 @@ class Options:
     adapter: str | None = None
     base: str | None = None
     base_dtype: str | None = None
-    method: str = "icae"
+    method: str = CompressionConfig.method
     k: int = 128
     ratio: float = 4.0
     seed: int = 0

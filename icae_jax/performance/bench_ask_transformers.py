@@ -47,7 +47,7 @@ class Transformers:
             torch.set_num_threads(len(os.sched_getaffinity(0)))
         self._device = "cuda" if platform == "gpu" else "cpu"
         model = transformers.AutoModelForCausalLM.from_pretrained(
-            **_place(base), dtype=getattr(torch, dtype)
+            **_place(base), dtype=getattr(torch, dtype), trust_remote_code=False
         )
         self.model = model.to(self._device).eval()
         # Nothing of the base's own, such as stop tokens or a penalty: the best token, every time.

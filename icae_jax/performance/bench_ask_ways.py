@@ -54,7 +54,7 @@ class Subject:
     adapter: str | None = None
     base: str | None = None
     base_dtype: str | None = None
-    method: str = "icae"
+    method: str = CompressionConfig.method
     k: int = 128
     ratio: float = 4.0
     seed: int = 0

@@ -241,6 +241,4 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 
 def _kv_text(kv: str, head: tuple[int, ...]) -> str:
-    if not kv:
-        return "no K/V of the decoder"
-    return f"K/V of the decoder behind the head of template {kv} (ids {list(head)})"
+    return f"K/V behind the head {list(head)} of template {kv}" if kv else "no K/V of the decoder"
