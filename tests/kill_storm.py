@@ -102,9 +102,14 @@ def main(folder, adapter, source, kills):
     assert first.end() == 0, (folder / "whole.error").read_text()
     shard = (time.monotonic() - began - start) / len(first.told)
 
-    stormy = compress_store.Request(source, str(folder / "stormy"), adapter, **size)
-    reported, killed, damage, lost, left = set(), 0, [], [], []
+    reported, killed, damage, lost, left, same, stores = set(), 0, [], [], [], True, 0
+    stormy = None
     while killed < kills:
+        if stormy is None:  # the last store is complete, as a fast machine makes it soon
+            stores, reported = stores + 1, set()
+            stormy = compress_store.Request(
+                source, str(folder / f"stormy{stores}"), adapter, **size
+            )
         run = Run(stormy)
         if rng.random() < 0.3:  # at any moment of the start, else while it writes
             time.sleep(rng.uniform(0, 1.2 * start))
@@ -120,11 +125,9 @@ def main(folder, adapter, source, kills):
             damage += [str(one) for one in verified.damage]
             lost += sorted(reported - set(opened))
             left.append(len(opened))
-        if run.told and run.told[-1] == []:  # there was nothing left to kill
-            break
-    last = Run(stormy)
-    code = last.end()
-    same = code == 0 and held(stormy.store) == held(whole.store)
+        if (run.told and run.told[-1] == []) or killed == kills:
+            same &= Run(stormy).end() == 0 and held(stormy.store) == held(whole.store)
+            stormy = None
     print(
         json.dumps(
             {
@@ -132,6 +135,7 @@ def main(folder, adapter, source, kills):
                 "damage": damage,
                 "lost": lost,
                 "same": same,
+                "stores": stores,
                 "documents": len(held(whole.store)[1]),
                 "shards": len(held(whole.store)[0]),
                 "after_each_kill": left,

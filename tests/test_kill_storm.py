@@ -41,6 +41,6 @@ def test_a_run_that_is_killed_fifty_times(tmp_path, tiny_base):
     about = json.loads(ended.stdout)
     assert about["kills"] == KILLS and not about["damage"] and not about["lost"] and about["same"]
     assert about["documents"] == DOCUMENTS and about["shards"] == DOCUMENTS // 2
-    # The kills came while documents were being stored, not before and not after.
-    growing = np.diff(about["after_each_kill"])
-    assert (growing > 0).sum() >= KILLS // 3 and about["after_each_kill"][-1] < DOCUMENTS
+    # Many kills came while documents were being stored, not before and not after.
+    partly = [count for count in about["after_each_kill"] if 0 < count < DOCUMENTS]
+    assert len(partly) >= KILLS // 3 and len(set(partly)) >= KILLS // 5
