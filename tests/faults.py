@@ -281,12 +281,12 @@ MUTANTS = [
     ),
     Mutant(
         "rows read their neighbour's memory", "inference/cache.py",
-        "rows=slots, heads_first=True)", "rows=None, heads_first=True)", "test_engine.py -k shared",
+        "rows=places, heads_first=True)", "rows=None, heads_first=True)", "test_engine.py -k shared",
     ),
     Mutant(
         "rows read as much as their place ever held", "inference/cache.py",
-        "memory_mask=self.memory_mask.at[slots].set(mask, mode=\"drop\"),",
-        "memory_mask=self.memory_mask.at[slots].max(mask, mode=\"drop\"),", "test_engine.py -k shared",
+        "memory_mask=self.memory_mask.at[places].set(mask, mode=\"drop\"),",
+        "memory_mask=self.memory_mask.at[places].max(mask, mode=\"drop\"),", "test_engine.py -k shared",
     ),
     Mutant(
         "requests without a memory see what is in their place", "inference/engine.py",

@@ -40,7 +40,7 @@ class Cache:
         """C."""
         return self.k[0].shape[-2]
 
-    def put_memory(self, prefix: Prefix, slots: Int[Any, " b"]) -> "Cache":
+    def put_memory(self, prefix: Prefix, places: Int[Any, " b"]) -> "Cache":
         """With memories in given places; a place beyond the last is left out."""
         P, given = self.memory_mask.shape[1], prefix.mask.shape[1]
         unused = ((0, 0), (0, P - given))
@@ -48,13 +48,13 @@ class Cache:
 
         def put(cached, new):
             new = jnp.swapaxes(new, -3, -2).astype(cached.dtype)
-            return cached.at[slots, :, :given].set(new, mode="drop")
+            return cached.at[places, :, :given].set(new, mode="drop")
 
         return self.replace(
             memory_k=_by_layer(put, self.memory_k, prefix.k),
             memory_v=_by_layer(put, self.memory_v, prefix.v),
-            memory_mask=self.memory_mask.at[slots].set(mask, mode="drop"),
-            memory_positions=self.memory_positions.at[slots].set(positions, mode="drop"),
+            memory_mask=self.memory_mask.at[places].set(mask, mode="drop"),
+            memory_positions=self.memory_positions.at[places].set(positions, mode="drop"),
         )
 
     def put_tokens(
@@ -86,16 +86,16 @@ class Cache:
             memory_v=zeros(self.memory_v, place),
         )
 
-    def memory_part(self, slots: Int[Any, " b"] | None) -> PrefixPart:
-        """The memories that rows see. slots: of each row, None where row i sees memory i."""
+    def memory_part(self, places: Int[Any, " b"] | None) -> PrefixPart:
+        """The memories that rows see. places: of each row, None where row i sees memory i."""
         kv, known = (self.memory_k, self.memory_v), (self.memory_mask, self.memory_positions)
-        return PrefixPart(*kv, *known, rows=slots, heads_first=True)
+        return PrefixPart(*kv, *known, rows=places, heads_first=True)
 
-    def one_memory(self, slot: Int[Any, ""]) -> PrefixPart:
+    def one_memory(self, place: Int[Any, ""]) -> PrefixPart:
         """The memory in one place, as a part that all rows share."""
 
         def one(x, axis=0):
-            return jax.lax.dynamic_slice_in_dim(x, slot, 1, axis)
+            return jax.lax.dynamic_slice_in_dim(x, place, 1, axis)
 
         def of_layers(x):
             return tuple(map(one, x)) if isinstance(x, tuple) else one(x, 1)

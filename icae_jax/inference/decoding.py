@@ -175,13 +175,13 @@ def step(
     return cache, rows, choice
 
 
-def load(cache: Cache, prefix: Prefix, texts: Int[Any, " b"], slots: Int[Any, " b"]) -> Cache:
+def load(cache: Cache, prefix: Prefix, texts: Int[Any, " b"], places: Int[Any, " b"]) -> Cache:
     """Writes the memories of some texts of a prefix into places of the cache."""
     taken = Prefix(
         *(jnp.take(x, texts, 1) for x in (prefix.k, prefix.v)),
         *(jnp.take(x, texts, 0) for x in (prefix.mask, prefix.positions, prefix.end)),
     )
-    return cache.put_memory(taken, slots)
+    return cache.put_memory(taken, places)
 
 
 def clear(cache: Cache, row: Int[Any, ""], place: Int[Any, ""]) -> Cache:
