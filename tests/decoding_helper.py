@@ -8,7 +8,8 @@ from greedy_loop import Generated, Prompts
 
 from icae_jax.compression.decoder import Decoder, Prefix
 from icae_jax.inference.devices import Devices
-from icae_jax.inference.engine import Engine, Request
+from icae_jax.inference.engine import Engine
+from icae_jax.inference.requests import Request
 from icae_jax.inference.sampling import Sampling
 
 

@@ -264,15 +264,15 @@ MUTANTS = [
     ),
     # ------------------------------------------------------------------------------------------------------- decoding
     Mutant(
-        "a row goes on behind its limit", "inference/engine.py",
+        "a row goes on behind its limit", "inference/requests.py",
         "if not full and not stopped:", "if not stopped:", "test_generate.py -k limit",
     ),
     Mutant(
-        "ties after the end are counted", "inference/engine.py",
+        "ties after the end are counted", "inference/requests.py",
         "if not full or stopped:\n            self.ties", "if True:\n            self.ties", "test_generate.py -k limit",
     ),
     Mutant(
-        "a stop id is kept in the text", "inference/engine.py",
+        "a stop id is kept in the text", "inference/requests.py",
         "if not full and not stopped:", "if not full:", "test_generate.py -k stop_id",
     ),
     Mutant(

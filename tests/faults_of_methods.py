@@ -192,7 +192,7 @@ MUTANTS = [
     ),
     Mutant(
         "the stop token's log-probability is left out",
-        "inference/engine.py",
+        "inference/requests.py",
         "            self.log_probs.append(float(choice.log_prob[i]))",
         "            self.log_probs += [] if stopped else [float(choice.log_prob[i])]",
         "test_cascade.py -k scoring_gives",

@@ -15,7 +15,8 @@ from icae_jax.errors import UserError
 from icae_jax.evaluation.plain import no_prefix
 from icae_jax.inference import decoding
 from icae_jax.inference.devices import Devices
-from icae_jax.inference.engine import Engine, Request
+from icae_jax.inference.engine import Engine
+from icae_jax.inference.requests import Request
 from icae_jax.inference.sampling import Sampling
 from icae_jax.models import llama
 from icae_jax.models.llama import FrozenModel

@@ -16,8 +16,9 @@ from icae_jax.errors import UserError
 from icae_jax.inference.batching import batch_starts, few_shapes, round_up
 from icae_jax.inference.compressor import Compressor
 from icae_jax.inference.devices import Devices
-from icae_jax.inference.engine import Engine, Request
+from icae_jax.inference.engine import Engine
 from icae_jax.inference.reading import Generation, Score, generation
+from icae_jax.inference.requests import Request
 from icae_jax.inference.sampling import Sampling
 from icae_jax.interop.hub import base as bases
 from icae_jax.interop.hub import tokenizer as tokenizers

@@ -16,8 +16,9 @@ from icae_jax.compression.trained import SPECIAL_ROWS
 from icae_jax.errors import UserError
 from icae_jax.inference.batching import batch_starts, few_shapes, round_up
 from icae_jax.inference.devices import Devices
-from icae_jax.inference.engine import Engine, Running
-from icae_jax.inference.engine import Request as EngineRequest
+from icae_jax.inference.engine import Engine
+from icae_jax.inference.requests import Request as EngineRequest
+from icae_jax.inference.requests import Running
 from icae_jax.inference.sampling import GREEDY, Sampling
 from icae_jax.inference.streaming import decoded
 from icae_jax.interop.adapters.folder import Adapter

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 
 from icae_jax.inference.compressor import Compressor
-from icae_jax.inference.engine import Engine, Request
+from icae_jax.inference.engine import Engine
+from icae_jax.inference.requests import Request
 from icae_jax.inference.sampling import Sampling
 
 PROMPT_TOKENS, NEW_TOKENS = (16, 128), (4, 32)  # least and most of a request

@@ -28,7 +28,8 @@ from icae_jax.compression.memory import KV, Memory
 from icae_jax.errors import UserError
 from icae_jax.inference import loading, reading
 from icae_jax.inference.compressor import Compressor
-from icae_jax.inference.engine import Engine, Request
+from icae_jax.inference.engine import Engine
+from icae_jax.inference.requests import Request
 from icae_jax.inference.sampling import Sampling
 from icae_jax.interop.adapters.adapter import Adapter
 from icae_jax.interop.hub import base as bases

@@ -13,7 +13,7 @@ from icae_jax.data import sources
 from icae_jax.errors import UserError
 from icae_jax.evaluation import plain
 from icae_jax.inference import loading
-from icae_jax.inference.engine import Request
+from icae_jax.inference.requests import Request
 from icae_jax.inference.sampling import Sampling
 from icae_jax.interop.hub import base as bases
 from icae_jax.interop.hub import tokenizer as tokenizers
