@@ -169,7 +169,8 @@ def _verify(args):
     values["damaged"] = len(seen.damage)
     notes = [f"{seen.pending} pending"] * bool(seen.pending)
     if seen.orphans:
-        notes.append(f"{errors.counted(seen.orphans, 'shards')} of nobody, which compact removes")
+        orphans = errors.counted(seen.orphans, "shards")
+        notes.append(f"{orphans} that no entry names, which compact removes")
     flags.print_result(
         values,
         args.json,

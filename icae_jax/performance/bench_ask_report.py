@@ -43,8 +43,8 @@ def _point(point):
     columns = ("first token, s", "of the last, s", "sooner", "tokens/s each", "tokens/s in all")
     yield (
         f"  {'':15}"
-        + "".join(f"{c:>26}" for c in columns)
-        + f"{'prefill, tokens/s':>26}{'peak, GiB':>20}"
+        + "".join(f"{c:>34}" for c in columns)
+        + f"{'prefill, tokens/s':>34}{'peak, GiB':>20}"
     )
     for name, row in point["ways"].items():
         keys = ("first_mean", "first_last", "first_last_sooner", "request_tokens", "all_tokens")
@@ -53,7 +53,7 @@ def _point(point):
         if "peak_bytes" in row:
             above = (row["peak_bytes"] - row["loaded_bytes"]) / GIB
             peak = f"{row['peak_bytes'] / GIB:.2f} (+{above:.2f})"
-        yield f"  {NAMES[name]:15}" + "".join(f"{cell:>26}" for cell in cells) + f"{peak:>20}"
+        yield f"  {NAMES[name]:15}" + "".join(f"{cell:>34}" for cell in cells) + f"{peak:>20}"
     if "to_transformers" in point:
         ratios, texts = point["to_transformers"], point["texts"]
         yield (
