@@ -75,7 +75,7 @@ def run(argv: list[str]) -> int:
         raise UserError("--join reads documents of a store together; give --store and their --id")
     if not args.input:
         if args.ladder:
-            what = "a store" if args.store else "a memory file"
+            what = "a memory" if args.store else "a memory file"
             raise UserError(f"--ladder {args.ladder}: {what} has its k; give --input, texts")
         if args.threshold is not None:
             raise UserError(f"--threshold {args.threshold} counts only with --input and --ladder")
