@@ -48,3 +48,17 @@ def write(path, entries, info=INFO):
     with store.Writer(path, info) as writer:
         writer.add_shard(entries)
     return store.open_store(path)
+
+
+def fill(path, process, groups, pipe):
+    """Writes every other group of a store's texts, as one of two processes; tells of each when it
+    is done. Process 0 writes one text and some of its groups again and again, and merges.
+    """
+    with store.Writer(path, INFO, process, 2) as writer:
+        for group in range(process, groups, 2):
+            ids = [f"{group}-{i}" for i in range(10)] + ["shared"] * (process == 0)
+            if len(writer.known(ids)) < len(ids) or process == 0 and group % 10 == 0:
+                writer.add_shard([entry(text, [4, 3], group) for text in ids])
+            pipe.send(group)
+            if process == 0 and group % 20 == 0:
+                writer.merge()

@@ -2,23 +2,24 @@
 
 import contextlib
 import dataclasses
+import multiprocessing
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 
 import numpy as np
 import pytest
 from conftest import ROOT
 from etils import epath
-from store_helpers import INFO, entry, write
+from store_helpers import INFO, entry, fill, write
 
 from icae_jax.errors import UserError
 from icae_jax.inference import store
 from icae_jax.inference.store import index, upkeep
 from icae_jax.inference.store.shards import Shards
+
+GROUPS = 400  # written by processes that are killed
 
 
 def filled(path, groups=3, a_group=8, **options):
@@ -225,58 +226,50 @@ def test_shards_in_another_folder(tmp_path):
     check(tmp_path / "s", expected)
 
 
-FILLER = """
-import sys
-from store_helpers import INFO, entry
-from icae_jax.inference import store
-
-path, process = sys.argv[1], int(sys.argv[2])
-with store.Writer(path, INFO, process, 2) as writer:
-    for group in range(process, 400, 2):
-        ids = [f"{group}-{i}" for i in range(30)] + ["shared"] * (process == 0)
-        if len(writer.known(ids)) < len(ids) or process == 0 and group % 10 == 0:
-            writer.add_shard([entry(text, [4, 3], group) for text in ids])
-        print(group, flush=True)
-        if process == 0 and group % 20 == 0:
-            writer.merge()
-"""
-
-
 @pytest.mark.nightly
-def test_a_store_survives_kills(tmp_path):
+def test_a_store_survives_kills(tmp_path, monkeypatch):
     """Breaks when a kill at a random moment leaves an index that is damaged or names what is not
     there, loses a group that was reported done, or other bytes than without a kill.
     """
     rng, reported = random.Random(0), set()
     path = tmp_path / "s"
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{ROOT / 'tests'}")
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload(["store_helpers"])  # importing would take most of the time
 
-    def start(process):
-        command = [sys.executable, "-c", FILLER, str(path), str(process)]
-        return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+    def start(number):
+        pipe, other = processes.Pipe(duplex=False)
+        process = processes.Process(target=fill, args=(path, number, GROUPS, other))
+        process.start()
+        other.close()
+        return process, pipe
+
+    def reports(pipe):
+        with contextlib.suppress(EOFError, OSError):  # the end, also in the middle of a report
+            while True:
+                yield pipe.recv()
 
     for attempt in range(12):
-        fillers = [start(process) for process in (0, 1)]
+        fillers = [start(number) for number in (0, 1)]
         if attempt < 11:
-            for filler in fillers:
-                reported.add(filler.stdout.readline().strip())
+            reported |= {next(reports(pipe)) for _, pipe in fillers}
             time.sleep(rng.uniform(0, 1.5))
-            for filler in fillers:
-                filler.send_signal(signal.SIGKILL)
-        for filler in fillers:
-            reported |= {line.strip() for line in filler.stdout if line.endswith("\n")}
-            assert filler.wait() in (0, -signal.SIGKILL)
-            filler.stdout.close()
+            for process, _ in fillers:
+                process.kill()
+        for process, pipe in fillers:
+            reported |= set(reports(pipe))
+            process.join()
+            assert process.exitcode in (0, -signal.SIGKILL)
         with store.Writer(path, INFO, 0, 2) as writer, store.open_store(path) as s:
             assert not store.verify(s).damage
-            ids = [f"{group}-{i}" for group in reported - {""} for i in range(30)]
+            ids = [f"{group}-{i}" for group in reported for i in range(10)]
             assert len(s.get(ids)) == len(ids)
             if attempt % 3 == 2:
                 store.compact(writer)
                 seen = store.verify(s)
                 assert not seen.damage and not seen.orphans
     with store.open_store(path) as s:
-        assert len(s) == 400 * 30 + 1
-        for group in range(400):
+        assert len(s) == GROUPS * 10 + 1
+        for group in range(GROUPS):
             expected = entry("", [4, 3], group).memory.slots
             np.testing.assert_array_equal(s[f"{group}-7"].memory.slots, expected)
