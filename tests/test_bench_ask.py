@@ -160,11 +160,11 @@ def test_many_requests_end_with_their_own_tokens(ours, monkeypatch):
     """Breaks when a request of the batch gets another's tokens or too few, or when what is drawn
     is not a function of the seed."""
     monkeypatch.setattr(bench_ask_throughput, "PROMPT_TOKENS", (4, 12))
-    monkeypatch.setattr(bench_ask_throughput, "NEW_TOKENS", (2, 6))
-    drawn = bench_ask_throughput.draw(5, 1)
-    assert drawn == bench_ask_throughput.draw(5, 1) != bench_ask_throughput.draw(5, 2)
+    monkeypatch.setattr(bench_ask_throughput, "FEWEST_NEW", 2)
+    drawn = bench_ask_throughput.draw(5, 6, 1)
+    assert drawn == bench_ask_throughput.draw(5, 6, 1) != bench_ask_throughput.draw(5, 6, 2)
     assert len(set(drawn)) > 2 and all(4 <= p <= 12 and 2 <= n <= 6 for p, n in drawn)
-    options = Options(base="b", throughput=5, rows=2, rounds=1, seed=1)
+    options = Options(base="b", throughput=5, new_tokens=6, rows=2, rounds=1, seed=1)
     got = bench_ask.throughput(options, ours)
     assert got["texts"]["equal"] + got["texts"]["tied"] == 5
     assert got["new_tokens"] == sum(new for _, new in drawn)

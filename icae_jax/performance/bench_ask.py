@@ -33,7 +33,7 @@ class Options:
     """What is measured. Each field is a flag of the same name.
 
     adapter, base, base_dtype, method, k, ratio, seed: see `bench_ask_ways.Subject`. contexts:
-    tokens of a context. requests: asked at once. new_tokens: of each answer. rounds: of which a
+    tokens of a context. requests: asked at once. new_tokens: of each answer, with throughput of the longest. rounds: of which a
     figure is the median. ways: of `bench_ask_ways.WAYS`, () for all. against: of `AGAINST`. memory:
     whether peak memory is measured, which starts a process for each way. decoding: prompts of
     `PROMPT_TOKENS` tokens alone. throughput: that many requests of different lengths, in place of
@@ -294,7 +294,7 @@ def _add_memory(options, report, ours):
 
 def throughput(options: Options, ours: Any) -> dict[str, Any]:
     """Requests of different lengths through an engine of `options.rows`, against one at a time."""
-    drawn = bench_ask_throughput.draw(options.throughput, options.seed)
+    drawn = bench_ask_throughput.draw(options.throughput, options.new_tokens, options.seed)
 
     def run(rows):
         return ours.ask("throughput", drawn=drawn, rows=rows)

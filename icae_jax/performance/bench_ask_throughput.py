@@ -11,17 +11,20 @@ from icae_jax.inference.engine import Engine
 from icae_jax.inference.requests import Request
 from icae_jax.inference.sampling import Sampling
 
-PROMPT_TOKENS, NEW_TOKENS = (16, 128), (4, 32)  # least and most of a request
+PROMPT_TOKENS = 16, 128  # least and most of a request
+FEWEST_NEW = 4  # new tokens of a request
 
 Drawn = Sequence[tuple[int, int]]
 
 
-def draw(requests: int, seed: int) -> list[tuple[int, int]]:
-    """(tokens of the prompt, new tokens) of each request, drawn from the seed."""
+def draw(requests: int, new_tokens: int, seed: int) -> list[tuple[int, int]]:
+    """(tokens of the prompt, new tokens) of each request, drawn from the seed.
+
+    new_tokens: the most of a request.
+    """
     rng = np.random.default_rng([seed, requests])
-    lengths = [
-        rng.integers(least, most + 1, requests) for least, most in (PROMPT_TOKENS, NEW_TOKENS)
-    ]
+    bounds = PROMPT_TOKENS, (min(FEWEST_NEW, new_tokens), new_tokens)
+    lengths = [rng.integers(least, most + 1, requests) for least, most in bounds]
     return [(int(prompt), int(new)) for prompt, new in zip(*lengths, strict=True)]
 
 
