@@ -57,7 +57,7 @@ def fill(path, process, groups, pipe):
     with store.Writer(path, INFO, process, 2) as writer:
         for group in range(process, groups, 2):
             ids = [f"{group}-{i}" for i in range(10)] + ["shared"] * (process == 0)
-            if len(writer.known(ids)) < len(ids) or process == 0 and group % 10 == 0:
+            if len(writer.known(ids)) < len(ids) or (process == 0 and group % 10 == 0):
                 writer.add_shard([entry(text, [4, 3], group) for text in ids])
             pipe.send(group)
             if process == 0 and group % 20 == 0:

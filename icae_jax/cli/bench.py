@@ -165,7 +165,12 @@ def _ask_flags(options, against):
     add("--ratio", type=float, help=f"tokens per memory token, of an untrained adapter {shown}")
     add("--contexts", type=flags.numbers, metavar="N,N,…", help="tokens of a context (512,2048)")
     add("--requests", type=flags.numbers, metavar="N,N,…", help="requests at once (1,8)")
-    add("--new_tokens", type=int, help=f"of each answer, with --throughput of the longest; stop tokens are ignored {shown}")
+    add(
+        "--new_tokens",
+        type=int,
+        help="of each answer, with --throughput of the longest one; stop tokens are ignored "
+        f"{shown}",
+    )
     add("--rounds", type=int, help=f"the report has their median and range {shown}")
     add("--ways", type=_words, metavar="WAY,WAY,…", help="which are measured, by default all")
     add("--against", choices=against, help=f"what is measured beside ours {shown}")

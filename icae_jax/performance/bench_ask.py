@@ -33,11 +33,11 @@ class Options:
     """What is measured. Each field is a flag of the same name.
 
     adapter, base, base_dtype, method, k, ratio, seed: see `bench_ask_ways.Subject`. contexts:
-    tokens of a context. requests: asked at once. new_tokens: of each answer, with throughput of the longest. rounds: of which a
-    figure is the median. ways: of `bench_ask_ways.WAYS`, () for all. against: of `AGAINST`. memory:
-    whether peak memory is measured, which starts a process for each way. decoding: prompts of
-    `PROMPT_TOKENS` tokens alone. throughput: that many requests of different lengths, in place of
-    the rest. rows: of their engine. save: file for the report.
+    tokens of a context. requests: asked at once. new_tokens: of each answer, with throughput of the
+    longest. rounds: of which a figure is the median. ways: of `bench_ask_ways.WAYS`, () for all.
+    against: of `AGAINST`. memory: whether peak memory is measured, which starts a process for each
+    way. decoding: prompts of `PROMPT_TOKENS` tokens alone. throughput: that many requests of
+    different lengths, in place of the rest. rows: of their engine. save: file for the report.
     """
 
     adapter: str | None = None
