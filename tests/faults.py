@@ -315,7 +315,15 @@ MUTANTS = [
     ),
     Mutant(
         "what is not finite reaches the next in a row", "inference/engine.py",
-        "if running.error is not None:  # else", "if False:  # else", "test_engine.py -k finite",
+        "self._leave(running, finite=running.error is None)", "self._leave(running, finite=True)", "test_engine.py -k finite",
+    ),
+    Mutant(
+        "an error takes a memory from those that share it", "inference/engine.py",
+        "in self._doubted and not self._readers[running.place]:", "in self._doubted:", "test_engine.py -k shared_memory_stays",
+    ),
+    Mutant(
+        "a request that is removed leaves what is not finite", "inference/engine.py",
+        "self._leave(running, finite=False)", "self._leave(running, finite=True)", "test_engine.py -k removed_early",
     ),
     Mutant(
         "draws depend on the row", "inference/sampling.py",

@@ -297,13 +297,49 @@ def test_what_is_not_finite_ends_with_its_request(engine_of, memories, decoder):
     broken = prefix.replace(v=np.full_like(prefix.v, np.nan))
     good = Request(prompts()[1], LIMIT, len(texts[0]), prefix, 0, tag="good")
     other = Request(prompts()[0], LIMIT, tag="other")
-    bad = good._replace(prefix=broken, tag="bad")
+    longer = [*good.prompt, *good.prompt]  # the next one in its row writes over a part of it
+    bad = good._replace(prompt=longer, prefix=broken, tag="bad")
     engine = engine_of()
     ended = {running.request.tag: running for running in engine.run([bad, other, good])}
     with pytest.raises(UserError, match="not finite"):
         raise ended["bad"].error
     assert ended["other"].ids == slow_greedy(decoder.base.params, prompts()[0])
     assert ended["good"].ids == slow_greedy(decoder.base.params, [*texts[0], *prompts()[1]])
+
+
+def test_a_shared_memory_stays_while_others_read_it(decoder, memories):
+    """Breaks when a request that ends with an error takes the memory from those that share it."""
+    broken = dataclasses.replace(decoder, table=np.full_like(decoder.table, np.nan))
+    engine = Engine(broken, Devices(None, TINY), rows=2, tokens=24, memory_tokens=5, chunk=8)
+    prefix, texts = memories
+    good = Request(prompts()[1], LIMIT, len(texts[0]), prefix, 0, tag="good")
+    bad = good._replace(prompt=[-1, *good.prompt], tag="bad")  # reads the table
+    ended = {running.request.tag: running for running in engine.run([bad, good])}
+    assert ended["bad"].error is not None and ended["good"].error is None
+    want = slow_greedy(decoder.base.params, [*texts[0], *prompts()[1]])
+    assert ended["good"].ids == want
+
+
+def test_what_is_not_finite_leaves_with_one_removed_early(engine_of, memories, decoder):
+    """Breaks when a request that is removed before its first token leaves NaN to the next in its
+    row, or in the place of its memory.
+    """
+    prefix, texts = memories
+    damaged = prefix.replace(v=np.full_like(prefix.v, np.nan))
+    engine = engine_of(rows=1)
+    removed = engine.insert(Request([*prompts()[1]] * 3, LIMIT, len(texts[0]), damaged, 0))
+    engine.step()  # the first of two chunks
+    assert removed.waiting and not removed.done
+    engine.remove(removed)
+    of_three = prefix.replace(
+        k=prefix.k[:, :, :3],
+        v=prefix.v[:, :, :3],
+        mask=prefix.mask[:, :3],
+        positions=prefix.positions[:, :3],
+    )
+    (after,) = engine.run([Request(prompts()[1], LIMIT, len(texts[1]), of_three, 1)])
+    assert after.error is None
+    assert after.ids == slow_greedy(decoder.base.params, [*texts[1], *prompts()[1]])
 
 
 def test_ids_and_positions_are_the_bases(engine_of):

@@ -87,6 +87,7 @@ class Engine:
         self._prefilling: collections.deque[Running] = collections.deque()
         self._memories: list[tuple[Prefix, int] | None] = [None] * self.memories  # in each place
         self._readers = [0] * self.memories  # requests that read each place
+        self._doubted: set[int] = set()  # places that may hold what is not finite
         self._to_load: list[tuple[Prefix, int, int]] = []  # prefix, text, place
         self._decode_next = False  # a chunk was prefilled last, so it is the others' turn
         self._nothing = _no_memory(self.decoder) if memory_tokens else None
@@ -196,20 +197,27 @@ class Engine:
         running.done = True
         if running in self._prefilling:
             self._prefilling.remove(running)
-        self._leave(running)
+        self._leave(running, finite=False)
 
-    def _leave(self, running):
+    def _leave(self, running, finite):
+        """Frees a row. finite: whether all that the request wrote and read is known to be; what is
+        not would reach the next in its row, or in the place of its memory.
+        """
         del self._running[running.row]
-        if running.error is not None:  # else what is not finite would reach the next in this row
-            place = running.place if self.memories else 0
-            with self.devices.active():
-                row = np.int32(running.row)
-                self._cache = self._programs.clear(self._cache, row, np.int32(place))
-            if self.memories:
-                self._memories[place] = None
         self._free = sorted([*self._free, running.row])
+        place = self.memories  # that is cleared: none
         if self.memories:
             self._readers[running.place] -= 1
+            (self._doubted.discard if finite else self._doubted.add)(running.place)
+            if running.place in self._doubted and not self._readers[running.place]:
+                place = running.place
+                self._doubted.remove(place)
+                self._memories[place] = None
+                self._to_load = [load for load in self._to_load if load[2] != place]
+        if not finite:
+            row = np.int32(running.row)
+            with self.devices.active():
+                self._cache = self._programs.clear(self._cache, row, np.int32(place))
 
     # --- Prefilling and decoding ---
 
@@ -229,7 +237,7 @@ class Engine:
                 moved = self._decode(ready) if ready else []
         for running in moved:
             if running.done:
-                self._leave(running)
+                self._leave(running, finite=running.error is None)
         return moved
 
     def _decode(self, ready):
