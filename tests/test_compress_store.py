@@ -148,6 +148,9 @@ def test_batches_hold_every_segment_once_with_little_padding():
             computed += batch.rows * batch.tokens
         tokens += sum(lengths)
     assert 1 - tokens / computed < 0.1 and len(shapes) <= 64
+    of_six = segment_batches([256] * 7, config, 16, lambda n: -(-n // 6) * 6)
+    assert [batch.rows % 6 for batch in of_six] == [0] * len(of_six)
+    assert sum(len(batch.segments) for batch in of_six) == 7
     with pytest.raises(UserError, match="batch_size is 0"):
         segment_batches([1], config, 0)
 

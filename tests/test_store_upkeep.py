@@ -207,6 +207,12 @@ def test_shards_in_a_bucket(bucket, tmp_path):
     write(tmp_path / "t", [entry("a", [4])]).close()
     with pytest.raises(UserError, match=r"keeps its shards in gs://bucket/far/shards; leave --sha"):
         store.Writer(path, INFO, shards="gs://bucket/elsewhere")
+    marker = bucket / "far" / "shards" / "icae_store"  # as by a store that was made meanwhile
+    own = marker.read_text()
+    marker.write_text("another")
+    with pytest.raises(UserError, match="far/shards has the shards of another store"):
+        store.Writer(path)
+    marker.write_text(own)
     with store.open_store(path) as s:
         file = bucket / "far" / "shards" / f"{s['g1-0'].shard}.safetensors"
         os.truncate(file, 8)
