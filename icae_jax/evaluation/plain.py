@@ -22,6 +22,7 @@ from icae_jax.inference.requests import Request
 from icae_jax.inference.sampling import Sampling
 from icae_jax.interop.hub import base as bases
 from icae_jax.interop.hub import tokenizer as tokenizers
+from icae_jax.interop.prompts import without_memory, without_trained
 from icae_jax.models.llama import FrozenModel, ModelConfig
 from icae_jax.objectives import loss, targets
 from icae_jax.objectives.packing import pack
@@ -44,12 +45,6 @@ def no_prefix(config: ModelConfig, rows: int, dtype: DTypeLike = jnp.float32) ->
     )
 
 
-def start_ids(base: bases.Base) -> tuple[int, ...]:
-    """The ids that the tokenizer puts before a text: `<s>`, or nothing."""
-    bos = tokenizers.bos_id(base.tokenizer)
-    return () if bos is None else (bos,)
-
-
 def template_of(compressor: Compressor, name: str | None = None) -> targets.Template:
     """The template in which the base alone is asked.
 
@@ -61,23 +56,12 @@ def template_of(compressor: Compressor, name: str | None = None) -> targets.Temp
     return without_trained(template)
 
 
-def without_trained(template: targets.Template) -> targets.Template:
-    """A template without its trained tokens, which mean nothing without a memory."""
-    ids = (
-        tuple(i for i in part if i >= 0)
-        for part in (template.head, template.before, template.after)
-    )
-    return targets.Template(template.name, *ids, template.stop)
-
-
 def prompt(
     base: bases.Base, template: targets.Template, context_ids: Ids, question_ids: Ids
 ) -> list[int]:
-    """What the decoder reads for a question, with text (or part, or none) in the memory's place.
-
-    Begins with the template's head, else with `<s>` where the tokenizer puts one.
-    """
-    return [*(template.head or start_ids(base)), *context_ids, *template.prompt(question_ids)]
+    """What the decoder reads for a question, with text (or part, or none) in the memory's place."""
+    prompt_ids = template.prompt(question_ids)
+    return without_memory(template, base.tokenizer, context_ids, prompt_ids)
 
 
 def generate(

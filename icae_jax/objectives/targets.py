@@ -172,27 +172,48 @@ def _ids(tokenizer, text):
 
 def _chat_parts(tokenizer):
     """The chat template's text before the memory, before the prompt, and after the prompt."""
+    memory = "<<MEMORY>>"
+    head, *rest = chat_texts(tokenizer, 1, f"{memory}\n")
+    if head.count(memory) != 1:
+        raise UserError(_NOT_SHOWN)
+    before_memory, before_prompt = head.split(memory)
+    return before_memory, before_prompt, *rest
+
+
+_NOT_SHOWN = (
+    "the tokenizer's chat template does not show every turn exactly once; choose another template"
+)
+
+
+def chat_texts(tokenizer: Any, questions: int, first: str = "") -> list[str]:
+    """The text of a chat template around the turns of a conversation, which ends with a question.
+
+    Before each turn, and behind the last, which asks for an answer. first: put before the first
+    question. UserError if the template cannot make it.
+    """
     if not tokenizer.chat_template:
         raise UserError(
             "objectives.template is chat, but the tokenizer has no chat template; choose mistral, "
             "v1 or plain"
         )
-    memory, prompt = "<<MEMORY>>", "<<PROMPT>>"
-    turns = [{"role": "user", "content": f"{memory}\n{prompt}"}]
+    contents = [f"<<TURN{i}>>" for i in range(2 * questions - 1)]
+    turns = [
+        {"role": ("user", "assistant")[i % 2], "content": ("" if i else first) + content}
+        for i, content in enumerate(contents)
+    ]
     try:
         text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
         text.encode()  # fails on half of a surrogate pair, which no tokenizer takes
     except Exception as error:  # templates are programs: they raise anything
         raise UserError(
-            "objectives.template is chat, but the tokenizer's chat template does not take a single "
-            f"user's turn ({type(error).__name__}: {' '.join(str(error).split())}); choose "
-            "mistral, v1 or plain"
+            "objectives.template is chat, but the tokenizer's chat template does not take "
+            f"{'a single user' if questions == 1 else 'a user and an assistant'}'s turn "
+            f"({type(error).__name__}: {' '.join(str(error).split())}); choose mistral, v1 or plain"
         ) from error
-    once = text.count(memory) == 1 and text.count(prompt) == 1
-    if not once or text.index(prompt) < text.index(memory):
-        raise UserError(
-            "the tokenizer's chat template does not show the user's turn exactly once; choose "
-            "another template"
-        )
-    head, rest = text.split(memory)
-    return head, *rest.split(prompt)
+    around = []
+    for content in contents:
+        if text.count(content) != 1:
+            raise UserError(_NOT_SHOWN)
+        before, text = text.split(content)
+        around.append(before)
+    return [*around, text]

@@ -27,7 +27,7 @@ from icae_jax.inference.batching import batch_starts
 from icae_jax.interop.hub import base as bases
 from icae_jax.interop.hub import tokenizer as tokenizers
 from icae_jax.interop.hub.text import user_ids
-from icae_jax.interop.prompts import question_ids
+from icae_jax.interop.prompts import question_ids, without_trained
 from icae_jax.models.llama import FrozenModel, Llama
 from icae_jax.objectives import targets
 from icae_jax.training import trained
@@ -131,7 +131,7 @@ def load_teacher(request: Request) -> Teacher:
     dtype, _ = bases.precision(request.base_dtype)
     model = FrozenModel(Llama(base.config, scale, dtype=jnp.dtype(dtype)), base.params)
     decoder = Decoder(model, jnp.zeros((1, base.config.hidden_size)), lora)
-    return Teacher(base, decoder, plain.without_trained(template), fingerprint)
+    return Teacher(base, decoder, without_trained(template), fingerprint)
 
 
 class Progress:

@@ -11,6 +11,7 @@ from icae_jax.evaluation.suites import common
 from icae_jax.evaluation.suites.common import FULL, SHUFFLED, TUNED
 from icae_jax.inference.compressor import SPARE, Compressor
 from icae_jax.inference.reading import Generation
+from icae_jax.interop.prompts import start_ids
 from icae_jax.objectives import targets
 
 TEXT_METRICS = ("bleu", "rougeL", "exact_match", "prefix_match")
@@ -115,7 +116,7 @@ class Autoencode(common.Suite):
             note(SHUFFLED, losses_behind(wrong), memory=wrong)
         arms = [arm for arm in (FULL, TUNED) if self.copy is not None and self.wants(arm)]
         if arms:
-            start = plain.start_ids(compressor.base)
+            start = start_ids(compressor.base.tokenizer)
             prompts = [[*start, *e.ids, self.copy, *start] for e in batch]
             labelled = [
                 targets.Target([*prompt, *e.ids, compressor.framing.eos], len(prompt))

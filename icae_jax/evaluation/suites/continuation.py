@@ -12,6 +12,7 @@ from icae_jax.evaluation.examples import Example, Text, example
 from icae_jax.evaluation.suites import common
 from icae_jax.evaluation.suites.common import CUT, FULL, NONE, SHUFFLED, TUNED
 from icae_jax.inference.reading import Score
+from icae_jax.interop.prompts import start_ids
 from icae_jax.objectives.targets import Target
 
 
@@ -27,7 +28,7 @@ def plain_arms(
     what follows, each cut context has.
     """
     compressor = suite.compressor
-    start = plain.start_ids(compressor.base)
+    start = start_ids(compressor.base.tokenizer)
     arms = {
         FULL: contexts,
         TUNED: contexts,
