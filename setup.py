@@ -6,6 +6,14 @@ from setuptools import find_packages, setup
 HERE = pathlib.Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (HERE / "icae_jax" / "__init__.py").read_text())[1]
 
+SERVE = [
+    "fastapi>=0.120",
+    "uvicorn>=0.35",
+    "pydantic>=2.10",
+    "sse-starlette>=3.3",
+    "prometheus-client",
+]
+
 setup(
     name="icae_jax",
     version=VERSION,
@@ -36,6 +44,7 @@ setup(
             "data/tiny_base/*",
             "interop/*/*.md",
             "interop/export/scripts/*",
+            "server/page/*",
         ],
         "icae_jax.configs": ["README.md"],
     },
@@ -67,8 +76,12 @@ setup(
         "tqdm",
     ],
     extras_require={
+        # `icae serve`
+        "serve": SERVE,
         # libtpu compiles for TPUs on any machine; another version of ruff may format otherwise
         "test": [
+            *SERVE,
+            "openai",
             "pytest",
             "pytest-xdist",
             "hypothesis",

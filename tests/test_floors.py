@@ -18,7 +18,7 @@ FLOORS = (
     {"data"},
     {"training"},
     {"inference"},
-    {"evaluation", "performance"},
+    {"evaluation", "performance", "server"},
     {"workflows"},
     {"cli", "__init__"},
     {"__main__"},

@@ -1,0 +1,1 @@
+"""`icae serve`: answers from memories over HTTP; see README.md."""

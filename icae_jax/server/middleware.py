@@ -1,0 +1,197 @@
+"""What every request passes before the API: the log, hosts and origins, tokens, size."""
+
+import datetime
+import hashlib
+import hmac
+import json
+import secrets
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, TextIO
+from urllib.parse import urlsplit
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from icae_jax.server.failures import ApiError, of_fault, shown
+
+GONE = 499  # the client has hung up, as nginx logs it
+OPEN_PATHS = ("/", "/healthz", "/readyz")  # without a token
+OPEN_FOLDER = "/page/"
+LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
+
+
+class AccessLog:
+    """Writes a line of JSON for each request: never texts, ids or tokens.
+
+    file: where to; None for nowhere. ended: told (route, status, seconds) of each request.
+    """
+
+    def __init__(self, app: ASGIApp, file: TextIO | None, ended: Callable[[str, int, float], Any]):
+        self.app, self.file, self.ended = app, file, ended
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answers a request, and logs it."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        began, line = time.monotonic(), {"id": secrets.token_hex(8)}
+        scope.setdefault("state", {})["log"] = line
+        status, started = 0, False
+
+        async def sending(message: Message) -> None:
+            nonlocal status, started
+            if message["type"] == "http.response.start":
+                status, started = message["status"], True
+                headers = MutableHeaders(scope=message)
+                headers["X-Request-Id"] = line["id"]
+                headers["X-Content-Type-Options"] = "nosniff"
+            await send(message)
+
+        try:
+            await self.app(scope, receive, sending)
+        except Exception as error:
+            failure = of_fault(error)
+            if not started:
+                await failure.response()(scope, receive, sending)
+        finally:
+            seconds = time.monotonic() - began
+            # Routes, since paths may hold ids.
+            route = getattr(scope.get("route"), "path", "other")
+            status = line.pop("status", status)
+            self.ended(route, status, seconds)
+            if self.file is not None:
+                now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
+                client = (scope.get("client") or ("",))[0]
+                fields = {"time": now, "client": client, "method": scope["method"]}
+                fields |= {"route": route, "status": status, "ms": round(seconds * 1000, 1)}
+                print(json.dumps(fields | line), file=self.file, flush=True)
+
+
+class Guard:
+    """Lets a request through if its host, origin, token and size are right, and it is due.
+
+    Args:
+        app: what is behind.
+        tokens: bearer tokens, one of which every request but those of `OPEN_PATHS` must have; ()
+            for none.
+        hosts: names by which the server may be called; () for any. Without a token, they keep
+            another site's page, whose name was made to lead here, from asking.
+        origins: of pages that may ask, beside the server's own.
+        most_bytes: of a body.
+        status: of the server: "ready" if it takes requests.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        tokens: Sequence[str],
+        hosts: Sequence[str],
+        origins: Sequence[str],
+        most_bytes: int,
+        status: Callable[[], str],
+    ):
+        self.app, self.hosts, self.origins = app, hosts, origins
+        self.most_bytes, self.status = most_bytes, status
+        self._digests = [_digest(token) for token in tokens]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answers with an error, or passes a request on."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        try:
+            self._check(scope, headers)
+        except ApiError as error:
+            await error.response()(scope, receive, send)
+            return
+        await self.app(scope, self._limited(receive), send)
+
+    def _check(self, scope, headers):
+        host = _host(headers.get("host", ""))
+        if self.hosts and host not in self.hosts:
+            raise ApiError(403, f"this server is not called {shown(host)}", code="wrong_host")
+        origin = headers.get("origin")
+        if origin is not None and origin not in self.origins:
+            own = urlsplit(origin).netloc == headers.get("host", "")
+            if not own:
+                raise ApiError(
+                    403,
+                    f"pages of {shown(origin)} may not ask; name them with --cors",
+                    code="wrong_origin",
+                )
+        path = scope["path"]
+        if self._digests and path not in OPEN_PATHS and not path.startswith(OPEN_FOLDER):
+            self._check_token(headers.get("authorization", ""))
+        if scope["method"] not in ("GET", "HEAD", "OPTIONS"):
+            status = self.status()
+            if status != "ready":
+                what = "shutting down" if status == "draining" else "not ready yet"
+                raise ApiError(
+                    503, f"the server is {what}; try again", None, status, {"Retry-After": "2"}
+                )
+        if scope["method"] == "POST":
+            kind = headers.get("content-type", "").split(";")[0].strip().lower()
+            if kind != "application/json":  # which a page of another site cannot send unasked
+                raise ApiError(
+                    415, "send JSON, with Content-Type: application/json", code="not_json"
+                )
+        length = headers.get("content-length", "0")
+        if length.isdigit() and int(length) > self.most_bytes:
+            raise self._too_large()
+
+    def _check_token(self, authorization):
+        scheme, _, token = authorization.partition(" ")
+        given = _digest(token.strip())
+        # All are compared, so that the time says nothing of which one is nearly right.
+        right = [hmac.compare_digest(given, digest) for digest in self._digests]
+        if scheme.lower() != "bearer" or not any(right):
+            raise ApiError(
+                401,
+                "give one of the server's tokens: Authorization: Bearer TOKEN",
+                code="invalid_api_key",
+                headers={"WWW-Authenticate": "Bearer"},
+            )
+
+    def _limited(self, receive: Receive) -> Receive:
+        taken = 0
+
+        async def receiving() -> Message:
+            nonlocal taken
+            message = await receive()
+            if message["type"] == "http.request":
+                taken += len(message.get("body", b""))
+                if taken > self.most_bytes:
+                    raise HTTPException(413, self._too_large().message)
+            return message
+
+        return receiving
+
+    def _too_large(self):
+        return ApiError(
+            413,
+            f"the body has more than {self.most_bytes:,} bytes; send a long text in several parts",
+            code="body_too_large",
+        )
+
+
+def _digest(token: str) -> bytes:
+    return hashlib.sha256(token.encode("utf-8", "surrogateescape")).digest()
+
+
+def _host(header: str) -> str:
+    """The name in a Host header, without its port."""
+    try:
+        return (urlsplit(f"//{header}").hostname or "").lower()
+    except ValueError:
+        return ""
+
+
+def open_log(path: str | None) -> TextIO | None:
+    """The access log's file: stderr for None, nothing for "none"."""
+    if path == "none":
+        return None
+    return sys.stderr if path is None else open(path, "a", encoding="utf-8")
