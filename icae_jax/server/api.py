@@ -103,13 +103,12 @@ def make_app(
     _add_status(app, service)
     _add_page(app)
     _describe(app)
-    own = set(options.cors)
     hosts = () if tokens or not options.loopback else (*middleware.LOOPBACK_NAMES, options.host)
     app.add_middleware(
         middleware.Guard,
         tokens=tokens,
         hosts=hosts,
-        origins=own,
+        origins=options.cors,
         most_bytes=int(options.max_body_mib * (1 << 20)),
         status=lambda: service.status,
     )

@@ -98,6 +98,7 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(Exception)
     async def fault(request: Request, error: Exception) -> JSONResponse:
+        request.scope["state"]["log"]["fault"] = True
         return of_fault(error).response()
 
 

@@ -229,8 +229,10 @@ class Memories:
         return least
 
     def _needed(self, tokens, k):
-        head = len(self.compressor.adapter.template.head)
-        return position_budget(self.compressor.config, tokens, k=k, head=head).needed(behind=2)
+        """Positions for a text, and behind its memory a question and an answer of a token each."""
+        template = self.compressor.adapter.template
+        budget = position_budget(self.compressor.config, tokens, k=k, head=len(template.head))
+        return budget.needed(behind=len(template.prompt([0])) + 1)
 
     # --- Finding ---
 

@@ -11,12 +11,14 @@ from collections.abc import Callable, Sequence
 from typing import Any, TextIO
 from urllib.parse import urlsplit
 
+from sse_starlette.sse import SendTimeoutError
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from icae_jax.server.failures import ApiError, of_fault, shown
 
+SLOW = 408  # the client has not read what was sent
 GONE = 499  # the client has hung up, as nginx logs it
 OPEN_PATHS = ("/", "/healthz", "/readyz")  # without a token
 OPEN_FOLDER = "/page/"
@@ -52,9 +54,11 @@ class AccessLog:
 
         try:
             await self.app(scope, receive, sending)
+        except SendTimeoutError:
+            line["status"] = SLOW
         except Exception as error:
-            failure = of_fault(error)
-            if not started:
+            failure = None if "fault" in line else of_fault(error)
+            if failure is not None and not started:
                 await failure.response()(scope, receive, sending)
         finally:
             seconds = time.monotonic() - began

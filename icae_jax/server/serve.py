@@ -93,7 +93,7 @@ def serve(options: Options) -> int:
 
         config = uvicorn.Config(
             api.make_app(service, options, tokens, log, ready),
-            log_level="critical",  # faults are told by `failures`, requests by the access log
+            log_level="error",  # requests are in the access log
             access_log=False,
             timeout_graceful_shutdown=round(options.grace) + 2,
             timeout_keep_alive=KEEP_ALIVE_SECONDS,
