@@ -2,10 +2,11 @@
 
 import asyncio
 import contextlib
+import io
 import json
 import pathlib
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Annotated, Any, TextIO, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import anyio
 from fastapi import FastAPI, Path, Query, Request
@@ -73,7 +74,7 @@ def make_app(
     service: Service,
     options: Options,
     tokens: tuple[str, ...] = (),
-    log: TextIO | None = None,
+    log: io.TextIOBase | None = None,
     ready: Callable[[], Any] = lambda: None,
 ) -> FastAPI:
     """The application of a service, which starts and ends with it.

@@ -27,6 +27,7 @@ class Documents:
         self.path, self._compressor = pathlib.Path(path), compressor
         self._mutex = threading.RLock()
         self._writer = None if read_only else self._open_writer()
+        self._written_to = None if read_only else self._version()
         self._store = store.open_store(self.path)
         self._store.check(compressor)
         self._seen = self._version()
@@ -112,8 +113,12 @@ class Documents:
 
     def _written(self, write: Any) -> None:
         self.check_writable()
-        self.current()  # not into a store that another has taken the place of
+        self.current()
         try:
+            if self._written_to != self._version():
+                # Another store has taken its place: what went into the old one would be lost.
+                self._writer.close()
+                self._writer, self._written_to = self._open_writer(), self._version()
             write(self._writer)
         except (OSError, UserError) as error:
             raise _unavailable(error) from error

@@ -3,12 +3,13 @@
 import datetime
 import hashlib
 import hmac
+import io
 import json
 import secrets
 import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, TextIO
+from typing import Any
 from urllib.parse import urlsplit
 
 from sse_starlette.sse import SendTimeoutError
@@ -31,7 +32,9 @@ class AccessLog:
     file: where to; None for nowhere. ended: told (route, status, seconds) of each request.
     """
 
-    def __init__(self, app: ASGIApp, file: TextIO | None, ended: Callable[[str, int, float], Any]):
+    def __init__(
+        self, app: ASGIApp, file: io.TextIOBase | None, ended: Callable[[str, int, float], Any]
+    ):
         self.app, self.file, self.ended = app, file, ended
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -194,7 +197,7 @@ def _host(header: str) -> str:
         return ""
 
 
-def open_log(path: str | None) -> TextIO | None:
+def open_log(path: str | None) -> io.TextIOBase | None:
     """The access log's file: stderr for None, nothing for "none"."""
     if path == "none":
         return None
