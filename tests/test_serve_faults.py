@@ -197,6 +197,8 @@ def test_bad_completions_memories_and_paths(server):
     assert is_error(server.ask("GET", "/nothing"), 404)
     assert is_error(server.ask("GET", "/page/../api"), 404)
     assert is_error(server.ask("PUT", CHAT, {}), 405)
+    status, _, headers = server.ask("PUT", "/v1/memories/t", {})
+    assert status == 405 and headers["Allow"] == "DELETE, GET"
     assert is_error(server.chat("x", model="gpt-9"), 404, "gpt-9")
     assert is_error(server.chat("x", memory="nothing"), 404)
 
@@ -270,7 +272,7 @@ def test_pages_of_other_sites_may_not_ask(server, compressor):
     assert ask("GET", "/v1/models", headers={"Origin": server.url})[0] == 200
     body = {"messages": MESSAGES, "max_tokens": 1}
     plain = {"Content-Type": "text/plain"}
-    assert is_error(server.post(CHAT, body, headers=plain), 415)
+    assert is_error(server.post(CHAT, body, headers=plain), 400, "Content-Type")
     assert "access-control-allow-origin" not in ask("GET", "/v1/models")[2]
     with running(compressor, cors=("https://a.example",)) as named:
         headers = {"Origin": "https://a.example"}

@@ -54,7 +54,6 @@ _ERRORS = {
     404: "no such memory or model",
     409: "the id is a document's of the store",
     413: "the body is too large",
-    415: "the body is not JSON",
     429: "too many requests wait; see Retry-After",
     500: "the server or a stored memory is damaged",
     503: "not ready, shutting down, out of memory, or the store is gone",
@@ -63,7 +62,8 @@ _ERRORS = {
 _RESPONSES: dict[int | str, dict[str, Any]] = {
     status: {"model": schema.Error, "description": text} for status, text in _ERRORS.items()
 }
-_STREAM = {"text/event-stream": {"schema": {"type": "string"}}}
+_EVENT = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
+_STREAM = {"text/event-stream": {"schema": _EVENT}}
 
 MemoryId = Annotated[
     str, Path(min_length=1, max_length=schema.LONGEST_ID, openapi_examples={"one": {"value": "0"}})

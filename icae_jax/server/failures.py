@@ -10,6 +10,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
+from starlette.routing import Match, Route
 
 SHOWN = 200  # most characters of a client's own words in a message
 
@@ -75,6 +76,12 @@ def of_validation(errors: Sequence[Mapping[str, Any]]) -> ApiError:
         return ApiError(
             400, f"the request has an unknown field, {shown(param or '')}", param, "unknown_field"
         )
+    if error["loc"] == ("body",):  # another kind of content is not read: other sites' pages send it
+        return ApiError(
+            400,
+            "the body must be a JSON object, sent with Content-Type: application/json",
+            code="invalid_json",
+        )
     message = " ".join(str(error["msg"]).split())[: 2 * SHOWN]
     return ApiError(400, f"{param or 'the body'}: {message}", param, "invalid_value")
 
@@ -94,12 +101,25 @@ def install(app: FastAPI) -> None:
     async def http_error(request: Request, error: HTTPException) -> JSONResponse:
         code = {404: "unknown_path", 405: "method_not_allowed"}.get(error.status_code)
         message = f"{request.method} {shown(request.url.path)}: {error.detail}"
-        return ApiError(error.status_code, message, None, code, error.headers).response()
+        headers = dict(error.headers or {})
+        if error.status_code == 405:  # of all routes of the path, not of the first
+            headers["Allow"] = ", ".join(sorted(_methods(app, request)))
+        return ApiError(error.status_code, message, None, code, headers).response()
 
     @app.exception_handler(Exception)
     async def fault(request: Request, error: Exception) -> JSONResponse:
         request.scope["state"]["log"]["fault"] = True
         return of_fault(error).response()
+
+
+def _methods(app: FastAPI, request: Request) -> set[str]:
+    """The methods that the path of a request has."""
+    return {
+        method
+        for route in app.routes
+        if isinstance(route, Route) and route.matches(request.scope)[0] != Match.NONE
+        for method in route.methods or ()
+    }
 
 
 def of_fault(error: BaseException) -> ApiError:

@@ -140,12 +140,6 @@ class Guard:
                 raise ApiError(
                     503, f"the server is {what}; try again", None, status, {"Retry-After": "2"}
                 )
-        if scope["method"] == "POST":
-            kind = headers.get("content-type", "").split(";")[0].strip().lower()
-            if kind != "application/json":  # which a page of another site cannot send unasked
-                raise ApiError(
-                    415, "send JSON, with Content-Type: application/json", code="not_json"
-                )
         length = headers.get("content-length", "0")
         if length.isdigit() and int(length) > self.most_bytes:
             raise self._too_large()

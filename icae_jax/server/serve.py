@@ -1,6 +1,7 @@
 """Runs the server: takes the port, loads, serves, and ends in order."""
 
 import contextlib
+import signal
 import socket
 import sys
 import types
@@ -101,5 +102,7 @@ def serve(options: Options) -> int:
             lifespan="on",
             ws="none",
         )
+        for sig in (signal.SIGTERM, signal.SIGINT):  # uvicorn's handlers until it has ended
+            signal.signal(sig, signal.SIG_IGN)
         Server(config, service).run([listening])
     return 0
