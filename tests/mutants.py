@@ -24,6 +24,7 @@ import faults_of_filling
 import faults_of_input
 import faults_of_methods
 import faults_of_quantising
+import faults_of_serve
 import faults_of_store
 from faults import Mutant
 
@@ -139,6 +140,7 @@ def main():
             faults_of_input,
             faults_of_methods,
             faults_of_quantising,
+            faults_of_serve,
             faults_of_store,
         )
         for m in module.MUTANTS

@@ -238,8 +238,11 @@ def test_completions_go_on_behind_a_memory(server, compressor):
         assert choice.text == want.text
         assert choice.logprobs.tokens == [tokenizer.decode([i]) for i in want.ids]
         assert len(choice.logprobs.top_logprobs[0]) == 2
+        lengths = [len(token) for token in choice.logprobs.tokens]
+        assert choice.logprobs.text_offset == [sum(lengths[:i]) for i in range(len(lengths))]
     plain = create(model=name, prompt=["the king saw", "the dog"], max_tokens=4, n=2)
     assert [choice.index for choice in plain.choices] == [0, 1, 2, 3]
+    assert plain.usage.prompt_tokens == len(ids) + len(compressor.ids("the dog"))
     texts = [choice.text for choice in plain.choices]
     assert texts[0] == texts[1] == decoded(compressor, ids, 4).text and texts[2] == texts[3]
     streamed = "".join(
@@ -298,7 +301,10 @@ def test_documents_come_and_go(compressor, tmp_path):
         with pytest.raises(openai.NotFoundError, match="neither stored nor kept"):
             chat(server, memory=ids[2])
         text = sentence(RNG, 20)
-        replaced = {"text": text, "id": ids[0]}
+        replaced = {"text": text, "id": ids[0], "metadata": {}}
+        changed = body | {"metadata": {"n": "other"}}
+        assert server.post("/v1/memories", changed)[1]["metadata"] == {"n": "other"}
+        assert server.ask("GET", "/v1/memories/" + quoted(ids[4]))[1]["metadata"] == {"n": "other"}
         assert server.post("/v1/memories", replaced)[0] == 201
         want = asked(compressor, compressor.compress(text)).text
         assert chat(server, memory=ids[0]).choices[0].message.content == want

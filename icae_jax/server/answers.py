@@ -9,6 +9,7 @@ from typing import Any
 from icae_jax.server.asking import Asked
 from icae_jax.server.scheduler import Piece
 
+_SPACE = "\u2581"  # how SentencePiece writes one
 CHAT, COMPLETION = "chat.completion", "text_completion"
 
 
@@ -24,6 +25,9 @@ class Tokens:
         self.bytes = functools.lru_cache(1 << 16)(self._bytes)
 
     def _text(self, token: int) -> str:
+        piece = self._tokenizer.convert_ids_to_tokens(token)
+        if piece is not None and _SPACE in piece:  # decoded alone it would lose its first space
+            return piece.replace(_SPACE, " ")
         return self._tokenizer.decode([token], clean_up_tokenization_spaces=False)
 
     def _bytes(self, token: int) -> list[int]:

@@ -1,12 +1,8 @@
 """What Prometheus reads at /metrics."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-
-if TYPE_CHECKING:
-    from icae_jax.server.service import Service
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 TOKENS = ("prompt", "completion", "memory", "context")
@@ -42,21 +38,9 @@ class Metrics:
         self._compressed = Counter("icae_compressed_tokens", "tokens of compressed texts", **into)
         self._compressing = Counter("icae_compressing_seconds", "spent compressing", **into)
 
-    def watch(self, service: "Service") -> None:
-        """Adds gauges of what a service holds."""
-        scheduler, cache = service.scheduler, service.memories.cache
-        gauges: dict[str, tuple[str, Callable[[], float]]] = {
-            "icae_ready": ("1 when requests are taken", lambda: service.status == "ready"),
-            "icae_waiting": ("prompts that wait for a row", lambda: scheduler.waiting),
-            "icae_running": ("prompts that have a row", lambda: scheduler.running),
-            "icae_rows": ("rows of the engines in use", lambda: scheduler.rows),
-            "icae_cache_bytes": ("bytes of kept memories", lambda: cache.used),
-            "icae_cache_memories": ("memories that are kept", lambda: len(cache)),
-            "icae_cache_hits": ("look-ups that found a memory", lambda: cache.hits),
-            "icae_cache_misses": ("look-ups that did not", lambda: cache.misses),
-        }
-        for name, (text, value) in gauges.items():
-            Gauge(name, text, registry=self._registry).set_function(value)
+    def watch(self, name: str, text: str, value: Callable[[], float]) -> None:
+        """Adds a gauge, whose value is asked for when it is read."""
+        Gauge(name, text, registry=self._registry).set_function(value)
 
     def request(self, route: str, status: int, seconds: float) -> None:
         """Counts a response."""

@@ -63,11 +63,23 @@ class Service:
             options.queue,
             lambda call: self._loop.call_soon_threadsafe(call),
         )
-        self.metrics.watch(self)
         self.status = "warming_up"
+        self._watch()
         self._threads = concurrent.futures.ThreadPoolExecutor(THREADS, "memories")
         self._preparing = 0  # requests whose memories are looked up or compressed
         self._lately = 1.0  # seconds that requests took
+
+    def _watch(self):
+        """Has metrics say what is held."""
+        scheduler, cache, watch = self.scheduler, self.memories.cache, self.metrics.watch
+        watch("icae_ready", "1 when requests are taken", lambda: self.status == "ready")
+        watch("icae_waiting", "prompts that wait for a row", lambda: scheduler.waiting)
+        watch("icae_running", "prompts that have a row", lambda: scheduler.running)
+        watch("icae_rows", "rows of the engines in use", lambda: scheduler.rows)
+        watch("icae_cache_bytes", "bytes of kept memories", lambda: cache.used)
+        watch("icae_cache_memories", "memories that are kept", lambda: len(cache))
+        watch("icae_cache_hits", "look-ups that found a memory", lambda: cache.hits)
+        watch("icae_cache_misses", "look-ups that did not", lambda: cache.misses)
 
     def _engine(self, bucket: Bucket) -> Engine:
         c = self.compressor
