@@ -81,11 +81,14 @@ setup(
         # libtpu compiles for TPUs on any machine; another version of ruff may format otherwise
         "test": [
             *SERVE,
+            "kubernetes-validate",  # the published schemas, for launch/serve
             "openai",
             "pytest",
             "pytest-xdist",
             "hypothesis",
             "beartype",
+            "schemathesis",
+            "selenium",
             "ruff>=0.17,<0.18",
             "torch==2.13.0",
             "peft",
