@@ -17,6 +17,7 @@ TYPES = {
     ".js": "text/javascript",
     ".svg": "image/svg+xml",
 }
+POLICY = "default-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 SEGMENT = 46  # tokens of text that one segment takes
 
 
@@ -84,7 +85,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self.send_response(status)
         named = {name.replace("_", "-"): value for name, value in headers.items()}
         fixed = {"Content-Type": kind, "Content-Length": str(len(data))}
-        fixed["Content-Security-Policy"] = "default-src 'self'"
+        fixed["Content-Security-Policy"] = POLICY
         for name, value in (fixed | named).items():
             self.send_header(name, value)
         self.send_header(

@@ -34,7 +34,11 @@ PAGE = pathlib.Path(__file__).parent / "page"
 PAGE_FILES = {
     "index.html": "text/html; charset=utf-8",
     "page.css": "text/css; charset=utf-8",
-    "page.js": "text/javascript; charset=utf-8",
+    "icon.svg": "image/svg+xml",
+    **dict.fromkeys(
+        ("page.js", "client.js", "diff.js", "documents.js", "dom.js", "questions.js"),
+        "text/javascript; charset=utf-8",
+    ),
 }
 PAGE_HEADERS = {
     "Content-Security-Policy": "default-src 'self'; base-uri 'none'; form-action 'none'; "

@@ -5,7 +5,7 @@ const UNSPACED = String.raw`\p{Script=Han}\p{Script=Hiragana}\p{Script=Katakana}
 const PIECES = new RegExp(String.raw`\s+|[${UNSPACED}]|[\p{L}\p{M}\p{N}_]+|.`, "gsu");
 // Steps of one pass. Texts that differ more are compared in several passes, each from where the
 // last one got furthest: time then grows with length times this number, not with length squared.
-const MOST_STEPS = 256;
+const MOST_STEPS = 1024;
 
 export const SAME = "same";
 export const LEFT_OUT = "left out";

@@ -29,8 +29,8 @@ client.onTokenNeeded((refused) => {
     byId("token-form").onsubmit = (event) => {
       event.preventDefault();
       const token = value.value.trim();
-      if (!/^[\x21-\x7e]+$/.test(token)) {
-        showError(byId("token-error"), "A token has letters, digits and signs, and no spaces.");
+      if (!/^[\x20-\x7e]+$/.test(token)) {
+        showError(byId("token-error"), "A token has only letters, digits and signs of ASCII.");
         value.focus();
         return;
       }

@@ -137,10 +137,10 @@ class Column {
     const facts = [];
     if (first !== null) facts.push(["First token", duration(first)], ["Total", duration(total)]);
     if (usage) {
-      facts.push(["Prompt", counted(usage.prompt_tokens, "token")]);
+      facts.push(["Read", counted(usage.prompt_tokens, "token")]);
       if (usage.memory_tokens) {
         const stands = `${number(usage.memory_tokens)} for ${number(usage.context_tokens)} of text`;
-        facts.push(["Memory tokens", stands]);
+        facts.push(["of these memory", stands]);
       }
       facts.push(["Answer", counted(usage.completion_tokens, "token")]);
     }
