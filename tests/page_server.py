@@ -170,6 +170,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def list(self, query):
         stand, limit = self.server.stand, int(query["limit"])
+        if "after" in query and query["after"] not in stand.documents:
+            self.refuse(400, "after is no document")
+            return
         names = sorted(n for n in stand.documents if n.startswith(query.get("prefix", "")))
         names = [n for n in names if n > query.get("after", "")]
         data = [stand.documents[n] for n in names[:limit]]

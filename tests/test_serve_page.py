@@ -203,7 +203,7 @@ def test_a_question_is_asked_in_three_ways(tab, stand):
     memory, full, none = tab.ask("Who?")
     common = {
         "model": "tiny", "messages": [{"role": "user", "content": "Who?"}], "stream": True,
-        "stream_options": {"include_usage": True},
+        "stream_options": {"include_usage": True}, "max_tokens": 64,
     }  # fmt: skip
     assert stand.bodies(CHAT) == [
         common | {"memory": "mem-0"}, common | {"context": TEXT, "compress": False}, common,
@@ -211,7 +211,7 @@ def test_a_question_is_asked_in_three_ways(tab, stand):
     assert memory.startswith("From memory\na ferret\nFirst token\n")
     assert full.startswith("From the full text\na ferret, I think\nFirst token\n")
     assert none.startswith("Without the text\na dog\nFirst token\n")
-    assert "of these memory\n11 for 46 of text" in memory and "of these" not in full + none
+    assert "Of these memory\n11 for 46 of text" in memory and "Of these" not in full + none
     for column in (memory, full, none):
         assert "Read\n24 tokens" in column and "Answer\n3 tokens" in column
         figures = column.split("\n")
@@ -219,7 +219,9 @@ def test_a_question_is_asked_in_three_ways(tab, stand):
         assert 0 <= milliseconds(first) <= milliseconds(total) < 20_000
     tab.insert("longest", "5")
     tab.ask("What?")
-    assert [body["max_tokens"] for body in stand.bodies(CHAT)[3:]] == [5, 5, 5]
+    tab.insert("longest", "")
+    tab.ask("What?")
+    assert [body.get("max_tokens") for body in stand.bodies(CHAT)[3:]] == [5] * 3 + [None] * 3
 
 
 def milliseconds(text):

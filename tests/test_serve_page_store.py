@@ -140,6 +140,20 @@ def test_the_last_document_of_a_page(tab, stand):
     tab.says("store-status", "Documents 1 to 10.")
 
 
+def test_another_deletes_what_a_page_begins_behind(tab, stand):
+    """Breaks when the list is stuck at a page that the server cannot find any more."""
+    stand.with_store(25)
+    tab.open(stand.url)
+    tab.click("#next")
+    tab.says("store-status", "Documents 11 to 20")
+    tab.click("#next")
+    tab.says("store-status", "Documents 21 to 25")
+    del stand.documents["doc-009"]
+    tab.click("#previous")
+    tab.says("store-status", "Documents 1 to 10")
+    assert ids(tab)[-1] == "doc-010" and not tab.shown("store-error")
+
+
 def test_a_store_that_fails(tab, stand):
     """Breaks when an error of the list takes the rest of the page with it."""
     stand.with_store(3)

@@ -66,7 +66,12 @@ export class Documents {
       }
       this.#show(page, prefix);
     } catch (error) {
-      if (!stopped(error)) showError(byId("store-error"), `No list. ${error.message}`);
+      if (stopped(error)) return;
+      if (error.status === 400 && after) {
+        await this.#firstPage(); // the document that this page begins behind is gone
+        return;
+      }
+      showError(byId("store-error"), `No list. ${error.message}`);
     }
   }
 

@@ -140,7 +140,7 @@ class Column {
       facts.push(["Read", counted(usage.prompt_tokens, "token")]);
       if (usage.memory_tokens) {
         const stands = `${number(usage.memory_tokens)} for ${number(usage.context_tokens)} of text`;
-        facts.push(["of these memory", stands]);
+        facts.push(["Of these memory", stands]);
       }
       facts.push(["Answer", counted(usage.completion_tokens, "token")]);
     }
