@@ -23,6 +23,7 @@ import faults_of_bench_ask
 import faults_of_filling
 import faults_of_input
 import faults_of_methods
+import faults_of_page
 import faults_of_quantising
 import faults_of_serve
 import faults_of_store
@@ -139,6 +140,7 @@ def main():
             faults_of_filling,
             faults_of_input,
             faults_of_methods,
+            faults_of_page,
             faults_of_quantising,
             faults_of_serve,
             faults_of_store,

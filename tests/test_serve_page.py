@@ -324,6 +324,7 @@ def test_a_token_is_asked_for(tab, stand):
     tab.insert("token-value", "an0ther")
     tab.click("#token button")
     tab.says("ask-status", "Answered.")
+    assert tab.focused() == "ask"
     assert [text.split("\n")[1] for text in tab.texts(".column")] == [
         "a ferret", "a ferret, I think", "a dog",
     ]  # fmt: skip
@@ -365,7 +366,10 @@ def test_refused_texts_and_a_server_that_went_away(tab):
         assert not tab.shown("text-error")
         stand.errors = {"restore": (404, "There is no memory mem-0.")}
         tab.click("#restore")
-        tab.says("restore-error", "Not restored. There is no memory mem-0.")
+        gone = "There is no memory mem-0. Compress the text again."
+        tab.says("restore-error", f"Not restored. {gone}")
+        stand.errors = {"memory": (404, "There is no memory mem-0.")}
+        assert tab.ask("Who?")[0] == f"From memory\nError: {gone}"
         assert not tab.shown("restored-part")
     tab.click("#restore")
     tab.says("restore-error", "Not restored. The server does not answer.")

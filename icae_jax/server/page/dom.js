@@ -53,6 +53,10 @@ export function announce(text) {
   setTimeout(() => (place.textContent = text), 50);
 }
 
+/** What to do about a memory that is gone, where its text is here. */
+export const again = (error, source) =>
+  error.status === 404 && source !== null ? " Compress the text again." : "";
+
 export const stopped = (error) => error.name === "AbortError";
 
 /**

@@ -3,7 +3,7 @@
 
 import * as client from "./client.js";
 import * as diff from "./diff.js";
-import { byId, element, fill, showError, stoppable, stopped } from "./dom.js";
+import { again, byId, element, fill, showError, stoppable, stopped } from "./dom.js";
 import { bytes, counted, duration, number, times } from "./dom.js";
 import { Documents } from "./documents.js";
 import { Questions } from "./questions.js";
@@ -19,7 +19,10 @@ let memory = null; // the current memory object, with `source`: its text, null w
 
 // -------------------------------------------------------------------------------------- the token
 
+let before = null; // what had the focus when the token was asked for
+
 client.onTokenNeeded((refused) => {
+  before = document.activeElement;
   const value = byId("token-value");
   showError(byId("token-error"), refused ? "The server does not accept this token." : "");
   byId("page-status").textContent = "";
@@ -36,7 +39,8 @@ client.onTokenNeeded((refused) => {
       }
       value.value = "";
       byId("token").hidden = true;
-      byId("main").focus();
+      const back = before !== document.body && before?.checkVisibility();
+      (back ? before : byId("main")).focus();
       resolve(token);
     };
   });
@@ -247,7 +251,7 @@ async function restoreText(signal) {
   } catch (error) {
     if (memory?.id !== id) return; // another one is shown by now
     status.textContent = stopped(error) ? "Stopped." : "";
-    if (!stopped(error)) showError(byId("restore-error"), `Not restored. ${error.message}`);
+    if (!stopped(error)) showError(byId("restore-error"), `Not restored. ${error.message}${again(error, source)}`);
     byId("restored-part").hidden = !text.data;
   }
 }

@@ -1,7 +1,7 @@
 // Questions: each is asked of the memory, of the full text and of the model alone.
 
 import * as client from "./client.js";
-import { announce, byId, element, fill, stoppable, stopped } from "./dom.js";
+import { again, announce, byId, element, fill, stoppable, stopped } from "./dom.js";
 import { counted, duration, number, times } from "./dom.js";
 
 const KEPT = 50; // questions of the history
@@ -124,7 +124,9 @@ class Column {
         : "The answer is empty.";
       announce(`${this.#column.title}: ${text.data.slice(0, 300) || "an empty answer"}`);
     } catch (error) {
-      this.#state.textContent = stopped(error) ? "Stopped." : `Error: ${error.message}`;
+      const remedy = adds.memory ? again(error, memory.source) : "";
+      const what = `Error: ${error.message}${remedy}`;
+      this.#state.textContent = stopped(error) ? "Stopped." : what;
       this.#state.classList.toggle("error", !stopped(error));
       if (!stopped(error)) announce(`${this.#column.title}: an error. ${error.message}`);
     } finally {
