@@ -141,7 +141,8 @@ def test_differences_are_marked(tab, stand):
     assert tab.js(line, "#restored ins") == "underline"
     assert tab.shown("legend")
     # "." counts as a word: 4 of these, and 15 others.
-    assert "words 19 came back and 2 did not; 2 others came" in tab.text("restore-status")
+    told = "19 of the original’s 21 words came back. Missing: 2, new: 2."
+    assert told in tab.text("restore-status")
     stand.finish = "length"
     tab.restore()
     assert "at the limit of tokens" in tab.text("restore-status")

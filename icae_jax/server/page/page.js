@@ -273,11 +273,12 @@ function mark(place, source, restored) {
   });
   place.replaceChildren(...nodes, restAfter);
   byId("legend").hidden = false;
+  const [came, missing] = [count[diff.SAME], count[diff.LEFT_OUT]];
   const limit = ` Only the first ${number(COMPARED)} words and spaces are compared.`;
   const cut = restBefore || restAfter ? limit : "";
   return (
-    `Of the original’s words ${number(count[diff.SAME])} came back and ` +
-    `${number(count[diff.LEFT_OUT])} did not; ${number(count[diff.ADDED])} others came.${cut}`
+    `${number(came)} of the original’s ${counted(came + missing, "word")} came back. ` +
+    `Missing: ${number(missing)}, new: ${number(count[diff.ADDED])}.${cut}`
   );
 }
 
