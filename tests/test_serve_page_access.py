@@ -120,6 +120,7 @@ def fill(tab, stand):
     tab.insert("text", TEXT + "!")
     tab.click("#compress")
     tab.says("text-error", "Not compressed")
+    tab.says("store-status", "Documents 1 to 10")
     tab.click("#next")
     tab.says("store-status", "Documents 11 to 13")
     stand.errors = {"GET /v1/memories": (500, "The store is damaged.")}

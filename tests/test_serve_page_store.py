@@ -133,6 +133,7 @@ def test_the_last_document_of_a_page(tab, stand):
     """Breaks when deleting it leaves an empty page."""
     stand.with_store(11)
     tab.open(stand.url)
+    tab.says("store-status", "Documents 1 to 10")
     tab.click("#next")
     tab.says("store-status", "Documents 11 to 11.")
     tab.click("#documents .remove")
@@ -144,6 +145,7 @@ def test_another_deletes_what_a_page_begins_behind(tab, stand):
     """Breaks when the list is stuck at a page that the server cannot find any more."""
     stand.with_store(25)
     tab.open(stand.url)
+    tab.says("store-status", "Documents 1 to 10")
     tab.click("#next")
     tab.says("store-status", "Documents 11 to 20")
     tab.click("#next")
