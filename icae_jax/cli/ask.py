@@ -9,7 +9,6 @@ from icae_jax.errors import UserError
 
 if TYPE_CHECKING:
     from icae_jax.inference.reading import Generation
-    from icae_jax.inference.sampling import Sampling
 else:
     Generation = object  # importing it imports JAX, which takes seconds
 
@@ -25,7 +24,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--question", required=True, action="append", help=help_text)
     help_text = "with --store: read the documents of --id together, as one memory"
     add("--join", action="store_true", help=help_text)
-    _sampling_flags(parser)
+    flags.sampling_flags(parser)
     add = parser.add_argument_group("texts in place of a memory file").add_argument
     add("--input", help="texts: JSON, tables, text files, a folder or glob of them")
     help_text = "rising memory tokens per segment, such as 2,8,32: the answer is that of the first "
@@ -37,38 +36,10 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "stop")
-
-
-def _sampling_flags(parser: argparse.ArgumentParser) -> None:
-    from icae_jax.inference.sampling import GREEDY
-
-    add = parser.add_argument_group("how tokens are chosen").add_argument
-    help_text = "0, the default, takes the best token; higher draws more freely"
-    add("--temperature", type=float, default=GREEDY.temperature, help=help_text)
-    help_text = "draw from so many most likely tokens; 0, the default: from all"
-    add("--top_k", type=int, default=GREEDY.top_k, help=help_text)
-    help_text = "draw from the most likely tokens whose probabilities sum to this (default: 1)"
-    add("--top_p", type=float, default=GREEDY.top_p, help=help_text)
-    help_text = "draw only tokens of this part of the best one's probability (default: 0)"
-    add("--min_p", type=float, default=GREEDY.min_p, help=help_text)
-    help_text = "above 1: tokens of question and answer are less likely again (default: 1)"
-    add("--repetition_penalty", type=float, default=GREEDY.repetition_penalty, help=help_text)
-    add("--seed", type=int, default=GREEDY.seed, help="of the draws (default: 0)")
-    help_text = "a text before which an answer ends; may be given several times"
-    add("--stop", action="append", default=[], help=help_text)
-
-
-def _sampling(args: argparse.Namespace) -> "Sampling":
-    from icae_jax.inference.sampling import Sampling
-
-    return Sampling(**{name: getattr(args, name) for name in SAMPLING})
-
-
 def run(argv: list[str]) -> int:
     """Runs the verb. Returns the exit code 0; UserError on bad input."""
     args = _parser().parse_args(argv)
-    args.sampling = _sampling(args)  # checked before anything is loaded
+    args.sampling = flags.sampling(args)  # checked before anything is loaded
     if sum(map(bool, (args.memory, args.store, args.input))) != 1:
         raise UserError("give one of --memory, a memory file, --store, a store, and --input, texts")
     if args.join and not (args.store and args.id):

@@ -5,7 +5,10 @@ import json
 import sys
 import textwrap
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from icae_jax.inference.sampling import Sampling
 
 BAD_INPUT = 2  # exit code
 
@@ -156,6 +159,36 @@ def memory_parser(verb: str, text: str, required: bool = True) -> argparse.Argum
     add("--max_new_tokens", type=int, help="most tokens of an answer or a restored text")
     json_flag(result, "print one JSON object a line")
     return result
+
+
+_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "stop")
+
+
+def sampling_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of the verbs that decode answers: how their tokens are chosen."""
+    from icae_jax.inference.sampling import GREEDY
+
+    add = parser.add_argument_group("how tokens are chosen").add_argument
+    help_text = "0, the default, takes the best token; higher draws more freely"
+    add("--temperature", type=float, default=GREEDY.temperature, help=help_text)
+    help_text = "draw from so many most likely tokens; 0, the default: from all"
+    add("--top_k", type=int, default=GREEDY.top_k, help=help_text)
+    help_text = "draw from the most likely tokens whose probabilities sum to this (default: 1)"
+    add("--top_p", type=float, default=GREEDY.top_p, help=help_text)
+    help_text = "draw only tokens of this part of the best one's probability (default: 0)"
+    add("--min_p", type=float, default=GREEDY.min_p, help=help_text)
+    help_text = "above 1: tokens of question and answer are less likely again (default: 1)"
+    add("--repetition_penalty", type=float, default=GREEDY.repetition_penalty, help=help_text)
+    add("--seed", type=int, default=GREEDY.seed, help="of the draws (default: 0)")
+    help_text = "a text before which an answer ends; may be given several times"
+    add("--stop", action="append", default=[], help=help_text)
+
+
+def sampling(args: argparse.Namespace) -> "Sampling":
+    """The `Sampling` that these flags ask for; UserError if one is out of its range."""
+    from icae_jax.inference.sampling import Sampling
+
+    return Sampling(**{name: getattr(args, name) for name in _SAMPLING})
 
 
 # ------------------------------------------------------------------------------------- printing
