@@ -138,8 +138,9 @@ def known_ratios(compressor: Compressor) -> str:
     config = compressor.config
     if config.any_k:
         return (
-            f"any ratio from 1x to {config.segment_tokens}x, trained at "
-            f"{', '.join(map(str, config.choices))} memory tokens for {config.segment_tokens} tokens"
+            f"any from 1x to {config.segment_tokens}x; trained with "
+            f"{', '.join(map(str, config.choices))} memory tokens per segment of "
+            f"{config.segment_tokens}"
         )
     return ", ".join(
         f"{config.segment_tokens / k:.1f}x ({k} memory tokens for {config.segment_tokens} tokens)"

@@ -25,6 +25,9 @@ class Split(NamedTuple):
     compressed: int = 0
 
 
+START = Split()
+
+
 class Plan(NamedTuple):
     """How a question is asked.
 
@@ -112,7 +115,7 @@ class Window:
         ids = conversation_ids(turns, question, tokenizer, template)
         return without_memory(template, tokenizer, (), ids)
 
-    def plan(self, question: str, turns: Sequence[Turn], split: Split = Split()) -> Plan:
+    def plan(self, question: str, turns: Sequence[Turn], split: Split = START) -> Plan:
         """How a question is asked after turns, of which `split` says where they were before it.
 
         Nothing is moved while everything fits. Else the oldest turns in full go into memory, until
