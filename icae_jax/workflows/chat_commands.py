@@ -96,7 +96,7 @@ class Session:
             added = chat.add(ids=[name])
         elif chat.store is not None and not os.path.exists(name):
             raise UserError(
-                f"/add {name}: neither a document of the store nor a file; /docs PREFIX"
+                f"/add {name}: no document of the store, and no file; /docs PREFIX finds ids"
             )
         else:
             added = chat.add(chat_documents.read_files([name], "/add"))
