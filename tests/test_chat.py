@@ -1,12 +1,15 @@
 """A chat over documents: what it reads, which turns are compressed, and what its commands say."""
 
 import dataclasses
+import errno
+import os
 
 import numpy as np
 import pytest
 from cli_helpers import sentence
 from conftest import TINY, close, random_trained, write_jsonl
 
+from icae_jax import files
 from icae_jax.cli import main as cli
 from icae_jax.compression.config import CompressionConfig
 from icae_jax.errors import UserError
@@ -388,8 +391,16 @@ def test_commands(session, tmp_path, world):
     assert told(session, "/quit") == "" and session.ended
 
 
-def test_commands_that_cannot_be_done(session, tmp_path):
+def test_commands_that_cannot_be_done(session, tmp_path, monkeypatch):
     """Breaks when the chat ends or changes, or the message does not say what to do."""
+    write = files.write_text
+
+    def on_a_full_disk(path, text):
+        if "full" in str(path):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(path, text)
+
+    monkeypatch.setattr(files, "write_text", on_a_full_disk)
     (tmp_path / "here").write_text("x")
     before = list(session.chat.documents)
     for line, message in (
@@ -404,7 +415,8 @@ def test_commands_that_cannot_be_done(session, tmp_path):
         ("/ratio nan", "ratio is nan"),
         ("/save", "/save needs a file"),
         (f"/save {tmp_path / 'here'}", "it is there already"),
-        (f"/save {tmp_path / 'here' / 'x'}", "give another file"),
+        (f"/save {tmp_path / 'here' / 'x'}", "cannot be written"),
+        (f"/save {tmp_path / 'full'}", "No space left on device; give another file"),
     ):
         with pytest.raises(UserError, match="^.*" + message.replace(".", r"\.")):
             told(session, line)
