@@ -91,12 +91,12 @@ MUTANTS = [
     ),
     Mutant(
         "a chat cannot be stopped", "workflows/chat.py",
-        "        self.stopped = True\n",
+        "        self._stop = True\n",
         "        pass\n", "test_chat.py -k is_stopped",
     ),
     Mutant(
         "a stop ends the next answer too", "workflows/chat.py",
-        "        self.stopped = False\n        with",
+        "        self._stop = self.stopped = False\n        with",
         "        with", "test_chat.py -k is_stopped",
     ),
     Mutant(
@@ -173,6 +173,11 @@ MUTANTS = [
         "Ctrl-C is caught for ever", "cli/chat.py",
         "        signal.signal(signal.SIGINT, before)\n",
         "        pass\n", "test_chat_cli.py -k ctrl_c",
+    ),
+    Mutant(
+        "a command after Ctrl-C counts as interrupted too", "workflows/chat_commands.py",
+        "        self.chat.stopped = False\n",
+        "", "test_chat_cli.py -k ctrl_c",
     ),
     Mutant(
         "Ctrl-C is an exception", "cli/chat.py",

@@ -7,7 +7,7 @@ import os
 import numpy as np
 import pytest
 from cli_helpers import sentence
-from conftest import TINY, close, random_trained, write_jsonl
+from conftest import TINY, close, eight_devices, random_trained, write_jsonl
 
 from icae_jax import files
 from icae_jax.cli import main as cli
@@ -22,6 +22,7 @@ from icae_jax.interop.hub import base as bases
 from icae_jax.interop.prompts import Turn, conversation_ids
 from icae_jax.models.lora import LoraConfig
 from icae_jax.objectives import targets
+from icae_jax.runtime import sharding
 from icae_jax.workflows.chat import Chat
 from icae_jax.workflows.chat_commands import Session
 from icae_jax.workflows.chat_documents import Text, read_files
@@ -130,6 +131,26 @@ def test_later_answers_stand_behind_the_turns(compressor):
     )
     end = len(compressor.adapter.template.head) + int(memory.end[0])
     assert chat.status.positions == end + len(ids) + len(chat.last.ids)
+
+
+def test_a_mesh_answers_alike(world, icae):
+    """Breaks when one text cannot be split over several devices."""
+    alone = Chat(icae, TEXTS[:1], max_new_tokens=NEW, history_tokens=20)
+    with eight_devices():
+        mesh = sharding.local_mesh(sharding.parse("fsdp=2"))
+        chat = Chat(
+            loading.load(world / "icae", mesh=mesh),
+            TEXTS[:1],
+            max_new_tokens=NEW,
+            history_tokens=20,
+        )
+        for question in QUESTIONS[:3]:
+            said(chat, question)
+        restored = "".join(chat.restore("t0"))
+    for question in QUESTIONS[:3]:
+        said(alone, question)
+    assert chat.turns == alone.turns and chat.split == alone.split == Split(0, 2)
+    assert restored == "".join(alone.restore("t0"))
 
 
 @pytest.mark.parametrize("documents", [1, 0])

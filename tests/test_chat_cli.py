@@ -187,7 +187,7 @@ def test_ctrl_c_ends_an_answer_only(world, monkeypatch):
     monkeypatch.setenv("NO_COLOR", "1")
     before = signal.getsignal(signal.SIGINT)
     argv = ["chat", "--store", str(world / "store"), "--id", "t0", "--max_new_tokens", "12"]
-    code, screen = in_terminal(argv, f"{QUESTIONS[0]}\n{QUESTIONS[1]}\n\x04", monkeypatch)
+    code, screen = in_terminal(argv, f"{QUESTIONS[0]}\n/history\n{QUESTIONS[1]}\n\x04", monkeypatch)
     assert code == 0 and signal.getsignal(signal.SIGINT) is before
     (chat,) = {*chats}
     first, second = chat.turns

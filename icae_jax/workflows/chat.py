@@ -82,7 +82,7 @@ class Chat:
       turns: the whole conversation, also what is only in memory by now.
       split: where its turns are.
       k: memory tokens per segment, of documents and older turns.
-      last: the last answer, as it was decoded; None before the first.
+      last: the last answer, as it was decoded; None if not a token of it came.
       stopped: whether `stop` ended the last text.
     """
 
@@ -133,7 +133,7 @@ class Chat:
         # Parts of the memory that is read, that memory, and its K/V.
         self._read: tuple[list[Memory], Memory, Prefix] | None = None
         self._engines: dict[bool, Engine] = {}  # behind a memory, and without one
-        self.stopped = False
+        self._stop = self.stopped = False
         self.add(texts, ids)
 
     # --- Documents ---
@@ -223,7 +223,7 @@ class Chat:
         else:
             asked = Request([plan.prompt], plan.most, sampling=self.sampling)
             (request,) = self.compressor.reader.requests(memory, [asked], "qa", 1, [prefix])
-        running = None
+        running = self.last = None
         try:
             with contextlib.closing(self._run(request)) as stream:
                 for running in stream:
@@ -238,7 +238,7 @@ class Chat:
 
     def stop(self) -> None:
         """Ends the text that is being decoded, after its next token. A signal may call it."""
-        self.stopped = True
+        self._stop = True
 
     def clear(self) -> None:
         """Forgets all turns."""
@@ -262,13 +262,14 @@ class Chat:
 
     def _run(self, request: EngineRequest) -> Iterator[Running]:
         """Runs one request; yields it at each token, until it ends or `stop` is called."""
-        self.stopped = False
+        self._stop = self.stopped = False
         with contextlib.closing(self._engine(request).stream([request])) as stream:
             for running in stream:
                 if running.error is not None:
                     raise running.error
                 yield running
-                if self.stopped:
+                if self._stop and not running.done:
+                    self.stopped = True
                     return
 
     def _engine(self, request: EngineRequest) -> Engine:
@@ -349,7 +350,8 @@ class Chat:
         few = few_shapes(segments, FEW) if segments <= FEW else round_up(segments, FEW)
         if few > segments:
             memory = concatenate([memory], self.compressor.config, few)
-        prefix = self.compressor.reader.read(memory, objective)
+        rows = self.compressor.devices.rows(1)  # as many as a mesh can split; the first is read
+        prefix = self.compressor.reader.read(memory[[0] * rows], objective)
         return prefix.replace(end=np.asarray(prefix.end))
 
     # --- What it says of itself ---

@@ -44,6 +44,7 @@ class Session:
         A line that begins with a slash is a command; with a blank before it, a question. UserError,
         and the chat is as before, if it cannot be done.
         """
+        self.chat.stopped = False
         if not line.startswith("/"):
             return self.chat.ask(line.strip())
         name, _, argument = line.strip().partition(" ")
