@@ -19,6 +19,11 @@ MUTANTS = [
         "if False:", "test_chat.py -k stand_behind",
     ),
     Mutant(
+        "a mesh reads a single row", "workflows/chat.py",
+        "read(memory[[0] * rows], objective)",
+        "read(memory[[0]], objective)", "test_chat.py -k mesh",
+    ),
+    Mutant(
         "the last turn is left out of a prompt", "workflows/chat_history.py",
         "prompt = self.prompt(turns[split.compressed :], question, memory)",
         "prompt = self.prompt(turns[split.compressed : -1], question, memory)", "test_chat.py -k stand_behind",
@@ -41,7 +46,7 @@ MUTANTS = [
     Mutant(
         "answers are not compressed", "workflows/chat_history.py",
         'f"{turn.question}\\n{turn.answer}\\n"',
-        'f"{turn.question}\\n"', "test_chat.py -k commands",
+        'f"{turn.question}\\n"', "test_chat.py -k no_turn",
     ),
     Mutant(
         "without a memory, a chat is asked behind no head", "workflows/chat_history.py",
@@ -82,12 +87,17 @@ MUTANTS = [
         "a question that fails moves turns", "workflows/chat.py",
         "        memory, prefix = self._memory(plan.split)\n",
         "        self.split = Split(len(self.turns), len(self.turns))\n        memory, prefix = self._memory(plan.split)\n",
-        "test_chat.py -k are_compressed",
+        "test_chat.py -k fails_leaves",
     ),
     Mutant(
         "an answer that is stopped is lost", "workflows/chat.py",
-        "if running is not None and (running.done or running.stream.text):",
-        "if running is not None and running.done:", "test_chat.py -k is_stopped",
+        "if running is not None and (ended or running.stream.text):",
+        "if ended:", "test_chat.py -k is_stopped",
+    ),
+    Mutant(
+        "an answer of which nothing came is a turn", "workflows/chat.py",
+        "ended = running.done ",
+        "ended = True ", "test_chat.py -k is_stopped",
     ),
     Mutant(
         "a chat cannot be stopped", "workflows/chat.py",

@@ -233,11 +233,18 @@ def test_no_turn_is_compressed_before_it_must_be_and_no_more_than_needed(icae):
     kept = turns[plan.split.compressed : fit + 1]
     assert in_full(kept) <= 20 < in_full([turns[plan.split.compressed - 1], *kept])
     assert plan.prompt == window.prompt(kept, "who ?", True)
+    assert transcript(turns[:1]) == f"{turns[0].question}\n{turns[0].answer}\n"
     everything = dataclasses.replace(window, history_tokens=0).plan("who ?", turns[:3])
     assert everything.split == Split(0, 3)
 
 
-def test_what_fails_leaves_the_chat_as_it_was(icae):
+def failing(self, request):
+    """As `Chat._run`, of a base that is damaged."""
+    raise UserError("what the base computes is not finite")
+    yield
+
+
+def test_what_fails_leaves_the_chat_as_it_was(icae, monkeypatch):
     """Breaks when a question that does not fit moves turns, or is a turn itself; or when a long one
     that leaves room for a short answer is refused.
     """
@@ -247,6 +254,11 @@ def test_what_fails_leaves_the_chat_as_it_was(icae):
     before = list(chat.turns), chat.split, chat.status
     with pytest.raises(UserError, match=r"prompt of 3\d\d tokens.* of the base's 256 positions"):
         said(chat, "cat " * 300)
+    assert (chat.turns, chat.split, chat.status) == before
+    with monkeypatch.context() as patch:
+        patch.setattr(Chat, "_run", failing)
+        with pytest.raises(UserError, match="not finite"):
+            said(chat, QUESTIONS[3])
     assert (chat.turns, chat.split, chat.status) == before
     got, turns, compressed = said(chat, QUESTIONS[3]), before[0], chat.split.compressed
     memory = memory_of(icae, TEXTS[:1], turns[:compressed])
@@ -264,7 +276,7 @@ def test_what_fails_leaves_the_chat_as_it_was(icae):
 
 
 @pytest.mark.parametrize("closed", [False, True])
-def test_an_answer_that_is_stopped_is_kept_as_far_as_it_came(icae, closed):
+def test_an_answer_that_is_stopped_is_kept_as_far_as_it_came(icae, closed, monkeypatch):
     """Breaks when the next question does not see it, or it still holds the engine's row."""
     chat = Chat(icae, TEXTS[:1], max_new_tokens=40)
     answer = chat.ask(QUESTIONS[0])
@@ -284,6 +296,18 @@ def test_an_answer_that_is_stopped_is_kept_as_far_as_it_came(icae, closed):
     next(restored)
     chat.stop()
     assert not list(restored) and len(chat.turns) == 2
+    # The first word is held back, since it may begin a stop text.
+    chat.sampling = Sampling(stop=(f"{said(chat, QUESTIONS[3]).split()[0]} stop",))
+    chat.turns.pop()
+    run = Chat._run
+
+    def stopped_at_once(self, request):
+        for running in run(self, request):
+            self.stop()
+            yield running
+
+    monkeypatch.setattr(Chat, "_run", stopped_at_once)
+    assert not list(chat.ask(QUESTIONS[3])) and len(chat.turns) == 2 and chat.last is None
 
 
 # --- Documents ---

@@ -223,14 +223,15 @@ class Chat:
         else:
             asked = Request([plan.prompt], plan.most, sampling=self.sampling)
             (request,) = self.compressor.reader.requests(memory, [asked], "qa", 1, [prefix])
-        running = self.last = None
+        running, ended, self.last = None, False, None
         try:
             with contextlib.closing(self._run(request)) as stream:
                 for running in stream:
+                    ended = running.done  # by itself: one that is left early counts as done later
                     if text := running.take_text():
                         yield text
         finally:
-            if running is not None and (running.done or running.stream.text):
+            if running is not None and (ended or running.stream.text):
                 made = generation(self.compressor.base, running, memory)
                 self.turns.append(Turn(question, made.text))
                 self.split, self.last = plan.split, made
