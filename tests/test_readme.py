@@ -26,6 +26,7 @@ FRONT_PAGE_LINES = 220
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 # Other people's programs, whose arguments are not checked.
 OTHERS = {"pip", "cp", "python3", ".", "pytest", "ruff"}
+OTHERS |= {"sudo", "openssl", "journalctl", "kubectl"}
 WITH_CONFIG = ("train", "sweep", "plan", "bench")
 # Words that stand for a file of the reader's.
 PLACEHOLDERS = ("FILE", "NAME", "my_configs/")

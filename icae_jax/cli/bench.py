@@ -1,4 +1,4 @@
-"""`icae bench train` and `icae bench ask`."""
+"""`icae bench train`, `icae bench ask` and `icae bench serve`."""
 
 import argparse
 import dataclasses
@@ -6,11 +6,12 @@ import dataclasses
 from icae_jax.cli import flags
 from icae_jax.errors import UserError
 
-HELP = "measure a training step, or answers to questions, on the devices at hand"
+HELP = "measure a training step, answers to questions, or a server, on the devices at hand"
 
 KINDS = {
     "train": "a training step: time, FLOPs, memory, compilation, and where the time goes",
     "ask": "answers: time to the first token, tokens/s and memory, with a memory and without",
+    "serve": "a server under load: throughput, latency, memory, and whether every answer is right",
 }
 
 TRAIN_EPILOG = (
@@ -24,7 +25,7 @@ def run(argv: list[str]) -> int:
     """Measures and prints a report; returns 0."""
     if not argv or argv[0] not in KINDS:
         return flags.tell_kinds("bench", KINDS, argv)
-    return {"train": _train, "ask": _ask}[argv[0]](argv[1:])
+    return {"train": _train, "ask": _ask, "serve": _serve}[argv[0]](argv[1:])
 
 
 # ------------------------------------------------------------------------------------------- train
@@ -198,3 +199,58 @@ def _ask_flags(options, against):
 
 def _words(text):
     return tuple(word for word in text.split(",") if word)
+
+
+# ------------------------------------------------------------------------------------------- serve
+
+SERVE_EPILOG = (
+    "A server is started on a free port of this machine and ended again, unless --url names one "
+    "that runs; if that asks for a token, give it in ICAE_SERVE_TOKENS."
+)
+
+
+def _serve(argv):
+    from icae_jax.performance import bench_serve, bench_serve_report
+
+    args = vars(_serve_flags(bench_serve.Options).parse_args(argv))
+    as_json = args.pop("json")
+    report = bench_serve.bench(bench_serve.Options(**args))
+    flags.print_result(report, as_json, bench_serve_report.text(report))
+    return 0
+
+
+def _serve_flags(options):
+    """options: the dataclass whose fields the flags are, and which has their defaults."""
+    parser = argparse.ArgumentParser(
+        prog="icae bench serve",
+        description=f"measure {KINDS['serve']}.",
+        epilog=SERVE_EPILOG,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    shown = "(default: %(default)s)"
+    add("--adapter", help="adapter (folder, hub id or gs://…); by default an untrained one")
+    flags.base_flags(parser)
+    add("--method", help=f"of an untrained adapter {shown}")
+    add("--k", type=int, help=f"memory tokens of a segment, of an untrained adapter {shown}")
+    add("--ratio", type=float, help=f"tokens per memory token, of an untrained adapter {shown}")
+    add("--rows", type=int, help=f"of the server: requests that decode at once {shown}")
+    add("--cache_mib", type=int, metavar="MIB", help=f"of the server, for memories {shown}")
+    add("--url", help="a server that runs, in place of one that is started")
+    add("--store", help="a store whose documents are asked about; by default one is made")
+    add("--documents", type=int, metavar="N", help=f"of the store {shown}")
+    add("--requests", type=int, metavar="N", help=f"of different kinds and lengths {shown}")
+    add("--clients", type=int, metavar="N", help=f"that ask at once {shown}")
+    add("--new_tokens", type=int, metavar="N", help=f"of the longest answer {shown}")
+    add("--rounds", type=int, help=f"the report has their median and range {shown}")
+    help_text = "N other requests after the rounds, while the server's memory is watched"
+    add("--soak", type=int, metavar="N", help=help_text)
+    help_text = "only how much sooner the first token of an answer from stored documents comes "
+    help_text += "than of one from their full text"
+    add("--first_token", action="store_true", help=help_text)
+    add("--context_tokens", type=int, metavar="N", help=f"of a document of --first_token {shown}")
+    add("--seed", type=int, help=f"of texts and lengths {shown}")
+    add("--save", metavar="FILE", help="write the report as JSON")
+    flags.json_flag(parser)
+    parser.set_defaults(**{field.name: field.default for field in dataclasses.fields(options)})
+    return parser
