@@ -8,12 +8,14 @@ import runpy
 import shlex
 import sys
 
+import pydantic
 import pytest
 from conftest import ROOT
 
 from icae_jax.cli import flags
 from icae_jax.cli import main as cli
 from icae_jax.errors import UserError
+from icae_jax.server import schema
 from icae_jax.training import config_file
 from icae_jax.training.config import BaseConfig, TrainConfig
 
@@ -27,6 +29,17 @@ FENCED = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 # Other people's programs, whose arguments are not checked.
 OTHERS = {"pip", "cp", "python3", ".", "pytest", "ruff"}
 OTHERS |= {"sudo", "openssl", "journalctl", "kubectl"}
+CURL = ("-X", "-H", "-d")
+# What curl asks of `icae serve` in the READMEs.
+SERVED = {
+    ("POST", "v1/chat/completions"): schema.ChatRequest,
+    ("POST", "v1/completions"): schema.CompletionRequest,
+    ("POST", "v1/memories"): schema.MemoryRequest,
+    ("POST", "v1/memories/ID/restore"): schema.RestoreRequest,
+    ("GET", "v1/models"): None,
+    ("GET", "v1/memories"): None,
+    ("GET", "metrics"): None,
+}
 WITH_CONFIG = ("train", "sweep", "plan", "bench")
 # Words that stand for a file of the reader's.
 PLACEHOLDERS = ("FILE", "NAME", "my_configs/")
@@ -144,8 +157,28 @@ def try_command(words, monkeypatch):
         if folder != ROOT:
             script = f"interop/export/scripts/{pathlib.Path(script).name}"
         try_script(folder / script, arguments, monkeypatch)
+    elif program == "curl":
+        try_curl(arguments)
     elif program not in OTHERS:
         raise Wrong(f"what is {program}?")
+
+
+def try_curl(argv):
+    """Holds a request to `icae serve` against its fields and its routes."""
+    options = {flag: value for flag, value in itertools.pairwise(argv) if flag in CURL}
+    (url,) = [word for word in argv if word.startswith("localhost:8000/")]
+    method = options.get("-X", "POST" if "-d" in options else "GET")
+    path = re.sub("/memories/[^/]+", "/memories/ID", url.partition("/")[2].partition("?")[0])
+    if (method, path) not in SERVED:
+        raise Wrong(f"icae serve has no {method} {path}")
+    if "-d" not in options:
+        return
+    if "application/json" not in options.get("-H", ""):
+        raise Wrong("a body is read only with Content-Type: application/json")
+    try:
+        SERVED[method, path].model_validate_json(options["-d"])
+    except pydantic.ValidationError as error:
+        raise Wrong(str(error)) from error
 
 
 def try_icae(argv):
