@@ -86,6 +86,7 @@ def test_prompt_embeds(memory_file, tmp_path, capsys):
     captured = capsys.readouterr()
     printed = captured.out + captured.err
     assert "trained with template plain" in printed and "10 requests of 2 texts" in printed
+    assert "--dtype float16 --served-model-name tiny --enable-prompt-embeds" in printed
     requests = [
         json.loads(line) for line in (tmp_path / "out" / "requests.jsonl").read_text().splitlines()
     ]

@@ -34,7 +34,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--restore", action="store_true", help="also write prompts that ask for the texts back")
     add(
         "--model",
-        help="the server's name for what reads; by default the base's folder, or decoder_lora",
+        help="the server's name for what reads; by default none is named, or decoder_lora",
     )
     add("--url", default=prompt_embeds.URL, help="of the server; %(default)s by default")
 
@@ -86,19 +86,16 @@ def _prompt_embeds(args):
     requests = prompt_embeds.Requests(
         tuple(args.question), args.restore, args.model, args.url, args.dtype
     )
-    count = prompt_embeds.save_prompt_embeds(args.to, named, reader, requests)
-    template = reader.adapter.template.name
-    if template != "chat":
-        errors.say(
-            f"note: the adapter was trained with template {template}, and in a chat the server "
-            "frames the memory with its own; the prompts for completions are framed as trained"
-        )
+    written = prompt_embeds.save_prompt_embeds(args.to, named, reader, requests)
+    if written.framing.note:
+        errors.say(f"note: {written.framing.note}")
+    count = written.requests
     flags.print_result(
-        {"to": args.to, "requests": count, "texts": len(named.ids)},
+        {"to": args.to, "requests": count, "texts": len(named.ids), "serve": written.serve},
         args.json,
         f"{args.to}: {errors.counted(count, 'requests')} of "
-        f"{errors.counted(len(named.ids), 'texts')}; python {args.to}/request.py "
-        "--help sends one",
+        f"{errors.counted(len(named.ids), 'texts')}. Serve them in {args.to} with\n"
+        f"  {written.serve}\npython {args.to}/request.py --help sends one",
     )
 
 

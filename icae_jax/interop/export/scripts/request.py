@@ -1,6 +1,6 @@
-r"""Sends one of the requests in requests.jsonl to a vLLM server. Start the server with
+r"""Sends one of the requests in requests.jsonl to a vLLM server. Start the server in this folder
 
-    vllm serve BASE --enable-prompt-embeds --chat-template-content-format string@SERVED@
+    @SERVE@
 
     python request.py ask [--id ID] [--question Q]    an exported prompt, exactly as in training
     python request.py restore [--id ID]               the text read back, if that was exported
@@ -25,7 +25,7 @@ parser.add_argument("kind", choices=("ask", "restore", "chat"))
 parser.add_argument("--id", help="of the text; by default the first")
 parser.add_argument("--question", help="by default the first that was exported")
 parser.add_argument("--url", default="@URL@")
-parser.add_argument("--model", help="the server's name for what reads")
+parser.add_argument("--model", help="the server's name for what reads, if it has several")
 parser.add_argument("--max_tokens", type=int)
 parser.add_argument("--dry_run", action="store_true")
 args = parser.parse_args()
@@ -40,10 +40,12 @@ if not matching:
     sys.exit(f"request.py: no such request; {args.kind} has\n{known or '  none'}")
 request, body = matching[0], matching[0]["body"]
 if args.kind == "chat" and args.question is not None:
-    body["messages"][0]["content"][1:] = [{"type": "text", "text": args.question}]
+    text = request["padding"] + args.question
+    body["messages"][0]["content"][1:] = [{"type": "text", "text": text}]
 if args.kind == "chat" and len(body["messages"][0]["content"]) == 1:
     sys.exit("request.py: chat needs a --question")
-body["model"] = args.model or body["model"]
+if args.model:
+    body["model"] = args.model
 body["max_tokens"] = args.max_tokens or body["max_tokens"]
 if args.dry_run:
     print(json.dumps(body, ensure_ascii=False))
