@@ -5,12 +5,9 @@ vLLM's `prompt_embeds` takes the input embeddings of a prompt and numbers their 
 """
 
 import base64
-import dataclasses
 import io
-import json
 import os
 import pathlib
-import shlex
 from typing import NamedTuple
 
 import jax
@@ -22,46 +19,28 @@ from icae_jax.compression.decoder import Decoder
 from icae_jax.compression.memory import Slots
 from icae_jax.compression.method import PROMPT_EMBEDS
 from icae_jax.errors import UserError
-from icae_jax.interop.adapters import peft_folder
-from icae_jax.interop.export import chats
-from icae_jax.interop.export.reader import DECODER_LORA, NamedMemory, Reader
+from icae_jax.interop.export import chats, vllm_requests
+from icae_jax.interop.export.reader import NamedMemory, Reader
+from icae_jax.interop.export.vllm_requests import (
+    ANSWER_TOKENS,
+    CHAT,
+    COMPLETIONS,
+    SPARE_TOKENS,
+    Requests,
+)
 from icae_jax.interop.prompts import question_ids
-from icae_jax.interop.templates import fill_in
 from icae_jax.models.families.architectures import computed_by
 
-DTYPES = ("float32", "bfloat16", "float16")  # what vLLM takes; the default first
-URL = "http://localhost:8000"
-ANSWER_TOKENS = 128  # most tokens of an answer, as in `Compressor.ask`
-SPARE_TOKENS = 16  # how much longer than its original a restored text may be
-SCRIPT = pathlib.Path(__file__).parent / "scripts" / "request.py"
-COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 CHAT_TEMPLATE = "chat.jinja"
+_USES = """\
+python request.py ask [--id ID] [--question Q]    an exported prompt, exactly as in training
+    python request.py restore [--id ID]               the text read back, if that was exported
+    python request.py chat [--id ID] --question Q     any question; the server's chat template
+                                                      frames memory and question
+
+Completions have long taken prompt embeddings, chats only in newer versions of vLLM."""
 
 _embed = jax.jit(Decoder.embed)
-
-
-@dataclasses.dataclass(frozen=True)
-class Requests:
-    """Which requests are written.
-
-    Attributes:
-        questions: asked of every text.
-        restore: whether to ask for the texts back, too.
-        model: the server's name for the base, or for the decoder's LoRA if it has one. By default
-            requests name no model, and a server's only one answers, or "decoder_lora".
-        url: of the server.
-        dtype: of the embeddings and the server, one of `DTYPES`.
-    """
-
-    questions: tuple[str, ...] = ()
-    restore: bool = False
-    model: str | None = None
-    url: str = URL
-    dtype: str = DTYPES[0]
-
-    def __post_init__(self):
-        if self.dtype not in DTYPES:
-            raise UserError(f"--dtype is {self.dtype}; choose from {', '.join(DTYPES)}")
 
 
 def check_readable(memory: Slots, reader: Reader) -> None:
@@ -166,33 +145,19 @@ def save_prompt_embeds(
         writer = _Writer(tmp, reader, requests, framing.padding)
         for row, text_id in enumerate(named.ids):
             writer.add_text(row, text_id, named.memory)
-        lines = [json.dumps(line, ensure_ascii=False) + "\n" for line in writer.lines]
-        (tmp / "requests.jsonl").write_text("".join(lines), encoding="utf-8")
         if framing.jinja is not None:
             (tmp / CHAT_TEMPLATE).write_text(framing.jinja, encoding="utf-8")
-        serve = serve_command(reader, requests, framing.jinja is not None)
-        values = {"URL": requests.url, "SERVE": serve}
-        script = fill_in(SCRIPT.read_text(encoding="utf-8"), values)
-        (tmp / "request.py").write_text(script, encoding="utf-8")
+        serve = _serve_command(reader, requests, framing.jinja is not None)
+        vllm_requests.save(tmp, writer.lines, requests, serve, _USES)
         reader.save_decoder_lora(tmp)
     return Written(len(writer.lines), serve, framing)
 
 
-def serve_command(reader: Reader, requests: Requests, with_chat_template: bool = False) -> str:
-    """The command that serves an export, in the export's folder."""
-    name = requests.model or pathlib.PurePath(reader.base_path).name
-    lora = reader.adapter.has_decoder_lora
-    words = ["vllm", "serve", reader.base_path, "--dtype", requests.dtype]
-    if not lora:
-        words += ["--served-model-name", name]
-    words += ["--enable-prompt-embeds", "--chat-template-content-format", "string"]
+def _serve_command(reader, requests, with_chat_template):
+    flags = ["--enable-prompt-embeds", "--chat-template-content-format", "string"]
     if with_chat_template:
-        words += ["--chat-template", CHAT_TEMPLATE]
-    command = shlex.join(words)
-    if lora:
-        served_as = requests.model or DECODER_LORA
-        command += " " + peft_folder.vllm_flags(reader.adapter, DECODER_LORA, served_as)
-    return command
+        flags += ["--chat-template", CHAT_TEMPLATE]
+    return vllm_requests.serve_command(reader, requests, flags)
 
 
 class _Writer:
@@ -202,13 +167,6 @@ class _Writer:
         self.folder, self.reader, self.requests = folder, reader, requests
         self.padding = padding
         self.lines: list[dict] = []
-
-    @property
-    def model(self):
-        """A request's field for the server's name of what reads the memory, if it needs one."""
-        lora = DECODER_LORA if self.reader.adapter.has_decoder_lora else None
-        name = self.requests.model or lora
-        return {} if name is None else {"model": name}
 
     def add_text(self, row, text_id, memory):
         """The requests about one text: chats, then completions."""
@@ -245,11 +203,5 @@ class _Writer:
 
     def _add(self, line, path, fields, max_tokens):
         objective = "restore" if line["kind"] == "restore" else "ask"
-        body = {
-            **self.model,
-            **fields,
-            "max_tokens": max_tokens,
-            "temperature": 0.0,
-            "stop_token_ids": self.reader.stop_ids(objective),
-        }
+        body = vllm_requests.body(self.reader, self.requests, objective, fields, max_tokens)
         self.lines.append(line | {"path": path, "body": body})
