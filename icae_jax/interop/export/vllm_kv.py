@@ -34,8 +34,7 @@ from icae_jax.interop.prompts import question_ids
 FORMAT_VERSION = 1
 CONNECTOR = "memory_connector"
 MEMORIES = "memories.json"
-# Ids stand for a memory if no text, and no other memory, begins with them by chance.
-LEAST_BITS = 64
+LEAST_BITS = 40  # no text begins by chance with ids that tell so much
 
 _USES = """\
 python request.py ask [--id ID] [--question Q]    any question
@@ -221,7 +220,13 @@ class _Writer:
             digest.update(x.tobytes())
         name = digest.hexdigest()[:16]
         if name not in self.runs:
-            self.runs[name] = stand_in_ids(digest.digest(), run.key.shape[1], self.reader)
+            ids = stand_in_ids(digest.digest(), run.key.shape[1], self.reader)
+            if ids in self.runs.values():
+                raise UserError(
+                    f"two memories of {len(ids)} entries have the same ids by chance; export fewer "
+                    "texts at once, or use more memory tokens"
+                )
+            self.runs[name] = ids
             safetensors.numpy.save_file(tensors, self.folder / f"{name}.safetensors")
             self.bytes += sum(x.nbytes for x in tensors.values())
         return name, self.runs[name]
