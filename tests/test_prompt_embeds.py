@@ -133,6 +133,7 @@ def test_a_decoder_lora_is_served(base, tmp_path, capsys, monkeypatch):
     )
     assert written.serve.endswith("--lora-modules mine=./decoder_lora")
     assert "--served-model-name" not in written.serve, "else the base takes the name"
+    assert "--lora-target-modules q_proj v_proj --enable-lora" in written.serve
     assert {request["body"]["model"] for request in requests_of(tmp_path / "mine")} == {"mine"}
 
 

@@ -249,14 +249,20 @@ def test_chats_on_a_sentencepiece_base_with_a_decoder_lora(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("method", "layout", "template"),
-    [("x500", "uniform", "mistral"), ("sac", "", "plain"), ("pooled", "", "chat")],
+    ("method", "layout", "template", "decoder_lora"),
+    [
+        ("x500", "uniform", "mistral", False),
+        ("sac", "", "plain", True),
+        ("pooled", "", "chat", False),
+    ],
 )
-def test_keys_and_values(tmp_path, method, layout, template):
+def test_keys_and_values(tmp_path, method, layout, template, decoder_lora):
     """Breaks when a real server's cache is filled otherwise than it keeps keys and values, in
     blocks that are full, half full, or shared by the prefix cache.
     """
-    compressor, memory, reader = make(tmp_path, make_tokenizer(), method, template, layout)
+    compressor, memory, reader = make(
+        tmp_path, make_tokenizer(), method, template, layout, decoder_lora
+    )
     want, out = ours(compressor, memory), tmp_path / "out"
     texts = [(row, memory[[row]]) for row in range(len(TEXTS)) if row]
     written = save_vllm_kv(out, texts, reader, Requests(tuple(QUESTIONS), restore=True))

@@ -157,6 +157,10 @@ def _serve_command(reader, requests, with_chat_template):
     flags = ["--enable-prompt-embeds", "--chat-template-content-format", "string"]
     if with_chat_template:
         flags += ["--chat-template", CHAT_TEMPLATE]
+    if reader.adapter.has_decoder_lora:
+        # Otherwise vLLM 0.32 wraps the embedding table too, and fails on CPUs where only some
+        # tokens of a step are looked up.
+        flags += ["--lora-target-modules", *reader.adapter.lora.targets]
     return vllm_requests.serve_command(reader, requests, flags)
 
 
