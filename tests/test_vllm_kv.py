@@ -3,8 +3,11 @@
 `test_vllm.py` asks a real server.
 """
 
+import http.server
 import json
+import runpy
 import shutil
+import threading
 
 import numpy as np
 import pytest
@@ -306,3 +309,61 @@ def test_what_cannot_be_served_is_refused(base, tmp_path, few_bits, monkeypatch)
         export(out, compressor, memory, [1])
     assert not out.exists()
     export(out, compressor, memory, [3])  # 13 ids
+
+
+class Server(http.server.BaseHTTPRequestHandler):
+    """Stands for vLLM: knows a memory by its name, spells a question with one id for each word."""
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.heard.append((self.path, body))
+        if self.path == "/tokenize":
+            reply = {"tokens": [40] * len(body["prompt"].split())}
+        else:
+            choice = {"text": "the answer"}
+            reply = {"choices": [choice], "kv_transfer_params": self.server.params}
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(json.dumps(reply).encode())
+
+    def log_message(self, *args):
+        pass
+
+
+def test_request_script(base, tmp_path, capsys, monkeypatch, few_bits):
+    """Breaks when the script asks another memory, puts a new question elsewhere, loses the first
+    word of a text, or takes an answer for the memory's that a server gave without it.
+    """
+    compressor, memory = make(base, "icae")
+    out = tmp_path / "out"
+    server = http.server.HTTPServer(("127.0.0.1", 0), Server)
+    server.heard = []
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_port}"
+    export(out, compressor, memory, questions=QUESTIONS[:1], restore=True, url=url)
+    lines = {(line["id"], line["kind"]): line for line in lines_of(out)}
+
+    def run(*argv):
+        monkeypatch.setattr("sys.argv", ["request.py", *argv])
+        try:
+            runpy.run_path(str(out / "request.py"), run_name="__main__")
+        except SystemExit as end:
+            return str(end.code)
+        return capsys.readouterr().out.strip()
+
+    ask, restore = lines["d", "ask"], lines["d", "restore"]
+    server.params = {"memory": ask["memory"]}
+    assert run("ask", "--id", "d") == "the answer"
+    assert server.heard == [("/v1/completions", ask["body"])]
+    assert run("ask", "--id", "d", "--question", "a new one ?") == "the answer"
+    assert server.heard[1] == ("/tokenize", {"prompt": "a new one ?", "add_special_tokens": False})
+    prompt = [*ask["before"], 40, 40, 40, 40, *ask["after"]]
+    assert server.heard[2] == ("/v1/completions", ask["body"] | {"prompt": prompt})
+    server.params = {"memory": restore["memory"]}
+    assert restore["begin"] and run("restore", "--id", "d") == restore["begin"] + "the answer"
+    assert server.heard[3] == ("/v1/completions", restore["body"])
+    for server.params in (None, {"memory": "another"}):
+        assert "the server did not read the memory" in run("ask", "--id", "d")
+    assert "no such request" in run("ask", "--id", "nobody")
+    server.shutdown()
+    server.server_close()
