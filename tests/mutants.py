@@ -20,6 +20,7 @@ import time
 
 import faults
 import faults_of_bench_ask
+import faults_of_exports
 import faults_of_filling
 import faults_of_input
 import faults_of_methods
@@ -137,6 +138,7 @@ def main():
         for module in (
             faults,
             faults_of_bench_ask,
+            faults_of_exports,
             faults_of_filling,
             faults_of_input,
             faults_of_methods,

@@ -157,7 +157,7 @@ def post(url, path, body):
 
 def ids_of(url, line):
     """The ids that a server decodes for a request, without those that end it."""
-    limits = {"max_tokens": NEW - bool(line.get("begin")), "return_token_ids": True}
+    limits = {"max_tokens": NEW - len(line.get("given", ())), "return_token_ids": True}
     status, reply = post(url, line["path"], line["body"] | limits)
     assert status == 200, reply
     if "memory" in line:
@@ -165,7 +165,7 @@ def ids_of(url, line):
     ids = reply["choices"][0]["token_ids"]
     stops = line["body"]["stop_token_ids"]
     end = next((i for i, token in enumerate(ids) if token in stops), len(ids))
-    return [*(line["after"] if line.get("begin") else []), *ids[:end]]
+    return [*line.get("given", ()), *ids[:end]]
 
 
 def check_all(url, lines, want):

@@ -136,11 +136,16 @@ def test_a_paged_cache_is_filled_so_that_answers_are_ours(
         request = stand_in.request(prompt, lora=lora)
         matched = stand_in.step(scheduler, worker, [(request, blocks)], layers)["r"]
         assert matched == len(line["before"]) < len(prompt)
-        begun = line["after"] if line["begin"] else []
         answer = decode(
-            hub_model, layers, blocks, prompt, matched, NEW - len(begun), body["stop_token_ids"]
+            hub_model,
+            layers,
+            blocks,
+            prompt,
+            matched,
+            NEW - len(line["given"]),
+            body["stop_token_ids"],
         )
-        got[line["id"], line["question"]] = [*begun, *answer]
+        got[line["id"], line["question"]] = [*line["given"], *answer]
         assert scheduler.request_finished(request, blocks) == (False, {"memory": line["memory"]})
         free = iter([*free, *blocks])
     assert got == want and len({tuple(ids) for ids in got.values()}) >= 7
@@ -360,7 +365,8 @@ def test_request_script(base, tmp_path, capsys, monkeypatch, few_bits):
     prompt = [*ask["before"], 40, 40, 40, 40, *ask["after"]]
     assert server.heard[2] == ("/v1/completions", ask["body"] | {"prompt": prompt})
     server.params = {"memory": restore["memory"]}
-    assert restore["begin"] and run("restore", "--id", "d") == restore["begin"] + "the answer"
+    assert len(restore["given"]) == 1 and restore["after"] == restore["given"]
+    assert run("restore", "--id", "d") == f"{restore['given_text']}the answer"
     assert server.heard[3] == ("/v1/completions", restore["body"])
     for server.params in (None, {"memory": "another"}):
         assert "the server did not read the memory" in run("ask", "--id", "d")

@@ -57,14 +57,14 @@ class Written(NamedTuple):
 class Run(NamedTuple):
     """What a prompt begins with, as entries of vLLM's cache at positions 0 … P - 1.
 
-    behind: the ids that follow, around a question. begin: how many of them are the answer's own
-    first. room: how many tokens of prompt and answer fit.
+    behind: the ids that follow, around a question. given: how many of them are the answer's first.
+    room: how many tokens of prompt and answer fit.
     """
 
     key: Float[np.ndarray, "L P K H"]
     value: Float[np.ndarray, "L P K H"]
     behind: tuple[int, ...]
-    begin: int
+    given: int
     room: int
 
 
@@ -89,18 +89,18 @@ def run_of(memory: Memory, reader: Reader, objective: str) -> Run:
     layout = reader.adapter.compression.position_layout
     prefix = jax.device_get(_read(memory, reader.decoder, head=reader.head(objective)))
     start = int(layout.target_starts(OBJECTIVES[objective], prefix.end)[0])
-    real, begin = np.asarray(prefix.mask)[0], 0
+    real, given = np.asarray(prefix.mask)[0], 0
     key, value = (np.asarray(x)[:, :, real] for x in (prefix.k, prefix.v))
     if before:
         logits_V, *kv = _behind(reader.decoder, np.asarray([before], np.int32), start, prefix)
         key, value = (np.concatenate([a, b], 2) for a, b in zip((key, value), kv, strict=True))
         start += len(before)
         if objective == "restore":
-            behind, begin = (int(np.argmax(logits_V)),), 1
+            behind, given = (int(np.argmax(logits_V)),), 1
     entries = key.shape[2]
     key = hf_cache.rotate_further(reader.base.config, key, np.asarray([entries - start]))
     room = min(hf_cache.room_behind(reader, start, entries), reader.positions - entries)
-    return Run(key[:, 0], value[:, 0], behind, begin, room)
+    return Run(key[:, 0], value[:, 0], behind, given, room)
 
 
 @jax.jit
@@ -147,8 +147,9 @@ def save_vllm_kv(
         memories.json        names and ids of the runs, and the sizes of the base
         memory_connector.py  what vLLM loads
         requests.jsonl       one request a line: kind (ask, restore), id, question, memory (its
-                             name), before and after (ids around the question), begin (the answer's
-                             text that is already in the prompt), path, and its JSON body
+                             name), before and after (ids around the question), given and
+                             given_text (the answer's first ids, which the prompt has already),
+                             path, and its JSON body
         request.py           sends one of them
         decoder_lora/        the decoder's LoRA in PEFT's form, if it has one
 
@@ -198,8 +199,8 @@ class _Writer:
         about = {"kind": objective, "id": text_id, "memory": name}
         if objective == "restore":
             tokens = int(memory.lengths[0]) + vllm_requests.SPARE_TOKENS
-            if not run.begin or run.behind[0] not in self.reader.stop_ids("restore"):
-                self._add(about | {"question": None}, run, ids, [], tokens - run.begin)
+            if not run.given or run.behind[0] not in self.reader.stop_ids("restore"):
+                self._add(about | {"question": None}, run, ids, [], tokens - run.given)
             return
         for question in self.requests.questions or [None]:
             asked = [] if question is None else self._ids(question)
@@ -240,8 +241,9 @@ class _Writer:
                 f"the question takes {len(behind)} tokens, and {run.room} of question and answer "
                 "fit behind the memory; shorten it"
             )
-        begun = self.reader.base.tokenizer.decode(run.behind[: run.begin])
-        around = {"before": ids, "after": list(run.behind), "begin": begun}
+        given = list(run.behind[: run.given])
+        text = self.reader.base.tokenizer.decode(given, skip_special_tokens=True)
+        around = {"before": ids, "after": list(run.behind), "given": given, "given_text": text}
         fields = {"prompt": [*ids, *behind]}
         limit = min(tokens, run.room - len(behind))
         body = vllm_requests.body(self.reader, self.requests, about["kind"], fields, limit)

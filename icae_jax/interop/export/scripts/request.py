@@ -69,10 +69,10 @@ body["max_tokens"] = args.max_tokens or body["max_tokens"]
 if args.dry_run:
     print(json.dumps(body, ensure_ascii=False))
     sys.exit()
-begin = request.get("begin", "")  # of the answer: it is in the prompt
 reply = post(request["path"], body)
 read = (reply.get("kv_transfer_params") or {}).get("memory")
 if "memory" in request and read != request["memory"]:
     sys.exit("request.py: the server did not read the memory; start it with the command above")
 choice = reply["choices"][0]
-print(choice["message"]["content"] if args.kind == "chat" else begin + choice["text"])
+given = request.get("given_text", "")  # the answer's beginning, if the prompt has it
+print(given + (choice["message"]["content"] if args.kind == "chat" else choice["text"]))
