@@ -107,8 +107,8 @@ MUTANTS = [
     Mutant(
         "control tokens stand for a memory",
         "interop/export/vllm_kv.py",
-        "& set(rows) - control)",
-        "& set(rows))",
+        "{*tokenizer.get_vocab().values()} - control",
+        "{*tokenizer.get_vocab().values()}",
         "test_vllm_kv.py -k drawn_for",
     ),
     Mutant(

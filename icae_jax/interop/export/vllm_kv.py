@@ -12,7 +12,7 @@ import math
 import os
 import pathlib
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -28,7 +28,6 @@ from icae_jax.errors import UserError
 from icae_jax.interop.export import hf_cache, vllm_requests
 from icae_jax.interop.export.reader import OBJECTIVES, Reader
 from icae_jax.interop.export.vllm_requests import Requests
-from icae_jax.interop.hub import tokenizer as tokenizers
 from icae_jax.interop.prompts import question_ids
 
 FORMAT_VERSION = 1
@@ -112,25 +111,25 @@ def _behind(decoder, ids_1T, start, prefix):
     return decoder.base.head.logits(hidden[0, -1]), key, value
 
 
-def stand_in_ids(digest: bytes, count: int, reader: Reader) -> list[int]:
-    """`count` ids that stand for a run of this digest: drawn by it from the base's vocabulary,
-    control tokens left out.
-
-    UserError if so few are not telling.
-    """
+def meaningless_ids(reader: Reader) -> list[int]:
+    """The ids that may stand for a memory, rising: the base's vocabulary without control tokens."""
     tokenizer = reader.base.tokenizer
     control = {*tokenizer.all_special_ids, *reader.base.stop_ids}
     control |= {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    rows = range(min(reader.base.config.vocab_size, tokenizers.highest_id(tokenizer) + 1))
-    allowed = sorted(set(tokenizer.get_vocab().values()) & set(rows) - control)
-    bits = count * math.log2(max(len(allowed), 1))
+    rows = reader.base.config.vocab_size
+    return sorted(i for i in {*tokenizer.get_vocab().values()} - control if i < rows)
+
+
+def stand_in_ids(digest: bytes, count: int, ids: Sequence[int]) -> list[int]:
+    """`count` of some ids, to stand for a run of this digest. UserError if they tell too little."""
+    bits = count * math.log2(max(len(ids), 1))
     if bits < LEAST_BITS:
         raise UserError(
-            f"{count} ids of {len(allowed):,} do not tell a memory from a text ({bits:.0f} bits; "
+            f"{count} ids of {len(ids):,} do not tell a memory from a text ({bits:.0f} bits; "
             f"it takes {LEAST_BITS}); use `icae export hf_cache`, or more memory tokens"
         )
     numbers = np.frombuffer(hashlib.shake_256(digest).digest(8 * count), "<u8")
-    return [allowed[number % len(allowed)] for number in numbers.tolist()]
+    return [ids[number % len(ids)] for number in numbers.tolist()]
 
 
 def save_vllm_kv(
@@ -191,6 +190,7 @@ class _Writer:
         self.lines: list[dict] = []
         self.runs: dict[str, list[int]] = {}
         self.texts = self.bytes = 0
+        self.ids = meaningless_ids(reader)
 
     def add(self, memory, text_id, objective):
         """A text's run, and the requests that begin with it."""
@@ -221,7 +221,7 @@ class _Writer:
             digest.update(x.tobytes())
         name = digest.hexdigest()[:16]
         if name not in self.runs:
-            ids = stand_in_ids(digest.digest(), run.key.shape[1], self.reader)
+            ids = stand_in_ids(digest.digest(), run.key.shape[1], self.ids)
             if ids in self.runs.values():
                 raise UserError(
                     f"two memories of {len(ids)} entries have the same ids by chance; export fewer "
