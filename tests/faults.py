@@ -45,8 +45,8 @@ MUTANTS = [
         '(FT,), _ids(tokenizer, "[/INST]")', '(), _ids(tokenizer, "[/INST]")', "test_targets.py",
     ),
     Mutant(
-        "the chat template's parts change places", "objectives/targets.py",
-        "head, before, after = (_ids", "before, head, after = (_ids", "test_targets.py",
+        "the chat template's parts change places", "objectives/joint.py",
+        "return tuple(heads[0]), *frame", "return frame[0], tuple(heads[0]), frame[1]", "test_targets.py",
     ),
     # ---------------------------------------------------------------------------------------------- positions, segments
     Mutant(

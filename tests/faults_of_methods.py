@@ -335,11 +335,6 @@ MUTANTS = [
         "test_hf_cache.py -k decoder_with",
     ),
     Mutant(
-        "a server reads without the decoder's LoRA", "interop/export/prompt_embeds.py",
-        "return DECODER_LORA if self.reader.adapter.has_decoder_lora else self.reader.base_path", "return self.reader.base_path",
-        "test_prompt_embeds.py -k served",
-    ),
-    Mutant(
         "a causal implementation gets another mask", "interop/adapters/formats.py",
         'if compression.encoder_mask != "causal":', "if False:", "test_method_adapters.py -k formats",
     ),

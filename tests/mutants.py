@@ -21,6 +21,7 @@ import time
 import faults
 import faults_of_bench_ask
 import faults_of_chat
+import faults_of_exports
 import faults_of_filling
 import faults_of_input
 import faults_of_methods
@@ -139,6 +140,7 @@ def main():
             faults,
             faults_of_bench_ask,
             faults_of_chat,
+            faults_of_exports,
             faults_of_filling,
             faults_of_input,
             faults_of_methods,

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 from conftest import TINY, WORDS, random_trained
 
-from icae_jax.cli import export
+from icae_jax.cli import compress, export
 from icae_jax.compression.config import CompressionConfig
 from icae_jax.inference import loading
 from icae_jax.interop.adapters import folder as adapters
+from icae_jax.interop.export import vllm_kv
 from icae_jax.interop.hub import base as bases
 from icae_jax.models.lora import LoraConfig
 from icae_jax.objectives import targets
@@ -86,6 +87,7 @@ def test_prompt_embeds(memory_file, tmp_path, capsys):
     captured = capsys.readouterr()
     printed = captured.out + captured.err
     assert "trained with template plain" in printed and "10 requests of 2 texts" in printed
+    assert "--dtype float16 --served-model-name tiny --enable-prompt-embeds" in printed
     requests = [
         json.loads(line) for line in (tmp_path / "out" / "requests.jsonl").read_text().splitlines()
     ]
@@ -144,12 +146,55 @@ def test_hf_cache(memory_file, tmp_path, capsys):
         assert (tmp_path / folder / "use_cache.py").exists()
 
 
+def test_vllm_kv(memory_file, tmp_path, capsys, monkeypatch):
+    """Breaks when a flag is lost, a text of a store is not written or is another's, or the command
+    that serves the export is not printed.
+    """
+    monkeypatch.setattr(vllm_kv, "LEAST_BITS", 20)
+    path, _ = memory_file
+    argv = ["vllm_kv", "--memory", path, "--question", "who ?", "--restore", "--id", "c"]
+    assert run(*argv, "--to", tmp_path / "out", "--id", "a", "--url", "http://example:1") == 0
+    printed = capsys.readouterr().out
+    assert "4 requests of 2 texts" in printed and '"kv_connector": "MemoryConnector"' in printed
+    lines = (tmp_path / "out" / "requests.jsonl").read_text().splitlines()
+    kinds = [(line["id"], line["kind"]) for line in map(json.loads, lines)]
+    assert kinds == [("a", "ask"), ("a", "restore"), ("c", "ask"), ("c", "restore")]
+    assert "http://example:1" in (tmp_path / "out" / "request.py").read_text()
+
+    texts = "".join(
+        json.dumps({"id": name, "text": text}) + "\n"
+        for name, text in zip("abc", TEXTS, strict=True)
+    )
+    (tmp_path / "texts.jsonl").write_text(texts)
+    store = tmp_path / "store"
+    argv = ["--adapter", path.parent / "adapter", "--input", tmp_path / "texts.jsonl"]
+    assert compress.run([str(a) for a in [*argv, "--store", store]]) == 0
+    capsys.readouterr()
+    argv = ["vllm_kv", "--store", store, "--to", tmp_path / "stored", "--question", "who ?"]
+    assert run(*argv, "--json") == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["texts"], told["requests"]) == (3, 3) and told["bytes"] > 0
+    stored = [
+        json.loads(line)
+        for line in (tmp_path / "stored" / "requests.jsonl").read_text().splitlines()
+    ]
+    asked = {line["id"]: line for line in map(json.loads, lines) if line["kind"] == "ask"}
+    assert {line["id"] for line in stored} == {"a", "b", "c"}
+    for line in stored:
+        if line["id"] in asked:
+            assert len(line["before"]) == len(asked[line["id"]]["before"])
+    for wrong in ([], ["--memory", path, "--store", store]):
+        with pytest.raises(ValueError, match="give one of --memory, a memory file, and --store"):
+            run("vllm_kv", "--to", tmp_path / "new", *wrong)
+    assert not (tmp_path / "new").exists()
+
+
 def test_bad_input_is_named_before_anything_is_written(memory_file, tmp_path, monkeypatch):
     """Breaks when a typing error costs the loading of a model, an older export, or ends in a
     traceback.
     """
     path, _ = memory_file
-    for kind in ("prompt_embeds", "hf_cache"):
+    for kind in ("prompt_embeds", "hf_cache", "vllm_kv"):
         with pytest.raises(ValueError, match="--id x: the memory holds a, b, c"):
             run(kind, "--memory", path, "--to", tmp_path / "out", "--id", "x")
         with pytest.raises(ValueError, match="no such file; `icae compress` writes"):
@@ -161,7 +206,7 @@ def test_bad_input_is_named_before_anything_is_written(memory_file, tmp_path, mo
             run(kind, "--memory", path, "--to", path.parent)
         for wrong in (
             [],
-            [kind],
+            [kind, "--memory", path],
             ["gguf"],
             [kind, "--memory", path, "--to", tmp_path / "out", "--dtype", "int8"],
         ):
@@ -174,15 +219,18 @@ def test_bad_input_is_named_before_anything_is_written(memory_file, tmp_path, mo
     assert not (tmp_path / "out").exists()
 
 
-def test_help_lists_both_kinds(capsys):
+def test_help_lists_all_kinds(capsys):
     """Breaks when a kind or a flag has no help."""
-    for argv in (["--help"], ["prompt_embeds", "--help"], ["hf_cache", "--help"]):
+    kinds = ("prompt_embeds", "hf_cache", "vllm_kv")
+    for argv in (["--help"], *([kind, "--help"] for kind in kinds)):
         with pytest.raises(SystemExit, match="0"):
             run(*argv)
     printed = capsys.readouterr().out
     for word in (
         "prompt_embeds",
         "hf_cache",
+        "vllm_kv",
+        "--store",
         "--question",
         "--restore",
         "--for",

@@ -1,9 +1,12 @@
 """Prompt embeddings: what vLLM takes, decoded by transformers instead."""
 
 import base64
+import copy
+import dataclasses
 import http.server
 import io
 import json
+import pathlib
 import runpy
 import threading
 
@@ -125,7 +128,12 @@ def test_a_decoder_lora_is_served(base, tmp_path, capsys, monkeypatch):
     flags = "--enable-lora --max-lora-rank 8 --lora-modules decoder_lora=./decoder_lora"
     assert flags in capsys.readouterr().out
     named_otherwise = Requests(("why ?",), model="mine")
-    save_prompt_embeds(tmp_path / "mine", named(memory), reader_of(compressor), named_otherwise)
+    written = save_prompt_embeds(
+        tmp_path / "mine", named(memory), reader_of(compressor), named_otherwise
+    )
+    assert written.serve.endswith("--lora-modules mine=./decoder_lora")
+    assert "--served-model-name" not in written.serve, "else the base takes the name"
+    assert "--lora-target-modules q_proj v_proj --enable-lora" in written.serve
     assert {request["body"]["model"] for request in requests_of(tmp_path / "mine")} == {"mine"}
 
 
@@ -134,9 +142,9 @@ def test_parts_of_a_chat(base, tmp_path):
     or misses vLLM's field names.
     """
     compressor, memory = make(base)
-    requests = Requests(tuple(QUESTIONS[:2]))
-    count = save_prompt_embeds(tmp_path / "out", named(memory), reader_of(compressor), requests)
-    assert count == 20
+    requests = Requests(tuple(QUESTIONS[:2]), dtype="bfloat16")
+    written = save_prompt_embeds(tmp_path / "out", named(memory), reader_of(compressor), requests)
+    assert written.requests == 20
     chats = [r for r in requests_of(tmp_path / "out") if r["kind"] == "chat"]
     assert [(r["id"], r["question"]) for r in chats] == [(i, q) for i in IDS for q in QUESTIONS[:2]]
     for request in chats:
@@ -147,9 +155,8 @@ def test_parts_of_a_chat(base, tmp_path):
             and message["role"] == "user"
             and part["type"] == "prompt_embeds"
         )
-        assert text == {"type": "text", "text": request["question"]} and request["body"][
-            "model"
-        ] == str(base.path)
+        assert text == {"type": "text", "text": request["question"]}
+        assert "model" not in request["body"], "a server answers 404 for a wrong name"
         x = vllm_reads(part["data"])
         row = IDS.index(request["id"])
         assert x.dtype == torch.bfloat16 and len(x) == memory.tokens[row]
@@ -264,9 +271,31 @@ def test_what_a_server_cannot_read_is_refused(base, tmp_path):
         save(compressor, memory, requests=Requests(("cat " * 297,)))
     with pytest.raises(ValueError, match="4 ids for 5 memories"):
         save(compressor, memory, IDS[1:])
-    with pytest.raises(ValueError, match="--dtype is int8; choose from bfloat16"):
+    with pytest.raises(ValueError, match="--dtype is int8; choose from float32"):
         Requests(dtype="int8")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_base_without_a_chat_template_gets_one(base, tmp_path):
+    """Breaks when chats of such a base are not served as trained, or the command that is printed
+    serves another dtype than that of the tensors, no name, or without the chat template.
+    """
+    tokenizer = copy.deepcopy(base.tokenizer)
+    tokenizer.chat_template = None
+    compressor, memory = make(dataclasses.replace(base, tokenizer=tokenizer))
+    written = save_prompt_embeds(
+        tmp_path / "out", named(memory), reader_of(compressor), Requests(("why ?",))
+    )
+    jinja = (tmp_path / "out" / "chat.jinja").read_text()
+    assert jinja == written.framing.jinja and "Question:" in jinja
+    name = pathlib.Path(base.path).name
+    assert written.serve == (
+        f"vllm serve {base.path} --dtype float32 --served-model-name {name} --enable-prompt-embeds "
+        "--chat-template-content-format string --chat-template chat.jinja"
+    )
+    assert written.serve in (tmp_path / "out" / "request.py").read_text()
+    x = torch.load(tmp_path / "out" / "memory-0.pt", weights_only=True)
+    assert x.dtype == torch.float32, "other dtypes lose bits by which answers differ"
 
 
 def test_nothing_is_overwritten(base, tmp_path):

@@ -14,10 +14,12 @@ from icae_jax.errors import UserError
 
 PROMPT_EMBEDS = "prompt_embeds"  # a server's prompt embeddings
 HF_CACHE = "hf_cache"  # a key/value cache of transformers
+VLLM_KV = "vllm_kv"  # keys and values for a KV connector of vLLM
 PEFT = "peft"  # a plain PEFT folder with code that writes the memory
 EXPORTS = {  # and the command that makes each
     PROMPT_EMBEDS: "icae export prompt_embeds",
     HF_CACHE: "icae export hf_cache",
+    VLLM_KV: "icae export vllm_kv",
     PEFT: "icae convert adapter --format peft",
 }
 

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 from icae_jax.compression.config import CompressionConfig
 from icae_jax.errors import UserError
+from icae_jax.objectives import joint
 
 AE, LM, FT = -3, -2, -1
 OBJECTIVES = ("ae", "lm", "qa")
@@ -142,7 +143,8 @@ def make_template(name: str, tokenizer: Any, eos: int | None = None) -> Template
     mistral: `<s> [INST]`, memory, [FT], prompt, `[/INST]`, answer, </s> (reference v2). v1: memory,
     [FT], prompt, [FT], answer, id 1. plain: memory, `Question:`, prompt, `Answer:`, answer, </s>
     (arXiv 2408.03094). none: memory, prompt, answer, </s>. chat: the tokenizer's own chat template,
-    with memory and prompt in the user's turn.
+    with memory and prompt in the user's turn, in the ids of the text as a whole where they can be
+    split (`joint`), else of its parts.
 
     tokenizer: may be None for v1 and none, which hold no words; then eos ends an answer. UserError
     for an unknown name, or a template that the tokenizer cannot make.
@@ -161,8 +163,9 @@ def make_template(name: str, tokenizer: Any, eos: int | None = None) -> Template
     if name == "plain":
         return Template(name, (), _ids(tokenizer, "Question:"), _ids(tokenizer, "Answer:"), eos)
     if name == "chat":
-        head, before, after = (_ids(tokenizer, text) for text in _chat_parts(tokenizer))
-        return Template(name, head, before, after, eos)
+        texts = _chat_parts(tokenizer)
+        parts = joint.split(tokenizer, *texts) or (_ids(tokenizer, text) for text in texts)
+        return Template(name, *parts, eos)
     raise UserError(f"objectives.template is {name!r}; choose from {', '.join(TEMPLATES)}")
 
 
@@ -172,11 +175,10 @@ def _ids(tokenizer, text):
 
 def _chat_parts(tokenizer):
     """The chat template's text before the memory, before the prompt, and after the prompt."""
-    memory = "<<MEMORY>>"
-    head, *rest = chat_texts(tokenizer, 1, f"{memory}\n")
-    if head.count(memory) != 1:
+    head, *rest = chat_texts(tokenizer, 1, f"{joint.MEMORY}\n")
+    if head.count(joint.MEMORY) != 1:
         raise UserError(_NOT_SHOWN)
-    before_memory, before_prompt = head.split(memory)
+    before_memory, before_prompt = head.split(joint.MEMORY)
     return before_memory, before_prompt, *rest
 
 

@@ -37,6 +37,6 @@ method.register(
             "uniform": layout.UNIFORM,
             "padded": layout.PADDED,
         },
-        exports=(method.PROMPT_EMBEDS, method.HF_CACHE, method.PEFT),
+        exports=(method.PROMPT_EMBEDS, method.HF_CACHE, method.VLLM_KV, method.PEFT),
     )
 )

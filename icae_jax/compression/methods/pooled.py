@@ -70,6 +70,6 @@ method.register(
         vectors=lambda config: 0,
         tensors=lambda model, config: {PROJECTION: jnp.eye(model.hidden_size)},
         flops=lambda model, shape, k: {"lora": 2 * shape[0] * shape[1] * k * model.hidden_size**2},
-        exports=(method.PROMPT_EMBEDS, method.HF_CACHE, method.PEFT),
+        exports=(method.PROMPT_EMBEDS, method.HF_CACHE, method.VLLM_KV, method.PEFT),
     )
 )

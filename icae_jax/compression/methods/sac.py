@@ -67,6 +67,6 @@ method.register(
         anchors=True,
         vectors=lambda config: 1 if config.anchor_vectors == "one" else None,
         options=("anchor_vectors",),
-        exports=(method.HF_CACHE, method.PEFT),
+        exports=(method.HF_CACHE, method.VLLM_KV, method.PEFT),
     )
 )

@@ -45,6 +45,6 @@ method.register(
         trigger="bos",
         bos_before_text=False,  # `<s>` is what the decoder starts regeneration with
         keeps="kv",
-        exports=(method.HF_CACHE, method.PEFT),
+        exports=(method.HF_CACHE, method.VLLM_KV, method.PEFT),
     )
 )

@@ -109,10 +109,10 @@ def save(
         (tmp / "README.md").write_text(text, encoding="utf-8")
 
 
-def vllm_flags(adapter: adapters.Adapter, folder: str) -> str:
-    """Flags with which vLLM serves the decoder's LoRA in a folder, under the folder's name."""
+def vllm_flags(adapter: adapters.Adapter, folder: str, name: str = "") -> str:
+    """Flags with which vLLM serves the decoder's LoRA in a folder, by default under its name."""
     rank = next((r for r in SERVED_RANKS if r >= adapter.lora.rank), adapter.lora.rank)
-    return f"--enable-lora --max-lora-rank {rank} --lora-modules {folder}=./{folder}"
+    return f"--enable-lora --max-lora-rank {rank} --lora-modules {name or folder}=./{folder}"
 
 
 def check_modules(config: ModelConfig) -> None:

@@ -95,14 +95,15 @@ def filled_cache(memory: Memory, reader: Reader, objective: str = "ask") -> Fill
     mask = np.concatenate(masks)
     used = mask.any(0)
     key, value = (np.concatenate(x, 1)[:, :, used] for x in (keys, values))
-    room = _room(reader, int(np.max(starts)), int(used.sum()))
+    room = room_behind(reader, int(np.max(starts)), int(used.sum()))
     return FilledCache(key, value, mask[:, used], room)
 
 
-def _room(reader: Reader, start: int, entries: int) -> int:
+def room_behind(reader: Reader, start: int, entries: int) -> int:
     """Tokens that fit behind a memory that ends at `start` and takes `entries` of the cache.
 
-    transformers counts a window's positions by entries of the cache: right until one is cut off.
+    transformers and vLLM count a window's positions by entries of the cache: right until one is cut
+    off. UserError if nothing fits.
     """
     windows = [window for window in reader.base.config.windows if window]
     room = min([reader.positions - start, *[w - max(start, entries) for w in windows]])
@@ -144,10 +145,10 @@ def save_cache(
     multiplier = input_multiplier(reader.base.config)
     special = np.asarray(reader.adapter.trained["memory_table"][-SPECIAL_ROWS:]) / multiplier
     tensors = {
-        "key": _stored(np.moveaxis(cache.key, 2, 3), dtype),
-        "value": _stored(np.moveaxis(cache.value, 2, 3), dtype),
-        "attention_mask": _stored(cache.mask, "int32"),
-        "special": _stored(special, dtype),
+        "key": stored(np.moveaxis(cache.key, 2, 3), dtype),
+        "value": stored(np.moveaxis(cache.value, 2, 3), dtype),
+        "attention_mask": stored(cache.mask, "int32"),
+        "special": stored(special, dtype),
     }
     info = _info(named, reader, objective) | {"room": cache.room, "dtype": dtype}
     metadata = {name: json.dumps(value, ensure_ascii=False) for name, value in info.items()}
@@ -162,7 +163,8 @@ def is_cache(metadata: Mapping[str, str]) -> bool:
     return {"objective", "room", "method", "ids"} <= set(metadata)
 
 
-def _stored(x, dtype) -> Shaped[np.ndarray, "..."]:
+def stored(x: Shaped[np.ndarray, "..."], dtype: str) -> Shaped[np.ndarray, "..."]:
+    """An array as it is written: of a dtype, and contiguous."""
     # safetensors writes the bytes of an array that is not contiguous in its own order.
     return np.ascontiguousarray(np.asarray(x).astype(jnp.dtype(dtype)))
 

@@ -5,11 +5,10 @@ vLLM's `prompt_embeds` takes the input embeddings of a prompt and numbers their 
 """
 
 import base64
-import dataclasses
 import io
-import json
 import os
 import pathlib
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -20,44 +19,28 @@ from icae_jax.compression.decoder import Decoder
 from icae_jax.compression.memory import Slots
 from icae_jax.compression.method import PROMPT_EMBEDS
 from icae_jax.errors import UserError
-from icae_jax.interop.adapters import peft_folder
-from icae_jax.interop.export.reader import DECODER_LORA, NamedMemory, Reader
+from icae_jax.interop.export import chats, vllm_requests
+from icae_jax.interop.export.reader import NamedMemory, Reader
+from icae_jax.interop.export.vllm_requests import (
+    ANSWER_TOKENS,
+    CHAT,
+    COMPLETIONS,
+    SPARE_TOKENS,
+    Requests,
+)
 from icae_jax.interop.prompts import question_ids
-from icae_jax.interop.templates import fill_in
 from icae_jax.models.families.architectures import computed_by
 
-DTYPES = ("bfloat16", "float32", "float16")  # what vLLM takes; the default first
-URL = "http://localhost:8000"
-ANSWER_TOKENS = 128  # most tokens of an answer, as in `Compressor.ask`
-SPARE_TOKENS = 16  # how much longer than its original a restored text may be
-SCRIPT = pathlib.Path(__file__).parent / "scripts" / "request.py"
-COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
+CHAT_TEMPLATE = "chat.jinja"
+_USES = """\
+python request.py ask [--id ID] [--question Q]    an exported prompt, exactly as in training
+    python request.py restore [--id ID]               the text read back, if that was exported
+    python request.py chat [--id ID] --question Q     any question; the server's chat template
+                                                      frames memory and question
+
+Completions have long taken prompt embeddings, chats only in newer versions of vLLM."""
 
 _embed = jax.jit(Decoder.embed)
-
-
-@dataclasses.dataclass(frozen=True)
-class Requests:
-    """Which requests are written.
-
-    Attributes:
-        questions: asked of every text.
-        restore: whether to ask for the texts back, too.
-        model: the server's name for the base, or for the decoder's LoRA if it has one; by default
-            the base's path, or "decoder_lora".
-        url: of the server.
-        dtype: of the embeddings, one of `DTYPES`.
-    """
-
-    questions: tuple[str, ...] = ()
-    restore: bool = False
-    model: str | None = None
-    url: str = URL
-    dtype: str = DTYPES[0]
-
-    def __post_init__(self):
-        if self.dtype not in DTYPES:
-            raise UserError(f"--dtype is {self.dtype}; choose from {', '.join(DTYPES)}")
 
 
 def check_readable(memory: Slots, reader: Reader) -> None:
@@ -125,18 +108,29 @@ def pt_bytes(x_TD: Float[np.ndarray, "T D"], dtype: str) -> bytes:
     return buffer.getvalue()
 
 
+class Written(NamedTuple):
+    """How many requests were written, the command that serves them, and how chats are framed."""
+
+    requests: int
+    serve: str
+    framing: chats.Framing
+
+
 def save_prompt_embeds(
     folder: str | os.PathLike, named: NamedMemory, reader: Reader, requests: Requests
-) -> int:
-    """Writes what a vLLM server with `--enable-prompt-embeds` needs; returns how many requests.
+) -> Written:
+    """Writes what a vLLM server with `--enable-prompt-embeds` needs.
 
     The folder, new or empty, then holds
 
         memory-ROW.pt                        slots `[M, D]`, for a content part of a chat
         ask-ROW-QUESTION.pt, restore-ROW.pt  whole prompts `[T, D]`, for completions
         requests.jsonl                       one request a line: kind (chat, ask, restore), id,
-                                             question, file, path, and its JSON body
+                                             question, file, padding (of a chat: what is before a
+                                             question), path, and its JSON body
         request.py                           sends one of them
+        chat.jinja                           a chat template that frames as trained, if the base has
+                                             none and text can spell the adapter's
         decoder_lora/                        the decoder's LoRA in PEFT's form, if it has one; the
                                              server must read with it (it is on projections, so
                                              embeddings are the base's)
@@ -146,34 +140,37 @@ def save_prompt_embeds(
     files.check_new_folder(folder)
     reader.check_export(PROMPT_EMBEDS)
     check_readable(named.memory, reader)
+    framing = chats.framing(reader, requests.questions)
     with files.replacing_folder(folder) as tmp:
-        writer = _Writer(tmp, reader, requests)
+        writer = _Writer(tmp, reader, requests, framing.padding)
         for row, text_id in enumerate(named.ids):
             writer.add_text(row, text_id, named.memory)
-        lines = [json.dumps(line, ensure_ascii=False) + "\n" for line in writer.lines]
-        (tmp / "requests.jsonl").write_text("".join(lines), encoding="utf-8")
-        served = ""
-        if reader.adapter.has_decoder_lora:
-            flags = peft_folder.vllm_flags(reader.adapter, DECODER_LORA)
-            served = f" \\\n        {flags}\n\nin this folder: the decoder reads with a LoRA"
-        values = {"URL": requests.url, "SERVED": served}
-        script = fill_in(SCRIPT.read_text(encoding="utf-8"), values)
-        (tmp / "request.py").write_text(script, encoding="utf-8")
+        if framing.jinja is not None:
+            (tmp / CHAT_TEMPLATE).write_text(framing.jinja, encoding="utf-8")
+        serve = _serve_command(reader, requests, framing.jinja is not None)
+        vllm_requests.save(tmp, writer.lines, requests, serve, _USES)
         reader.save_decoder_lora(tmp)
-    return len(writer.lines)
+    return Written(len(writer.lines), serve, framing)
+
+
+def _serve_command(reader, requests, with_chat_template):
+    flags = ["--enable-prompt-embeds", "--chat-template-content-format", "string"]
+    if with_chat_template:
+        flags += ["--chat-template", CHAT_TEMPLATE]
+    if reader.adapter.has_decoder_lora:
+        # Otherwise vLLM 0.32 wraps the embedding table too, and fails on CPUs where only some
+        # tokens of a step are looked up.
+        flags += ["--lora-target-modules", *reader.adapter.lora.targets]
+    return vllm_requests.serve_command(reader, requests, flags)
 
 
 class _Writer:
     """Writes the tensors of an export and collects its requests in `lines`."""
 
-    def __init__(self, folder: pathlib.Path, reader: Reader, requests: Requests):
+    def __init__(self, folder: pathlib.Path, reader: Reader, requests: Requests, padding: str):
         self.folder, self.reader, self.requests = folder, reader, requests
+        self.padding = padding
         self.lines: list[dict] = []
-
-    @property
-    def default_model(self):
-        """The server's name for what reads the memory, unless it is said."""
-        return DECODER_LORA if self.reader.adapter.has_decoder_lora else self.reader.base_path
 
     def add_text(self, row, text_id, memory):
         """The requests about one text: chats, then completions."""
@@ -194,9 +191,12 @@ class _Writer:
         file = f"memory-{row}.pt"
         part = {"type": "prompt_embeds", "data": self._write(file, slots)}
         for question in self.requests.questions or [None]:
-            text = [] if question is None else [{"type": "text", "text": question}]
+            text = []
+            if question is not None:
+                text = [{"type": "text", "text": self.padding + question}]
             fields = {"messages": [{"role": "user", "content": [part, *text]}]}
             line = {"kind": "chat", "id": text_id, "question": question, "file": file}
+            line["padding"] = self.padding
             self._add(line, CHAT, fields, ANSWER_TOKENS)
 
     def _write(self, name, x_TD):
@@ -207,11 +207,5 @@ class _Writer:
 
     def _add(self, line, path, fields, max_tokens):
         objective = "restore" if line["kind"] == "restore" else "ask"
-        body = {
-            "model": self.requests.model or self.default_model,
-            **fields,
-            "max_tokens": max_tokens,
-            "temperature": 0.0,
-            "stop_token_ids": self.reader.stop_ids(objective),
-        }
+        body = vllm_requests.body(self.reader, self.requests, objective, fields, max_tokens)
         self.lines.append(line | {"path": path, "body": body})
