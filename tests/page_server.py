@@ -33,7 +33,7 @@ class Stand:
     """
 
     def __init__(self):
-        self.icae = {
+        self.compressor = {
             "method": "icae", "base": "tiny_base", "template": "plain", "context_positions": 512,
             "segment_tokens": SEGMENT, "memory_tokens_per_segment": [2, 11],
             "default_memory_tokens_per_segment": 11, "max_context_tokens": 100_000,
@@ -50,7 +50,7 @@ class Stand:
 
     def with_store(self, count, writable=True):
         """Opens a store of documents "doc-000", …"""
-        self.icae |= {"documents": True, "writable": writable}
+        self.compressor |= {"documents": True, "writable": writable}
         for i in range(count):
             self.write(f"doc-{i:03}", "the cat sat " * (i + 1), 11, "store")
 
@@ -137,7 +137,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self.refuse(*stand.errors[key])
         elif path == "/v1/models":
             model = {"id": "tiny", "object": "model", "created": 0, "owned_by": "icae_jax"}
-            self.send(200, {"object": "list", "data": [model | {"icae": stand.icae}]})
+            self.send(200, {"object": "list", "data": [model | {"compressor": stand.compressor}]})
         elif path == "/v1/chat/completions":
             self.chat(body)
         elif path == "/v1/memories" and self.command == "POST":
@@ -159,8 +159,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self.send(200, file.read_bytes(), TYPES[file.suffix])
 
     def compress(self, body):
-        stand, known = self.server.stand, self.server.stand.icae["memory_tokens_per_segment"]
-        k = stand.icae["default_memory_tokens_per_segment"]
+        stand, known = self.server.stand, self.server.stand.compressor["memory_tokens_per_segment"]
+        k = stand.compressor["default_memory_tokens_per_segment"]
         if "ratio" in body:
             wanted = SEGMENT / body["ratio"]
             k = min(known, key=lambda n: abs(n - wanted)) if known else max(1, round(wanted))

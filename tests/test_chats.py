@@ -11,6 +11,7 @@ from conftest import make_tokenizer
 from export_helpers import make, reader_of
 from tokenizers import normalizers, pre_tokenizers
 
+from icae_jax.interop import prompts
 from icae_jax.interop.export import chats
 from icae_jax.interop.hub import base as bases
 from icae_jax.interop.hub.text import user_ids
@@ -178,3 +179,27 @@ def test_trained_tokens_have_no_text(tiny_base):
     tokenizer.chat_template = None
     told = chats.framing(reader(tiny_base, tokenizer, "mistral"), ())
     assert told.jinja is None and "no text spells the trained tokens" in told.note
+
+
+@pytest.mark.parametrize("jinja", [LLAMA_2, CHATML])
+@pytest.mark.parametrize("legacy", [False, True])
+def test_later_turns_are_tokenised_as_a_whole(jinja, legacy):
+    """Breaks when what stands between an answer and the next question has ids of its own, as where
+    SentencePiece puts a space before whatever it is given.
+    """
+    tokenizer = sentencepiece_like(legacy)
+    tokenizer.chat_template = jinja
+    template, text = targets.make_template("chat", tokenizer), targets.chat_texts(tokenizer, 2)[-2]
+    turns = [prompts.Turn("who ran ?", "the cat"), prompts.Turn("where ?", "on it")]
+    got = prompts.conversation_ids(turns, "why ?", tokenizer, template)
+
+    def ids(text):
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    want, rest = template.prompt(ids("who ran ?")), ["the cat", "where ?", "on it", "why ?"]
+    for answer, question in zip(rest[::2], rest[1::2], strict=True):
+        whole = [ids(f"{answer}{text}{space}{question}") for space in ("", " ")]
+        exact = [row for row in whole if row[-len(ids(question)) :] == ids(question)]
+        assert exact  # as a whole, and the question with the ids of training
+        want += [*exact[0], *template.after]
+    assert got == want

@@ -370,7 +370,7 @@ def test_a_ratio_is_met_as_near_as_the_adapter_can(tmp_path, tiny_base):
             "/v1/memories", {"text": text, "ratio": 4.0, "memory_tokens": 1}
         )
         assert status == 400 and reply["error"]["param"] == "ratio"
-        assert server.ask("GET", "/v1/models")[1]["data"][0]["icae"][
+        assert server.ask("GET", "/v1/models")[1]["data"][0]["compressor"][
             "memory_tokens_per_segment"
         ] == [1, 4]
 
@@ -409,7 +409,7 @@ def test_what_the_model_says_of_itself(server, compressor):
     """Breaks when clients that list models, or the page, are told wrong facts."""
     (model,) = server.client.models.list().data
     assert model.id == server.service.name == "base-icae"
-    facts = model.model_dump()["icae"]
+    facts = model.model_dump()["compressor"]
     assert facts["method"] == "icae" and facts["context_positions"] == 256
     assert facts["documents"] and facts["writable"]
     longest = facts["max_context_tokens"]

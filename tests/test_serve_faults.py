@@ -475,7 +475,7 @@ def test_a_store_that_is_only_read(compressor, tmp_path):
             assert reader.post("/v1/memories", {"text": "the cat", "keep": False})[0] == 201
             assert server.post("/v1/memories", {"text": "the dog", "id": "u"})[0] == 201
             assert reader.chat("who ?", memory="u", max_tokens=2)[0] == 200
-            assert not reader.ask("GET", "/v1/models")[1]["data"][0]["icae"]["writable"]
+            assert not reader.ask("GET", "/v1/models")[1]["data"][0]["compressor"]["writable"]
 
 
 # --- Devices, and faults of the server's own ---

@@ -107,7 +107,7 @@ def test_the_ratios_that_an_adapter_knows(tab, stand):
     tab.compress(TEXT)
     assert stand.bodies(MEMORIES)[-1]["ratio"] == 23 and "2 memory tokens" in tab.text("memory")
 
-    stand.icae["memory_tokens_per_segment"] = [11]
+    stand.compressor["memory_tokens_per_segment"] = [11]
     tab.open(stand.url)
     assert not tab.shown("ratio-choice") and not tab.shown("ratio-free")
     only = "Every 46 tokens of text become 11 memory tokens, about 4.2x fewer."
@@ -115,7 +115,7 @@ def test_the_ratios_that_an_adapter_knows(tab, stand):
     tab.compress(TEXT)
     assert "ratio" not in stand.bodies(MEMORIES)[-1]
 
-    stand.icae["memory_tokens_per_segment"] = None
+    stand.compressor["memory_tokens_per_segment"] = None
     tab.open(stand.url)
     tab.compress(TEXT)
     assert "ratio" not in stand.bodies(MEMORIES)[-1]

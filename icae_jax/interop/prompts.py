@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerBase
 from icae_jax.errors import UserError
 from icae_jax.interop.hub import tokenizer as tokenizers
 from icae_jax.interop.hub.text import user_ids
+from icae_jax.objectives import joint
 from icae_jax.objectives.targets import Template, chat_texts
 
 
@@ -60,8 +61,7 @@ def conversation_ids(
 def _between(tokenizer, template) -> tuple[int, ...]:
     """The ids between an answer and the next question."""
     if template.name == "chat":
-        text = chat_texts(tokenizer, 2)[-2]
-        return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+        return joint.between(tokenizer, chat_texts(tokenizer, 2)[-2])
     head = tuple(i for i in template.head if i != tokenizer.bos_token_id)
     return (template.stop, *head, *template.before)
 

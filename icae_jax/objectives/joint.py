@@ -56,6 +56,26 @@ def split(
     return None
 
 
+def between(tokenizer: Any, text: str) -> tuple[int, ...]:
+    """The ids of a text between two others, such as an answer and the next question.
+
+    With them both have the ids that they have alone; where there are no such ids, those of the text
+    alone.
+    """
+    alone = [_ids(tokenizer, probe) for probe in PROBES]
+    pairs = list(zip(PROBES, PROBES[1:], alone, alone[1:], strict=False))
+    for padding in PADDINGS:
+        found = set()
+        for first, second, first_ids, second_ids in pairs:
+            ids = _ids(tokenizer, f"{first}{text}{padding}{second}")
+            middle = ids[len(first_ids) : len(ids) - len(second_ids)]
+            fits = ids == [*first_ids, *middle, *second_ids]
+            found.add(tuple(middle) if fits else None)
+        if len(found) == 1 and None not in found:
+            return found.pop()
+    return tuple(_ids(tokenizer, text))
+
+
 def _ids(tokenizer, text):
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 

@@ -105,7 +105,7 @@ def bench(options: Options) -> dict[str, Any]:
         model = client.call("GET", "/v1/models")["data"][0]
         report = {"bench": "serve", "cores": len(os.sched_getaffinity(0))}
         report |= {"rows": None if options.url else options.rows, "rounds": options.rounds}
-        report |= {"model": model["id"], **model["icae"]}
+        report |= {"model": model["id"], **model["compressor"]}
         if options.first_token:
             sizes = options.context_tokens, options.rounds, options.seed
             report["first_token"] = bench_serve_first.measure(client, *sizes, _progress)

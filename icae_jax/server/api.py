@@ -425,7 +425,7 @@ def _model(service: Service) -> dict[str, Any]:
         "object": "model",
         "created": service.created,
         "owned_by": "icae_jax",
-        "icae": facts,
+        "compressor": facts,
     }
 
 

@@ -291,7 +291,7 @@ class ModelObject(BaseModel):
     object: Literal["model"] = "model"
     created: int
     owned_by: Literal["icae_jax"] = "icae_jax"
-    icae: ModelFacts
+    compressor: ModelFacts
 
 
 class ModelList(BaseModel):

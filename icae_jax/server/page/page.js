@@ -64,25 +64,25 @@ async function start() {
     byId("retry-line").hidden = false;
     return;
   }
-  if (model.icae.documents) {
+  if (model.compressor.documents) {
     byId("sources").classList.add("two");
     byId("store").hidden = false;
-    documents.start(model.icae.writable);
+    documents.start(model.compressor.writable);
   }
 }
 
-function showModel({ id, icae }) {
-  const facts = [`Model ${id}`, `method ${icae.method}`, `base ${icae.base}`];
+function showModel({ id, compressor }) {
+  const facts = [`Model ${id}`, `method ${compressor.method}`, `base ${compressor.base}`];
   byId("model").textContent = facts.join(", ");
   document.title = `${id}: a long text in a small memory`;
-  byId("keep-choice").hidden = !(icae.documents && icae.writable);
-  const known = icae.memory_tokens_per_segment;
-  const segment = icae.segment_tokens;
+  byId("keep-choice").hidden = !(compressor.documents && compressor.writable);
+  const known = compressor.memory_tokens_per_segment;
+  const segment = compressor.segment_tokens;
   byId("ratio-choice").hidden = !(known?.length > 1);
   byId("ratio-free").hidden = Boolean(known);
   byId("ratio-only").hidden = known?.length !== 1;
   if (!known) {
-    const usual = segment / icae.default_memory_tokens_per_segment;
+    const usual = segment / compressor.default_memory_tokens_per_segment;
     byId("ratio-number").placeholder = `${Number(usual.toFixed(1))}`;
   } else if (known.length === 1) {
     byId("ratio-only").textContent =
@@ -94,7 +94,7 @@ function showModel({ id, icae }) {
         element("option", {
           value: String(segment / tokens),
           textContent: `${times(segment / tokens)}: ${tokens} tokens for ${segment} of text`,
-          selected: tokens === icae.default_memory_tokens_per_segment,
+          selected: tokens === compressor.default_memory_tokens_per_segment,
         }),
       ),
     );
