@@ -16,7 +16,9 @@ from serve_helpers import load, running, wait_for, write_adapter
 
 from icae_jax.errors import UserError
 from icae_jax.inference import store
+from icae_jax.inference.texts import Size
 from icae_jax.server import serve
+from icae_jax.server.failures import ApiError
 from icae_jax.server.options import TOKENS_VARIABLE, Options, read_tokens
 from icae_jax.server.schema import MOST_STOPS
 
@@ -363,6 +365,12 @@ def test_who_hangs_up_frees_its_row(compressor):
                 assert wait_for(lambda: scheduler.waiting == 0, 2)
                 assert scheduler.running == 1
             assert wait_for(lambda: scheduler.running == 0, 2)  # 100 steps would be 5 s
+        with raw_post(server, CHAT, body):
+            assert wait_for(lambda: scheduler.running == 1)
+            with raw_post(server, CHAT, body | {"stream": True}):  # that has not begun
+                assert wait_for(lambda: scheduler.waiting == 1)
+            assert wait_for(lambda: scheduler.waiting == 0, 2) and scheduler.running == 1
+        assert wait_for(lambda: scheduler.running == 0, 2)
         assert server.chat("who ran ?", max_tokens=2)[0] == 200
 
 
@@ -533,6 +541,48 @@ def test_a_step_that_fails(compressor, capsys, error, status):
         assert server.chat("who ran ?", max_tokens=4)[0] == 200  # on an engine made anew
     told = capsys.readouterr().err
     assert ("ZeroDivisionError: a fault" in told) == (status == 500)
+
+
+def test_an_engine_that_cannot_be_made_or_emptied(compressor, capsys):
+    """Breaks when an error that nobody thought of ends the scheduler's thread, and all who ask wait
+    for ever.
+    """
+
+    def fail(*arguments):
+        raise ZeroDivisionError("a fault")
+
+    with running(compressor) as server:
+        lane, scheduler = server.service.scheduler._lanes[0], server.service.scheduler
+        made, make = lane.engine, scheduler._make_engine
+        lane.engine, scheduler._make_engine = None, fail
+        assert is_error(server.chat("who ran ?", max_tokens=4), 500)
+        lane.engine, scheduler._make_engine = made, make
+        lane.engine.insert = fail
+        assert is_error(server.chat("who ran ?", max_tokens=4), 500)
+        assert server.chat("who ran ?", max_tokens=4)[0] == 200
+        assert server.idle
+    assert capsys.readouterr().err.count("ZeroDivisionError: a fault") == 2
+
+
+def test_what_is_compressed_at_the_end(compressor):
+    """Breaks when a text that comes while the server ends is waited for, and the process stays."""
+    with running(compressor) as server:
+        memories = server.service.memories
+    with pytest.raises(ApiError, match="shutting down"):
+        memories.compress(TEXT, Size(), "text")
+    assert not memories._asked
+
+
+def test_a_text_that_cannot_be_compressed(compressor, capsys):
+    """Breaks when a fault while compressing ends the thread, or is told to who comes later."""
+    with running(compressor) as server:
+        memories = server.service.memories
+        compress = memories._compress
+        memories._compress = lambda alike, k: 1 / 0
+        assert is_error(server.post("/v1/memories", {"text": TEXT}), 500)
+        memories._compress = compress
+        assert server.post("/v1/memories", {"text": TEXT})[0] == 201
+    assert "ZeroDivisionError" in capsys.readouterr().err
 
 
 def test_a_fault_of_the_servers_own(compressor, capsys, monkeypatch):

@@ -2,10 +2,11 @@
 
 import asyncio
 import contextlib
+import functools
 import io
 import json
 import pathlib
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from typing import Annotated, Any, TypeVar
 
 import anyio
@@ -14,6 +15,7 @@ from fastapi.middleware.cors import CORSMiddleware
 from fastapi.openapi.utils import get_openapi
 from sse_starlette.sse import EventSourceResponse
 from starlette.responses import JSONResponse, Response
+from starlette.types import Receive, Scope, Send
 
 import icae_jax
 from icae_jax.server import failures, middleware, schema
@@ -181,7 +183,7 @@ async def _answered(request, service, body, answer: Answer) -> Response:
     await _while_connected(request, feed.wait(FIRST_SECONDS))
     usage = bool(body.stream_options and body.stream_options.include_usage)
 
-    async def events() -> AsyncIterator[dict]:
+    async def events() -> AsyncGenerator[dict, None]:
         for chunk in answer.opening():
             yield chunk
         async for choice, piece in feed.pieces():
@@ -191,10 +193,8 @@ async def _answered(request, service, body, answer: Answer) -> Response:
         if usage:
             yield answer.closing()
 
-    def ended() -> None:
-        _note(request, service, feed, answer.usage())
-
-    return _stream(service, events(), ended)
+    ended = functools.partial(_ended_stream, request, service, feed, answer)
+    return _Stream(service, feed, events(), ended)
 
 
 async def _collect(feed: Feed, answer: Answer) -> None:
@@ -211,12 +211,35 @@ def _note(request, service, feed, usage):
         line["first_ms"] = round(1000 * feed.first_seconds, 1)
 
 
-def _stream(
-    service: Service, events: AsyncIterator[dict], ended: Callable[[], Any]
-) -> EventSourceResponse:
-    """Events as they come, then [DONE]; an error is the last event, in place of that."""
+def _ended_stream(request, service, feed, answer):
+    _note(request, service, feed, answer.usage())
 
-    async def lines() -> AsyncIterator[dict[str, str]]:
+
+class _Stream(EventSourceResponse):
+    """Events as they come, then [DONE]; an error is the last event, in place of that.
+
+    events: of the feed. ended: called at the end, however it comes.
+    """
+
+    def __init__(
+        self,
+        service: Service,
+        feed: Feed,
+        events: AsyncGenerator[dict, None],
+        ended: Callable[[], Any],
+    ):
+        super().__init__(
+            self._lines(events),
+            ping=PING_SECONDS,
+            sep="\n",
+            send_timeout=SEND_SECONDS,
+            # What runs when the server is told to end has time to end.
+            shutdown_event=anyio.Event(),
+            shutdown_grace_period=service.options.grace,
+        )
+        self._feed, self._ended = feed, ended
+
+    async def _lines(self, events):
         try:
             async for event in events:
                 yield {"data": json.dumps(event, ensure_ascii=False)}
@@ -227,17 +250,14 @@ def _stream(
             yield {"data": json.dumps(failures.of_fault(error).body)}
         finally:
             await events.aclose()
-            ended()
 
-    return EventSourceResponse(
-        lines(),
-        ping=PING_SECONDS,
-        sep="\n",
-        send_timeout=SEND_SECONDS,
-        # What runs when the server is told to end has time to end.
-        shutdown_event=anyio.Event(),
-        shutdown_grace_period=service.options.grace,
-    )
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Sends the events. The feed is closed even if nobody was there to read the first."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._feed.close()
+            self._ended()
 
 
 async def _while_connected(request: Request, work: Awaitable[T]) -> T:
@@ -351,14 +371,15 @@ async def _restored(request, service, memory_id, asked: Asked, stream: bool) -> 
         return JSONResponse(head | fields | {"usage": whole["usage"]})
     await _while_connected(request, feed.wait(FIRST_SECONDS))
 
-    async def events() -> AsyncIterator[dict]:
+    async def events() -> AsyncGenerator[dict, None]:
         async for choice, piece in feed.pieces():
             answer.add(choice, piece)
             head = {"id": memory_id, "object": "memory.restored.chunk"}
             if piece.text or piece.finish:
                 yield head | {"delta": piece.text, "finish_reason": piece.finish}
 
-    return _stream(service, events(), lambda: _note(request, service, feed, answer.usage()))
+    ended = functools.partial(_ended_stream, request, service, feed, answer)
+    return _Stream(service, feed, events(), ended)
 
 
 # --- Status ---

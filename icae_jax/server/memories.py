@@ -205,13 +205,16 @@ class Memories:
         self._reading = threading.Lock()  # so that a memory is not read twice at the same time
         self._asking = threading.Lock()
         self._asked: dict[Hashable, concurrent.futures.Future] = {}  # being compressed
+        self._closed = False
         self._work: queue.SimpleQueue[Work | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="compressing", daemon=True)
         self._thread.start()
 
     def close(self) -> None:
-        """Ends the thread, after what was begun."""
-        self._work.put(None)
+        """Ends the thread, after what it was given."""
+        with self._asking:
+            self._closed = True
+            self._work.put(None)
         self._thread.join()
 
     def _most_tokens(self) -> int:
@@ -445,8 +448,7 @@ class Memories:
         with self._asking:
             future = self._asked.get(key)
             if future is None:
-                future = self._asked[key] = concurrent.futures.Future()
-                self._work.put(Work(future, context, k))
+                future = self._asked[key] = self._give(context, k)
         try:
             return future.result()
         finally:
@@ -454,9 +456,17 @@ class Memories:
                 self._asked.pop(key, None)
 
     def _call(self, call: Callable[[], Any]) -> Any:
-        future: concurrent.futures.Future = concurrent.futures.Future()
-        self._work.put(Work(future, [], 0, call))
+        with self._asking:
+            future = self._give([], 0, call)
         return future.result()
+
+    def _give(self, context, k, call=None) -> concurrent.futures.Future:
+        """Gives the thread something to do; with `_asking` held, so that nothing comes too late."""
+        if self._closed:
+            raise ApiError(503, "the server is shutting down", code="draining")
+        future: concurrent.futures.Future = concurrent.futures.Future()
+        self._work.put(Work(future, context, k, call))
+        return future
 
     def _run(self):
         while (first := self._work.get()) is not None:

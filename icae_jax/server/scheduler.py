@@ -243,9 +243,12 @@ class Scheduler:
         while self._take():
             pieces: list[tuple[Job, Piece]] = []
             for lane in self._lanes:
-                self._drop_cancelled(lane)
-                pieces += self._fill(lane)
-                pieces += self._step(lane)
+                try:
+                    self._drop_cancelled(lane)
+                    pieces += self._fill(lane)
+                    pieces += self._step(lane)
+                except Exception as error:  # the thread goes on, or nobody would be answered
+                    pieces += self._give_up(lane, of_fault(error))
             if pieces:
                 self._call(lambda pieces=pieces: _deliver(pieces))
 
@@ -313,6 +316,14 @@ class Scheduler:
                 if lane.bucket.rows == 1:
                     return False
                 lane.bucket = lane.bucket._replace(rows=lane.bucket.rows // 2)
+
+    def _give_up(self, lane, failure) -> list[tuple[Job, Piece]]:
+        """Ends all that a bucket has, and its engine, whose state is not known."""
+        jobs = [*lane.jobs, *lane.waiting]
+        self._leave_queue(len(lane.waiting))
+        lane.jobs, lane.engine = set(), None
+        lane.waiting.clear()
+        return [(job, Piece(error=failure)) for job in jobs]
 
     def _step(self, lane) -> list[tuple[Job, Piece]]:
         """One step of a bucket; what is to be delivered."""

@@ -206,6 +206,9 @@ class Feed:
                 self._first = [await self._queue.get()]
         except TimeoutError:
             return
+        except asyncio.CancelledError:  # the client has hung up
+            self.close()
+            raise
         if error := self._first[0][1].error:
             self.close()
             raise error
