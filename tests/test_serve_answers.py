@@ -83,3 +83,17 @@ def test_buckets(positions, rows, tokens, of_each):
     assert [bucket.rows for bucket in got] == of_each
     assert all(bucket.memory_tokens >= bucket.tokens for bucket in got)
     assert isinstance(got[0], Bucket)
+
+
+@pytest.mark.parametrize(
+    ("base_bytes", "token_bytes", "of_each"),
+    [
+        (0, 1, [16, 4, 1, 1]),  # the base costs nothing: as many bytes as the smallest bucket's
+        (1 << 40, 1, [16, 16, 4, 1]),  # the base costs all
+        (2 * 512 * 10 * 7, 10, [16, 7, 1, 1]),
+    ],
+)
+def test_a_bucket_has_no_more_rows_than_pay(base_bytes, token_bytes, of_each):
+    """Breaks when a step of a long bucket reads more of free rows than of the base."""
+    got = buckets(8192, 16, base_bytes, token_bytes)
+    assert [bucket.rows for bucket in got] == of_each

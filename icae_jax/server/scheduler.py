@@ -39,13 +39,28 @@ class Bucket(NamedTuple):
     rows: int
 
 
-def buckets(positions: int, rows: int) -> list[Bucket]:
-    """Buckets up to all positions of a base, by rising size. rows: of the small ones."""
+def buckets(positions: int, rows: int, base_bytes: int = 0, token_bytes: int = 0) -> list[Bucket]:
+    """Buckets up to all positions of a base, by rising size.
+
+    A step reads the base once and the cache of every row, taken or free. So a bucket's rows are no
+    more than have a cache of the base's size, or of the smallest bucket's with all its rows: beyond
+    that rows save nothing, and a step of few requests pays for all.
+
+    rows: of the small ones. base_bytes, token_bytes: of the base, and of a token's keys and values
+    in all layers; 0 where that is not to be considered.
+    """
     sizes = [SMALLEST]
     while sizes[-1] < positions:
         sizes.append(min(GROWTH * sizes[-1], positions))
     sizes[-1] = min(sizes[-1], positions)
-    return [Bucket(n, padded(n), max(1, min(rows, rows * FULL_ROWS // n))) for n in sizes]
+    row_bytes = {n: token_bytes * (n + padded(n)) for n in sizes}
+    most_bytes = max(base_bytes, rows * row_bytes[sizes[0]])
+
+    def rows_of(n: int) -> int:
+        most = most_bytes // row_bytes[n] if token_bytes else rows
+        return max(1, min(rows, rows * FULL_ROWS // n, most))
+
+    return [Bucket(n, padded(n), rows_of(n)) for n in sizes]
 
 
 class Piece(NamedTuple):

@@ -9,7 +9,10 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any, TypeVar
 
-from icae_jax.compression.decoder import Prefix
+import jax
+import jax.numpy as jnp
+
+from icae_jax.compression.decoder import Decoder, Prefix
 from icae_jax.inference.compressor import Compressor
 from icae_jax.inference.engine import Engine
 from icae_jax.inference.requests import Request
@@ -59,7 +62,11 @@ class Service:
         self._loop: asyncio.AbstractEventLoop | None = None
         self.scheduler = Scheduler(
             self._engine,
-            buckets(compressor.base.config.max_position_embeddings, options.rows),
+            buckets(
+                compressor.base.config.max_position_embeddings,
+                options.rows,
+                *_sizes(compressor.decoder),
+            ),
             options.queue,
             lambda call: self._loop.call_soon_threadsafe(call),
         )
@@ -248,6 +255,13 @@ class Feed:
         return min(
             (j.first_seconds for j in self.jobs if j.first_seconds is not None), default=None
         )
+
+
+def _sizes(decoder: Decoder) -> tuple[int, int]:
+    """Bytes of the base, and of a token's keys and values in all of its layers."""
+    config, dtype = decoder.base.config, jnp.dtype(decoder.base.dtype)
+    base = sum(leaf.nbytes for leaf in jax.tree.leaves(decoder.base.params))
+    return base, 2 * config.num_layers * config.num_kv_heads * config.head_dim * dtype.itemsize
 
 
 def default_name(compressor: Compressor) -> str:
