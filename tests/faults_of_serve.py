@@ -29,7 +29,7 @@ MUTANTS = [
     Mutant(
         "joined memories are kept under their first one",
         "server/memories.py",
-        'key = ("together", *(part.key for part in parts))',
+        'key = ("together", *((part.key, part.content_hash) for part in parts))',
         'key = ("together", parts[0].key)',
         f"{SERVE} -k 'read_together or behind_a_memory or many_clients'",
     ),
@@ -51,8 +51,8 @@ MUTANTS = [
     Mutant(
         "the cache grows",
         "server/memories.py",
-        "            while self.used > self.most:",
-        "            while False:",
+        "        while self.used > self.most:",
+        "        while False:",
         f"{SERVE} -k without_a_store",
     ),
     Mutant(
@@ -129,7 +129,7 @@ MUTANTS = [
         "the system's words are lost",
         "server/asking.py",
         'texts[0] = "\\n\\n".join([*system, texts[0]])',
-        "",
+        "pass",
         f"{SERVE} -k earlier_turns",
     ),
     Mutant(
@@ -142,10 +142,16 @@ MUTANTS = [
     Mutant(
         "a chat without a memory is framed by the adapter's template",
         "server/asking.py",
-        '            make_template("chat", tokenizer)\n            if tokenizer.chat_template\n'
-        "            else without_trained(self.template)",
-        "            without_trained(self.template)",
+        "        if not self.chats:",
+        "        if True:",
         f"{SERVE} -k base_answers",
+    ),
+    Mutant(
+        "an old memory takes the place of a newer one",
+        "server/memories.py",
+        "            if self._kept.get(kept.key, (None, 0))[0] is kept:",
+        "            if kept.key is not None:",
+        f"{SERVE} -k replaced_text",
     ),
     Mutant(
         "a context that is read as it is is left out",
@@ -255,8 +261,8 @@ MUTANTS = [
     Mutant(
         "any page may ask",
         "server/middleware.py",
-        "            if not own:",
-        "            if False:",
+        "        if not own and origin not in self.origins:",
+        "        if False:",
         f"{FAULTS} -k other_sites",
     ),
     Mutant(
@@ -297,8 +303,8 @@ MUTANTS = [
     Mutant(
         "time has no end",
         "server/service.py",
-        "                    async with asyncio.timeout_at(ends):",
-        "                    async with asyncio.timeout_at(None):",
+        "                    async with asyncio.timeout(self._ends - time.monotonic()):",
+        "                    async with asyncio.timeout(None):",
         f"{FAULTS} -k too_long",
     ),
     Mutant(

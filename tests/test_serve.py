@@ -11,8 +11,7 @@ from serve_helpers import load, running, write_adapter
 
 from icae_jax.inference import store
 from icae_jax.inference.sampling import Sampling
-from icae_jax.interop.prompts import Turn, conversation_ids, without_memory
-from icae_jax.objectives.targets import make_template
+from icae_jax.interop.prompts import Turn, conversation_ids
 
 RNG = np.random.default_rng(7)
 TEXTS = {"one": sentence(RNG, 12), "a/b c": sentence(RNG, 30), "three": sentence(RNG, 14)}
@@ -134,16 +133,51 @@ def decoded(compressor, prompt, most=8):
 def test_without_a_memory_the_base_answers(server, compressor):
     """Breaks when the base alone does not read its chat template, or a raw context not at all."""
     tokenizer = compressor.base.tokenizer
-    template = make_template("chat", tokenizer)
-    prompt = template.prompt(compressor.question_ids(QUESTION))
-    none = without_memory(template, tokenizer, [], prompt)
-    full = without_memory(template, tokenizer, compressor.context_ids(TEXTS["one"]), prompt)
+
+    def framed(*contents):
+        roles = ("system", "user") if len(contents) > 1 else ("user",)
+        messages = [
+            {"role": role, "content": content}
+            for role, content in zip(roles, contents, strict=True)
+        ]
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    none, full = framed(QUESTION), framed(f"{TEXTS['one']}\n{QUESTION}")
     got = chat(server)
     assert got.choices[0].message.content == decoded(compressor, none).text
     assert got.usage.prompt_tokens == len(none) and not got.usage.model_dump()["memory_tokens"]
     read = chat(server, extra_body={"context": TEXTS["one"], "compress": False})
     assert read.choices[0].message.content == decoded(compressor, full).text
     assert read.usage.prompt_tokens == len(full) and decoded(compressor, full).text != ""
+    messages = [{"role": "system", "content": "be old"}, {"role": "user", "content": QUESTION}]
+    told = chat(server, messages)
+    assert told.choices[0].message.content == decoded(compressor, framed("be old", QUESTION)).text
+
+
+def test_an_answer_goes_back_as_an_earlier_turn(server):
+    """Breaks when what OpenAI's client has from an answer is refused with the next question."""
+    messages = [{"role": "user", "content": QUESTION}]
+    messages.append(chat(server, messages, memory="one").choices[0].message)
+    messages.append({"role": "user", "content": "where ?"})
+    assert chat(server, messages, memory="one").choices[0].message.content
+
+
+def test_a_replaced_text_is_not_read_in_a_joined_memory(compressor):
+    """Breaks when memories read together are kept for the ids alone, or an old one comes back."""
+    with running(compressor) as server:
+        ids, texts = ["x", "y"], {}
+        for memory_id in (*ids, "x"):
+            texts[memory_id] = sentence(RNG, 13)
+            body = {"text": texts[memory_id], "id": memory_id}
+            before = server.service.memories.cache.get(("cache", "x"))
+            assert server.post("/v1/memories", body)[0] == 201
+            if len(texts) == 2:
+                joined = compressor.join([compressor.compress(texts[i]) for i in ids])
+                got = chat(server, memory=ids).choices[0].message.content
+                assert got == asked(compressor, joined).text
+        server.service.memories.prefix(before, template=True)  # of the old one, late
+        assert server.service.memories.find("x") is not before
 
 
 def test_earlier_turns_stand_before_the_question(server, compressor):

@@ -45,7 +45,7 @@ def message(role, text):
 
 def test_turns():
     """Breaks when neighbours of one role are lost, or a conversation that cannot be is taken."""
-    turns, question = conversation(
+    system, turns, question = conversation(
         [
             message("user", "a"),
             message("user", "b"),
@@ -54,8 +54,8 @@ def test_turns():
             message("user", "e"),
         ]
     )
-    assert turns == [("d\n\na\nb", "c")] and question == "e"
-    assert conversation([message("system", "s"), message("user", "q")]) == ([], "s\n\nq")
+    assert (system, turns, question) == (["d"], [("a\nb", "c")], "e")
+    assert conversation([message("system", "s"), message("user", "q")]) == (["s"], [], "q")
     for messages in (
         [message("system", "s")],
         [message("assistant", "a"), message("user", "q")],

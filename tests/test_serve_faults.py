@@ -1,5 +1,6 @@
 """What `icae serve` does when clients, stores, devices or time are against it."""
 
+import concurrent.futures
 import contextlib
 import http.client
 import io
@@ -19,6 +20,7 @@ from icae_jax.inference import store
 from icae_jax.inference.texts import Size
 from icae_jax.server import serve
 from icae_jax.server.failures import ApiError
+from icae_jax.server.memories import Work
 from icae_jax.server.options import TOKENS_VARIABLE, Options, read_tokens
 from icae_jax.server.schema import MOST_STOPS
 
@@ -102,14 +104,15 @@ def test_malformed_bodies_are_400(server, raw):
         ({"temperature": float("nan")}, "temperature"),
         ({"temperature": float("inf")}, "temperature"),
         ({"temperature": -1}, "temperature"),
-        ({"top_p": 0}, "top_p"),
-        ({"seed": -1}, "seed"),
+        ({"top_p": -0.1}, "top_p"),
         ({"seed": 1 << 64}, "seed"),
         ({"n": 0}, "n"),
         ({"n": 1000}, "n"),
         ({"stop": ["x"] * 10_000}, "stop"),
         ({"stop": ["x" * 10_000]}, "stop"),
         ({"stop": ""}, "stop"),
+        ({"messages": [{"role": "user", "content": "x" * 20_000}]}, "messages"),
+        ({"messages": MESSAGES, "n": 16, "memory": ["t"] * 65}, "memory"),
         ({"memmory": "t"}, "memmory"),
         ({"memory": ""}, "memory"),
         ({"memory": []}, "memory"),
@@ -270,7 +273,8 @@ def test_pages_of_other_sites_may_not_ask(server, compressor):
     ask = server.ask
     assert is_error(ask("GET", "/v1/models", headers={"Host": "evil.example.org"}), 403)
     assert is_error(ask("GET", "/v1/models", headers={"Origin": "https://evil.example"}), 403)
-    assert is_error(ask("GET", "/v1/models", headers={"Origin": "null"}), 403)
+    for origin in ("null", "http://[", "", "http://127.0.0.1"):
+        assert is_error(ask("GET", "/v1/models", headers={"Origin": origin}), 403)
     assert ask("GET", "/v1/models", headers={"Origin": server.url})[0] == 200
     body = {"messages": MESSAGES, "max_tokens": 1}
     plain = {"Content-Type": "text/plain"}
@@ -282,6 +286,7 @@ def test_pages_of_other_sites_may_not_ask(server, compressor):
         assert reply[0] == 200
         assert reply[2]["access-control-allow-origin"] == "https://a.example"
         preflight = headers | {"Access-Control-Request-Method": "POST"}
+        preflight["Access-Control-Request-Headers"] = "authorization,x-stainless-lang"
         assert named.ask("OPTIONS", CHAT, headers=preflight)[0] == 200
         assert is_error(
             named.ask("GET", "/v1/models", headers={"Origin": "https://b.example"}), 403
@@ -400,7 +405,8 @@ def test_a_full_queue_is_429(compressor):
         assert wait_for(lambda: server.service.scheduler.waiting == 2)
         status, reply, headers = server.ask("POST", CHAT, body)
         assert is_error((status, reply), 429) and int(headers["Retry-After"]) >= 1
-        assert is_error(server.chat("who ran ?", n=4), 429)
+        assert is_error(server.chat("who ran ?", n=2), 429)
+        assert is_error(server.chat("who ran ?", n=4), 400, "at most 2")  # not even later
 
 
 def test_a_request_may_not_take_too_long(compressor):
@@ -506,7 +512,7 @@ def test_out_of_memory_for_a_bucket(compressor, capsys):
         service.scheduler._make_engine = scarce
 
     limit = [1]
-    with running(compressor, prepare=prepare) as server:
+    with running(compressor, prepare=prepare, rows=8) as server:
         long = " ".join(["cat"] * 140)
         assert server.chat(long, max_tokens=4)[0] == 200
         assert [bucket.rows for bucket in wanted if bucket.tokens > 128][-3:] == [4, 2, 1]
@@ -572,6 +578,41 @@ def test_what_is_compressed_at_the_end(compressor):
     with pytest.raises(ApiError, match="shutting down"):
         memories.compress(TEXT, Size(), "text")
     assert not memories._asked
+
+
+def test_a_body_that_does_not_come(compressor):
+    """Breaks when a client that sends half a request is waited for without limit."""
+    with (
+        running(compressor, timeout=0.5) as server,
+        socket.create_connection(("127.0.0.1", server.port), timeout=30) as sent,
+    ):
+        head = f"POST {CHAT} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 50\r\n"
+        sent.sendall(f"{head}Content-Type: application/json\r\n\r\n{{".encode())
+        assert b" 408 " in sent.recv(1024).split(b"\r\n")[0]
+
+
+def test_texts_that_wait_do_not_spoil_each_other(compressor):
+    """Breaks when one text that fails takes those with it that are compressed together with it."""
+    with running(compressor) as server:
+        memories, seen = server.service.memories, []
+        compress = memories._compress
+
+        def some(alike, k):
+            seen.append(len(alike))
+            if any(len(work.context) == 14 for work in alike):
+                raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+            return compress(alike, k)
+
+        memories._compress = some
+        futures = [concurrent.futures.Future() for _ in range(3)]
+        contexts = [compressor.context_ids("cat " * n) for n in (9, 13, 11)]
+        works = [Work(future, c, 4) for future, c in zip(futures, contexts, strict=True)]
+        memories._compress_all(works, 4)
+        assert seen == [3, 1, 1, 1] and isinstance(futures[1].exception(), ApiError)
+        assert futures[1].exception().status == 503
+        for i in (0, 2):
+            want = compressor.compress("cat " * (9, 13, 11)[i])
+            np.testing.assert_allclose(futures[i].result().slots, want.slots, atol=1e-5)
 
 
 def test_a_text_that_cannot_be_compressed(compressor, capsys):

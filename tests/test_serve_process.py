@@ -17,6 +17,7 @@ from conftest import free_port
 from serve_helpers import load, running, wait_for, write_adapter
 
 from icae_jax.cli import main as cli
+from icae_jax.inference.store import Writer
 
 pytestmark = pytest.mark.nightly
 
@@ -94,6 +95,25 @@ def test_sigterm_in_the_middle(adapter, tmp_path):
         assert "Traceback" not in served.told
     with serving(adapter, tmp_path, "--store", str(store)) as again:
         again.ready()
+
+
+def test_sigterm_before_it_is_ready(adapter, tmp_path):
+    """Breaks when a server that is ended while it warms up leaves a stack trace, or a lock."""
+    store = tmp_path / "store"
+    argv = ["--store", str(store), "--cors", "https://a.example"]
+    with serving(adapter, tmp_path, *argv) as served:
+        url = f"http://127.0.0.1:{served.port}/healthz"
+
+        def lives():
+            with contextlib.suppress(OSError):
+                return urllib.request.urlopen(url, timeout=5).status == 200
+
+        assert wait_for(lives, 120)
+        served.process.send_signal(signal.SIGTERM)
+        assert served.process.wait(60) == 0
+        assert "Traceback" not in served.told
+    with Writer(store):
+        pass
 
 
 def test_a_second_signal_gives_up_what_runs(adapter, tmp_path):

@@ -67,5 +67,6 @@ def _parser(options: type) -> argparse.ArgumentParser:
     add("--cache_mib", type=int, metavar="MIB", help=f"of memories kept for the next use {shown}")
     help_text = f"that running requests may take to end after SIGTERM {shown}"
     add("--grace", type=float, metavar="SECONDS", help=help_text)
-    parser.set_defaults(**{field.name: field.default for field in dataclasses.fields(options)})
+    defaults = {field.name: field.default for field in dataclasses.fields(options)}
+    parser.set_defaults(**defaults | {"cors": None})  # argparse appends to it
     return parser

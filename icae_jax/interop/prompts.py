@@ -66,6 +66,39 @@ def _between(tokenizer, template) -> tuple[int, ...]:
     return (template.stop, *head, *template.before)
 
 
+def chat_ids(messages: Sequence[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The ids of a conversation in the tokenizer's own chat template, up to where it answers.
+
+    As the template and the tokenizer make them; control tokens that a message spells stay text.
+    messages: `{"role", "content"}`. UserError if the template does not take them.
+    """
+
+    def render(contents):
+        turns = [m | {"content": content} for m, content in zip(messages, contents, strict=True)]
+        try:
+            return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        except Exception as error:  # templates are programs: they raise anything
+            raise UserError(
+                f"the base's chat template does not take these messages ({type(error).__name__}: "
+                f"{' '.join(str(error).split())})"
+            ) from error
+
+    def ids(text):
+        return tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
+
+    contents = [message["content"] for message in messages]
+    if all(user_ids(tokenizer, content) == ids(content) for content in contents):
+        return ids(render(contents))
+    marks = [f"<<TURN{i}>>" for i in range(len(contents))]
+    rest, result = render(marks), []
+    for mark, content in zip(marks, contents, strict=True):
+        before, found, rest = rest.partition(mark)
+        if not found:
+            raise UserError("the base's chat template does not show every message")
+        result += [*ids(before), *user_ids(tokenizer, content)]
+    return [*result, *ids(rest)]
+
+
 def without_trained(template: Template) -> Template:
     """A template without its trained tokens, which mean nothing without a memory."""
     ids = (

@@ -6,6 +6,7 @@ is right behind a space, and before what follows the question, which is not.
 """
 
 import copy
+import itertools
 from typing import Any
 
 import tokenizers
@@ -62,11 +63,10 @@ def between(tokenizer: Any, text: str) -> tuple[int, ...]:
     With them both have the ids that they have alone; where there are no such ids, those of the text
     alone.
     """
-    alone = [_ids(tokenizer, probe) for probe in PROBES]
-    pairs = list(zip(PROBES, PROBES[1:], alone, alone[1:], strict=False))
     for padding in PADDINGS:
         found = set()
-        for first, second, first_ids, second_ids in pairs:
+        for first, second in itertools.pairwise(PROBES):
+            first_ids, second_ids = _ids(tokenizer, first), _ids(tokenizer, second)
             ids = _ids(tokenizer, f"{first}{text}{padding}{second}")
             middle = ids[len(first_ids) : len(ids) - len(second_ids)]
             fits = ids == [*first_ids, *middle, *second_ids]

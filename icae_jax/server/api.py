@@ -59,6 +59,7 @@ _ERRORS = {
     403: "wrong host or origin, or a store that is only read",
     404: "no such memory or model",
     409: "the id is a document's of the store",
+    408: "the body has not come in time",
     413: "the body is too large",
     429: "too many requests wait; see Retry-After",
     500: "the server or a stored memory is damaged",
@@ -117,6 +118,7 @@ def make_app(
         hosts=hosts,
         origins=options.cors,
         most_bytes=int(options.max_body_mib * (1 << 20)),
+        seconds=options.timeout,
         status=lambda: service.status,
     )
     if options.cors:
@@ -124,7 +126,8 @@ def make_app(
             CORSMiddleware,
             allow_origins=list(options.cors),
             allow_methods=["GET", "POST", "DELETE"],
-            allow_headers=["authorization", "content-type"],
+            allow_headers=["*"],
+            expose_headers=["X-Request-Id", "Retry-After"],
         )
     app.add_middleware(middleware.AccessLog, file=log, ended=service.metrics.request)
     return app
@@ -142,7 +145,7 @@ def _add_answers(app: FastAPI, service: Service) -> None:
     )
     async def chat(request: Request, body: schema.ChatRequest) -> Any:
         _check_model(service, body.model)
-        asked = await _while_connected(request, service.blocking(service.asker.chat, body))
+        asked = await _while_connected(request, _ask(request, service, service.asker.chat, body))
         answer = Answer(CHAT, service.name, [asked], service.tokens, bool(body.logprobs))
         return await _answered(request, service, body, answer)
 
@@ -154,10 +157,23 @@ def _add_answers(app: FastAPI, service: Service) -> None:
     )
     async def completions(request: Request, body: schema.CompletionRequest) -> Any:
         _check_model(service, body.model)
-        asked = await _while_connected(request, service.blocking(service.asker.completions, body))
+        asked = await _while_connected(
+            request, _ask(request, service, service.asker.completions, body)
+        )
         logprobs = body.logprobs is not None
         answer = Answer(COMPLETION, service.name, asked, service.tokens, logprobs)
         return await _answered(request, service, body, answer)
+
+
+def _ends(request: Request, service: Service) -> float:
+    """When a request must have been answered, on the monotonic clock."""
+    return request.scope["state"]["began"] + service.options.timeout
+
+
+def _ask(request, service, call, body):
+    """What a request asks the engine for; a coroutine."""
+    compressing = body.context is not None and body.compress
+    return service.blocking(_ends(request, service), compressing, call, body)
 
 
 def _check_model(service, model):
@@ -175,21 +191,21 @@ async def _answered(request, service, body, answer: Answer) -> Response:
     if body.stream_options is not None and not body.stream:
         raise ApiError(400, "stream_options is given without stream: true", "stream_options")
     if not body.stream:
-        feed = service.feed(answer.asked, streamed=False)
+        feed = service.feed(_ends(request, service), answer.asked, streamed=False)
         await _while_connected(request, _collect(feed, answer))
         _note(request, service, feed, answer.usage())
         return JSONResponse(answer.whole())
-    feed = service.feed(answer.asked, streamed=True)
+    feed = service.feed(_ends(request, service), answer.asked, streamed=True)
     await _while_connected(request, feed.wait(FIRST_SECONDS))
     usage = bool(body.stream_options and body.stream_options.include_usage)
 
     async def events() -> AsyncGenerator[dict, None]:
         for chunk in answer.opening():
-            yield chunk
+            yield chunk | ({"usage": None} if usage else {})
         async for choice, piece in feed.pieces():
             answer.add(choice, piece)
             if chunk := answer.chunk(choice, piece):
-                yield chunk
+                yield chunk | ({"usage": None} if usage else {})
         if usage:
             yield answer.closing()
 
@@ -280,6 +296,10 @@ async def _while_connected(request: Request, work: Awaitable[T]) -> T:
 def _add_memories(app: FastAPI, service: Service) -> None:
     memories = service.memories
 
+    async def look_up(request: Request, call: Callable[..., T], *arguments: Any) -> T:
+        work = service.blocking(_ends(request, service), False, call, *arguments)
+        return await _while_connected(request, work)
+
     @app.post(
         "/v1/memories",
         tags=["memories"],
@@ -294,7 +314,7 @@ def _add_memories(app: FastAPI, service: Service) -> None:
             _check_id(body.id)
         metadata = checked_metadata(body.metadata)
         arguments = (body.text, size, "text", body.id, metadata, body.keep)
-        work = service.blocking(memories.compress, *arguments)
+        work = service.blocking(_ends(request, service), True, memories.compress, *arguments)
         kept, new = await _while_connected(request, work)
         return JSONResponse(kept.facts(), 201 if new else 200)
 
@@ -305,11 +325,12 @@ def _add_memories(app: FastAPI, service: Service) -> None:
         response_model=schema.MemoryList,
     )
     async def page(
+        request: Request,
         limit: Annotated[int, Query(ge=1, le=100)] = 20,
         after: Annotated[str | None, Query(max_length=schema.LONGEST_ID)] = None,
         prefix: Annotated[str, Query(max_length=schema.LONGEST_ID)] = "",
     ) -> Response:
-        facts, more = await service.blocking(memories.page, prefix, after, limit)
+        facts, more = await look_up(request, memories.page, prefix, after, limit)
         ids = [one["id"] for one in facts] or [None]
         return JSONResponse(
             {
@@ -329,8 +350,7 @@ def _add_memories(app: FastAPI, service: Service) -> None:
         responses={200: {"content": _STREAM}},
     )
     async def restore(request: Request, memory_id: MemoryId, body: schema.RestoreRequest) -> Any:
-        work = service.blocking(service.asker.restore, memory_id, body)
-        asked = await _while_connected(request, work)
+        asked = await look_up(request, service.asker.restore, memory_id, body)
         return await _restored(request, service, memory_id, asked, bool(body.stream))
 
     @app.get(
@@ -339,8 +359,8 @@ def _add_memories(app: FastAPI, service: Service) -> None:
         summary="What a memory is",
         response_model=schema.MemoryObject,
     )
-    async def facts(memory_id: MemoryId) -> Response:
-        return JSONResponse(await service.blocking(memories.facts, memory_id))
+    async def facts(request: Request, memory_id: MemoryId) -> Response:
+        return JSONResponse(await look_up(request, memories.facts, memory_id))
 
     @app.delete(
         "/v1/memories/{memory_id:path}",
@@ -348,8 +368,9 @@ def _add_memories(app: FastAPI, service: Service) -> None:
         summary="Remove a memory",
         response_model=schema.Deleted,
     )
-    async def remove(memory_id: MemoryId) -> Response:
-        await service.blocking(memories.remove, memory_id)
+    async def remove(request: Request, memory_id: MemoryId) -> Response:
+        work = service.blocking(_ends(request, service), True, memories.remove, memory_id)
+        await _while_connected(request, work)
         return JSONResponse({"id": memory_id, "object": "memory.deleted", "deleted": True})
 
 
@@ -360,7 +381,7 @@ def _check_id(memory_id):
 
 async def _restored(request, service, memory_id, asked: Asked, stream: bool) -> Response:
     answer = Answer(COMPLETION, service.name, [asked], service.tokens, logprobs=False)
-    feed = service.feed([asked], streamed=stream)
+    feed = service.feed(_ends(request, service), [asked], streamed=stream)
     if not stream:
         await _while_connected(request, _collect(feed, answer))
         _note(request, service, feed, answer.usage())

@@ -12,8 +12,14 @@ from icae_jax.inference.requests import Request
 from icae_jax.inference.sampling import Sampling
 from icae_jax.inference.texts import Size
 from icae_jax.interop.hub.text import user_ids
-from icae_jax.interop.prompts import Turn, conversation_ids, without_memory, without_trained
-from icae_jax.objectives.targets import Template, make_template
+from icae_jax.interop.prompts import (
+    Turn,
+    chat_ids,
+    conversation_ids,
+    without_memory,
+    without_trained,
+)
+from icae_jax.objectives.targets import Template
 from icae_jax.server.failures import ApiError
 from icae_jax.server.memories import Kept, Memories
 from icae_jax.server.schema import (
@@ -57,37 +63,31 @@ class Asker:
         self.compressor, self.memories = compressor, memories
         self.max_new_tokens = max_new_tokens
         self.template: Template = compressor.adapter.template
-        tokenizer = compressor.base.tokenizer
         # Without a memory a base is asked in its own chat template, if it has one.
-        self.plain: Template = (
-            make_template("chat", tokenizer)
-            if tokenizer.chat_template
-            else without_trained(self.template)
-        )
+        self.chats = bool(compressor.base.tokenizer.chat_template)
 
     # --- The three kinds of requests ---
 
     def chat(self, body: ChatRequest) -> Asked:
         """A chat's next answer."""
-        turns, question = conversation(body.messages)
+        system, turns, question = conversation(body.messages)
+        self._check_lengths("messages", system, *turns, question)
         kept = self._memory(body)
-        template = self.plain if kept is None else self.template
+        text = self._text(body)
         with self.memories.tokenizing:
             try:
-                tokenizer = self.compressor.base.tokenizer
-                prompt = conversation_ids(turns, question, tokenizer, template)
+                if kept is None:
+                    prompt = self._plain(system, turns, question, body.context, text)
+                else:
+                    prompt = self._framed(self.template, system, turns, question)
             except UserError as error:
                 raise ApiError(400, str(error), "messages", "invalid_value") from error
-        prefix = None
-        if kept is None:
-            prompt = without_memory(template, tokenizer, self._text(body), prompt)
-        else:
-            prefix = self.memories.prefix(kept, template=True)
+        prefix = None if kept is None else self.memories.prefix(kept, template=True)
         alternatives = (body.top_logprobs or 0) if body.logprobs else 0
         if body.top_logprobs and not body.logprobs:
             raise ApiError(400, "top_logprobs is given without logprobs: true", "top_logprobs")
         most = body.max_completion_tokens or body.max_tokens
-        stop = (*self.compressor.reader.stop_ids("qa"), template.stop)
+        stop = self.compressor.reader.stop_ids("qa")
         return self._asked(body, prompt, "qa", kept, prefix, most, alternatives, stop)
 
     def completions(self, body: CompletionRequest) -> list[Asked]:
@@ -116,6 +116,41 @@ class Asker:
         return self._asked(request, trigger, "ae", kept, prefix, most, 0, stop)
 
     # --- Their parts ---
+
+    def _framed(self, template, system, turns, question) -> list[int]:
+        """A conversation in a template; the system's words stand before the first question."""
+        texts = [text for turn in turns for text in turn] + [question]
+        texts[0] = "\n\n".join([*system, texts[0]])
+        turns = [Turn(q, a) for q, a in zip(texts[:-1:2], texts[1::2], strict=True)]
+        return conversation_ids(turns, texts[-1], self.compressor.base.tokenizer, template)
+
+    def _plain(self, system, turns, question, context, context_ids) -> list[int]:
+        """What the base alone reads: the context, if there is one, before the first question."""
+        tokenizer = self.compressor.base.tokenizer
+        if not self.chats:
+            template = without_trained(self.template)
+            prompt = self._framed(template, system, turns, question)
+            return without_memory(template, tokenizer, context_ids, prompt)
+        texts = [text for turn in turns for text in turn] + [question]
+        if context_ids:
+            texts[0] = f"{context}\n{texts[0]}"
+        messages = [
+            {"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)
+        ]
+        if not system:
+            return chat_ids(messages, tokenizer)
+        words = "\n\n".join(system)
+        try:
+            return chat_ids([{"role": "system", "content": words}, *messages], tokenizer)
+        except UserError:  # of a template that knows no system
+            messages[0]["content"] = f"{words}\n\n{messages[0]['content']}"
+            return chat_ids(messages, tokenizer)
+
+    def _check_lengths(self, param, *texts) -> None:
+        """ApiError 400 if texts are far longer than the base has positions for."""
+        positions = self.compressor.base.config.max_position_embeddings
+        for text in texts:
+            self.memories.check_length("".join(text), positions, param)
 
     def _memory(self, body: Sampled) -> Kept | None:
         """What is to be read as memory; None for nothing."""
@@ -150,6 +185,7 @@ class Asker:
         rows = []
         for one in prompt:
             if isinstance(one, str):
+                self._check_lengths("prompt", one)
                 with self.memories.tokenizing:
                     one = _ids(tokenizer, one, "prompt")
             if not one:
@@ -207,7 +243,9 @@ class Asker:
             if getattr(body, name) is not None
         }
         stop = [body.stop] if isinstance(body.stop, str) else body.stop or ()
-        seed = secrets.randbelow(SEEDS) if body.seed is None else body.seed
+        seed = secrets.randbelow(SEEDS) if body.seed is None else body.seed % SEEDS
+        if given.get("top_p") == 0:  # the best token alone
+            given |= {"top_p": 1.0, "top_k": 1}
         return Sampling(
             max_new_tokens=most,
             seed=seed,
@@ -225,12 +263,11 @@ def size_of(ratio: float | None, memory_tokens: int | None) -> Size:
     return Size(tokens=memory_tokens, ratio=ratio)
 
 
-def conversation(messages: Sequence[Message]) -> tuple[list[Turn], str]:
-    """Earlier turns, and the question.
+def conversation(messages: Sequence[Message]) -> tuple[list[str], list[Turn], str]:
+    """What the system says, earlier turns, and the question.
 
-    What the system says stands before the first question, as in the templates of bases that know no
-    such role. Neighbours of one role are one turn. ApiError 400 unless user and assistant take
-    turns, from a user's to a user's.
+    Neighbours of one role are one turn. ApiError 400 unless user and assistant take turns, from a
+    user's to a user's.
     """
     system, turns = [], []
     for message in messages:
@@ -244,9 +281,8 @@ def conversation(messages: Sequence[Message]) -> tuple[list[Turn], str]:
     if not turns or turns[0][0] != "user" or turns[-1][0] != "user":
         raise ApiError(400, "messages must begin and end with one of the user", "messages")
     texts = [text for _, text in turns]
-    texts[0] = "\n\n".join([*system, texts[0]])
     earlier = [Turn(q, a) for q, a in zip(texts[:-1:2], texts[1::2], strict=True)]
-    return earlier, texts[-1]
+    return system, earlier, texts[-1]
 
 
 def _content(content: str | Sequence[TextPart]) -> str:

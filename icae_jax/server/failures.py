@@ -1,5 +1,6 @@
 """Errors as clients see them: OpenAI's form, a status, and nothing of the program."""
 
+import itertools
 import json
 import sys
 import traceback
@@ -14,6 +15,7 @@ from starlette.routing import Match, Route
 
 SHOWN = 200  # most characters of a client's own words in a message
 
+_KINDS = {"str", "int", "float", "bool", "list", "dict", "literal", "nullable"}
 _TYPES = {
     401: "authentication_error",
     403: "permission_error",
@@ -68,7 +70,8 @@ def shown(text: str) -> str:
 def of_validation(errors: Sequence[Mapping[str, Any]]) -> ApiError:
     """The first of pydantic's errors."""
     error = errors[0]
-    places = [part for part in error["loc"] if part != "body"]
+    # Behind a field pydantic names the kinds that it might have had.
+    places = itertools.takewhile(_is_place, [part for part in error["loc"] if part != "body"])
     param = ".".join(str(part)[:SHOWN] for part in places) or None
     if error["type"] == "json_invalid":
         return ApiError(400, "the body is not JSON", code="invalid_json")
@@ -84,6 +87,11 @@ def of_validation(errors: Sequence[Mapping[str, Any]]) -> ApiError:
         )
     message = " ".join(str(error["msg"]).split())[: 2 * SHOWN]
     return ApiError(400, f"{param or 'the body'}: {message}", param, "invalid_value")
+
+
+def _is_place(part: object) -> bool:
+    """Whether a part of a place is a field or a number, not one of pydantic's names of kinds."""
+    return isinstance(part, int) or (str(part).isidentifier() and part not in _KINDS)
 
 
 def install(app: FastAPI) -> None:

@@ -6,6 +6,7 @@ about one memory also share its place in the engine (`Request.prefix`).
 
 import collections
 import concurrent.futures
+import contextlib
 import dataclasses
 import functools
 import queue
@@ -28,7 +29,9 @@ from icae_jax.inference.texts import Size, content_hash
 from icae_jax.interop.hub import tokenizer as tokenizers
 from icae_jax.server.documents import Documents, damaged
 from icae_jax.server.failures import ApiError, shown
+from icae_jax.server.scheduler import is_out_of_memory, no_room
 
+CHARACTERS = 64  # more than a token has in any text but odd ones
 AT_ONCE = 16  # texts that wait are compressed together, up to so many
 STORE, CACHE = "store", "cache"
 
@@ -138,16 +141,26 @@ class Cache:
             return self._kept[key][0]
 
     def put(self, key: Hashable, kept: Kept) -> None:
-        """Keeps a memory, or counts its bytes anew; older ones go until there is room."""
-        kept.key, size = key, kept.held
+        """Keeps a memory; older ones go until there is room."""
+        kept.key = key
         with self._mutex:
-            self._take_out(key)
-            if size > self.most:
-                return
-            self._kept[key] = kept, size
-            self.used += size
-            while self.used > self.most:
-                self._take_out(next(iter(self._kept)))
+            self._put(key, kept)
+
+    def _put(self, key, kept):
+        self._take_out(key)
+        size = kept.held
+        if size > self.most:
+            return
+        self._kept[key] = kept, size
+        self.used += size
+        while self.used > self.most:
+            self._take_out(next(iter(self._kept)))
+
+    def count_again(self, kept: Kept) -> None:
+        """Counts the bytes of a memory anew, if it is still the one that is kept."""
+        with self._mutex:
+            if self._kept.get(kept.key, (None, 0))[0] is kept:
+                self._put(kept.key, kept)
 
     def drop(self, key: Hashable) -> bool:
         """Forgets a memory; whether it was there."""
@@ -160,10 +173,11 @@ class Cache:
         self.used -= self._kept.pop(key)[1]
         return True
 
-    def ids(self) -> list[str]:
-        """Ids of the memories that no store has, in their order."""
+    def named(self) -> list[Kept]:
+        """The memories that no store has, by their ids; none counts as used."""
         with self._mutex:
-            return sorted(key[1] for key in self._kept if key[0] == CACHE)
+            named = [kept for key, (kept, _) in self._kept.items() if key[0] == CACHE]
+        return sorted(named, key=lambda kept: kept.id)
 
 
 class Work(NamedTuple):
@@ -211,9 +225,12 @@ class Memories:
         self._thread.start()
 
     def close(self) -> None:
-        """Ends the thread, after what it was given."""
+        """Ends the thread, after what it has begun."""
         with self._asking:
             self._closed = True
+            with contextlib.suppress(queue.Empty):
+                while True:
+                    self._work.get_nowait().future.set_exception(_ending())
             self._work.put(None)
         self._thread.join()
 
@@ -288,9 +305,9 @@ class Memories:
         if self.documents is not None:
             facts = [entry_facts(e) for e in self.documents.page(prefix, after, limit + 1)]
         else:
-            ids = [i for i in self.cache.ids() if i.startswith(prefix) and i > (after or "")]
-            kept = [self.cache.get((CACHE, i)) for i in ids[: limit + 1]]
-            facts = [one.facts() for one in kept if one is not None]
+            named = [kept for kept in self.cache.named() if kept.id.startswith(prefix)]
+            behind = [kept.facts() for kept in named if after is None or kept.id > after]
+            facts = behind[: limit + 1]
         return facts[:limit], len(facts) > limit
 
     def together(self, parts: Sequence[Kept]) -> Kept:
@@ -305,7 +322,7 @@ class Memories:
                 "together; compress them alike",
                 "memory",
             )
-        key = ("together", *(part.key for part in parts))
+        key = ("together", *((part.key, part.content_hash) for part in parts))
         with self._reading:
             kept = self.cache.get(key)
             if kept is None:
@@ -325,14 +342,29 @@ class Memories:
             if headed not in kept.prefixes:
                 # Few shapes are compiled: a memory has whole segments.
                 kept.prefixes[headed] = _padded(self.compressor.prefix(kept.memory, headed))
-                if kept.key is not None and self.cache.drop(kept.key):
-                    self.cache.put(kept.key, kept)
+                self.cache.count_again(kept)
         return kept.prefixes[headed]
 
     # --- Compressing ---
 
+    def check_length(self, text: str, tokens: int, param: str) -> None:
+        """ApiError 400 if a text is far longer than so many tokens.
+
+        Tokenizing it to say how many it has would keep all others waiting.
+        """
+        most = tokens * CHARACTERS
+        if len(text) > most:
+            raise ApiError(
+                400,
+                f"{param} has {len(text):,} characters, and at most {tokens:,} tokens are taken; "
+                "send it in several parts",
+                param,
+                "context_length_exceeded",
+            )
+
     def context_ids(self, text: str, param: str) -> list[int]:
         """A text as the encoder reads it. ApiError 400 if it has too many tokens, or none."""
+        self.check_length(text, self.max_context_tokens, param)
         with self.tokenizing:
             try:
                 context = self.compressor.context_ids(text)
@@ -453,7 +485,8 @@ class Memories:
             return future.result()
         finally:
             with self._asking:
-                self._asked.pop(key, None)
+                if self._asked.get(key) is future:
+                    del self._asked[key]
 
     def _call(self, call: Callable[[], Any]) -> Any:
         with self._asking:
@@ -463,7 +496,7 @@ class Memories:
     def _give(self, context, k, call=None) -> concurrent.futures.Future:
         """Gives the thread something to do; with `_asking` held, so that nothing comes too late."""
         if self._closed:
-            raise ApiError(503, "the server is shutting down", code="draining")
+            raise _ending()
         future: concurrent.futures.Future = concurrent.futures.Future()
         self._work.put(Work(future, context, k, call))
         return future
@@ -482,9 +515,22 @@ class Memories:
                     _settle([work], lambda work=work: [work.call()])
             for k in sorted({work.k for work in batch if work.call is None}):
                 alike = [work for work in batch if work.call is None and work.k == k]
-                _settle(alike, lambda alike=alike, k=k: self._compress(alike, k))
+                self._compress_all(alike, k)
             if ended:
                 return
+
+    def _compress_all(self, alike: Sequence[Work], k: int) -> None:
+        """Compresses texts together: one by one if that fails, so that none spoils another."""
+        if len(alike) > 1:
+            try:
+                memories = self._compress(alike, k)
+            except Exception:
+                memories = []
+            for work, memory in zip(alike, memories, strict=False):
+                work.future.set_result(memory)
+            alike = alike[len(memories) :]
+        for work in alike:
+            _settle([work], lambda work=work: self._compress([work], k))
 
     def _compress(self, alike: Sequence[Work], k: int) -> list[Memory]:
         began = time.perf_counter()
@@ -494,13 +540,17 @@ class Memories:
         return memories
 
 
+def _ending():
+    return ApiError(503, "the server is shutting down", code="draining")
+
+
 def _settle(works: Sequence[Work], call: Callable[[], Sequence[Any]]) -> None:
     """Gives those that wait their results, or the error that there was."""
     try:
         results = call()
-    except BaseException as error:
+    except Exception as error:
         for work in works:
-            work.future.set_exception(error)
+            work.future.set_exception(no_room() if is_out_of_memory(error) else error)
         return
     for work, result in zip(works, results, strict=True):
         work.future.set_result(result)

@@ -1,5 +1,6 @@
 """What every request passes before the API: the log, hosts and origins, tokens, size."""
 
+import asyncio
 import datetime
 import hashlib
 import hmac
@@ -43,7 +44,7 @@ class AccessLog:
             await self.app(scope, receive, send)
             return
         began, line = time.monotonic(), {"id": secrets.token_hex(8)}
-        scope.setdefault("state", {})["log"] = line
+        scope.setdefault("state", {}).update(log=line, began=began)
         status, started = 0, False
 
         async def sending(message: Message) -> None:
@@ -88,6 +89,7 @@ class Guard:
             another site's page, whose name was made to lead here, from asking.
         origins: of pages that may ask, beside the server's own.
         most_bytes: of a body.
+        seconds: in which a body must have come.
         status: of the server: "ready" if it takes requests.
     """
 
@@ -98,10 +100,11 @@ class Guard:
         hosts: Sequence[str],
         origins: Sequence[str],
         most_bytes: int,
+        seconds: float,
         status: Callable[[], str],
     ):
         self.app, self.hosts, self.origins = app, hosts, origins
-        self.most_bytes, self.status = most_bytes, status
+        self.most_bytes, self.seconds, self.status = most_bytes, seconds, status
         self._digests = [_digest(token) for token in tokens]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -115,21 +118,20 @@ class Guard:
         except ApiError as error:
             await error.response()(scope, receive, send)
             return
-        await self.app(scope, self._limited(receive), send)
+        await self.app(scope, self._limited(scope, receive), send)
 
     def _check(self, scope, headers):
         host = _host(headers.get("host", ""))
         if self.hosts and host not in self.hosts:
             raise ApiError(403, f"this server is not called {shown(host)}", code="wrong_host")
         origin = headers.get("origin")
-        if origin is not None and origin not in self.origins:
-            own = urlsplit(origin).netloc == headers.get("host", "")
-            if not own:
-                raise ApiError(
-                    403,
-                    f"pages of {shown(origin)} may not ask; name them with --cors",
-                    code="wrong_origin",
-                )
+        own = origin is None or origin.partition("://")[2] == headers.get("host", "")
+        if not own and origin not in self.origins:
+            raise ApiError(
+                403,
+                f"pages of {shown(origin)} may not ask; name them with --cors",
+                code="wrong_origin",
+            )
         path = scope["path"]
         if self._digests and path not in OPEN_PATHS and not path.startswith(OPEN_FOLDER):
             self._check_token(headers.get("authorization", ""))
@@ -157,12 +159,18 @@ class Guard:
                 headers={"WWW-Authenticate": "Bearer"},
             )
 
-    def _limited(self, receive: Receive) -> Receive:
-        taken = 0
+    def _limited(self, scope: Scope, receive: Receive) -> Receive:
+        taken, whole = 0, False
 
         async def receiving() -> Message:
-            nonlocal taken
-            message = await receive()
+            nonlocal taken, whole
+            ends = scope["state"]["began"] + self.seconds
+            try:
+                async with asyncio.timeout(None if whole else ends - time.monotonic()):
+                    message = await receive()
+            except TimeoutError:
+                raise HTTPException(408, "the body has not come in time") from None
+            whole = not message.get("more_body", False)
             if message["type"] == "http.request":
                 taken += len(message.get("body", b""))
                 if taken > self.most_bytes:

@@ -174,15 +174,18 @@ class Scheduler:
         self._thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
 
     def start(self) -> None:
-        """Starts the thread."""
-        self._thread.start()
+        """Starts the thread, unless it was stopped before."""
+        with self._condition:
+            if not self._stopping:
+                self._thread.start()
 
     def stop(self) -> None:
         """Ends the thread; what runs is given up."""
         with self._condition:
             self._stopping = True
             self._condition.notify()
-        self._thread.join()
+        if self._thread.is_alive():
+            self._thread.join()
 
     # --- Any thread ---
 
@@ -194,6 +197,13 @@ class Scheduler:
         """
         for job in jobs:
             self._lane(job.request)
+        if len(jobs) > self._queue:
+            raise ApiError(
+                400,
+                f"prompts and n ask for {len(jobs)} answers at once, the server takes at most "
+                f"{self._queue}; ask for fewer",
+                "n",
+            )
         with self._condition:
             if self._stopping:
                 raise ApiError(503, "the server is shutting down", code="draining")
@@ -252,6 +262,8 @@ class Scheduler:
         for lane in self._lanes[:count]:
             lane.engine = self._make_engine(lane.bucket)
             for together in requests(lane.bucket):
+                if self._stopping:
+                    return
                 list(lane.engine.run(together))
 
     def _run(self):
@@ -300,7 +312,7 @@ class Scheduler:
         while lane.waiting:
             if lane.engine is None and not self._open(lane):
                 self._leave_queue(len(lane.waiting))
-                yield from ((job, Piece(error=_no_room())) for job in lane.waiting)
+                yield from ((job, Piece(error=no_room())) for job in lane.waiting)
                 lane.waiting.clear()
                 return
             job = lane.waiting[0]
@@ -352,7 +364,7 @@ class Scheduler:
             if is_out_of_memory(error):
                 _tell(f"no memory for a step of {lane.bucket}")
                 lane.bucket = lane.bucket._replace(rows=max(1, lane.bucket.rows // 2))
-                failure = _no_room()
+                failure = no_room()
             else:
                 failure = of_fault(error)
             return [(job, Piece(error=failure)) for job in jobs]
@@ -373,7 +385,8 @@ def _deliver(pieces):
             job.deliver(piece)
 
 
-def _no_room() -> ApiError:
+def no_room() -> ApiError:
+    """What a client is told where devices have too little memory."""
     return ApiError(
         503,
         "the devices have no memory for a request of this size; try again, or send a shorter one",

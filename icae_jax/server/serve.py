@@ -1,6 +1,7 @@
 """Runs the server: takes the port, loads, serves, and ends in order."""
 
 import contextlib
+import os
 import signal
 import socket
 import sys
@@ -104,5 +105,9 @@ def serve(options: Options) -> int:
         )
         for sig in (signal.SIGTERM, signal.SIGINT):  # uvicorn's handlers until it has ended
             signal.signal(sig, signal.SIG_IGN)
-        Server(config, service).run([listening])
+        server = Server(config, service)
+        server.run([listening])
+        if server.force_exit:
+            sys.stderr.flush()
+            os._exit(0)  # threads may still compress; what the store was given is on disk
     return 0

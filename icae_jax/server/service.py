@@ -72,8 +72,11 @@ class Service:
         )
         self.status = "warming_up"
         self._watch()
-        self._threads = concurrent.futures.ThreadPoolExecutor(THREADS, "memories")
-        self._preparing = 0  # requests whose memories are looked up or compressed
+        self._warming_up: threading.Thread | None = None
+        # Who asks about what is there does not wait for texts that others have compressed.
+        self._looking_up = concurrent.futures.ThreadPoolExecutor(THREADS, "looking up")
+        self._compressing = concurrent.futures.ThreadPoolExecutor(THREADS, "compressing")
+        self._preparing = 0  # calls that run or wait on these threads
         self._lately = 1.0  # seconds that requests took
 
     def _watch(self):
@@ -118,15 +121,21 @@ class Service:
                 self.status = "ready"
                 ready()
 
-        threading.Thread(target=warm_up, name="warming up", daemon=True).start()
+        self._warming_up = threading.Thread(target=warm_up, name="warming up", daemon=True)
+        self._warming_up.start()
 
     def close(self) -> None:
         """Ends the threads, and closes the store."""
-        self.scheduler.stop()
-        self.memories.close()
-        self._threads.shutdown(wait=False, cancel_futures=True)
-        if self.documents is not None:
-            self.documents.close()
+        try:
+            self.scheduler.stop()
+            if self._warming_up is not None:
+                self._warming_up.join()  # it ends behind the program that it compiles
+            self.memories.close()
+            for threads in (self._looking_up, self._compressing):
+                threads.shutdown(wait=False, cancel_futures=True)
+        finally:
+            if self.documents is not None:
+                self.documents.close()
 
     def _warming(self, bucket: Bucket) -> list[list[Request]]:
         """Requests behind a memory and without: one, and as many as go together."""
@@ -153,22 +162,33 @@ class Service:
 
     # --- Blocking work ---
 
-    async def blocking(self, call: Callable[..., T], *arguments: Any) -> T:
-        """Runs what looks up or compresses memories. ApiError 429 if too many wait for that."""
+    async def blocking(
+        self, ends: float, compressing: bool, call: Callable[..., T], *arguments: Any
+    ) -> T:
+        """Runs what looks up or compresses memories on a thread.
+
+        ends: when it must have ended, on the monotonic clock. ApiError 429 if too many calls wait,
+        those of clients that have gone among them, 504 if it takes too long.
+        """
         if self._preparing >= self.options.queue + THREADS:
             raise self._busy(Full(1))
         self._preparing += 1
-        try:
-            loop = asyncio.get_running_loop()
-            future = loop.run_in_executor(self._threads, call, *arguments)
-            async with asyncio.timeout(self.options.timeout):
-                return await future
-        except TimeoutError:
-            raise self._late() from None
-        finally:
+        loop = asyncio.get_running_loop()
+
+        def ended(future: object = None) -> None:
             self._preparing -= 1
 
-    def _late(self):
+        threads = self._compressing if compressing else self._looking_up
+        future = threads.submit(call, *arguments)
+        future.add_done_callback(lambda _: loop.call_soon_threadsafe(ended))
+        try:
+            async with asyncio.timeout(ends - time.monotonic()):
+                return await asyncio.wrap_future(future)
+        except TimeoutError:
+            raise self.late() from None
+
+    def late(self) -> ApiError:
+        """What a client is told whose request took too long."""
         return ApiError(
             504, f"the request took more than {self.options.timeout:g} s", code="timeout"
         )
@@ -179,9 +199,13 @@ class Service:
 
     # --- Decoding ---
 
-    def feed(self, asked: Sequence[Asked], streamed: bool) -> "Feed":
-        """Has prompts decoded. ApiError 429 if they may not wait for a row."""
-        feed = Feed(self, [request for one in asked for request in one.requests], streamed)
+    def feed(self, ends: float, asked: Sequence[Asked], streamed: bool) -> "Feed":
+        """Has prompts decoded. ApiError 429 if they may not wait for a row.
+
+        ends: when they must have ended, on the monotonic clock.
+        """
+        requests = [request for one in asked for request in one.requests]
+        feed = Feed(self, ends, requests, streamed)
         try:
             self.scheduler.submit(feed.jobs, self._lately)
         except Full as full:
@@ -196,9 +220,9 @@ class Service:
 class Feed:
     """The pieces of a request's choices, as they come."""
 
-    def __init__(self, service: Service, requests: Sequence[Request], streamed: bool):
-        self._service, self._queue = service, asyncio.Queue()
-        self._began = asyncio.get_running_loop().time()
+    def __init__(self, service: Service, ends: float, requests: Sequence[Request], streamed: bool):
+        self._service, self._queue, self._ends = service, asyncio.Queue(), ends
+        self._began = time.monotonic()
         self.jobs = [
             Job(request, lambda piece, i=i: self._queue.put_nowait((i, piece)), streamed)
             for i, request in enumerate(requests)
@@ -223,21 +247,20 @@ class Feed:
     async def pieces(self) -> AsyncIterator[tuple[int, Piece]]:
         """(choice, piece), until all have ended. ApiError if one was given up, or time is over."""
         service = self._service
-        loop, ends = asyncio.get_running_loop(), self._began + service.options.timeout
         try:
             while self._left:
                 try:
-                    async with asyncio.timeout_at(ends):
+                    async with asyncio.timeout(self._ends - time.monotonic()):
                         choice, piece = (
                             self._first.pop() if self._first else await self._queue.get()
                         )
                 except TimeoutError:
-                    raise service._late() from None
+                    raise service.late() from None
                 if piece.error is not None:
                     raise piece.error
                 self._left -= piece.last
                 yield choice, piece
-            service.took(loop.time() - self._began)
+            service.took(time.monotonic() - self._began)
             for job in self.jobs:
                 service.metrics.first_token(job.first_seconds or 0.0)
         finally:
