@@ -20,6 +20,7 @@ import time
 
 import faults
 import faults_of_bench_ask
+import faults_of_bench_serve
 import faults_of_chat
 import faults_of_exports
 import faults_of_filling
@@ -139,6 +140,7 @@ def main():
         for module in (
             faults,
             faults_of_bench_ask,
+            faults_of_bench_serve,
             faults_of_chat,
             faults_of_exports,
             faults_of_filling,

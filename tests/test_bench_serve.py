@@ -1,11 +1,13 @@
 """`icae bench serve`: what is asked, what is made of the answers, and the whole of it."""
 
 import http.server
+import io
 import itertools
 import json
 import math
 import threading
 import time
+import types
 
 import pytest
 
@@ -129,6 +131,30 @@ def test_a_client_reads_answers_whole_and_streamed(fake, monkeypatch):
     assert fake.handler.asked[0] == ("/whole", {}, "Bearer first")
     assert len(fake.handler.connections) == 1  # kept
     client.close()
+
+
+@pytest.mark.parametrize(
+    ("pieces", "first"),
+    [
+        ([chunk(""), chunk(""), chunk("a"), chunk("", "stop")], 3),
+        ([chunk(""), chunk("", "stop")], 2),  # an answer without a text
+        ([chunk(""), {"choices": [chunk("")["choices"][0] | {"logprobs": {"content": []}}]}], 2),
+    ],
+)
+def test_the_first_token_is_no_empty_piece(monkeypatch, pieces, first):
+    """Breaks when the role, which is sent before anything is decoded, counts as the first token."""
+    lines = events(*pieces, "[DONE]").splitlines(keepends=True)
+    reading = io.BytesIO(b"".join(line for line in lines if line.strip()))
+    read = [0]
+
+    def readline():
+        read[0] += 1
+        return reading.readline()
+
+    monkeypatch.setattr(bench_serve_client.time, "perf_counter", lambda: read[0])
+    response = types.SimpleNamespace(readline=readline)
+    streamed = bench_serve_client._streamed.__wrapped__(response, 0)
+    assert streamed.first == first and not streamed.error
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,148 @@
+"""Deliberate faults of `icae bench serve` (`faults.py` has those of the rest)."""
+
+from faults import Mutant
+
+TESTS = "test_bench_serve.py"
+
+MUTANTS = [
+    Mutant(
+        "a pass of many clients is not compared",
+        "performance/bench_serve.py",
+        "                passes.append(answers)\n",
+        "",
+        f"{TESTS} -k take_turns",
+    ),
+    Mutant(
+        "the pass that compiles is what answers are compared with",
+        "performance/bench_serve.py",
+        '"answers": self._compared(alone, passes)',
+        '"answers": self._compared(together, passes)',
+        f"{TESTS} -k take_turns",
+    ),
+    Mutant(
+        "a ratio of throughputs is upside down",
+        "performance/bench_serve.py",
+        'r["alone"]["seconds"] / r["together"]["seconds"]',
+        'r["together"]["seconds"] / r["alone"]["seconds"]',
+        f"{TESTS} -k take_turns",
+    ),
+    Mutant(
+        "every difference is a tie",
+        "performance/bench_serve.py",
+        '"tied" if margins[-1] < TIE else "different"',
+        '"tied"',
+        f"{TESTS} -k take_turns",
+    ),
+    Mutant(
+        "failed requests are no errors",
+        "performance/bench_serve.py",
+        "            if answer.error:\n                self._errors[",
+        "            if not answer.error:\n                self._errors[",
+        f"{TESTS} -k take_turns",
+    ),
+    Mutant(
+        "failed requests count as throughput",
+        "performance/bench_serve.py",
+        "right = [answer for answer in answers if not answer.error]",
+        "right = list(answers)",
+        f"{TESTS} -k figures",
+    ),
+    Mutant(
+        "the 99th percentile is the worst",
+        "performance/bench_serve.py",
+        "math.ceil(len(ordered) * p / 100) - 1",
+        "math.ceil(len(ordered) * p / 100) - (p < 99)",
+        f"{TESTS} -k percentiles",
+    ),
+    Mutant(
+        "a margin is the one behind the parting",
+        "performance/bench_serve.py",
+        "        if not text.startswith(read):\n            return",
+        "        if not read.startswith(text):\n            return",
+        f"{TESTS} -k margin",
+    ),
+    Mutant(
+        "only the first page of contexts is forgotten",
+        "performance/bench_serve.py",
+        '        if not page["has_more"]:\n            return\n',
+        "        return\n",
+        f"{TESTS} -k forgotten",
+    ),
+    Mutant(
+        "a soak asks what was asked before",
+        "performance/bench_serve.py",
+        "self._draw(len(self._drawn) + done, until - done)",
+        "self._draw(done, until - done)",
+        f"{TESTS} -k soak",
+    ),
+    Mutant(
+        "growth is of the last tenth alone",
+        "performance/bench_serve.py",
+        'points[STEPS // 2]["rss"]',
+        'points[-2]["rss"]',
+        f"{TESTS} -k soak",
+    ),
+    Mutant(
+        "clients ask one after the other",
+        "performance/bench_serve_client.py",
+        "        for thread in threads:\n            thread.start()\n",
+        "        for thread in threads:\n            thread.start()\n            thread.join()\n",
+        f"{TESTS} -k at_once",
+    ),
+    Mutant(
+        "a stream that is cut counts as an answer",
+        "performance/bench_serve_client.py",
+        "    if not ended:\n",
+        "    if False:\n",
+        f"{TESTS} -k no_answer",
+    ),
+    Mutant(
+        "an error in a stream is passed over",
+        "performance/bench_serve_client.py",
+        '        if "error" in event:\n',
+        '        if "fault" in event:\n',
+        f"{TESTS} -k no_answer",
+    ),
+    Mutant(
+        "the role's empty piece is the first token",
+        "performance/bench_serve_client.py",
+        'if first is None and (text or finish or choice.get("logprobs")):',
+        "if first is None:",
+        f"{TESTS} -k empty_piece",
+    ),
+    Mutant(
+        "every request is streamed",
+        "performance/bench_serve_requests.py",
+        '    if rng.random() < 0.5:\n        body |= {"stream"',
+        '    if rng.random() < 1.5:\n        body |= {"stream"',
+        f"{TESTS} -k mixed",
+    ),
+    Mutant(
+        "contexts repeat, so that they are found",
+        "performance/bench_serve_requests.py",
+        'passage(f"request {seed} {number}", rng',
+        'passage(f"request {seed} {number % 9}", rng',
+        f"{TESTS} -k mixed",
+    ),
+    Mutant(
+        "all rounds ask about one document",
+        "performance/bench_serve_first.py",
+        'text = _words(words, f"{seed} {turn}")',
+        'text = _words(words, f"{seed}")',
+        f"{TESTS} -k first_tokens",
+    ),
+    Mutant(
+        "the turn that compiles counts",
+        "performance/bench_serve_first.py",
+        "    del turns[0]\n",
+        "",
+        f"{TESTS} -k first_tokens",
+    ),
+    Mutant(
+        "a long bucket has as many rows as a short one",
+        "server/scheduler.py",
+        "most_bytes // row_bytes[n] if token_bytes",
+        "rows if token_bytes",
+        "test_serve_answers.py -k than_pay",
+    ),
+]
