@@ -145,4 +145,11 @@ MUTANTS = [
         "rows if token_bytes",
         "test_serve_answers.py -k than_pay",
     ),
+    Mutant(
+        "a text that is read as it is attends to an empty memory",
+        "server/scheduler.py",
+        "bucket._replace(memory_tokens=0) for bucket",
+        "bucket for bucket",
+        "test_serve_answers.py -k looks_through",
+    ),
 ]

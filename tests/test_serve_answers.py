@@ -1,14 +1,18 @@
 """What `icae serve` says of tokens, and the order of turns, without a server."""
 
+import numpy as np
 import pytest
 from conftest import make_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from icae_jax.compression.decoder import Prefix
+from icae_jax.inference.requests import Request
+from icae_jax.inference.sampling import Sampling
 from icae_jax.server.answers import Tokens
 from icae_jax.server.asking import conversation
 from icae_jax.server.failures import ApiError
-from icae_jax.server.scheduler import Bucket, buckets
+from icae_jax.server.scheduler import Bucket, Scheduler, buckets, without_memory
 from icae_jax.server.schema import Message
 
 
@@ -97,3 +101,21 @@ def test_a_bucket_has_no_more_rows_than_pay(base_bytes, token_bytes, of_each):
     """Breaks when a step of a long bucket reads more of free rows than of the base."""
     got = buckets(8192, 16, base_bytes, token_bytes)
     assert [bucket.rows for bucket in got] == of_each
+
+
+def test_a_long_text_without_a_memory_looks_through_no_place_for_one():
+    """Breaks when a text that is read as it is attends to an empty memory of its own length."""
+    sizes = buckets(512, 4)
+    sizes = sorted([*sizes, *without_memory(sizes)])
+    scheduler = Scheduler(lambda bucket: None, sizes, 8, lambda _: None)
+    how, empty = Sampling(max_new_tokens=8), np.zeros((1, 1, 64, 1, 1), np.float32)
+    mask, zeros = np.ones((1, 64), bool), np.zeros((1, 64), np.int32)
+    prefix = Prefix(empty, empty, mask, zeros, zeros[:, 0])
+    for tokens, read, bucket in (
+        (100, None, (128, 128)),  # short ones share steps with those that have a memory
+        (200, None, (512, 0)),
+        (100, prefix, (128, 128)),
+        (200, prefix, (512, 512)),
+    ):
+        lane = scheduler._lane(Request([1] * tokens, how, 0, read))
+        assert (lane.bucket.tokens, lane.bucket.memory_tokens) == bucket

@@ -63,6 +63,14 @@ def buckets(positions: int, rows: int, base_bytes: int = 0, token_bytes: int = 0
     return [Bucket(n, padded(n), rows_of(n)) for n in sizes]
 
 
+def without_memory(sizes: Sequence[Bucket]) -> list[Bucket]:
+    """Buckets of the same sizes, but for the smallest, for requests that read no memory.
+
+    A long text that is read as it is would look through a place for a memory as long as itself.
+    """
+    return [bucket._replace(memory_tokens=0) for bucket in sizes[1:]]
+
+
 class Piece(NamedTuple):
     """What a request has grown by.
 
@@ -239,9 +247,9 @@ class Scheduler:
 
     def _lane(self, request: Request) -> _Lane:
         """The smallest bucket that holds a request."""
-        for lane in self._lanes:
-            if lane.holds(request):
-                return lane
+        fitting = [lane for lane in self._lanes if lane.holds(request)]
+        if fitting:
+            return min(fitting, key=lambda lane: (lane.bucket.tokens, lane.bucket.memory_tokens))
         largest = self._lanes[-1].bucket
         raise ApiError(
             400,

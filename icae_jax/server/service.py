@@ -24,12 +24,12 @@ from icae_jax.server.failures import ApiError, of_fault
 from icae_jax.server.memories import Memories
 from icae_jax.server.metrics import Metrics
 from icae_jax.server.options import Options
-from icae_jax.server.scheduler import Bucket, Full, Job, Piece, Scheduler, buckets
+from icae_jax.server.scheduler import Bucket, Full, Job, Piece, Scheduler, buckets, without_memory
 
 T = TypeVar("T")
 
 THREADS = 64  # requests that look up or compress memories at a time
-WARM_BUCKETS = 2  # whose programs are compiled before requests are taken
+WARM_BUCKETS = 3  # whose programs are compiled before requests are taken
 WARM_PROMPTS = 16, 48  # tokens
 
 
@@ -60,13 +60,11 @@ class Service:
         self.asker = Asker(compressor, self.memories, options.max_new_tokens)
         self.tokens = Tokens(compressor.base.tokenizer)
         self._loop: asyncio.AbstractEventLoop | None = None
+        positions = compressor.base.config.max_position_embeddings
+        sizes = buckets(positions, options.rows, *_sizes(compressor.decoder))
         self.scheduler = Scheduler(
             self._engine,
-            buckets(
-                compressor.base.config.max_position_embeddings,
-                options.rows,
-                *_sizes(compressor.decoder),
-            ),
+            sorted([*sizes, *without_memory(sizes)]),
             options.queue,
             lambda call: self._loop.call_soon_threadsafe(call),
         )
