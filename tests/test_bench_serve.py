@@ -287,7 +287,15 @@ def test_all_passes_take_turns_and_are_compared_with_what_was_given_alone(load):
     assert report["together"]["first"]["p50"]["median"] == 0.1
     assert "soak" not in report and "server" not in report
     assert sum(report["kinds"].values()) == 3
-    described = {"model": "m", "rows": 16, "cores": 2, "rounds": 2, "method": "icae", "base": "b"}
+    described = {
+        "model": "m",
+        "rows": 16,
+        "cores": 2,
+        "rounds": 2,
+        "method": "icae",
+        "base": "b",
+        "kv": False,
+    }
     described |= {"default_memory_tokens_per_segment": 4, "segment_tokens": 16}
     text = bench_serve_report.text(described | report)
     assert "9 equal to the one given alone, 2 part at a tie, 1 elsewhere" in text
@@ -316,7 +324,12 @@ def test_a_soak_asks_anew_and_tells_what_the_server_takes(load):
     assert soak["growth"] == pytest.approx(rss[-1] / rss[5] - 1) and soak["growth"] > 0
     assert report["together"]["cpu"]["median"] == pytest.approx(1 / 3)
     described = {"model": "m", "rows": None, "cores": 2, "rounds": 2, "method": "icae"}
-    described |= {"base": "b", "default_memory_tokens_per_segment": 4, "segment_tokens": 16}
+    described |= {
+        "base": "b",
+        "kv": False,
+        "default_memory_tokens_per_segment": 4,
+        "segment_tokens": 16,
+    }
     assert "25 other requests" in bench_serve_report.text(described | report)
 
 
@@ -377,21 +390,33 @@ def test_first_tokens_are_of_one_document_each_round():
     assert got["ways"]["full"] == {"median": 30.0, "min": 20.0, "max": 40.0}  # the first compiled
     asked = [body["messages"] for _, body in client.log]
     assert asked[0] == asked[2] and asked[0] != asked[1]
-    described = {"model": "m", "rows": 16, "cores": 2, "rounds": 3, "method": "icae", "base": "b"}
+    described = {
+        "model": "m",
+        "rows": 16,
+        "cores": 2,
+        "rounds": 3,
+        "method": "icae",
+        "base": "b",
+        "kv": False,
+    }
     described |= {"default_memory_tokens_per_segment": 4, "segment_tokens": 16}
     text = bench_serve_report.text(described | {"first_token": got})
     assert "documents of 200 tokens" in text and "stored memory, next question" in text
 
 
-def test_an_untrained_adapter_can_be_served(tiny_base, tmp_path):
-    """Breaks when what is saved is no adapter of that base, or a refusal is a traceback."""
+def test_what_a_server_is_to_open_is_made(tiny_base, tmp_path):
+    """Breaks when what is saved is no adapter of that base, its store is another's or keeps no K/V,
+    or a refusal is a traceback."""
     from icae_jax.inference import loading
     from icae_jax.performance.bench_ask_ways import Subject
 
-    bench_serve_first.save_untrained(Subject(base=str(tiny_base), k=4), str(tmp_path / "a"))
-    assert loading.load(tmp_path / "a").config.k == 4
+    paths = str(tmp_path / "a"), str(tmp_path / "s")
+    bench_serve_first.prepare(Subject(base=str(tiny_base), k=4), *paths)
+    compressor, store = loading.load_with_store(paths[1], paths[0])
+    assert compressor.config.k == 4 and store.info.kv == compressor.adapter.template.name
+    store.close()
     with pytest.raises(UserError, match="nowhere"):
-        bench_serve_first.save_untrained(Subject(base=str(tmp_path / "nowhere")), "b")
+        bench_serve_first.prepare(Subject(base=str(tmp_path / "nowhere")), "b")
 
 
 # --- Input ---
@@ -399,10 +424,16 @@ def test_an_untrained_adapter_can_be_served(tiny_base, tmp_path):
 
 @pytest.mark.parametrize(
     "given, said",
-    [({}, "--adapter"), ({"url": "http://x", "base": "b"}, "--url"), ({"adapter": "a",
-     "clients": 0}, "--clients is 0"), ({"adapter": "a", "soak": -1}, "--soak is -1"),
-     ({"adapter": "a", "ratio": math.nan}, "--ratio"), ({"adapter": "a", "save": "/"}, "--save")],
-)  # fmt: skip
+    [
+        ({}, "--adapter"),
+        ({"url": "http://x", "base": "b"}, "--url"),
+        ({"url": "http://x", "kv": True}, "--kv"),
+        ({"adapter": "a", "clients": 0}, "--clients is 0"),
+        ({"adapter": "a", "soak": -1}, "--soak is -1"),
+        ({"adapter": "a", "ratio": math.nan}, "--ratio"),
+        ({"adapter": "a", "save": "/"}, "--save"),
+    ],
+)
 def test_bad_input_is_named(given, said):
     """Breaks when a flag that cannot be is noticed after the server was started."""
     with pytest.raises(UserError, match=said):
@@ -441,7 +472,7 @@ def test_the_whole_of_it(tiny_base, tmp_path, capsys):
     assert report["soak"]["points"][-1]["requests"] == 20
     assert report["server"]["after"]["rss"] > 0 and report["ratio"]["median"] > 0
 
-    first = ["--first_token", "--context_tokens", "64", "--rounds", "2", "--json"]
+    first = ["--first_token", "--kv", "--context_tokens", "64", "--rounds", "2", "--json"]
     assert cli.main([*command[:6], *first]) == 0
     report = json.loads(capsys.readouterr().out)["first_token"]
     assert min(report["context_tokens"]) >= 56 and set(report["sooner"]) == {"stored", "kept"}

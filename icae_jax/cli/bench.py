@@ -238,6 +238,8 @@ def _serve_flags(options):
     add("--cache_mib", type=int, metavar="MIB", help=f"of the server, for memories {shown}")
     add("--url", help="a server that runs, in place of one that is started")
     add("--store", help="a store whose documents are asked about; by default one is made")
+    help_text = "the store that is made also keeps the K/V that the decoder reads of a memory"
+    add("--kv", action="store_true", help=help_text)
     add("--documents", type=int, metavar="N", help=f"of the store {shown}")
     add("--requests", type=int, metavar="N", help=f"of different kinds and lengths {shown}")
     add("--clients", type=int, metavar="N", help=f"that ask at once {shown}")

@@ -42,11 +42,11 @@ class Options:
     adapter, base, base_dtype, method, k, ratio: see `bench_ask_ways.Subject`. rows, cache_mib: of
     the server that is started. url: of one that runs, in place of all these. store: folder of
     documents that are asked about; by default one of `documents` documents is made, and removed at
-    the end. requests, clients: how many. new_tokens: the most of an answer. rounds: of which a
-    figure is the median. soak: that many other requests after the rounds, while memory is watched.
-    first_token: in place of the rounds, how much sooner a question on stored documents of
-    `context_tokens` tokens is answered than one on their text. seed: of all texts and lengths.
-    save: file for the report.
+    the end. kv: whether that one also keeps what the decoder reads of a memory. requests, clients:
+    how many. new_tokens: the most of an answer. rounds: of which a figure is the median. soak: that
+    many other requests after the rounds, while memory is watched. first_token: in place of the
+    rounds, how much sooner a question on stored documents of `context_tokens` tokens is answered
+    than one on their text. seed: of all texts and lengths. save: file for the report.
     """
 
     adapter: str | None = None
@@ -59,6 +59,7 @@ class Options:
     cache_mib: int = 64
     url: str | None = None
     store: str | None = None
+    kv: bool = False
     documents: int = 32
     requests: int = 1000
     clients: int = 64
@@ -85,6 +86,10 @@ class Options:
                 "--url names a server that runs, which has its own adapter, base and store; leave "
                 "out --adapter, --base and --store"
             )
+        if self.kv and (self.url or self.store):
+            raise UserError(
+                "--kv is of the store that is made; leave out --kv, or --url and --store"
+            )
         if not (self.url or self.adapter or self.base or self.store):
             raise UserError("give --adapter, --store, --url, or --base for an untrained adapter")
         if self.save and pathlib.Path(self.save).is_dir():
@@ -105,7 +110,7 @@ def bench(options: Options) -> dict[str, Any]:
         model = client.call("GET", "/v1/models")["data"][0]
         report = {"bench": "serve", "cores": len(os.sched_getaffinity(0))}
         report |= {"rows": None if options.url else options.rows, "rounds": options.rounds}
-        report |= {"model": model["id"], **model["compressor"]}
+        report |= {"kv": options.kv, "model": model["id"], **model["compressor"]}
         if options.first_token:
             sizes = options.context_tokens, options.rounds, options.seed
             report["first_token"] = bench_serve_first.measure(client, *sizes, _progress)
@@ -134,14 +139,16 @@ def _server(options, stack) -> tuple[Server | None, str]:
         return None, options.url
     folder = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="icae_bench_")))
     arguments = []
-    adapter, base = options.adapter, options.base
-    if adapter is None and options.store is None:
-        adapter = str(folder / "adapter")
-        names = ("base", "base_dtype", "method", "k", "ratio", "seed")
+    adapter, store = options.adapter, options.store or str(folder / "store")
+    untrained = adapter is None and options.store is None
+    if untrained or options.kv:
+        names = ("adapter", "base", "base_dtype", "method", "k", "ratio", "seed")
         subject = Subject(**{name: getattr(options, name) for name in names})
-        bench_serve_first.save_untrained(subject, adapter)
-    given = {"adapter": adapter, "base": base, "base_dtype": options.base_dtype}
-    given |= {"store": options.store or folder / "store", "rows": options.rows}
+        adapter = str(folder / "adapter") if untrained else adapter
+        made = adapter if untrained else None, store if options.kv else None
+        bench_serve_first.prepare(subject, *made)
+    given = {"adapter": adapter, "base": options.base, "base_dtype": options.base_dtype}
+    given |= {"store": store, "rows": options.rows}
     given |= {"cache_mib": options.cache_mib, "queue": max(256, options.clients)}
     for name, value in given.items():
         if value is not None:

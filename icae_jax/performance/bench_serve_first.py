@@ -8,6 +8,7 @@ Ways to ask, which take turns in every round, each round on a document of its ow
 """
 
 import concurrent.futures
+import dataclasses
 import multiprocessing
 from collections.abc import Callable
 from typing import Any
@@ -25,20 +26,27 @@ PREFIX = "icae-bench-first-"  # of the documents' ids
 PEOPLE = 4  # of a passage, many of which make a text
 
 
-def save_untrained(subject: Subject, folder: str) -> None:
-    """Saves an untrained adapter, in a process of its own that leaves no device in use.
+def prepare(subject: Subject, adapter: str | None = None, store: str | None = None) -> None:
+    """Makes what a server is to open, in a process of its own that leaves no device in use.
 
-    UserError on bad input.
+    adapter: folder for the subject's adapter. store: folder for an empty store that also keeps the
+    keys and values which the decoder reads of a memory. UserError on bad input.
     """
     spawn = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn) as pool:
-        pool.submit(_save_untrained, subject, folder).result()
+        pool.submit(_prepare, subject, adapter, store).result()
 
 
-def _save_untrained(subject, folder):
+def _prepare(subject, adapter, store):
+    from icae_jax.inference.store import Info, Writer
     from icae_jax.interop.adapters.folder import save_adapter
 
-    save_adapter(folder, subject.load().adapter)
+    compressor = subject.load()
+    if adapter is not None:
+        save_adapter(adapter, compressor.adapter)
+        compressor = dataclasses.replace(subject, adapter=adapter).load()
+    if store is not None:
+        Writer(store, Info.of(compressor, kv=compressor.adapter.template.name)).close()
 
 
 def measure(

@@ -81,10 +81,11 @@ def _taken(point):
 def _first(r) -> Iterator[str]:
     f = r["first_token"]
     least, most = f["context_tokens"]
+    kept = ", their K/V stored too" if r["kv"] else ""
     tokens = f"{least:,}" if least == most else f"{least:,} to {most:,}"
     yield (
-        f"documents of {tokens} tokens, {f['memory_tokens']} memory tokens; one question at a "
-        f"time, median (range) of {r['rounds']} rounds, each on a document of its own"
+        f"documents of {tokens} tokens, {f['memory_tokens']} memory tokens{kept}; one question "
+        f"at a time, median (range) of {r['rounds']} rounds, each on a document of its own"
     )
     yield f"  {'':31}{'prompt tokens':>14}{'first token, ms':>28}{'sooner':>26}"
     for way, seconds in f["ways"].items():
