@@ -165,9 +165,10 @@ def test_a_long_prompt_does_not_stop_the_others(engine_of, decoder):
     assert second.ids == slow_greedy(decoder.base.params, long)
 
 
-def test_a_request_can_be_ended_early(engine_of, decoder):
+@pytest.mark.parametrize("memory_tokens", [5, 0])
+def test_a_request_can_be_ended_early(engine_of, decoder, memory_tokens):
     """Breaks when the row is not free then, or what was left in it disturbs the next request."""
-    engine = engine_of(rows=1)
+    engine = engine_of(rows=1, memory_tokens=memory_tokens)
     gone = engine.insert(Request(prompts()[1], LIMIT))
     assert engine.insert(Request(prompts()[0], LIMIT)) is None  # no row is free
     engine.step(), engine.step()

@@ -79,11 +79,11 @@ class Cache:
         def zeros(cached, at):
             return _by_layer(lambda x, _: x.at[at].set(0, mode="drop"), cached, cached)
 
-        return self.replace(
-            k=zeros(self.k, row),
-            v=zeros(self.v, row),
-            memory_k=zeros(self.memory_k, place),
-            memory_v=zeros(self.memory_v, place),
+        cleared = self.replace(k=zeros(self.k, row), v=zeros(self.v, row))
+        if not len(self.memory_mask):  # no index would do
+            return cleared
+        return cleared.replace(
+            memory_k=zeros(self.memory_k, place), memory_v=zeros(self.memory_v, place)
         )
 
     def memory_part(self, places: Int[Any, " b"] | None) -> PrefixPart:

@@ -57,7 +57,7 @@ class Sampled(_Strict):
     compress: bool = Field(
         True, description="false: the base reads `context` as it is, as without a memory"
     )
-    ratio: Annotated[Finite, Field(gt=0, le=1e6)] | None = Field(
+    ratio: Annotated[Finite, Field(ge=0.001, le=1e6)] | None = Field(
         None, description="wanted context tokens per memory token of `context`; the nearest known"
     )
     memory_tokens: Annotated[int, Field(ge=1, le=10**6)] | None = Field(
@@ -189,7 +189,7 @@ class MemoryRequest(_Strict):
         description="in the store; false, or where there is no store: until newer memories push it "
         "out of the cache",
     )
-    ratio: Annotated[Finite, Field(gt=0, le=1e6)] | None = None
+    ratio: Annotated[Finite, Field(ge=0.001, le=1e6)] | None = None
     memory_tokens: Annotated[int, Field(ge=1, le=10**6)] | None = None
 
 
