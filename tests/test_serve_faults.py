@@ -204,6 +204,7 @@ def test_bad_completions_memories_and_paths(server):
     assert is_error(server.ask("PUT", CHAT, {}), 405)
     status, _, headers = server.ask("PUT", "/v1/memories/t", {})
     assert status == 405 and headers["Allow"] == "DELETE, GET"
+    assert server.ask("PUT", "/v1/memories/t/restore", {})[2]["Allow"] == "POST"
     assert is_error(server.chat("x", model="gpt-9"), 404, "gpt-9")
     assert is_error(server.chat("x", memory="nothing"), 404)
 

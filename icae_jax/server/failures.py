@@ -122,12 +122,13 @@ def install(app: FastAPI) -> None:
 
 def _methods(app: FastAPI, request: Request) -> set[str]:
     """The methods that the path of a request has."""
-    return {
-        method
+    routes = [
+        route
         for route in app.routes
         if isinstance(route, Route) and route.matches(request.scope)[0] != Match.NONE
-        for method in route.methods or ()
-    }
+    ]
+    # An id may hold what looks like another route's end; the first one is meant.
+    return {m for route in routes if route.path == routes[0].path for m in route.methods or ()}
 
 
 def of_fault(error: BaseException) -> ApiError:
