@@ -178,4 +178,6 @@ def test_the_openapi_document_holds(adapter, tmp_path):
         assert ended.returncode == 0, ended.stdout[-6000:] + ended.stderr[-2000:]
         assert "12/12" in ended.stdout  # operations
         assert server.wait_idle()
+        # What it made may be deleted again, "0" too.
+        assert server.post("/v1/memories", {"text": "the dog ran", "id": "0"})[0] in (200, 201)
         assert server.chat("who ran ?", memory="0", max_tokens=2)[0] == 200
