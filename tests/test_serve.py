@@ -94,6 +94,8 @@ def test_several_memories_are_read_together(server, compressor):
     got = chat(server, memory=ids)
     assert got.choices[0].message.content == asked(compressor, joined).text
     assert got.usage.model_dump()["memory_tokens"] == joined.tokens[0]
+    longer = chat(server, memory=["three", "a/b c"]).usage.model_dump()["memory_tokens"]
+    assert longer > joined.tokens[0]  # another join that begins alike
     other = compressor.join([compressor.compress(TEXTS[i]) for i in reversed(ids)])
     assert asked(compressor, joined).log_prob != asked(compressor, other).log_prob
 
